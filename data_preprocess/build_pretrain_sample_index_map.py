@@ -1,0 +1,60 @@
+"""Build the sample index of pretokenized data: `.bin` shards -> one `.ibin` a set (format: dataset/format.py).
+
+    python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq_len 2048
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dataset.format import MANIFEST_NAME, SPLITS, index_path, read_document_starts, read_index, write_index
+
+
+def build(data_dir: Path, max_seq_len: int) -> list[str]:
+    """Write the index of both sets; returns a line about each.
+
+    Raises:
+        ValueError: the directory was not pretokenized, or a set is damaged or too small.
+    """
+    manifest_path = data_dir / MANIFEST_NAME
+    if not manifest_path.exists():
+        raise ValueError(f"{data_dir} is not pretokenized: run `python -m data_preprocess.pretokenize_pretrain_data`")
+    manifest = json.loads(manifest_path.read_text())
+    lines = []
+    for split in SPLITS:
+        names = manifest["shards"][split]
+        if split == "valid" and not names and manifest["valid_ratio"] == 0:
+            index_path(data_dir, split, max_seq_len).unlink(missing_ok=True)
+            lines.append("valid: none (--valid_ratio was 0)")
+            continue
+        documents = sum(len(read_document_starts(data_dir / name)) for name in names)
+        write_index(data_dir, split, max_seq_len, names)
+        samples = len(read_index(data_dir, split, max_seq_len).rows)
+        per_sample = np.float64(documents) / samples
+        lines.append(
+            f"{split}: {samples:,} samples of {max_seq_len} tokens, {documents:,} documents ({per_sample:.2f} a sample)"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_preprocess.build_pretrain_sample_index_map", description="Build the .ibin sample index."
+    )
+    parser.add_argument("--data_dir", required=True, help="directory with the .bin files")
+    parser.add_argument("--max_seq_len", type=int, required=True, help="tokens of a sample")
+    args = parser.parse_args(argv)
+    try:
+        for line in build(Path(args.data_dir), args.max_seq_len):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"build index: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Documents from files on disk, one at a time.
+
+Text files and source code (one document a file) and JSON lines (one document a line). The input is first cut into
+units of bounded size, by the files alone, so that the cut does not depend on how many processes work on it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.files import sha256_of_file
+
+TEXT_SUFFIXES = frozenset(
+    ".txt .md .rst .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql .html .css .tex .lua .scala"
+    .split()
+)
+JSONL_SUFFIXES = frozenset((".jsonl", ".json"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A whole text file, or the bytes [start, end) of a JSON-lines file: the lines that begin in that range."""
+
+    path: str
+    """Relative to the data directory."""
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work of bounded size, done by one process and written as one shard of each set."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.end - piece.start for piece in self.pieces)
+
+    def fingerprint(self, root: Path) -> str:
+        """Hex sha256 of the unit's content and names."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            content = sha256_of_file(root / piece.path, piece.start, piece.end)
+            digest.update(json.dumps([piece.path, piece.start, piece.end, content]).encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class BadRecords:
+    """Records that could not be read: how many, and the first few."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: str) -> None:
+        self.count += 1
+        if len(self.examples) < 5:
+            self.examples.append(f"{where}: {why}")
+
+
+def list_inputs(root: Path) -> tuple[list[str], list[str]]:
+    """Files below `root` that can be read, and those of other kinds: sorted paths relative to it.
+
+    Hidden folders, and folders that hold a tokenizer or token files, are our own or nobody's text: left out.
+    """
+    inputs, others = [], []
+    for directory, folders, files in os.walk(root):
+        if "tokenizer.json" in files:
+            folders.clear()
+            continue
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        for name in sorted(files):
+            suffix = Path(name).suffix.lower()
+            relative = os.path.relpath(os.path.join(directory, name), root)
+            if name == "pretokenize.json" or suffix in (".bin", ".docs", ".ibin"):
+                continue
+            if suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES:
+                inputs.append(relative)
+            else:
+                others.append(relative)
+    return sorted(inputs), sorted(others)
+
+
+def plan_units(root: Path, paths: list[str], unit_bytes: int) -> list[Unit]:
+    """Cut the files into units of about `unit_bytes`: neighbours together, long JSON-lines files in ranges."""
+    units, current, current_bytes = [], [], 0
+    for path in paths:
+        size = os.path.getsize(root / path)
+        step = unit_bytes if Path(path).suffix.lower() in JSONL_SUFFIXES else max(size, 1)
+        for start in range(0, size, step):
+            piece = Piece(path, start, min(start + step, size))
+            if current and current_bytes + piece.end - piece.start > unit_bytes:
+                units.append(Unit(tuple(current)))
+                current, current_bytes = [], 0
+            current.append(piece)
+            current_bytes += piece.end - piece.start
+    if current:
+        units.append(Unit(tuple(current)))
+    return units
+
+
+def read_documents(root: Path, piece: Piece, text_key: str, bad: BadRecords) -> Iterator[str]:
+    """The documents of one piece. Unreadable and empty ones are noted in `bad`."""
+    if Path(piece.path).suffix.lower() in JSONL_SUFFIXES:
+        yield from _read_json_lines(root / piece.path, piece, text_key, bad)
+        return
+    try:
+        text = (root / piece.path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad.add(piece.path, f"not UTF-8 ({error.reason} at byte {error.start})")
+        return
+    if text:
+        yield text
+
+
+def _read_json_lines(path: Path, piece: Piece, text_key: str, bad: BadRecords) -> Iterator[str]:
+    with open(path, "rb") as file:
+        if piece.start:
+            # A line belongs to the range in which it begins: skip the one that began before.
+            file.seek(piece.start - 1)
+            file.readline()
+        while (offset := file.tell()) < piece.end:
+            line = file.readline()
+            where = f"{piece.path} at byte {offset}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                bad.add(where, f"not a JSON line ({error})")
+                continue
+            if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+                bad.add(where, f'no text under the key "{text_key}" (choose it with --text_key)')
+            elif record[text_key]:
+                yield record[text_key]

@@ -1,0 +1,289 @@
+"""The token files on disk.
+
+`.bin`   a 256-byte header, then raw little-endian tokens (uint16 while the vocabulary fits, else uint32). Every
+         document ends with one end-of-document token, which ordinary text can never produce.
+`.docs`  beside each `.bin`: the position of each document's first token, int64.
+`.ibin`  the sample index of one set (train or valid) and one max_seq_len: which `.bin` files it maps, then one row
+         (file, offset) a sample. Sample i starts at token i * max_seq_len of the concatenated files and reads
+         max_seq_len + 1 tokens, so that its last input has a label; it may cross into the next file.
+
+A file's fingerprint is the sha256 of its header, which holds the sha256 of its tokens: computed once, when written.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.files import atomic_write, fsync_dir
+
+BIN_MAGIC, DOCS_MAGIC, INDEX_MAGIC = b"Z2ALLBIN", b"Z2ALLDOC", b"Z2ALLIDX"
+VERSION = 1
+SPLITS = ("train", "valid")
+MANIFEST_NAME = "pretokenize.json"
+
+_BIN_STRUCT = struct.Struct("<8sII QQQQ d Q 8s 32s 32s")
+_BIN_HEADER_BYTES = 256
+_DOCS_STRUCT = struct.Struct("<8sIIQ32s")
+_INDEX_STRUCT = struct.Struct("<8sII")
+INDEX_ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
+
+_PRETOKENIZE = "python -m data_preprocess.pretokenize_pretrain_data"
+_BUILD_INDEX = "python -m data_preprocess.build_pretrain_sample_index_map"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True)
+class BinHeader:
+    """What a `.bin` file says of itself."""
+
+    vocab_size: int
+    eod_id: int
+    """Id of the end-of-document token."""
+    tokenizer_fingerprint: str
+    """Hex sha256."""
+    split: str
+    """"train" or "valid"."""
+    valid_ratio: float
+    """Share of the documents that went to the validation set."""
+    num_tokens: int = 0
+    num_documents: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the text that was tokenized."""
+    content_sha256: str = "00" * 32
+    """Hex sha256 of the tokens' bytes."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        return token_dtype(self.vocab_size)
+
+    def pack(self) -> bytes:
+        return _BIN_STRUCT.pack(
+            BIN_MAGIC, VERSION, self.dtype.itemsize, self.num_tokens, self.vocab_size, self.num_documents,
+            self.eod_id, self.valid_ratio, self.text_bytes, self.split.encode(),
+            bytes.fromhex(self.tokenizer_fingerprint), bytes.fromhex(self.content_sha256),
+        ).ljust(_BIN_HEADER_BYTES, b"\0")  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.pack()).hexdigest()
+
+
+def read_bin_header(path: Path) -> BinHeader:
+    """Header of a `.bin` file, checked against the file's size.
+
+    Raises:
+        ValueError: not a `.bin` of ours, another version, or truncated; the sentence says what to run.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            raw = file.read(_BIN_HEADER_BYTES)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run `{_PRETOKENIZE}` again") from None
+    if len(raw) < _BIN_HEADER_BYTES or raw[:8] != BIN_MAGIC:
+        raise ValueError(f"{path} is not a zero2all .bin file: make one with `{_PRETOKENIZE}`")
+    (_, version, token_bytes, num_tokens, vocab_size, num_documents, eod_id, valid_ratio, text_bytes, split,
+     tokenizer, content) = _BIN_STRUCT.unpack(raw[: _BIN_STRUCT.size])  # fmt: skip
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}, this program reads {VERSION}: run `{_PRETOKENIZE}`")
+    expected = _BIN_HEADER_BYTES + num_tokens * token_bytes
+    if size != expected:
+        raise ValueError(
+            f"{path} holds {size} bytes where its header promises {expected}: "
+            f"it is damaged, delete it and run `{_PRETOKENIZE}` again"
+        )
+    return BinHeader(
+        vocab_size=vocab_size, eod_id=eod_id, tokenizer_fingerprint=tokenizer.hex(),
+        split=split.rstrip(b"\0").decode(), valid_ratio=valid_ratio, num_tokens=num_tokens,
+        num_documents=num_documents, text_bytes=text_bytes, content_sha256=content.hex(),
+    )  # fmt: skip
+
+
+def map_tokens(path: Path, header: BinHeader) -> np.ndarray:
+    """Read-only memory map of the tokens, shape (num_tokens,)."""
+    if header.num_tokens == 0:
+        return np.empty(0, header.dtype)
+    return np.memmap(path, dtype=header.dtype, mode="r", offset=_BIN_HEADER_BYTES, shape=(header.num_tokens,))
+
+
+class BinWriter:
+    """Writes one `.bin` and its `.docs`. The files appear under their names when `close()` returns, or never.
+
+    As a context manager it closes on success and removes its temporary file on an exception.
+    """
+
+    def __init__(self, path: Path, header: BinHeader):
+        self.path, self.header = path, header
+        self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        self._file = open(self._temporary, "wb")
+        self._file.write(b"\0" * _BIN_HEADER_BYTES)
+        self._hash = hashlib.sha256()
+        self._starts: list[int] = []
+        self._num_tokens = self._text_bytes = 0
+
+    def add_document(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
+        """Append a document's tokens (without end-of-document token, which is added here)."""
+        tokens = np.empty(len(ids) + 1, self.header.dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self.header.eod_id
+        raw = tokens.tobytes()
+        self._file.write(raw)
+        self._hash.update(raw)
+        self._starts.append(self._num_tokens)
+        self._num_tokens += len(tokens)
+        self._text_bytes += text_bytes
+
+    def close(self) -> BinHeader:
+        header = BinHeader(
+            **{
+                **self.header.__dict__,
+                "num_tokens": self._num_tokens,
+                "num_documents": len(self._starts),
+                "text_bytes": self._text_bytes,
+                "content_sha256": self._hash.hexdigest(),
+            }
+        )
+        self._file.seek(0)
+        self._file.write(header.pack())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        starts = np.asarray(self._starts, "<i8")
+        docs_header = _DOCS_STRUCT.pack(DOCS_MAGIC, VERSION, 0, len(starts), bytes.fromhex(header.fingerprint))
+        atomic_write(docs_path(self.path), docs_header + starts.tobytes())
+        os.replace(self._temporary, self.path)
+        fsync_dir(self.path.parent)
+        return header
+
+    def discard(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "BinWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def docs_path(bin_path: Path) -> Path:
+    return bin_path.with_suffix(".docs")
+
+
+def read_document_starts(bin_path: Path) -> np.ndarray:
+    """Position of each document's first token in the `.bin`, int64, shape (num_documents,)."""
+    header = read_bin_header(bin_path)
+    path = docs_path(bin_path)
+    raw = path.read_bytes() if path.exists() else b""
+    expected = _DOCS_STRUCT.size + 8 * header.num_documents
+    if len(raw) != expected or raw[:8] != DOCS_MAGIC or raw[24:56] != bytes.fromhex(header.fingerprint):
+        raise ValueError(
+            f"{path} is missing or does not belong to {bin_path.name}: delete both and run `{_PRETOKENIZE}` again"
+        )
+    return np.frombuffer(raw, "<i8", offset=_DOCS_STRUCT.size)
+
+
+def index_path(data_dir: Path, split: str, max_seq_len: int) -> Path:
+    return Path(data_dir) / f"{split}-{max_seq_len}.ibin"
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """A sample index, opened: `rows` is a read-only memory map of INDEX_ROW, one a sample."""
+
+    max_seq_len: int
+    split: str
+    file_names: tuple[str, ...]
+    file_fingerprints: tuple[str, ...]
+    rows: np.ndarray
+    fingerprint: str
+    """Hex sha256 of the header: names the data and their cut into samples."""
+
+
+def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) -> Path:
+    """Build the `.ibin` of one set from its `.bin` files, in the given order.
+
+    Raises:
+        ValueError: a file is damaged, the files disagree, or together hold fewer than max_seq_len + 1 tokens.
+    """
+    if max_seq_len < 1:
+        raise ValueError(f"max_seq_len must be at least 1, got {max_seq_len}")
+    headers = [read_bin_header(Path(data_dir) / name) for name in names]
+    for name, header in zip(names, headers):
+        if (header.tokenizer_fingerprint, header.split) != (headers[0].tokenizer_fingerprint, split):
+            raise ValueError(
+                f"{name} was made with another tokenizer or for another set than {names[0]}: run `{_PRETOKENIZE}` again"
+            )
+    # int64 bounds: bounds[k] is the position of file k's first token in the concatenation of all
+    bounds = np.concatenate([[0], np.cumsum([header.num_tokens for header in headers], dtype=np.int64)])
+    num_samples = int(bounds[-1] - 1) // max_seq_len if names else 0
+    if num_samples < 1:
+        raise ValueError(
+            f"the {split} set of {data_dir} holds {int(bounds[-1])} tokens, fewer than one sample of "
+            f"max_seq_len + 1 = {max_seq_len + 1}: use more data or a smaller --max_seq_len"
+            + (", or another --valid_ratio" if split == "valid" else "")
+        )
+    starts = np.arange(num_samples, dtype=np.int64) * max_seq_len
+    rows = np.empty(num_samples, INDEX_ROW)
+    rows["file"] = np.searchsorted(bounds, starts, side="right") - 1
+    rows["offset"] = starts - bounds[rows["file"]]
+    raw_rows = rows.tobytes()
+    meta = json.dumps(
+        {
+            "max_seq_len": max_seq_len,
+            "split": split,
+            "num_samples": num_samples,
+            "files": [{"name": name, "fingerprint": h.fingerprint} for name, h in zip(names, headers)],
+            "rows_sha256": hashlib.sha256(raw_rows).hexdigest(),
+        }
+    ).encode()
+    path = index_path(data_dir, split, max_seq_len)
+    atomic_write(path, _INDEX_STRUCT.pack(INDEX_MAGIC, VERSION, len(meta)) + meta + raw_rows)
+    return path
+
+
+def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
+    """Open the `.ibin` of one set.
+
+    Raises:
+        ValueError: missing, damaged or foreign; the sentence gives the command that makes it.
+    """
+    path = index_path(data_dir, split, max_seq_len)
+    rebuild = f"`{_BUILD_INDEX} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
+    if not path.exists():
+        raise ValueError(f"{path} is missing: run {rebuild}")
+    with open(path, "rb") as file:
+        raw = file.read(_INDEX_STRUCT.size)
+        if len(raw) < _INDEX_STRUCT.size or raw[:8] != INDEX_MAGIC:
+            raise ValueError(f"{path} is not a zero2all .ibin file: run {rebuild}")
+        _, version, meta_bytes = _INDEX_STRUCT.unpack(raw)
+        raw_meta = file.read(meta_bytes)
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}, this program reads {VERSION}: run {rebuild}")
+    start = _INDEX_STRUCT.size + meta_bytes
+    try:
+        meta = json.loads(raw_meta)
+        expected = start + meta["num_samples"] * INDEX_ROW.itemsize
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is damaged: run {rebuild}") from None
+    if os.path.getsize(path) != expected:
+        raise ValueError(f"{path} holds {os.path.getsize(path)} bytes instead of {expected}: run {rebuild}")
+    return SampleIndex(
+        max_seq_len=meta["max_seq_len"],
+        split=meta["split"],
+        file_names=tuple(entry["name"] for entry in meta["files"]),
+        file_fingerprints=tuple(entry["fingerprint"] for entry in meta["files"]),
+        rows=np.memmap(path, dtype=INDEX_ROW, mode="r", offset=start, shape=(meta["num_samples"],)),
+        fingerprint=hashlib.sha256(raw_meta).hexdigest(),
+    )

@@ -1,0 +1,141 @@
+"""From positions in the run's stream to micro-batches on a rank.
+
+A step with global batch G takes the next G positions of the stream; they are cut into micro-batches of B, and
+micro-batch m goes to rank m % world_size. So the stream, and the gradient of a step, do not depend on the number of
+ranks. `row_ids` of a batch are the rows' positions in the stream: dropout is keyed by them, for the same reason.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dataset.order import sample_at
+
+Batch = dict[str, torch.Tensor]
+
+
+class Dataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def collate(self, sample_ids: np.ndarray) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of one step."""
+
+    first: int
+    """First position of the step's global batch in the stream."""
+    last: int
+    """Last position, inclusive."""
+    micro_batches: list[Batch]
+
+
+class TrainLoader:
+    """Endless iterator over steps, starting anywhere in constant time.
+
+    Args:
+        dataset: what is read.
+        seed: key of the order.
+        micro_batch_size: B, rows of a micro-batch.
+        accumulation_steps: micro-batches of a step over all ranks; a multiple of world_size.
+        rank, world_size: this process's place.
+        first_position: where in the stream to start (the run's samples_consumed).
+        num_workers: threads that read ahead; 0 reads when asked.
+        pin_memory: page-lock the tensors for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        first_position: int = 0,
+        num_workers: int = 1,
+        pin_memory: bool = False,
+    ):
+        if accumulation_steps % world_size:
+            raise ValueError(f"{accumulation_steps} micro-batches a step cannot be split over {world_size} ranks evenly")
+        self.dataset, self.seed, self.pin_memory = dataset, seed, pin_memory
+        self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        self._next_position = first_position
+        self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
+        self._pending: deque[Future[Step]] = deque()
+        self._depth = 2 * num_workers
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        if self._pool is None:
+            return self._read_step(self._advance())
+        while len(self._pending) < self._depth:
+            self._pending.append(self._pool.submit(self._read_step, self._advance()))
+        return self._pending.popleft().result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _advance(self) -> int:
+        first = self._next_position
+        self._next_position += self.micro_batch_size * self.accumulation_steps
+        return first
+
+    def _read_step(self, first: int) -> Step:
+        size = self.micro_batch_size
+        micro_batches = []
+        for index in range(self.rank, self.accumulation_steps, self.world_size):
+            positions = first + index * size + np.arange(size, dtype=np.int64)
+            batch = self.dataset.collate(sample_at(self.seed, positions, len(self.dataset)))
+            batch["row_ids"] = torch.from_numpy(positions)
+            if self.pin_memory:
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            micro_batches.append(batch)
+        return Step(first, first + size * self.accumulation_steps - 1, micro_batches)
+
+
+def validation_batches(
+    dataset: Dataset, batch_size: int, max_batches: int, rank: int, world_size: int
+) -> tuple[int, Iterator[tuple[int, Batch]]]:
+    """The validation set in its own order, cut the same way whatever the world size.
+
+    Args:
+        max_batches: how many batches of batch_size to use over all ranks; 0 uses the whole set.
+    Returns:
+        the number of batches over all ranks, and an iterator over this rank's (batch number, batch).
+    """
+    count = -(-len(dataset) // batch_size)
+    if max_batches:
+        count = min(count, max_batches)
+
+    def batches() -> Iterator[tuple[int, Batch]]:
+        for index in range(rank, count, world_size):
+            ids = np.arange(index * batch_size, min((index + 1) * batch_size, len(dataset)), dtype=np.int64)
+            batch = dataset.collate(ids)
+            batch["row_ids"] = torch.from_numpy(ids)
+            yield index, batch
+
+    return count, batches()
+
+
+def batch_digest(batch: Batch) -> int:
+    """64-bit digest of what a micro-batch really holds: the sum, modulo 2**64, over its rows of
+    blake2b(sample id, input tokens as little-endian uint32). A sum, so that it does not depend on how rows were
+    spread over micro-batches and ranks, yet a row used twice or left out changes it.
+    """
+    total = 0
+    for sample_id, tokens in zip(batch["sample_ids"].numpy(), batch["input_ids"].numpy()):
+        content = sample_id.astype("<i8").tobytes() + tokens.astype("<u4").tobytes()
+        total += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return total % (1 << 64)

@@ -1,0 +1,93 @@
+"""Pretraining samples: rows of max_seq_len + 1 consecutive tokens, read through memory maps.
+
+Shapes: B rows of a batch, T = max_seq_len.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.format import BinHeader, map_tokens, read_bin_header, read_index
+
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised."""
+
+
+class PretrainDataset:
+    """One set (train or valid) of a pretokenized directory.
+
+    Args:
+        data_dir: where the `.bin` and `.ibin` files lie.
+        split: "train" or "valid".
+        max_seq_len: T; an index for it must have been built.
+        document_mask: positions and attention restart at each document, and the token after an end-of-document
+            token is not supervised. Off: a row is one text.
+    Raises:
+        ValueError: files missing, damaged, or not the ones that the index maps.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, max_seq_len: int, document_mask: bool = True):
+        data_dir = Path(data_dir)
+        index = read_index(data_dir, split, max_seq_len)
+        self.rows, self.max_seq_len, self.fingerprint = index.rows, max_seq_len, index.fingerprint
+        self.document_mask = document_mask
+        self._tokens: list[np.ndarray] = []
+        self.headers: list[BinHeader] = []
+        for name, fingerprint in zip(index.file_names, index.file_fingerprints):
+            header = read_bin_header(data_dir / name)
+            if header.fingerprint != fingerprint:
+                raise ValueError(
+                    f"{data_dir / name} is not the file that the index was built for: run "
+                    f"`python -m data_preprocess.build_pretrain_sample_index_map "
+                    f"--data_dir {data_dir} --max_seq_len {max_seq_len}` again"
+                )
+            self.headers.append(header)
+            self._tokens.append(map_tokens(data_dir / name, header))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def header(self) -> BinHeader:
+        """Vocabulary, end-of-document id and tokenizer, the same in all files of the set."""
+        return self.headers[0]
+
+    def read_rows(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Tokens of some samples with the next one each: (B,) ids -> (B, T + 1) int64."""
+        length = self.max_seq_len + 1
+        out = np.empty((len(sample_ids), length), np.int64)
+        for row, (file, offset) in zip(out, self.rows[sample_ids].tolist()):
+            filled = 0
+            while filled < length:
+                piece = self._tokens[file][offset : offset + length - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                file, offset = file + 1, 0
+        return out
+
+    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """A batch of the given samples.
+
+        Returns:
+            input_ids (B, T) int64; labels (B, T) int64, IGNORE_INDEX where not supervised; positions (B, T) int64;
+            with document_mask also document_ids (B, T) int64, equal where two tokens share a document;
+            sample_ids (B,) int64.
+        """
+        tokens = self.read_rows(sample_ids)
+        input_ids, labels = tokens[:, :-1], tokens[:, 1:].copy()
+        batch = {"input_ids": torch.from_numpy(input_ids.copy()), "sample_ids": torch.from_numpy(sample_ids.copy())}
+        columns = np.broadcast_to(np.arange(self.max_seq_len), input_ids.shape)
+        if self.document_mask:
+            ends_document = input_ids == self.header.eod_id
+            labels[ends_document] = IGNORE_INDEX
+            starts_document = np.zeros_like(ends_document)
+            starts_document[:, 1:] = ends_document[:, :-1]
+            document_ids = np.cumsum(starts_document, axis=1)
+            document_start = np.maximum.accumulate(np.where(starts_document, columns, 0), axis=1)
+            batch["positions"] = torch.from_numpy(columns - document_start)
+            batch["document_ids"] = torch.from_numpy(document_ids)
+        else:
+            batch["positions"] = torch.from_numpy(columns.copy())
+        batch["labels"] = torch.from_numpy(labels)
+        return batch

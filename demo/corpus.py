@@ -1,0 +1,46 @@
+"""The demo's corpus: the Python standard library's own source, from the interpreter that runs this.
+
+    python -m demo.corpus --output_dir out/demo/corpus
+
+Left out: tests (not on every machine), and modules that are tables of characters rather than code.
+"""
+
+import argparse
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
+                    "lib2to3", "ensurepip", "__pycache__"}  # fmt: skip
+
+
+def copy_standard_library(output_dir: Path) -> tuple[int, int]:
+    """Copy the modules below `output_dir`; returns how many, and their bytes."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    count = size = 0
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.intersection(relative.parts) or relative.parts[0].startswith(("config-", "lib-dynload")):
+            continue
+        target = output_dir / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        count += 1
+        size += path.stat().st_size
+    return count, size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.corpus", description="Copy the standard library's source.")
+    parser.add_argument("--output_dir", required=True)
+    count, size = copy_standard_library(Path(parser.parse_args().output_dir))
+    if not count:
+        print("demo.corpus: this Python has no source files of its standard library", file=sys.stderr)
+        return 2
+    print(f"{count} modules of Python {sys.version.split()[0]}, {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Files that are either whole or absent: write under a temporary name, flush, rename."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def fsync_dir(directory: Path) -> None:
+    """Flush a directory, so that a rename inside it survives a power cut."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace `path` by `content` in one step. A reader sees the old file or the new one, never a part.
+
+    `durable=False` skips the flush: for files that matter only while the machine is up (heartbeats).
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        fsync_dir(path.parent)
+
+
+def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), durable)
+
+
+def sha256_of_file(path: Path, start: int = 0, end: int | None = None) -> str:
+    """Hex sha256 of the bytes [start, end) of a file, read in pieces of 8 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        left = None if end is None else end - start
+        while left is None or left > 0:
+            piece = file.read(1 << 23 if left is None else min(1 << 23, left))
+            if not piece:
+                break
+            digest.update(piece)
+            left = None if left is None else left - len(piece)
+    return digest.hexdigest()
