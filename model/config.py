@@ -1,0 +1,96 @@
+"""Shape and numerics of the model. Plain data: importing this loads no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Model. Fields bear the names of Hugging Face's llama config where it has them."""
+
+    vocab_size: int = 0
+    """Entries of the embedding; 0 takes the tokenizer's."""
+    hidden_size: int = 768
+    """Width of the residual stream."""
+    intermediate_size: int = 0
+    """Width of the feed-forward layer; 0 takes 8/3 of hidden_size, rounded up to a multiple of 64."""
+    num_hidden_layers: int = 12
+    """Transformer blocks."""
+    num_attention_heads: int = 12
+    """Query heads."""
+    num_key_value_heads: int = 0
+    """Key and value heads (grouped-query attention); 0 takes num_attention_heads."""
+    head_dim: int = 0
+    """Width of a head; 0 takes hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 0
+    """Longest sequence the positions are meant for; 0 takes max_seq_len."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square before the root."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = False
+    """Input embedding and output head share one matrix."""
+    attention_bias: bool = False
+    """Bias on the Q, K, V and O projections, as in Hugging Face's llama."""
+    qkv_bias: bool = False
+    """Bias on Q, K and V only; exported as qwen2."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
+    """How positions beyond original_max_position_embeddings are reached (dynamic: NTK-aware)."""
+    rope_scaling_factor: float = 1.0
+    """By how much the context is stretched."""
+    rope_low_freq_factor: float = 1.0
+    """llama3 scaling: wavelengths longer than the original context over this are divided by the factor."""
+    rope_high_freq_factor: float = 4.0
+    """llama3 scaling: wavelengths shorter than the original context over this are left alone."""
+    original_max_position_embeddings: int = 0
+    """Context before the scaling; 0 takes max_position_embeddings."""
+    hidden_dropout: float = 0.0
+    """Probability of dropping an element of each block's attention and feed-forward output."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight; above 0, plain attention is used."""
+    residual_in_fp32: bool = True
+    """Keep the residual stream in float32 whatever the weights' dtype."""
+
+    def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "LlamaConfig":
+        """Fill in what is 0 and check that the fields fit together.
+
+        Args:
+            vocab_size: the tokenizer's, for vocab_size = 0 (0: not known yet, stays 0).
+            max_seq_len: for max_position_embeddings = 0.
+        Raises:
+            ValueError: a combination that cannot be built.
+        """
+        values = dict(self.__dict__)
+        if self.num_attention_heads < 1 or self.hidden_size < 1 or self.num_hidden_layers < 1:
+            raise ValueError("hidden_size, num_hidden_layers and num_attention_heads must be at least 1")
+        values["vocab_size"] = self.vocab_size or vocab_size
+        values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
+        values["intermediate_size"] = self.intermediate_size or -(-(self.hidden_size * 8 // 3) // 64) * 64
+        values["max_position_embeddings"] = self.max_position_embeddings or max_seq_len
+        values["original_max_position_embeddings"] = (
+            self.original_max_position_embeddings or values["max_position_embeddings"]
+        )
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}: change one, or give --head_dim"
+                )
+            values["head_dim"] = self.hidden_size // self.num_attention_heads
+        if values["head_dim"] % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, got {values['head_dim']}")
+        if self.num_attention_heads % values["num_key_value_heads"]:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {values['num_key_value_heads']}"
+            )
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias already covers Q, K and V: give only one of attention_bias and qkv_bias")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= values[name] < 1.0:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {values[name]}")
+        if self.rope_scaling != "none" and self.rope_scaling_factor < 1.0:
+            raise ValueError(f"rope_scaling_factor must be at least 1, got {self.rope_scaling_factor}")
+        return LlamaConfig(**values)

@@ -1,0 +1,78 @@
+"""Floating-point operations of training, and the peaks that they are compared with.
+
+Model FLOPs utilisation (MFU) is FLOPs a token x tokens a second / the devices' dense peak (Chowdhery et al., PaLM,
+2022). Two counts of the FLOPs a token:
+
+    strict   6 x parameters of the matmuls (the head, not the input embedding) + causal attention (half of full)
+    seed     6 x all parameters + full attention: the formula of llm-zero2all, so that its tables compare
+"""
+
+import re
+import time
+
+import torch
+
+from model.config import LlamaConfig
+
+# Dense peak in TFLOP/s for bf16 and fp16, and for fp32 matmuls (without TF32), by a pattern in the device's name.
+_PEAK_TFLOPS = (
+    (r"B200|GB200", 2250.0, 80.0),
+    (r"H200|H100 (?!PCIe|NVL)|H100$|GH200|H800", 989.0, 67.0),
+    (r"H100 NVL", 835.0, 60.0),
+    (r"H100 PCIe", 756.0, 51.0),
+    (r"H20\b", 148.0, 44.0),
+    (r"A100|A800", 312.0, 19.5),
+    (r"A30\b", 165.0, 10.3),
+    (r"L40S", 362.0, 91.6),
+    (r"L40\b", 181.0, 90.5),
+    (r"A40\b", 149.7, 37.4),
+    (r"RTX 4090", 165.2, 82.6),
+    (r"RTX 3090", 71.0, 35.6),
+    (r"V100", 125.0, 15.7),
+    (r"T4\b", 65.0, 8.1),
+)
+
+
+def _matmul_parameters(config: LlamaConfig) -> int:
+    query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = config.hidden_size * (2 * query + 2 * kv)
+    feed_forward = 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
+
+
+def _full_attention_flops(config: LlamaConfig, seq_len: int) -> float:
+    """Two matmuls (scores, values) of 2 T D FLOPs a head and token, times 3 for forward and backward."""
+    return 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+
+
+def flops_per_token_strict(config: LlamaConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs a token at context `seq_len`, by the strict formula."""
+    return 6.0 * _matmul_parameters(config) + _full_attention_flops(config, seq_len) / 2
+
+
+def flops_per_token_seed(config: LlamaConfig, seq_len: int, num_parameters: int) -> float:
+    """Forward and backward FLOPs a token by the original's formula. num_parameters: all distinct ones."""
+    return 6.0 * num_parameters + _full_attention_flops(config, seq_len)
+
+
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense peak in FLOP/s: a table for GPUs (None if the model is unknown), a GEMM measured now on a CPU."""
+    if device.type != "cuda":
+        return _measure_gemm(device, dtype)
+    name = torch.cuda.get_device_name(device)
+    for pattern, half, single in _PEAK_TFLOPS:
+        if re.search(pattern, name):
+            return 1e12 * (single if dtype == torch.float32 else half)
+    return None
+
+
+def _measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    """Best FLOP/s of `repeats` square matmuls with the process's threads."""
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    torch.mm(a, b)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
