@@ -1,6 +1,6 @@
 """Build the sample index of pretokenized data: `.bin` shards -> one `.ibin` a set (format: dataset/format.py).
 
-    python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq_len 2048
+python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq_len 2048
 """
 
 import argparse

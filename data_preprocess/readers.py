@@ -14,8 +14,7 @@ from pathlib import Path
 from utils.files import sha256_of_file
 
 TEXT_SUFFIXES = frozenset(
-    ".txt .md .rst .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql .html .css .tex .lua .scala"
-    .split()
+    ".txt .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql".split()
 )
 JSONL_SUFFIXES = frozenset((".jsonl", ".json"))
 

@@ -64,7 +64,7 @@ class TrainLoader:
         pin_memory: bool = False,
     ):
         if accumulation_steps % world_size:
-            raise ValueError(f"{accumulation_steps} micro-batches a step cannot be split over {world_size} ranks evenly")
+            raise ValueError(f"{accumulation_steps} micro-batches a step do not split evenly over {world_size} ranks")
         self.dataset, self.seed, self.pin_memory = dataset, seed, pin_memory
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
         self.rank, self.world_size = rank, world_size

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LlamaConfig
-from model.dropout import DropoutKey, dropout
+from model.dropout import ATTENTION_WEIGHTS, DropoutKey, dropout
 from model.rope import apply_rope
 
 
@@ -39,21 +39,21 @@ def causal_mask(num_new: int, num_all: int, document_ids_BT: Tensor | None, devi
 
 
 def plain_attention(
-    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, dropout_p: float, key: DropoutKey | None, site: int
+    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, dropout_p: float, key: DropoutKey | None
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, step by step: the reference, and the only path with attention dropout."""
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
     k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, dim=1), v_BKSD.repeat_interleave(groups, dim=1)
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(-1, -2)).float() / math.sqrt(q_BHTD.shape[-1])
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    weights_BHTS = dropout(weights_BHTS, dropout_p, key, site)
+    weights_BHTS = dropout(weights_BHTS, dropout_p, key, ATTENTION_WEIGHTS)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer_index: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config, self.layer_index = config, layer_index
+        self.config = config
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
@@ -81,8 +81,7 @@ class Attention(nn.Module):
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD, cache_length)
         if self.config.attention_dropout > 0.0 and key is not None:
             full_mask = causal_mask(num_new, num_new, None, x_BTC.device) if mask is None else mask
-            p, site = self.config.attention_dropout, 3 * self.layer_index
-            out_BHTD = plain_attention(q_BHTD, k_BKSD, v_BKSD, full_mask, p, key, site)
+            out_BHTD = plain_attention(q_BHTD, k_BKSD, v_BKSD, full_mask, self.config.attention_dropout, key)
         else:
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,

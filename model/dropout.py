@@ -6,10 +6,13 @@ the same however a global batch was split into micro-batches and over ranks, it 
 under gradient checkpointing sees it again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+SITES_PER_LAYER = 3
+ATTENTION_WEIGHTS, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT = range(SITES_PER_LAYER)
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -25,7 +28,12 @@ class DropoutKey:
     row_ids: Tensor
     """(B,) int64: each row's position in the run."""
     forward_id: int = 0
-    """Tells several forward passes over the same rows apart."""
+    """Tells several forward passes over the same rows apart; below 2**16."""
+    layer: Tensor | None = None
+    """Number of the block, as an int64 scalar: a Python number would make torch.compile build every block anew."""
+
+    def for_layer(self, index: int) -> "DropoutKey":
+        return replace(self, layer=torch.tensor(index, device=self.row_ids.device))
 
 
 def philox_uint32(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -57,7 +65,7 @@ def dropout_mask(shape: torch.Size, probability: float, key: DropoutKey, site: i
 
     Args:
         shape: (B, ...); B rows, the rest are a row's elements in row-major order.
-        site: number of the dropout in the model, below 2**16.
+        site: number of the dropout in its block, below SITES_PER_LAYER.
     """
     rows = key.row_ids.reshape(-1, 1)
     elements = 1
@@ -65,6 +73,8 @@ def dropout_mask(shape: torch.Size, probability: float, key: DropoutKey, site: i
         elements *= size
     blocks = torch.arange(-(-elements // 4), device=rows.device).reshape(1, -1)
     where = torch.full_like(blocks, (key.forward_id & 0xFFFF) << 16 | site)
+    if key.layer is not None:
+        where = where + SITES_PER_LAYER * key.layer
     counter = torch.broadcast_tensors(blocks, rows & _MASK32, (rows >> 32) & _MASK32, where)
     words = philox_uint32((key.seed & _MASK32, key.seed >> 32 & _MASK32), counter)
     uniform = torch.stack(words, dim=-1).reshape(len(rows), -1)[:, :elements]

@@ -129,7 +129,7 @@ def load_weights(model: Llama, directory: str | Path) -> None:
                 weight = tensors.get_tensor(hf_name)
                 if weight.shape != targets[name].shape:
                     raise ValueError(
-                        f"{hf_name} is {tuple(weight.shape)} in {file.name} but {tuple(targets[name].shape)} in the model"
+                        f"{hf_name} is {tuple(weight.shape)} in {file.name}, {tuple(targets[name].shape)} in the model"
                     )
                 targets[name].copy_(weight)
                 missing.discard(name)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, LayerCache, causal_mask
 from model.config import LlamaConfig
-from model.dropout import DropoutKey, dropout
+from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.rope import inverse_frequencies, rope_tables
 
 
@@ -50,11 +50,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer_index: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.dropout, self.layer_index = config.hidden_dropout, layer_index
+        self.dropout = config.hidden_dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer_index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
@@ -69,9 +69,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """One block. h stays in its own dtype (float32 with residual_in_fp32), the matmuls run in the weights'."""
         attended = self.self_attn(self.input_layernorm(h_BTC), rope, mask, cache, cache_length, key)
-        h_BTC = h_BTC + dropout(attended, self.dropout, key, 3 * self.layer_index + 1)
+        h_BTC = h_BTC + dropout(attended, self.dropout, key, ATTENTION_OUTPUT)
         fed_forward = self.mlp(self.post_attention_layernorm(h_BTC))
-        return h_BTC + dropout(fed_forward, self.dropout, key, 3 * self.layer_index + 2)
+        return h_BTC + dropout(fed_forward, self.dropout, key, FEED_FORWARD_OUTPUT)
 
 
 class KVCache:
@@ -96,7 +96,7 @@ class Llama(nn.Module):
             raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -136,7 +136,8 @@ class Llama(nn.Module):
             h_BTC = h_BTC.float()
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            arguments = (h_BTC, rope, mask, layer_cache, past, dropout_key)
+            layer_key = dropout_key.for_layer(index) if dropout_key is not None else None
+            arguments = (h_BTC, rope, mask, layer_cache, past, layer_key)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # No generator state to preserve: dropout is a function of its key.
                 h_BTC = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -157,7 +158,7 @@ class Llama(nn.Module):
         | what                                   | initial value                          | why
         | norms                                  | 1                                      | identity
         | biases                                 | 0                                      |
-        | o_proj, down_proj (write the residual) | N(0, initializer_range / sqrt(2 L))    | 2 L additions keep h at one scale
+        | o_proj, down_proj (write the residual) | N(0, initializer_range / sqrt(2 L))    | 2 L additions keep h's scale
         | every other matrix                     | N(0, initializer_range)                | GPT-2 (Radford et al., 2019)
         """
         residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)

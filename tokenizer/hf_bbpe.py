@@ -38,7 +38,9 @@ class HFBBPETokenizer:
         self._plain = Tokenizer.from_str(json.dumps({**self._definition, "added_tokens": []}))
         self._special_texts = {token_id: text for text, token_id in self.special_ids.items()}
         self.vocab_size = max([*self.special_ids.values(), self._plain.get_vocab_size() - 1]) + 1
-        canonical = json.dumps([self._definition[k] for k in ("added_tokens", "pre_tokenizer", "model")], sort_keys=True)
+        canonical = json.dumps(
+            [self._definition[k] for k in ("added_tokens", "pre_tokenizer", "model")], sort_keys=True
+        )
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
     @property

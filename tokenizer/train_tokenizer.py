@@ -1,6 +1,6 @@
 """Train a tokenizer on a corpus.
 
-    python -m tokenizer.train_tokenizer --data_dir D --output_dir T --vocab_size 8192 --kind hf_bbpe
+python -m tokenizer.train_tokenizer --data_dir D --output_dir T --vocab_size 8192 --kind hf_bbpe
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     for example in bad.examples:
         print(f"skipped {example}", file=sys.stderr)
     print(
-        f"{tokenizer.vocab_size} entries in {args.output_dir}, {sample_bytes / max(sample_tokens, 1):.2f} bytes a token, "
+        f"{tokenizer.vocab_size} entries, {sample_bytes / max(sample_tokens, 1):.2f} bytes a token; "
         f"{bad.count} records skipped, {time.monotonic() - started:.1f} s; fingerprint {tokenizer.fingerprint[:12]}"
     )
     return 0

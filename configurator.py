@@ -1,0 +1,429 @@
+"""Configuration: frozen dataclasses -> flat, typed command line and YAML.
+
+Precedence: command line > YAML file given now > saved configuration (on --resume) > defaults below. Flags bear their
+fields' names; the groups only order the help. Values that follow from others are computed once, in `resolve`.
+"""
+
+import dataclasses
+import difflib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from model.config import LlamaConfig
+
+CONFIG_NAME = "config.yaml"
+SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
+"""Model fields that weights depend on: another value needs another model."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run."""
+
+    task_type: Literal["pretrain"] = "pretrain"
+    """What is trained."""
+    out_dir: str = "out/run"
+    """Run directory: configuration, checkpoints, logs."""
+    exp_config_file: str = ""
+    """YAML file with flat keys; may also be the first argument, without a flag."""
+    resume: bool = False
+    """Go on from a checkpoint in out_dir; starts fresh if there is none."""
+    resume_from: Literal["last", "best"] = "last"
+    """Which checkpoint --resume takes: the newest, or the one with the lowest validation loss."""
+    init_from: str = ""
+    """Start from the weights of a Hugging Face folder, a run or a checkpoint."""
+    seed: int = 1337
+    """Key of the initial weights, the data order and dropout."""
+    max_iters: int = 0
+    """Optimizer steps; 0 takes --epoch."""
+    epoch: float = 1.0
+    """Passes over the training samples, where max_iters is 0."""
+    log_interval: int = 1
+    """Steps between log lines."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves at validations, on request and at the end only."""
+    valid_only: bool = False
+    """Validate the weights of --resume or --init_from, then stop."""
+    sync_for_true_time: bool = False
+    """Wait for the GPU before reading the clock, so that a step's time is its own."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    data_dir: str = ""
+    """Pretokenized directory with train and valid shards."""
+    train_data_dir: str = ""
+    """Overrides data_dir for training."""
+    valid_data_dir: str = ""
+    """Overrides data_dir for validation."""
+    tokenizer_dir: str = ""
+    """Tokenizer of the data; default: the one beside the shards."""
+    max_seq_len: int = 1024
+    """Tokens in a sample."""
+    train_batch_size: int = 8
+    """Samples in a micro-batch."""
+    gradient_accumulation_steps: int = 8
+    """Micro-batches in a step over all ranks together; a multiple of the number of ranks."""
+    valid_interval: int = 0
+    """Steps between validations; 0 validates at the end only."""
+    valid_batch_size: int = 8
+    """Samples in a validation batch."""
+    valid_iters: int = 0
+    """Validation batches over all ranks together; 0 takes the whole set."""
+    valid_ratio: float | None = None
+    """Only checked: the share held out is fixed when the data is pretokenized."""
+    document_mask: bool = True
+    """Attention and positions restart at each document of a sample."""
+    num_workers: int = 1
+    """Threads that read ahead; 0 reads when a batch is needed."""
+    use_dataset_with_index: bool = True
+    """Kept for old commands: pretraining always reads through the index."""
+    restart_data: bool = False
+    """On --resume: accept other data, seed or max_seq_len, and start its stream anew."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Course of the learning rate after the warmup."""
+    decay_lr: bool = True
+    """Off: the learning rate stays at its peak."""
+    warmup_ratio: float = 0.01
+    """Share of the steps over which the learning rate rises."""
+    min_lr_ratio: float = 0.1
+    """Lowest learning rate, as a share of the peak."""
+    wsd_decay_ratio: float = 0.2
+    """Share of the steps over which wsd falls."""
+    weight_decay: float = 0.1
+    """Decay of the matrices, as a share of the learning rate."""
+    beta1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: float = 0.95
+    """Adam's decay of the mean square."""
+    adam_eps: float = 1e-8
+    """Added to the root of the mean square."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Parallel."""
+
+    ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Library for gradient collectives: nccl on CUDA, else gloo."""
+    ddp_impl: Literal["bucketed", "naive"] = "bucketed"
+    """naive: all-reduce every gradient after the backward pass, for comparison."""
+    bucket_size: int = 6_553_600
+    """Parameters in a bucket (25 MiB of float32 gradients)."""
+    disable_bucketing: bool = False
+    """One bucket for everything: no overlap."""
+    overlap_grad_reduce: bool = True
+    """Reduce a bucket while the backward pass goes on."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in float32 whatever the weights' dtype."""
+    check_for_nan_in_grad: bool = False
+    """Look into every bucket, and stop with the parameters' names at a non-finite gradient (fp16: the scaler's job)."""
+    dist_timeout: float = 600.0
+    """Seconds after which a collective that hangs is an error."""
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """System."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs: CUDA where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' dtype; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32."""
+    compile: bool = False
+    """torch.compile each transformer block."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    deterministic: bool = False
+    """Same bits from run to run on CUDA too (a CPU has them always)."""
+    num_threads: int = 0
+    """CPU threads a process; 0 leaves the launcher's choice."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a llama-style model."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: LlamaConfig = field(default_factory=LlamaConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the configuration, the data and the number of ranks."""
+
+    global_batch_size: int
+    """Samples in a step."""
+    max_iters: int
+    """Steps of the run."""
+
+
+_GROUPS = get_type_hints(Config)
+_FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()}
+
+_PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data")
+"""Say what this launch does, not what the run is: not saved."""
+
+_RENAMED = {
+    "hidden_dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "dropout1": "hidden_dropout",
+    "dropout2": "hidden_dropout",
+}
+_REMOVED = {
+    "grad_div_total_tokens": "leave it out: the loss is always divided by the global batch's supervised tokens",
+    "grad_scaling_before_comm": "leave it out: the loss is always scaled before the backward pass",
+    "reslog_dir": "leave it out: results are always in out_dir/reslog.jsonl",
+    "reslog_run_name": "leave it out: a run's name is its out_dir",
+    "reslog_save_interval": "leave it out: every record is written at once; --log_interval sets how often",
+    "num_cpus": "write --num_threads",
+}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Field name -> value, over all groups."""
+    return {name: getattr(getattr(config, group), name) for name, (group, _) in _FIELDS.items()}
+
+
+def replace(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with some fields replaced, by flat names."""
+    changes = {
+        group: dataclasses.replace(
+            getattr(config, group), **{n: v for n, v in values.items() if _FIELDS[n][0] == group}
+        )
+        for group in _GROUPS
+    }
+    return Config(**changes)
+
+
+def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
+    """Read the command line, the YAML file it names, and on --resume the saved configuration.
+
+    Returns:
+        the configuration, and the names that the command line or the YAML file set.
+    Raises:
+        ValueError: an unknown name, a wrong type, an impossible combination; one sentence.
+        SystemExit: after --help.
+    """
+    config_file, argv = _take_config_file(argv)
+    tokens = _normalize(argv)
+    if "--help" in tokens:
+        tyro.cli(Config, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True,
+                 prog="train_my_ddp.py")  # fmt: skip
+    command = {token[2:].partition("=")[0]: token.partition("=")[2] for token in tokens}
+    config_file = command.get("exp_config_file", config_file)
+    from_file = _read_yaml(Path(config_file)) if config_file else {}
+    merged = from_file | command
+    saved: dict[str, Any] = {}
+    if _coerce("resume", merged.get("resume", False)):
+        saved_path = Path(str(merged.get("out_dir", RunConfig.out_dir))) / CONFIG_NAME
+        saved = _read_yaml(saved_path) if saved_path.exists() else {}
+    _settle_length(saved, from_file)
+    _settle_length(saved | from_file, command, drop=(saved, from_file))
+    defaults = replace(Config(), {name: _coerce(name, value) for name, value in (saved | from_file).items()})
+    for name, value in command.items():
+        _coerce(name, value)
+    config = tyro.cli(
+        Config,
+        default=defaults,
+        args=[_to_tyro(name, value) for name, value in command.items()],
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+    if config_file:
+        config = replace(config, {"exp_config_file": str(config_file)})
+    _check(config)
+    return config, frozenset(merged)
+
+
+def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
+    """A newly given --epoch beats an older max_iters: otherwise it would have no effect."""
+    if "max_iters" in newer and "epoch" in newer:
+        raise ValueError("max_iters and epoch both say how long to train: give only one")
+    if "epoch" in newer and "max_iters" in older:
+        for source in drop or (older,):
+            source.pop("max_iters", None)
+
+
+def _take_config_file(argv: list[str]) -> tuple[str, list[str]]:
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    return "", argv
+
+
+def _normalize(argv: list[str]) -> list[str]:
+    """`--x v`, `--x=v`, `--flag`, `--no-flag` -> `--x=v`, one token a flag; names checked."""
+    tokens, index = [], 0
+    while index < len(argv):
+        token = argv[index]
+        index += 1
+        if token in ("-h", "--help"):
+            return ["--help"]
+        if not token.startswith("--"):
+            raise ValueError(f"{token!r} is not a flag: flags start with --, values follow as --name=value")
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals and name.startswith("no_") and _is_bool(name[3:]):
+            name, value = name[3:], "False"
+        elif not equals and _is_bool(name):
+            value = "True"
+            if index < len(argv) and argv[index].lower() in ("true", "false"):
+                value, index = argv[index], index + 1
+        elif not equals:
+            _check_name(name, "--")
+            if index == len(argv):
+                raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
+            value, index = argv[index], index + 1
+        _check_name(name, "--")
+        tokens.append(f"--{name}={value}")
+    return tokens
+
+
+def _is_bool(name: str) -> bool:
+    return name in _FIELDS and _FIELDS[name][1] is bool
+
+
+def _check_name(name: str, prefix: str) -> None:
+    if name in _FIELDS:
+        return
+    if name in _RENAMED:
+        raise ValueError(f"{prefix}{name} is now called {prefix}{_RENAMED[name]}")
+    if name in _REMOVED:
+        raise ValueError(f"{prefix}{name} has no use here: {_REMOVED[name]}")
+    close = difflib.get_close_matches(name, _FIELDS, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else "--help lists all flags"
+    raise ValueError(f"{prefix}{name} is unknown: {hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Flat keys of a YAML file. `derived`, which `to_yaml` adds for the reader's eye, is left out."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{path} must hold flat `name: value` lines")
+    values = dict(values or {})
+    values.pop("derived", None)
+    for name, value in values.items():
+        try:
+            _check_name(str(name), "")
+            _coerce(name, value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return values
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """`value`, from YAML or the command line, as the field's type.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    hint = _FIELDS[name][1]
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if type(None) in kinds and (value is None or value == "None"):
+        return None
+    kind = next(k for k in kinds if k is not type(None))
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif kind is str and isinstance(value, (str, int, float)):
+        return str(value)
+    elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+            if isinstance(value, str) or number == value:
+                return number
+        except ValueError:
+            pass
+    raise ValueError(f"{name} must be {'true or false' if kind is bool else f'of type {kind.__name__}'}, got {value!r}")
+
+
+def _to_tyro(name: str, value: str) -> str:
+    if _is_bool(name):
+        return f"--{name}" if _coerce(name, value) else f"--no_{name}"
+    return f"--{name}={value}"
+
+
+def _check(config: Config) -> None:
+    """Refuse combinations that need no data to be seen as impossible."""
+    flat = flatten(config)
+    for name in ("max_seq_len", "train_batch_size", "gradient_accumulation_steps", "valid_batch_size", "log_interval",
+                 "dist_timeout"):  # fmt: skip
+        if flat[name] <= 0:
+            raise ValueError(f"{name} must be positive, got {flat[name]}")
+    for name in ("max_iters", "save_interval", "valid_interval", "valid_iters", "num_workers", "grad_clip",
+                 "weight_decay", "learning_rate", "num_threads", "bucket_size", "seed"):  # fmt: skip
+        if flat[name] < 0:
+            raise ValueError(f"{name} must not be negative, got {flat[name]}")
+    for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
+        if not 0.0 <= flat[name] <= 1.0:
+            raise ValueError(f"{name} must lie between 0 and 1, got {flat[name]}")
+    for name in ("beta1", "beta2"):
+        if not 0.0 <= flat[name] < 1.0:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {flat[name]}")
+    if not config.run.max_iters and config.run.epoch <= 0:
+        raise ValueError(f"epoch must be positive where max_iters is 0, got {config.run.epoch}")
+    if not config.data.data_dir and not (config.data.train_data_dir and config.data.valid_data_dir):
+        raise ValueError("--data_dir is missing: give the directory of the pretokenized data")
+    if not config.data.use_dataset_with_index:
+        raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
+    if config.run.valid_only and not (config.run.resume or config.run.init_from):
+        raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
+    config.model.resolve()
+
+
+def resolve(config: Config, world_size: int, num_train_samples: int) -> Derived:
+    """What follows from the configuration together with the data and the ranks.
+
+    Raises:
+        ValueError: the global batch cannot be split over the ranks.
+    """
+    steps = config.data.gradient_accumulation_steps
+    if steps % world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
+            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
+        )
+    global_batch = config.data.train_batch_size * steps
+    epoch_iters = max(1, round(config.run.epoch * num_train_samples / global_batch))
+    return Derived(global_batch, config.run.max_iters or epoch_iters)
+
+
+def to_yaml(config: Config, derived: Derived) -> str:
+    """The configuration as YAML, None-valued keys included, with what was derived from it."""
+    values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}
+    return yaml.safe_dump(values | {"derived": dataclasses.asdict(derived)}, sort_keys=False, allow_unicode=True)

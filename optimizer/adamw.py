@@ -1,0 +1,58 @@
+"""AdamW (Loshchilov and Hutter, 2019) on lists of flat float32 tensors.
+
+m <- b1 m + (1 - b1) g          p <- p - lr wd p
+v <- b2 v + (1 - b2) g^2        p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+def adamw_reference(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float, weight_decay: float,
+    config: AdamWConfig,
+) -> None:  # fmt: skip
+    """The plain formula, in place, for one tensor; `step` counts from 1. The fused step is tested against it."""
+    exp_avg.mul_(config.beta1).add_(grad, alpha=1 - config.beta1)
+    exp_avg_sq.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
+    corrected_avg = exp_avg / (1 - config.beta1**step)
+    corrected_sq = exp_avg_sq / (1 - config.beta2**step)
+    param.mul_(1 - lr * weight_decay).sub_(lr * corrected_avg / (corrected_sq.sqrt() + config.eps))
+
+
+@torch.no_grad()
+def adamw_step(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int, lr: float,
+    weight_decay: float, grad_divisor: float, config: AdamWConfig,
+) -> None:  # fmt: skip
+    """One step with torch's fused kernel, in place, on flat float32 tensors of one device.
+
+    Args:
+        step: number of this step, from 1.
+        grad_divisor: gradients are divided by it first (loss scale over clipping factor). The division happens in
+            the kernel, which writes the quotient back into `grads`.
+    """
+    if not params:
+        return
+    device = params[0].device
+    torch_adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [],
+        # The kernel adds 1 to the step itself, each tensor's own.
+        [torch.tensor(float(step - 1), device=device) for _ in params],
+        fused=True,
+        grad_scale=torch.tensor(grad_divisor, dtype=torch.float32, device=device),
+        found_inf=torch.zeros((), dtype=torch.float32, device=device),
+        amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=weight_decay, eps=config.eps,
+        maximize=False,
+    )  # fmt: skip

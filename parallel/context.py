@@ -1,0 +1,136 @@
+"""Which process this is, and how it reaches the others.
+
+The only place that reads the environment. Two process groups, each used by one thread, so that the order of
+collectives on a group is the same on all ranks:
+
+    grad_group      NCCL or gloo; belongs to the comm stream (gradients, later also parameters)
+    control_group   gloo; belongs to the main thread (token counts, norms, validation, saves)
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """This process's place. The groups are None when it is alone."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    grad_group: dist.ProcessGroup | None = None
+    control_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Sum a CPU tensor over all ranks, in place. Main thread only."""
+        if self.control_group is not None:
+            dist.all_reduce(values, group=self.control_group)
+        return values
+
+    def gather(self, value: object) -> list:
+        """Every rank's value, in rank order, on every rank. Values that JSON can hold; main thread only."""
+        if self.control_group is None:
+            return [value]
+        content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.control_group)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        gathered = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(gathered, padded, group=self.control_group)
+        return [json.loads(g[: int(size)].numpy().tobytes()) for g, size in zip(gathered, sizes)]
+
+    def decide_on_main(self, decide: Callable[[], object]) -> object:
+        """Run `decide` on rank 0 alone; every rank returns its result, or raises its ValueError."""
+        answer = {}
+        if self.is_main:
+            try:
+                answer = {"result": decide()}
+            except ValueError as error:
+                answer = {"problem": str(error)}
+        answer = self.gather(answer)[0]
+        if "problem" in answer:
+            raise ValueError(answer["problem"])
+        return answer["result"]
+
+    def require_same(self, value: object, message: str) -> None:
+        """Raise ValueError(message) on every rank unless all ranks hold the same value."""
+        if any(other != value for other in self.gather(value)):
+            raise ValueError(message)
+
+    def barrier(self) -> None:
+        if self.control_group is not None:
+            dist.barrier(group=self.control_group)
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave to this process, 0 without it; known before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def exit_record_dir() -> Path | None:
+    """Where the launcher wants exit records, if it says so."""
+    directory = os.environ.get("ZERO2ALL_EXIT_DIR")
+    return Path(directory) if directory else None
+
+
+def init_context(device: str = "auto", backend: str = "auto", timeout_s: float = 600.0) -> DistContext:
+    """Find out this process's place from torchrun's variables and create the groups.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        backend: "auto" (NCCL on CUDA, else gloo), "nccl" or "gloo": for gradients. Control always takes gloo.
+        timeout_s: a collective that takes longer is an error.
+    Raises:
+        ValueError: CUDA was asked for and is missing, or there are more local processes than GPUs under NCCL.
+    """
+    rank, world_size = launched_rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda, but this machine or this torch has no CUDA: use --device=cpu")
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    if backend == "nccl" and device == "cpu":
+        raise ValueError("--ddp_backend=nccl needs --device=cuda: use gloo on a CPU")
+    if device == "cuda":
+        gpus = torch.cuda.device_count()
+        if backend == "nccl" and local_world_size > gpus:
+            raise ValueError(f"{local_world_size} processes for {gpus} GPUs: use --nproc_per_node={gpus}")
+        chosen = torch.device("cuda", local_rank % gpus)
+        torch.cuda.set_device(chosen)
+    else:
+        chosen = torch.device("cpu")
+    if world_size == 1:
+        return DistContext(rank, world_size, local_rank, local_world_size, chosen)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout, device_id=chosen if backend == "nccl" else None)
+    control_group = dist.new_group(backend="gloo", timeout=timeout)
+    return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
+
+
+def enable_determinism() -> None:
+    """Ask torch for the same bits from run to run on CUDA; before its first use there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def destroy_context(context: DistContext) -> None:
+    """Leave the process groups; call once, after the comm stream was closed."""
+    if context.grad_group is not None and dist.is_initialized():
+        dist.destroy_process_group()

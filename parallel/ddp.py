@@ -1,0 +1,251 @@
+"""Data-parallel training: every rank computes gradients on its share of the batch, then all ranks sum them.
+
+Read `NaiveDDP` first: it is the whole idea. `DistributedDataParallel` computes the same sums, but sends a bucket of
+gradients as soon as the backward pass has completed it, while the pass goes on with earlier layers:
+
+    main thread    forward | backward layer 3 | layer 2 | layer 1 | layer 0 | wait | step
+    comm stream                               [  bucket 0  ][  bucket 1  ][ bucket 2 ]
+                                                                            ^ the only exposed part
+
+What is sent: each gradient once, 2 (N - 1) / N x its bytes a rank (see comm_hooks.py). Gradients are summed, never
+averaged: the task's loss is divided by the supervised tokens of the whole global batch before the backward pass.
+Both are wrapped round a model in the same way:
+
+    for micro_batch in step[:-1]:
+        with ddp.no_sync():
+            loss(ddp, micro_batch).backward()
+    loss(ddp, step[-1]).backward()
+    ddp.finish_grad_sync()
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.buffer import Bucket, FlatBuffers, ParameterSlice
+from parallel.comm_hooks import all_reduce_hook
+from parallel.comm_stream import CommStream, Handle
+from parallel.context import DistContext
+
+logger = logging.getLogger(__name__)
+
+
+def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Give every rank the first rank's weights and buffers."""
+    if group is not None:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0, group=group)
+
+
+class NaiveDDP(nn.Module):
+    """All-reduce each gradient after the backward pass. Slow, short, and the oracle of the tests."""
+
+    def __init__(self, module: nn.Module, context: DistContext, grad_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.module, self.context = module, context
+        for parameter in module.parameters():
+            parameter.grad_dtype = grad_dtype
+            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
+        broadcast_parameters(module, context.grad_group)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def zero_grad(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad.zero_()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        yield
+
+    def finish_grad_sync(self) -> None:
+        if self.context.grad_group is not None:
+            for parameter in self.module.parameters():
+                dist.all_reduce(parameter.grad, group=self.context.grad_group)
+
+    def slices(self) -> list[ParameterSlice]:
+        """Every parameter whole: what the optimizer steps."""
+        return [
+            ParameterSlice(name, 0, p.dim() >= 2, p.detach().view(-1), p.grad.view(-1))
+            for name, p in self.module.named_parameters()
+        ]
+
+
+Hook = Callable[[object, Bucket], Handle | None]
+
+
+@dataclass
+class SyncTrace:
+    """When, in the last synchronised backward pass, each bucket was launched. For tests, warnings and profiles."""
+
+    arrived_before_launch: list[int]
+    """Gradients that had arrived when bucket i was launched."""
+    launched_at: list[float]
+    """time.perf_counter() of the launch of bucket i."""
+
+
+class DistributedDataParallel(nn.Module):
+    """Bucketed gradient reduction, overlapped with the backward pass.
+
+    A bucket is launched when its last gradient has arrived, always in bucket order: every rank issues the same
+    collectives in the same order, whatever order its gradients arrived in.
+
+    Args:
+        module: the model, already in its training dtype and on its device. Its parameters move into flat buffers.
+        context: this process's place.
+        comm_stream: runs the hooks; created here if not given.
+        bucket_size: elements after which a bucket is closed; 0 for a single bucket.
+        overlap_grad_reduce: launch buckets during the backward pass; off: all of them after it.
+        grad_dtype: dtype in which gradients accumulate and, with the default hook, travel.
+        check_for_nan: look for non-finite values in each bucket before it is reduced; see `nonfinite_parameters`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        context: DistContext,
+        comm_stream: CommStream | None = None,
+        bucket_size: int = 6_553_600,
+        overlap_grad_reduce: bool = True,
+        grad_dtype: torch.dtype = torch.float32,
+        check_for_nan: bool = False,
+    ):
+        super().__init__()
+        self.module, self.context = module, context
+        self.comm_stream = comm_stream or CommStream(context.device)
+        self.overlap_grad_reduce, self.check_for_nan = overlap_grad_reduce, check_for_nan
+        broadcast_parameters(module, context.grad_group)
+        # named_parameters yields a tied tensor once, at its first use.
+        self.buffers_flat = FlatBuffers(list(module.named_parameters()), bucket_size, context.world_size, grad_dtype)
+        self.buckets = [Bucket(layout, self.buffers_flat) for layout in self.buffers_flat.layout.buckets]
+        self._hook: Hook = all_reduce_hook
+        self._hook_state: object = context.grad_group
+        self._sync_this_backward = True
+        self._warned_order = False
+        self._slot_of = {}
+        for slot in self.buffers_flat.layout.slots:
+            parameter = self.buffers_flat.parameters[slot.parameter.name]
+            self._slot_of[parameter] = slot
+            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self._begin()
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def register_comm_hook(self, state: object, hook: Hook) -> None:
+        """Replace the all-reduce by `hook(state, bucket)`, see comm_hooks.py for what it owes."""
+        self._hook_state, self._hook = state, hook
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate: for all micro-batches of a step but the last."""
+        before, self._sync_this_backward = self._sync_this_backward, False
+        try:
+            yield
+        finally:
+            self._sync_this_backward = before
+
+    def zero_grad(self) -> None:
+        self.buffers_flat.zero_grad()
+
+    def slices(self) -> list[ParameterSlice]:
+        """Every parameter whole: what the optimizer steps."""
+        flat = self.buffers_flat
+        return [
+            ParameterSlice(
+                slot.parameter.name,
+                0,
+                len(slot.parameter.shape) >= 2,
+                flat.param_data[slot.start : slot.end],
+                flat.grad_data[slot.start : slot.end],
+            )
+            for slot in flat.layout.slots
+        ]
+
+    def finish_grad_sync(self) -> None:
+        """After the last micro-batch's backward pass: launch what is left and wait for all buckets.
+
+        Raises:
+            RuntimeError: parameters that got no gradient, by name.
+        """
+        missing = [slot.parameter.name for parameter, slot in self._slot_of.items() if parameter not in self._arrived]
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise RuntimeError(
+                f"{len(missing)} parameters got no gradient in this backward pass: {shown}; "
+                f"every parameter must take part in the loss, or be frozen before the model is wrapped"
+            )
+        while self._next_bucket < len(self.buckets):
+            self._launch(self.buckets[self._next_bucket])
+        for handle in self._handles:
+            handle.wait()
+        self.nonfinite_parameters = self._name_nonfinite()
+        self._warn_if_order_differs()
+        self.last_sync = self._trace
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the last synchronised backward pass."""
+        self._arrived: set[nn.Parameter] = set()
+        self._complete_order: list[int] = []
+        self._pending = [len(bucket.slots) for bucket in self.buckets]
+        self._next_bucket = 0
+        self._handles: list[Handle] = []
+        self._nonfinite_flags: list[Tensor] = []
+        self._trace = SyncTrace([], [])
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        """Autograd has added this backward pass's gradient of `parameter` to its view."""
+        if not self._sync_this_backward:
+            return
+        if parameter in self._arrived:
+            raise RuntimeError(
+                f"{self._slot_of[parameter].parameter.name} got a second gradient in one synchronised backward pass: "
+                f"run all micro-batches of a step but the last under no_sync(), then call finish_grad_sync()"
+            )
+        self._arrived.add(parameter)
+        bucket = self._slot_of[parameter].bucket
+        self._pending[bucket] -= 1
+        if self._pending[bucket] == 0:
+            self._complete_order.append(bucket)
+            while (
+                self.overlap_grad_reduce
+                and self._next_bucket < len(self.buckets)
+                and self._pending[self._next_bucket] == 0
+            ):
+                self._launch(self.buckets[self._next_bucket])
+
+    def _launch(self, bucket: Bucket) -> None:
+        def work() -> Handle | None:
+            if self.check_for_nan:
+                self._nonfinite_flags.append(~torch.isfinite(bucket.grad).all())
+            return self._hook(self._hook_state, bucket)
+
+        self._trace.arrived_before_launch.append(len(self._arrived))
+        self._trace.launched_at.append(time.perf_counter())
+        self._handles.append(self.comm_stream.submit(work))
+        self._next_bucket += 1
+
+    def _name_nonfinite(self) -> list[str]:
+        """Parameters of this rank's flagged buckets that hold a non-finite value after the sum."""
+        if not self._nonfinite_flags or not bool(torch.stack(self._nonfinite_flags).any()):
+            return []
+        flagged = [bucket for bucket, flag in zip(self.buckets, self._nonfinite_flags) if flag]
+        return [name for bucket in flagged for name, grad in bucket.views() if not torch.isfinite(grad).all()]
+
+    def _warn_if_order_differs(self) -> None:
+        """Gradients that arrive in another order than planned cost overlap, not correctness: say so once."""
+        if not self._warned_order and self._complete_order != sorted(self._complete_order):
+            self._warned_order = True
+            logger.warning(
+                "gradients arrive in another order than planned (buckets complete as %s): less communication is "
+                "hidden; define modules in the order of their use",
+                self._complete_order,
+            )

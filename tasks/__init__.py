@@ -1,0 +1,1 @@
+"""What is trained: each task turns a batch into (loss_sum, count, metrics)."""

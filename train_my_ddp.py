@@ -1,0 +1,538 @@
+"""Train a model, on one process or many.
+
+    python train_my_ddp.py --data_dir=D --out_dir=R [--help]
+    torchrun --standalone --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R [--resume]
+
+Exit codes, also left in R/exit/rank-N.json because torchrun hides them: 0 finished; 2 the command or the data is wrong;
+75 stopped on request (SIGTERM, Ctrl-C) after saving; anything else is a crash.
+"""
+
+import logging
+import math
+import signal
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import CONFIG_NAME, SHAPE_FIELDS, Config, parse_config, resolve, to_yaml
+from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
+from dataset.pretrain import PretrainDataset
+from model import Llama, LlamaConfig, flops, hf
+from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at, resolve_dtype
+from optimizer.adamw import AdamWConfig
+from parallel import DistContext, DistributedDataParallel, NaiveDDP, destroy_context, init_context
+from parallel.context import enable_determinism, exit_record_dir, launched_rank
+from tasks.pretrain import PretrainTask
+from tokenizer import load_tokenizer
+from utils import checkpoint as ckpt
+from utils import exits
+from utils.files import atomic_write
+from utils.heartbeat import Heartbeat
+from utils.logging import add_log_file, setup_console
+from utils.reslog import ResLog, count_launches
+
+logger = logging.getLogger("train")
+
+MAX_SKIPPED_STEPS = 100
+"""So many non-finite steps in a row end the run: it will not recover by itself."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands: what a checkpoint stores besides tensors."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    samples_consumed: int = 0
+    tokens: int = 0
+    """Input tokens read so far."""
+
+
+class Trainer:
+    """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong."""
+
+    def __init__(self, config: Config, given: frozenset[str], context: DistContext):
+        self.config, self.given, self.context = config, given, context
+        self.out_dir = Path(config.run.out_dir)
+        self.progress, self.stop_requested, self.skipped_in_a_row = Progress(), False, 0
+        if config.system.num_threads:
+            torch.set_num_threads(config.system.num_threads)
+        if config.system.deterministic:
+            enable_determinism()
+        self.resumed_from = self._open_out_dir()
+        self._open_data()
+        self.derived = resolve(config, context.world_size, len(self.train_data))
+        self._build_model()
+        self._build_parallel_and_optimizer()
+        if self.resumed_from is not None:
+            self._load_checkpoint(self.resumed_from)
+        self.loader = TrainLoader(
+            self.train_data, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
+            context.rank, context.world_size, self.progress.samples_consumed, config.data.num_workers,
+            pin_memory=context.device.type == "cuda",
+        )  # fmt: skip
+        self._start_records()
+
+    # --- building
+
+    def _open_out_dir(self) -> Path | None:
+        """Create the run directory, and find the checkpoint to resume from."""
+        run, context = self.config.run, self.context
+        ckpt_dir = self.out_dir / "ckpt"
+
+        def decide() -> str | None:
+            try:
+                ckpt_dir.mkdir(parents=True, exist_ok=True)
+                (self.out_dir / ".seen-by-all").write_text("")
+            except OSError as error:
+                raise ValueError(f"--out_dir {self.out_dir} cannot be written: {error.strerror}") from None
+            if not run.resume:
+                if ckpt.list_checkpoints(ckpt_dir):
+                    raise ValueError(
+                        f"{self.out_dir} already holds a run: add --resume to go on, or choose another --out_dir"
+                    )
+                return None
+            chosen, complaints = ckpt.choose_checkpoint(ckpt_dir, run.resume_from)
+            for complaint in complaints:
+                logger.warning(complaint)
+            if chosen is None:
+                if complaints:
+                    raise ValueError(f"{self.out_dir} holds no whole checkpoint: choose another --out_dir to start anew")
+                logger.info("no checkpoint in %s: starting fresh", self.out_dir)
+            return str(chosen.path) if chosen else None
+
+        chosen = context.decide_on_main(decide)
+        seen = context.gather((self.out_dir / ".seen-by-all").exists())
+        if not all(seen):
+            raise ValueError(f"--out_dir {self.out_dir} must lie on a file system that all ranks share")
+        add_log_file(self.out_dir / "train.log", context.rank)
+        self.heartbeat = Heartbeat(self.out_dir / "heartbeat", context.rank)
+        self.heartbeat.beat("start", 0)
+        return Path(chosen) if chosen else None
+
+    def _open_data(self) -> None:
+        """Open both sets and the tokenizer, and check that they belong together, on all ranks."""
+        data = self.config.data
+        train_dir, valid_dir = data.train_data_dir or data.data_dir, data.valid_data_dir or data.data_dir
+        self.train_data = PretrainDataset(train_dir, "train", data.max_seq_len, data.document_mask)
+        header = self.train_data.header
+        if data.valid_ratio is not None and abs(data.valid_ratio - header.valid_ratio) > 1e-9:
+            raise ValueError(
+                f"--valid_ratio={data.valid_ratio} contradicts the data, which was pretokenized with "
+                f"{header.valid_ratio}: leave it out, or pretokenize again"
+            )
+        self.valid_data = None
+        if header.valid_ratio > 0 or data.valid_data_dir:
+            self.valid_data = PretrainDataset(valid_dir, "valid", data.max_seq_len, data.document_mask)
+        elif self.config.run.valid_only:
+            raise ValueError(f"{train_dir} has no validation set: it was pretokenized with --valid_ratio 0")
+        self.tokenizer_dir = Path(data.tokenizer_dir or Path(train_dir) / "tokenizer")
+        self.tokenizer = load_tokenizer(self.tokenizer_dir)
+        for dataset in (self.train_data, self.valid_data):
+            if dataset is not None and dataset.header.tokenizer_fingerprint != self.tokenizer.fingerprint:
+                raise ValueError(
+                    f"the data was tokenized with another tokenizer than {self.tokenizer_dir}: give the right "
+                    f"--tokenizer_dir, or run `python -m data_preprocess.pretokenize_pretrain_data` again"
+                )
+        self.data_fingerprint = self.train_data.fingerprint
+        self.context.require_same(self.data_fingerprint, "the ranks see different training data: copy it to all nodes")
+
+    def _build_model(self) -> None:
+        config, device = self.config, self.context.device
+        source = self.resumed_from
+        if source is None and config.run.init_from:
+            source = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
+            if (source / "tokenizer.json").exists():
+                if load_tokenizer(source).fingerprint != self.tokenizer.fingerprint:
+                    raise ValueError(f"the data was not tokenized with the tokenizer of --init_from {source}")
+        self.model_config = self._resolve_model_config(source)
+        self.dtype = resolve_dtype(config.system.dtype, device)
+        self.model = Llama(self.model_config, config.system.gradient_checkpointing)
+        if source is None:
+            self.model.initialize(config.run.seed)
+        elif self.resumed_from is None:
+            hf.load_weights(self.model, source)
+        self.model.to(device=device, dtype=self.dtype)
+        if config.system.compile:
+            for block in self.model.layers:
+                block.compile()
+        self.task = PretrainTask(self.model, config.run.seed)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+
+    def _resolve_model_config(self, source: Path | None) -> LlamaConfig:
+        """The model's shape: from the weights where there are some, which a given flag must not contradict."""
+        wanted = self.config.model
+        if source is not None:
+            stored = hf.read_config(source)
+            for name in SHAPE_FIELDS:
+                asked = getattr(wanted, name)
+                if name in self.given and asked and asked != getattr(stored, name):
+                    raise ValueError(
+                        f"--{name}={asked} does not fit the weights in {source}, which have {getattr(stored, name)}: "
+                        f"leave it out"
+                    )
+            kept = {n: v for n, v in stored.__dict__.items() if n not in self.given or n in SHAPE_FIELDS}
+            kept["hidden_dropout"], kept["residual_in_fp32"] = wanted.hidden_dropout, wanted.residual_in_fp32
+            wanted = LlamaConfig(**{**wanted.__dict__, **kept})
+        resolved = wanted.resolve(self.tokenizer.vocab_size, self.config.data.max_seq_len)
+        if resolved.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(
+                f"--vocab_size={resolved.vocab_size} is smaller than the tokenizer's {self.tokenizer.vocab_size}: "
+                f"leave it out"
+            )
+        return resolved
+
+    def _build_parallel_and_optimizer(self) -> None:
+        parallel, optimizer = self.config.parallel, self.config.optimizer
+        grad_dtype = torch.float32 if parallel.grad_reduce_in_fp32 else self.dtype
+        if parallel.ddp_impl == "naive":
+            self.ddp = NaiveDDP(self.model, self.context, grad_dtype)
+        else:
+            self.ddp = DistributedDataParallel(
+                self.model,
+                self.context,
+                bucket_size=0 if parallel.disable_bucketing else parallel.bucket_size,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                grad_dtype=grad_dtype,
+                check_for_nan=parallel.check_for_nan_in_grad,
+            )
+        self.scaler = LossScaler(enabled=self.dtype == torch.float16)
+        constants = AdamWConfig(optimizer.beta1, optimizer.beta2, optimizer.adam_eps, optimizer.weight_decay)
+        self.optimizer = MixedPrecisionOptimizer(self.ddp.slices(), constants, optimizer.grad_clip, self.scaler)
+
+    def _load_checkpoint(self, path: Path) -> None:
+        """Restore optimizer and position; weights come from the float32 main parameters."""
+        config, state = self.config, ckpt.read_trainer_state(path)
+        stream = {"seed": config.run.seed, "data": self.data_fingerprint, "max_seq_len": config.data.max_seq_len}
+        changed = [name for name, value in stream.items() if state["stream"][name] != value]
+        if changed and not (config.data.restart_data or config.run.valid_only):
+            raise ValueError(
+                f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
+                f"restore them, or add --restart_data to begin a new pass over the data"
+            )
+        ckpt.load_flat_state(path, self.optimizer.named_state())
+        self.optimizer.weights_from_main()
+        self.optimizer.load_scalar_state(state["optimizer"])
+        samples = 0 if changed else state["samples_consumed"]
+        self.progress = Progress(state["step"], samples, state["tokens"])
+
+    def _start_records(self) -> None:
+        """Say what runs, and leave the configuration and the start record in the run directory."""
+        config, context, progress = self.config, self.context, self.progress
+        context.barrier()
+        peak = flops.device_peak_flops(context.device, self.dtype)
+        self.peak_flops = context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item()
+        seq_len = config.data.max_seq_len
+        self.flops_strict = flops.flops_per_token_strict(self.model_config, seq_len)
+        self.flops_seed = flops.flops_per_token_seed(self.model_config, seq_len, self.num_parameters)
+        self.byte_lengths = torch.zeros(self.model_config.vocab_size, dtype=torch.int64)
+        self.byte_lengths[: self.tokenizer.vocab_size] = torch.tensor(self.tokenizer.token_byte_lengths())
+        self.reslog = ResLog(self.out_dir / "reslog.jsonl") if context.is_main else None
+        for line in self._description():
+            logger.info(line)
+        if not context.is_main or config.run.valid_only:
+            return
+        for path in ckpt.abandon_later(self.out_dir / "ckpt", progress.step):
+            logger.info("set aside %s: the run goes on from step %d", path.name, progress.step)
+        atomic_write(self.out_dir / CONFIG_NAME, to_yaml(config, self.derived).encode())
+        self.reslog.write(
+            "start",
+            attempt=count_launches(self.out_dir / "reslog.jsonl") + 1,
+            step=progress.step,
+            samples_consumed=progress.samples_consumed,
+            parent_ckpt=str(self.resumed_from.name) if self.resumed_from else None,
+            world_size=context.world_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=config.run.seed,
+            data=self.data_fingerprint,
+        )
+
+    def _description(self) -> list[str]:
+        config, context, derived = self.config, self.context, self.derived
+        parallel = f"{context.world_size} processes" if context.world_size > 1 else "one process"
+        if config.parallel.ddp_impl == "naive":
+            parallel += ", naive all-reduce"
+        else:
+            overlap = "overlapped with" if config.parallel.overlap_grad_reduce else "after"
+            parallel += f", {len(self.ddp.buckets)} gradient buckets reduced {overlap} the backward pass"
+        attention = "plain" if self.model_config.attention_dropout else "sdpa"
+        tokens = derived.global_batch_size * config.data.max_seq_len
+        return [
+            f"model: {self.num_parameters / 1e6:.1f} M parameters, {self.model_config.num_hidden_layers} layers, "
+            f"{self.model_config.hidden_size} wide, {self.dtype} on {context.device.type}",
+            f"parallel: {parallel}; {torch.get_num_threads()} threads each",
+            f"ops: attention={attention} rms_norm=plain rope=plain swiglu=plain cross_entropy=torch adamw=torch-fused"
+            + (" (blocks compiled)" if config.system.compile else ""),
+            f"data: {len(self.train_data):,} samples of {config.data.max_seq_len} tokens; {derived.global_batch_size} "
+            f"samples ({tokens:,} tokens) a step, {derived.max_iters} steps, "
+            f"{derived.max_iters * derived.global_batch_size / len(self.train_data):.2f} epochs",
+            f"starts at step {self.progress.step}, sample {self.progress.samples_consumed}"
+            + (f", from {self.resumed_from}" if self.resumed_from else ""),
+        ]
+
+    # --- running
+
+    def request_stop(self, signum: int, _frame: object) -> None:
+        """Signal handler: all ranks agree on it at the next step's border."""
+        if self.stop_requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+
+    def train(self) -> int:
+        """Run to the last step, or until a stop is requested; returns the exit code."""
+        run, data, progress = self.config.run, self.config.data, self.progress
+        self.log_start, self.steps_since_log, self.digest_since_log = time.perf_counter(), 0, 0
+        self.first_since_log, self.wait_since_log = progress.samples_consumed, 0.0
+        self.model.train()
+        while progress.step < self.derived.max_iters:
+            self.heartbeat.beat("step", progress.step)
+            if not self._step():
+                self._save(valid_loss=None)
+                logger.info("stopped on request after step %d; go on with --resume", progress.step)
+                return exits.STOPPED
+            finished = progress.step == self.derived.max_iters
+            valid_loss = None
+            if self.valid_data is not None and (finished or _is_due(progress.step, data.valid_interval)):
+                valid_loss = self.validate()
+            if finished or valid_loss is not None or _is_due(progress.step, run.save_interval):
+                self._save(valid_loss)
+        if progress.step == 0 or self.steps_since_log:
+            logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
+        if self.reslog is not None:
+            self.reslog.write("end", step=progress.step)
+        self.heartbeat.beat("end", progress.step)
+        return exits.OK
+
+    def _step(self) -> bool:
+        """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
+        context, progress = self.context, self.progress
+        waited = time.perf_counter()
+        batches = next(self.loader)
+        self.wait_since_log += time.perf_counter() - waited
+
+        # Known before the backward pass, and needed by it: how many tokens of the whole global batch are supervised.
+        digest = sum(batch_digest(batch) for batch in batches.micro_batches)
+        supervised = sum(int(self.task.supervised(batch).sum()) for batch in batches.micro_batches)
+        agreed = torch.tensor([supervised, self.stop_requested, digest & 0xFFFFFFFF, digest >> 32])
+        count, stop, digest_low, digest_high = context.all_sum(agreed).tolist()
+        if stop:
+            return False
+
+        learning_rate = self.learning_rate()
+        loss_scale = self.scaler.scale / max(count, 1)
+        loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
+        for index, batch in enumerate(batches.micro_batches):
+            is_last = index == len(batches.micro_batches) - 1
+            with nullcontext() if is_last else self.ddp.no_sync():
+                loss_sum, _, _ = self.task(self._to_device(batch))
+                (loss_sum * loss_scale).backward()
+            loss_total += loss_sum.detach()
+        self.ddp.finish_grad_sync()
+        result = self.optimizer.step(learning_rate)
+        if result.skipped:
+            self._on_skipped_step(result.grad_norm)
+        else:
+            self.skipped_in_a_row = 0
+        self.ddp.zero_grad()
+
+        progress.step += 1
+        progress.samples_consumed = batches.last + 1
+        progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
+        self.steps_since_log += 1
+        self.digest_since_log = (self.digest_since_log + (digest_high << 32) + digest_low) % (1 << 64)
+        if _is_due(progress.step, self.config.run.log_interval):
+            loss = context.all_sum(loss_total.cpu()).item() / max(count, 1)
+            self._log_step(loss, learning_rate, result.grad_norm)
+        return True
+
+    def learning_rate(self) -> float:
+        o = self.config.optimizer
+        schedule = o.lr_schedule if o.decay_lr else "constant"
+        return learning_rate_at(
+            self.progress.step, self.derived.max_iters, o.learning_rate, schedule, o.warmup_ratio, o.min_lr_ratio,
+            o.wsd_decay_ratio,
+        )  # fmt: skip
+
+    def _on_skipped_step(self, grad_norm: float) -> None:
+        """All ranks are here together: the norm is of the summed gradients."""
+        self.skipped_in_a_row += 1
+        fp16 = self.scaler.enabled
+        logger.warning(
+            "step %d skipped: the gradient norm is %s%s", self.progress.step + 1, grad_norm,
+            f"; loss scale lowered to {self.scaler.scale:g}" if fp16 else "",
+        )  # fmt: skip
+        if self.config.parallel.check_for_nan_in_grad and not fp16:
+            names = getattr(self.ddp, "nonfinite_parameters", None) or ["none on this rank"]
+            raise FloatingPointError(f"non-finite gradients at step {self.progress.step + 1} in: {', '.join(names)}")
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(f"gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row")
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the validation set, bit for bit the same on any number of ranks: the set is always cut into
+        the same batches, and their exact sums are added in one order."""
+        context, data = self.context, self.config.data
+        started = time.perf_counter()
+        count, batches = validation_batches(
+            self.valid_data, data.valid_batch_size, data.valid_iters, context.rank, context.world_size
+        )
+        sums = torch.zeros(count, 3, dtype=torch.float64)
+        self.model.eval()
+        for index, batch in batches:
+            self.heartbeat.beat("validate", self.progress.step)
+            loss_sum, _, _ = self.task(self._to_device(batch))
+            labels = batch["labels"][self.task.supervised(batch)]
+            sums[index] = torch.tensor([loss_sum.item(), len(labels), self.byte_lengths[labels].sum()])
+        self.model.train()
+        loss_sum, tokens, text_bytes = (math.fsum(column) for column in context.all_sum(sums).T.tolist())
+        loss, bits_per_byte = loss_sum / tokens, loss_sum / math.log(2) / text_bytes
+        seconds = time.perf_counter() - started
+        self.log_start += seconds
+        logger.info(
+            "valid at step %d | loss %.4f | %.4f bits per byte | %d tokens | %.1f s",
+            self.progress.step, loss, bits_per_byte, tokens, seconds,
+        )  # fmt: skip
+        if self.reslog is not None:
+            self.reslog.write(
+                "valid", step=self.progress.step, loss=loss, bits_per_byte=bits_per_byte, tokens=int(tokens),
+                dt=round(seconds, 3),
+            )  # fmt: skip
+        return loss
+
+    def _log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+        if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
+            torch.cuda.synchronize()
+        now, progress = time.perf_counter(), self.progress
+        dt = (now - self.log_start) / self.steps_since_log
+        tokens_per_sec = self.derived.global_batch_size * self.config.data.max_seq_len / dt
+        mfu = tokens_per_sec * self.flops_strict / self.peak_flops
+        mfu_seed = tokens_per_sec * self.flops_seed / self.peak_flops
+        data_wait = self.wait_since_log / self.steps_since_log
+        if self.reslog is not None:
+            self.reslog.write(
+                "train", step=progress.step, loss=loss, lr=learning_rate, grad_norm=grad_norm, dt=round(dt, 6),
+                tokens=progress.tokens, tokens_per_sec=round(tokens_per_sec, 1), mfu=round(mfu, 4),
+                mfu_seed=round(mfu_seed, 4), data_wait=round(data_wait, 6),
+                samples=[self.first_since_log, progress.samples_consumed - 1], digest=f"{self.digest_since_log:016x}",
+            )  # fmt: skip
+            left = int(dt * (self.derived.max_iters - progress.step))
+            logger.info(
+                f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {grad_norm:.3f} | "
+                f"lr {learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula {mfu_seed:.1%})"
+                f" | data {data_wait * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
+            )
+        self.log_start, self.steps_since_log, self.digest_since_log = now, 0, 0
+        self.first_since_log, self.wait_since_log = progress.samples_consumed, 0.0
+
+    def _save(self, valid_loss: float | None) -> None:
+        """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state."""
+        context, progress = self.context, self.progress
+        started = time.perf_counter()
+        self.heartbeat.beat("save", progress.step)
+        writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
+        writer.prepare()
+        context.barrier()
+        state = self.optimizer.named_state()
+        total, seen, mine = self.num_parameters, 0, {}
+        for name, offset, tensors in state:
+            # Every rank holds all state: each writes the parameters whose first element falls into its even share.
+            if seen * context.world_size // total == context.rank:
+                mine |= {ckpt.flat_key(name, offset, key): tensor for key, tensor in tensors.items()}
+            seen += len(tensors["main"])
+        writer.write_tensors(f"optim-{context.rank}.safetensors", mine)
+        if context.is_main:
+            writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
+            writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
+            writer.write_folder(self.tokenizer.save_pretrained)
+            writer.write_json(ckpt.TRAINER_STATE, self._trainer_state())
+        writer.finish()
+        if context.is_main:
+            path = writer.commit(valid_loss)
+            ckpt.prune(self.out_dir / "ckpt")
+            seconds = time.perf_counter() - started
+            self.reslog.write("save", step=progress.step, path=path.name, dt=round(seconds, 3))
+            logger.info("saved %s in %.2f s", path, seconds)
+        context.barrier()
+        self.log_start += time.perf_counter() - started
+
+    def _trainer_state(self) -> dict:
+        return {
+            "step": self.progress.step,
+            "samples_consumed": self.progress.samples_consumed,
+            "tokens": self.progress.tokens,
+            "stream": {
+                "seed": self.config.run.seed,
+                "data": self.data_fingerprint,
+                "max_seq_len": self.config.data.max_seq_len,
+            },
+            "optimizer": self.optimizer.scalar_state(),
+            "world_size": self.context.world_size,
+        }
+
+    def close(self) -> None:
+        self.loader.close()
+        if isinstance(self.ddp, DistributedDataParallel):
+            self.ddp.comm_stream.close()
+        if self.reslog is not None:
+            self.reslog.close()
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def main(argv: list[str]) -> int:
+    """Run, and leave an exit record whatever happens; returns the exit code."""
+    rank = launched_rank()
+    setup_console(rank)
+    exit_dir, context, trainer = exit_record_dir(), None, None
+
+    def leave(code: int, reason: str) -> int:
+        if exit_dir is not None:
+            try:
+                exits.write_exit_record(exit_dir, rank, code, reason, trainer.progress.step if trainer else None)
+            except OSError as error:
+                logger.warning("no exit record: %s", error)
+        return code
+
+    try:
+        config, given = parse_config(argv)
+        exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
+        context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
+        exits.clear_exit_record(exit_dir, context.rank, context.world_size)
+        trainer = Trainer(config, given, context)
+    except ValueError as error:
+        logger.error("train_my_ddp: %s", error)
+        logging.getLogger().debug("", exc_info=True)
+        code = leave(exits.WRONG_INPUT, str(error))
+        if context is not None:
+            destroy_context(context)
+        return code
+
+    try:
+        if config.run.valid_only:
+            trainer.validate()
+            code = exits.OK
+        else:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, trainer.request_stop)
+            code = trainer.train()
+        trainer.close()
+        destroy_context(context)
+        return leave(code, "finished" if code == exits.OK else "stopped on request")
+    except Exception as error:
+        logger.error("crashed at step %d:\n%s", trainer.progress.step, traceback.format_exc())
+        leave(exits.CRASH, f"{type(error).__name__}: {error}")
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,241 @@
+"""Checkpoints: directories `ckpt/step-N/` that are whole or not there. Sees named tensors only.
+
+    .tmp-step-N/          while it is written
+      rank-R.done.json    each rank's record of its files: sizes and sha256
+    step-N/               after rank 0 checked the records, wrote the manifest and renamed
+      model.safetensors, config.json, tokenizer ...   a Hugging Face folder
+      optim-R.safetensors     flat float32 pieces, keyed "parameter name@offset/state"
+      trainer_state.json      where the run stands
+      manifest.json           every file's size and sha256, written last
+
+Nothing here issues collectives. Ranks meet through files in a common directory.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.files import atomic_write_json, fsync_dir, sha256_of_file
+
+MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+_STEP_DIR = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, not yet verified."""
+
+    path: Path
+    step: int
+    valid_loss: float | None
+
+
+class CheckpointWriter:
+    """One rank's part in writing `ckpt/step-N`.
+
+    Every rank: `prepare` (all ranks wait for rank 0's), write files, `finish`; then rank 0 calls `commit`.
+    """
+
+    def __init__(self, ckpt_dir: Path, step: int, rank: int, world_size: int):
+        self.step, self.rank, self.world_size = step, rank, world_size
+        self.directory = ckpt_dir / f".tmp-step-{step}"
+        self._final = ckpt_dir / f"step-{step}"
+        self._files: list[str] = []
+
+    def prepare(self) -> None:
+        """Rank 0: make an empty directory, whatever a killed save left there."""
+        if self.rank == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.directory / name, metadata)
+        self._files.append(name)
+
+    def write_json(self, name: str, value: object) -> None:
+        atomic_write_json(self.directory / name, value)
+        self._files.append(name)
+
+    def write_folder(self, write: Callable[[Path], None]) -> None:
+        """Let `write` put files of its own into the directory (a tokenizer saving itself)."""
+        before = set(os.listdir(self.directory))
+        write(self.directory)
+        self._files += sorted(name for name in set(os.listdir(self.directory)) - before if ".tmp-" not in name)
+
+    def finish(self) -> None:
+        """Flush this rank's files and record them."""
+        record = {}
+        for name in self._files:
+            path = self.directory / name
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            record[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        atomic_write_json(self.directory / f"rank-{self.rank}.done.json", record)
+
+    def commit(self, valid_loss: float | None, timeout_s: float = 600.0) -> Path:
+        """Rank 0: wait for all ranks' records, write the manifest, rename.
+
+        Raises:
+            TimeoutError: a rank did not finish in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        files: dict[str, dict] = {}
+        for rank in range(self.world_size):
+            path = self.directory / f"rank-{rank}.done.json"
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"rank {rank} did not write its part of {self.directory} in {timeout_s:.0f} s")
+                time.sleep(0.01)
+            files |= json.loads(path.read_text())
+            path.unlink()
+        atomic_write_json(self.directory / MANIFEST, {"step": self.step, "valid_loss": valid_loss, "files": files})
+        if self._final.exists():
+            os.replace(self._final, self._final.with_name(f".old-{self._final.name}"))
+        os.replace(self.directory, self._final)
+        fsync_dir(self._final.parent)
+        return self._final
+
+
+def find_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return "it has no manifest"
+    except (ValueError, KeyError):
+        return "its manifest is damaged"
+    for name, expected in files.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != expected["size"]:
+            return f"{name} holds {size} bytes instead of {expected['size']}"
+        if sha256_of_file(file) != expected["sha256"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
+    """Committed checkpoints by rising step, unverified; abandoned and unfinished ones are left out."""
+    found = []
+    for path in ckpt_dir.glob("step-*") if ckpt_dir.is_dir() else ():
+        match = _STEP_DIR.fullmatch(path.name)
+        if match and path.is_dir():
+            try:
+                valid_loss = json.loads((path / MANIFEST).read_text())["valid_loss"]
+            except (OSError, ValueError, KeyError):
+                valid_loss = None
+            found.append(Checkpoint(path, int(match[1]), valid_loss))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def choose_checkpoint(ckpt_dir: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
+    """The best valid checkpoint to resume from, and a sentence about each broken one that was passed over.
+
+    Args:
+        which: "last" (greatest step) or "best" (lowest recorded validation loss).
+    """
+    candidates = list_checkpoints(ckpt_dir)[::-1]
+    if which == "best":
+        candidates = sorted((c for c in candidates if c.valid_loss is not None), key=lambda c: c.valid_loss)
+    complaints = []
+    for candidate in candidates:
+        problem = find_problem(candidate.path)
+        if problem is None:
+            return candidate, complaints
+        complaints.append(f"checkpoint {candidate.path} is broken and skipped: {problem}")
+    return None, complaints
+
+
+def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:
+    """A directory with weights, from a run, a checkpoint or a Hugging Face folder.
+
+    Raises:
+        ValueError: nothing usable there.
+    """
+    if (path / "config.json").exists():
+        if (path / MANIFEST).exists() and (problem := find_problem(path)):
+            raise ValueError(f"checkpoint {path} is broken: {problem}")
+        return path
+    if (path / "ckpt").is_dir():
+        chosen, complaints = choose_checkpoint(path / "ckpt", which)
+        if chosen is not None:
+            return chosen.path
+        raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint to take ({which})")
+    raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder")
+
+
+def read_trainer_state(path: Path) -> dict:
+    return json.loads((path / TRAINER_STATE).read_text())
+
+
+def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond `step`, which a resumed run leaves behind, to `abandoned-*`."""
+    renamed = []
+    for checkpoint in list_checkpoints(ckpt_dir):
+        if checkpoint.step > step:
+            target = ckpt_dir / f"abandoned-{checkpoint.path.name}-{int(time.time())}"
+            os.replace(checkpoint.path, target)
+            renamed.append(target)
+    return renamed
+
+
+def prune(ckpt_dir: Path, keep_last: int = 2, keep_best: int = 2) -> None:
+    """Delete all but the newest and the best checkpoints, and what killed saves left."""
+    checkpoints = list_checkpoints(ckpt_dir)
+    scored = sorted((c for c in checkpoints if c.valid_loss is not None), key=lambda c: c.valid_loss)
+    kept = {c.path for c in [*checkpoints[-keep_last:], *scored[:keep_best]]}
+    doomed = [c.path for c in checkpoints if c.path not in kept]
+    for path in [*doomed, *ckpt_dir.glob(".tmp-step-*"), *ckpt_dir.glob(".old-*")]:
+        # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.
+        if path.name.startswith("step-"):
+            hidden = path.with_name(f".old-{path.name}")
+            os.replace(path, hidden)
+            path = hidden
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flat_key(name: str, offset: int, state: str) -> str:
+    return f"{name}@{offset}/{state}"
+
+
+def load_flat_state(directory: Path, wanted: Iterable[tuple[str, int, dict[str, Tensor]]]) -> None:
+    """Fill flat tensors from all `optim-*.safetensors` of a checkpoint, however those were cut.
+
+    Args:
+        wanted: (parameter name, offset of the tensors in the parameter, state -> 1-D tensor to fill).
+    Raises:
+        ValueError: some elements are in no file, or a file cannot be read.
+    """
+    pieces: dict[tuple[str, str], list[tuple[int, int, str, Path]]] = {}
+    handles = {}
+    try:
+        for file in sorted(directory.glob("optim-*.safetensors")):
+            handles[file] = safe_open(file, framework="pt")
+            for key in handles[file].keys():
+                name, _, rest = key.rpartition("@")
+                offset, _, state = rest.partition("/")
+                length = handles[file].get_slice(key).get_shape()[0]
+                pieces.setdefault((name, state), []).append((int(offset), int(offset) + length, key, file))
+    except SafetensorError as error:
+        raise ValueError(f"the optimizer state in {directory} cannot be read: {error}") from None
+    for name, offset, states in wanted:
+        for state, target in states.items():
+            filled = 0
+            for start, end, key, file in pieces.get((name, state), ()):
+                first, last = max(start, offset), min(end, offset + len(target))
+                if first < last:
+                    target[first - offset : last - offset] = handles[file].get_slice(key)[first - start : last - start]
+                    filled += last - first
+            if filled != len(target):
+                raise ValueError(f"{directory} holds {filled} of {len(target)} elements of {name} ({state})")

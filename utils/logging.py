@@ -1,0 +1,35 @@
+"""Console and `train.log`: the first rank speaks on the console, every rank's warnings go to the file."""
+
+import logging
+import sys
+from pathlib import Path
+
+
+class _RankFilter(logging.Filter):
+    """Everything from rank 0, only warnings and worse from the others; each record learns its rank."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self._rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        return self._rank == 0 or record.levelno >= logging.WARNING
+
+
+def setup_console(rank: int) -> None:
+    """Send the root logger to standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_RankFilter(rank))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+
+
+def add_log_file(path: Path, rank: int) -> None:
+    """Also write to `path`, with time and rank. Ranks append to one file, a line at a time."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
+    handler.addFilter(_RankFilter(rank))
+    logging.getLogger().addHandler(handler)

@@ -1,0 +1,66 @@
+"""The run's results: `reslog.jsonl`, append-only, one JSON object a line.
+
+Every record has "name" ("start", "train", "valid", "save", "end") and "time". Each launch appends a "start" record with
+the step it begins at; what earlier launches wrote beyond that step is superseded, and `read_reslog` leaves it out.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class ResLog:
+    def __init__(self, path: Path):
+        """Open for appending. A line that a crash cut off gets its newline first, so that the next one stays whole."""
+        torn = False
+        if path.exists() and path.stat().st_size:
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+        self._file = open(path, "ab")
+        if torn:
+            self._file.write(b"\n")
+
+    def write(self, name: str, **values: object) -> None:
+        """Append one record and flush it. Non-finite floats become strings, which JSON can hold."""
+        record = {"name": name, "time": round(time.time(), 3), **values}
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = str(value)
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _records(path: Path) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "name" in record:
+                yield record
+
+
+def count_launches(path: Path) -> int:
+    """How many start records the log holds."""
+    return sum(record["name"] == "start" for record in _records(path))
+
+
+def read_reslog(path: Path) -> list[dict]:
+    """The records that stand: torn lines are left out, and so is what a later launch superseded.
+
+    A launch that starts at step s goes on from the state after step s: earlier records of steps > s are gone.
+    """
+    kept: list[dict] = []
+    for record in _records(path):
+        if record["name"] == "start":
+            kept = [r for r in kept if r["name"] == "start" or r.get("step", 0) <= record["step"]]
+        kept.append(record)
+    return kept
