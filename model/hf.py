@@ -108,14 +108,14 @@ def read_config(directory: str | Path) -> LlamaConfig:
 
 @torch.no_grad()
 def load_weights(model: Llama, directory: str | Path) -> None:
-    """Copy the weights of a folder's `*.safetensors` into the model, whatever dtype either has.
+    """Copy the weights of a folder's `model*.safetensors` into the model, whatever dtype either has.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape; it is named, and nothing else is said of the rest.
+        ValueError: a weight is missing, unknown or of another shape; the first such is named.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = sorted(Path(directory).glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{directory} holds no .safetensors file")
+        raise ValueError(f"{directory} holds no model.safetensors")
     targets = dict(model.named_parameters())
     missing = set(targets)
     for file in files:
