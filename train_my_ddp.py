@@ -102,7 +102,7 @@ class Trainer:
                 logger.warning(complaint)
             if chosen is None:
                 if complaints:
-                    raise ValueError(f"{self.out_dir} holds no whole checkpoint: choose another --out_dir to start anew")
+                    raise ValueError(f"{self.out_dir} has no whole checkpoint left: choose another --out_dir")
                 logger.info("no checkpoint in %s: starting fresh", self.out_dir)
             return str(chosen.path) if chosen else None
 

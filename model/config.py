@@ -37,7 +37,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
-    """How positions beyond original_max_position_embeddings are reached (dynamic: NTK-aware)."""
+    """How longer contexts are reached; dynamic (NTK-aware) acts on sequences beyond max_position_embeddings."""
     rope_scaling_factor: float = 1.0
     """By how much the context is stretched."""
     rope_low_freq_factor: float = 1.0
@@ -45,7 +45,7 @@ class LlamaConfig:
     rope_high_freq_factor: float = 4.0
     """llama3 scaling: wavelengths shorter than the original context over this are left alone."""
     original_max_position_embeddings: int = 0
-    """Context before the scaling; 0 takes max_position_embeddings."""
+    """llama3 scaling: context before it; 0 takes max_position_embeddings."""
     hidden_dropout: float = 0.0
     """Probability of dropping an element of each block's attention and feed-forward output."""
     attention_dropout: float = 0.0

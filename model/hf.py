@@ -27,9 +27,8 @@ def to_hf_config(config: LlamaConfig, dtype: torch.dtype, eos_token_id: int | No
     rope: dict[str, object] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling != "none":
         rope |= {"rope_type": config.rope_scaling, "factor": config.rope_scaling_factor}
-        if config.rope_scaling in ("llama3", "dynamic"):
-            rope["original_max_position_embeddings"] = config.original_max_position_embeddings
         if config.rope_scaling == "llama3":
+            rope["original_max_position_embeddings"] = config.original_max_position_embeddings
             rope["low_freq_factor"] = config.rope_low_freq_factor
             rope["high_freq_factor"] = config.rope_high_freq_factor
     values = {

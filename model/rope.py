@@ -13,13 +13,13 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int, device: torch.device 
 
     none     theta ** (-2i / D)
     linear   the same over the factor (Chen et al., "Extending context window ... via positional interpolation", 2023)
-    dynamic  theta grows with seq_len once it exceeds the original context (NTK-aware scaling, bloc97, 2023)
+    dynamic  theta grows with seq_len beyond max_position_embeddings (NTK-aware scaling, bloc97, 2023)
     llama3   long wavelengths over the factor, short ones untouched, a linear blend between (Llama 3.1)
     """
     dim, theta, factor = config.head_dim, config.rope_theta, config.rope_scaling_factor
-    original = config.original_max_position_embeddings
     if config.rope_scaling == "dynamic":
-        theta *= (factor * max(seq_len, original) / original - (factor - 1)) ** (dim / (dim - 2))
+        context = config.max_position_embeddings
+        theta *= (factor * max(seq_len, context) / context - (factor - 1)) ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
     inv_freq = 1.0 / (theta**exponents)
     if config.rope_scaling == "linear":
@@ -27,7 +27,7 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int, device: torch.device 
     elif config.rope_scaling == "llama3":
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         wavelengths = 2 * math.pi / inv_freq
-        blend = ((original / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+        blend = ((config.original_max_position_embeddings / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
         inv_freq = (1 - blend) * inv_freq / factor + blend * inv_freq
     return inv_freq
 

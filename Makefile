@@ -1,0 +1,39 @@
+# Set-up, demo and tests. PYTHON picks the interpreter (3.11 or 3.12) that the environment is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-fast lint clean
+
+help:
+	@echo "make demo       the main job end to end, on the Python standard library's source"
+	@echo "make test       all tests"
+	@echo "make test-fast  the tests without the slow ones"
+	@echo "make lint       ruff"
+	@echo "make clean      remove .venv and out/"
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m demo.run
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) out

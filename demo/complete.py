@@ -1,0 +1,118 @@
+"""Let the trained model complete functions of modules that it never saw, and count how many completions parse.
+
+    python -m demo.complete --ckpt out/demo/run --corpus_dir out/demo/corpus --data_dir out/demo/data
+
+The prompt is the end of the module up to and including a function's header. The completion is cut where the function
+ends (a line indented no deeper than the header), or before the last, unfinished line; header and body must parse.
+"""
+
+import argparse
+import ast
+import json
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_preprocess.pretokenize_pretrain_data import is_valid_document
+from dataset.format import MANIFEST_NAME
+from generate import generate, load_model
+from optimizer import resolve_dtype
+
+
+@dataclass(frozen=True)
+class Header:
+    """A function of a held-out module."""
+
+    module: str
+    before: str
+    """The module's text before the header."""
+    text: str
+    """The header's lines, from `def` to the colon."""
+    indent: int
+    """Columns before `def`."""
+
+
+def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
+    """Functions with a body of 2 to 15 lines, in the modules that went to the validation set, in order of names."""
+    for path in sorted(corpus_dir.rglob("*.py")):
+        try:
+            text = path.read_bytes().decode("utf-8")
+            tree = ast.parse(text)
+        except (UnicodeDecodeError, SyntaxError):
+            continue
+        if not is_valid_document(text, valid_ratio):
+            continue
+        lines = text.splitlines(keepends=True)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and 2 <= node.end_lineno - node.body[0].lineno + 1 <= 15:
+                first, body = node.lineno - 1, node.body[0].lineno - 1
+                header = "".join(lines[first:body])
+                if body > first and header.rstrip().endswith(":"):
+                    yield Header(path.stem, "".join(lines[:first]), header, node.col_offset)
+
+
+def cut_body(header: Header, completion: str, finished: bool) -> str:
+    """The function's body in a completion; see the module's docstring."""
+    lines = completion.splitlines(keepends=True)
+    if lines and not finished and not completion.endswith("\n"):
+        lines.pop()
+    body = []
+    for line in lines:
+        if line.strip() and len(line) - len(line.lstrip()) <= header.indent:
+            break
+        body.append(line)
+    return "".join(body)
+
+
+def parses(header: Header, body: str) -> bool:
+    try:
+        ast.parse(textwrap.dedent(" " * header.indent + header.text.lstrip() + body))
+    except (SyntaxError, ValueError):
+        return False
+    return bool(body.strip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.complete", description="Complete held-out functions.")
+    parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--corpus_dir", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--count", type=int, default=30, help="functions to complete (default: 30)")
+    parser.add_argument("--show", type=int, default=3, help="completions to print (default: 3)")
+    parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--output", help="write the score to this JSON file")
+    args = parser.parse_args()
+    valid_ratio = json.loads((Path(args.data_dir) / MANIFEST_NAME).read_text())["valid_ratio"]
+    headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
+    if not headers:
+        print("demo.complete: no function in the held-out modules", file=sys.stderr)
+        return 2
+    headers = headers[:: max(1, len(headers) // args.count)][: args.count]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+    context, new_tokens = model.config.max_position_embeddings, 96
+    good = 0
+    for index, header in enumerate(headers):
+        prompt = tokenizer.encode(header.before + header.text)[-(context - new_tokens) :]
+        ids = list(
+            generate(model, prompt, new_tokens, frozenset([tokenizer.eod_id]), args.temperature, seed=index, top_k=0)
+        )
+        body = cut_body(header, tokenizer.decode(ids), finished=len(ids) < new_tokens)
+        parsed = parses(header, body)
+        good += parsed
+        if index < args.show:
+            print(f"--- {header.module}, {'parses' if parsed else 'does not parse'}:")
+            print(textwrap.dedent(" " * header.indent + header.text.lstrip() + body).rstrip())
+    share = good / len(headers)
+    print(f"--- {good} of {len(headers)} completions parse ({share:.0%})")
+    if args.output:
+        Path(args.output).write_text(json.dumps({"completions": len(headers), "parse": good, "share": share}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

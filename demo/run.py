@@ -1,0 +1,131 @@
+"""The main job from end to end, on the Python standard library's own source: `make demo`.
+
+Every stage prints the plain command that it runs. Everything lies below --dir, which is emptied first.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.exits import STOPPED, read_exit_records, verdict
+from utils.reslog import read_reslog
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def show(command: list[str]) -> None:
+    print("$ " + shlex.join(command), flush=True)
+
+
+def run(command: list[str]) -> None:
+    """Run a plain command with this interpreter's own tools; a failure ends the demo."""
+    show(command)
+    code = subprocess.run(_executable(command), cwd=ROOT).returncode
+    if code:
+        raise SystemExit(f"the demo stopped: the command above ended with exit code {code}")
+
+
+def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
+    """Start training, ask it to stop once it has done `stop_step` steps, and check that it saved and said so."""
+    show(command)
+    process = subprocess.Popen(_executable(command), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    reslog = run_dir / "reslog.jsonl"
+    asked = False
+    while process.poll() is None:
+        time.sleep(0.2)
+        if not asked and reslog.exists() and any(r.get("step", 0) >= stop_step for r in read_reslog(reslog)):
+            print(f"$ kill -TERM {process.pid}    # as a scheduler would, in the middle of the run", flush=True)
+            process.send_signal(signal.SIGTERM)
+            asked = True
+    errors = process.stderr.read()
+    if verdict(record["code"] for record in read_exit_records(run_dir / "exit")) != STOPPED:
+        raise SystemExit(f"{errors}\nthe demo stopped: training should have stopped on request, but did not")
+
+
+def _executable(command: list[str]) -> list[str]:
+    """`python` and `torchrun` of the environment that runs the demo."""
+    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
+    parser.add_argument("--dir", default="out/demo", help="where everything goes (default: out/demo)")
+    parser.add_argument("--max_iters", type=int, default=320, help="training steps (default: 320)")
+    parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
+    args = parser.parse_args()
+    home = Path(args.dir)
+    shutil.rmtree(ROOT / home, ignore_errors=True)
+    corpus, tokenizer, data, run_dir = (str(home / name) for name in ("corpus", "tokenizer", "data", "run"))
+    score = home / "completions.json"
+    train = [
+        "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py", "configs/demo-cpu.yaml",
+        "--task_type=pretrain", f"--data_dir={data}", f"--out_dir={run_dir}", f"--max_iters={args.max_iters}",
+    ]  # fmt: skip
+
+    # Later stages (SFT, DPO, a plot) are appended here.
+    stages: list[tuple[str, Callable[[], None]]] = [
+        ("corpus: the standard library's source", lambda: run(["python", "-m", "demo.corpus", "--output_dir", corpus])),
+        ("tokenizer: byte-level BPE, 8,192 entries", lambda: run(
+            ["python", "-m", "tokenizer.train_tokenizer", "--data_dir", corpus, "--output_dir", tokenizer,
+             "--vocab_size", "8192", "--kind", "hf_bbpe"])),
+        ("pretokenize: text -> .bin", lambda: run(
+            ["python", "-m", "data_preprocess.pretokenize_pretrain_data", "--data_dir", corpus, "--tokenizer_dir",
+             tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", "0.03"])),
+        ("index: .bin -> .ibin", lambda: run(
+            ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
+             "--max_seq_len", "256"])),
+        ("pretrain: first half, then a SIGTERM", lambda: run_until_half(train, ROOT / run_dir, args.max_iters // 2)),
+        ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
+        ("complete held-out functions", lambda: run(
+            ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
+             "--output", str(score)])),
+    ]  # fmt: skip
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
+    times = []
+    for number, (title, stage) in enumerate(stages, 1):
+        print(f"\n=== {number}/{len(stages)} {title}", flush=True)
+        started = time.monotonic()
+        stage()
+        times.append((title, time.monotonic() - started))
+        print(f"=== {times[-1][1]:.1f} s", flush=True)
+    summarize(times, ROOT / run_dir, json.loads((ROOT / score).read_text()))
+    return 0
+
+
+def summarize(times: list[tuple[str, float]], run_dir: Path, score: dict) -> None:
+    records = read_reslog(run_dir / "reslog.jsonl")
+    trained = [record for record in records if record["name"] == "train"]
+    valid = [record for record in records if record["name"] == "valid"][-1]
+    dtype = [record for record in records if record["name"] == "start"][-1]["dtype"]
+    print("\n=== result")
+    for title, seconds in times:
+        print(f"{seconds:8.1f} s  {title}")
+    print(f"{sum(seconds for _, seconds in times):8.1f} s  in all, on {os.cpu_count()} cores of {cpu_name()}, {dtype}")
+    print(
+        f"trained on {trained[-1]['tokens']:,} tokens; held-out modules: loss {valid['loss']:.3f}, "
+        f"{valid['bits_per_byte']:.3f} bits per byte; {score['parse']} of {score['completions']} completions parse "
+        f"({score['share']:.0%})"
+    )
+    print(f"the run: {run_dir.relative_to(ROOT)}   try: python generate.py --ckpt {run_dir.relative_to(ROOT)} "
+          f'--prompt "def main("')  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The import rules of the design, read from the source: who may know whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))} | {p.stem for p in ROOT.glob("*.py")}
+
+ALLOWED = {
+    "utils": set(),
+    "configurator": {"model.config"},
+    "model": set(),
+    "dataset": {"utils"},
+    "parallel": set(),
+    "optimizer": {"parallel.buffer"},
+    "tasks": {"dataset", "model"},
+    "tokenizer": {"utils", "data_preprocess.readers"},
+    "data_preprocess": {"utils", "dataset.format", "tokenizer"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_a_package_imports_only_what_it_may(package: str):
+    files = [ROOT / f"{package}.py"] if (ROOT / f"{package}.py").exists() else sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports_of(path):
+            allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[package] | {package})
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_model_knows_nothing_of_other_processes():
+    for path in (ROOT / "model").rglob("*.py"):
+        assert "torch.distributed" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_environment_is_read_in_one_place():
+    for package in ("model", "dataset", "optimizer", "tasks", "utils", "tokenizer", "parallel"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.name != "context.py":
+                assert "os.environ" not in path.read_text(encoding="utf-8"), path
+    assert "os.environ" not in (ROOT / "train_my_ddp.py").read_text(encoding="utf-8")
+
+
+def test_nothing_is_pickled_or_executed():
+    """The original broadcast pickled checkpoints and read its configuration with exec."""
+    forbidden = ("pickle.", "torch.load(", "torch.save(", "object_list(", "all_gather_object", "exec(")
+    for path in ROOT.rglob("*.py"):
+        if any(part.startswith(".") or part in ("tests", "out") for part in path.relative_to(ROOT).parts):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in forbidden if word in text], path

@@ -1,0 +1,77 @@
+"""The layout of the flat buffers: properties that hold for any model, bucket size and world size."""
+
+import random
+
+import pytest
+import torch
+
+from parallel.buffer import Bucket, FlatBuffers
+from parallel.layout import ALIGNMENT, ParameterSpec, plan_layout
+
+
+def random_parameters(rng: random.Random) -> list[ParameterSpec]:
+    shapes = [(rng.randint(1, 300),) if rng.random() < 0.4 else (rng.randint(1, 40), rng.randint(1, 40))
+              for _ in range(rng.randint(1, 30))]  # fmt: skip
+    return [ParameterSpec(f"p{i}", shape) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_properties(seed: int):
+    rng = random.Random(seed)
+    parameters = random_parameters(rng)
+    bucket_size, world_size = rng.choice([0, 1, 100, 1000, 10**9]), rng.randint(1, 9)
+    layout = plan_layout(parameters, bucket_size, world_size)
+
+    # Every parameter once, in reverse order of first use.
+    assert [slot.parameter for slot in layout.slots] == parameters[::-1]
+    end = 0
+    for index, bucket in enumerate(layout.buckets):
+        assert (bucket.index, bucket.start) == (index, end)
+        assert bucket.slots
+        assert (bucket.end - bucket.start) % (world_size * ALIGNMENT) == 0
+        cursor = bucket.start
+        for slot in bucket.slots:
+            assert slot.bucket == index and slot.start >= cursor and slot.end - slot.start == slot.parameter.numel
+            assert (slot.start - bucket.start) % ALIGNMENT == 0 and slot.start - cursor < ALIGNMENT
+            cursor = slot.end
+        assert cursor <= bucket.end < cursor + world_size * ALIGNMENT
+        filled = bucket.slots[-1].end - bucket.start
+        before_last = bucket.slots[-1].start - bucket.start
+        if bucket_size:
+            # Closed as soon as it was full, and not before.
+            assert before_last < bucket_size
+            assert filled >= bucket_size or index == len(layout.buckets) - 1
+        end = bucket.end
+    assert layout.numel == end
+    assert bucket_size or len(layout.buckets) == 1
+
+
+def test_layout_does_not_depend_on_anything_else():
+    parameters = random_parameters(random.Random(7))
+    assert plan_layout(parameters, 500, 2) == plan_layout(list(parameters), 500, 2)
+    with pytest.raises(ValueError, match="bucket_size"):
+        plan_layout(parameters, -1, 2)
+
+
+def test_buffers_are_views():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)).to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = FlatBuffers(list(model.named_parameters()), 20, 2, torch.float32)
+    x = torch.randn(4, 5, dtype=torch.bfloat16)
+    model(x).float().sum().backward()
+    first = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model(x).float().sum().backward()
+    for slot in buffers.layout.slots:
+        parameter = buffers.parameters[slot.parameter.name]
+        assert torch.equal(parameter, before[slot.parameter.name])
+        # bf16 gradients have accumulated in float32, in the buffer.
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(buffers.grad_data[slot.start : slot.end], 2 * first[slot.parameter.name].flatten())
+        buffers.param_data[slot.start : slot.end] = 3.0
+        assert (parameter == 3.0).all()
+    names = [name for layout in buffers.layout.buckets for name, _ in Bucket(layout, buffers).views()]
+    assert names == ["1.bias", "1.weight", "0.bias", "0.weight"]
+    model[0].weight.grad = None
+    buffers.zero_grad()
+    assert model[0].weight.grad is not None and not buffers.grad_data.any()

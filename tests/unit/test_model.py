@@ -1,0 +1,305 @@
+"""The model against Hugging Face's, against itself in other modes, and against known answers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import KVCache, Llama, LlamaConfig, flops, hf
+from model.dropout import DropoutKey, dropout_mask, philox_uint32
+from model.loss import IGNORE_INDEX, cross_entropy_sum
+
+SMALL = LlamaConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32,
+)  # fmt: skip
+VARIANTS = {
+    "plain": {"num_key_value_heads": 4},
+    "gqa": {},
+    "one_kv_head_wide_heads": {"num_key_value_heads": 1, "head_dim": 24},
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "qkv_bias": {"qkv_bias": True},
+    "linear": {"rope_scaling": "linear", "rope_scaling_factor": 3.0},
+    "dynamic": {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "max_position_embeddings": 16},
+    "llama3": {
+        "rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_theta": 500.0,
+        "original_max_position_embeddings": 16,
+    },  # fmt: skip
+}
+
+
+def build(seed: int = 0, **changes) -> Llama:
+    config = dataclasses.replace(SMALL, **changes)
+    model = Llama(config.resolve())
+    model.initialize(seed)
+    with torch.no_grad():
+        # Larger weights, and biases and norms off their start, so that every term matters.
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def export(model: Llama, directory: Path) -> None:
+    save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32)))
+
+
+def tokens(batch: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, SMALL.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
+    model = build(**VARIANTS[variant])
+    export(model, tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    # Longer than the dynamic variant's context, so that its scaling acts.
+    ids = tokens(length=24)
+    labels = tokens(length=24, seed=2)
+    logits = model.logits(model(ids))
+    expected = reference(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5)
+
+    cross_entropy_sum(logits, labels).backward()
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    ours = {hf.to_hf_name(name): p.grad for name, p in model.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_and_import_round_trip(variant: str, tmp_path: Path):
+    model = build(**VARIANTS[variant])
+    export(model, tmp_path)
+    again = Llama(hf.read_config(tmp_path))
+    hf.load_weights(again, tmp_path)
+    assert again.config == model.config
+    assert torch.equal(model(tokens()), again(tokens()))
+    kind = AutoConfig.from_pretrained(tmp_path).model_type
+    assert kind == ("qwen2" if variant == "qkv_bias" else "llama")
+
+
+def test_import_of_a_model_that_transformers_saved(tmp_path: Path):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(config)
+    theirs.save_pretrained(tmp_path)
+    ours = Llama(hf.read_config(tmp_path))
+    hf.load_weights(ours, tmp_path)
+    assert torch.allclose(ours.logits(ours(tokens())), theirs(tokens()).logits, atol=1e-5)
+
+
+def test_import_names_what_does_not_fit(tmp_path: Path):
+    model = build()
+    export(model, tmp_path)
+    with pytest.raises(ValueError, match="mlp"):
+        hf.load_weights(build(intermediate_size=64), tmp_path)
+    with pytest.raises(ValueError, match="layers.2"):
+        hf.load_weights(build(num_hidden_layers=2), tmp_path)
+    with pytest.raises(ValueError, match="lacks"):
+        hf.load_weights(build(num_hidden_layers=4), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="gpt2"):
+        hf.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "linear", "llama3"])
+@pytest.mark.parametrize("pieces", [[10, 1, 1, 1, 1], [1] * 14, [3, 8, 3]])
+def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: list[int]):
+    """The original cropped its cache along the heads axis."""
+    model = build(**VARIANTS[variant]).eval()
+    ids = tokens(length=sum(pieces))
+    cache = KVCache(model.config, 2, 16, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [model(piece, cache=cache) for piece in ids.split(pieces, dim=1)]
+        assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
+    assert cache.length == ids.shape[1]
+    with pytest.raises(ValueError, match="KV cache holds 16"):
+        model(tokens(length=5), cache=cache)
+
+
+def test_document_mask_equals_documents_alone():
+    model = build()
+    first, second = tokens(1, 9), tokens(1, 13, seed=5)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(9), torch.arange(13)])[None]
+    documents = torch.tensor([[0] * 9 + [1] * 13])
+    together = model(packed, positions, documents)
+    assert torch.allclose(together[:, :9], model(first), atol=1e-5)
+    assert torch.allclose(together[:, 9:], model(second), atol=1e-5)
+
+
+def test_no_gradient_crosses_a_document_border():
+    model = build()
+    documents = torch.tensor([[0] * 6 + [1] * 6])
+    embedded = model.embed_tokens(tokens(1, 12)).detach().requires_grad_()
+    model.embed_tokens.forward = lambda _: embedded
+    model(tokens(1, 12), None, documents)[:, 6:].sum().backward()
+    assert torch.count_nonzero(embedded.grad[:, :6]) == 0
+    assert torch.count_nonzero(embedded.grad[:, 6:]) > 0
+
+
+def test_gradient_checkpointing_changes_nothing():
+    key = DropoutKey(3, torch.tensor([7, 8]))
+    grads = []
+    for checkpointing in (False, True):
+        model = build(hidden_dropout=0.2)
+        model.gradient_checkpointing = checkpointing
+        model.train()
+        cross_entropy_sum(model.logits(model(tokens(), dropout_key=key)), tokens(seed=3)).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_philox_known_answers():
+    """Vectors published with the Random123 library (kat_vectors, philox4x32-10)."""
+    ones = 0xFFFFFFFF
+    cases = [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ]
+    for counter, key, expected in cases:
+        words = philox_uint32(key, tuple(torch.tensor(word) for word in counter))
+        assert tuple(int(word) for word in words) == expected
+
+
+def test_dropout_does_not_depend_on_the_split_of_the_batch():
+    rows = torch.tensor([5, 1 << 40, 6, 7])
+    whole = dropout_mask(torch.Size([4, 3, 5]), 0.3, DropoutKey(9, rows), 1)
+    parts = [dropout_mask(torch.Size([1, 3, 5]), 0.3, DropoutKey(9, row[None]), 1) for row in rows]
+    assert torch.equal(whole, torch.cat(parts))
+    others = [
+        dropout_mask(torch.Size([4, 3, 5]), 0.3, key, site)
+        for key, site in [(DropoutKey(9, rows), 2), (DropoutKey(8, rows), 1), (DropoutKey(9, rows, 1), 1),
+                          (DropoutKey(9, rows).for_layer(1), 1), (DropoutKey(9, rows + 1), 1)]
+    ]  # fmt: skip
+    assert all(not torch.equal(whole, other) for other in others)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_rate(probability: float):
+    mask = dropout_mask(torch.Size([64, 1000]), probability, DropoutKey(1, torch.arange(64)), 0)
+    # Standard error of the mean of 64,000 draws is below 0.002.
+    assert abs(mask.double().mean().item() - (1 - probability)) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
+def test_dropout_in_the_model(kind: str):
+    model = build(**{kind: 0.5})
+    rows = torch.tensor([0, 1])
+    plain = model(tokens())
+    dropped = model(tokens(), dropout_key=DropoutKey(1, rows))
+    assert not torch.allclose(plain, dropped, atol=1e-2)
+    assert torch.equal(dropped, model(tokens(), dropout_key=DropoutKey(1, rows)))
+    assert torch.allclose(dropped[1:], model(tokens()[1:], dropout_key=DropoutKey(1, rows[1:])), atol=1e-5)
+    assert torch.equal(plain, build()(tokens())) or kind == "attention_dropout"
+
+
+def test_plain_attention_equals_sdpa():
+    """attention_dropout > 0 takes the plain path; with a vanishing probability both must agree."""
+    model, plain = build(), build(attention_dropout=1e-9)
+    documents = torch.tensor([[0] * 10 + [1] * 14] * 2)
+    for ids in (None, documents):
+        a = model(tokens(), None, ids)
+        b = plain(tokens(), None, ids, dropout_key=DropoutKey(1, torch.tensor([0, 1])))
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_rope_stays_in_float32_under_bf16():
+    """The original cast the tables to bf16: at position 4,000 neighbouring positions became one."""
+    from model.rope import inverse_frequencies, rope_tables
+
+    model = build(max_position_embeddings=8192).to(torch.bfloat16)
+    cos, _ = rope_tables(inverse_frequencies(model.config, 8192), torch.tensor([[4000, 4001]]))
+    assert cos.dtype == torch.float32
+    assert not torch.equal(cos[:, :, 0], cos[:, :, 1])
+    assert model(tokens()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_residual_dtype(residual_in_fp32: bool):
+    model = build(residual_in_fp32=residual_in_fp32).to(torch.bfloat16)
+    seen = []
+    model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    model(tokens())
+    assert seen == [torch.float32 if residual_in_fp32 else torch.bfloat16]
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    first, second, other = (Llama(SMALL.resolve()) for _ in range(3))
+    first.initialize(1)
+    second.initialize(1)
+    other.initialize(2)
+    for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (first, second, other))):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c) == name.endswith("norm.weight")
+    std = first.layers[0].mlp.down_proj.weight.std().item()
+    assert std == pytest.approx(SMALL.initializer_range / (2 * SMALL.num_hidden_layers) ** 0.5, rel=0.05)
+
+
+def test_loss_is_a_sum_over_supervised_tokens():
+    logits, labels = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(0, 7, (2, 5))
+    labels[0, 1] = labels[1, 4] = IGNORE_INDEX
+    naive = -sum(
+        logits[b, t].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(5) if labels[b, t] != IGNORE_INDEX
+    )
+    assert cross_entropy_sum(logits, labels).item() == pytest.approx(naive.item(), rel=1e-6)
+
+
+def test_flops_formula_equals_torchs_count():
+    """FlopCounterMode counts full attention; the strict formula takes half of it."""
+    model = build(attention_dropout=1e-9).train()
+    ids, length = tokens(2, 32), 32
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, dropout_key=DropoutKey(0, torch.tensor([0, 1])))
+        cross_entropy_sum(model.logits(hidden), ids).backward()
+    config = model.config
+    full_attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    counted = counter.get_total_flops() / ids.numel()
+    assert counted == flops.flops_per_token_strict(config, length) + full_attention / 2
+
+
+def test_flops_of_the_originals_1b():
+    """8.64 G against 7.30 G a token, as the design says of the original's shape."""
+    config = LlamaConfig(
+        vocab_size=64320, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=2048,
+    ).resolve()  # fmt: skip
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Llama(config).parameters())
+    assert flops.flops_per_token_strict(config, 2048) == pytest.approx(7.30e9, rel=2e-3)
+    assert flops.flops_per_token_seed(config, 2048, parameters) == pytest.approx(8.64e9, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_with_dropout():
+    plain, compiled = build(hidden_dropout=0.1), build(hidden_dropout=0.1)
+    for block in compiled.layers:
+        block.compile()
+    key = DropoutKey(1, torch.tensor([0, 1]))
+    documents = torch.tensor([[0] * 10 + [1] * 14] * 2)
+    torch._dynamo.utils.counters.clear()
+    results = []
+    for model in (plain, compiled):
+        hidden = model(tokens(), None, documents, dropout_key=key)
+        cross_entropy_sum(model.logits(hidden), tokens(seed=3)).backward()
+        results.append((hidden, model.layers[0].self_attn.q_proj.weight.grad))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-5)
+    # One graph serves all layers: nothing in a block depends on its number.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

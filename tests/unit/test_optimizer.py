@@ -1,0 +1,153 @@
+"""AdamW, clipping, loss scaling and schedules against formulas in float64."""
+
+import math
+
+import pytest
+import torch
+
+from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at
+from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
+from optimizer.clip import clip_factor, sum_of_squares
+from parallel.buffer import ParameterSlice
+
+CONFIG = AdamWConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+def slices_of(dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torch.float32) -> list[ParameterSlice]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(kind)
+
+    return [
+        ParameterSlice(name, 0, is_matrix, draw(size, dtype), draw(size, grad_dtype))
+        for name, size, is_matrix in (("w", 1000, True), ("norm", 33, False), ("v", 7, True))
+    ]
+
+
+def test_fused_step_equals_the_formula_in_float64():
+    generator = torch.Generator().manual_seed(1)
+    param = torch.randn(513, generator=generator)
+    exact = [param.double(), torch.zeros(513).double(), torch.zeros(513).double()]
+    fused = [param.clone(), torch.zeros(513), torch.zeros(513)]
+    for step in range(1, 20):
+        grad = torch.randn(513, generator=generator)
+        adamw_reference(exact[0], grad.double(), exact[1], exact[2], step, 1e-2, 0.1, CONFIG)
+        adamw_step([fused[0]], [grad * 4], [fused[1]], [fused[2]], step, 1e-2, 0.1, 4.0, CONFIG)
+    for a, b in zip(fused, exact):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_optimizer_equals_torchs_adamw_with_clipping():
+    slices = slices_of()
+    ours = MixedPrecisionOptimizer(slices, CONFIG, grad_clip=1.0, scaler=LossScaler(enabled=False))
+    theirs = [torch.nn.Parameter(s.param.clone()) for s in slices]
+    decays = [p for p, s in zip(theirs, slices) if s.is_matrix]
+    others = [p for p, s in zip(theirs, slices) if not s.is_matrix]
+    reference = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95)
+    )
+    for step in range(5):
+        for piece, parameter in zip(slices, theirs):
+            grad = torch.randn(len(piece.grad), generator=torch.Generator().manual_seed(step))
+            piece.grad.copy_(grad)
+            parameter.grad = grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        assert ours.step(1e-2).grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for piece, parameter in zip(slices, theirs):
+        assert torch.allclose(piece.param, parameter, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_main_parameters_keep_what_low_precision_loses(dtype: torch.dtype, grad_dtype: torch.dtype):
+    slices = slices_of(dtype, grad_dtype)
+    optimizer = MixedPrecisionOptimizer(slices, CONFIG, grad_clip=0.0, scaler=LossScaler(enabled=False))
+    before = slices[0].param.clone()
+    for _ in range(50):
+        optimizer.step(1e-6)
+    # 50 steps of 1e-6 are below the resolution of most weights, yet the main parameters have moved.
+    assert (slices[0].param == before).float().mean() > 0.5
+    assert (optimizer.main[0] != before.float()).all()
+    assert torch.equal(slices[0].param, optimizer.main[0].to(dtype))
+
+
+def test_norm_is_the_same_however_the_gradients_are_cut():
+    """Clipping by a shard's or a bucket's own norm was the original's failure."""
+    grad = torch.randn(1_000_003, generator=torch.Generator().manual_seed(2)) * 1e-3
+    whole = math.sqrt(sum_of_squares([grad]).item())
+    assert whole == pytest.approx(grad.double().norm().item(), rel=1e-14)
+    for cut in (1, 1000, 65_537, 500_000):
+        pieces = math.sqrt(sum_of_squares(grad.split(cut)[:1] + (grad[cut:],)).item())
+        assert pieces == pytest.approx(whole, rel=1e-14)
+        assert torch.tensor(1 / pieces, dtype=torch.float32) == torch.tensor(1 / whole, dtype=torch.float32)
+
+
+def test_clip_factor():
+    assert clip_factor(4.0, 1.0) == 0.25
+    assert clip_factor(0.5, 1.0) == 1.0
+    assert clip_factor(4.0, 0.0) == 1.0
+    assert clip_factor(0.0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("fp16", [True, False])
+def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
+    slices = slices_of(torch.float16 if fp16 else torch.float32)
+    scaler = LossScaler(enabled=fp16, initial=8.0)
+    optimizer = MixedPrecisionOptimizer(slices, CONFIG, 1.0, scaler)
+    optimizer.step(1e-2)
+    before = [t.clone() for s in slices for t in (s.param,)] + [t.clone() for t in optimizer.main + optimizer.exp_avg]
+    slices[1].grad[3] = bad
+    result = optimizer.step(1e-2)
+    after = [s.param for s in slices] + optimizer.main + optimizer.exp_avg
+    assert result.skipped and not math.isfinite(result.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert optimizer.num_steps == 1
+    assert scaler.scale == (4.0 if fp16 else 1.0)
+
+
+def test_loss_scale_cancels_out():
+    plain, scaled = slices_of(), slices_of()
+    for piece in scaled:
+        piece.grad.mul_(1024.0)
+    scaler = LossScaler(enabled=True, initial=1024.0)
+    a = MixedPrecisionOptimizer(plain, CONFIG, 1.0, LossScaler(enabled=False)).step(1e-2)
+    b = MixedPrecisionOptimizer(scaled, CONFIG, 1.0, scaler).step(1e-2)
+    assert a.grad_norm == b.grad_norm
+    assert all(torch.equal(p.param, q.param) for p, q in zip(plain, scaled))
+
+
+def test_loss_scale_grows_and_shrinks():
+    scaler = LossScaler(enabled=True, initial=4.0, growth_interval=3)
+    for _ in range(3):
+        scaler.update(overflowed=False)
+    assert scaler.scale == 8.0
+    scaler.update(overflowed=True)
+    again = LossScaler(enabled=True)
+    again.load_state_dict(scaler.state_dict())
+    assert (again.scale, again.good_steps) == (4.0, 0)
+
+
+def test_cosine_follows_the_original():
+    rates = [learning_rate_at(step, 1000, 1.0, "cosine", warmup_ratio=0.1) for step in range(1000)]
+    assert rates[0] == 0.01 and rates[99] == 1.0 and max(rates) == 1.0
+    assert rates[500] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[900:] == [0.1] * 100
+    assert all(a >= b for a, b in zip(rates[100:], rates[101:]))
+
+
+def test_wsd_and_constant():
+    wsd = [learning_rate_at(s, 100, 1.0, "wsd", warmup_ratio=0.1, min_ratio=0.0, decay_ratio=0.2) for s in range(100)]
+    assert wsd[9:81] == [1.0] * 72
+    assert wsd[90] == pytest.approx(0.5) and wsd[99] == pytest.approx(0.05)
+    assert {learning_rate_at(s, 100, 1.0, "constant", warmup_ratio=0.0) for s in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("max_iters", [1, 2, 10])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_schedules_stay_in_range_for_short_runs(schedule: str, max_iters: int, warmup: float):
+    for step in range(max_iters):
+        assert 0.0 < learning_rate_at(step, max_iters, 1.0, schedule, warmup) <= 1.0
