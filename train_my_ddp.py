@@ -60,6 +60,7 @@ class Trainer:
         self.config, self.given, self.context = config, given, context
         self.out_dir = Path(config.run.out_dir)
         self.progress, self.stop_requested, self.skipped_in_a_row = Progress(), False, 0
+        self.log_start = time.perf_counter()
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
@@ -499,8 +500,9 @@ def main(argv: list[str]) -> int:
         if exit_dir is not None:
             try:
                 exits.write_exit_record(exit_dir, rank, code, reason, trainer.progress.step if trainer else None)
-            except OSError as error:
-                logger.warning("no exit record: %s", error)
+            except OSError:
+                # The reason was just logged, and there is nowhere to write it.
+                logging.getLogger().debug("no exit record", exc_info=True)
         return code
 
     try:

@@ -66,13 +66,19 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
-def _measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """Best FLOP/s of `repeats` square matmuls with the process's threads."""
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    torch.mm(a, b)
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.5) -> float:
+    """Best FLOP/s of square matmuls of growing size with the process's threads, within about `budget_s` seconds.
+
+    Growing, because a dtype without fast instructions (fp16 on most CPUs) would take seconds on a large one.
+    """
+    best, deadline = 0.0, time.perf_counter() + budget_s
+    for size in (128, 256, 512, 1024):
+        a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            now = time.perf_counter()
+            best = max(best, 2.0 * size**3 / (now - start))
+            if now > deadline:
+                return best
+    return best

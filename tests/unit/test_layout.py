@@ -36,7 +36,7 @@ def test_properties(seed: int):
             cursor = slot.end
         assert cursor <= bucket.end < cursor + world_size * ALIGNMENT
         filled = bucket.slots[-1].end - bucket.start
-        before_last = bucket.slots[-1].start - bucket.start
+        before_last = bucket.slots[-2].end - bucket.start if len(bucket.slots) > 1 else 0
         if bucket_size:
             # Closed as soon as it was full, and not before.
             assert before_last < bucket_size

@@ -28,7 +28,9 @@ VARIANTS = {
     "linear": {"rope_scaling": "linear", "rope_scaling_factor": 3.0},
     "dynamic": {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "max_position_embeddings": 16},
     "llama3": {
-        "rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_theta": 500.0,
+        "rope_scaling": "llama3",
+        "rope_scaling_factor": 8.0,
+        "rope_theta": 500.0,
         "original_max_position_embeddings": 16,
     },  # fmt: skip
 }

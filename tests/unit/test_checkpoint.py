@@ -1,0 +1,134 @@
+"""Checkpoints are whole or not there; broken ones are named and passed over."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint as ckpt
+from utils.checkpoint import CheckpointWriter, choose_checkpoint, find_problem, list_checkpoints, load_flat_state
+
+
+def save(ckpt_dir: Path, step: int, valid_loss: float | None = None, world_size: int = 2) -> Path:
+    """A checkpoint as two ranks write it: elements 0..9 of "w" in two pieces."""
+    writers = [CheckpointWriter(ckpt_dir, step, rank, world_size) for rank in range(world_size)]
+    for writer in writers:
+        writer.prepare()
+    for rank, writer in enumerate(writers):
+        piece = torch.arange(10, dtype=torch.float32).split(-(-10 // world_size))[rank]
+        offset = rank * -(-10 // world_size)
+        writer.write_tensors(f"optim-{rank}.safetensors", {ckpt.flat_key("w", offset, "main"): piece + step})
+        if rank == 0:
+            writer.write_json(ckpt.TRAINER_STATE, {"step": step})
+        writer.finish()
+    return writers[0].commit(valid_loss)
+
+
+def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
+    writer = CheckpointWriter(tmp_path, 3, 0, 1)
+    writer.prepare()
+    writer.write_tensors("optim-0.safetensors", {"w@0/main": torch.ones(2)})
+    assert list_checkpoints(tmp_path) == []
+    writer.finish()
+    assert list_checkpoints(tmp_path) == []
+    writer.commit(1.5)
+    assert [(c.step, c.valid_loss) for c in list_checkpoints(tmp_path)] == [(3, 1.5)]
+    assert find_problem(tmp_path / "step-3") is None
+
+
+def test_commit_waits_for_every_rank(tmp_path: Path):
+    writer = CheckpointWriter(tmp_path, 3, 0, 2)
+    writer.prepare()
+    writer.finish()
+    with pytest.raises(TimeoutError, match="rank 1"):
+        writer.commit(None, timeout_s=0.05)
+    assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["optim-1.safetensors", "trainer_state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str, damage: str):
+    save(tmp_path, 2)
+    victim = save(tmp_path, 4) / name
+    raw = bytearray(victim.read_bytes())
+    if damage == "truncate":
+        victim.write_bytes(raw[: len(raw) // 2])
+    elif damage == "flip":
+        raw[len(raw) // 2] ^= 0x80
+        victim.write_bytes(raw)
+    else:
+        victim.unlink()
+    chosen, complaints = choose_checkpoint(tmp_path)
+    assert chosen is not None and chosen.step == 2
+    assert len(complaints) == 1 and "step-4" in complaints[0]
+    assert name in complaints[0] or "manifest" in complaints[0]
+
+
+def test_last_and_best(tmp_path: Path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+        save(tmp_path, step, loss)
+    assert choose_checkpoint(tmp_path, "last")[0].step == 4
+    assert choose_checkpoint(tmp_path, "best")[0].step == 2
+    assert choose_checkpoint(tmp_path / "none")[0] is None
+
+
+def test_retention_keeps_two_of_each(tmp_path: Path):
+    for step, loss in ((1, 1.0), (2, 5.0), (3, 2.0), (4, 3.0), (5, 4.0), (6, None)):
+        save(tmp_path, step, loss)
+    (tmp_path / ".tmp-step-9").mkdir()
+    ckpt.prune(tmp_path)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3", "step-5", "step-6"]
+
+
+def test_resuming_sets_later_checkpoints_aside(tmp_path: Path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    renamed = ckpt.abandon_later(tmp_path, 1)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [1]
+    assert len(renamed) == 2 and all(p.name.startswith("abandoned-step-") and p.is_dir() for p in renamed)
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path):
+    save(tmp_path, 2, 1.0)
+    save(tmp_path, 2, 0.5)
+    assert [(c.step, c.valid_loss) for c in list_checkpoints(tmp_path)] == [(2, 0.5)]
+
+
+@pytest.mark.parametrize("cuts", [[10], [3, 7], [1, 1, 8], [5, 5]])
+def test_state_is_read_however_it_was_cut(tmp_path: Path, cuts: list[int]):
+    """Keyed by name and offset: another world size reads the same files."""
+    path = save(tmp_path, 2)
+    wanted, offset = [], 0
+    for cut in cuts:
+        wanted.append(("w", offset, {"main": torch.full((cut,), -1.0)}))
+        offset += cut
+    load_flat_state(path, wanted)
+    read = torch.cat([states["main"] for _, _, states in wanted])
+    assert torch.equal(read, torch.arange(10, dtype=torch.float32) + 2)
+
+
+def test_missing_state_is_named(tmp_path: Path):
+    path = save(tmp_path, 2)
+    with pytest.raises(ValueError, match="10 of 12 elements of w"):
+        load_flat_state(path, [("w", 0, {"main": torch.zeros(12)})])
+    with pytest.raises(ValueError, match="0 of 3 elements of v"):
+        load_flat_state(path, [("v", 0, {"main": torch.zeros(3)})])
+
+
+def test_resolve_checkpoint_dir(tmp_path: Path):
+    with pytest.raises(ValueError, match="neither a run"):
+        ckpt.resolve_checkpoint_dir(tmp_path)
+    (tmp_path / "ckpt").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        ckpt.resolve_checkpoint_dir(tmp_path)
+    path = save(tmp_path / "ckpt", 5)
+    assert ckpt.resolve_checkpoint_dir(tmp_path) == path
+    (path / "config.json").write_text("{}")
+    assert ckpt.resolve_checkpoint_dir(path) == path
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["trainer_state.json"]["sha256"] = "0" * 64
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="checksum"):
+        ckpt.resolve_checkpoint_dir(path)

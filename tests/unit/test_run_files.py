@@ -1,0 +1,81 @@
+"""The run directory's small files: results, heartbeats, exit records."""
+
+import json
+from pathlib import Path
+
+from utils.exits import (
+    CRASH,
+    OK,
+    STOPPED,
+    WRONG_INPUT,
+    clear_exit_record,
+    read_exit_records,
+    verdict,
+    write_exit_record,
+)
+from utils.heartbeat import Heartbeat
+from utils.reslog import ResLog, count_launches, read_reslog
+
+
+def test_a_torn_last_line_gets_its_newline(tmp_path: Path):
+    path = tmp_path / "reslog.jsonl"
+    first = ResLog(path)
+    first.write("train", step=1, loss=2.0)
+    first.close()
+    with open(path, "ab") as file:
+        file.write(b'{"name": "train", "step": 2, "lo')
+    again = ResLog(path)
+    again.write("train", step=2, loss=float("nan"))
+    again.close()
+    assert len(path.read_bytes().splitlines()) == 3
+    assert [(r["step"], r["loss"]) for r in read_reslog(path)] == [(1, 2.0), (2, "nan")]
+
+
+def test_a_record_is_on_disk_at_once(tmp_path: Path):
+    log = ResLog(tmp_path / "reslog.jsonl")
+    log.write("train", step=1)
+    assert json.loads((tmp_path / "reslog.jsonl").read_text())["step"] == 1
+
+
+def test_a_later_launch_supersedes_lost_steps(tmp_path: Path):
+    log = ResLog(tmp_path / "reslog.jsonl")
+    log.write("start", step=0)
+    for step in (1, 2, 3):
+        log.write("train", step=step, loss=step)
+    log.write("start", step=2)
+    log.write("train", step=3, loss=30)
+    records = read_reslog(tmp_path / "reslog.jsonl")
+    assert [(r["step"], r["loss"]) for r in records if r["name"] == "train"] == [(1, 1), (2, 2), (3, 30)]
+    assert count_launches(tmp_path / "reslog.jsonl") == 2
+
+
+def test_readers_skip_what_is_no_record(tmp_path: Path):
+    path = tmp_path / "reslog.jsonl"
+    path.write_bytes(b'[1]\n"x"\n\xff\xfe\n{"no": "name"}\n{"name": "train", "step": 1}\n')
+    assert read_reslog(path) == [{"name": "train", "step": 1}]
+
+
+def test_heartbeat(tmp_path: Path):
+    heart = Heartbeat(tmp_path / "heartbeat", 3)
+    heart.beat("step", 7)
+    record = json.loads((tmp_path / "heartbeat" / "rank-3.json").read_text())
+    assert (record["rank"], record["phase"], record["step"]) == (3, "step", 7)
+
+
+def test_verdict():
+    assert verdict([OK, OK]) == OK
+    assert verdict([STOPPED, STOPPED]) == STOPPED
+    assert verdict([CRASH, WRONG_INPUT, STOPPED]) == WRONG_INPUT
+    assert verdict([STOPPED, OK]) == CRASH
+    assert verdict([STOPPED, -9]) == CRASH
+    assert verdict([]) == CRASH
+
+
+def test_exit_records(tmp_path: Path):
+    for rank in range(4):
+        write_exit_record(tmp_path, rank, STOPPED, "x", 5)
+    for rank in range(2):
+        clear_exit_record(tmp_path, rank, 2)
+    assert read_exit_records(tmp_path) == []
+    write_exit_record(tmp_path, 1, OK, "finished", None)
+    assert read_exit_records(tmp_path) == [{"rank": 1, "code": 0, "reason": "finished", "step": None}]

@@ -1,0 +1,362 @@
+"""The training script with one process: what it leaves, what it refuses, how it goes on."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import generate
+import train_my_ddp
+from dataset.format import BinHeader
+from dataset.loader import batch_digest
+from dataset.order import sample_at
+from dataset.pretrain import PretrainDataset
+from tests.conftest import SEQ_LEN, TINY_MODEL
+from utils.exits import read_exit_records
+from utils.reslog import read_reslog
+
+
+def out_dir(flags: list[str]) -> Path:
+    return Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--out_dir=")))
+
+
+def train(flags: list[str], *more: str) -> int:
+    return train_my_ddp.main([*flags, *more])
+
+
+def records(flags: list[str], name: str) -> list[dict]:
+    return [r for r in read_reslog(out_dir(flags) / "reslog.jsonl") if r["name"] == name]
+
+
+def losses(flags: list[str]) -> list[float]:
+    return [record["loss"] for record in records(flags, "train")]
+
+
+def final_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    path = out_dir(flags) / "ckpt" / f"step-{step}"
+    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
+    assert train(tiny_run, "--valid_interval=2") == 0
+    home = out_dir(tiny_run)
+    assert read_exit_records(home / "exit") == [{"rank": 0, "code": 0, "reason": "finished", "step": 4}]
+    assert json.loads((home / "heartbeat" / "rank-0.json").read_text())["phase"] == "end"
+    assert (home / "config.yaml").exists() and "valid at step 4" in (home / "train.log").read_text()
+    start = records(tiny_run, "start")
+    assert [(r["attempt"], r["step"], r["samples_consumed"], r["parent_ckpt"]) for r in start] == [(1, 0, 0, None)]
+
+    data = PretrainDataset(data_dir, "train", SEQ_LEN)
+    for number, record in enumerate(records(tiny_run, "train"), 1):
+        assert record["step"] == number and record["samples"] == [4 * (number - 1), 4 * number - 1]
+        assert record["tokens"] == number * 4 * SEQ_LEN
+        # The digest is recomputed from order and data alone.
+        ids = sample_at(1337, range(4 * (number - 1), 4 * number), len(data))
+        assert record["digest"] == f"{batch_digest(data.collate(ids)):016x}"
+        assert {"loss", "lr", "grad_norm", "dt", "tokens_per_sec", "mfu", "mfu_seed", "data_wait"} <= record.keys()
+        assert 0 < record["mfu"] < record["mfu_seed"]
+    assert [r["step"] for r in records(tiny_run, "valid")] == [2, 4]
+    assert losses(tiny_run)[-1] < losses(tiny_run)[0]
+
+    path = home / "ckpt" / "step-4"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    ids = torch.tensor([tokenizer("def f(x):\n    return x").input_ids])
+    ours, our_tokenizer = generate.load_model(home, torch.device("cpu"), torch.float32)
+    assert our_tokenizer.encode("def f(x):\n    return x") == ids[0].tolist()
+    assert torch.allclose(ours.logits(ours(ids)), model(ids).logits, atol=1e-5)
+
+
+def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Path):
+    """The original's training iterator ended an epoch early after one validation."""
+    assert train(tiny_run) == 0
+    often = [f for f in tiny_run if "out_dir" not in f] + [f"--out_dir={tmp_path / 'often'}"]
+    assert train(often, "--valid_interval=1") == 0
+    assert losses(often) == losses(tiny_run)
+    assert [r["samples"] for r in records(often, "train")] == [r["samples"] for r in records(tiny_run, "train")]
+
+
+def elsewhere(flags: list[str], directory: Path) -> list[str]:
+    return [flag for flag in flags if not flag.startswith("--out_dir=")] + [f"--out_dir={directory}"]
+
+
+def train_until(step: int, event, flags: list[str], *more: str) -> int:
+    """Train, and call `event()` when `step` steps are logged."""
+    original = train_my_ddp.Trainer._log_step
+
+    def log_then_maybe_interrupt(self, *args) -> None:
+        original(self, *args)
+        if self.progress.step == step:
+            event()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_my_ddp.Trainer, "_log_step", log_then_maybe_interrupt)
+        return train(flags, *more)
+
+
+def crash() -> None:
+    raise OSError("the machine died")
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_crashed_run_goes_on_with_the_same_bits(tiny_run: list[str], tmp_path: Path, dtype: str):
+    """Also with dropout, and with fp16's loss scale: on one process, where the original's fp16 was broken."""
+    flags = [*tiny_run, f"--dtype={dtype}", "--hidden_dropout=0.1", "--max_iters=6", "--save_interval=2"]
+    assert train(flags) == 0
+    parts = elsewhere(flags, tmp_path / "parts")
+    with pytest.raises(OSError, match="the machine died"):
+        train_until(3, crash, parts)
+    assert read_exit_records(tmp_path / "parts" / "exit") == [
+        {"rank": 0, "code": 1, "reason": "OSError: the machine died", "step": 3}
+    ]
+    assert train(parts, "--resume") == 0
+    assert losses(parts) == losses(flags)
+    assert [r["digest"] for r in records(parts, "train")] == [r["digest"] for r in records(flags, "train")]
+    assert same_bits(final_state(parts, 6), final_state(flags, 6))
+
+
+def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path):
+    assert train(tiny_run) == 0
+    parts = elsewhere(tiny_run, tmp_path / "parts")
+    assert train_until(2, sigterm, parts) == 75
+    assert [r["code"] for r in read_exit_records(tmp_path / "parts" / "exit")] == [75]
+    assert train(parts, "--resume") == 0
+    assert losses(parts) == losses(tiny_run)
+    assert same_bits(final_state(parts, 4), final_state(tiny_run, 4))
+    starts = [(r["attempt"], r["step"], r["parent_ckpt"]) for r in records(parts, "start")]
+    assert starts == [(1, 0, None), (2, 2, "step-2")]
+    # A run that is complete has nothing left to do.
+    assert train(parts, "--resume") == 0
+    assert len(records(parts, "train")) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tiny_run: list[str], damage: str, capsys: pytest.CaptureFixture
+):
+    assert train(tiny_run, "--save_interval=1") == 0
+    before = losses(tiny_run)
+    victim = out_dir(tiny_run) / "ckpt" / "step-4" / "optim-0.safetensors"
+    raw = bytearray(victim.read_bytes())
+    raw[-9] ^= 1
+    victim.write_bytes(raw[:-100] if damage == "truncate" else raw)
+    capsys.readouterr()
+    assert train(tiny_run, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "step-4 is broken and skipped: optim-0.safetensors" in printed and "starts at step 3" in printed
+    assert losses(tiny_run) == before
+    assert any(p.name.startswith("abandoned-step-4") for p in (out_dir(tiny_run) / "ckpt").iterdir())
+
+
+def test_when_every_checkpoint_is_broken_nothing_is_overwritten(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run) == 0
+    (out_dir(tiny_run) / "ckpt" / "step-4" / "trainer_state.json").unlink()
+    assert train(tiny_run, "--resume") == 2
+    assert "trainer_state.json is missing" in capsys.readouterr().out
+    assert (out_dir(tiny_run) / "ckpt" / "step-4").is_dir()
+
+
+def test_resume_from_best(tiny_run: list[str]):
+    assert train(tiny_run, "--valid_interval=1", "--learning_rate=0.5", "--lr_schedule=constant") == 0
+    valid = {r["step"]: r["loss"] for r in records(tiny_run, "valid")}
+    best = min(valid, key=valid.get)
+    assert train(tiny_run, "--resume", "--resume_from=best", "--max_iters=5") == 0
+    assert records(tiny_run, "start")[-1]["parent_ckpt"] == f"step-{best}"
+
+
+def test_resume_without_a_checkpoint_starts_fresh_and_says_so(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run, "--resume") == 0
+    assert "starting fresh" in capsys.readouterr().out
+
+
+def test_the_split_into_micro_batches_does_not_matter(tiny_run: list[str], tmp_path: Path):
+    """1x8, 2x4 and 4x2 rows, with dropout: the same run within float32's rounding."""
+    runs = []
+    for batch, steps in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        flags = [*elsewhere(tiny_run, tmp_path / f"{batch}x{steps}"), f"--train_batch_size={batch}",
+                 f"--gradient_accumulation_steps={steps}", "--hidden_dropout=0.1"]  # fmt: skip
+        assert train(flags) == 0
+        runs.append((losses(flags), final_state(flags, 4), records(flags, "train")))
+    for other_losses, state, trained in runs[1:]:
+        assert other_losses == pytest.approx(runs[0][0], rel=1e-5)
+        assert [r["digest"] for r in trained] == [r["digest"] for r in runs[0][2]]
+        assert trained[0]["grad_norm"] == pytest.approx(runs[0][2][0]["grad_norm"], rel=1e-6)
+        assert relative_difference(state, runs[0][1]) < 1e-3
+
+
+def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative norm of the weights' difference."""
+    weights = [name for name in a if name.startswith("model.")]
+    difference = math.fsum((a[n].double() - b[n].double()).square().sum().item() for n in weights)
+    return math.sqrt(difference / math.fsum(b[n].double().square().sum().item() for n in weights))
+
+
+def test_clipping_works_on_one_process(tiny_run: list[str], tmp_path: Path):
+    """The original did not clip on a single GPU."""
+    free, clipped = (elsewhere(tiny_run, tmp_path / name) for name in ("free", "clipped"))
+    assert train(free, "--grad_clip=0") == 0
+    assert train(clipped, "--grad_clip=1e-9") == 0
+    # AdamW divides the size of gradients out, but not where they fall below its epsilon.
+    assert losses(free)[-1] < losses(clipped)[-1] - 0.1
+
+
+def test_init_from_takes_weights_only(tiny_run: list[str], tmp_path: Path):
+    assert train(tiny_run) == 0
+    tuned = [f for f in elsewhere(tiny_run, tmp_path / "tuned") if f not in TINY_MODEL]
+    assert train(tuned, f"--init_from={out_dir(tiny_run)}") == 0
+    assert losses(tuned)[0] < losses(tiny_run)[0] - 0.3
+    assert records(tuned, "start")[0]["step"] == 0
+    # A restart with --resume goes on with the run's own state.
+    assert train(tuned, "--resume", "--max_iters=5") == 0
+    assert [r["step"] for r in records(tuned, "train")] == [1, 2, 3, 4, 5]
+
+
+def test_valid_only(tiny_run: list[str], tmp_path: Path):
+    assert train(tiny_run) == 0
+    measured = records(tiny_run, "valid")[-1]["loss"]
+    before = [p.name for p in (out_dir(tiny_run) / "ckpt").iterdir()]
+    assert train(tiny_run, "--resume", "--valid_only") == 0
+    assert records(tiny_run, "valid")[-1]["loss"] == measured
+    assert [p.name for p in (out_dir(tiny_run) / "ckpt").iterdir()] == before
+    other = elsewhere(tiny_run, tmp_path / "other")
+    assert train(other, f"--init_from={out_dir(tiny_run)}", "--valid_only") == 0
+    assert records(other, "valid")[-1]["loss"] == measured
+
+
+def test_restart_data(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run) == 0
+    assert train(tiny_run, "--resume", "--max_iters=6", "--seed=5") == 2
+    assert "--restart_data" in capsys.readouterr().out
+    assert train(tiny_run, "--resume", "--max_iters=6", "--seed=5", "--restart_data") == 0
+    start = records(tiny_run, "start")[-1]
+    assert (start["step"], start["samples_consumed"], start["seed"]) == (4, 0, 5)
+    assert records(tiny_run, "train")[-1]["samples"] == [4, 7]
+
+
+def test_log_interval_covers_all_samples(tiny_run: list[str]):
+    assert train(tiny_run, "--log_interval=2") == 0
+    assert [(r["step"], r["samples"]) for r in records(tiny_run, "train")] == [(2, [0, 7]), (4, [8, 15])]
+
+
+def test_epochs(tiny_run: list[str], data_dir: Path):
+    samples = len(PretrainDataset(data_dir, "train", SEQ_LEN))
+    flags = [f for f in tiny_run if "max_iters" not in f and "train_batch_size" not in f]
+    assert train(flags, "--epoch=0.02", "--train_batch_size=8") == 0
+    assert len(records(flags, "train")) == round(0.02 * samples / 16)
+
+
+def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    original = train_my_ddp.PretrainTask.__call__
+
+    def poisoned(self, batch):
+        loss_sum, count, metrics = original(self, batch)
+        return (loss_sum * float("nan") if self.model.training else loss_sum), count, metrics
+
+    monkeypatch.setattr(train_my_ddp.PretrainTask, "__call__", poisoned)
+    with pytest.raises(FloatingPointError, match="layers.1.mlp.down_proj.weight"):
+        train(tiny_run, "--check_for_nan_in_grad")
+    assert read_exit_records(out_dir(tiny_run) / "exit")[0]["code"] == 1
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    original = train_my_ddp.LossScaler.__init__
+    monkeypatch.setattr(train_my_ddp.LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**40))
+    assert train(tiny_run, "--dtype=float16", "--max_iters=40", "--valid_iters=1") == 0
+    norms = [float(r["grad_norm"]) for r in records(tiny_run, "train")]
+    skipped = [norm for norm in norms if not math.isfinite(norm)]
+    assert 0 < len(skipped) < 40 and math.isfinite(norms[-1])
+    state = json.loads((out_dir(tiny_run) / "ckpt" / "step-40" / "trainer_state.json").read_text())
+    assert state["optimizer"]["num_steps"] == 40 - len(skipped)
+    assert losses(tiny_run)[-1] < losses(tiny_run)[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gradient_accumulation_steps=0"], "must be positive"),
+        (["--vocab_size=128"], "smaller than the tokenizer's 512"),
+        (["--valid_ratio=0.5"], "contradicts the data"),
+        (["--max_seq_len=128"], "build_pretrain_sample_index_map"),
+        (["--data_dir=nowhere"], "is missing: run"),
+        (["--tokenizer_dir=nowhere"], "holds no tokenizer.json"),
+        (["--out_dir=/proc/nowhere"], "cannot be written: No such file"),
+        (["--device=cuda"], "has no CUDA"),
+        (["--ddp_backend=nccl"], "needs --device=cuda"),
+        (["--unknown_flag=1"], "is unknown"),
+        (["--init_from=nowhere"], "neither a run"),
+        (["nowhere.yaml"], "is not a flag"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(
+    tiny_run: list[str], capsys: pytest.CaptureFixture, more: list[str], message: str
+):
+    if more == ["--device=cuda"] and torch.cuda.is_available():
+        more, message = ["--device=cuda", "--ddp_backend=gloo", "--vocab_size=128"], "smaller than the tokenizer's 512"
+    assert train(tiny_run, *more) == 2
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert not (out_dir(tiny_run) / "ckpt").exists() or not list((out_dir(tiny_run) / "ckpt").iterdir())
+
+
+def test_a_foreign_or_truncated_bin_is_refused(tiny_run: list[str], data_dir: Path, tmp_path: Path, capsys):
+    for damage in ("truncate", "foreign", "other"):
+        copy = tmp_path / damage
+        copy.mkdir()
+        for path in data_dir.iterdir():
+            if path.is_file():
+                (copy / path.name).write_bytes(path.read_bytes())
+        victim = sorted(copy.glob("train-*.bin"))[0]
+        raw = victim.read_bytes()
+        if damage == "truncate":
+            victim.write_bytes(raw[:-2])
+        elif damage == "foreign":
+            victim.write_bytes(b"\0" * len(raw))
+        else:
+            header = BinHeader(512, 1, "11" * 32, "train", 0.1, (len(raw) - 256) // 2)
+            victim.write_bytes(header.pack() + raw[256:])
+        assert train(tiny_run, f"--data_dir={copy}", f"--tokenizer_dir={data_dir / 'tokenizer'}") == 2
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert len(lines) == 1 and victim.name in lines[0] and "`python -m data_preprocess." in lines[0]
+
+
+def test_an_out_dir_that_holds_a_run_is_refused(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run) == 0
+    before = final_state(tiny_run, 4)
+    capsys.readouterr()
+    assert train(tiny_run) == 2
+    assert "add --resume" in capsys.readouterr().out
+    assert same_bits(before, final_state(tiny_run, 4))
+
+
+def test_a_changed_shape_is_refused_by_name(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run) == 0
+    capsys.readouterr()
+    assert train(tiny_run, "--resume", "--hidden_size=128") == 2
+    assert "--hidden_size=128 does not fit the weights" in capsys.readouterr().out
+
+
+def test_generate_command(tiny_run: list[str], capsys: pytest.CaptureFixture, tmp_path: Path):
+    assert train(tiny_run) == 0
+    command = ["--ckpt", str(out_dir(tiny_run)), "--prompt", "def f(", "--max_new_tokens", "8", "--seed", "3"]
+    texts = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert generate.main(command) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("def f(") and len(texts[0]) > 10
+    assert generate.main(["--ckpt", str(tmp_path / "nothing")]) == 2
+    assert "neither a run" in capsys.readouterr().err
+    assert generate.main([*command, "--top_p", "0"]) == 2
