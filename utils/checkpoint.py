@@ -67,9 +67,14 @@ class CheckpointWriter:
 
     def write_folder(self, write: Callable[[Path], None]) -> None:
         """Let `write` put files of its own into the directory (a tokenizer saving itself)."""
-        before = set(os.listdir(self.directory))
-        write(self.directory)
-        self._files += sorted(name for name in set(os.listdir(self.directory)) - before if ".tmp-" not in name)
+        # By way of a folder of this rank's own: the other ranks' files come and go in the common one.
+        scratch = self.directory / f".scratch-{self.rank}"
+        scratch.mkdir()
+        write(scratch)
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, self.directory / path.name)
+            self._files.append(path.name)
+        scratch.rmdir()
 
     def finish(self) -> None:
         """Flush this rank's files and record them."""

@@ -65,6 +65,23 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path
     assert name in complaints[0] or "manifest" in complaints[0]
 
 
+def test_a_folder_written_by_one_rank_holds_no_other_ranks_files(tmp_path: Path):
+    """Another rank's done-record, caught in the listing, once made whole checkpoints look broken."""
+    first, second = (CheckpointWriter(tmp_path, 1, rank, 2) for rank in range(2))
+    first.prepare()
+
+    def write_while_the_other_rank_works(directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}")
+        second.write_json("other.json", {})
+        second.finish()
+
+    first.write_folder(write_while_the_other_rank_works)
+    first.finish()
+    path = first.commit(None)
+    assert find_problem(path) is None
+    assert set(json.loads((path / "manifest.json").read_text())["files"]) == {"tokenizer.json", "other.json"}
+
+
 def test_last_and_best(tmp_path: Path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
         save(tmp_path, step, loss)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
@@ -18,33 +17,12 @@ from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from tests.conftest import SEQ_LEN, TINY_MODEL
+from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from utils.exits import read_exit_records
-from utils.reslog import read_reslog
-
-
-def out_dir(flags: list[str]) -> Path:
-    return Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--out_dir=")))
 
 
 def train(flags: list[str], *more: str) -> int:
     return train_my_ddp.main([*flags, *more])
-
-
-def records(flags: list[str], name: str) -> list[dict]:
-    return [r for r in read_reslog(out_dir(flags) / "reslog.jsonl") if r["name"] == name]
-
-
-def losses(flags: list[str]) -> list[float]:
-    return [record["loss"] for record in records(flags, "train")]
-
-
-def final_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
-    path = out_dir(flags) / "ckpt" / f"step-{step}"
-    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
@@ -83,10 +61,6 @@ def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Pat
     assert train(often, "--valid_interval=1") == 0
     assert losses(often) == losses(tiny_run)
     assert [r["samples"] for r in records(often, "train")] == [r["samples"] for r in records(tiny_run, "train")]
-
-
-def elsewhere(flags: list[str], directory: Path) -> list[str]:
-    return [flag for flag in flags if not flag.startswith("--out_dir=")] + [f"--out_dir={directory}"]
 
 
 def train_until(step: int, event, flags: list[str], *more: str) -> int:
@@ -195,13 +169,6 @@ def test_the_split_into_micro_batches_does_not_matter(tiny_run: list[str], tmp_p
         assert [r["digest"] for r in trained] == [r["digest"] for r in runs[0][2]]
         assert trained[0]["grad_norm"] == pytest.approx(runs[0][2][0]["grad_norm"], rel=1e-6)
         assert relative_difference(state, runs[0][1]) < 1e-3
-
-
-def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative norm of the weights' difference."""
-    weights = [name for name in a if name.startswith("model.")]
-    difference = math.fsum((a[n].double() - b[n].double()).square().sum().item() for n in weights)
-    return math.sqrt(difference / math.fsum(b[n].double().square().sum().item() for n in weights))
 
 
 def test_clipping_works_on_one_process(tiny_run: list[str], tmp_path: Path):
