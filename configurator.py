@@ -423,6 +423,38 @@ def resolve(config: Config, world_size: int, num_train_samples: int) -> Derived:
     return Derived(global_batch, config.run.max_iters or epoch_iters)
 
 
+def resolve_model(
+    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int
+) -> LlamaConfig:
+    """The model's final shape: from the weights where there are some.
+
+    Args:
+        wanted: the configuration's.
+        given: names that the command line or the YAML file set.
+        stored: the shape of the weights to start from; the options that no Hugging Face config holds
+            (hidden_dropout, residual_in_fp32) are taken from `wanted`, so are given ones that are no SHAPE_FIELDS.
+    Raises:
+        ValueError: a given field contradicts the weights, or the vocabulary is too small for the tokenizer.
+    """
+    if stored is not None:
+        for name in SHAPE_FIELDS:
+            asked = getattr(wanted, name)
+            if name in given and asked and asked != getattr(stored, name):
+                raise ValueError(
+                    f"--{name}={asked} does not fit the weights to start from, which have {getattr(stored, name)}: "
+                    f"leave it out"
+                )
+        own = {"hidden_dropout", "residual_in_fp32"} | (given - set(SHAPE_FIELDS))
+        kept = {name: value for name, value in stored.__dict__.items() if name not in own}
+        wanted = dataclasses.replace(wanted, **kept)
+    resolved = wanted.resolve(tokenizer_vocab_size, max_seq_len)
+    if resolved.vocab_size < tokenizer_vocab_size:
+        raise ValueError(
+            f"--vocab_size={resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: leave it out"
+        )
+    return resolved
+
+
 def to_yaml(config: Config, derived: Derived) -> str:
     """The configuration as YAML, None-valued keys included, with what was derived from it."""
     values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}

@@ -1,6 +1,6 @@
 """Continue a text with a trained model.
 
-    python generate.py --ckpt RUN --prompt "def main("
+python generate.py --ckpt RUN --prompt "def main("
 """
 
 import argparse

@@ -9,6 +9,7 @@ Exit codes, also left in R/exit/rank-N.json because torchrun hides them: 0 finis
 
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from configurator import CONFIG_NAME, SHAPE_FIELDS, Config, parse_config, resolve, to_yaml
+from configurator import CONFIG_NAME, Config, parse_config, resolve, resolve_model, to_yaml
 from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
 from dataset.pretrain import PretrainDataset
-from model import Llama, LlamaConfig, flops, hf
+from model import Llama, flops, hf
 from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at, resolve_dtype
 from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel, NaiveDDP, destroy_context, init_context
@@ -34,6 +35,7 @@ from utils import exits
 from utils.files import atomic_write
 from utils.heartbeat import Heartbeat
 from utils.logging import add_log_file, setup_console
+from utils.meter import StepMeter
 from utils.reslog import ResLog, count_launches
 
 logger = logging.getLogger("train")
@@ -60,7 +62,6 @@ class Trainer:
         self.config, self.given, self.context = config, given, context
         self.out_dir = Path(config.run.out_dir)
         self.progress, self.stop_requested, self.skipped_in_a_row = Progress(), False, 0
-        self.log_start = time.perf_counter()
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
@@ -77,39 +78,22 @@ class Trainer:
             context.rank, context.world_size, self.progress.samples_consumed, config.data.num_workers,
             pin_memory=context.device.type == "cuda",
         )  # fmt: skip
+        self.meter = StepMeter(self.progress.samples_consumed)
+        self.saved_step = self.progress.step if self.resumed_from else -1
         self._start_records()
-
-    # --- building
 
     def _open_out_dir(self) -> Path | None:
         """Create the run directory, and find the checkpoint to resume from."""
         run, context = self.config.run, self.context
-        ckpt_dir = self.out_dir / "ckpt"
 
         def decide() -> str | None:
-            try:
-                ckpt_dir.mkdir(parents=True, exist_ok=True)
-                (self.out_dir / ".seen-by-all").write_text("")
-            except OSError as error:
-                raise ValueError(f"--out_dir {self.out_dir} cannot be written: {error.strerror}") from None
-            if not run.resume:
-                if ckpt.list_checkpoints(ckpt_dir):
-                    raise ValueError(
-                        f"{self.out_dir} already holds a run: add --resume to go on, or choose another --out_dir"
-                    )
-                return None
-            chosen, complaints = ckpt.choose_checkpoint(ckpt_dir, run.resume_from)
-            for complaint in complaints:
-                logger.warning(complaint)
-            if chosen is None:
-                if complaints:
-                    raise ValueError(f"{self.out_dir} has no whole checkpoint left: choose another --out_dir")
-                logger.info("no checkpoint in %s: starting fresh", self.out_dir)
-            return str(chosen.path) if chosen else None
+            chosen, remarks = ckpt.open_run(self.out_dir, run.resume, run.resume_from)
+            for remark in remarks:
+                logger.warning(remark)
+            return str(chosen) if chosen else None
 
         chosen = context.decide_on_main(decide)
-        seen = context.gather((self.out_dir / ".seen-by-all").exists())
-        if not all(seen):
+        if not all(context.gather((self.out_dir / ckpt.RUN_MARK).exists())):
             raise ValueError(f"--out_dir {self.out_dir} must lie on a file system that all ranks share")
         add_log_file(self.out_dir / "train.log", context.rank)
         self.heartbeat = Heartbeat(self.out_dir / "heartbeat", context.rank)
@@ -151,7 +135,10 @@ class Trainer:
             if (source / "tokenizer.json").exists():
                 if load_tokenizer(source).fingerprint != self.tokenizer.fingerprint:
                     raise ValueError(f"the data was not tokenized with the tokenizer of --init_from {source}")
-        self.model_config = self._resolve_model_config(source)
+        stored = hf.read_config(source) if source is not None else None
+        self.model_config = resolve_model(
+            config.model, self.given, stored, self.tokenizer.vocab_size, config.data.max_seq_len
+        )
         self.dtype = resolve_dtype(config.system.dtype, device)
         self.model = Llama(self.model_config, config.system.gradient_checkpointing)
         if source is None:
@@ -164,29 +151,6 @@ class Trainer:
                 block.compile()
         self.task = PretrainTask(self.model, config.run.seed)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
-
-    def _resolve_model_config(self, source: Path | None) -> LlamaConfig:
-        """The model's shape: from the weights where there are some, which a given flag must not contradict."""
-        wanted = self.config.model
-        if source is not None:
-            stored = hf.read_config(source)
-            for name in SHAPE_FIELDS:
-                asked = getattr(wanted, name)
-                if name in self.given and asked and asked != getattr(stored, name):
-                    raise ValueError(
-                        f"--{name}={asked} does not fit the weights in {source}, which have {getattr(stored, name)}: "
-                        f"leave it out"
-                    )
-            kept = {n: v for n, v in stored.__dict__.items() if n not in self.given or n in SHAPE_FIELDS}
-            kept["hidden_dropout"], kept["residual_in_fp32"] = wanted.hidden_dropout, wanted.residual_in_fp32
-            wanted = LlamaConfig(**{**wanted.__dict__, **kept})
-        resolved = wanted.resolve(self.tokenizer.vocab_size, self.config.data.max_seq_len)
-        if resolved.vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(
-                f"--vocab_size={resolved.vocab_size} is smaller than the tokenizer's {self.tokenizer.vocab_size}: "
-                f"leave it out"
-            )
-        return resolved
 
     def _build_parallel_and_optimizer(self) -> None:
         parallel, optimizer = self.config.parallel, self.config.optimizer
@@ -276,8 +240,6 @@ class Trainer:
             + (f", from {self.resumed_from}" if self.resumed_from else ""),
         ]
 
-    # --- running
-
     def request_stop(self, signum: int, _frame: object) -> None:
         """Signal handler: all ranks agree on it at the next step's border."""
         if self.stop_requested and signum == signal.SIGINT:
@@ -287,13 +249,16 @@ class Trainer:
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
         run, data, progress = self.config.run, self.config.data, self.progress
-        self.log_start, self.steps_since_log, self.digest_since_log = time.perf_counter(), 0, 0
-        self.first_since_log, self.wait_since_log = progress.samples_consumed, 0.0
+        if progress.step >= self.derived.max_iters:
+            logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
         self.model.train()
+        phase = "compile" if self.config.system.compile else "step"
         while progress.step < self.derived.max_iters:
-            self.heartbeat.beat("step", progress.step)
+            self.heartbeat.beat(phase, progress.step)
+            phase = "step"
             if not self._step():
-                self._save(valid_loss=None)
+                if self.saved_step != progress.step:
+                    self._save(valid_loss=None)
                 logger.info("stopped on request after step %d; go on with --resume", progress.step)
                 return exits.STOPPED
             finished = progress.step == self.derived.max_iters
@@ -302,8 +267,6 @@ class Trainer:
                 valid_loss = self.validate()
             if finished or valid_loss is not None or _is_due(progress.step, run.save_interval):
                 self._save(valid_loss)
-        if progress.step == 0 or self.steps_since_log:
-            logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
         if self.reslog is not None:
             self.reslog.write("end", step=progress.step)
         self.heartbeat.beat("end", progress.step)
@@ -314,7 +277,7 @@ class Trainer:
         context, progress = self.context, self.progress
         waited = time.perf_counter()
         batches = next(self.loader)
-        self.wait_since_log += time.perf_counter() - waited
+        waited = time.perf_counter() - waited
 
         # Known before the backward pass, and needed by it: how many tokens of the whole global batch are supervised.
         digest = sum(batch_digest(batch) for batch in batches.micro_batches)
@@ -344,8 +307,7 @@ class Trainer:
         progress.step += 1
         progress.samples_consumed = batches.last + 1
         progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
-        self.steps_since_log += 1
-        self.digest_since_log = (self.digest_since_log + (digest_high << 32) + digest_low) % (1 << 64)
+        self.meter.add_step(batches.last, (digest_high << 32) + digest_low, waited)
         if _is_due(progress.step, self.config.run.log_interval):
             loss = context.all_sum(loss_total.cpu()).item() / max(count, 1)
             self._log_step(loss, learning_rate, result.grad_norm)
@@ -396,7 +358,7 @@ class Trainer:
         loss_sum, tokens, text_bytes = (math.fsum(column) for column in context.all_sum(sums).T.tolist())
         loss, bits_per_byte = loss_sum / tokens, loss_sum / math.log(2) / text_bytes
         seconds = time.perf_counter() - started
-        self.log_start += seconds
+        self.meter.leave_out(seconds)
         logger.info(
             "valid at step %d | loss %.4f | %.4f bits per byte | %d tokens | %.1f s",
             self.progress.step, loss, bits_per_byte, tokens, seconds,
@@ -411,27 +373,22 @@ class Trainer:
     def _log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
-        now, progress = time.perf_counter(), self.progress
-        dt = (now - self.log_start) / self.steps_since_log
-        tokens_per_sec = self.derived.global_batch_size * self.config.data.max_seq_len / dt
+        progress, reading = self.progress, self.meter.read()
+        tokens_per_sec = self.derived.global_batch_size * self.config.data.max_seq_len / reading["dt"]
         mfu = tokens_per_sec * self.flops_strict / self.peak_flops
         mfu_seed = tokens_per_sec * self.flops_seed / self.peak_flops
-        data_wait = self.wait_since_log / self.steps_since_log
-        if self.reslog is not None:
-            self.reslog.write(
-                "train", step=progress.step, loss=loss, lr=learning_rate, grad_norm=grad_norm, dt=round(dt, 6),
-                tokens=progress.tokens, tokens_per_sec=round(tokens_per_sec, 1), mfu=round(mfu, 4),
-                mfu_seed=round(mfu_seed, 4), data_wait=round(data_wait, 6),
-                samples=[self.first_since_log, progress.samples_consumed - 1], digest=f"{self.digest_since_log:016x}",
-            )  # fmt: skip
-            left = int(dt * (self.derived.max_iters - progress.step))
-            logger.info(
-                f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {grad_norm:.3f} | "
-                f"lr {learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula {mfu_seed:.1%})"
-                f" | data {data_wait * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
-            )
-        self.log_start, self.steps_since_log, self.digest_since_log = now, 0, 0
-        self.first_since_log, self.wait_since_log = progress.samples_consumed, 0.0
+        if self.reslog is None:
+            return
+        self.reslog.write(
+            "train", step=progress.step, loss=loss, lr=learning_rate, grad_norm=grad_norm, tokens=progress.tokens,
+            tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
+        )  # fmt: skip
+        left = int(reading["dt"] * (self.derived.max_iters - progress.step))
+        logger.info(
+            f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {grad_norm:.3f} | "
+            f"lr {learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula {mfu_seed:.1%})"
+            f" | data {reading['data_wait'] * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
+        )
 
     def _save(self, valid_loss: float | None) -> None:
         """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state."""
@@ -441,14 +398,7 @@ class Trainer:
         writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
         writer.prepare()
         context.barrier()
-        state = self.optimizer.named_state()
-        total, seen, mine = self.num_parameters, 0, {}
-        for name, offset, tensors in state:
-            # Every rank holds all state: each writes the parameters whose first element falls into its even share.
-            if seen * context.world_size // total == context.rank:
-                mine |= {ckpt.flat_key(name, offset, key): tensor for key, tensor in tensors.items()}
-            seen += len(tensors["main"])
-        writer.write_tensors(f"optim-{context.rank}.safetensors", mine)
+        writer.write_flat_state(self.optimizer.named_state())
         if context.is_main:
             writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
             writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
@@ -462,7 +412,8 @@ class Trainer:
             self.reslog.write("save", step=progress.step, path=path.name, dt=round(seconds, 3))
             logger.info("saved %s in %.2f s", path, seconds)
         context.barrier()
-        self.log_start += time.perf_counter() - started
+        self.saved_step = progress.step
+        self.meter.leave_out(time.perf_counter() - started)
 
     def _trainer_state(self) -> dict:
         return {
@@ -491,7 +442,11 @@ def _is_due(step: int, interval: int) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    """Run, and leave an exit record whatever happens; returns the exit code."""
+    """Run, and leave an exit record whatever happens; returns the exit code.
+
+    Raises:
+        Exception: a crash, after its record was written.
+    """
     rank = launched_rank()
     setup_console(rank)
     exit_dir, context, trainer = exit_record_dir(), None, None
@@ -502,24 +457,23 @@ def main(argv: list[str]) -> int:
                 exits.write_exit_record(exit_dir, rank, code, reason, trainer.progress.step if trainer else None)
             except OSError:
                 # The reason was just logged, and there is nowhere to write it.
-                logging.getLogger().debug("no exit record", exc_info=True)
+                logger.debug("no exit record", exc_info=True)
         return code
 
     try:
-        config, given = parse_config(argv)
-        exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
-        context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
-        exits.clear_exit_record(exit_dir, context.rank, context.world_size)
-        trainer = Trainer(config, given, context)
-    except ValueError as error:
-        logger.error("train_my_ddp: %s", error)
-        logging.getLogger().debug("", exc_info=True)
-        code = leave(exits.WRONG_INPUT, str(error))
-        if context is not None:
-            destroy_context(context)
-        return code
-
-    try:
+        try:
+            config, given = parse_config(argv)
+            exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
+            context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
+            exits.clear_exit_record(exit_dir, context.rank, context.world_size)
+            trainer = Trainer(config, given, context)
+        except ValueError as error:
+            logger.error("train_my_ddp: %s", error)
+            logger.debug("", exc_info=True)
+            code = leave(exits.WRONG_INPUT, str(error))
+            if context is not None:
+                destroy_context(context)
+            return code
         if config.run.valid_only:
             trainer.validate()
             code = exits.OK
@@ -531,10 +485,16 @@ def main(argv: list[str]) -> int:
         destroy_context(context)
         return leave(code, "finished" if code == exits.OK else "stopped on request")
     except Exception as error:
-        logger.error("crashed at step %d:\n%s", trainer.progress.step, traceback.format_exc())
+        logger.error("crashed:\n%s", traceback.format_exc())
         leave(exits.CRASH, f"{type(error).__name__}: {error}")
         raise
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except Exception:
+        # Logged already. Leave at once: a thread that waits for another rank would hold the process back.
+        sys.stdout.flush()
+        os._exit(exits.CRASH)
+    sys.exit(exit_code)

@@ -27,6 +27,8 @@ from torch import Tensor
 from utils.files import atomic_write_json, fsync_dir, sha256_of_file
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+RUN_MARK = ".zero2all-run"
+"""An empty file in a run directory, by which ranks find out whether they see the same one."""
 _STEP_DIR = re.compile(r"step-(\d+)")
 
 
@@ -60,6 +62,21 @@ class CheckpointWriter:
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.directory / name, metadata)
         self._files.append(name)
+
+    def write_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]]) -> None:
+        """Write this rank's share of a state that every rank holds whole: the pieces that begin in its even part.
+
+        Args:
+            state: (parameter name, offset, state name -> flat tensor), the same list on all ranks.
+        """
+        state = list(state)
+        sizes = [len(next(iter(tensors.values()))) for _, _, tensors in state]
+        total, seen, mine = sum(sizes), 0, {}
+        for (name, offset, tensors), size in zip(state, sizes):
+            if seen * self.world_size // total == self.rank:
+                mine |= {flat_key(name, offset, key): tensor for key, tensor in tensors.items()}
+            seen += size
+        self.write_tensors(f"optim-{self.rank}.safetensors", mine)
 
     def write_json(self, name: str, value: object) -> None:
         atomic_write_json(self.directory / name, value)
@@ -160,6 +177,32 @@ def choose_checkpoint(ckpt_dir: Path, which: str = "last") -> tuple[Checkpoint |
             return candidate, complaints
         complaints.append(f"checkpoint {candidate.path} is broken and skipped: {problem}")
     return None, complaints
+
+
+def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list[str]]:
+    """Create or reopen a run directory; one process does this for all.
+
+    Returns:
+        the checkpoint to resume from (None: start fresh), and remarks for the user.
+    Raises:
+        ValueError: it cannot be written; it holds checkpoints and `resume` is off; none of them is whole.
+    """
+    ckpt_dir = out_dir / "ckpt"
+    try:
+        ckpt_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / RUN_MARK).write_text("")
+    except OSError as error:
+        raise ValueError(f"--out_dir {out_dir} cannot be written: {error.strerror}") from None
+    if not resume:
+        if list_checkpoints(ckpt_dir):
+            raise ValueError(f"{out_dir} already holds a run: add --resume to go on, or choose another --out_dir")
+        return None, []
+    chosen, complaints = choose_checkpoint(ckpt_dir, which)
+    if chosen is not None:
+        return chosen.path, complaints
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
+    return None, [f"no checkpoint in {out_dir}: starting fresh"]
 
 
 def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:

@@ -93,7 +93,8 @@ def matrix(micro_batch: int) -> dict:
         with contextlib.nullcontext() if last else torch_ddp.no_sync():
             # torch averages over the ranks.
             (loss_of(torch_ddp, rows) * context.world_size).backward()
-    results["torch"] = [relative_error(flat_grads(torch_ddp), exact), torch.equal(flat_grads(torch_ddp), expected), None]
+    grads = flat_grads(torch_ddp)
+    results["torch"] = [relative_error(grads, exact), torch.equal(grads, expected), None]
     destroy_context(context)
     return results
 
@@ -111,7 +112,7 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
                 assert same_bits_as_naive, name
             if launches and "overlap True" in name and "one" not in name:
                 parameters = len(list(new_model().parameters()))
-                assert launches[0] < parameters / 2, "the first bucket must leave in the first half of the backward pass"
+                assert launches[0] < parameters / 2, "the first bucket must leave before half of the backward pass"
             if launches and "overlap False" in name:
                 assert launches[0] == len(list(new_model().parameters()))
 

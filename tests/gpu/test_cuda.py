@@ -1,0 +1,104 @@
+"""What only a GPU can show: the comm stream, CUDA against CPU, bit-exact resume. `pytest -m gpu tests/gpu`."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_my_ddp
+from model import Llama, LlamaConfig
+from model.loss import cross_entropy_sum
+from parallel import CommStream, DistContext, DistributedDataParallel
+from tests.dist.group import run_ranks
+from tests.runs import elsewhere, final_state, losses, records, same_bits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CONFIG = LlamaConfig(
+    vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64,
+).resolve()  # fmt: skip
+
+
+def alone(device: str = "cuda") -> DistContext:
+    return DistContext(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device("cpu"))
+
+
+def test_comm_stream_keeps_order_and_waits():
+    stream = CommStream(torch.device("cuda", 0))
+    x = torch.zeros(1 << 22, device="cuda")
+
+    def double() -> None:
+        x.mul_(2.0)
+
+    for _ in range(20):
+        x.add_(1.0)
+        # Must see the addition just issued, and be seen by the next one.
+        stream.submit(double).wait()
+    expected = 0.0
+    for _ in range(20):
+        expected = (expected + 1.0) * 2.0
+    assert (x == expected).all()
+    stream.close()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_cuda_equals_cpu(documents: bool):
+    rows = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(0))
+    ids = (torch.arange(64) // 20).expand(4, -1) if documents else None
+    grads = []
+    for device in ("cpu", "cuda"):
+        model = Llama(CONFIG)
+        model.initialize(0)
+        ddp = DistributedDataParallel(model.to(device), alone(device), bucket_size=20_000)
+        hidden = ddp(rows[:, :-1].to(device), None, ids.to(device) if documents else None)
+        cross_entropy_sum(model.logits(hidden), rows[:, 1:].to(device)).backward()
+        ddp.finish_grad_sync()
+        grads.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()]))
+        ddp.comm_stream.close()
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_resume_is_bit_exact(tiny_run: list[str], tmp_path: Path, dtype: str):
+    flags = [*tiny_run, "--device=cuda", f"--dtype={dtype}", "--deterministic", "--hidden_dropout=0.1"]
+    assert train_my_ddp.main([*flags, "--save_interval=2"]) == 0
+    parts = elsewhere(flags, tmp_path / "parts")
+    assert train_my_ddp.main([*parts, "--save_interval=2"]) == 0
+    os.rename(tmp_path / "parts" / "ckpt" / "step-4", tmp_path / "gone")
+    assert train_my_ddp.main([*parts, "--resume"]) == 0
+    assert losses(parts) == losses(flags)
+    assert same_bits(final_state(parts, 4), final_state(flags, 4))
+
+
+def two_ranks_on_one_gpu(flags: list[str]) -> int:
+    return train_my_ddp.main([*flags, "--device=cuda", "--ddp_backend=gloo"])
+
+
+def test_two_gloo_ranks_on_one_gpu(tiny_run: list[str], tmp_path: Path):
+    """The comm stream's path with real collectives, where a machine has only one GPU."""
+    assert run_ranks(2, two_ranks_on_one_gpu, elsewhere(tiny_run, tmp_path / "two")) == [0, 0]
+    assert train_my_ddp.main([*tiny_run, "--device=cuda"]) == 0
+    two = elsewhere(tiny_run, tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(tiny_run), rel=1e-4)
+    assert [r["digest"] for r in records(two, "train")] == [r["digest"] for r in records(tiny_run, "train")]
+
+
+def test_compiled_blocks():
+    config = dataclasses.replace(CONFIG, hidden_dropout=0.0)
+    rows = torch.randint(0, 512, (4, 64), device="cuda")
+    hidden = []
+    for compiled in (False, True):
+        model = Llama(config)
+        model.initialize(0)
+        model.cuda()
+        if compiled:
+            for block in model.layers:
+                block.compile()
+        hidden.append(model(rows))
+    assert torch.allclose(*hidden, atol=1e-4)

@@ -1,0 +1,41 @@
+"""What happened since the last log line."""
+
+import time
+
+
+class StepMeter:
+    """Counts steps, seconds, samples and their digest between two log lines.
+
+    Args:
+        first_sample: position in the stream of the next sample.
+    """
+
+    def __init__(self, first_sample: int):
+        self._restart(first_sample)
+
+    def _restart(self, first_sample: int) -> None:
+        self._started = time.perf_counter()
+        self._steps, self._data_wait, self._digest = 0, 0.0, 0
+        self._first, self._next = first_sample, first_sample
+
+    def add_step(self, last_sample: int, digest: int, data_wait: float) -> None:
+        """A step ended with the sample at position `last_sample`; `digest` sums over all ranks (modulo 2**64)."""
+        self._steps += 1
+        self._next = last_sample + 1
+        self._digest = (self._digest + digest) % (1 << 64)
+        self._data_wait += data_wait
+
+    def leave_out(self, seconds: float) -> None:
+        """Validation and saves are not training time."""
+        self._started += seconds
+
+    def read(self) -> dict:
+        """Means a step since the last reading (dt and data_wait, seconds), samples and digest; then start anew."""
+        reading = {
+            "dt": (time.perf_counter() - self._started) / self._steps,
+            "data_wait": self._data_wait / self._steps,
+            "samples": [self._first, self._next - 1],
+            "digest": f"{self._digest:016x}",
+        }
+        self._restart(self._next)
+        return reading
