@@ -8,9 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from dataset.format import MANIFEST_NAME, SPLITS, index_path, read_document_starts, read_index, write_index
+
+_PRETOKENIZE = "python -m data_preprocess.pretokenize_pretrain_data"
 
 
 def build(data_dir: Path, max_seq_len: int) -> list[str]:
@@ -21,21 +21,25 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
     """
     manifest_path = data_dir / MANIFEST_NAME
     if not manifest_path.exists():
-        raise ValueError(f"{data_dir} is not pretokenized: run `python -m data_preprocess.pretokenize_pretrain_data`")
-    manifest = json.loads(manifest_path.read_text())
+        raise ValueError(f"{data_dir} is not pretokenized: run `{_PRETOKENIZE}`")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        shards, valid_ratio = manifest["shards"], manifest["valid_ratio"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{manifest_path} is damaged: run `{_PRETOKENIZE}` again") from None
     lines = []
     for split in SPLITS:
-        names = manifest["shards"][split]
-        if split == "valid" and not names and manifest["valid_ratio"] == 0:
+        names = shards[split]
+        if split == "valid" and not names and valid_ratio == 0:
             index_path(data_dir, split, max_seq_len).unlink(missing_ok=True)
             lines.append("valid: none (--valid_ratio was 0)")
             continue
         documents = sum(len(read_document_starts(data_dir / name)) for name in names)
         write_index(data_dir, split, max_seq_len, names)
         samples = len(read_index(data_dir, split, max_seq_len).rows)
-        per_sample = np.float64(documents) / samples
         lines.append(
-            f"{split}: {samples:,} samples of {max_seq_len} tokens, {documents:,} documents ({per_sample:.2f} a sample)"
+            f"{split}: {samples:,} samples of {max_seq_len} tokens from {documents:,} documents "
+            f"({samples * max_seq_len / documents:,.0f} tokens a document)"
         )
     return lines
 

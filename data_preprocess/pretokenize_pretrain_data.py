@@ -14,7 +14,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -58,7 +60,7 @@ class UnitRecord:
 
 def is_valid_document(text: str, valid_ratio: float) -> bool:
     """Whether a document belongs to the validation set: its hash, as a fraction of 2**64, is below the ratio."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < valid_ratio * 2.0**64
 
 
@@ -105,7 +107,7 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
         def flush() -> None:
             for text, ids in zip(documents, tokenizer.encode_batch(documents)):
                 split = "valid" if is_valid_document(text, job.valid_ratio) else "train"
-                writer(split).add_document(ids, len(text.encode("utf-8", "surrogatepass")))
+                writer(split).add_document(ids, len(text.encode("utf-8")))
             documents.clear()
 
         pending_bytes = 0
@@ -130,18 +132,78 @@ def process_unit(job: Job, unit: Unit) -> UnitRecord:
     return record
 
 
+def _start_worker() -> None:
+    """A worker ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One tokenizer thread a process: the processes already fill the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _process_units(job: Job, units: list[Unit], num_workers: int, max_bad_records: int) -> list[UnitRecord]:
+    """Spread the units over processes; returns their records in the units' order.
+
+    Raises:
+        ValueError: a worker's error, with the file it was at, or more unreadable records than allowed.
+    """
+    records: dict[int, UnitRecord] = {}
+    bad_records = 0
+    # "spawn": forking a process that already runs the tokenizer's threads can deadlock.
+    pool = ProcessPoolExecutor(min(num_workers, len(units)), multiprocessing.get_context("spawn"), _start_worker)
+    progress = tqdm(
+        total=sum(unit.num_bytes for unit in units), unit="B", unit_scale=True, desc="tokenizing", disable=None
+    )
+    try:
+        futures = {pool.submit(process_unit, job, unit): index for index, unit in enumerate(units)}
+        for future in as_completed(futures):
+            index = futures[future]
+            try:
+                record = records[index] = future.result()
+            except (ValueError, OSError) as error:
+                raise ValueError(f"tokenizing stopped at {units[index].pieces[0].path}: {error}") from error
+            progress.update(units[index].num_bytes)
+            bad_records += record.bad_records
+            if bad_records > max_bad_records:
+                raise ValueError(
+                    f"{bad_records} records could not be read, more than --max_bad_records {max_bad_records}; "
+                    f"for example {record.bad_examples[0]}"
+                )
+    finally:
+        # After an error or Ctrl-C, what has not begun is dropped.
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+    return [records[index] for index in range(len(units))]
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete the temporary files of runs that were killed; another run's, still alive, are left alone."""
+    for path in [*directory.glob("*.tmp-*"), *(directory / _UNITS_DIR).glob("*.tmp-*")]:
+        try:
+            os.kill(int(path.name.rpartition("-")[2]), 0)
+        except (ValueError, ProcessLookupError):
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            continue
+
+
 def pretokenize(job: Job, num_workers: int, shard_mb: float, max_bad_records: int) -> dict:
     """Run the whole job and write its manifest, which lists the shards in the order of their inputs.
 
     Raises:
-        ValueError: nothing to read, or more unreadable records than allowed.
+        ValueError: nothing to read, nothing held out, or more unreadable records than allowed.
     """
     root, output = Path(job.data_dir), Path(job.output_dir)
     if not root.is_dir():
         raise ValueError(f"--data_dir {root} is not a directory")
     if not 0.0 <= job.valid_ratio < 1.0:
         raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {job.valid_ratio}")
-    if shard_mb <= 0 or num_workers < 1:
+    if not 1 <= shard_mb * 1e6 < 2**63 or num_workers < 1:
         raise ValueError("--shard_mb and --num_workers must be positive")
     inputs, others = list_inputs(root)
     if others:
@@ -152,48 +214,30 @@ def pretokenize(job: Job, num_workers: int, shard_mb: float, max_bad_records: in
         raise ValueError(f"{root} holds no text: put .txt, .jsonl or source files into it")
     tokenizer = load_tokenizer(job.tokenizer_dir)
     (output / _UNITS_DIR).mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(output)
+    records = _process_units(job, units, num_workers, max_bad_records)
 
-    records: dict[int, UnitRecord] = {}
-    progress = tqdm(
-        total=sum(unit.num_bytes for unit in units), unit="B", unit_scale=True, desc="tokenizing", mininterval=1.0
-    )
-    # One tokenizer thread a process: the processes already fill the cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # "spawn": forking a process that already runs the tokenizer's threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(units)), context) as pool, progress:
-        futures = {pool.submit(process_unit, job, unit): index for index, unit in enumerate(units)}
-        for future in as_completed(futures):
-            index = futures[future]
-            try:
-                records[index] = future.result()
-            except (ValueError, OSError) as error:
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(f"tokenizing stopped at {units[index].pieces[0].path}: {error}") from error
-            progress.update(units[index].num_bytes)
-            bad_records = sum(record.bad_records for record in records.values())
-            if bad_records > max_bad_records:
-                pool.shutdown(cancel_futures=True)
-                examples = [example for record in records.values() for example in record.bad_examples]
-                raise ValueError(
-                    f"{bad_records} records could not be read, more than --max_bad_records {max_bad_records}; "
-                    f"for example {examples[0]}"
-                )
-
-    ordered = [records[index] for index in range(len(units))]
-    documents = sum(record.documents for record in ordered)
+    documents = sum(record.documents for record in records)
     if not documents:
         raise ValueError(f"{root} holds no text that could be read: every file is empty or unreadable")
+    shards = {split: [r.shards[split] for r in records if split in r.shards] for split in SPLITS}
+    if job.valid_ratio > 0 and not shards["valid"]:
+        raise ValueError(
+            f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
+            f"{job.valid_ratio}, or 0 to go without"
+        )
+    if not shards["train"]:
+        raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")
     tokenizer.save_pretrained(output / "tokenizer")
     manifest = {
-        "shards": {split: [r.shards[split] for r in ordered if split in r.shards] for split in SPLITS},
+        "shards": shards,
         "valid_ratio": job.valid_ratio,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "documents": documents,
-        "tokens": sum(record.tokens for record in ordered),
-        "text_bytes": sum(record.text_bytes for record in ordered),
-        "bad_records": sum(record.bad_records for record in ordered),
-        "bad_examples": [example for record in ordered for example in record.bad_examples][:5],
+        "tokens": sum(record.tokens for record in records),
+        "text_bytes": sum(record.text_bytes for record in records),
+        "bad_records": sum(record.bad_records for record in records),
+        "bad_examples": [example for record in records for example in record.bad_examples][:5],
     }
     atomic_write_json(output / MANIFEST_NAME, manifest)
     return manifest
@@ -220,6 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"pretokenize: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pretokenize: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - started
     for example in manifest["bad_examples"]:
         print(f"skipped {example}", file=sys.stderr)

@@ -11,12 +11,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dataset.format import MANIFEST_NAME, TOKEN_FILE_SUFFIXES
 from utils.files import sha256_of_file
 
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql".split()
 )
-JSONL_SUFFIXES = frozenset((".jsonl", ".json"))
+JSONL_SUFFIXES = frozenset((".jsonl",))
+
+
+def _is_json_lines(path: str) -> bool:
+    return Path(path).suffix.lower() in JSONL_SUFFIXES
+
+
+def _end_of_line(path: Path, position: int) -> int:
+    """Where the line that holds the byte before `position` ends."""
+    with open(path, "rb") as file:
+        file.seek(position - 1)
+        file.readline()
+        return file.tell()
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,11 @@ class Unit:
         """Hex sha256 of the unit's content and names."""
         digest = hashlib.sha256()
         for piece in self.pieces:
-            content = sha256_of_file(root / piece.path, piece.start, piece.end)
+            start, end = piece.start, piece.end
+            if _is_json_lines(piece.path):
+                # What the reader looks at: the byte before, and the last line to its end.
+                start, end = max(start - 1, 0), _end_of_line(root / piece.path, end)
+            content = sha256_of_file(root / piece.path, start, end)
             digest.update(json.dumps([piece.path, piece.start, piece.end, content]).encode())
         return digest.hexdigest()
 
@@ -64,18 +81,20 @@ class BadRecords:
 def list_inputs(root: Path) -> tuple[list[str], list[str]]:
     """Files below `root` that can be read, and those of other kinds: sorted paths relative to it.
 
-    Hidden folders, and folders that hold a tokenizer or token files, are our own or nobody's text: left out.
+    Hidden folders, tokenizer folders below the root, links that lead nowhere, and the files that pretokenizing writes
+    are passed over.
     """
     inputs, others = [], []
     for directory, folders, files in os.walk(root):
-        if "tokenizer.json" in files:
+        if "tokenizer.json" in files and Path(directory) != root:
             folders.clear()
             continue
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
         for name in sorted(files):
             suffix = Path(name).suffix.lower()
-            relative = os.path.relpath(os.path.join(directory, name), root)
-            if name == "pretokenize.json" or suffix in (".bin", ".docs", ".ibin"):
+            full = os.path.join(directory, name)
+            relative = os.path.relpath(full, root)
+            if name == MANIFEST_NAME or suffix in TOKEN_FILE_SUFFIXES or ".tmp-" in name or not os.path.isfile(full):
                 continue
             if suffix in TEXT_SUFFIXES or suffix in JSONL_SUFFIXES:
                 inputs.append(relative)
@@ -89,7 +108,7 @@ def plan_units(root: Path, paths: list[str], unit_bytes: int) -> list[Unit]:
     units, current, current_bytes = [], [], 0
     for path in paths:
         size = os.path.getsize(root / path)
-        step = unit_bytes if Path(path).suffix.lower() in JSONL_SUFFIXES else max(size, 1)
+        step = unit_bytes if _is_json_lines(path) else max(size, 1)
         for start in range(0, size, step):
             piece = Piece(path, start, min(start + step, size))
             if current and current_bytes + piece.end - piece.start > unit_bytes:
@@ -103,8 +122,12 @@ def plan_units(root: Path, paths: list[str], unit_bytes: int) -> list[Unit]:
 
 
 def read_documents(root: Path, piece: Piece, text_key: str, bad: BadRecords) -> Iterator[str]:
-    """The documents of one piece. Unreadable and empty ones are noted in `bad`."""
-    if Path(piece.path).suffix.lower() in JSONL_SUFFIXES:
+    """The documents of one piece. Unreadable ones are noted in `bad`, empty ones passed over.
+
+    Raises:
+        ValueError: the file changed since the units were planned.
+    """
+    if _is_json_lines(piece.path):
         yield from _read_json_lines(root / piece.path, piece, text_key, bad)
         return
     try:
@@ -125,14 +148,20 @@ def _read_json_lines(path: Path, piece: Piece, text_key: str, bad: BadRecords) -
         while (offset := file.tell()) < piece.end:
             line = file.readline()
             where = f"{piece.path} at byte {offset}"
+            if not line:
+                raise ValueError(f"{piece.path} became shorter while it was read: run the command again")
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+                text = record.get(text_key) if isinstance(record, dict) else None
+                if isinstance(text, str):
+                    # Half a surrogate pair, which JSON can spell, is no text.
+                    text.encode("utf-8")
+            except (ValueError, RecursionError) as error:
                 bad.add(where, f"not a JSON line ({error})")
                 continue
-            if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+            if not isinstance(text, str):
                 bad.add(where, f'no text under the key "{text_key}" (choose it with --text_key)')
-            elif record[text_key]:
-                yield record[text_key]
+            elif text:
+                yield text

@@ -10,6 +10,7 @@
 A file's fingerprint is the sha256 of its header, which holds the sha256 of its tokens: computed once, when written.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,17 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import atomic_write, fsync_dir
+from utils.files import atomic_write, fsync_dir, sha256_of_file
 
 BIN_MAGIC, DOCS_MAGIC, INDEX_MAGIC = b"Z2ALLBIN", b"Z2ALLDOC", b"Z2ALLIDX"
 VERSION = 1
 SPLITS = ("train", "valid")
 MANIFEST_NAME = "pretokenize.json"
+TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin")
 
 _BIN_STRUCT = struct.Struct("<8sII QQQQ d Q 8s 32s 32s")
 _BIN_HEADER_BYTES = 256
 _DOCS_STRUCT = struct.Struct("<8sIIQ32s")
-_INDEX_STRUCT = struct.Struct("<8sII")
+_INDEX_STRUCT = struct.Struct("<8sII32s")
 INDEX_ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
 
 _PRETOKENIZE = "python -m data_preprocess.pretokenize_pretrain_data"
@@ -100,6 +102,9 @@ def read_bin_header(path: Path) -> BinHeader:
             f"{path} holds {size} bytes where its header promises {expected}: "
             f"it is damaged, delete it and run `{_PRETOKENIZE}` again"
         )
+    if split.rstrip(b"\0") not in (b"train", b"valid") or token_bytes != token_dtype(vocab_size).itemsize:
+        # A size of its own for the tokens, so that a damaged vocabulary size cannot change how they are read.
+        raise ValueError(f"{path} has a damaged header: delete it and run `{_PRETOKENIZE}` again")
     return BinHeader(
         vocab_size=vocab_size, eod_id=eod_id, tokenizer_fingerprint=tokenizer.hex(),
         split=split.rstrip(b"\0").decode(), valid_ratio=valid_ratio, num_tokens=num_tokens,
@@ -130,7 +135,14 @@ class BinWriter:
         self._num_tokens = self._text_bytes = 0
 
     def add_document(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
-        """Append a document's tokens (without end-of-document token, which is added here)."""
+        """Append a document's tokens (without end-of-document token, which is added here).
+
+        Raises:
+            ValueError: a token is outside the vocabulary.
+        """
+        ids = np.asarray(ids, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
+            raise ValueError(f"a document holds token ids outside the vocabulary of {self.header.vocab_size} entries")
         tokens = np.empty(len(ids) + 1, self.header.dtype)
         tokens[:-1] = ids
         tokens[-1] = self.header.eod_id
@@ -142,14 +154,12 @@ class BinWriter:
         self._text_bytes += text_bytes
 
     def close(self) -> BinHeader:
-        header = BinHeader(
-            **{
-                **self.header.__dict__,
-                "num_tokens": self._num_tokens,
-                "num_documents": len(self._starts),
-                "text_bytes": self._text_bytes,
-                "content_sha256": self._hash.hexdigest(),
-            }
+        header = dataclasses.replace(
+            self.header,
+            num_tokens=self._num_tokens,
+            num_documents=len(self._starts),
+            text_bytes=self._text_bytes,
+            content_sha256=self._hash.hexdigest(),
         )
         self._file.seek(0)
         self._file.write(header.pack())
@@ -171,9 +181,10 @@ class BinWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.discard()
 
 
@@ -187,7 +198,8 @@ def read_document_starts(bin_path: Path) -> np.ndarray:
     path = docs_path(bin_path)
     raw = path.read_bytes() if path.exists() else b""
     expected = _DOCS_STRUCT.size + 8 * header.num_documents
-    if len(raw) != expected or raw[:8] != DOCS_MAGIC or raw[24:56] != bytes.fromhex(header.fingerprint):
+    lead = _DOCS_STRUCT.pack(DOCS_MAGIC, VERSION, 0, header.num_documents, bytes.fromhex(header.fingerprint))
+    if len(raw) != expected or not raw.startswith(lead):
         raise ValueError(
             f"{path} is missing or does not belong to {bin_path.name}: delete both and run `{_PRETOKENIZE}` again"
         )
@@ -249,7 +261,8 @@ def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) 
         }
     ).encode()
     path = index_path(data_dir, split, max_seq_len)
-    atomic_write(path, _INDEX_STRUCT.pack(INDEX_MAGIC, VERSION, len(meta)) + meta + raw_rows)
+    lead = _INDEX_STRUCT.pack(INDEX_MAGIC, VERSION, len(meta), hashlib.sha256(meta).digest())
+    atomic_write(path, lead + meta + raw_rows)
     return path
 
 
@@ -267,18 +280,21 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
         raw = file.read(_INDEX_STRUCT.size)
         if len(raw) < _INDEX_STRUCT.size or raw[:8] != INDEX_MAGIC:
             raise ValueError(f"{path} is not a zero2all .ibin file: run {rebuild}")
-        _, version, meta_bytes = _INDEX_STRUCT.unpack(raw)
+        _, version, meta_bytes, meta_hash = _INDEX_STRUCT.unpack(raw)
         raw_meta = file.read(meta_bytes)
     if version != VERSION:
         raise ValueError(f"{path} has format version {version}, this program reads {VERSION}: run {rebuild}")
     start = _INDEX_STRUCT.size + meta_bytes
-    try:
-        meta = json.loads(raw_meta)
-        expected = start + meta["num_samples"] * INDEX_ROW.itemsize
-    except (ValueError, KeyError):
-        raise ValueError(f"{path} is damaged: run {rebuild}") from None
+    if hashlib.sha256(raw_meta).digest() != meta_hash:
+        raise ValueError(f"{path} is damaged: run {rebuild}")
+    meta = json.loads(raw_meta)
+    if (meta["split"], meta["max_seq_len"]) != (split, max_seq_len):
+        raise ValueError(f"{path} was built for another set or length: run {rebuild}")
+    expected = start + meta["num_samples"] * INDEX_ROW.itemsize
     if os.path.getsize(path) != expected:
         raise ValueError(f"{path} holds {os.path.getsize(path)} bytes instead of {expected}: run {rebuild}")
+    if sha256_of_file(path, start) != meta["rows_sha256"]:
+        raise ValueError(f"{path} is damaged: run {rebuild}")
     return SampleIndex(
         max_seq_len=meta["max_seq_len"],
         split=meta["split"],

@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--dir", default="out/demo", help="where everything goes (default: out/demo)")
     parser.add_argument("--max_iters", type=int, default=320, help="training steps (default: 320)")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
+    parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
     args = parser.parse_args()
     home = Path(args.dir)
     shutil.rmtree(ROOT / home, ignore_errors=True)

@@ -30,18 +30,17 @@ class HFBBPETokenizer:
     def __init__(self, definition: str):
         """`definition` is the content of a `tokenizer.json`."""
         self._definition = json.loads(definition)
-        added = self._definition.get("added_tokens", [])
-        self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in added if token["special"]}
+        if not _is_byte_level_bpe(self._definition):
+            raise ValueError("only byte-level BPE without other added tokens can be used")
+        self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in self._definition["added_tokens"]}
         if END_OF_DOCUMENT not in self.special_ids:
-            raise ValueError(f"this tokenizer has no {END_OF_DOCUMENT} token: train one with tokenizer.train_tokenizer")
+            raise ValueError(f"it has no {END_OF_DOCUMENT} token")
         # Without its added tokens, the library treats the control strings as ordinary text.
         self._plain = Tokenizer.from_str(json.dumps({**self._definition, "added_tokens": []}))
         self._special_texts = {token_id: text for text, token_id in self.special_ids.items()}
         self.vocab_size = max([*self.special_ids.values(), self._plain.get_vocab_size() - 1]) + 1
-        canonical = json.dumps(
-            [self._definition[k] for k in ("added_tokens", "pre_tokenizer", "model")], sort_keys=True
-        )
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
+        self.fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def eod_id(self) -> int:
@@ -90,6 +89,20 @@ class HFBBPETokenizer:
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
 
 
+def _is_byte_level_bpe(definition: object) -> bool:
+    """Whether a `tokenizer.json` is of the kind that this class can stand for."""
+    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
+        return False
+    model, added = definition["model"], definition.get("added_tokens")
+    return (
+        model.get("type") == "BPE"
+        and "merges" in model
+        and '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer"))
+        and isinstance(added, list)
+        and all(token.get("special") for token in added)
+    )
+
+
 def load_tokenizer(directory: str | Path) -> HFBBPETokenizer:
     """Load a tokenizer folder.
 
@@ -104,8 +117,10 @@ def load_tokenizer(directory: str | Path) -> HFBBPETokenizer:
         )
     try:
         return HFBBPETokenizer(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is no tokenizer definition ({error}): train the tokenizer again") from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be used ({error}): train one with `python -m tokenizer.train_tokenizer`"
+        ) from None
 
 
 def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = True) -> HFBBPETokenizer:

@@ -41,11 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = train_hf_bbpe(corpus_texts(root, args.text_key, bad), args.vocab_size, sys.stderr.isatty())
         tokenizer.save_pretrained(args.output_dir)
     except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
+        hint = f" ({bad.count} records could not be read, for example {bad.examples[0]})" if bad.count else ""
+        print(f"train_tokenizer: {error}{hint}", file=sys.stderr)
         return 2
     sample_bytes = sample_tokens = 0
     for text in corpus_texts(root, args.text_key, BadRecords()):
-        sample_bytes += len(text.encode("utf-8", "surrogatepass"))
+        sample_bytes += len(text.encode("utf-8"))
         sample_tokens += len(tokenizer.encode(text))
         if sample_bytes > _SAMPLE_BYTES:
             break

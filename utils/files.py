@@ -21,12 +21,15 @@ def atomic_write(path: Path, content: bytes, durable: bool = True) -> None:
     `durable=False` skips the flush: for files that matter only while the machine is up (heartbeats).
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     if durable:
         fsync_dir(path.parent)
 

@@ -284,12 +284,12 @@ def naive_rows(lengths: list[int], max_seq_len: int) -> list[tuple[int, int]]:
     return [places[start] for start in range(0, len(places) - max_seq_len, max_seq_len)]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("max_seq_len", [1, 2, 7, 16, 64])
 def test_rows_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_len: int):
     """Shards from one token, far shorter than a sample, to several samples."""
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, [4, 30, 200][seed % 3], 30).tolist()
+    lengths = rng.integers(1, [4, 30, 200][seed % 3], 12).tolist()
     lengths.append(max_seq_len + 1)
     names = write_shards(tmp_path, lengths, seed=seed)
     path = write_index(tmp_path, "train", max_seq_len, names)

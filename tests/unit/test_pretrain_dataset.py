@@ -76,7 +76,7 @@ def test_batches_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_len: int,
     expected = naive_batch(stream, ids.tolist(), max_seq_len, document_mask)
     assert batch.keys() == expected.keys()
     for name, values in expected.items():
-        assert batch[name].dtype == torch.int64
+        assert batch[name].dtype == torch.int64 and batch[name].is_contiguous()
         assert batch[name].tolist() == values, name
 
 
