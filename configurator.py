@@ -6,6 +6,7 @@ fields' names; the groups only order the help. Values that follow from others ar
 
 import dataclasses
 import difflib
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class OptimizerConfig:
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Course of the learning rate after the warmup."""
     decay_lr: bool = True
-    """Off: the learning rate stays at its peak."""
+    """Off: the learning rate stays at its peak once it has risen."""
     warmup_ratio: float = 0.01
     """Share of the steps over which the learning rate rises."""
     min_lr_ratio: float = 0.1
@@ -127,7 +128,7 @@ class ParallelConfig:
     ddp_impl: Literal["bucketed", "naive"] = "bucketed"
     """naive: all-reduce every gradient after the backward pass, for comparison."""
     bucket_size: int = 6_553_600
-    """Parameters in a bucket (25 MiB of float32 gradients)."""
+    """Elements after which a bucket is closed (25 MiB of float32 gradients)."""
     disable_bucketing: bool = False
     """One bucket for everything: no overlap."""
     overlap_grad_reduce: bool = True
@@ -262,7 +263,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
 
 def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
     """A newly given --epoch beats an older max_iters: otherwise it would have no effect."""
-    if "max_iters" in newer and "epoch" in newer:
+    if newer.get("max_iters") not in (None, 0, "0") and "epoch" in newer:
         raise ValueError("max_iters and epoch both say how long to train: give only one")
     if "epoch" in newer and "max_iters" in older:
         for source in drop or (older,):
@@ -365,9 +366,9 @@ def _coerce(name: str, value: Any) -> Any:
     elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = kind(value)
-            if isinstance(value, str) or number == value:
+            if math.isfinite(number) and (isinstance(value, str) or number == value):
                 return number
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise ValueError(f"{name} must be {'true or false' if kind is bool else f'of type {kind.__name__}'}, got {value!r}")
 
@@ -386,7 +387,7 @@ def _check(config: Config) -> None:
         if flat[name] <= 0:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "valid_interval", "valid_iters", "num_workers", "grad_clip",
-                 "weight_decay", "learning_rate", "num_threads", "bucket_size", "seed"):  # fmt: skip
+                 "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
     for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
@@ -406,9 +407,14 @@ def _check(config: Config) -> None:
     config.model.resolve()
 
 
-def resolve(config: Config, world_size: int, num_train_samples: int) -> Derived:
+def resolve(
+    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
+) -> Derived:
     """What follows from the configuration together with the data and the ranks.
 
+    Args:
+        num_train_samples: samples in an epoch.
+        step, samples_consumed: where a resumed run stands: --epoch counts samples, also if the global batch changed.
     Raises:
         ValueError: the global batch cannot be split over the ranks.
     """
@@ -419,7 +425,7 @@ def resolve(config: Config, world_size: int, num_train_samples: int) -> Derived:
             f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
         )
     global_batch = config.data.train_batch_size * steps
-    epoch_iters = max(1, round(config.run.epoch * num_train_samples / global_batch))
+    epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
     return Derived(global_batch, config.run.max_iters or epoch_iters)
 
 
@@ -439,7 +445,8 @@ def resolve_model(
     if stored is not None:
         for name in SHAPE_FIELDS:
             asked = getattr(wanted, name)
-            if name in given and asked and asked != getattr(stored, name):
+            takes_default = asked == 0 and not isinstance(asked, bool)
+            if name in given and not takes_default and asked != getattr(stored, name):
                 raise ValueError(
                     f"--{name}={asked} does not fit the weights to start from, which have {getattr(stored, name)}: "
                     f"leave it out"
@@ -455,7 +462,13 @@ def resolve_model(
     return resolved
 
 
-def to_yaml(config: Config, derived: Derived) -> str:
-    """The configuration as YAML, None-valued keys included, with what was derived from it."""
+def to_yaml(config: Config, derived: dict[str, Any]) -> str:
+    """The configuration as YAML, None-valued keys included.
+
+    What was given stays as it was given, so that a resumed run derives it anew where it must (dtype on another machine,
+    steps from epochs); `derived` adds, for the reader, what it came to.
+    """
     values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}
-    return yaml.safe_dump(values | {"derived": dataclasses.asdict(derived)}, sort_keys=False, allow_unicode=True)
+    # Only the one that counts: together they would be refused.
+    values.pop("epoch" if config.run.max_iters else "max_iters")
+    return yaml.safe_dump(values | {"derived": derived}, sort_keys=False, allow_unicode=True)

@@ -96,7 +96,7 @@ def stream_text(tokenizer: HFBBPETokenizer, ids: Iterator[int]) -> Iterator[str]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", required=True, help="run directory, checkpoint or Hugging Face folder")
-    parser.add_argument("--prompt", help="text to continue (default: the start of a new document)")
+    parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest; 0: from all (default: 50)")
@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     args = parser.parse_args(argv)
     try:
+        if not args.prompt:
+            raise ValueError("--prompt is empty: give the model some text to continue")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
@@ -119,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    prompt_ids = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod_id]
-    print(args.prompt or "", end="", flush=True)
+    prompt_ids = tokenizer.encode(args.prompt)
+    print(args.prompt, end="", flush=True)
     new_ids = generate(
         model, prompt_ids, args.max_new_tokens, frozenset([tokenizer.eod_id]), args.temperature, args.top_k,
         args.top_p, args.seed,

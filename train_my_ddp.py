@@ -14,13 +14,16 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
 
-from configurator import CONFIG_NAME, Config, parse_config, resolve, resolve_model, to_yaml
+from configurator import CONFIG_NAME, Config, flatten, parse_config, resolve, resolve_model, to_yaml
 from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
@@ -34,7 +37,7 @@ from utils import checkpoint as ckpt
 from utils import exits
 from utils.files import atomic_write
 from utils.heartbeat import Heartbeat
-from utils.logging import add_log_file, setup_console
+from utils.logging import add_log_file, log_traceback, setup_console
 from utils.meter import StepMeter
 from utils.reslog import ResLog, count_launches
 
@@ -55,13 +58,26 @@ class Progress:
     """Input tokens read so far."""
 
 
+class StopRequest:
+    """Signal handler for SIGTERM and Ctrl-C: remembers that this rank was asked to stop."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __call__(self, signum: int, _frame: object) -> None:
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
 class Trainer:
     """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong."""
 
-    def __init__(self, config: Config, given: frozenset[str], context: DistContext):
+    def __init__(self, config: Config, given: frozenset[str], context: DistContext, stop: StopRequest):
         self.config, self.given, self.context = config, given, context
         self.out_dir = Path(config.run.out_dir)
-        self.progress, self.stop_requested, self.skipped_in_a_row = Progress(), False, 0
+        self.stop, self.progress, self.skipped_in_a_row = stop, Progress(), 0
+        self.lock: BinaryIO | None = None
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
@@ -73,12 +89,13 @@ class Trainer:
         self._build_parallel_and_optimizer()
         if self.resumed_from is not None:
             self._load_checkpoint(self.resumed_from)
+            at = self.progress
+            self.derived = resolve(config, context.world_size, len(self.train_data), at.step, at.samples_consumed)
         self.loader = TrainLoader(
             self.train_data, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
             context.rank, context.world_size, self.progress.samples_consumed, config.data.num_workers,
             pin_memory=context.device.type == "cuda",
         )  # fmt: skip
-        self.meter = StepMeter(self.progress.samples_consumed)
         self.saved_step = self.progress.step if self.resumed_from else -1
         self._start_records()
 
@@ -88,6 +105,7 @@ class Trainer:
 
         def decide() -> str | None:
             chosen, remarks = ckpt.open_run(self.out_dir, run.resume, run.resume_from)
+            self.lock = ckpt.lock_run(self.out_dir)
             for remark in remarks:
                 logger.warning(remark)
             return str(chosen) if chosen else None
@@ -125,7 +143,11 @@ class Trainer:
                     f"--tokenizer_dir, or run `python -m data_preprocess.pretokenize_pretrain_data` again"
                 )
         self.data_fingerprint = self.train_data.fingerprint
-        self.context.require_same(self.data_fingerprint, "the ranks see different training data: copy it to all nodes")
+        valid_fingerprint = self.valid_data.fingerprint if self.valid_data is not None else None
+        self.context.require_same(
+            [self.data_fingerprint, valid_fingerprint, self.tokenizer.fingerprint],
+            "the ranks see different data or tokenizers: copy the same to all nodes",
+        )
 
     def _build_model(self) -> None:
         config, device = self.config, self.context.device
@@ -135,11 +157,18 @@ class Trainer:
             if (source / "tokenizer.json").exists():
                 if load_tokenizer(source).fingerprint != self.tokenizer.fingerprint:
                     raise ValueError(f"the data was not tokenized with the tokenizer of --init_from {source}")
+        if config.run.valid_only and source is None:
+            raise ValueError(f"--valid_only: {self.out_dir} holds no checkpoint to validate")
         stored = hf.read_config(source) if source is not None else None
         self.model_config = resolve_model(
             config.model, self.given, stored, self.tokenizer.vocab_size, config.data.max_seq_len
         )
         self.dtype = resolve_dtype(config.system.dtype, device)
+        decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
+        self.context.require_same(
+            [decisive, str(self.dtype), self.model_config.__dict__],
+            "the ranks have different settings or choose different dtypes: start all with the same flags",
+        )
         self.model = Llama(self.model_config, config.system.gradient_checkpointing)
         if source is None:
             self.model.initialize(config.run.seed)
@@ -173,8 +202,7 @@ class Trainer:
     def _load_checkpoint(self, path: Path) -> None:
         """Restore optimizer and position; weights come from the float32 main parameters."""
         config, state = self.config, ckpt.read_trainer_state(path)
-        stream = {"seed": config.run.seed, "data": self.data_fingerprint, "max_seq_len": config.data.max_seq_len}
-        changed = [name for name, value in stream.items() if state["stream"][name] != value]
+        changed = [name for name, value in self._stream().items() if state["stream"][name] != value]
         if changed and not (config.data.restart_data or config.run.valid_only):
             raise ValueError(
                 f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
@@ -185,6 +213,11 @@ class Trainer:
         self.optimizer.load_scalar_state(state["optimizer"])
         samples = 0 if changed else state["samples_consumed"]
         self.progress = Progress(state["step"], samples, state["tokens"])
+
+    def _stream(self) -> dict:
+        """What the order of the samples depends on."""
+        data = self.config.data
+        return {"seed": self.config.run.seed, "data": self.data_fingerprint, "max_seq_len": data.max_seq_len}
 
     def _start_records(self) -> None:
         """Say what runs, and leave the configuration and the start record in the run directory."""
@@ -204,7 +237,11 @@ class Trainer:
             return
         for path in ckpt.abandon_later(self.out_dir / "ckpt", progress.step):
             logger.info("set aside %s: the run goes on from step %d", path.name, progress.step)
-        atomic_write(self.out_dir / CONFIG_NAME, to_yaml(config, self.derived).encode())
+        dtype = str(self.dtype).removeprefix("torch.")
+        derived = (
+            self.derived.__dict__ | {"dtype": dtype, "world_size": context.world_size} | self.model_config.__dict__
+        )
+        atomic_write(self.out_dir / CONFIG_NAME, to_yaml(config, derived).encode())
         self.reslog.write(
             "start",
             attempt=count_launches(self.out_dir / "reslog.jsonl") + 1,
@@ -212,7 +249,7 @@ class Trainer:
             samples_consumed=progress.samples_consumed,
             parent_ckpt=str(self.resumed_from.name) if self.resumed_from else None,
             world_size=context.world_size,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=dtype,
             seed=config.run.seed,
             data=self.data_fingerprint,
         )
@@ -240,18 +277,13 @@ class Trainer:
             + (f", from {self.resumed_from}" if self.resumed_from else ""),
         ]
 
-    def request_stop(self, signum: int, _frame: object) -> None:
-        """Signal handler: all ranks agree on it at the next step's border."""
-        if self.stop_requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.stop_requested = True
-
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
         run, data, progress = self.config.run, self.config.data, self.progress
         if progress.step >= self.derived.max_iters:
             logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
         self.model.train()
+        self.meter = StepMeter(progress.samples_consumed)
         phase = "compile" if self.config.system.compile else "step"
         while progress.step < self.derived.max_iters:
             self.heartbeat.beat(phase, progress.step)
@@ -282,7 +314,7 @@ class Trainer:
         # Known before the backward pass, and needed by it: how many tokens of the whole global batch are supervised.
         digest = sum(batch_digest(batch) for batch in batches.micro_batches)
         supervised = sum(int(self.task.supervised(batch).sum()) for batch in batches.micro_batches)
-        agreed = torch.tensor([supervised, self.stop_requested, digest & 0xFFFFFFFF, digest >> 32])
+        agreed = torch.tensor([supervised, self.stop.requested, digest & 0xFFFFFFFF, digest >> 32])
         count, stop, digest_low, digest_high = context.all_sum(agreed).tolist()
         if stop:
             return False
@@ -308,7 +340,8 @@ class Trainer:
         progress.samples_consumed = batches.last + 1
         progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
         self.meter.add_step(batches.last, (digest_high << 32) + digest_low, waited)
-        if _is_due(progress.step, self.config.run.log_interval):
+        is_last = progress.step == self.derived.max_iters
+        if is_last or _is_due(progress.step, self.config.run.log_interval):
             loss = context.all_sum(loss_total.cpu()).item() / max(count, 1)
             self._log_step(loss, learning_rate, result.grad_norm)
         return True
@@ -330,7 +363,7 @@ class Trainer:
             f"; loss scale lowered to {self.scaler.scale:g}" if fp16 else "",
         )  # fmt: skip
         if self.config.parallel.check_for_nan_in_grad and not fp16:
-            names = getattr(self.ddp, "nonfinite_parameters", None) or ["none on this rank"]
+            names = self.ddp.nonfinite_parameters or ["none on this rank"]
             raise FloatingPointError(f"non-finite gradients at step {self.progress.step + 1} in: {', '.join(names)}")
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
             raise FloatingPointError(f"gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row")
@@ -353,12 +386,14 @@ class Trainer:
             self.heartbeat.beat("validate", self.progress.step)
             loss_sum, _, _ = self.task(self._to_device(batch))
             labels = batch["labels"][self.task.supervised(batch)]
-            sums[index] = torch.tensor([loss_sum.item(), len(labels), self.byte_lengths[labels].sum()])
+            text_bytes = self.byte_lengths[labels].sum().item()
+            sums[index] = torch.tensor([loss_sum.item(), len(labels), text_bytes], dtype=torch.float64)
         self.model.train()
         loss_sum, tokens, text_bytes = (math.fsum(column) for column in context.all_sum(sums).T.tolist())
         loss, bits_per_byte = loss_sum / tokens, loss_sum / math.log(2) / text_bytes
         seconds = time.perf_counter() - started
-        self.meter.leave_out(seconds)
+        if not self.config.run.valid_only:
+            self.meter.leave_out(seconds)
         logger.info(
             "valid at step %d | loss %.4f | %.4f bits per byte | %d tokens | %.1f s",
             self.progress.step, loss, bits_per_byte, tokens, seconds,
@@ -391,20 +426,17 @@ class Trainer:
         )
 
     def _save(self, valid_loss: float | None) -> None:
-        """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state."""
+        """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state.
+
+        Raises:
+            OSError: a rank could not write its part (a full disk): on all ranks, and what was there stays.
+        """
         context, progress = self.context, self.progress
         started = time.perf_counter()
         self.heartbeat.beat("save", progress.step)
         writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
-        writer.prepare()
-        context.barrier()
-        writer.write_flat_state(self.optimizer.named_state())
-        if context.is_main:
-            writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
-            writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
-            writer.write_folder(self.tokenizer.save_pretrained)
-            writer.write_json(ckpt.TRAINER_STATE, self._trainer_state())
-        writer.finish()
+        self._together(writer.prepare)
+        self._together(lambda: self._write_share(writer))
         if context.is_main:
             path = writer.commit(valid_loss)
             ckpt.prune(self.out_dir / "ckpt")
@@ -415,16 +447,32 @@ class Trainer:
         self.saved_step = progress.step
         self.meter.leave_out(time.perf_counter() - started)
 
+    def _write_share(self, writer: ckpt.CheckpointWriter) -> None:
+        writer.write_flat_state(self.optimizer.named_state())
+        if self.context.is_main:
+            writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
+            writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
+            writer.write_folder(self.tokenizer.save_pretrained)
+            writer.write_json(ckpt.TRAINER_STATE, self._trainer_state())
+        writer.finish()
+
+    def _together(self, write: Callable[[], None]) -> None:
+        """Let every rank write, then wait for all: one that fails must not leave the others waiting for its part."""
+        problem = None
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            problem = f"rank {self.context.rank}: {error}"
+        problems = [p for p in self.context.gather(problem) if p is not None]
+        if problems:
+            raise OSError(f"the checkpoint of step {self.progress.step} could not be written: {'; '.join(problems)}")
+
     def _trainer_state(self) -> dict:
         return {
             "step": self.progress.step,
             "samples_consumed": self.progress.samples_consumed,
             "tokens": self.progress.tokens,
-            "stream": {
-                "seed": self.config.run.seed,
-                "data": self.data_fingerprint,
-                "max_seq_len": self.config.data.max_seq_len,
-            },
+            "stream": self._stream(),
             "optimizer": self.optimizer.scalar_state(),
             "world_size": self.context.world_size,
         }
@@ -435,6 +483,12 @@ class Trainer:
             self.ddp.comm_stream.close()
         if self.reslog is not None:
             self.reslog.close()
+        self.release()
+
+    def release(self) -> None:
+        """Let another process have the run directory."""
+        if self.lock is not None:
+            self.lock.close()
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -445,56 +499,60 @@ def main(argv: list[str]) -> int:
     """Run, and leave an exit record whatever happens; returns the exit code.
 
     Raises:
-        Exception: a crash, after its record was written.
+        Exception, KeyboardInterrupt: a crash, after its record was written.
     """
     rank = launched_rank()
     setup_console(rank)
-    exit_dir, context, trainer = exit_record_dir(), None, None
+    exit_dir, trainer = exit_record_dir(), None
 
     def leave(code: int, reason: str) -> int:
         if exit_dir is not None:
             try:
                 exits.write_exit_record(exit_dir, rank, code, reason, trainer.progress.step if trainer else None)
-            except OSError:
+            except OSError as error:
                 # The reason was just logged, and there is nowhere to write it.
-                logger.debug("no exit record", exc_info=True)
+                logger.debug("no exit record: %s", error)
         return code
 
     try:
         try:
             config, given = parse_config(argv)
             exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
+            exits.clear_exit_record(exit_dir, rank)
+            stop = StopRequest()
+            if not config.run.valid_only:
+                for signum in (signal.SIGTERM, signal.SIGINT):
+                    signal.signal(signum, stop)
             context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
-            exits.clear_exit_record(exit_dir, context.rank, context.world_size)
-            trainer = Trainer(config, given, context)
+            trainer = Trainer(config, given, context, stop)
         except ValueError as error:
             logger.error("train_my_ddp: %s", error)
-            logger.debug("", exc_info=True)
-            code = leave(exits.WRONG_INPUT, str(error))
-            if context is not None:
-                destroy_context(context)
-            return code
+            log_traceback()
+            # The groups are left as they are: to leave NCCL's in order, all ranks would have to come along.
+            return leave(exits.WRONG_INPUT, str(error))
         if config.run.valid_only:
             trainer.validate()
             code = exits.OK
         else:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, trainer.request_stop)
             code = trainer.train()
         trainer.close()
         destroy_context(context)
         return leave(code, "finished" if code == exits.OK else "stopped on request")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         logger.error("crashed:\n%s", traceback.format_exc())
         leave(exits.CRASH, f"{type(error).__name__}: {error}")
+        if trainer is not None:
+            trainer.release()
         raise
 
 
 if __name__ == "__main__":
     try:
         exit_code = main(sys.argv[1:])
-    except Exception:
-        # Logged already. Leave at once: a thread that waits for another rank would hold the process back.
+    except (Exception, KeyboardInterrupt):
+        exit_code = exits.CRASH
+    if exit_code in (exits.CRASH, exits.WRONG_INPUT):
+        # All is logged. Leave at once: a thread that waits for another rank would hold the process back.
         sys.stdout.flush()
-        os._exit(exits.CRASH)
+        os._exit(exit_code)
     sys.exit(exit_code)

@@ -86,14 +86,17 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--output", help="write the score to this JSON file")
     args = parser.parse_args()
-    valid_ratio = json.loads((Path(args.data_dir) / MANIFEST_NAME).read_text())["valid_ratio"]
-    headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
-    if not headers:
-        print("demo.complete: no function in the held-out modules", file=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        valid_ratio = json.loads((Path(args.data_dir) / MANIFEST_NAME).read_text())["valid_ratio"]
+        headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
+        if not headers or args.count < 1:
+            raise ValueError("there is no function to complete in the held-out modules")
+        model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+    except (ValueError, OSError) as error:
+        print(f"demo.complete: {error}", file=sys.stderr)
         return 2
     headers = headers[:: max(1, len(headers) // args.count)][: args.count]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
     context, new_tokens = model.config.max_position_embeddings, 96
     good = 0
     for index, header in enumerate(headers):

@@ -1,6 +1,7 @@
 """The main job from end to end, on the Python standard library's own source: `make demo`.
 
-Every stage prints the plain command that it runs. Everything lies below --dir, which is emptied first.
+Every stage prints the plain command that it runs. Everything lies below --dir, in folders that are
+made anew each time.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,26 +36,29 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"the demo stopped: the command above ended with exit code {code}")
 
 
-def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
+def run_until_half(command: list[str], run_dir: Path, stop_step: int, num_ranks: int) -> None:
     """Start training, ask it to stop once it has done `stop_step` steps, and check that it saved and said so."""
     show(command)
-    process = subprocess.Popen(_executable(command), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     reslog = run_dir / "reslog.jsonl"
     asked = False
-    while process.poll() is None:
-        time.sleep(0.2)
-        if not asked and reslog.exists() and any(r.get("step", 0) >= stop_step for r in read_reslog(reslog)):
-            print(f"$ kill -TERM {process.pid}    # as a scheduler would, in the middle of the run", flush=True)
-            process.send_signal(signal.SIGTERM)
-            asked = True
-    errors = process.stderr.read()
-    if verdict(record["code"] for record in read_exit_records(run_dir / "exit")) != STOPPED:
-        raise SystemExit(f"{errors}\nthe demo stopped: training should have stopped on request, but did not")
+    # torchrun answers the signal with a traceback of its own, which is shown only if something went wrong.
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(_executable(command), cwd=ROOT, stderr=errors)
+        while process.poll() is None:
+            time.sleep(0.2)
+            if not asked and reslog.exists() and any(r.get("step", 0) >= stop_step for r in read_reslog(reslog)):
+                print(f"$ kill -TERM {process.pid}    # as a scheduler would, in the middle of the run", flush=True)
+                process.send_signal(signal.SIGTERM)
+                asked = True
+        if verdict((r["code"] for r in read_exit_records(run_dir / "exit")), num_ranks) != STOPPED:
+            errors.seek(0)
+            raise SystemExit(f"{errors.read()}\nthe demo stopped: training should have stopped on request, but did not")
 
 
 def _executable(command: list[str]) -> list[str]:
     """`python` and `torchrun` of the environment that runs the demo."""
-    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+    tool = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[command[0]]
+    return [sys.executable, *tool, *command[1:]]
 
 
 def cpu_name() -> str:
@@ -72,12 +77,16 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
     args = parser.parse_args()
     home = Path(args.dir)
-    shutil.rmtree(ROOT / home, ignore_errors=True)
-    corpus, tokenizer, data, run_dir = (str(home / name) for name in ("corpus", "tokenizer", "data", "run"))
+    names = ("corpus", "tokenizer", "data", "run")
+    for name in names:
+        # Only what an earlier demo made, whatever else lies there.
+        shutil.rmtree(ROOT / home / name, ignore_errors=True)
+    corpus, tokenizer, data, run_dir = (str(home / name) for name in names)
     score = home / "completions.json"
     train = [
         "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py", "configs/demo-cpu.yaml",
         "--task_type=pretrain", f"--data_dir={data}", f"--out_dir={run_dir}", f"--max_iters={args.max_iters}",
+        f"--dtype={args.dtype}",
     ]  # fmt: skip
 
     # Later stages (SFT, DPO, a plot) are appended here.
@@ -92,7 +101,8 @@ def main() -> int:
         ("index: .bin -> .ibin", lambda: run(
             ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
              "--max_seq_len", "256"])),
-        ("pretrain: first half, then a SIGTERM", lambda: run_until_half(train, ROOT / run_dir, args.max_iters // 2)),
+        ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
+            train, ROOT / run_dir, args.max_iters // 2, args.nproc)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
         ("complete held-out functions", lambda: run(
             ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,

@@ -83,6 +83,11 @@ class Attention(nn.Module):
             full_mask = causal_mask(num_new, num_new, None, x_BTC.device) if mask is None else mask
             out_BHTD = plain_attention(q_BHTD, k_BKSD, v_BKSD, full_mask, self.config.attention_dropout, key)
         else:
+            if mask is not None and k_BKSD.is_cuda:
+                # No fused CUDA kernel takes grouped heads together with a mask: it would be the one that stores all
+                # T x S weights.
+                groups = self.config.num_attention_heads // self.config.num_key_value_heads
+                k_BKSD, v_BKSD = (x.repeat_interleave(groups, dim=1) for x in (k_BKSD, v_BKSD))
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,
                 k_BKSD,

@@ -65,6 +65,10 @@ class LlamaConfig:
         values = dict(self.__dict__)
         if self.num_attention_heads < 1 or self.hidden_size < 1 or self.num_hidden_layers < 1:
             raise ValueError("hidden_size, num_hidden_layers and num_attention_heads must be at least 1")
+        for name in ("vocab_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+                     "max_position_embeddings", "original_max_position_embeddings", "initializer_range"):  # fmt: skip
+            if values[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {values[name]}")
         values["vocab_size"] = self.vocab_size or vocab_size
         values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
         values["intermediate_size"] = self.intermediate_size or -(-(self.hidden_size * 8 // 3) // 64) * 64

@@ -33,7 +33,7 @@ class DropoutKey:
     """Number of the block, as an int64 scalar: a Python number would make torch.compile build every block anew."""
 
     def for_layer(self, index: int) -> "DropoutKey":
-        return replace(self, layer=torch.tensor(index, device=self.row_ids.device))
+        return replace(self, layer=torch.full((), index, device=self.row_ids.device))
 
 
 def philox_uint32(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import LlamaConfig
@@ -102,7 +102,10 @@ def read_config(directory: str | Path) -> LlamaConfig:
     path = Path(directory) / "config.json"
     if not path.exists():
         raise ValueError(f"{directory} holds no config.json: give a Hugging Face folder, a run or a checkpoint")
-    return from_hf_config(json.loads(path.read_text()))
+    try:
+        return from_hf_config(json.loads(path.read_text()))
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no complete llama or qwen2 configuration: {error}") from None
 
 
 @torch.no_grad()
@@ -118,7 +121,11 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     targets = dict(model.named_parameters())
     missing = set(targets)
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
+        with opened as tensors:
             for hf_name in tensors.keys():
                 name = from_hf_name(hf_name)
                 if name == _HEAD and model.config.tie_word_embeddings:

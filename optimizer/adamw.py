@@ -45,13 +45,14 @@ def adamw_step(
     """
     if not params:
         return
+    # Scalars are filled in on the device: copying them there would wait for it.
     device = params[0].device
     torch_adamw(
         params, grads, exp_avgs, exp_avg_sqs, [],
         # The kernel adds 1 to the step itself, each tensor's own.
-        [torch.tensor(float(step - 1), device=device) for _ in params],
+        list(torch.full((len(params),), float(step - 1), device=device).unbind()),
         fused=True,
-        grad_scale=torch.tensor(grad_divisor, dtype=torch.float32, device=device),
+        grad_scale=torch.full((), grad_divisor, dtype=torch.float32, device=device),
         found_inf=torch.zeros((), dtype=torch.float32, device=device),
         amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=weight_decay, eps=config.eps,
         maximize=False,

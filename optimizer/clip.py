@@ -1,7 +1,8 @@
 """The global gradient norm, in float64.
 
 float64 makes the result independent, to far below float32's resolution, of how the gradients are cut into slices: so
-the clipping factor, rounded to float32, is the same bits for every layout of the buffers.
+the clipping factor, rounded to float32, is the same bits for every layout of the buffers (all but surely: two float64
+values would have to lie on both sides of a float32 rounding border).
 """
 
 from collections.abc import Iterable

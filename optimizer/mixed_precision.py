@@ -34,7 +34,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         # Private names, so looked up with care: without them the answer is float32, which is always right.
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        has_bf16 = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+        has_bf16 = any(hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)() for probe in probes)
     if name == "auto":
         return torch.bfloat16 if has_bf16 else torch.float32
     return getattr(torch, name)
@@ -122,9 +122,7 @@ class MixedPrecisionOptimizer:
         columns = [split_by_decay(self.slices, c) for c in (self.main, grads, self.exp_avg, self.exp_avg_sq)]
         for group, weight_decay in ((0, self.config.weight_decay), (1, 0.0)):
             adamw_step(*(c[group] for c in columns), self.num_steps, lr, weight_decay, grad_divisor, self.config)
-        for piece, main in zip(self.slices, self.main):
-            if main is not piece.param:
-                piece.param.copy_(main)
+        self.weights_from_main()
         self.scaler.update(overflowed=False)
         return StepResult(grad_norm, skipped=False)
 
@@ -137,7 +135,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def weights_from_main(self) -> None:
-        """Set the model's weights from the main parameters: after those were loaded."""
+        """Set the model's weights from the main parameters: after a step, or after those were loaded."""
         for piece, main in zip(self.slices, self.main):
             if main is not piece.param:
                 piece.param.copy_(main)

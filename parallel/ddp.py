@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Give every rank the first rank's weights and buffers."""
+    """Give every rank the first rank's weights and buffers. From the main thread: the comm stream has no work yet."""
     if group is not None:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=0, group=group)
@@ -49,7 +49,8 @@ class NaiveDDP(nn.Module):
     def __init__(self, module: nn.Module, context: DistContext, grad_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.module, self.context = module, context
-        for parameter in module.parameters():
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for parameter in self.trained.values():
             parameter.grad_dtype = grad_dtype
             parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
         broadcast_parameters(module, context.grad_group)
@@ -58,7 +59,7 @@ class NaiveDDP(nn.Module):
         return self.module(*args, **kwargs)
 
     def zero_grad(self) -> None:
-        for parameter in self.module.parameters():
+        for parameter in self.trained.values():
             parameter.grad.zero_()
 
     @contextmanager
@@ -67,14 +68,18 @@ class NaiveDDP(nn.Module):
 
     def finish_grad_sync(self) -> None:
         if self.context.grad_group is not None:
-            for parameter in self.module.parameters():
+            for parameter in self.trained.values():
                 dist.all_reduce(parameter.grad, group=self.context.grad_group)
+
+    @property
+    def nonfinite_parameters(self) -> list[str]:
+        return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
 
     def slices(self) -> list[ParameterSlice]:
         """Every parameter whole: what the optimizer steps."""
         return [
             ParameterSlice(name, 0, p.dim() >= 2, p.detach().view(-1), p.grad.view(-1))
-            for name, p in self.module.named_parameters()
+            for name, p in self.trained.items()
         ]
 
 
@@ -123,15 +128,20 @@ class DistributedDataParallel(nn.Module):
         self.overlap_grad_reduce, self.check_for_nan = overlap_grad_reduce, check_for_nan
         broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.
-        self.buffers_flat = FlatBuffers(list(module.named_parameters()), bucket_size, context.world_size, grad_dtype)
-        self.buckets = [Bucket(layout, self.buffers_flat) for layout in self.buffers_flat.layout.buckets]
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype)
+        self.buckets = [Bucket(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
         self._hook: Hook = all_reduce_hook
         self._hook_state: object = context.grad_group
+        self.nonfinite_parameters: list[str] = []
+        """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
+        self.last_sync = SyncTrace([], [])
+        """Of the last synchronised backward pass."""
         self._sync_this_backward = True
         self._warned_order = False
         self._slot_of = {}
-        for slot in self.buffers_flat.layout.slots:
-            parameter = self.buffers_flat.parameters[slot.parameter.name]
+        for slot in self.flat_buffers.layout.slots:
+            parameter = self.flat_buffers.parameters[slot.parameter.name]
             self._slot_of[parameter] = slot
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
         self._begin()
@@ -153,11 +163,11 @@ class DistributedDataParallel(nn.Module):
             self._sync_this_backward = before
 
     def zero_grad(self) -> None:
-        self.buffers_flat.zero_grad()
+        self.flat_buffers.zero_grad()
 
     def slices(self) -> list[ParameterSlice]:
         """Every parameter whole: what the optimizer steps."""
-        flat = self.buffers_flat
+        flat = self.flat_buffers
         return [
             ParameterSlice(
                 slot.parameter.name,

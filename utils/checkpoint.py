@@ -11,7 +11,10 @@
 Nothing here issues collectives. Ranks meet through files in a common directory.
 """
 
+import fcntl
 import json
+import logging
+import math
 import os
 import re
 import shutil
@@ -19,12 +22,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.files import atomic_write_json, fsync_dir, sha256_of_file
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
 RUN_MARK = ".zero2all-run"
@@ -106,6 +112,9 @@ class CheckpointWriter:
     def commit(self, valid_loss: float | None, timeout_s: float = 600.0) -> Path:
         """Rank 0: wait for all ranks' records, write the manifest, rename.
 
+        Args:
+            valid_loss: of these weights, if it was measured.
+            timeout_s: how long to wait for the other ranks.
         Raises:
             TimeoutError: a rank did not finish in time.
         """
@@ -127,22 +136,29 @@ class CheckpointWriter:
         return self._final
 
 
-def find_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is."""
+def find_problem(path: Path, weights_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is.
+
+    Args:
+        weights_only: leave out the optimizer's files, which are most of the bytes.
+    """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return "it has no manifest"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    for name, expected in files.items():
+    for name, (expected_size, expected_sha256) in files.items():
+        if weights_only and name.startswith("optim-"):
+            continue
         file = path / name
         if not file.exists():
             return f"{name} is missing"
         size = file.stat().st_size
-        if size != expected["size"]:
-            return f"{name} holds {size} bytes instead of {expected['size']}"
-        if sha256_of_file(file) != expected["sha256"]:
+        if size != expected_size:
+            return f"{name} holds {size} bytes instead of {expected_size}"
+        if sha256_of_file(file) != expected_sha256:
             return f"{name} does not match its checksum"
     return None
 
@@ -155,13 +171,21 @@ def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
         if match and path.is_dir():
             try:
                 valid_loss = json.loads((path / MANIFEST).read_text())["valid_loss"]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 valid_loss = None
             found.append(Checkpoint(path, int(match[1]), valid_loss))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def choose_checkpoint(ckpt_dir: Path, which: str = "last") -> tuple[Checkpoint | None, list[str]]:
+def _by_valid_loss(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """Those with a finite validation loss, the lowest first."""
+    scored = [c for c in checkpoints if c.valid_loss is not None and math.isfinite(c.valid_loss)]
+    return sorted(scored, key=lambda c: c.valid_loss)
+
+
+def choose_checkpoint(
+    ckpt_dir: Path, which: str = "last", weights_only: bool = False
+) -> tuple[Checkpoint | None, list[str]]:
     """The best valid checkpoint to resume from, and a sentence about each broken one that was passed over.
 
     Args:
@@ -169,14 +193,29 @@ def choose_checkpoint(ckpt_dir: Path, which: str = "last") -> tuple[Checkpoint |
     """
     candidates = list_checkpoints(ckpt_dir)[::-1]
     if which == "best":
-        candidates = sorted((c for c in candidates if c.valid_loss is not None), key=lambda c: c.valid_loss)
+        candidates = _by_valid_loss(candidates)
     complaints = []
     for candidate in candidates:
-        problem = find_problem(candidate.path)
+        problem = find_problem(candidate.path, weights_only)
         if problem is None:
             return candidate, complaints
         complaints.append(f"checkpoint {candidate.path} is broken and skipped: {problem}")
     return None, complaints
+
+
+def lock_run(out_dir: Path) -> BinaryIO:
+    """Claim a run directory for this process, until the returned file is closed or the process ends.
+
+    Raises:
+        ValueError: another process, still alive, trains there.
+    """
+    file = open(out_dir / ".lock", "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another process trains in {out_dir}: stop it first, or choose another --out_dir") from None
+    return file
 
 
 def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list[str]]:
@@ -202,6 +241,8 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list
         return chosen.path, complaints
     if complaints:
         raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
+    if list_checkpoints(ckpt_dir):
+        raise ValueError(f"no checkpoint of {out_dir} has a validation loss: use --resume_from=last")
     return None, [f"no checkpoint in {out_dir}: starting fresh"]
 
 
@@ -212,11 +253,13 @@ def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:
         ValueError: nothing usable there.
     """
     if (path / "config.json").exists():
-        if (path / MANIFEST).exists() and (problem := find_problem(path)):
+        if (path / MANIFEST).exists() and (problem := find_problem(path, weights_only=True)):
             raise ValueError(f"checkpoint {path} is broken: {problem}")
         return path
     if (path / "ckpt").is_dir():
-        chosen, complaints = choose_checkpoint(path / "ckpt", which)
+        chosen, complaints = choose_checkpoint(path / "ckpt", which, weights_only=True)
+        for complaint in complaints:
+            logger.warning(complaint)
         if chosen is not None:
             return chosen.path
         raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint to take ({which})")
@@ -241,8 +284,7 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
 def prune(ckpt_dir: Path, keep_last: int = 2, keep_best: int = 2) -> None:
     """Delete all but the newest and the best checkpoints, and what killed saves left."""
     checkpoints = list_checkpoints(ckpt_dir)
-    scored = sorted((c for c in checkpoints if c.valid_loss is not None), key=lambda c: c.valid_loss)
-    kept = {c.path for c in [*checkpoints[-keep_last:], *scored[:keep_best]]}
+    kept = {c.path for c in [*checkpoints[-keep_last:], *_by_valid_loss(checkpoints)[:keep_best]]}
     doomed = [c.path for c in checkpoints if c.path not in kept]
     for path in [*doomed, *ckpt_dir.glob(".tmp-step-*"), *ckpt_dir.glob(".old-*")]:
         # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.

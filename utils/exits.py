@@ -20,23 +20,28 @@ def write_exit_record(directory: Path, rank: int, code: int, reason: str, step: 
     atomic_write_json(directory / f"rank-{rank}.json", {"rank": rank, "code": code, "reason": reason, "step": step})
 
 
-def clear_exit_record(directory: Path, rank: int, world_size: int) -> None:
-    """Remove this rank's record of an earlier launch; the last rank also removes those of ranks that are gone."""
-    for path in directory.glob("rank-*.json"):
-        number = int(path.stem.removeprefix("rank-"))
-        if number == rank or (rank == world_size - 1 and number >= world_size):
-            path.unlink(missing_ok=True)
+def clear_exit_record(directory: Path, rank: int) -> None:
+    """Remove this rank's record of an earlier launch, before anything can go wrong in this one."""
+    try:
+        (directory / f"rank-{rank}.json").unlink(missing_ok=True)
+    except OSError:
+        # Whatever is wrong with the directory, opening the run will say so.
+        return
 
 
-def read_exit_records(directory: Path) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("rank-*.json"))]
+def read_exit_records(directory: Path, world_size: int | None = None) -> list[dict]:
+    """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have."""
+    records = [json.loads(path.read_text()) for path in directory.glob("rank-*.json")]
+    return sorted((r for r in records if world_size is None or r["rank"] < world_size), key=lambda r: r["rank"])
 
 
-def verdict(codes: Iterable[int]) -> int:
-    """What the job as a whole did, from its ranks' codes: any 2 is 2, all 75 is 75, all 0 is 0, else a crash."""
+def verdict(codes: Iterable[int], world_size: int) -> int:
+    """What the job as a whole did, from the codes that its ranks left: any 2 is 2, all 75 is 75, all 0 is 0, else a
+    crash. A rank that left none crashed."""
     codes = list(codes)
     if WRONG_INPUT in codes:
         return WRONG_INPUT
-    if codes and all(code == STOPPED for code in codes):
-        return STOPPED
-    return OK if codes and all(code == OK for code in codes) else CRASH
+    for code in (STOPPED, OK):
+        if codes == [code] * world_size:
+            return code
+    return CRASH

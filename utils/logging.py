@@ -22,6 +22,7 @@ def setup_console(rank: int) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_RankFilter(rank))
+    handler.setLevel(logging.INFO)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
@@ -33,3 +34,11 @@ def add_log_file(path: Path, rank: int) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
     handler.addFilter(_RankFilter(rank))
     logging.getLogger().addHandler(handler)
+
+
+def log_traceback() -> None:
+    """Write the traceback of the exception being handled to the log files only: the console has its sentence."""
+    record = logging.getLogger().makeRecord("train", logging.ERROR, __file__, 0, "", (), sys.exc_info())
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

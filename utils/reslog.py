@@ -5,11 +5,14 @@ the step it begins at; what earlier launches wrote beyond that step is supersede
 """
 
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 class ResLog:
@@ -20,18 +23,25 @@ class ResLog:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
-        self._file = open(path, "ab")
+        self._warned = False
+        # Unbuffered: after a failed write, nothing is left over to be written at a later time.
+        self._file = open(path, "ab", buffering=0)
         if torn:
             self._file.write(b"\n")
 
     def write(self, name: str, **values: object) -> None:
-        """Append one record and flush it. Non-finite floats become strings, which JSON can hold."""
+        """Append one record at once; a failure is warned of, once. Non-finite floats become strings for JSON's sake."""
         record = {"name": name, "time": round(time.time(), 3), **values}
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record[key] = str(value)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            # A full disk must not end the run: what is missing here can be seen from the steps.
+            if not self._warned:
+                self._warned = True
+                logger.warning("results cannot be written any more: %s", error)
 
     def close(self) -> None:
         self._file.close()

@@ -226,12 +226,12 @@ def behaviours() -> dict:
     plain = DistributedDataParallel(model, context, bucket_size=1)
     plain(x).sum().backward()
     plain.finish_grad_sync()
-    expected = 2 * plain.buffers_flat.grad_data
+    expected = 2 * plain.flat_buffers.grad_data
     plain.zero_grad()
     plain.register_comm_hook(seen, doubling_hook)
     plain(x).sum().backward()
     plain.finish_grad_sync()
-    results["hook"] = [seen, torch.equal(plain.buffers_flat.grad_data, expected)]
+    results["hook"] = [seen, torch.equal(plain.flat_buffers.grad_data, expected)]
 
     def failing_hook(_state: object, bucket):
         raise OSError(f"bucket {bucket.index} lost")
@@ -245,15 +245,15 @@ def behaviours() -> dict:
 
     torch.manual_seed(context.rank)
     different = DistributedDataParallel(ThreeLayers(), context)
-    results["same weights"] = different.buffers_flat.param_data.double().sum().item()
+    results["same weights"] = different.flat_buffers.param_data.double().sum().item()
 
     bf16 = DistributedDataParallel(new_model(torch.bfloat16), context, grad_dtype=torch.bfloat16, bucket_size=9_000)
     accumulate(bf16, rank_rows(context, 4))
-    results["bf16 gradients"] = [str(bf16.buffers_flat.grad_data.dtype),
+    results["bf16 gradients"] = [str(bf16.flat_buffers.grad_data.dtype),
                                  relative_error(flat_grads(bf16), single_process_grads())]  # fmt: skip
     fp32 = DistributedDataParallel(new_model(torch.bfloat16), context, bucket_size=9_000)
     accumulate(fp32, rank_rows(context, 4))
-    results["bf16 weights"] = [str(fp32.buffers_flat.grad_data.dtype),
+    results["bf16 weights"] = [str(fp32.flat_buffers.grad_data.dtype),
                                relative_error(flat_grads(fp32), single_process_grads())]  # fmt: skip
 
     results["agree"] = context.gather({"rank": context.rank, "text": "é" * context.rank})

@@ -90,6 +90,39 @@ def test_last_and_best(tmp_path: Path):
     assert choose_checkpoint(tmp_path / "none")[0] is None
 
 
+def test_best_without_a_validation_loss_is_refused_not_restarted(tmp_path: Path):
+    """Starting fresh would set the whole run aside."""
+    save(tmp_path / "ckpt", 2)
+    save(tmp_path / "ckpt", 4, float("nan"))
+    with pytest.raises(ValueError, match="resume_from=last"):
+        ckpt.open_run(tmp_path, True, "best")
+    assert ckpt.open_run(tmp_path, True, "last")[0] == tmp_path / "ckpt" / "step-4"
+
+
+def test_a_nan_validation_loss_is_never_the_best(tmp_path: Path):
+    for step, loss in enumerate([float("nan"), 1.0, float("nan"), 3.0, 2.0, float("nan"), float("nan")], 1):
+        save(tmp_path, step, loss)
+    assert choose_checkpoint(tmp_path, "best")[0].step == 2
+    ckpt.prune(tmp_path)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 5, 6, 7]
+
+
+@pytest.mark.parametrize("content", ['{"files": {"x": {}}}', '{"files": []}', "[]", '{"files": {"x": 1}}', ""])
+def test_a_manifest_with_holes_is_damaged(tmp_path: Path, content: str):
+    save(tmp_path, 2)
+    (save(tmp_path, 4) / "manifest.json").write_text(content)
+    chosen, complaints = choose_checkpoint(tmp_path)
+    assert chosen.step == 2 and "manifest is damaged" in complaints[0]
+
+
+def test_a_run_directory_belongs_to_one_process(tmp_path: Path):
+    lock = ckpt.lock_run(tmp_path)
+    with pytest.raises(ValueError, match="another process trains in"):
+        ckpt.lock_run(tmp_path)
+    lock.close()
+    ckpt.lock_run(tmp_path).close()
+
+
 def test_retention_keeps_two_of_each(tmp_path: Path):
     for step, loss in ((1, 1.0), (2, 5.0), (3, 2.0), (4, 3.0), (5, 4.0), (6, None)):
         save(tmp_path, step, loss)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configurator import CONFIG_NAME, flatten, parse_config, resolve, to_yaml
+from configurator import CONFIG_NAME, flatten, parse_config, resolve, resolve_model, to_yaml
+from model.config import LlamaConfig
 
 
 def parse(*argv: str) -> dict:
@@ -53,6 +54,12 @@ def test_booleans(argv: list[str], value: bool):
         (["--train_batch_size"], "needs a value"),
         (["--train_batch_size=0"], "must be positive"),
         (["--beta1=1"], "below 1"),
+        (["--learning_rate=nan"], "of type float"),
+        (["--dist_timeout=inf"], "of type float"),
+        (["--max_iters=inf"], "of type int"),
+        (["--adam_eps=-1"], "must not be negative"),
+        (["--num_key_value_heads=-2"], "must not be negative"),
+        (["--head_dim=-2"], "must not be negative"),
         (["--max_iters=3", "--epoch=2"], "give only one"),
         (["--hidden_size=100", "--num_attention_heads=3"], "not divisible"),
         (["--num_attention_heads=6", "--num_key_value_heads=4"], "not a multiple"),
@@ -93,7 +100,7 @@ def test_bad_yaml_is_named(tmp_path: Path, text: str):
 
 def saved_run(directory: Path, *argv: str) -> None:
     config, _ = parse_config(["--data_dir=d", f"--out_dir={directory}", *argv])
-    (directory / CONFIG_NAME).write_text(to_yaml(config, resolve(config, 1, 1000)))
+    (directory / CONFIG_NAME).write_text(to_yaml(config, {"max_iters": resolve(config, 1, 1000).max_iters}))
 
 
 def test_on_resume_the_command_line_beats_the_saved_configuration(tmp_path: Path):
@@ -117,6 +124,29 @@ def test_a_new_epoch_beats_the_saved_max_iters(tmp_path: Path):
     saved_run(tmp_path, "--max_iters=5")
     config, _ = parse_config([f"--out_dir={tmp_path}", "--resume", "--epoch=2"])
     assert resolve(config, 1, 640).max_iters == 20
+
+
+def test_a_saved_configuration_can_be_given_again(tmp_path: Path):
+    for length in ("--max_iters=5", "--epoch=2"):
+        saved_run(tmp_path, length)
+        config, _ = parse_config([str(tmp_path / CONFIG_NAME), "--out_dir=elsewhere"])
+        assert (config.run.max_iters, config.run.epoch) == ((5, 1.0) if "max" in length else (0, 2.0))
+
+
+def test_epochs_count_samples_when_the_batch_changes():
+    config, _ = parse_config(["--data_dir=d", "--epoch=1", "--train_batch_size=2", "--gradient_accumulation_steps=5"])
+    assert resolve(config, 1, 1000).max_iters == 100
+    # 60 steps of 5 samples are done; 700 samples are left for steps of 10.
+    assert resolve(config, 1, 1000, step=60, samples_consumed=300).max_iters == 130
+
+
+def test_a_negated_flag_must_not_contradict_the_weights():
+    stored = LlamaConfig(vocab_size=64, tie_word_embeddings=True).resolve(max_seq_len=8)
+    config, given = parse_config(["--data_dir=d", "--no-tie_word_embeddings"])
+    with pytest.raises(ValueError, match="tie_word_embeddings=False does not fit"):
+        resolve_model(config.model, given, stored, 64, 8)
+    config, given = parse_config(["--data_dir=d", "--intermediate_size=0"])
+    assert resolve_model(config.model, given, stored, 64, 8) == stored
 
 
 def test_what_a_launch_does_is_not_saved(tmp_path: Path):

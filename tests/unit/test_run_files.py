@@ -55,6 +55,19 @@ def test_readers_skip_what_is_no_record(tmp_path: Path):
     assert read_reslog(path) == [{"name": "train", "step": 1}]
 
 
+def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, caplog):
+    log = ResLog(Path("/dev/full")) if Path("/dev/full").exists() else None
+    assert log is not None, "this test needs /dev/full"
+    for step in range(3):
+        log.write("train", step=step)
+    heart = Heartbeat(tmp_path / "heartbeat", 0)
+    (tmp_path / "heartbeat").rmdir()
+    for step in range(3):
+        heart.beat("step", step)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and "results cannot be written" in messages[0] and "heartbeats" in messages[1]
+
+
 def test_heartbeat(tmp_path: Path):
     heart = Heartbeat(tmp_path / "heartbeat", 3)
     heart.beat("step", 7)
@@ -63,19 +76,21 @@ def test_heartbeat(tmp_path: Path):
 
 
 def test_verdict():
-    assert verdict([OK, OK]) == OK
-    assert verdict([STOPPED, STOPPED]) == STOPPED
-    assert verdict([CRASH, WRONG_INPUT, STOPPED]) == WRONG_INPUT
-    assert verdict([STOPPED, OK]) == CRASH
-    assert verdict([STOPPED, -9]) == CRASH
-    assert verdict([]) == CRASH
+    assert verdict([OK, OK], 2) == OK
+    assert verdict([STOPPED, STOPPED], 2) == STOPPED
+    assert verdict([CRASH, WRONG_INPUT, STOPPED], 3) == WRONG_INPUT
+    assert verdict([STOPPED, OK], 2) == CRASH
+    assert verdict([STOPPED, -9], 2) == CRASH
+    # A rank that left no record died.
+    assert verdict([OK], 2) == verdict([STOPPED], 2) == verdict([], 1) == CRASH
 
 
 def test_exit_records(tmp_path: Path):
     for rank in range(4):
         write_exit_record(tmp_path, rank, STOPPED, "x", 5)
     for rank in range(2):
-        clear_exit_record(tmp_path, rank, 2)
-    assert read_exit_records(tmp_path) == []
+        clear_exit_record(tmp_path, rank)
+    assert read_exit_records(tmp_path, world_size=2) == []
+    assert [r["rank"] for r in read_exit_records(tmp_path)] == [2, 3]
     write_exit_record(tmp_path, 1, OK, "finished", None)
-    assert read_exit_records(tmp_path) == [{"rank": 1, "code": 0, "reason": "finished", "step": None}]
+    assert read_exit_records(tmp_path, 2) == [{"rank": 1, "code": 0, "reason": "finished", "step": None}]

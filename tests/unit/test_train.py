@@ -324,6 +324,39 @@ def test_generate_command(tiny_run: list[str], capsys: pytest.CaptureFixture, tm
         assert generate.main(command) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("def f(") and len(texts[0]) > 10
-    assert generate.main(["--ckpt", str(tmp_path / "nothing")]) == 2
+    assert generate.main(["--ckpt", str(tmp_path / "nothing"), "--prompt", "x"]) == 2
     assert "neither a run" in capsys.readouterr().err
     assert generate.main([*command, "--top_p", "0"]) == 2
+    assert generate.main([*command, "--prompt", ""]) == 2
+
+
+def test_valid_only_needs_a_checkpoint(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    """Random weights must not be validated as if they were the run's."""
+    assert train(tiny_run, "--resume", "--valid_only") == 2
+    assert "holds no checkpoint to validate" in capsys.readouterr().out
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    assert train(tiny_run, "--save_interval=2") == 0
+    before = final_state(tiny_run, 4)
+
+    def disk_full(self, name: str, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_my_ddp.ckpt.CheckpointWriter, "write_json", disk_full)
+        with pytest.raises(OSError, match="step 6 could not be written: rank 0: .*No space left"):
+            train(tiny_run, "--resume", "--max_iters=6")
+    assert read_exit_records(out_dir(tiny_run) / "exit")[0]["code"] == 1
+    assert same_bits(final_state(tiny_run, 4), before)
+    assert train(tiny_run, "--resume", "--max_iters=6") == 0
+
+
+def test_the_traceback_of_wrong_input_is_in_the_log_file(tiny_run: list[str]):
+    assert train(tiny_run, "--vocab_size=128") == 2
+    assert "Traceback" in (out_dir(tiny_run) / "train.log").read_text()
+
+
+def test_the_last_step_is_logged_whatever_the_interval(tiny_run: list[str]):
+    assert train(tiny_run, "--log_interval=3") == 0
+    assert [(r["step"], r["samples"]) for r in records(tiny_run, "train")] == [(3, [0, 11]), (4, [12, 15])]
