@@ -58,6 +58,18 @@ class Progress:
     """Input tokens read so far."""
 
 
+@dataclass(frozen=True)
+class Unlogged:
+    """The last step's figures, until they are logged."""
+
+    loss_sum: torch.Tensor
+    """This rank's part of the loss, a float64 scalar on the device."""
+    count: int
+    """Supervised tokens of the whole global batch."""
+    learning_rate: float
+    grad_norm: float
+
+
 class StopRequest:
     """Signal handler for SIGTERM and Ctrl-C: remembers that this rank was asked to stop."""
 
@@ -78,6 +90,7 @@ class Trainer:
         self.out_dir = Path(config.run.out_dir)
         self.stop, self.progress, self.skipped_in_a_row = stop, Progress(), 0
         self.lock: BinaryIO | None = None
+        self.unlogged: Unlogged | None = None
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
@@ -289,6 +302,7 @@ class Trainer:
             self.heartbeat.beat(phase, progress.step)
             phase = "step"
             if not self._step():
+                self._log_step()
                 if self.saved_step != progress.step:
                     self._save(valid_loss=None)
                 logger.info("stopped on request after step %d; go on with --resume", progress.step)
@@ -298,6 +312,7 @@ class Trainer:
             if self.valid_data is not None and (finished or _is_due(progress.step, data.valid_interval)):
                 valid_loss = self.validate()
             if finished or valid_loss is not None or _is_due(progress.step, run.save_interval):
+                self._log_step()
                 self._save(valid_loss)
         if self.reslog is not None:
             self.reslog.write("end", step=progress.step)
@@ -340,10 +355,9 @@ class Trainer:
         progress.samples_consumed = batches.last + 1
         progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
         self.meter.add_step(batches.last, (digest_high << 32) + digest_low, waited)
-        is_last = progress.step == self.derived.max_iters
-        if is_last or _is_due(progress.step, self.config.run.log_interval):
-            loss = context.all_sum(loss_total.cpu()).item() / max(count, 1)
-            self._log_step(loss, learning_rate, result.grad_norm)
+        self.unlogged = Unlogged(loss_total, max(count, 1), learning_rate, result.grad_norm)
+        if _is_due(progress.step, self.config.run.log_interval):
+            self._log_step()
         return True
 
     def learning_rate(self) -> float:
@@ -405,7 +419,13 @@ class Trainer:
             )  # fmt: skip
         return loss
 
-    def _log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+    def _log_step(self) -> None:
+        """Log the last step, and what was read since the last record. Also before a save, whatever the log interval, so
+        that the records of a run that is killed later cover every sample that its checkpoint has consumed."""
+        if self.unlogged is None:
+            return
+        last, self.unlogged = self.unlogged, None
+        loss = self.context.all_sum(last.loss_sum.cpu()).item() / last.count
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
         progress, reading = self.progress, self.meter.read()
@@ -415,14 +435,14 @@ class Trainer:
         if self.reslog is None:
             return
         self.reslog.write(
-            "train", step=progress.step, loss=loss, lr=learning_rate, grad_norm=grad_norm, tokens=progress.tokens,
-            tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
+            "train", step=progress.step, loss=loss, lr=last.learning_rate, grad_norm=last.grad_norm,
+            tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
         )  # fmt: skip
         left = int(reading["dt"] * (self.derived.max_iters - progress.step))
         logger.info(
-            f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {grad_norm:.3f} | "
-            f"lr {learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula {mfu_seed:.1%})"
-            f" | data {reading['data_wait'] * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
+            f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {last.grad_norm:.3f} | "
+            f"lr {last.learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula "
+            f"{mfu_seed:.1%}) | data {reading['data_wait'] * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
         )
 
     def _save(self, valid_loss: float | None) -> None:

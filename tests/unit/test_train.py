@@ -218,6 +218,24 @@ def test_log_interval_covers_all_samples(tiny_run: list[str]):
     assert [(r["step"], r["samples"]) for r in records(tiny_run, "train")] == [(2, [0, 7]), (4, [8, 15])]
 
 
+def test_the_records_of_a_crashed_run_cover_every_sample(tiny_run: list[str]):
+    """A save between two log lines: what its checkpoint has consumed must not be missing from the log."""
+    flags = [*tiny_run, "--log_interval=5", "--save_interval=2", "--max_iters=7"]
+    original = train_my_ddp.Trainer._step
+
+    def die_at_step_3(self) -> bool:
+        if self.progress.step == 3:
+            crash()
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the machine died"):
+        patch.setattr(train_my_ddp.Trainer, "_step", die_at_step_3)
+        train(flags)
+    assert train(flags, "--resume") == 0
+    spans = [r["samples"] for r in records(flags, "train")]
+    assert [position for first, last in spans for position in range(first, last + 1)] == list(range(7 * 4))
+
+
 def test_epochs(tiny_run: list[str], data_dir: Path):
     samples = len(PretrainDataset(data_dir, "train", SEQ_LEN))
     flags = [f for f in tiny_run if "max_iters" not in f and "train_batch_size" not in f]
