@@ -151,6 +151,31 @@ def test_trajectories_are_bit_identical_on_two_ranks():
             assert trajectory[5:] == results["naive"][5:], name
 
 
+def compiled_blocks() -> list:
+    context = init_context("cpu")
+    micro_batches = rank_rows(context, 4)
+    naive = NaiveDDP(new_model(), context)
+    accumulate(naive, micro_batches)
+    model = new_model()
+    for block in model.layers:
+        block.compile()
+    ddp = DistributedDataParallel(model, context, bucket_size=9_000)
+    accumulate(ddp, micro_batches)
+    answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.last_sync.arrived_before_launch]
+    ddp.comm_stream.close()
+    destroy_context(context)
+    return answer
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_the_overlap():
+    """A graph of the whole model would deliver all gradients at the very end."""
+    for error, arrived in run_ranks(2, compiled_blocks):
+        assert error <= 1e-6
+        assert arrived[0] < len(list(new_model().parameters())) / 2
+        assert arrived == sorted(arrived) and len(set(arrived)) > 2
+
+
 class ThreeLayers(nn.Module):
     def __init__(self, reverse_use: bool = False, skip_last: bool = False):
         super().__init__()
