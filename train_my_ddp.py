@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from utils import checkpoint as ckpt
 from utils import exits
 from utils.files import atomic_write
 from utils.heartbeat import Heartbeat
-from utils.logging import add_log_file, log_traceback, setup_console
+from utils.logging import add_log_file, clock, log_traceback, setup_console
 from utils.meter import StepMeter
 from utils.reslog import ResLog, count_launches
 
@@ -136,25 +135,14 @@ class Trainer:
         data = self.config.data
         train_dir, valid_dir = data.train_data_dir or data.data_dir, data.valid_data_dir or data.data_dir
         self.train_data = PretrainDataset(train_dir, "train", data.max_seq_len, data.document_mask)
-        header = self.train_data.header
-        if data.valid_ratio is not None and abs(data.valid_ratio - header.valid_ratio) > 1e-9:
-            raise ValueError(
-                f"--valid_ratio={data.valid_ratio} contradicts the data, which was pretokenized with "
-                f"{header.valid_ratio}: leave it out, or pretokenize again"
-            )
+        self.tokenizer = load_tokenizer(data.tokenizer_dir or Path(train_dir) / "tokenizer")
+        self.train_data.check(self.tokenizer.fingerprint, data.valid_ratio)
         self.valid_data = None
-        if header.valid_ratio > 0 or data.valid_data_dir:
+        if self.train_data.header.valid_ratio > 0 or data.valid_data_dir:
             self.valid_data = PretrainDataset(valid_dir, "valid", data.max_seq_len, data.document_mask)
+            self.valid_data.check(self.tokenizer.fingerprint)
         elif self.config.run.valid_only:
             raise ValueError(f"{train_dir} has no validation set: it was pretokenized with --valid_ratio 0")
-        self.tokenizer_dir = Path(data.tokenizer_dir or Path(train_dir) / "tokenizer")
-        self.tokenizer = load_tokenizer(self.tokenizer_dir)
-        for dataset in (self.train_data, self.valid_data):
-            if dataset is not None and dataset.header.tokenizer_fingerprint != self.tokenizer.fingerprint:
-                raise ValueError(
-                    f"the data was tokenized with another tokenizer than {self.tokenizer_dir}: give the right "
-                    f"--tokenizer_dir, or run `python -m data_preprocess.pretokenize_pretrain_data` again"
-                )
         self.data_fingerprint = self.train_data.fingerprint
         valid_fingerprint = self.valid_data.fingerprint if self.valid_data is not None else None
         self.context.require_same(
@@ -438,25 +426,28 @@ class Trainer:
             "train", step=progress.step, loss=loss, lr=last.learning_rate, grad_norm=last.grad_norm,
             tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
         )  # fmt: skip
-        left = int(reading["dt"] * (self.derived.max_iters - progress.step))
+        seconds_left = reading["dt"] * (self.derived.max_iters - progress.step)
         logger.info(
-            f"step {progress.step}/{self.derived.max_iters} | loss {loss:.4f} | norm {last.grad_norm:.3f} | "
-            f"lr {last.learning_rate:.2e} | {tokens_per_sec:,.0f} tokens/s | MFU {mfu:.1%} (seed formula "
-            f"{mfu_seed:.1%}) | data {reading['data_wait'] * 1e3:.1f} ms | {left // 60}:{left % 60:02d} left"
-        )
+            "step %d/%d | loss %.4f | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% (seed formula %.1f%%) | "
+            "data %.1f ms | %s left",
+            progress.step, self.derived.max_iters, loss, last.grad_norm, last.learning_rate, f"{tokens_per_sec:,.0f}",
+            100 * mfu, 100 * mfu_seed, 1e3 * reading["data_wait"], clock(seconds_left),
+        )  # fmt: skip
 
     def _save(self, valid_loss: float | None) -> None:
         """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state.
 
         Raises:
-            OSError: a rank could not write its part (a full disk): on all ranks, and what was there stays.
+            OSError: a rank could not write its part (a full disk); raised on all ranks, and what was there stays.
         """
         context, progress = self.context, self.progress
         started = time.perf_counter()
         self.heartbeat.beat("save", progress.step)
         writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
-        self._together(writer.prepare)
-        self._together(lambda: self._write_share(writer))
+        # A rank that fails must not leave the others waiting for its part.
+        failures = (OSError, SafetensorError)
+        context.all_or_none(writer.prepare, failures)
+        context.all_or_none(lambda: self._write_share(writer), failures)
         if context.is_main:
             path = writer.commit(valid_loss)
             ckpt.prune(self.out_dir / "ckpt")
@@ -475,17 +466,6 @@ class Trainer:
             writer.write_folder(self.tokenizer.save_pretrained)
             writer.write_json(ckpt.TRAINER_STATE, self._trainer_state())
         writer.finish()
-
-    def _together(self, write: Callable[[], None]) -> None:
-        """Let every rank write, then wait for all: one that fails must not leave the others waiting for its part."""
-        problem = None
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            problem = f"rank {self.context.rank}: {error}"
-        problems = [p for p in self.context.gather(problem) if p is not None]
-        if problems:
-            raise OSError(f"the checkpoint of step {self.progress.step} could not be written: {'; '.join(problems)}")
 
     def _trainer_state(self) -> dict:
         return {

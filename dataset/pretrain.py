@@ -53,6 +53,25 @@ class PretrainDataset:
         """Vocabulary, end-of-document id and tokenizer, the same in all files of the set."""
         return self.headers[0]
 
+    def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
+        """Compare the set with what goes with it.
+
+        Args:
+            valid_ratio: share of the documents held out that the user expects; None expects nothing.
+        Raises:
+            ValueError: the set was made by another tokenizer, or with another share held out.
+        """
+        if self.header.tokenizer_fingerprint != tokenizer_fingerprint:
+            raise ValueError(
+                "the data was tokenized with another tokenizer: give its --tokenizer_dir, or run "
+                "`python -m data_preprocess.pretokenize_pretrain_data` again"
+            )
+        if valid_ratio is not None and abs(valid_ratio - self.header.valid_ratio) > 1e-9:
+            raise ValueError(
+                f"--valid_ratio={valid_ratio} contradicts the data, which was pretokenized with "
+                f"{self.header.valid_ratio}: leave it out, or pretokenize again"
+            )
+
     def read_rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Tokens of some samples with the next one each: (B,) ids -> (B, T + 1) int64."""
         length = self.max_seq_len + 1

@@ -67,6 +67,21 @@ class DistContext:
             raise ValueError(answer["problem"])
         return answer["result"]
 
+    def all_or_none(self, work: Callable[[], object], failures: tuple[type[Exception], ...]) -> None:
+        """Let every rank do its work, and wait for all; what one rank fails with, all raise.
+
+        Raises:
+            OSError: a rank's work raised one of `failures`; names the rank.
+        """
+        problem = None
+        try:
+            work()
+        except failures as error:
+            problem = f"rank {self.rank}: {error}"
+        problems = [p for p in self.gather(problem) if p is not None]
+        if problems:
+            raise OSError("; ".join(problems))
+
     def require_same(self, value: object, message: str) -> None:
         """Raise ValueError(message) on every rank unless all ranks hold the same value."""
         if any(other != value for other in self.gather(value)):

@@ -36,6 +36,13 @@ def add_log_file(path: Path, rank: int) -> None:
     logging.getLogger().addHandler(handler)
 
 
+def clock(seconds: float) -> str:
+    """1:05 or 2:01:05."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def log_traceback() -> None:
     """Write the traceback of the exception being handled to the log files only: the console has its sentence."""
     record = logging.getLogger().makeRecord("train", logging.ERROR, __file__, 0, "", (), sys.exc_info())

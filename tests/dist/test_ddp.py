@@ -288,6 +288,10 @@ def behaviours() -> dict:
         except ValueError as error:
             results[name] = str(error)
     try:
+        context.all_or_none(lambda: int("x") if context.rank == 1 else 0, (ValueError,))
+    except OSError as error:
+        results["all or none"] = str(error)
+    try:
         context.require_same(context.rank, "they differ")
     except ValueError as error:
         results["differ"] = str(error)
@@ -348,4 +352,5 @@ def test_ranks_agree_without_pickle(behaviour: list[dict]):
         assert results["agree"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]
         assert results["decide"] == 7
         assert "invalid literal" in results["refuse"]
+        assert results["all or none"].startswith("rank 1: invalid literal")
         assert results["differ"] == "they differ"
