@@ -257,6 +257,8 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     )
     if config_file:
         config = replace(config, {"exp_config_file": str(config_file)})
+    if config.run.resume and not saved and not (config.data.data_dir or config.data.train_data_dir):
+        raise ValueError(f"there is no run in {config.run.out_dir} to resume: check --out_dir, or give --data_dir")
     _check(config)
     return config, frozenset(merged)
 
@@ -457,9 +459,19 @@ def resolve_model(
     resolved = wanted.resolve(tokenizer_vocab_size, max_seq_len)
     if resolved.vocab_size < tokenizer_vocab_size:
         raise ValueError(
-            f"--vocab_size={resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: leave it out"
+            f"the model's vocab_size {resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "
+            f"leave --vocab_size out, and start only from weights that know this tokenizer"
         )
     return resolved
+
+
+def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:
+    """Name -> (saved value, present value) of the settings that differ from a saved configuration."""
+    saved = (
+        {name: _coerce(name, value) for name, value in _read_yaml(saved_path).items()} if saved_path.exists() else {}
+    )
+    now = flatten(config)
+    return {n: (old, now[n]) for n, old in saved.items() if n not in (*_PER_LAUNCH, "out_dir") and now[n] != old}
 
 
 def to_yaml(config: Config, derived: dict[str, Any]) -> str:

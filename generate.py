@@ -127,8 +127,12 @@ def main(argv: list[str] | None = None) -> int:
         model, prompt_ids, args.max_new_tokens, frozenset([tokenizer.eod_id]), args.temperature, args.top_k,
         args.top_p, args.seed,
     )  # fmt: skip
-    for piece in stream_text(tokenizer, new_ids):
-        print(piece, end="", flush=True)
+    try:
+        for piece in stream_text(tokenizer, new_ids):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+        return 130
     print()
     return 0
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError
 
-from configurator import CONFIG_NAME, Config, flatten, parse_config, resolve, resolve_model, to_yaml
+from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_config, resolve, resolve_model, to_yaml
 from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
@@ -70,7 +70,7 @@ class Unlogged:
 
 
 class StopRequest:
-    """Signal handler for SIGTERM and Ctrl-C: remembers that this rank was asked to stop."""
+    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop."""
 
     def __init__(self):
         self.requested = False
@@ -155,9 +155,10 @@ class Trainer:
         source = self.resumed_from
         if source is None and config.run.init_from:
             source = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
-            if (source / "tokenizer.json").exists():
-                if load_tokenizer(source).fingerprint != self.tokenizer.fingerprint:
-                    raise ValueError(f"the data was not tokenized with the tokenizer of --init_from {source}")
+        self.weights_from = source
+        if source is not None and (source / "tokenizer.json").exists():
+            if load_tokenizer(source).fingerprint != self.tokenizer.fingerprint:
+                raise ValueError(f"the data was not tokenized with the tokenizer that the weights in {source} know")
         if config.run.valid_only and source is None:
             raise ValueError(f"--valid_only: {self.out_dir} holds no checkpoint to validate")
         stored = hf.read_config(source) if source is not None else None
@@ -238,6 +239,10 @@ class Trainer:
             return
         for path in ckpt.abandon_later(self.out_dir / "ckpt", progress.step):
             logger.info("set aside %s: the run goes on from step %d", path.name, progress.step)
+        exits.clear_gone_ranks(self.out_dir / "exit", context.world_size)
+        changed = changes_since(config, self.out_dir / CONFIG_NAME) if self.resumed_from else {}
+        for name, (before, now) in changed.items():
+            logger.info("changed since the last launch: %s %s -> %s", name, before, now)
         dtype = str(self.dtype).removeprefix("torch.")
         derived = (
             self.derived.__dict__ | {"dtype": dtype, "world_size": context.world_size} | self.model_config.__dict__
@@ -253,6 +258,7 @@ class Trainer:
             dtype=dtype,
             seed=config.run.seed,
             data=self.data_fingerprint,
+            changed=changed,
         )
 
     def _description(self) -> list[str]:
@@ -268,14 +274,17 @@ class Trainer:
         return [
             f"model: {self.num_parameters / 1e6:.1f} M parameters, {self.model_config.num_hidden_layers} layers, "
             f"{self.model_config.hidden_size} wide, {self.dtype} on {context.device.type}",
-            f"parallel: {parallel}; {torch.get_num_threads()} threads each",
+            f"parallel: {parallel}; {torch.get_num_threads()} thread(s) each",
+            f"peak: {self.peak_flops / 1e9:,.0f} GFLOP/s in all, "
+            + ("a matmul timed now" if context.device.type == "cpu" else "by the data sheet")
+            + "; MFU is a share of it",
             f"ops: attention={attention} rms_norm=plain rope=plain swiglu=plain cross_entropy=torch adamw=torch-fused"
             + (" (blocks compiled)" if config.system.compile else ""),
             f"data: {len(self.train_data):,} samples of {config.data.max_seq_len} tokens; {derived.global_batch_size} "
             f"samples ({tokens:,} tokens) a step, {derived.max_iters} steps, "
             f"{derived.max_iters * derived.global_batch_size / len(self.train_data):.2f} epochs",
             f"starts at step {self.progress.step}, sample {self.progress.samples_consumed}"
-            + (f", from {self.resumed_from}" if self.resumed_from else ""),
+            + (f", weights from {self.weights_from}" if self.weights_from else ""),
         ]
 
     def train(self) -> int:
@@ -294,6 +303,7 @@ class Trainer:
                 if self.saved_step != progress.step:
                     self._save(valid_loss=None)
                 logger.info("stopped on request after step %d; go on with --resume", progress.step)
+                self._end_records("stopped on request")
                 return exits.STOPPED
             finished = progress.step == self.derived.max_iters
             valid_loss = None
@@ -302,10 +312,13 @@ class Trainer:
             if finished or valid_loss is not None or _is_due(progress.step, run.save_interval):
                 self._log_step()
                 self._save(valid_loss)
-        if self.reslog is not None:
-            self.reslog.write("end", step=progress.step)
-        self.heartbeat.beat("end", progress.step)
+        self._end_records("finished")
         return exits.OK
+
+    def _end_records(self, reason: str) -> None:
+        if self.reslog is not None:
+            self.reslog.write("end", step=self.progress.step, reason=reason)
+        self.heartbeat.beat("end", self.progress.step)
 
     def _step(self) -> bool:
         """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
@@ -521,7 +534,7 @@ def main(argv: list[str]) -> int:
             exits.clear_exit_record(exit_dir, rank)
             stop = StopRequest()
             if not config.run.valid_only:
-                for signum in (signal.SIGTERM, signal.SIGINT):
+                for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     signal.signal(signum, stop)
             context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
             trainer = Trainer(config, given, context, stop)

@@ -237,10 +237,29 @@ def pretokenize(job: Job, num_workers: int, shard_mb: float, max_bad_records: in
         "tokens": sum(record.tokens for record in records),
         "text_bytes": sum(record.text_bytes for record in records),
         "bad_records": sum(record.bad_records for record in records),
-        "bad_examples": [example for record in records for example in record.bad_examples][:5],
+        "bad_examples": [example for record in records for example in record.bad_examples],
     }
-    atomic_write_json(output / MANIFEST_NAME, manifest)
+    _replace_manifest(output, manifest)
     return manifest
+
+
+def _replace_manifest(output: Path, manifest: dict) -> None:
+    """Write the manifest. Indexes of other shards than it lists go: training must not read old data through them."""
+    path = output / MANIFEST_NAME
+    old = json.loads(path.read_text()) if path.exists() else manifest
+    if old.get("shards") != manifest["shards"]:
+        for index in output.glob("*.ibin"):
+            print(f"removed {index.name}, the index of earlier shards: build it again", file=sys.stderr)
+            index.unlink()
+    atomic_write_json(path, manifest)
+    listed = {name for names in manifest["shards"].values() for name in names}
+    unlisted = sorted(p.name for p in output.glob("*.bin") if p.name not in listed)
+    if unlisted:
+        print(
+            f"{len(unlisted)} shards of earlier runs are not part of this data and may be deleted, for example "
+            f"{unlisted[0]}",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,8 +287,11 @@ def main(argv: list[str] | None = None) -> int:
         print("pretokenize: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
-    for example in manifest["bad_examples"]:
+    shown = manifest["bad_examples"][:10]
+    for example in shown:
         print(f"skipped {example}", file=sys.stderr)
+    if manifest["bad_records"] > len(shown):
+        print(f"and {manifest['bad_records'] - len(shown)} more, see {MANIFEST_NAME}", file=sys.stderr)
     print(
         f"{manifest['documents']:,} documents, {manifest['text_bytes'] / 1e6:.1f} MB -> {manifest['tokens']:,} tokens "
         f"({manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token) in "

@@ -67,14 +67,14 @@ class Unit:
 
 @dataclass
 class BadRecords:
-    """Records that could not be read: how many, and the first few."""
+    """Records that could not be read: how many, and the first of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
         self.count += 1
-        if len(self.examples) < 5:
+        if len(self.examples) < 20:
             self.examples.append(f"{where}: {why}")
 
 

@@ -272,6 +272,8 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     Raises:
         ValueError: missing, damaged or foreign; the sentence gives the command that makes it.
     """
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"the data directory {data_dir} does not exist")
     path = index_path(data_dir, split, max_seq_len)
     rebuild = f"`{_BUILD_INDEX} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
     if not path.exists():

@@ -131,7 +131,9 @@ def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"--vocab_size must be at least {smallest} (256 bytes and the special tokens)")
+        raise ValueError(
+            f"--vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -146,11 +148,11 @@ def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
         show_progress=show_progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    found = tokenizer.get_vocab_size()
-    if found < vocab_size - len(SPECIAL_TOKENS):
-        raise ValueError(
-            f"the corpus yields only {found + len(SPECIAL_TOKENS)} entries: use more text or a smaller --vocab_size"
-        )
+    entries = tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)
+    if entries < vocab_size:
+        largest = entries // 64 * 64
+        hint = f" or at most --vocab_size {largest}" if largest >= smallest else ""
+        raise ValueError(f"the corpus yields only {entries} entries: use more text{hint}")
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return HFBBPETokenizer(tokenizer.to_str())

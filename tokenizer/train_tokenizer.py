@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not root.is_dir():
             raise ValueError(f"--data_dir {root} is not a directory")
+        if not list_inputs(root)[0]:
+            raise ValueError(f"{root} holds no text: put .txt, .jsonl or source files into it")
         if args.vocab_size % 64:
             raise ValueError(f"--vocab_size must be a multiple of 64 (matrix kernels need it), got {args.vocab_size}")
         tokenizer = train_hf_bbpe(corpus_texts(root, args.text_key, bad), args.vocab_size, sys.stderr.isatty())

@@ -67,6 +67,8 @@ class CheckpointWriter:
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.directory / name, metadata)
+        # safetensors keeps its files to the owner; the rest of the folder is for everybody to read.
+        os.chmod(self.directory / name, 0o644)
         self._files.append(name)
 
     def write_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]]) -> None:
@@ -227,6 +229,10 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list
         ValueError: it cannot be written; it holds checkpoints and `resume` is off; none of them is whole.
     """
     ckpt_dir = out_dir / "ckpt"
+    if out_dir.is_dir() and not (out_dir / RUN_MARK).exists():
+        # A refused launch may have left its exit records, nothing else.
+        if any(path.name != "exit" for path in out_dir.iterdir()):
+            raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
     try:
         ckpt_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / RUN_MARK).write_text("")
@@ -252,6 +258,8 @@ def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:
     Raises:
         ValueError: nothing usable there.
     """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
     if (path / "config.json").exists():
         if (path / MANIFEST).exists() and (problem := find_problem(path, weights_only=True)):
             raise ValueError(f"checkpoint {path} is broken: {problem}")

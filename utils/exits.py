@@ -1,6 +1,7 @@
 """Exit codes, and the records that survive torchrun, which turns every child's code into 1."""
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,9 +16,17 @@ STOPPED = 75
 
 
 def write_exit_record(directory: Path, rank: int, code: int, reason: str, step: int | None) -> None:
-    """Leave {rank, code, reason, step} in `directory`/rank-N.json."""
+    """Leave {rank, code, reason, step, time (seconds since 1970)} in `directory`/rank-N.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(directory / f"rank-{rank}.json", {"rank": rank, "code": code, "reason": reason, "step": step})
+    record = {"rank": rank, "code": code, "reason": reason, "step": step, "time": time.time()}
+    atomic_write_json(directory / f"rank-{rank}.json", record)
+
+
+def clear_gone_ranks(directory: Path, world_size: int) -> None:
+    """Remove the records of ranks that a launch with more of them had; one process does this for all."""
+    for path in directory.glob("rank-*.json"):
+        if int(path.stem.removeprefix("rank-")) >= world_size:
+            path.unlink()
 
 
 def clear_exit_record(directory: Path, rank: int) -> None:

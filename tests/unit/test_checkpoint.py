@@ -92,6 +92,7 @@ def test_last_and_best(tmp_path: Path):
 
 def test_best_without_a_validation_loss_is_refused_not_restarted(tmp_path: Path):
     """Starting fresh would set the whole run aside."""
+    ckpt.open_run(tmp_path, False, "last")
     save(tmp_path / "ckpt", 2)
     save(tmp_path / "ckpt", 4, float("nan"))
     with pytest.raises(ValueError, match="resume_from=last"):
@@ -170,6 +171,8 @@ def test_missing_state_is_named(tmp_path: Path):
 def test_resolve_checkpoint_dir(tmp_path: Path):
     with pytest.raises(ValueError, match="neither a run"):
         ckpt.resolve_checkpoint_dir(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        ckpt.resolve_checkpoint_dir(tmp_path / "nothing")
     (tmp_path / "ckpt").mkdir()
     with pytest.raises(ValueError, match="no checkpoint"):
         ckpt.resolve_checkpoint_dir(tmp_path)

@@ -452,6 +452,20 @@ def test_list_of_inputs(tmp_path: Path):
     assert others == ["Makefile", "pic.png", "z.json"]
 
 
+def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """Otherwise training would silently go on with the old data."""
+    write_corpus(tmp_path / "corpus")
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.0)
+    command = ["--data_dir", str(tmp_path / "out"), "--max_seq_len", "16"]
+    assert build_pretrain_sample_index_map.main(command) == 0
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.0)
+    assert list((tmp_path / "out").glob("*.ibin"))
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.2)
+    assert not list((tmp_path / "out").glob("*.ibin"))
+    printed = capsys.readouterr().err
+    assert "removed train-16.ibin" in printed and "shards of earlier runs" in printed
+
+
 def test_no_document_for_the_validation_set(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
     """Said before the index is built, not after."""
     corpus = tmp_path / "corpus"

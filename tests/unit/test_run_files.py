@@ -9,6 +9,7 @@ from utils.exits import (
     STOPPED,
     WRONG_INPUT,
     clear_exit_record,
+    clear_gone_ranks,
     read_exit_records,
     verdict,
     write_exit_record,
@@ -93,4 +94,6 @@ def test_exit_records(tmp_path: Path):
     assert read_exit_records(tmp_path, world_size=2) == []
     assert [r["rank"] for r in read_exit_records(tmp_path)] == [2, 3]
     write_exit_record(tmp_path, 1, OK, "finished", None)
-    assert read_exit_records(tmp_path, 2) == [{"rank": 1, "code": 0, "reason": "finished", "step": None}]
+    clear_gone_ranks(tmp_path, 2)
+    (record,) = read_exit_records(tmp_path)
+    assert record.pop("time") > 0 and record == {"rank": 1, "code": 0, "reason": "finished", "step": None}
