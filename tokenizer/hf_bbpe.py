@@ -151,8 +151,8 @@ def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
     entries = tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)
     if entries < vocab_size:
         largest = entries // 64 * 64
-        hint = f" or at most --vocab_size {largest}" if largest >= smallest else ""
-        raise ValueError(f"the corpus yields only {entries} entries: use more text{hint}")
+        hint = f", at most {largest}" if largest >= smallest else ""
+        raise ValueError(f"the corpus yields only {entries} entries: use more text or a smaller --vocab_size{hint}")
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return HFBBPETokenizer(tokenizer.to_str())
