@@ -202,9 +202,9 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_a_dead_rank_is_no_request(
-    flags: list[str], undisturbed: dict[int, list[str]], tmp_path: Path
+    flags: list[str], tmp_path: Path
 ):
-    case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2"]
+    case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2", "--max_iters=2000"]
     process = launch(2, case)
     wait_for_step(process, case, 1)
     process.send_signal(signal.SIGTERM)
@@ -214,7 +214,7 @@ def test_sigterm_to_torchrun_saves_and_a_dead_rank_is_no_request(
     last = ckpt.list_checkpoints(tmp_path / "run" / "ckpt")[-1].step
     assert last == stopped[0]["step"] == stopped[1]["step"]
 
-    process = launch(2, [*case, "--resume", "--max_iters=2000"])
+    process = launch(2, [*case, "--resume"])
     wait_for_step(process, case, last + 2)
     os.kill(json.loads((tmp_path / "run" / "heartbeat" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
     process.communicate(timeout=120)
