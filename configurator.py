@@ -245,7 +245,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     _settle_length(saved, from_file)
     _settle_length(saved | from_file, command, drop=(saved, from_file))
-    defaults = replace(Config(), {name: _coerce(name, value) for name, value in (saved | from_file).items()})
+    defaults = replace(Config(), saved | from_file)
     for name, value in command.items():
         _coerce(name, value)
     config = tyro.cli(
@@ -323,7 +323,7 @@ def _check_name(name: str, prefix: str) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Flat keys of a YAML file. `derived`, which `to_yaml` adds for the reader's eye, is left out."""
+    """Flat keys of a YAML file, each of its field's type; without `derived`, which `to_yaml` adds for the reader."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -332,15 +332,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path} must hold flat `name: value` lines")
-    values = dict(values or {})
-    values.pop("derived", None)
-    for name, value in values.items():
-        try:
-            _check_name(str(name), "")
-            _coerce(name, value)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return values
+    try:
+        typed = {}
+        for name, value in (values or {}).items():
+            if name != "derived":
+                _check_name(str(name), "")
+                typed[name] = _coerce(name, value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return typed
 
 
 def _coerce(name: str, value: Any) -> Any:
@@ -467,9 +467,7 @@ def resolve_model(
 
 def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (saved value, present value) of the settings that differ from a saved configuration."""
-    saved = (
-        {name: _coerce(name, value) for name, value in _read_yaml(saved_path).items()} if saved_path.exists() else {}
-    )
+    saved = _read_yaml(saved_path) if saved_path.exists() else {}
     now = flatten(config)
     return {n: (old, now[n]) for n, old in saved.items() if n not in (*_PER_LAUNCH, "out_dir") and now[n] != old}
 

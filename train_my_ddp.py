@@ -143,10 +143,9 @@ class Trainer:
             self.valid_data.check(self.tokenizer.fingerprint)
         elif self.config.run.valid_only:
             raise ValueError(f"{train_dir} has no validation set: it was pretokenized with --valid_ratio 0")
-        self.data_fingerprint = self.train_data.fingerprint
-        valid_fingerprint = self.valid_data.fingerprint if self.valid_data is not None else None
+        sets = [dataset.fingerprint for dataset in (self.train_data, self.valid_data) if dataset is not None]
         self.context.require_same(
-            [self.data_fingerprint, valid_fingerprint, self.tokenizer.fingerprint],
+            [*sets, self.tokenizer.fingerprint],
             "the ranks see different data or tokenizers: copy the same to all nodes",
         )
 
@@ -219,7 +218,7 @@ class Trainer:
     def _stream(self) -> dict:
         """What the order of the samples depends on."""
         data = self.config.data
-        return {"seed": self.config.run.seed, "data": self.data_fingerprint, "max_seq_len": data.max_seq_len}
+        return {"seed": self.config.run.seed, "data": self.train_data.fingerprint, "max_seq_len": data.max_seq_len}
 
     def _start_records(self) -> None:
         """Say what runs, and leave the configuration and the start record in the run directory."""
@@ -257,7 +256,7 @@ class Trainer:
             world_size=context.world_size,
             dtype=dtype,
             seed=config.run.seed,
-            data=self.data_fingerprint,
+            data=self.train_data.fingerprint,
             changed=changed,
         )
 

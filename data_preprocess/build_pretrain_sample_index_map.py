@@ -8,9 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-from dataset.format import MANIFEST_NAME, SPLITS, index_path, read_document_starts, read_index, write_index
-
-_PRETOKENIZE = "python -m data_preprocess.pretokenize_pretrain_data"
+from dataset.format import (
+    MANIFEST_NAME,
+    PRETOKENIZE_COMMAND,
+    SPLITS,
+    index_path,
+    read_document_starts,
+    read_index,
+    write_index,
+)
 
 
 def build(data_dir: Path, max_seq_len: int) -> list[str]:
@@ -21,12 +27,12 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
     """
     manifest_path = data_dir / MANIFEST_NAME
     if not manifest_path.exists():
-        raise ValueError(f"{data_dir} is not pretokenized: run `{_PRETOKENIZE}`")
+        raise ValueError(f"{data_dir} is not pretokenized: run `{PRETOKENIZE_COMMAND}`")
     try:
         manifest = json.loads(manifest_path.read_text())
         shards, valid_ratio = manifest["shards"], manifest["valid_ratio"]
     except (ValueError, KeyError):
-        raise ValueError(f"{manifest_path} is damaged: run `{_PRETOKENIZE}` again") from None
+        raise ValueError(f"{manifest_path} is damaged: run `{PRETOKENIZE_COMMAND}` again") from None
     lines = []
     for split in SPLITS:
         names = shards[split]

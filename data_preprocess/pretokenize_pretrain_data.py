@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_preprocess.readers import BadRecords, Unit, list_inputs, plan_units, read_documents
+from data_preprocess.readers import BadRecords, Unit, find_units, read_documents
 from dataset.format import MANIFEST_NAME, SPLITS, BinHeader, BinWriter, read_bin_header, read_document_starts
 from tokenizer import HFBBPETokenizer, load_tokenizer
 from utils.files import atomic_write_json
@@ -199,19 +199,14 @@ def pretokenize(job: Job, num_workers: int, shard_mb: float, max_bad_records: in
         ValueError: nothing to read, nothing held out, or more unreadable records than allowed.
     """
     root, output = Path(job.data_dir), Path(job.output_dir)
-    if not root.is_dir():
-        raise ValueError(f"--data_dir {root} is not a directory")
     if not 0.0 <= job.valid_ratio < 1.0:
         raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {job.valid_ratio}")
     if not 1 <= shard_mb * 1e6 < 2**63 or num_workers < 1:
         raise ValueError("--shard_mb and --num_workers must be positive")
-    inputs, others = list_inputs(root)
+    units, others = find_units(root, int(shard_mb * 1e6))
     if others:
         suffixes = sorted({Path(path).suffix or "no suffix" for path in others})
         print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
-    units = plan_units(root, inputs, int(shard_mb * 1e6))
-    if not units:
-        raise ValueError(f"{root} holds no text: put .txt, .jsonl or source files into it")
     tokenizer = load_tokenizer(job.tokenizer_dir)
     (output / _UNITS_DIR).mkdir(parents=True, exist_ok=True)
     _remove_leftovers(output)

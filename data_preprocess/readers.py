@@ -121,6 +121,21 @@ def plan_units(root: Path, paths: list[str], unit_bytes: int) -> list[Unit]:
     return units
 
 
+def find_units(root: Path, unit_bytes: int) -> tuple[list[Unit], list[str]]:
+    """The units of a corpus, and the files of other kinds that they leave out.
+
+    Raises:
+        ValueError: no such directory, or nothing in it that can be read.
+    """
+    if not root.is_dir():
+        raise ValueError(f"--data_dir {root} is not a directory")
+    inputs, others = list_inputs(root)
+    units = plan_units(root, inputs, unit_bytes)
+    if not units:
+        raise ValueError(f"{root} holds no text: put .txt, .jsonl or source files into it")
+    return units, others
+
+
 def read_documents(root: Path, piece: Piece, text_key: str, bad: BadRecords) -> Iterator[str]:
     """The documents of one piece. Unreadable ones are noted in `bad`, empty ones passed over.
 

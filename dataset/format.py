@@ -34,8 +34,8 @@ _DOCS_STRUCT = struct.Struct("<8sIIQ32s")
 _INDEX_STRUCT = struct.Struct("<8sII32s")
 INDEX_ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
 
-_PRETOKENIZE = "python -m data_preprocess.pretokenize_pretrain_data"
-_BUILD_INDEX = "python -m data_preprocess.build_pretrain_sample_index_map"
+PRETOKENIZE_COMMAND = "python -m data_preprocess.pretokenize_pretrain_data"
+BUILD_INDEX_COMMAND = "python -m data_preprocess.build_pretrain_sample_index_map"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -89,22 +89,24 @@ def read_bin_header(path: Path) -> BinHeader:
         with open(path, "rb") as file:
             raw = file.read(_BIN_HEADER_BYTES)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run `{_PRETOKENIZE}` again") from None
+        raise ValueError(f"{path} is missing: run `{PRETOKENIZE_COMMAND}` again") from None
     if len(raw) < _BIN_HEADER_BYTES or raw[:8] != BIN_MAGIC:
-        raise ValueError(f"{path} is not a zero2all .bin file: make one with `{_PRETOKENIZE}`")
+        raise ValueError(f"{path} is not a zero2all .bin file: make one with `{PRETOKENIZE_COMMAND}`")
     (_, version, token_bytes, num_tokens, vocab_size, num_documents, eod_id, valid_ratio, text_bytes, split,
      tokenizer, content) = _BIN_STRUCT.unpack(raw[: _BIN_STRUCT.size])  # fmt: skip
     if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this program reads {VERSION}: run `{_PRETOKENIZE}`")
+        raise ValueError(
+            f"{path} has format version {version}, this program reads {VERSION}: run `{PRETOKENIZE_COMMAND}`"
+        )
     expected = _BIN_HEADER_BYTES + num_tokens * token_bytes
     if size != expected:
         raise ValueError(
             f"{path} holds {size} bytes where its header promises {expected}: "
-            f"it is damaged, delete it and run `{_PRETOKENIZE}` again"
+            f"it is damaged, delete it and run `{PRETOKENIZE_COMMAND}` again"
         )
-    if split.rstrip(b"\0") not in (b"train", b"valid") or token_bytes != token_dtype(vocab_size).itemsize:
-        # A size of its own for the tokens, so that a damaged vocabulary size cannot change how they are read.
-        raise ValueError(f"{path} has a damaged header: delete it and run `{_PRETOKENIZE}` again")
+    # The tokens' size stands there by itself, so that a damaged vocabulary size cannot change how they are read.
+    if split.rstrip(b"\0") not in map(str.encode, SPLITS) or token_bytes != token_dtype(vocab_size).itemsize:
+        raise ValueError(f"{path} has a damaged header: delete it and run `{PRETOKENIZE_COMMAND}` again")
     return BinHeader(
         vocab_size=vocab_size, eod_id=eod_id, tokenizer_fingerprint=tokenizer.hex(),
         split=split.rstrip(b"\0").decode(), valid_ratio=valid_ratio, num_tokens=num_tokens,
@@ -201,7 +203,8 @@ def read_document_starts(bin_path: Path) -> np.ndarray:
     lead = _DOCS_STRUCT.pack(DOCS_MAGIC, VERSION, 0, header.num_documents, bytes.fromhex(header.fingerprint))
     if len(raw) != expected or not raw.startswith(lead):
         raise ValueError(
-            f"{path} is missing or does not belong to {bin_path.name}: delete both and run `{_PRETOKENIZE}` again"
+            f"{path} is missing or does not belong to {bin_path.name}: "
+            f"delete both and run `{PRETOKENIZE_COMMAND}` again"
         )
     return np.frombuffer(raw, "<i8", offset=_DOCS_STRUCT.size)
 
@@ -235,7 +238,8 @@ def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) 
     for name, header in zip(names, headers):
         if (header.tokenizer_fingerprint, header.split) != (headers[0].tokenizer_fingerprint, split):
             raise ValueError(
-                f"{name} was made with another tokenizer or for another set than {names[0]}: run `{_PRETOKENIZE}` again"
+                f"{name} was made with another tokenizer or for another set than {names[0]}: "
+                f"run `{PRETOKENIZE_COMMAND}` again"
             )
     # int64 bounds: bounds[k] is the position of file k's first token in the concatenation of all
     bounds = np.concatenate([[0], np.cumsum([header.num_tokens for header in headers], dtype=np.int64)])
@@ -275,7 +279,7 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     if not Path(data_dir).is_dir():
         raise ValueError(f"the data directory {data_dir} does not exist")
     path = index_path(data_dir, split, max_seq_len)
-    rebuild = f"`{_BUILD_INDEX} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
+    rebuild = f"`{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
     if not path.exists():
         raise ValueError(f"{path} is missing: run {rebuild}")
     with open(path, "rb") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.format import BinHeader, map_tokens, read_bin_header, read_index
+from dataset.format import BUILD_INDEX_COMMAND, PRETOKENIZE_COMMAND, BinHeader, map_tokens, read_bin_header, read_index
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
@@ -39,8 +39,7 @@ class PretrainDataset:
             if header.fingerprint != fingerprint:
                 raise ValueError(
                     f"{data_dir / name} is not the file that the index was built for: run "
-                    f"`python -m data_preprocess.build_pretrain_sample_index_map "
-                    f"--data_dir {data_dir} --max_seq_len {max_seq_len}` again"
+                    f"`{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len {max_seq_len}` again"
                 )
             self.headers.append(header)
             self._tokens.append(map_tokens(data_dir / name, header))
@@ -63,8 +62,8 @@ class PretrainDataset:
         """
         if self.header.tokenizer_fingerprint != tokenizer_fingerprint:
             raise ValueError(
-                "the data was tokenized with another tokenizer: give its --tokenizer_dir, or run "
-                "`python -m data_preprocess.pretokenize_pretrain_data` again"
+                f"the data was tokenized with another tokenizer: give its --tokenizer_dir, or run "
+                f"`{PRETOKENIZE_COMMAND}` again"
             )
         if valid_ratio is not None and abs(valid_ratio - self.header.valid_ratio) > 1e-9:
             raise ValueError(

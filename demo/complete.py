@@ -68,9 +68,13 @@ def cut_body(header: Header, completion: str, finished: bool) -> str:
     return "".join(body)
 
 
+def function_source(header: Header, body: str) -> str:
+    return textwrap.dedent(" " * header.indent + header.text.lstrip() + body)
+
+
 def parses(header: Header, body: str) -> bool:
     try:
-        ast.parse(textwrap.dedent(" " * header.indent + header.text.lstrip() + body))
+        ast.parse(function_source(header, body))
     except (SyntaxError, ValueError):
         return False
     return bool(body.strip())
@@ -109,7 +113,7 @@ def main() -> int:
         good += parsed
         if index < args.show:
             print(f"--- {header.module}, {'parses' if parsed else 'does not parse'}:")
-            print(textwrap.dedent(" " * header.indent + header.text.lstrip() + body).rstrip())
+            print(function_source(header, body).rstrip())
     share = good / len(headers)
     print(f"--- {good} of {len(headers)} completions parse ({share:.0%})")
     if args.output:

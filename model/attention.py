@@ -38,12 +38,16 @@ def causal_mask(num_new: int, num_all: int, document_ids_BT: Tensor | None, devi
     return mask
 
 
+def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
+    """Copy each of K heads so often that there are H, side by side: (B, K, S, D) -> (B, H, S, D)."""
+    return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], dim=1)
+
+
 def plain_attention(
     q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, dropout_p: float, key: DropoutKey | None
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, step by step: the reference, and the only path with attention dropout."""
-    groups = q_BHTD.shape[1] // k_BKSD.shape[1]
-    k_BHSD, v_BHSD = k_BKSD.repeat_interleave(groups, dim=1), v_BKSD.repeat_interleave(groups, dim=1)
+    k_BHSD, v_BHSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(-1, -2)).float() / math.sqrt(q_BHTD.shape[-1])
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     weights_BHTS = dropout(weights_BHTS, dropout_p, key, ATTENTION_WEIGHTS)
@@ -86,8 +90,7 @@ class Attention(nn.Module):
             if mask is not None and k_BKSD.is_cuda:
                 # No fused CUDA kernel takes grouped heads together with a mask: it would be the one that stores all
                 # T x S weights.
-                groups = self.config.num_attention_heads // self.config.num_key_value_heads
-                k_BKSD, v_BKSD = (x.repeat_interleave(groups, dim=1) for x in (k_BKSD, v_BKSD))
+                k_BKSD, v_BKSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
             out_BHTD = F.scaled_dot_product_attention(
                 q_BHTD,
                 k_BKSD,

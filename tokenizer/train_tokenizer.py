@@ -9,15 +9,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_preprocess.readers import BadRecords, list_inputs, plan_units, read_documents
+from data_preprocess.readers import BadRecords, Unit, find_units, read_documents
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 _SAMPLE_BYTES = 1 << 20
 """Text kept to measure the bytes a token."""
 
 
-def corpus_texts(root: Path, text_key: str, bad: BadRecords) -> Iterator[str]:
-    for unit in plan_units(root, list_inputs(root)[0], 1 << 26):
+def corpus_texts(root: Path, units: list[Unit], text_key: str, bad: BadRecords) -> Iterator[str]:
+    for unit in units:
         for piece in unit.pieces:
             yield from read_documents(root, piece, text_key, bad)
 
@@ -34,20 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     bad = BadRecords()
     root = Path(args.data_dir)
     try:
-        if not root.is_dir():
-            raise ValueError(f"--data_dir {root} is not a directory")
-        if not list_inputs(root)[0]:
-            raise ValueError(f"{root} holds no text: put .txt, .jsonl or source files into it")
+        units, _ = find_units(root, 1 << 26)
         if args.vocab_size % 64:
             raise ValueError(f"--vocab_size must be a multiple of 64 (matrix kernels need it), got {args.vocab_size}")
-        tokenizer = train_hf_bbpe(corpus_texts(root, args.text_key, bad), args.vocab_size, sys.stderr.isatty())
+        tokenizer = train_hf_bbpe(corpus_texts(root, units, args.text_key, bad), args.vocab_size, sys.stderr.isatty())
         tokenizer.save_pretrained(args.output_dir)
     except (ValueError, OSError) as error:
         hint = f" ({bad.count} records could not be read, for example {bad.examples[0]})" if bad.count else ""
         print(f"train_tokenizer: {error}{hint}", file=sys.stderr)
         return 2
     sample_bytes = sample_tokens = 0
-    for text in corpus_texts(root, args.text_key, BadRecords()):
+    for text in corpus_texts(root, units, args.text_key, BadRecords()):
         sample_bytes += len(text.encode("utf-8"))
         sample_tokens += len(tokenizer.encode(text))
         if sample_bytes > _SAMPLE_BYTES:

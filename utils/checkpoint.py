@@ -252,8 +252,8 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list
     return None, [f"no checkpoint in {out_dir}: starting fresh"]
 
 
-def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:
-    """A directory with weights, from a run, a checkpoint or a Hugging Face folder.
+def resolve_checkpoint_dir(path: Path) -> Path:
+    """A directory with weights, from a run (its newest checkpoint), a checkpoint or a Hugging Face folder.
 
     Raises:
         ValueError: nothing usable there.
@@ -265,12 +265,12 @@ def resolve_checkpoint_dir(path: Path, which: str = "last") -> Path:
             raise ValueError(f"checkpoint {path} is broken: {problem}")
         return path
     if (path / "ckpt").is_dir():
-        chosen, complaints = choose_checkpoint(path / "ckpt", which, weights_only=True)
+        chosen, complaints = choose_checkpoint(path / "ckpt", weights_only=True)
         for complaint in complaints:
             logger.warning(complaint)
         if chosen is not None:
             return chosen.path
-        raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint to take ({which})")
+        raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint to take")
     raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder")
 
 
