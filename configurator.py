@@ -135,6 +135,42 @@ class ParallelConfig:
     """Reduce a bucket while the backward pass goes on."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in float32 whatever the weights' dtype."""
+    use_bf16_compress_hook: bool = False
+    """Gradients travel as bfloat16; with PowerSGD, its factors do."""
+    use_fp16_compress_hook: bool = False
+    """Gradients (with PowerSGD, its factors) travel as float16, scaled by a power of two on which the ranks agree."""
+    use_powerSGD_hook: bool = False
+    """Gradients travel as low-rank factors (parallel/powersgd.py)."""
+    matrix_approximation_rank: int = 16
+    """PowerSGD: columns of a factor."""
+    warm_start: bool = True
+    """PowerSGD: start from the last step's Q; off: a new random one at each step."""
+    use_error_feedback: bool = True
+    """PowerSGD: add what a step left out to the next step's gradient."""
+    start_powerSGD_iter: int = 0
+    """PowerSGD: steps before this one are not compressed."""
+    min_compression_rate: float = 2.0
+    """PowerSGD: matrices that would shrink by less are not compressed."""
+    orthogonalization_epsilon: float = 0.0
+    """PowerSGD: damping of dependent columns."""
+    orthogonalize_in_float32: bool = True
+    """PowerSGD: keep the factors of 16-bit gradients in float32; off: Gram-Schmidt in 16 bits."""
+    use_fixed_Q: bool = False
+    """PowerSGD: Q is random, not learnt: half the collectives, a higher rank needed. Best with --no-warm_start."""
+    grad_buffer_is_powerSGD_error: bool = False
+    """PowerSGD: the residual lives in the gradient buffer: 4 bytes a parameter less (not with float16)."""
+    powerSGD_exclude: str = ""
+    """PowerSGD: parameters whose names contain one of these words, separated by commas, are not compressed."""
+    powerSGD_log_interval: int = 100
+    """PowerSGD: steps between records of the relative error of each matrix; 0: none."""
+    use_distributed_optimizer: bool = False
+    """ZeRO-1: each rank keeps and steps its share of the optimizer state (parallel/zero1.py)."""
+    overlap_param_gather: bool = False
+    """ZeRO-1: gather the parameters under the next forward pass."""
+    overlap_optim_step: bool = False
+    """Step a bucket as soon as it is reduced; needs --grad_clip=0 and no float16."""
+    overlap_zero_grad_buffer: bool = False
+    """Zero a bucket's gradients right after that step."""
     check_for_nan_in_grad: bool = False
     """Look into every bucket, and stop with the parameters' names at a non-finite gradient (fp16: the scaler's job)."""
     dist_timeout: float = 600.0
@@ -389,7 +425,9 @@ def _check(config: Config) -> None:
         if flat[name] <= 0:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "valid_interval", "valid_iters", "num_workers", "grad_clip",
-                 "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed"):  # fmt: skip
+                 "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed",
+                 "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
+                 "powerSGD_log_interval"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
     for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
@@ -406,7 +444,45 @@ def _check(config: Config) -> None:
         raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
         raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
+    _check_parallel(config)
     config.model.resolve()
+
+
+def _check_parallel(config: Config) -> None:
+    """Refuse combinations of hooks and overlaps that cannot work, with the reason."""
+    p = config.parallel
+    if p.ddp_impl == "naive":
+        for name in ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
+                     "use_fp16_compress_hook"):  # fmt: skip
+            if getattr(p, name):
+                raise ValueError(f"--{name} needs buckets: leave out --ddp_impl=naive")
+    if p.use_bf16_compress_hook and p.use_fp16_compress_hook:
+        raise ValueError("gradients travel either as bfloat16 or as float16: give only one of the two compress hooks")
+    if p.matrix_approximation_rank < 1:
+        raise ValueError(f"matrix_approximation_rank must be at least 1, got {p.matrix_approximation_rank}")
+    if p.grad_buffer_is_powerSGD_error:
+        if not (p.use_powerSGD_hook and p.use_error_feedback):
+            raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
+        if config.system.dtype == "float16":
+            raise ValueError(
+                "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
+                "expects now and then, would destroy the residual"
+            )
+    if p.overlap_param_gather and not p.use_distributed_optimizer:
+        raise ValueError("--overlap_param_gather needs --use_distributed_optimizer: otherwise nothing is gathered")
+    if p.overlap_zero_grad_buffer and not p.overlap_optim_step:
+        raise ValueError("--overlap_zero_grad_buffer needs --overlap_optim_step: before the step gradients are in use")
+    if p.overlap_optim_step:
+        if config.optimizer.grad_clip > 0:
+            raise ValueError(
+                "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
+                "--grad_clip=0, or leave it out"
+            )
+        if config.system.dtype == "float16":
+            raise ValueError(
+                "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
+                "leave it out"
+            )
 
 
 def resolve(

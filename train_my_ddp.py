@@ -16,6 +16,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,9 +27,23 @@ from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_conf
 from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
-from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at, resolve_dtype
+from optimizer import LossScaler, MixedPrecisionOptimizer, StepResult, learning_rate_at, resolve_dtype
 from optimizer.adamw import AdamWConfig
-from parallel import DistContext, DistributedDataParallel, NaiveDDP, destroy_context, init_context
+from parallel import (
+    AllReduce,
+    Compressed,
+    DistContext,
+    DistributedDataParallel,
+    NaiveDDP,
+    PowerSGD,
+    PowerSGDConfig,
+    ReduceScatter,
+    Zero1,
+    destroy_context,
+    init_context,
+    measure_bandwidth,
+)
+from parallel.buffer import Bucket
 from parallel.context import enable_determinism, exit_record_dir, launched_rank
 from tasks.pretrain import PretrainTask
 from tokenizer import load_tokenizer
@@ -185,6 +200,9 @@ class Trainer:
     def _build_parallel_and_optimizer(self) -> None:
         parallel, optimizer = self.config.parallel, self.config.optimizer
         grad_dtype = torch.float32 if parallel.grad_reduce_in_fp32 else self.dtype
+        self.scaler = LossScaler(enabled=self.dtype == torch.float16)
+        self.zero1: Zero1 | None = None
+        self.powersgd: PowerSGD | None = None
         if parallel.ddp_impl == "naive":
             self.ddp = NaiveDDP(self.model, self.context, grad_dtype)
         else:
@@ -196,9 +214,53 @@ class Trainer:
                 grad_dtype=grad_dtype,
                 check_for_nan=parallel.check_for_nan_in_grad,
             )
-        self.scaler = LossScaler(enabled=self.dtype == torch.float16)
-        constants = AdamWConfig(optimizer.beta1, optimizer.beta2, optimizer.adam_eps, optimizer.weight_decay)
-        self.optimizer = MixedPrecisionOptimizer(self.ddp.slices(), constants, optimizer.grad_clip, self.scaler)
+            self._choose_hook()
+            if parallel.use_distributed_optimizer:
+                self.zero1 = Zero1(self.ddp, parallel.overlap_param_gather)
+            if parallel.overlap_optim_step:
+                self.ddp.register_after_reduction(self._step_reduced_bucket)
+        self.optimizer = MixedPrecisionOptimizer(
+            (self.zero1 or self.ddp).slices(),
+            AdamWConfig(optimizer.beta1, optimizer.beta2, optimizer.adam_eps, optimizer.weight_decay),
+            optimizer.grad_clip,
+            self.scaler,
+            sum_over_ranks=self.context.all_sum if self.zero1 else None,
+            source=self.powersgd,
+        )
+
+    def _choose_hook(self) -> None:
+        """What happens to a bucket of gradients, by the flags."""
+        p, ddp = self.config.parallel, self.ddp
+        wire_dtype = None
+        if p.use_bf16_compress_hook or p.use_fp16_compress_hook:
+            wire_dtype = torch.bfloat16 if p.use_bf16_compress_hook else torch.float16
+        if p.use_powerSGD_hook:
+            config = PowerSGDConfig(
+                rank=p.matrix_approximation_rank,
+                warm_start=p.warm_start,
+                use_error_feedback=p.use_error_feedback,
+                start_iter=p.start_powerSGD_iter,
+                min_compression_rate=p.min_compression_rate,
+                orthogonalization_epsilon=p.orthogonalization_epsilon,
+                orthogonalize_in_float32=p.orthogonalize_in_float32,
+                use_fixed_Q=p.use_fixed_Q,
+                grad_buffer_is_error=p.grad_buffer_is_powerSGD_error,
+                exclude=tuple(word.strip() for word in p.powerSGD_exclude.split(",") if word.strip()),
+                wire_dtype=wire_dtype,
+                seed=self.config.run.seed,
+            )
+            scale = partial(getattr, self.scaler, "scale")
+            self.powersgd = PowerSGD(ddp.buckets, ddp.collectives, config, lazy=True, loss_scale=scale)
+            ddp.use_hook(self.powersgd)
+            return
+        hook = (ReduceScatter if p.use_distributed_optimizer else AllReduce)(ddp.collectives)
+        ddp.use_hook(Compressed(hook, wire_dtype, ddp.collectives) if wire_dtype else hook)
+
+    def _step_reduced_bucket(self, bucket: Bucket) -> None:
+        """With overlap_optim_step: what follows a bucket's reduction, while the backward pass goes on."""
+        self.optimizer.step_bucket(bucket.index)
+        if self.config.parallel.overlap_zero_grad_buffer:
+            self.ddp.zero_bucket(bucket)
 
     def _load_checkpoint(self, path: Path) -> None:
         """Restore optimizer and position; weights come from the float32 main parameters."""
@@ -211,9 +273,27 @@ class Trainer:
             )
         ckpt.load_flat_state(path, self.optimizer.named_state())
         self.optimizer.weights_from_main()
+        if self.zero1 is not None:
+            self.zero1.gather_all()
         self.optimizer.load_scalar_state(state["optimizer"])
+        self._load_hook_state(path, state["step"])
         samples = 0 if changed else state["samples_consumed"]
         self.progress = Progress(state["step"], samples, state["tokens"])
+
+    def _load_hook_state(self, path: Path, step: int) -> None:
+        """Take up the residuals of PowerSGD: each rank those of its own number, and of every world_size-th after."""
+        files = ckpt.hook_state_files(path)
+        if self.powersgd is None:
+            if files:
+                logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", path.name)
+            return
+        self.powersgd.iteration = step
+        if files:
+            self.powersgd.take_q(ckpt.read_tensors(files[0]))
+        for file in files[self.context.rank :: self.context.world_size]:
+            dropped = self.powersgd.add_residuals(ckpt.read_tensors(file))
+            if dropped:
+                logger.warning("residuals are dropped, as these are not compressed any more: %s", ", ".join(dropped))
 
     def _stream(self) -> dict:
         """What the order of the samples depends on."""
@@ -268,12 +348,21 @@ class Trainer:
         else:
             overlap = "overlapped with" if config.parallel.overlap_grad_reduce else "after"
             parallel += f", {len(self.ddp.buckets)} gradient buckets reduced {overlap} the backward pass"
+            if self.powersgd is not None:
+                parallel += f", PowerSGD 1:{self.powersgd.compression_ratio:.1f}"
+            if self.zero1 is not None:
+                parallel += ", ZeRO-1"
+                parallel += " gathered under the forward pass" if self.zero1.overlap_gather else ""
+            if config.parallel.overlap_optim_step:
+                parallel += ", buckets stepped as they arrive"
         attention = "plain" if self.model_config.attention_dropout else "sdpa"
         tokens = derived.global_batch_size * config.data.max_seq_len
+        network = [self._network()] if context.world_size > 1 and config.parallel.ddp_impl != "naive" else []
         return [
             f"model: {self.num_parameters / 1e6:.1f} M parameters, {self.model_config.num_hidden_layers} layers, "
             f"{self.model_config.hidden_size} wide, {self.dtype} on {context.device.type}",
             f"parallel: {parallel}; {torch.get_num_threads()} thread(s) each",
+            *network,
             f"peak: {self.peak_flops / 1e9:,.0f} GFLOP/s in all, "
             + ("a matmul timed now" if context.device.type == "cpu" else "by the data sheet")
             + "; MFU is a share of it",
@@ -285,6 +374,34 @@ class Trainer:
             f"starts at step {self.progress.step}, sample {self.progress.samples_consumed}"
             + (f", weights from {self.weights_from}" if self.weights_from else ""),
         ]
+
+    def _network(self) -> str:
+        """What a step sends, and how long that takes at the speed measured now; warns where no overlap can hide it."""
+        rate = 0.0
+
+        def measure() -> None:
+            nonlocal rate
+            rate = measure_bandwidth(self.ddp.collectives, self.context.device)
+
+        self.ddp.comm_stream.submit(measure).wait()
+        rate = min(self.context.gather(rate))
+        gradients = self.ddp.bytes_sent()
+        text = (
+            f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {gradients / 1e6:,.1f} MB of "
+            f"gradients ({gradients / rate:.2f} s)"
+        )
+        if self.zero1 is not None:
+            parameters = self.zero1.bytes_sent()
+            text += f" and {parameters / 1e6:,.1f} MB of parameters ({parameters / rate:.2f} s)"
+            tokens = self.derived.global_batch_size * self.config.data.max_seq_len
+            compute = tokens * self.flops_strict / (0.5 * self.peak_flops)
+            if parameters / rate > compute:
+                logger.warning(
+                    "ZeRO-1 gathers parameters for %.2f s a step, longer than the compute (%.2f s at half the peak), "
+                    "and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, or "
+                    "make steps larger", parameters / rate, compute,
+                )  # fmt: skip
+        return text + " from each rank"
 
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
@@ -335,6 +452,10 @@ class Trainer:
             return False
 
         learning_rate = self.learning_rate()
+        if self.config.parallel.overlap_optim_step:
+            self.optimizer.begin_overlapped_step(learning_rate)
+        if self.powersgd is not None:
+            self.powersgd.measure = _is_due(progress.step + 1, self.config.parallel.powerSGD_log_interval)
         loss_scale = self.scaler.scale / max(count, 1)
         loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
         for index, batch in enumerate(batches.micro_batches):
@@ -344,21 +465,36 @@ class Trainer:
                 (loss_sum * loss_scale).backward()
             loss_total += loss_sum.detach()
         self.ddp.finish_grad_sync()
-        result = self.optimizer.step(learning_rate)
+        result = self._finish_step(learning_rate)
         if result.skipped:
             self._on_skipped_step(result.grad_norm)
         else:
             self.skipped_in_a_row = 0
-        self.ddp.zero_grad()
+        if not self.config.parallel.overlap_zero_grad_buffer:
+            self.ddp.zero_grad()
 
         progress.step += 1
         progress.samples_consumed = batches.last + 1
         progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
         self.meter.add_step(batches.last, (digest_high << 32) + digest_low, waited)
         self.unlogged = Unlogged(loss_total, max(count, 1), learning_rate, result.grad_norm)
+        if self.powersgd is not None and self.powersgd.measure and not result.skipped:
+            self._log_compression()
         if _is_due(progress.step, self.config.run.log_interval):
             self._log_step()
         return True
+
+    def _finish_step(self, learning_rate: float) -> StepResult:
+        """Gradients are summed (with overlap_optim_step: and stepped with): the rest of the step."""
+        if self.config.parallel.overlap_optim_step:
+            result = self.optimizer.end_overlapped_step()
+            if self.zero1 is not None:
+                self.zero1.start_gathers()
+        else:
+            result = self.optimizer.step(learning_rate, self.zero1.gather if self.zero1 else None)
+        if self.zero1 is not None and not self.zero1.overlap_gather:
+            self.zero1.wait()
+        return result
 
     def learning_rate(self) -> float:
         o = self.config.optimizer
@@ -446,6 +582,15 @@ class Trainer:
             100 * mfu, 100 * mfu_seed, 1e3 * reading["data_wait"], clock(seconds_left),
         )  # fmt: skip
 
+    def _log_compression(self) -> None:
+        """How much of the gradients PowerSGD left for later in this step, on rank 0."""
+        errors = self.powersgd.relative_error
+        if self.reslog is not None and errors:
+            self.reslog.write(
+                "compression", step=self.progress.step, ratio=self.powersgd.compression_ratio,
+                mean_relative_error=sum(errors.values()) / len(errors), relative_error=errors,
+            )  # fmt: skip
+
     def _save(self, valid_loss: float | None) -> None:
         """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state.
 
@@ -455,6 +600,8 @@ class Trainer:
         context, progress = self.context, self.progress
         started = time.perf_counter()
         self.heartbeat.beat("save", progress.step)
+        if self.zero1 is not None:
+            self.zero1.wait()
         writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
         # A rank that fails must not leave the others waiting for its part.
         failures = (OSError, SafetensorError)
@@ -471,7 +618,9 @@ class Trainer:
         self.meter.leave_out(time.perf_counter() - started)
 
     def _write_share(self, writer: ckpt.CheckpointWriter) -> None:
-        writer.write_flat_state(self.optimizer.named_state())
+        writer.write_flat_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+        if self.powersgd is not None:
+            writer.write_hook_state(self.powersgd.state_tensors())
         if self.context.is_main:
             writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
             writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
@@ -492,7 +641,7 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         if isinstance(self.ddp, DistributedDataParallel):
-            self.ddp.comm_stream.close()
+            self.ddp.close()
         if self.reslog is not None:
             self.reslog.close()
         self.release()

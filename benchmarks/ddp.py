@@ -123,7 +123,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds["ours"], seconds["torch DDP"])]
         ratio = statistics.median(ratios)
         print(f"ours / torch DDP: median of the rounds {ratio:.3f}; gradients differ by {difference:.1e}")
-    ours.comm_stream.close()
+    ours.close()
     destroy_context(context)
 
 

@@ -6,19 +6,23 @@ A step, on the slices it was handed (all of them, or under ZeRO-1 the ones this 
     check    a non-finite norm: every rank skips the step and all state stays as it was
     step     AdamW on the float32 main parameters, gradients divided by loss scale / clipping factor on the way
     copy     main parameters -> the model's weights, where those are bf16 or fp16
+
+Step and copy go bucket by bucket, the last bucket first, so that what follows (ZeRO-1's gather) can start early. With
+overlap_optim_step they happen while other buckets are still reduced; then there is no norm before the step, hence no
+clipping and no check.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from optimizer.adamw import AdamWConfig, adamw_step
-from optimizer.clip import clip_factor, sum_of_squares
+from optimizer.clip import clip_factor
 from optimizer.param_groups import split_by_decay
-from parallel.buffer import ParameterSlice
+from parallel.buffer import GradientSource, ParameterSlice, sum_of_squares
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -74,71 +78,148 @@ class StepResult:
     skipped: bool
 
 
-_STATES = ("main", "exp_avg", "exp_avg_sq")
+@dataclass
+class _State:
+    """A slice and its optimizer state: flat float32 tensors of its length."""
+
+    piece: ParameterSlice
+    main: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @staticmethod
+    def of(piece: ParameterSlice) -> "_State":
+        # float32 weights are their own main parameters
+        main = piece.param if piece.param.dtype == torch.float32 else piece.param.float()
+        return _State(piece, main, torch.zeros_like(main), torch.zeros_like(main))
+
+    def write_weights(self) -> None:
+        if self.main is not self.piece.param:
+            self.piece.param.copy_(self.main)
+
+
+@dataclass
+class _OverlappedStep:
+    lr: float
+    squares: list[Tensor] = field(default_factory=list)
 
 
 class MixedPrecisionOptimizer:
     """AdamW over flat slices.
 
     Args:
-        slices: what to step. Gradients may have any dtype; float32 ones are used in place.
+        slices: what to step, one list a bucket. Gradients may have any dtype; float32 ones are used in place.
         config: AdamW's constants.
         grad_clip: largest global norm, 0 for none.
         scaler: the loss scale that gradients carry.
         sum_over_ranks: adds a float64 scalar over all ranks if the slices are this rank's shards; None if every rank
             holds them all.
+        source: where gradients come from if they are not in the slices yet; its norms are over all ranks already.
     """
 
     def __init__(
         self,
-        slices: Sequence[ParameterSlice],
+        slices: Sequence[Sequence[ParameterSlice]],
         config: AdamWConfig,
         grad_clip: float,
         scaler: LossScaler,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        source: GradientSource | None = None,
     ):
-        self.slices, self.config, self.grad_clip, self.scaler = list(slices), config, grad_clip, scaler
-        self.sum_over_ranks = sum_over_ranks
+        self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
+        self.sum_over_ranks, self.source = sum_over_ranks, source
         self.num_steps = 0
-        # float32 weights are their own main parameters
-        self.main = [s.param if s.param.dtype == torch.float32 else s.param.float() for s in self.slices]
-        self.exp_avg = [torch.zeros_like(main) for main in self.main]
-        self.exp_avg_sq = [torch.zeros_like(main) for main in self.main]
+        self._buckets = [[_State.of(piece) for piece in bucket] for bucket in slices]
+        self._overlapped: _OverlappedStep | None = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
-        """Step with learning rate `lr`; all ranks return the same."""
-        squares = sum_of_squares(s.grad for s in self.slices).cpu()
-        if self.sum_over_ranks is not None:
-            squares = self.sum_over_ranks(squares)
-        grad_norm = math.sqrt(squares.item()) / self.scaler.scale if math.isfinite(squares.item()) else math.inf
+    def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult:
+        """Step with learning rate `lr`; all ranks return the same.
+
+        Args:
+            after_bucket: called with each bucket's number once it is stepped, the last bucket first.
+        """
+        grad_norm = self._norm(sum(self._sum_of_squares(bucket) for bucket in range(len(self._buckets))))
         if not math.isfinite(grad_norm):
             self.scaler.update(overflowed=True)
             return StepResult(grad_norm, skipped=True)
-
         self.num_steps += 1
-        grads = [s.grad.float() for s in self.slices]
         grad_divisor = self.scaler.scale / clip_factor(grad_norm, self.grad_clip)
-        columns = [split_by_decay(self.slices, c) for c in (self.main, grads, self.exp_avg, self.exp_avg_sq)]
-        for group, weight_decay in ((0, self.config.weight_decay), (1, 0.0)):
-            adamw_step(*(c[group] for c in columns), self.num_steps, lr, weight_decay, grad_divisor, self.config)
-        self.weights_from_main()
+        for bucket in reversed(range(len(self._buckets))):
+            self._step_bucket(bucket, lr, grad_divisor)
+            if after_bucket is not None:
+                after_bucket(bucket)
         self.scaler.update(overflowed=False)
         return StepResult(grad_norm, skipped=False)
+
+    def begin_overlapped_step(self, lr: float) -> None:
+        """From here on `step_bucket` may be called, for each bucket once, in any thread; then `end_overlapped_step`."""
+        if self.grad_clip or self.scaler.enabled:
+            raise ValueError("a step that overlaps with the reduction can neither clip nor be skipped (fp16)")
+        self.num_steps += 1
+        self._overlapped = _OverlappedStep(lr)
+
+    @torch.no_grad()
+    def step_bucket(self, bucket: int) -> None:
+        """Step one bucket, whose gradients are summed, while others still are not."""
+        self._overlapped.squares.append(self._sum_of_squares(bucket))
+        self._step_bucket(bucket, self._overlapped.lr, 1.0)
+
+    def end_overlapped_step(self) -> StepResult:
+        """All buckets are stepped.
+
+        Raises:
+            FloatingPointError: the gradients were not finite; the weights are lost.
+        """
+        grad_norm = self._norm(sum(self._overlapped.squares))
+        self._overlapped = None
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                "non-finite gradients, and --overlap_optim_step had already stepped with them: resume from the last "
+                "checkpoint, without that flag if it happens again"
+            )
+        return StepResult(grad_norm, skipped=False)
+
+    def _sum_of_squares(self, bucket: int) -> Tensor:
+        """Of a bucket's scaled gradients: float64 scalar."""
+        if self.source is not None:
+            return self.source.sum_of_squares(bucket)
+        return sum_of_squares(state.piece.grad for state in self._buckets[bucket])
+
+    def _norm(self, squares: Tensor) -> float:
+        """The global norm of the unscaled gradients; infinite if anything is not finite."""
+        squares = torch.as_tensor(squares, dtype=torch.float64).cpu()
+        if self.sum_over_ranks is not None and self.source is None:
+            squares = self.sum_over_ranks(squares)
+        return math.sqrt(squares.item()) / self.scaler.scale if math.isfinite(squares.item()) else math.inf
+
+    def _step_bucket(self, bucket: int, lr: float, grad_divisor: float) -> None:
+        if self.source is not None:
+            self.source.load(bucket)
+        states = self._buckets[bucket]
+        for group, weight_decay in zip(split_by_decay(states), (self.config.weight_decay, 0.0)):
+            adamw_step(
+                [state.main for state in group], [state.piece.grad.float() for state in group],
+                [state.exp_avg for state in group], [state.exp_avg_sq for state in group],
+                self.num_steps, lr, weight_decay, grad_divisor, self.config,
+            )  # fmt: skip
+        for state in states:
+            state.write_weights()
 
     def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
         """(parameter name, offset in it, {"main", "exp_avg", "exp_avg_sq"}) of each slice, flat float32 views."""
         return [
-            (piece.name, piece.offset, dict(zip(_STATES, tensors)))
-            for piece, *tensors in zip(self.slices, self.main, self.exp_avg, self.exp_avg_sq)
+            (s.piece.name, s.piece.offset, {"main": s.main, "exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq})
+            for bucket in self._buckets
+            for s in bucket
         ]
 
     @torch.no_grad()
     def weights_from_main(self) -> None:
-        """Set the model's weights from the main parameters: after a step, or after those were loaded."""
-        for piece, main in zip(self.slices, self.main):
-            if main is not piece.param:
-                piece.param.copy_(main)
+        """Set the model's weights from the main parameters, after those were loaded."""
+        for bucket in self._buckets:
+            for state in bucket:
+                state.write_weights()
 
     def scalar_state(self) -> dict:
         return {"num_steps": self.num_steps, "scaler": self.scaler.state_dict()}

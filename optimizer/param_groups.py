@@ -1,15 +1,20 @@
 """Which parameters decay: matrices only. Norm weights and biases have no scale that decay should pull to zero."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from parallel.buffer import ParameterSlice
 
-T = TypeVar("T")
+
+class HasSlice(Protocol):
+    piece: ParameterSlice
 
 
-def split_by_decay(slices: Sequence[ParameterSlice], items: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Sort `items`, one a slice, into (decaying, not decaying)."""
-    decaying = [item for piece, item in zip(slices, items) if piece.is_matrix]
-    others = [item for piece, item in zip(slices, items) if not piece.is_matrix]
+T = TypeVar("T", bound=HasSlice)
+
+
+def split_by_decay(states: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Sort slices' states into (decaying, not decaying)."""
+    decaying = [state for state in states if state.piece.is_matrix]
+    others = [state for state in states if not state.piece.is_matrix]
     return decaying, others

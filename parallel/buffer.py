@@ -6,12 +6,17 @@ view into another, float32 unless asked otherwise. Autograd then accumulates int
 without copies, and zeroing all gradients is one call.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from parallel.layout import BucketLayout, BufferLayout, ParameterSpec, plan_layout
+from parallel.layout import BucketLayout, BufferLayout, ParameterSpec, Slot, plan_layout
+
+_CHUNK = 1 << 18
+"""Elements squared at once on a CPU: two megabytes in float64, which stay in the cache."""
 
 
 class FlatBuffers:
@@ -46,11 +51,10 @@ class FlatBuffers:
             parameter.data = data
             self._grad_views.append((parameter, self.grad_data[slot.start : slot.end].view(parameter.shape)))
             parameter.grad_dtype = grad_dtype
-        self.zero_grad()
+        self.restore_grad_views()
 
-    def zero_grad(self) -> None:
-        """Zero every gradient, and put the views back where somebody set a `grad` to None."""
-        self.grad_data.zero_()
+    def restore_grad_views(self) -> None:
+        """Put the views back where somebody set a `grad` to None."""
         for parameter, view in self._grad_views:
             if parameter.grad is not view:
                 parameter.grad = view
@@ -59,19 +63,49 @@ class FlatBuffers:
 class Bucket:
     """One bucket's slice of the buffers, as a hook sees it."""
 
-    def __init__(self, layout: BucketLayout, buffers: FlatBuffers):
+    def __init__(self, layout: BucketLayout, grad: Tensor, param: Tensor):
         self.layout = layout
         self.index, self.slots = layout.index, layout.slots
-        self.grad: Tensor = buffers.grad_data[layout.start : layout.end]
+        self.grad = grad
         """1-D, padding included (the padding is zero)."""
-        self.param: Tensor = buffers.param_data[layout.start : layout.end]
+        self.param = param
+        self.reduced = grad
+        """1-D, same length: where the optimizer finds the sums. A hook that keeps something else in `grad` sets it."""
+
+    @staticmethod
+    def of(layout: BucketLayout, buffers: FlatBuffers) -> "Bucket":
+        start, end = layout.start, layout.end
+        return Bucket(layout, buffers.grad_data[start:end], buffers.param_data[start:end])
+
+    def with_grad(self, grad: Tensor) -> "Bucket":
+        """The same bucket over other memory for its gradients, such as a narrower copy."""
+        return Bucket(self.layout, grad, self.param)
+
+    def piece(self, flat: Tensor, slot: Slot) -> Tensor:
+        """The part of `flat`, a tensor as long as the bucket, that belongs to a slot: 1-D."""
+        return flat[slot.start - self.layout.start : slot.end - self.layout.start]
 
     def views(self) -> list[tuple[str, Tensor]]:
         """(name, gradient in its parameter's shape) of each parameter in the bucket."""
-        start = self.layout.start
-        return [
-            (s.parameter.name, self.grad[s.start - start : s.end - start].view(s.parameter.shape)) for s in self.slots
-        ]
+        return [(s.parameter.name, self.piece(self.grad, s).view(s.parameter.shape)) for s in self.slots]
+
+    def slices(self, start: int, end: int) -> list["ParameterSlice"]:
+        """The pieces of parameters in elements [start, end) of the bucket."""
+        found = []
+        for slot in self.slots:
+            slot_start = slot.start - self.layout.start
+            first, last = max(start, slot_start), min(end, slot.end - self.layout.start)
+            if first < last:
+                found.append(
+                    ParameterSlice(
+                        slot.parameter.name,
+                        first - slot_start,
+                        len(slot.parameter.shape) >= 2,
+                        self.param[first:last],
+                        self.reduced[first:last],
+                    )
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,4 +119,34 @@ class ParameterSlice:
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
     grad: Tensor
-    """1-D view of the gradients, same length."""
+    """1-D view of the summed gradients, same length."""
+
+
+class GradientSource(Protocol):
+    """Gradients that are not in the slices yet: a hook that keeps them packed until the optimizer takes them."""
+
+    def sum_of_squares(self, bucket: int) -> Tensor:
+        """Of the whole bucket's summed gradients, the same on all ranks: float64 scalar."""
+
+    def load(self, bucket: int) -> None:
+        """Fill the slices' gradients of the bucket. Not called for a step that is skipped."""
+
+
+def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, float64 scalar on the tensors' device.
+
+    float64 makes it independent, to far below float32's resolution, of how gradients are cut into slices: so the
+    clipping factor, rounded to float32, is the same bits for every layout of the buffers (all but surely: two float64
+    values would have to lie on both sides of a float32 rounding border).
+    """
+    total: Tensor | None = None
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            part = torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+        else:
+            part = torch.zeros((), dtype=torch.float64)
+            for chunk in tensor.split(_CHUNK):
+                wide = chunk.double()
+                part += torch.dot(wide, wide)
+        total = part if total is None else total + part
+    return torch.zeros((), dtype=torch.float64) if total is None else total

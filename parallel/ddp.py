@@ -23,13 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.buffer import Bucket, FlatBuffers, ParameterSlice
-from parallel.comm_hooks import all_reduce_hook
+from parallel.collectives import Collectives
+from parallel.comm_hooks import AllReduce, CommHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
 
@@ -75,11 +77,13 @@ class NaiveDDP(nn.Module):
     def nonfinite_parameters(self) -> list[str]:
         return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
 
-    def slices(self) -> list[ParameterSlice]:
-        """Every parameter whole: what the optimizer steps."""
+    def slices(self) -> list[list[ParameterSlice]]:
+        """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
         return [
-            ParameterSlice(name, 0, p.dim() >= 2, p.detach().view(-1), p.grad.view(-1))
-            for name, p in self.trained.items()
+            [
+                ParameterSlice(name, 0, p.dim() >= 2, p.detach().view(-1), p.grad.view(-1))
+                for name, p in self.trained.items()
+            ]
         ]
 
 
@@ -130,9 +134,11 @@ class DistributedDataParallel(nn.Module):
         # named_parameters yields a tied tensor once, at its first use.
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype)
-        self.buckets = [Bucket(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
-        self._hook: Hook = all_reduce_hook
-        self._hook_state: object = context.grad_group
+        self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
+        self.collectives = Collectives(context.grad_group)
+        self.use_hook(AllReduce(self.collectives))
+        self._after_reduction: Callable[[Bucket], None] | None = None
+        self._after_stream: CommStream | None = None
         self.nonfinite_parameters: list[str] = []
         """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
         self.last_sync = SyncTrace([], [])
@@ -153,6 +159,17 @@ class DistributedDataParallel(nn.Module):
         """Replace the all-reduce by `hook(state, bucket)`, see comm_hooks.py for what it owes."""
         self._hook_state, self._hook = state, hook
 
+    def use_hook(self, hook: CommHook) -> None:
+        """Replace the all-reduce by one of the hooks of comm_hooks.py or powersgd.py."""
+        self.register_comm_hook(hook, type(hook).reduce)
+
+    def register_after_reduction(self, callback: Callable[[Bucket], None]) -> None:
+        """Call `callback(bucket)` as soon as a bucket is reduced, while the backward pass and later buckets go on.
+
+        It runs on a stream (on a CPU: a thread) of its own, bucket after bucket, and must issue no collectives.
+        """
+        self._after_reduction, self._after_stream = callback, CommStream(self.context.device)
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only accumulate: for all micro-batches of a step but the last."""
@@ -163,21 +180,30 @@ class DistributedDataParallel(nn.Module):
             self._sync_this_backward = before
 
     def zero_grad(self) -> None:
-        self.flat_buffers.zero_grad()
+        for bucket in self.buckets:
+            self.zero_bucket(bucket)
+        self.flat_buffers.restore_grad_views()
 
-    def slices(self) -> list[ParameterSlice]:
-        """Every parameter whole: what the optimizer steps."""
-        flat = self.flat_buffers
-        return [
-            ParameterSlice(
-                slot.parameter.name,
-                0,
-                len(slot.parameter.shape) >= 2,
-                flat.param_data[slot.start : slot.end],
-                flat.grad_data[slot.start : slot.end],
-            )
-            for slot in flat.layout.slots
-        ]
+    def zero_bucket(self, bucket: Bucket) -> None:
+        if isinstance(self._hook_state, CommHook):
+            self._hook_state.zero_grad(bucket)
+        else:
+            bucket.grad.zero_()
+
+    def bytes_sent(self) -> float:
+        """Bytes that each rank sends in a step to sum the gradients; 0 under a hook that does not say."""
+        hook = self._hook_state
+        return sum(hook.bytes_sent(bucket) for bucket in self.buckets) if isinstance(hook, CommHook) else 0.0
+
+    def close(self) -> None:
+        """End the threads; work that was not waited for is finished first."""
+        self.comm_stream.close()
+        if self._after_stream is not None:
+            self._after_stream.close()
+
+    def slices(self) -> list[list[ParameterSlice]]:
+        """What the optimizer steps: every parameter whole, one list a bucket."""
+        return [bucket.slices(0, len(bucket.grad)) for bucket in self.buckets]
 
     def finish_grad_sync(self) -> None:
         """After the last micro-batch's backward pass: launch what is left and wait for all buckets.
@@ -240,8 +266,16 @@ class DistributedDataParallel(nn.Module):
 
         self._trace.arrived_before_launch.append(len(self._arrived))
         self._trace.launched_at.append(time.perf_counter())
-        self._handles.append(self.comm_stream.submit(work))
+        reduced = self.comm_stream.submit(work)
+        if self._after_reduction is None:
+            self._handles.append(reduced)
+        else:
+            self._handles.append(self._after_stream.submit(partial(self._when_reduced, reduced, bucket)))
         self._next_bucket += 1
+
+    def _when_reduced(self, reduced: Handle, bucket: Bucket) -> None:
+        reduced.wait()
+        self._after_reduction(bucket)
 
     def _name_nonfinite(self) -> list[str]:
         """Parameters of this rank's flagged buckets that hold a non-finite value after the sum."""

@@ -5,6 +5,7 @@
     step-N/               after rank 0 checked the records, wrote the manifest and renamed
       model.safetensors, config.json, tokenizer ...   a Hugging Face folder
       optim-R.safetensors     flat float32 pieces, keyed "parameter name@offset/state"
+      comm_hook-R.safetensors what rank R's comm hook remembers, if it does
       trainer_state.json      where the run stands
       manifest.json           every file's size and sha256, written last
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.files import atomic_write_json, fsync_dir, sha256_of_file
@@ -71,13 +72,19 @@ class CheckpointWriter:
         os.chmod(self.directory / name, 0o644)
         self._files.append(name)
 
-    def write_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]]) -> None:
-        """Write this rank's share of a state that every rank holds whole: the pieces that begin in its even part.
+    def write_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]], sharded: bool) -> None:
+        """Write this rank's pieces of the optimizer state.
 
         Args:
-            state: (parameter name, offset, state name -> flat tensor), the same list on all ranks.
+            state: (parameter name, offset, state name -> flat tensor).
+            sharded: the ranks hold different pieces, so each writes all of its own; False: all hold the same list, and
+                each writes the pieces that begin in its even part of it.
         """
         state = list(state)
+        if sharded:
+            own = {flat_key(name, offset, key): t for name, offset, tensors in state for key, t in tensors.items()}
+            self.write_tensors(f"optim-{self.rank}.safetensors", own)
+            return
         sizes = [len(next(iter(tensors.values()))) for _, _, tensors in state]
         total, seen, mine = sum(sizes), 0, {}
         for (name, offset, tensors), size in zip(state, sizes):
@@ -85,6 +92,10 @@ class CheckpointWriter:
                 mine |= {flat_key(name, offset, key): tensor for key, tensor in tensors.items()}
             seen += size
         self.write_tensors(f"optim-{self.rank}.safetensors", mine)
+
+    def write_hook_state(self, tensors: dict[str, Tensor]) -> None:
+        """Write what this rank's comm hook remembers."""
+        self.write_tensors(f"comm_hook-{self.rank}.safetensors", tensors)
 
     def write_json(self, name: str, value: object) -> None:
         atomic_write_json(self.directory / name, value)
@@ -142,7 +153,7 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
     """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is.
 
     Args:
-        weights_only: leave out the optimizer's files, which are most of the bytes.
+        weights_only: leave out the files of the optimizer and the comm hook, which are most of the bytes.
     """
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
@@ -152,7 +163,7 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
     for name, (expected_size, expected_sha256) in files.items():
-        if weights_only and name.startswith("optim-"):
+        if weights_only and name.startswith(("optim-", "comm_hook-")):
             continue
         file = path / name
         if not file.exists():
@@ -301,6 +312,23 @@ def prune(ckpt_dir: Path, keep_last: int = 2, keep_best: int = 2) -> None:
             os.replace(path, hidden)
             path = hidden
         shutil.rmtree(path, ignore_errors=True)
+
+
+def hook_state_files(directory: Path) -> list[Path]:
+    """What each rank's comm hook remembered, by rank; empty if there is none."""
+    files = directory.glob("comm_hook-*.safetensors")
+    return sorted(files, key=lambda path: int(path.stem.removeprefix("comm_hook-")))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def flat_key(name: str, offset: int, state: str) -> str:

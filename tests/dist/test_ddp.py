@@ -86,7 +86,7 @@ def matrix(micro_batch: int) -> dict:
         results[f"{name}, overlap {overlap}"] = [
             relative_error(grads, exact), torch.equal(grads, expected), [launched[0], len(launched)]
         ]  # fmt: skip
-        ddp.comm_stream.close()
+        ddp.close()
     torch_ddp = nn.parallel.DistributedDataParallel(new_model())
     for index, rows in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
@@ -162,7 +162,7 @@ def compiled_blocks() -> list:
     ddp = DistributedDataParallel(model, context, bucket_size=9_000)
     accumulate(ddp, micro_batches)
     answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.last_sync.arrived_before_launch]
-    ddp.comm_stream.close()
+    ddp.close()
     destroy_context(context)
     return answer
 

@@ -60,7 +60,7 @@ def test_cuda_equals_cpu(documents: bool):
         cross_entropy_sum(model.logits(hidden), rows[:, 1:].to(device)).backward()
         ddp.finish_grad_sync()
         grads.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()]))
-        ddp.comm_stream.close()
+        ddp.close()
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-4
 
 

@@ -7,8 +7,8 @@ import torch
 
 from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at
 from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
-from optimizer.clip import clip_factor, sum_of_squares
-from parallel.buffer import ParameterSlice
+from optimizer.clip import clip_factor
+from parallel.buffer import ParameterSlice, sum_of_squares
 
 CONFIG = AdamWConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
@@ -40,7 +40,7 @@ def test_fused_step_equals_the_formula_in_float64():
 
 def test_optimizer_equals_torchs_adamw_with_clipping():
     slices = slices_of()
-    ours = MixedPrecisionOptimizer(slices, CONFIG, grad_clip=1.0, scaler=LossScaler(enabled=False))
+    ours = MixedPrecisionOptimizer([slices], CONFIG, grad_clip=1.0, scaler=LossScaler(enabled=False))
     theirs = [torch.nn.Parameter(s.param.clone()) for s in slices]
     decays = [p for p, s in zip(theirs, slices) if s.is_matrix]
     others = [p for p, s in zip(theirs, slices) if not s.is_matrix]
@@ -63,14 +63,15 @@ def test_optimizer_equals_torchs_adamw_with_clipping():
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 def test_main_parameters_keep_what_low_precision_loses(dtype: torch.dtype, grad_dtype: torch.dtype):
     slices = slices_of(dtype, grad_dtype)
-    optimizer = MixedPrecisionOptimizer(slices, CONFIG, grad_clip=0.0, scaler=LossScaler(enabled=False))
+    optimizer = MixedPrecisionOptimizer([slices], CONFIG, grad_clip=0.0, scaler=LossScaler(enabled=False))
     before = slices[0].param.clone()
     for _ in range(50):
         optimizer.step(1e-6)
     # 50 steps of 1e-6 are below the resolution of most weights, yet the main parameters have moved.
     assert (slices[0].param == before).float().mean() > 0.5
-    assert (optimizer.main[0] != before.float()).all()
-    assert torch.equal(slices[0].param, optimizer.main[0].to(dtype))
+    main = optimizer.named_state()[0][2]["main"]
+    assert (main != before.float()).all()
+    assert torch.equal(slices[0].param, main.to(dtype))
 
 
 def test_norm_is_the_same_however_the_gradients_are_cut():
@@ -96,12 +97,13 @@ def test_clip_factor():
 def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
     slices = slices_of(torch.float16 if fp16 else torch.float32)
     scaler = LossScaler(enabled=fp16, initial=8.0)
-    optimizer = MixedPrecisionOptimizer(slices, CONFIG, 1.0, scaler)
+    optimizer = MixedPrecisionOptimizer([slices], CONFIG, 1.0, scaler)
     optimizer.step(1e-2)
-    before = [t.clone() for s in slices for t in (s.param,)] + [t.clone() for t in optimizer.main + optimizer.exp_avg]
+    state = [t for _, _, tensors in optimizer.named_state() for t in tensors.values()]
+    before = [t.clone() for t in [s.param for s in slices] + state]
     slices[1].grad[3] = bad
     result = optimizer.step(1e-2)
-    after = [s.param for s in slices] + optimizer.main + optimizer.exp_avg
+    after = [s.param for s in slices] + state
     assert result.skipped and not math.isfinite(result.grad_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert optimizer.num_steps == 1
@@ -113,8 +115,8 @@ def test_loss_scale_cancels_out():
     for piece in scaled:
         piece.grad.mul_(1024.0)
     scaler = LossScaler(enabled=True, initial=1024.0)
-    a = MixedPrecisionOptimizer(plain, CONFIG, 1.0, LossScaler(enabled=False)).step(1e-2)
-    b = MixedPrecisionOptimizer(scaled, CONFIG, 1.0, scaler).step(1e-2)
+    a = MixedPrecisionOptimizer([plain], CONFIG, 1.0, LossScaler(enabled=False)).step(1e-2)
+    b = MixedPrecisionOptimizer([scaled], CONFIG, 1.0, scaler).step(1e-2)
     assert a.grad_norm == b.grad_norm
     assert all(torch.equal(p.param, q.param) for p, q in zip(plain, scaled))
 

@@ -1,0 +1,110 @@
+"""ZeRO stage 1 (Rajbhandari et al., SC 2020): every rank keeps the optimizer state of its own shard only.
+
+Each bucket splits into N even shards; rank i owns the i-th of every bucket, wherever parameters begin and end in it.
+
+    reduce    the hook sums every bucket, at least this rank's shard of it (ReduceScatter: half an all-reduce's bytes)
+    step      the optimizer clips by the global norm and steps the own shards, which lie in the flat parameter buffer
+    gather    every rank gets every shard, straight into that buffer: the views of the model see the new weights
+
+    main thread   backward          | clip, AdamW on shards | forward: embedding | layer 0 | layer 1 ...
+    comm stream   [rs 0][rs 1][rs 2]           [gather 2][gather 1][gather 0]
+
+Buckets are stepped and gathered last first: the forward pass begins with the last bucket. With `overlap_gather`, a
+layer waits only for the buckets that hold its own parameters; without, the step ends when all are there.
+
+Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, beside the gradients'. Optimizer state
+goes from 12 bytes a parameter (fp32 main parameters, two moments) to 12 / N.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from parallel.buffer import ParameterSlice
+from parallel.comm_hooks import shared_fraction
+from parallel.comm_stream import Handle
+from parallel.ddp import DistributedDataParallel
+
+
+class Zero1:
+    """The shards that this rank owns, and the way back from shards to whole parameters.
+
+    Args:
+        ddp: whose buckets are sharded. Its hook must leave sums in this rank's shards.
+        overlap_gather: wait for gathered parameters where the forward pass first needs them.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, overlap_gather: bool = False):
+        self.ddp, self.overlap_gather = ddp, overlap_gather
+        self._gathers: dict[int, Handle] = {}
+        if overlap_gather:
+            self._wait_where_needed(ddp.module)
+
+    def slices(self) -> list[list[ParameterSlice]]:
+        """What this rank steps: its shard of every bucket, one list a bucket."""
+        collectives, owned = self.ddp.collectives, []
+        for bucket in self.ddp.buckets:
+            size = len(bucket.grad) // collectives.world_size
+            owned.append(bucket.slices(collectives.rank * size, (collectives.rank + 1) * size))
+        return owned
+
+    def gather(self, bucket: int) -> None:
+        """Start to gather a bucket's parameters: on every rank in the same order, from the main thread."""
+        param = self.ddp.buckets[bucket].param
+        self._gathers[bucket] = self.ddp.comm_stream.submit(partial(self.ddp.collectives.all_gather, param))
+
+    def start_gathers(self) -> None:
+        """Start to gather every bucket, the one that the forward pass begins with first."""
+        for bucket in reversed(range(len(self.ddp.buckets))):
+            self.gather(bucket)
+
+    def gather_all(self) -> None:
+        """Gather every bucket, and wait."""
+        self.start_gathers()
+        self.wait()
+
+    def wait(self, first_bucket: int = 0) -> None:
+        """Wait until the parameters of buckets `first_bucket` and later are whole, as the forward pass needs them."""
+        for bucket in [index for index in self._gathers if index >= first_bucket]:
+            self._gathers.pop(bucket).wait()
+
+    def bytes_sent(self) -> float:
+        """Bytes that each rank sends to gather the parameters once."""
+        param = self.ddp.flat_buffers.param_data
+        return shared_fraction(self.ddp.collectives) * len(param) * param.itemsize
+
+    def _wait_where_needed(self, model: nn.Module) -> None:
+        """Before a layer runs, wait for the buckets of its parameters; after the model ran, for the rest.
+
+        The rest matters to parameters that are used outside their module's own forward, as a head fused with its loss.
+        """
+        bucket_of = {
+            self.ddp.flat_buffers.parameters[slot.parameter.name]: slot.bucket
+            for slot in self.ddp.flat_buffers.layout.slots
+        }
+        for layer in _layers(model):
+            buckets = [bucket_of[parameter] for parameter in layer.parameters() if parameter in bucket_of]
+            if buckets:
+                layer.register_forward_pre_hook(_outside_compilation(partial(self.wait, min(buckets))))
+        model.register_forward_hook(_outside_compilation(self.wait))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's children, and of a list of layers each one: the units that may be compiled; hooks lie around them."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield child
+
+
+def _outside_compilation(wait: Callable[[], None]) -> Callable:
+    """A module hook that calls `wait`, which torch.compile leaves to Python: it does not see into threads."""
+
+    @torch.compiler.disable
+    def hook(*_arguments: object) -> None:
+        wait()
+
+    return hook
