@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from utils.exits import STOPPED, read_exit_records, verdict
@@ -61,6 +62,22 @@ def _executable(command: list[str]) -> list[str]:
     return [sys.executable, *tool, *command[1:]]
 
 
+def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[str]]]:
+    """(title, command) of each stage from the standard library's source to an indexed data directory."""
+    return [
+        ("corpus: the standard library's source", ["python", "-m", "demo.corpus", "--output_dir", corpus]),
+        ("tokenizer: byte-level BPE, 8,192 entries",
+         ["python", "-m", "tokenizer.train_tokenizer", "--data_dir", corpus, "--output_dir", tokenizer,
+          "--vocab_size", "8192", "--kind", "hf_bbpe"]),
+        ("pretokenize: text -> .bin",
+         ["python", "-m", "data_preprocess.pretokenize_pretrain_data", "--data_dir", corpus, "--tokenizer_dir",
+          tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", "0.03"]),
+        ("index: .bin -> .ibin",
+         ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
+          "--max_seq_len", "256"]),
+    ]  # fmt: skip
+
+
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -91,16 +108,7 @@ def main() -> int:
 
     # Later stages (SFT, DPO, a plot) are appended here.
     stages: list[tuple[str, Callable[[], None]]] = [
-        ("corpus: the standard library's source", lambda: run(["python", "-m", "demo.corpus", "--output_dir", corpus])),
-        ("tokenizer: byte-level BPE, 8,192 entries", lambda: run(
-            ["python", "-m", "tokenizer.train_tokenizer", "--data_dir", corpus, "--output_dir", tokenizer,
-             "--vocab_size", "8192", "--kind", "hf_bbpe"])),
-        ("pretokenize: text -> .bin", lambda: run(
-            ["python", "-m", "data_preprocess.pretokenize_pretrain_data", "--data_dir", corpus, "--tokenizer_dir",
-             tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", "0.03"])),
-        ("index: .bin -> .ibin", lambda: run(
-            ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
-             "--max_seq_len", "256"])),
+        *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data)),
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
             train, ROOT / run_dir, args.max_iters // 2, args.nproc)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),

@@ -68,20 +68,21 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
     Args:
         epsilon: shift of the Gram matrix; dampens columns that depend on earlier ones. At least RIDGE.
     """
-    by_rank: dict[int, list[Tensor]] = {}
+    by_shape: dict[torch.Size, list[Tensor]] = {}
     for factor in factors:
-        by_rank.setdefault(factor.shape[1], []).append(factor)
-    for rank, group in by_rank.items():
-        wide = [factor.double() for factor in group]
-        norms = torch.stack([columns.norm(dim=0) for columns in wide])
+        by_shape.setdefault(factor.shape, []).append(factor)
+    for (_, rank), group in by_shape.items():
+        wide = torch.stack(group).double()
+        gram = wide.mT @ wide
+        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
         inverse_norms = torch.where(norms > 0.0, 1.0 / norms, torch.zeros_like(norms))
-        gram = torch.stack([columns.T @ columns for columns in wide])
         gram = gram * inverse_norms[:, :, None] * inverse_norms[:, None, :]
         identity = torch.eye(rank, dtype=torch.float64, device=gram.device)
         lower, _ = torch.linalg.cholesky_ex(gram + max(epsilon, RIDGE) * identity)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-        for factor, columns, scale, inv in zip(group, wide, inverse_norms, inverse):
-            factor.copy_(columns @ (scale[:, None] * inv.T))
+        basis = wide @ (inverse_norms[:, :, None] * inverse.mT)
+        for factor, columns in zip(group, basis):
+            factor.copy_(columns)
 
 
 def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
@@ -278,7 +279,8 @@ class PowerSGD(CommHook):
             random_q = self._random_q(slot.parameter.name, n, rank, 0).to(device)
             matrices.append(
                 _Matrix(
-                    slot, (m, n), rank, its_p.view(m, rank), its_q.view(n, rank), its_own.view(-1, rank),
+                    slot, (m, n), rank, its_p.view(m, rank), _columns(its_q, rank),
+                    its_own.view(m, rank) if config.use_fixed_Q else _columns(its_own, rank),
                     random_q.clone(), random_q, residual,
                 )
             )  # fmt: skip
@@ -293,7 +295,7 @@ class PowerSGD(CommHook):
         ranks, without a word between them."""
         key = f"{self.config.seed} {iteration} {name}".encode()
         generator = torch.Generator().manual_seed(zlib.crc32(key))
-        q = torch.randn(n, rank, generator=generator)
+        q = _columns(torch.randn(n * rank, generator=generator), rank)
         if self.config.use_fixed_Q:
             orthonormalize([q], 0.0)
         return (q / q.norm(dim=0)).to(self._factor_dtype)
@@ -379,9 +381,9 @@ class PowerSGD(CommHook):
             return sum_of_squares([self.buckets[bucket].grad])
         total = sum_of_squares(place for _, place in state.others)
         for matrix in state.matrices:
-            p = matrix.p.double()
-            q = (matrix.start_q if self.config.use_fixed_Q else matrix.q).double()
-            total = total.to(p.device) + ((p.T @ p) * (q.T @ q)).sum()
+            p = matrix.p.float()
+            q = (matrix.start_q if self.config.use_fixed_Q else matrix.q).float()
+            total = total.to(p.device) + ((p.T @ p).double() * (q.T @ q).double()).sum()
         return total * self.loss_scale() ** 2
 
     def zero_grad(self, bucket: Bucket) -> None:
@@ -445,6 +447,11 @@ class PowerSGD(CommHook):
         if self.config.grad_buffer_is_error:
             return bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
         return matrix.residual
+
+
+def _columns(flat: Tensor, rank: int) -> Tensor:
+    """[n, r] view of n r elements, column after column: in this layout BLAS multiplies M by few columns fastest."""
+    return flat.view(rank, -1).T
 
 
 def _cut(flat: Tensor, sizes: list[int]) -> list[Tensor]:
