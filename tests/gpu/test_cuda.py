@@ -10,8 +10,8 @@ import torch
 import train_my_ddp
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from parallel import CommStream, DistContext, DistributedDataParallel
-from tests.dist.group import run_ranks
+from parallel import CommStream, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
+from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, records, same_bits
 
 pytestmark = [
@@ -102,3 +102,54 @@ def test_compiled_blocks():
                 block.compile()
         hidden.append(model(rows))
     assert torch.allclose(*hidden, atol=1e-4)
+
+
+MODES = {
+    "zero1": ["--use_distributed_optimizer", "--overlap_param_gather"],
+    "bf16 hook": ["--use_bf16_compress_hook"],
+    "powersgd": ["--use_powerSGD_hook", "--matrix_approximation_rank=64", "--min_compression_rate=0"],
+    "powersgd, zero1": ["--use_powerSGD_hook", "--matrix_approximation_rank=64", "--min_compression_rate=0",
+                        "--use_distributed_optimizer"],
+    "overlapped step": ["--overlap_optim_step", "--overlap_zero_grad_buffer", "--grad_clip=0"],
+}  # fmt: skip
+
+
+def modes_on_one_gpu(cases: list[list[str]]) -> list[int]:
+    codes = []
+    for case in cases:
+        use_new_port()
+        codes.append(train_my_ddp.main([*case, "--device=cuda", "--ddp_backend=gloo"]))
+    return codes
+
+
+def test_every_mode_on_one_gpu(tiny_run: list[str], tmp_path: Path):
+    """Two gloo ranks: hooks, ZeRO-1 and the overlaps run on CUDA streams, and train like a single process."""
+    flags = [*tiny_run, "--bucket_size=20000"]
+    cases = {name: [*elsewhere(flags, tmp_path / name), *more] for name, more in MODES.items()}
+    for codes in run_ranks(2, modes_on_one_gpu, list(cases.values())):
+        assert codes == [0] * len(cases)
+    for name, case in cases.items():
+        alone = elsewhere([*flags, "--grad_clip=0"] if "step" in name else flags, tmp_path / f"{name} alone")
+        assert train_my_ddp.main([*alone, "--device=cuda"]) == 0
+        assert losses(case) == pytest.approx(losses(alone), rel=2e-2 if "bf16" in name else 1e-3), name
+
+
+@pytest.mark.parametrize("rank", [2, 64])
+def test_powersgd_on_cuda_equals_the_cpu(rank: int):
+    """One step of the factors, without a group: the same sums and residuals on both devices."""
+    sums, residuals = [], []
+    for device in ("cpu", "cuda"):
+        model = Llama(CONFIG)
+        model.initialize(0)
+        ddp = DistributedDataParallel(model.to(device), alone(device), bucket_size=20_000)
+        powersgd = PowerSGD(ddp.buckets, ddp.collectives, PowerSGDConfig(rank=rank, min_compression_rate=1.0))
+        ddp.use_hook(powersgd)
+        rows = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
+        cross_entropy_sum(model.logits(ddp(rows[:, :-1])), rows[:, 1:]).backward()
+        ddp.finish_grad_sync()
+        sums.append(ddp.flat_buffers.grad_data.double().cpu())
+        kept = [t for name, t in powersgd.state_tensors().items() if name.endswith("residual")]
+        residuals.append(torch.cat([t.double().flatten().cpu() for t in kept]))
+        ddp.close()
+    assert (sums[0] - sums[1]).norm() / sums[0].norm() < 1e-2
+    assert (residuals[0] - residuals[1]).norm() / sums[0].norm() < 1e-2
