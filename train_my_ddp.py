@@ -350,6 +350,8 @@ class Trainer:
             parallel += f", {len(self.ddp.buckets)} gradient buckets reduced {overlap} the backward pass"
             if self.powersgd is not None:
                 parallel += f", PowerSGD 1:{self.powersgd.compression_ratio:.1f}"
+            if config.parallel.use_bf16_compress_hook or config.parallel.use_fp16_compress_hook:
+                parallel += f", {'bfloat16' if config.parallel.use_bf16_compress_hook else 'float16'} on the wire"
             if self.zero1 is not None:
                 parallel += ", ZeRO-1"
                 parallel += " gathered under the forward pass" if self.zero1.overlap_gather else ""
@@ -395,7 +397,7 @@ class Trainer:
             text += f" and {parameters / 1e6:,.1f} MB of parameters ({parameters / rate:.2f} s)"
             tokens = self.derived.global_batch_size * self.config.data.max_seq_len
             compute = tokens * self.flops_strict / (0.5 * self.peak_flops)
-            if parameters / rate > compute:
+            if parameters / rate > compute and self.context.is_main:
                 logger.warning(
                     "ZeRO-1 gathers parameters for %.2f s a step, longer than the compute (%.2f s at half the peak), "
                     "and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, or "
@@ -583,7 +585,7 @@ class Trainer:
         )  # fmt: skip
 
     def _log_compression(self) -> None:
-        """How much of the gradients PowerSGD left for later in this step, on rank 0."""
+        """How much of the gradients PowerSGD left for later in this step."""
         errors = self.powersgd.relative_error
         if self.reslog is not None and errors:
             self.reslog.write(

@@ -26,6 +26,7 @@ Lazy (what the training loop uses): a bucket stays in factors until the optimize
 residuals and Q change. So a step that is skipped leaves no trace. Not lazy: `reduce` leaves the sum in the bucket.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from parallel.layout import Slot
 
 RIDGE = 1e-14
 """Smallest relative shift of the Gram matrix: keeps its float64 Cholesky factor finite when columns are dependent."""
+SKETCH_COLUMNS = 8
+"""Random columns by which the relative error is estimated."""
 
 
 def add_residual(gradient: Tensor, residual: Tensor) -> None:
@@ -235,9 +238,10 @@ class PowerSGD(CommHook):
         self.buckets, self.collectives, self.config = buckets, collectives, config
         self.lazy, self.loss_scale, self.iteration = lazy, loss_scale, iteration
         self.measure = False
-        """Set it before a step to get `relative_error` of that step."""
+        """Set it on all ranks before a step to get `relative_error` of that step."""
         self.relative_error: dict[str, float] = {}
-        """Parameter name -> norm of the new residual over the norm of what was to be sent, on this rank."""
+        """Parameter name -> estimate of |sum M_i - D| / |sum M_i|; the residuals of single ranks may be larger, as they
+        partly cancel in the sum."""
         grad = buckets[0].grad
         narrow = grad.itemsize < 4 and not config.orthogonalize_in_float32
         self._factor_dtype = grad.dtype if narrow or grad.itemsize >= 4 else torch.float32
@@ -306,6 +310,8 @@ class PowerSGD(CommHook):
         iteration = self.iteration
         if bucket.index == len(self.buckets) - 1:
             self.iteration += 1
+        if bucket.index == 0:
+            self.relative_error = {}
         state.compressed, state.grad_is_residual = iteration >= self.config.start_iter, False
         if not state.compressed:
             return self._uncompressed.reduce(bucket)
@@ -331,9 +337,30 @@ class PowerSGD(CommHook):
                 for matrix, gradient in zip(state.matrices, gradients):
                     project_columns(gradient, matrix.p, matrix.q)
                 sum_over_ranks(state.q, self._wire_dtype, self.collectives, state.own)
+        if self.measure and state.matrices:
+            self._estimate_errors(state, gradients)
         if not self.lazy:
             self._unpack(state, bucket)
         return None
+
+    def _estimate_errors(self, state: _BucketState, gradients: list[Tensor]) -> None:
+        """Compare sum M_i Z with D Z for a few random columns Z: |A Z| estimates |A| (their squares agree on average),
+        and M Z is as cheap to sum as another P."""
+        exact, approximate = [], []
+        for matrix, gradient in zip(state.matrices, gradients):
+            z = self._random_q(f"sketch {matrix.slot.parameter.name}", matrix.shape[1], SKETCH_COLUMNS, self.iteration)
+            z = z.to(gradient)
+            q = matrix.start_q if self.config.use_fixed_Q else matrix.q
+            exact.append((gradient @ z).flatten())
+            approximate.append((matrix.p.to(z) @ (q.to(z).T @ z)).flatten())
+        sums = self._factors(sum(map(len, exact)), exact[0].device)
+        sums[: sum(map(len, exact))] = torch.cat(exact)
+        sum_over_ranks(sums, sums.dtype, self.collectives)
+        for matrix, wanted, got in zip(state.matrices, _cut(sums, list(map(len, exact))), approximate):
+            norm = wanted.float().norm().item()
+            error = (wanted - got).float().norm().item() / norm if norm else 0.0
+            if math.isfinite(error):
+                self.relative_error[matrix.slot.parameter.name] = error
 
     def load(self, bucket: int) -> None:
         """Decompress a bucket's sum into `bucket.reduced`, and keep what it left out: the step is taken."""
@@ -349,14 +376,11 @@ class PowerSGD(CommHook):
             target = bucket.piece(bucket.reduced, matrix.slot).view(matrix.shape)
             p, q = matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q
             own_p, own_q = (matrix.own, q) if self.config.use_fixed_Q else (p, matrix.own)
-            norm_before = gradient.norm() if self.measure else None
             residual = gradient
             if matrix.residual is not None:
                 residual = matrix.residual.copy_(gradient)
-            if self.config.use_error_feedback or self.measure:
+            if self.config.use_error_feedback:
                 update_residual(residual, own_p, own_q)
-            if norm_before is not None:
-                self.relative_error[matrix.slot.parameter.name] = (residual.norm() / norm_before).item()
             decompress(p, q, target)
             if self.config.warm_start and not self.config.use_fixed_Q:
                 norms = matrix.q.norm(dim=0)

@@ -31,10 +31,7 @@ class ResLog:
 
     def write(self, name: str, **values: object) -> None:
         """Append one record at once; a failure is warned of, once. Non-finite floats become strings for JSON's sake."""
-        record = {"name": name, "time": round(time.time(), 3), **values}
-        for key, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[key] = str(value)
+        record = _json_numbers({"name": name, "time": round(time.time(), 3), **values})
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
@@ -74,3 +71,14 @@ def read_reslog(path: Path) -> list[dict]:
             kept = [r for r in kept if r["name"] == "start" or r.get("step", 0) <= record["step"]]
         kept.append(record)
     return kept
+
+
+def _json_numbers(value: object) -> object:
+    """`value` with its non-finite floats, however deep, as strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _json_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_numbers(inner) for inner in value]
+    return value

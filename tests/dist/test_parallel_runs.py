@@ -1,0 +1,783 @@
+"""Whole runs with every hook, ZeRO-1 and overlap: one trajectory, also after a resume, in another mode, on other ranks.
+
+Four processes are spawned once a fixture and work through many runs, each on the first 1, 2 or 4 of them.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import train_my_ddp
+from model.hf import to_hf_name
+from tests.conftest import SEQ_LEN, TINY_MODEL
+from tests.dist.group import run_ranks
+from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
+from utils import checkpoint as ckpt
+from utils.exits import CRASH, read_exit_records
+
+STEPS = 6
+ZERO1, GATHER = "--use_distributed_optimizer", "--overlap_param_gather"
+STEP, STEP_ZERO, FREE = "--overlap_optim_step", "--overlap_zero_grad_buffer", "--grad_clip=0"
+POWERSGD = ["--use_powerSGD_hook", "--matrix_approximation_rank=4", "--powerSGD_log_interval=2"]
+FULL_RANK = [*POWERSGD, "--matrix_approximation_rank=64", "--min_compression_rate=0"]
+IN_BUFFER = "--grad_buffer_is_powerSGD_error"
+BF16, FP16 = "--use_bf16_compress_hook", "--use_fp16_compress_hook"
+BF16_WEIGHTS, NARROW = "--dtype=bfloat16", "--no-grad_reduce_in_fp32"
+EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
+ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
+
+SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4)}
+"""Ranks -> rows of a micro-batch, micro-batches of a step: one each. (3 ranks only load and save.)"""
+
+MODES: dict[str, tuple[list[str], str | None]] = {
+    "plain": ([], None),
+    "zero1": ([ZERO1], "plain"),
+    "zero1 gather": ([ZERO1, GATHER], "plain"),
+    "zero1 one bucket": ([ZERO1, "--disable_bucketing", "--no-overlap_grad_reduce"], "plain"),
+    "powersgd of nothing": ([*POWERSGD, "--min_compression_rate=1000"], "plain"),
+    "free": ([FREE], None),
+    "step": ([STEP, FREE], "free"),
+    "step zero": ([STEP, STEP_ZERO, FREE], "free"),
+    "everything": (EVERYTHING, "free"),
+    "bf16": ([BF16], None),
+    "bf16 zero1": ([BF16, ZERO1, GATHER], "bf16"),
+    "fp16": ([FP16], None),
+    "fp16 zero1": ([FP16, ZERO1], "fp16"),
+    "powersgd": (POWERSGD, None),
+    "powersgd zero1": ([*POWERSGD, ZERO1, GATHER], "powersgd"),
+    "powersgd in buffer": ([*POWERSGD, IN_BUFFER], "powersgd"),
+    "powersgd in buffer zero1": ([*POWERSGD, IN_BUFFER, ZERO1], "powersgd"),
+    "powersgd free": ([*POWERSGD, FREE], None),
+    "powersgd in buffer everything": ([*POWERSGD, IN_BUFFER, *EVERYTHING], "powersgd free"),
+    "accumulated": (ACCUMULATED, None),
+    "accumulated everything": ([*ACCUMULATED, *EVERYTHING], None),
+    "accumulated powersgd in buffer": ([*ACCUMULATED, *POWERSGD, IN_BUFFER, ZERO1, GATHER], None),
+    "powersgd bf16": ([*POWERSGD, BF16], None),
+    "powersgd bf16 zero1": ([*POWERSGD, BF16, ZERO1, IN_BUFFER], "powersgd bf16"),
+    "powersgd fp16": ([*POWERSGD, FP16], None),
+    "powersgd from 3": ([*POWERSGD, "--start_powerSGD_iter=3"], None),
+    "powersgd from 5": ([*POWERSGD, "--start_powerSGD_iter=5", BF16], None),
+    "powersgd from 5 zero1": ([*POWERSGD, "--start_powerSGD_iter=5", BF16, IN_BUFFER, ZERO1], "powersgd from 5"),
+    "powersgd fixed Q": ([*POWERSGD, "--use_fixed_Q"], None),
+    "powersgd fresh fixed Q": ([*POWERSGD, "--use_fixed_Q", "--no-warm_start"], None),
+    "powersgd fresh Q": ([*POWERSGD, "--no-warm_start"], None),
+    "powersgd forgetful": ([*POWERSGD, "--no-use_error_feedback"], None),
+    "powersgd without embedding": ([*POWERSGD, "--powerSGD_exclude=embed_tokens,down_proj"], None),
+    "full rank": (FULL_RANK, None),
+    "bf16 weights": ([BF16_WEIGHTS], None),
+    "bf16 weights zero1": ([BF16_WEIGHTS, ZERO1, GATHER], "bf16 weights"),
+    "narrow": ([BF16_WEIGHTS, NARROW], None),
+    "narrow zero1": ([BF16_WEIGHTS, NARROW, ZERO1], "narrow"),
+    "narrow powersgd": ([BF16_WEIGHTS, NARROW, *POWERSGD], None),
+    "narrow powersgd 16": ([BF16_WEIGHTS, NARROW, *POWERSGD, "--no-orthogonalize_in_float32", ZERO1], None),
+    "fp16 weights powersgd": (["--dtype=float16", *POWERSGD], None),
+    "fp16 weights powersgd zero1": (["--dtype=float16", *POWERSGD, ZERO1, GATHER], "fp16 weights powersgd"),
+}
+"""Name -> flags, and the mode whose bits it must have on 2 ranks, if any."""
+
+
+@contextlib.contextmanager
+def patched(what: str | None, weights: list[int]) -> Iterator[None]:
+    """On one rank: what is out of the ordinary in a run; also collects a checksum of the weights at its end.
+
+    slow          gathers and overlapped bucket steps take their time: who does not wait reads old weights
+    save          trains nothing, but saves what was loaded
+    overflow N    the loss of step N is infinite on the last rank
+    nan N         the loss of step N is NaN on the last rank, in training
+    scale N       fp16's loss scale starts at 2**N
+    network N     the network carries 10**N bytes a second
+    """
+    kind, _, number = (what or "").partition(" ")
+    trainer, task, rank = train_my_ddp.Trainer, train_my_ddp.PretrainTask, int(os.environ["RANK"])
+    with pytest.MonkeyPatch.context() as patch:
+        # These take time and matter to no test here.
+        patch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+        patch.setattr(os, "fsync", lambda _: None)
+        original_close = trainer.close
+
+        def close(self) -> None:
+            flat = torch.cat([p.detach().flatten().view(torch.uint8) for p in self.model.parameters()])
+            weights.append(zlib.crc32(flat.numpy().tobytes()))
+            original_close(self)
+
+        patch.setattr(trainer, "close", close)
+        if kind == "slow":
+            original_gather = train_my_ddp.Zero1.gather
+            original_bucket = train_my_ddp.MixedPrecisionOptimizer.step_bucket
+
+            def gather(self, bucket: int) -> None:
+                self.ddp.comm_stream.submit(lambda: time.sleep(0.01))
+                original_gather(self, bucket)
+
+            def step_bucket(self, bucket: int) -> None:
+                time.sleep(0.01)
+                original_bucket(self, bucket)
+
+            patch.setattr(train_my_ddp.Zero1, "gather", gather)
+            patch.setattr(train_my_ddp.MixedPrecisionOptimizer, "step_bucket", step_bucket)
+        elif kind == "save":
+
+            def save(self) -> int:
+                self.meter = train_my_ddp.StepMeter(self.progress.samples_consumed)
+                self._save(None)
+                return 0
+
+            patch.setattr(trainer, "train", save)
+        elif kind in ("overflow", "nan") and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            original_call, original_step, at = task.__call__, trainer._step, [0]
+
+            def step(self) -> bool:
+                at[0] = self.progress.step + 1
+                return original_step(self)
+
+            def call(self, batch):
+                loss_sum, count, metrics = original_call(self, batch)
+                bad = at[0] == int(number) and self.model.training
+                factor = float("nan" if kind == "nan" else "inf") if bad else 1.0
+                return loss_sum * factor, count, metrics
+
+            patch.setattr(trainer, "_step", step)
+            patch.setattr(task, "__call__", call)
+        elif kind == "scale":
+            scaler, initial = train_my_ddp.LossScaler, 2.0 ** int(number)
+            original_init = scaler.__init__
+            patch.setattr(scaler, "__init__", lambda self, enabled: original_init(self, enabled, initial))
+        elif kind == "network":
+            patch.setattr(train_my_ddp, "measure_bandwidth", lambda *_: 10.0 ** int(number))
+        yield
+
+
+def meet(port_file: Path, rank: int) -> None:
+    """The first rank chooses a free port for the next run, and the others wait for it."""
+    if rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            part = port_file.with_suffix(".part")
+            part.write_text(str(probe.getsockname()[1]))
+        os.replace(part, port_file)
+    while not port_file.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = port_file.read_text()
+
+
+def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
+    """On one rank: its part of each run. {"code", "weights" (a checksum)} of each; None where it had none."""
+    rank, answers = int(os.environ["RANK"]), []
+    for index, job in enumerate(jobs):
+        if rank >= job["ranks"]:
+            answers.append(None)
+            continue
+        if rank == 0 and "copy" in job and Path(job["copy"]).exists():
+            copy_run(Path(job["copy"]), out_dir(job["flags"]), job["keep"])
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
+        meet(Path(meeting) / str(index), rank)
+        weights: list[int] = []
+        with patched(job.get("patch"), weights):
+            try:
+                code = train_my_ddp.main(job["flags"])
+            except Exception as error:
+                code = f"{type(error).__name__}: {error}"
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        answers.append({"code": code, "weights": weights})
+    return answers
+
+
+def copy_run(source: Path, target: Path, keep: int) -> None:
+    """A copy of a run, as it would be had it been killed after the save of step `keep`."""
+    shutil.copytree(source, target)
+    for checkpoint in ckpt.list_checkpoints(target / "ckpt"):
+        if checkpoint.step > keep:
+            shutil.rmtree(checkpoint.path)
+
+
+class Plan:
+    """Runs to be made, then their results: plan[name] is the flags of one that went well."""
+
+    def __init__(self, flags: list[str], home: Path):
+        self.flags, self.home = flags, home
+        self.jobs: dict[str, dict] = {}
+
+    def add(self, name: str, ranks: int, mode: list[str], patch: str | None = None) -> list[str]:
+        batch, steps = SPLITS[ranks]
+        flags = [*elsewhere(self.flags, self.home / name), f"--train_batch_size={batch}",
+                 f"--gradient_accumulation_steps={steps}", *mode]  # fmt: skip
+        self.jobs[name] = {"ranks": ranks, "flags": flags, "patch": patch}
+        return flags
+
+    def resume(
+        self, name: str, source: list[str], ranks: int, mode: list[str], before: list[str] = (), keep: int = 4,
+        patch: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Go on from step `keep` of a copy of another run, whose mode was `before` and now is `mode`."""
+        kept = {flag.partition("=")[0] for flag in mode}
+        off = [flag.replace("--", "--no-", 1) for flag in before if "=" not in flag and flag not in kept]
+        flags = self.add(name, ranks, [*mode, *off, "--resume"], patch)
+        self.jobs[name] |= {"copy": str(out_dir(source)), "keep": keep}
+        return flags
+
+    def run(self) -> None:
+        (self.home / "meeting").mkdir(parents=True)
+        answers = run_ranks(4, run_jobs, list(self.jobs.values()), str(self.home / "meeting"))
+        for index, job in enumerate(self.jobs.values()):
+            job["codes"] = [answer[index]["code"] for answer in answers[: job["ranks"]]]
+            job["weights"] = [answer[index]["weights"] for answer in answers[: job["ranks"]]]
+
+    def __getitem__(self, name: str) -> list[str]:
+        job = self.jobs[name]
+        assert job["codes"] == [0] * job["ranks"], name
+        weights = job["weights"]
+        assert len(weights[0]) == 1 and all(w == weights[0] for w in weights), f"{name}: the ranks' weights differ"
+        return job["flags"]
+
+
+def checkpoint(flags: list[str], step: int) -> Path:
+    return out_dir(flags) / "ckpt" / f"step-{step}"
+
+
+def every_file(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by file and name."""
+    files = checkpoint(flags, step).glob("*.safetensors")
+    return {f"{file.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def optimizer_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    """"parameter/state" -> the whole flat tensor, put together from all files; each element is there exactly once."""
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in checkpoint(flags, step).glob("optim-*.safetensors"):
+        for key, tensor in load_file(file).items():
+            name, offset, state = re.fullmatch(r"(.+)@(\d+)/(\w+)", key).groups()
+            pieces.setdefault(f"{name}/{state}", []).append((int(offset), tensor))
+    whole = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        ends = [0, *(offset + len(tensor) for offset, tensor in parts)]
+        assert [offset for offset, _ in parts] == ends[:-1], f"{name} has gaps or overlaps: {ends}"
+        whole[name] = torch.cat([tensor for _, tensor in parts])
+    return whole
+
+
+def weights_of(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint(flags, step) / "model.safetensors")
+
+
+def hook_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in every_file(flags, step).items() if key.startswith("comm_hook-")}
+
+
+def whole_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint says, however its files are cut."""
+    return weights_of(flags, step) | optimizer_state(flags, step) | hook_state(flags, step)
+
+
+def compression(flags: list[str]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "time"} for record in records(flags, "compression")]
+
+
+@pytest.fixture(scope="module")
+def base_flags(data_dir: Path) -> list[str]:
+    """A run with a global batch of 8 rows, saved at steps 4 and 6."""
+    return [
+        f"--data_dir={data_dir}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
+        "--valid_iters=2", f"--max_iters={STEPS}", "--save_interval=4", "--learning_rate=1e-2", "--num_threads=1",
+        "--bucket_size=20000", "--dist_timeout=60", *TINY_MODEL,
+    ]  # fmt: skip
+
+
+SLOW = ("zero1 gather", "everything", "powersgd in buffer everything")
+"""Modes that run with the patch "slow"."""
+ELSEWHERE = {
+    1: ("zero1 gather", "everything", "powersgd", "powersgd in buffer everything"),
+    4: ("plain", "zero1 gather", "everything", "powersgd", "powersgd zero1", "powersgd in buffer everything",
+        "full rank", "bf16 zero1"),
+}  # fmt: skip
+"""Ranks other than 2 -> the modes that run there too."""
+SKIPS = {
+    "zero1 gather": [ZERO1, GATHER],
+    "bf16": [BF16],
+    "fp16": [FP16, ZERO1],
+    "powersgd": POWERSGD,
+    "powersgd fp16": [*POWERSGD, FP16, ZERO1, GATHER],
+    "fp16 weights powersgd": ["--dtype=float16", *POWERSGD],
+}
+"""Runs whose last step overflows on one rank."""
+CRASHES = {
+    "step": [STEP, FREE],
+    "everything": [*POWERSGD, IN_BUFFER, *EVERYTHING],
+    "checked": [*POWERSGD, ZERO1, GATHER, "--check_for_nan_in_grad"],
+}
+"""Runs whose third step gets NaN on one rank, and which must end there."""
+
+
+@pytest.fixture(scope="module")
+def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Runs by "ranks mode", and those in which something goes wrong."""
+    plan = Plan(base_flags, tmp_path_factory.mktemp("runs"))
+    for name, (mode, _) in MODES.items():
+        plan.add(f"2 {name}", 2, mode, "slow" if name in SLOW else None)
+    for ranks, names in ELSEWHERE.items():
+        for name in names:
+            plan.add(f"{ranks} {name}", ranks, MODES[name][0])
+    for name, mode in SKIPS.items():
+        plan.add(f"skip {name}", 2, [*mode, "--save_interval=1"], "overflow 6")
+    plan.add("skip in buffer", 2, [*POWERSGD, IN_BUFFER], "overflow 3")
+    for name, mode in CRASHES.items():
+        plan.add(f"nan {name}", 2, [*mode, "--save_interval=2"], "nan 3")
+    fp16 = ["--dtype=float16", *POWERSGD, ZERO1]
+    plan.add("overflows", 2, [*fp16, "--max_iters=30", "--save_interval=0"], "scale 32")
+    plan.add("only overflows", 2, [*fp16, "--max_iters=2", "--save_interval=1"], "scale 60")
+    one_step = ["--max_iters=1", "--powerSGD_log_interval=0"]
+    plan.add("slow network zero1", 2, [ZERO1, *one_step], "network 3")
+    plan.add("slow network powersgd", 2, [*POWERSGD, *one_step], "network 3")
+    plan.add("fast network zero1", 2, [ZERO1, *one_step], "network 12")
+    plan.run()
+    return plan
+
+
+def check_close(run: list[str], expected: list[str], loss: float = 1e-5, weights: float = 1e-3) -> None:
+    assert [r["digest"] for r in records(run, "train")] == [r["digest"] for r in records(expected, "train")]
+    assert losses(run) == pytest.approx(losses(expected), rel=loss)
+    assert relative_difference(weights_of(run, STEPS), weights_of(expected, STEPS)) < weights
+
+
+def check_same(run: list[str], expected: list[str]) -> None:
+    """The same bits in all that a run leaves, but for how the optimizer's files are cut."""
+    assert losses(run) == losses(expected) and len(losses(run)) == STEPS
+    assert [r["loss"] for r in records(run, "valid")] == [r["loss"] for r in records(expected, "valid")]
+    assert [r["digest"] for r in records(run, "train")] == [r["digest"] for r in records(expected, "train")]
+    assert compression(run) == compression(expected)
+    assert same_bits(whole_state(run, STEPS), whole_state(expected, STEPS))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, base) in MODES.items() if base])
+def test_the_same_bits_on_two_ranks(runs: Plan, name: str):
+    """ZeRO-1, overlaps and where the residual lies change no bit, whatever the hook."""
+    check_same(runs[f"2 {name}"], runs[f"2 {MODES[name][1]}"])
+
+
+def test_clipping_took_part(runs: Plan):
+    """The original's ZeRO clipped by the local shard's norm. Here a step was clipped, and that made a difference."""
+    assert any(record["grad_norm"] > 1.0 for record in records(runs["2 plain"], "train"))
+    assert losses(runs["2 free"])[-1] != losses(runs["2 plain"])[-1]
+
+
+def test_every_mode_reads_the_same_data_and_learns(runs: Plan):
+    digests = [r["digest"] for r in records(runs["2 plain"], "train")]
+    assert len(set(digests)) == STEPS
+    for name in [f"2 {mode}" for mode in MODES] + [f"{n} {mode}" for n, modes in ELSEWHERE.items() for mode in modes]:
+        assert [r["digest"] for r in records(runs[name], "train")] == digests, name
+        # 6.24 at the start; the worst, a fixed Q of rank 4, comes to 5.93.
+        assert losses(runs[name])[-1] < losses(runs[name])[0] - 0.25, name
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in ELSEWHERE.items() for name in names])
+def test_other_ranks_take_the_same_trajectory(runs: Plan, ranks: int, name: str):
+    """Also with low-rank factors: what the weights are told depends only on the sum over the ranks."""
+    tolerance = (1e-3, 5e-2) if "bf16" in name else (1e-5, 1e-3)
+    check_close(runs[f"{ranks} {name}"], runs[f"2 {name}"], *tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "loss", "weights"),
+    [
+        ("full rank", "plain", 1e-5, 1e-3),
+        ("accumulated", "plain", 1e-5, 1e-3),
+        ("accumulated everything", "free", 1e-5, 1e-3),
+        ("accumulated powersgd in buffer", "powersgd", 1e-5, 1e-3),
+        ("bf16", "plain", 1e-3, 5e-2),
+        ("fp16", "plain", 3e-4, 2e-2),
+        ("bf16 weights", "plain", 2e-3, 1e-1),
+        ("narrow", "bf16 weights", 2e-3, 1e-1),
+        ("powersgd bf16", "powersgd", 2e-3, 1e-1),
+        ("powersgd fp16", "powersgd", 1e-3, 5e-2),
+        ("narrow powersgd", "powersgd", 2e-3, 2e-1),
+        ("narrow powersgd 16", "narrow powersgd", 5e-3, 3e-1),
+        ("fp16 weights powersgd", "powersgd", 1e-3, 1e-1),
+        ("powersgd from 3", "plain", 1e-3, 5e-2),
+    ],
+)
+def test_close_but_not_the_same(runs: Plan, name: str, base: str, loss: float, weights: float):
+    """Each does what it says (so bits differ), and stays close."""
+    check_close(runs[f"2 {name}"], runs[f"2 {base}"], loss, weights)
+    assert not same_bits(weights_of(runs[f"2 {name}"], STEPS), weights_of(runs[f"2 {base}"], STEPS))
+
+
+def test_the_options_of_powersgd_are_not_overlooked(runs: Plan):
+    """No two of them lead to the same weights."""
+    names = [name for name, (_, base) in MODES.items() if "powersgd" in name and base is None] + ["plain", "full rank"]
+    final = {name: losses(runs[f"2 {name}"])[-1] for name in names}
+    assert len(set(final.values())) == len(final), final
+
+
+def test_powersgd_starts_when_told(runs: Plan):
+    """Steps before start_powerSGD_iter are not compressed: as many losses, and the one after them, are plain's."""
+    plain, late = losses(runs["2 plain"]), losses(runs["2 powersgd from 3"])
+    assert late[:4] == plain[:4] and late[4:] != plain[4:]
+    assert [r["step"] for r in compression(runs["2 powersgd from 3"])] == [4, 6]
+    bf16, later = losses(runs["2 bf16"]), losses(runs["2 powersgd from 5"])
+    # Before it starts, the wire's dtype counts already.
+    assert later == bf16 and later != plain
+    assert not same_bits(weights_of(runs["2 powersgd from 5"], STEPS), weights_of(runs["2 bf16"], STEPS))
+
+
+def test_checkpoints_hold_whole_and_current_weights(runs: Plan):
+    """Also when the parameters were still being gathered as the save began (at step 4, where nothing validates)."""
+    for name in [name for name in runs.jobs if name[0].isdigit()]:
+        for step in (4, 6):
+            weights, state = weights_of(runs[name], step), optimizer_state(runs[name], step)
+            mains = {to_hf_name(key.removesuffix("/main")): t for key, t in state.items() if key.endswith("/main")}
+            assert mains.keys() == weights.keys() and len(state) == 3 * len(mains)
+            for key, weight in weights.items():
+                assert torch.equal(weight.flatten(), mains[key].to(weight.dtype)), (name, step, key)
+
+
+@pytest.mark.parametrize("name", ["1 zero1 gather", "2 plain", "2 zero1", "2 everything", "2 bf16 weights zero1",
+                                  "4 everything", "4 powersgd zero1"])  # fmt: skip
+def test_every_rank_writes_its_share(runs: Plan, name: str):
+    """optimizer_state() asserts that each element is there once; here: that the shares are even."""
+    files = sorted(checkpoint(runs[name], STEPS).glob("optim-*.safetensors"))
+    assert len(files) == int(name[0])
+    sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
+    elements = 3 * sum(weight.numel() for weight in weights_of(runs[name], STEPS).values())
+    assert sum(sizes) == elements == sum(tensor.numel() for tensor in optimizer_state(runs[name], STEPS).values())
+    if "plain" not in name:
+        # Buckets are padded to a multiple of 64 elements a rank: only in the last shard of each of five buckets.
+        assert max(sizes) <= elements / len(files) + 3 * 5 * 64 * len(files)
+
+
+def test_each_rank_saves_its_own_residuals_and_the_common_q(runs: Plan):
+    for name, ranks in (("2 powersgd", 2), ("4 powersgd", 4), ("1 powersgd", 1), ("2 powersgd in buffer zero1", 2)):
+        files = ckpt.hook_state_files(checkpoint(runs[name], STEPS))
+        assert [file.name for file in files] == [f"comm_hook-{rank}.safetensors" for rank in range(ranks)]
+        states = [load_file(file) for file in files]
+        for key in states[0]:
+            assert states[0].keys() == states[-1].keys()
+            differ = any(not torch.equal(state[key], states[0][key]) for state in states[1:])
+            assert differ == (key.endswith("/residual") and ranks > 1), key
+            assert states[0][key].any(), key
+    assert all(key.endswith("/q") for key in hook_state(runs["2 powersgd forgetful"], STEPS))
+    assert not hook_state(runs["2 zero1"], STEPS)
+
+
+def test_compression_is_recorded(runs: Plan):
+    run = runs["2 powersgd"]
+    found = compression(run)
+    assert [record["step"] for record in found] == [2, 4, 6]
+    compressed = {key.split()[1].removesuffix("/q") for key in hook_state(run, STEPS) if key.endswith("/q")}
+    assert "embed_tokens.weight" in compressed and len(compressed) == 1 + 2 * 7
+    for record in found:
+        errors = record["relative_error"]
+        assert errors.keys() == compressed
+        assert all(0.0 < error < 1.5 for error in errors.values())
+        assert record["mean_relative_error"] == pytest.approx(sum(errors.values()) / len(errors))
+    # By hand: elements of the padded buckets over those of P, Q and the norms' weights.
+    shapes = [tuple(weight.shape) for weight in weights_of(run, STEPS).values()]
+    sent = sum(4 * sum(shape) if len(shape) == 2 else shape[0] for shape in shapes)
+    elements = sum(math.prod(shape) for shape in shapes)
+    assert found[0]["ratio"] == pytest.approx(elements / sent, rel=0.02)
+
+    excluded = compression(runs["2 powersgd without embedding"])[0]["relative_error"].keys()
+    assert excluded == {name for name in compressed if "down_proj" not in name and "embed_tokens" not in name}
+    # At full rank nothing is left where the factor has as many columns as the matrix has rows. (In a taller matrix,
+    # what the ranks leave adds up to zero, see below.)
+    full = compression(runs["2 full rank"])
+    for record in full:
+        assert max(record["relative_error"][f"layers.0.self_attn.{kind}_proj.weight"] for kind in "qkvo") < 1e-2
+    for name in ("2 plain", "2 zero1", "2 powersgd of nothing", "slow network powersgd"):
+        assert compression(runs[name]) == [], name
+
+
+def start_lines(run: list[str], word: str) -> list[str]:
+    return [line for line in (out_dir(run) / "train.log").read_text().splitlines() if word in line]
+
+
+def test_the_start_says_what_runs(runs: Plan):
+    words = {"PowerSGD 1:10.9", "ZeRO-1", "gathered under the forward pass", "buckets stepped as they arrive"}
+    expected = {
+        "2 plain": set(),
+        "2 zero1": {"ZeRO-1"},
+        "2 zero1 gather": {"ZeRO-1", "gathered under the forward pass"},
+        "2 step": {"buckets stepped as they arrive"},
+        "2 powersgd": {"PowerSGD 1:10.9"},
+        "2 powersgd in buffer everything": words,
+    }
+    for name, said in expected.items():
+        (line,) = start_lines(runs[name], "INFO parallel: ")
+        assert "2 processes, 5 gradient buckets reduced overlapped" in line
+        assert {word for word in words if word in line} == said, name
+    (line,) = start_lines(runs["2 zero1 one bucket"], "INFO parallel: ")
+    assert "1 gradient buckets reduced after the backward pass" in line
+
+
+def test_the_start_says_what_is_sent(runs: Plan):
+    """Megabytes a rank sends in a step, by the formulas of comm_hooks.py, powersgd.py and zero1.py."""
+    plain = 4e-6 * sum(weight.numel() for weight in weights_of(runs["2 plain"], STEPS).values())
+    factors = plain / compression(runs["2 powersgd"])[0]["ratio"]
+    expected = {
+        "2 plain": (plain, None),
+        "2 zero1": (plain / 2, plain / 2),
+        "2 bf16": (plain / 2, None),
+        "2 bf16 zero1": (plain / 4, plain / 2),
+        "2 bf16 weights": (plain, None),
+        "2 narrow zero1": (plain / 4, plain / 4),
+        "2 powersgd": (factors, None),
+        "2 powersgd zero1": (factors, plain / 2),
+        "2 powersgd bf16": (factors / 2, None),
+        "4 plain": (1.5 * plain, None),
+        "4 zero1 gather": (0.75 * plain, 0.75 * plain),
+    }
+    for name, amounts in expected.items():
+        (line,) = start_lines(runs[name], "INFO network: ")
+        found = [float(number) for number in re.findall(r"([\d.]+) MB of", line)]
+        assert "MB of gradients" in line and ("MB of parameters" in line) == (amounts[1] is not None), name
+        assert found == pytest.approx([amount for amount in amounts if amount is not None], abs=0.06), name
+    assert start_lines(runs["1 zero1 gather"], "INFO network: ") == []
+
+
+def test_a_gather_that_no_overlap_can_hide_is_warned_of(runs: Plan):
+    line, = start_lines(runs["slow network zero1"], "ZeRO-1 gathers parameters for")
+    seconds = 4 * sum(weight.numel() for weight in weights_of(runs["2 plain"], STEPS).values()) / 2 / 1e3
+    assert float(re.search(r"for ([\d.]+) s a step", line)[1]) == pytest.approx(seconds, rel=0.02)
+    assert "WARNING" in line and "leave out --use_distributed_optimizer" in line
+    for name in ("slow network powersgd", "fast network zero1"):
+        assert start_lines(runs[name], "ZeRO-1 gathers parameters for") == [], name
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_a_step_that_overflows_on_one_rank_is_skipped_by_all_and_leaves_no_trace(runs: Plan, name: str):
+    """Weights, moments, residuals and Q are after step 6 what they were after step 5."""
+    run = runs[f"skip {name}"]
+    norms = [float(record["grad_norm"]) for record in records(run, "train")]
+    assert [math.isfinite(norm) for norm in norms] == 5 * [True] + [False]
+    assert same_bits(every_file(run, 6), every_file(run, 5))
+    assert bool(hook_state(run, 6)) == ("powersgd" in name)
+    before, after = (ckpt.read_trainer_state(checkpoint(run, step))["optimizer"] for step in (5, 6))
+    assert before["num_steps"] == after["num_steps"] == 5
+    fp16 = name.startswith("fp16 weights")
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / (2 if fp16 else 1)
+    assert ("loss scale lowered" in start_lines(run, "step 6 skipped")[0]) == fp16
+    assert len(start_lines(run, "step 6 skipped")) == 2, "each rank says so"
+
+
+def test_a_residual_in_the_gradient_buffer_does_not_survive_an_overflow_but_the_run_does(runs: Plan):
+    run = runs["skip in buffer"]
+    norms = [float(record["grad_norm"]) for record in records(run, "train")]
+    assert [math.isfinite(norm) for norm in norms] == [True, True, False, True, True, True]
+    assert all(torch.isfinite(tensor).all() for tensor in every_file(run, STEPS).values())
+    assert losses(run)[-1] < losses(run)[0] - 0.25
+
+
+def test_fp16_with_powersgd_recovers_from_overflows(runs: Plan):
+    run = runs["overflows"]
+    norms = [float(record["grad_norm"]) for record in records(run, "train")]
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    assert 2 < skipped < 20 and not math.isfinite(norms[0]) and math.isfinite(norms[-1])
+    state = ckpt.read_trainer_state(checkpoint(run, 30))
+    assert state["optimizer"]["num_steps"] == 30 - skipped
+    assert state["optimizer"]["scaler"]["scale"] == 2.0 ** (32 - skipped)
+    assert losses(run)[-1] < losses(run)[0] - 0.5
+    # As long as all steps are skipped, nothing is left over for later, not even in the residuals.
+    only = runs["only overflows"]
+    assert same_bits(every_file(only, 1), every_file(only, 2))
+    residuals = [tensor for key, tensor in hook_state(only, 2).items() if key.endswith("/residual")]
+    assert residuals and not any(residual.any() for residual in residuals)
+
+
+def test_a_nan_that_was_already_stepped_with_ends_the_run_and_saves_nothing(runs: Plan):
+    sentence = "non-finite gradients, and --overlap_optim_step had already stepped with them"
+    for name in ("nan step", "nan everything"):
+        job = runs.jobs[name]
+        assert all(str(code).startswith(f"FloatingPointError: {sentence}") for code in job["codes"]), job["codes"]
+        found = read_exit_records(out_dir(job["flags"]) / "exit")
+        assert [(r["rank"], r["code"], r["step"]) for r in found] == [(0, CRASH, 2), (1, CRASH, 2)]
+        assert all(sentence in r["reason"] for r in found)
+        assert [c.step for c in ckpt.list_checkpoints(out_dir(job["flags"]) / "ckpt")] == [2]
+
+
+def test_a_nan_is_named_by_the_rank_that_made_it(runs: Plan):
+    job = runs.jobs["nan checked"]
+    first, second = job["codes"]
+    assert first == "FloatingPointError: non-finite gradients at step 3 in: none on this rank"
+    assert second.startswith("FloatingPointError: non-finite gradients at step 3 in: ")
+    assert "layers.1.mlp.down_proj.weight" in second
+    assert [c.step for c in ckpt.list_checkpoints(out_dir(job["flags"]) / "ckpt")] == [2]
+
+
+RESUMED_ON_FOUR = ("everything", "powersgd zero1", "powersgd in buffer everything")
+RESAVED = {
+    (4, 2): POWERSGD,
+    (4, 3): POWERSGD,
+    (4, 1): [*POWERSGD, IN_BUFFER],
+    (2, 4): [*POWERSGD, ZERO1],
+    (2, 1): POWERSGD,
+    (1, 4): [*POWERSGD, IN_BUFFER, ZERO1],
+}
+"""(ranks before, ranks after) -> the mode in which the checkpoint of a PowerSGD run is loaded and saved at once."""
+
+
+@pytest.fixture(scope="module")
+def resumed(base_flags: list[str], runs: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Runs that went on from step 4 (or 5) of a copy of another one."""
+    made = {name: job["flags"] for name, job in runs.jobs.items()}
+    plan = Plan(base_flags, tmp_path_factory.mktemp("resumed"))
+    for name, (mode, _) in MODES.items():
+        plan.resume(f"2 {name}", made[f"2 {name}"], 2, mode)
+    for name in RESUMED_ON_FOUR:
+        plan.resume(f"4 {name}", made[f"4 {name}"], 4, MODES[name][0])
+    often = "--save_interval=1"
+    zero1 = [ZERO1, GATHER]
+    middle = plan.resume("plain -> zero1", made["2 plain"], 2, [*zero1, often])
+    plan.resume("plain -> zero1 -> plain", middle, 2, [], zero1, keep=5)
+    middle = plan.resume("zero1 2 -> 4", made["2 zero1 gather"], 4, [*zero1, often])
+    plan.resume("zero1 2 -> 4 -> 1", middle, 1, zero1, keep=5)
+    plan.resume("bf16 weights -> zero1", made["2 bf16 weights"], 2, [BF16_WEIGHTS, ZERO1])
+    in_buffer = [*POWERSGD, IN_BUFFER, ZERO1]
+    middle = plan.resume("powersgd -> in buffer", made["2 powersgd"], 2, [*in_buffer, often])
+    plan.resume("powersgd -> in buffer -> powersgd", middle, 2, POWERSGD, in_buffer, keep=5)
+    plan.resume("powersgd -> plain", made["2 powersgd"], 2, [], POWERSGD)
+    plan.resume("plain -> powersgd", made["2 plain"], 2, POWERSGD)
+    plan.resume("powersgd 4 -> 2", made["4 powersgd"], 2, POWERSGD)
+    plan.resume("powersgd 2 -> 4", made["2 powersgd zero1"], 4, [*POWERSGD, ZERO1, GATHER])
+    plan.resume("powersgd 4 -> 1 in buffer", made["4 powersgd"], 1, [*POWERSGD, IN_BUFFER])
+    plan.resume("step nan goes on", made["nan step"], 2, [STEP, FREE], keep=2)
+    for (before, after), mode in RESAVED.items():
+        plan.resume(f"resaved {before} -> {after}", made[f"{before} powersgd"], after, mode, keep=6, patch="save")
+    for rank in (2, 8):
+        mode = [*POWERSGD, f"--matrix_approximation_rank={rank}"]
+        plan.resume(f"resaved with rank {rank}", made["2 powersgd"], 2, mode, keep=6, patch="save")
+    exclude = [*POWERSGD, "--powerSGD_exclude=down_proj"]
+    plan.resume("resaved without down_proj", made["2 powersgd"], 2, exclude, keep=6, patch="save")
+    plan.run()
+    return plan
+
+
+@pytest.mark.parametrize("name", [*(f"2 {name}" for name in MODES), *(f"4 {name}" for name in RESUMED_ON_FOUR)])
+def test_a_resumed_run_is_the_same_bits(runs: Plan, resumed: Plan, name: str):
+    """Losses, weights, moments, residuals and Q, in the same files."""
+    run, whole = resumed[name], runs[name]
+    assert [r["step"] for r in records(run, "start")] == [0, 4]
+    check_same(run, whole)
+    assert same_bits(every_file(run, STEPS), every_file(whole, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [
+        ("plain -> zero1", "2 plain"),
+        ("plain -> zero1 -> plain", "2 plain"),
+        ("bf16 weights -> zero1", "2 bf16 weights"),
+        ("powersgd -> in buffer", "2 powersgd"),
+        ("powersgd -> in buffer -> powersgd", "2 powersgd"),
+        ("step nan goes on", "2 free"),
+    ],
+)
+def test_another_mode_takes_over_with_the_same_bits(
+    runs: Plan, resumed: Plan, name: str, whole: str
+):
+    check_same(resumed[name], runs[whole])
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "ranks"),
+    [
+        ("zero1 2 -> 4", "2 plain", [2, 4]),
+        ("zero1 2 -> 4 -> 1", "2 plain", [2, 4, 1]),
+        ("powersgd 4 -> 2", "4 powersgd", [4, 2]),
+        ("powersgd 2 -> 4", "2 powersgd", [2, 4]),
+        ("powersgd 4 -> 1 in buffer", "4 powersgd", [4, 1]),
+    ],
+)
+def test_other_ranks_take_over(
+    runs: Plan, resumed: Plan, name: str, whole: str, ranks: list[int]
+):
+    """With PowerSGD too, since the sum of the residuals is kept."""
+    assert [r["world_size"] for r in records(resumed[name], "start")] == ranks
+    check_close(resumed[name], runs[whole])
+    optimizer_state(resumed[name], STEPS)
+
+
+def test_powersgd_can_be_switched_off_and_on(runs: Plan, resumed: Plan):
+    off, on = resumed["powersgd -> plain"], resumed["plain -> powersgd"]
+    warning = "the residuals of PowerSGD in step-4 are dropped"
+    assert len(start_lines(off, warning)) == 2 and start_lines(on, warning) == []
+    assert start_lines(resumed["2 powersgd"], "are dropped") == []
+    for run, before in ((off, runs["2 powersgd"]), (on, runs["2 plain"])):
+        # The fifth loss comes from the weights as they were saved; the sixth from a step of the other kind.
+        assert losses(run)[:5] == losses(before)[:5] and losses(run)[5] != losses(before)[5]
+        assert losses(run)[5] == pytest.approx(losses(before)[5], rel=2e-2)
+    assert [r["step"] for r in compression(off)] == [2, 4] and [r["step"] for r in compression(on)] == [6]
+    assert not hook_state(off, STEPS) and hook_state(on, STEPS)
+
+
+def summed(run: list[str], step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameter -> the sum of its residuals over the ranks, and parameter -> Q, of which all ranks have the same."""
+    residuals: dict[str, torch.Tensor] = {}
+    qs: dict[str, torch.Tensor] = {}
+    for file in ckpt.hook_state_files(checkpoint(run, step)):
+        for key, tensor in load_file(file).items():
+            name, kind = key.rsplit("/", 1)
+            if kind == "residual":
+                residuals[name] = residuals.get(name, 0.0) + tensor.double()
+            else:
+                assert torch.equal(qs.setdefault(name, tensor), tensor), f"{file} has another Q of {name}"
+    return residuals, qs
+
+
+def test_at_full_rank_the_residuals_cancel(runs: Plan):
+    """Each rank keeps what lies outside the common factor, but of the sum over the ranks that is nothing."""
+    full, low = summed(runs["2 full rank"], STEPS)[0], summed(runs["2 powersgd"], STEPS)[0]
+    for name in low:
+        assert full[name].norm() < 1e-4 * low[name].norm(), name
+
+
+@pytest.mark.parametrize(("before", "after"), RESAVED)
+def test_the_sum_of_the_residuals_survives_another_number_of_ranks(
+    runs: Plan, resumed: Plan, before: int, after: int
+):
+    run = resumed[f"resaved {before} -> {after}"]
+    state = checkpoint(run, STEPS)
+    assert len(ckpt.hook_state_files(state)) == after == ckpt.read_trainer_state(state)["world_size"]
+    residuals, qs = summed(run, STEPS)
+    expected, expected_qs = summed(runs[f"{before} powersgd"], STEPS)
+    assert residuals.keys() == expected.keys() and len(residuals) == 15 and same_bits(qs, expected_qs)
+    for name, residual in residuals.items():
+        # The ranks' residuals largely cancel: the rounding is that of the single ones, not of their sum.
+        assert expected[name].norm() > 0
+        assert (residual - expected[name]).norm() < 1e-6 * expected[name].norm(), name
+    assert same_bits(weights_of(run, STEPS), weights_of(runs[f"{before} powersgd"], STEPS))
+    assert same_bits(optimizer_state(run, STEPS), optimizer_state(runs[f"{before} powersgd"], STEPS))
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_another_rank_of_powersgd_goes_on_with_the_common_columns(
+    runs: Plan, resumed: Plan, rank: int
+):
+    residuals, qs = summed(resumed[f"resaved with rank {rank}"], STEPS)
+    expected, expected_qs = summed(runs["2 powersgd"], STEPS)
+    assert same_bits(residuals, {name: expected[name] for name in residuals})
+    for name, q in qs.items():
+        assert q.shape[1] == rank and torch.allclose(q.norm(dim=0), torch.ones(rank))
+        columns = min(rank, 4)
+        assert torch.equal(q[:, :columns], expected_qs[name][:, :columns])
+    # At rank 8 every matrix still shrinks to less than half.
+    assert residuals.keys() == expected.keys()
+
+
+def test_residuals_that_have_no_place_any_more_are_named(resumed: Plan):
+    run = resumed["resaved without down_proj"]
+    lines = start_lines(run, "residuals are dropped, as these are not compressed any more")
+    assert len(lines) == 2
+    assert all(line.endswith("layers.0.mlp.down_proj.weight, layers.1.mlp.down_proj.weight") for line in lines)
+    assert not any("down_proj" in name for name in summed(run, STEPS)[0])

@@ -1,0 +1,120 @@
+"""The flags of hooks, ZeRO-1 and overlaps: the original's names, and a reason for each combination that cannot work."""
+
+from pathlib import Path
+
+import pytest
+
+import train_my_ddp
+from configurator import flatten, parse_config
+from tests.runs import out_dir
+from utils.exits import read_exit_records
+
+POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
+
+
+def parse(*argv: str) -> dict:
+    return flatten(parse_config(["--data_dir=d", *argv])[0])
+
+
+REFUSED = [
+    ([STEP], "cannot clip: add --grad_clip=0"),
+    ([STEP, "--grad_clip=0.5"], "cannot clip"),
+    ([STEP, "--grad_clip=0", "--dtype=float16"], "cannot skip a step, which float16's loss scaler needs"),
+    (["--overlap_param_gather"], "needs --use_distributed_optimizer: otherwise nothing is gathered"),
+    (["--overlap_param_gather", POWERSGD], "needs --use_distributed_optimizer"),
+    (["--overlap_zero_grad_buffer"], "needs --overlap_optim_step"),
+    (["--overlap_zero_grad_buffer", "--grad_clip=0", ZERO1], "needs --overlap_optim_step"),
+    (["--ddp_impl=naive", ZERO1], "--use_distributed_optimizer needs buckets: leave out --ddp_impl=naive"),
+    (["--ddp_impl=naive", POWERSGD], "--use_powerSGD_hook needs buckets"),
+    (["--ddp_impl=naive", "--use_bf16_compress_hook"], "--use_bf16_compress_hook needs buckets"),
+    (["--ddp_impl=naive", "--use_fp16_compress_hook"], "--use_fp16_compress_hook needs buckets"),
+    (["--ddp_impl=naive", STEP, "--grad_clip=0"], "--overlap_optim_step needs buckets"),
+    (["--use_bf16_compress_hook", "--use_fp16_compress_hook"], "only one of the two compress hooks"),
+    (["--use_bf16_compress_hook", "--use_fp16_compress_hook", POWERSGD], "only one of the two compress hooks"),
+    (["--grad_buffer_is_powerSGD_error"], "needs --use_powerSGD_hook with --use_error_feedback"),
+    (["--grad_buffer_is_powerSGD_error", POWERSGD, "--no-use_error_feedback"], "with --use_error_feedback"),
+    (["--grad_buffer_is_powerSGD_error", POWERSGD, "--dtype=float16"], "does not go with --dtype=float16"),
+    (["--matrix_approximation_rank=0"], "must be at least 1, got 0"),
+    ([POWERSGD, "--matrix_approximation_rank=-4"], "must be at least 1, got -4"),
+    ([POWERSGD, "--matrix_approximation_rank=2.5"], "of type int"),
+    ([POWERSGD, "--start_powerSGD_iter=-1"], "start_powerSGD_iter must not be negative"),
+    ([POWERSGD, "--min_compression_rate=-1"], "min_compression_rate must not be negative"),
+    ([POWERSGD, "--orthogonalization_epsilon=-1"], "orthogonalization_epsilon must not be negative"),
+    ([POWERSGD, "--powerSGD_log_interval=-1"], "powerSGD_log_interval must not be negative"),
+    (["--bucket_size=-1"], "bucket_size must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("argv", "reason"), REFUSED)
+def test_what_cannot_work_is_refused_in_one_sentence(argv: list[str], reason: str):
+    with pytest.raises(ValueError) as caught:
+        parse(*argv)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+ACCEPTED = [
+    [STEP, "--grad_clip=0", "--dtype=bfloat16"],
+    # auto is never float16
+    [STEP, "--grad_clip=0", "--dtype=auto"],
+    [STEP, "--grad_clip=0", "--overlap_zero_grad_buffer", ZERO1, "--overlap_param_gather"],
+    [STEP, "--grad_clip=0", POWERSGD, "--grad_buffer_is_powerSGD_error", "--use_fp16_compress_hook"],
+    [ZERO1, "--dtype=float16"],
+    [POWERSGD, "--dtype=float16", ZERO1],
+    [POWERSGD, "--grad_buffer_is_powerSGD_error", "--dtype=auto"],
+    [POWERSGD, "--use_bf16_compress_hook", ZERO1, "--overlap_param_gather"],
+    [POWERSGD, "--no-use_error_feedback", "--no-warm_start", "--use_fixed_Q"],
+    ["--use_bf16_compress_hook", "--no-use_fp16_compress_hook", "--dtype=float16"],
+    ["--ddp_impl=naive", "--no-use_powerSGD_hook", "--use_distributed_optimizer=False", "--grad_clip=0"],
+    ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],
+]
+
+
+@pytest.mark.parametrize("argv", ACCEPTED)
+def test_what_fits_is_accepted(argv: list[str]):
+    flat = parse(*argv)
+    for flag in argv:
+        name, _, value = flag.removeprefix("--").removeprefix("no-").partition("=")
+        expected = value or str(not flag.startswith("--no-"))
+        assert str(flat[name]) in (expected, f"{expected}.0"), flag
+
+
+def test_nothing_is_compressed_or_overlapped_unless_asked():
+    """One trajectory: what changes it is off by default, and so is what needs clipping off."""
+    flat = parse()
+    for name in ("use_bf16_compress_hook", "use_fp16_compress_hook", "use_powerSGD_hook", "use_distributed_optimizer",
+                 "overlap_param_gather", "overlap_optim_step", "overlap_zero_grad_buffer"):  # fmt: skip
+        assert flat[name] is False
+    assert (flat["overlap_grad_reduce"], flat["grad_reduce_in_fp32"]) == (True, True)
+
+
+ORIGINAL = [
+    ("ddp_backend", "gloo"), ("use_bf16_compress_hook", True), ("use_powerSGD_hook", True),
+    ("matrix_approximation_rank", 32), ("warm_start", False), ("use_error_feedback", True),
+    ("start_powerSGD_iter", 7), ("min_compression_rate", 3.0), ("orthogonalization_epsilon", 1e-6),
+    ("grad_buffer_is_powerSGD_error", True), ("orthogonalize_in_float32", False), ("use_fixed_Q", True),
+    ("grad_reduce_in_fp32", False), ("overlap_grad_reduce", False), ("use_distributed_optimizer", True),
+    ("check_for_nan_in_grad", True), ("bucket_size", 4321), ("disable_bucketing", True), ("overlap_optim_step", True),
+    ("overlap_zero_grad_buffer", True), ("overlap_param_gather", True),
+]  # fmt: skip
+
+
+def test_the_originals_parallel_flags_are_all_known():
+    """INVENTORY.md's list, in one command, in the original's spelling."""
+    flat = parse("--grad_clip=0", *(f"--{name}={value}" for name, value in ORIGINAL))
+    assert {name: flat[name] for name, _ in ORIGINAL} == dict(ORIGINAL)
+    # Each of these values differs from the default, so none was merely overlooked.
+    default = parse()
+    assert {name for name, value in ORIGINAL if default[name] == value} == {"use_error_feedback"}
+
+
+def test_the_script_exits_with_2_and_the_reason(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("ZERO2ALL_EXIT_DIR", str(tmp_path / "exit"))
+    for argv, reason in ([STEP], "cannot clip"), ([POWERSGD, "--ddp_impl=naive"], "needs buckets"):
+        assert train_my_ddp.main([*tiny_run, *argv]) == 2
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert len(lines) == 1 and reason in lines[0]
+        record = read_exit_records(tmp_path / "exit")[0]
+        assert record["code"] == 2 and reason in record["reason"]
+    assert not out_dir(tiny_run).exists()
