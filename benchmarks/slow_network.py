@@ -201,20 +201,20 @@ def torchs(communicate: bool = True, zero1: bool = False) -> Builder:
 
 CONTENDERS: dict[str, Builder] = {
     BASELINE: ours(communicate=False),
-    "torch, no communication": torchs(communicate=False),
+    "torch without communication": torchs(communicate=False),
     "torch DDP": torchs(),
     "torch ZeroRedundancyOptimizer": torchs(zero1=True),
     "ours": ours(),
-    "ours, bf16 hook": ours(wire_dtype=torch.bfloat16),
-    "ours, ZeRO-1": ours(zero1=True),
-    "ours, ZeRO-1, bf16 hook": ours(zero1=True, wire_dtype=torch.bfloat16),
+    "ours + bf16 hook": ours(wire_dtype=torch.bfloat16),
+    "ours + ZeRO-1": ours(zero1=True),
+    "ours + ZeRO-1 + bf16 hook": ours(zero1=True, wire_dtype=torch.bfloat16),
     "PowerSGD 4": ours(rank=4, wire_dtype=torch.bfloat16),
     "PowerSGD 8": ours(rank=8, wire_dtype=torch.bfloat16),
     "PowerSGD 16": ours(rank=16, wire_dtype=torch.bfloat16),
     "PowerSGD 32": ours(rank=32, wire_dtype=torch.bfloat16),
-    "PowerSGD 16, float32 factors": ours(rank=16),
-    "PowerSGD 16, residual apart": ours(rank=16, wire_dtype=torch.bfloat16, error_in_grad=False),
-    "PowerSGD 16, ZeRO-1": ours(rank=16, wire_dtype=torch.bfloat16, zero1=True),
+    "PowerSGD 16 + float32 factors": ours(rank=16),
+    "PowerSGD 16 + residual apart": ours(rank=16, wire_dtype=torch.bfloat16, error_in_grad=False),
+    "PowerSGD 16 + ZeRO-1": ours(rank=16, wire_dtype=torch.bfloat16, zero1=True),
 }
 """PowerSGD with bf16 factors and the residual in the gradient buffer, unless said otherwise."""
 
