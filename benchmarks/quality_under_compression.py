@@ -3,8 +3,8 @@
     python -m benchmarks.quality_under_compression --dir out/quality [--max_iters 320] [--ranks 4,8,16,32]
 
 Every run is the real command on two processes with the same seed, order and schedule; only the hook differs. PowerSGD
-sends bf16 factors, after a tenth of the steps without compression; one run compresses from the first step on. A plain run
-with another seed shows how far apart two equal runs lie. Writes table.md, losses.json and, with matplotlib,
+sends bf16 factors, after a tenth of the steps without compression; one run compresses from the first step on. A plain
+run with another seed shows how far apart two equal runs lie. Writes table.md, losses.json and, with matplotlib,
 losses.png into --dir; a run that has finished already is not repeated.
 """
 

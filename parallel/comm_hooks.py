@@ -23,7 +23,8 @@ from parallel.buffer import Bucket
 from parallel.collectives import Collectives
 from parallel.comm_stream import Handle
 
-FP16_MAX = 65504.0
+FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
+"""Below float16's largest value by the rounding of the addends."""
 
 
 class CommHook:
@@ -40,6 +41,9 @@ class CommHook:
     def zero_grad(self, bucket: Bucket) -> None:
         """Get the bucket's gradients ready for the next step."""
         bucket.grad.zero_()
+
+    def check_wrapped(self, dtype: torch.dtype) -> None:
+        """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
 
 
 class AllReduce(CommHook):
@@ -78,6 +82,7 @@ class Compressed(CommHook):
     def __init__(self, inner: CommHook, dtype: torch.dtype, collectives: Collectives):
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"gradients can travel as bfloat16 or float16, not as {dtype}")
+        inner.check_wrapped(dtype)
         self.inner, self.dtype, self.collectives = inner, dtype, collectives
         self._narrow: Tensor | None = None
 
@@ -98,8 +103,8 @@ class Compressed(CommHook):
             bucket.grad.div_(scale)
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        agreement = 2 * shared_fraction(self.collectives) * 4 if self.dtype == torch.float16 else 0
-        return agreement + self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
+        sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
+        return sums + agreement_bytes(self.dtype, self.collectives)
 
     def zero_grad(self, bucket: Bucket) -> None:
         self.inner.zero_grad(bucket)
@@ -108,14 +113,20 @@ class Compressed(CommHook):
 def agreed_scale(tensor: Tensor, collectives: Collectives) -> Tensor:
     """The power of two by which every rank multiplies its `tensor` before it becomes float16.
 
-    2^floor(log2(65504 / (N x largest absolute value on any rank))): the sum over N ranks stays finite, and small values
-    move up, away from float16's coarse low end. 1 where a rank holds infinity or NaN. float32 scalar on the device.
+    2^floor(log2(65440 / (N x largest absolute value on any rank))): the sum over N ranks stays finite, and small values
+    move up, away from float16's coarse low end. 1 where a rank holds infinity or NaN, or all ranks hold zeros. float32
+    scalar on the device.
     """
     low, high = tensor.aminmax()
-    largest = torch.maximum(-low, high).float().nan_to_num(nan=torch.inf)
+    largest = torch.maximum(low.abs(), high.abs()).float().nan_to_num(nan=torch.inf, posinf=torch.inf)
     collectives.all_reduce_max(largest)
-    exponent = torch.log2(FP16_MAX / (collectives.world_size * largest)).floor().clamp(-100.0, 100.0)
-    return torch.where(torch.isfinite(largest), torch.exp2(exponent), torch.ones_like(largest))
+    exponent = torch.log2(FP16_LARGEST_SUM / (collectives.world_size * largest)).floor().clamp(-100.0, 100.0)
+    return torch.where(torch.isfinite(largest) & (largest > 0.0), torch.exp2(exponent), torch.ones_like(largest))
+
+
+def agreement_bytes(dtype: torch.dtype, collectives: Collectives) -> float:
+    """Bytes that each rank sends to agree on a scale, if `dtype` needs one."""
+    return 2 * shared_fraction(collectives) * 4 if dtype == torch.float16 else 0.0
 
 
 def shared_fraction(collectives: Collectives) -> float:

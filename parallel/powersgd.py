@@ -36,11 +36,11 @@ from torch import Tensor
 
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.collectives import Collectives
-from parallel.comm_hooks import AllReduce, CommHook, Compressed, agreed_scale, shared_fraction
+from parallel.comm_hooks import AllReduce, CommHook, Compressed, agreed_scale, agreement_bytes, shared_fraction
 from parallel.comm_stream import Handle
 from parallel.layout import Slot
 
-RIDGE = 1e-14
+RIDGE = 1e-13
 """Smallest relative shift of the Gram matrix: keeps its float64 Cholesky factor finite when columns are dependent."""
 SKETCH_COLUMNS = 8
 """Random columns by which the relative error is estimated."""
@@ -66,7 +66,7 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
 
     With unit columns C (each column over its norm) and L L^T = C^T C + epsilon I, the basis is C L^-T. Matrix products
     and r x r factorisations only, which is what GPUs and CPUs are fast at; float64 makes it safe up to condition
-    numbers of 1e7. Columns that are zero stay zero.
+    numbers of 1e6. Columns that are zero stay zero.
 
     Args:
         epsilon: shift of the Gram matrix; dampens columns that depend on earlier ones. At least RIDGE.
@@ -317,6 +317,8 @@ class PowerSGD(CommHook):
             return self._uncompressed.reduce(bucket)
         scale = self.loss_scale()
         if scale != 1.0:
+            if self.config.grad_buffer_is_error:
+                raise ValueError("a residual in the gradient buffer does not go with a loss scale")
             bucket.grad.mul_(1.0 / scale)
         gradients = [bucket.piece(bucket.grad, matrix.slot).view(matrix.shape) for matrix in state.matrices]
         for matrix, gradient in zip(state.matrices, gradients):
@@ -417,8 +419,13 @@ class PowerSGD(CommHook):
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         state = self._states[bucket.index]
-        elements = len(state.p) + (0 if self.config.use_fixed_Q else len(state.q))
-        return 2 * shared_fraction(self.collectives) * elements * (itemsize or self._wire_dtype.itemsize)
+        sums = [state.p] if self.config.use_fixed_Q or not state.matrices else [state.p, state.q]
+        factors = 2 * shared_fraction(self.collectives) * sum(map(len, sums)) * (itemsize or self._wire_dtype.itemsize)
+        return factors + len(sums) * agreement_bytes(self._wire_dtype, self.collectives)
+
+    def check_wrapped(self, dtype: torch.dtype) -> None:
+        if self.lazy or dtype == torch.float16:
+            raise ValueError("PowerSGD narrows its factors itself: give it wire_dtype instead of wrapping it")
 
     @property
     def compression_ratio(self) -> float:

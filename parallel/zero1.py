@@ -84,10 +84,11 @@ class Zero1:
             self.ddp.flat_buffers.parameters[slot.parameter.name]: slot.bucket
             for slot in self.ddp.flat_buffers.layout.slots
         }
-        for layer in _layers(model):
-            buckets = [bucket_of[parameter] for parameter in layer.parameters() if parameter in bucket_of]
+        units = [(model, model.parameters(recurse=False)), *((layer, layer.parameters()) for layer in _layers(model))]
+        for unit, parameters in units:
+            buckets = [bucket_of[parameter] for parameter in parameters if parameter in bucket_of]
             if buckets:
-                layer.register_forward_pre_hook(_outside_compilation(partial(self.wait, min(buckets))))
+                unit.register_forward_pre_hook(_outside_compilation(partial(self.wait, min(buckets))))
         model.register_forward_hook(_outside_compilation(self.wait))
 
 

@@ -1,0 +1,103 @@
+"""Buckets and gradients without a model, for tests of hooks: every rank can tell what every other rank holds."""
+
+import zlib
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel import DistContext, destroy_context, init_context
+from parallel.buffer import Bucket, FlatBuffers
+from parallel.comm_hooks import CommHook
+from parallel.powersgd import PowerSGD
+
+SHAPES = {
+    "embed.weight": (40, 12), "up.weight": (24, 12), "up.bias": (24,), "conv.weight": (10, 3, 4), "thin.weight": (2, 9),
+    "down.weight": (12, 24), "norm.weight": (12,), "head.weight": (40, 12),
+}  # fmt: skip
+
+
+def in_groups(world_sizes: Iterable[int], work: Callable[[DistContext], dict]) -> dict[str, dict]:
+    """On the ranks of a large group: call `work` in a group of the first n ranks, for each n; results by n."""
+    context, results = init_context("cpu"), {}
+    for size in world_sizes:
+        groups = [dist.new_group(range(size)) for _ in range(2)]
+        if context.rank < size:
+            results[str(size)] = work(DistContext(context.rank, size, context.rank, size, context.device, *groups))
+    destroy_context(context)
+    return results
+
+
+def new_buckets(
+    world_size: int,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    bucket_size: int = 400,
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+) -> list[Bucket]:
+    parameters = [(name, nn.Parameter(draw(f"weight {name}", shape).to(dtype))) for name, shape in shapes.items()]
+    buffers = FlatBuffers(parameters, bucket_size, world_size, grad_dtype or dtype)
+    return [Bucket.of(layout, buffers) for layout in buffers.layout.buckets]
+
+
+def draw(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 numbers, a function of the key."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+
+
+def gradients_of(
+    rank: int, step: int, dtype: torch.dtype = torch.float32, shapes: dict[str, tuple[int, ...]] = SHAPES
+) -> dict[str, Tensor]:
+    """A rank's gradients of a step: something common to all ranks and steps, and noise."""
+    return {
+        name: (draw(name, shape) + draw(f"{rank} {step} {name}", shape)).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def put(buckets: list[Bucket], gradients: dict[str, Tensor]) -> None:
+    """Add gradients to the buckets, as the backward pass does."""
+    for bucket in buckets:
+        for name, view in bucket.views():
+            view.add_(gradients[name])
+
+
+def reduce_all(hook: CommHook, buckets: list[Bucket]) -> None:
+    for bucket in buckets:
+        handle = hook.reduce(bucket)
+        if handle is not None:
+            handle.wait()
+
+
+def take(hook: CommHook, buckets: list[Bucket]) -> dict[str, Tensor]:
+    """Copies of the sums, as the optimizer finds them; a lazy hook is asked to load."""
+    sums = {}
+    for bucket in reversed(buckets):
+        if isinstance(hook, PowerSGD) and hook.lazy:
+            hook.load(bucket.index)
+        for slot in bucket.slots:
+            sums[slot.parameter.name] = bucket.piece(bucket.reduced, slot).view(slot.parameter.shape).clone()
+    return sums
+
+
+def one_step(hook: CommHook, buckets: list[Bucket], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    for bucket in buckets:
+        hook.zero_grad(bucket)
+    put(buckets, gradients)
+    reduce_all(hook, buckets)
+    return take(hook, buckets)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of b (or 1 if that is zero); infinite if anything is not finite."""
+    a, b = a.double(), b.double()
+    found = ((a - b).norm() / (b.norm() if b.norm() > 0 else 1.0)).item()
+    return found if found == found else float("inf")
+
+
+def fingerprint(tensors: list[Tensor]) -> int:
+    """Of the tensors' bits."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), crc)
+    return crc
