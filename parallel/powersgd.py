@@ -30,6 +30,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -210,6 +211,16 @@ class _BucketState:
     """With grad_buffer_is_error: `grad` holds the residual and nothing else."""
 
 
+@dataclass(frozen=True)
+class _Afterwards:
+    """Work that is left to the thread that waits for a bucket."""
+
+    work: Callable[[], None]
+
+    def wait(self) -> None:
+        self.work()
+
+
 class PowerSGD(CommHook):
     """The hook, and the optimizer's source of gradients.
 
@@ -341,9 +352,23 @@ class PowerSGD(CommHook):
                 sum_over_ranks(state.q, self._wire_dtype, self.collectives, state.own)
         if self.measure and state.matrices:
             self._estimate_errors(state, gradients)
+        if self.config.grad_buffer_is_error:
+            return _Afterwards(partial(self._keep_residual_in_grad, state, bucket))
         if not self.lazy:
             self._unpack(state, bucket)
         return None
+
+    def _keep_residual_in_grad(self, state: _BucketState, bucket: Bucket) -> None:
+        """Turn M into E in the gradient buffer: done by whoever waits for the bucket, while the next is on its way."""
+        for matrix in state.matrices:
+            gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
+            update_residual(gradient, *self._own_factors(matrix))
+        for slot, _ in state.others:
+            bucket.piece(bucket.grad, slot).zero_()
+
+    def _own_factors(self, matrix: _Matrix) -> tuple[Tensor, Tensor]:
+        """The two factors whose product this rank contributed to the sum."""
+        return (matrix.own, matrix.start_q) if self.config.use_fixed_Q else (matrix.p, matrix.own)
 
     def _estimate_errors(self, state: _BucketState, gradients: list[Tensor]) -> None:
         """Compare sum M_i Z with D Z for a few random columns Z: |A Z| estimates |A| (their squares agree on average),
@@ -376,23 +401,15 @@ class PowerSGD(CommHook):
         for matrix in state.matrices:
             gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
             target = bucket.piece(bucket.reduced, matrix.slot).view(matrix.shape)
-            p, q = matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q
-            own_p, own_q = (matrix.own, q) if self.config.use_fixed_Q else (p, matrix.own)
-            residual = gradient
             if matrix.residual is not None:
-                residual = matrix.residual.copy_(gradient)
-            if self.config.use_error_feedback:
-                update_residual(residual, own_p, own_q)
-            decompress(p, q, target)
+                update_residual(matrix.residual.copy_(gradient), *self._own_factors(matrix))
+            decompress(matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q, target)
             if self.config.warm_start and not self.config.use_fixed_Q:
                 norms = matrix.q.norm(dim=0)
                 torch.where(norms > 0.0, matrix.q / norms, matrix.random_q, out=matrix.start_q)
         for slot, place in state.others:
             bucket.piece(bucket.reduced, slot).copy_(place)
-        if self.config.grad_buffer_is_error:
-            for slot, _ in state.others:
-                bucket.piece(bucket.grad, slot).zero_()
-            state.grad_is_residual = True
+        state.grad_is_residual = self.config.grad_buffer_is_error
         scale = self.loss_scale()
         if scale != 1.0:
             bucket.reduced.mul_(scale)
