@@ -258,7 +258,7 @@ def work(args: argparse.Namespace) -> None:
     rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     sent: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(-2, args.rounds):
+    for round_number in range(-1, args.rounds):
         first = round_number % len(args.modes)
         for name in args.modes[first:] + args.modes[:first]:
             seconds_a_step, bytes_a_step = measure(context, contenders[name], rows, args.steps_per_round)
