@@ -76,7 +76,7 @@ class Zero1:
         return shared_fraction(self.ddp.collectives) * len(param) * param.itemsize
 
     def _wait_where_needed(self, model: nn.Module) -> None:
-        """Before a layer runs, wait for the buckets of its parameters; after the model ran, for the rest.
+        """Before a unit runs, wait for the buckets of its parameters; after the model ran, for the rest.
 
         The rest matters to parameters that are used outside their module's own forward, as a head fused with its loss.
         """
@@ -84,21 +84,31 @@ class Zero1:
             self.ddp.flat_buffers.parameters[slot.parameter.name]: slot.bucket
             for slot in self.ddp.flat_buffers.layout.slots
         }
-        units = [(model, model.parameters(recurse=False)), *((layer, layer.parameters()) for layer in _layers(model))]
-        for unit, parameters in units:
+        for unit, parameters in _units(model):
             buckets = [bucket_of[parameter] for parameter in parameters if parameter in bucket_of]
             if buckets:
                 unit.register_forward_pre_hook(_outside_compilation(partial(self.wait, min(buckets))))
-        model.register_forward_hook(_outside_compilation(self.wait))
+        for module in model.modules():
+            if module is model or _has_layers(module):
+                module.register_forward_hook(_outside_compilation(self.wait))
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's children, and of a list of layers each one: the units that may be compiled; hooks lie around them."""
-    for child in model.children():
+def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """What waits as a whole, with its parameters: each layer of a list of layers, other children, and the parameters
+    that a module around them holds itself. Layers may be compiled; hooks lie around them, not inside."""
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            yield from ((layer, list(layer.parameters())) for layer in child)
+        elif _has_layers(child):
+            yield from _units(child)
         else:
-            yield child
+            yield child, list(child.parameters())
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Whether it is built of a list of layers, at some depth."""
+    return not isinstance(module, nn.ModuleList) and any(isinstance(inner, nn.ModuleList) for inner in module.modules())
 
 
 def _outside_compilation(wait: Callable[[], None]) -> Callable:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from model.llama import Block
 from parallel import DistContext, DistributedDataParallel, NaiveDDP, ReduceScatter, Zero1, destroy_context, init_context
+from parallel.zero1 import _units
 from tests.dist.buckets import fingerprint, in_groups
 from tests.dist.group import run_ranks
-from tests.dist.test_ddp import BUCKET_SIZES, GLOBAL_BATCH, accumulate, loss_of, new_model, rank_rows
+from tests.dist.test_ddp import BUCKET_SIZES, CONFIG, GLOBAL_BATCH, accumulate, loss_of, new_model, rank_rows
 
 LEARNING_RATE, STEPS = 1e-2, 4
 DTYPES = {
@@ -389,3 +391,17 @@ def test_what_an_overlapped_step_refuses():
         with pytest.raises(ValueError, match="neither clip nor be skipped"):
             optimizer.begin_overlapped_step(LEARNING_RATE)
     MixedPrecisionOptimizer(slices, AdamWConfig(), 0.0, LossScaler(enabled=False)).begin_overlapped_step(LEARNING_RATE)
+
+
+def test_a_wrapped_model_waits_layer_by_layer_too():
+    """Waiting for the whole model before its first layer would hide nothing of the gather."""
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = new_model()
+
+    units = list(_units(Wrapper()))
+    assert [unit for unit, _ in units if isinstance(unit, Block)] == [unit for unit, _ in units][3:-2]
+    assert len(units) == 3 + CONFIG.num_hidden_layers + 2
+    assert all(parameters for _, parameters in units[2:])
