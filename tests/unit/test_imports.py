@@ -1,6 +1,7 @@
 """The import rules of the design, read from the source: who may know whom."""
 
 import ast
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_nothing_is_pickled_or_executed():
             continue
         text = path.read_text(encoding="utf-8")
         assert not [word for word in forbidden if word in text], path
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config):
+    """pytest's own list of folders to pass over holds "dist", where the tests of parallelism live."""
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert "dist" in folders
+    assert not [folder for folder in folders for pattern in skipped if fnmatch.fnmatch(folder, pattern)]
