@@ -415,8 +415,9 @@ def test_close_but_not_the_same(runs: Plan, name: str, base: str, loss: float, w
 
 
 def test_the_options_of_powersgd_are_not_overlooked(runs: Plan):
-    """No two of them lead to the same weights."""
-    names = [name for name, (_, base) in MODES.items() if "powersgd" in name and base is None] + ["plain", "full rank"]
+    """No two of them lead to the same losses; another split into micro-batches is no option of it, and may."""
+    names = [name for name, (_, base) in MODES.items() if "powersgd" in name and base is None]
+    names = [name for name in names if not name.startswith("accumulated")] + ["plain", "full rank"]
     final = {name: losses(runs[f"2 {name}"])[-1] for name in names}
     assert len(set(final.values())) == len(final), final
 
