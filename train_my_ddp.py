@@ -30,18 +30,16 @@ from model import Llama, flops, hf
 from optimizer import LossScaler, MixedPrecisionOptimizer, StepResult, learning_rate_at, resolve_dtype
 from optimizer.adamw import AdamWConfig
 from parallel import (
-    AllReduce,
-    Compressed,
     DistContext,
     DistributedDataParallel,
     NaiveDDP,
     PowerSGD,
     PowerSGDConfig,
-    ReduceScatter,
     Zero1,
     destroy_context,
     init_context,
     measure_bandwidth,
+    sum_hook,
 )
 from parallel.buffer import Bucket
 from parallel.context import enable_determinism, exit_record_dir, launched_rank
@@ -253,14 +251,13 @@ class Trainer:
             self.powersgd = PowerSGD(ddp.buckets, ddp.collectives, config, lazy=True, loss_scale=scale)
             ddp.use_hook(self.powersgd)
             return
-        hook = (ReduceScatter if p.use_distributed_optimizer else AllReduce)(ddp.collectives)
-        ddp.use_hook(Compressed(hook, wire_dtype, ddp.collectives) if wire_dtype else hook)
+        ddp.use_hook(sum_hook(ddp.collectives, wire_dtype, p.use_distributed_optimizer))
 
     def _step_reduced_bucket(self, bucket: Bucket) -> None:
         """With overlap_optim_step: what follows a bucket's reduction, while the backward pass goes on."""
         self.optimizer.step_bucket(bucket.index)
         if self.config.parallel.overlap_zero_grad_buffer:
-            self.ddp.zero_bucket(bucket)
+            self.ddp.hook.zero_grad(bucket)
 
     def _load_checkpoint(self, path: Path) -> None:
         """Restore optimizer and position; weights come from the float32 main parameters."""
@@ -359,7 +356,8 @@ class Trainer:
                 parallel += ", buckets stepped as they arrive"
         attention = "plain" if self.model_config.attention_dropout else "sdpa"
         tokens = derived.global_batch_size * config.data.max_seq_len
-        network = [self._network()] if context.world_size > 1 and config.parallel.ddp_impl != "naive" else []
+        sends_gradients = context.world_size > 1 and not config.run.valid_only
+        network = [self._network()] if sends_gradients and config.parallel.ddp_impl != "naive" else []
         return [
             f"model: {self.num_parameters / 1e6:.1f} M parameters, {self.model_config.num_hidden_layers} layers, "
             f"{self.model_config.hidden_size} wide, {self.dtype} on {context.device.type}",

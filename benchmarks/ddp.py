@@ -21,6 +21,8 @@ from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
 from parallel import DistContext, DistributedDataParallel, destroy_context, init_context
 
+VOCAB_SIZE = 8192
+
 
 class LossModule(nn.Module):
     """torch's DDP wants the loss inside what it wraps."""
@@ -32,6 +34,17 @@ class LossModule(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         hidden = self.model(rows[:, :-1])
         return cross_entropy_sum(self.model.logits(hidden), rows[:, 1:]) / rows[:, 1:].numel()
+
+
+def new_module(dtype: torch.dtype, args: argparse.Namespace) -> LossModule:
+    """The same model for every contender and rank."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+    ).resolve(max_seq_len=args.seq_len)  # fmt: skip
+    model = Llama(config)
+    model.initialize(0)
+    return LossModule(model).to(dtype=dtype)
 
 
 def timed(context: DistContext, work: Callable[[], None]) -> float:
@@ -63,26 +76,17 @@ def main() -> None:
     if context.world_size < 2:
         raise SystemExit("benchmarks.ddp needs at least 2 ranks: start it with torchrun --nproc_per_node=2")
     dtype = getattr(torch, args.dtype)
-    config = LlamaConfig(
-        vocab_size=8192, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-    ).resolve(max_seq_len=args.seq_len)  # fmt: skip
-
-    def new_module() -> LossModule:
-        model = Llama(config)
-        model.initialize(0)
-        return LossModule(model).to(device=context.device, dtype=dtype)
-
     bytes_each = torch.finfo(dtype).bits // 8
     ours = DistributedDataParallel(
-        new_module(), context, bucket_size=int(args.bucket_mb * 2**20) // bytes_each, grad_dtype=dtype
-    )
+        new_module(dtype, args).to(context.device), context, bucket_size=int(args.bucket_mb * 2**20) // bytes_each,
+        grad_dtype=dtype,
+    )  # fmt: skip
     theirs = nn.parallel.DistributedDataParallel(
-        new_module(), bucket_cap_mb=args.bucket_mb, gradient_as_bucket_view=True,
+        new_module(dtype, args).to(context.device), bucket_cap_mb=args.bucket_mb, gradient_as_bucket_view=True,
         device_ids=[context.device] if context.device.type == "cuda" else None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(context.rank)
-    rows = torch.randint(0, 8192, (args.rows, args.seq_len + 1), generator=generator).to(context.device)
+    rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator).to(context.device)
 
     def step_ours() -> None:
         ours.zero_grad()

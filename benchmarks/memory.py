@@ -22,15 +22,13 @@ from model.loss import cross_entropy_sum
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
 from parallel import (
-    AllReduce,
-    Compressed,
     DistributedDataParallel,
     PowerSGD,
     PowerSGDConfig,
-    ReduceScatter,
     Zero1,
     destroy_context,
     init_context,
+    sum_hook,
 )
 
 MODES = ("plain", "ZeRO-1", "bf16 hook", "ZeRO-1, bf16 hook", "PowerSGD", "PowerSGD, residual in the gradient buffer",
@@ -88,8 +86,7 @@ def measure(mode: str, dtype: torch.dtype) -> None:
         powersgd = PowerSGD(ddp.buckets, ddp.collectives, options, lazy=True)
         ddp.use_hook(powersgd)
     else:
-        hook = (ReduceScatter if sharded else AllReduce)(ddp.collectives)
-        ddp.use_hook(Compressed(hook, torch.bfloat16, ddp.collectives) if "bf16" in mode else hook)
+        ddp.use_hook(sum_hook(ddp.collectives, torch.bfloat16 if "bf16" in mode else None, sharded))
     zero1 = Zero1(ddp) if sharded else None
     optimizer = MixedPrecisionOptimizer(
         (zero1 or ddp).slices(), AdamWConfig(), 1.0, LossScaler(enabled=False),

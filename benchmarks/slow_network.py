@@ -35,25 +35,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from benchmarks.ddp import LossModule, timed
-from model import Llama, LlamaConfig
+from benchmarks.ddp import VOCAB_SIZE, new_module, timed
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
 from parallel import (
-    AllReduce,
-    Compressed,
     DistContext,
     DistributedDataParallel,
     PowerSGD,
     PowerSGDConfig,
-    ReduceScatter,
     Zero1,
     destroy_context,
     init_context,
+    sum_hook,
 )
 from utils.files import atomic_write_json
+from utils.machine import cpu_name
 
-VOCAB_SIZE = 8192
 LEARNING_RATE = 1e-4
 GRAD_CLIP = 1.0
 ADAMW = AdamWConfig()
@@ -140,17 +137,6 @@ class Torch(Contender):
         self.ddp.zero_grad(set_to_none=False)
 
 
-def new_module(dtype: torch.dtype, args: argparse.Namespace) -> LossModule:
-    """The same model for every contender and rank."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // 64,
-    ).resolve(max_seq_len=args.seq_len)  # fmt: skip
-    model = Llama(config)
-    model.initialize(0)
-    return LossModule(model).to(dtype=dtype)
-
-
 Builder = Callable[[DistContext, torch.dtype, argparse.Namespace], Contender]
 
 
@@ -171,8 +157,7 @@ def ours(
             powersgd = PowerSGD(ddp.buckets, ddp.collectives, config, lazy=True)
             ddp.use_hook(powersgd)
         else:
-            hook = (ReduceScatter if zero1 else AllReduce)(ddp.collectives)
-            ddp.use_hook(Compressed(hook, wire_dtype, ddp.collectives) if wire_dtype else hook)
+            ddp.use_hook(sum_hook(ddp.collectives, wire_dtype, zero1))
         return Ours(ddp, communicate, Zero1(ddp, overlap_gather=True) if zero1 else None, powersgd)
 
     return build
@@ -383,12 +368,6 @@ def run_workers(hosts: list[str], dtype: str, args: argparse.Namespace, stop: St
         return json.loads(result.read_text())
 
 
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def setting(rate: str, dtype: str, args: argparse.Namespace, result: dict) -> dict:
     return {
         "rate": rate,
@@ -400,7 +379,7 @@ def setting(rate: str, dtype: str, args: argparse.Namespace, result: dict) -> di
         "seq_len": args.seq_len,
         "steps_per_round": args.steps_per_round,
         "rounds": args.rounds,
-        "cpu": f"{cpu_model()}, {os.cpu_count()} cores",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "kernel": platform.release(),
         "torch": torch.__version__,
         "python": platform.python_version(),

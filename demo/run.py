@@ -7,7 +7,6 @@ made anew each time.
 import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.exits import STOPPED, read_exit_records, verdict
+from utils.machine import cpu_name
 from utils.reslog import read_reslog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +76,6 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
          ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
           "--max_seq_len", "256"]),
     ]  # fmt: skip
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """Data parallelism. README.md says how to read this folder."""
 
 from parallel.collectives import Collectives, measure_bandwidth
-from parallel.comm_hooks import AllReduce, CommHook, Compressed, ReduceScatter
+from parallel.comm_hooks import AllReduce, CommHook, Compressed, ReduceScatter, sum_hook
 from parallel.comm_stream import CommStream
 from parallel.context import DistContext, destroy_context, init_context
 from parallel.ddp import DistributedDataParallel, NaiveDDP
@@ -24,4 +24,5 @@ __all__ = [
     "destroy_context",
     "init_context",
     "measure_bandwidth",
+    "sum_hook",
 ]

@@ -1,13 +1,11 @@
 """What happens to a bucket of gradients on its way to the other ranks.
 
 A hook runs on the comm stream. It leaves in `bucket.grad` the **sum** over all ranks (the loss was already divided by
-the count of the whole global batch), at the latest when the handle that it returns was waited for. Any function
-`(state, bucket) -> handle or None` may be registered; the hooks here are classes, whose `reduce` is that function:
+the count of the whole global batch), at the latest when the handle that it returns was waited for. `ddp.use_hook` takes
+one of these; `ddp.register_comm_hook` takes any function `(state, bucket) -> handle or None`.
 
-    ddp.register_comm_hook(hook, type(hook).reduce)      # or, shorter, ddp.use_hook(hook)
-
-Each states what it sends. B is the bucket's size in elements, N the number of ranks, s bytes an element of the gradient
-buffer; a step sends, from each rank:
+Each hook here states what it sends. B is the bucket's size in elements, N the number of ranks, s bytes an element of
+the gradient buffer; a step sends, from each rank:
 
     AllReduce                              2 (N - 1) / N x B s
     ReduceScatter                            (N - 1) / N x B s
@@ -15,6 +13,8 @@ buffer; a step sends, from each rank:
     Compressed(ReduceScatter, bfloat16)      (N - 1) / N x B 2
     PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and what is not compressed)
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,19 @@ class CommHook:
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
         """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
+
+
+class FunctionHook(CommHook):
+    """A plain function `(state, bucket) -> handle or None`; it does not say what it sends."""
+
+    def __init__(self, state: object, function: Callable[[object, Bucket], Handle | None]):
+        self.state, self.function = state, function
+
+    def reduce(self, bucket: Bucket) -> Handle | None:
+        return self.function(self.state, bucket)
+
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
+        return 0.0
 
 
 class AllReduce(CommHook):
@@ -89,18 +102,12 @@ class Compressed(CommHook):
     def reduce(self, bucket: Bucket) -> None:
         if self._narrow is None or len(self._narrow) < len(bucket.grad):
             self._narrow = torch.empty_like(bucket.grad, dtype=self.dtype)
-        narrow = self._narrow[: len(bucket.grad)]
-        scale = agreed_scale(bucket.grad, self.collectives) if self.dtype == torch.float16 else None
-        if scale is None:
-            narrow.copy_(bucket.grad)
-        else:
-            torch.mul(bucket.grad, scale, out=narrow)
-        handle = self.inner.reduce(bucket.with_grad(narrow))
+        on_wire = self._narrow[: len(bucket.grad)]
+        scale = narrow(bucket.grad, on_wire, self.collectives)
+        handle = self.inner.reduce(bucket.with_grad(on_wire))
         if handle is not None:
             handle.wait()
-        bucket.grad.copy_(narrow)
-        if scale is not None:
-            bucket.grad.div_(scale)
+        widen(on_wire, scale, bucket.grad)
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
@@ -108,6 +115,33 @@ class Compressed(CommHook):
 
     def zero_grad(self, bucket: Bucket) -> None:
         self.inner.zero_grad(bucket)
+
+
+def sum_hook(collectives: Collectives, wire_dtype: torch.dtype | None = None, sharded: bool = False) -> CommHook:
+    """The hook that sums every bucket whole, or `sharded` each rank its shard; in `wire_dtype` if that is given."""
+    hook = (ReduceScatter if sharded else AllReduce)(collectives)
+    return hook if wire_dtype is None else Compressed(hook, wire_dtype, collectives)
+
+
+def narrow(tensor: Tensor, out: Tensor, collectives: Collectives) -> Tensor | None:
+    """Copy `tensor` into `out`, of a 16-bit dtype and as long; float16 times `agreed_scale`.
+
+    Returns:
+        the scale, for `widen`; None where there is none.
+    """
+    if out.dtype != torch.float16:
+        out.copy_(tensor)
+        return None
+    scale = agreed_scale(tensor, collectives)
+    torch.mul(tensor, scale, out=out)
+    return scale
+
+
+def widen(tensor: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Undo `narrow`: copy a sum of narrowed tensors into `out`, in the units before."""
+    out.copy_(tensor)
+    if scale is not None:
+        out.div_(scale)
 
 
 def agreed_scale(tensor: Tensor, collectives: Collectives) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from parallel.buffer import Bucket, FlatBuffers, ParameterSlice
 from parallel.collectives import Collectives
-from parallel.comm_hooks import AllReduce, CommHook
+from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
 
@@ -87,9 +87,6 @@ class NaiveDDP(nn.Module):
         ]
 
 
-Hook = Callable[[object, Bucket], Handle | None]
-
-
 @dataclass
 class SyncTrace:
     """When, in the last synchronised backward pass, each bucket was launched. For tests, warnings and profiles."""
@@ -136,7 +133,7 @@ class DistributedDataParallel(nn.Module):
         self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype)
         self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
         self.collectives = Collectives(context.grad_group)
-        self.use_hook(AllReduce(self.collectives))
+        self.hook: CommHook = AllReduce(self.collectives)
         self._after_reduction: Callable[[Bucket], None] | None = None
         self._after_stream: CommStream | None = None
         self.nonfinite_parameters: list[str] = []
@@ -155,13 +152,13 @@ class DistributedDataParallel(nn.Module):
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    def register_comm_hook(self, state: object, hook: Hook) -> None:
-        """Replace the all-reduce by `hook(state, bucket)`, see comm_hooks.py for what it owes."""
-        self._hook_state, self._hook = state, hook
-
     def use_hook(self, hook: CommHook) -> None:
         """Replace the all-reduce by one of the hooks of comm_hooks.py or powersgd.py."""
-        self.register_comm_hook(hook, type(hook).reduce)
+        self.hook = hook
+
+    def register_comm_hook(self, state: object, hook: Callable[[object, Bucket], Handle | None]) -> None:
+        """Replace the all-reduce by a plain `hook(state, bucket)`, see comm_hooks.py for what it owes."""
+        self.hook = FunctionHook(state, hook)
 
     def register_after_reduction(self, callback: Callable[[Bucket], None]) -> None:
         """Call `callback(bucket)` as soon as a bucket is reduced, while the backward pass and later buckets go on.
@@ -181,19 +178,12 @@ class DistributedDataParallel(nn.Module):
 
     def zero_grad(self) -> None:
         for bucket in self.buckets:
-            self.zero_bucket(bucket)
+            self.hook.zero_grad(bucket)
         self.flat_buffers.restore_grad_views()
 
-    def zero_bucket(self, bucket: Bucket) -> None:
-        if isinstance(self._hook_state, CommHook):
-            self._hook_state.zero_grad(bucket)
-        else:
-            bucket.grad.zero_()
-
     def bytes_sent(self) -> float:
-        """Bytes that each rank sends in a step to sum the gradients; 0 under a hook that does not say."""
-        hook = self._hook_state
-        return sum(hook.bytes_sent(bucket) for bucket in self.buckets) if isinstance(hook, CommHook) else 0.0
+        """Bytes that each rank sends in a step to sum the gradients; 0 under a plain function, which does not say."""
+        return sum(self.hook.bytes_sent(bucket) for bucket in self.buckets)
 
     def close(self) -> None:
         """End the threads; work that was not waited for is finished first."""
@@ -262,7 +252,7 @@ class DistributedDataParallel(nn.Module):
         def work() -> Handle | None:
             if self.check_for_nan:
                 self._nonfinite_flags.append(~torch.isfinite(bucket.grad).all())
-            return self._hook(self._hook_state, bucket)
+            return self.hook.reduce(bucket)
 
         self._trace.arrived_before_launch.append(len(self._arrived))
         self._trace.launched_at.append(time.perf_counter())

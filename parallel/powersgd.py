@@ -37,7 +37,7 @@ from torch import Tensor
 
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.collectives import Collectives
-from parallel.comm_hooks import AllReduce, CommHook, Compressed, agreed_scale, agreement_bytes, shared_fraction
+from parallel.comm_hooks import CommHook, agreement_bytes, narrow, shared_fraction, sum_hook, widen
 from parallel.comm_stream import Handle
 from parallel.layout import Slot
 
@@ -130,17 +130,17 @@ def sum_over_ranks(
         if handle is not None:
             handle.wait()
         return
-    scale = agreed_scale(factors, collectives) if wire_dtype == torch.float16 else torch.ones_like(factors[0])
-    narrow = (factors * scale).to(wire_dtype)
+    on_wire = torch.empty_like(factors, dtype=wire_dtype)
+    scale = narrow(factors, on_wire, collectives)
     if own is not None:
-        own.copy_(narrow)
-    exact = collectives.reduce_scatter(narrow)
-    collectives.all_gather(narrow)
-    factors.copy_(narrow)
+        own.copy_(on_wire)
+    exact = collectives.reduce_scatter(on_wire)
+    collectives.all_gather(on_wire)
     if own is not None:
-        collectives.shard(own).add_(collectives.shard(factors) - exact)
-        own.div_(scale)
-    factors.div_(scale)
+        collectives.shard(own).add_(collectives.shard(on_wire) - exact)
+        if scale is not None:
+            own.div_(scale)
+    widen(on_wire, scale, factors)
 
 
 @dataclass(frozen=True)
@@ -254,13 +254,12 @@ class PowerSGD(CommHook):
         """Parameter name -> estimate of |sum M_i - D| / |sum M_i|; the residuals of single ranks may be larger, as they
         partly cancel in the sum."""
         grad = buckets[0].grad
-        narrow = grad.itemsize < 4 and not config.orthogonalize_in_float32
-        self._factor_dtype = grad.dtype if narrow or grad.itemsize >= 4 else torch.float32
-        self._orthonormalize = gram_schmidt if narrow else orthonormalize
+        narrow_factors = grad.itemsize < 4 and not config.orthogonalize_in_float32
+        self._factor_dtype = grad.dtype if narrow_factors or grad.itemsize >= 4 else torch.float32
+        self._orthonormalize = gram_schmidt if narrow_factors else orthonormalize
         self._wire_dtype = config.wire_dtype or self._factor_dtype
-        self._uncompressed: CommHook = AllReduce(collectives)
-        if self._wire_dtype.itemsize < grad.itemsize:
-            self._uncompressed = Compressed(self._uncompressed, self._wire_dtype, collectives)
+        narrower = self._wire_dtype.itemsize < grad.itemsize
+        self._uncompressed = sum_hook(collectives, self._wire_dtype if narrower else None)
         self._states = [self._plan(bucket) for bucket in buckets]
         if config.grad_buffer_is_error:
             scratch = torch.zeros(max(len(b.grad) for b in buckets), dtype=grad.dtype, device=grad.device)

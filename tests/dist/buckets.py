@@ -18,6 +18,19 @@ SHAPES = {
 }  # fmt: skip
 
 
+class Chain(nn.Module):
+    """`depth` linear layers of 8 features."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
 def in_groups(world_sizes: Iterable[int], work: Callable[[DistContext], dict]) -> dict[str, dict]:
     """On the ranks of a large group: call `work` in a group of the first n ranks, for each n; results by n."""
     context, results = init_context("cpu"), {}

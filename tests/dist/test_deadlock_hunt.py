@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
@@ -27,24 +27,13 @@ from parallel import (
     init_context,
 )
 from parallel.buffer import Bucket
-from tests.dist.buckets import fingerprint
+from tests.dist.buckets import Chain, fingerprint
 from tests.dist.group import run_ranks
 
 STEPS = 200
 HANG_S = 20.0
 """A collective that takes longer is a hang: gloo raises."""
 MODES = ("all_reduce", "zero1", "bf16", "fp16", "powersgd", "powersgd bf16", "powersgd zero1", "step", "step zero1")
-
-
-class Tiny(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
 
 
 class Delays:
@@ -63,7 +52,7 @@ class Delays:
 def train(context: DistContext, mode: str, delay: Callable) -> list:
     """Returns bits of the weights, and their norm."""
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(Tiny(), context, bucket_size=1)
+    ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
     zero1 = Zero1(ddp, overlap_gather=True) if "zero1" in mode else None
     inner: CommHook = (ReduceScatter if zero1 else AllReduce)(ddp.collectives)
     source = None
@@ -167,7 +156,7 @@ def test_no_mismatch_and_no_hang():
 def misordered() -> str:
     """What a mismatch looks like: rank 1 waits for a bucket that rank 0 never reduces."""
     context = init_context("cpu", timeout_s=3.0)
-    ddp = DistributedDataParallel(Tiny(), context, bucket_size=1)
+    ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
 
     def hook(_state: object, bucket: Bucket):
         if context.rank == 1 or bucket.index != 1:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel import (
     AllReduce,
@@ -18,7 +18,7 @@ from parallel import (
     ReduceScatter,
 )
 from parallel.buffer import Bucket
-from tests.dist.buckets import error, fingerprint, gradients_of, in_groups, new_buckets, one_step, put, reduce_all
+from tests.dist.buckets import Chain, error, fingerprint, gradients_of, in_groups, new_buckets, one_step, put, reduce_all
 from tests.dist.group import run_ranks
 
 WORLD_SIZES = (2, 3, 4)
@@ -131,21 +131,10 @@ def total(gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: sum(g[name].double() for g in gradients) for name in gradients[0]}
 
 
-class Chain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
 def after_reduction(context: DistContext) -> dict:
     """A function as a hook, and callbacks after the reduction."""
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(Chain(), context, bucket_size=1)
+    ddp = DistributedDataParallel(Chain(4), context, bucket_size=1)
     x = torch.linspace(-1, 1, 16).view(2, 8) * (context.rank + 1)
 
     def backward() -> list[Tensor]:
