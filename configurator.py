@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
-from model.config import LlamaConfig
+from model.config import LlamaConfig, padded_vocab_size
 
 CONFIG_NAME = "config.yaml"
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -532,7 +532,7 @@ def resolve_model(
         own = {"hidden_dropout", "residual_in_fp32"} | (given - set(SHAPE_FIELDS))
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
-    resolved = wanted.resolve(tokenizer_vocab_size, max_seq_len)
+    resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
     if resolved.vocab_size < tokenizer_vocab_size:
         raise ValueError(
             f"the model's vocab_size {resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from model import KVCache, Llama, hf
 from optimizer import resolve_dtype
-from tokenizer import HFBBPETokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from utils.checkpoint import resolve_checkpoint_dir
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, HFBBPETokenizer]:
+def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer]:
     """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate."""
     directory = resolve_checkpoint_dir(path)
     model = Llama(hf.read_config(directory))
@@ -58,9 +58,12 @@ def generate(
     top_k: int = 50,
     top_p: float = 1.0,
     seed: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yield new token ids one by one, until a stop id (not yielded) or max_new_tokens.
 
+    Args:
+        vocab_size: the tokenizer's; the model's scores beyond it are padding.
     Raises:
         ValueError: an empty prompt.
     """
@@ -71,7 +74,7 @@ def generate(
     cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens, parameter.dtype, parameter.device)
     inputs = torch.tensor([prompt_ids], device=parameter.device)
     for _ in range(max_new_tokens):
-        logits_V = model.logits(model(inputs, cache=cache)[0, -1])
+        logits_V = model.logits(model(inputs, cache=cache)[0, -1])[:vocab_size]
         token_id = sample_token(logits_V, temperature, top_k, top_p, generator)
         if token_id in stop_ids:
             return
@@ -79,7 +82,7 @@ def generate(
         inputs = torch.tensor([[token_id]], device=parameter.device)
 
 
-def stream_text(tokenizer: HFBBPETokenizer, ids: Iterator[int]) -> Iterator[str]:
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Pieces of text as the ids arrive; a character whose bytes are not complete yet waits for the rest."""
     seen, shown = [], ""
     for token_id in ids:
@@ -125,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     print(args.prompt, end="", flush=True)
     new_ids = generate(
         model, prompt_ids, args.max_new_tokens, frozenset([tokenizer.eod_id]), args.temperature, args.top_k,
-        args.top_p, args.seed,
+        args.top_p, args.seed, tokenizer.vocab_size,
     )  # fmt: skip
     try:
         for piece in stream_text(tokenizer, new_ids):

@@ -2,7 +2,8 @@
 
 `.bin`   a 256-byte header, then raw little-endian tokens (uint16 while the vocabulary fits, else uint32). Every
          document ends with one end-of-document token, which ordinary text can never produce.
-`.docs`  beside each `.bin`: the position of each document's first token, int64.
+`.docs`  beside each `.bin`: the position of each document's first token, int64, and where it came from: its number
+         in its file, uint64, and the file, uint32, an entry of the table of [path, what is counted] at the end.
 `.ibin`  the sample index of one set (train or valid) and one max_seq_len: which `.bin` files it maps, then one row
          (file, offset) a sample. Sample i starts at token i * max_seq_len of the concatenated files and reads
          max_seq_len + 1 tokens, so that its last input has a label; it may cross into the next file.
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ import numpy as np
 from utils.files import atomic_write, fsync_dir, sha256_of_file
 
 BIN_MAGIC, DOCS_MAGIC, INDEX_MAGIC = b"Z2ALLBIN", b"Z2ALLDOC", b"Z2ALLIDX"
-VERSION = 1
+VERSION, DOCS_VERSION = 1, 2
 SPLITS = ("train", "valid")
 MANIFEST_NAME = "pretokenize.json"
 TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin")
@@ -31,6 +33,7 @@ TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin")
 _BIN_STRUCT = struct.Struct("<8sII QQQQ d Q 8s 32s 32s")
 _BIN_HEADER_BYTES = 256
 _DOCS_STRUCT = struct.Struct("<8sIIQ32s")
+_DOCUMENT_BYTES = 8 + 8 + 4
 _INDEX_STRUCT = struct.Struct("<8sII32s")
 INDEX_ROW = np.dtype([("file", "<u4"), ("offset", "<u8")])
 
@@ -133,25 +136,42 @@ class BinWriter:
         self._file = open(self._temporary, "wb")
         self._file.write(b"\0" * _BIN_HEADER_BYTES)
         self._hash = hashlib.sha256()
-        self._starts: list[int] = []
+        self._starts, self._records, self._files = array("q"), array("Q"), array("I")
+        self._sources: dict[tuple[str, str], int] = {}
         self._num_tokens = self._text_bytes = 0
+        self._inside_document = False
 
-    def add_document(self, ids: list[int] | np.ndarray, text_bytes: int) -> None:
+    def add_document(
+        self,
+        ids: list[int] | np.ndarray,
+        text_bytes: int,
+        source: tuple[str, str] = ("", ""),
+        record: int = 0,
+        continued: bool = False,
+    ) -> None:
         """Append a document's tokens (without end-of-document token, which is added here).
 
+        Args:
+            source: the file that it came from, and what `record` counts there, such as "byte" or "row".
+            record: which document of the file it is.
+            continued: more of the same document follows in the next call.
         Raises:
             ValueError: a token is outside the vocabulary.
         """
         ids = np.asarray(ids, np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.header.vocab_size:
             raise ValueError(f"a document holds token ids outside the vocabulary of {self.header.vocab_size} entries")
-        tokens = np.empty(len(ids) + 1, self.header.dtype)
-        tokens[:-1] = ids
-        tokens[-1] = self.header.eod_id
+        tokens = np.empty(len(ids) + (not continued), self.header.dtype)
+        tokens[: len(ids)] = ids
+        tokens[len(ids) :] = self.header.eod_id
         raw = tokens.tobytes()
         self._file.write(raw)
         self._hash.update(raw)
-        self._starts.append(self._num_tokens)
+        if not self._inside_document:
+            self._starts.append(self._num_tokens)
+            self._records.append(record)
+            self._files.append(self._sources.setdefault(source, len(self._sources)))
+        self._inside_document = continued
         self._num_tokens += len(tokens)
         self._text_bytes += text_bytes
 
@@ -168,9 +188,10 @@ class BinWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        starts = np.asarray(self._starts, "<i8")
-        docs_header = _DOCS_STRUCT.pack(DOCS_MAGIC, VERSION, 0, len(starts), bytes.fromhex(header.fingerprint))
-        atomic_write(docs_path(self.path), docs_header + starts.tobytes())
+        table = json.dumps(list(self._sources), ensure_ascii=False).encode("utf-8", "surrogateescape")
+        columns = [np.asarray(self._starts, "<i8"), np.asarray(self._records, "<u8"), np.asarray(self._files, "<u4")]
+        lead = _docs_lead(header, len(table))
+        atomic_write(docs_path(self.path), b"".join([lead, *(column.tobytes() for column in columns), table]))
         os.replace(self._temporary, self.path)
         fsync_dir(self.path.parent)
         return header
@@ -194,19 +215,54 @@ def docs_path(bin_path: Path) -> Path:
     return bin_path.with_suffix(".docs")
 
 
-def read_document_starts(bin_path: Path) -> np.ndarray:
-    """Position of each document's first token in the `.bin`, int64, shape (num_documents,)."""
-    header = read_bin_header(bin_path)
-    path = docs_path(bin_path)
-    raw = path.read_bytes() if path.exists() else b""
-    expected = _DOCS_STRUCT.size + 8 * header.num_documents
-    lead = _DOCS_STRUCT.pack(DOCS_MAGIC, VERSION, 0, header.num_documents, bytes.fromhex(header.fingerprint))
-    if len(raw) != expected or not raw.startswith(lead):
+def _docs_lead(header: BinHeader, table_bytes: int) -> bytes:
+    fingerprint = bytes.fromhex(header.fingerprint)
+    return _DOCS_STRUCT.pack(DOCS_MAGIC, DOCS_VERSION, table_bytes, header.num_documents, fingerprint)
+
+
+@dataclass(frozen=True)
+class DocumentTable:
+    """Where the documents of a `.bin` lie and came from. All arrays have the shape (num_documents,)."""
+
+    starts: np.ndarray
+    """Position of the first token, int64."""
+    records: np.ndarray
+    """Number of the document in its file, uint64."""
+    files: np.ndarray
+    """Which entry of `sources`, uint32."""
+    sources: tuple[tuple[str, str], ...]
+    """(path below the corpus, what a record number counts in this file; "" if the file is the document)."""
+
+
+def read_document_table(bin_path: Path) -> DocumentTable:
+    """The `.docs` of a `.bin`, as memory maps.
+
+    Raises:
+        ValueError: missing, damaged, or of another `.bin`; the sentence says what to run.
+    """
+    header, path = read_bin_header(bin_path), docs_path(bin_path)
+    count = header.num_documents
+    columns_end = _DOCS_STRUCT.size + _DOCUMENT_BYTES * count
+    try:
+        with open(path, "rb") as file:
+            lead = file.read(_DOCS_STRUCT.size)
+            file.seek(columns_end)
+            table = file.read()
+    except FileNotFoundError:
+        lead = table = b""
+    if lead != _docs_lead(header, len(table)):
         raise ValueError(
-            f"{path} is missing or does not belong to {bin_path.name}: "
+            f"{path} is missing, damaged, or does not belong to {bin_path.name}: "
             f"delete both and run `{PRETOKENIZE_COMMAND}` again"
         )
-    return np.frombuffer(raw, "<i8", offset=_DOCS_STRUCT.size)
+    if not count:
+        return DocumentTable(np.empty(0, "<i8"), np.empty(0, "<u8"), np.empty(0, "<u4"), ())
+
+    def column(dtype: str, start: int) -> np.ndarray:
+        return np.memmap(path, dtype=dtype, mode="r", offset=_DOCS_STRUCT.size + start * count, shape=(count,))
+
+    sources = tuple((name, counts) for name, counts in json.loads(table.decode("utf-8", "surrogateescape")))
+    return DocumentTable(column("<i8", 0), column("<u8", 8), column("<u4", 16), sources)
 
 
 def index_path(data_dir: Path, split: str, max_seq_len: int) -> Path:

@@ -106,7 +106,16 @@ def main() -> int:
     for index, header in enumerate(headers):
         prompt = tokenizer.encode(header.before + header.text)[-(context - new_tokens) :]
         ids = list(
-            generate(model, prompt, new_tokens, frozenset([tokenizer.eod_id]), args.temperature, seed=index, top_k=0)
+            generate(
+                model,
+                prompt,
+                new_tokens,
+                frozenset([tokenizer.eod_id]),
+                args.temperature,
+                seed=index,
+                top_k=0,
+                vocab_size=tokenizer.vocab_size,
+            )
         )
         body = cut_body(header, tokenizer.decode(ids), finished=len(ids) < new_tokens)
         parsed = parses(header, body)

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding for so many tokens: the next multiple of 64, which matrix kernels like."""
+    return -(-vocab_size // 64) * 64
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Model. Fields bear the names of Hugging Face's llama config where it has them."""
@@ -57,7 +62,7 @@ class LlamaConfig:
         """Fill in what is 0 and check that the fields fit together.
 
         Args:
-            vocab_size: the tokenizer's, for vocab_size = 0 (0: not known yet, stays 0).
+            vocab_size: rows of the embedding, for vocab_size = 0 (0: not known yet, stays 0).
             max_seq_len: for max_position_embeddings = 0.
         Raises:
             ValueError: a combination that cannot be built.

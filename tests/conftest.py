@@ -10,6 +10,7 @@ import torch
 
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.readers import Corpus
 from demo.corpus import copy_standard_library
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -29,8 +30,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_hf_bbpe((p.read_text("utf-8") for p in sorted(corpus.iterdir())), 512, show_progress=False)
     tokenizer.save_pretrained(home / "tokenizer")
     output = home / "tokens"
-    job = Job(str(corpus), str(output), str(home / "tokenizer"), "text", 0.1)
-    pretokenize(job, num_workers=1, shard_mb=0.3, max_bad_records=0)
+    corpus = Corpus(str(corpus))
+    pretokenize(Job(corpus, str(output), str(home / "tokenizer"), valid_ratio=0.1, shard_bytes=300_000))
     build(output, SEQ_LEN)
     return output
 

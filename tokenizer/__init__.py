@@ -1,5 +1,8 @@
-"""Byte-level tokenizers, trained here, whose special tokens ordinary text can never produce."""
+"""Byte-complete tokenizers, trained here or elsewhere, whose special tokens ordinary text can never produce."""
 
-from tokenizer.hf_bbpe import HFBBPETokenizer, load_tokenizer
+from tokenizer.base import Tokenizer
+from tokenizer.hf_bbpe import HFBBPETokenizer
+from tokenizer.loading import load_tokenizer
+from tokenizer.sp_bbpe import SPBBPETokenizer
 
-__all__ = ["HFBBPETokenizer", "load_tokenizer"]
+__all__ = ["HFBBPETokenizer", "SPBBPETokenizer", "Tokenizer", "load_tokenizer"]

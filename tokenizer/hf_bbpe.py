@@ -1,4 +1,4 @@
-"""Byte-level BPE on the `tokenizers` library.
+"""Byte-level BPE on the `tokenizers` library; also any other byte-complete BPE in a Hugging Face folder.
 
 The folder that `save_pretrained` writes is a Hugging Face tokenizer: `AutoTokenizer.from_pretrained(folder)` gives the
 same ids for any text without control strings. For text that spells one out, such as "<|im_end|>", AutoTokenizer
@@ -11,121 +11,143 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
 
+from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
 from utils.files import atomic_write
 
-END_OF_DOCUMENT = "<|endoftext|>"
-SPECIAL_TOKENS = (END_OF_DOCUMENT, "<|pad|>", "<|im_start|>", "<|im_end|>")
-
-# Words with at most one leading non-letter; up to three digits; punctuation with its line ends; line ends with the
-# blank before them; blanks, of which the last stays with the word that follows. After the scheme of GPT-2
-# (Radford et al., 2019) with the changes for code of later models.
-_SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
-class HFBBPETokenizer:
-    """A trained tokenizer. `vocab_size` counts the special tokens, which have the last ids."""
+def split_pattern(max_digits: int = 3, max_han: int = 0) -> str:
+    """The regular expression whose matches are merged each by itself, after the scheme of GPT-2 (Radford et al., 2019)
+    with the changes for code of later models.
 
-    def __init__(self, definition: str):
-        """`definition` is the content of a `tokenizer.json`."""
-        self._definition = json.loads(definition)
-        if not _is_byte_level_bpe(self._definition):
-            raise ValueError("only byte-level BPE without other added tokens can be used")
-        self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in self._definition["added_tokens"]}
-        if END_OF_DOCUMENT not in self.special_ids:
-            raise ValueError(f"it has no {END_OF_DOCUMENT} token")
-        # Without its added tokens, the library treats the control strings as ordinary text.
-        self._plain = Tokenizer.from_str(json.dumps({**self._definition, "added_tokens": []}))
-        self._special_texts = {token_id: text for text, token_id in self.special_ids.items()}
-        self.vocab_size = max([*self.special_ids.values(), self._plain.get_vocab_size() - 1]) + 1
+    Words with at most one leading character that is none of a word; digits in groups; punctuation with its line ends;
+    line ends with the blanks before them; blanks, of which the last stays with the word that follows.
+
+    Args:
+        max_digits: of a group.
+        max_han: Chinese characters of a group, apart from other letters; 0 for words of any letters and any length.
+    """
+    letters = r"[\p{L}\p{M}]"
+    han = ""
+    if max_han:
+        letters = r"[\p{L}\p{M}&&[^\p{Han}]]"
+        han = rf"\p{{Han}}{{1,{max_han}}}|"
+    return (
+        rf"{han}[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{{1,{max_digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+class HFBBPETokenizer(Tokenizer):
+    """A `tokenizer.json`. Of the tokenizers trained here the special tokens have the last ids."""
+
+    def __init__(self, definition: str, config: dict | None = None):
+        """
+        Args:
+            definition: content of a `tokenizer.json`.
+            config: content of its `tokenizer_config.json`; kept, and asked for the end-of-document token.
+        Raises:
+            ValueError: of a kind that this class cannot stand for.
+        """
+        self._definition, self._config = json.loads(definition), config
+        self._spelling = _byte_spelling(self._definition)
+        added = self._definition["added_tokens"]
+        self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
+        self.eod_id = self.special_ids[_end_of_document(self.special_ids, config or {})]
+        self._plain = _without_special_tokens(self._definition, self.special_ids)
+        self.vocab_size = max([*self.special_ids.values(), *self._plain.get_vocab().values()]) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
-        self.fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
 
-    @property
-    def eod_id(self) -> int:
-        return self.special_ids[END_OF_DOCUMENT]
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
+        """See the base class; the library takes its number of threads from RAYON_NUM_THREADS instead."""
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of the ids; bytes that are no UTF-8 yet become U+FFFD."""
-        parts, plain = [], []
-        for token_id in ids:
-            if token_id in self._special_texts:
-                parts.append(self._plain.decode(plain))
-                plain = []
-                if not skip_special_tokens:
-                    parts.append(self._special_texts[token_id])
-            else:
-                plain.append(token_id)
-        return "".join([*parts, self._plain.decode(plain)])
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self._plain.decode(ids, skip_special_tokens=False)
 
     def token_byte_lengths(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens. For losses per byte of text."""
         lengths = [0] * self.vocab_size
-        for token, token_id in self._plain.get_vocab().items():
-            if token_id not in self._special_texts:
-                # Byte-level BPE spells every byte as one character.
+        for token, token_id in LibraryTokenizer.from_str(_model_only(self._plain)).get_vocab().items():
+            if self._spelling == "byte level":
+                # Every byte is spelt as one character.
                 lengths[token_id] = len(token)
+            else:
+                lengths[token_id] = 1 if token in _BYTE_PIECES else len(token.replace("▁", " ").encode("utf-8"))
+        for token in self._definition["added_tokens"]:
+            lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode("utf-8"))
         return lengths
 
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_DOCUMENT,
-            "bos_token": END_OF_DOCUMENT,
-            "pad_token": "<|pad|>" if "<|pad|>" in self.special_ids else END_OF_DOCUMENT,
-            "additional_special_tokens": [t for t in self.special_ids if t not in (END_OF_DOCUMENT, "<|pad|>")],
-            "clean_up_tokenization_spaces": False,
-        }
+        config = self._config or hugging_face_config(self.special_ids)
         atomic_write(directory / "tokenizer.json", json.dumps(self._definition, ensure_ascii=False).encode())
-        atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
+        atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
 
 
-def _is_byte_level_bpe(definition: object) -> bool:
-    """Whether a `tokenizer.json` is of the kind that this class can stand for."""
-    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
-        return False
-    model, added = definition["model"], definition.get("added_tokens")
-    return (
-        model.get("type") == "BPE"
-        and "merges" in model
-        and '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer"))
-        and isinstance(added, list)
-        and all(token.get("special") for token in added)
-    )
-
-
-def load_tokenizer(directory: str | Path) -> HFBBPETokenizer:
-    """Load a tokenizer folder.
+def _byte_spelling(definition: object) -> str:
+    """How a `tokenizer.json` spells bytes: "byte level", or "byte pieces" for what it does not know.
 
     Raises:
-        ValueError: no tokenizer there, or not one of a kind that can be used.
+        ValueError: it is no BPE, or some texts have no ids under it.
     """
-    path = Path(directory) / "tokenizer.json"
-    if not path.exists():
-        raise ValueError(
-            f"{directory} holds no tokenizer.json: train one with "
-            f"`python -m tokenizer.train_tokenizer --data_dir D --output_dir {directory}`"
-        )
-    try:
-        return HFBBPETokenizer(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be used ({error}): train one with `python -m tokenizer.train_tokenizer`"
-        ) from None
+    model = definition.get("model") if isinstance(definition, dict) else None
+    if not isinstance(model, dict) or model.get("type") != "BPE" or "merges" not in model:
+        raise ValueError("only BPE can be used")
+    if not isinstance(definition.get("added_tokens"), list):
+        raise ValueError("it has no list of added tokens")
+    if '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer")):
+        return "byte level"
+    if model.get("byte_fallback") and _BYTE_PIECES <= set(model["vocab"]):
+        return "byte pieces"
+    raise ValueError("it is neither byte-level nor falls back to bytes, so some texts would be lost")
 
 
-def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = True) -> HFBBPETokenizer:
+def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
+    """The special token that ends a document: <|endoftext|>, or what the configuration calls the end of a sequence."""
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    for token in (END_OF_DOCUMENT, eos):
+        if token in special_ids:
+            return token
+    raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
+
+
+def _without_special_tokens(definition: dict, special_ids: dict[str, int]) -> LibraryTokenizer:
+    """The library's tokenizer, to which control strings are ordinary text."""
+    model = definition["model"]
+    vocab = {token: token_id for token, token_id in model["vocab"].items() if token not in special_ids}
+    ordinary = [token for token in definition["added_tokens"] if not token["special"]]
+    unknown = model.get("unk_token")
+    plain = {
+        **definition,
+        "added_tokens": ordinary,
+        "post_processor": None,
+        # Whatever the text, there is a byte for it.
+        "model": {**model, "vocab": vocab, "unk_token": unknown if unknown in vocab else None},
+    }
+    return LibraryTokenizer.from_str(json.dumps(plain))
+
+
+def _model_only(tokenizer: LibraryTokenizer) -> str:
+    return json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []})
+
+
+def train_hf_bbpe(
+    texts: Iterable[str], vocab_size: int, show_progress: bool = True, max_digits: int = 3, max_han: int = 0
+) -> HFBBPETokenizer:
     """Train byte-level BPE (Sennrich et al., 2016, on bytes) with `vocab_size` entries, special tokens included.
 
+    Args:
+        max_digits, max_han: see `split_pattern`.
     Raises:
         ValueError: the vocabulary is too small, or the text too little to fill it.
     """
@@ -134,10 +156,10 @@ def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
         raise ValueError(
             f"--vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = LibraryTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split_pattern(max_digits, max_han)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -155,4 +177,15 @@ def train_hf_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
         raise ValueError(f"the corpus yields only {entries} entries: use more text or a smaller --vocab_size{hint}")
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return HFBBPETokenizer(tokenizer.to_str())
+    return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS))
+
+
+def load_hf_bbpe(directory: Path) -> HFBBPETokenizer:
+    """Read a folder with a `tokenizer.json`.
+
+    Raises:
+        ValueError: of a kind that cannot be used.
+    """
+    config_path = directory / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
+    return HFBBPETokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), config)

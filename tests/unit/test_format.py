@@ -18,7 +18,7 @@ from dataset.format import (
     index_path,
     map_tokens,
     read_bin_header,
-    read_document_starts,
+    read_document_table,
     read_index,
     token_dtype,
     write_index,
@@ -86,7 +86,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int):
     assert path.read_bytes()[:8] == BIN_MAGIC and path.stat().st_size == HEADER_BYTES + tokens.nbytes
 
     lengths = [len(document) + 1 for document in documents]
-    assert read_document_starts(path).tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+    assert read_document_table(path).starts.tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
 
 
 def test_header_fields(tmp_path: Path):
@@ -111,7 +111,7 @@ def test_fingerprint_tells_contents_apart(tmp_path: Path):
 def test_empty_file_can_be_read(tmp_path: Path):
     written = write_bin(tmp_path / "train-x.bin", [])
     assert len(map_tokens(tmp_path / "train-x.bin", written)) == 0
-    assert len(read_document_starts(tmp_path / "train-x.bin")) == 0
+    assert len(read_document_table(tmp_path / "train-x.bin").starts) == 0
 
 
 @pytest.mark.parametrize("as_array", [False, True])
@@ -195,7 +195,7 @@ def test_damaged_bin_is_refused(tmp_path: Path, how: str):
     damage(path, how)
     for read in (
         lambda: read_bin_header(path),
-        lambda: read_document_starts(path),
+        lambda: read_document_table(path).starts,
         lambda: write_index(tmp_path, "train", 16, ["train-0.bin"]),
         lambda: PretrainDataset(tmp_path, "train", 16),
     ):
@@ -218,7 +218,7 @@ def test_flipped_bin_header_is_refused(tmp_path: Path, mask: int):
     accepted, complaints = [], {}
     for position in range(_FIELD_BYTES):
         flip(path, position, mask)
-        for read in (lambda: read_document_starts(path), lambda: PretrainDataset(tmp_path, "train", 16)):
+        for read in (lambda: read_document_table(path).starts, lambda: PretrainDataset(tmp_path, "train", 16)):
             try:
                 read()
             except Exception as error:
@@ -263,14 +263,14 @@ def test_damaged_docs_are_refused(tmp_path: Path):
     for how, raw in damaged.items():
         docs_path(path).write_bytes(raw)
         try:
-            read_document_starts(path)
+            read_document_table(path)
         except ValueError as error:
             assert complaint_about(error, str(docs_path(path))) is None, how
         else:
             accepted.append(how)
     docs_path(path).unlink()
     with pytest.raises(ValueError) as caught:
-        read_document_starts(path)
+        read_document_table(path)
     assert complaint_about(caught.value, str(docs_path(path))) is None
     assert accepted == []
 

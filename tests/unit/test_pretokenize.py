@@ -17,7 +17,7 @@ import pytest
 from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data
 from data_preprocess.pretokenize_pretrain_data import Job, is_valid_document, pretokenize
 from data_preprocess.readers import BadRecords, Piece, list_inputs, plan_units, read_documents
-from dataset.format import map_tokens, read_bin_header, read_document_starts, read_index
+from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
 from tokenizer import HFBBPETokenizer, load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -87,7 +87,7 @@ def read_set(output: Path, split: str) -> list[list[int]]:
     documents = []
     for name in json.loads((output / "pretokenize.json").read_text())["shards"][split]:
         header = read_bin_header(output / name)
-        tokens, starts = map_tokens(output / name, header).tolist(), read_document_starts(output / name).tolist()
+        tokens, starts = map_tokens(output / name, header).tolist(), read_document_table(output / name).starts.tolist()
         assert header.split == split and starts[0] == 0
         for start, end in zip(starts, [*starts[1:], len(tokens)]):
             assert tokens[end - 1] == header.eod_id and header.eod_id not in tokens[start : end - 1]

@@ -14,6 +14,7 @@ import generate
 import train_my_ddp
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.readers import Corpus
 from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
@@ -263,7 +264,7 @@ def test_other_data_must_be_tokenized_alike(tiny_run: list[str], data_dir: Path,
         (corpus / f"{number}.txt").write_text(f"text {number} " * 50)
     tokenizer = train_hf_bbpe([p.read_text() for p in corpus.iterdir()], 270, show_progress=False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    pretokenize(Job(str(corpus), str(tmp_path / "other"), str(tmp_path / "tokenizer"), "text", 0.3), 1, 1.0, 0)
+    pretokenize(Job(Corpus(str(corpus)), str(tmp_path / "other"), str(tmp_path / "tokenizer"), valid_ratio=0.3))
     build(tmp_path / "other", SEQ_LEN)
     capsys.readouterr()
     more = ["--resume", "--restart_data", "--max_iters=5", f"--data_dir={tmp_path / 'other'}"]

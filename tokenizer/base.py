@@ -1,0 +1,74 @@
+"""What every tokenizer offers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
+SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, "<|im_start|>", "<|im_end|>")
+"""Of the tokenizers trained here."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Special tokens enter a sequence by id only: text that spells one out stays text."""
+
+    special_ids: dict[str, int]
+    """Special token -> id."""
+    vocab_size: int
+    """Entries, special tokens included: one more than the largest id."""
+    eod_id: int
+    """Id of the token that ends a document."""
+    fingerprint: str
+    """Hex sha256 of all that decides which ids a text gets."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills short rows; the end of a document where there is no token of its own."""
+        return self.special_ids.get(PAD, self.eod_id)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.encode_batch([text], num_threads=1)[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
+        """Ids of several texts. `num_threads`: 0 for as many as there are cores."""
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        special_texts = {token_id: text for text, token_id in self.special_ids.items()}
+        parts: list[str] = []
+        plain: list[int] = []
+        for token_id in ids:
+            if token_id in special_texts:
+                parts.append(self._decode_plain(plain))
+                plain = []
+                if not skip_special_tokens:
+                    parts.append(special_texts[token_id])
+            else:
+                plain.append(token_id)
+        return "".join([*parts, self._decode_plain(plain)])
+
+    @abstractmethod
+    def _decode_plain(self, ids: list[int]) -> str:
+        """Text of ids that are no special tokens."""
+
+    @abstractmethod
+    def token_byte_lengths(self) -> list[int]:
+        """How many bytes of text each id stands for; 0 for special tokens. For losses per byte of text."""
+
+    @abstractmethod
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read."""
+
+
+def hugging_face_config(special_tokens: Iterable[str]) -> dict:
+    """`tokenizer_config.json` of a tokenizer trained here."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "bos_token": END_OF_DOCUMENT,
+        "pad_token": PAD,
+        "additional_special_tokens": [t for t in special_tokens if t not in (END_OF_DOCUMENT, PAD)],
+        "clean_up_tokenization_spaces": False,
+    }
