@@ -332,8 +332,8 @@ class Trainer:
             parent_ckpt=str(self.resumed_from.name) if self.resumed_from else None,
             world_size=context.world_size,
             dtype=dtype,
-            seed=config.run.seed,
-            data=self.train_data.fingerprint,
+            **self._stream(),
+            global_batch_size=derived["global_batch_size"],
             changed=changed,
         )
 

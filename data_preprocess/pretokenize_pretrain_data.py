@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,12 +40,14 @@ from data_preprocess.readers import (
     place,
     read_unit,
 )
-from dataset.format import MANIFEST_NAME, SPLITS, BinHeader, BinWriter, read_bin_header, read_document_table
+from data_preprocess.shards import PartWriter, check_sets, print_summary, remove_leftovers, replace_manifest
+from dataset.format import SPLITS, read_document_table
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write_json
 
 _ENCODE_BATCH_CHARACTERS = 1 << 20
 _UNITS_DIR = ".pretokenize"
+_SECONDS_A_LINE = 30.0
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Enc
     output, bad = Path(job.output_dir), BadRecords()
     items = text_bytes = 0
     is_last, split = True, ""
-    with ExitStack() as stack:
-        writers: dict[str, BinWriter] = {}
+    with PartWriter(output, name, tokenizer, job.valid_ratio) as shards:
         for item, ids in encoded:
             items += 1
             if isinstance(item, BadRecord):
@@ -181,28 +181,19 @@ def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Enc
                 continue
             # Else it goes on with the document of the item before.
             split = split or ("valid" if is_valid_document(item.text, job.valid_ratio) else "train")
-            if split not in writers:
-                header = BinHeader(
-                    vocab_size=tokenizer.vocab_size, eod_id=tokenizer.eod_id, split=split,
-                    tokenizer_fingerprint=tokenizer.fingerprint, valid_ratio=job.valid_ratio,
-                )  # fmt: skip
-                writers[split] = stack.enter_context(BinWriter(output / f"{split}-{name}.bin", header))
             num_bytes = len(item.text.encode("utf-8"))
-            writers[split].add_document(ids, num_bytes, (item.path, item.counts), item.record, item.continued)
+            shards.add_document(split, ids, num_bytes, (item.path, item.counts), item.record, item.continued)
             text_bytes += num_bytes
             if not item.continued:
                 split = ""
                 if text_bytes >= job.shard_bytes:
                     is_last = False
                     break
-    headers = {split: read_bin_header(output / f"{split}-{name}.bin") for split in SPLITS if split in writers}
     record = PartRecord(
-        shards={split: f"{split}-{name}.bin" for split in headers},
+        shards=shards.names,
         items=items,
         is_last=is_last,
-        documents=sum(header.num_documents for header in headers.values()),
-        tokens=sum(header.num_tokens for header in headers.values()),
-        text_bytes=sum(header.text_bytes for header in headers.values()),
+        **shards.totals(),
         bad_records=bad.count,
         bad_examples=bad.examples,
     )
@@ -296,19 +287,20 @@ def _process_units(job: Job, units: list[Unit], num_workers: int) -> list[PartRe
 
 
 class _Progress:
-    """MB, MB/s and time left: a bar on a terminal, else a line every half minute."""
+    """MB, MB/s and time left: a bar on a terminal, else a line every half minute, at the rate since the line before
+    (what an earlier run completed goes by in a moment)."""
 
     def __init__(self, total_bytes: int):
-        self._total, self._start, self._next_line = total_bytes, time.monotonic(), 30.0
+        self._total, self._last_time, self._last_bytes = total_bytes, time.monotonic(), 0
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
 
     def show(self, done_bytes: int) -> None:
         done_bytes = min(done_bytes, self._total)
         self._bar.update(done_bytes - self._bar.n)
-        seconds = time.monotonic() - self._start
-        if self._bar.disable and seconds >= self._next_line and done_bytes:
-            self._next_line = seconds + 30.0
-            rate = done_bytes / seconds
+        now = time.monotonic()
+        if self._bar.disable and now - self._last_time >= _SECONDS_A_LINE and done_bytes > self._last_bytes:
+            rate = (done_bytes - self._last_bytes) / (now - self._last_time)
+            self._last_time, self._last_bytes = now, done_bytes
             print(
                 f"tokenizing: {done_bytes / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
                 f"{(self._total - done_bytes) / rate / 60:.0f} min left",
@@ -317,17 +309,6 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Delete the temporary files of runs that were killed; another run's, still alive, are left alone."""
-    for path in [*directory.glob("*.tmp-*"), *(directory / _UNITS_DIR).glob("*.tmp-*")]:
-        try:
-            os.kill(int(path.name.rpartition("-")[2]), 0)
-        except (ValueError, ProcessLookupError):
-            path.unlink(missing_ok=True)
-        except PermissionError:
-            continue
 
 
 def pretokenize(job: Job, num_workers: int = 1) -> dict:
@@ -347,7 +328,7 @@ def pretokenize(job: Job, num_workers: int = 1) -> dict:
         print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
     tokenizer = load_tokenizer(job.tokenizer_dir)
     (output / _UNITS_DIR).mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
+    remove_leftovers(output, output / _UNITS_DIR)
     records = _process_units(job, units, num_workers)
 
     documents = sum(record.documents for record in records)
@@ -368,36 +349,6 @@ def pretokenize(job: Job, num_workers: int = 1) -> dict:
     }
     replace_manifest(output, manifest)
     return manifest
-
-
-def check_sets(shards: dict[str, list[str]], documents: int, valid_ratio: float) -> None:
-    """Raise ValueError if a set that should hold documents got none."""
-    if valid_ratio > 0 and not shards["valid"]:
-        raise ValueError(
-            f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
-            f"{valid_ratio}, or 0 to go without"
-        )
-    if not shards["train"]:
-        raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")
-
-
-def replace_manifest(output: Path, manifest: dict) -> None:
-    """Write the manifest. Indexes of other shards than it lists go: training must not read old data through them."""
-    path = output / MANIFEST_NAME
-    old = json.loads(path.read_text()) if path.exists() else manifest
-    if old.get("shards") != manifest["shards"]:
-        for index in output.glob("*.ibin"):
-            print(f"removed {index.name}, the index of earlier shards: build it again", file=sys.stderr)
-            index.unlink()
-    atomic_write_json(path, manifest)
-    listed = {name for names in manifest["shards"].values() for name in names}
-    unlisted = sorted(p.name for p in output.glob("*.bin") if p.name not in listed)
-    if unlisted:
-        print(
-            f"{len(unlisted)} shards of earlier runs are not part of this data and may be deleted, for example "
-            f"{unlisted[0]}",
-            file=sys.stderr,
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -440,20 +391,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print_summary(manifest, time.monotonic() - started)
     return 0
-
-
-def print_summary(manifest: dict, seconds: float) -> None:
-    shown = manifest["bad_examples"][:10]
-    for example in shown:
-        print(f"skipped {example}", file=sys.stderr)
-    if manifest["bad_records"] > len(shown):
-        print(f"and {manifest['bad_records'] - len(shown)} more, see {MANIFEST_NAME}", file=sys.stderr)
-    print(
-        f"{manifest['documents']:,} documents, {manifest['text_bytes'] / 1e6:.1f} MB -> {manifest['tokens']:,} tokens "
-        f"({manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token) in "
-        f"{len(manifest['shards']['train'])} train and {len(manifest['shards']['valid'])} valid shards; "
-        f"{manifest['bad_records']} records skipped; {manifest['text_bytes'] / 1e6 / seconds:.1f} MB/s"
-    )
 
 
 if __name__ == "__main__":

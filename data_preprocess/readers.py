@@ -583,8 +583,7 @@ def _content_sha256(path: Path, piece: Piece) -> str:
         ]
         starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
         end = max(start + chunk.total_compressed_size for start, chunk in zip(starts, chunks))
-        schema = hashlib.sha256(str(metadata.schema).encode()).hexdigest()
-        return sha256_of_file(path, min(starts), end) + schema
+        return sha256_of_file(path, min(starts), end) + str(metadata.schema.to_arrow_schema())
     if kind in JSON_SUFFIXES and not compressed:
         # Also the byte before, and the last line to its end.
         return sha256_of_file(path, max(piece.start - 1, 0), _end_of_line(path, piece.end))

@@ -194,6 +194,7 @@ class BinWriter:
         atomic_write(docs_path(self.path), b"".join([lead, *(column.tobytes() for column in columns), table]))
         os.replace(self._temporary, self.path)
         fsync_dir(self.path.parent)
+        self.header = header
         return header
 
     def discard(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from dataset.order import sample_at
 
 Batch = dict[str, torch.Tensor]
+_ORDER_BLOCK = 4096
 
 
 class Dataset(Protocol):
@@ -69,6 +70,7 @@ class TrainLoader:
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
         self.rank, self.world_size = rank, world_size
         self._next_position = first_position
+        self._block_start, self._block = first_position, np.empty(0, np.int64)
         self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
         self._pending: deque[Future[Step]] = deque()
         self._depth = 2 * num_workers
@@ -78,27 +80,34 @@ class TrainLoader:
 
     def __next__(self) -> Step:
         if self._pool is None:
-            return self._read_step(self._advance())
+            return self._read_step(*self._advance())
         while len(self._pending) < self._depth:
-            self._pending.append(self._pool.submit(self._read_step, self._advance()))
+            self._pending.append(self._pool.submit(self._read_step, *self._advance()))
         return self._pending.popleft().result()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _advance(self) -> int:
-        first = self._next_position
-        self._next_position += self.micro_batch_size * self.accumulation_steps
-        return first
+    def _advance(self) -> tuple[int, np.ndarray]:
+        """First position of the next step, and the sample ids of its whole global batch."""
+        first, size = self._next_position, self.micro_batch_size * self.accumulation_steps
+        self._next_position += size
+        begin = first - self._block_start
+        if begin + size > len(self._block):
+            # Many at once: for a few, the order costs more than reading them.
+            positions = first + np.arange(max(size, _ORDER_BLOCK), dtype=np.int64)
+            self._block_start, self._block = first, sample_at(self.seed, positions, len(self.dataset))
+            begin = 0
+        return first, self._block[begin : begin + size]
 
-    def _read_step(self, first: int) -> Step:
+    def _read_step(self, first: int, sample_ids: np.ndarray) -> Step:
         size = self.micro_batch_size
         micro_batches = []
         for index in range(self.rank, self.accumulation_steps, self.world_size):
-            positions = first + index * size + np.arange(size, dtype=np.int64)
-            batch = self.dataset.collate(sample_at(self.seed, positions, len(self.dataset)))
-            batch["row_ids"] = torch.from_numpy(positions)
+            within = index * size + np.arange(size, dtype=np.int64)
+            batch = self.dataset.collate(sample_ids[within])
+            batch["row_ids"] = torch.from_numpy(first + within)
             if self.pin_memory:
                 batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             micro_batches.append(batch)
@@ -130,12 +139,22 @@ def validation_batches(
 
 
 def batch_digest(batch: Batch) -> int:
-    """64-bit digest of what a micro-batch really holds: the sum, modulo 2**64, over its rows of
-    blake2b(sample id, input tokens as little-endian uint32). A sum, so that it does not depend on how rows were
-    spread over micro-batches and ranks, yet a row used twice or left out changes it.
+    """64-bit digest of what a micro-batch really holds."""
+    return rows_digest(batch["sample_ids"].numpy(), batch["input_ids"].numpy())
+
+
+def rows_digest(sample_ids: np.ndarray, tokens: np.ndarray) -> int:
+    """64-bit digest of rows: the sum, modulo 2**64, of blake2b(sample id, input tokens as little-endian uint32).
+
+    A sum, so that it does not depend on how rows were spread over micro-batches and ranks, yet a row used twice or left
+    out changes it.
+
+    Args:
+        sample_ids: (B,)
+        tokens: (B, T)
     """
     total = 0
-    for sample_id, tokens in zip(batch["sample_ids"].numpy(), batch["input_ids"].numpy()):
-        content = sample_id.astype("<i8").tobytes() + tokens.astype("<u4").tobytes()
+    for sample_id, row in zip(sample_ids, tokens):
+        content = sample_id.astype("<i8").tobytes() + row.astype("<u4").tobytes()
         total += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
     return total % (1 << 64)

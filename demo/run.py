@@ -75,6 +75,7 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
         ("index: .bin -> .ibin",
          ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
           "--max_seq_len", "256"]),
+        ("look at the data", ["python", "-m", "dataset.inspect", data]),
     ]  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def main() -> int:
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
             train, ROOT / run_dir, args.max_iters // 2, args.nproc)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
+        ("audit: no sample lost or repeated", lambda: run(["python", "-m", "dataset.audit", run_dir])),
         ("complete held-out functions", lambda: run(
             ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
              "--output", str(score)])),

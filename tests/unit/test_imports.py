@@ -20,6 +20,8 @@ ALLOWED = {
     "tokenizer": {"utils", "data_preprocess.readers"},
     "data_preprocess": {"utils", "dataset.format", "tokenizer"},
 }
+# A command that decodes for the reader's eyes; nothing imports it.
+ALLOWED_TO_FILE = {"dataset/inspect.py": {"tokenizer"}}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -38,8 +40,9 @@ def test_a_package_imports_only_what_it_may(package: str):
     files = [ROOT / f"{package}.py"] if (ROOT / f"{package}.py").exists() else sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
+        may = ALLOWED[package] | {package} | ALLOWED_TO_FILE.get(path.relative_to(ROOT).as_posix(), set())
         for name in imports_of(path):
-            allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[package] | {package})
+            allowed = any(name == a or name.startswith(f"{a}.") for a in may)
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 

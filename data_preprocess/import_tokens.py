@@ -1,0 +1,243 @@
+"""Take over tokens that another program has already made -> `.bin` shards (format: dataset/format.py).
+
+    python -m data_preprocess.import_tokens --format nanogpt --input train.bin --valid_input val.bin \\
+        --tokenizer_dir T --output_dir O
+
+    format     its files                                               documents
+    nanogpt    .bin of uint16 without a header                         end with the tokenizer's end of document
+    llama2c    .bin of uint16 without a header                         begin with the token BOS
+    megatron   .bin and .idx (version 1), named with or without .bin   as the .idx says
+
+The tokenizer must be the one that made them: its folder comes from Hugging Face, or was trained here. The token that a
+file has at the end of a document, or the BOS at its beginning, is not taken twice. Without --valid_input, documents go
+to the validation set by the hash of their tokens.
+"""
+
+import argparse
+import hashlib
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_preprocess.shards import PartWriter, check_sets, print_summary, remove_leftovers, replace_manifest
+from dataset.format import SPLITS
+from tokenizer import Tokenizer, load_tokenizer
+from utils.files import sha256_of_file
+
+_MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Tokens of a foreign file, and where its documents are."""
+
+    path: Path
+    tokens: np.ndarray
+    bounds: np.ndarray
+    """(documents + 1,) int64: document i is tokens[bounds[i] : bounds[i + 1]]."""
+
+
+def open_nanogpt(path: Path, eod_id: int) -> TokenFile:
+    """Raw uint16; a document ends with `eod_id`."""
+    tokens = _raw_uint16(path)
+    ends = _positions(tokens, eod_id) + 1
+    if not len(ends):
+        raise ValueError(f"{path} holds no end-of-document token {eod_id}: is --tokenizer_dir the one that made it?")
+    return TokenFile(path, tokens, np.unique(np.concatenate([[0], ends, [len(tokens)]])))
+
+
+def open_llama2c(path: Path, bos_id: int) -> TokenFile:
+    """Raw uint16; a document begins with `bos_id`."""
+    tokens = _raw_uint16(path)
+    begins = _positions(tokens, bos_id)
+    if not len(begins):
+        raise ValueError(f"{path} holds no token {bos_id} to begin a document with: choose it with --bos_id")
+    return TokenFile(path, tokens, np.unique(np.concatenate([[0], begins, [len(tokens)]])))
+
+
+def open_megatron(path: Path) -> TokenFile:
+    """Megatron-LM's indexed dataset: the .idx holds the tokens' type, the length and the byte of each sequence, and at
+    which sequence each document begins.
+
+    Raises:
+        ValueError: no such pair of files, or damaged.
+    """
+    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    bin_path, idx_path = stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+    raw = idx_path.read_bytes()
+    if raw[:9] != _MEGATRON_MAGIC or len(raw) < 34 or int.from_bytes(raw[9:17], "little") != 1:
+        raise ValueError(f"{idx_path} is not a Megatron index of version 1")
+    sequences, boundaries = (int.from_bytes(raw[start : start + 8], "little") for start in (18, 26))
+    dtype = _MEGATRON_DTYPES.get(raw[17])
+    size_of_index = 34 + 12 * sequences + 8 * boundaries
+    if dtype is None or len(raw) < size_of_index or boundaries < 1:
+        raise ValueError(f"{idx_path} is damaged")
+    lengths = np.frombuffer(raw, "<i4", sequences, 34).astype(np.int64)
+    pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
+    first_sequences = np.frombuffer(raw, "<i8", boundaries, 34 + 12 * sequences)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    item = np.dtype(dtype).itemsize
+    if bin_path.stat().st_size != starts[-1] * item or not np.array_equal(pointers, starts[:-1] * item):
+        raise ValueError(f"{bin_path} does not hold what {idx_path.name} says: sequences one after another")
+    if first_sequences[0] != 0 or first_sequences[-1] != sequences or (np.diff(first_sequences) < 0).any():
+        raise ValueError(f"{idx_path} is damaged: its documents are out of order")
+    tokens = np.memmap(bin_path, dtype=dtype, mode="r") if starts[-1] else np.empty(0, dtype)
+    return TokenFile(bin_path, tokens, np.unique(starts[first_sequences]))
+
+
+def _raw_uint16(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    if not size or size % 2:
+        raise ValueError(f"{path} holds {size} bytes, which are no uint16 tokens")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def _positions(tokens: np.ndarray, token_id: int) -> np.ndarray:
+    """Where a token stands, int64; a large file is looked through in parts."""
+    parts = [
+        np.flatnonzero(tokens[start : start + _SCAN_TOKENS] == token_id) + start
+        for start in range(0, len(tokens), _SCAN_TOKENS)
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def documents_of(file: TokenFile, eod_id: int, bos_id: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    """(position of its first token, ids) of each document that is not empty, without what only marks its ends."""
+    for begin, end in itertools.pairwise(file.bounds.tolist()):
+        ids = np.asarray(file.tokens[begin:end], np.int64)
+        if len(ids) and bos_id is not None and ids[0] == bos_id:
+            ids = ids[1:]
+        if len(ids) and ids[-1] == eod_id:
+            ids = ids[:-1]
+        if len(ids):
+            yield begin, ids
+
+
+def import_tokens(
+    inputs: dict[str, list[TokenFile]], tokenizer: Tokenizer, output: Path, valid_ratio: float, shard_tokens: int,
+    bos_id: int | None,
+) -> dict:  # fmt: skip
+    """Write shards and their manifest.
+
+    Args:
+        inputs: "train" and "valid", or "train" alone to hold out a share of the documents.
+        shard_tokens: tokens after which a shard ends.
+    Raises:
+        ValueError: tokens outside the vocabulary, special ones inside a document, or a set without documents.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    parts = []
+    for split, files in inputs.items():
+        for file in files:
+            documents = _checked(documents_of(file, tokenizer.eod_id, bos_id), file, tokenizer)
+            options = f"{sha256_of_file(file.path)} {tokenizer.fingerprint} {split} {valid_ratio} {shard_tokens}"
+            name = hashlib.sha256(options.encode()).hexdigest()[:16]
+            for number, part in enumerate(_parts(documents, shard_tokens)):
+                with PartWriter(output, f"{name}-{number}", tokenizer, valid_ratio) as shards:
+                    for begin, ids, text_bytes in part:
+                        chosen = split if inputs.get("valid") else _set_of(ids, valid_ratio)
+                        shards.add_document(chosen, ids, text_bytes, (file.path.name, "token"), begin)
+                parts.append(shards)
+    shards = {split: [part.names[split] for part in parts if split in part.names] for split in SPLITS}
+    totals = {key: sum(part.totals()[key] for part in parts) for key in ("documents", "tokens", "text_bytes")}
+    check_sets(shards, totals["documents"], valid_ratio)
+    tokenizer.save_pretrained(output / "tokenizer")
+    manifest = {
+        "shards": shards, "valid_ratio": valid_ratio, "tokenizer_fingerprint": tokenizer.fingerprint, **totals,
+        "bad_records": 0, "bad_examples": [],
+    }  # fmt: skip
+    replace_manifest(output, manifest)
+    return manifest
+
+
+CheckedDocument = tuple[int, np.ndarray, int]
+
+
+def _checked(
+    documents: Iterator[tuple[int, np.ndarray]], file: TokenFile, tokenizer: Tokenizer
+) -> Iterator[CheckedDocument]:
+    """(position, ids, bytes of its text) of each document, all of whose ids stand for text."""
+    lengths = np.array(tokenizer.token_byte_lengths())
+    special = np.zeros(tokenizer.vocab_size, bool)
+    special[list(tokenizer.special_ids.values())] = True
+    for begin, ids in documents:
+        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size or special[ids].any():
+            raise ValueError(
+                f"{file.path}, document at token {begin}: holds ids that are special or outside the tokenizer's "
+                f"{tokenizer.vocab_size} entries: is --tokenizer_dir the one that made it?"
+            )
+        yield begin, ids, int(lengths[ids].sum())
+
+
+def _parts(documents: Iterator[CheckedDocument], shard_tokens: int) -> Iterator[Iterator[CheckedDocument]]:
+    """The documents in parts that end once they hold `shard_tokens`. Use up each part before the next."""
+
+    def part(first: CheckedDocument) -> Iterator[CheckedDocument]:
+        tokens = 0
+        for document in itertools.chain([first], documents):
+            yield document
+            tokens += len(document[1]) + 1
+            if tokens >= shard_tokens:
+                return
+
+    while (first := next(documents, None)) is not None:
+        yield part(first)
+
+
+def _set_of(ids: np.ndarray, valid_ratio: float) -> str:
+    digest = hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest()
+    return "valid" if int.from_bytes(digest, "little") < valid_ratio * 2.0**64 else "train"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_preprocess.import_tokens", description="Take over token files of other programs."
+    )
+    parser.add_argument("--format", choices=["nanogpt", "llama2c", "megatron"], required=True)
+    parser.add_argument("--input", nargs="+", required=True, help="token files")
+    parser.add_argument("--valid_input", nargs="+", default=[], help="token files of the validation set")
+    parser.add_argument("--tokenizer_dir", required=True, help="the tokenizer that made them")
+    parser.add_argument("--output_dir", required=True, help="where the .bin files go")
+    parser.add_argument("--valid_ratio", type=float, help="share of documents held out, without --valid_input (0.01)")
+    parser.add_argument("--bos_id", type=int, help="token that begins a document (llama2c: 1)")
+    parser.add_argument("--shard_tokens", type=int, default=50_000_000, help="tokens in a shard (default: 50000000)")
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    try:
+        if args.valid_input and args.valid_ratio is not None:
+            raise ValueError("give --valid_input or --valid_ratio, not both")
+        ratio = 0.01 if args.valid_ratio is None else args.valid_ratio
+        if not 0.0 <= ratio < 1.0 or args.shard_tokens < 1:
+            raise ValueError("--valid_ratio must be at least 0 and below 1, --shard_tokens positive")
+        tokenizer = load_tokenizer(args.tokenizer_dir)
+        bos_id = 1 if args.bos_id is None and args.format == "llama2c" else args.bos_id
+        openers = {
+            "nanogpt": lambda path: open_nanogpt(path, tokenizer.eod_id),
+            "llama2c": lambda path: open_llama2c(path, bos_id),
+            "megatron": open_megatron,
+        }
+        inputs = {
+            split: [openers[args.format](Path(name)) for name in names]
+            for split, names in (("train", args.input), ("valid", args.valid_input))
+        }
+        if args.valid_input:
+            sizes = {split: sum(len(file.tokens) for file in files) for split, files in inputs.items()}
+            ratio = sizes["valid"] / max(sum(sizes.values()), 1)
+        manifest = import_tokens(inputs, tokenizer, Path(args.output_dir), ratio, args.shard_tokens, bos_id)
+    except (ValueError, OSError) as error:
+        print(f"import_tokens: {error}", file=sys.stderr)
+        return 2
+    print_summary(manifest, time.monotonic() - started)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Prove from a run's log that no sample was repeated or skipped, whatever happened to the run.
+
+    python -m dataset.audit RUN
+
+Each step recorded which positions of the stream it took, and a digest, summed over all ranks, of the sample ids and
+tokens that really were in its micro-batches. The audit walks through the records that stand (those of steps that a
+later launch did again are superseded), across crashes, resumes and changes of world size. It checks that
+
+- the positions follow one another without gap or overlap, from 0 to the last step, as many a step as were due;
+- each launch began exactly where its checkpoint was;
+- every digest is what the order (seed, position) -> sample and the `.bin` files give, computed anew.
+
+The order visits every sample once an epoch, so positions taken once are samples taken once an epoch.
+
+Exit codes: 0 proven; 1 something is wrong; 2 it cannot be checked.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.loader import rows_digest
+from dataset.order import sample_at
+from dataset.pretrain import PretrainDataset
+from dataset.run_data import read_run_data
+from utils.reslog import count_launches, read_reslog
+
+_ROWS_AT_ONCE = 512
+_MOST_FINDINGS = 10
+
+
+@dataclass
+class Audit:
+    """What was found so far."""
+
+    steps: int = 0
+    records: int = 0
+    samples: int = 0
+    segments: list[str] = field(default_factory=list)
+    """A line for each stream (seed and data) that the run used."""
+    world_sizes: list[int] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+
+
+def recomputed_digest(dataset: PretrainDataset, seed: int, first: int, last: int) -> int:
+    """Of the positions first..last of the stream, by the order and the files."""
+    total = 0
+    for start in range(first, last + 1, _ROWS_AT_ONCE):
+        positions = np.arange(start, min(start + _ROWS_AT_ONCE, last + 1), dtype=np.int64)
+        sample_ids = sample_at(seed, positions, len(dataset))
+        total += rows_digest(sample_ids, dataset.read_rows(sample_ids)[:, :-1])
+    return total % (1 << 64)
+
+
+class _Walk:
+    """Goes through the standing records in their order."""
+
+    def __init__(self, datasets: dict[str, PretrainDataset]):
+        self._datasets, self.audit = datasets, Audit()
+        self._start: dict | None = None
+        self._step = self._next = 0
+
+    def take(self, record: dict) -> None:
+        if record["name"] == "start":
+            self._take_start(record)
+        elif record["name"] == "train":
+            self._take_step(record)
+
+    def _take_start(self, start: dict) -> None:
+        before, self._start = self._start, start
+        same_stream = before is not None and all(before[key] == start[key] for key in ("seed", "data"))
+        if start["step"] != self._step:
+            self._find(
+                f"launch {start['attempt']} begins after step {start['step']}, but the records that stand end with "
+                f"step {self._step}"
+            )
+        # Another stream, which --restart_data allows, is taken from its beginning.
+        due = self._next if same_stream else 0
+        if start["samples_consumed"] != due:
+            self._find(
+                f"launch {start['attempt']} begins at position {start['samples_consumed']} of the stream, where {due} "
+                f"was due"
+            )
+        self._step, self._next = start["step"], start["samples_consumed"]
+        self.audit.world_sizes.append(start["world_size"])
+        if not same_stream:
+            dataset = self._datasets[start["data"]]
+            self.audit.segments.append(
+                f"from step {start['step']}: seed {start['seed']}, {len(dataset):,} samples of "
+                f"{dataset.max_seq_len} tokens ({start['data'][:12]})"
+            )
+
+    def _take_step(self, record: dict) -> None:
+        first, last = record["samples"]
+        start, step = self._start, record["step"]
+        if first != self._next:
+            word = "skipped" if first > self._next else "repeated"
+            self._find(
+                f"step {step}: begins at position {first} of the stream where {self._next} was due: "
+                f"{abs(first - self._next)} positions {word}"
+            )
+        due = (step - self._step) * start["global_batch_size"]
+        if last - first + 1 != due:
+            self._find(f"step {step}: took {last - first + 1} positions since step {self._step}, where {due} were due")
+        expected = recomputed_digest(self._datasets[start["data"]], start["seed"], first, last)
+        if record["digest"] != f"{expected:016x}":
+            self._find(
+                f"step {step}: the digest {record['digest']} is not {expected:016x}, that of positions {first} to "
+                f"{last}: the micro-batches held other samples or tokens"
+            )
+        self.audit.records += 1
+        self.audit.samples += last - first + 1
+        self._step, self._next = step, last + 1
+        self.audit.steps = step
+
+    def _find(self, finding: str) -> None:
+        self.audit.findings.append(finding)
+
+
+def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False) -> Audit:
+    """Walk through a run's log.
+
+    Args:
+        data_dirs: where else than in the run's own data directory to look for the data of its segments.
+    Raises:
+        ValueError: no log, no record in it, or the data of a segment is not there.
+    """
+    records = _records_of(run_dir)
+    run = read_run_data(run_dir)
+    starts = [record for record in records if record["name"] == "start"]
+    lengths = {start["max_seq_len"] for start in starts}
+    datasets: dict[str, PretrainDataset] = {}
+    problems = []
+    for directory in [run.dirs["train"], *data_dirs]:
+        for length in lengths:
+            try:
+                dataset = PretrainDataset(directory, "train", length)
+            except ValueError as error:
+                problems.append(str(error))
+            else:
+                datasets[dataset.fingerprint] = dataset
+    missing = {start["data"] for start in starts} - set(datasets)
+    if missing:
+        reason = f": {problems[0]}" if problems else ""
+        raise ValueError(
+            f"the data {', '.join(sorted(name[:12] for name in missing))} that the run used is in none of the "
+            f"directories looked at{reason}; name its directory with --data_dir"
+        )
+    walk = _Walk(datasets)
+    for record in tqdm(records, unit="record", desc="auditing", disable=not show_progress or None):
+        walk.take(record)
+    return walk.audit
+
+
+def _records_of(run_dir: Path) -> list[dict]:
+    path = run_dir / "reslog.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run_dir} holds no reslog.jsonl: it is no run directory")
+    records = [record for record in read_reslog(path) if record["name"] in ("start", "train")]
+    if not any(record["name"] == "train" for record in records):
+        raise ValueError(f"{path} records no step yet")
+    needed = {
+        "start": ("attempt", "step", "samples_consumed", "world_size", "seed", "data", "max_seq_len",
+                  "global_batch_size"),
+        "train": ("step", "samples", "digest"),
+    }  # fmt: skip
+    for record in records:
+        lacking = [key for key in needed[record["name"]] if key not in record]
+        if lacking or records[0]["name"] != "start":
+            raise ValueError(
+                f"{path} was not written by a run of this version: {', '.join(lacking) or 'no start'} missing"
+            )
+    return records
+
+
+def report(run_dir: Path, audit: Audit, seconds: float) -> Iterator[str]:
+    launches = count_launches(run_dir / "reslog.jsonl")
+    sizes = ", ".join(map(str, audit.world_sizes))
+    yield f"{audit.steps} steps, {audit.samples:,} samples, {launches} launches (processes: {sizes})"
+    yield from audit.segments
+    if audit.findings:
+        yield from (f"WRONG {finding}" for finding in audit.findings[:_MOST_FINDINGS])
+        if len(audit.findings) > _MOST_FINDINGS:
+            yield f"and {len(audit.findings) - _MOST_FINDINGS} more"
+    else:
+        yield (
+            f"every position was taken once, in order, and the digests of all {audit.records} records agree with the "
+            f"files ({seconds:.1f} s)"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.audit", description="Prove that no sample of a run was repeated or skipped."
+    )
+    parser.add_argument("run", help="run directory (--out_dir of the training)")
+    parser.add_argument(
+        "--data_dir", action="append", default=[], help="where the data lies, if it was moved or changed during the run"
+    )
+    args = parser.parse_args(argv)
+    started = time.monotonic()
+    run_dir = Path(args.run)
+    try:
+        audit = audit_run(run_dir, [Path(directory) for directory in args.data_dir], show_progress=True)
+    except (ValueError, OSError) as error:
+        print(f"audit: {error}", file=sys.stderr)
+        return 2
+    for line in report(run_dir, audit, time.monotonic() - started):
+        print(line)
+    return 1 if audit.findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Look at pretokenized data: what is in it, and what a sample really holds.
+
+python -m dataset.inspect RUN_OR_DIR                  statistics
+python -m dataset.inspect RUN_OR_DIR --sample N       also sample N, decoded, with its documents and their files
+python -m dataset.inspect RUN --position P            also the sample that the run takes at position P of its stream
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.format import (
+    BUILD_INDEX_COMMAND,
+    SPLITS,
+    DocumentTable,
+    index_path,
+    read_document_table,
+    read_index,
+)
+from dataset.order import sample_at
+from dataset.pretrain import IGNORE_INDEX, PretrainDataset
+from dataset.run_data import is_run, read_run_data
+from tokenizer import Tokenizer, load_tokenizer
+
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a document that lies in a sample."""
+
+    source: str
+    """Where the document came from, as text."""
+    begin: int
+    end: int
+    """Tokens [begin, end) of the sample's row."""
+    skipped: int
+    """Tokens of the document before the sample."""
+
+
+def place_of(table: DocumentTable, document: int) -> str:
+    """ "a.jsonl, byte 17", "a.parquet, row 3", or just the path."""
+    path, counts = table.sources[table.files[document]]
+    return f"{path}, {counts} {table.records[document]}" if counts else path or "unknown"
+
+
+class Inspection:
+    """One set of a data directory.
+
+    Raises:
+        ValueError: files missing, damaged, or of another tokenizer.
+    """
+
+    def __init__(self, data_dir: Path, split: str, max_seq_len: int, tokenizer: Tokenizer):
+        self.split, self.tokenizer = split, tokenizer
+        self.dataset = PretrainDataset(data_dir, split, max_seq_len)
+        self.dataset.check(tokenizer.fingerprint)
+        self.index = read_index(data_dir, split, max_seq_len)
+        self.tables = [read_document_table(data_dir / name) for name in self.index.file_names]
+        self.bounds = np.cumsum([0, *(header.num_tokens for header in self.dataset.headers)], dtype=np.int64)
+
+    def statistics(self) -> Iterator[str]:
+        """Lines about the whole set."""
+        headers, tables = self.dataset.headers, self.tables
+        documents = sum(header.num_documents for header in headers)
+        tokens, text_bytes = int(self.bounds[-1]), sum(header.text_bytes for header in headers)
+        files = len({source for table in tables for source in table.sources})
+        lengths = np.concatenate(
+            [np.diff(table.starts, append=header.num_tokens) for table, header in zip(tables, headers)]
+        )
+        yield (
+            f"{self.split}: {documents:,} documents of {files:,} files, {text_bytes / 1e6:,.1f} MB, {tokens:,} tokens "
+            f"({text_bytes / tokens:.2f} bytes a token) in {len(headers)} shards"
+        )
+        yield (
+            f"{len(self.dataset):,} samples of {self.index.max_seq_len} tokens; tokens of a document: median "
+            f"{np.median(lengths):,.0f}, mean {lengths.mean():,.0f}, longest {lengths.max():,}"
+        )
+        yield from _histogram(lengths)
+
+    def spans(self, sample: int) -> list[Span]:
+        """The documents of a sample's max_seq_len + 1 tokens."""
+        file, offset = self.index.rows[sample].tolist()
+        position, left = int(self.bounds[file]) + offset, self.index.max_seq_len + 1
+        spans: list[Span] = []
+        begin = 0
+        while left:
+            file = int(np.searchsorted(self.bounds, position, side="right")) - 1
+            table, inside = self.tables[file], position - int(self.bounds[file])
+            document = int(np.searchsorted(table.starts, inside, side="right")) - 1
+            ends = [*table.starts[document + 1 : document + 2].tolist(), self.dataset.headers[file].num_tokens]
+            length = min(ends[0] - inside, left)
+            skipped = inside - int(table.starts[document])
+            spans.append(Span(place_of(table, document), begin, begin + length, skipped))
+            begin, position, left = begin + length, position + length, left - length
+        return spans
+
+    def sample(self, number: int) -> Iterator[str]:
+        """Lines about one sample.
+
+        Raises:
+            ValueError: there is no such sample.
+        """
+        if not 0 <= number < len(self.dataset):
+            raise ValueError(f"there is no sample {number}: the {self.split} set has 0 to {len(self.dataset) - 1}")
+        row = self.dataset.read_rows(np.array([number]))[0]
+        labels = self.dataset.collate(np.array([number]))["labels"][0]
+        file, offset = self.index.rows[number].tolist()
+        yield (
+            f"sample {number}: {self.index.file_names[file]} from token {offset}; "
+            f"{int((labels != IGNORE_INDEX).sum())} of {self.index.max_seq_len} positions are supervised"
+        )
+        for span in self.spans(number):
+            begins = f", from its token {span.skipped} on" if span.skipped else ""
+            yield f"--- {span.source}{begins}: {span.end - span.begin} tokens"
+            yield self.tokenizer.decode(row[span.begin : span.end].tolist())
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    """Documents by length, in powers of two, and the share of all tokens that they hold."""
+    exponents = np.floor(np.log2(lengths)).astype(np.int64)
+    counts, tokens = np.bincount(exponents), np.bincount(exponents, weights=lengths)
+    yield f"{'tokens':>22s} {'documents':>12s}  share of all tokens"
+    for exponent in range(int(exponents.min()), len(counts)):
+        share = tokens[exponent] / lengths.sum()
+        low, high = 2**exponent, 2 ** (exponent + 1) - 1
+        bar = "#" * round(_BAR_WIDTH * share)
+        yield f"{f'{low:,} to {high:,}':>22s} {counts[exponent]:12,d}  {share:6.1%} {bar}".rstrip()
+
+
+def _only_length(data_dir: Path) -> int:
+    """The max_seq_len of the one index in a directory.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    pattern = index_path(data_dir, "train", 0).name.replace("0", "*")
+    lengths = sorted(int(path.stem.rpartition("-")[2]) for path in data_dir.glob(pattern))
+    if not lengths:
+        raise ValueError(
+            f"{data_dir} has no index: run `{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len 1024`"
+        )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{data_dir} has indexes for several lengths: choose --max_seq_len {lengths[0]} or {lengths[1]}"
+        )
+    return lengths[0]
+
+
+def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str) -> tuple[Inspection, int | None]:
+    """The set that a run or a data directory holds, and the run's seed.
+
+    Raises:
+        ValueError: see Inspection.
+    """
+    if is_run(path):
+        run = read_run_data(path)
+        tokenizer = load_tokenizer(tokenizer_dir or run.tokenizer_dir)
+        return Inspection(run.dirs[split], split, max_seq_len or run.max_seq_len, tokenizer), run.seed
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    length = max_seq_len or _only_length(path)
+    return Inspection(path, split, length, load_tokenizer(tokenizer_dir or path / "tokenizer")), None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
+    parser.add_argument("path", help="run directory, or directory with .bin and .ibin files")
+    parser.add_argument("--sample", type=int, help="show this sample of the set")
+    parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--max_seq_len", type=int, default=0, help="which index (default: the run's, or the only one)")
+    parser.add_argument("--tokenizer_dir", default="", help="default: the run's, or the one beside the data")
+    parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
+    args = parser.parse_args(argv)
+    try:
+        inspection, seed = open_inspection(Path(args.path), args.split, args.max_seq_len, args.tokenizer_dir)
+        chosen = args.sample
+        if args.position is not None:
+            seed = args.seed if args.seed is not None else seed
+            if chosen is not None or seed is None or args.split != "train":
+                raise ValueError("--position is for the train set of a run, or with --seed, and without --sample")
+            chosen = int(sample_at(seed, args.position, len(inspection.dataset)))
+        lines = list(inspection.statistics() if chosen is None else inspection.sample(chosen))
+    except (ValueError, OSError) as error:
+        print(f"inspect: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

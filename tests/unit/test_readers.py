@@ -1,0 +1,785 @@
+"""Readers against naive ones that hold the whole file: the same documents, once each, in order, with their origins."""
+
+import argparse
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_preprocess import readers
+from data_preprocess.readers import (
+    BadRecord,
+    Corpus,
+    Document,
+    TextFields,
+    add_corpus_arguments,
+    corpus_from,
+    find_units,
+    list_inputs,
+    place,
+    plan_units,
+    read_unit,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPRESSIONS = ("", ".gz", ".xz", ".zst")
+WHOLE = 1 << 30
+KINDS = (".txt", ".jsonl", ".json lines", ".json array", ".csv", ".tsv", ".parquet")
+
+Origin = tuple[str, str, str, int]
+"""Text, path, what is counted, number."""
+
+
+def random_text(rng: random.Random, length: int) -> str:
+    """What separates fields, lines and records somewhere, and characters of all planes."""
+    usual = "abc d,;\"'\\\t\n\r{}[]:<>|\0\x85\u2028\ufeffé漢🧪"
+    others = (range(0x20, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000))
+    return "".join(
+        rng.choice(usual) if rng.random() < 0.8 else chr(rng.choice(rng.choice(others))) for _ in range(length)
+    )
+
+
+def random_texts(seed: int, count: int, longest: int) -> list[str]:
+    rng = random.Random(seed)
+    return [random_text(rng, rng.randint(1, longest)) for _ in range(count)]
+
+
+def compress(content: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(content)
+    if suffix == ".xz":
+        return lzma.compress(content)
+    if suffix == ".zst":
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    return content
+
+
+def json_lines(texts: list[str], line_end: str = "\n", last_line_end: bool = True) -> bytes:
+    """Some lines with characters spelled out as UTF-8, some as escapes."""
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
+    return (line_end.join(lines) + line_end * last_line_end).encode()
+
+
+def json_array(texts: list[str], indent: int | None = None, ensure_ascii: bool = False) -> bytes:
+    records = [{"id": i, "meta": {"tags": [i, None, 0.5]}, "text": text} for i, text in enumerate(texts)]
+    return json.dumps(records, indent=indent, ensure_ascii=ensure_ascii).encode()
+
+
+def table(texts: list[str], separator: str = ",", line_end: str = "\r\n") -> bytes:
+    target = io.StringIO(newline="")
+    writer = csv.writer(target, delimiter=separator, lineterminator=line_end)
+    writer.writerows([("id", "text"), *enumerate(texts)])
+    return target.getvalue().encode()
+
+
+def parquet(columns: dict[str, list], rows_a_group: int = 7, **options) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, row_group_size=rows_a_group, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def content_of(kind: str, texts: list[str]) -> bytes:
+    if kind == ".txt":
+        return "".join(texts).encode()
+    if kind in (".jsonl", ".json lines"):
+        return json_lines(texts)
+    if kind == ".json array":
+        return json_array(texts)
+    if kind == ".parquet":
+        return parquet({"id": list(range(len(texts))), "text": texts})
+    return table(texts, "," if kind == ".csv" else "\t")
+
+
+def naive_documents(name: str, content: bytes, key: str = "text") -> list[Origin]:
+    """Documents of a file by its uncompressed content, all at once; records without text are left out."""
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in COMPRESSIONS]
+    records: Iterable[tuple[str, int, dict]]
+    if suffixes[-1] == ".parquet":
+        rows = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
+        records = [("row", i, row) for i, row in enumerate(rows)]
+    elif suffixes[-1] in (".csv", ".tsv"):
+        csv.field_size_limit(sys.maxsize)
+        lines = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = csv.DictReader(lines, delimiter="," if suffixes[-1] == ".csv" else "\t")
+        records = [("row", i, row) for i, row in enumerate(rows)]
+    elif suffixes[-1] in (".jsonl", ".ndjson", ".json"):
+        without_mark = content.removeprefix(codecs.BOM_UTF8)
+        if without_mark.lstrip().startswith(b"["):
+            records = [("record", i, record) for i, record in enumerate(json.loads(without_mark))]
+        else:
+            records, offset = [], 0
+            for number, line in enumerate(content.split(b"\n")):
+                counted = ("line", number) if number_lines(name) else ("byte", offset)
+                offset += len(line) + 1
+                if line.strip():
+                    records.append((*counted, json.loads(line.removeprefix(codecs.BOM_UTF8))))
+    else:
+        records = [("", 0, {key: content.decode("utf-8-sig")})]
+    return [(record[key], name, counts, number) for counts, number, record in records if record.get(key)]
+
+
+def number_lines(name: str) -> bool:
+    """Whether lines are counted: in compressed files, where a byte's position helps nobody."""
+    return Path(name).suffix in COMPRESSIONS
+
+
+def write(directory: Path, name: str, content: bytes) -> list[Origin]:
+    """Write a file, compressed as its name says; returns its documents as the naive reader sees them."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(compress(content, path.suffix))
+    return naive_documents(name, content)
+
+
+def file_name(kind: str, compression: str = "") -> str:
+    suffix, _, what = kind.partition(" ")
+    return f"{what or suffix[1:]}{suffix}{compression}"
+
+
+def write_mixed_corpus(directory: Path, seed: int = 0, count: int = 12, longest: int = 60) -> list[Origin]:
+    """Files of every kind in every compression; returns the documents in the order of their files."""
+    documents: dict[str, list[Origin]] = {}
+    for number, (kind, compression) in enumerate(itertools.product(KINDS, COMPRESSIONS)):
+        if kind == ".parquet" and compression:
+            continue
+        name = ["", "folder/", "フォルダ/"][number % 3] + file_name(kind, compression)
+        documents[name] = write(directory, name, content_of(kind, random_texts(seed + number, count, longest)))
+    return [document for name in sorted(documents) for document in documents[name]]
+
+
+def read(corpus: Corpus, unit_bytes: int = WHOLE) -> list[Document | BadRecord]:
+    return [item for unit in find_units(corpus, unit_bytes)[0] for item in read_unit(corpus, unit)]
+
+
+def read_file(directory: Path, name: str, content: bytes, unit_bytes: int = WHOLE) -> list[Document | BadRecord]:
+    """Everything in a file with just this content."""
+    path = directory / name
+    path.write_bytes(content)
+    corpus = Corpus(str(directory))
+    return [item for unit in plan_units(str(directory), [name], unit_bytes) for item in read_unit(corpus, unit)]
+
+
+def joined(items: Iterable[Document | BadRecord]) -> list[Origin]:
+    """Documents with their parts put together; bad records are left out."""
+    documents: list[Origin] = []
+    inside = False
+    for item in items:
+        if isinstance(item, BadRecord):
+            assert not inside, "a bad record in the middle of a document"
+            continue
+        origin = (item.path, item.counts, item.record)
+        if inside:
+            assert documents[-1][1:] == origin, "the next part is of another document"
+            documents[-1] = (documents[-1][0] + item.text, *origin)
+        else:
+            documents.append((item.text, *origin))
+        inside = item.continued
+    assert not inside, "the last part is missing"
+    return documents
+
+
+def texts_of(items: Iterable[Document | BadRecord]) -> list[str]:
+    return [text for text, *_ in joined(items)]
+
+
+def bad_of(items: Iterable[Document | BadRecord]) -> list[str]:
+    return [str(item) for item in items if isinstance(item, BadRecord)]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n \r\n"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_json_lines(tmp_path: Path, suffix: str, compression: str, line_end: str, mark: bytes):
+    """Also with blank lines, without a last line end, and after a byte order mark."""
+    for seed in range(3):
+        content = mark + json_lines(random_texts(seed, 20, 40), line_end, last_line_end=seed == 1)
+        expected = write(tmp_path, f"a{suffix}{compression}", content)
+        items = read(Corpus(str(tmp_path)))
+        assert len(expected) == 20 and bad_of(items) == []
+        assert joined(items) == expected
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("ensure_ascii", [False, True])
+def test_json_array(tmp_path: Path, compression: str, indent: int | None, ensure_ascii: bool):
+    """However it is spread over lines: it is never taken for JSON lines, nor cut."""
+    for seed in range(3):
+        content = b" \n" * seed + json_array(random_texts(seed, 20, 40), indent, ensure_ascii)
+        expected = write(tmp_path, f"a.json{compression}", content)
+        for unit_bytes in (1, WHOLE):
+            items = read(Corpus(str(tmp_path)), unit_bytes)
+            assert len(expected) == 20 and bad_of(items) == []
+            assert joined(items) == expected
+
+
+def test_json_array_after_a_byte_order_mark(tmp_path: Path):
+    expected = write(tmp_path, "a.json", codecs.BOM_UTF8 + json_array(random_texts(0, 5, 20)))
+    items = read(Corpus(str(tmp_path)))
+    assert bad_of(items) == []
+    assert joined(items) == expected
+
+
+@pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1e999", "1e-999", "0.1"])
+def test_numbers_in_a_json_array(tmp_path: Path, number: str):
+    """Python reads numbers of any size; one that is large must not cost the rest of the file."""
+    content = f'[{{"text": "a"}}, {{"id": {number}, "text": "b"}}, {{"text": "c"}}]'.encode()
+    items = read_file(tmp_path, "a.json", content)
+    assert bad_of(items) == []
+    assert texts_of(items) == [record["text"] for record in json.loads(content)]
+
+
+@pytest.mark.parametrize("text", ["\\ud83d", "x\\udc00y", "\\ud83d x"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_surrogate_pair(tmp_path: Path, name: str, text: str):
+    """One bad record, whatever the file is: the text is neither changed nor the end of the run."""
+    records = ['{"text": "before"}', f'{{"text": "{text}"}}', '{"text": "after"}']
+    content = "\n".join(records) if name == "a.jsonl" else f"[{', '.join(records)}]"
+    items = read_file(tmp_path, name, content.encode())
+    assert texts_of(items) == ["before", "after"]
+    assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.json")
+
+
+def test_first_line_that_is_a_list(tmp_path: Path):
+    """A bad line costs itself, also the first: .jsonl holds lines, even if the first of them looks like an array."""
+    items = read_file(tmp_path, "a.jsonl", b'["text"]\n{"text": "b"}\n{"text": "c"}\n')
+    assert joined(items) == [("b", "a.jsonl", "byte", 9), ("c", "a.jsonl", "byte", 23)]
+    assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.jsonl at byte 0: ")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
+def test_several_compressed_members(tmp_path: Path, kind: str, compression: str):
+    """As `cat a.gz b.gz > c.gz` and parallel compressors make them; members end anywhere, one is empty."""
+    content, rng = content_of(kind, random_texts(0, 40, 60)), random.Random(0)
+    cuts = [0, *sorted(rng.choices(range(len(content)), k=6)), len(content)]
+    members = [content[start:end] for start, end in itertools.pairwise(cuts)]
+    members.insert(3, b"")
+    name = file_name(kind, compression)
+    expected = naive_documents(name, content)
+    items = read_file(tmp_path, name, b"".join(compress(member, compression) for member in members))
+    assert bad_of(items) == []
+    assert joined(items) == expected and len(expected) in (1, 40)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
+def test_compressed_file_of_several_buffers(tmp_path: Path, kind: str, compression: str):
+    """Large enough that lines, characters and compressed blocks cross the borders of what is read at once."""
+    texts = random_texts(1, 60, 200) * 30 + random_texts(2, 3, 200_000)
+    name = file_name(kind, compression)
+    expected = write(tmp_path, name, content_of(kind, texts))
+    items = read(Corpus(str(tmp_path)))
+    assert bad_of(items) == []
+    assert joined(items) == expected
+
+
+@pytest.mark.parametrize("rows_a_group", [1, 7, 1000])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_parquet(tmp_path: Path, rows_a_group: int, compression: str):
+    """Cut into units of row groups; rows without text are empty or bad, but counted."""
+    texts: list[str | None] = list(random_texts(0, 600, 30))
+    texts[3], texts[17], texts[300] = None, "", None
+    content = parquet({"id": list(range(600)), "text": texts}, rows_a_group, compression=compression)
+    expected = write(tmp_path, "a.parquet", content)
+    groups = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").num_row_groups
+    assert len(expected) == 597 and groups == -(-600 // rows_a_group)
+    for unit_bytes in (1, 700, 5000, WHOLE):
+        units = plan_units(str(tmp_path), ["a.parquet"], unit_bytes)
+        pieces = [piece for unit in units for piece in unit.pieces]
+        assert [piece.start for piece in pieces] == [0, *(piece.end for piece in pieces[:-1])]
+        assert pieces[-1].end == groups and (len(units) == groups if unit_bytes == 1 else True)
+        items = read(Corpus(str(tmp_path)), unit_bytes)
+        assert joined(items) == expected
+        assert [bad.partition(":")[0] for bad in bad_of(items)] == ["a.parquet row 3", "a.parquet row 300"]
+
+
+def test_parquet_types_of_text(tmp_path: Path):
+    texts = random_texts(0, 50, 20)
+    columns = {
+        "plain": pyarrow.array(texts),
+        "large": pyarrow.array(texts, pyarrow.large_string()),
+        "words": pyarrow.array(texts).dictionary_encode(),
+        "a.b": pyarrow.array(texts),
+    }
+    (tmp_path / "a.parquet").write_bytes(parquet(columns))
+    for key in columns:
+        assert texts_of(read(Corpus(str(tmp_path), TextFields((key,))))) == texts
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_tables(tmp_path: Path, separator: str, compression: str, line_end: str):
+    """Quoted line ends and separators; fields longer than the csv module takes by default; a byte order mark."""
+    texts = [*random_texts(0, 200, 40), random_text(random.Random(1), 300_000), "last"]
+    texts[5] = ""
+    for mark in (b"", codecs.BOM_UTF8):
+        name = f"a{'.csv' if separator == ',' else '.tsv'}{compression}"
+        expected = write(tmp_path, name, mark + table(texts, separator, line_end))
+        items = read(Corpus(str(tmp_path)), unit_bytes=1)
+        assert bad_of(items) == []
+        assert joined(items) == expected
+        assert [text for text, *_ in expected] == [text for text in texts if text]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".PY", ".cu", ".html"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_text_files(tmp_path: Path, suffix: str, compression: str, mark: bytes):
+    """The file is the document, line ends as they are."""
+    content = mark + "".join(random_texts(0, 5, 60)).encode() + b"\r\nend\r\n\n"
+    expected = write(tmp_path, f"a{suffix}{compression}", content)
+    assert expected[0][0] == content.removeprefix(mark).decode() and expected[0][2:] == ("", 0)
+    assert read(Corpus(str(tmp_path)), unit_bytes=1) == [Document(*expected[0])]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 2, 17, 100, 1000, 5000, WHOLE])
+def test_any_unit_size_gives_the_same_documents(tmp_path: Path, unit_bytes: int):
+    expected = write_mixed_corpus(tmp_path)
+    items = read(Corpus(str(tmp_path)), unit_bytes)
+    assert bad_of(items) == []
+    assert joined(items) == expected
+
+
+def test_random_line_lengths_and_unit_sizes(tmp_path: Path):
+    """Lines of JSON far longer and shorter than a unit, and units that begin right at, before and after a line."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        texts = [random_text(rng, rng.choice([0, 1, 3, 30, 300])) for _ in range(rng.randint(1, 12))]
+        line_end = rng.choice(["\n", "\r\n", "\n\n"])
+        expected = write(tmp_path, "a.jsonl", json_lines(texts, line_end, rng.random() < 0.5))
+        items = read(Corpus(str(tmp_path)), rng.randint(1, 400)) if expected else []
+        assert bad_of(items) == [], seed
+        assert joined(items) == expected, seed
+
+
+def test_place_leads_to_the_record(tmp_path: Path):
+    """What a byte means, checked without the naive reader: the line at this position is the record."""
+    texts = random_texts(0, 50, 100)
+    write(tmp_path, "a.jsonl", codecs.BOM_UTF8 + json_lines(texts, "\n\n"))
+    content = (tmp_path / "a.jsonl").read_bytes()
+    documents = joined(read(Corpus(str(tmp_path)), 300))
+    assert [text for text, *_ in documents] == texts
+    for text, path, counts, record in documents:
+        line = content[record:].removeprefix(codecs.BOM_UTF8).partition(b"\n")[0]
+        assert counts == "byte" and json.loads(line)["text"] == text
+        assert place(path, counts, record) == f"a.jsonl at byte {record}"
+    assert place("b.parquet", "row", 3) == "b.parquet row 3" and place("c.txt", "", 0) == "c.txt"
+
+
+def test_progress_adds_up_to_the_size(tmp_path: Path):
+    """Otherwise the bar stops early, or stands at its end for an hour."""
+    write_mixed_corpus(tmp_path, count=3000, longest=40)
+    corpus = Corpus(str(tmp_path))
+    for unit in find_units(corpus, 1)[0]:
+        if unit.pieces[0].start or len(unit.pieces) > 1 or unit.pieces[0].path.endswith("l"):
+            continue
+        reported: list[int] = []
+        assert list(read_unit(corpus, unit, reported.append))
+        assert min(reported) >= 0 and sum(reported) == unit.num_bytes == corpus.path(unit.pieces[0]).stat().st_size
+
+
+FIELD_RECORDS = [
+    ({"a": "1", "b": "2", "c": "3"}, "1|2|3"),
+    ({"c": "3", "b": "2", "a": "1"}, "1|2|3"),
+    ({"a": "1", "c": "3"}, "1|3"),
+    ({"a": None, "b": "2", "c": None}, "2"),
+    ({"a": "", "b": "2", "c": ""}, "2"),
+    ({"a": "1", "b": "", "c": "3"}, "1|3"),
+    ({"b": "漢\n字"}, "漢\n字"),
+    ({"a": "|", "b": " "}, "|| "),
+    ({"a": "", "b": None}, ""),
+    ({"a": "1", "b": 2}, None),
+    ({"a": "1", "b": ["2"]}, None),
+    ({"a": None}, None),
+    ({"d": "4"}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.json"])
+def test_several_text_keys(tmp_path: Path, name: str):
+    """In the order asked for; those that are null, empty or missing leave no separator behind."""
+    records = [record for record, _ in FIELD_RECORDS]
+    content = json.dumps(records) if name == "a.json" else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_bytes(compress(content.encode(), Path(name).suffix))
+    items = read(Corpus(str(tmp_path), TextFields(("a", "b", "c"), "|")))
+    assert texts_of(items) == [text for _, text in FIELD_RECORDS if text]
+    assert len(bad_of(items)) == sum(text is None for _, text in FIELD_RECORDS)
+    assert all("--text_key" in bad and '"a" or "b" or "c"' in bad for bad in bad_of(items))
+
+
+def test_several_text_keys_of_columns(tmp_path: Path):
+    """Columns that a file lacks are left out, as long as it has one; their order in the file is of no matter."""
+    rows = [("3", "1"), ("", "1"), ("3", ""), ("", ""), ("x\ny", "z")]
+    target = io.StringIO(newline="")
+    csv.writer(target).writerows([("c", "a"), *rows])
+    (tmp_path / "a.csv").write_text(target.getvalue(), "utf-8")
+    columns = {"c": [c for c, _ in rows], "other": [0] * len(rows), "a": [a for _, a in rows]}
+    (tmp_path / "b.parquet").write_bytes(parquet(columns))
+    items = read(Corpus(str(tmp_path), TextFields(("a", "b", "c"), " + ")))
+    expected = ["1 + 3", "1", "3", "z + x\ny"]
+    assert bad_of(items) == []
+    assert texts_of(items) == expected * 2
+    assert [item.record for item in items] == [0, 1, 2, 4] * 2
+
+
+def test_flags(tmp_path: Path):
+    def corpus(*flags: str) -> Corpus:
+        parser = argparse.ArgumentParser()
+        add_corpus_arguments(parser)
+        return corpus_from(parser.parse_args(flags), str(tmp_path))
+
+    assert corpus() == Corpus(str(tmp_path))
+    assert corpus("--text_key", "a, b,c").fields == TextFields(("a", "b", "c"), "\n")
+    assert corpus("--text_separator", "\\n\\n").fields.separator == "\n\n"
+    assert corpus("--text_separator", "\\t").fields.separator == "\t"
+    assert corpus("--text_separator", "").fields.separator == ""
+    chosen = corpus("--include", "*.jsonl,zh/*", "--exclude", "test/*")
+    assert (chosen.include, chosen.exclude) == (("*.jsonl", "zh/*"), ("test/*",))
+    with pytest.raises(ValueError, match="--text_key names no field"):
+        corpus("--text_key", " ,")
+
+
+def test_include_and_exclude(tmp_path: Path):
+    names = ["a.jsonl", "b.txt", "zh/a.jsonl", "zh/deep/c.txt", "test/d.jsonl", "test/e.png", "f[1].txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "x"}')
+
+    def inputs(include: str, exclude: str = "") -> tuple[list[str], list[str]]:
+        patterns = (tuple(filter(None, words.split(","))) for words in (include, exclude))
+        return list_inputs(Corpus(str(tmp_path), TextFields(), *patterns))
+
+    readable = [name for name in names if name != "test/e.png"]
+    assert inputs("*") == (sorted(readable), ["test/e.png"])
+    assert inputs("*.jsonl") == (["a.jsonl", "test/d.jsonl", "zh/a.jsonl"], [])
+    assert inputs("*.jsonl,zh/*", "test/*") == (["a.jsonl", "zh/a.jsonl", "zh/deep/c.txt"], [])
+    assert inputs("*", "*.jsonl,*.txt") == ([], ["test/e.png"])
+    assert inputs("f[[]1].txt") == (["f[1].txt"], [])
+    with pytest.raises(ValueError, match="holds no text.*--include"):
+        find_units(Corpus(str(tmp_path), include=("*.nothing",)), WHOLE)
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        find_units(Corpus(str(tmp_path / "nowhere")), WHOLE)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv"])
+def test_truncated_compressed_file(tmp_path: Path, kind: str, compression: str):
+    """As a broken download leaves it: what lies before the damage is read, and the loss is counted."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnop", k=500)) for _ in range(1000)]
+    name = file_name(kind, compression)
+    content = compress(content_of(kind, texts), compression)
+    for share in (0.3, 0.6, 0.9):
+        items = read_file(tmp_path, name, content[: int(share * len(content))])
+        documents = texts_of(items)
+        assert documents == texts[: len(documents)]
+        # A decompressor holds back a block, at most a quarter of this file.
+        assert (share - 0.27) * len(texts) < len(documents) < (share + 0.01) * len(texts)
+        assert isinstance(items[-1], BadRecord) and len(bad_of(items)) == 1
+        assert items[-1].where.startswith(f"{name} after ") and "what follows is lost" in items[-1].why
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv"])
+def test_truncated_small_file(tmp_path: Path, kind: str):
+    """The damage is met while the first bytes are looked at to see what the file is."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefghijklmnop", k=100)) for _ in range(100)]
+    content = gzip.compress(content_of(kind, texts))
+    items = read_file(tmp_path, file_name(kind, ".gz"), content[: len(content) // 2])
+    documents = texts_of(items)
+    assert documents == texts[: len(documents)] and 30 < len(documents) < 60
+    assert len(bad_of(items)) == 1 and isinstance(items[-1], BadRecord)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
+def test_compressed_file_of_something_else(tmp_path: Path, kind: str, compression: str):
+    """Also when nothing of it can be read, it is one bad record, not the end of the run."""
+    name = file_name(kind, compression)
+    for content in (b"hello " * 20, compress(b"", compression)[:3], b"x"):
+        items = read_file(tmp_path, name, content)
+        assert len(items) == 1 and isinstance(items[0], BadRecord)
+        assert items[0].where == name and "damaged" in items[0].why
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".txt"])
+def test_flipped_bytes_in_a_compressed_file(tmp_path: Path, kind: str, compression: str):
+    """Its checksum tells, at the latest at its end: whatever was read before, the damage is counted."""
+    name, rng = file_name(kind, compression), random.Random(0)
+    content = compress(content_of(kind, random_texts(0, 100, 50)), compression)
+    for _ in range(20):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(content) // 4, len(content) - 40)] ^= 1 << rng.randrange(8)
+        assert bad_of(read_file(tmp_path, name, bytes(damaged)))
+
+
+BROKEN_FIRST_LINES = [b'{"text": "cut', b"no JSON", b'"text"', b"5", b'{"text": "\xff"}', b'{"body": "x"}', b"{"]
+
+
+@pytest.mark.parametrize("line", BROKEN_FIRST_LINES)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\n\n"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
+def test_broken_first_line(tmp_path: Path, name: str, line: bytes, line_end: bytes):
+    """The lines after it are read: such a file is no object spread over lines."""
+    content = line_end.join([line, b'{"text": "b"}', b'{"text": "c"}', b'{"text": "d"}'])
+    items = read_file(tmp_path, name, compress(content, Path(name).suffix))
+    assert texts_of(items) == ["b", "c", "d"]
+    assert len(bad_of(items)) == 1
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_object_spread_over_lines(tmp_path: Path, compression: str):
+    """Some program's settings: one bad record, not one a line; or one document if it has the text."""
+    settings = {"name": "x", "values": list(range(200)), "nested": {"text": "no text of ours"}}
+    name = f"a.json{compression}"
+    for unit_bytes in (10, WHOLE):
+        content = compress(json.dumps(settings, indent=2).encode(), compression)
+        items = read_file(tmp_path, name, content, unit_bytes)
+        assert len(items) == 1 and bad_of(items)[0].startswith(f"{name}: no text under the key")
+        content = compress(json.dumps({**settings, "text": "all"}, indent=2).encode(), compression)
+        assert read_file(tmp_path, name, content, unit_bytes) == [Document("all", name, "", 0)]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".py"])
+def test_text_that_is_not_utf8(tmp_path: Path, suffix: str):
+    content = "naïve".encode("latin-1")
+    items = read_file(tmp_path, f"a{suffix}", compress(content, Path(f"a{suffix}").suffix))
+    assert len(items) == 1 and bad_of(items)[0].startswith(f"a{suffix}: not UTF-8")
+    cut_off = "漢".encode()[:2]
+    items = read_file(tmp_path, f"a{suffix}", compress(cut_off, Path(f"a{suffix}").suffix))
+    assert len(items) == 1 and "not UTF-8" in bad_of(items)[0]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv.xz", "a.parquet"])
+def test_record_that_is_not_utf8(tmp_path: Path, name: str):
+    """It alone is refused, by its number."""
+    texts = [b"first", b"caf\xe9", b"last"]
+    if name == "a.parquet":
+        content = parquet({"text": pyarrow.array(texts).view(pyarrow.string())})
+    elif ".jsonl" in name:
+        content = b"\n".join(b'{"text": "' + text + b'"}' for text in texts)
+    else:
+        content = b"text\r\n" + b"\r\n".join(texts)
+    items = read_file(tmp_path, name, compress(content, Path(name).suffix))
+    assert texts_of(items) == ["first", "last"]
+    where = {"a.jsonl": "a.jsonl at byte 18", "a.jsonl.gz": "a.jsonl.gz line 1"}.get(name, f"{name} row 1")
+    assert [bad.partition(":")[0] for bad in bad_of(items)] == [where]
+
+
+@pytest.mark.parametrize("where", ["at byte", "line", "record", "row"])
+def test_record_without_the_key(tmp_path: Path, where: str):
+    """The sentence says which record it is, and which flag to change."""
+    name = {"at byte": "a.jsonl", "line": "a.ndjson.gz", "record": "a.json", "row": "a.parquet"}[where]
+    records = [{"text": "a"}, {"text": None, "body": "b"}, {"text": "c"}]
+    if where == "row":
+        content = parquet({"text": ["a", None, "c"]})
+    else:
+        content = json.dumps(records).encode() if where == "record" else "\n".join(map(json.dumps, records)).encode()
+    items = read_file(tmp_path, name, compress(content, Path(name).suffix))
+    assert texts_of(items) == ["a", "c"]
+    number = 14 if where == "at byte" else 1
+    assert bad_of(items) == [f'{name} {where} {number}: no text under the key "text" (choose it with --text_key)']
+
+
+@pytest.mark.parametrize("content", [b'5, "x"', b'["text"]', b"null", b'{"text": 5}', b'{"body": "x"}', b"{}"])
+def test_array_element_without_text(tmp_path: Path, content: bytes):
+    items = read_file(tmp_path, "a.json", b'[{"text": "a"}, ' + content + b', {"text": "b"}]')
+    assert texts_of(items) == ["a", "b"]
+    assert len(bad_of(items)) == (2 if content == b'5, "x"' else 1)
+    assert bad_of(items)[0].startswith("a.json record 1: ")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("damage", [b'{"text": "x" "y"}', b"]", b"{}}", b'{"text": "\xff"}', b'{"text": "\n"}', b""])
+def test_array_broken_in_the_middle(tmp_path: Path, damage: bytes, compression: str):
+    """What stands before it is read; what follows cannot be told apart from damage."""
+    texts = [f"text {i} " + "x" * 50 for i in range(50)]
+    elements = [json.dumps({"text": text}).encode() for text in texts]
+    # Nothing at all: the file ends there.
+    tail = [damage, *elements[30:]] if damage else []
+    content = b"[" + b", ".join([*elements[:30], *tail]) + b"]" * bool(damage)
+    name = f"a.json{compression}"
+    items = read_file(tmp_path, name, compress(content, compression))
+    assert texts_of(items) == texts[:30]
+    assert len(bad_of(items)) == 1 and isinstance(items[-1], BadRecord)
+    assert items[-1].where == f"{name} after record 29" and "damaged, what follows is lost" in items[-1].why
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
+def test_empty_files(tmp_path: Path, kind: str, compression: str):
+    """Neither documents nor errors: no bytes, no text in it, or nothing but the frame."""
+    name = file_name(kind, compression)
+    frames = {".json array": [b"[]", b" [\n]\n"], ".csv": [b"text\n", b"id,text"], ".tsv": [b"id\ttext\r\n"]}
+    frames[".jsonl"] = frames[".json lines"] = [b"\n", b" \n\r\n"]
+    for content in (b"", codecs.BOM_UTF8, *frames.get(kind, [])):
+        assert read_file(tmp_path, name, compress(content, compression)) == []
+    assert read_file(tmp_path, name, b"") == []
+
+
+def test_empty_parquet(tmp_path: Path):
+    nothing = pyarrow.array([], pyarrow.string())
+    assert read_file(tmp_path, "a.parquet", b"") == []
+    assert read_file(tmp_path, "a.parquet", parquet({"text": nothing})) == []
+    assert read_file(tmp_path, "a.parquet", parquet({"text": [""] * 20})) == []
+
+
+@pytest.mark.parametrize("damage", ["garbage", "one byte", "cut at the end", "cut in half", "footer"])
+def test_parquet_that_is_none(tmp_path: Path, damage: str):
+    """Its table of contents stands at the end: without it there is nothing to plan, and the sentence names the file."""
+    whole = parquet({"text": random_texts(0, 100, 50)})
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    content = {
+        "garbage": b"garbage " * 20,
+        "one byte": b"x",
+        "cut at the end": whole[:-10],
+        "cut in half": whole[: len(whole) // 2],
+        "footer": whole[:-footer] + b"\xff" * (footer - 8) + whole[-8:],
+    }[damage]
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="a.parquet is not a Parquet file.*mend or remove it"):
+        find_units(Corpus(str(tmp_path)), WHOLE)
+
+
+def test_parquet_with_damaged_pages(tmp_path: Path):
+    """The row groups before it are read, the loss is counted, and the next unit is not concerned."""
+    texts = [text.replace("\0", " ") for text in random_texts(0, 1000, 50)]
+    whole = parquet({"text": texts}, rows_a_group=100, compression="zstd")
+    (tmp_path / "a.parquet").write_bytes(whole)
+    chunk = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(4).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    damaged = whole[:start] + bytes(200) + whole[start + 200 :]
+    items = read_file(tmp_path, "a.parquet", damaged, unit_bytes=1)
+    assert texts_of(items) == texts[:400] + texts[500:]
+    assert len(bad_of(items)) == 1 and "damaged, what follows is lost" in bad_of(items)[0]
+    items = read_file(tmp_path, "a.parquet", damaged)
+    assert texts_of(items) == texts[: len(texts_of(items))] and 0 < len(texts_of(items)) <= 400
+    assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.parquet after row ")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.parquet"])
+def test_table_without_the_column(tmp_path: Path, name: str):
+    """Not a bad record a row but one sentence, with the columns there are."""
+    if name == "a.parquet":
+        content = parquet({"id": [1], "body": ["x"]})
+    else:
+        content = f"id{'	' if '.tsv' in name else ','}body\n1\n".encode()
+    with pytest.raises(ValueError, match=rf'{name} has no column "text" but id, body: .*--text_key.*--exclude'):
+        read_file(tmp_path, name, compress(content, Path(name).suffix))
+
+
+def test_rows_of_the_wrong_length(tmp_path: Path):
+    items = read_file(tmp_path, "a.csv", b"id,text\n1,one\n2\n3,three,more\n\n\n4,four\n")
+    assert joined(items) == [("one", "a.csv", "row", 0), ("three", "a.csv", "row", 2), ("four", "a.csv", "row", 3)]
+    assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.csv row 1: no text")
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 7, 64])
+def test_long_documents_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int):
+    """They join to the text; characters of several bytes lie across all borders of what is read at once."""
+    expected = write_mixed_corpus(tmp_path, seed=5, longest=100)
+    monkeypatch.setattr(readers, "LONGEST_PART", longest)
+    for unit_bytes in (500, WHOLE):
+        items = read(Corpus(str(tmp_path)), unit_bytes)
+        assert bad_of(items) == []
+        assert all(isinstance(item, Document) and 0 < len(item.text) <= longest for item in items)
+        assert joined(items) == expected
+        assert sum(item.continued for item in items) == len(items) - len(expected) > 0
+
+
+def test_parts_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where no token crosses: after a line end that no blank follows, if there is one in the second half."""
+    lines = ["word " * 5, "    indented", "", "x", "\ty", "z" * 30, "end of it"] * 40
+    text = "\n".join(lines)
+    monkeypatch.setattr(readers, "LONGEST_PART", 120)
+    for name, content in (("a.txt", text.encode()), ("a.jsonl", json.dumps({"text": text}).encode())):
+        items = read_file(tmp_path, name, content)
+        assert texts_of(items) == [text] and len(items) > 10
+        for part, following in itertools.pairwise(items):
+            assert 60 <= len(part.text) <= 120
+            assert part.text.endswith("\n") and not following.text[0].isspace()
+
+
+def test_text_that_turns_out_not_to_be_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After its first parts are away: the document ends there, and the loss is counted."""
+    monkeypatch.setattr(readers, "LONGEST_PART", 50)
+    text = "漢字 and text\n" * 40
+    for damage in (b"\xff", "漢".encode()[:2]):
+        items = read_file(tmp_path, "a.txt", text.encode() + damage)
+        (document,) = joined(items)
+        assert text.startswith(document[0]) and len(text) - len(document[0]) <= 50
+        assert [type(item) for item in items[-2:]] == [Document, BadRecord]
+        assert bad_of(items)[0].startswith("a.txt: not UTF-8") and "what follows is lost" in bad_of(items)[0]
+
+
+def test_compressed_text_that_turns_out_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "LONGEST_PART", 1000)
+    text = "".join(random.Random(0).choices("abcdefgh \n", k=300_000))
+    content = gzip.compress(text.encode())
+    items = read_file(tmp_path, "a.txt.gz", content[: len(content) // 2])
+    (document,) = joined(items)
+    assert text.startswith(document[0]) and 0.2 * len(text) < len(document[0]) < 0.6 * len(text)
+    assert len(bad_of(items)) == 1 and "damaged" in bad_of(items)[0] and "what follows is lost" in bad_of(items)[0]
+
+
+READ_AND_MEASURE = """
+import sys
+from data_preprocess.readers import Corpus, Document, find_units, read_unit
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+corpus = Corpus(sys.argv[1])
+before = peak()
+units, _ = find_units(corpus, 1_000_000)
+units[0].fingerprint(corpus)
+documents = characters = 0
+for item in read_unit(corpus, units[0]):
+    assert isinstance(item, Document), item
+    documents += 1
+    characters += len(item.text)
+print(len(units), documents, characters, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory in /proc")
+@pytest.mark.parametrize("compression", ["", ".zst"])
+def test_large_array_is_read_in_bounded_memory(tmp_path: Path, compression: str):
+    """300 MB on a single line. In a process of its own, by VmHWM: ru_maxrss begins with that of the parent."""
+    element = json.dumps({"id": 1, "text": "some text of a document " * 100}).encode()
+    count = 300_000_000 // len(element)
+    path = tmp_path / f"a.json{compression}"
+    with open(path, "wb") as file:
+        for number in range(0, count, 1000):
+            batch = b"," * bool(number) + b",".join([element] * min(1000, count - number))
+            batch = b"[" * (not number) + batch + b"]" * (number + 1000 >= count)
+            # Frames one after another.
+            file.write(compress(batch, compression))
+    command = [sys.executable, "-c", READ_AND_MEASURE, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    units, documents, characters, grown_kib = map(int, result.stdout.split())
+    assert (units, documents, characters) == (1, count, count * 2400)
+    assert grown_kib < 100 * 1024
