@@ -31,7 +31,7 @@ MANIFEST_NAME = "pretokenize.json"
 TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin")
 
 _BIN_STRUCT = struct.Struct("<8sII QQQQ d Q 8s 32s 32s")
-_BIN_HEADER_BYTES = 256
+BIN_HEADER_BYTES = 256
 _DOCS_STRUCT = struct.Struct("<8sIIQ32s")
 _DOCUMENT_BYTES = 8 + 8 + 4
 _INDEX_STRUCT = struct.Struct("<8sII32s")
@@ -74,7 +74,7 @@ class BinHeader:
             BIN_MAGIC, VERSION, self.dtype.itemsize, self.num_tokens, self.vocab_size, self.num_documents,
             self.eod_id, self.valid_ratio, self.text_bytes, self.split.encode(),
             bytes.fromhex(self.tokenizer_fingerprint), bytes.fromhex(self.content_sha256),
-        ).ljust(_BIN_HEADER_BYTES, b"\0")  # fmt: skip
+        ).ljust(BIN_HEADER_BYTES, b"\0")  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -90,10 +90,10 @@ def read_bin_header(path: Path) -> BinHeader:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            raw = file.read(_BIN_HEADER_BYTES)
+            raw = file.read(BIN_HEADER_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run `{PRETOKENIZE_COMMAND}` again") from None
-    if len(raw) < _BIN_HEADER_BYTES or raw[:8] != BIN_MAGIC:
+    if len(raw) < BIN_HEADER_BYTES or raw[:8] != BIN_MAGIC:
         raise ValueError(f"{path} is not a zero2all .bin file: make one with `{PRETOKENIZE_COMMAND}`")
     (_, version, token_bytes, num_tokens, vocab_size, num_documents, eod_id, valid_ratio, text_bytes, split,
      tokenizer, content) = _BIN_STRUCT.unpack(raw[: _BIN_STRUCT.size])  # fmt: skip
@@ -101,7 +101,7 @@ def read_bin_header(path: Path) -> BinHeader:
         raise ValueError(
             f"{path} has format version {version}, this program reads {VERSION}: run `{PRETOKENIZE_COMMAND}`"
         )
-    expected = _BIN_HEADER_BYTES + num_tokens * token_bytes
+    expected = BIN_HEADER_BYTES + num_tokens * token_bytes
     if size != expected:
         raise ValueError(
             f"{path} holds {size} bytes where its header promises {expected}: "
@@ -121,7 +121,7 @@ def map_tokens(path: Path, header: BinHeader) -> np.ndarray:
     """Read-only memory map of the tokens, shape (num_tokens,)."""
     if header.num_tokens == 0:
         return np.empty(0, header.dtype)
-    return np.memmap(path, dtype=header.dtype, mode="r", offset=_BIN_HEADER_BYTES, shape=(header.num_tokens,))
+    return np.memmap(path, dtype=header.dtype, mode="r", offset=BIN_HEADER_BYTES, shape=(header.num_tokens,))
 
 
 class BinWriter:
@@ -134,7 +134,7 @@ class BinWriter:
         self.path, self.header = path, header
         self._temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         self._file = open(self._temporary, "wb")
-        self._file.write(b"\0" * _BIN_HEADER_BYTES)
+        self._file.write(b"\0" * BIN_HEADER_BYTES)
         self._hash = hashlib.sha256()
         self._starts, self._records, self._files = array("q"), array("Q"), array("I")
         self._sources: dict[tuple[str, str], int] = {}

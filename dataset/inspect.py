@@ -3,6 +3,7 @@
 python -m dataset.inspect RUN_OR_DIR                  statistics
 python -m dataset.inspect RUN_OR_DIR --sample N       also sample N, decoded, with its documents and their files
 python -m dataset.inspect RUN --position P            also the sample that the run takes at position P of its stream
+python -m dataset.inspect RUN_OR_DIR --verify         read all tokens, and compare them with the shards' checksums
 """
 
 import argparse
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from dataset.format import (
+    BIN_HEADER_BYTES,
     BUILD_INDEX_COMMAND,
+    PRETOKENIZE_COMMAND,
     SPLITS,
     DocumentTable,
     index_path,
@@ -25,6 +28,7 @@ from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
 from tokenizer import Tokenizer, load_tokenizer
+from utils.files import sha256_of_file
 
 _BAR_WIDTH = 40
 
@@ -56,12 +60,23 @@ class Inspection:
     """
 
     def __init__(self, data_dir: Path, split: str, max_seq_len: int, tokenizer: Tokenizer):
-        self.split, self.tokenizer = split, tokenizer
+        self._data_dir, self.split, self.tokenizer = data_dir, split, tokenizer
         self.dataset = PretrainDataset(data_dir, split, max_seq_len)
         self.dataset.check(tokenizer.fingerprint)
         self.index = read_index(data_dir, split, max_seq_len)
         self.tables = [read_document_table(data_dir / name) for name in self.index.file_names]
         self.bounds = np.cumsum([0, *(header.num_tokens for header in self.dataset.headers)], dtype=np.int64)
+
+    def verify(self) -> Iterator[str]:
+        """Read every shard of the set.
+
+        Raises:
+            ValueError: tokens are not those that were written.
+        """
+        for name, header in zip(self.index.file_names, self.dataset.headers):
+            if sha256_of_file(self._data_dir / name, BIN_HEADER_BYTES) != header.content_sha256:
+                raise ValueError(f"{self._data_dir / name} is damaged: delete it and run `{PRETOKENIZE_COMMAND}` again")
+        yield f"{self.split}: the tokens of all {len(self.dataset.headers)} shards are those that were written"
 
     def statistics(self) -> Iterator[str]:
         """Lines about the whole set."""
@@ -172,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", help="run directory, or directory with .bin and .ibin files")
     parser.add_argument("--sample", type=int, help="show this sample of the set")
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")
+    parser.add_argument("--verify", action="store_true", help="compare all tokens with the shards' checksums")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--max_seq_len", type=int, default=0, help="which index (default: the run's, or the only one)")
     parser.add_argument("--tokenizer_dir", default="", help="default: the run's, or the one beside the data")
@@ -185,7 +201,10 @@ def main(argv: list[str] | None = None) -> int:
             if chosen is not None or seed is None or args.split != "train":
                 raise ValueError("--position is for the train set of a run, or with --seed, and without --sample")
             chosen = int(sample_at(seed, args.position, len(inspection.dataset)))
-        lines = list(inspection.statistics() if chosen is None else inspection.sample(chosen))
+        if args.verify:
+            lines = list(inspection.verify())
+        else:
+            lines = list(inspection.statistics() if chosen is None else inspection.sample(chosen))
     except (ValueError, OSError) as error:
         print(f"inspect: {error}", file=sys.stderr)
         return 2
