@@ -1,12 +1,14 @@
 """What every tokenizer offers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, "<|im_start|>", "<|im_end|>")
 """Of the tokenizers trained here."""
+LARGEST_VOCAB_SIZE = 1 << 24
+"""Far beyond what a model can use; the libraries' trainers end the process for want of memory instead of refusing."""
 
 
 class Tokenizer(ABC):
@@ -62,13 +64,14 @@ class Tokenizer(ABC):
         """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read."""
 
 
-def hugging_face_config(special_tokens: Iterable[str]) -> dict:
-    """`tokenizer_config.json` of a tokenizer trained here."""
+def hugging_face_config(special_tokens: Collection[str]) -> dict:
+    """`tokenizer_config.json` of a tokenizer with these special tokens."""
+    pad = {"pad_token": PAD} if PAD in special_tokens else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,
         "bos_token": END_OF_DOCUMENT,
-        "pad_token": PAD,
+        **pad,
         "additional_special_tokens": [t for t in special_tokens if t not in (END_OF_DOCUMENT, PAD)],
         "clean_up_tokenization_spaces": False,
     }

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
 from utils.files import atomic_write
 
-_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
+_BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
+_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def split_pattern(max_digits: int = 3, max_han: int = 0) -> str:
@@ -45,21 +46,22 @@ def split_pattern(max_digits: int = 3, max_han: int = 0) -> str:
 class HFBBPETokenizer(Tokenizer):
     """A `tokenizer.json`. Of the tokenizers trained here the special tokens have the last ids."""
 
-    def __init__(self, definition: str, config: dict | None = None):
+    def __init__(self, definition: str, config: dict | None = None, chat_template: str | None = None):
         """
         Args:
             definition: content of a `tokenizer.json`.
             config: content of its `tokenizer_config.json`; kept, and asked for the end-of-document token.
+            chat_template: content of its `chat_template.jinja`; kept.
         Raises:
             ValueError: of a kind that this class cannot stand for.
         """
-        self._definition, self._config = json.loads(definition), config
+        self._definition, self._config, self._chat_template = json.loads(definition), config, chat_template
         self._spelling = _byte_spelling(self._definition)
         added = self._definition["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
         self.eod_id = self.special_ids[_end_of_document(self.special_ids, config or {})]
-        self._plain = _without_special_tokens(self._definition, self.special_ids)
-        self.vocab_size = max([*self.special_ids.values(), *self._plain.get_vocab().values()]) + 1
+        self._plain = _plain_text_tokenizer(self._definition, self.special_ids)
+        self.vocab_size = max(self._plain.get_vocab().values()) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
 
@@ -75,7 +77,7 @@ class HFBBPETokenizer(Tokenizer):
 
     def token_byte_lengths(self) -> list[int]:
         lengths = [0] * self.vocab_size
-        for token, token_id in LibraryTokenizer.from_str(_model_only(self._plain)).get_vocab().items():
+        for token, token_id in self._definition["model"]["vocab"].items():
             if self._spelling == "byte level":
                 # Every byte is spelt as one character.
                 lengths[token_id] = len(token)
@@ -88,9 +90,11 @@ class HFBBPETokenizer(Tokenizer):
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = self._config or hugging_face_config(self.special_ids)
+        config = hugging_face_config(self.special_ids) if self._config is None else self._config
         atomic_write(directory / "tokenizer.json", json.dumps(self._definition, ensure_ascii=False).encode())
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
+        if self._chat_template is not None:
+            atomic_write(directory / "chat_template.jinja", self._chat_template.encode())
 
 
 def _byte_spelling(definition: object) -> str:
@@ -104,9 +108,10 @@ def _byte_spelling(definition: object) -> str:
         raise ValueError("only BPE can be used")
     if not isinstance(definition.get("added_tokens"), list):
         raise ValueError("it has no list of added tokens")
-    if '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer")):
+    vocab = set(model["vocab"])
+    if '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer")) and _BYTE_CHARACTERS <= vocab:
         return "byte level"
-    if model.get("byte_fallback") and _BYTE_PIECES <= set(model["vocab"]):
+    if model.get("byte_fallback") and _BYTE_PIECES <= vocab:
         return "byte pieces"
     raise ValueError("it is neither byte-level nor falls back to bytes, so some texts would be lost")
 
@@ -121,24 +126,38 @@ def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
 
 
-def _without_special_tokens(definition: dict, special_ids: dict[str, int]) -> LibraryTokenizer:
-    """The library's tokenizer, to which control strings are ordinary text."""
+def _plain_text_tokenizer(definition: dict, special_ids: dict[str, int]) -> LibraryTokenizer:
+    """The library's tokenizer, to which control strings are ordinary text.
+
+    The special tokens stay, so that all others keep their ids, but under names that no text can become: a blank in the
+    text is spelt otherwise in every kind of BPE that is let in here.
+    """
     model = definition["model"]
-    vocab = {token: token_id for token, token_id in model["vocab"].items() if token not in special_ids}
-    ordinary = [token for token in definition["added_tokens"] if not token["special"]]
+    names = {token: f"special {token_id}" for token, token_id in special_ids.items()}
     unknown = model.get("unk_token")
-    plain = {
-        **definition,
-        "added_tokens": ordinary,
-        "post_processor": None,
-        # Whatever the text, there is a byte for it.
-        "model": {**model, "vocab": vocab, "unk_token": unknown if unknown in vocab else None},
-    }
-    return LibraryTokenizer.from_str(json.dumps(plain))
-
-
-def _model_only(tokenizer: LibraryTokenizer) -> str:
-    return json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": []})
+    plain = LibraryTokenizer.from_str(
+        json.dumps(
+            {
+                **definition,
+                "added_tokens": [
+                    {**token, "content": names.get(token["content"], token["content"])}
+                    for token in definition["added_tokens"]
+                ],
+                # Settings for batches and chats would cut texts, fill them up, or put tokens round them.
+                "truncation": None,
+                "padding": None,
+                "post_processor": None,
+                "model": {
+                    **model,
+                    "vocab": {names.get(token, token): token_id for token, token_id in model["vocab"].items()},
+                    "unk_token": names.get(unknown, unknown),
+                    "dropout": None,
+                },
+            }
+        )
+    )
+    plain.encode_special_tokens = True
+    return plain
 
 
 def train_hf_bbpe(
@@ -172,20 +191,20 @@ def train_hf_bbpe(
     tokenizer.train_from_iterator(texts, trainer)
     entries = tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)
     if entries < vocab_size:
-        largest = entries // 64 * 64
-        hint = f", at most {largest}" if largest >= smallest else ""
-        raise ValueError(f"the corpus yields only {entries} entries: use more text or a smaller --vocab_size{hint}")
+        raise ValueError(
+            f"the corpus yields only {entries} entries: use more text or a smaller --vocab_size, at most {entries}"
+        )
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS))
 
 
-def load_hf_bbpe(directory: Path) -> HFBBPETokenizer:
+def load_hf_bbpe(directory: Path, config: dict | None) -> HFBBPETokenizer:
     """Read a folder with a `tokenizer.json`.
 
     Raises:
         ValueError: of a kind that cannot be used.
     """
-    config_path = directory / "tokenizer_config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else None
-    return HFBBPETokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), config)
+    template_path = directory / "chat_template.jinja"
+    template = template_path.read_text(encoding="utf-8") if template_path.exists() else None
+    return HFBBPETokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), config, template)

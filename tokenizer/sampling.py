@@ -7,9 +7,9 @@ always the same; from each a share of what is still missing is taken.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, repeat, zip_longest
 
-from data_preprocess.readers import BadRecord, BadRecords, Corpus, find_units, read_unit
+from data_preprocess.readers import BadRecord, BadRecords, Corpus, Document, Unit, find_units, read_unit
 
 _UNIT_BYTES = 4_000_000
 _LEAST_FROM_A_UNIT = 256_000
@@ -38,25 +38,42 @@ def sample_texts(corpus: Corpus, budget: int, bad: BadRecords, seed: int = 0) ->
     """
     units, _ = find_units(corpus, _UNIT_BYTES)
     random.Random(seed).shuffle(units)
+    cut_short: list[tuple[Unit, int]] = []
     for index, unit in enumerate(units):
         share = max(budget // (len(units) - index), _LEAST_FROM_A_UNIT)
-        for item in read_unit(corpus, unit):
-            if isinstance(item, BadRecord):
-                bad.add(item)
-                continue
-            size = len(item.text.encode("utf-8"))
+        for count, item in enumerate(read_unit(corpus, unit), 1):
+            size = _size(item, bad)
             budget, share = budget - size, share - size
-            yield item.text
-            if share <= 0 or budget <= 0:
+            if size:
+                yield item.text
+            if budget <= 0:
+                return
+            if share <= 0:
+                cut_short.append((unit, count))
                 break
-        if budget <= 0:
-            return
+    # The later units were smaller than their share: what is missing comes from those that have more.
+    for unit, count in cut_short:
+        for item in islice(read_unit(corpus, unit), count, None):
+            size = _size(item, bad)
+            budget -= size
+            if size:
+                yield item.text
+            if budget <= 0:
+                return
+
+
+def _size(item: Document | BadRecord, bad: BadRecords) -> int:
+    """UTF-8 bytes of a document; 0 for a bad record, which is noted."""
+    if isinstance(item, BadRecord):
+        bad.add(item)
+        return 0
+    return len(item.text.encode("utf-8"))
 
 
 def mixed_texts(sources: list[Source], sample_bytes: int, bad: BadRecords) -> Iterator[tuple[str, str]]:
     """(name of the source, text) of all sources in turns."""
     streams = [
-        ((source.name, text) for text in sample_texts(source.corpus, budget, bad))
+        zip(repeat(source.name), sample_texts(source.corpus, budget, bad))
         for source, budget in zip(sources, budgets(sources, sample_bytes))
     ]
     for round_of_texts in zip_longest(*streams):

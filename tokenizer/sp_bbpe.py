@@ -21,7 +21,7 @@ from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_f
 from utils.files import atomic_write
 
 KIND = "sp_bbpe"
-_BLANK = "▁"
+_BLANK, _UNKNOWN_SIGN = "▁", "▅"
 _UNKNOWN = "<unk>"
 _LINE_BYTES = 4000
 _FIXED_ENTRIES = 1 + len(SPECIAL_TOKENS) + 256
@@ -124,22 +124,23 @@ def train_sp_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
             eos_id=-1, pad_id=-1, train_extremely_large_corpus=True, minloglevel=0 if show_progress else 2,
         )  # fmt: skip
     except RuntimeError as error:
+        # Not enough room for the text's characters, or not enough text for the room.
+        advice = "a larger --vocab_size" if "required_chars" in str(error) else "more text or a smaller --vocab_size"
         raise ValueError(
-            f"SentencePiece cannot train {vocab_size} entries on this text ({_first_line(error)}): use more text or a "
-            f"smaller --vocab_size"
+            f"SentencePiece cannot train {vocab_size} entries on this text ({_last_line(error)}): use {advice}"
         ) from None
     return SPBBPETokenizer(model.getvalue())
 
 
-def _first_line(error: RuntimeError) -> str:
+def _last_line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1]
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     """Texts in pieces of about _LINE_BYTES, cut after a line end or at a blank: the trainer keeps all of them in
-    memory and leaves out those that are too long. It takes no NUL."""
+    memory and leaves out those that are too long, or that hold NUL or the sign by which it marks unknown characters."""
     for text in texts:
-        text = text.replace("\0", "")
+        text = text.replace("\0", "").replace(_UNKNOWN_SIGN, "")
         start = 0
         while start < len(text):
             end = start + _LINE_BYTES
@@ -159,10 +160,4 @@ def load_sp_bbpe(directory: Path) -> SPBBPETokenizer:
     try:
         return SPBBPETokenizer((directory / "tokenizer.model").read_bytes())
     except RuntimeError as error:
-        raise ValueError(f"tokenizer.model is damaged: {_first_line(error)}") from None
-
-
-def is_sp_bbpe(directory: Path) -> bool:
-    """Whether a folder was written by `SPBBPETokenizer.save_pretrained`."""
-    path = directory / "tokenizer_config.json"
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")).get("kind") == KIND
+        raise ValueError(f"tokenizer.model is damaged: {_last_line(error)}") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from
-from tokenizer.base import Tokenizer
+from tokenizer.base import LARGEST_VOCAB_SIZE, Tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.sp_bbpe import train_sp_bbpe
@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--max_han is a number of characters, for hf_bbpe")
         if not 1 <= args.sample_mb * 1e6 < 2**63:
             raise ValueError("--sample_mb must be positive")
+        if args.vocab_size > LARGEST_VOCAB_SIZE:
+            raise ValueError(f"--vocab_size must be at most {LARGEST_VOCAB_SIZE}")
         sources = sources_from(args)
         sample = Sample(sources, int(args.sample_mb * 1e6), bad)
         shows = sys.stderr.isatty()

@@ -1,19 +1,32 @@
-"""Byte-level BPE: any text survives, no text forges a special token, Hugging Face reads the folder the same way."""
+"""Tokenizers of every kind: any text survives, no text forges a special token, Hugging Face reads the folder the same
+way; and Hugging Face folders that were made elsewhere."""
 
+import functools
 import json
 import random
 import shutil
 import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
 
-from tokenizer import HFBBPETokenizer, load_tokenizer
-from tokenizer.hf_bbpe import END_OF_DOCUMENT, SPECIAL_TOKENS, train_hf_bbpe
-from tokenizer.train_tokenizer import main
+from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.readers import Corpus
+from dataset.format import map_tokens, read_bin_header
+from generate import stream_text
+from tokenizer import HFBBPETokenizer, SPBBPETokenizer, Tokenizer, load_tokenizer
+from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS
+from tokenizer.hf_bbpe import train_hf_bbpe
+from tokenizer.sp_bbpe import train_sp_bbpe
 
+KINDS = ("hf_bbpe", "sp_bbpe")
 VOCAB_SIZE = 640
+SP_VOCAB_SIZE = 421
 
 # Ranges of code points from which random texts are drawn; the surrogates are no characters.
 RANGES = {
@@ -24,6 +37,7 @@ RANGES = {
     "hebrew and arabic": (0x590, 0x6FF),
     "devanagari": (0x900, 0x97F),
     "spaces and joiners": (0x2000, 0x206F),
+    "blocks": (0x2580, 0x259F),
     "cjk": (0x3000, 0x9FFF),
     "hangul": (0xAC00, 0xD7A3),
     "private use": (0xE000, 0xF8FF),
@@ -48,94 +62,205 @@ def english(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(vocabulary) for _ in range(words))
 
 
+def control_strings() -> list[str]:
+    """Merging them must not be learnt as one token."""
+    rng = random.Random(1)
+    return [joint.join(rng.choice(SPECIAL_TOKENS) for _ in range(20)) for joint in ("", " ") for _ in range(40)]
+
+
 def training_texts() -> list[str]:
-    """Words, some of everything else, and many control strings: merging them must not be learnt as one token."""
+    """Words, some of everything else, and many control strings."""
     rng = random.Random(0)
     texts = [english(rng, 80) for _ in range(40)]
     texts += [random_text(rng, 120) for _ in range(40)]
-    texts += ["".join(rng.choice(SPECIAL_TOKENS) for _ in range(20)) for _ in range(40)]
-    texts += [" ".join(rng.choice(SPECIAL_TOKENS) for _ in range(20)) for _ in range(40)]
-    return texts
+    return texts + control_strings()
+
+
+def sp_training_texts() -> list[str]:
+    """Without the rare characters, each of which SentencePiece would make an entry."""
+    rng = random.Random(0)
+    texts = [english(rng, 80) for _ in range(40)] + ["中文训练数据 天地玄黄\n" * 10, "    <unk> <0x41>\n" * 20]
+    return texts + control_strings()
+
+
+@functools.cache
+def trained(kind: str) -> Tokenizer:
+    if kind == "hf_bbpe":
+        return train_hf_bbpe(training_texts(), VOCAB_SIZE, show_progress=False)
+    return train_sp_bbpe(sp_training_texts(), SP_VOCAB_SIZE, show_progress=False)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return trained(request.param)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> HFBBPETokenizer:
-    return train_hf_bbpe(training_texts(), VOCAB_SIZE, show_progress=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tokenizer: HFBBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "new" / "folder"
     tokenizer.save_pretrained(path)
     return path
 
 
+@pytest.fixture(scope="module")
+def hf() -> HFBBPETokenizer:
+    return trained("hf_bbpe")
+
+
+@pytest.fixture(scope="module")
+def hf_folder(hf: HFBBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "hf"
+    hf.save_pretrained(path)
+    return path
+
+
+def auto_tokenizer(folder: Path):
+    # Imported here: it takes seconds, and most tests do without.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def control_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids that no text may get: special tokens, and SentencePiece's unknown token, which would lose text."""
+    return {i for i, length in enumerate(tokenizer.token_byte_lengths()) if length == 0}
+
+
+def read_alike(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Those of the texts to which other programs must give the same ids."""
+    controls = list(tokenizer.special_ids)
+    if isinstance(tokenizer, SPBBPETokenizer):
+        controls += ["<unk>", "▁"]
+    return [text for text in texts if not any(control in text for control in controls)]
+
+
 # ---- text
 
 
-def test_vocabulary(tokenizer: HFBBPETokenizer):
-    assert tokenizer.vocab_size == VOCAB_SIZE
+def test_vocabulary(hf: HFBBPETokenizer):
+    assert hf.vocab_size == VOCAB_SIZE
     # The last ids, so that a vocabulary that grows does not move the others.
-    assert tokenizer.special_ids == {text: VOCAB_SIZE - 4 + i for i, text in enumerate(SPECIAL_TOKENS)}
+    assert hf.special_ids == {text: VOCAB_SIZE - 4 + i for i, text in enumerate(SPECIAL_TOKENS)}
+    assert hf.eod_id == hf.special_ids[END_OF_DOCUMENT]
+
+
+def test_special_tokens_of_every_kind(tokenizer: Tokenizer):
+    assert set(tokenizer.special_ids) == set(SPECIAL_TOKENS)
     assert tokenizer.eod_id == tokenizer.special_ids[END_OF_DOCUMENT]
+    assert tokenizer.pad_id == tokenizer.special_ids["<|pad|>"] != tokenizer.eod_id
+    assert tokenizer.vocab_size == (SP_VOCAB_SIZE if isinstance(tokenizer, SPBBPETokenizer) else VOCAB_SIZE)
 
 
-def test_training_compresses(tokenizer: HFBBPETokenizer):
+def test_training_compresses(tokenizer: Tokenizer):
     text = english(random.Random(7), 200)
     assert len(tokenizer.encode(text)) < 0.6 * len(text)
 
 
-def test_training_again_gives_the_same(tokenizer: HFBBPETokenizer):
+def test_training_again_gives_the_same(hf: HFBBPETokenizer):
     again = train_hf_bbpe(iter(training_texts()), VOCAB_SIZE, show_progress=False)
-    assert again.fingerprint == tokenizer.fingerprint
+    assert again.fingerprint == hf.fingerprint
     other = train_hf_bbpe(training_texts()[::2], VOCAB_SIZE - 64, show_progress=False)
-    assert other.fingerprint != tokenizer.fingerprint
+    assert other.fingerprint != hf.fingerprint
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_round_trip_of_random_unicode(tokenizer: HFBBPETokenizer, seed: int):
+def test_round_trip_of_random_unicode(tokenizer: Tokenizer, seed: int):
     rng = random.Random(seed)
     texts = [random_text(rng, rng.randint(0, 60)) for _ in range(200)]
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts
     assert [tokenizer.encode(text) for text in texts] == batch
-    assert all(0 <= token_id < VOCAB_SIZE - 4 for ids in batch for token_id in ids)
+    possible = set(range(tokenizer.vocab_size)) - control_ids(tokenizer)
+    assert {token_id for ids in batch for token_id in ids} <= possible
 
 
 @pytest.mark.parametrize("kind", RANGES)
-def test_round_trip_of_every_kind(tokenizer: HFBBPETokenizer, kind: str):
+def test_round_trip_of_every_kind(tokenizer: Tokenizer, kind: str):
     low, high = RANGES[kind]
     text = "".join(map(chr, range(low, min(high, low + 5000) + 1)))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", " ", "\n", "\0", "a\0b", "\r\n \r\n", " " * 1000, "\ufeffBOM", "e\u0301 is no \u00e9", "\u1e9b\u0323",
-        "👩‍👩‍👧‍👦🏽", "０１２ ①②③ 1234567", "ﬁ ﬀ", "don't I'LL", "\u202eabc", "\ufffd", "Ġ Ċ", "x" * 5000,
-    ],
-)  # fmt: skip
-def test_round_trip_of_awkward_texts(tokenizer: HFBBPETokenizer, text: str):
+def test_round_trip_and_lengths_of_every_character(tokenizer: Tokenizer):
+    """All planes: the first one in its order, the others mixed."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    later = characters[0xF800:]
+    random.Random(0).shuffle(later)
+    characters[0xF800:] = later
+    texts = ["".join(characters[start : start + 4096]) for start in range(0, len(characters), 4096)]
+    lengths, forbidden = tokenizer.token_byte_lengths(), control_ids(tokenizer)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert tokenizer.decode(ids) == text
+        assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8"))
+        assert forbidden.isdisjoint(ids)
+
+
+AWKWARD = [
+    "", " ", "\n", "\0", "a\0b", "\0\0 \0", "\r\n \r\n", " " * 1000, "\ufeffBOM", "\ufeff", "e\u0301 is no \u00e9",
+    "\u1e9b\u0323", "👩‍👩‍👧‍👦🏽", "０１２ ①②③ 1234567", "ﬁ ﬀ", "don't I'LL", "\u202eabc", "\ufffd", "\ufffd\ufffd",
+    "Ġ Ċ", "x" * 5000, "\u0301\u0301", "  leading", "trailing  ", " \u00a0 \u3000 ", "\x1b[0m\x7f\x80\x9f",
+    "\u2028\u2029\x85",
+    "▁", "▁▁▁", " ▁ ▁", "a▁b", "▁ \0 ▁", "▁the▁text▁", "\n▁\n", "▅", "⁇", "<unk>", "▁<unk>▁", " ⁇ ", "<s>", "</s>",
+    "<pad>", "<0x41>", "<0x00>", "<0xE2><0x96><0x81>", "▁<0x0A>", "<0x4", *SPECIAL_TOKENS, "".join(SPECIAL_TOKENS),
+    "".join(f"{token}{token[:5]}" for token in SPECIAL_TOKENS), "\U0010ffff\U00010000\uffff\ue000\ud7ff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_round_trip_of_awkward_texts(tokenizer: Tokenizer, text: str):
     """Nothing is normalised, stripped or merged: what was written comes back."""
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
+    assert control_ids(tokenizer).isdisjoint(ids)
+    lengths = tokenizer.token_byte_lengths()
+    assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8"))
 
 
-def test_bytes_that_are_no_text_yet(tokenizer: HFBBPETokenizer):
-    """Half a character while it streams in."""
+@pytest.mark.parametrize("num_threads", [0, 1, 2, 3, 16])
+def test_threads_do_not_change_the_ids(tokenizer: Tokenizer, num_threads: int):
+    rng = random.Random(num_threads)
+    texts = [random_text(rng, rng.randint(0, 60)) for _ in range(300)] + AWKWARD
+    rng.shuffle(texts)
+    assert tokenizer.encode_batch(texts, num_threads) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(tuple(texts[:5]), num_threads) == tokenizer.encode_batch(texts)[:5]
+    assert tokenizer.encode_batch([], num_threads) == []
+
+
+def test_bytes_that_are_no_text_yet(tokenizer: Tokenizer):
+    """Half a character while it streams in, and what is left of it when its start was cut off."""
     ids = tokenizer.encode("\U0001f9ea")
     assert len(ids) > 1
-    assert "\ufffd" in tokenizer.decode(ids[:-1])
+    for cut in range(1, len(ids)):
+        assert set(tokenizer.decode(ids[:cut])) == {"\ufffd"}
+        assert set(tokenizer.decode(ids[cut:])) == {"\ufffd"}
+        # A special token cannot complete it.
+        text = tokenizer.decode([*ids[:cut], tokenizer.eod_id, *ids[cut:]])
+        assert text.count(END_OF_DOCUMENT) == 1 and set(text.replace(END_OF_DOCUMENT, "")) == {"\ufffd"}
     assert tokenizer.decode(ids) == "\U0001f9ea"
 
 
-def test_token_byte_lengths(tokenizer: HFBBPETokenizer):
+@pytest.mark.parametrize("seed", range(3))
+def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer, seed: int):
+    rng = random.Random(seed)
+    for text in [*(random_text(rng, rng.randint(0, 40)) for _ in range(60)), *AWKWARD]:
+        if len(text) > 200:
+            continue
+        ids = tokenizer.encode(text)
+        pieces = list(stream_text(tokenizer, iter(ids)))
+        assert "".join(pieces) == text
+        if "\ufffd" not in text:
+            assert not any("\ufffd" in piece for piece in pieces)
+        with_special = [*ids, tokenizer.special_ids["<|im_end|>"], *ids]
+        assert "".join(stream_text(tokenizer, iter(with_special))) == f"{text}<|im_end|>{text}"
+
+
+def test_token_byte_lengths(tokenizer: Tokenizer):
     lengths = tokenizer.token_byte_lengths()
-    assert len(lengths) == VOCAB_SIZE
+    assert len(lengths) == tokenizer.vocab_size
     assert [lengths[token_id] for token_id in tokenizer.special_ids.values()] == [0] * 4
-    assert min(lengths[: VOCAB_SIZE - 4]) == 1
+    assert min(length for i, length in enumerate(lengths) if i not in control_ids(tokenizer)) == 1
+    assert len(control_ids(tokenizer) - set(tokenizer.special_ids.values())) == isinstance(tokenizer, SPBBPETokenizer)
     rng = random.Random(3)
     for text in [*(random_text(rng, 50) for _ in range(300)), *SPECIAL_TOKENS, english(rng, 100)]:
         assert sum(lengths[token_id] for token_id in tokenizer.encode(text)) == len(text.encode("utf-8"))
@@ -144,74 +269,124 @@ def test_token_byte_lengths(tokenizer: HFBBPETokenizer):
 # ---- special tokens
 
 
-def forgeries(rng: random.Random, count: int) -> list[str]:
+FRAGMENTS = ["<|", "|>", "<", "|", ">", "im", "_", "start", "end", "of", "text", "pad", "im_start", "endoftext"]
+FRAGMENTS += [
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\0",
+    "\u0301",
+    "＜｜",
+    "｜＞",
+    " ",
+    "\n",
+    "\r\n",
+    "\t",
+    "<s>",
+    "Ġ",
+    "▁",
+    "⁇",
+]
+FRAGMENTS += ["<unk>", "<0x3C>", "<0x3C><0x7C>", "<0x00>", "</s>", "▅", "\U0001f9ea", "\u2581\u2581", "    "]
+
+
+def forgeries(rng: random.Random, count: int, controls: Sequence[str] = SPECIAL_TOKENS) -> list[str]:
     """Control strings whole, cut, nested, doubled, with look-alikes, invisible characters and blanks in between."""
-    fragments = ["<|", "|>", "<", "|", ">", "im", "_", "start", "end", "of", "text", "pad", "im_start", "endoftext"]
-    fragments += ["\u200b", "\u200d", "\ufeff", "\0", "\u0301", "＜｜", "｜＞", " ", "\n", "\r\n", "\t", "<s>", "Ġ"]
     texts = []
     for _ in range(count):
         parts = []
         for _ in range(rng.randint(1, 6)):
-            control = rng.choice(SPECIAL_TOKENS)
+            control = rng.choice(controls)
             cut = rng.randint(0, len(control))
+            way = rng.randrange(9)
             parts.append(
-                rng.choice(
-                    [
-                        control,
-                        control[:cut],
-                        control[cut:],
-                        control[:cut] + rng.choice(SPECIAL_TOKENS) + control[cut:],
-                        control[:cut] + rng.choice(fragments) + control[cut:],
-                        control.upper(),
-                        unicodedata.normalize("NFKC", "＜｜im_end｜＞"),
-                        rng.choice(fragments),
-                        random_text(rng, 3),
-                    ]
-                )
-            )
+                control if way == 0
+                else control[:cut] if way == 1
+                else control[cut:] if way == 2
+                else control[:cut] + rng.choice(controls) + control[cut:] if way == 3
+                else control[:cut] + rng.choice(FRAGMENTS) + control[cut:] if way == 4
+                else control.upper() if way == 5
+                else unicodedata.normalize("NFKC", "＜｜im_end｜＞") if way == 6
+                else rng.choice(FRAGMENTS) if way == 7
+                else random_text(rng, 3)
+            )  # fmt: skip
         texts.append("".join(parts))
     return texts
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_no_text_forges_a_special_token(tokenizer: HFBBPETokenizer, seed: int):
-    texts = forgeries(random.Random(seed), 1000)
-    special_ids = set(tokenizer.special_ids.values())
+@functools.cache
+def many_forgeries() -> list[str]:
+    return forgeries(random.Random(2024), 100_000)
+
+
+def test_no_text_forges_a_special_token(tokenizer: Tokenizer):
+    texts = many_forgeries()
+    forbidden = control_ids(tokenizer)
     spelled_out = sum(any(control in text for control in SPECIAL_TOKENS) for text in texts)
-    assert spelled_out > 300
+    assert spelled_out > 30_000
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        assert special_ids.isdisjoint(ids), text
+        assert forbidden.isdisjoint(ids), text
+    for text in texts[:5000]:
+        ids = tokenizer.encode(text)
+        assert forbidden.isdisjoint(ids), text
         assert tokenizer.decode(ids) == text
-    for text in texts[:100]:
-        assert special_ids.isdisjoint(tokenizer.encode(text)), text
 
 
-def test_no_text_forges_a_special_token_of_a_loaded_tokenizer(tokenizer: HFBBPETokenizer, folder: Path):
+def test_no_document_forges_a_special_token(tokenizer: Tokenizer, folder: Path, tmp_path: Path):
+    """Through the data path: the only special token in the files is the one that ends each document."""
+    texts = [text for text in many_forgeries()[:3000] if text]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text(lines, "utf-8", newline="\n")
+    single = "".join(SPECIAL_TOKENS) * 50 + "end"
+    (tmp_path / "corpus" / "b.txt").write_text(single, "utf-8")
+    output = tmp_path / "tokens"
+    manifest = pretokenize(Job(Corpus(str(tmp_path / "corpus")), str(output), str(folder), valid_ratio=0.0))
+    assert manifest["documents"] == len(texts) + 1 and manifest["bad_records"] == 0
+    documents: list[list[int]] = [[]]
+    for name in manifest["shards"]["train"]:
+        header = read_bin_header(output / name)
+        assert (header.eod_id, header.vocab_size) == (tokenizer.eod_id, tokenizer.vocab_size)
+        for token_id in map_tokens(output / name, header).tolist():
+            if token_id == tokenizer.eod_id:
+                documents.append([])
+            else:
+                documents[-1].append(token_id)
+    assert documents.pop() == []
+    assert control_ids(tokenizer).isdisjoint(token_id for ids in documents for token_id in ids)
+    assert [tokenizer.decode(ids) for ids in documents] == [*texts, single]
+    assert load_tokenizer(output / "tokenizer").fingerprint == tokenizer.fingerprint
+
+
+def test_no_text_forges_a_special_token_of_a_loaded_tokenizer(tokenizer: Tokenizer, folder: Path):
     loaded = load_tokenizer(folder)
     for text in [*SPECIAL_TOKENS, "".join(SPECIAL_TOKENS), *forgeries(random.Random(99), 300)]:
-        assert max(loaded.encode(text), default=0) < VOCAB_SIZE - 4
+        assert control_ids(tokenizer).isdisjoint(loaded.encode(text))
         assert loaded.encode(text) == tokenizer.encode(text)
 
 
-def test_decode_of_special_tokens(tokenizer: HFBBPETokenizer):
+def test_decode_of_special_tokens(tokenizer: Tokenizer):
     start, end = (tokenizer.special_ids[text] for text in ("<|im_start|>", "<|im_end|>"))
     ids = [start, *tokenizer.encode("héllo"), end, tokenizer.eod_id]
     assert tokenizer.decode(ids) == "<|im_start|>héllo<|im_end|><|endoftext|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "héllo"
     assert tokenizer.decode([]) == ""
+    # Blanks beside a special token are text like others, and text that spells one out is not skipped.
+    rng = random.Random(5)
+    for text in [" ", "  a ", "\n", "<|im_end|>", *(random_text(rng, 20) for _ in range(100))]:
+        ids = [start, *tokenizer.encode(text), end, *tokenizer.encode(text)]
+        assert tokenizer.decode(ids) == f"<|im_start|>{text}<|im_end|>{text}"
+        assert tokenizer.decode(iter(ids), skip_special_tokens=True) == text + text
 
 
 # ---- the folder
 
 
-def test_hugging_face_gives_the_same_ids(tokenizer: HFBBPETokenizer, folder: Path):
-    # Imported here: it takes seconds, and the other tests do without.
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder)
+def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, folder: Path):
+    theirs = auto_tokenizer(folder)
     rng = random.Random(11)
     texts = [random_text(rng, rng.randint(0, 80)) for _ in range(500)] + [english(rng, 50) for _ in range(20)]
-    texts += [text for text in forgeries(rng, 500) if not any(control in text for control in SPECIAL_TOKENS)]
+    texts = read_alike(texts + forgeries(rng, 1000) + AWKWARD, tokenizer)
     assert len(texts) > 600
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert theirs(text)["input_ids"] == ids
@@ -225,34 +400,75 @@ def test_hugging_face_gives_the_same_ids(tokenizer: HFBBPETokenizer, folder: Pat
         assert theirs(text)["input_ids"] == [token_id]
 
 
-def test_save_and_load(tokenizer: HFBBPETokenizer, folder: Path, tmp_path: Path):
+def test_the_raw_libraries_give_the_same_ids(tokenizer: Tokenizer, folder: Path):
+    rng = random.Random(12)
+    texts = [random_text(rng, rng.randint(0, 80)) for _ in range(500)] + [english(rng, 50) for _ in range(20)]
+    texts += forgeries(rng, 500) + AWKWARD
+    library = LibraryTokenizer.from_file(str(folder / "tokenizer.json"))
+    alike = read_alike(texts, tokenizer)
+    assert len(alike) > 500
+    for text in alike:
+        ids = tokenizer.encode(text)
+        assert library.encode(text, add_special_tokens=False).ids == ids
+        assert library.decode(ids) == text
+    if isinstance(tokenizer, SPBBPETokenizer):
+        processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        for text in texts:
+            if "▁" not in text:
+                assert processor.encode(text) == tokenizer.encode(text)
+                assert processor.decode(tokenizer.encode(text)) == text
+
+
+def test_the_folder_needs_no_code_of_ours(tokenizer: Tokenizer, folder: Path):
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    names += ["tokenizer.model"] * isinstance(tokenizer, SPBBPETokenizer)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    assert type(auto_tokenizer(folder)).__module__.startswith("transformers.")
+
+
+def test_save_and_load(tokenizer: Tokenizer, folder: Path, tmp_path: Path):
     loaded = load_tokenizer(str(folder))
+    assert type(loaded) is type(tokenizer)
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.special_ids == tokenizer.special_ids and loaded.vocab_size == tokenizer.vocab_size
+    assert loaded.token_byte_lengths() == tokenizer.token_byte_lengths() and loaded.eod_id == tokenizer.eod_id
+    texts = [random_text(random.Random(seed), 60) for seed in range(200)] + AWKWARD
+    assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
     loaded.save_pretrained(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint
-    files = ["tokenizer.json", "tokenizer_config.json"]
-    assert sorted(path.name for path in folder.iterdir()) == files
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "copy").iterdir())
     assert all((folder / name).read_bytes() == (tmp_path / "copy" / name).read_bytes() for name in files)
+
+
+def change_definition(folder: Path, target: Path, change: Callable[[dict], object]) -> Path:
+    """A copy of a folder whose `tokenizer.json` was changed."""
+    shutil.copytree(folder, target)
+    path = target / "tokenizer.json"
+    definition = json.loads(path.read_text("utf-8"))
+    change(definition)
+    path.write_text(json.dumps(definition), "utf-8")
+    return target
 
 
 @pytest.mark.parametrize("change", ["merge", "special id", "normalizer"])
 def test_fingerprint_changes_with_the_ids_that_a_text_gets(
-    tokenizer: HFBBPETokenizer, folder: Path, tmp_path: Path, change: str
+    hf: HFBBPETokenizer, hf_folder: Path, tmp_path: Path, change: str
 ):
     """Token files carry the fingerprint: an equal one promises equal ids."""
-    shutil.copytree(folder, tmp_path / "changed")
-    path = tmp_path / "changed" / "tokenizer.json"
-    definition = json.loads(path.read_text("utf-8"))
-    if change == "merge":
-        definition["model"]["merges"].pop()
-    elif change == "special id":
-        first, second = definition["added_tokens"][:2]
-        first["id"], second["id"] = second["id"], first["id"]
-    else:
-        definition["normalizer"] = {"type": "Lowercase"}
-    path.write_text(json.dumps(definition), "utf-8")
-    assert load_tokenizer(path.parent).fingerprint != tokenizer.fingerprint
+
+    def edit(definition: dict) -> None:
+        if change == "merge":
+            definition["model"]["merges"].pop()
+        elif change == "special id":
+            first, second = definition["added_tokens"][:2]
+            first["id"], second["id"] = second["id"], first["id"]
+        else:
+            definition["normalizer"] = {"type": "Lowercase"}
+
+    changed = change_definition(hf_folder, tmp_path / "changed", edit)
+    assert load_tokenizer(changed).fingerprint != hf.fingerprint
 
 
 def test_missing_folder(tmp_path: Path):
@@ -271,18 +487,49 @@ def test_missing_folder(tmp_path: Path):
 )  # fmt: skip
 def test_broken_definition(tmp_path: Path, content: bytes):
     (tmp_path / "tokenizer.json").write_bytes(content)
+    assert "train" in refusal(tmp_path)
+
+
+def refusal(folder: Path) -> str:
+    """The one sentence with which a folder is refused."""
     with pytest.raises(ValueError) as caught:
-        load_tokenizer(tmp_path)
-    assert "train" in str(caught.value)
+        load_tokenizer(folder)
+    message = str(caught.value)
+    assert str(folder) in message and "\n" not in message
+    return message
 
 
-def test_tokenizer_of_another_kind_is_refused(tmp_path: Path):
-    """A word-level one loses what it doesn't know, and its tokens' lengths are no bytes."""
-    words = Tokenizer(models.WordLevel({"?": 0, "word": 1}, unk_token="?"))
-    words.add_special_tokens([END_OF_DOCUMENT])
-    words.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        load_tokenizer(tmp_path)
+DAMAGES: dict[str, Callable[[dict], object]] = {
+    "cut merges": lambda d: d["model"].update(merges=None),
+    "merges of another kind": lambda d: d["model"].update(merges=[1, 2]),
+    "a merge of what is no entry": lambda d: d["model"]["merges"].append(["no such", "entry"]),
+    "an entry lost": lambda d: d["model"]["vocab"].pop("".join(d["model"]["merges"][0])),
+    "no vocabulary": lambda d: d["model"].pop("vocab"),
+    "a list for a vocabulary": lambda d: d["model"].update(vocab=[]),
+    "null for a vocabulary": lambda d: d["model"].update(vocab=None),
+    "unknown pre-tokenizer": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(type="Unheard"),
+    "unknown decoder": lambda d: d.update(decoder={"type": "Unheard"}),
+    "unknown normalizer": lambda d: d.update(normalizer="lower"),
+    "text for an id": lambda d: d["added_tokens"][0].update(id="first"),
+    "null for an id": lambda d: d["added_tokens"][1].update(id=None),
+    "a list for a token": lambda d: d["added_tokens"][0].update(content=[]),
+    "null for a token": lambda d: d["added_tokens"].append(None),
+    "unknown version": lambda d: d.update(version="99"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_definition(hf_folder: Path, tmp_path: Path, damage: str):
+    """The libraries and a careless look-up raise other kinds of exceptions, which the commands would not catch."""
+    changed = change_definition(hf_folder, tmp_path / "changed", DAMAGES[damage])
+    assert "train" in refusal(changed)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"1", b'"text"', b"\xff\xfe"])
+def test_damaged_configuration(folder: Path, tmp_path: Path, content: bytes):
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / "tokenizer_config.json").write_bytes(content)
+    assert "train" in refusal(tmp_path / "changed")
 
 
 @pytest.mark.parametrize("vocab_size", [0, 64, 259])
@@ -298,85 +545,311 @@ def test_too_little_text(texts: list[str]):
         train_hf_bbpe(texts, 512, show_progress=False)
 
 
-# ---- the command
+# ---- folders made elsewhere
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """All three kinds of input."""
-    texts = training_texts()
-    directory = tmp_path / "corpus"
-    (directory / "sub").mkdir(parents=True)
-    (directory / "a.txt").write_text("".join(texts[:40]), "utf-8", newline="")
-    (directory / "sub" / "b.py").write_text("".join(texts[40:80]), "utf-8", newline="")
-    lines = [json.dumps({"text": text, "body": "other"}) for text in texts[80:]]
-    (directory / "c.jsonl").write_text("\n".join(lines), "utf-8")
-    return directory
+@dataclass(frozen=True)
+class Foreign:
+    """A folder as published models have it, and what is known of it."""
+
+    folder: Path
+    eod: str
+    specials: tuple[str, ...]
+    ordinary: tuple[str, ...] = ()
+    """Added tokens that are text."""
+    prepended: int = 0
+    """Blanks that are put in front of every text."""
 
 
-def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (corpus / "latin-1.txt").write_bytes(b"caf\xe9")
-    assert main(["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]) == 0
-    output = capsys.readouterr()
-    assert "320 entries" in output.out and "1 records skipped" in output.out
-    assert output.err.startswith("skipped latin-1.txt: not UTF-8") and output.err.count("\n") == 1
-    assert load_tokenizer(tmp_path / "out").vocab_size == 320
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def one_sentence(error_output: str) -> bool:
-    lines = error_output.splitlines()
-    return len(lines) == 1 and lines[0].startswith("train_tokenizer: ") and "Traceback" not in error_output
+def byte_level(size: int = 500, **options: bool) -> LibraryTokenizer:
+    tokenizer = LibraryTokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(training_texts(), trainer)
+    return tokenizer
+
+
+def with_definition(tokenizer: LibraryTokenizer, change: Callable[[dict], object]) -> LibraryTokenizer:
+    definition = json.loads(tokenizer.to_str())
+    change(definition)
+    return LibraryTokenizer.from_str(json.dumps(definition))
+
+
+def add_tokens(tokenizer: LibraryTokenizer, tokens: Sequence[str], ordinary: Sequence[str] = ()) -> None:
+    """In this order, which gives the ids; those in `ordinary` as text."""
+    for token in tokens:
+        if token in ordinary:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
+        else:
+            tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+
+
+def save_foreign(tokenizer: LibraryTokenizer, folder: Path, **tokens: object) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
+
+
+def gpt2(folder: Path) -> Foreign:
+    """The end of a document has an entry in the model's vocabulary, here in its middle."""
+
+    def insert(definition: dict) -> None:
+        vocab = definition["model"]["vocab"]
+        for token, token_id in vocab.items():
+            vocab[token] = token_id + (token_id >= 300)
+        vocab[END_OF_DOCUMENT] = 300
+
+    tokenizer = with_definition(byte_level(), insert)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    assert tokenizer.token_to_id(END_OF_DOCUMENT) == 300
+    end = END_OF_DOCUMENT
+    save_foreign(tokenizer, folder, eos_token=end, bos_token=end, unk_token=end, add_prefix_space=False)
+    return Foreign(folder, END_OF_DOCUMENT, (END_OF_DOCUMENT,))
+
+
+def llama3(folder: Path) -> Foreign:
+    """No <|endoftext|>; words that are entries are taken whole; a text gets a token in front."""
+    tokenizer = with_definition(byte_level(), lambda d: d["model"].update(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>")
+    add_tokens(tokenizer, specials)
+    begin = specials[0]
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{begin} $A", pair=f"{begin} $A {begin} $B",
+                special_tokens=[(begin, tokenizer.token_to_id(begin))],
+            ),
+        ]
+    )  # fmt: skip
+    save_foreign(tokenizer, folder, bos_token=begin, eos_token="<|end_of_text|>")
+    return Foreign(folder, "<|end_of_text|>", specials)
+
+
+def qwen2(folder: Path, order: Sequence[str] = ()) -> Foreign:
+    """Normalises to NFC; control tokens, then added tokens that are text; a chat ends with another token."""
+    specials, ordinary = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>"), ("    ", "<tool_call>", "</think>")
+    tokenizer = byte_level()
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    add_tokens(tokenizer, order or [*specials, *ordinary], ordinary)
+    save_foreign(tokenizer, folder, eos_token="<|im_end|>", pad_token=END_OF_DOCUMENT)
+    return Foreign(folder, END_OF_DOCUMENT, specials, ordinary)
+
+
+def qwen2_mixed(folder: Path) -> Foreign:
+    """Added tokens that are text before, between and after the control tokens."""
+    return qwen2(folder, ["<tool_call>", END_OF_DOCUMENT, "    ", "<|im_start|>", "<|im_end|>", "</think>"])
+
+
+def llama2(folder: Path) -> Foreign:
+    """SentencePiece's BPE as transformers converts it: a blank in front, rare characters as bytes."""
+    specials = ["<unk>", "<s>", "</s>"]
+    tokenizer = LibraryTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    rng = random.Random(0)
+    entries = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=520, special_tokens=entries, show_progress=False)
+    tokenizer.train_from_iterator([english(rng, 30) for _ in range(20)], trainer)
+    tokenizer = with_definition(
+        tokenizer, lambda d: d.update(added_tokens=[t for t in d["added_tokens"] if t["content"] in specials])
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    save_foreign(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Foreign(folder, "</s>", tuple(specials), prepended=1)
+
+
+@pytest.fixture(scope="module", params=[gpt2, llama3, qwen2, qwen2_mixed, llama2], ids=lambda make: make.__name__)
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Foreign:
+    return request.param(tmp_path_factory.mktemp("foreign") / request.param.__name__)
+
+
+def foreign_texts(foreign: Foreign, seed: int) -> list[str]:
+    """In NFC, to which some folders normalise."""
+    rng = random.Random(seed)
+    texts = [random_text(rng, rng.randint(0, 60)) for _ in range(300)] + [english(rng, 40) for _ in range(10)]
+    texts += forgeries(rng, 500, foreign.specials + foreign.ordinary)
+    texts += [text for text in AWKWARD if len(text) < 200]
+    texts += [*foreign.specials, *foreign.ordinary]
+    texts += [f"a{token}{token} b {token}\n" for token in (*foreign.specials, *foreign.ordinary)]
+    texts += ["    indented\n        twice", "<tool_call>\n{}\n</tool_call>", "<think>\n</think>", "1234567 don't I'LL"]
+    return [unicodedata.normalize("NFC", text) for text in texts]
+
+
+def test_foreign_folder_gives_the_ids_of_hugging_face(foreign: Foreign):
+    ours, theirs = load_tokenizer(foreign.folder), auto_tokenizer(foreign.folder)
+    texts = [t for t in foreign_texts(foreign, 1) if not any(special in t for special in foreign.specials)]
+    assert len(texts) > 400
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert ids == ours.encode(text)
+    assert ours.vocab_size == len(theirs)
+    assert ours.eod_id == theirs.convert_tokens_to_ids(foreign.eod)
+    assert ours.special_ids == {token: theirs.convert_tokens_to_ids(token) for token in foreign.specials}
+
+
+def test_foreign_control_strings_stay_text(foreign: Foreign):
+    """Also where the model's vocabulary holds them, and beside added tokens that are text."""
+    ours = load_tokenizer(foreign.folder)
+    forbidden = set(ours.special_ids.values())
+    for text in foreign_texts(foreign, 2):
+        ids = ours.encode(text)
+        assert forbidden.isdisjoint(ids), text
+        assert max(ids, default=0) < ours.vocab_size
+
+
+def test_foreign_round_trip_and_lengths(foreign: Foreign):
+    ours = load_tokenizer(foreign.folder)
+    lengths = ours.token_byte_lengths()
+    assert len(lengths) == ours.vocab_size
+    assert [lengths[token_id] for token_id in ours.special_ids.values()] == [0] * len(ours.special_ids)
+    for text in foreign_texts(foreign, 3):
+        if foreign.prepended and "▁" in text:
+            continue  # To such a folder it is a blank.
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text
+        # The blank that is put in front has a byte too.
+        added = foreign.prepended if text else 0
+        assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8")) + added
+        whole = [*ids, ours.eod_id, *ids]
+        assert ours.decode(whole) == text + foreign.eod + text
+        assert ours.decode(whole, skip_special_tokens=True) == text + text
+        assert "".join(stream_text(ours, iter(ids))) == text
+
+
+def test_foreign_folder_is_kept(foreign: Foreign, tmp_path: Path):
+    """What the configuration says of chats and lengths is no business of ours, and stays."""
+    changed = tmp_path / "changed"
+    shutil.copytree(foreign.folder, changed)
+    config = json.loads((changed / "tokenizer_config.json").read_text("utf-8"))
+    config |= {"chat_template": "{% for m in messages %}«{{ m }}»{% endfor %}", "model_max_length": 4096}
+    (changed / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    ours = load_tokenizer(changed)
+    ours.save_pretrained(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text("utf-8")) == config
+    definitions = [json.loads((d / "tokenizer.json").read_text("utf-8")) for d in (foreign.folder, tmp_path / "copy")]
+    assert definitions[0] == definitions[1]
+    again = load_tokenizer(tmp_path / "copy")
+    assert again.fingerprint == ours.fingerprint == load_tokenizer(foreign.folder).fingerprint
+    assert (again.eod_id, again.vocab_size) == (ours.eod_id, ours.vocab_size)
+    theirs = auto_tokenizer(tmp_path / "copy")
+    assert len(theirs) == ours.vocab_size and theirs.chat_template == config["chat_template"]
+
+
+def test_foreign_folder_without_a_configuration(tmp_path: Path):
+    """What is written beside it must not name tokens that it does not have: AutoTokenizer would add them."""
+    tokenizer = byte_level()
+    add_tokens(tokenizer, [END_OF_DOCUMENT, "<|other|>"])
+    (tmp_path / "bare").mkdir()
+    tokenizer.save(str(tmp_path / "bare" / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path / "bare")
+    assert (ours.eod_id, ours.pad_id, ours.vocab_size) == (500, 500, 502)
+    ours.save_pretrained(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").fingerprint == ours.fingerprint
+    assert len(auto_tokenizer(tmp_path / "copy")) == ours.vocab_size
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_foreign_settings_for_batches_do_not_change_the_ids(tmp_path: Path, setting: str):
+    """A folder saved after fine-tuning often holds the last call's truncation and padding."""
+    tokenizer = byte_level()
+    add_tokens(tokenizer, [END_OF_DOCUMENT])
+    text = "def return self: a text of several tokens"
+    expected = tokenizer.encode(text).ids
+    if setting == "truncation":
+        tokenizer.enable_truncation(max_length=4)
+    else:
+        tokenizer.enable_padding(pad_id=500, pad_token=END_OF_DOCUMENT, length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode(text) == expected
+    assert ours.encode_batch([text, "a"]) == [expected, tokenizer.encode("a", add_special_tokens=False).ids[:1]]
+
+
+def word_piece() -> LibraryTokenizer:
+    return LibraryTokenizer(models.WordPiece({"[UNK]": 0, "word": 1, "##s": 2}, unk_token="[UNK]"))
+
+
+def unigram() -> LibraryTokenizer:
+    return LibraryTokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("a", -2.0)], unk_id=0))
+
+
+def word_level() -> LibraryTokenizer:
+    return LibraryTokenizer(models.WordLevel({"?": 0, "word": 1}, unk_token="?"))
+
+
+def characters_only() -> LibraryTokenizer:
+    """BPE that neither spells bytes nor falls back to them."""
+    tokenizer = LibraryTokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([english(random.Random(0), 100)], trainer)
+    return tokenizer
+
+
+def promised_bytes() -> LibraryTokenizer:
+    """Says that it falls back to bytes, but has them not all."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(255)} | {"a": 255, "<unk>": 256}
+    return LibraryTokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+
+
+def bytes_missing() -> LibraryTokenizer:
+    """Byte-level, but only of those bytes that its training text had: the library drops the others."""
+    tokenizer = LibraryTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["abc abc"] * 5, trainers.BpeTrainer(vocab_size=20, show_progress=False))
+    return tokenizer
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--vocab_size", "321"], "multiple of 64"),
-        (["--vocab_size", "64"], "at least 260"),
-        (["--vocab_size", "0"], "at least 260"),
-        (["--vocab_size", "640000"], "use more text or a smaller --vocab_size"),
-        (["--data_dir", "nowhere"], "nowhere is not a directory"),
-    ],
+    "make",
+    [word_piece, unigram, word_level, characters_only, promised_bytes, bytes_missing],
+    ids=lambda make: make.__name__,
 )
-def test_command_on_wrong_flags(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-):
-    command = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320", *flags]
-    assert main(command) == 2
-    error_output = capsys.readouterr().err
-    assert one_sentence(error_output) and message in error_output
-    assert not (tmp_path / "out").exists()
+def test_tokenizer_of_another_kind_is_refused(tmp_path: Path, make: Callable[[], LibraryTokenizer]):
+    """It would lose text that it doesn't know, and its tokens' lengths are no bytes."""
+    tokenizer = make()
+    tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    save_foreign(tokenizer, tmp_path, eos_token=END_OF_DOCUMENT)
+    message = refusal(tmp_path)
+    assert "cannot be used" in message and ("BPE" in message or "byte" in message)
 
 
-def test_command_on_an_empty_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "empty").mkdir()
-    command = ["--data_dir", str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]
-    assert main(command) == 2
-    assert one_sentence(capsys.readouterr().err)
+@pytest.mark.parametrize("tokens", [[], ["<|other|>"], ["<|other|>", "</s>"]])
+def test_tokenizer_that_ends_no_document_is_refused(tmp_path: Path, tokens: list[str]):
+    tokenizer = byte_level(300)
+    add_tokens(tokenizer, tokens)
+    save_foreign(tokenizer, tmp_path)
+    message = refusal(tmp_path)
+    assert END_OF_DOCUMENT in message and "eos_token" in message
 
 
-def test_command_where_the_output_cannot_be_written(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "file").write_text("in the way")
-    command = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "file"), "--vocab_size", "320"]
-    assert main(command) == 2
-    error_output = capsys.readouterr().err
-    assert one_sentence(error_output) and str(tmp_path / "file") in error_output
-
-
-def test_command_on_a_wrong_text_key(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """More text would not help: the records have another key, and the user must be told so."""
-    for path in (corpus / "a.txt", corpus / "sub" / "b.py"):
-        path.unlink()
-    command = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]
-    assert main([*command, "--text_key", "txt"]) == 2
-    assert "--text_key" in capsys.readouterr().err
-
-
-def test_command_skips_a_record_that_is_no_unicode_text(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """JSON can spell half a surrogate pair, which has no UTF-8 form; crawled text does contain them."""
-    with open(corpus / "c.jsonl", "a") as file:
-        file.write('\n{"text": "half an emoji: \\ud83d"}\n')
-    assert main(["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]) == 0
-    assert "1 records skipped" in capsys.readouterr().out
+def test_an_end_of_document_that_is_ordinary_text_is_refused(tmp_path: Path):
+    """Any text could end a document with it."""
+    tokenizer = byte_level(300)
+    add_tokens(tokenizer, [END_OF_DOCUMENT], ordinary=[END_OF_DOCUMENT])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    assert END_OF_DOCUMENT in refusal(tmp_path)
