@@ -13,7 +13,7 @@ from dataset.format import (
     PRETOKENIZE_COMMAND,
     SPLITS,
     index_path,
-    read_bin_header,
+    read_document_table,
     read_index,
     write_index,
 )
@@ -40,7 +40,7 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
             index_path(data_dir, split, max_seq_len).unlink(missing_ok=True)
             lines.append("valid: none (--valid_ratio was 0)")
             continue
-        documents = sum(read_bin_header(data_dir / name).num_documents for name in names)
+        documents = sum(len(read_document_table(data_dir / name).starts) for name in names)
         write_index(data_dir, split, max_seq_len, names)
         samples = len(read_index(data_dir, split, max_seq_len).rows)
         lines.append(

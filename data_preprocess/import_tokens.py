@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_preprocess.shards import PartWriter, check_sets, print_summary, remove_leftovers, replace_manifest
+from data_preprocess.shards import PartWriter, check_sets, print_summary, replace_manifest, sole_writer
 from dataset.format import SPLITS
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import sha256_of_file
@@ -124,7 +124,7 @@ def import_tokens(
     inputs: dict[str, list[TokenFile]], tokenizer: Tokenizer, output: Path, valid_ratio: float, shard_tokens: int,
     bos_id: int | None,
 ) -> dict:  # fmt: skip
-    """Write shards and their manifest.
+    """Write shards and their manifest into a directory of which this is the sole writer.
 
     Args:
         inputs: "train" and "valid", or "train" alone to hold out a share of the documents.
@@ -132,8 +132,6 @@ def import_tokens(
     Raises:
         ValueError: tokens outside the vocabulary, special ones inside a document, or a set without documents.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
     parts = []
     for split, files in inputs.items():
         for file in files:
@@ -231,7 +229,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.valid_input:
             sizes = {split: sum(len(file.tokens) for file in files) for split, files in inputs.items()}
             ratio = sizes["valid"] / max(sum(sizes.values()), 1)
-        manifest = import_tokens(inputs, tokenizer, Path(args.output_dir), ratio, args.shard_tokens, bos_id)
+        with sole_writer(Path(args.output_dir)):
+            manifest = import_tokens(inputs, tokenizer, Path(args.output_dir), ratio, args.shard_tokens, bos_id)
     except (ValueError, OSError) as error:
         print(f"import_tokens: {error}", file=sys.stderr)
         return 2

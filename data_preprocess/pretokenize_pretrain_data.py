@@ -40,13 +40,13 @@ from data_preprocess.readers import (
     place,
     read_unit,
 )
-from data_preprocess.shards import PartWriter, check_sets, print_summary, remove_leftovers, replace_manifest
+from data_preprocess.shards import NOTES_DIR, PartWriter, check_sets, print_summary, replace_manifest, sole_writer
 from dataset.format import SPLITS, read_document_table
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write_json
 
 _ENCODE_BATCH_CHARACTERS = 1 << 20
-_UNITS_DIR = ".pretokenize"
+_ENCODE_BATCH_ITEMS = 1000
 _SECONDS_A_LINE = 30.0
 
 
@@ -97,7 +97,7 @@ def _tokenizer(directory: str) -> Tokenizer:
 
 def _finished_part(output: Path, name: str) -> PartRecord | None:
     """The record of a part that an earlier run completed."""
-    path = output / _UNITS_DIR / f"{name}.json"
+    path = output / NOTES_DIR / f"{name}.json"
     try:
         record = PartRecord(**json.loads(path.read_text()))
         for file in record.shards.values():
@@ -129,7 +129,8 @@ def process_unit(
     items = itertools.islice(read_unit(job.corpus, unit, on_bytes), done, None)
     encoded = _encode(tokenizer, items, num_threads)
     while not (records and records[-1].is_last):
-        records.append(_write_part(job, tokenizer, f"{name}-{len(records)}", encoded))
+        bad_records = sum(record.bad_records for record in records)
+        records.append(_write_part(job, tokenizer, f"{name}-{len(records)}", encoded, bad_records))
     return records
 
 
@@ -144,7 +145,7 @@ def _encode(tokenizer: Tokenizer, items: Iterator[Document | BadRecord], num_thr
         batch.append(item)
         characters += len(item.text) if isinstance(item, Document) else 0
         # Every thread has its share to do.
-        if characters >= _ENCODE_BATCH_CHARACTERS * num_threads:
+        if characters >= _ENCODE_BATCH_CHARACTERS * num_threads or len(batch) >= _ENCODE_BATCH_ITEMS * num_threads:
             yield from _encode_batch(tokenizer, batch, num_threads)
             batch, characters = [], 0
     yield from _encode_batch(tokenizer, batch, num_threads)
@@ -167,8 +168,8 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Document | BadRecord], num_t
         yield item, next(ids) if isinstance(item, Document) else []
 
 
-def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Encoded]) -> PartRecord:
-    """Write the next shards of a unit, one of each set, and their record."""
+def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Encoded], bad_before: int) -> PartRecord:
+    """Write the next shards of a unit, one of each set, and their record. `bad_before` are its earlier bad records."""
     output, bad = Path(job.output_dir), BadRecords()
     items = text_bytes = 0
     is_last, split = True, ""
@@ -177,7 +178,7 @@ def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Enc
             items += 1
             if isinstance(item, BadRecord):
                 bad.add(item)
-                _check_bad_records(bad.count, job.max_bad_records, bad.examples[0])
+                _check_bad_records(bad_before + bad.count, job.max_bad_records, bad.examples[0])
                 continue
             # Else it goes on with the document of the item before.
             split = split or ("valid" if is_valid_document(item.text, job.valid_ratio) else "train")
@@ -197,7 +198,7 @@ def _write_part(job: Job, tokenizer: Tokenizer, name: str, encoded: Iterator[Enc
         bad_records=bad.count,
         bad_examples=bad.examples,
     )
-    atomic_write_json(output / _UNITS_DIR / f"{name}.json", asdict(record))
+    atomic_write_json(output / NOTES_DIR / f"{name}.json", asdict(record))
     return record
 
 
@@ -270,7 +271,7 @@ def _process_units(job: Job, units: list[Unit], num_workers: int) -> list[PartRe
                 try:
                     parts = records[index] = future.result()
                 except (ValueError, OSError) as error:
-                    raise ValueError(f"tokenizing stopped in {units[index].pieces[0].path}: {error}") from error
+                    raise ValueError(_with_file(str(error), units[index])) from error
                 bad_records += sum(part.bad_records for part in parts)
                 examples = [example for part in parts for example in part.bad_examples]
                 _check_bad_records(bad_records, job.max_bad_records, examples[0] if examples else "")
@@ -284,6 +285,14 @@ def _process_units(job: Job, units: list[Unit], num_workers: int) -> list[PartRe
         pool.shutdown(cancel_futures=True)
         progress.close()
     return [part for index in range(len(units)) for part in records[index]]
+
+
+def _with_file(sentence: str, unit: Unit) -> str:
+    """A failing disk, for one, does not say which file it was."""
+    if any(piece.path in sentence for piece in unit.pieces):
+        return sentence
+    first, last = unit.pieces[0].path, unit.pieces[-1].path
+    return f"{sentence} (in {first})" if first == last else f"{sentence} (between {first} and {last})"
 
 
 class _Progress:
@@ -327,9 +336,14 @@ def pretokenize(job: Job, num_workers: int = 1) -> dict:
         suffixes = sorted({Path(path).suffix or "no suffix" for path in others})
         print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
     tokenizer = load_tokenizer(job.tokenizer_dir)
-    (output / _UNITS_DIR).mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output, output / _UNITS_DIR)
-    records = _process_units(job, units, num_workers)
+    with sole_writer(output):
+        records = _process_units(job, units, num_workers)
+        return _complete(job, tokenizer, records)
+
+
+def _complete(job: Job, tokenizer: Tokenizer, records: list[PartRecord]) -> dict:
+    """Check that both sets got documents, and write the manifest and the tokenizer beside the shards."""
+    output = Path(job.output_dir)
 
     documents = sum(record.documents for record in records)
     if not documents:

@@ -20,7 +20,6 @@ import io
 import json
 import lzma
 import os
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
-import ijson
 import pyarrow
 import pyarrow.parquet
 
@@ -46,7 +44,15 @@ LONGEST_PART = 1 << 20
 """Characters; a longer document comes in several parts."""
 _BUFFER_BYTES, _BLOCK_BYTES = 1 << 20, 1 << 16
 _PARQUET_ROWS = 256
-_DAMAGE = (EOFError, zlib.error, lzma.LZMAError, ijson.JSONError, csv.Error, pyarrow.ArrowException)
+_LONGEST_FIELD = 1 << 28
+"""Characters of an array's element or a table's field: what is longer lacks its end."""
+
+
+class DamagedFile(Exception):
+    """What follows cannot be read."""
+
+
+_DAMAGE = (DamagedFile, EOFError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -294,9 +300,8 @@ def read_piece(
         elif kind in COLUMN_SEPARATORS:
             rows = _table_rows(piece, stream, COLUMN_SEPARATORS[kind], fields)
             yield from _documents(piece, "row", progress.follow(rows), fields)
-        elif _holds_array(path):
-            elements = ijson.items(stream, "item", use_float=True, buf_size=_BUFFER_BYTES)
-            yield from _documents(piece, "record", progress.follow(enumerate(elements)), fields)
+        elif kind == ".json" and _holds_array(path):
+            yield from _documents(piece, "record", progress.follow(enumerate(_Array(stream))), fields)
         elif kind == ".json" and not piece.start and _holds_one_object(path):
             yield from _documents(piece, "", iter([(0, stream.read())]), fields)
         elif compressed:
@@ -470,12 +475,85 @@ def _lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]
             yield offset, line
 
 
+class _Array:
+    """The elements of a JSON array, parsed one at a time."""
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream = stream
+        # What is not UTF-8 becomes half surrogate pairs, by which only the record that holds them is refused.
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        # Only texts are wanted: no digits of a number are too many.
+        self._parse = json.JSONDecoder(parse_int=float).raw_decode
+        self._text, self._position, self._end = "", 0, False
+        self._damage: Exception | None = None
+
+    def __iter__(self) -> Iterator[object]:
+        self._take("[")
+        separator = self._next_character()
+        while separator != "]":
+            yield self._element()
+            separator = self._next_character()
+            if separator != "]":
+                self._take(",")
+        self._take("]")
+        if self._next_character() or self._damage:
+            raise self._damage or DamagedFile("there is more after the array")
+
+    def _fill(self, characters: int) -> None:
+        """Read until so many lie ahead, or the stream ends. Damage waits until what was read before it is used up."""
+        parts = [self._text[self._position :]]
+        ahead = len(parts[0])
+        while ahead < characters and not self._end:
+            try:
+                data = self._stream.read1(_BUFFER_BYTES)
+            except _DAMAGE as error:
+                data, self._damage = b"", error
+            self._end = not data
+            parts.append(self._decode(data, final=self._end))
+            ahead += len(parts[-1])
+        self._text, self._position = "".join(parts), 0
+
+    def _next_character(self) -> str:
+        """That is no blank; empty at the end. It stays ahead."""
+        while True:
+            while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
+                self._position += 1
+            if self._position < len(self._text) or self._end:
+                return self._text[self._position : self._position + 1]
+            self._fill(_BUFFER_BYTES)
+
+    def _take(self, character: str) -> None:
+        found = self._next_character()
+        if found != character:
+            raise self._damage or DamagedFile(f'"{found}" where "{character}" was due' if found else "it lacks its end")
+        self._position += 1
+
+    def _element(self) -> object:
+        self._next_character()
+        while True:
+            ahead = len(self._text) - self._position
+            try:
+                value, end = self._parse(self._text, self._position)
+            except json.JSONDecodeError as error:
+                # Of an element that goes on beyond what was read, the parser complains near the end, or of a string.
+                may_go_on = error.pos >= len(self._text) - 64 or error.msg.startswith("Unterminated string")
+                if self._end or not may_go_on or ahead > _LONGEST_FIELD:
+                    raise self._damage or DamagedFile(error.msg) from None
+            except RecursionError:
+                raise DamagedFile("too deeply nested") from None
+            else:
+                if end < len(self._text) or self._end:
+                    self._position = end
+                    return value
+            self._fill(2 * ahead)
+
+
 def _start_of(path: Path) -> bytes:
     """The first bytes of a JSON file, blanks left out."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         try:
-            start = (_decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read(1 << 16)
+            start = (_decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read1(1 << 16)
         except _DAMAGE:
             return b""
     return start.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -488,20 +566,22 @@ def _holds_array(path: Path) -> bool:
 def _holds_one_object(path: Path) -> bool:
     """Whether a .json file is one object spread over lines, such as some program's settings, not an object a line."""
     first_line, _, rest = _start_of(path).partition(b"\n")
-    return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.startswith(b"{")
+    return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.lstrip(b"\r\n").startswith(b"{")
 
 
 def _table_rows(piece: Piece, stream: BinaryIO, separator: str, fields: TextFields) -> Iterator[tuple[int, dict]]:
-    # The default limit refuses fields longer than 128 KiB.
-    csv.field_size_limit(sys.maxsize)
+    # The default limit refuses fields longer than 128 KiB; without any, a lost quote would swallow the file.
+    csv.field_size_limit(_LONGEST_FIELD)
     # What is not UTF-8 becomes half surrogate pairs, by which only the row that holds them is refused.
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(lines, delimiter=separator)
-    if rows.fieldnames is not None:
-        _require_columns(piece.path, list(rows.fieldnames), fields)
-        yield from enumerate(rows)
-    # Else the wrapper would close the file that `progress` still asks.
-    lines.detach()
+    try:
+        rows = csv.DictReader(lines, delimiter=separator)
+        if rows.fieldnames is not None:
+            _require_columns(piece.path, list(rows.fieldnames), fields)
+            yield from enumerate(rows)
+    finally:
+        # Else the wrapper would close the file that others still ask for its position.
+        lines.detach()
 
 
 def _parquet_rows(
@@ -516,7 +596,7 @@ def _parquet_rows(
         reported = done = 0
         try:
             for batch in file.iter_batches(_PARQUET_ROWS, row_groups=list(groups), columns=columns):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     yield number + done, row
                     done += 1
                 so_far = piece.num_bytes * done // total
@@ -525,6 +605,22 @@ def _parquet_rows(
         except OSError as error:
             # Arrow's word for damaged pages; a failing disk has an errno.
             raise error if error.errno else pyarrow.ArrowException(str(error)) from None
+
+
+def _rows_of(batch: pyarrow.RecordBatch) -> list[dict]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        # Arrow does not check that strings are UTF-8: as in tables, only the rows that hold others are refused.
+        columns = {
+            name: [value and value.decode("utf-8", "surrogateescape") for value in _as_bytes(column)]
+            for name, column in zip(batch.schema.names, batch.columns)
+        }
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def _as_bytes(column: pyarrow.Array) -> list[bytes | None]:
+    return column.cast(pyarrow.large_binary()).to_pylist()
 
 
 def _require_columns(path: str, columns: list[str], fields: TextFields) -> None:
@@ -558,7 +654,9 @@ def _parquet_pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:
     """Row groups, neighbours together up to about `unit_bytes` of uncompressed data."""
     try:
         metadata = pyarrow.parquet.read_metadata(root / path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         raise ValueError(f"{path} is not a Parquet file ({_one_line(error)}): mend or remove it") from None
     start, gathered = 0, 0
     for group in range(metadata.num_row_groups):

@@ -1,9 +1,10 @@
 """Writing the `.bin` shards of a data directory, and the manifest that lists them."""
 
+import fcntl
 import json
-import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from dataset.format import MANIFEST_NAME, SPLITS, BinHeader, BinWriter
 from tokenizer import Tokenizer
 from utils.files import atomic_write_json
+
+NOTES_DIR = ".pretokenize"
 
 
 class PartWriter:
@@ -65,15 +68,26 @@ class PartWriter:
         self._stack.__exit__(*exception)
 
 
-def remove_leftovers(*directories: Path) -> None:
-    """Delete the temporary files of runs that were killed; another run's, still alive, are left alone."""
-    for path in (path for directory in directories for path in directory.glob("*.tmp-*")):
+@contextmanager
+def sole_writer(output: Path) -> Iterator[Path]:
+    """Make the directory, keep other runs out of it, and delete the temporary files of those that were killed.
+
+    Yields:
+        a folder in it for notes on the work.
+    Raises:
+        ValueError: another run is writing there.
+    """
+    notes = output / NOTES_DIR
+    notes.mkdir(parents=True, exist_ok=True)
+    with open(notes / "lock", "ab") as lock:
         try:
-            os.kill(int(path.name.rpartition("-")[2]), 0)
-        except (ValueError, ProcessLookupError):
-            path.unlink(missing_ok=True)
-        except PermissionError:
-            continue
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {output}: wait for it, or stop it") from None
+        for directory in (output, notes, output / "tokenizer"):
+            for path in directory.glob("*.tmp-*"):
+                path.unlink(missing_ok=True)
+        yield notes
 
 
 def check_sets(shards: dict[str, list[str]], documents: int, valid_ratio: float) -> None:

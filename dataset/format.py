@@ -244,13 +244,12 @@ def read_document_table(bin_path: Path) -> DocumentTable:
     header, path = read_bin_header(bin_path), docs_path(bin_path)
     count = header.num_documents
     columns_end = _DOCS_STRUCT.size + _DOCUMENT_BYTES * count
-    try:
+    lead = table = b""
+    if path.exists() and columns_end <= path.stat().st_size:
         with open(path, "rb") as file:
             lead = file.read(_DOCS_STRUCT.size)
             file.seek(columns_end)
             table = file.read()
-    except FileNotFoundError:
-        lead = table = b""
     if lead != _docs_lead(header, len(table)):
         raise ValueError(
             f"{path} is missing, damaged, or does not belong to {bin_path.name}: "

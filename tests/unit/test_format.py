@@ -65,9 +65,6 @@ def complaint_about(error: BaseException, name: str) -> str | None:
     return f"{type(error).__name__}: {message}"
 
 
-# ---- .bin and .docs
-
-
 @pytest.mark.parametrize("vocab_size", [512, 1 << 16, (1 << 16) + 1, 200_000])
 def test_round_trip(tmp_path: Path, vocab_size: int):
     rng = np.random.default_rng(vocab_size)
@@ -87,6 +84,50 @@ def test_round_trip(tmp_path: Path, vocab_size: int):
 
     lengths = [len(document) + 1 for document in documents]
     assert read_document_table(path).starts.tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+
+
+def test_documents_know_where_they_came_from(tmp_path: Path):
+    """Also in files whose names are no Unicode, and with record numbers beyond 32 bits."""
+    path = tmp_path / "train-x.bin"
+    sources = [("a.jsonl", "byte"), ("漢/b.txt", ""), (os.fsdecode(b"caf\xe9.csv"), "row")]
+    documents = [(sources[0], 0), (sources[1], 0), (sources[0], 2**40), (sources[2], 2**64 - 1), (sources[2], 7)]
+    with BinWriter(path, header()) as writer:
+        for number, (source, record) in enumerate(documents):
+            writer.add_document([10] * number, number, source, record)
+    table = read_document_table(path)
+    assert table.sources == tuple(sources)
+    assert [(table.sources[file], record) for file, record in zip(table.files, table.records.tolist())] == documents
+    assert table.starts.tolist() == [0, 1, 3, 6, 10]
+    assert not any(column.flags.writeable for column in (table.starts, table.records, table.files))
+
+
+def test_document_in_parts(tmp_path: Path):
+    """It has one start and one end-of-document token, and the origin of its first part."""
+    path = tmp_path / "train-x.bin"
+    with BinWriter(path, header()) as writer:
+        for ids, record, continued in [([10, 11], 5, True), ([], 0, True), ([12], 0, False), ([13], 6, False)]:
+            writer.add_document(ids, 2 * len(ids), ("a.txt", "row"), record, continued)
+    written = read_bin_header(path)
+    assert map_tokens(path, written).tolist() == [10, 11, 12, EOD, 13, EOD]
+    assert (written.num_documents, written.num_tokens, written.text_bytes) == (2, 6, 8)
+    table = read_document_table(path)
+    assert (table.starts.tolist(), table.records.tolist(), table.files.tolist()) == ([0, 4], [5, 6], [0, 0])
+
+
+def test_flipped_docs_header_is_refused(tmp_path: Path):
+    """Its magic, version, sizes, and the fingerprint of the .bin that it belongs to."""
+    path = tmp_path / "train-0.bin"
+    write_bin(path, [[10], [11, 12]])
+    whole = docs_path(path).read_bytes()
+    lead = len(whole) - 2 * (8 + 8 + 4) - len('[["", ""]]')
+    assert lead == 8 + 4 + 4 + 8 + 32
+    for position in range(lead):
+        flip(docs_path(path), position, 0x80)
+        with pytest.raises(ValueError) as caught:
+            read_document_table(path)
+        assert complaint_about(caught.value, str(docs_path(path))) is None, position
+        docs_path(path).write_bytes(whole)
+    assert read_document_table(path).starts.tolist() == [0, 2]
 
 
 def test_header_fields(tmp_path: Path):
@@ -253,10 +294,12 @@ def test_damaged_docs_are_refused(tmp_path: Path):
         "another file's": docs_path(other).read_bytes(),
         "foreign": b"PAR1" + whole[4:],
         "truncated": whole[:-8],
+        "one byte short": whole[:-1],
         "grown": whole + bytes(8),
         "header only": whole[:20],
         "empty": b"",
-        "other version": whole[:8] + (2).to_bytes(4, "little") + whole[12:],
+        "earlier version": whole[:8] + (1).to_bytes(4, "little") + whole[12:],
+        "later version": whole[:8] + (3).to_bytes(4, "little") + whole[12:],
     }
     assert whole[:8] == DOCS_MAGIC
     accepted = []
@@ -273,9 +316,6 @@ def test_damaged_docs_are_refused(tmp_path: Path):
         read_document_table(path)
     assert complaint_about(caught.value, str(docs_path(path))) is None
     assert accepted == []
-
-
-# ---- .ibin
 
 
 def naive_rows(lengths: list[int], max_seq_len: int) -> list[tuple[int, int]]:

@@ -9,15 +9,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data
-from data_preprocess.pretokenize_pretrain_data import Job, is_valid_document, pretokenize
-from data_preprocess.readers import BadRecords, Piece, list_inputs, plan_units, read_documents
+from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data, readers
+from data_preprocess.pretokenize_pretrain_data import Job, PartRecord, is_valid_document, pretokenize, process_unit
+from data_preprocess.readers import (
+    BadRecord,
+    Corpus,
+    Document,
+    Piece,
+    TextFields,
+    find_units,
+    list_inputs,
+    plan_units,
+    read_piece,
+    read_unit,
+)
 from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
+from tests.unit.test_readers import Origin, compress, json_lines, random_texts, write, write_mixed_corpus
 from tokenizer import HFBBPETokenizer, load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -78,8 +91,12 @@ def write_corpus(directory: Path) -> list[str]:
 def run(
     corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, num_workers: int = 1, **kwargs
 ) -> dict:
-    job = Job(str(corpus), str(output), str(tokenizer_dir), "text", kwargs.pop("valid_ratio", VALID_RATIO))
-    return pretokenize(job, num_workers, shard_mb, kwargs.pop("max_bad_records", 0))
+    return pretokenize(make_job(corpus, output, tokenizer_dir, shard_mb, **kwargs), num_workers)
+
+
+def make_job(corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, **options) -> Job:
+    options = {"valid_ratio": VALID_RATIO, "max_bad_records": 0, **options}
+    return Job(Corpus(str(corpus)), str(output), str(tokenizer_dir), shard_bytes=int(shard_mb * 1e6), **options)
 
 
 def read_set(output: Path, split: str) -> list[list[int]]:
@@ -93,6 +110,30 @@ def read_set(output: Path, split: str) -> list[list[int]]:
             assert tokens[end - 1] == header.eod_id and header.eod_id not in tokens[start : end - 1]
             documents.append(tokens[start : end - 1])
     return documents
+
+
+def read_origins(output: Path, names: list[str], tokenizer: HFBBPETokenizer) -> list[Origin]:
+    """Text of each document of some shards and where it came from, as the .docs say."""
+    documents = []
+    for name in names:
+        tokens = map_tokens(output / name, read_bin_header(output / name)).tolist()
+        table = read_document_table(output / name)
+        assert len(table.starts) == len(table.records) == len(table.files) > 0
+        ends = [*table.starts[1:].tolist(), len(tokens)]
+        for start, end, record, file in zip(table.starts.tolist(), ends, table.records.tolist(), table.files.tolist()):
+            assert tokens[end - 1] == tokenizer.eod_id and tokenizer.eod_id not in tokens[start : end - 1]
+            documents.append((tokenizer.decode(tokens[start : end - 1]), *table.sources[file], record))
+    return documents
+
+
+def process_all(job: Job) -> list[PartRecord]:
+    """All units in this process, where they can be watched; returns the records of their parts."""
+    (Path(job.output_dir) / ".pretokenize").mkdir(parents=True, exist_ok=True)
+    return [part for unit in find_units(job.corpus, job.shard_bytes)[0] for part in process_unit(job, unit)]
+
+
+def split_of(text: str) -> str:
+    return "valid" if is_valid_document(text, VALID_RATIO) else "train"
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -114,9 +155,6 @@ def last_line(error_output: str) -> str:
     """What is said in the end, below the progress bar."""
     assert "Traceback" not in error_output
     return error_output.splitlines()[-1]
-
-
-# ---- the whole job
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +221,126 @@ def test_size_of_shards_changes_no_document(
         assert read_set(tmp_path / "large", split) == read_set(output, split)
 
 
+@pytest.fixture(scope="module")
+def mixed(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Origin], Path]:
+    """Files of every kind in every compression, their documents, and the output of one worker."""
+    directory = tmp_path_factory.mktemp("mixed")
+    documents = write_mixed_corpus(directory / "corpus", seed=20)
+    run(directory / "corpus", directory / "out", tokenizer_dir)
+    return directory / "corpus", documents, directory / "out"
+
+
+def test_documents_know_where_they_came_from(mixed: tuple[Path, list[Origin], Path], tokenizer: HFBBPETokenizer):
+    """For every kind of file, against a naive reader."""
+    _, documents, output = mixed
+    assert {counts for _, _, counts, _ in documents} == {"", "byte", "line", "record", "row"}
+    for split, names in json.loads((output / "pretokenize.json").read_text())["shards"].items():
+        assert len(names) > 3
+        assert read_origins(output, names, tokenizer) == [doc for doc in documents if split_of(doc[0]) == split]
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_number_of_processes_changes_nothing_of_a_mixed_corpus(
+    mixed: tuple[Path, list[Origin], Path], tokenizer_dir: Path, tmp_path: Path, num_workers: int
+):
+    corpus, _, output = mixed
+    run(corpus, tmp_path, tokenizer_dir, num_workers=num_workers)
+    assert snapshot(tmp_path) == snapshot(output)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.csv.zst"])
+def test_unit_longer_than_a_shard_makes_several_parts(
+    tokenizer_dir: Path, tokenizer: HFBBPETokenizer, tmp_path: Path, name: str
+):
+    """A file that cannot be cut: its parts end with documents, after the first that reaches the size."""
+    texts = random_texts(0, 300, 100)
+    content = json_lines(texts)
+    if name == "a.json":
+        content = b"[" + b",".join(content.splitlines()) + b"]"
+    elif name == "a.csv.zst":
+        content = b"text\r\n" + b"".join(b'"' + text.replace('"', '""').encode() + b'"\r\n' for text in texts)
+    documents = write(tmp_path / "corpus", name, content)
+    job = make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir)
+    parts = process_all(job)
+    assert len(parts) > 5 and [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert sum(part.documents for part in parts) == len(documents) == 300
+    at = 0
+    for part in parts:
+        lengths = [len(text.encode()) for text, *_ in documents[at : at + part.items]]
+        assert part.text_bytes == sum(lengths)
+        assert part.is_last or sum(lengths[:-1]) < job.shard_bytes <= sum(lengths)
+        for split, shard in part.shards.items():
+            expected = [doc for doc in documents[at : at + part.items] if split_of(doc[0]) == split]
+            assert read_origins(tmp_path / "out", [shard], tokenizer) == expected
+        at += part.items
+    assert at == 300
+
+
+def test_unit_goes_on_after_any_of_its_parts(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where documents come in parts and records are bad: both count when the first ones are passed over."""
+    monkeypatch.setattr(readers, "LONGEST_PART", 80)
+    lines = json_lines(random_texts(0, 150, 200)).splitlines()
+    for number in range(0, 150, 7):
+        lines[number] = BAD_LINES["cut off"]
+    write_lines(tmp_path / "corpus" / "a.jsonl.gz", lines)
+    jobs = [make_job(tmp_path / "corpus", tmp_path / n, tokenizer_dir, max_bad_records=150) for n in ("whole", "again")]
+    parts = process_all(jobs[0])
+    process_all(jobs[1])
+    whole = snapshot(tmp_path / "whole")
+    assert len(parts) > 6 and sum(part.bad_records for part in parts) == 22
+    records = sorted((tmp_path / "again" / ".pretokenize").iterdir(), key=lambda path: int(path.stem.split("-")[1]))
+    for first_missing in range(len(parts)):
+        for path in records[first_missing:]:
+            path.unlink()
+        for name in parts[first_missing].shards.values():
+            (tmp_path / "again" / name).write_bytes(b"torn")
+        assert process_all(jobs[1]) == parts
+        assert snapshot(tmp_path / "again") == whole
+
+
+def write_lines(path: Path, lines: list[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(compress(b"\n".join(lines), path.suffix))
+
+
+@pytest.mark.parametrize("longest", [3, 40, 1000])
+def test_document_in_parts_is_one_document(
+    tokenizer_dir: Path, tokenizer: HFBBPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int
+):
+    """One start, one end-of-document token and one set, even if the parts alone would go to both."""
+    documents = write_mixed_corpus(tmp_path / "corpus", seed=40, longest=200)
+    monkeypatch.setattr(readers, "LONGEST_PART", longest)
+    parts = process_all(make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir))
+    found = [
+        (document, split)
+        for part in parts
+        for split, name in part.shards.items()
+        for document in read_origins(tmp_path / "out", [name], tokenizer)
+    ]
+    assert sorted(document for document, _ in found) == sorted(documents)
+    assert sum(part.documents for part in parts) == len(documents)
+    read = Corpus(str(tmp_path / "corpus"))
+    items = [item for unit in find_units(read, 10**9)[0] for item in read_unit(read, unit)]
+    assert sum(part.items for part in parts) == len(items) > len(documents)
+    # The first part decides, which is the whole document where it is short.
+    starts = [(item, before) for before, item in zip([None, *items], items) if not (before and before.continued)]
+    splits = {(item.path, item.record): split_of(item.text) for item, _ in starts}
+    assert {(path, record): split for (_, path, _, record), split in found} == splits
+
+
+def test_parts_of_a_document_have_its_tokens(
+    tokenizer: HFBBPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut at lines, the parts' tokens are those of the whole text."""
+    text = random_text(random.Random(5), 2000)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    size = len(text.encode())
+    monkeypatch.setattr(readers, "LONGEST_PART", 300)
+    parts = [item.text for item in read_piece(Corpus(str(tmp_path)), Piece("a.txt", 0, size, size))]
+    assert len(parts) > 20 and "".join(parts) == text
+    assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
 def test_split_by_hash():
     texts = [f"document {i}" for i in range(4000)]
 
@@ -223,16 +381,13 @@ def test_output_beside_the_input(tmp_path: Path, tokenizer_dir: Path, capsys: py
     assert {Path(name).suffix for name in after.keys() - before.keys()} == {".ibin"}
 
 
-# ---- killed, damaged, changed
-
-
 @pytest.fixture(scope="module")
 def many_units(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A corpus that is cut into many units, so that a run takes a while; returns also how many."""
     directory, rng = tmp_path_factory.mktemp("many"), random.Random(2)
     for number in range(200):
         (directory / f"{number:03}.txt").write_bytes(random_text(rng, 150).encode())
-    units = plan_units(directory, list_inputs(directory)[0], 1000)
+    units = plan_units(str(directory), list_inputs(Corpus(str(directory)))[0], 1000)
     assert len(units) == 200
     return directory, len(units)
 
@@ -251,22 +406,26 @@ def living_processes(group: int) -> list[int]:
 
 
 @contextmanager
-def started_command(corpus: Path, output: Path, tokenizer_dir: Path) -> Iterator[subprocess.Popen]:
+def started_command(
+    corpus: Path, output: Path, tokenizer_dir: Path, num_workers: int = 2, stderr: int | BinaryIO = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen]:
     """The command as a process group of its own, of which nothing is left afterwards."""
-    command = [sys.executable, "-m", "data_preprocess.pretokenize_pretrain_data", "--num_workers", "2"]
+    command = [sys.executable, "-m", "data_preprocess.pretokenize_pretrain_data", "--num_workers", str(num_workers)]
     command += ["--data_dir", str(corpus), "--output_dir", str(output), "--tokenizer_dir", str(tokenizer_dir)]
     command += ["--shard_mb", "0.001", "--valid_ratio", str(VALID_RATIO)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
     try:
         yield process
     finally:
         for pid in living_processes(process.pid):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
 def finished_units(output: Path) -> int:
-    return len(list((output / ".pretokenize").glob("*.json")))
+    """Units of which at least one part is written."""
+    return len(list((output / ".pretokenize").glob("*-0.json")))
 
 
 def wait_for_units(process: subprocess.Popen, output: Path, count: int) -> None:
@@ -320,19 +479,125 @@ def test_stopped_run_leaves_no_process(many_units: tuple[Path, int], tokenizer_d
         assert finished_units(tmp_path / "out") - finished < (num_units - finished) / 2
 
 
-def test_temporary_files_of_a_killed_run_are_removed(
-    corpus: tuple[Path, list[str]], tokenizer_dir: Path, tmp_path: Path
+def workers_of(group: int) -> list[int]:
+    """The processes of the pool, by how `multiprocessing` starts them."""
+    found = []
+    for pid in living_processes(group):
+        with suppress(OSError):
+            if b"multiprocessing.spawn" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_killed_worker(many_units: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
+    """As the out-of-memory killer does it: a sentence, no process left, and the same command goes on."""
+    corpus, num_units = many_units
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    with (
+        open(tmp_path / "stderr", "wb") as stderr,
+        started_command(corpus, output, tokenizer_dir, stderr=stderr) as process,
+    ):
+        wait_for_units(process, output, 10)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        assert process.wait() == 1
+        deadline = time.monotonic() + 6
+        while living_processes(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert living_processes(process.pid) == []
+    assert last_line((tmp_path / "stderr").read_text()).startswith("pretokenize: a worker process was killed")
+    assert 10 <= finished_units(output) < num_units and not (output / "pretokenize.json").exists()
+    before = {path.name for path in (output / ".pretokenize").glob("*.json")}
+    with started_command(corpus, output, tokenizer_dir) as process:
+        assert process.wait() == 0
+    run(corpus, undisturbed, tokenizer_dir, shard_mb=0.001)
+    assert before and snapshot(output) == snapshot(undisturbed)
+    assert temporary_files(output) == []
+
+
+def temporary_files(output: Path) -> list[str]:
+    return sorted(path.name for path in output.rglob("*") if ".tmp-" in path.name)
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], int]:
+    """Every kind of file, and long ones that make many parts of one unit; the undisturbed output; number of parts."""
+    directory = tmp_path_factory.mktemp("long")
+    corpus, output, rng = directory / "corpus", directory / "out", random.Random(7)
+    write_mixed_corpus(corpus, seed=60)
+    for number in range(300):
+        (corpus / f"{number:03}.txt").write_bytes(random_text(rng, 150).encode())
+    write(corpus, "long.jsonl.gz", json_lines([random_text(rng, 15) for _ in range(1500)]))
+    write(corpus, "long.jsonl", json_lines([random_text(rng, 15) for _ in range(1500)]))
+    run(corpus, output, tokenizer_dir, shard_mb=0.001, num_workers=2)
+    return corpus, snapshot(output), parts_on_disk(output)
+
+
+def parts_on_disk(output: Path) -> int:
+    return len(list((output / ".pretokenize").glob("*.json")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_run_that_is_killed_twenty_times(
+    long_corpus: tuple[Path, dict[str, bytes], int], tokenizer_dir: Path, tmp_path: Path, num_workers: int
 ):
-    """Each is as large as a shard, and nobody else would ever remove it."""
+    """At random moments, sometimes before it has begun, all processes or only the first: the same bytes in the end."""
+    corpus, undisturbed, num_parts = long_corpus
+    output, rng = tmp_path / "out", random.Random(num_workers)
+    progress = []
+    for attempt in range(20):
+        before = parts_on_disk(output)
+        with started_command(corpus, output, tokenizer_dir, num_workers) as process:
+            if attempt % 5 == 4:
+                time.sleep(rng.uniform(0, 1.5))
+            else:
+                goal = before + rng.randint(1, num_parts // 50)
+                while parts_on_disk(output) < goal:
+                    assert process.poll() is None, "the command ended before it could be killed"
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.01))
+            assert process.poll() is None, "the command ended before it could be killed"
+            if attempt % 3 == 2:
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+            deadline = time.monotonic() + 6
+            while living_processes(process.pid) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            assert living_processes(process.pid) == []
+        progress.append(parts_on_disk(output) - before)
+    assert not (output / "pretokenize.json").exists()
+    assert sum(parts > 0 for parts in progress) >= 16 and sum(progress) < num_parts
+    with started_command(corpus, output, tokenizer_dir, num_workers) as process:
+        assert process.wait() == 0
+    assert snapshot(output) == undisturbed
+    assert temporary_files(output) == []
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_temporary_files_of_a_killed_run_are_removed(
+    corpus: tuple[Path, list[str]], tokenizer_dir: Path, tmp_path: Path, reaped: bool
+):
+    """Each is as large as a shard, and nobody else would ever remove it.
+
+    A dead process stands in the table until its parent asks for it: in many containers nobody ever asks.
+    """
     output = tmp_path / "out"
     manifest = run(corpus[0], output, tokenizer_dir, shard_mb=1)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gone = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    # The end of its output is the end of the process, also where it is not waited for.
+    assert gone.stdout.read() == b""
+    if reaped:
+        gone.wait()
     left = [output / f"{name}.tmp-{gone.pid}" for name in manifest["shards"]["train"]]
     for path in left:
         path.write_bytes(b"\0" * 1000)
     (output / "pretokenize.json").unlink()
     run(corpus[0], output, tokenizer_dir, shard_mb=1)
+    gone.wait()
     assert left and not any(path.exists() for path in left)
 
 
@@ -348,25 +613,28 @@ def test_damaged_shards_are_written_again(
     run(corpus[0], again, tokenizer_dir)
     assert snapshot(again) == snapshot(output)
     after = identities(again)
-    # The valid shard of a unit is written together with its train shard.
-    units = {name.removeprefix("train-").removesuffix(".bin") for name in shards[:3]}
-    untouched = {name for name in before if name.partition("-")[2].partition(".")[0] not in units}
+    # The valid shard of a part is written together with its train shard, and so are the unit's later parts.
+    units = {name.split("-")[1] for name in shards[:3]}
+    untouched = {name for name in before if name.split("-")[1] not in units}
     assert untouched and all(before[name] == after[name] for name in untouched)
     assert not any(before[name] == after[name] for name in shards[:3])
 
 
-@pytest.mark.parametrize("change", ["content", "text key", "valid ratio", "tokenizer", "new file"])
+@pytest.mark.parametrize(
+    "change", ["content", "text key", "second text key", "separator", "valid ratio", "tokenizer", "new file"]
+)
 def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, change: str):
     """Whatever the shards depend on: the earlier run's output must not be taken for this one's."""
     corpus, output, rng = tmp_path / "corpus", tmp_path / "out", random.Random(3)
     corpus.mkdir()
     records = [{"text": random_text(rng, 20), "body": random_text(rng, 20)} for _ in range(20)]
     (corpus / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    options = {"tokenizer_dir": str(tokenizer_dir), "text_key": "text", "valid_ratio": 0.5}
+    options = {"tokenizer_dir": str(tokenizer_dir), "valid_ratio": 0.5}
+    fields = TextFields()
 
     def read(directory: Path) -> dict[str, list[list[int]]]:
-        job = Job(data_dir=str(corpus), output_dir=str(directory), **options)
-        pretokenize(job, num_workers=1, shard_mb=1, max_bad_records=0)
+        job = Job(Corpus(str(corpus), fields), str(directory), shard_bytes=1_000_000, max_bad_records=0, **options)
+        pretokenize(job, num_workers=1)
         return {split: read_set(directory, split) for split in ("train", "valid")}
 
     first = read(output)
@@ -374,7 +642,14 @@ def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, ch
         text = (corpus / "a.jsonl").read_text()
         (corpus / "a.jsonl").write_text(text.replace("return", "RETURN"))
     elif change == "text key":
-        options["text_key"] = "body"
+        fields = TextFields(("body",))
+    elif change == "second text key":
+        fields = TextFields(("text", "body"))
+    elif change == "separator":
+        # Said to be another, though one field has nothing to separate: the record may not know that.
+        fields = TextFields(("text", "body"), " ")
+        first = read(output)
+        fields = TextFields(("text", "body"), "\t")
     elif change == "valid ratio":
         options["valid_ratio"] = 0.1
     elif change == "tokenizer":
@@ -402,7 +677,11 @@ def test_change_in_the_tail_of_a_line_that_crosses_units(
         assert [tokenizer.decode(ids) for ids in read_set(tmp_path / "out", "train")] == texts
 
 
-# ---- readers
+def read_pieces(directory: Path, pieces: list[Piece]) -> tuple[list[str], list[BadRecord]]:
+    items = [item for piece in pieces for item in read_piece(Corpus(str(directory)), piece)]
+    assert not any(isinstance(item, Document) and item.continued for item in items)
+    texts = [item.text for item in items if isinstance(item, Document)]
+    return texts, [item for item in items if isinstance(item, BadRecord)]
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\n\n \n"])
@@ -415,19 +694,19 @@ def test_byte_ranges_lose_and_repeat_no_line(tmp_path: Path, line_end: str, ends
     path.write_bytes((line_end.join(lines) + line_end * ends_with_line_end).encode())
     size = path.stat().st_size
     for unit_bytes in [*range(1, 150), 200, size - 1, size, size + 1]:
-        units, bad = plan_units(tmp_path, ["a.jsonl"], unit_bytes), BadRecords()
+        units = plan_units(str(tmp_path), ["a.jsonl"], unit_bytes)
         pieces = [piece for unit in units for piece in unit.pieces]
         assert [piece.start for piece in pieces] == list(range(0, size, unit_bytes))
         assert sum(unit.num_bytes for unit in units) == size
-        read = [text for piece in pieces for text in read_documents(tmp_path, piece, "text", bad)]
-        assert read == texts and bad.count == 0
+        read, bad = read_pieces(tmp_path, pieces)
+        assert read == texts and bad == []
 
 
 def test_units_are_bounded_and_complete(tmp_path: Path):
     sizes = {"a.txt": 10, "b.txt": 5000, "c.jsonl": 2500, "d.txt": 400, "e.txt": 500, "f.txt": 0, "g.txt": 300}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"x" * size)
-    units = plan_units(tmp_path, sorted(sizes), 1000)
+    units = plan_units(str(tmp_path), sorted(sizes), 1000)
     covered = {name: 0 for name in sizes}
     for unit in units:
         for piece in unit.pieces:
@@ -438,18 +717,19 @@ def test_units_are_bounded_and_complete(tmp_path: Path):
     assert covered == sizes
     together = [" ".join(piece.path[0] for piece in unit.pieces) for unit in units]
     assert together == ["a", "b", "c", "c", "c d", "e g"]
-    assert plan_units(tmp_path, [], 1000) == []
+    assert plan_units(str(tmp_path), [], 1000) == []
 
 
 def test_list_of_inputs(tmp_path: Path):
     files = ["b.txt", "a/x.py", "a/X.TXT", "a.jsonl", "z.json", "pic.png", "Makefile", "train-1.bin", "train-1.docs"]
+    files += ["c.CSV.gz", "d.parquet", "d.parquet.gz", "e.gz", "train-1.bin.tmp-7"]
     files += [".git/a.txt", "__pycache__/a.py", "tokenizer/tokenizer.json", "tokenizer/merges.txt", "pretokenize.json"]
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    inputs, others = list_inputs(tmp_path)
-    assert inputs == ["a.jsonl", "a/X.TXT", "a/x.py", "b.txt"]
-    assert others == ["Makefile", "pic.png", "z.json"]
+    inputs, others = list_inputs(Corpus(str(tmp_path)))
+    assert inputs == ["a.jsonl", "a/X.TXT", "a/x.py", "b.txt", "c.CSV.gz", "d.parquet", "z.json"]
+    assert others == ["Makefile", "d.parquet.gz", "e.gz", "pic.png"]
 
 
 def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -497,22 +777,18 @@ def test_bad_line_is_counted(tmp_path: Path, kind: str):
     """One bad line among billions must not end the run, and what is yielded can be encoded."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "first"}\n' + BAD_LINES[kind] + b'\n{"text": "last"}\n')
-    bad = BadRecords()
-    assert list(read_documents(tmp_path, Piece("a.jsonl", 0, path.stat().st_size), "text", bad)) == ["first", "last"]
-    assert bad.count == 1 and bad.examples[0].startswith("a.jsonl at byte 18: ")
+    size = path.stat().st_size
+    texts, bad = read_pieces(tmp_path, [Piece("a.jsonl", 0, size, size)])
+    assert texts == ["first", "last"]
+    assert len(bad) == 1 and str(bad[0]).startswith("a.jsonl at byte 18: ")
 
 
 def test_empty_texts_are_no_documents_and_no_errors(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('\n{"text": ""}\n  \n{"text": " "}')
     (tmp_path / "b.txt").write_text("")
-    bad = BadRecords()
     size = (tmp_path / "a.jsonl").stat().st_size
-    assert list(read_documents(tmp_path, Piece("a.jsonl", 0, size), "text", bad)) == [" "]
-    assert list(read_documents(tmp_path, Piece("b.txt", 0, 0), "text", bad)) == []
-    assert bad.count == 0
-
-
-# ---- the command on bad input
+    assert read_pieces(tmp_path, [Piece("a.jsonl", 0, size, size)]) == ([" "], [])
+    assert read_pieces(tmp_path, [Piece("b.txt", 0, 0, 0)]) == ([], [])
 
 
 @pytest.fixture
@@ -539,7 +815,8 @@ def test_bad_records_are_counted(
     base = command_line(partly_bad, tmp_path / "out", tokenizer_dir)
     assert pretokenize_pretrain_data.main([*base, "--max_bad_records", "3"]) == 2
     message = last_line(capsys.readouterr().err)
-    assert message.startswith("pretokenize: 4 records could not be read") and "--max_bad_records 3" in message
+    assert message.startswith("pretokenize: ") and "4 records could not be read" in message
+    assert "--max_bad_records 3" in message
     assert "latin-1.txt" in message
     assert not (tmp_path / "out" / "pretokenize.json").exists()
 
@@ -549,6 +826,106 @@ def test_bad_records_are_counted(
     assert "skipped latin-1.txt: not UTF-8" in output.err and "skipped lines.jsonl at byte" in output.err
     manifest = json.loads((tmp_path / "out" / "pretokenize.json").read_text())
     assert (manifest["documents"], manifest["bad_records"], len(manifest["bad_examples"])) == (2, 4, 4)
+
+
+@pytest.fixture
+def seldom_bad(tokenizer_dir: Path, tmp_path: Path) -> tuple[Path, int]:
+    """One unit of many parts with a few bad records each, 40 in all; returns also how many parts."""
+    lines = json_lines(random_texts(0, 400, 100)).splitlines()
+    lines[::10] = [BAD_LINES["no key"]] * 40
+    write_lines(tmp_path / "corpus" / "a.jsonl.gz", lines)
+    parts = process_all(make_job(tmp_path / "corpus", tmp_path / "all", tokenizer_dir, max_bad_records=40))
+    assert sum(part.bad_records for part in parts) == 40 and max(part.bad_records for part in parts) <= 6 < len(parts)
+    return tmp_path / "corpus", len(parts)
+
+
+def test_limit_of_bad_records_holds_for_all_parts(seldom_bad: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
+    """Each part is within the limit, the file is not. Who allows more finds the work done."""
+    corpus, num_parts = seldom_bad
+    with pytest.raises(ValueError, match=r"40 records could not be read, more than --max_bad_records 39;.*gz line \d+:"):
+        run(corpus, tmp_path / "out", tokenizer_dir, max_bad_records=39)
+    assert not (tmp_path / "out" / "pretokenize.json").exists()
+    before = identities(tmp_path / "out")
+    assert run(corpus, tmp_path / "out", tokenizer_dir, max_bad_records=40)["bad_records"] == 40
+    assert before.items() <= identities(tmp_path / "out").items()
+    assert parts_on_disk(tmp_path / "out") == num_parts
+
+
+def test_limit_of_bad_records_stops_a_long_unit(seldom_bad: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
+    """Not after hours, when the whole of a file that cannot be cut is tokenized."""
+    corpus, num_parts = seldom_bad
+    job = make_job(corpus, tmp_path / "out", tokenizer_dir, max_bad_records=6)
+    with pytest.raises(ValueError, match=r"records could not be read, more than --max_bad_records 6;.*gz line \d+:"):
+        process_all(job)
+    assert parts_on_disk(tmp_path / "out") < num_parts / 2
+
+
+def test_limit_of_bad_records_is_noticed_at_once(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A terabyte under another key: neither read to its end nor gathered in memory."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", [BAD_LINES["no key"]] * 100_000)
+    taken = []
+
+    def counting(*arguments) -> Iterator[Document | BadRecord]:
+        for item in read_unit(*arguments):
+            taken.append(isinstance(item, BadRecord))
+            yield item
+
+    monkeypatch.setattr(pretokenize_pretrain_data, "read_unit", counting)
+    job = make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=100, max_bad_records=10)
+    with pytest.raises(ValueError, match="11 records could not be read, more than --max_bad_records 10.* at byte 0"):
+        process_all(job)
+    assert len(taken) < 20_000 and all(taken)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.txt"])
+def test_tokenizer_that_fails_names_the_record(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """A library's error says nothing of the file, of which there may be thousands."""
+    texts = ["good", "good too", "poison", "good again"]
+    content = json_lines(texts)
+    if name == "a.json":
+        content = b"[" + b",".join(content.splitlines()) + b"]"
+    elif name == "a.csv":
+        content = "\n".join(["text", *texts]).encode()
+    documents = write(tmp_path / "corpus", name, content)
+    write(tmp_path / "corpus", "b.txt", b"good")
+
+    class Failing:
+        def __init__(self, inner: HFBBPETokenizer):
+            self._inner = inner
+
+        def __getattr__(self, attribute: str) -> object:
+            return getattr(self._inner, attribute)
+
+        def encode(self, text: str) -> list[int]:
+            if "poison" in text:
+                raise OverflowError("too sour")
+            return self._inner.encode(text)
+
+        def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
+            return [self.encode(text) for text in texts]
+
+    monkeypatch.setattr(pretokenize_pretrain_data, "_tokenizer", lambda directory: Failing(load_tokenizer(directory)))
+    path, counts, record = next(origin for text, *origin in documents if "poison" in text)
+    with pytest.raises(ValueError) as caught:
+        process_all(make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir))
+    where = {"": path, "byte": f"{path} at byte {record}"}.get(counts, f"{path} {counts} {record}")
+    assert f"the tokenizer fails on {where} (OverflowError: too sour)" in str(caught.value)
+    assert not list((tmp_path / "out").glob("*.bin*"))
+
+
+def test_error_of_a_worker_names_the_file(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """The one at fault, and not its neighbour in the unit; one sentence, nothing half done."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a good one.txt").write_text("some text")
+    (corpus / "table.csv").write_text("id,body\n1,x\n")
+    assert pretokenize_pretrain_data.main(command_line(corpus, tmp_path / "out", tokenizer_dir)) == 2
+    said = last_line(capsys.readouterr().err)
+    assert said.startswith("pretokenize: ") and 'table.csv has no column "text" but id, body' in said
+    assert not (tmp_path / "out" / "pretokenize.json").exists() and temporary_files(tmp_path / "out") == []
+    assert "a good one.txt" not in said
 
 
 def test_half_a_surrogate_pair_does_not_end_the_run(
@@ -592,7 +969,7 @@ def test_corpus_without_a_readable_document(tmp_path: Path, tokenizer_dir: Path,
     ("flags", "message"),
     [
         (["--tokenizer_dir", "nowhere"], "nowhere holds no tokenizer.json: train one with `python -m tokenizer."),
-        (["--data_dir", "nowhere"], "--data_dir nowhere is not a directory"),
+        (["--data_dir", "nowhere"], "nowhere is not a directory"),
         (["--valid_ratio", "1"], "--valid_ratio must be"),
         (["--valid_ratio", "-0.1"], "--valid_ratio must be"),
         (["--valid_ratio", "nan"], "--valid_ratio must be"),
@@ -614,9 +991,6 @@ def test_wrong_flags(
     said = last_line(capsys.readouterr().err)
     assert said.startswith("pretokenize: ") and message in said
     assert not (tmp_path / "out").exists()
-
-
-# ---- the index
 
 
 @pytest.fixture
