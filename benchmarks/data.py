@@ -24,17 +24,19 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import main as pretokenize_main
 from dataset.format import MANIFEST_NAME, BinHeader, BinWriter
 from dataset.loader import TrainLoader
 from dataset.pretrain import PretrainDataset
-from tokenizer import load_tokenizer
 from tokenizer.train_tokenizer import main as train_tokenizer_main
 from utils.machine import cpu_name
 
@@ -92,11 +94,17 @@ def pretokenize_ours(home: Path, workers: int) -> dict:
 
 
 def pretokenize_raw(home: Path, workers: int) -> dict:
-    """The library alone: RAYON_NUM_THREADS or num_threads of this process."""
-    tokenizer, texts = load_tokenizer(home / "tokenizer"), texts_of(home / "corpus")
+    """The library alone, on as many threads."""
+    texts = texts_of(home / "corpus")
+    model = home / "tokenizer" / "tokenizer.model"
+    if model.exists():
+        processor = SentencePieceProcessor(model_file=str(model))
+        encode = partial(processor.encode, num_threads=workers)
+    else:
+        encode = LibraryTokenizer.from_file(str(home / "tokenizer" / "tokenizer.json")).encode_batch
     started = time.perf_counter()
     for start in range(0, len(texts), 256):
-        tokenizer.encode_batch(texts[start : start + 256], workers)
+        encode(texts[start : start + 256])
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "bytes": sum(len(text.encode()) for text in texts)}
 

@@ -8,6 +8,7 @@ that no user text can forge a control token. Special tokens enter a sequence by 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.word_cache import WordCache
 from utils.files import atomic_write
 
+_THREADS_THAT_BEAT_THE_CACHE = 4
 _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -60,17 +63,27 @@ class HFBBPETokenizer(Tokenizer):
         added = self._definition["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
         self.eod_id = self.special_ids[_end_of_document(self.special_ids, config or {})]
-        self._plain = _plain_text_tokenizer(self._definition, self.special_ids)
+        plain = _plain_text_definition(self._definition, self.special_ids)
+        self._plain = LibraryTokenizer.from_str(json.dumps(plain))
+        self._plain.encode_special_tokens = True
+        pattern = _own_split_pattern(plain)
+        self._word_cache = WordCache(plain, pattern) if pattern else None
         self.vocab_size = max(self._plain.get_vocab().values()) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
         """See the base class; the library takes its number of threads from RAYON_NUM_THREADS instead."""
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        if self._word_cache is None or not 1 <= num_threads < _THREADS_THAT_BEAT_THE_CACHE:
+            return self._library_batch(texts)
+        known = [self._word_cache.knows(text) for text in texts]
+        cached = iter(self._word_cache.encode_batch([text for text, is_known in zip(texts, known) if is_known]))
+        others = iter(self._library_batch([text for text, is_known in zip(texts, known) if not is_known]))
+        return [next(cached if is_known else others) for is_known in known]
 
-    def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def _library_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode_plain(self, ids: list[int]) -> str:
         return self._plain.decode(ids, skip_special_tokens=False)
@@ -126,8 +139,8 @@ def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
 
 
-def _plain_text_tokenizer(definition: dict, special_ids: dict[str, int]) -> LibraryTokenizer:
-    """The library's tokenizer, to which control strings are ordinary text.
+def _plain_text_definition(definition: dict, special_ids: dict[str, int]) -> dict:
+    """A `tokenizer.json` to which control strings are ordinary text, once `encode_special_tokens` is set.
 
     The special tokens stay, so that all others keep their ids, but under names that no text can become: a blank in the
     text is spelt otherwise in every kind of BPE that is let in here.
@@ -135,29 +148,48 @@ def _plain_text_tokenizer(definition: dict, special_ids: dict[str, int]) -> Libr
     model = definition["model"]
     names = {token: f"special {token_id}" for token, token_id in special_ids.items()}
     unknown = model.get("unk_token")
-    plain = LibraryTokenizer.from_str(
-        json.dumps(
-            {
-                **definition,
-                "added_tokens": [
-                    {**token, "content": names.get(token["content"], token["content"])}
-                    for token in definition["added_tokens"]
-                ],
-                # Settings for batches and chats would cut texts, fill them up, or put tokens round them.
-                "truncation": None,
-                "padding": None,
-                "post_processor": None,
-                "model": {
-                    **model,
-                    "vocab": {names.get(token, token): token_id for token, token_id in model["vocab"].items()},
-                    "unk_token": names.get(unknown, unknown),
-                    "dropout": None,
-                },
-            }
-        )
+    return {
+        **definition,
+        "added_tokens": [
+            {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
+        ],
+        # Settings for batches and chats would cut texts, fill them up, or put tokens round them.
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "model": {
+            **model,
+            "vocab": {names.get(token, token): token_id for token, token_id in model["vocab"].items()},
+            "unk_token": names.get(unknown, unknown),
+            "dropout": None,
+        },
+    }
+
+
+def _own_split_pattern(definition: dict) -> str | None:
+    """The pattern of a tokenizer that `train_hf_bbpe` made; None for others."""
+    steps = (definition["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
+    pattern = steps[0].get("pattern", {}).get("Regex", "")
+    max_digits, max_han = (re.search(expression, pattern) for expression in (r"\\p{N}{1,(\d)}", r"\\p{Han}{1,(\d+)}"))
+    if max_digits is None:
+        return None
+    own = split_pattern(int(max_digits[1]), int(max_han[1]) if max_han else 0)
+    ordinary_tokens = [token for token in definition["added_tokens"] if not token["special"]]
+    made_here = json.loads(_untrained(own).to_str())
+    same = all(made_here[part] == definition[part] for part in ("pre_tokenizer", "normalizer"))
+    return own if same and not ordinary_tokens else None
+
+
+def _untrained(pattern: str) -> LibraryTokenizer:
+    tokenizer = LibraryTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    plain.encode_special_tokens = True
-    return plain
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def train_hf_bbpe(
@@ -175,14 +207,7 @@ def train_hf_bbpe(
         raise ValueError(
             f"--vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
-    tokenizer = LibraryTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split_pattern(max_digits, max_han)), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _untrained(split_pattern(max_digits, max_han))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
