@@ -24,7 +24,7 @@ _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
-def split_pattern(max_digits: int = 3, max_han: int = 0) -> str:
+def split_pattern(max_digits: int = 3, max_han: int = 0, ascii_only: bool = False) -> str:
     """The regular expression whose matches are merged each by itself, after the scheme of GPT-2 (Radford et al., 2019)
     with the changes for code of later models.
 
@@ -34,14 +34,16 @@ def split_pattern(max_digits: int = 3, max_han: int = 0) -> str:
     Args:
         max_digits: of a group.
         max_han: Chinese characters of a group, apart from other letters; 0 for words of any letters and any length.
+        ascii_only: what it comes to in a text of ASCII characters, for engines that know no Unicode properties.
     """
-    letters = r"[\p{L}\p{M}]"
+    letter, mark, digit = ("A-Za-z", "", "0-9") if ascii_only else (r"\p{L}", r"\p{M}", r"\p{N}")
     han = ""
-    if max_han:
-        letters = r"[\p{L}\p{M}&&[^\p{Han}]]"
+    word = rf"[{letter}{mark}]+"
+    if max_han and not ascii_only:
         han = rf"\p{{Han}}{{1,{max_han}}}|"
+        word = rf"[{letter}{mark}&&[^\p{{Han}}]]+"
     return (
-        rf"{han}[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{{1,{max_digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|"
+        rf"{han}[^\r\n{letter}{digit}]?{word}|[{digit}]{{1,{max_digits}}}| ?[^\s{letter}{digit}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
@@ -66,8 +68,8 @@ class HFBBPETokenizer(Tokenizer):
         plain = _plain_text_definition(self._definition, self.special_ids)
         self._plain = LibraryTokenizer.from_str(json.dumps(plain))
         self._plain.encode_special_tokens = True
-        pattern = _own_split_pattern(plain)
-        self._word_cache = WordCache(plain, pattern) if pattern else None
+        own = _own_split_options(plain)
+        self._word_cache = WordCache(plain, split_pattern(*own), split_pattern(*own, ascii_only=True)) if own else None
         self.vocab_size = max(self._plain.get_vocab().values()) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
@@ -166,16 +168,17 @@ def _plain_text_definition(definition: dict, special_ids: dict[str, int]) -> dic
     }
 
 
-def _own_split_pattern(definition: dict) -> str | None:
-    """The pattern of a tokenizer that `train_hf_bbpe` made; None for others."""
+def _own_split_options(definition: dict) -> tuple[int, int] | None:
+    """max_digits and max_han of a tokenizer that `train_hf_bbpe` made; None for others."""
     steps = (definition["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
     pattern = steps[0].get("pattern", {}).get("Regex", "")
-    max_digits, max_han = (re.search(expression, pattern) for expression in (r"\\p{N}{1,(\d)}", r"\\p{Han}{1,(\d+)}"))
+    max_digits = re.search(r"\[\\p{N}\]{1,(\d)}", pattern)
+    max_han = re.search(r"\\p{Han}{1,(\d+)}", pattern)
     if max_digits is None:
         return None
-    own = split_pattern(int(max_digits[1]), int(max_han[1]) if max_han else 0)
+    own = int(max_digits[1]), int(max_han[1]) if max_han else 0
     ordinary_tokens = [token for token in definition["added_tokens"] if not token["special"]]
-    made_here = json.loads(_untrained(own).to_str())
+    made_here = json.loads(_untrained(split_pattern(*own)).to_str())
     same = all(made_here[part] == definition[part] for part in ("pre_tokenizer", "normalizer"))
     return own if same and not ordinary_tokens else None
 
