@@ -48,7 +48,7 @@ def test_both_engines_know_the_same_characters(expression: str):
         assert remove.normalize_str("".join(block)) == "".join(c for c in block if not matches(c))
 
 
-@pytest.mark.parametrize("frame", ["{}", "a{}b", " {} ", "1{}\n", "{}{}", "={}="])
+@pytest.mark.parametrize("frame", ["a{}b", " {} ", "1{}\n"])
 def test_every_character(both: HFBBPETokenizer, frame: str):
     """By the hundred, as a text with an unknown one goes to the library whole."""
     known = [character for character in CHARACTERS if both._word_cache.knows(character)]
