@@ -5,8 +5,11 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
-SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, "<|im_start|>", "<|im_end|>")
+MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END = "<|im_start|>", "<|im_sep|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END)
 """Of the tokenizers trained here."""
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+"""Where transformers looks for the template of a tokenizer folder."""
 LARGEST_VOCAB_SIZE = 1 << 24
 """Far beyond what a model can use; the libraries' trainers end the process for want of memory instead of refusing."""
 

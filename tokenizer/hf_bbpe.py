@@ -15,7 +15,8 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.chat_template import JINJA
 from tokenizer.word_cache import WordCache
 from utils.files import atomic_write
 
@@ -109,7 +110,7 @@ class HFBBPETokenizer(Tokenizer):
         atomic_write(directory / "tokenizer.json", json.dumps(self._definition, ensure_ascii=False).encode())
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
         if self._chat_template is not None:
-            atomic_write(directory / "chat_template.jinja", self._chat_template.encode())
+            atomic_write(directory / CHAT_TEMPLATE_NAME, self._chat_template.encode())
 
 
 def _byte_spelling(definition: object) -> str:
@@ -224,7 +225,7 @@ def train_hf_bbpe(
         )
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS))
+    return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS), JINJA)
 
 
 def load_hf_bbpe(directory: Path, config: dict | None) -> HFBBPETokenizer:
@@ -233,6 +234,6 @@ def load_hf_bbpe(directory: Path, config: dict | None) -> HFBBPETokenizer:
     Raises:
         ValueError: of a kind that cannot be used.
     """
-    template_path = directory / "chat_template.jinja"
+    template_path = directory / CHAT_TEMPLATE_NAME
     template = template_path.read_text(encoding="utf-8") if template_path.exists() else None
     return HFBBPETokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), config, template)

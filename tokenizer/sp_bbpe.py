@@ -17,7 +17,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
-from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.chat_template import JINJA
 from utils.files import atomic_write
 
 KIND = "sp_bbpe"
@@ -75,6 +76,7 @@ class SPBBPETokenizer(Tokenizer):
         config = hugging_face_config(self.special_ids) | {"unk_token": _UNKNOWN, "kind": KIND}
         atomic_write(directory / "tokenizer.model", self._model)
         atomic_write(directory / "tokenizer.json", self._as_hugging_face().to_str().encode())
+        atomic_write(directory / CHAT_TEMPLATE_NAME, JINJA.encode())
         # Last: it says what the folder is.
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
 

@@ -46,17 +46,17 @@ def test_layout(tokenizer: SPBBPETokenizer, processor: SentencePieceProcessor):
     assert tokenizer.vocab_size == SP_VOCAB_SIZE == processor.vocab_size()
     assert processor.is_unknown(0)
     assert tokenizer.special_ids == {token: 1 + i for i, token in enumerate(SPECIAL_TOKENS)}
-    assert [processor.id_to_piece(5 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert [processor.id_to_piece(6 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
     # Lengths as the pieces spell them.
     lengths = tokenizer.token_byte_lengths()
-    assert lengths[:5] == [0] * 5 and lengths[5:261] == [1] * 256
-    pieces = [processor.id_to_piece(i) for i in range(261, SP_VOCAB_SIZE)]
-    assert lengths[261:] == [len(piece.replace(BLANK_SIGN, " ").encode("utf-8")) for piece in pieces]
+    assert lengths[:6] == [0] * 6 and lengths[6:262] == [1] * 256
+    pieces = [processor.id_to_piece(i) for i in range(262, SP_VOCAB_SIZE)]
+    assert lengths[262:] == [len(piece.replace(BLANK_SIGN, " ").encode("utf-8")) for piece in pieces]
 
 
 def test_blank_sign_is_its_three_bytes(tokenizer: SPBBPETokenizer, processor: SentencePieceProcessor):
     """The library takes it for a blank; what lies between two of them has the ids of a text of its own."""
-    sign = [5 + byte for byte in BLANK_SIGN.encode("utf-8")]
+    sign = [6 + byte for byte in BLANK_SIGN.encode("utf-8")]
     assert tokenizer.encode(BLANK_SIGN) == sign
     assert processor.encode(BLANK_SIGN) == processor.encode(" ")
     rng = random.Random(0)
@@ -130,12 +130,12 @@ def test_long_training_texts_are_cut_and_used(tmp_path: Path, joint: str):
 def test_rare_characters_are_left_to_the_bytes(tmp_path: Path):
     tokenizer = train_sp_bbpe(["common words only " * 2000 + "鼎"], 300, show_progress=False)
     assert "鼎" not in learnt_pieces(tokenizer, tmp_path)
-    assert tokenizer.encode("鼎") == [5 + byte for byte in "鼎".encode()]
+    assert tokenizer.encode("鼎") == [6 + byte for byte in "鼎".encode()]
 
 
-@pytest.mark.parametrize("vocab_size", [-1, 0, 64, 261])
+@pytest.mark.parametrize("vocab_size", [-1, 0, 64, 262])
 def test_vocabulary_too_small(vocab_size: int):
-    with pytest.raises(ValueError, match="--vocab_size must be more than 261"):
+    with pytest.raises(ValueError, match="--vocab_size must be more than 262"):
         train_sp_bbpe(["some text"], vocab_size, show_progress=False)
 
 

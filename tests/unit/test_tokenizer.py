@@ -140,7 +140,7 @@ def read_alike(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
 def test_vocabulary(hf: HFBBPETokenizer):
     assert hf.vocab_size == VOCAB_SIZE
     # The last ids, so that a vocabulary that grows does not move the others.
-    assert hf.special_ids == {text: VOCAB_SIZE - 4 + i for i, text in enumerate(SPECIAL_TOKENS)}
+    assert hf.special_ids == {text: VOCAB_SIZE - len(SPECIAL_TOKENS) + i for i, text in enumerate(SPECIAL_TOKENS)}
     assert hf.eod_id == hf.special_ids[END_OF_DOCUMENT]
 
 
@@ -258,7 +258,7 @@ def test_streamed_text_is_the_whole_text(tokenizer: Tokenizer, seed: int):
 def test_token_byte_lengths(tokenizer: Tokenizer):
     lengths = tokenizer.token_byte_lengths()
     assert len(lengths) == tokenizer.vocab_size
-    assert [lengths[token_id] for token_id in tokenizer.special_ids.values()] == [0] * 4
+    assert [lengths[token_id] for token_id in tokenizer.special_ids.values()] == [0] * len(SPECIAL_TOKENS)
     assert min(length for i, length in enumerate(lengths) if i not in control_ids(tokenizer)) == 1
     assert len(control_ids(tokenizer) - set(tokenizer.special_ids.values())) == isinstance(tokenizer, SPBBPETokenizer)
     rng = random.Random(3)
@@ -420,7 +420,7 @@ def test_the_raw_libraries_give_the_same_ids(tokenizer: Tokenizer, folder: Path)
 
 
 def test_the_folder_needs_no_code_of_ours(tokenizer: Tokenizer, folder: Path):
-    names = ["tokenizer.json", "tokenizer_config.json"]
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     names += ["tokenizer.model"] * isinstance(tokenizer, SPBBPETokenizer)
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)
     assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -534,9 +534,9 @@ def test_damaged_configuration(folder: Path, tmp_path: Path, content: bytes):
 
 @pytest.mark.parametrize("vocab_size", [0, 64, 259])
 def test_vocabulary_too_small(vocab_size: int):
-    with pytest.raises(ValueError, match="--vocab_size must be at least 260"):
+    with pytest.raises(ValueError, match="--vocab_size must be at least 261"):
         train_hf_bbpe(["some text"], vocab_size, show_progress=False)
-    assert train_hf_bbpe(["some text"], 260, show_progress=False).vocab_size == 260
+    assert train_hf_bbpe(["some text"], 261, show_progress=False).vocab_size == 261
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["some text"]])

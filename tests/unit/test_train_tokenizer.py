@@ -185,10 +185,10 @@ def test_report(tmp_path: Path, kind: str):
     # What each entry stands for, as the raw library spells it.
     if kind == "sp_bbpe":
         processor = SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
-        learnt = {i: processor.id_to_piece(i).replace("▁", " ") for i in range(261, 320)}
+        learnt = {i: processor.id_to_piece(i).replace("▁", " ") for i in range(262, 320)}
     else:
         vocab = LibraryTokenizer.from_file(str(out / "tokenizer.json")).get_vocab()
-        learnt = {i: token.replace("Ġ", " ").replace("Ċ", "\n") for token, i in vocab.items() if i < 316}
+        learnt = {i: token.replace("Ġ", " ").replace("Ċ", "\n") for token, i in vocab.items() if i < 315}
     learnt = {i: text for i, text in learnt.items() if len(text.encode("utf-8")) > 1 and i > 255}
     unused = [text for i, text in learnt.items() if i not in used]
     assert report["unused_entries"] == len(unused)
@@ -250,13 +250,13 @@ def one_sentence(error_output: str) -> bool:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vocab_size", "64"], "at least 260"),
-        (["--vocab_size", "0"], "at least 260"),
-        (["--vocab_size", "-1"], "at least 260"),
-        (["--vocab_size", "259"], "at least 260"),
+        (["--vocab_size", "64"], "at least 261"),
+        (["--vocab_size", "0"], "at least 261"),
+        (["--vocab_size", "-1"], "at least 261"),
+        (["--vocab_size", "260"], "at least 261"),
         (["--vocab_size", "640000"], "use more text or a smaller --vocab_size"),
-        (["--kind", "sp_bbpe", "--vocab_size", "261"], "more than 261"),
-        (["--kind", "sp_bbpe", "--vocab_size", "-1"], "more than 261"),
+        (["--kind", "sp_bbpe", "--vocab_size", "262"], "more than 262"),
+        (["--kind", "sp_bbpe", "--vocab_size", "-1"], "more than 262"),
         (["--kind", "sp_bbpe", "--vocab_size", "640000"], "use more text or a smaller --vocab_size"),
         (["--kind", "sp_bbpe", "--max_digits", "3"], "--max_digits"),
         (["--kind", "sp_bbpe", "--max_digits", "2"], "--max_digits"),
