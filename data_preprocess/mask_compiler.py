@@ -1,0 +1,127 @@
+"""From a conversation to training samples: which tokens, and which of them are supervised. The only place that decides.
+
+`--sft_loss` says which answers are learnt, each with the token that ends it:
+
+    all     one sample: every answer
+    last    one sample: only the last answer
+    split   a sample an answer, with what comes before it; every answer is learnt once, as in `all`, but also fits a
+            sample of its own
+
+What is too long for `max_tokens`:
+
+    all           the end is left out. An answer that is cut is learnt without its end.
+    last, split   the oldest exchanges (a question and what follows it up to the next) are left out, the system text
+                  stays; if the last exchange alone is too long, its end is left out.
+    plain text    cut into several samples, in which every token is learnt.
+
+A sample in which no answer is left is dropped and counted: trained on, it would teach nothing and weigh nothing.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from data_preprocess.conversations import Conversation, PlainText
+from tokenizer import Tokenizer
+from tokenizer.chat_template import ChatTemplate, Message, Rendered, Span
+
+SFTLoss = Literal["all", "last", "split"]
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """Tokens of one sample; the one after the last is never asked for."""
+
+    ids: list[int]
+    supervised: list[bool]
+    """For each token, whether the model learns to say it. The first one never is: nothing comes before it."""
+    messages: tuple[Message, ...] = ()
+    """Of which it consists; none for plain text."""
+    spans: tuple[Span, ...] = ()
+    """Where they are in `ids`."""
+    left_out: int = 0
+    """Tokens that were too many."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one record."""
+
+    samples: list[TrainingSample]
+    dropped: int
+    """Samples that had no answer left."""
+
+
+def compile_conversation(
+    conversation: Conversation, template: ChatTemplate, loss: SFTLoss, max_tokens: int
+) -> Compiled:
+    """Training samples of a conversation, by the rules above.
+
+    Args:
+        max_tokens: of a sample; one more than the model's positions, as the last token is only a label.
+    """
+    samples = [
+        _fitted(messages, template, learnt, max_tokens, from_the_front=loss != "all")
+        for messages, learnt in _variants(conversation.messages, loss)
+    ]
+    kept = [sample for sample in samples if any(sample.supervised)]
+    return Compiled(kept, len(samples) - len(kept))
+
+
+def compile_text(text: PlainText, tokenizer: Tokenizer, max_tokens: int) -> Compiled:
+    """A text and its end of document, in pieces that overlap by the one token whose successor would be lost."""
+    ids = [*tokenizer.encode(text.text), tokenizer.eod_id]
+    samples = []
+    for start in range(0, max(len(ids) - 1, 1), max_tokens - 1):
+        piece = ids[start : start + max_tokens]
+        samples.append(TrainingSample(piece, [False] + [True] * (len(piece) - 1)))
+    return Compiled(samples, 0)
+
+
+def _variants(messages: tuple[Message, ...], loss: SFTLoss) -> Iterator[tuple[tuple[Message, ...], frozenset[int]]]:
+    """(messages of a sample, numbers of those that are learnt)."""
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    if loss == "all":
+        yield messages, frozenset(answers)
+    elif loss == "last":
+        yield messages, frozenset(answers[-1:])
+    else:
+        for number in answers:
+            yield messages[: number + 1], frozenset([number])
+
+
+def _fitted(
+    messages: tuple[Message, ...], template: ChatTemplate, learnt: frozenset[int], max_tokens: int, from_the_front: bool
+) -> TrainingSample:
+    """The sample, no longer than it may be."""
+    whole = 0
+    for kept in _shorter_and_shorter(messages) if from_the_front else [list(range(len(messages)))]:
+        chosen = tuple(messages[number] for number in kept)
+        rendered = template.render(chosen, lambda number, kept=kept: kept[number] in learnt)
+        whole = whole or len(rendered.ids)
+        if len(rendered.ids) <= max_tokens:
+            break
+    return _cut(rendered, chosen, max_tokens, whole)
+
+
+def _shorter_and_shorter(messages: tuple[Message, ...]) -> Iterator[list[int]]:
+    """Numbers of all messages; then without the oldest exchange, and so on. System texts stay."""
+    yield list(range(len(messages)))
+    for begin in range(1, len(messages)):
+        # An exchange begins with a question that follows no other one, and there is one before it.
+        begins_exchange = messages[begin].role == "user" and messages[begin - 1].role not in ("user", "system")
+        if begins_exchange:
+            system = [number for number in range(begin) if messages[number].role == "system"]
+            yield [*system, *range(begin, len(messages))]
+
+
+def _cut(rendered: Rendered, messages: tuple[Message, ...], max_tokens: int, whole: int) -> TrainingSample:
+    ids = rendered.ids[:max_tokens]
+    spans = [
+        Span(span.message, span.begin, min(span.end, len(ids)), span.is_header)
+        for span in rendered.spans
+        if span.begin < len(ids)
+    ]
+    return TrainingSample(
+        ids, rendered.supervised[: len(ids)], messages[: spans[-1].message + 1], tuple(spans), whole - len(ids)
+    )
