@@ -385,10 +385,10 @@ def test_output_beside_the_input(tmp_path: Path, tokenizer_dir: Path, capsys: py
 def many_units(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A corpus that is cut into many units, so that a run takes a while; returns also how many."""
     directory, rng = tmp_path_factory.mktemp("many"), random.Random(2)
-    for number in range(200):
+    for number in range(600):
         (directory / f"{number:03}.txt").write_bytes(random_text(rng, 150).encode())
     units = plan_units(str(directory), list_inputs(Corpus(str(directory)))[0], 1000)
-    assert len(units) == 200
+    assert len(units) == 600
     return directory, len(units)
 
 
