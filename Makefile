@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo test test-all test-fast lint clean
 
 help:
 	@echo "make demo       the main job end to end, on the Python standard library's source"
-	@echo "make test       all tests"
+	@echo "make test       the tests"
+	@echo "make test-all   the tests, with those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make lint       ruff"
 	@echo "make clean      remove .venv and out/"
@@ -27,12 +28,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
+	$(BIN)/python -m pytest -m "not soak" tests/dist tests/gpu
+
+test-all: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
 	$(BIN)/python -m pytest tests/dist tests/gpu
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n auto -m "not slow" tests/unit
-	$(BIN)/python -m pytest -m "not slow" tests/dist tests/gpu
+	$(BIN)/python -m pytest -n auto -m "not slow and not soak" tests/unit
+	$(BIN)/python -m pytest -m "not slow and not soak" tests/dist tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .
