@@ -56,7 +56,9 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
         AssertionError: a rank raised; its traceback is the message.
     """
     with tempfile.TemporaryDirectory() as out:
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context("forkserver")
+        # Importing takes longer than most of what is tested: once, in the process that the ranks are forked from.
+        context.set_forkserver_preload(["torch", "train_my_ddp", "tests.dist.group"])
         ports = _free_ports()
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, ports, work, arguments, out))
