@@ -413,7 +413,11 @@ def started_command(
     command = [sys.executable, "-m", "data_preprocess.pretokenize_pretrain_data", "--num_workers", str(num_workers)]
     command += ["--data_dir", str(corpus), "--output_dir", str(output), "--tokenizer_dir", str(tokenizer_dir)]
     command += ["--shard_mb", "0.001", "--valid_ratio", str(VALID_RATIO)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+    # A shell lets its background jobs, such as these tests, ignore Ctrl-C, and their children inherit that.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         yield process
     finally:
