@@ -24,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_preprocess.shards import PartWriter, check_sets, print_summary, replace_manifest, sole_writer
-from dataset.format import SPLITS
+from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of, sole_writer, write_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import sha256_of_file
 
@@ -132,7 +131,7 @@ def import_tokens(
     Raises:
         ValueError: tokens outside the vocabulary, special ones inside a document, or a set without documents.
     """
-    parts = []
+    parts: list[PartRecord] = []
     for split, files in inputs.items():
         for file in files:
             documents = _checked(documents_of(file, tokenizer.eod_id, bos_id), file, tokenizer)
@@ -141,19 +140,10 @@ def import_tokens(
             for number, part in enumerate(_parts(documents, shard_tokens)):
                 with PartWriter(output, f"{name}-{number}", tokenizer, valid_ratio) as shards:
                     for begin, ids, text_bytes in part:
-                        chosen = split if inputs.get("valid") else _set_of(ids, valid_ratio)
+                        chosen = split if inputs.get("valid") else set_of(ids.astype("<u4").tobytes(), valid_ratio)
                         shards.add_document(chosen, ids, text_bytes, (file.path.name, "token"), begin)
-                parts.append(shards)
-    shards = {split: [part.names[split] for part in parts if split in part.names] for split in SPLITS}
-    totals = {key: sum(part.totals()[key] for part in parts) for key in ("documents", "tokens", "text_bytes")}
-    check_sets(shards, totals["documents"], valid_ratio)
-    tokenizer.save_pretrained(output / "tokenizer")
-    manifest = {
-        "shards": shards, "valid_ratio": valid_ratio, "tokenizer_fingerprint": tokenizer.fingerprint, **totals,
-        "bad_records": 0, "bad_examples": [],
-    }  # fmt: skip
-    replace_manifest(output, manifest)
-    return manifest
+                parts.append(PartRecord(shards.names, items=0, is_last=False, totals=shards.totals()))
+    return write_manifest(output, tokenizer, valid_ratio, parts, inputs["train"][0].path)
 
 
 CheckedDocument = tuple[int, np.ndarray, int]
@@ -188,11 +178,6 @@ def _parts(documents: Iterator[CheckedDocument], shard_tokens: int) -> Iterator[
 
     while (first := next(documents, None)) is not None:
         yield part(first)
-
-
-def _set_of(ids: np.ndarray, valid_ratio: float) -> str:
-    digest = hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest()
-    return "valid" if int.from_bytes(digest, "little") < valid_ratio * 2.0**64 else "train"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -87,7 +87,8 @@ class Corpus:
     """A directory with documents, and how they are read."""
 
     root: str
-    fields: TextFields = TextFields()
+    fields: TextFields | None = TextFields()
+    """None: records are wanted whole, and files without records are left out."""
     include: tuple[str, ...] = ("*",)
     """Patterns (as in a shell, "*" also matches "/") of the paths that are read."""
     exclude: tuple[str, ...] = ()
@@ -102,6 +103,12 @@ class Corpus:
         )
 
 
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for which files are read; `chosen_files` takes them."""
+    parser.add_argument("--include", default="*", metavar="PATTERNS", help="read only these files: '*.jsonl,zh/*'")
+    parser.add_argument("--exclude", default="", metavar="PATTERNS", help="leave out these files: '*.csv,test/*'")
+
+
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags for how documents are read; `corpus_from` takes them."""
     parser.add_argument(
@@ -113,8 +120,16 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         default="\\n",
         help="between several fields; \\n and \\t are understood (default: a line end)",
     )
-    parser.add_argument("--include", default="*", metavar="PATTERNS", help="read only these files: '*.jsonl,zh/*'")
-    parser.add_argument("--exclude", default="", metavar="PATTERNS", help="leave out these files: '*.csv,test/*'")
+    add_file_arguments(parser)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def chosen_files(args: argparse.Namespace) -> dict[str, tuple[str, ...]]:
+    """`include` and `exclude` of a corpus, as the flags say."""
+    return {"include": _words(args.include), "exclude": _words(args.exclude)}
 
 
 def corpus_from(args: argparse.Namespace, root: str) -> Corpus:
@@ -123,14 +138,10 @@ def corpus_from(args: argparse.Namespace, root: str) -> Corpus:
     Raises:
         ValueError: --text_key names nothing.
     """
-    keys, include, exclude = (
-        tuple(word.strip() for word in words.split(",") if word.strip())
-        for words in (args.text_key, args.include, args.exclude)
-    )
-    if not keys:
+    if not (keys := _words(args.text_key)):
         raise ValueError("--text_key names no field")
     separator = args.text_separator.replace("\\n", "\n").replace("\\t", "\t")
-    return Corpus(root, TextFields(keys, separator), include, exclude)
+    return Corpus(root, TextFields(keys, separator), **chosen_files(args))
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,17 @@ class Document:
     record: int
     continued: bool = False
     """The next part follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as it stands in its file. What is not valid UTF-8 in it may have become half surrogate pairs."""
+
+    value: object
+    path: str
+    counts: str
+    record: int
+    """As in Document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +250,8 @@ def list_inputs(corpus: Corpus) -> tuple[list[str], list[str]]:
             if ours or name.startswith(".") or not corpus.chooses(relative) or not os.path.isfile(full):
                 continue
             kind, compressed = _kind(name)
-            readable = kind in TEXT_SUFFIXES or kind in JSON_SUFFIXES or kind in COLUMN_SEPARATORS
+            holds_text = kind in TEXT_SUFFIXES and corpus.fields is not None
+            readable = holds_text or kind in JSON_SUFFIXES or kind in COLUMN_SEPARATORS
             if readable or (kind == ".parquet" and not compressed):
                 inputs.append(relative)
             else:
@@ -262,17 +285,21 @@ def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], list[str]]:
     inputs, others = list_inputs(corpus)
     units = plan_units(corpus.root, inputs, unit_bytes)
     if not units:
+        wanted = "text: put .txt, .jsonl, .json, .parquet, .csv or source files"
+        if corpus.fields is None:
+            wanted = "records: put .jsonl, .json, .parquet or .csv files"
         raise ValueError(
-            f"{corpus.root} holds no text: put .txt, .jsonl, .json, .parquet, .csv or source files into it"
+            f"{corpus.root} holds no {wanted} into it"
             + ("" if corpus.include == ("*",) and not corpus.exclude else ", or choose others with --include")
         )
     return units, others
 
 
-def read_unit(
-    corpus: Corpus, unit: Unit, on_bytes: Callable[[int], None] | None = None
-) -> Iterator[Document | BadRecord]:
-    """Everything in a unit, in its order; empty documents are passed over.
+Item = Document | Record | BadRecord
+
+
+def read_unit(corpus: Corpus, unit: Unit, on_bytes: Callable[[int], None] | None = None) -> Iterator[Item]:
+    """Everything in a unit, in its order: documents (empty ones are passed over), or records if they are wanted whole.
 
     Args:
         on_bytes: called with the bytes of the files that were read since the last call, for progress.
@@ -283,9 +310,7 @@ def read_unit(
         yield from read_piece(corpus, piece, on_bytes)
 
 
-def read_piece(
-    corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | None = None
-) -> Iterator[Document | BadRecord]:
+def read_piece(corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | None = None) -> Iterator[Item]:
     """What `read_unit` does, for one piece."""
     kind, compressed = _kind(piece.path)
     path, fields, report = corpus.path(piece), corpus.fields, on_bytes or (lambda _: None)
@@ -293,7 +318,7 @@ def read_piece(
         yield from _documents(piece, "row", _parquet_rows(path, piece, fields, report), fields)
         return
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
-        stream = _decompressed(file, path.suffix) if compressed else file
+        stream = _decompressed(file, path.suffix.lower()) if compressed else file
         progress = _Progress(file, piece.start, report)
         if kind in TEXT_SUFFIXES:
             yield from _text_file(piece, stream, progress)
@@ -320,9 +345,9 @@ def _kind(path: str) -> tuple[str, bool]:
 
 
 def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix.lower() == ".gz":
+    if suffix == ".gz":
         read = gzip.GzipFile(fileobj=file).read1
-    elif suffix.lower() == ".xz":
+    elif suffix == ".xz":
         read = lzma.LZMAFile(file).read1
     else:
         read = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd").read
@@ -370,9 +395,9 @@ class _Progress:
 
 
 def _documents(
-    piece: Piece, counts: str, records: Iterator[tuple[int, object]], fields: TextFields
-) -> Iterator[Document | BadRecord]:
-    """The texts of numbered records. A record is an object, the bytes of a line of JSON, or the error that it made."""
+    piece: Piece, counts: str, records: Iterator[tuple[int, object]], fields: TextFields | None
+) -> Iterator[Item]:
+    """The texts of numbered records, or the records. A record is an object, or the bytes of a line of JSON."""
     last = None
     while True:
         try:
@@ -389,6 +414,9 @@ def _documents(
                 record = json.loads(record)
         except (ValueError, RecursionError) as error:
             yield BadRecord(place(piece.path, counts, number), f"not a JSON line ({_one_line(error)})")
+            continue
+        if fields is None:
+            yield Record(record, piece.path, counts, number)
             continue
         try:
             text = fields.text_of(record)
@@ -569,7 +597,9 @@ def _holds_one_object(path: Path) -> bool:
     return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.lstrip(b"\r\n").startswith(b"{")
 
 
-def _table_rows(piece: Piece, stream: BinaryIO, separator: str, fields: TextFields) -> Iterator[tuple[int, dict]]:
+def _table_rows(
+    piece: Piece, stream: BinaryIO, separator: str, fields: TextFields | None
+) -> Iterator[tuple[int, dict]]:
     # The default limit refuses fields longer than 128 KiB; without any, a lost quote would swallow the file.
     csv.field_size_limit(_LONGEST_FIELD)
     # What is not UTF-8 becomes half surrogate pairs, by which only the row that holds them is refused.
@@ -585,11 +615,11 @@ def _table_rows(piece: Piece, stream: BinaryIO, separator: str, fields: TextFiel
 
 
 def _parquet_rows(
-    path: Path, piece: Piece, fields: TextFields, report: Callable[[int], None]
+    path: Path, piece: Piece, fields: TextFields | None, report: Callable[[int], None]
 ) -> Iterator[tuple[int, dict]]:
     with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
         _require_columns(piece.path, file.schema_arrow.names, fields)
-        columns = [key for key in fields.keys if key in file.schema_arrow.names]
+        columns = [key for key in fields.keys if key in file.schema_arrow.names] if fields is not None else None
         groups = range(piece.start, piece.end)
         number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
@@ -623,8 +653,8 @@ def _as_bytes(column: pyarrow.Array) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
-def _require_columns(path: str, columns: list[str], fields: TextFields) -> None:
-    if not set(columns) & set(fields.keys):
+def _require_columns(path: str, columns: list[str], fields: TextFields | None) -> None:
+    if fields is not None and not set(columns) & set(fields.keys):
         wanted = ",".join(fields.keys)
         raise ValueError(
             f'{path} has no column "{wanted}" but {", ".join(columns)}: choose with --text_key, '

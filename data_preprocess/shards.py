@@ -1,11 +1,14 @@
 """Writing the `.bin` shards of a data directory, and the manifest that lists them."""
 
 import fcntl
+import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,6 +17,24 @@ from tokenizer import Tokenizer
 from utils.files import atomic_write_json
 
 NOTES_DIR = ".pretokenize"
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What one part of the work made of its inputs."""
+
+    shards: dict[str, str]
+    """Set -> file name; a set that got nothing is left out."""
+    items: int
+    """Items of its unit that this part took: how many to pass over to go on after it."""
+    is_last: bool
+    """The unit ends here."""
+    totals: dict[str, int]
+    """What the shards hold, and what was left out, by name; at least `documents`."""
+    bad_records: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    dropped_examples: list[str] = field(default_factory=list)
+    """Of samples that were read but not taken, and why."""
 
 
 class PartWriter:
@@ -68,12 +89,16 @@ class PartWriter:
         self._stack.__exit__(*exception)
 
 
+def set_of(content: bytes, valid_ratio: float) -> str:
+    """The set that something belongs to: valid, if its hash as a fraction of 2**64 is below the ratio."""
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return "valid" if int.from_bytes(digest, "little") < valid_ratio * 2.0**64 else "train"
+
+
 @contextmanager
-def sole_writer(output: Path) -> Iterator[Path]:
+def sole_writer(output: Path) -> Iterator[None]:
     """Make the directory, keep other runs out of it, and delete the temporary files of those that were killed.
 
-    Yields:
-        a folder in it for notes on the work.
     Raises:
         ValueError: another run is writing there.
     """
@@ -87,21 +112,55 @@ def sole_writer(output: Path) -> Iterator[Path]:
         for directory in (output, notes, output / "tokenizer"):
             for path in directory.glob("*.tmp-*"):
                 path.unlink(missing_ok=True)
-        yield notes
+        yield
 
 
-def check_sets(shards: dict[str, list[str]], documents: int, valid_ratio: float) -> None:
-    """Raise ValueError if a set that should hold documents got none."""
+def write_manifest(
+    output: Path,
+    tokenizer: Tokenizer,
+    valid_ratio: float,
+    parts: Sequence[PartRecord],
+    source: object,
+    more: Mapping = MappingProxyType({}),
+) -> dict:
+    """Check that both sets got something, and write the manifest and the tokenizer beside the shards.
+
+    Args:
+        source: where the documents came from.
+        more: what else the manifest says.
+    Raises:
+        ValueError: a set that should hold documents got none.
+    """
+    shards = {split: [part.shards[split] for part in parts if split in part.shards] for split in SPLITS}
+    totals = {key: sum(part.totals[key] for part in parts) for key in (parts[0].totals if parts else ())}
+    documents = totals.get("documents", 0)
+    if not documents:
+        raise ValueError(f"{source} holds no text that could be read: every file is empty or unreadable")
+    if not any(shards.values()):
+        raise ValueError(f"no sample is left of the {documents} records of {source}: use a larger --max_seq_len")
     if valid_ratio > 0 and not shards["valid"]:
         raise ValueError(
             f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
             f"{valid_ratio}, or 0 to go without"
         )
-    if not shards["train"]:
+    if valid_ratio < 1 and not shards["train"]:
         raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")
+    tokenizer.save_pretrained(output / "tokenizer")
+    manifest = {
+        "shards": shards,
+        "valid_ratio": valid_ratio,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **totals,
+        "bad_records": sum(part.bad_records for part in parts),
+        "bad_examples": [example for part in parts for example in part.bad_examples],
+        "dropped_examples": [example for part in parts for example in part.dropped_examples],
+        **more,
+    }
+    _replace_manifest(output, manifest)
+    return manifest
 
 
-def replace_manifest(output: Path, manifest: dict) -> None:
+def _replace_manifest(output: Path, manifest: dict) -> None:
     """Write the manifest. Indexes of other shards than it lists go: training must not read old data through them."""
     path = output / MANIFEST_NAME
     old = json.loads(path.read_text()) if path.exists() else manifest
@@ -111,7 +170,8 @@ def replace_manifest(output: Path, manifest: dict) -> None:
             index.unlink()
     atomic_write_json(path, manifest)
     listed = {name for names in manifest["shards"].values() for name in names}
-    unlisted = sorted(p.name for p in output.glob("*.bin") if p.name not in listed)
+    shards = [*output.glob("*.bin"), *output.glob("*.safetensors")]
+    unlisted = sorted(path.name for path in shards if path.name not in listed)
     if unlisted:
         print(
             f"{len(unlisted)} shards of earlier runs are not part of this data and may be deleted, for example "
@@ -120,12 +180,26 @@ def replace_manifest(output: Path, manifest: dict) -> None:
         )
 
 
+@contextmanager
+def waiting_writer(output: Path) -> Iterator[None]:
+    """One process at a time is in here; the others wait."""
+    with open(output / ".turn", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def print_skipped(manifest: dict) -> None:
+    """Name some of the records and samples that were left out."""
+    for kind, count in (("bad_examples", manifest["bad_records"]), ("dropped_examples", manifest.get("dropped", 0))):
+        shown = manifest[kind][:10]
+        for example in shown:
+            print(f"skipped {example}", file=sys.stderr)
+        if shown and count > len(shown):
+            print(f"and {count - len(shown)} more, see {MANIFEST_NAME}", file=sys.stderr)
+
+
 def print_summary(manifest: dict, seconds: float) -> None:
-    shown = manifest["bad_examples"][:10]
-    for example in shown:
-        print(f"skipped {example}", file=sys.stderr)
-    if manifest["bad_records"] > len(shown):
-        print(f"and {manifest['bad_records'] - len(shown)} more, see {MANIFEST_NAME}", file=sys.stderr)
+    print_skipped(manifest)
     print(
         f"{manifest['documents']:,} documents, {manifest['text_bytes'] / 1e6:.1f} MB -> {manifest['tokens']:,} tokens "
         f"({manifest['text_bytes'] / manifest['tokens']:.2f} bytes a token) in "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data_preprocess.pretokenize_pretrain_data import is_valid_document
+from data_preprocess.shards import set_of
 from dataset.format import MANIFEST_NAME
 from generate import generate, load_model
 from optimizer import resolve_dtype
@@ -44,7 +44,7 @@ def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
             tree = ast.parse(text)
         except (UnicodeDecodeError, SyntaxError):
             continue
-        if not is_valid_document(text, valid_ratio):
+        if set_of(text.encode("utf-8"), valid_ratio) != "valid":
             continue
         lines = text.splitlines(keepends=True)
         for node in ast.walk(tree):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data_preprocess.build_pretrain_sample_index_map import build
-from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
+from data_preprocess.units import process_corpus
 from demo.corpus import copy_standard_library
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -31,7 +32,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(home / "tokenizer")
     output = home / "tokens"
     corpus = Corpus(str(corpus))
-    pretokenize(Job(corpus, str(output), str(home / "tokenizer"), valid_ratio=0.1, shard_bytes=300_000))
+    process_corpus(
+        PretrainJob(corpus, str(output), str(home / "tokenizer"), valid_ratio=0.1, shard_bytes=300_000), num_workers=0
+    )
     build(output, SEQ_LEN)
     return output
 

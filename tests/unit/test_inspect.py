@@ -9,8 +9,9 @@ import pytest
 
 import train_my_ddp
 from data_preprocess.build_pretrain_sample_index_map import build
-from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
+from data_preprocess.units import process_corpus
 from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
 from dataset.inspect import Inspection
 from dataset.inspect import main as inspect
@@ -51,7 +52,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 @pytest.fixture(scope="module")
 def inspected(corpus: tuple[Path, dict[str, str]], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("tokens")
-    pretokenize(Job(Corpus(str(corpus[0])), str(output), str(data_dir / "tokenizer"), valid_ratio=0.2, shard_bytes=700))
+    process_corpus(
+        PretrainJob(Corpus(str(corpus[0])), str(output), str(data_dir / "tokenizer"), valid_ratio=0.2, shard_bytes=700)
+    )
     build(output, LENGTH)
     return output
 

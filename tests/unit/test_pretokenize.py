@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import pytest
 
-from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data, readers
-from data_preprocess.pretokenize_pretrain_data import Job, PartRecord, is_valid_document, pretokenize, process_unit
+from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data, readers, units
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import (
     BadRecord,
     Corpus,
@@ -29,6 +29,8 @@ from data_preprocess.readers import (
     read_piece,
     read_unit,
 )
+from data_preprocess.shards import PartRecord, set_of
+from data_preprocess.units import process_corpus, process_unit
 from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
 from tests.unit.test_readers import Origin, compress, json_lines, random_texts, write, write_mixed_corpus
 from tokenizer import HFBBPETokenizer, load_tokenizer
@@ -91,12 +93,12 @@ def write_corpus(directory: Path) -> list[str]:
 def run(
     corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, num_workers: int = 1, **kwargs
 ) -> dict:
-    return pretokenize(make_job(corpus, output, tokenizer_dir, shard_mb, **kwargs), num_workers)
+    return process_corpus(make_job(corpus, output, tokenizer_dir, shard_mb, **kwargs), num_workers)
 
 
-def make_job(corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, **options) -> Job:
+def make_job(corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, **options) -> PretrainJob:
     options = {"valid_ratio": VALID_RATIO, "max_bad_records": 0, **options}
-    return Job(Corpus(str(corpus)), str(output), str(tokenizer_dir), shard_bytes=int(shard_mb * 1e6), **options)
+    return PretrainJob(Corpus(str(corpus)), str(output), str(tokenizer_dir), shard_bytes=int(shard_mb * 1e6), **options)
 
 
 def read_set(output: Path, split: str) -> list[list[int]]:
@@ -126,14 +128,14 @@ def read_origins(output: Path, names: list[str], tokenizer: HFBBPETokenizer) -> 
     return documents
 
 
-def process_all(job: Job) -> list[PartRecord]:
+def process_all(job: PretrainJob) -> list[PartRecord]:
     """All units in this process, where they can be watched; returns the records of their parts."""
     (Path(job.output_dir) / ".pretokenize").mkdir(parents=True, exist_ok=True)
     return [part for unit in find_units(job.corpus, job.shard_bytes)[0] for part in process_unit(job, unit)]
 
 
 def split_of(text: str) -> str:
-    return "valid" if is_valid_document(text, VALID_RATIO) else "train"
+    return set_of(text.encode(), VALID_RATIO)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -174,7 +176,7 @@ def test_documents_come_back(corpus: tuple[Path, list[str]], output: Path, token
     """Each document once, in its set, in the order of the inputs."""
     texts = corpus[1]
     for split in ("train", "valid"):
-        expected = [text for text in texts if is_valid_document(text, VALID_RATIO) == (split == "valid")]
+        expected = [text for text in texts if set_of(text.encode(), VALID_RATIO) == split]
         documents = read_set(output, split)
         assert [tokenizer.decode(ids) for ids in documents] == expected
         assert documents == tokenizer.encode_batch(expected)
@@ -263,11 +265,11 @@ def test_unit_longer_than_a_shard_makes_several_parts(
     job = make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir)
     parts = process_all(job)
     assert len(parts) > 5 and [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert sum(part.documents for part in parts) == len(documents) == 300
+    assert sum(part.totals["documents"] for part in parts) == len(documents) == 300
     at = 0
     for part in parts:
         lengths = [len(text.encode()) for text, *_ in documents[at : at + part.items]]
-        assert part.text_bytes == sum(lengths)
+        assert part.totals["text_bytes"] == sum(lengths)
         assert part.is_last or sum(lengths[:-1]) < job.shard_bytes <= sum(lengths)
         for split, shard in part.shards.items():
             expected = [doc for doc in documents[at : at + part.items] if split_of(doc[0]) == split]
@@ -318,7 +320,7 @@ def test_document_in_parts_is_one_document(
         for document in read_origins(tmp_path / "out", [name], tokenizer)
     ]
     assert sorted(document for document, _ in found) == sorted(documents)
-    assert sum(part.documents for part in parts) == len(documents)
+    assert sum(part.totals["documents"] for part in parts) == len(documents)
     read = Corpus(str(tmp_path / "corpus"))
     items = [item for unit in find_units(read, 10**9)[0] for item in read_unit(read, unit)]
     assert sum(part.items for part in parts) == len(items) > len(documents)
@@ -345,11 +347,11 @@ def test_split_by_hash():
     texts = [f"document {i}" for i in range(4000)]
 
     def valid(ratio: float) -> set[str]:
-        return {text for text in texts if is_valid_document(text, ratio)}
+        return {text for text in texts if set_of(text.encode(), ratio) == "valid"}
 
     for text in texts[:100]:
         fraction = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
-        assert is_valid_document(text, 0.3) == (fraction < 0.3)
+        assert set_of(text.encode(), 0.3) == ("valid" if fraction < 0.3 else "train")
     assert valid(0.0) == set()
     # Five standard deviations of the share around what was asked for.
     assert abs(len(valid(0.1)) / len(texts) - 0.1) < 5 * (0.1 * 0.9 / len(texts)) ** 0.5
@@ -637,8 +639,10 @@ def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, ch
     fields = TextFields()
 
     def read(directory: Path) -> dict[str, list[list[int]]]:
-        job = Job(Corpus(str(corpus), fields), str(directory), shard_bytes=1_000_000, max_bad_records=0, **options)
-        pretokenize(job, num_workers=1)
+        job = PretrainJob(
+            Corpus(str(corpus), fields), str(directory), shard_bytes=1_000_000, max_bad_records=0, **options
+        )
+        process_corpus(job, num_workers=1)
         return {split: read_set(directory, split) for split in ("train", "valid")}
 
     first = read(output)
@@ -910,7 +914,7 @@ def test_tokenizer_that_fails_names_the_record(
         def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
             return [self.encode(text) for text in texts]
 
-    monkeypatch.setattr(pretokenize_pretrain_data, "_tokenizer", lambda directory: Failing(load_tokenizer(directory)))
+    monkeypatch.setattr(units, "_tokenizer", lambda directory: Failing(load_tokenizer(directory)))
     path, counts, record = next(origin for text, *origin in documents if "poison" in text)
     with pytest.raises(ValueError) as caught:
         process_all(make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir))

@@ -15,8 +15,9 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
+from data_preprocess.units import process_corpus
 from dataset.format import map_tokens, read_bin_header
 from generate import stream_text
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, Tokenizer, load_tokenizer
@@ -341,7 +342,7 @@ def test_no_document_forges_a_special_token(tokenizer: Tokenizer, folder: Path, 
     single = "".join(SPECIAL_TOKENS) * 50 + "end"
     (tmp_path / "corpus" / "b.txt").write_text(single, "utf-8")
     output = tmp_path / "tokens"
-    manifest = pretokenize(Job(Corpus(str(tmp_path / "corpus")), str(output), str(folder), valid_ratio=0.0))
+    manifest = process_corpus(PretrainJob(Corpus(str(tmp_path / "corpus")), str(output), str(folder), valid_ratio=0.0))
     assert manifest["documents"] == len(texts) + 1 and manifest["bad_records"] == 0
     documents: list[list[int]] = [[]]
     for name in manifest["shards"]["train"]:

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 import train_my_ddp
 from configurator import parse_config, resolve_model
 from data_preprocess.build_pretrain_sample_index_map import build
-from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import BadRecords, Corpus, Document
+from data_preprocess.units import process_corpus
 from dataset.format import read_bin_header
 from model.config import padded_vocab_size
 from tests.conftest import TINY_MODEL
@@ -576,8 +577,8 @@ def test_a_run_with_a_vocabulary_of_an_odd_size(three_sources: Path):
     home = three_sources
     command = ["--data_dir", str(home / "en"), "--output_dir", str(home / "tokenizer"), "--kind", "sp_bbpe"]
     assert main([*command, "--vocab_size", "301"]) == 0
-    job = Job(Corpus(str(home / "en")), str(home / "tokens"), str(home / "tokenizer"), valid_ratio=0.1)
-    manifest = pretokenize(job)
+    job = PretrainJob(Corpus(str(home / "en")), str(home / "tokens"), str(home / "tokenizer"), valid_ratio=0.1)
+    manifest = process_corpus(job)
     assert read_bin_header(home / "tokens" / manifest["shards"]["train"][0]).vocab_size == 301
     build(home / "tokens", 32)
     assert train_my_ddp.main([

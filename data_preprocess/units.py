@@ -1,0 +1,308 @@
+"""Work through a corpus unit by unit, on many processes, so that a killed run goes on where it stopped.
+
+The corpus is cut into units by its files alone (readers.py), and a unit into parts of about `shard_bytes` of text. A
+part's shards are named by the unit's content, the tokenizer and the options, and a record that is written after them
+says that they are whole: the same command skips the parts whose record is there. What a part holds does not depend on
+the number of processes.
+"""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_preprocess.readers import Corpus, Unit, find_units
+from data_preprocess.shards import NOTES_DIR, PartRecord, sole_writer, write_manifest
+from tokenizer import Tokenizer, load_tokenizer
+from utils.files import atomic_write_json
+
+_SECONDS_A_LINE = 30.0
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """What is done with each unit. Sent to every worker."""
+
+    corpus: Corpus
+    output_dir: str
+    tokenizer_dir: str
+    valid_ratio: float = 0.01
+    shard_bytes: int = 256_000_000
+    """Text after which a part ends, at the end of a document."""
+    max_bad_records: int = 100
+
+    @abstractmethod
+    def options(self) -> object:
+        """All that decides a part's content besides the unit and the tokenizer, as JSON has it."""
+
+    @abstractmethod
+    def items(
+        self, unit: Unit, tokenizer: Tokenizer, done: int, num_threads: int, on_bytes: Callable[[int], None]
+    ) -> Iterator:
+        """What a unit holds, in its order, from item `done` on."""
+
+    @abstractmethod
+    def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator, bad_before: int) -> PartRecord:
+        """Take items up to the end of a part, and write them as shards of this name. `bad_before`: the unit's bad
+        records so far."""
+
+    @abstractmethod
+    def check_shard(self, path: Path) -> None:
+        """Raise ValueError or OSError if a shard is not whole."""
+
+    def manifest(self) -> dict:
+        """What the manifest says besides shards and totals."""
+        return {}
+
+    def check_bad_records(self, count: int, example: str) -> None:
+        if count > self.max_bad_records:
+            raise ValueError(
+                f"{count} records could not be read, more than --max_bad_records {self.max_bad_records}; "
+                f"for example {example}"
+            )
+
+
+@functools.cache
+def _tokenizer(directory: str) -> Tokenizer:
+    """One tokenizer a process, however many units it works on."""
+    return load_tokenizer(directory)
+
+
+def _finished_part(job: Job, name: str) -> PartRecord | None:
+    """The record of a part that an earlier run completed: written after its shards, it says that they are whole."""
+    output = Path(job.output_dir)
+    try:
+        record = PartRecord(**json.loads((output / NOTES_DIR / f"{name}.json").read_text()))
+        for file in record.shards.values():
+            job.check_shard(output / file)
+    except (OSError, ValueError, TypeError):
+        return None
+    return record
+
+
+def process_unit(
+    job: Job, unit: Unit, num_threads: int = 1, on_bytes: Callable[[int], None] = lambda _: None
+) -> list[PartRecord]:
+    """Do a unit, from where an earlier run stopped; returns the records of all its parts.
+
+    Raises:
+        ValueError: what went wrong, with the file and the record.
+    """
+    tokenizer = _tokenizer(job.tokenizer_dir)
+    key = json.dumps([unit.fingerprint(job.corpus), tokenizer.fingerprint, job.options()])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    records: list[PartRecord] = []
+    while record := _finished_part(job, f"{name}-{len(records)}"):
+        records.append(record)
+        if record.is_last:
+            on_bytes(unit.num_bytes)
+            return records
+    items = job.items(unit, tokenizer, sum(record.items for record in records), num_threads, on_bytes)
+    while not (records and records[-1].is_last):
+        part = f"{name}-{len(records)}"
+        record = job.write_part(part, tokenizer, items, sum(record.bad_records for record in records))
+        atomic_write_json(Path(job.output_dir) / NOTES_DIR / f"{part}.json", asdict(record))
+        records.append(record)
+    return records
+
+
+class _Worker:
+    """What a worker process knows besides its units; set when it starts."""
+
+    bytes_read = None
+    """Of all workers together: a multiprocessing.Value."""
+
+
+def _start_worker(bytes_read: object, num_threads: int) -> None:
+    """A worker ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # How many threads the tokenizer takes when it is let.
+    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+    _Worker.bytes_read = bytes_read
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _work_on_unit(job: Job, unit: Unit, num_threads: int) -> list[PartRecord]:
+    """In a worker process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
+
+    def count(num_bytes: int) -> None:
+        with _Worker.bytes_read.get_lock():
+            _Worker.bytes_read.value += num_bytes
+
+    return process_unit(job, unit, num_threads, count)
+
+
+@contextmanager
+def _ctrl_c_when_asked() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed: raised inside concurrent.futures, it can
+    leave a lock taken for ever."""
+    pressed = threading.Event()
+
+    def ask() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield ask
+    finally:
+        signal.signal(signal.SIGINT, before)
+    ask()
+
+
+def _process_units(
+    job: Job, units: list[Unit], num_workers: int, raise_interrupt: Callable[[], None]
+) -> list[PartRecord]:
+    """Spread the units over processes; returns the records of their parts, in the units' order.
+
+    Raises:
+        ValueError: a worker's error, with the file it was at, or more unreadable records than allowed.
+    """
+    context = multiprocessing.get_context("spawn")  # Forking a process that runs the tokenizer's threads can deadlock.
+    bytes_read = context.Value("q", 0)
+    progress = _Progress(sum(unit.num_bytes for unit in units))
+    records: dict[int, list[PartRecord]] = {}
+    bad_records = 0
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (bytes_read, num_workers))
+    try:
+        # A large file that cannot be cut would keep the others waiting: it goes first, and takes all threads.
+        largest_first = sorted(range(len(units)), key=lambda index: -units[index].num_bytes)
+        futures = {}
+        for index in largest_first:
+            threads = num_workers if units[index].num_bytes > 2 * job.shard_bytes else 1
+            futures[pool.submit(_work_on_unit, job, units[index], threads)] = index
+        waiting = set(futures)
+        while waiting:
+            raise_interrupt()
+            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.show(bytes_read.value)
+            for future in done:
+                index = futures[future]
+                try:
+                    parts = records[index] = future.result()
+                except (ValueError, OSError) as error:
+                    raise ValueError(_with_file(str(error), units[index])) from error
+                bad_records += sum(part.bad_records for part in parts)
+                examples = [example for part in parts for example in part.bad_examples]
+                job.check_bad_records(bad_records, examples[0] if examples else "")
+    except BaseException:
+        # What is whole has its record; the rest would only keep the user waiting.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+    return [part for index in range(len(units)) for part in records[index]]
+
+
+def _with_file(sentence: str, unit: Unit) -> str:
+    """A failing disk, for one, does not say which file it was."""
+    if any(piece.path in sentence for piece in unit.pieces):
+        return sentence
+    first, last = unit.pieces[0].path, unit.pieces[-1].path
+    return f"{sentence} (in {first})" if first == last else f"{sentence} (between {first} and {last})"
+
+
+class _Progress:
+    """MB, MB/s and time left: a bar on a terminal, else a line every half minute, at the rate since the line before
+    (what an earlier run completed goes by in a moment)."""
+
+    def __init__(self, total_bytes: int):
+        self._total, self._last_time, self._last_bytes = total_bytes, time.monotonic(), 0
+        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+
+    def show(self, done_bytes: int) -> None:
+        done_bytes = min(done_bytes, self._total)
+        self._bar.update(done_bytes - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and now - self._last_time >= _SECONDS_A_LINE and done_bytes > self._last_bytes:
+            rate = (done_bytes - self._last_bytes) / (now - self._last_time)
+            self._last_time, self._last_bytes = now, done_bytes
+            print(
+                f"tokenizing: {done_bytes / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, "
+                f"{(self._total - done_bytes) / rate / 60:.0f} min left",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def process_corpus(job: Job, num_workers: int = 1) -> dict:
+    """Do the whole job and write its manifest, which lists the shards in the order of their inputs.
+
+    Args:
+        num_workers: processes; 0 works in this one, for what is too small to be worth starting others.
+    Raises:
+        ValueError: nothing to read, nothing held out, or more unreadable records than allowed.
+    """
+    output = Path(job.output_dir)
+    if not 0.0 <= job.valid_ratio <= 1.0:
+        raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {job.valid_ratio}")
+    if not 1 <= job.shard_bytes < 2**63 or num_workers < 0:
+        raise ValueError("--shard_mb and --num_workers must be positive")
+    units, others = find_units(job.corpus, job.shard_bytes)
+    if others:
+        suffixes = sorted({Path(path).suffix or "no suffix" for path in others})
+        print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
+    tokenizer = load_tokenizer(job.tokenizer_dir)
+    with sole_writer(output):
+        if num_workers:
+            with _ctrl_c_when_asked() as raise_interrupt:
+                records = _process_units(job, units, num_workers, raise_interrupt)
+        else:
+            records = [record for unit in units for record in process_unit(job, unit)]
+            examples = [example for record in records for example in record.bad_examples]
+            job.check_bad_records(sum(record.bad_records for record in records), examples[0] if examples else "")
+        return write_manifest(output, tokenizer, job.valid_ratio, records, job.corpus.root, job.manifest())
+
+
+def run_command(name: str, work: Callable[[], dict], print_summary: Callable[[dict, float], None]) -> int:
+    """What a command does around `process_corpus`: sentences instead of tracebacks; returns the exit code.
+
+    Args:
+        work: returns the manifest.
+        print_summary: gets the manifest and the seconds that it took.
+    """
+    started = time.monotonic()
+    try:
+        manifest = work()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(
+            f"{name}: a worker process was killed, perhaps for memory; the same command goes on where it stopped, "
+            "with a smaller --num_workers if it was memory",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    print_summary(manifest, time.monotonic() - started)
+    return 0
