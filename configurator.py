@@ -27,8 +27,8 @@ SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_la
 class RunConfig:
     """Run."""
 
-    task_type: Literal["pretrain"] = "pretrain"
-    """What is trained."""
+    task_type: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """Next tokens of a corpus, the answers of conversations, or preferences between answers."""
     out_dir: str = "out/run"
     """Run directory: configuration, checkpoints, logs."""
     exp_config_file: str = ""
@@ -60,7 +60,7 @@ class DataConfig:
     """Data."""
 
     data_dir: str = ""
-    """Pretokenized directory with train and valid shards."""
+    """Pretokenized directory with train and valid shards; for sft and dpo also one with raw records."""
     train_data_dir: str = ""
     """Overrides data_dir for training."""
     valid_data_dir: str = ""
@@ -80,15 +80,41 @@ class DataConfig:
     valid_iters: int = 0
     """Validation batches over all ranks together; 0 takes the whole set."""
     valid_ratio: float | None = None
-    """Only checked: the share held out is fixed when the data is pretokenized."""
+    """Share held out of raw records (default: none); else only checked, as it is fixed when data is pretokenized."""
     document_mask: bool = True
     """Attention and positions restart at each document of a sample."""
     num_workers: int = 1
     """Threads that read ahead; 0 reads when a batch is needed."""
     use_dataset_with_index: bool = True
     """Kept for old commands: pretraining always reads through the index."""
+    packing: bool = True
+    """SFT: several sequences share a row, each by itself; off: a row is one sequence, padded as the batch needs."""
+    sft_loss: Literal["all", "last", "split"] = "all"
+    """SFT: learn all answers of a conversation, the last one, or each in a sample of its own."""
+    user_name: str = ""
+    """What raw records call the user, beside the usual names."""
+    assistant_name: str = ""
+    """What raw records call the assistant, beside the usual names."""
+    max_prompt_len: int = 0
+    """DPO: longest prompt in tokens; 0 takes what the longer answer leaves, at least half of max_seq_len."""
+    prompt_truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """DPO: which part of a prompt that is too long stays."""
     restart_data: bool = False
     """On --resume: accept other data, seed or max_seq_len, and start its stream anew."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """DPO."""
+
+    dpo_loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "kto_pair", "sppo_hard", "nca_pair"] = "sigmoid"
+    """Formula of the loss (tasks/dpo.py)."""
+    dpo_beta: float = 0.1
+    """How strongly the model is held to the reference."""
+    dpo_label_smoothing: float = 0.0
+    """sigmoid and robust: share of the pairs that are taken to be labelled wrongly."""
+    reference_free: bool = False
+    """As if the reference model found all answers equally likely."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +227,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     model: LlamaConfig = field(default_factory=LlamaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -238,6 +265,9 @@ _REMOVED = {
     "reslog_run_name": "leave it out: a run's name is its out_dir",
     "reslog_save_interval": "leave it out: every record is written at once; --log_interval sets how often",
     "num_cpus": "write --num_threads",
+    "sft_type": "leave it out: each record's format is told from its fields",
+    "ignore_index": "leave it out: what is not supervised never counts",
+    "use_peft": "leave it out: all weights are trained",
 }
 
 
@@ -426,7 +456,7 @@ def _check(config: Config) -> None:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "valid_interval", "valid_iters", "num_workers", "grad_clip",
                  "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed",
-                 "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
+                 "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
                  "powerSGD_log_interval"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
@@ -444,8 +474,23 @@ def _check(config: Config) -> None:
         raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
         raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
+    _check_dpo(config)
     _check_parallel(config)
     config.model.resolve()
+
+
+def _check_dpo(config: Config) -> None:
+    dpo, run = config.dpo, config.run
+    if run.task_type != "dpo":
+        return
+    if dpo.dpo_beta <= 0:
+        raise ValueError(f"dpo_beta must be positive, got {dpo.dpo_beta}")
+    if not 0.0 <= dpo.dpo_label_smoothing < 0.5:
+        raise ValueError(f"dpo_label_smoothing must be at least 0 and below 0.5, got {dpo.dpo_label_smoothing}")
+    if dpo.dpo_label_smoothing and dpo.dpo_loss_type not in ("sigmoid", "robust"):
+        raise ValueError(f"dpo_label_smoothing has no meaning for --dpo_loss_type={dpo.dpo_loss_type}: leave it out")
+    if not (run.init_from or run.resume):
+        raise ValueError("--task_type=dpo needs a model to begin with: give --init_from, best a run of --task_type=sft")
 
 
 def _check_parallel(config: Config) -> None:

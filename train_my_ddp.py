@@ -2,6 +2,7 @@
 
     python train_my_ddp.py --data_dir=D --out_dir=R [--help]
     torchrun --standalone --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R [--resume]
+    train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
 Exit codes, also left in R/exit/rank-N.json because torchrun hides them: 0 finished; 2 the command or the data is wrong;
 75 stopped on request (SIGTERM, Ctrl-C) after saving; anything else is a crash.
@@ -24,8 +25,10 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_config, resolve, resolve_model, to_yaml
-from dataset.loader import Batch, TrainLoader, batch_digest, validation_batches
-from dataset.pretrain import PretrainDataset
+from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from dataset.format import MANIFEST_NAME
+from dataset.loader import Batch, TrainLoader, batch_digest, num_tokens, validation_batches
+from dataset.opening import open_dataset
 from model import Llama, flops, hf
 from optimizer import LossScaler, MixedPrecisionOptimizer, StepResult, learning_rate_at, resolve_dtype
 from optimizer.adamw import AdamWConfig
@@ -43,7 +46,9 @@ from parallel import (
 )
 from parallel.buffer import Bucket
 from parallel.context import enable_determinism, exit_record_dir, launched_rank
-from tasks.pretrain import PretrainTask
+from tasks.dpo import DPOLoss, DPOTask
+from tasks.language_model import LanguageModelTask
+from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
 from tokenizer import load_tokenizer
 from utils import checkpoint as ckpt
 from utils import exits
@@ -76,8 +81,10 @@ class Unlogged:
 
     loss_sum: torch.Tensor
     """This rank's part of the loss, a float64 scalar on the device."""
+    metrics: dict[str, torch.Tensor]
+    """This rank's part of the task's other sums."""
     count: int
-    """Supervised tokens of the whole global batch."""
+    """What the losses of the whole global batch are divided by: supervised tokens, or pairs."""
     learning_rate: float
     grad_norm: float
 
@@ -95,14 +102,26 @@ class StopRequest:
 
 
 class Trainer:
-    """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong."""
+    """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong.
 
-    def __init__(self, config: Config, given: frozenset[str], context: DistContext, stop: StopRequest):
-        self.config, self.given, self.context = config, given, context
+    Args:
+        data_dirs: set -> its pretokenized directory.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        given: frozenset[str],
+        context: DistContext,
+        stop: StopRequest,
+        data_dirs: dict[str, Path],
+    ):
+        self.config, self.given, self.context, self.data_dirs = config, given, context, data_dirs
         self.out_dir = Path(config.run.out_dir)
         self.stop, self.progress, self.skipped_in_a_row = stop, Progress(), 0
         self.lock: BinaryIO | None = None
         self.unlogged: Unlogged | None = None
+        self.reference: str | None = None
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
@@ -111,6 +130,7 @@ class Trainer:
         self._open_data()
         self.derived = resolve(config, context.world_size, len(self.train_data))
         self._build_model()
+        self._build_task()
         self._build_parallel_and_optimizer()
         if self.resumed_from is not None:
             self._load_checkpoint(self.resumed_from)
@@ -145,17 +165,19 @@ class Trainer:
 
     def _open_data(self) -> None:
         """Open both sets and the tokenizer, and check that they belong together, on all ranks."""
-        data = self.config.data
-        train_dir, valid_dir = data.train_data_dir or data.data_dir, data.valid_data_dir or data.data_dir
-        self.train_data = PretrainDataset(train_dir, "train", data.max_seq_len, data.document_mask)
-        self.tokenizer = load_tokenizer(data.tokenizer_dir or Path(train_dir) / "tokenizer")
+        data, task = self.config.data, self.config.run.task_type
+        how = (data.max_seq_len, data.document_mask, data.packing)
+        self.train_data = open_dataset(task, self.data_dirs["train"], "train", *how)
+        self.tokenizer = load_tokenizer(data.tokenizer_dir or self.data_dirs["train"] / "tokenizer")
         self.train_data.check(self.tokenizer.fingerprint, data.valid_ratio)
         self.valid_data = None
-        if self.train_data.header.valid_ratio > 0 or data.valid_data_dir:
-            self.valid_data = PretrainDataset(valid_dir, "valid", data.max_seq_len, data.document_mask)
+        if self.train_data.valid_ratio > 0 or data.valid_data_dir:
+            self.valid_data = open_dataset(task, self.data_dirs["valid"], "valid", *how)
             self.valid_data.check(self.tokenizer.fingerprint)
         elif self.config.run.valid_only:
-            raise ValueError(f"{train_dir} has no validation set: it was pretokenized with --valid_ratio 0")
+            raise ValueError(
+                f"{self.data_dirs['train']} has no validation set: it was pretokenized with --valid_ratio 0"
+            )
         sets = [dataset.fingerprint for dataset in (self.train_data, self.valid_data) if dataset is not None]
         self.context.require_same(
             [*sets, self.tokenizer.fingerprint],
@@ -192,8 +214,54 @@ class Trainer:
         if config.system.compile:
             for block in self.model.layers:
                 block.compile()
-        self.task = PretrainTask(self.model, config.run.seed)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
+
+    def _build_task(self) -> None:
+        """What turns a batch into a loss. Before the weights of a resumed run are there: the reference of DPO is the
+        model that the run began with."""
+        run, dpo = self.config.run, self.config.dpo
+        if run.task_type != "dpo":
+            byte_lengths = torch.zeros(self.model_config.vocab_size, dtype=torch.int64)
+            byte_lengths[: self.tokenizer.vocab_size] = torch.tensor(self.tokenizer.token_byte_lengths())
+            self.task = LanguageModelTask(self.model, run.seed, byte_lengths.to(self.context.device))
+            return
+        loss = DPOLoss(dpo.dpo_loss_type, dpo.dpo_beta, dpo.dpo_label_smoothing)
+        self.task = DPOTask(self.model, run.seed, loss, dpo.reference_free)
+        if not dpo.reference_free:
+            self._prepare_reference()
+
+    def _prepare_reference(self) -> None:
+        """Read the log-probabilities under the reference model, or compute them where they are missing."""
+        context, data = self.context, self.config.data
+        saved = ckpt.read_trainer_state(self.resumed_from).get("reference") if self.resumed_from else None
+        self.reference = saved or context.decide_on_main(lambda: weights_fingerprint(self.weights_from, self.dtype))
+        has_weights = self.resumed_from is None
+        for split, dataset in (("train", self.train_data), ("valid", self.valid_data)):
+            if dataset is None:
+                continue
+            cache = ReferenceCache(dataset, split, self.reference, self.out_dir)
+            dataset.reference = cache.read()
+            if all(context.gather(dataset.reference is not None)):
+                continue
+            if not has_weights:
+                self._load_reference_weights()
+                has_weights = True
+            dataset.reference = compute_reference(
+                self.task, cache, data.valid_batch_size, context.rank, context.world_size, context.all_sum,
+                self._to_device, lambda: self.heartbeat.beat("reference", self.progress.step),
+            )  # fmt: skip
+
+    def _load_reference_weights(self) -> None:
+        """Of a resumed run: the log-probabilities are gone, and the model that it began with is needed again."""
+        source = self.config.run.init_from
+        directory = ckpt.resolve_checkpoint_dir(Path(source)) if source else self.resumed_from
+        found = self.context.decide_on_main(lambda: weights_fingerprint(directory, self.dtype))
+        if found != self.reference:
+            raise ValueError(
+                f"the log-probabilities of the reference model are gone, and {directory} does not hold the weights "
+                f"that the run began with: give those with --init_from"
+            )
+        hf.load_weights(self.model, directory)
 
     def _build_parallel_and_optimizer(self) -> None:
         parallel, optimizer = self.config.parallel, self.config.optimizer
@@ -306,8 +374,6 @@ class Trainer:
         seq_len = config.data.max_seq_len
         self.flops_strict = flops.flops_per_token_strict(self.model_config, seq_len)
         self.flops_seed = flops.flops_per_token_seed(self.model_config, seq_len, self.num_parameters)
-        self.byte_lengths = torch.zeros(self.model_config.vocab_size, dtype=torch.int64)
-        self.byte_lengths[: self.tokenizer.vocab_size] = torch.tensor(self.tokenizer.token_byte_lengths())
         self.reslog = ResLog(self.out_dir / "reslog.jsonl") if context.is_main else None
         for line in self._description():
             logger.info(line)
@@ -321,7 +387,10 @@ class Trainer:
             logger.info("changed since the last launch: %s %s -> %s", name, before, now)
         dtype = str(self.dtype).removeprefix("torch.")
         derived = (
-            self.derived.__dict__ | {"dtype": dtype, "world_size": context.world_size} | self.model_config.__dict__
+            self.derived.__dict__
+            | {"dtype": dtype, "world_size": context.world_size}
+            | {f"{split}_data": str(path) for split, path in self.data_dirs.items()}
+            | self.model_config.__dict__
         )
         atomic_write(self.out_dir / CONFIG_NAME, to_yaml(config, derived).encode())
         self.reslog.write(
@@ -334,6 +403,8 @@ class Trainer:
             dtype=dtype,
             **self._stream(),
             global_batch_size=derived["global_batch_size"],
+            task=config.run.task_type,
+            packing=config.data.packing,
             changed=changed,
         )
 
@@ -368,8 +439,10 @@ class Trainer:
             + "; MFU is a share of it",
             f"ops: attention={attention} rms_norm=plain rope=plain swiglu=plain cross_entropy=torch adamw=torch-fused"
             + (" (blocks compiled)" if config.system.compile else ""),
-            f"data: {len(self.train_data):,} samples of {config.data.max_seq_len} tokens; {derived.global_batch_size} "
-            f"samples ({tokens:,} tokens) a step, {derived.max_iters} steps, "
+            f"data: {self.train_data.description()}",
+            f"batch: {derived.global_batch_size} samples"
+            + (f" ({tokens:,} tokens)" if config.run.task_type == "pretrain" else "")
+            + f" a step, {derived.max_iters} steps, "
             f"{derived.max_iters * derived.global_batch_size / len(self.train_data):.2f} epochs",
             f"starts at step {self.progress.step}, sample {self.progress.samples_consumed}"
             + (f", weights from {self.weights_from}" if self.weights_from else ""),
@@ -443,11 +516,12 @@ class Trainer:
         batches = next(self.loader)
         waited = time.perf_counter() - waited
 
-        # Known before the backward pass, and needed by it: how many tokens of the whole global batch are supervised.
+        # Known before the backward pass, and needed by it: how many terms the loss of the whole global batch has.
         digest = sum(batch_digest(batch) for batch in batches.micro_batches)
-        supervised = sum(int(self.task.supervised(batch).sum()) for batch in batches.micro_batches)
-        agreed = torch.tensor([supervised, self.stop.requested, digest & 0xFFFFFFFF, digest >> 32])
-        count, stop, digest_low, digest_high = context.all_sum(agreed).tolist()
+        count = sum(self.task.count(batch) for batch in batches.micro_batches)
+        tokens = sum(num_tokens(batch) for batch in batches.micro_batches)
+        agreed = torch.tensor([count, tokens, self.stop.requested, digest & 0xFFFFFFFF, digest >> 32])
+        count, tokens, stop, digest_low, digest_high = context.all_sum(agreed).tolist()
         if stop:
             return False
 
@@ -456,14 +530,20 @@ class Trainer:
             self.optimizer.begin_overlapped_step(learning_rate)
         if self.powersgd is not None:
             self.powersgd.measure = _is_due(progress.step + 1, self.config.parallel.powerSGD_log_interval)
+        if self.task.uses_prepass:
+            sums = sum(self.task.prepass(self._to_device(batch)) for batch in batches.micro_batches)
+            self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
         loss_scale = self.scaler.scale / max(count, 1)
         loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
+        metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
         for index, batch in enumerate(batches.micro_batches):
             is_last = index == len(batches.micro_batches) - 1
             with nullcontext() if is_last else self.ddp.no_sync():
-                loss_sum, _, _ = self.task(self._to_device(batch))
+                loss_sum, _, sums = self.task(self._to_device(batch))
                 (loss_sum * loss_scale).backward()
             loss_total += loss_sum.detach()
+            for name, value in sums.items():
+                metrics[name] += value
         self.ddp.finish_grad_sync()
         result = self._finish_step(learning_rate)
         if result.skipped:
@@ -475,9 +555,9 @@ class Trainer:
 
         progress.step += 1
         progress.samples_consumed = batches.last + 1
-        progress.tokens += self.derived.global_batch_size * self.config.data.max_seq_len
-        self.meter.add_step(batches.last, (digest_high << 32) + digest_low, waited)
-        self.unlogged = Unlogged(loss_total, max(count, 1), learning_rate, result.grad_norm)
+        progress.tokens += tokens
+        self.meter.add_step(batches.last, tokens, (digest_high << 32) + digest_low, waited)
+        self.unlogged = Unlogged(loss_total, metrics, max(count, 1), learning_rate, result.grad_norm)
         if self.powersgd is not None and self.powersgd.measure and not result.skipped:
             self._log_compression()
         if _is_due(progress.step, self.config.run.log_interval):
@@ -530,30 +610,29 @@ class Trainer:
         count, batches = validation_batches(
             self.valid_data, data.valid_batch_size, data.valid_iters, context.rank, context.world_size
         )
-        sums = torch.zeros(count, 3, dtype=torch.float64)
         self.model.eval()
+        names = self.task.metric_names
+        table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
         for index, batch in batches:
             self.heartbeat.beat("validate", self.progress.step)
-            loss_sum, _, _ = self.task(self._to_device(batch))
-            labels = batch["labels"][self.task.supervised(batch)]
-            text_bytes = self.byte_lengths[labels].sum().item()
-            sums[index] = torch.tensor([loss_sum.item(), len(labels), text_bytes], dtype=torch.float64)
+            loss_sum, terms, sums = self.task(self._to_device(batch))
+            row = [loss_sum.item(), terms, *(sums[name].item() for name in names)]
+            table[index] = torch.tensor(row, dtype=torch.float64)
         self.model.train()
-        loss_sum, tokens, text_bytes = (math.fsum(column) for column in context.all_sum(sums).T.tolist())
-        loss, bits_per_byte = loss_sum / tokens, loss_sum / math.log(2) / text_bytes
+        loss_sum, terms, *sums = (math.fsum(column) for column in context.all_sum(table).T.tolist())
+        figures = self.task.figures(loss_sum, terms, dict(zip(names, sums)))
         seconds = time.perf_counter() - started
         if not self.config.run.valid_only:
             self.meter.leave_out(seconds)
         logger.info(
-            "valid at step %d | loss %.4f | %.4f bits per byte | %d tokens | %.1f s",
-            self.progress.step, loss, bits_per_byte, tokens, seconds,
+            "valid at step %d | %s | %d %s | %.1f s",
+            self.progress.step, _shown(figures), terms, self.task.count_name, seconds,
         )  # fmt: skip
         if self.reslog is not None:
             self.reslog.write(
-                "valid", step=self.progress.step, loss=loss, bits_per_byte=bits_per_byte, tokens=int(tokens),
-                dt=round(seconds, 3),
+                "valid", step=self.progress.step, **figures, tokens=int(terms), dt=round(seconds, 3)
             )  # fmt: skip
-        return loss
+        return figures["loss"]
 
     def _log_step(self) -> None:
         """Log the last step, and what was read since the last record. Also before a save, whatever the log interval, so
@@ -561,25 +640,26 @@ class Trainer:
         if self.unlogged is None:
             return
         last, self.unlogged = self.unlogged, None
-        loss = self.context.all_sum(last.loss_sum.cpu()).item() / last.count
+        sums = self.context.all_sum(torch.stack([last.loss_sum, *last.metrics.values()]).cpu()).tolist()
+        figures = self.task.figures(sums[0], last.count, dict(zip(last.metrics, sums[1:])))
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
         progress, reading = self.progress, self.meter.read()
-        tokens_per_sec = self.derived.global_batch_size * self.config.data.max_seq_len / reading["dt"]
+        tokens_per_sec = reading.pop("tokens") / reading["dt"]
         mfu = tokens_per_sec * self.flops_strict / self.peak_flops
         mfu_seed = tokens_per_sec * self.flops_seed / self.peak_flops
         if self.reslog is None:
             return
         self.reslog.write(
-            "train", step=progress.step, loss=loss, lr=last.learning_rate, grad_norm=last.grad_norm,
+            "train", step=progress.step, **figures, lr=last.learning_rate, grad_norm=last.grad_norm,
             tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
         )  # fmt: skip
         seconds_left = reading["dt"] * (self.derived.max_iters - progress.step)
         logger.info(
-            "step %d/%d | loss %.4f | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% (seed formula %.1f%%) | "
+            "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% (seed formula %.1f%%) | "
             "data %.1f ms | %s left",
-            progress.step, self.derived.max_iters, loss, last.grad_norm, last.learning_rate, f"{tokens_per_sec:,.0f}",
-            100 * mfu, 100 * mfu_seed, 1e3 * reading["data_wait"], clock(seconds_left),
+            progress.step, self.derived.max_iters, _shown(figures), last.grad_norm, last.learning_rate,
+            f"{tokens_per_sec:,.0f}", 100 * mfu, 100 * mfu_seed, 1e3 * reading["data_wait"], clock(seconds_left),
         )  # fmt: skip
 
     def _log_compression(self) -> None:
@@ -636,6 +716,7 @@ class Trainer:
             "stream": self._stream(),
             "optimizer": self.optimizer.scalar_state(),
             "world_size": self.context.world_size,
+            "reference": self.reference,
         }
 
     def close(self) -> None:
@@ -650,6 +731,54 @@ class Trainer:
         """Let another process have the run directory."""
         if self.lock is not None:
             self.lock.close()
+
+
+def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
+    """Set -> directory of its tokens. Raw records of SFT and DPO are tokenized first: before any process group exists,
+    so that no rank waits in a collective meanwhile.
+
+    Raises:
+        ValueError: nothing to tokenize, or flags that contradict what was tokenized before.
+    """
+    data, run = config.data, config.run
+    dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
+    if run.task_type == "pretrain":
+        return dirs
+    options = Options(
+        run.task_type, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
+        data.user_name, data.assistant_name,
+    )  # fmt: skip
+    chosen = {}
+    for split, directory in dirs.items():
+        if (directory / MANIFEST_NAME).exists():
+            check_options(directory, options, given)
+            chosen[split] = directory
+        elif split == "valid" and not data.valid_data_dir:
+            chosen[split] = chosen["train"]
+        else:
+            # A directory for validation alone is taken whole.
+            ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
+            chosen[split] = tokenize_online(directory, _tokenizer_dir(config), options, ratio)
+    return chosen
+
+
+def _tokenizer_dir(config: Config) -> Path:
+    """The tokenizer of the model that is trained."""
+    data, run = config.data, config.run
+    if data.tokenizer_dir:
+        return Path(data.tokenizer_dir)
+    if run.resume and (Path(run.out_dir) / "ckpt").is_dir():
+        return ckpt.resolve_checkpoint_dir(Path(run.out_dir))
+    if run.init_from:
+        return ckpt.resolve_checkpoint_dir(Path(run.init_from))
+    raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")
+
+
+def _shown(figures: dict[str, float]) -> str:
+    """Of a task's figures, those that fit a line."""
+    names = ("loss", "bits_per_byte", "rewards/margins", "rewards/accuracies")
+    return " | ".join(f"{name.rpartition('/')[2].replace('_', ' ')} {figures[name]:.4f}" for name in names
+                      if name in figures)  # fmt: skip
 
 
 def _is_due(step: int, interval: int) -> bool:
@@ -684,8 +813,9 @@ def main(argv: list[str]) -> int:
             if not config.run.valid_only:
                 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     signal.signal(signum, stop)
+            data_dirs = prepare_data(config, given)
             context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
-            trainer = Trainer(config, given, context, stop)
+            trainer = Trainer(config, given, context, stop, data_dirs)
         except ValueError as error:
             logger.error("train_my_ddp: %s", error)
             log_traceback()

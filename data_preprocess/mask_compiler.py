@@ -13,19 +13,23 @@ What is too long for `max_tokens`:
     last, split   the oldest exchanges (a question and what follows it up to the next) are left out, the system text
                   stays; if the last exchange alone is too long, its end is left out.
     plain text    cut into several samples, in which every token is learnt.
+    preference    of the prompt, the tokens that do not fit: its beginning (keep_end) or its end (keep_start; the token
+                  that ends its last message stays); then the ends of the answers. The header of the answers stays.
 
-A sample in which no answer is left is dropped and counted: trained on, it would teach nothing and weigh nothing.
+A sample in which no answer is left is dropped and counted: trained on, it would teach nothing and weigh nothing. So is
+a preference whose answers are the same as far as they are left.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from data_preprocess.conversations import Conversation, PlainText
+from data_preprocess.conversations import Conversation, PlainText, Preference
 from tokenizer import Tokenizer
 from tokenizer.chat_template import ChatTemplate, Message, Rendered, Span
 
 SFTLoss = Literal["all", "last", "split"]
+Truncation = Literal["keep_end", "keep_start"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,47 @@ def compile_text(text: PlainText, tokenizer: Tokenizer, max_tokens: int) -> Comp
         piece = ids[start : start + max_tokens]
         samples.append(TrainingSample(piece, [False] + [True] * (len(piece) - 1)))
     return Compiled(samples, 0)
+
+
+def compile_preference(
+    preference: Preference, template: ChatTemplate, max_tokens: int, max_prompt_len: int, truncation: Truncation
+) -> list[TrainingSample] | None:
+    """The chosen and the rejected answer, each behind the prompt; None if they are dropped.
+
+    Args:
+        max_prompt_len: most tokens of the prompt, the answer's header among them; 0 for what the longer answer leaves,
+            at least half of the positions.
+        truncation: which part of a prompt that is too long stays.
+    """
+    last = len(preference.prompt)
+    samples = []
+    texts = [(*preference.prompt, Message("assistant", answer)) for answer in (preference.chosen, preference.rejected)]
+    pair = [template.render(messages, lambda number: number == last) for messages in texts]
+    prompt = pair[0].spans[-1].begin
+    longer_answer = max(len(rendered.ids) for rendered in pair) - prompt
+    room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
+    header_begin = pair[0].spans[-2].begin
+    excess = min(max(prompt - room, 0), header_begin - 1)
+    begin = 0 if truncation == "keep_end" else header_begin - 1 - excess
+    for rendered, messages in zip(pair, texts):
+        samples.append(_cut(_without(rendered, begin, begin + excess), messages, max_tokens, len(rendered.ids)))
+    if samples[0].ids == samples[1].ids or not all(any(sample.supervised) for sample in samples):
+        return None
+    return samples
+
+
+def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
+    """Without the tokens [begin, end)."""
+
+    def moved(position: int) -> int:
+        return position - min(max(position - begin, 0), end - begin)
+
+    spans = [Span(span.message, moved(span.begin), moved(span.end), span.is_header) for span in rendered.spans]
+    return Rendered(
+        rendered.ids[:begin] + rendered.ids[end:],
+        rendered.supervised[:begin] + rendered.supervised[end:],
+        [span for span in spans if span.begin < span.end],
+    )
 
 
 def _variants(messages: tuple[Message, ...], loss: SFTLoss) -> Iterator[tuple[tuple[Message, ...], frozenset[int]]]:

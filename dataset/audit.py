@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.loader import rows_digest
+from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
-from dataset.pretrain import PretrainDataset
 from dataset.run_data import read_run_data
 from utils.reslog import count_launches, read_reslog
 
@@ -48,20 +48,20 @@ class Audit:
     findings: list[str] = field(default_factory=list)
 
 
-def recomputed_digest(dataset: PretrainDataset, seed: int, first: int, last: int) -> int:
+def recomputed_digest(dataset: TaskDataset, seed: int, first: int, last: int) -> int:
     """Of the positions first..last of the stream, by the order and the files."""
     total = 0
     for start in range(first, last + 1, _ROWS_AT_ONCE):
         positions = np.arange(start, min(start + _ROWS_AT_ONCE, last + 1), dtype=np.int64)
         sample_ids = sample_at(seed, positions, len(dataset))
-        total += rows_digest(sample_ids, dataset.read_rows(sample_ids)[:, :-1])
+        total += rows_digest(sample_ids, dataset.input_rows(sample_ids))
     return total % (1 << 64)
 
 
 class _Walk:
     """Goes through the standing records in their order."""
 
-    def __init__(self, datasets: dict[str, PretrainDataset]):
+    def __init__(self, datasets: dict[str, TaskDataset]):
         self._datasets, self.audit = datasets, Audit()
         self._start: dict | None = None
         self._step = self._next = 0
@@ -69,7 +69,7 @@ class _Walk:
     def take(self, record: dict) -> None:
         if record["name"] == "start":
             self._take_start(record)
-        elif record["name"] == "train":
+        else:
             self._take_step(record)
 
     def _take_start(self, start: dict) -> None:
@@ -92,8 +92,7 @@ class _Walk:
         if not same_stream:
             dataset = self._datasets[start["data"]]
             self.audit.segments.append(
-                f"from step {start['step']}: seed {start['seed']}, {len(dataset):,} samples of "
-                f"{dataset.max_seq_len} tokens ({start['data'][:12]})"
+                f"from step {start['step']}: seed {start['seed']}, {dataset.description()} ({start['data'][:12]})"
             )
 
     def _take_step(self, record: dict) -> None:
@@ -134,13 +133,13 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
     records = _records_of(run_dir)
     run = read_run_data(run_dir)
     starts = [record for record in records if record["name"] == "start"]
-    lengths = {start["max_seq_len"] for start in starts}
-    datasets: dict[str, PretrainDataset] = {}
+    kinds = {(start["task"], start["max_seq_len"], start["packing"]) for start in starts}
+    datasets: dict[str, TaskDataset] = {}
     problems = []
     for directory in [run.dirs["train"], *data_dirs]:
-        for length in lengths:
+        for task, length, packing in kinds:
             try:
-                dataset = PretrainDataset(directory, "train", length)
+                dataset = open_dataset(task, directory, "train", length, packing=packing)
             except ValueError as error:
                 problems.append(str(error))
             else:
@@ -167,7 +166,7 @@ def _records_of(run_dir: Path) -> list[dict]:
         raise ValueError(f"{path} records no step yet")
     needed = {
         "start": ("attempt", "step", "samples_consumed", "world_size", "seed", "data", "max_seq_len",
-                  "global_batch_size"),
+                  "global_batch_size", "task", "packing"),
         "train": ("step", "samples", "digest"),
     }  # fmt: skip
     for record in records:

@@ -7,7 +7,7 @@ ranks. `row_ids` of a batch are the rows' positions in the stream: dropout is ke
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -139,11 +139,22 @@ def validation_batches(
 
 
 def batch_digest(batch: Batch) -> int:
-    """64-bit digest of what a micro-batch really holds."""
-    return rows_digest(batch["sample_ids"].numpy(), batch["input_ids"].numpy())
+    """64-bit digest of what a micro-batch really holds, padding left out."""
+    sample_ids, rows = batch["sample_ids"].numpy(), batch["input_ids"].numpy()
+    if "lengths" in batch:
+        rows = [row[:length] for row, length in zip(rows, batch["lengths"].tolist())]
+        # A sample may be several rows.
+        each = len(rows) // len(sample_ids)
+        rows = [np.concatenate(rows[begin : begin + each]) for begin in range(0, len(rows), each)]
+    return rows_digest(sample_ids, rows)
 
 
-def rows_digest(sample_ids: np.ndarray, tokens: np.ndarray) -> int:
+def num_tokens(batch: Batch) -> int:
+    """Positions of a batch that are no padding."""
+    return int(batch["lengths"].sum()) if "lengths" in batch else batch["input_ids"].numel()
+
+
+def rows_digest(sample_ids: np.ndarray, rows: Iterable[np.ndarray]) -> int:
     """64-bit digest of rows: the sum, modulo 2**64, of blake2b(sample id, input tokens as little-endian uint32).
 
     A sum, so that it does not depend on how rows were spread over micro-batches and ranks, yet a row used twice or left
@@ -151,10 +162,10 @@ def rows_digest(sample_ids: np.ndarray, tokens: np.ndarray) -> int:
 
     Args:
         sample_ids: (B,)
-        tokens: (B, T)
+        rows: the tokens of each sample.
     """
     total = 0
-    for sample_id, row in zip(sample_ids, tokens):
+    for sample_id, row in zip(sample_ids, rows):
         content = sample_id.astype("<i8").tobytes() + row.astype("<u4").tobytes()
         total += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
     return total % (1 << 64)

@@ -52,6 +52,18 @@ class PretrainDataset:
         """Vocabulary, end-of-document id and tokenizer, the same in all files of the set."""
         return self.headers[0]
 
+    @property
+    def valid_ratio(self) -> float:
+        return self.header.valid_ratio
+
+    def description(self) -> str:
+        """What a sample is, for people."""
+        return f"{len(self):,} samples of {self.max_seq_len} tokens"
+
+    def input_rows(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Input tokens of some samples, (B, T) int64."""
+        return self.read_rows(sample_ids)[:, :-1]
+
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
         """Compare the set with what goes with it.
 

@@ -17,6 +17,8 @@ class RunData:
     max_seq_len: int
     tokenizer_dir: Path
     seed: int
+    task: str
+    packing: bool
 
 
 def is_run(path: Path) -> bool:
@@ -26,13 +28,15 @@ def is_run(path: Path) -> bool:
 def read_run_data(run_dir: Path) -> RunData:
     """
     Raises:
-        ValueError: no run directory of pretraining.
+        ValueError: no run directory.
     """
     try:
         config = yaml.safe_load((run_dir / CONFIG_NAME).read_text())
-        train_dir = Path(config["train_data_dir"] or config["data_dir"])
-        valid_dir = Path(config["valid_data_dir"] or config["data_dir"])
-        tokenizer_dir = Path(config["tokenizer_dir"] or train_dir / "tokenizer")
-        return RunData({"train": train_dir, "valid": valid_dir}, config["max_seq_len"], tokenizer_dir, config["seed"])
+        # Not those that were given: of raw records, where their tokens are.
+        dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
+        return RunData(
+            dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
+            config["task_type"], config["packing"],
+        )  # fmt: skip
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{run_dir} is no run directory: {CONFIG_NAME} cannot be read ({error})") from None

@@ -9,7 +9,7 @@ from utils.files import atomic_write_json
 
 logger = logging.getLogger(__name__)
 
-PHASES = ("start", "compile", "step", "validate", "save", "end")
+PHASES = ("start", "reference", "compile", "step", "validate", "save", "end")
 
 
 class Heartbeat:

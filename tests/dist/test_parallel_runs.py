@@ -100,7 +100,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     network N     the network carries 10**N bytes a second
     """
     kind, _, number = (what or "").partition(" ")
-    trainer, task, rank = train_my_ddp.Trainer, train_my_ddp.PretrainTask, int(os.environ["RANK"])
+    trainer, task, rank = train_my_ddp.Trainer, train_my_ddp.LanguageModelTask, int(os.environ["RANK"])
     with pytest.MonkeyPatch.context() as patch:
         # These take time and matter to no test here.
         patch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)

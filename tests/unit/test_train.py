@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 import train_my_ddp
 from data_preprocess.build_pretrain_sample_index_map import build
-from data_preprocess.pretokenize_pretrain_data import Job, pretokenize
+from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
+from data_preprocess.units import process_corpus
 from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
@@ -264,7 +265,9 @@ def test_other_data_must_be_tokenized_alike(tiny_run: list[str], data_dir: Path,
         (corpus / f"{number}.txt").write_text(f"text {number} " * 50)
     tokenizer = train_hf_bbpe([p.read_text() for p in corpus.iterdir()], 270, show_progress=False)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    pretokenize(Job(Corpus(str(corpus)), str(tmp_path / "other"), str(tmp_path / "tokenizer"), valid_ratio=0.3))
+    process_corpus(
+        PretrainJob(Corpus(str(corpus)), str(tmp_path / "other"), str(tmp_path / "tokenizer"), valid_ratio=0.3)
+    )
     build(tmp_path / "other", SEQ_LEN)
     capsys.readouterr()
     more = ["--resume", "--restart_data", "--max_iters=5", f"--data_dir={tmp_path / 'other'}"]
@@ -280,13 +283,13 @@ def test_epochs(tiny_run: list[str], data_dir: Path):
 
 
 def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    original = train_my_ddp.PretrainTask.__call__
+    original = train_my_ddp.LanguageModelTask.__call__
 
     def poisoned(self, batch):
         loss_sum, count, metrics = original(self, batch)
         return (loss_sum * float("nan") if self.model.training else loss_sum), count, metrics
 
-    monkeypatch.setattr(train_my_ddp.PretrainTask, "__call__", poisoned)
+    monkeypatch.setattr(train_my_ddp.LanguageModelTask, "__call__", poisoned)
     with pytest.raises(FloatingPointError, match="layers.1.mlp.down_proj.weight"):
         train(tiny_run, "--check_for_nan_in_grad")
     assert read_exit_records(out_dir(tiny_run) / "exit")[0]["code"] == 1

@@ -1,0 +1,354 @@
+"""Tokenize conversations for SFT, or preferences for DPO -> shards of sequences (format: dataset/sequences.py).
+
+    python -m data_preprocess.pretokenize_sft_data --data_dir D --tokenizer_dir T --output_dir O --max_seq_len 1024
+    python -m data_preprocess.pretokenize_sft_data --task dpo ...
+
+Formats of the records: conversations.py. What is learnt of a conversation, and what becomes of what is too long:
+mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer, so that
+the same question never lands in both. A run that was killed goes on where it stopped (units.py).
+
+Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `tokenize_online`: the same work, into a
+folder of D that is named after the tokenizer and the options, so that it is done once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from data_preprocess.conversations import PlainText, Preference, Sample, parse_record, roles_with
+from data_preprocess.mask_compiler import (
+    SFTLoss,
+    TrainingSample,
+    Truncation,
+    compile_conversation,
+    compile_preference,
+    compile_text,
+)
+from data_preprocess.readers import (
+    BadRecord,
+    BadRecords,
+    Corpus,
+    Record,
+    Unit,
+    add_file_arguments,
+    chosen_files,
+    find_units,
+    place,
+    read_unit,
+)
+from data_preprocess.shards import PartRecord, print_skipped, set_of, waiting_writer
+from data_preprocess.units import Job, process_corpus, run_command
+from dataset.format import MANIFEST_NAME
+from dataset.sequences import SequenceHeader, SequenceShard, SequenceWriter
+from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.chat_template import ChatTemplate
+
+RULES_VERSION = 1
+"""Raised when the same record would become other tokens: what was made before is made again."""
+CACHE_DIR = ".tokenized"
+_SMALL_BYTES = 4_000_000
+"""So much is tokenized before another process would have started."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides which samples a record becomes. Field names are those of the flags."""
+
+    task: Literal["sft", "dpo"] = "sft"
+    max_seq_len: int = 1024
+    sft_loss: SFTLoss = "all"
+    max_prompt_len: int = 0
+    prompt_truncation_mode: Truncation = "keep_end"
+    user_name: str = ""
+    assistant_name: str = ""
+
+    def check(self) -> None:
+        """Raise ValueError for what makes no sense."""
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}")
+        if not 0 <= self.max_prompt_len < self.max_seq_len:
+            raise ValueError(
+                f"--max_prompt_len must leave room for an answer: at least 0 and below --max_seq_len "
+                f"{self.max_seq_len}, got {self.max_prompt_len}"
+            )
+
+    def deciding(self) -> dict:
+        """Those that the task looks at."""
+        names = ["task", "max_seq_len", "user_name", "assistant_name"]
+        names += ["sft_loss"] if self.task == "sft" else ["max_prompt_len", "prompt_truncation_mode"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of a record."""
+
+    split: str
+    samples: list[list[TrainingSample]]
+    """Of SFT lists of one sequence, of DPO of two."""
+    dropped: int
+    text_bytes: int
+
+
+class Compiler:
+    """Records -> training samples."""
+
+    def __init__(self, tokenizer: Tokenizer, options: Options, valid_ratio: float = 0.0):
+        options.check()
+        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
+        self._options, self._valid_ratio = options, valid_ratio
+        self._roles = roles_with(options.user_name, options.assistant_name)
+
+    def parse(self, value: object) -> Sample:
+        """
+        Raises:
+            ValueError: no sample for this task; the sentence says what is wrong.
+        """
+        sample = parse_record(value, self._roles)
+        if isinstance(sample, Preference) != (self._options.task == "dpo"):
+            kind = "a preference, for --task dpo" if isinstance(sample, Preference) else "no preference, for --task sft"
+            raise ValueError(f"it is {kind}")
+        return sample
+
+    def compile(self, sample: Sample) -> Compiled:
+        options, max_tokens = self._options, self._options.max_seq_len + 1
+        if isinstance(sample, Preference):
+            pair = compile_preference(
+                sample, self.template, max_tokens, options.max_prompt_len, options.prompt_truncation_mode
+            )
+            question = [message.text for message in sample.prompt]
+            size = sum(map(len, [*question, sample.chosen, sample.rejected]))
+            samples, dropped = [pair] if pair else [], int(pair is None)
+        elif isinstance(sample, PlainText):
+            question, size = [sample.text], len(sample.text)
+            result = compile_text(sample, self.tokenizer, max_tokens)
+            samples, dropped = [[one] for one in result.samples], result.dropped
+        else:
+            roles = [message.role for message in sample.messages]
+            question = [message.text for message in sample.messages[: roles.index("assistant")]]
+            size = sum(len(message.text) for message in sample.messages)
+            result = compile_conversation(sample, self.template, options.sft_loss, max_tokens)
+            samples, dropped = [[one] for one in result.samples], result.dropped
+        return Compiled(set_of(json.dumps(question).encode(), self._valid_ratio), samples, dropped, size)
+
+
+Item = tuple[Record | BadRecord, Compiled | None]
+
+
+@dataclass(frozen=True)
+class SequenceJob(Job):
+    """Records -> shards of sequences."""
+
+    compiling: Options = Options()
+
+    def options(self) -> object:
+        return [RULES_VERSION, self.compiling.deciding(), self.valid_ratio, self.shard_bytes]
+
+    def items(
+        self, unit: Unit, tokenizer: Tokenizer, done: int, num_threads: int, on_bytes: Callable[[int], None]
+    ) -> Iterator[Item]:
+        compiler = Compiler(tokenizer, self.compiling, self.valid_ratio)
+        for item in islice(read_unit(self.corpus, unit, on_bytes), done, None):
+            if isinstance(item, BadRecord):
+                yield item, None
+                continue
+            where = place(item.path, item.counts, item.record)
+            try:
+                sample = compiler.parse(item.value)
+            except ValueError as error:
+                yield BadRecord(where, str(error)), None
+                continue
+            try:
+                compiled = compiler.compile(sample)
+            except Exception as error:
+                # The libraries of tokenizers raise what they like; which record was it?
+                raise ValueError(f"the tokenizer fails on {where} ({type(error).__name__}: {error})") from error
+            yield item, compiled
+
+    def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator[Item], bad_before: int) -> PartRecord:
+        """One shard of each set that gets a sample."""
+        bad, dropped_examples, writers = BadRecords(), [], {}
+        num_items = documents = text_bytes = dropped = shortened = 0
+        is_last = True
+        for item, compiled in items:
+            num_items += 1
+            if isinstance(item, BadRecord):
+                bad.add(item)
+                self.check_bad_records(bad_before + bad.count, bad.examples[0])
+                continue
+            documents += 1
+            dropped += compiled.dropped
+            if compiled.dropped and len(dropped_examples) < 20:
+                dropped_examples.append(
+                    f"{place(item.path, item.counts, item.record)}: too long, no answer is left of it"
+                )
+            for sequences in compiled.samples:
+                if compiled.split not in writers:
+                    writers[compiled.split] = SequenceWriter(self._header(tokenizer, compiled.split))
+                shortened += any(sequence.left_out for sequence in sequences)
+                for sequence in sequences:
+                    writers[compiled.split].add(
+                        sequence.ids, sequence.supervised, (item.path, item.counts), item.record
+                    )
+            text_bytes += compiled.text_bytes
+            if text_bytes >= self.shard_bytes:
+                is_last = False
+                break
+        shards = {split: f"{split}-{name}.safetensors" for split in writers}
+        totals = {"samples": 0, "tokens": 0, "supervised_tokens": 0}
+        for split, writer in writers.items():
+            writer.close(Path(self.output_dir) / shards[split])
+            totals = {key: value + writer.totals()[key] for key, value in totals.items()}
+        totals |= {"documents": documents, "text_characters": text_bytes, "dropped": dropped, "shortened": shortened}
+        return PartRecord(shards, num_items, is_last, totals, bad.count, bad.examples, dropped_examples)
+
+    def _header(self, tokenizer: Tokenizer, split: str) -> SequenceHeader:
+        return SequenceHeader(
+            task=self.compiling.task, split=split, max_seq_len=self.compiling.max_seq_len,
+            vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id, tokenizer_fingerprint=tokenizer.fingerprint,
+            options=self.compiling.deciding(),
+        )  # fmt: skip
+
+    def check_shard(self, path: Path) -> None:
+        SequenceShard(path)
+
+    def manifest(self) -> dict:
+        return {"task": self.compiling.task, "options": self.compiling.deciding()}
+
+
+def check_options(output: Path, options: Options, given: Collection[str]) -> None:
+    """Compare the flags that a user gave with what a directory was pretokenized with.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    try:
+        manifest = json.loads((output / MANIFEST_NAME).read_text())
+    except ValueError:
+        raise ValueError(f"{output / MANIFEST_NAME} is damaged: pretokenize again") from None
+    if manifest.get("task") != options.task:
+        return
+    for name, value in options.deciding().items():
+        made_with = manifest["options"].get(name)
+        if name in given and made_with != value:
+            raise ValueError(
+                f"--{name}={value} contradicts the data in {output}, which was pretokenized with {made_with}: leave "
+                f"it out, or pretokenize again"
+            )
+
+
+def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid_ratio: float) -> Path:
+    """The folder with the tokens of raw records, which are made if they are not there yet. Several processes may call
+    this at once, before they know of each other: one does the work and the others wait for it.
+
+    Args:
+        valid_ratio: share of the records held out; 1 makes a validation set of all.
+    Raises:
+        ValueError: as `process_corpus`, or no place to write to.
+    """
+    options.check()
+    tokenizer = load_tokenizer(tokenizer_dir)
+    corpus = Corpus(str(data_dir), None)
+    units, _ = find_units(corpus, SequenceJob.shard_bytes)
+    key = [
+        RULES_VERSION, tokenizer.fingerprint, options.deciding(), valid_ratio,
+        [unit.fingerprint(corpus) for unit in units],
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    output = data_dir / CACHE_DIR / f"{options.task}-{options.max_seq_len}-{name}"
+    if (output / MANIFEST_NAME).exists():
+        return output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
+            f"`python -m data_preprocess.pretokenize_sft_data --task {options.task} --data_dir {data_dir} "
+            f"--tokenizer_dir {tokenizer_dir} --output_dir O --max_seq_len {options.max_seq_len}`, and give O"
+        ) from None
+    with waiting_writer(output):
+        if not (output / MANIFEST_NAME).exists():
+            size = sum(unit.num_bytes for unit in units)
+            print(f"tokenizing {data_dir} ({size / 1e6:,.1f} MB) once, into {output}", file=sys.stderr, flush=True)
+            job = SequenceJob(corpus, str(output), str(tokenizer_dir), valid_ratio, compiling=options)
+            workers = 0 if size <= _SMALL_BYTES else os.cpu_count() or 1
+            print_skipped(process_corpus(job, workers))
+    return output
+
+
+def print_summary(manifest: dict, seconds: float) -> None:
+    print_skipped(manifest)
+    shards = manifest["shards"]
+    print(
+        f"{manifest['documents']:,} records -> {manifest['samples']:,} samples, {manifest['tokens']:,} tokens, "
+        f"{manifest['supervised_tokens'] / max(manifest['tokens'], 1):.0%} of them supervised, in "
+        f"{len(shards['train'])} train and {len(shards['valid'])} valid shards; {manifest['shortened']} samples "
+        f"shortened, {manifest['dropped']} dropped for want of an answer, {manifest['bad_records']} records skipped; "
+        f"{seconds:.1f} s"
+    )
+
+
+def add_compiling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of Options; `options_from` takes them."""
+    parser.add_argument("--task", choices=["sft", "dpo"], default="sft", help="default: sft")
+    parser.add_argument("--max_seq_len", type=int, default=1024, help="positions of a sample (default: 1024)")
+    parser.add_argument(
+        "--sft_loss", choices=["all", "last", "split"], default="all",
+        help="learn all answers, the last one, or each in a sample of its own (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--user_name", default="", help="what the records call the user, beside the usual names")
+    parser.add_argument("--assistant_name", default="", help="what they call the assistant")
+    parser.add_argument(
+        "--max_prompt_len", type=int, default=0,
+        help="DPO: longest prompt in tokens (default: what the longer answer leaves, at least half of max_seq_len)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt_truncation_mode", choices=["keep_end", "keep_start"], default="keep_end",
+        help="DPO: which part of a prompt that is too long stays (default: keep_end)",
+    )  # fmt: skip
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_preprocess.pretokenize_sft_data", description="Tokenize conversations or preferences."
+    )
+    parser.add_argument("--data_dir", required=True, help="directory with .json, .jsonl, .parquet or .csv records")
+    parser.add_argument("--tokenizer_dir", required=True, help="directory of the tokenizer")
+    parser.add_argument("--output_dir", required=True, help="where the shards go")
+    add_compiling_arguments(parser)
+    add_file_arguments(parser)
+    parser.add_argument("--valid_ratio", type=float, default=0.0, help="share of records held out (default: 0)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--shard_mb", type=float, default=64.0, help="MB of text in a shard (default: 64)")
+    parser.add_argument("--max_bad_records", type=int, default=100, help="stop beyond so many (default: 100)")
+    args = parser.parse_args(argv)
+
+    def work() -> dict:
+        options = options_from(args)
+        options.check()
+        if not 0.0 <= args.valid_ratio < 1.0:
+            raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {args.valid_ratio}")
+        if args.num_workers < 1 or not 0 < args.shard_mb * 1e6 < 2**31:
+            raise ValueError("--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB")
+        job = SequenceJob(
+            Corpus(args.data_dir, None, **chosen_files(args)), args.output_dir, args.tokenizer_dir, args.valid_ratio,
+            int(args.shard_mb * 1e6), args.max_bad_records, options,
+        )  # fmt: skip
+        return process_corpus(job, args.num_workers)
+
+    return run_command("pretokenize_sft_data", work, print_summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

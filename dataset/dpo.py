@@ -1,0 +1,60 @@
+"""DPO samples: a prompt with a chosen and a rejected answer.
+
+Shapes: B pairs of a batch, so 2 B rows: chosen and rejected by turns. T as in sft.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.sequences import SequenceSet
+from dataset.sft import padded
+
+
+class DPODataset:
+    """One set (train or valid) of a directory that was pretokenized for DPO.
+
+    Raises:
+        ValueError: see SequenceSet.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, max_seq_len: int):
+        self.sequences = SequenceSet(data_dir, split, "dpo", max_seq_len)
+        self.max_seq_len, self.check = max_seq_len, self.sequences.check
+        self.valid_ratio, self.fingerprint = self.sequences.valid_ratio, self.sequences.fingerprint
+        self.reference: np.ndarray | None = None
+        """Log-probabilities of the answers under the reference model, float32 (number of pairs, 2); set before
+        training, see tasks/reference.py."""
+
+    def __len__(self) -> int:
+        return len(self.sequences) // 2
+
+    def description(self) -> str:
+        tokens = int(self.sequences.lengths.sum())
+        return (
+            f"{len(self):,} pairs of {tokens / len(self.sequences):,.0f} tokens an answer with its prompt on average, "
+            f"{self.sequences.supervised_tokens / tokens:.0%} of the tokens in answers"
+        )
+
+    def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
+        """Input tokens of some pairs: the chosen row's, then the rejected one's."""
+        return [
+            np.concatenate([self.sequences.sequence(2 * pair + side)[0][:-1] for side in (0, 1)])
+            for pair in sample_ids.tolist()
+        ]
+
+    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """A batch of the given pairs.
+
+        Returns:
+            input_ids, labels, positions (2 B, T), supervised (N,), lengths (2 B,) as SFTDataset.collate has them;
+            sample_ids (B,) int64; if there is a reference, reference (B, 2) float32.
+        """
+        numbers = (2 * sample_ids[:, None] + np.arange(2)).reshape(-1)
+        batch = padded([[self.sequences.sequence(number)] for number in numbers.tolist()], self.sequences.header.pad_id)
+        del batch["document_ids"]
+        batch["sample_ids"] = torch.from_numpy(sample_ids.copy())
+        if self.reference is not None:
+            batch["reference"] = torch.from_numpy(self.reference[sample_ids])
+        return batch

@@ -1,0 +1,258 @@
+"""Token sequences with supervised stretches on disk: what SFT and DPO train on.
+
+A shard, `SET-NAME.safetensors`, holds flat arrays in the safetensors format, and is read through memory maps:
+
+    tokens       uint16 or uint32 (num_tokens,)    all sequences, one behind the other
+    supervised   uint8 (num_tokens,)               1 where the model learns to say the token
+    starts       int64 (num_sequences + 1,)        where each sequence begins, and the end
+    records      uint64 (num_sequences,)           number of the record in its file
+    files        uint32 (num_sequences,)           which of the header's sources the record came from
+
+A sample of SFT is one sequence. A sample of DPO is two: the chosen answer behind its prompt, then the rejected one.
+The fingerprint of a shard is the sha256 of its header, which holds the sha256 of the arrays.
+"""
+
+import hashlib
+import json
+import struct
+from array import array
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dataset.format import MANIFEST_NAME, token_dtype
+from utils.files import atomic_write
+
+VERSION = 1
+SEQUENCES_PER_SAMPLE = {"sft": 1, "dpo": 2}
+PRETOKENIZE_SFT_COMMAND = "python -m data_preprocess.pretokenize_sft_data"
+_HEADER_KEY = "zero2all"
+_DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
+
+
+@dataclass(frozen=True)
+class SequenceHeader:
+    """What a shard says of itself."""
+
+    task: str
+    """One of SEQUENCES_PER_SAMPLE."""
+    split: str
+    """"train" or "valid"."""
+    max_seq_len: int
+    """Positions of a sample: a sequence holds at most one token more."""
+    vocab_size: int
+    pad_id: int
+    tokenizer_fingerprint: str
+    """Hex sha256."""
+    options: dict
+    """What else decided the content."""
+    sources: list[list[str]] = field(default_factory=list)
+    """[path below the data directory, what a record number counts in this file]."""
+    content_sha256: str = ""
+    version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+class SequenceWriter:
+    """Collects a shard's sequences in memory; `close` writes it, whole or not at all."""
+
+    def __init__(self, header: SequenceHeader):
+        self.header = header
+        self._tokens, self._supervised = array("I"), bytearray()
+        self._starts, self._records, self._files = array("q", [0]), array("Q"), array("I")
+        self._sources: dict[tuple[str, str], int] = {}
+
+    def add(self, ids: list[int], supervised: list[bool], source: tuple[str, str], record: int) -> None:
+        """Append a sequence.
+
+        Args:
+            source: the file that it came from, and what `record` counts there.
+        Raises:
+            ValueError: a token is outside the vocabulary, or the sequence has the wrong length.
+        """
+        if not 2 <= len(ids) <= self.header.max_seq_len + 1 or len(ids) != len(supervised):
+            raise ValueError(f"a sequence of {len(ids)} tokens does not fit {self.header.max_seq_len} positions")
+        if not 0 <= min(ids) <= max(ids) < self.header.vocab_size:
+            raise ValueError(f"a sequence holds token ids outside the vocabulary of {self.header.vocab_size} entries")
+        self._tokens.extend(ids)
+        self._supervised.extend(map(int, supervised))
+        self._starts.append(len(self._tokens))
+        self._records.append(record)
+        self._files.append(self._sources.setdefault(source, len(self._sources)))
+
+    def totals(self) -> dict[str, int]:
+        return {
+            "samples": len(self._records) // SEQUENCES_PER_SAMPLE[self.header.task],
+            "tokens": len(self._tokens),
+            "supervised_tokens": sum(self._supervised),
+        }
+
+    def close(self, path: Path) -> None:
+        arrays = {
+            "tokens": np.array(self._tokens, token_dtype(self.header.vocab_size)),
+            "supervised": np.frombuffer(bytes(self._supervised), np.uint8),
+            "starts": np.array(self._starts, "<i8"),
+            "records": np.array(self._records, "<u8"),
+            "files": np.array(self._files, "<u4"),
+        }
+        digest = hashlib.sha256()
+        for values in arrays.values():
+            digest.update(values.tobytes())
+        # A file's name may be no valid Unicode, which JSON can spell and safetensors' own strings cannot.
+        sources = [list(source) for source in self._sources]
+        header = replace(self.header, sources=sources, content_sha256=digest.hexdigest())
+        atomic_write(path, save(arrays, {_HEADER_KEY: json.dumps(asdict(header))}))
+
+
+class SequenceShard:
+    """A shard, opened.
+
+    Raises:
+        ValueError: missing, damaged or foreign; the sentence says what to run.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        again = f"run `{PRETOKENIZE_SFT_COMMAND}` again"
+        if not path.exists():
+            raise ValueError(f"{path} is missing: {again}")
+        try:
+            # Checks that the file is as long as its header says, and that the arrays fill it.
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and {again}") from None
+        if _HEADER_KEY not in metadata:
+            raise ValueError(f"{path} holds no sequences for training: {again}")
+        values = json.loads(metadata[_HEADER_KEY])
+        if values.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has format version {values.get('version')}, this program reads {VERSION}: {again}"
+            )
+        self.header = SequenceHeader(**values)
+        arrays = _map_arrays(path)
+        self.tokens, self.supervised = arrays["tokens"], arrays["supervised"]
+        self.starts, self.records, self.files = arrays["starts"], arrays["records"], arrays["files"]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, uint8 supervised) of a sequence, as views of the memory maps."""
+        begin, end = self.starts[number], self.starts[number + 1]
+        return self.tokens[begin:end], self.supervised[begin:end]
+
+    def origin(self, number: int) -> tuple[str, str, int]:
+        """(file, what is counted in it, record) of a sequence."""
+        path, counts = self.header.sources[self.files[number]]
+        return path, counts, int(self.records[number])
+
+    def content_is_whole(self) -> bool:
+        """Whether the arrays match their checksum."""
+        digest = hashlib.sha256()
+        for values in (self.tokens, self.supervised, self.starts, self.records, self.files):
+            digest.update(values.tobytes())
+        return digest.hexdigest() == self.header.content_sha256
+
+
+def _map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Memory maps of a safetensors file, which its own library reads into memory."""
+    with open(path, "rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(header_bytes))
+    arrays = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            dtype, begin = np.dtype(_DTYPES[entry["dtype"]]), 8 + header_bytes + entry["data_offsets"][0]
+            shape = tuple(entry["shape"])
+            arrays[name] = np.memmap(path, dtype, "r", begin, shape) if shape[0] else np.empty(shape, dtype)
+    return arrays
+
+
+class SequenceSet:
+    """All sequences of one set (train or valid) of a pretokenized directory.
+
+    Args:
+        task: "sft" or "dpo".
+    Raises:
+        ValueError: not pretokenized for this task or length, files missing or damaged, or nothing in it.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, task: str, max_seq_len: int):
+        self.data_dir = Path(data_dir)
+        command = f"`{PRETOKENIZE_SFT_COMMAND} --task {task} --data_dir D --tokenizer_dir T --output_dir {data_dir}`"
+        try:
+            manifest = json.loads((self.data_dir / MANIFEST_NAME).read_text())
+            names = manifest["shards"][split]
+        except FileNotFoundError:
+            raise ValueError(f"{data_dir} is not pretokenized: run {command}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.data_dir / MANIFEST_NAME} is damaged: run {command}") from None
+        made_for = manifest.get("task", "pretrain")
+        if made_for != task:
+            raise ValueError(f"{data_dir} was pretokenized for --task_type={made_for}, not {task}: run {command}")
+        self.shards = [SequenceShard(self.data_dir / name) for name in names]
+        if not self.shards:
+            raise ValueError(f"{data_dir} has no {split} set: give --valid_ratio to `{PRETOKENIZE_SFT_COMMAND}`")
+        self.valid_ratio: float = manifest["valid_ratio"]
+        if self.header.max_seq_len != max_seq_len:
+            raise ValueError(
+                f"{data_dir} was pretokenized for --max_seq_len={self.header.max_seq_len}, not {max_seq_len}: give "
+                f"that, or pretokenize again"
+            )
+        self._bounds = np.cumsum([0, *map(len, self.shards)])
+
+    def __len__(self) -> int:
+        return int(self._bounds[-1])
+
+    @property
+    def header(self) -> SequenceHeader:
+        """Of the first shard; all have the same but for their content."""
+        return self.shards[0].header
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64."""
+        return np.concatenate([np.diff(shard.starts) for shard in self.shards])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(" ".join(shard.header.fingerprint for shard in self.shards).encode()).hexdigest()
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(int(shard.supervised.sum()) for shard in self.shards)
+
+    def locate(self, number: int) -> tuple[SequenceShard, int]:
+        """The shard of a sequence, and its number there."""
+        index = int(np.searchsorted(self._bounds, number, side="right")) - 1
+        return self.shards[index], number - int(self._bounds[index])
+
+    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        shard, inside = self.locate(number)
+        return shard.sequence(inside)
+
+    def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
+        """
+        Args:
+            valid_ratio: share of the records held out that the user expects; None expects nothing.
+        Raises:
+            ValueError: the set was made by another tokenizer, or with another share held out.
+        """
+        if self.header.tokenizer_fingerprint != tokenizer_fingerprint:
+            raise ValueError(
+                f"{self.data_dir} was tokenized with another tokenizer: give its --tokenizer_dir, or run "
+                f"`{PRETOKENIZE_SFT_COMMAND}` again"
+            )
+        if valid_ratio is not None and abs(valid_ratio - self.valid_ratio) > 1e-9:
+            raise ValueError(
+                f"--valid_ratio={valid_ratio} contradicts the data, which was pretokenized with {self.valid_ratio}: "
+                f"leave it out, or pretokenize again"
+            )

@@ -1,0 +1,107 @@
+"""SFT samples: sequences with supervised stretches, packed into rows or one a row.
+
+Shapes: B rows of a batch; T positions, those of the batch's longest row, rounded up.
+
+A sequence of n tokens takes n - 1 positions: its tokens but the last are inputs, its tokens but the first are labels
+where they are supervised. So no label ever comes from another sequence.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset.packing import pack
+from dataset.pretrain import IGNORE_INDEX
+from dataset.sequences import SequenceSet
+
+ROUND_UP = 8
+"""Kernels for attention want rows of such lengths."""
+PADDING = -1
+"""Document of the positions behind a packed row's last sequence."""
+
+
+class SFTDataset:
+    """One set (train or valid) of a directory that was pretokenized for SFT.
+
+    Args:
+        packing: a sample is a row of several sequences, fixed by their lengths; attention and positions restart at
+            each. Off: a sample is one sequence.
+    Raises:
+        ValueError: see SequenceSet.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, max_seq_len: int, packing: bool = True):
+        self.sequences = SequenceSet(data_dir, split, "sft", max_seq_len)
+        self.max_seq_len, self.packing, self.check = max_seq_len, packing, self.sequences.check
+        self.valid_ratio = self.sequences.valid_ratio
+        lengths = self.sequences.lengths - 1
+        self._rows = pack(lengths, max_seq_len) if packing else None
+        self.fingerprint = self.sequences.fingerprint
+        if packing:
+            self.fingerprint = hashlib.sha256(f"packed {self.fingerprint}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.sequences) if self._rows is None else len(self._rows)
+
+    def members(self, sample_id: int) -> np.ndarray:
+        """Numbers of the sequences of a sample."""
+        return np.array([sample_id]) if self._rows is None else self._rows[sample_id]
+
+    def description(self) -> str:
+        """What a sample is and how full, for people."""
+        count, tokens = len(self.sequences), int(self.sequences.lengths.sum())
+        share = f"{self.sequences.supervised_tokens / tokens:.0%} of the tokens supervised"
+        if self._rows is None:
+            return f"{count:,} sequences of {tokens / count:,.0f} tokens on average, each by itself, {share}"
+        full = (tokens - count) / (len(self) * self.max_seq_len)
+        rows = f"{len(self):,} rows of {self.max_seq_len} positions that are {full:.1%} full"
+        return f"{count:,} sequences packed into {rows}, {share}"
+
+    def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
+        """Input tokens of some samples, of each as many as it has."""
+        return [
+            np.concatenate([self.sequences.sequence(number)[0][:-1] for number in self.members(sample_id)])
+            for sample_id in sample_ids.tolist()
+        ]
+
+    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """A batch of the given samples.
+
+        Returns:
+            input_ids (B, T) int64; labels (B, T) int64, IGNORE_INDEX where not supervised; positions (B, T) int64; if
+            packed, document_ids (B, T) int64, equal where two tokens share a sequence; supervised (N,) int64, the
+            flat positions b * T + t of the N supervised ones; lengths (B,) int64, positions that are no padding;
+            sample_ids (B,) int64.
+        """
+        rows = [[self.sequences.sequence(number) for number in self.members(i)] for i in sample_ids.tolist()]
+        batch = padded(rows, self.sequences.header.pad_id)
+        if self._rows is None:
+            # Padding comes last, so causal attention needs no mask against it.
+            del batch["document_ids"]
+        batch["sample_ids"] = torch.from_numpy(sample_ids.copy())
+        return batch
+
+
+def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows of (tokens, supervised) sequences as a batch of the longest one's length; see SFTDataset.collate."""
+    lengths = np.array([sum(len(ids) - 1 for ids, _ in row) for row in rows], np.int64)
+    width = -(-int(lengths.max()) // ROUND_UP) * ROUND_UP
+    input_ids = np.full((len(rows), width), pad_id, np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
+    positions = np.zeros((len(rows), width), np.int64)
+    document_ids = np.full((len(rows), width), PADDING, np.int64)
+    for index, row in enumerate(rows):
+        begin = 0
+        for document, (ids, supervised) in enumerate(row):
+            end = begin + len(ids) - 1
+            input_ids[index, begin:end] = ids[:-1]
+            labels[index, begin:end] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+            positions[index, begin:end] = np.arange(len(ids) - 1)
+            document_ids[index, begin:end] = document
+            begin = end
+    flat = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
+    arrays = {"input_ids": input_ids, "labels": labels, "positions": positions, "document_ids": document_ids,
+              "supervised": flat, "lengths": lengths}  # fmt: skip
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}

@@ -1,0 +1,154 @@
+"""Log-probabilities of DPO's answers under the reference model: computed once by all ranks, and kept on disk.
+
+The reference model is the one that training starts from, so its log-probabilities are computed before the first step
+with the model that is there anyway; no second one stays in memory. The file bears the name of what decides its content,
+and lies beside the data, where other runs on the same data and weights find it. A run that is killed meanwhile goes on
+with the blocks that it has written.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from dataset.dpo import DPODataset
+from tasks.dpo import DPOTask
+from utils.files import atomic_write, sha256_of_file
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_DIR = "reference"
+_BATCHES_A_BLOCK = 16
+_PAIR_BYTES = 8
+_SECONDS_A_LINE = 30.0
+
+
+class ReferenceCache:
+    """Where one set's log-probabilities are, or will be.
+
+    Args:
+        weights: fingerprint of the reference model's weights and dtype.
+        out_dir: the run's directory: for unfinished work, and for the file if the data directory cannot be written to.
+    """
+
+    def __init__(self, dataset: DPODataset, split: str, weights: str, out_dir: Path):
+        key = hashlib.sha256(f"{dataset.fingerprint} {weights}".encode()).hexdigest()[:16]
+        name = f"{split}-{key}.safetensors"
+        self.dataset, self.split = dataset, split
+        self._shape = (len(dataset), 2)
+        self._places = [dataset.sequences.data_dir / REFERENCE_DIR / name, out_dir / REFERENCE_DIR / name]
+        self._unfinished = (out_dir / REFERENCE_DIR / name).with_suffix(".part")
+
+    def read(self) -> np.ndarray | None:
+        """float32 (pairs, 2), or None if there is no whole file."""
+        for path in self._places:
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    values, digest = file.get_tensor("log_probs"), (file.metadata() or {}).get("sha256")
+            except (OSError, SafetensorError):
+                continue
+            if values.shape == self._shape and digest == hashlib.sha256(values.tobytes()).hexdigest():
+                return values
+        return None
+
+    def read_unfinished(self, block: int) -> np.ndarray:
+        """Pairs of the whole blocks that a killed run has written, (n, 2)."""
+        try:
+            raw = self._unfinished.read_bytes()
+        except FileNotFoundError:
+            raw = b""
+        whole = len(raw) // (_PAIR_BYTES * block) * block
+        self._unfinished.parent.mkdir(parents=True, exist_ok=True)
+        self._unfinished.write_bytes(raw[: whole * _PAIR_BYTES])
+        return np.frombuffer(raw, "<f4", 2 * whole).reshape(-1, 2)
+
+    def append(self, values: np.ndarray) -> None:
+        with open(self._unfinished, "ab") as file:
+            file.write(values.astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, values: np.ndarray) -> Path:
+        """Keep the whole; returns where."""
+        values = np.ascontiguousarray(values, "<f4")
+        content = save({"log_probs": values}, {"sha256": hashlib.sha256(values.tobytes()).hexdigest()})
+        for path in self._places:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, content)
+            except OSError:
+                if path == self._places[-1]:
+                    raise
+            else:
+                self._unfinished.unlink(missing_ok=True)
+                return path
+        raise AssertionError
+
+
+def weights_fingerprint(directory: Path, dtype: torch.dtype) -> str:
+    """Names the weights of a folder as a model of this dtype has them."""
+    files = sorted(directory.glob("model*.safetensors"))
+    content = [[path.name, sha256_of_file(path)] for path in files]
+    return hashlib.sha256(json.dumps([content, str(dtype)]).encode()).hexdigest()
+
+
+@torch.no_grad()
+def compute_reference(
+    task: DPOTask,
+    cache: ReferenceCache,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    all_sum: Callable[[Tensor], Tensor],
+    to_device: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    beat: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Compute what is missing, on all ranks together; returns float32 (pairs, 2) on each.
+
+    Args:
+        all_sum: sums a CPU tensor over the ranks, in place.
+        beat: called once a batch.
+    """
+    dataset, is_main = cache.dataset, rank == 0
+    block = _BATCHES_A_BLOCK * batch_size
+    values = torch.zeros(len(dataset), 2, dtype=torch.float32)
+    unfinished = cache.read_unfinished(block) if is_main else np.empty((0, 2), np.float32)
+    values[: len(unfinished)] = torch.from_numpy(unfinished.copy())
+    # The others have zeros, so the sum is rank 0's.
+    done = int(all_sum(torch.tensor([len(unfinished)]))[0])
+    all_sum(values[:done])
+    was_training, started = task.model.training, time.monotonic()
+    task.model.eval()
+    said, first = started, done
+    for begin in range(done, len(dataset), block):
+        end = min(begin + block, len(dataset))
+        for number, start in enumerate(range(begin, end, batch_size)):
+            if number % world_size == rank:
+                ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
+                batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
+                values[start : start + len(ids)] = task.log_probs(to_device(batch)).float().cpu()
+                beat()
+        all_sum(values[begin:end])
+        if is_main:
+            cache.append(values[begin:end].numpy())
+        if time.monotonic() - said > _SECONDS_A_LINE:
+            said = time.monotonic()
+            left = (said - started) / (end - first) * (len(dataset) - end)
+            logger.info("reference: %d of %d pairs, %.0f s left", end, len(dataset), left)
+    task.model.train(was_training)
+    if is_main:
+        path = cache.write(values.numpy())
+        logger.info(
+            "reference log-probabilities of %d %s pairs computed in %.1f s, kept in %s",
+            len(dataset), cache.split, time.monotonic() - started, path,
+        )  # fmt: skip
+    return values.numpy()
