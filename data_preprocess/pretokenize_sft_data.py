@@ -46,7 +46,7 @@ from data_preprocess.readers import (
 from data_preprocess.shards import PartRecord, print_skipped, set_of, waiting_writer
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
-from dataset.sequences import SequenceHeader, SequenceShard, SequenceWriter
+from dataset.sequences import SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate
 
@@ -229,10 +229,7 @@ def check_options(output: Path, options: Options, given: Collection[str]) -> Non
     Raises:
         ValueError: they contradict each other.
     """
-    try:
-        manifest = json.loads((output / MANIFEST_NAME).read_text())
-    except ValueError:
-        raise ValueError(f"{output / MANIFEST_NAME} is damaged: pretokenize again") from None
+    manifest = read_manifest(output)
     if manifest.get("task") != options.task:
         return
     for name, value in options.deciding().items():

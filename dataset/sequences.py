@@ -176,6 +176,24 @@ def _map_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def read_manifest(data_dir: Path) -> dict:
+    """The manifest of a pretokenized directory.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
+    path = data_dir / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text())
+        if isinstance(manifest, dict) and {"shards", "valid_ratio"} <= manifest.keys():
+            return manifest
+    except FileNotFoundError:
+        raise ValueError(f"{data_dir} is not pretokenized: run `{PRETOKENIZE_SFT_COMMAND}`") from None
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is damaged: run `{PRETOKENIZE_SFT_COMMAND}` again")
+
+
 class SequenceSet:
     """All sequences of one set (train or valid) of a pretokenized directory.
 
@@ -187,18 +205,12 @@ class SequenceSet:
 
     def __init__(self, data_dir: str | Path, split: str, task: str, max_seq_len: int):
         self.data_dir = Path(data_dir)
-        command = f"`{PRETOKENIZE_SFT_COMMAND} --task {task} --data_dir D --tokenizer_dir T --output_dir {data_dir}`"
-        try:
-            manifest = json.loads((self.data_dir / MANIFEST_NAME).read_text())
-            names = manifest["shards"][split]
-        except FileNotFoundError:
-            raise ValueError(f"{data_dir} is not pretokenized: run {command}") from None
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.data_dir / MANIFEST_NAME} is damaged: run {command}") from None
+        manifest = read_manifest(self.data_dir)
+        command = f"`{PRETOKENIZE_SFT_COMMAND} --task {task} --data_dir D --tokenizer_dir T --output_dir O`"
         made_for = manifest.get("task", "pretrain")
         if made_for != task:
             raise ValueError(f"{data_dir} was pretokenized for --task_type={made_for}, not {task}: run {command}")
-        self.shards = [SequenceShard(self.data_dir / name) for name in names]
+        self.shards = [SequenceShard(self.data_dir / name) for name in manifest["shards"][split]]
         if not self.shards:
             raise ValueError(f"{data_dir} has no {split} set: give --valid_ratio to `{PRETOKENIZE_SFT_COMMAND}`")
         self.valid_ratio: float = manifest["valid_ratio"]

@@ -97,7 +97,8 @@ def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> dict
         for document, (ids, supervised) in enumerate(row):
             end = begin + len(ids) - 1
             input_ids[index, begin:end] = ids[:-1]
-            labels[index, begin:end] = np.where(supervised[1:], ids[1:], IGNORE_INDEX)
+            # Widened first: 16 unsigned bits turn IGNORE_INDEX into token 65436.
+            labels[index, begin:end] = np.where(supervised[1:], ids[1:].astype(np.int64), IGNORE_INDEX)
             positions[index, begin:end] = np.arange(len(ids) - 1)
             document_ids[index, begin:end] = document
             begin = end

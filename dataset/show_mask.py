@@ -1,0 +1,220 @@
+"""Show which tokens of conversations or preferences are supervised, in the terminal and as a page.
+
+    python -m dataset.show_mask FILE --tokenizer_dir T [--sft_loss last] [--html mask.html]
+    python -m dataset.show_mask DIR
+
+FILE holds raw records, which go through the same code as in pretokenizing; DIR was pretokenized, and what it holds is
+shown. Supervised tokens, those that the model learns to say, are green; on a page, or with --color never, they also
+stand in brackets. Control tokens are blue, so that text which spells one out can be told from it.
+"""
+
+import argparse
+import html
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from data_preprocess.pretokenize_sft_data import Compiler, Options, add_compiling_arguments, options_from
+from data_preprocess.readers import BadRecord, Corpus, find_units, place, read_unit
+from dataset.format import MANIFEST_NAME, SPLITS
+from dataset.sequences import SequenceSet, read_manifest
+from tokenizer import Tokenizer, load_tokenizer
+from utils.files import atomic_write
+
+_GREEN, _BLUE, _DIM, _RESET = "\x1b[30;42m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
+_UNIT_BYTES = 1 << 24
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sequence and where it came from; without tokens, a record of which nothing is trained on, and why."""
+
+    title: str
+    ids: list[int]
+    supervised: list[bool]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The fewest tokens that are whole characters."""
+
+    text: str
+    ids: tuple[int, ...]
+    supervised: bool
+    is_control: bool
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iterator[Piece]:
+    """Cut a sequence for showing; all tokens of a piece are supervised, or none is."""
+    control = set(tokenizer.special_ids.values())
+    waiting: list[int] = []
+    for index, (token_id, learnt) in enumerate(zip(ids, supervised)):
+        waiting.append(token_id)
+        text = tokenizer.decode(waiting)
+        goes_on = index + 1 < len(ids) and supervised[index + 1] == learnt and ids[index + 1] not in control
+        if text.endswith("\ufffd") and goes_on:
+            continue
+        yield Piece(text, tuple(waiting), bool(learnt), token_id in control)
+        waiting = []
+
+
+def visible(text: str) -> str:
+    """Text without anything that a terminal would obey: control characters as their pictures."""
+    return "".join(
+        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if 127 <= ord(c) < 160 else c
+        for c in text
+    )
+
+
+def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Iterator[Shown]:
+    """What becomes of each record of a file.
+
+    Raises:
+        ValueError: no such file, or not one of records.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file with records, nor a pretokenized directory")
+    compiler = Compiler(tokenizer, options)
+    corpus = Corpus(str(path.parent), None, include=(path.name,))
+    for unit in find_units(corpus, _UNIT_BYTES)[0]:
+        for item in read_unit(corpus, unit):
+            if isinstance(item, BadRecord):
+                yield Shown(f"{item}: skipped", [], [])
+                continue
+            where = place(item.path, item.counts, item.record)
+            try:
+                compiled = compiler.compile(compiler.parse(item.value))
+            except ValueError as error:
+                yield Shown(f"{where}: skipped, {error}", [], [])
+                continue
+            for sequences in compiled.samples:
+                for side, one in enumerate(sequences):
+                    name = f"{where}, {_SIDES[side]}" if len(sequences) > 1 else where
+                    cut = f", {one.left_out} left out" if one.left_out else ""
+                    yield Shown(name + cut, one.ids, one.supervised)
+            if compiled.dropped:
+                yield Shown(f"{where}: {compiled.dropped} dropped, too long: no answer is left", [], [])
+
+
+def sequences_of_directory(path: Path, split: str) -> Iterator[Shown]:
+    """What a pretokenized directory holds.
+
+    Raises:
+        ValueError: see SequenceSet.
+    """
+    manifest = read_manifest(path)
+    task = manifest.get("task", "pretrain")
+    if task == "pretrain":
+        raise ValueError(f"{path} was pretokenized for pretraining: look at it with `python -m dataset.inspect {path}`")
+    sequences = SequenceSet(path, split, task, manifest["options"]["max_seq_len"])
+    for number in range(len(sequences)):
+        shard, inside = sequences.locate(number)
+        ids, supervised = shard.sequence(inside)
+        side = f", {_SIDES[number % 2]}" if task == "dpo" else ""
+        yield Shown(place(*shard.origin(inside)) + side, ids.tolist(), supervised.astype(bool).tolist())
+
+
+def _summary(shown: Shown) -> str:
+    count = sum(shown.supervised)
+    return f"{shown.title}: {len(shown.ids)} tokens, {count} supervised" if shown.ids else shown.title
+
+
+def as_text(shown: Shown, tokenizer: Tokenizer, color: bool) -> Iterator[str]:
+    """Lines for a terminal."""
+    yield (f"{_DIM}--- {visible(_summary(shown))}{_RESET}" if color else f"--- {visible(_summary(shown))}")
+    text, inside = "", False
+    for piece in pieces(tokenizer, shown.ids, shown.supervised):
+        if color:
+            style = (_GREEN if piece.supervised else "") + (_BLUE if piece.is_control and not piece.supervised else "")
+            # A style that crosses a line end would colour the rest of the screen's line.
+            text += "\n".join(f"{style}{line}{_RESET}" if style else line for line in visible(piece.text).split("\n"))
+        else:
+            text += "⟦" if piece.supervised and not inside else "⟧" if inside and not piece.supervised else ""
+            text += visible(piece.text)
+            inside = piece.supervised
+    if text:
+        yield text + ("⟧" if inside else "")
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Supervised tokens</title>
+<style>
+:root {{ color-scheme: light dark; --learnt: #b7f0c1; --ink: #17391f; --control: #1d5fbf; --line: #8885; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --learnt: #1f6b35; --ink: #eafff0; --control: #7fb4ff; }} }}
+body {{ font: 14px/1.7 ui-monospace, monospace; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.2rem; }} h2 {{ font-size: .9rem; font-weight: normal; opacity: .7; margin: 1.6rem 0 .3rem; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; padding: .6rem; border: 1px solid var(--line); }}
+span {{ border-right: 1px solid var(--line); }}
+.learnt {{ background: var(--learnt); color: var(--ink); }} .control {{ color: var(--control); font-weight: bold; }}
+.learnt.control {{ color: var(--ink); }}
+</style></head><body>
+<h1>Which tokens are supervised: <span class="learnt">the green ones</span>.
+Control tokens are <span class="control">bold</span>; point at a token for its id.</h1>
+{body}
+</body></html>
+"""
+
+
+def as_page(samples: Iterable[Shown], tokenizer: Tokenizer) -> str:
+    parts = []
+    for shown in samples:
+        parts.append(f"<h2>{html.escape(visible(_summary(shown)))}</h2>")
+        tokens, position = [], 0
+        for piece in pieces(tokenizer, shown.ids, shown.supervised):
+            classes = " ".join(
+                name for name, holds in (("learnt", piece.supervised), ("control", piece.is_control)) if holds
+            )
+            ids = ", ".join(map(str, piece.ids))
+            text = html.escape(visible(piece.text)).replace("\n", "↵\n")
+            tokens.append(f'<span class="{classes}" title="token {position}, id {ids}">{text}</span>')
+            position += len(piece.ids)
+        if tokens:
+            parts.append(f"<pre>{''.join(tokens)}</pre>")
+    return _PAGE.format(body="\n".join(parts))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.show_mask", description="Show which tokens are supervised."
+    )
+    parser.add_argument("path", help="file with raw records, or pretokenized directory")
+    parser.add_argument("--tokenizer_dir", default="", help="default: the one in a pretokenized directory")
+    add_compiling_arguments(parser)
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of a pretokenized directory")
+    parser.add_argument("--first", type=int, default=0, help="pass over so many samples (default: 0)")
+    parser.add_argument("--num", type=int, default=10, help="samples to show (default: 10)")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page with the same samples")
+    parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
+    args = parser.parse_args(argv)
+    path = Path(args.path)
+    try:
+        if args.first < 0 or args.num < 1:
+            raise ValueError("--first must not be negative, --num must be positive")
+        is_directory = (path / MANIFEST_NAME).exists()
+        if not is_directory and not args.tokenizer_dir:
+            raise ValueError("raw records need --tokenizer_dir")
+        tokenizer = load_tokenizer(args.tokenizer_dir or path / "tokenizer")
+        samples = (
+            sequences_of_directory(path, args.split)
+            if is_directory
+            else records_of_file(path, tokenizer, options_from(args))
+        )
+        chosen = list(islice(samples, args.first, args.first + args.num))
+        if args.html:
+            atomic_write(Path(args.html), as_page(chosen, tokenizer).encode("utf-8", "replace"))
+    except (ValueError, OSError) as error:
+        print(f"show_mask: {error}", file=sys.stderr)
+        return 2
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    for shown in chosen:
+        print("\n".join(as_text(shown, tokenizer, color)))
+    if args.html:
+        print(f"written to {args.html}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
