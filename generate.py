@@ -1,11 +1,13 @@
-"""Continue a text with a trained model.
+"""Continue a text with a trained model, or talk to one that was fine-tuned on conversations.
 
 python generate.py --ckpt RUN --prompt "def main("
+python generate.py --ckpt RUN --chat [--system "Be brief."] [--prompt "one question"]
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from model import KVCache, Llama, hf
 from optimizer import resolve_dtype
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.chat_template import ChatTemplate, Message
 from utils.checkpoint import resolve_checkpoint_dir
 
 
@@ -96,10 +99,99 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+@dataclass
+class Chat:
+    """A conversation with a model: what was said, and how the next answer is drawn.
+
+    Args:
+        sample: `generate` with all but the prompt, max_new_tokens and stop_ids settled.
+        room: longest prompt and answer together, in tokens.
+    """
+
+    tokenizer: Tokenizer
+    sample: Callable[[list[int], int, frozenset[int]], Iterator[int]]
+    max_new_tokens: int
+    room: int
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._template = ChatTemplate(self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def answer(self, question: str) -> Iterator[str]:
+        """Say something; yields pieces of the answer. It joins the history, as far as the caller has taken it.
+
+        The oldest exchanges are forgotten where the history has become too long.
+
+        Raises:
+            ValueError: the question alone is too long.
+        """
+        self.messages.append(Message("user", question))
+        prompt_ids = self._fitting_prompt()
+        said = ""
+        try:
+            for piece in stream_text(
+                self.tokenizer, self.sample(prompt_ids, self.max_new_tokens, self._template.stop_ids)
+            ):
+                said += piece
+                yield piece
+        finally:
+            self.messages.append(Message("assistant", said))
+
+    def _fitting_prompt(self) -> list[int]:
+        first = 1 if self.system else 0
+        while len(ids := self._template.prompt(self.messages)) + self.max_new_tokens > self.room:
+            if len(self.messages) <= first + 1:
+                self.messages.pop()
+                raise ValueError(
+                    f"the question has {len(ids)} tokens, and with --max_new_tokens {self.max_new_tokens} there is "
+                    f"room for {self.room - self.max_new_tokens}"
+                )
+            # A question and its answer.
+            del self.messages[first : first + 2]
+        return ids
+
+
+def talk(chat: Chat) -> None:
+    """A conversation in the terminal, until the input ends."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answer", file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if interactive else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question == "/exit":
+            return
+        if question == "/reset":
+            chat.reset()
+        elif question:
+            say(chat, question)
+
+
+def say(chat: Chat, question: str) -> None:
+    try:
+        for piece in chat.answer(question):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    except ValueError as error:
+        print(f"generate: {error}", file=sys.stderr)
+    print(flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", required=True, help="run directory, checkpoint or Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
+    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--system", default="", help="with --chat: what the model is told first")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest; 0: from all (default: 50)")
@@ -109,8 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     args = parser.parse_args(argv)
     try:
-        if not args.prompt:
-            raise ValueError("--prompt is empty: give the model some text to continue")
+        if not args.prompt and not args.chat:
+            raise ValueError("--prompt is empty: give the model some text to continue, or talk to it with --chat")
+        if args.system and not args.chat:
+            raise ValueError("--system needs --chat")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
@@ -121,15 +215,27 @@ def main(argv: list[str] | None = None) -> int:
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
+
+        def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+            return generate(
+                model, ids, max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed,
+                tokenizer.vocab_size,
+            )  # fmt: skip
+
+        if args.chat:
+            room = model.config.max_position_embeddings
+            chat = Chat(tokenizer, sample, min(args.max_new_tokens, room // 2), room, args.system)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    prompt_ids = tokenizer.encode(args.prompt)
+    if args.chat:
+        if args.prompt:
+            say(chat, args.prompt)
+        else:
+            talk(chat)
+        return 0
     print(args.prompt, end="", flush=True)
-    new_ids = generate(
-        model, prompt_ids, args.max_new_tokens, frozenset([tokenizer.eod_id]), args.temperature, args.top_k,
-        args.top_p, args.seed, tokenizer.vocab_size,
-    )  # fmt: skip
+    new_ids = sample(tokenizer.encode(args.prompt), args.max_new_tokens, frozenset([tokenizer.eod_id]))
     try:
         for piece in stream_text(tokenizer, new_ids):
             print(piece, end="", flush=True)

@@ -1,0 +1,62 @@
+"""Ask a model for held-out functions, and count which of its answers end by themselves and parse.
+
+python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/held_out.jsonl
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from demo.conversations import parses
+from generate import generate, load_model
+from optimizer import resolve_dtype
+from tokenizer.chat_template import ChatTemplate, Message
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to held-out questions.")
+    parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--questions", required=True)
+    parser.add_argument("--count", type=int, default=24, help="questions to ask (default: 24)")
+    parser.add_argument("--show", type=int, default=2, help="answers to print (default: 2)")
+    parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--output", help="write the score to this JSON file")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        questions = [json.loads(line)["question"] for line in Path(args.questions).read_text().splitlines()]
+        if not questions or args.count < 1:
+            raise ValueError(f"there is no question in {args.questions}")
+        model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+        template = ChatTemplate(tokenizer)
+    except (ValueError, OSError) as error:
+        print(f"demo.answer: {error}", file=sys.stderr)
+        return 2
+    questions = questions[:: max(1, len(questions) // args.count)][: args.count]
+    ended = good = 0
+    for index, question in enumerate(questions):
+        ids = list(
+            generate(
+                model, template.prompt([Message("user", question)]), args.max_new_tokens, template.stop_ids,
+                temperature=0.0, vocab_size=tokenizer.vocab_size,
+            )
+        )  # fmt: skip
+        answer = tokenizer.decode(ids)
+        ends = len(ids) < args.max_new_tokens
+        # A function that is cut off counts as one that does not parse.
+        is_good = ends and answer.lstrip().startswith("def ") and parses(answer)
+        ended, good = ended + ends, good + is_good
+        if index < args.show:
+            print(f"--- {question}\n{answer.rstrip()}\n[{'ends' if ends else 'goes on'}]")
+    score = {"questions": len(questions), "ended": ended, "parse": good}
+    print(f"--- of {len(questions)} answers {ended} end by themselves, {good} are functions that parse")
+    if args.output:
+        Path(args.output).write_text(json.dumps(score) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
