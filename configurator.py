@@ -577,6 +577,10 @@ def resolve_model(
         own = {"hidden_dropout", "residual_in_fp32"} | (given - set(SHAPE_FIELDS))
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
+        if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
+            # Trained on longer samples, the model is meant for them.
+            longest = max(wanted.max_position_embeddings, max_seq_len)
+            wanted = dataclasses.replace(wanted, max_position_embeddings=longest)
     resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
     if resolved.vocab_size < tokenizer_vocab_size:
         raise ValueError(

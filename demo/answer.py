@@ -20,8 +20,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to held-out questions.")
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--questions", required=True)
-    parser.add_argument("--count", type=int, default=24, help="questions to ask (default: 24)")
+    parser.add_argument("--count", type=int, default=20, help="questions to ask (default: 20)")
     parser.add_argument("--show", type=int, default=2, help="answers to print (default: 2)")
+    parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max_new_tokens", type=int, default=96)
     parser.add_argument("--output", help="write the score to this JSON file")
     args = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> int:
         ids = list(
             generate(
                 model, template.prompt([Message("user", question)]), args.max_new_tokens, template.stop_ids,
-                temperature=0.0, vocab_size=tokenizer.vocab_size,
+                temperature=args.temperature, seed=index, vocab_size=tokenizer.vocab_size,
             )
         )  # fmt: skip
         answer = tokenizer.decode(ids)

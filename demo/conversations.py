@@ -24,6 +24,8 @@ from dataset.format import MANIFEST_NAME
 
 _MOST_LINES = 12
 _MOST_CHARACTERS = 500
+_FUNCTIONS_A_PREFERENCE = 12
+"""The demo trains on a few hundred; the reference model's log-probabilities are computed for all there are."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def main() -> int:
     talks = [conversation(function) for function in functions["train"]]
     preferences = [
         {"prompt": function.question, "chosen": function.source, "rejected": rejected}
-        for function in functions["train"]
+        for function in functions["train"][::_FUNCTIONS_A_PREFERENCE]
         if (rejected := damaged(function.source, rng)) is not None
     ]
     held_out = [{"question": function.question, "answer": function.source} for function in functions["valid"]]

@@ -82,24 +82,35 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
     parser.add_argument("--dir", default="out/demo", help="where everything goes (default: out/demo)")
-    parser.add_argument("--max_iters", type=int, default=320, help="training steps (default: 320)")
+    parser.add_argument("--max_iters", type=int, default=320, help="steps of pretraining (default: 320)")
+    parser.add_argument("--sft_iters", type=int, default=100, help="steps of SFT (default: 100)")
+    parser.add_argument("--dpo_iters", type=int, default=30, help="steps of DPO (default: 30)")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
     args = parser.parse_args()
     home = Path(args.dir)
-    names = ("corpus", "tokenizer", "data", "run")
+    names = ("corpus", "tokenizer", "data", "run", "talk", "sft", "dpo")
     for name in names:
         # Only what an earlier demo made, whatever else lies there.
         shutil.rmtree(ROOT / home / name, ignore_errors=True)
-    corpus, tokenizer, data, run_dir = (str(home / name) for name in names)
+    corpus, tokenizer, data, run_dir, talk, sft_dir, dpo_dir = (str(home / name) for name in names)
     score = home / "completions.json"
-    train = [
-        "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py", "configs/demo-cpu.yaml",
-        "--task_type=pretrain", f"--data_dir={data}", f"--out_dir={run_dir}", f"--max_iters={args.max_iters}",
-        f"--dtype={args.dtype}",
-    ]  # fmt: skip
 
-    # Later stages (SFT, DPO, a plot) are appended here.
+    def training(config: str, data_dir: str, out_dir: str, max_iters: int, *more: str) -> list[str]:
+        return [
+            "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py", f"configs/{config}.yaml",
+            f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}", f"--dtype={args.dtype}",
+            *more,
+        ]  # fmt: skip
+
+    train = training("demo-cpu", data, run_dir, args.max_iters, "--task_type=pretrain")
+    sft = training("demo-sft-cpu", f"{talk}/sft", sft_dir, args.sft_iters, f"--init_from={run_dir}")
+    dpo = training("demo-dpo-cpu", f"{talk}/dpo", dpo_dir, args.dpo_iters, f"--init_from={sft_dir}")
+
+    def answers(name: str) -> list[str]:
+        return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions", f"{talk}/held_out.jsonl",
+                "--output", str(home / f"answers-{name}.json")]  # fmt: skip
+
     stages: list[tuple[str, Callable[[], None]]] = [
         *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data)),
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
@@ -109,6 +120,16 @@ def main() -> int:
         ("complete held-out functions", lambda: run(
             ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
              "--output", str(score)])),
+        ("conversations and preferences from docstrings and functions", lambda: run(
+            ["python", "-m", "demo.conversations", "--corpus_dir", corpus, "--data_dir", data, "--output_dir", talk])),
+        ("look at what SFT will learn", lambda: run(
+            ["python", "-m", "dataset.show_mask", f"{talk}/sft/functions.jsonl", "--tokenizer_dir", tokenizer,
+             "--max_seq_len", "256", "--num", "2", "--html", str(home / "mask.html")])),
+        ("answers to held-out questions before SFT", lambda: run(answers("run"))),
+        ("SFT on the conversations", lambda: run(sft)),
+        ("answers after SFT", lambda: run(answers("sft"))),
+        ("DPO on real functions against damaged ones", lambda: run(dpo)),
+        ("answers after DPO", lambda: run(answers("dpo"))),
     ]  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
     times = []
@@ -118,26 +139,41 @@ def main() -> int:
         stage()
         times.append((title, time.monotonic() - started))
         print(f"=== {times[-1][1]:.1f} s", flush=True)
-    summarize(times, ROOT / run_dir, json.loads((ROOT / score).read_text()))
+    summarize(times, ROOT / home, json.loads((ROOT / score).read_text()))
     return 0
 
 
-def summarize(times: list[tuple[str, float]], run_dir: Path, score: dict) -> None:
-    records = read_reslog(run_dir / "reslog.jsonl")
-    trained = [record for record in records if record["name"] == "train"]
-    valid = [record for record in records if record["name"] == "valid"][-1]
-    dtype = [record for record in records if record["name"] == "start"][-1]["dtype"]
+def records_of(run_dir: Path, name: str) -> list[dict]:
+    return [record for record in read_reslog(run_dir / "reslog.jsonl") if record["name"] == name]
+
+
+def summarize(times: list[tuple[str, float]], home: Path, score: dict) -> None:
+    run_dir = home / "run"
+    trained, valid = records_of(run_dir, "train")[-1], records_of(run_dir, "valid")[-1]
+    dtype = records_of(run_dir, "start")[-1]["dtype"]
     print("\n=== result")
     for title, seconds in times:
         print(f"{seconds:8.1f} s  {title}")
     print(f"{sum(seconds for _, seconds in times):8.1f} s  in all, on {os.cpu_count()} cores of {cpu_name()}, {dtype}")
     print(
-        f"trained on {trained[-1]['tokens']:,} tokens; held-out modules: loss {valid['loss']:.3f}, "
+        f"pretrained on {trained['tokens']:,} tokens; held-out modules: loss {valid['loss']:.3f}, "
         f"{valid['bits_per_byte']:.3f} bits per byte; {score['parse']} of {score['completions']} completions parse "
         f"({score['share']:.0%})"
     )
-    print(f"the run: {run_dir.relative_to(ROOT)}   try: python generate.py --ckpt {run_dir.relative_to(ROOT)} "
-          f'--prompt "def main("')  # fmt: skip
+    for name, title in (("run", "before SFT"), ("sft", "after SFT"), ("dpo", "after DPO")):
+        answers = json.loads((home / f"answers-{name}.json").read_text())
+        print(
+            f"held-out questions {title}: of {answers['questions']} answers {answers['ended']} end by themselves, "
+            f"{answers['parse']} are functions that parse"
+        )
+    first, last = records_of(home / "dpo", "train")[0], records_of(home / "dpo", "train")[-1]
+    print(
+        f"DPO: margin {first['rewards/margins']:.3f} -> {last['rewards/margins']:.3f}, "
+        f"accuracy {first['rewards/accuracies']:.2f} -> {last['rewards/accuracies']:.2f}"
+    )
+    shown = home.relative_to(ROOT) if home.is_relative_to(ROOT) else home
+    print(f'try: python generate.py --ckpt {shown / "run"} --prompt "def main("')
+    print(f"     python generate.py --ckpt {shown / 'dpo'} --chat")
 
 
 if __name__ == "__main__":
