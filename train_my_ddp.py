@@ -178,6 +178,10 @@ class Trainer:
             raise ValueError(
                 f"{self.data_dirs['train']} has no validation set: it was pretokenized with --valid_ratio 0"
             )
+        if task != "pretrain":
+            # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
+            for dataset in filter(None, (self.train_data, self.valid_data)):
+                self.context.decide_on_main(dataset.sequences.check_content)
         sets = [dataset.fingerprint for dataset in (self.train_data, self.valid_data) if dataset is not None]
         self.context.require_same(
             [*sets, self.tokenizer.fingerprint],

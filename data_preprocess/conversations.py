@@ -88,7 +88,8 @@ def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sa
         return _conversation(_messages(record["messages"], "messages", roles))
     if {"instruction", "output"} <= fields:
         return _alpaca(record, roles)
-    raise ValueError(f"no known format: it has the fields {', '.join(sorted(record))}" if record else "it is empty")
+    names = ", ".join(sorted(map(str, record)))
+    raise ValueError(f"no known format: it has the fields {names[:200]}" if record else "it is empty")
 
 
 def _text(value: object, where: str, may_be_empty: bool = False) -> str:
@@ -107,9 +108,10 @@ def _text(value: object, where: str, may_be_empty: bool = False) -> str:
 
 
 def _role(name: object, where: str, roles: Mapping[str, str]) -> str:
-    role = roles.get(name.lower()) or roles.get(name) if isinstance(name, str) else None
+    # A dataset's own names are told as they are written; the usual ones in any case.
+    role = roles.get(name) or roles.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise ValueError(f"{where} has the unknown role {json.dumps(name, ensure_ascii=False, default=str)}")
+        raise ValueError(f"{where} has the unknown role {json.dumps(name, ensure_ascii=False, default=str)[:100]}")
     return role
 
 
@@ -151,7 +153,10 @@ def _alpaca(record: dict, roles: Mapping[str, str]) -> Conversation:
     messages = []
     if record.get("system"):
         messages.append(Message("system", _text(record["system"], '"system"')))
-    for number, turn in enumerate(record.get("history") or []):
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError('"history" is no list')
+    for number, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise ValueError(f'"history" {number} is no pair of question and answer')
         messages.append(Message("user", _text(turn[0], f"question {number} of the history")))

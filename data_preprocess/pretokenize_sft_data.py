@@ -4,8 +4,8 @@
     python -m data_preprocess.pretokenize_sft_data --task dpo ...
 
 Formats of the records: conversations.py. What is learnt of a conversation, and what becomes of what is too long:
-mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer, so that
-the same question never lands in both. A run that was killed goes on where it stopped (units.py).
+mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer to a
+question, so that the same question never lands in both. A run that was killed goes on where it stopped (units.py).
 
 Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `tokenize_online`: the same work, into a
 folder of D that is named after the tokenizer and the options, so that it is done once.
@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from data_preprocess.conversations import PlainText, Preference, Sample, parse_record, roles_with
+from data_preprocess.conversations import Conversation, PlainText, Preference, Sample, parse_record, roles_with
 from data_preprocess.mask_compiler import (
     SFTLoss,
     TrainingSample,
@@ -131,12 +131,23 @@ class Compiler:
             result = compile_text(sample, self.tokenizer, max_tokens)
             samples, dropped = [[one] for one in result.samples], result.dropped
         else:
-            roles = [message.role for message in sample.messages]
-            question = [message.text for message in sample.messages[: roles.index("assistant")]]
+            question = _question(sample)
             size = sum(len(message.text) for message in sample.messages)
             result = compile_conversation(sample, self.template, options.sft_loss, max_tokens)
             samples, dropped = [[one] for one in result.samples], result.dropped
         return Compiled(set_of(json.dumps(question).encode(), self._valid_ratio), samples, dropped, size)
+
+
+def _question(conversation: Conversation) -> list[str]:
+    """What comes before the first answer; a greeting before any question is none."""
+    texts: list[str] = []
+    asked = False
+    for message in conversation.messages:
+        if message.role == "assistant" and asked:
+            return texts
+        asked = asked or message.role == "user"
+        texts.append(message.text)
+    return texts
 
 
 Item = tuple[Record | BadRecord, Compiled | None]
@@ -186,9 +197,8 @@ class SequenceJob(Job):
             documents += 1
             dropped += compiled.dropped
             if compiled.dropped and len(dropped_examples) < 20:
-                dropped_examples.append(
-                    f"{place(item.path, item.counts, item.record)}: too long, no answer is left of it"
-                )
+                where = place(item.path, item.counts, item.record)
+                dropped_examples.append(f"{where}: too long, {compiled.dropped} samples of it have no answer left")
             for sequences in compiled.samples:
                 if compiled.split not in writers:
                     writers[compiled.split] = SequenceWriter(self._header(tokenizer, compiled.split))
@@ -217,7 +227,7 @@ class SequenceJob(Job):
         )  # fmt: skip
 
     def check_shard(self, path: Path) -> None:
-        SequenceShard(path)
+        SequenceShard(path).check_content()
 
     def manifest(self) -> dict:
         return {"task": self.compiling.task, "options": self.compiling.deciding()}

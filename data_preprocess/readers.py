@@ -22,6 +22,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -209,7 +210,8 @@ class BadRecord:
     why: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.why}"
+        # Names of files and fields may be no valid Unicode.
+        return f"{self.where}: {self.why}".encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
@@ -610,8 +612,10 @@ def _table_rows(
             _require_columns(piece.path, list(rows.fieldnames), fields)
             yield from enumerate(rows)
     finally:
-        # Else the wrapper would close the file that others still ask for its position.
-        lines.detach()
+        # Else the wrapper would close the file that others still ask for its position. Who stops in the middle may have
+        # closed it already.
+        with suppress(ValueError):
+            lines.detach()
 
 
 def _parquet_rows(

@@ -190,12 +190,11 @@ def waiting_writer(output: Path) -> Iterator[None]:
 
 def print_skipped(manifest: dict) -> None:
     """Name some of the records and samples that were left out."""
-    for kind, count in (("bad_examples", manifest["bad_records"]), ("dropped_examples", manifest.get("dropped", 0))):
-        shown = manifest[kind][:10]
-        for example in shown:
-            print(f"skipped {example}", file=sys.stderr)
-        if shown and count > len(shown):
-            print(f"and {count - len(shown)} more, see {MANIFEST_NAME}", file=sys.stderr)
+    for word, examples in (("skipped", manifest["bad_examples"]), ("dropped", manifest["dropped_examples"])):
+        for example in examples[:10]:
+            print(f"{word} {example}", file=sys.stderr)
+        if len(examples) > 10:
+            print(f"and more, see {MANIFEST_NAME}", file=sys.stderr)
 
 
 def print_summary(manifest: dict, seconds: float) -> None:

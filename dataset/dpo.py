@@ -52,7 +52,8 @@ class DPODataset:
             sample_ids (B,) int64; if there is a reference, reference (B, 2) float32.
         """
         numbers = (2 * sample_ids[:, None] + np.arange(2)).reshape(-1)
-        batch = padded([[self.sequences.sequence(number)] for number in numbers.tolist()], self.sequences.header.pad_id)
+        rows = [[self.sequences.sequence(number)] for number in numbers.tolist()]
+        batch = padded(rows, self.max_seq_len, self.sequences.header.pad_id)
         del batch["document_ids"]
         batch["sample_ids"] = torch.from_numpy(sample_ids.copy())
         if self.reference is not None:

@@ -28,7 +28,7 @@ BIN_MAGIC, DOCS_MAGIC, INDEX_MAGIC = b"Z2ALLBIN", b"Z2ALLDOC", b"Z2ALLIDX"
 VERSION, DOCS_VERSION = 1, 2
 SPLITS = ("train", "valid")
 MANIFEST_NAME = "pretokenize.json"
-TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin")
+TOKEN_FILE_SUFFIXES = (".bin", ".docs", ".ibin", ".safetensors")
 
 _BIN_STRUCT = struct.Struct("<8sII QQQQ d Q 8s 32s 32s")
 BIN_HEADER_BYTES = 256

@@ -131,15 +131,18 @@ class SequenceShard:
             raise ValueError(f"{path} is damaged ({error}): delete it and {again}") from None
         if _HEADER_KEY not in metadata:
             raise ValueError(f"{path} holds no sequences for training: {again}")
-        values = json.loads(metadata[_HEADER_KEY])
-        if values.get("version") != VERSION:
-            raise ValueError(
-                f"{path} has format version {values.get('version')}, this program reads {VERSION}: {again}"
-            )
-        self.header = SequenceHeader(**values)
-        arrays = _map_arrays(path)
-        self.tokens, self.supervised = arrays["tokens"], arrays["supervised"]
-        self.starts, self.records, self.files = arrays["starts"], arrays["records"], arrays["files"]
+        try:
+            values = json.loads(metadata[_HEADER_KEY])
+            version = values["version"]
+            if version == VERSION:
+                self.header = SequenceHeader(**values)
+                arrays = _map_arrays(path)
+                self.tokens, self.supervised = arrays["tokens"], arrays["supervised"]
+                self.starts, self.records, self.files = arrays["starts"], arrays["records"], arrays["files"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} has a damaged header ({error!r}): delete it and {again}") from None
+        if version != VERSION:
+            raise ValueError(f"{path} has format version {version}, this program reads {VERSION}: {again}")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -153,6 +156,17 @@ class SequenceShard:
         """(file, what is counted in it, record) of a sequence."""
         path, counts = self.header.sources[self.files[number]]
         return path, counts, int(self.records[number])
+
+    def check_content(self) -> None:
+        """Read all of it.
+
+        Raises:
+            ValueError: the arrays do not match their checksum.
+        """
+        if not self.content_is_whole():
+            raise ValueError(
+                f"{self.path} does not match its checksum: delete it and run `{PRETOKENIZE_SFT_COMMAND}` again"
+            )
 
     def content_is_whole(self) -> bool:
         """Whether the arrays match their checksum."""
@@ -237,6 +251,11 @@ class SequenceSet:
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(" ".join(shard.header.fingerprint for shard in self.shards).encode()).hexdigest()
+
+    def check_content(self) -> None:
+        """Compare all tokens with the shards' checksums; see SequenceShard.check_content."""
+        for shard in self.shards:
+            shard.check_content()
 
     @property
     def supervised_tokens(self) -> int:

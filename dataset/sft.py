@@ -76,7 +76,7 @@ class SFTDataset:
             sample_ids (B,) int64.
         """
         rows = [[self.sequences.sequence(number) for number in self.members(i)] for i in sample_ids.tolist()]
-        batch = padded(rows, self.sequences.header.pad_id)
+        batch = padded(rows, self.max_seq_len, self.sequences.header.pad_id)
         if self._rows is None:
             # Padding comes last, so causal attention needs no mask against it.
             del batch["document_ids"]
@@ -84,10 +84,10 @@ class SFTDataset:
         return batch
 
 
-def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], pad_id: int) -> dict[str, torch.Tensor]:
+def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
     """Rows of (tokens, supervised) sequences as a batch of the longest one's length; see SFTDataset.collate."""
     lengths = np.array([sum(len(ids) - 1 for ids, _ in row) for row in rows], np.int64)
-    width = -(-int(lengths.max()) // ROUND_UP) * ROUND_UP
+    width = min(-(-int(lengths.max()) // ROUND_UP) * ROUND_UP, max_seq_len)
     input_ids = np.full((len(rows), width), pad_id, np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
