@@ -131,8 +131,7 @@ class Chat:
         Raises:
             ValueError: the question alone is too long.
         """
-        self.messages.append(Message("user", question))
-        prompt_ids = self._fitting_prompt()
+        prompt_ids = self._ask(question)
         said = ""
         try:
             for piece in stream_text(
@@ -143,15 +142,18 @@ class Chat:
         finally:
             self.messages.append(Message("assistant", said))
 
-    def _fitting_prompt(self) -> list[int]:
-        first = 1 if self.system else 0
-        while len(ids := self._template.prompt(self.messages)) + self.max_new_tokens > self.room:
-            if len(self.messages) <= first + 1:
-                self.messages.pop()
-                raise ValueError(
-                    f"the question has {len(ids)} tokens, and with --max_new_tokens {self.max_new_tokens} there is "
-                    f"room for {self.room - self.max_new_tokens}"
-                )
+    def _ask(self, question: str) -> list[int]:
+        """Take a question into the history; returns the prompt."""
+        first, room = (1 if self.system else 0), self.room - self.max_new_tokens
+        asked = Message("user", question)
+        alone = len(self._template.prompt([*self.messages[:first], asked]))
+        if alone > room:
+            raise ValueError(
+                f"the question has {alone} tokens, and with --max_new_tokens {self.max_new_tokens} there is room for "
+                f"{room}"
+            )
+        self.messages.append(asked)
+        while len(ids := self._template.prompt(self.messages)) > room:
             # A question and its answer.
             del self.messages[first : first + 2]
         return ids

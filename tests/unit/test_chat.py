@@ -1,0 +1,123 @@
+"""generate.py --chat: history, what is forgotten, stopping, and the terminal."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import generate
+from generate import Chat
+from model import Llama, LlamaConfig, hf
+from model.config import padded_vocab_size
+from tests.unit.test_tokenizer import training_texts
+from tokenizer import Tokenizer
+from tokenizer.chat_template import ChatTemplate, Message
+from tokenizer.hf_bbpe import train_hf_bbpe
+from utils.files import atomic_write_json
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_hf_bbpe(training_texts(), 400, show_progress=False)
+
+
+class Parrot:
+    """Stands for a model: answers are given; remembers what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, *answers: str):
+        self.tokenizer, self.answers, self.prompts = tokenizer, list(answers), []
+
+    def __call__(self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+        self.prompts.append(self.tokenizer.decode(ids))
+        assert stop_ids == {self.tokenizer.special_ids["<|im_end|>"], self.tokenizer.eod_id}
+        yield from self.tokenizer.encode(self.answers.pop(0))[:max_new_tokens]
+
+
+def test_history(tokenizer: Tokenizer):
+    parrot = Parrot(tokenizer, "one", "two 漢字", "three")
+    chat = Chat(tokenizer, parrot, 50, 1000, system="be brief")
+    assert "".join(chat.answer("1?")) == "one" and "".join(chat.answer("2?")) == "two 漢字"
+    said = [("system", "be brief"), ("user", "1?"), ("assistant", "one"), ("user", "2?"), ("assistant", "two 漢字")]
+    assert [(message.role, message.text) for message in chat.messages] == said
+    whole = ChatTemplate(tokenizer).prompt([Message(*turn) for turn in said[:4]])
+    assert parrot.prompts[1] == tokenizer.decode(whole)
+    chat.reset()
+    assert "".join(chat.answer("3?")) == "three"
+    assert "1?" not in parrot.prompts[2] and "be brief" in parrot.prompts[2]
+
+
+def test_oldest_exchanges_are_forgotten(tokenizer: Tokenizer):
+    """Whole ones, and never the system text; a question that alone is too long is refused and leaves no trace."""
+    parrot = Parrot(tokenizer, *["answer"] * 6)
+    room = len(ChatTemplate(tokenizer).prompt([Message("system", "s"), *[Message("user", "question 0")] * 3])) + 40
+    chat = Chat(tokenizer, parrot, 10, room, system="s")
+    for number in range(6):
+        "".join(chat.answer(f"question {number}"))
+        prompt = parrot.prompts[-1]
+        assert prompt.startswith("<|im_start|>system<|im_sep|>s<|im_end|><|im_start|>user<|im_sep|>question ")
+        assert f"question {number}<|im_end|><|im_start|>assistant<|im_sep|>" in prompt
+        assert len(chat._template.prompt(chat.messages[:-1])) + 10 <= room
+    assert "question 0" not in parrot.prompts[-1] and "question 4" in parrot.prompts[-1]
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match="the question has .* tokens"):
+        next(chat.answer("x" * 2 * room))
+    assert chat.messages == before
+
+
+def test_an_answer_that_is_broken_off_stays_as_far_as_it_went(tokenizer: Tokenizer):
+    chat = Chat(tokenizer, Parrot(tokenizer, "a b c d"), 50, 1000)
+    answer = chat.answer("q")
+    first = next(answer)
+    answer.close()
+    assert chat.messages[-1] == Message("assistant", first) and first in "a b c d"
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights, which says something."""
+    from safetensors.torch import save_file
+
+    directory = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True, initializer_range=0.3
+    ).resolve(padded_vocab_size(tokenizer.vocab_size), 128)
+    model = Llama(config)
+    model.initialize(0)
+    save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
+    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, tokenizer.eod_id))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, *more: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    flags = ["--temperature=0", "--max_new_tokens=5", "--device=cpu", "--dtype=float32"]
+    return generate.main(["--ckpt", str(folder), "--chat", *flags, *more])
+
+
+def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each line is a question; /reset makes the second answer to it the first one's; blank lines are passed over."""
+    assert talk(folder, monkeypatch, "hello\n\n/reset\nhello\n/exit\nnever asked\n") == 0
+    out = capsys.readouterr().out
+    answers = out[: len(out) // 2], out[len(out) // 2 :]
+    assert answers[0] == answers[1] and answers[0].strip()
+    assert talk(folder, monkeypatch, "", "--prompt", "hello") == 0
+    assert capsys.readouterr().out == answers[0]
+
+
+def test_a_question_that_is_too_long_does_not_end_the_talk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert talk(folder, monkeypatch, "漢" * 500 + "\nhello\n") == 0
+    said = capsys.readouterr()
+    assert "the question has" in said.err and said.err.count("\n") == 1 and said.out.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), [([], "--prompt is empty"), (["--prompt=x", "--system=y"], "--system needs --chat")]
+)
+def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str):
+    assert generate.main(["--ckpt", str(folder), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
