@@ -199,6 +199,10 @@ class Trainer:
                 raise ValueError(f"the data was not tokenized with the tokenizer that the weights in {source} know")
         if config.run.valid_only and source is None:
             raise ValueError(f"--valid_only: {self.out_dir} holds no checkpoint to validate")
+        if config.run.task_type == "dpo" and source is None:
+            raise ValueError(
+                f"{self.out_dir} holds no checkpoint to go on from: give a model to begin with --init_from"
+            )
         stored = hf.read_config(source) if source is not None else None
         self.model_config = resolve_model(
             config.model, self.given, stored, self.tokenizer.vocab_size, config.data.max_seq_len
@@ -236,12 +240,12 @@ class Trainer:
 
     def _prepare_reference(self) -> None:
         """Read the log-probabilities under the reference model, or compute them where they are missing."""
-        context, data = self.context, self.config.data
+        context, run, data = self.context, self.config.run, self.config.data
         saved = ckpt.read_trainer_state(self.resumed_from).get("reference") if self.resumed_from else None
-        self.reference = saved or context.decide_on_main(lambda: weights_fingerprint(self.weights_from, self.dtype))
+        self.reference = saved or self._fingerprint_of_first_model()
         has_weights = self.resumed_from is None
         for split, dataset in (("train", self.train_data), ("valid", self.valid_data)):
-            if dataset is None:
+            if dataset is None or (run.valid_only and split == "train"):
                 continue
             cache = ReferenceCache(dataset, split, self.reference, self.out_dir)
             dataset.reference = cache.read()
@@ -255,17 +259,29 @@ class Trainer:
                 self._to_device, lambda: self.heartbeat.beat("reference", self.progress.step),
             )  # fmt: skip
 
+    def _first_model(self) -> Path:
+        """Folder of the model that the run began with."""
+        if self.resumed_from is None:
+            return self.weights_from
+        if not self.config.run.init_from:
+            raise ValueError(
+                "the log-probabilities of the reference model are missing: give the model with --init_from"
+            )
+        return ckpt.resolve_checkpoint_dir(Path(self.config.run.init_from))
+
+    def _fingerprint_of_first_model(self) -> str:
+        return self.context.decide_on_main(
+            lambda: weights_fingerprint(self._first_model(), self.model_config, self.dtype)
+        )
+
     def _load_reference_weights(self) -> None:
         """Of a resumed run: the log-probabilities are gone, and the model that it began with is needed again."""
-        source = self.config.run.init_from
-        directory = ckpt.resolve_checkpoint_dir(Path(source)) if source else self.resumed_from
-        found = self.context.decide_on_main(lambda: weights_fingerprint(directory, self.dtype))
-        if found != self.reference:
+        if self._fingerprint_of_first_model() != self.reference:
             raise ValueError(
-                f"the log-probabilities of the reference model are gone, and {directory} does not hold the weights "
-                f"that the run began with: give those with --init_from"
+                f"the log-probabilities of the reference model are gone, and {self._first_model()} is not the model "
+                f"that the run began with: give that with --init_from"
             )
-        hf.load_weights(self.model, directory)
+        hf.load_weights(self.model, self._first_model())
 
     def _build_parallel_and_optimizer(self) -> None:
         parallel, optimizer = self.config.parallel, self.config.optimizer
@@ -771,7 +787,7 @@ def _tokenizer_dir(config: Config) -> Path:
     data, run = config.data, config.run
     if data.tokenizer_dir:
         return Path(data.tokenizer_dir)
-    if run.resume and (Path(run.out_dir) / "ckpt").is_dir():
+    if run.resume and ckpt.list_checkpoints(Path(run.out_dir) / "ckpt"):
         return ckpt.resolve_checkpoint_dir(Path(run.out_dir))
     if run.init_from:
         return ckpt.resolve_checkpoint_dir(Path(run.init_from))

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dataset.dpo import DPODataset
+from model import LlamaConfig
 from tasks.dpo import DPOTask
 from utils.files import atomic_write, sha256_of_file
 
@@ -94,11 +96,12 @@ class ReferenceCache:
         raise AssertionError
 
 
-def weights_fingerprint(directory: Path, dtype: torch.dtype) -> str:
-    """Names the weights of a folder as a model of this dtype has them."""
-    files = sorted(directory.glob("model*.safetensors"))
-    content = [[path.name, sha256_of_file(path)] for path in files]
-    return hashlib.sha256(json.dumps([content, str(dtype)]).encode()).hexdigest()
+def weights_fingerprint(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> str:
+    """Names what a model of this configuration and dtype computes with the weights of a folder."""
+    content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
+    # Nothing is dropped while the reference is computed.
+    shape = {name: value for name, value in asdict(config).items() if not name.endswith("_dropout")}
+    return hashlib.sha256(json.dumps([content, shape, str(dtype)]).encode()).hexdigest()
 
 
 @torch.no_grad()
