@@ -220,6 +220,7 @@ class Trainer:
             hf.load_weights(self.model, source)
         self.model.to(device=device, dtype=self.dtype)
         if config.system.compile:
+            self.model.attends_by_document = False
             for block in self.model.layers:
                 block.compile()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())

@@ -116,6 +116,8 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     records = records[: args.steps * args.batch * 4]
     compiler = Compiler(load_tokenizer(base), Options(task, MAX_SEQ_LEN))
 
+    batch = max(1, args.batch // 10) if "packed" in options else args.batch
+
     class Clock(TrainerCallback):
         def __init__(self):
             self.seconds: list[float] = []
@@ -128,7 +130,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
 
     common = {
         "output_dir": str(Path(args.work_dir) / f"trl-{os.getpid()}"), "max_steps": args.steps, "use_cpu": True,
-        "per_device_train_batch_size": args.batch, "save_strategy": "no", "report_to": [], "logging_steps": 1000,
+        "per_device_train_batch_size": batch, "save_strategy": "no", "report_to": [], "logging_steps": 1000,
         "max_length": MAX_SEQ_LEN, "bf16": args.dtype == "bfloat16", "learning_rate": 2e-5, "disable_tqdm": True,
     }  # fmt: skip
     if "-gc" in options:

@@ -1,6 +1,6 @@
 """Ask a model for held-out functions, and count which of its answers end by themselves and parse.
 
-python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/held_out.jsonl
+python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/sft_valid/functions.jsonl
 """
 
 import argparse
@@ -28,7 +28,8 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        questions = [json.loads(line)["question"] for line in Path(args.questions).read_text().splitlines()]
+        records = map(json.loads, Path(args.questions).read_text().splitlines())
+        questions = [record["messages"][0]["content"] for record in records]
         if not questions or args.count < 1:
             raise ValueError(f"there is no question in {args.questions}")
         model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))

@@ -2,10 +2,11 @@
 
 python -m demo.conversations --corpus_dir out/demo/corpus --data_dir out/demo/data --output_dir out/demo/talk
 
-sft/*.jsonl       {"messages": [...]}: a function is asked for and given, then what it does
-dpo/*.jsonl       {"prompt", "chosen", "rejected"}: the real function against one that was damaged so that it does
+sft, sft_valid    {"messages": [...]}: a function is asked for and given, then what it does
+dpo, dpo_valid    {"prompt", "chosen", "rejected"}: the real function against one that was damaged so that it does
                   not parse
-held_out.jsonl    {"question", "answer"} of the modules that pretraining held out, too; nothing is trained on them
+
+The valid folders hold functions of the modules that pretraining held out, too; nothing is trained on them.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from dataset.format import MANIFEST_NAME
 
 _MOST_LINES = 12
 _MOST_CHARACTERS = 500
-_FUNCTIONS_A_PREFERENCE = 12
-"""The demo trains on a few hundred; the reference model's log-probabilities are computed for all there are."""
+_MOST_PREFERENCES = {"train": 400, "valid": 100}
+"""The demo needs no more, and the reference model's log-probabilities are computed for all there are."""
 
 
 @dataclass(frozen=True)
@@ -120,17 +121,18 @@ def main() -> int:
         except (UnicodeDecodeError, SyntaxError):
             continue
         functions[set_of(text.encode("utf-8"), valid_ratio)] += found
-    talks = [conversation(function) for function in functions["train"]]
-    preferences = [
-        {"prompt": function.question, "chosen": function.source, "rejected": rejected}
-        for function in functions["train"][::_FUNCTIONS_A_PREFERENCE]
-        if (rejected := damaged(function.source, rng)) is not None
-    ]
-    held_out = [{"question": function.question, "answer": function.source} for function in functions["valid"]]
-    write_lines(output / "sft" / "functions.jsonl", talks)
-    write_lines(output / "dpo" / "functions.jsonl", preferences)
-    write_lines(output / "held_out.jsonl", held_out)
-    print(f"{len(talks)} conversations, {len(preferences)} preferences, {len(held_out)} held-out questions")
+    for split, found in functions.items():
+        talks = [conversation(function) for function in found]
+        chosen = found[:: max(1, len(found) // _MOST_PREFERENCES[split])][: _MOST_PREFERENCES[split]]
+        preferences = [
+            {"prompt": function.question, "chosen": function.source, "rejected": rejected}
+            for function in chosen
+            if (rejected := damaged(function.source, rng)) is not None
+        ]
+        suffix = "" if split == "train" else "_valid"
+        write_lines(output / f"sft{suffix}" / "functions.jsonl", talks)
+        write_lines(output / f"dpo{suffix}" / "functions.jsonl", preferences)
+        print(f"{split}: {len(talks)} conversations, {len(preferences)} preferences")
     return 0
 
 

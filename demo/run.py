@@ -104,12 +104,14 @@ def main() -> int:
         ]  # fmt: skip
 
     train = training("demo-cpu", data, run_dir, args.max_iters, "--task_type=pretrain")
-    sft = training("demo-sft-cpu", f"{talk}/sft", sft_dir, args.sft_iters, f"--init_from={run_dir}")
-    dpo = training("demo-dpo-cpu", f"{talk}/dpo", dpo_dir, args.dpo_iters, f"--init_from={sft_dir}")
+    sft = training("demo-sft-cpu", f"{talk}/sft", sft_dir, args.sft_iters, f"--init_from={run_dir}",
+                   f"--valid_data_dir={talk}/sft_valid")  # fmt: skip
+    dpo = training("demo-dpo-cpu", f"{talk}/dpo", dpo_dir, args.dpo_iters, f"--init_from={sft_dir}",
+                   f"--valid_data_dir={talk}/dpo_valid")  # fmt: skip
 
     def answers(name: str) -> list[str]:
-        return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions", f"{talk}/held_out.jsonl",
-                "--output", str(home / f"answers-{name}.json")]  # fmt: skip
+        questions, output = f"{talk}/sft_valid/functions.jsonl", str(home / f"answers-{name}.json")
+        return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions", questions, "--output", output]
 
     stages: list[tuple[str, Callable[[], None]]] = [
         *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data)),
@@ -166,10 +168,10 @@ def summarize(times: list[tuple[str, float]], home: Path, score: dict) -> None:
             f"held-out questions {title}: of {answers['questions']} answers {answers['ended']} end by themselves, "
             f"{answers['parse']} are functions that parse"
         )
-    first, last = records_of(home / "dpo", "train")[0], records_of(home / "dpo", "train")[-1]
+    sft, dpo = (records_of(home / name, "valid")[-1] for name in ("sft", "dpo"))
     print(
-        f"DPO: margin {first['rewards/margins']:.3f} -> {last['rewards/margins']:.3f}, "
-        f"accuracy {first['rewards/accuracies']:.2f} -> {last['rewards/accuracies']:.2f}"
+        f"held-out conversations after SFT: loss {sft['loss']:.3f} a learnt token; held-out preferences after DPO: "
+        f"accuracy {dpo['rewards/accuracies']:.2f}, margin {dpo['rewards/margins']:.3f}"
     )
     shown = home.relative_to(ROOT) if home.is_relative_to(ROOT) else home
     print(f'try: python generate.py --ckpt {shown / "run"} --prompt "def main("')

@@ -38,6 +38,38 @@ def causal_mask(num_new: int, num_all: int, document_ids_BT: Tensor | None, devi
     return mask
 
 
+def document_lengths(document_ids_BT: Tensor) -> list[list[int]] | None:
+    """Lengths of each row's documents, where attending document by document costs less than all T x T weights under a
+    mask; else None. On the CPU.
+
+    Measured there: a weight under a mask costs as much as 1.4 of plain causal attention, a call as much as 2,500.
+    """
+    batch, width = document_ids_BT.shape
+    lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids_BT]
+    weights = sum(length * length for row in lengths for length in row)
+    calls = sum(map(len, lengths))
+    return lengths if 0.7 * weights + 2500 * calls < batch * width * width else None
+
+
+def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]]) -> Tensor:
+    """Causal attention within each document of each row; what lies between documents is never computed.
+
+    The CPU's fused kernel computes every weight that a mask then throws away: of a row of 1,024 packed with ten
+    documents that is four times the work, in bfloat16 seven times.
+    """
+    rows = []
+    for q_HTD, k_KTD, v_KTD, row in zip(q_BHTD, k_BKTD, v_BKTD, lengths):
+        documents = zip(*(x.split(row, dim=1) for x in (q_HTD, k_KTD, v_KTD)))
+        out = [
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
+            )
+            for q, k, v in documents
+        ]
+        rows.append(torch.cat(out, dim=2))
+    return torch.cat(rows)
+
+
 def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
     """Copy each of K heads so often that there are H, side by side: (B, K, S, D) -> (B, H, S, D)."""
     return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], dim=1)
@@ -74,8 +106,14 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         cache_length: int = 0,
         key: DropoutKey | None = None,
+        documents: list[list[int]] | None = None,
     ) -> Tensor:
-        """x (B, T, hidden_size) -> the same shape. mask: bool (1 or B, 1, T, S), None where causal says it all."""
+        """x (B, T, hidden_size) -> the same shape.
+
+        Args:
+            mask: bool (1 or B, 1, T, S); None where causal says it all, or where `documents` does.
+            documents: lengths of each row's documents.
+        """
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
         q_BHTD = apply_rope(self.q_proj(x_BTC).view(heads).transpose(1, 2), *rope)
@@ -86,6 +124,8 @@ class Attention(nn.Module):
         if self.config.attention_dropout > 0.0 and key is not None:
             full_mask = causal_mask(num_new, num_new, None, x_BTC.device) if mask is None else mask
             out_BHTD = plain_attention(q_BHTD, k_BKSD, v_BKSD, full_mask, self.config.attention_dropout, key)
+        elif documents is not None:
+            out_BHTD = attention_by_document(q_BHTD, k_BKSD, v_BKSD, documents)
         else:
             if mask is not None and k_BKSD.is_cuda:
                 # No fused CUDA kernel takes grouped heads together with a mask: it would be the one that stores all

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, LayerCache, causal_mask
+from model.attention import Attention, LayerCache, causal_mask, document_lengths
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.rope import inverse_frequencies, rope_tables
@@ -66,9 +66,10 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         cache_length: int = 0,
         key: DropoutKey | None = None,
+        documents: list[list[int]] | None = None,
     ) -> Tensor:
         """One block. h stays in its own dtype (float32 with residual_in_fp32), the matmuls run in the weights'."""
-        attended = self.self_attn(self.input_layernorm(h_BTC), rope, mask, cache, cache_length, key)
+        attended = self.self_attn(self.input_layernorm(h_BTC), rope, mask, cache, cache_length, key, documents)
         h_BTC = h_BTC + dropout(attended, self.dropout, key, ATTENTION_OUTPUT)
         fed_forward = self.mlp(self.post_attention_layernorm(h_BTC))
         return h_BTC + dropout(fed_forward, self.dropout, key, FEED_FORWARD_OUTPUT)
@@ -95,6 +96,8 @@ class Llama(nn.Module):
         if not config.vocab_size or not config.max_position_embeddings:
             raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
         self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        # Compiled blocks would be built anew for every other cut of the rows; dropped weights need all of them.
+        self.attends_by_document = not config.attention_dropout
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -115,7 +118,8 @@ class Llama(nn.Module):
         Args:
             input_ids_BT: token ids, int64.
             positions_BT: int64; default 0..T-1, or behind the cache.
-            document_ids_BT: int64; tokens attend only within equal ids. Not together with a cache.
+            document_ids_BT: int64; tokens attend only within equal ids, which lie side by side. Not together with a
+                cache.
             cache: read and extended in place.
             dropout_key: names the dropout masks; without it nothing is dropped.
         """
@@ -127,8 +131,10 @@ class Llama(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(past, past + num_new, device=device).expand(batch, -1)
         rope = rope_tables(inverse_frequencies(self.config, past + num_new, device), positions_BT)
-        mask = None
-        if document_ids_BT is not None or (past and num_new > 1):
+        mask = documents = None
+        if document_ids_BT is not None and self.attends_by_document and not document_ids_BT.is_cuda:
+            documents = document_lengths(document_ids_BT)
+        if documents is None and (document_ids_BT is not None or (past and num_new > 1)):
             mask = causal_mask(num_new, past + num_new, document_ids_BT, device)
 
         h_BTC = self.embed_tokens(input_ids_BT)
@@ -137,7 +143,7 @@ class Llama(nn.Module):
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             layer_key = dropout_key.for_layer(index) if dropout_key is not None else None
-            arguments = (h_BTC, rope, mask, layer_cache, past, layer_key)
+            arguments = (h_BTC, rope, mask, layer_cache, past, layer_key, documents)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 # No generator state to preserve: dropout is a function of its key.
                 h_BTC = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import KVCache, Llama, LlamaConfig, flops, hf
+from model.attention import attention_by_document, causal_mask, document_lengths, plain_attention
 from model.dropout import DropoutKey, dropout_mask, philox_uint32
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 
@@ -305,3 +306,55 @@ def test_compiled_blocks_give_the_same_with_dropout():
         assert torch.allclose(a, b, atol=1e-5)
     # One graph serves all layers: nothing in a block depends on its number.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("cuts", [[[3, 1, 28], [32]], [[1] * 32, [31, 1]], [[8] * 4, [16] * 2]])
+def test_attention_by_document_equals_the_mask(kv_heads: int, cuts: list[list[int]]):
+    """Outputs and gradients, in float64; the cut of rows into documents comes back from their ids."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int) -> torch.Tensor:
+        return torch.randn(2, heads, 32, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = random(4), random(kv_heads), random(kv_heads)
+    document_ids = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in cuts])
+    mask = causal_mask(32, 32, document_ids, q.device)
+    results = []
+    for out in (
+        attention_by_document(q, k, v, cuts),
+        plain_attention(q, k, v, mask, 0.0, None),
+    ):
+        gradients = torch.autograd.grad((out * torch.arange(8)).sum(), (q, k, v))
+        results.append((out, *gradients))
+    for ours, expected in zip(*results):
+        # plain_attention takes its softmax in float32.
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_by_document_is_chosen_where_it_is_less_work():
+    assert document_lengths(torch.arange(1024).div(100, rounding_mode="floor")[None]) == [[100] * 10 + [24]]
+    assert document_lengths(torch.arange(64)[None]) is None
+    # Documents that are equal in number but not the same: padding is one, too.
+    ids = torch.cat([torch.zeros(500), torch.ones(500), torch.full((24,), -1)]).long()
+    assert document_lengths(torch.stack([ids, ids * 0])) == [[500, 500, 24], [1024]]
+
+
+def test_model_with_documents_equals_the_model_with_the_mask():
+    """The whole forward and backward pass, packed rows of 512."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ).resolve(max_seq_len=512)
+    ids = torch.randint(0, 50, (2, 512), generator=torch.Generator().manual_seed(0))
+    documents = torch.stack([torch.arange(512) // 60, torch.arange(512) // 130])
+    assert document_lengths(documents) is not None
+    figures = []
+    for by_document in (True, False):
+        model = Llama(config)
+        model.initialize(0)
+        model.double()
+        model.attends_by_document = by_document
+        hidden = model(ids, document_ids_BT=documents)
+        cross_entropy_sum(model.logits(hidden), ids).backward()
+        figures.append((hidden.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(figures[0], figures[1])
