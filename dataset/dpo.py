@@ -30,6 +30,10 @@ class DPODataset:
     def __len__(self) -> int:
         return len(self.sequences) // 2
 
+    def members(self, sample_id: int) -> np.ndarray:
+        """Numbers of the sequences of a sample: the chosen and the rejected one."""
+        return 2 * sample_id + np.arange(2)
+
     def description(self) -> str:
         tokens = int(self.sequences.lengths.sum())
         return (

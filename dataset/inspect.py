@@ -17,6 +17,7 @@ import numpy as np
 from dataset.format import (
     BIN_HEADER_BYTES,
     BUILD_INDEX_COMMAND,
+    MANIFEST_NAME,
     PRETOKENIZE_COMMAND,
     SPLITS,
     DocumentTable,
@@ -27,6 +28,7 @@ from dataset.format import (
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
+from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import sha256_of_file
 
@@ -166,6 +168,12 @@ def _only_length(data_dir: Path) -> int:
     return lengths[0]
 
 
+def _require_pretraining(data_dir: Path) -> None:
+    """Raise ValueError for tokens of another task."""
+    if (data_dir / MANIFEST_NAME).exists() and read_manifest(data_dir).get("task", "pretrain") != "pretrain":
+        raise ValueError(f"{data_dir} holds conversations: look at it with `python -m dataset.show_mask {data_dir}`")
+
+
 def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str) -> tuple[Inspection, int | None]:
     """The set that a run or a data directory holds, and the run's seed.
 
@@ -174,10 +182,15 @@ def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str
     """
     if is_run(path):
         run = read_run_data(path)
+        if run.task != "pretrain":
+            raise ValueError(
+                f"{path} is a run of {run.task}: look at its data with `python -m dataset.show_mask {path}`"
+            )
         tokenizer = load_tokenizer(tokenizer_dir or run.tokenizer_dir)
         return Inspection(run.dirs[split], split, max_seq_len or run.max_seq_len, tokenizer), run.seed
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
+    _require_pretraining(path)
     length = max_seq_len or _only_length(path)
     return Inspection(path, split, length, load_tokenizer(tokenizer_dir or path / "tokenizer")), None
 

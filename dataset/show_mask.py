@@ -2,10 +2,12 @@
 
     python -m dataset.show_mask FILE --tokenizer_dir T [--sft_loss last] [--html mask.html]
     python -m dataset.show_mask DIR
+    python -m dataset.show_mask RUN [--position 1000]
 
 FILE holds raw records, which go through the same code as in pretokenizing; DIR was pretokenized, and what it holds is
-shown. Supervised tokens, those that the model learns to say, are green; on a page, or with --color never, they also
-stand in brackets. Control tokens are blue, so that text which spells one out can be told from it.
+shown; of RUN what it was trained on, at one position of its stream all that shares the row. Supervised tokens, those
+that the model learns to say, are green; with --color never they stand in brackets. Control tokens are blue, so that
+text which spells one out can be told from it.
 """
 
 import argparse
@@ -19,6 +21,10 @@ from pathlib import Path
 from data_preprocess.pretokenize_sft_data import Compiler, Options, add_compiling_arguments, options_from
 from data_preprocess.readers import BadRecord, Corpus, find_units, place, read_unit
 from dataset.format import MANIFEST_NAME, SPLITS
+from dataset.opening import open_dataset
+from dataset.order import sample_at
+from dataset.pretrain import PretrainDataset
+from dataset.run_data import RunData, is_run, read_run_data
 from dataset.sequences import SequenceSet, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write
@@ -110,11 +116,27 @@ def sequences_of_directory(path: Path, split: str) -> Iterator[Shown]:
     if task == "pretrain":
         raise ValueError(f"{path} was pretokenized for pretraining: look at it with `python -m dataset.inspect {path}`")
     sequences = SequenceSet(path, split, task, manifest["options"]["max_seq_len"])
-    for number in range(len(sequences)):
-        shard, inside = sequences.locate(number)
-        ids, supervised = shard.sequence(inside)
-        side = f", {_SIDES[number % 2]}" if task == "dpo" else ""
-        yield Shown(place(*shard.origin(inside)) + side, ids.tolist(), supervised.astype(bool).tolist())
+    yield from (_shown(sequences, number) for number in range(len(sequences)))
+
+
+def _shown(sequences: SequenceSet, number: int) -> Shown:
+    shard, inside = sequences.locate(number)
+    ids, supervised = shard.sequence(inside)
+    side = f", {_SIDES[number % 2]}" if shard.header.task == "dpo" else ""
+    return Shown(place(*shard.origin(inside)) + side, ids.tolist(), supervised.astype(bool).tolist())
+
+
+def sequences_at(run: RunData, position: int) -> Iterator[Shown]:
+    """What a run of SFT or DPO was trained on at a position of its stream.
+
+    Raises:
+        ValueError: another task, or no such position.
+    """
+    dataset = open_dataset(run.task, run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
+    if isinstance(dataset, PretrainDataset):
+        raise ValueError("the run was pretrained: look at its samples with `python -m dataset.inspect`")
+    sample = int(sample_at(run.seed, position, len(dataset)))
+    yield from (_shown(dataset.sequences, number) for number in dataset.members(sample))
 
 
 def _summary(shown: Shown) -> str:
@@ -180,28 +202,36 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataset.show_mask", description="Show which tokens are supervised."
     )
-    parser.add_argument("path", help="file with raw records, or pretokenized directory")
+    parser.add_argument("path", help="file with raw records, pretokenized directory, or run")
     parser.add_argument("--tokenizer_dir", default="", help="default: the one in a pretokenized directory")
     add_compiling_arguments(parser)
     parser.add_argument("--split", choices=SPLITS, default="train", help="of a pretokenized directory")
+    parser.add_argument("--position", type=int, help="of a run: what it took from this position of its stream")
     parser.add_argument("--first", type=int, default=0, help="pass over so many samples (default: 0)")
     parser.add_argument("--num", type=int, default=10, help="samples to show (default: 10)")
     parser.add_argument("--html", default="", metavar="FILE", help="write a page with the same samples")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     args = parser.parse_args(argv)
     path = Path(args.path)
+    run = None
     try:
+        if is_run(path):
+            run = read_run_data(path)
+            path = run.dirs[args.split]
+        elif args.position is not None:
+            raise ValueError("--position is for a run")
         if args.first < 0 or args.num < 1:
             raise ValueError("--first must not be negative, --num must be positive")
         is_directory = (path / MANIFEST_NAME).exists()
         if not is_directory and not args.tokenizer_dir:
             raise ValueError("raw records need --tokenizer_dir")
         tokenizer = load_tokenizer(args.tokenizer_dir or path / "tokenizer")
-        samples = (
-            sequences_of_directory(path, args.split)
-            if is_directory
-            else records_of_file(path, tokenizer, options_from(args))
-        )
+        if args.position is not None:
+            samples = sequences_at(run, args.position)
+        elif is_directory:
+            samples = sequences_of_directory(path, args.split)
+        else:
+            samples = records_of_file(path, tokenizer, options_from(args))
         chosen = list(islice(samples, args.first, args.first + args.num))
         if args.html:
             atomic_write(Path(args.html), as_page(chosen, tokenizer).encode("utf-8", "replace"))

@@ -4,15 +4,21 @@ import dataclasses
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train_my_ddp
+from dataset.dpo import DPODataset
+from dataset.sft import SFTDataset
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
 from parallel import CommStream, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
+from tasks.dpo import DPOLoss, DPOTask
+from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, records, same_bits
+from tests.unit.test_sequences import random_sequences, write_sequences
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +68,39 @@ def test_cuda_equals_cpu(documents: bool):
         grads.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()]))
         ddp.close()
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sft packed", "sft", "dpo", "dpo kto_pair"])
+def test_fine_tuning_on_cuda_equals_cpu(kind: str, tmp_path: Path):
+    """Loss, metrics and gradients of SFT and DPO; packed rows attend by document on a CPU, under a mask on CUDA."""
+    task_name, _, option = kind.partition(" ")
+    write_sequences(tmp_path, [random_sequences(0, 16, 60, 512)], task_name, max_seq_len=60)
+    if task_name == "sft":
+        dataset = SFTDataset(tmp_path, "train", 60, packing=option == "packed")
+    else:
+        dataset = DPODataset(tmp_path, "train", 60)
+        dataset.reference = np.random.default_rng(0).normal(-300, 10, (len(dataset), 2)).astype(np.float32)
+    ids = np.arange(4)
+    batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
+    results = []
+    for device in ("cpu", "cuda"):
+        model = Llama(CONFIG)
+        model.initialize(0)
+        model.to(device)
+        if task_name == "sft":
+            task = LanguageModelTask(model, 0, torch.ones(512, dtype=torch.int64, device=device))
+        else:
+            task = DPOTask(model, 0, DPOLoss(option or "sigmoid"))
+        there = {name: tensor.to(device) for name, tensor in batch.items()}
+        if task.uses_prepass:
+            task.take_prepass(task.prepass(there))
+        loss_sum, count, sums = task(there)
+        loss_sum.backward()
+        gradient = torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()])
+        results.append((gradient, [loss_sum.item() / count, *(value.item() for value in sums.values())]))
+    (on_cpu, figures), (on_cuda, expected) = results
+    assert (on_cpu - on_cuda).norm() / on_cpu.norm() < 1e-4
+    assert figures == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

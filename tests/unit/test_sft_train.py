@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_weights
 
 import generate
 import train_my_ddp
 from data_preprocess import pretokenize_sft_data
-from dataset import audit
+from dataset import audit, inspect, show_mask
 from dataset.sequences import SequenceSet
 from dataset.sft import SFTDataset
 from model import Llama, hf
@@ -589,6 +590,27 @@ def test_the_audit_proves_a_run(any_flags: list[str], capsys: pytest.CaptureFixt
     log.write_text(log.read_text().replace(digest, "0" * 16))
     assert audit.main([str(out_dir(flags))]) == 1
     assert "WRONG step 2" in capsys.readouterr().out
+
+
+def test_show_mask_shows_what_a_run_took(any_flags: list[str], capsys: pytest.CaptureFixture):
+    """All positions of an epoch together show every sequence once."""
+    assert train(any_flags) == 0
+    data = next(flag.partition("=")[2] for flag in any_flags if flag.startswith("--data_dir="))
+    assert yaml.safe_load((out_dir(any_flags) / "config.yaml").read_text())["derived"]["train_data"] == data
+    capsys.readouterr()
+
+    def shown(*arguments: str) -> list[str]:
+        assert show_mask.main([*arguments, "--num=1000"]) == 0
+        return [line for line in capsys.readouterr().out.split("\n--- ") if line]
+
+    everything, taken, position = shown(data), [], 0
+    while len(taken) < len(everything):
+        taken += shown(str(out_dir(any_flags)), f"--position={position}")
+        position += 1
+    clean = [sorted(part.removeprefix("--- ").strip() for part in parts) for parts in (taken, everything)]
+    assert clean[0] == clean[1]
+    assert inspect.main([str(out_dir(any_flags))]) == 2
+    assert "dataset.show_mask" in capsys.readouterr().err
 
 
 def test_the_audit_finds_the_tokens_of_raw_records(home: Home, tmp_path: Path, capsys: pytest.CaptureFixture):
