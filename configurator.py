@@ -481,6 +481,8 @@ def _check(config: Config) -> None:
 
 def _check_dpo(config: Config) -> None:
     dpo, run = config.dpo, config.run
+    if run.task_type == "sft" and not config.data.document_mask:
+        raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
     if run.task_type != "dpo":
         return
     if dpo.dpo_beta <= 0:

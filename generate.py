@@ -149,8 +149,8 @@ class Chat:
         alone = len(self._template.prompt([*self.messages[:first], asked]))
         if alone > room:
             raise ValueError(
-                f"the question has {alone} tokens, and with --max_new_tokens {self.max_new_tokens} there is room for "
-                f"{room}"
+                f"the question{' with the system text' if self.system else ''} has {alone} tokens, and with "
+                f"--max_new_tokens {self.max_new_tokens} there is room for {room}"
             )
         self.messages.append(asked)
         while len(ids := self._template.prompt(self.messages)) > room:
@@ -177,7 +177,9 @@ def talk(chat: Chat) -> None:
             say(chat, question)
 
 
-def say(chat: Chat, question: str) -> None:
+def say(chat: Chat, question: str) -> bool:
+    """Print an answer; False if there was no room for one."""
+    said = True
     try:
         for piece in chat.answer(question):
             print(piece, end="", flush=True)
@@ -185,7 +187,9 @@ def say(chat: Chat, question: str) -> None:
         pass
     except ValueError as error:
         print(f"generate: {error}", file=sys.stderr)
+        said = False
     print(flush=True)
+    return said
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,9 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.chat:
         if args.prompt:
-            say(chat, args.prompt)
-        else:
-            talk(chat)
+            return 0 if say(chat, args.prompt) else 2
+        talk(chat)
         return 0
     print(args.prompt, end="", flush=True)
     new_ids = sample(tokenizer.encode(args.prompt), args.max_new_tokens, frozenset([tokenizer.eod_id]))

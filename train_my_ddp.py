@@ -25,10 +25,11 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_config, resolve, resolve_model, to_yaml
-from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from data_preprocess.pretokenize_sft_data import Options, check_options, summary, tokenize_online
 from dataset.format import MANIFEST_NAME
 from dataset.loader import Batch, TrainLoader, batch_digest, num_tokens, validation_batches
 from dataset.opening import open_dataset
+from dataset.sequences import read_manifest
 from model import Llama, flops, hf
 from optimizer import LossScaler, MixedPrecisionOptimizer, StepResult, learning_rate_at, resolve_dtype
 from optimizer.adamw import AdamWConfig
@@ -249,8 +250,8 @@ class Trainer:
             if dataset is None or (run.valid_only and split == "train"):
                 continue
             cache = ReferenceCache(dataset, split, self.reference, self.out_dir)
-            dataset.reference = cache.read()
-            if all(context.gather(dataset.reference is not None)):
+            dataset.reference = cache.read_on_main(context.is_main, context.all_sum)
+            if dataset.reference is not None:
                 continue
             if not has_weights:
                 self._load_reference_weights()
@@ -258,6 +259,7 @@ class Trainer:
             dataset.reference = compute_reference(
                 self.task, cache, data.valid_batch_size, context.rank, context.world_size, context.all_sum,
                 self._to_device, lambda: self.heartbeat.beat("reference", self.progress.step),
+                lambda: self.stop.requested,
             )  # fmt: skip
 
     def _first_model(self) -> Path:
@@ -393,7 +395,9 @@ class Trainer:
         peak = flops.device_peak_flops(context.device, self.dtype)
         self.peak_flops = context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item()
         seq_len = config.data.max_seq_len
-        self.flops_strict = flops.flops_per_token_strict(self.model_config, seq_len)
+        self.flops_strict = flops.flops_per_token_strict(
+            self.model_config, *self.train_data.context_and_supervised_share()
+        )
         self.flops_seed = flops.flops_per_token_seed(self.model_config, seq_len, self.num_parameters)
         self.reslog = ResLog(self.out_dir / "reslog.jsonl") if context.is_main else None
         for line in self._description():
@@ -460,6 +464,7 @@ class Trainer:
             + "; MFU is a share of it",
             f"ops: attention={attention} rms_norm=plain rope=plain swiglu=plain cross_entropy=torch adamw=torch-fused"
             + (" (blocks compiled)" if config.system.compile else ""),
+            *self._what_became_of_records(),
             f"data: {self.train_data.description()}",
             f"batch: {derived.global_batch_size} samples"
             + (f" ({tokens:,} tokens)" if config.run.task_type == "pretrain" else "")
@@ -468,6 +473,13 @@ class Trainer:
             f"starts at step {self.progress.step}, sample {self.progress.samples_consumed}"
             + (f", weights from {self.weights_from}" if self.weights_from else ""),
         ]
+
+    def _what_became_of_records(self) -> list[str]:
+        """Of SFT and DPO: how many were taken, shortened, dropped and skipped, whenever that was."""
+        if self.config.run.task_type == "pretrain":
+            return []
+        directories = dict.fromkeys(self.data_dirs.values())
+        return [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
 
     def _network(self) -> str:
         """What a step sends, and how long that takes at the speed measured now; warns where no overlap can hide it."""
@@ -647,11 +659,12 @@ class Trainer:
             self.meter.leave_out(seconds)
         logger.info(
             "valid at step %d | %s | %d %s | %.1f s",
-            self.progress.step, _shown(figures), terms, self.task.count_name, seconds,
+            self.progress.step, _shown(figures), self.task.units(terms), self.task.count_name, seconds,
         )  # fmt: skip
         if self.reslog is not None:
             self.reslog.write(
-                "valid", step=self.progress.step, **figures, tokens=int(terms), dt=round(seconds, 3)
+                "valid", step=self.progress.step, **figures, dt=round(seconds, 3),
+                **{self.task.count_name: self.task.units(terms)},
             )  # fmt: skip
         return figures["loss"]
 
@@ -772,7 +785,6 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
     chosen = {}
     for split, directory in dirs.items():
         if (directory / MANIFEST_NAME).exists():
-            check_options(directory, options, given)
             chosen[split] = directory
         elif split == "valid" and not data.valid_data_dir:
             chosen[split] = chosen["train"]
@@ -780,6 +792,7 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
             # A directory for validation alone is taken whole.
             ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
             chosen[split] = tokenize_online(directory, _tokenizer_dir(config), options, ratio)
+        check_options(chosen[split], options, given)
     return chosen
 
 
@@ -830,13 +843,17 @@ def main(argv: list[str]) -> int:
             config, given = parse_config(argv)
             exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
             exits.clear_exit_record(exit_dir, rank)
+            # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
+            data_dirs = prepare_data(config, given)
             stop = StopRequest()
             if not config.run.valid_only:
                 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     signal.signal(signum, stop)
-            data_dirs = prepare_data(config, given)
             context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
             trainer = Trainer(config, given, context, stop, data_dirs)
+        except exits.StopRequested:
+            logger.info("stopped on request before the first step")
+            return leave(exits.STOPPED, "stopped on request")
         except ValueError as error:
             logger.error("train_my_ddp: %s", error)
             log_traceback()

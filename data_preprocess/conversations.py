@@ -79,8 +79,9 @@ def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sa
     fields = {name for name, value in record.items() if value is not None}
     if {"chosen", "rejected"} <= fields:
         return _preference(record, fields, roles)
-    if "type" in fields and isinstance(record["type"], str) and record["type"] in _GDGPT:
-        return _GDGPT[record["type"]](record, roles)
+    kind = record.get("type")
+    if isinstance(kind, str) and kind in _GDGPT and _GDGPT[kind][0] in fields:
+        return _GDGPT[kind][1](record, roles)
     for name in ("conversations", "conversation"):
         if name in fields:
             return _conversation(_messages(record[name], name, roles))
@@ -88,6 +89,8 @@ def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sa
         return _conversation(_messages(record["messages"], "messages", roles))
     if {"instruction", "output"} <= fields:
         return _alpaca(record, roles)
+    if isinstance(kind, str) and kind in _GDGPT:
+        return _GDGPT[kind][1](record, roles)
     names = ", ".join(sorted(map(str, record)))
     raise ValueError(f"no known format: it has the fields {names[:200]}" if record else "it is empty")
 
@@ -119,7 +122,8 @@ def _message(value: object, where: str, roles: Mapping[str, str]) -> Message:
     """{from, value} or {role, content}."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is no message")
-    who, what = ("from", "value") if "from" in value else ("role", "content")
+    # Parquet gives every message all fields that one of them has.
+    who, what = ("from", "value") if value.get("from") is not None else ("role", "content")
     role = _role(value.get(who), where, roles)
     content = value.get(what)
     if isinstance(content, list):
@@ -130,7 +134,11 @@ def _message(value: object, where: str, roles: Mapping[str, str]) -> Message:
         if None in parts:
             raise ValueError(f"{where} holds more than text")
         content = "".join(_text(part, where, may_be_empty=True) for part in parts)
+    if content is None and value.get("tool_calls"):
+        raise ValueError(f"{where} has no text (tool_calls are not read)")
     # An empty system text says nothing; an empty question or answer is a mistake.
+    if content is None and role == "system":
+        content = ""
     return Message(role, _text(content, where, may_be_empty=role == "system"))
 
 
@@ -211,12 +219,13 @@ def _gdgpt_calls(answer: object, where: str) -> list[Message]:
 
 
 _GDGPT = {
-    "pretrain": _gdgpt_pretrain,
-    "instruct": _gdgpt_instruct,
-    "conversation": _gdgpt_rounds,
-    "conver_has_api": lambda record, roles: _gdgpt_rounds(record, roles, "api_desc"),
-    "ref_qa": lambda record, roles: _gdgpt_rounds(record, roles, "reference"),
+    "pretrain": ("text", _gdgpt_pretrain),
+    "instruct": ("instruct", _gdgpt_instruct),
+    "conversation": ("rounds", _gdgpt_rounds),
+    "conver_has_api": ("rounds", lambda record, roles: _gdgpt_rounds(record, roles, "api_desc")),
+    "ref_qa": ("rounds", lambda record, roles: _gdgpt_rounds(record, roles, "reference")),
 }
+"""Type -> the field without which a record is of another format, and what reads it."""
 
 
 def _preference(record: dict, fields: set[str], roles: Mapping[str, str]) -> Preference:

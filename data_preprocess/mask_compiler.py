@@ -20,7 +20,7 @@ A sample in which no answer is left is dropped and counted: trained on, it would
 a preference whose answers are the same as far as they are left.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,9 +64,10 @@ def compile_conversation(
     Args:
         max_tokens: of a sample; one more than the model's positions, as the last token is only a label.
     """
+    texts = template.encode(conversation.messages)
     samples = [
-        _fitted(messages, template, learnt, max_tokens, from_the_front=loss != "all")
-        for messages, learnt in _variants(conversation.messages, loss)
+        _fitted(conversation.messages[:end], texts[:end], template, learnt, max_tokens, from_the_front=loss != "all")
+        for end, learnt in _variants(conversation.messages, loss)
     ]
     kept = [sample for sample in samples if any(sample.supervised)]
     return Compiled(kept, len(samples) - len(kept))
@@ -123,41 +124,48 @@ def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
     )
 
 
-def _variants(messages: tuple[Message, ...], loss: SFTLoss) -> Iterator[tuple[tuple[Message, ...], frozenset[int]]]:
-    """(messages of a sample, numbers of those that are learnt)."""
+def _variants(messages: Sequence[Message], loss: SFTLoss) -> Iterator[tuple[int, frozenset[int]]]:
+    """(messages of a sample, counted from the first; numbers of those that are learnt)."""
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if loss == "all":
-        yield messages, frozenset(answers)
+        yield len(messages), frozenset(answers)
     elif loss == "last":
-        yield messages, frozenset(answers[-1:])
+        yield len(messages), frozenset(answers[-1:])
     else:
         for number in answers:
-            yield messages[: number + 1], frozenset([number])
+            yield number + 1, frozenset([number])
 
 
 def _fitted(
-    messages: tuple[Message, ...], template: ChatTemplate, learnt: frozenset[int], max_tokens: int, from_the_front: bool
+    messages: Sequence[Message],
+    texts: Sequence[list[int]],
+    template: ChatTemplate,
+    learnt: frozenset[int],
+    max_tokens: int,
+    from_the_front: bool,
 ) -> TrainingSample:
     """The sample, no longer than it may be."""
-    whole = 0
-    for kept in _shorter_and_shorter(messages) if from_the_front else [list(range(len(messages)))]:
-        chosen = tuple(messages[number] for number in kept)
-        rendered = template.render(chosen, lambda number, kept=kept: kept[number] in learnt)
-        whole = whole or len(rendered.ids)
-        if len(rendered.ids) <= max_tokens:
-            break
+    sizes = template.sizes(messages, texts)
+    whole = sum(sizes) + template.size_of_none
+    begin = _begin_that_fits(messages, sizes, max_tokens - template.size_of_none) if from_the_front else 0
+    kept = [number for number, message in enumerate(messages) if number >= begin or message.role == "system"]
+    chosen = tuple(messages[number] for number in kept)
+    rendered = template.render(chosen, lambda number: kept[number] in learnt, [texts[number] for number in kept])
     return _cut(rendered, chosen, max_tokens, whole)
 
 
-def _shorter_and_shorter(messages: tuple[Message, ...]) -> Iterator[list[int]]:
-    """Numbers of all messages; then without the oldest exchange, and so on. System texts stay."""
-    yield list(range(len(messages)))
-    for begin in range(1, len(messages)):
+def _begin_that_fits(messages: Sequence[Message], sizes: list[int], room: int) -> int:
+    """The first exchange that can stay, with what follows it and all system texts; the last one if none fits."""
+    left, begin, dropped = sum(sizes), 0, 0
+    for number in range(1, len(messages)):
+        if left <= room:
+            break
+        before, message = messages[number - 1], messages[number]
+        dropped += sizes[number - 1] if before.role != "system" else 0
         # An exchange begins with a question that follows no other one, and there is one before it.
-        begins_exchange = messages[begin].role == "user" and messages[begin - 1].role not in ("user", "system")
-        if begins_exchange:
-            system = [number for number in range(begin) if messages[number].role == "system"]
-            yield [*system, *range(begin, len(messages))]
+        if message.role == "user" and before.role not in ("user", "system"):
+            begin, left, dropped = number, left - dropped, 0
+    return begin
 
 
 def _cut(rendered: Rendered, messages: tuple[Message, ...], max_tokens: int, whole: int) -> TrainingSample:

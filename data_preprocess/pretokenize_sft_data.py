@@ -16,13 +16,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from data_preprocess.conversations import Conversation, PlainText, Preference, Sample, parse_record, roles_with
+from data_preprocess.conversations import PlainText, Preference, Sample, parse_record, roles_with
 from data_preprocess.mask_compiler import (
     SFTLoss,
     TrainingSample,
@@ -46,13 +46,15 @@ from data_preprocess.readers import (
 from data_preprocess.shards import PartRecord, print_skipped, set_of, waiting_writer
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
-from dataset.sequences import SequenceHeader, SequenceShard, SequenceWriter, read_manifest
+from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
-from tokenizer.chat_template import ChatTemplate
+from tokenizer.chat_template import ChatTemplate, Message
 
 RULES_VERSION = 1
 """Raised when the same record would become other tokens: what was made before is made again."""
 CACHE_DIR = ".tokenized"
+_BYTES_A_TOKEN = 4
+"""About; for how large a shard becomes."""
 _SMALL_BYTES = 4_000_000
 """So much is tokenized before another process would have started."""
 
@@ -71,6 +73,8 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for what makes no sense."""
+        if self.user_name and self.user_name == self.assistant_name:
+            raise ValueError(f"--user_name and --assistant_name are both {self.user_name}")
         if self.max_seq_len < 2:
             raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}")
         if not 0 <= self.max_prompt_len < self.max_seq_len:
@@ -87,7 +91,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledRecord:
     """What became of a record."""
 
     split: str
@@ -95,6 +99,7 @@ class Compiled:
     """Of SFT lists of one sequence, of DPO of two."""
     dropped: int
     text_bytes: int
+    """UTF-8 bytes of the messages."""
 
 
 class Compiler:
@@ -117,32 +122,33 @@ class Compiler:
             raise ValueError(f"it is {kind}")
         return sample
 
-    def compile(self, sample: Sample) -> Compiled:
+    def compile(self, sample: Sample) -> CompiledRecord:
         options, max_tokens = self._options, self._options.max_seq_len + 1
         if isinstance(sample, Preference):
             pair = compile_preference(
                 sample, self.template, max_tokens, options.max_prompt_len, options.prompt_truncation_mode
             )
-            question = [message.text for message in sample.prompt]
-            size = sum(map(len, [*question, sample.chosen, sample.rejected]))
+            question = _question(sample.prompt)
+            texts = [*(message.text for message in sample.prompt), sample.chosen, sample.rejected]
             samples, dropped = [pair] if pair else [], int(pair is None)
         elif isinstance(sample, PlainText):
-            question, size = [sample.text], len(sample.text)
+            question = texts = [sample.text]
             result = compile_text(sample, self.tokenizer, max_tokens)
             samples, dropped = [[one] for one in result.samples], result.dropped
         else:
-            question = _question(sample)
-            size = sum(len(message.text) for message in sample.messages)
+            question = _question(sample.messages)
+            texts = [message.text for message in sample.messages]
             result = compile_conversation(sample, self.template, options.sft_loss, max_tokens)
             samples, dropped = [[one] for one in result.samples], result.dropped
-        return Compiled(set_of(json.dumps(question).encode(), self._valid_ratio), samples, dropped, size)
+        split = set_of(json.dumps(question).encode(), self._valid_ratio)
+        return CompiledRecord(split, samples, dropped, sum(len(text.encode("utf-8")) for text in texts))
 
 
-def _question(conversation: Conversation) -> list[str]:
+def _question(messages: Sequence[Message]) -> list[str]:
     """What comes before the first answer; a greeting before any question is none."""
     texts: list[str] = []
     asked = False
-    for message in conversation.messages:
+    for message in messages:
         if message.role == "assistant" and asked:
             return texts
         asked = asked or message.role == "user"
@@ -150,13 +156,14 @@ def _question(conversation: Conversation) -> list[str]:
     return texts
 
 
-Item = tuple[Record | BadRecord, Compiled | None]
+Item = tuple[Record | BadRecord, CompiledRecord | None]
 
 
 @dataclass(frozen=True)
 class SequenceJob(Job):
     """Records -> shards of sequences."""
 
+    shard_bytes: int = 64_000_000
     compiling: Options = Options()
 
     def options(self) -> object:
@@ -198,7 +205,7 @@ class SequenceJob(Job):
             dropped += compiled.dropped
             if compiled.dropped and len(dropped_examples) < 20:
                 where = place(item.path, item.counts, item.record)
-                dropped_examples.append(f"{where}: too long, {compiled.dropped} samples of it have no answer left")
+                dropped_examples.append(f"{where}: too long, {self._why_dropped(compiled.dropped)}")
             for sequences in compiled.samples:
                 if compiled.split not in writers:
                     writers[compiled.split] = SequenceWriter(self._header(tokenizer, compiled.split))
@@ -208,7 +215,9 @@ class SequenceJob(Job):
                         sequence.ids, sequence.supervised, (item.path, item.counts), item.record
                     )
             text_bytes += compiled.text_bytes
-            if text_bytes >= self.shard_bytes:
+            # --sft_loss=split says the same many times.
+            written = sum(writer.num_tokens for writer in writers.values())
+            if max(text_bytes, _BYTES_A_TOKEN * written) >= self.shard_bytes:
                 is_last = False
                 break
         shards = {split: f"{split}-{name}.safetensors" for split in writers}
@@ -216,8 +225,13 @@ class SequenceJob(Job):
         for split, writer in writers.items():
             writer.close(Path(self.output_dir) / shards[split])
             totals = {key: value + writer.totals()[key] for key, value in totals.items()}
-        totals |= {"documents": documents, "text_characters": text_bytes, "dropped": dropped, "shortened": shortened}
+        totals |= {"documents": documents, "text_bytes": text_bytes, "dropped": dropped, "shortened": shortened}
         return PartRecord(shards, num_items, is_last, totals, bad.count, bad.examples, dropped_examples)
+
+    def _why_dropped(self, count: int) -> str:
+        if self.compiling.task == "dpo":
+            return "nothing is left of its answers that tells them apart"
+        return f"{count} samples of it have no answer left"
 
     def _header(self, tokenizer: Tokenizer, split: str) -> SequenceHeader:
         return SequenceHeader(
@@ -274,6 +288,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
         return output
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / ".turn").touch()
     except OSError as error:
         raise ValueError(
             f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
@@ -286,20 +301,29 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
             print(f"tokenizing {data_dir} ({size / 1e6:,.1f} MB) once, into {output}", file=sys.stderr, flush=True)
             job = SequenceJob(corpus, str(output), str(tokenizer_dir), valid_ratio, compiling=options)
             workers = 0 if size <= _SMALL_BYTES else os.cpu_count() or 1
-            print_skipped(process_corpus(job, workers))
+            try:
+                print_skipped(process_corpus(job, workers))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (for other limits, tokenize {data_dir} beforehand with `{PRETOKENIZE_SFT_COMMAND}`)"
+                ) from None
     return output
+
+
+def summary(manifest: dict) -> str:
+    """What became of the records, in a line."""
+    shards = manifest["shards"]
+    return (
+        f"{manifest['documents']:,} records -> {manifest['samples']:,} samples, {manifest['tokens']:,} tokens, "
+        f"{manifest['supervised_tokens'] / max(manifest['tokens'], 1):.0%} of them supervised, in "
+        f"{len(shards['train'])} train and {len(shards['valid'])} valid shards; {manifest['shortened']} samples "
+        f"shortened, {manifest['dropped']} dropped for want of an answer, {manifest['bad_records']} records skipped"
+    )
 
 
 def print_summary(manifest: dict, seconds: float) -> None:
     print_skipped(manifest)
-    shards = manifest["shards"]
-    print(
-        f"{manifest['documents']:,} records -> {manifest['samples']:,} samples, {manifest['tokens']:,} tokens, "
-        f"{manifest['supervised_tokens'] / max(manifest['tokens'], 1):.0%} of them supervised, in "
-        f"{len(shards['train'])} train and {len(shards['valid'])} valid shards; {manifest['shortened']} samples "
-        f"shortened, {manifest['dropped']} dropped for want of an answer, {manifest['bad_records']} records skipped; "
-        f"{seconds:.1f} s"
-    )
+    print(f"{summary(manifest)}; {seconds:.1f} s")
 
 
 def add_compiling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -335,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", required=True, help="where the shards go")
     add_compiling_arguments(parser)
     add_file_arguments(parser)
-    parser.add_argument("--valid_ratio", type=float, default=0.0, help="share of records held out (default: 0)")
+    parser.add_argument("--valid_ratio", type=float, default=0.0, help="share of records held out (default: 0; 1: all)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--shard_mb", type=float, default=64.0, help="MB of text in a shard (default: 64)")
     parser.add_argument("--max_bad_records", type=int, default=100, help="stop beyond so many (default: 100)")
@@ -344,8 +368,6 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> dict:
         options = options_from(args)
         options.check()
-        if not 0.0 <= args.valid_ratio < 1.0:
-            raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {args.valid_ratio}")
         if args.num_workers < 1 or not 0 < args.shard_mb * 1e6 < 2**31:
             raise ValueError("--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB")
         job = SequenceJob(

@@ -232,6 +232,12 @@ def place(path: str, counts: str, record: int) -> str:
     return {"": path, "byte": f"{path} at byte {record}"}.get(counts, f"{path} {counts} {record}")
 
 
+def holds_records(name: str) -> bool:
+    """Whether a file of this name is of a kind that holds records."""
+    kind, compressed = _kind(name)
+    return kind in JSON_SUFFIXES or kind in COLUMN_SEPARATORS or (kind == ".parquet" and not compressed)
+
+
 def list_inputs(corpus: Corpus) -> tuple[list[str], list[str]]:
     """Chosen files that can be read, and those of other kinds: sorted paths relative to the root.
 
@@ -251,10 +257,8 @@ def list_inputs(corpus: Corpus) -> tuple[list[str], list[str]]:
             ours = name == MANIFEST_NAME or Path(name).suffix in TOKEN_FILE_SUFFIXES or ".tmp-" in name
             if ours or name.startswith(".") or not corpus.chooses(relative) or not os.path.isfile(full):
                 continue
-            kind, compressed = _kind(name)
-            holds_text = kind in TEXT_SUFFIXES and corpus.fields is not None
-            readable = holds_text or kind in JSON_SUFFIXES or kind in COLUMN_SEPARATORS
-            if readable or (kind == ".parquet" and not compressed):
+            holds_text = _kind(name)[0] in TEXT_SUFFIXES and corpus.fields is not None
+            if holds_text or holds_records(name):
                 inputs.append(relative)
             else:
                 others.append(relative)

@@ -1,4 +1,4 @@
-"""Writing the `.bin` shards of a data directory, and the manifest that lists them."""
+"""Writing the shards of a data directory, and the manifest that lists them."""
 
 import fcntl
 import hashlib

@@ -262,7 +262,7 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
     """
     output = Path(job.output_dir)
     if not 0.0 <= job.valid_ratio <= 1.0:
-        raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {job.valid_ratio}")
+        raise ValueError(f"--valid_ratio must be at least 0 and at most 1, got {job.valid_ratio}")
     if not 1 <= job.shard_bytes < 2**63 or num_workers < 0:
         raise ValueError("--shard_mb and --num_workers must be positive")
     units, others = find_units(job.corpus, job.shard_bytes)

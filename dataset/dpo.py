@@ -34,6 +34,9 @@ class DPODataset:
         """Numbers of the sequences of a sample: the chosen and the rejected one."""
         return 2 * sample_id + np.arange(2)
 
+    def context_and_supervised_share(self) -> tuple[float, float]:
+        return self.sequences.context_and_supervised_share()
+
     def description(self) -> str:
         tokens = int(self.sequences.lengths.sum())
         return (

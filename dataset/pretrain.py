@@ -60,6 +60,10 @@ class PretrainDataset:
         """What a sample is, for people."""
         return f"{len(self):,} samples of {self.max_seq_len} tokens"
 
+    def context_and_supervised_share(self) -> tuple[float, float]:
+        """For FLOPs: the length that a token may attend to, document masks aside, and the share that get logits."""
+        return self.max_seq_len, 1.0
+
     def input_rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Input tokens of some samples, (B, T) int64."""
         return self.read_rows(sample_ids)[:, :-1]

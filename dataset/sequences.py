@@ -87,6 +87,10 @@ class SequenceWriter:
         self._records.append(record)
         self._files.append(self._sources.setdefault(source, len(self._sources)))
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
     def totals(self) -> dict[str, int]:
         return {
             "samples": len(self._records) // SEQUENCES_PER_SAMPLE[self.header.task],
@@ -177,17 +181,19 @@ class SequenceShard:
 
 
 def _map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Memory maps of a safetensors file, which its own library reads into memory."""
+    """Views of a memory map of a safetensors file, which its own library reads into memory."""
     with open(path, "rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(header_bytes))
-    arrays = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            dtype, begin = np.dtype(_DTYPES[entry["dtype"]]), 8 + header_bytes + entry["data_offsets"][0]
-            shape = tuple(entry["shape"])
-            arrays[name] = np.memmap(path, dtype, "r", begin, shape) if shape[0] else np.empty(shape, dtype)
-    return arrays
+    # One mapping, as each keeps a file open.
+    content = np.memmap(path, np.uint8, "r")
+    return {
+        name: np.frombuffer(
+            content, _DTYPES[entry["dtype"]], *entry["shape"], 8 + header_bytes + entry["data_offsets"][0]
+        )
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
 
 
 def read_manifest(data_dir: Path) -> dict:
@@ -256,6 +262,11 @@ class SequenceSet:
         """Compare all tokens with the shards' checksums; see SequenceShard.check_content."""
         for shard in self.shards:
             shard.check_content()
+
+    def context_and_supervised_share(self) -> tuple[float, float]:
+        """The length of the sequence that a position is in, on average, and the share of supervised positions."""
+        positions = (self.lengths - 1).astype(np.float64)
+        return float((positions**2).sum() / positions.sum()), self.supervised_tokens / float(positions.sum())
 
     @property
     def supervised_tokens(self) -> int:

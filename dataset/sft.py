@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataset.order import sample_at
 from dataset.packing import pack
 from dataset.pretrain import IGNORE_INDEX
 from dataset.sequences import SequenceSet
@@ -37,9 +38,11 @@ class SFTDataset:
         self.max_seq_len, self.packing, self.check = max_seq_len, packing, self.sequences.check
         self.valid_ratio = self.sequences.valid_ratio
         lengths = self.sequences.lengths - 1
-        self._rows = pack(lengths, max_seq_len) if packing else None
-        self.fingerprint = self.sequences.fingerprint
+        self._rows, self.fingerprint = None, self.sequences.fingerprint
         if packing:
+            rows = pack(lengths, max_seq_len)
+            # Else the first rows, all that --valid_iters may look at, would hold the longest sequences.
+            self._rows = [rows[index] for index in sample_at(0, np.arange(len(rows)), len(rows))]
             self.fingerprint = hashlib.sha256(f"packed {self.fingerprint}".encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -48,6 +51,9 @@ class SFTDataset:
     def members(self, sample_id: int) -> np.ndarray:
         """Numbers of the sequences of a sample."""
         return np.array([sample_id]) if self._rows is None else self._rows[sample_id]
+
+    def context_and_supervised_share(self) -> tuple[float, float]:
+        return self.sequences.context_and_supervised_share()
 
     def description(self) -> str:
         """What a sample is and how full, for people."""

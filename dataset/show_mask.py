@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from data_preprocess.mask_compiler import TrainingSample
 from data_preprocess.pretokenize_sft_data import Compiler, Options, add_compiling_arguments, options_from
-from data_preprocess.readers import BadRecord, Corpus, find_units, place, read_unit
+from data_preprocess.readers import BadRecord, Corpus, holds_records, place, plan_units, read_unit
 from dataset.format import MANIFEST_NAME, SPLITS
 from dataset.opening import open_dataset
 from dataset.order import sample_at
@@ -41,6 +42,8 @@ class Shown:
     title: str
     ids: list[int]
     supervised: list[bool]
+    parts: tuple[tuple[int, str], ...] = ()
+    """Of raw records: (first token, which message it belongs to), in their order."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,13 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
     Raises:
         ValueError: no such file, or not one of records.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is no file with records, nor a pretokenized directory")
+    if not path.is_file() or not holds_records(path.name):
+        raise ValueError(
+            f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
+        )
     compiler = Compiler(tokenizer, options)
-    corpus = Corpus(str(path.parent), None, include=(path.name,))
-    for unit in find_units(corpus, _UNIT_BYTES)[0]:
+    corpus = Corpus(str(path.parent), None)
+    for unit in plan_units(str(path.parent), [path.name], _UNIT_BYTES):
         for item in read_unit(corpus, unit):
             if isinstance(item, BadRecord):
                 yield Shown(f"{item}: skipped", [], [])
@@ -100,9 +105,17 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
                 for side, one in enumerate(sequences):
                     name = f"{where}, {_SIDES[side]}" if len(sequences) > 1 else where
                     cut = f", {one.left_out} left out" if one.left_out else ""
-                    yield Shown(name + cut, one.ids, one.supervised)
+                    yield Shown(name + cut, one.ids, one.supervised, _parts(one))
             if compiled.dropped:
                 yield Shown(f"{where}: {compiled.dropped} dropped, too long: no answer is left", [], [])
+
+
+def _parts(sample: TrainingSample) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (span.begin, f"message {span.message}, {sample.messages[span.message].role}'s "
+         + ("header" if span.is_header else "text"))
+        for span in sample.spans
+    )  # fmt: skip
 
 
 def sequences_of_directory(path: Path, split: str) -> Iterator[Shown]:
@@ -174,7 +187,7 @@ span {{ border-right: 1px solid var(--line); }}
 .learnt.control {{ color: var(--ink); }}
 </style></head><body>
 <h1>Which tokens are supervised: <span class="learnt">the green ones</span>.
-Control tokens are <span class="control">bold</span>; point at a token for its id.</h1>
+Control tokens are <span class="control">bold</span>; point at a token for its id and message.</h1>
 {body}
 </body></html>
 """
@@ -184,14 +197,16 @@ def as_page(samples: Iterable[Shown], tokenizer: Tokenizer) -> str:
     parts = []
     for shown in samples:
         parts.append(f"<h2>{html.escape(visible(_summary(shown)))}</h2>")
-        tokens, position = [], 0
+        tokens, position, parts_left, belongs_to = [], 0, list(shown.parts), ""
         for piece in pieces(tokenizer, shown.ids, shown.supervised):
+            while parts_left and parts_left[0][0] <= position:
+                belongs_to = f", {parts_left.pop(0)[1]}"
             classes = " ".join(
                 name for name, holds in (("learnt", piece.supervised), ("control", piece.is_control)) if holds
             )
             ids = ", ".join(map(str, piece.ids))
             text = html.escape(visible(piece.text)).replace("\n", "↵\n")
-            tokens.append(f'<span class="{classes}" title="token {position}, id {ids}">{text}</span>')
+            tokens.append(f'<span class="{classes}" title="token {position}, id {ids}{belongs_to}">{text}</span>')
             position += len(piece.ids)
         if tokens:
             parts.append(f"<pre>{''.join(tokens)}</pre>")
@@ -218,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         if is_run(path):
             run = read_run_data(path)
             path = run.dirs[args.split]
-        elif args.position is not None:
-            raise ValueError("--position is for a run")
+        if args.position is not None and (run is None or args.split != "train"):
+            raise ValueError("--position is for the train set of a run")
         if args.first < 0 or args.num < 1:
             raise ValueError("--first must not be negative, --num must be positive")
         is_directory = (path / MANIFEST_NAME).exists()

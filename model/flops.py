@@ -3,7 +3,8 @@
 Model FLOPs utilisation (MFU) is FLOPs a token x tokens a second / the devices' dense peak (Chowdhery et al., PaLM,
 2022). Two counts of the FLOPs a token:
 
-    strict   6 x parameters of the matmuls (the head, not the input embedding) + causal attention (half of full)
+    strict   6 x parameters of the matmuls (the head where it is computed, not the input embedding) + causal attention
+             (half of full)
     seed     6 x all parameters + full attention: the formula of llm-zero2all, so that its tables compare
 """
 
@@ -40,14 +41,21 @@ def _matmul_parameters(config: LlamaConfig) -> int:
     return config.num_hidden_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
 
 
-def _full_attention_flops(config: LlamaConfig, seq_len: int) -> float:
+def _full_attention_flops(config: LlamaConfig, seq_len: float) -> float:
     """Two matmuls (scores, values) of 2 T D FLOPs a head and token, times 3 for forward and backward."""
     return 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
 
 
-def flops_per_token_strict(config: LlamaConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs a token at context `seq_len`, by the strict formula."""
-    return 6.0 * _matmul_parameters(config) + _full_attention_flops(config, seq_len) / 2
+def flops_per_token_strict(config: LlamaConfig, seq_len: float, head_share: float = 1.0) -> float:
+    """Forward and backward FLOPs a token, by the strict formula.
+
+    Args:
+        seq_len: length of the sequence that a token is in, on average over the tokens.
+        head_share: share of the tokens that get logits.
+    """
+    head = config.vocab_size * config.hidden_size
+    parameters = _matmul_parameters(config) - (1.0 - head_share) * head
+    return 6.0 * parameters + _full_attention_flops(config, seq_len) / 2
 
 
 def flops_per_token_seed(config: LlamaConfig, seq_len: int, num_parameters: int) -> float:

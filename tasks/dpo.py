@@ -138,6 +138,8 @@ class DPOTask(LanguageModelTask):
         ]  # fmt: skip
         return losses.sum(), self.count(batch), dict(zip(self.metric_names, sums))
 
+    def units(self, count: float) -> int:
+        return int(count) // (2 if self.loss.kind == "kto_pair" else 1)
+
     def figures(self, loss_sum: float, count: float, sums: dict[str, float]) -> dict[str, float]:
-        pairs = count / 2 if self.loss.kind == "kto_pair" else count
-        return {"loss": loss_sum / count} | {name: value / pairs for name, value in sums.items()}
+        return {"loss": loss_sum / count} | {name: value / self.units(count) for name, value in sums.items()}

@@ -50,6 +50,10 @@ class LanguageModelTask:
         key = DropoutKey(self.dropout_seed, row_ids) if self._drops and self.model.training else None
         return self.model(batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key)
 
+    def units(self, count: float) -> int:
+        """How many of `count_name` a divisor of the loss stands for."""
+        return int(count)
+
     @staticmethod
     def figures(loss_sum: float, count: float, sums: dict[str, float]) -> dict[str, float]:
         """What is logged, from sums over all ranks."""

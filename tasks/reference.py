@@ -24,12 +24,14 @@ from torch import Tensor
 from dataset.dpo import DPODataset
 from model import LlamaConfig
 from tasks.dpo import DPOTask
+from utils.exits import StopRequested
 from utils.files import atomic_write, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_DIR = "reference"
 _BATCHES_A_BLOCK = 16
+"""Of each rank."""
 _PAIR_BYTES = 8
 _SECONDS_A_LINE = 30.0
 
@@ -49,6 +51,15 @@ class ReferenceCache:
         self._shape = (len(dataset), 2)
         self._places = [dataset.sequences.data_dir / REFERENCE_DIR / name, out_dir / REFERENCE_DIR / name]
         self._unfinished = (out_dir / REFERENCE_DIR / name).with_suffix(".part")
+
+    def read_on_main(self, is_main: bool, all_sum: Callable[[Tensor], Tensor]) -> np.ndarray | None:
+        """What `read` returns on rank 0, on every rank: nodes need not share a file system."""
+        found = self.read() if is_main else None
+        if not all_sum(torch.tensor([found is not None], dtype=torch.int64)).item():
+            return None
+        # The others bring zeros, so the sum is rank 0's.
+        values = torch.from_numpy(found.copy()) if is_main else torch.zeros(self._shape)
+        return all_sum(values).numpy()
 
     def read(self) -> np.ndarray | None:
         """float32 (pairs, 2), or None if there is no whole file."""
@@ -99,8 +110,10 @@ class ReferenceCache:
 def weights_fingerprint(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> str:
     """Names what a model of this configuration and dtype computes with the weights of a folder."""
     content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
-    # Nothing is dropped while the reference is computed.
-    shape = {name: value for name, value in asdict(config).items() if not name.endswith("_dropout")}
+    # Nothing is dropped while the reference is computed, and most models can do with any length.
+    without = {"hidden_dropout", "attention_dropout"}
+    without |= {"max_position_embeddings"} if config.rope_scaling == "none" else set()
+    shape = {name: value for name, value in asdict(config).items() if name not in without}
     return hashlib.sha256(json.dumps([content, shape, str(dtype)]).encode()).hexdigest()
 
 
@@ -114,15 +127,19 @@ def compute_reference(
     all_sum: Callable[[Tensor], Tensor],
     to_device: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     beat: Callable[[], None] = lambda: None,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
     """Compute what is missing, on all ranks together; returns float32 (pairs, 2) on each.
 
     Args:
         all_sum: sums a CPU tensor over the ranks, in place.
         beat: called once a batch.
+        stop_requested: whether this rank was asked to stop.
+    Raises:
+        StopRequested: a rank was; what is done so far is kept.
     """
     dataset, is_main = cache.dataset, rank == 0
-    block = _BATCHES_A_BLOCK * batch_size
+    block = _BATCHES_A_BLOCK * world_size * batch_size
     values = torch.zeros(len(dataset), 2, dtype=torch.float32)
     unfinished = cache.read_unfinished(block) if is_main else np.empty((0, 2), np.float32)
     values[: len(unfinished)] = torch.from_numpy(unfinished.copy())
@@ -143,6 +160,8 @@ def compute_reference(
         all_sum(values[begin:end])
         if is_main:
             cache.append(values[begin:end].numpy())
+        if all_sum(torch.tensor([stop_requested()], dtype=torch.int64)).item():
+            raise StopRequested
         if time.monotonic() - said > _SECONDS_A_LINE:
             said = time.monotonic()
             left = (said - started) / (end - first) * (len(dataset) - end)

@@ -7,7 +7,8 @@ Control tokens are placed by id, so no text can begin or end a message; each str
 itself. An answer is supervised together with the <|im_end|> after it, by which the model learns to stop; no header is.
 
 Tokenizers of other models keep their own layout, if it is one of these: ChatML, with a line end after the role and
-after the message; Llama 3, with its header tokens and an empty line.
+after the message; Llama 3, with a token that begins the conversation, its header tokens and an empty line. Texts are
+taken as they are; Llama 3's own template strips blanks from both ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ class _Layout:
     end: str
     after_message: str
     """Plain text."""
+    first: str = ""
+    """Control token that begins a conversation, if the tokenizer has it; "" for none."""
 
     @property
     def control_tokens(self) -> list[str]:
@@ -80,7 +83,7 @@ class _Layout:
 _LAYOUTS = (
     _Layout(MESSAGE_START, MESSAGE_SEPARATOR, "", MESSAGE_END, ""),
     _Layout(MESSAGE_START, "", "\n", MESSAGE_END, "\n"),
-    _Layout("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", ""),
+    _Layout("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", first="<|begin_of_text|>"),
 )
 
 
@@ -109,23 +112,41 @@ class ChatTemplate:
                 rest = encode(role + layout.after_role)
             self._headers[role] = [special[layout.start], *rest]
         self._after_message = encode(layout.after_message)
+        self._first = [special[layout.first]] if layout.first in special else []
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return frozenset([self.end_id, self._tokenizer.eod_id])
 
+    def encode(self, messages: Sequence[Message]) -> list[list[int]]:
+        """Tokens of each message's text."""
+        return self._tokenizer.encode_batch([message.text for message in messages], num_threads=1)
+
+    def sizes(self, messages: Sequence[Message], texts: Sequence[list[int]]) -> list[int]:
+        """Tokens that each message adds to a conversation; `size_of_none` are there without any."""
+        return [len(self._header(m.role, follows=True)) + len(text) + 1 for m, text in zip(messages, texts)]
+
+    @property
+    def size_of_none(self) -> int:
+        """What the sum of `sizes` is to be corrected by: the first message follows nothing."""
+        return len(self._first) - len(self._after_message)
+
     def render(
-        self, messages: Sequence[Message], is_supervised: Callable[[int], bool] = lambda number: True
+        self,
+        messages: Sequence[Message],
+        is_supervised: Callable[[int], bool] = lambda number: True,
+        texts: Sequence[list[int]] | None = None,
     ) -> Rendered:
         """Tokens of a conversation.
 
         Args:
             is_supervised: whether the answer that is the message of this number is to be learnt.
+            texts: the messages' texts, if they are encoded already.
         Raises:
             ValueError: an unknown role.
         """
-        texts = self._tokenizer.encode_batch([message.text for message in messages], num_threads=1)
+        texts = self.encode(messages) if texts is None else texts
         ids: list[int] = []
         supervised: list[bool] = []
         spans: list[Span] = []
@@ -146,4 +167,4 @@ class ChatTemplate:
     def _header(self, role: str, follows: bool) -> list[int]:
         if role not in self._headers:
             raise ValueError(f'unknown role "{role}": it is none of {", ".join(ROLES)}')
-        return (self._after_message if follows else []) + self._headers[role]
+        return (self._after_message if follows else self._first) + self._headers[role]

@@ -15,6 +15,10 @@ STOPPED = 75
 """Stopped on request, after saving."""
 
 
+class StopRequested(Exception):
+    """All ranks have agreed to stop before there was anything to save."""
+
+
 def write_exit_record(directory: Path, rank: int, code: int, reason: str, step: int | None) -> None:
     """Leave {rank, code, reason, step, time (seconds since 1970)} in `directory`/rank-N.json."""
     directory.mkdir(parents=True, exist_ok=True)

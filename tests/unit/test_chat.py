@@ -61,7 +61,7 @@ def test_oldest_exchanges_are_forgotten(tokenizer: Tokenizer):
         assert len(chat._template.prompt(chat.messages[:-1])) + 10 <= room
     assert "question 0" not in parrot.prompts[-1] and "question 4" in parrot.prompts[-1]
     before = list(chat.messages)
-    with pytest.raises(ValueError, match="the question has .* tokens"):
+    with pytest.raises(ValueError, match="the question with the system text has .* tokens"):
         next(chat.answer("x" * 2 * room))
     assert chat.messages == before
 

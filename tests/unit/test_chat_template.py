@@ -167,6 +167,18 @@ def test_llama_3s_layout():
     assert other.decode(learnt) == "of a text<|eot_id|>"
 
 
+def test_llama_3_begins_a_conversation():
+    """Once, in training and in a prompt."""
+    names = ["<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    other = with_control_tokens(new_tokenizer("hf_bbpe"), names)
+    template = ChatTemplate(other)
+    for ids in (template.render(CONVERSATION).ids, template.prompt(CONVERSATION[:2]), template.prompt([])):
+        text = other.decode(ids)
+        assert text.startswith("<|begin_of_text|><|start_header_id|>") and text.count("<|begin_of_text|>") == 1
+    rendered = template.render(CONVERSATION)
+    assert sum(template.sizes(CONVERSATION, template.encode(CONVERSATION))) + template.size_of_none == len(rendered.ids)
+
+
 def test_errors(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match='unknown role "narrator": it is none of system, user, assistant, tool'):
         ChatTemplate(tokenizer).render([Message("narrator", "x")])

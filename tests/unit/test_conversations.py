@@ -12,6 +12,16 @@ def talk(*turns: str) -> Conversation:
 
 
 CONVERSATIONS = {
+    "ShareGPT with a type of its own": (
+        {"type": "conversation", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]},
+        talk("user: Hi", "assistant: Yes"),
+    ),
+    "Parquet's union of two kinds of messages": (
+        {"messages": [{"from": None, "value": None, "role": "system", "content": None},
+                      {"from": None, "value": None, "role": "user", "content": "a"},
+                      {"from": "gpt", "value": "b", "role": None, "content": None}]},
+        talk("user: a", "assistant: b"),
+    ),
     "ShareGPT": (
         {"id": "x", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         talk("user: Hi", "assistant: Hello"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -9,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataset.dpo import DPODataset
 from dataset.sft import padded
 from model import Llama
 from model.config import LlamaConfig
 from model.loss import IGNORE_INDEX
 from tasks.dpo import DPOLoss, DPOLossType, DPOTask
+from tasks.reference import ReferenceCache, compute_reference
+from tests.unit.test_sequences import write_sequences
+from utils.exits import StopRequested
 
 KINDS = get_args(DPOLossType)
 
@@ -372,3 +377,49 @@ def test_dropout_belongs_to_the_row_not_the_micro_batch():
     assert (later != whole).all()
     model.eval()
     assert torch.equal(task.log_probs(make_batch(pairs))[0, :1], task.log_probs(make_batch(pairs))[0, 1:])
+
+
+def write_pairs_dataset(directory: Path) -> DPODataset:
+    """Thirty pairs of random tokens that the tiny model knows."""
+    rng = np.random.default_rng(0)
+    sequences = [(rng.integers(0, CONFIG.vocab_size, 6).tolist(), [0, 0, 0, 1, 1, 1]) for _ in range(60)]
+    write_sequences(directory, [sequences], "dpo", 8, CONFIG.vocab_size)
+    return DPODataset(directory, "train", 8)
+
+
+def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
+    """Nodes need not share a file system: what rank 0 finds is summed with the others' zeros."""
+    dataset = write_pairs_dataset(tmp_path)
+    cache = ReferenceCache(dataset, "train", "weights", tmp_path / "run")
+    values = np.linspace(-500, -1, 2 * len(dataset), dtype=np.float32).reshape(-1, 2)
+    elsewhere = ReferenceCache(dataset, "train", "other weights", tmp_path / "run")
+    cache.write(values)
+    tensors: list[list[torch.Tensor]] = [[], []]
+
+    def record(rank: int):
+        def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+            tensors[rank].append(tensor.clone())
+            # Rank 1 hears rank 0's flag and values, as the sum would bring them.
+            if rank == 1:
+                tensor += tensors[0][len(tensors[1]) - 1]
+            return tensor
+
+        return all_sum
+
+    assert (cache.read_on_main(True, record(0)) == values).all()
+    assert (elsewhere.read_on_main(False, record(1)) == values).all()
+    assert all((tensor == 0).all() for tensor in tensors[1])
+
+
+def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(tmp_path: Path):
+    dataset = write_pairs_dataset(tmp_path)
+    cache = ReferenceCache(dataset, "train", "weights", tmp_path / "run")
+    task = make_task()
+    arguments = (task, cache, 1, 0, 1, lambda tensor: tensor, lambda batch: batch)
+    with pytest.raises(StopRequested):
+        compute_reference(*arguments, stop_requested=lambda: True)
+    assert 0 < len(cache.read_unfinished(1)) < len(dataset) and cache.read() is None
+    resumed = compute_reference(*arguments)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    fresh = ReferenceCache(dataset, "train", "again", tmp_path / "run")
+    assert (compute_reference(task, fresh, *arguments[2:]) == resumed).all() and (resumed < 0).all()

@@ -23,7 +23,14 @@ import pyarrow.parquet
 import pytest
 
 from data_preprocess import pretokenize_sft_data
-from data_preprocess.pretokenize_sft_data import CACHE_DIR, Options, SequenceJob, check_options, tokenize_online
+from data_preprocess.pretokenize_sft_data import (
+    CACHE_DIR,
+    Compiler,
+    Options,
+    SequenceJob,
+    check_options,
+    tokenize_online,
+)
 from data_preprocess.readers import Corpus, place
 from data_preprocess.units import process_corpus
 from dataset.dpo import DPODataset
@@ -615,8 +622,9 @@ def test_stopping_in_the_middle_of_a_file_is_said_in_one_sentence(
         (["--max_seq_len=1"], "--max_seq_len must be at least 2, got 1"),
         (["--task=dpo", "--max_seq_len=8", "--max_prompt_len=8"], "--max_prompt_len must leave room for an answer: "),
         (["--task=dpo", "--max_prompt_len=-1"], "--max_prompt_len must leave room for an answer: "),
-        (["--valid_ratio=1"], "--valid_ratio must be at least 0 and below 1, got 1.0"),
-        (["--valid_ratio=-0.1"], "--valid_ratio must be at least 0 and below 1, got -0.1"),
+        (["--valid_ratio=1.1"], "--valid_ratio must be at least 0 and at most 1, got 1.1"),
+        (["--valid_ratio=-0.1"], "--valid_ratio must be at least 0 and at most 1, got -0.1"),
+        (["--user_name=x", "--assistant_name=x"], "--user_name and --assistant_name are both x"),
         (["--num_workers=0"], "--num_workers and --shard_mb must be positive"),
         (["--shard_mb=0"], "--num_workers and --shard_mb must be positive"),
         (["--shard_mb=3000"], "--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB"),
@@ -1151,3 +1159,53 @@ def test_the_manifest_adds_up(output: Path):
     assert manifest["supervised_tokens"] == sum(one.supervised_tokens for one in sets)
     # 141 lines, of the 150 with 9 that are empty, 50 of each other file, and 5.
     assert manifest["documents"] == 141 + 3 * 50 + 5 == manifest["samples"] + manifest["dropped"]
+
+
+def test_turns_of_one_conversation_stay_in_one_set(tmp_path: Path, tokenizer_dir: Path):
+    """Preferences for its first and for its second answer, by the question that began it."""
+    lines = []
+    for number in range(60):
+        first = {"role": "user", "content": f"question {number}"}
+        more = [first, {"role": "assistant", "content": "a"}, {"role": "user", "content": "and then?"}]
+        lines += [{"prompt": prompt, "chosen": f"c{number}", "rejected": "r"} for prompt in ([first], more)]
+    write_lines(tmp_path / "corpus" / "a.jsonl", lines)
+    flags = ["--task=dpo", "--valid_ratio=0.5"]
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, *flags) == 0
+    sets = {}
+    for split in ("train", "valid"):
+        sequences = SequenceSet(tmp_path / "out", split, "dpo", Options().max_seq_len)
+        tokenizer = load_tokenizer(tokenizer_dir)
+        texts = [tokenizer.decode(sequences.sequence(number)[0]) for number in range(0, len(sequences), 2)]
+        sets[split] = [text.partition("question ")[2].partition("<")[0] for text in texts]
+    assert not set(sets["train"]) & set(sets["valid"]) and len(sets["train"]) + len(sets["valid"]) == 120
+    assert all(sets[split].count(number) == 2 for split in sets for number in sets[split])
+
+
+def test_a_validation_set_by_itself(tmp_path: Path, tokenizer_dir: Path):
+    write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt("human: q", "gpt: a"), sharegpt("human: p", "gpt: b")])
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=1") == 0
+    assert len(SequenceSet(tmp_path / "out", "valid", "sft", Options().max_seq_len)) == 2
+
+
+def test_a_long_conversation_is_split_in_reasonable_time(tmp_path: Path, tokenizer_dir: Path):
+    """Each text is encoded once, whatever --sft_loss tries to drop."""
+    turns = [f"{who}: {number}" for number in range(300) for who in ("human", "gpt")]
+    write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt(*turns)])
+    compiler = Compiler(load_tokenizer(tokenizer_dir), Options(max_seq_len=64, sft_loss="split"))
+    encoded = []
+    original = compiler.tokenizer.encode_batch
+    compiler.tokenizer.encode_batch = lambda texts, num_threads=0: encoded.extend(texts) or original(texts, num_threads)
+    value = json.loads((tmp_path / "corpus" / "a.jsonl").read_text())
+    compiled = compiler.compile(compiler.parse(value))
+    assert len(encoded) == 600 and len(compiled.samples) == 300 and compiled.dropped == 0
+    assert all(len(sample.ids) <= 65 for (sample,) in compiled.samples)
+
+
+def test_a_shard_ends_by_what_is_written_too(tmp_path: Path, tokenizer_dir: Path):
+    """With --sft_loss=split a long conversation becomes many times its own text."""
+    turns = [f"{who}: {number}" for number in range(60) for who in ("human", "gpt")]
+    write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt(*turns), sharegpt(*turns[2:])])
+    flags = ["--sft_loss=split", "--shard_mb=0.01", "--max_seq_len=4000"]
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, *flags) == 0
+    manifest = json.loads((tmp_path / "out" / "pretokenize.json").read_text())
+    assert len(manifest["shards"]["train"]) == 2 and manifest["samples"] == 119

@@ -71,10 +71,14 @@ def test_page(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     page = tmp_path / "mask.html"
     shown(home, capsys, str(home / "talk" / "a.jsonl"), "--max_seq_len=60", "--html", str(page))
     text = page.read_text()
-    spans = re.findall(r'<span class="([a-z ]*)" title="token (\d+), id ([\d, ]+)">(.*?)</span>', text, re.S)
-    learnt = html.unescape("".join(content for classes, _, _, content in spans if "learnt" in classes))
+    spans = re.findall(
+        r'<span class="([a-z ]*)" title="token (\d+), id ([\d, ]+), (message [^"]*)">(.*?)</span>', text, re.S
+    )
+    learnt = html.unescape("".join(content for classes, *_, content in spans if "learnt" in classes))
     assert learnt.replace("↵", "") == "漢字 🧪\nb<|im_end|><b>&</b><|im_end|>"
-    control = [html.unescape(content) for classes, _, _, content in spans if "control" in classes]
+    control = [html.unescape(content) for classes, *_, content in spans if "control" in classes]
+    whose = {belongs for classes, _, _, belongs, _ in spans if "learnt" in classes}
+    assert whose == {"message 1, assistant's text"}
     assert len(control) == 12 and control.count("<|im_end|>") == 4
     assert "\x1b" not in text and "<b>" not in text
 
