@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to held-out questions.")
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--questions", required=True)
-    parser.add_argument("--count", type=int, default=20, help="questions to ask (default: 20)")
+    parser.add_argument("--count", type=int, default=16, help="questions to ask (default: 16)")
     parser.add_argument("--show", type=int, default=2, help="answers to print (default: 2)")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max_new_tokens", type=int, default=96)

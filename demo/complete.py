@@ -85,7 +85,7 @@ def main() -> int:
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--corpus_dir", required=True)
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--count", type=int, default=30, help="functions to complete (default: 30)")
+    parser.add_argument("--count", type=int, default=20, help="functions to complete (default: 20)")
     parser.add_argument("--show", type=int, default=3, help="completions to print (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--output", help="write the score to this JSON file")
