@@ -17,7 +17,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -262,8 +262,9 @@ class Trainer:
                 lambda: self.stop.requested,
             )  # fmt: skip
 
+    @cached_property
     def _first_model(self) -> Path:
-        """Folder of the model that the run began with."""
+        """Folder of the model that the run began with; found once, as its files are verified for that."""
         if self.resumed_from is None:
             return self.weights_from
         if not self.config.run.init_from:
@@ -274,17 +275,17 @@ class Trainer:
 
     def _fingerprint_of_first_model(self) -> str:
         return self.context.decide_on_main(
-            lambda: weights_fingerprint(self._first_model(), self.model_config, self.dtype)
+            lambda: weights_fingerprint(self._first_model, self.model_config, self.dtype)
         )
 
     def _load_reference_weights(self) -> None:
         """Of a resumed run: the log-probabilities are gone, and the model that it began with is needed again."""
         if self._fingerprint_of_first_model() != self.reference:
             raise ValueError(
-                f"the log-probabilities of the reference model are gone, and {self._first_model()} is not the model "
+                f"the log-probabilities of the reference model are gone, and {self._first_model} is not the model "
                 f"that the run began with: give that with --init_from"
             )
-        hf.load_weights(self.model, self._first_model())
+        hf.load_weights(self.model, self._first_model)
 
     def _build_parallel_and_optimizer(self) -> None:
         parallel, optimizer = self.config.parallel, self.config.optimizer
@@ -649,7 +650,7 @@ class Trainer:
         for index, batch in batches:
             self.heartbeat.beat("validate", self.progress.step)
             loss_sum, terms, sums = self.task(self._to_device(batch))
-            row = [loss_sum.item(), terms, *(sums[name].item() for name in names)]
+            row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
             table[index] = torch.tensor(row, dtype=torch.float64)
         self.model.train()
         loss_sum, terms, *sums = (math.fsum(column) for column in context.all_sum(table).T.tolist())

@@ -269,7 +269,7 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
     if others:
         suffixes = sorted({Path(path).suffix or "no suffix" for path in others})
         print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
-    tokenizer = load_tokenizer(job.tokenizer_dir)
+    tokenizer = _tokenizer(job.tokenizer_dir)
     with sole_writer(output):
         if num_workers:
             with _ctrl_c_when_asked() as raise_interrupt:

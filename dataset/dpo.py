@@ -46,10 +46,7 @@ class DPODataset:
 
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """Input tokens of some pairs: the chosen row's, then the rejected one's."""
-        return [
-            np.concatenate([self.sequences.sequence(2 * pair + side)[0][:-1] for side in (0, 1)])
-            for pair in sample_ids.tolist()
-        ]
+        return [self.sequences.inputs(self.members(pair)) for pair in sample_ids.tolist()]
 
     def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
         """A batch of the given pairs.
@@ -58,8 +55,7 @@ class DPODataset:
             input_ids, labels, positions (2 B, T), supervised (N,), lengths (2 B,) as SFTDataset.collate has them;
             sample_ids (B,) int64; if there is a reference, reference (B, 2) float32.
         """
-        numbers = (2 * sample_ids[:, None] + np.arange(2)).reshape(-1)
-        rows = [[self.sequences.sequence(number)] for number in numbers.tolist()]
+        rows = [[self.sequences.sequence(number)] for pair in sample_ids.tolist() for number in self.members(pair)]
         batch = padded(rows, self.max_seq_len, self.sequences.header.pad_id)
         del batch["document_ids"]
         batch["sample_ids"] = torch.from_numpy(sample_ids.copy())

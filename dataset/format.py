@@ -81,6 +81,30 @@ class BinHeader:
         return hashlib.sha256(self.pack()).hexdigest()
 
 
+def require_made_with(
+    what: object, command: str, tokenizers: tuple[str, str], valid_ratio: float, expected_ratio: float | None
+) -> None:
+    """Compare a pretokenized set with what goes with it.
+
+    Args:
+        what: names the set in the sentence.
+        command: makes it anew.
+        tokenizers: fingerprints of the one that made it, and of the one that it is used with.
+        expected_ratio: share of the documents held out that the user expects; None expects nothing.
+    Raises:
+        ValueError: the set was made by another tokenizer, or with another share held out.
+    """
+    if tokenizers[0] != tokenizers[1]:
+        raise ValueError(
+            f"{what} was tokenized with another tokenizer: give its --tokenizer_dir, or run `{command}` again"
+        )
+    if expected_ratio is not None and abs(expected_ratio - valid_ratio) > 1e-9:
+        raise ValueError(
+            f"--valid_ratio={expected_ratio} contradicts the data, which was pretokenized with {valid_ratio}: leave it "
+            f"out, or pretokenize again"
+        )
+
+
 def read_bin_header(path: Path) -> BinHeader:
     """Header of a `.bin` file, checked against the file's size.
 

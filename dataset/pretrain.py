@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataset.format import BUILD_INDEX_COMMAND, PRETOKENIZE_COMMAND, BinHeader, map_tokens, read_bin_header, read_index
+from dataset.format import (
+    BUILD_INDEX_COMMAND,
+    PRETOKENIZE_COMMAND,
+    BinHeader,
+    map_tokens,
+    read_bin_header,
+    read_index,
+    require_made_with,
+)
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
@@ -69,23 +77,9 @@ class PretrainDataset:
         return self.read_rows(sample_ids)[:, :-1]
 
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
-        """Compare the set with what goes with it.
-
-        Args:
-            valid_ratio: share of the documents held out that the user expects; None expects nothing.
-        Raises:
-            ValueError: the set was made by another tokenizer, or with another share held out.
-        """
-        if self.header.tokenizer_fingerprint != tokenizer_fingerprint:
-            raise ValueError(
-                f"the data was tokenized with another tokenizer: give its --tokenizer_dir, or run "
-                f"`{PRETOKENIZE_COMMAND}` again"
-            )
-        if valid_ratio is not None and abs(valid_ratio - self.header.valid_ratio) > 1e-9:
-            raise ValueError(
-                f"--valid_ratio={valid_ratio} contradicts the data, which was pretokenized with "
-                f"{self.header.valid_ratio}: leave it out, or pretokenize again"
-            )
+        """Compare the set with what goes with it, see require_made_with."""
+        tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)
+        require_made_with("the data", PRETOKENIZE_COMMAND, tokenizers, self.valid_ratio, valid_ratio)
 
     def read_rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Tokens of some samples with the next one each: (B,) ids -> (B, T + 1) int64."""

@@ -16,6 +16,7 @@ import hashlib
 import json
 import struct
 from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dataset.format import MANIFEST_NAME, token_dtype
+from dataset.format import MANIFEST_NAME, require_made_with, token_dtype
 from utils.files import atomic_write
 
 VERSION = 1
@@ -106,12 +107,9 @@ class SequenceWriter:
             "records": np.array(self._records, "<u8"),
             "files": np.array(self._files, "<u4"),
         }
-        digest = hashlib.sha256()
-        for values in arrays.values():
-            digest.update(values.tobytes())
         # A file's name may be no valid Unicode, which JSON can spell and safetensors' own strings cannot.
         sources = [list(source) for source in self._sources]
-        header = replace(self.header, sources=sources, content_sha256=digest.hexdigest())
+        header = replace(self.header, sources=sources, content_sha256=_sha256_of_arrays(arrays.values()))
         atomic_write(path, save(arrays, {_HEADER_KEY: json.dumps(asdict(header))}))
 
 
@@ -174,10 +172,15 @@ class SequenceShard:
 
     def content_is_whole(self) -> bool:
         """Whether the arrays match their checksum."""
-        digest = hashlib.sha256()
-        for values in (self.tokens, self.supervised, self.starts, self.records, self.files):
-            digest.update(values.tobytes())
-        return digest.hexdigest() == self.header.content_sha256
+        arrays = (self.tokens, self.supervised, self.starts, self.records, self.files)
+        return _sha256_of_arrays(arrays) == self.header.content_sha256
+
+
+def _sha256_of_arrays(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for values in arrays:
+        digest.update(values)
+    return digest.hexdigest()
 
 
 def _map_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -268,7 +271,7 @@ class SequenceSet:
         positions = (self.lengths - 1).astype(np.float64)
         return float((positions**2).sum() / positions.sum()), self.supervised_tokens / float(positions.sum())
 
-    @property
+    @cached_property
     def supervised_tokens(self) -> int:
         return sum(int(shard.supervised.sum()) for shard in self.shards)
 
@@ -281,20 +284,11 @@ class SequenceSet:
         shard, inside = self.locate(number)
         return shard.sequence(inside)
 
+    def inputs(self, numbers: Iterable[int]) -> np.ndarray:
+        """Input tokens of some sequences, one behind the other: all but the last of each."""
+        return np.concatenate([self.sequence(number)[0][:-1] for number in numbers])
+
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
-        """
-        Args:
-            valid_ratio: share of the records held out that the user expects; None expects nothing.
-        Raises:
-            ValueError: the set was made by another tokenizer, or with another share held out.
-        """
-        if self.header.tokenizer_fingerprint != tokenizer_fingerprint:
-            raise ValueError(
-                f"{self.data_dir} was tokenized with another tokenizer: give its --tokenizer_dir, or run "
-                f"`{PRETOKENIZE_SFT_COMMAND}` again"
-            )
-        if valid_ratio is not None and abs(valid_ratio - self.valid_ratio) > 1e-9:
-            raise ValueError(
-                f"--valid_ratio={valid_ratio} contradicts the data, which was pretokenized with {self.valid_ratio}: "
-                f"leave it out, or pretokenize again"
-            )
+        """Compare the set with what goes with it, see require_made_with."""
+        tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)
+        require_made_with(self.data_dir, PRETOKENIZE_SFT_COMMAND, tokenizers, self.valid_ratio, valid_ratio)

@@ -67,10 +67,7 @@ class SFTDataset:
 
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """Input tokens of some samples, of each as many as it has."""
-        return [
-            np.concatenate([self.sequences.sequence(number)[0][:-1] for number in self.members(sample_id)])
-            for sample_id in sample_ids.tolist()
-        ]
+        return [self.sequences.inputs(self.members(sample_id)) for sample_id in sample_ids.tolist()]
 
     def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
         """A batch of the given samples.

@@ -19,6 +19,7 @@ import torch
 
 from data_preprocess.shards import set_of
 from dataset.format import MANIFEST_NAME
+from demo.conversations import parses as is_python
 from generate import generate, load_model
 from optimizer import resolve_dtype
 
@@ -73,11 +74,7 @@ def function_source(header: Header, body: str) -> str:
 
 
 def parses(header: Header, body: str) -> bool:
-    try:
-        ast.parse(function_source(header, body))
-    except (SyntaxError, ValueError):
-        return False
-    return bool(body.strip())
+    return bool(body.strip()) and is_python(function_source(header, body))
 
 
 def main() -> int:

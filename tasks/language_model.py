@@ -35,14 +35,15 @@ class LanguageModelTask:
         """What a batch adds to the divisor of the loss: its supervised tokens. Known without a forward pass."""
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
-    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, Tensor]]:
-        """(sum of the supervised tokens' losses in float32, their count, sums of metric_names)."""
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+        """(sum of the supervised tokens' losses in float32, their count, sums of metric_names). On a GPU nothing waits
+        for the figures."""
         labels, hidden = select_supervised(batch, self.hidden(batch))
-        loss_sum = cross_entropy_sum(self.model.logits(hidden), labels)
+        loss_sum, is_supervised = cross_entropy_sum(self.model.logits(hidden), labels), labels != IGNORE_INDEX
         metrics = {}
         if not self.model.training:
-            metrics["text_bytes"] = self.byte_lengths[labels[labels != IGNORE_INDEX]].sum()
-        return loss_sum, self.count(batch), metrics
+            metrics["text_bytes"] = self.byte_lengths[labels[is_supervised]].sum()
+        return loss_sum, is_supervised.sum(), metrics
 
     def hidden(self, batch: dict[str, Tensor], row_ids: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, C). `row_ids`: of the batch's rows, if they are not the samples."""

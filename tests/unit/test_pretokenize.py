@@ -420,8 +420,15 @@ def started_command(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    try:
+    with ended(process):
         yield process
+
+
+@contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+    """Afterwards the process and all of its session are gone."""
+    try:
+        yield
     finally:
         for pid in living_processes(process.pid):
             with suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -36,7 +36,7 @@ from data_preprocess.units import process_corpus
 from dataset.dpo import DPODataset
 from dataset.sequences import SequenceSet, SequenceShard
 from dataset.sft import SFTDataset
-from tests.unit.test_pretokenize import last_line, living_processes, random_text, snapshot, temporary_files
+from tests.unit.test_pretokenize import ended, last_line, random_text, snapshot, temporary_files
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -729,13 +729,8 @@ def started_command(corpus: Path, output: Path, tokenizer_dir: Path) -> Iterator
         [sys.executable, "-m", "data_preprocess.pretokenize_sft_data", "--num_workers=2", *arguments],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    try:
+    with ended(process):
         yield process
-    finally:
-        for pid in living_processes(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")

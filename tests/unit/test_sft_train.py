@@ -31,6 +31,7 @@ from tasks.language_model import LanguageModelTask
 from tasks.reference import ReferenceCache
 from tests.conftest import TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
+from tests.unit.test_train import train_until
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.hf_bbpe import HFBBPETokenizer, train_hf_bbpe
 
@@ -176,20 +177,6 @@ def refusal(capsys: pytest.CaptureFixture, flags: list[str], *more: str) -> str:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("train_my_ddp: "), lines
     return lines[0]
-
-
-def train_until(step: int, event, flags: list[str], *more: str) -> int:
-    """Train, and call `event()` when `step` steps are logged."""
-    original = train_my_ddp.Trainer._log_step
-
-    def log_then_maybe_interrupt(self, *args) -> None:
-        original(self, *args)
-        if self.progress.step == step:
-            event()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_my_ddp.Trainer, "_log_step", log_then_maybe_interrupt)
-        return train(flags, *more)
 
 
 def sigterm() -> None:
