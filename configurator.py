@@ -49,6 +49,16 @@ class RunConfig:
     """Steps between log lines."""
     save_interval: int = 0
     """Steps between checkpoints; 0 saves at validations, on request and at the end only."""
+    save_interval_minutes: float = 0.0
+    """Minutes between checkpoints, beside those that save_interval asks for; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background; off: the training waits, and needs no memory for copies of its state."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: int = 2
+    """Checkpoints with the lowest validation loss that stay."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this stay for good; 0: none."""
     valid_only: bool = False
     """Validate the weights of --resume or --init_from, then stop."""
     sync_for_true_time: bool = False
@@ -101,6 +111,10 @@ class DataConfig:
     """DPO: which part of a prompt that is too long stays."""
     restart_data: bool = False
     """On --resume: accept other data, seed or max_seq_len, and start its stream anew."""
+    resume_at_sample: int = 0
+    """On --resume: leave out the samples before this position of the stream, which made the loss non-finite."""
+    verify_data: bool = False
+    """Compare the tokens with their checksums before the first step (SFT and DPO: always done)."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,8 @@ class OptimizerConfig:
     """Added to the root of the mean square."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    max_skipped_steps: int = 100
+    """Steps in a row with non-finite gradients, each skipped, after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +263,7 @@ class Derived:
 _GROUPS = get_type_hints(Config)
 _FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()}
 
-_PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data")
+_PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data", "resume_at_sample")
 """Say what this launch does, not what the run is: not saved."""
 
 _RENAMED = {
@@ -451,13 +467,14 @@ def _check(config: Config) -> None:
     """Refuse combinations that need no data to be seen as impossible."""
     flat = flatten(config)
     for name in ("max_seq_len", "train_batch_size", "gradient_accumulation_steps", "valid_batch_size", "log_interval",
-                 "dist_timeout"):  # fmt: skip
+                 "dist_timeout", "keep_last", "max_skipped_steps"):  # fmt: skip
         if flat[name] <= 0:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
-    for name in ("max_iters", "save_interval", "valid_interval", "valid_iters", "num_workers", "grad_clip",
+    for name in ("max_iters", "save_interval", "save_interval_minutes", "keep_best", "keep_every", "valid_interval",
+                 "valid_iters", "num_workers", "grad_clip",
                  "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed",
                  "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
-                 "powerSGD_log_interval"):  # fmt: skip
+                 "powerSGD_log_interval", "resume_at_sample"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
     for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
@@ -472,6 +489,8 @@ def _check(config: Config) -> None:
         raise ValueError("--data_dir is missing: give the directory of the pretokenized data")
     if not config.data.use_dataset_with_index:
         raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
+    if config.data.resume_at_sample and not config.run.resume:
+        raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
         raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
     _check_dpo(config)

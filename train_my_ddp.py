@@ -5,16 +5,18 @@
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
 Exit codes, also left in R/exit/rank-N.json because torchrun hides them: 0 finished; 2 the command or the data is wrong;
-75 stopped on request (SIGTERM, Ctrl-C) after saving; anything else is a crash.
+75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 """
 
 import logging
 import math
 import os
+import secrets
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +24,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
 
 from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_config, resolve, resolve_model, to_yaml
 from data_preprocess.pretokenize_sft_data import Options, check_options, summary, tokenize_online
@@ -46,7 +47,7 @@ from parallel import (
     sum_hook,
 )
 from parallel.buffer import Bucket
-from parallel.context import enable_determinism, exit_record_dir, launched_rank
+from parallel.context import enable_determinism, exit_record_dir, launch_token, launched_rank, launched_world_size
 from tasks.dpo import DPOLoss, DPOTask
 from tasks.language_model import LanguageModelTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
@@ -54,16 +55,14 @@ from tokenizer import load_tokenizer
 from utils import checkpoint as ckpt
 from utils import exits
 from utils.files import atomic_write
-from utils.heartbeat import Heartbeat
+from utils.heartbeat import Heartbeat, write_stacks_on_signal
 from utils.logging import add_log_file, clock, log_traceback, setup_console
 from utils.meter import StepMeter
 from utils.reslog import ResLog, count_launches
+from utils.saving import CheckpointSaver, CheckpointWriter, SaveOutcome
+from utils.stores import find_place
 
 logger = logging.getLogger("train")
-
-MAX_SKIPPED_STEPS = 100
-"""So many non-finite steps in a row end the run: it will not recover by itself."""
-
 
 @dataclass
 class Progress:
@@ -120,7 +119,10 @@ class Trainer:
         self.config, self.given, self.context, self.data_dirs = config, given, context, data_dirs
         self.out_dir = Path(config.run.out_dir)
         self.stop, self.progress, self.skipped_in_a_row = stop, Progress(), 0
+        # Position behind the samples of the step that is being done.
+        self.next_sample = 0
         self.lock: BinaryIO | None = None
+        self.saver: CheckpointSaver | None = None
         self.unlogged: Unlogged | None = None
         self.reference: str | None = None
         if config.system.num_threads:
@@ -142,27 +144,82 @@ class Trainer:
             context.rank, context.world_size, self.progress.samples_consumed, config.data.num_workers,
             pin_memory=context.device.type == "cuda",
         )  # fmt: skip
-        self.saved_step = self.progress.step if self.resumed_from else -1
+        # The position that a checkpoint holds is not the run's any more if samples were left out.
+        self.saved_step = self.progress.step if self.resumed_from and not self.left_out else -1
         self._start_records()
 
     def _open_out_dir(self) -> Path | None:
-        """Create the run directory, and find the checkpoint to resume from."""
+        """Create the run directory, on each file system that the nodes have, and find the checkpoint to resume from."""
         run, context = self.config.run, self.context
+        self.place = find_place(self.out_dir, context.rank, context.world_size, context.gather)
+        self.ckpt_dir, self.left_out = self.out_dir / "ckpt", None
 
-        def decide() -> str | None:
-            chosen, remarks = ckpt.open_run(self.out_dir, run.resume, run.resume_from)
-            self.lock = ckpt.lock_run(self.out_dir)
-            for remark in remarks:
-                logger.warning(remark)
-            return str(chosen) if chosen else None
+        def open_store() -> None:
+            if self.place.is_first_of_store:
+                ckpt.prepare_run(self.out_dir)
+                self.lock = ckpt.lock_run(self.out_dir)
+                ckpt.delete_leftovers(self.ckpt_dir)
+                (self.out_dir / ckpt.STOP_FILE).unlink(missing_ok=True)
 
-        chosen = context.decide_on_main(decide)
-        if not all(context.gather((self.out_dir / ckpt.RUN_MARK).exists())):
-            raise ValueError(f"--out_dir {self.out_dir} must lie on a file system that all ranks share")
+        context.gather_from(open_store)
         add_log_file(self.out_dir / "train.log", context.rank)
-        self.heartbeat = Heartbeat(self.out_dir / "heartbeat", context.rank)
+        heartbeats = self.out_dir / "heartbeat"
+        self.heartbeat = Heartbeat(heartbeats, context.rank, context.world_size, launch_token())
+        write_stacks_on_signal(heartbeats, context.rank)
         self.heartbeat.beat("start", 0)
-        return Path(chosen) if chosen else None
+        self.chosen, remarks = ckpt.open_run(self.out_dir, run.resume, run.resume_from, self.place, context.gather)
+        for remark in remarks if context.is_main else ():
+            logger.warning(remark)
+        self.saver = CheckpointSaver(
+            self.ckpt_dir, self.place, context.decide_on_main(lambda: secrets.token_hex(4)), context.device,
+            ckpt.Retention(run.keep_last, run.keep_best, run.keep_every), run.async_save, context.gather,
+        )  # fmt: skip
+        self.last_save = time.monotonic()
+        if self.chosen is None:
+            return None
+        return self._bring_model()
+
+    def _bring_model(self) -> Path:
+        """Folder of the checkpoint to resume from; on a node that has none, all but the state of the ranks is brought
+        from another."""
+        if self.place.shared_by_all:
+            return self.ckpt_dir / self.chosen.name
+        names = self._files_of_checkpoint()
+        has = self.place.store[0] in self.chosen.holders
+        self._bring(set() if has else {name for name in names if not ckpt.is_state_of_ranks(name)})
+        return self._checkpoint_dirs()[0]
+
+    def _checkpoint_dirs(self) -> list[Path]:
+        """Where files of the checkpoint to resume from lie on this node: its own, and those brought from others."""
+        fetched = self.ckpt_dir / f".fetched-{self.chosen.name}"
+        has = self.place.store[0] in self.chosen.holders
+        return [self.ckpt_dir / self.chosen.name, fetched] if has else [fetched]
+
+    def _files_of_checkpoint(self) -> dict[str, int]:
+        """Name -> rank that can read it, of all files of the checkpoint that is resumed from. Collective."""
+        own = self.ckpt_dir / self.chosen.name
+        listing = [path.name for path in own.iterdir()] if self.context.rank in self.chosen.holders else []
+        found: dict[str, int] = {}
+        for rank, names in enumerate(self.context.gather(listing)):
+            for name in names:
+                found.setdefault(name, rank)
+        return found
+
+    def _bring(self, wanted: set[str]) -> None:
+        """Copy files of the checkpoint from other nodes, to where all ranks of this one can read them. Collective."""
+        context, directories = self.context, self._checkpoint_dirs()
+        sources = self._files_of_checkpoint()
+        lacking = sorted(name for name in wanted if not any((d / name).exists() for d in directories))
+        by_rank, targets = context.gather(lacking), context.gather(self.place.store[0])
+        asked = sorted({(name, targets[rank]) for rank, names in enumerate(by_rank) for name in names})
+        for name, target in asked:
+            if context.rank == target:
+                directories[-1].mkdir(exist_ok=True)
+            at = directories[0] if context.rank == sources[name] else directories[-1]
+            context.send_file(at / name, sources[name], target)
+        if asked and context.is_main:
+            logger.info("brought %d files of %s to nodes that lacked them", len(asked), self.chosen.name)
+        context.barrier()
 
     def _open_data(self) -> None:
         """Open both sets and the tokenizer, and check that they belong together, on all ranks."""
@@ -182,12 +239,18 @@ class Trainer:
         if task != "pretrain":
             # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
             for dataset in filter(None, (self.train_data, self.valid_data)):
-                self.context.decide_on_main(dataset.sequences.check_content)
+                self._once_a_store(dataset.sequences.check_content)
+        elif self.config.data.verify_data:
+            for dataset in filter(None, (self.train_data, self.valid_data)):
+                self._once_a_store(dataset.check_content)
         sets = [dataset.fingerprint for dataset in (self.train_data, self.valid_data) if dataset is not None]
         self.context.require_same(
             [*sets, self.tokenizer.fingerprint],
             "the ranks see different data or tokenizers: copy the same to all nodes",
         )
+
+    def _once_a_store(self, check: Callable[[], object]) -> None:
+        self.context.gather_from(lambda: check() if self.place.is_first_of_store else None)
 
     def _build_model(self) -> None:
         config, device = self.config, self.context.device
@@ -360,27 +423,56 @@ class Trainer:
                 f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
                 f"restore them, or add --restart_data to begin a new pass over the data"
             )
-        ckpt.load_flat_state(path, self.optimizer.named_state())
+        directories = self._bring_state_of_ranks(path)
+        ckpt.load_flat_state(directories, self.optimizer.named_state())
         self.optimizer.weights_from_main()
         if self.zero1 is not None:
             self.zero1.gather_all()
         self.optimizer.load_scalar_state(state["optimizer"])
-        self._load_hook_state(path, state["step"])
+        self._load_hook_state(directories, state["step"])
         samples = 0 if changed else state["samples_consumed"]
+        if config.data.resume_at_sample > samples:
+            self.left_out = [samples, config.data.resume_at_sample - 1]
+            samples = config.data.resume_at_sample
         self.progress = Progress(state["step"], samples, state["tokens"])
+        self.context.barrier()
+        if self.place.is_first_of_store:
+            ckpt.delete_leftovers(self.ckpt_dir)
 
-    def _load_hook_state(self, path: Path, step: int) -> None:
-        """Take up the residuals of PowerSGD: each rank those of its own number, and of every world_size-th after."""
-        files = ckpt.hook_state_files(path)
+    def _bring_state_of_ranks(self, path: Path) -> list[Path]:
+        """Folders in which this rank finds the optimizer state and the comm hook's memory that it takes up."""
+        if self.place.shared_by_all:
+            return [path]
+        files, wanted = self._files_of_checkpoint(), set(self._hook_files())
+        try:
+            ckpt.load_flat_state(self._checkpoint_dirs(), self.optimizer.named_state(), look_only=True)
+        except ValueError:
+            wanted |= {name for name in files if name.startswith("optim-")}
+        self._bring(wanted)
+        return self._checkpoint_dirs()
+
+    def _hook_files(self) -> list[str]:
+        """Of the saved memories of comm hooks, those that this rank takes up: of its own number, and of every
+        world_size-th after. Collective."""
+        names = sorted(filter(ckpt.is_hook_state, self._files_of_checkpoint()), key=ckpt.hook_state_rank)
+        context = self.context
+        return [name for name in names if ckpt.hook_state_rank(name) % context.world_size == context.rank] or names[:1]
+
+    def _load_hook_state(self, directories: list[Path], step: int) -> None:
+        """Take up what PowerSGD remembered; a rank that had no number then only the Q that all shared."""
+        names = self._hook_files()
         if self.powersgd is None:
-            if files:
-                logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", path.name)
+            if names:
+                logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", self.chosen.name)
             return
         self.powersgd.iteration = step
-        if files:
-            self.powersgd.take_q(ckpt.read_tensors(files[0]))
-        for file in files[self.context.rank :: self.context.world_size]:
-            dropped = self.powersgd.add_residuals(ckpt.read_tensors(file))
+        for index, name in enumerate(names):
+            saved = ckpt.read_tensors(next(d / name for d in directories if (d / name).exists()))
+            if index == 0:
+                self.powersgd.take_q(saved)
+            if ckpt.hook_state_rank(name) % self.context.world_size != self.context.rank:
+                continue
+            dropped = self.powersgd.add_residuals(saved)
             if dropped:
                 logger.warning("residuals are dropped, as these are not compressed any more: %s", ", ".join(dropped))
 
@@ -403,9 +495,9 @@ class Trainer:
         self.reslog = ResLog(self.out_dir / "reslog.jsonl") if context.is_main else None
         for line in self._description():
             logger.info(line)
-        if not context.is_main or config.run.valid_only:
+        if not self.place.is_first_of_store or config.run.valid_only:
             return
-        for path in ckpt.abandon_later(self.out_dir / "ckpt", progress.step):
+        for path in ckpt.abandon_later(self.ckpt_dir, progress.step):
             logger.info("set aside %s: the run goes on from step %d", path.name, progress.step)
         exits.clear_gone_ranks(self.out_dir / "exit", context.world_size)
         changed = changes_since(config, self.out_dir / CONFIG_NAME) if self.resumed_from else {}
@@ -419,12 +511,15 @@ class Trainer:
             | self.model_config.__dict__
         )
         atomic_write(self.out_dir / CONFIG_NAME, to_yaml(config, derived).encode())
+        if self.reslog is None:
+            return
         self.reslog.write(
             "start",
             attempt=count_launches(self.out_dir / "reslog.jsonl") + 1,
             step=progress.step,
             samples_consumed=progress.samples_consumed,
-            parent_ckpt=str(self.resumed_from.name) if self.resumed_from else None,
+            parent_ckpt=self.chosen.name if self.chosen else None,
+            left_out=self.left_out,
             world_size=context.world_size,
             dtype=dtype,
             **self._stream(),
@@ -517,14 +612,22 @@ class Trainer:
             logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
         self.model.train()
         self.meter = StepMeter(progress.samples_consumed)
+        if self.left_out:
+            logger.info("left out the samples at positions %d to %d, as asked", *self.left_out)
+            self._save(valid_loss=None)
+        elif progress.step < self.derived.max_iters:
+            self.saver.reserve(self._add_share)
         phase = "compile" if self.config.system.compile else "step"
         while progress.step < self.derived.max_iters:
             self.heartbeat.beat(phase, progress.step)
             phase = "step"
             if not self._step():
                 self._log_step()
+                self._settle_save()
                 if self.saved_step != progress.step:
-                    self._save(valid_loss=None)
+                    self._save(valid_loss=None, must=True)
+                if self.place.is_first_of_store:
+                    (self.out_dir / ckpt.STOP_FILE).unlink(missing_ok=True)
                 logger.info("stopped on request after step %d; go on with --resume", progress.step)
                 self._end_records("stopped on request")
                 return exits.STOPPED
@@ -532,9 +635,9 @@ class Trainer:
             valid_loss = None
             if self.valid_data is not None and (finished or _is_due(progress.step, data.valid_interval)):
                 valid_loss = self.validate()
-            if finished or valid_loss is not None or _is_due(progress.step, run.save_interval):
+            if finished or valid_loss is not None or self.save_due or _is_due(progress.step, run.save_interval):
                 self._log_step()
-                self._save(valid_loss)
+                self._save(valid_loss, must=finished)
         self._end_records("finished")
         return exits.OK
 
@@ -554,11 +657,19 @@ class Trainer:
         digest = sum(batch_digest(batch) for batch in batches.micro_batches)
         count = sum(self.task.count(batch) for batch in batches.micro_batches)
         tokens = sum(num_tokens(batch) for batch in batches.micro_batches)
-        agreed = torch.tensor([count, tokens, self.stop.requested, digest & 0xFFFFFFFF, digest >> 32])
-        count, tokens, stop, digest_low, digest_high = context.all_sum(agreed).tolist()
+        agreed = torch.tensor(
+            [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self._stop_asked(), self._save_asked(),
+             *self.saver.signs()]
+        )  # fmt: skip
+        count, tokens, digest_low, digest_high, stop, save, failed, done = context.all_sum(agreed).tolist()
+        if failed or done == context.world_size:
+            self._report_save(self.saver.conclude())
         if stop:
             return False
 
+        self.save_due, self.next_sample = bool(save), batches.last + 1
+        if self.powersgd is not None or self.config.parallel.overlap_optim_step:
+            self.saver.before_update()
         learning_rate = self.learning_rate()
         if self.config.parallel.overlap_optim_step:
             self.optimizer.begin_overlapped_step(learning_rate)
@@ -579,6 +690,7 @@ class Trainer:
             for name, value in sums.items():
                 metrics[name] += value
         self.ddp.finish_grad_sync()
+        self.saver.before_update()
         result = self._finish_step(learning_rate)
         if result.skipped:
             self._on_skipped_step(result.grad_norm)
@@ -597,6 +709,15 @@ class Trainer:
         if _is_due(progress.step, self.config.run.log_interval):
             self._log_step()
         return True
+
+    def _stop_asked(self) -> bool:
+        """By a signal to this rank, or a file in the run directory."""
+        return self.stop.requested or (self.place.is_first_of_store and (self.out_dir / ckpt.STOP_FILE).exists())
+
+    def _save_asked(self) -> bool:
+        """By the first rank's clock."""
+        minutes = self.config.run.save_interval_minutes
+        return self.context.is_main and minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
     def _finish_step(self, learning_rate: float) -> StepResult:
         """Gradients are summed (with overlap_optim_step: and stepped with): the rest of the step."""
@@ -629,8 +750,8 @@ class Trainer:
         if self.config.parallel.check_for_nan_in_grad and not fp16:
             names = self.ddp.nonfinite_parameters or ["none on this rank"]
             raise FloatingPointError(f"non-finite gradients at step {self.progress.step + 1} in: {', '.join(names)}")
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(f"gradients were not finite for {MAX_SKIPPED_STEPS} steps in a row")
+        if self.skipped_in_a_row >= self.config.optimizer.max_skipped_steps:
+            raise FloatingPointError(f"gradients were not finite for {self.skipped_in_a_row} steps in a row")
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
@@ -706,42 +827,70 @@ class Trainer:
                 mean_relative_error=sum(errors.values()) / len(errors), relative_error=errors,
             )  # fmt: skip
 
-    def _save(self, valid_loss: float | None) -> None:
-        """Write a checkpoint of the present state; all ranks take part, each with its share of the optimizer state.
+    def _save(self, valid_loss: float | None, must: bool = False) -> None:
+        """Save the present state in the background; all ranks take part, each with its share of the optimizer state.
 
-        Raises:
-            OSError: a rank could not write its part (a full disk); raised on all ranks, and what was there stays.
+        Args:
+            must: wait for it, and fail with it; see _settle_save.
         """
-        context, progress = self.context, self.progress
+        self.heartbeat.beat("save", self.progress.step)
+        self._settle_save()
         started = time.perf_counter()
-        self.heartbeat.beat("save", progress.step)
         if self.zero1 is not None:
             self.zero1.wait()
-        writer = ckpt.CheckpointWriter(self.out_dir / "ckpt", progress.step, context.rank, context.world_size)
-        # A rank that fails must not leave the others waiting for its part.
-        failures = (OSError, SafetensorError)
-        context.all_or_none(writer.prepare, failures)
-        context.all_or_none(lambda: self._write_share(writer), failures)
-        if context.is_main:
-            path = writer.commit(valid_loss)
-            ckpt.prune(self.out_dir / "ckpt")
-            seconds = time.perf_counter() - started
-            self.reslog.write("save", step=progress.step, path=path.name, dt=round(seconds, 3))
-            logger.info("saved %s in %.2f s", path, seconds)
-        context.barrier()
-        self.saved_step = progress.step
+        writer = self.saver.begin(self.progress.step)
+        self._add_share(writer)
+        self.saver.start(writer, valid_loss)
         self.meter.leave_out(time.perf_counter() - started)
+        self.last_save = time.monotonic()
+        if must or not self.saver.background:
+            self._settle_save(must)
 
-    def _write_share(self, writer: ckpt.CheckpointWriter) -> None:
-        writer.write_flat_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+    def _settle_save(self, must: bool = False) -> None:
+        """Wait until the save in flight, if there is one, is whole on all ranks or has failed.
+
+        Raises:
+            OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
+        """
+        started = time.perf_counter()
+        outcome = self.saver.settle()
+        self.meter.leave_out(time.perf_counter() - started)
+        if outcome is not None:
+            self._report_save(outcome)
+            if must and outcome.problem is not None:
+                raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
+
+    def _report_save(self, outcome: SaveOutcome) -> None:
+        """All ranks agree on what became of a save. A full disk does not end the run: earlier checkpoints are whole."""
+        if outcome.problem is None:
+            self.saved_step = outcome.step
+        if not self.context.is_main:
+            return
+        if outcome.problem is not None:
+            logger.warning(
+                "the checkpoint of step %d could not be written, the run goes on: %s", outcome.step, outcome.problem
+            )
+            self.reslog.write("save_failed", step=outcome.step, problem=outcome.problem)
+            return
+        self.reslog.write(
+            "save", step=outcome.step, path=outcome.name, dt=round(outcome.seconds, 3),
+            held_up=round(outcome.held_up, 4),
+        )  # fmt: skip
+        logger.info(
+            "saved %s in %.2f s (training waited %.3f s)",
+            self.ckpt_dir / outcome.name, outcome.seconds, outcome.held_up,
+        )  # fmt: skip
+
+    def _add_share(self, writer: CheckpointWriter) -> None:
+        """What this rank writes of a checkpoint."""
+        writer.add_flat_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
         if self.powersgd is not None:
-            writer.write_hook_state(self.powersgd.state_tensors())
-        if self.context.is_main:
-            writer.write_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
-            writer.write_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
-            writer.write_folder(self.tokenizer.save_pretrained)
-            writer.write_json(ckpt.TRAINER_STATE, self._trainer_state())
-        writer.finish()
+            writer.add_hook_state(self.powersgd.state_tensors())
+        if self.place.is_first_of_store:
+            writer.add_tensors("model.safetensors", hf.named_weights(self.model), {"format": "pt"})
+            writer.add_json("config.json", hf.to_hf_config(self.model_config, self.dtype, self.tokenizer.eod_id))
+            writer.add_folder(self.tokenizer.save_pretrained)
+            writer.add_json(ckpt.TRAINER_STATE, self._trainer_state())
 
     def _trainer_state(self) -> dict:
         return {
@@ -763,7 +912,9 @@ class Trainer:
         self.release()
 
     def release(self) -> None:
-        """Let another process have the run directory."""
+        """Let a save in flight finish, and another process have the run directory."""
+        if self.saver is not None:
+            self.saver.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -830,10 +981,13 @@ def main(argv: list[str]) -> int:
     setup_console(rank)
     exit_dir, trainer = exit_record_dir(), None
 
-    def leave(code: int, reason: str) -> int:
+    def leave(code: int, reason: str, **more: object) -> int:
         if exit_dir is not None:
+            step = trainer.progress.step if trainer else None
             try:
-                exits.write_exit_record(exit_dir, rank, code, reason, trainer.progress.step if trainer else None)
+                exits.write_exit_record(
+                    exit_dir, rank, code, reason, step, world_size=launched_world_size(), launch=launch_token(), **more
+                )
             except OSError as error:
                 # The reason was just logged, and there is nowhere to write it.
                 logger.debug("no exit record: %s", error)
@@ -870,7 +1024,10 @@ def main(argv: list[str]) -> int:
         return leave(code, "finished" if code == exits.OK else "stopped on request")
     except (Exception, KeyboardInterrupt) as error:
         logger.error("crashed:\n%s", traceback.format_exc())
-        leave(exits.CRASH, f"{type(error).__name__}: {error}")
+        # With the position to go on from behind what made the loss non-finite, for the monitor.
+        non_finite = isinstance(error, FloatingPointError) and trainer is not None
+        more = {"non_finite_until": trainer.next_sample} if non_finite else {}
+        leave(exits.CRASH, f"{type(error).__name__}: {error}", **more)
         if trainer is not None:
             trainer.release()
         raise

@@ -45,6 +45,8 @@ class Audit:
     segments: list[str] = field(default_factory=list)
     """A line for each stream (seed and data) that the run used."""
     world_sizes: list[int] = field(default_factory=list)
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    """First and last position of each stretch that a launch was asked to leave out (--resume_at_sample)."""
     findings: list[str] = field(default_factory=list)
 
 
@@ -82,6 +84,9 @@ class _Walk:
             )
         # Another stream, which --restart_data allows, is taken from its beginning.
         due = self._next if same_stream else 0
+        if start.get("left_out") and start["left_out"][0] == due:
+            due = start["left_out"][1] + 1
+            self.audit.left_out.append(tuple(start["left_out"]))
         if start["samples_consumed"] != due:
             self._find(
                 f"launch {start['attempt']} begins at position {start['samples_consumed']} of the stream, where {due} "
@@ -183,14 +188,16 @@ def report(run_dir: Path, audit: Audit, seconds: float) -> Iterator[str]:
     sizes = ", ".join(map(str, audit.world_sizes))
     yield f"{audit.steps} steps, {audit.samples:,} samples, {launches} launches (processes: {sizes})"
     yield from audit.segments
+    yield from (f"left out on request: positions {first} to {last}" for first, last in audit.left_out)
     if audit.findings:
         yield from (f"WRONG {finding}" for finding in audit.findings[:_MOST_FINDINGS])
         if len(audit.findings) > _MOST_FINDINGS:
             yield f"and {len(audit.findings) - _MOST_FINDINGS} more"
     else:
+        other = "other " if audit.left_out else ""
         yield (
-            f"every position was taken once, in order, and the digests of all {audit.records} records agree with the "
-            f"files ({seconds:.1f} s)"
+            f"every {other}position was taken once, in order, and the digests of all {audit.records} records agree "
+            f"with the files ({seconds:.1f} s)"
         )
 
 

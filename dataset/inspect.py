@@ -15,10 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from dataset.format import (
-    BIN_HEADER_BYTES,
     BUILD_INDEX_COMMAND,
     MANIFEST_NAME,
-    PRETOKENIZE_COMMAND,
     SPLITS,
     DocumentTable,
     index_path,
@@ -30,7 +28,6 @@ from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
-from utils.files import sha256_of_file
 
 _BAR_WIDTH = 40
 
@@ -75,9 +72,7 @@ class Inspection:
         Raises:
             ValueError: tokens are not those that were written.
         """
-        for name, header in zip(self.index.file_names, self.dataset.headers):
-            if sha256_of_file(self._data_dir / name, BIN_HEADER_BYTES) != header.content_sha256:
-                raise ValueError(f"{self._data_dir / name} is damaged: delete it and run `{PRETOKENIZE_COMMAND}` again")
+        self.dataset.check_content()
         yield f"{self.split}: the tokens of all {len(self.dataset.headers)} shards are those that were written"
 
     def statistics(self) -> Iterator[str]:

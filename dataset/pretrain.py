@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dataset.format import (
+    BIN_HEADER_BYTES,
     BUILD_INDEX_COMMAND,
     PRETOKENIZE_COMMAND,
     BinHeader,
@@ -17,6 +18,7 @@ from dataset.format import (
     read_index,
     require_made_with,
 )
+from utils.files import sha256_of_file
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
@@ -40,6 +42,7 @@ class PretrainDataset:
         index = read_index(data_dir, split, max_seq_len)
         self.rows, self.max_seq_len, self.fingerprint = index.rows, max_seq_len, index.fingerprint
         self.document_mask = document_mask
+        self._paths = [data_dir / name for name in index.file_names]
         self._tokens: list[np.ndarray] = []
         self.headers: list[BinHeader] = []
         for name, fingerprint in zip(index.file_names, index.file_fingerprints):
@@ -80,6 +83,16 @@ class PretrainDataset:
         """Compare the set with what goes with it, see require_made_with."""
         tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)
         require_made_with("the data", PRETOKENIZE_COMMAND, tokenizers, self.valid_ratio, valid_ratio)
+
+    def check_content(self) -> None:
+        """Read all tokens.
+
+        Raises:
+            ValueError: they are not those that were written.
+        """
+        for path, header in zip(self._paths, self.headers):
+            if sha256_of_file(path, BIN_HEADER_BYTES) != header.content_sha256:
+                raise ValueError(f"{path} is damaged: delete it and run `{PRETOKENIZE_COMMAND}` again")
 
     def read_rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """Tokens of some samples with the next one each: (B,) ids -> (B, T + 1) int64."""

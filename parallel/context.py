@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PIECE_BYTES = 1 << 24
+
 
 @dataclass(frozen=True)
 class DistContext:
@@ -54,38 +56,49 @@ class DistContext:
         dist.all_gather(gathered, padded, group=self.control_group)
         return [json.loads(g[: int(size)].numpy().tobytes()) for g, size in zip(gathered, sizes)]
 
+    def gather_from(self, work: Callable[[], object]) -> list:
+        """Let every rank do its work; every rank returns all results, or raises the first ValueError of them."""
+        answer = {}
+        try:
+            answer = {"result": work()}
+        except ValueError as error:
+            answer = {"problem": str(error)}
+        answers = self.gather(answer)
+        for answer in answers:
+            if "problem" in answer:
+                raise ValueError(answer["problem"])
+        return [answer["result"] for answer in answers]
+
     def decide_on_main(self, decide: Callable[[], object]) -> object:
         """Run `decide` on rank 0 alone; every rank returns its result, or raises its ValueError."""
-        answer = {}
-        if self.is_main:
-            try:
-                answer = {"result": decide()}
-            except ValueError as error:
-                answer = {"problem": str(error)}
-        answer = self.gather(answer)[0]
-        if "problem" in answer:
-            raise ValueError(answer["problem"])
-        return answer["result"]
-
-    def all_or_none(self, work: Callable[[], object], failures: tuple[type[Exception], ...]) -> None:
-        """Let every rank do its work, and wait for all; what one rank fails with, all raise.
-
-        Raises:
-            OSError: a rank's work raised one of `failures`; names the rank.
-        """
-        problem = None
-        try:
-            work()
-        except failures as error:
-            problem = f"rank {self.rank}: {error}"
-        problems = [p for p in self.gather(problem) if p is not None]
-        if problems:
-            raise OSError("; ".join(problems))
+        return self.gather_from(lambda: decide() if self.is_main else None)[0]
 
     def require_same(self, value: object, message: str) -> None:
         """Raise ValueError(message) on every rank unless all ranks hold the same value."""
         if any(other != value for other in self.gather(value)):
             raise ValueError(message)
+
+    def send_file(self, path: Path, source: int, target: int) -> None:
+        """Copy a file from one rank to another; the others do nothing. Main thread only.
+
+        Args:
+            path: on the source the file, on the target where it shall be.
+        """
+        if self.rank == source:
+            with open(path, "rb") as file:
+                dist.send(torch.tensor([os.fstat(file.fileno()).st_size]), target, group=self.control_group)
+                while piece := file.read(_PIECE_BYTES):
+                    dist.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), target, group=self.control_group)
+        elif self.rank == target:
+            left = torch.zeros(1, dtype=torch.int64)
+            dist.recv(left, source, group=self.control_group)
+            left = int(left)
+            with open(path, "wb") as file:
+                while left:
+                    piece = torch.empty(min(left, _PIECE_BYTES), dtype=torch.uint8)
+                    dist.recv(piece, source, group=self.control_group)
+                    file.write(piece.numpy())
+                    left -= len(piece)
 
     def barrier(self) -> None:
         if self.control_group is not None:
@@ -95,6 +108,16 @@ class DistContext:
 def launched_rank() -> int:
     """The rank that torchrun gave to this process, 0 without it; known before any group exists."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The number of ranks that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_token() -> str:
+    """What the monitor calls this launch on this node; empty without it."""
+    return os.environ.get("ZERO2ALL_LAUNCH", "")
 
 
 def exit_record_dir() -> Path | None:
@@ -113,7 +136,7 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     Raises:
         ValueError: CUDA was asked for and is missing, or there are more local processes than GPUs under NCCL.
     """
-    rank, world_size = launched_rank(), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = launched_rank(), launched_world_size()
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,17 +1,22 @@
 """Checkpoints: directories `ckpt/step-N/` that are whole or not there. Sees named tensors only.
 
-    .tmp-step-N/          while it is written
+    python -m utils.checkpoint ls RUN        what there is
+    python -m utils.checkpoint verify RUN    read every file and compare its checksum
+    python -m utils.checkpoint prune RUN     delete all but those to keep
+
+    .tmp-step-N-ID/       while it is written (utils/saving.py)
       rank-R.done.json    each rank's record of its files: sizes and sha256
-    step-N/               after rank 0 checked the records, wrote the manifest and renamed
+    step-N/               after the store's first rank checked the records, wrote the manifest and renamed
       model.safetensors, config.json, tokenizer ...   a Hugging Face folder
       optim-R.safetensors     flat float32 pieces, keyed "parameter name@offset/state"
       comm_hook-R.safetensors what rank R's comm hook remembers, if it does
       trainer_state.json      where the run stands
       manifest.json           every file's size and sha256, written last
 
-Nothing here issues collectives. Ranks meet through files in a common directory.
+What it takes to resume where nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
 """
 
+import argparse
 import fcntl
 import json
 import logging
@@ -19,17 +24,19 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from utils.files import atomic_write_json, fsync_dir, sha256_of_file
+from utils.files import sha256_of_file
+from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -39,114 +46,38 @@ RUN_MARK = ".zero2all-run"
 _STEP_DIR = re.compile(r"step-(\d+)")
 
 
+STOP_FILE = "stop"
+"""A file of this name in a run directory asks the run to save and stop."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint, not yet verified."""
 
     path: Path
-    step: int
-    valid_loss: float | None
+    part: Part
+    saved_at: float = 0.0
+    """Seconds since 1970; 0 if unknown."""
+
+    @property
+    def step(self) -> int:
+        return self.part.step
+
+    @property
+    def valid_loss(self) -> float | None:
+        return self.part.valid_loss
 
 
-class CheckpointWriter:
-    """One rank's part in writing `ckpt/step-N`.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay."""
 
-    Every rank: `prepare` (all ranks wait for rank 0's), write files, `finish`; then rank 0 calls `commit`.
-    """
-
-    def __init__(self, ckpt_dir: Path, step: int, rank: int, world_size: int):
-        self.step, self.rank, self.world_size = step, rank, world_size
-        self.directory = ckpt_dir / f".tmp-step-{step}"
-        self._final = ckpt_dir / f"step-{step}"
-        self._files: list[str] = []
-
-    def prepare(self) -> None:
-        """Rank 0: make an empty directory, whatever a killed save left there."""
-        if self.rank == 0:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.directory.mkdir(parents=True)
-
-    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.directory / name, metadata)
-        # safetensors keeps its files to the owner; the rest of the folder is for everybody to read.
-        os.chmod(self.directory / name, 0o644)
-        self._files.append(name)
-
-    def write_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]], sharded: bool) -> None:
-        """Write this rank's pieces of the optimizer state.
-
-        Args:
-            state: (parameter name, offset, state name -> flat tensor).
-            sharded: the ranks hold different pieces, so each writes all of its own; False: all hold the same list, and
-                each writes the pieces that begin in its even part of it.
-        """
-        state = list(state)
-        if sharded:
-            own = {flat_key(name, offset, key): t for name, offset, tensors in state for key, t in tensors.items()}
-            self.write_tensors(f"optim-{self.rank}.safetensors", own)
-            return
-        sizes = [len(next(iter(tensors.values()))) for _, _, tensors in state]
-        total, seen, mine = sum(sizes), 0, {}
-        for (name, offset, tensors), size in zip(state, sizes):
-            if seen * self.world_size // total == self.rank:
-                mine |= {flat_key(name, offset, key): tensor for key, tensor in tensors.items()}
-            seen += size
-        self.write_tensors(f"optim-{self.rank}.safetensors", mine)
-
-    def write_hook_state(self, tensors: dict[str, Tensor]) -> None:
-        """Write what this rank's comm hook remembers."""
-        self.write_tensors(f"comm_hook-{self.rank}.safetensors", tensors)
-
-    def write_json(self, name: str, value: object) -> None:
-        atomic_write_json(self.directory / name, value)
-        self._files.append(name)
-
-    def write_folder(self, write: Callable[[Path], None]) -> None:
-        """Let `write` put files of its own into the directory (a tokenizer saving itself)."""
-        # By way of a folder of this rank's own: the other ranks' files come and go in the common one.
-        scratch = self.directory / f".scratch-{self.rank}"
-        scratch.mkdir()
-        write(scratch)
-        for path in sorted(scratch.iterdir()):
-            os.replace(path, self.directory / path.name)
-            self._files.append(path.name)
-        scratch.rmdir()
-
-    def finish(self) -> None:
-        """Flush this rank's files and record them."""
-        record = {}
-        for name in self._files:
-            path = self.directory / name
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            record[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
-        atomic_write_json(self.directory / f"rank-{self.rank}.done.json", record)
-
-    def commit(self, valid_loss: float | None, timeout_s: float = 600.0) -> Path:
-        """Rank 0: wait for all ranks' records, write the manifest, rename.
-
-        Args:
-            valid_loss: of these weights, if it was measured.
-            timeout_s: how long to wait for the other ranks.
-        Raises:
-            TimeoutError: a rank did not finish in time.
-        """
-        deadline = time.monotonic() + timeout_s
-        files: dict[str, dict] = {}
-        for rank in range(self.world_size):
-            path = self.directory / f"rank-{rank}.done.json"
-            while not path.exists():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"rank {rank} did not write its part of {self.directory} in {timeout_s:.0f} s")
-                time.sleep(0.01)
-            files |= json.loads(path.read_text())
-            path.unlink()
-        atomic_write_json(self.directory / MANIFEST, {"step": self.step, "valid_loss": valid_loss, "files": files})
-        if self._final.exists():
-            os.replace(self._final, self._final.with_name(f".old-{self._final.name}"))
-        os.replace(self.directory, self._final)
-        fsync_dir(self._final.parent)
-        return self._final
+    keep_last: int = 2
+    """The newest ones."""
+    keep_best: int = 2
+    """Those with the lowest validation loss."""
+    keep_every: int = 0
+    """Those of steps that are a multiple of this; 0: none."""
 
 
 def find_problem(path: Path, weights_only: bool = False) -> str | None:
@@ -163,7 +94,7 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
     for name, (expected_size, expected_sha256) in files.items():
-        if weights_only and name.startswith(("optim-", "comm_hook-")):
+        if weights_only and is_state_of_ranks(name):
             continue
         file = path / name
         if not file.exists():
@@ -182,38 +113,100 @@ def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
     for path in ckpt_dir.glob("step-*") if ckpt_dir.is_dir() else ():
         match = _STEP_DIR.fullmatch(path.name)
         if match and path.is_dir():
-            try:
-                valid_loss = json.loads((path / MANIFEST).read_text())["valid_loss"]
-            except (OSError, ValueError, KeyError, TypeError):
-                valid_loss = None
-            found.append(Checkpoint(path, int(match[1]), valid_loss))
+            found.append(_read_checkpoint(path, int(match[1])))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def _by_valid_loss(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    """Those with a finite validation loss, the lowest first."""
-    scored = [c for c in checkpoints if c.valid_loss is not None and math.isfinite(c.valid_loss)]
-    return sorted(scored, key=lambda c: c.valid_loss)
+def _read_checkpoint(path: Path, step: int) -> Checkpoint:
+    """What its manifest says; of one that cannot be read, the step alone."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        part = Part(
+            step, manifest["valid_loss"], manifest["save_id"], manifest["world_size"], tuple(manifest["ranks"]),
+            manifest["sharded"],
+        )  # fmt: skip
+        return Checkpoint(path, part, manifest["saved_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False))
+
+
+def _is_score(valid_loss: float | None) -> bool:
+    return valid_loss is not None and math.isfinite(valid_loss)
 
 
 def choose_checkpoint(
     ckpt_dir: Path, which: str = "last", weights_only: bool = False
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The best valid checkpoint to resume from, and a sentence about each broken one that was passed over.
+    """The best valid checkpoint of one store, and a sentence about each broken one that was passed over.
 
     Args:
         which: "last" (greatest step) or "best" (lowest recorded validation loss).
     """
-    candidates = list_checkpoints(ckpt_dir)[::-1]
-    if which == "best":
-        candidates = _by_valid_loss(candidates)
+    checkpoints = {c.part.save_id: c for c in list_checkpoints(ckpt_dir)}
     complaints = []
-    for candidate in candidates:
+    for part in _in_order([c.part for c in checkpoints.values()], which):
+        candidate = checkpoints[part.save_id]
         problem = find_problem(candidate.path, weights_only)
         if problem is None:
             return candidate, complaints
         complaints.append(f"checkpoint {candidate.path} is broken and skipped: {problem}")
     return None, complaints
+
+
+def _in_order(parts: Iterable[Part], which: str) -> list[Part]:
+    """Those that may be resumed from, the one to try first in front."""
+    if which == "best":
+        return sorted((p for p in parts if _is_score(p.valid_loss)), key=lambda p: (p.valid_loss, -p.step))
+    return sorted(parts, key=lambda p: -p.step)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint to resume from, on all stores together."""
+
+    step: int
+    holders: tuple[int, ...]
+    """First ranks of the stores that hold a valid part of it."""
+
+    @property
+    def name(self) -> str:
+        return f"step-{self.step}"
+
+
+def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather) -> tuple[Chosen | None, list[str]]:
+    """The checkpoint from which all ranks can resume, and a sentence about each that was passed over. Collective.
+
+    A checkpoint counts where the parts that its stores hold, and whose checksums are right, are the whole.
+
+    Raises:
+        ValueError: there are checkpoints, but none to resume from.
+    """
+    own = {c.part.save_id: c for c in list_checkpoints(ckpt_dir)} if place.is_first_of_store else {}
+    stores = [[Part(**{**part, "ranks": tuple(part["ranks"])}) for part in parts]
+              for parts in gather([asdict(c.part) for c in own.values()])]  # fmt: skip
+    saves = {part.save_id: part for parts in stores for part in parts}
+    complaints = []
+    for save in _in_order(saves.values(), which):
+        parts = {rank: part for rank, found in enumerate(stores) for part in found if part.save_id == save.save_id}
+        own_problem = find_problem(own[save.save_id].path) if save.save_id in own else None
+        for rank, problem in enumerate(gather(own_problem)):
+            if problem is not None:
+                del parts[rank]
+                complaints.append(f"checkpoint {ckpt_dir / f'step-{save.step}'} is broken and skipped: {problem}"
+                                  + ("" if place.shared_by_all else f" (on the node of rank {rank})"))  # fmt: skip
+        missing = missing_ranks(parts.values())
+        if not missing:
+            return Chosen(save.step, tuple(parts)), complaints
+        if not place.shared_by_all:
+            complaints.append(
+                f"checkpoint step-{save.step} is skipped: no node holds the optimizer state of ranks "
+                f"{', '.join(map(str, missing))}"
+            )
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
+    if saves:
+        raise ValueError(f"no checkpoint in {ckpt_dir} has a validation loss: use --resume_from=last")
+    return None, []
 
 
 def lock_run(out_dir: Path) -> BinaryIO:
@@ -231,36 +224,45 @@ def lock_run(out_dir: Path) -> BinaryIO:
     return file
 
 
-def open_run(out_dir: Path, resume: bool, which: str) -> tuple[Path | None, list[str]]:
-    """Create or reopen a run directory; one process does this for all.
+_NOT_OF_A_RUN_YET = ("exit", "monitor", SEEN_MARK)
+"""How names begin that a refused launch, the monitor, or ranks that look for each other leave in a directory."""
 
-    Returns:
-        the checkpoint to resume from (None: start fresh), and remarks for the user.
+
+def prepare_run(out_dir: Path) -> None:
+    """Create or reopen a run directory; one process of each store does this.
+
     Raises:
-        ValueError: it cannot be written; it holds checkpoints and `resume` is off; none of them is whole.
+        ValueError: it cannot be written, or holds something else.
     """
-    ckpt_dir = out_dir / "ckpt"
     if out_dir.is_dir() and not (out_dir / RUN_MARK).exists():
-        # A refused launch may have left its exit records, nothing else.
-        if any(path.name != "exit" for path in out_dir.iterdir()):
+        if not all(path.name.startswith(_NOT_OF_A_RUN_YET) for path in out_dir.iterdir()):
             raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
     try:
-        ckpt_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "ckpt").mkdir(parents=True, exist_ok=True)
         (out_dir / RUN_MARK).write_text("")
     except OSError as error:
         raise ValueError(f"--out_dir {out_dir} cannot be written: {error.strerror}") from None
+
+
+def open_run(
+    out_dir: Path, resume: bool, which: str, place: Place, gather: Gather
+) -> tuple[Chosen | None, list[str]]:
+    """Find the checkpoint to resume from, in a run directory that is prepared and locked. Collective.
+
+    Returns:
+        the checkpoint (None: start fresh), and remarks for the user.
+    Raises:
+        ValueError: it holds checkpoints and `resume` is off; none of them is whole. On all ranks.
+    """
+    ckpt_dir = out_dir / "ckpt"
     if not resume:
-        if list_checkpoints(ckpt_dir):
+        if any(gather(bool(list_checkpoints(ckpt_dir)))):
             raise ValueError(f"{out_dir} already holds a run: add --resume to go on, or choose another --out_dir")
         return None, []
-    chosen, complaints = choose_checkpoint(ckpt_dir, which)
-    if chosen is not None:
-        return chosen.path, complaints
-    if complaints:
-        raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
-    if list_checkpoints(ckpt_dir):
-        raise ValueError(f"no checkpoint of {out_dir} has a validation loss: use --resume_from=last")
-    return None, [f"no checkpoint in {out_dir}: starting fresh"]
+    chosen, remarks = agree_on_checkpoint(ckpt_dir, which, place, gather)
+    if chosen is None:
+        remarks = [f"no checkpoint in {out_dir}: starting fresh"]
+    return chosen, remarks
 
 
 def resolve_checkpoint_dir(path: Path) -> Path:
@@ -300,24 +302,46 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
     return renamed
 
 
-def prune(ckpt_dir: Path, keep_last: int = 2, keep_best: int = 2) -> None:
-    """Delete all but the newest and the best checkpoints, and what killed saves left."""
-    checkpoints = list_checkpoints(ckpt_dir)
-    kept = {c.path for c in [*checkpoints[-keep_last:], *_by_valid_loss(checkpoints)[:keep_best]]}
-    doomed = [c.path for c in checkpoints if c.path not in kept]
-    for path in [*doomed, *ckpt_dir.glob(".tmp-step-*"), *ckpt_dir.glob(".old-*")]:
+def doomed_by(retention: Retention, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those of `checkpoints` (by rising step) that need not stay."""
+    best = sorted((c for c in checkpoints if _is_score(c.valid_loss)), key=lambda c: (c.valid_loss, -c.step))
+    kept = {c.path for c in [*checkpoints[len(checkpoints) - retention.keep_last :], *best[: retention.keep_best]]}
+    if retention.keep_every:
+        kept |= {c.path for c in checkpoints if c.step % retention.keep_every == 0}
+    return [c for c in checkpoints if c.path not in kept]
+
+
+def prune(ckpt_dir: Path, retention: Retention) -> None:
+    """Delete the checkpoints that need not stay, and those that others took the place of."""
+    for checkpoint in doomed_by(retention, list_checkpoints(ckpt_dir)):
         # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.
-        if path.name.startswith("step-"):
-            hidden = path.with_name(f".old-{path.name}")
-            os.replace(path, hidden)
-            path = hidden
-        shutil.rmtree(path, ignore_errors=True)
+        os.replace(checkpoint.path, checkpoint.path.with_name(f".old-{checkpoint.path.name}"))
+    _delete(ckpt_dir, ".old-*")
 
 
-def hook_state_files(directory: Path) -> list[Path]:
-    """What each rank's comm hook remembered, by rank; empty if there is none."""
-    files = directory.glob("comm_hook-*.safetensors")
-    return sorted(files, key=lambda path: int(path.stem.removeprefix("comm_hook-")))
+def delete_leftovers(ckpt_dir: Path) -> None:
+    """Delete what killed saves, deletions and launches left; nobody may be writing here."""
+    _delete(ckpt_dir, ".old-*", ".tmp-step-*", ".fetched-*")
+
+
+def _delete(directory: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_state_of_ranks(name: str) -> bool:
+    """Whether a checkpoint's file is one of those that each rank writes for itself."""
+    return name.startswith(("optim-", "comm_hook-"))
+
+
+def is_hook_state(name: str) -> bool:
+    return name.startswith("comm_hook-")
+
+
+def hook_state_rank(name: str) -> int:
+    """Whose memory a `comm_hook-R.safetensors` is."""
+    return int(name.removeprefix("comm_hook-").removesuffix(".safetensors"))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -335,18 +359,23 @@ def flat_key(name: str, offset: int, state: str) -> str:
     return f"{name}@{offset}/{state}"
 
 
-def load_flat_state(directory: Path, wanted: Iterable[tuple[str, int, dict[str, Tensor]]]) -> None:
+FlatState = Iterable[tuple[str, int, dict[str, Tensor]]]
+"""(parameter name, offset of the tensors in the parameter, state name -> 1-D tensor)."""
+
+
+def load_flat_state(directories: Sequence[Path], wanted: FlatState, look_only: bool = False) -> None:
     """Fill flat tensors from all `optim-*.safetensors` of a checkpoint, however those were cut.
 
     Args:
-        wanted: (parameter name, offset of the tensors in the parameter, state -> 1-D tensor to fill).
+        directories: where its files lie.
+        look_only: fill nothing, only see that all is there.
     Raises:
         ValueError: some elements are in no file, or a file cannot be read.
     """
     pieces: dict[tuple[str, str], list[tuple[int, int, str, Path]]] = {}
     handles = {}
     try:
-        for file in sorted(directory.glob("optim-*.safetensors")):
+        for file in sorted(file for directory in directories for file in directory.glob("optim-*.safetensors")):
             handles[file] = safe_open(file, framework="pt")
             for key in handles[file].keys():
                 name, _, rest = key.rpartition("@")
@@ -354,14 +383,105 @@ def load_flat_state(directory: Path, wanted: Iterable[tuple[str, int, dict[str, 
                 length = handles[file].get_slice(key).get_shape()[0]
                 pieces.setdefault((name, state), []).append((int(offset), int(offset) + length, key, file))
     except SafetensorError as error:
-        raise ValueError(f"the optimizer state in {directory} cannot be read: {error}") from None
+        raise ValueError(f"the optimizer state in {directories[0]} cannot be read: {error}") from None
     for name, offset, states in wanted:
         for state, target in states.items():
             filled = 0
             for start, end, key, file in pieces.get((name, state), ()):
                 first, last = max(start, offset), min(end, offset + len(target))
                 if first < last:
-                    target[first - offset : last - offset] = handles[file].get_slice(key)[first - start : last - start]
+                    if not look_only:
+                        piece = handles[file].get_slice(key)[first - start : last - start]
+                        target[first - offset : last - offset] = piece
                     filled += last - first
             if filled != len(target):
-                raise ValueError(f"{directory} holds {filled} of {len(target)} elements of {name} ({state})")
+                raise ValueError(f"{directories[0]} holds {filled} of {len(target)} elements of {name} ({state})")
+
+
+def _age(seconds: float) -> str:
+    """5 s, 3 min, 2.5 h or 4.0 days."""
+    for unit, length in (("days", 86400), ("h", 3600)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{max(seconds, 0):.0f} s"
+
+
+def _line(checkpoint: Checkpoint) -> str:
+    size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
+    loss = f"{checkpoint.valid_loss:.4f}" if checkpoint.valid_loss is not None else "-"
+    age = f"{_age(time.time() - checkpoint.saved_at)} ago" if checkpoint.saved_at else "-"
+    part = checkpoint.part
+    ranks = f"{len(part.ranks)} of {part.world_size} ranks" if len(part.ranks) < part.world_size else (
+        f"{part.world_size} rank{'s' if part.world_size > 1 else ''}")  # fmt: skip
+    return f"{checkpoint.path.name:<14} {size / 1e6:>10,.1f} MB  valid loss {loss:>8}  {age:>12}  {ranks}"
+
+
+def _list_command(checkpoints: list[Checkpoint]) -> int:
+    for checkpoint in checkpoints:
+        print(_line(checkpoint))
+    return 0
+
+
+def _verify_command(checkpoints: list[Checkpoint]) -> int:
+    broken = 0
+    for checkpoint in checkpoints:
+        problem = find_problem(checkpoint.path)
+        broken += problem is not None
+        print(f"{_line(checkpoint)}  {'ok' if problem is None else f'BROKEN: {problem}'}", flush=True)
+    return 1 if broken else 0
+
+
+def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retention, dry_run: bool) -> int:
+    doomed = doomed_by(retention, checkpoints)
+    for checkpoint in doomed:
+        print(f"{'would delete' if dry_run else 'deleting'} {_line(checkpoint)}")
+    if not dry_run:
+        lock = lock_run(run)
+        prune(run / "ckpt", retention)
+        delete_leftovers(run / "ckpt")
+        lock.close()
+    print(f"{len(checkpoints) - len(doomed)} of {len(checkpoints)} checkpoints stay")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.checkpoint", description="Look after the checkpoints of a run."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = Retention()
+    for name, text in (
+        ("ls", "list them"),
+        ("verify", "compare every file with its checksum; exit code 1 if one is broken"),
+        ("prune", "delete all but those to keep"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("run", help="run directory (--out_dir of the training)")
+        if name == "prune":
+            command.add_argument("--keep_last", type=int, default=defaults.keep_last, help="newest ones to keep")
+            command.add_argument("--keep_best", type=int, default=defaults.keep_best,
+                                 help="ones with the lowest validation loss to keep")  # fmt: skip
+            command.add_argument("--keep_every", type=int, default=defaults.keep_every,
+                                 help="keep those of steps that are a multiple of this")  # fmt: skip
+            command.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
+    args = parser.parse_args(argv)
+    run = Path(args.run)
+    checkpoints = list_checkpoints(run / "ckpt")
+    try:
+        if not (run / "ckpt").is_dir():
+            raise ValueError(f"{run} is no run directory: it has no ckpt folder")
+        if args.command == "prune":
+            if min(args.keep_last, args.keep_best, args.keep_every) < 0 or not args.keep_last:
+                raise ValueError("--keep_last must be at least 1, the others at least 0")
+            retention = Retention(args.keep_last, args.keep_best, args.keep_every)
+            return _prune_command(run, checkpoints, retention, args.dry_run)
+        if not checkpoints:
+            raise ValueError(f"{run} holds no checkpoint yet")
+        return (_list_command if args.command == "ls" else _verify_command)(checkpoints)
+    except (ValueError, OSError) as error:
+        print(f"checkpoint: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,10 +19,12 @@ class StopRequested(Exception):
     """All ranks have agreed to stop before there was anything to save."""
 
 
-def write_exit_record(directory: Path, rank: int, code: int, reason: str, step: int | None) -> None:
-    """Leave {rank, code, reason, step, time (seconds since 1970)} in `directory`/rank-N.json."""
+def write_exit_record(
+    directory: Path, rank: int, code: int, reason: str, step: int | None, **more: object
+) -> None:
+    """Leave {rank, code, reason, step, time (seconds since 1970)} and `more` in `directory`/rank-N.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    record = {"rank": rank, "code": code, "reason": reason, "step": step, "time": time.time()}
+    record = {"rank": rank, "code": code, "reason": reason, "step": step, "time": time.time(), **more}
     atomic_write_json(directory / f"rank-{rank}.json", record)
 
 

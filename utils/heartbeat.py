@@ -1,31 +1,66 @@
 """Signs of life, one file a rank, written by the training thread only: another thread's beat would hide a hang."""
 
+import faulthandler
+import json
 import logging
 import os
+import signal
 import time
 from pathlib import Path
-
-from utils.files import atomic_write_json
 
 logger = logging.getLogger(__name__)
 
 PHASES = ("start", "reference", "compile", "step", "validate", "save", "end")
+RECORD_BYTES = 512
 
 
 class Heartbeat:
-    def __init__(self, directory: Path, rank: int):
+    """
+    Args:
+        launch: the monitor's name for this launch, by which it tells this launch's records from older ones.
+    """
+
+    def __init__(self, directory: Path, rank: int, world_size: int = 1, launch: str = ""):
         directory.mkdir(parents=True, exist_ok=True)
         self._warned = False
-        self._path, self._rank = directory / f"rank-{rank}.json", rank
+        self._identity = {"rank": rank, "world_size": world_size, "pid": os.getpid(), "launch": launch}
+        # Overwritten in place, in blocks that are there already: a full disk must not look like a hang.
+        self._fd = os.open(directory / f"rank-{rank}.json", os.O_RDWR | os.O_CREAT, 0o644)
 
     def beat(self, phase: str, step: int) -> None:
-        """Record that this rank is alive: {rank, pid, phase, step, time (seconds since 1970)}. A failure to write is
-        warned of, once."""
+        """Record that this rank is alive: {rank, world_size, pid, launch, phase, step, time (seconds since 1970),
+        monotonic (seconds since this machine started)}. A failure to write is warned of, once."""
         assert phase in PHASES
-        record = {"rank": self._rank, "pid": os.getpid(), "phase": phase, "step": step, "time": time.time()}
+        now = {"phase": phase, "step": step, "time": time.time(), "monotonic": time.monotonic()}
+        record = json.dumps(self._identity | now).encode()
+        assert len(record) < RECORD_BYTES
         try:
-            atomic_write_json(self._path, record, durable=False)
+            os.pwrite(self._fd, record.ljust(RECORD_BYTES - 1) + b"\n", 0)
         except OSError as error:
             if not self._warned:
                 self._warned = True
                 logger.warning("heartbeats cannot be written any more: %s", error)
+
+
+def read_heartbeats(directory: Path) -> list[dict]:
+    """The newest record of each rank, in no order; what cannot be read is left out."""
+    records = []
+    for path in directory.glob("rank-*.json"):
+        try:
+            record = json.loads(path.read_bytes())
+            if isinstance(record, dict) and isinstance(record.get("rank"), int):
+                records.append(record)
+        except (OSError, ValueError):
+            continue
+    return records
+
+
+def stacks_path(directory: Path, rank: int) -> Path:
+    return directory / f"rank-{rank}.stacks"
+
+
+def write_stacks_on_signal(directory: Path, rank: int) -> None:
+    """On SIGUSR1, append the Python stacks of all threads to `directory`/rank-N.stacks, even if the main thread is
+    inside a collective that never ends."""
+    file = open(stacks_path(directory, rank), "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

@@ -28,9 +28,20 @@ def setup_console(rank: int) -> None:
     root.setLevel(logging.INFO)
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk the lines are lost, which is warned of on the console once, and the run goes on."""
+
+    _warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._warned:
+            self._warned = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", flush=True)
+
+
 def add_log_file(path: Path, rank: int) -> None:
     """Also write to `path`, with time and rank. Ranks append to one file, a line at a time."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
     handler.addFilter(_RankFilter(rank))
     logging.getLogger().addHandler(handler)

@@ -1,18 +1,24 @@
 """The run's results: `reslog.jsonl`, append-only, one JSON object a line.
 
-Every record has "name" ("start", "train", "valid", "save", "end") and "time". Each launch appends a "start" record with
+Every record has "name" ("start", "train", "valid", "save", "save_failed", "compression",
+"end") and "time". Each launch appends a "start" record with
 the step it begins at; what earlier launches wrote beyond that step is superseded, and `read_reslog` leaves it out.
 """
 
+import errno
 import json
 import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+_MOST_UNWRITTEN = 10_000
+"""Records kept while the disk is full; beyond that, the oldest are lost."""
 
 
 class ResLog:
@@ -24,21 +30,31 @@ class ResLog:
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
         self._warned = False
-        # Unbuffered: after a failed write, nothing is left over to be written at a later time.
+        self._unwritten: deque[bytes] = deque(maxlen=_MOST_UNWRITTEN)
+        # Unbuffered: what could not be written is kept here, in order.
         self._file = open(path, "ab", buffering=0)
         if torn:
             self._file.write(b"\n")
 
     def write(self, name: str, **values: object) -> None:
-        """Append one record at once; a failure is warned of, once. Non-finite floats become strings for JSON's sake."""
+        """Append one record at once. If that fails (a full disk), warn once, and write it together with a later one.
+        Non-finite floats become strings for JSON's sake."""
         record = _json_numbers({"name": name, "time": round(time.time(), 3), **values})
+        self._unwritten.append(json.dumps(record).encode() + b"\n")
         try:
-            self._file.write(json.dumps(record).encode() + b"\n")
+            while self._unwritten:
+                self._append(self._unwritten[0])
+                self._unwritten.popleft()
         except OSError as error:
-            # A full disk must not end the run: what is missing here can be seen from the steps.
             if not self._warned:
                 self._warned = True
-                logger.warning("results cannot be written any more: %s", error)
+                logger.warning("results cannot be written, and are kept until they can: %s", error)
+
+    def _append(self, line: bytes) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) != len(line):
+            os.ftruncate(self._file.fileno(), end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()

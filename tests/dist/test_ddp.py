@@ -287,10 +287,11 @@ def behaviours() -> dict:
             results[name] = context.decide_on_main(decide)
         except ValueError as error:
             results[name] = str(error)
+    results["from all"] = context.gather_from(lambda: context.rank * 10)
     try:
-        context.all_or_none(lambda: int("x") if context.rank == 1 else 0, (ValueError,))
-    except OSError as error:
-        results["all or none"] = str(error)
+        context.gather_from(lambda: int("x") if context.rank == 1 else 0)
+    except ValueError as error:
+        results["one refuses"] = str(error)
     try:
         context.require_same(context.rank, "they differ")
     except ValueError as error:
@@ -352,5 +353,6 @@ def test_ranks_agree_without_pickle(behaviour: list[dict]):
         assert results["agree"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}]
         assert results["decide"] == 7
         assert "invalid literal" in results["refuse"]
-        assert results["all or none"].startswith("rank 1: invalid literal")
+        assert results["from all"] == [0, 10]
+        assert "invalid literal" in results["one refuses"]
         assert results["differ"] == "they differ"

@@ -17,6 +17,7 @@ from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from utils import checkpoint as ckpt
 from utils.exits import CRASH, STOPPED, read_exit_records, verdict
+from utils.saving import CheckpointWriter
 
 ROOT = Path(train_my_ddp.__file__).parent
 
@@ -119,16 +120,16 @@ def test_a_global_batch_that_does_not_divide_is_refused(flags: list[str], tmp_pa
 
 def die_in_save(case: list[str], phase: str, step: int) -> None:
     """Train until the save of `step`, and kill the first rank in the given phase of it."""
-    original = getattr(ckpt.CheckpointWriter, phase)
+    original = getattr(CheckpointWriter, phase)
 
     def dying(self, *arguments):
-        if self.rank == 0 and self.step == step:
+        if self.place.rank == 0 and self.step == step:
             if phase == "write_tensors":
                 (self.directory / arguments[0]).write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
-    setattr(ckpt.CheckpointWriter, phase, dying)
+    setattr(CheckpointWriter, phase, dying)
     train_my_ddp.main(case)
 
 
@@ -150,7 +151,7 @@ def check_equal(case: list[str], undisturbed: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("phase", ["prepare", "write_tensors", "finish", "commit"])
+@pytest.mark.parametrize("phase", ["make_directory", "write_tensors", "finish", "commit"])
 def test_killed_in_a_save(flags: list[str], undisturbed: dict[int, list[str]], tmp_path: Path, ranks: int, phase: str):
     case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2", "--dist_timeout=30"]
     run_ranks(ranks, die_in_save, case, phase, 4, may_die=True)

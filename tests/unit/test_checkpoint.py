@@ -7,43 +7,55 @@ import pytest
 import torch
 
 from utils import checkpoint as ckpt
-from utils.checkpoint import CheckpointWriter, choose_checkpoint, find_problem, list_checkpoints, load_flat_state
+from utils.checkpoint import Retention, choose_checkpoint, find_problem, list_checkpoints, load_flat_state
+from utils.saving import CheckpointWriter
+from utils.stores import Place
+
+PLACES = [Place(rank, 2, (0, 1)) for rank in range(2)]
 
 
-def save(ckpt_dir: Path, step: int, valid_loss: float | None = None, world_size: int = 2) -> Path:
+def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
     """A checkpoint as two ranks write it: elements 0..9 of "w" in two pieces."""
-    writers = [CheckpointWriter(ckpt_dir, step, rank, world_size) for rank in range(world_size)]
-    for writer in writers:
-        writer.prepare()
+    writers = [CheckpointWriter(ckpt_dir, step, place, f"{step}-{valid_loss}") for place in PLACES]
     for rank, writer in enumerate(writers):
-        piece = torch.arange(10, dtype=torch.float32).split(-(-10 // world_size))[rank]
-        offset = rank * -(-10 // world_size)
-        writer.write_tensors(f"optim-{rank}.safetensors", {ckpt.flat_key("w", offset, "main"): piece + step})
+        piece = torch.arange(10, dtype=torch.float32).split(5)[rank]
+        writer.add_flat_state([("w", 5 * rank, {"main": piece + step})], sharded=True)
         if rank == 0:
-            writer.write_json(ckpt.TRAINER_STATE, {"step": step})
+            writer.add_json(ckpt.TRAINER_STATE, {"step": step})
+        writer.make_directory()
+        writer.write_files()
         writer.finish()
-    return writers[0].commit(valid_loss)
+    return writers[0].commit(valid_loss, lambda: False)
+
+
+def alone(value: object) -> list:
+    return [value]
+
+
+def open_run(out_dir: Path, resume: bool, which: str) -> tuple[ckpt.Chosen | None, list[str]]:
+    return ckpt.open_run(out_dir, resume, which, Place(0, 1, (0,)), alone)
 
 
 def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
-    writer = CheckpointWriter(tmp_path, 3, 0, 1)
-    writer.prepare()
-    writer.write_tensors("optim-0.safetensors", {"w@0/main": torch.ones(2)})
+    writer = CheckpointWriter(tmp_path, 3, Place(0, 1, (0,)), "x")
+    writer.add_flat_state([("w", 0, {"main": torch.ones(2)})], sharded=False)
+    writer.make_directory()
+    writer.write_files()
     assert list_checkpoints(tmp_path) == []
     writer.finish()
     assert list_checkpoints(tmp_path) == []
-    writer.commit(1.5)
+    writer.commit(1.5, lambda: False)
     assert [(c.step, c.valid_loss) for c in list_checkpoints(tmp_path)] == [(3, 1.5)]
     assert find_problem(tmp_path / "step-3") is None
 
 
 def test_commit_waits_for_every_rank(tmp_path: Path):
-    writer = CheckpointWriter(tmp_path, 3, 0, 2)
-    writer.prepare()
+    writer = CheckpointWriter(tmp_path, 3, PLACES[0], "x")
+    writer.make_directory()
     writer.finish()
-    with pytest.raises(TimeoutError, match="rank 1"):
-        writer.commit(None, timeout_s=0.05)
-    assert list_checkpoints(tmp_path) == []
+    asked = []
+    assert writer.commit(None, lambda: asked.append(1) or len(asked) == 3) is None
+    assert len(asked) == 3 and list_checkpoints(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["optim-1.safetensors", "trainer_state.json", "manifest.json"])
@@ -67,17 +79,20 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path
 
 def test_a_folder_written_by_one_rank_holds_no_other_ranks_files(tmp_path: Path):
     """Another rank's done-record, caught in the listing, once made whole checkpoints look broken."""
-    first, second = (CheckpointWriter(tmp_path, 1, rank, 2) for rank in range(2))
-    first.prepare()
+    first, second = (CheckpointWriter(tmp_path, 1, place, "x") for place in PLACES)
 
     def write_while_the_other_rank_works(directory: Path) -> None:
         (directory / "tokenizer.json").write_text("{}")
-        second.write_json("other.json", {})
+        second.add_json("other.json", {})
+        second.make_directory()
+        second.write_files()
         second.finish()
 
-    first.write_folder(write_while_the_other_rank_works)
+    first.add_folder(write_while_the_other_rank_works)
+    first.make_directory()
+    first.write_files()
     first.finish()
-    path = first.commit(None)
+    path = first.commit(None, lambda: False)
     assert find_problem(path) is None
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == {"tokenizer.json", "other.json"}
 
@@ -92,19 +107,19 @@ def test_last_and_best(tmp_path: Path):
 
 def test_best_without_a_validation_loss_is_refused_not_restarted(tmp_path: Path):
     """Starting fresh would set the whole run aside."""
-    ckpt.open_run(tmp_path, False, "last")
+    ckpt.prepare_run(tmp_path)
     save(tmp_path / "ckpt", 2)
     save(tmp_path / "ckpt", 4, float("nan"))
     with pytest.raises(ValueError, match="resume_from=last"):
-        ckpt.open_run(tmp_path, True, "best")
-    assert ckpt.open_run(tmp_path, True, "last")[0] == tmp_path / "ckpt" / "step-4"
+        open_run(tmp_path, True, "best")
+    assert open_run(tmp_path, True, "last")[0].step == 4
 
 
 def test_a_nan_validation_loss_is_never_the_best(tmp_path: Path):
     for step, loss in enumerate([float("nan"), 1.0, float("nan"), 3.0, 2.0, float("nan"), float("nan")], 1):
         save(tmp_path, step, loss)
     assert choose_checkpoint(tmp_path, "best")[0].step == 2
-    ckpt.prune(tmp_path)
+    ckpt.prune(tmp_path, Retention())
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 5, 6, 7]
 
 
@@ -127,8 +142,11 @@ def test_a_run_directory_belongs_to_one_process(tmp_path: Path):
 def test_retention_keeps_two_of_each(tmp_path: Path):
     for step, loss in ((1, 1.0), (2, 5.0), (3, 2.0), (4, 3.0), (5, 4.0), (6, None)):
         save(tmp_path, step, loss)
-    (tmp_path / ".tmp-step-9").mkdir()
-    ckpt.prune(tmp_path)
+    (tmp_path / ".tmp-step-9-x").mkdir()
+    ckpt.prune(tmp_path, Retention())
+    # A save that is in flight is not touched while the run goes on.
+    assert (tmp_path / ".tmp-step-9-x").exists()
+    ckpt.delete_leftovers(tmp_path)
     assert [c.step for c in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3", "step-5", "step-6"]
 
@@ -155,7 +173,7 @@ def test_state_is_read_however_it_was_cut(tmp_path: Path, cuts: list[int]):
     for cut in cuts:
         wanted.append(("w", offset, {"main": torch.full((cut,), -1.0)}))
         offset += cut
-    load_flat_state(path, wanted)
+    load_flat_state([path], wanted)
     read = torch.cat([states["main"] for _, _, states in wanted])
     assert torch.equal(read, torch.arange(10, dtype=torch.float32) + 2)
 
@@ -163,9 +181,9 @@ def test_state_is_read_however_it_was_cut(tmp_path: Path, cuts: list[int]):
 def test_missing_state_is_named(tmp_path: Path):
     path = save(tmp_path, 2)
     with pytest.raises(ValueError, match="10 of 12 elements of w"):
-        load_flat_state(path, [("w", 0, {"main": torch.zeros(12)})])
+        load_flat_state([path], [("w", 0, {"main": torch.zeros(12)})])
     with pytest.raises(ValueError, match="0 of 3 elements of v"):
-        load_flat_state(path, [("v", 0, {"main": torch.zeros(3)})])
+        load_flat_state([path], [("v", 0, {"main": torch.zeros(3)})])
 
 
 def test_resolve_checkpoint_dir(tmp_path: Path):

@@ -61,8 +61,8 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capl
     assert log is not None, "this test needs /dev/full"
     for step in range(3):
         log.write("train", step=step)
-    heart = Heartbeat(tmp_path / "heartbeat", 0)
-    (tmp_path / "heartbeat").rmdir()
+    (tmp_path / "rank-0.json").symlink_to("/dev/full")
+    heart = Heartbeat(tmp_path, 0)
     for step in range(3):
         heart.beat("step", step)
     messages = [record.getMessage() for record in caplog.records]

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
 from data_preprocess.units import process_corpus
+from dataset import audit
 from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
@@ -23,7 +26,9 @@ from dataset.pretrain import PretrainDataset
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer.hf_bbpe import train_hf_bbpe
+from utils.checkpoint import RUN_MARK
 from utils.exits import read_exit_records
+from utils.saving import CheckpointWriter
 
 
 def train(flags: list[str], *more: str) -> int:
@@ -393,20 +398,130 @@ def test_valid_only_needs_a_checkpoint(tiny_run: list[str], capsys: pytest.Captu
     assert "holds no checkpoint to validate" in capsys.readouterr().out
 
 
-def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    assert train(tiny_run, "--save_interval=2") == 0
+def disk_full(self, name: str, *_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_save_that_fails_is_warned_of_and_the_run_goes_on(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A full disk: the checkpoint before stays whole, and the next one is written when there is room again."""
+    assert train(tiny_run, "--save_interval=2", "--max_iters=8", f"--out_dir={tmp_path / 'undisturbed'}") == 0
+    original = CheckpointWriter.write_tensors
+
+    def full_at_step_4(self, name: str, *arguments: object) -> None:
+        (disk_full if self.step == 4 else original)(self, name, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "write_tensors", full_at_step_4)
+    assert train(tiny_run, "--save_interval=2", "--max_iters=8", "--keep_last=9") == 0
+    ckpt_dir = out_dir(tiny_run) / "ckpt"
+    assert sorted(path.name for path in ckpt_dir.iterdir()) == ["step-2", "step-6", "step-8"]
+    (warning,) = [line for line in (out_dir(tiny_run) / "train.log").read_text().splitlines() if "WARNING" in line]
+    assert warning.endswith(
+        "the checkpoint of step 4 could not be written, the run goes on: rank 0: [Errno 28] No space left on device"
+    )
+    assert [r["step"] for r in records(tiny_run, "save_failed")] == [4]
+    undisturbed = elsewhere(tiny_run, tmp_path / "undisturbed")
+    assert losses(tiny_run) == losses(undisturbed)
+    assert same_bits(final_state(tiny_run, 8), final_state(undisturbed, 8))
+
+
+@pytest.mark.parametrize("how", ["--async_save", "--no-async_save"])
+def test_the_last_save_must_succeed(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, how: str):
+    assert train(tiny_run, "--save_interval=2", how) == 0
     before = final_state(tiny_run, 4)
-
-    def disk_full(self, name: str, value: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_my_ddp.ckpt.CheckpointWriter, "write_json", disk_full)
+        patch.setattr(CheckpointWriter, "write_tensors", disk_full)
         with pytest.raises(OSError, match="rank 0: .*No space left"):
             train(tiny_run, "--resume", "--max_iters=6")
     assert read_exit_records(out_dir(tiny_run) / "exit")[0]["code"] == 1
     assert same_bits(final_state(tiny_run, 4), before)
     assert train(tiny_run, "--resume", "--max_iters=6") == 0
+
+
+def test_an_error_of_the_save_thread_that_is_no_disk_ends_the_run(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    def broken(self, *_: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(CheckpointWriter, "write_tensors", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        train(tiny_run, "--save_interval=1", "--max_iters=50")
+    assert read_exit_records(out_dir(tiny_run) / "exit")[0]["step"] < 50
+
+
+def test_saved_in_the_background_is_what_was_there_at_that_step(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The training goes on while the file is written: what is written must not move with it."""
+    now = elsewhere(tiny_run, tmp_path / "now")
+    assert train(now, "--max_iters=4", "--save_interval=1", "--keep_last=9", "--no-async_save") == 0
+    original, steps = CheckpointWriter.write_files, []
+
+    def late(self) -> None:
+        # One step later, or at the end, where the training waits.
+        deadline = time.monotonic() + 1.0
+        while self.step < 3 and not any(r["step"] >= self.step + 1 for r in records(tiny_run, "train")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        steps.append(self.step)
+        original(self)
+
+    monkeypatch.setattr(CheckpointWriter, "write_files", late)
+    assert train(tiny_run, "--max_iters=4", "--save_interval=1", "--keep_last=9") == 0
+    assert steps == [1, 2, 3, 4]
+    for step in steps:
+        assert same_bits(final_state(tiny_run, step), final_state(now, step)), step
+
+
+def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    (out_dir(tiny_run) / "ckpt").mkdir(parents=True)
+    (out_dir(tiny_run) / RUN_MARK).touch()
+    # One of an earlier launch is no request to this one.
+    (out_dir(tiny_run) / "stop").touch()
+    step = train_my_ddp.Trainer._finish_step
+
+    def stop_after_step_3(self, *arguments: object):
+        if self.progress.step == 2:
+            (self.out_dir / "stop").touch()
+        return step(self, *arguments)
+
+    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", stop_after_step_3)
+    assert train(tiny_run, "--max_iters=9") == 75
+    assert [path.name for path in (out_dir(tiny_run) / "ckpt").iterdir()] == ["step-3"]
+    assert not (out_dir(tiny_run) / "stop").exists()
+    assert train(tiny_run, "--max_iters=4", "--resume") == 0
+
+
+def test_saves_by_the_clock_and_retention(tiny_run: list[str]):
+    """A hundredth of a millisecond between saves: one after every step."""
+    assert train(tiny_run, "--max_iters=7", "--save_interval_minutes=1e-7", "--keep_last=1", "--keep_every=3") == 0
+    assert [r["step"] for r in records(tiny_run, "save")] == [1, 2, 3, 4, 5, 6, 7]
+    kept = sorted(path.name for path in (out_dir(tiny_run) / "ckpt").iterdir())
+    assert kept == ["step-3", "step-6", "step-7"]
+
+
+def test_samples_that_made_the_loss_non_finite_can_be_left_out(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run, "--max_iters=4", "--lr_schedule=constant") == 0
+    assert train(tiny_run, "--max_iters=6", "--resume", "--resume_at_sample=24") == 0
+    assert [r["samples"] for r in records(tiny_run, "train")][3:] == [[12, 15], [24, 27], [28, 31]]
+    assert records(tiny_run, "start")[-1]["left_out"] == [16, 23]
+    assert audit.main([str(out_dir(tiny_run))]) == 0
+    assert "left out on request: positions 16 to 23" in capsys.readouterr().out
+    # It is in the checkpoint from the beginning: a later launch need not be told again.
+    assert train(tiny_run, "--max_iters=7", "--resume") == 0
+    assert [r["samples"] for r in records(tiny_run, "train")][6:] == [[32, 35]]
+    assert train(tiny_run, "--resume_at_sample=5") == 2
+
+
+def test_damaged_tokens_are_found_before_training(tiny_run: list[str], data_dir: Path, tmp_path: Path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    shard = sorted((tmp_path / "data").glob("train-*.bin"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+    assert train(tiny_run, f"--data_dir={tmp_path / 'data'}", "--verify_data") == 2
+    assert f"{shard} is damaged" in read_exit_records(out_dir(tiny_run) / "exit")[0]["reason"]
+    assert train(tiny_run, "--verify_data") == 0
 
 
 def test_the_traceback_of_wrong_input_is_in_the_log_file(tiny_run: list[str]):

@@ -1,0 +1,81 @@
+"""Nodes that do not share a file system.
+
+A store is a set of ranks that see the same run directory: all of them where the nodes share it, else those of a node.
+Each store keeps its own checkpoints: what its ranks wrote, with the model, so that a model's weights are on every node.
+Where the ranks hold the same optimizer state, each store has all of it; under ZeRO-1 a checkpoint is spread over the
+stores, and whole only if the parts of one save (its `save_id`) hold those of all ranks.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+Gather = Callable[[object], list]
+"""Collective: every rank's JSON-like value, in rank order, on every rank."""
+
+SEEN_MARK = ".seen-"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's place among those that write a checkpoint."""
+
+    rank: int
+    world_size: int
+    store: tuple[int, ...]
+    """The ranks that share this one's file system, in order."""
+
+    @property
+    def is_first_of_store(self) -> bool:
+        return self.rank == self.store[0]
+
+    @property
+    def shared_by_all(self) -> bool:
+        return len(self.store) == self.world_size
+
+
+def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Place:
+    """Find out which ranks see the same `out_dir`, by files that each leaves there for the others.
+
+    Raises:
+        ValueError: `out_dir` cannot be written; on all ranks.
+    """
+    problem, mark = None, out_dir / f"{SEEN_MARK}{rank}-{secrets.token_hex(8)}"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        problem = f"--out_dir {out_dir} cannot be written: {error.strerror}"
+    problems = gather(problem)
+    names = gather(mark.name)
+    # The next gather ends only when all have looked.
+    seen = [r for r, name in enumerate(names) if r == rank or (out_dir / name).exists()]
+    gather(None)
+    mark.unlink(missing_ok=True)
+    for problem in filter(None, problems):
+        raise ValueError(problem)
+    return Place(rank, world_size, tuple(seen))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A store's part of a saved checkpoint."""
+
+    step: int
+    valid_loss: float | None
+    save_id: str
+    world_size: int
+    ranks: tuple[int, ...]
+    """Those that wrote this part."""
+    sharded: bool
+
+
+def missing_ranks(parts: Iterable[Part]) -> list[int]:
+    """Ranks whose share of the optimizer state is in none of the parts of one save; empty: the save is whole."""
+    parts = list(parts)
+    if not parts:
+        return [0]
+    if any(not part.sharded for part in parts):
+        return []
+    return sorted(set(range(parts[0].world_size)) - {rank for part in parts for rank in part.ranks})
