@@ -55,6 +55,7 @@ from tokenizer import load_tokenizer
 from utils import checkpoint as ckpt
 from utils import exits
 from utils.files import atomic_write
+from utils.flat_state import load_flat_state, read_tensors
 from utils.heartbeat import Heartbeat, write_stacks_on_signal
 from utils.logging import add_log_file, clock, log_traceback, setup_console
 from utils.meter import StepMeter
@@ -424,7 +425,7 @@ class Trainer:
                 f"restore them, or add --restart_data to begin a new pass over the data"
             )
         directories = self._bring_state_of_ranks(path)
-        ckpt.load_flat_state(directories, self.optimizer.named_state())
+        load_flat_state(directories, self.optimizer.named_state())
         self.optimizer.weights_from_main()
         if self.zero1 is not None:
             self.zero1.gather_all()
@@ -445,7 +446,7 @@ class Trainer:
             return [path]
         files, wanted = self._files_of_checkpoint(), set(self._hook_files())
         try:
-            ckpt.load_flat_state(self._checkpoint_dirs(), self.optimizer.named_state(), look_only=True)
+            load_flat_state(self._checkpoint_dirs(), self.optimizer.named_state(), look_only=True)
         except ValueError:
             wanted |= {name for name in files if name.startswith("optim-")}
         self._bring(wanted)
@@ -467,7 +468,7 @@ class Trainer:
             return
         self.powersgd.iteration = step
         for index, name in enumerate(names):
-            saved = ckpt.read_tensors(next(d / name for d in directories if (d / name).exists()))
+            saved = read_tensors(next(d / name for d in directories if (d / name).exists()))
             if index == 0:
                 self.powersgd.take_q(saved)
             if ckpt.hook_state_rank(name) % self.context.world_size != self.context.rank:
@@ -1027,7 +1028,7 @@ def main(argv: list[str]) -> int:
         # With the position to go on from behind what made the loss non-finite, for the monitor.
         non_finite = isinstance(error, FloatingPointError) and trainer is not None
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}
-        leave(exits.CRASH, f"{type(error).__name__}: {error}", **more)
+        leave(exits.CRASH, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-8000:], **more)
         if trainer is not None:
             trainer.release()
         raise

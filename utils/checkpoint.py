@@ -1,4 +1,4 @@
-"""Checkpoints: directories `ckpt/step-N/` that are whole or not there. Sees named tensors only.
+"""Checkpoints: directories `ckpt/step-N/` that are whole or not there.
 
     python -m utils.checkpoint ls RUN        what there is
     python -m utils.checkpoint verify RUN    read every file and compare its checksum
@@ -13,7 +13,8 @@
       trainer_state.json      where the run stands
       manifest.json           every file's size and sha256, written last
 
-What it takes to resume where nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
+They are written by utils/saving.py, and their tensors are read by utils/flat_state.py. What it takes to resume where
+nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
 """
 
 import argparse
@@ -30,10 +31,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from utils.files import sha256_of_file
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
@@ -121,11 +118,12 @@ def _read_checkpoint(path: Path, step: int) -> Checkpoint:
     """What its manifest says; of one that cannot be read, the step alone."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        # Checkpoints of earlier versions lack all but the loss.
         part = Part(
-            step, manifest["valid_loss"], manifest["save_id"], manifest["world_size"], tuple(manifest["ranks"]),
-            manifest["sharded"],
+            step, manifest["valid_loss"], manifest.get("save_id", f"unknown-{step}"), manifest.get("world_size", 1),
+            tuple(manifest.get("ranks", [0])), manifest.get("sharded", False),
         )  # fmt: skip
-        return Checkpoint(path, part, manifest["saved_at"])
+        return Checkpoint(path, part, manifest.get("saved_at", 0.0))
     except (OSError, ValueError, KeyError, TypeError):
         return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False))
 
@@ -342,60 +340,6 @@ def is_hook_state(name: str) -> bool:
 def hook_state_rank(name: str) -> int:
     """Whose memory a `comm_hook-R.safetensors` is."""
     return int(name.removeprefix("comm_hook-").removesuffix(".safetensors"))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def flat_key(name: str, offset: int, state: str) -> str:
-    return f"{name}@{offset}/{state}"
-
-
-FlatState = Iterable[tuple[str, int, dict[str, Tensor]]]
-"""(parameter name, offset of the tensors in the parameter, state name -> 1-D tensor)."""
-
-
-def load_flat_state(directories: Sequence[Path], wanted: FlatState, look_only: bool = False) -> None:
-    """Fill flat tensors from all `optim-*.safetensors` of a checkpoint, however those were cut.
-
-    Args:
-        directories: where its files lie.
-        look_only: fill nothing, only see that all is there.
-    Raises:
-        ValueError: some elements are in no file, or a file cannot be read.
-    """
-    pieces: dict[tuple[str, str], list[tuple[int, int, str, Path]]] = {}
-    handles = {}
-    try:
-        for file in sorted(file for directory in directories for file in directory.glob("optim-*.safetensors")):
-            handles[file] = safe_open(file, framework="pt")
-            for key in handles[file].keys():
-                name, _, rest = key.rpartition("@")
-                offset, _, state = rest.partition("/")
-                length = handles[file].get_slice(key).get_shape()[0]
-                pieces.setdefault((name, state), []).append((int(offset), int(offset) + length, key, file))
-    except SafetensorError as error:
-        raise ValueError(f"the optimizer state in {directories[0]} cannot be read: {error}") from None
-    for name, offset, states in wanted:
-        for state, target in states.items():
-            filled = 0
-            for start, end, key, file in pieces.get((name, state), ()):
-                first, last = max(start, offset), min(end, offset + len(target))
-                if first < last:
-                    if not look_only:
-                        piece = handles[file].get_slice(key)[first - start : last - start]
-                        target[first - offset : last - offset] = piece
-                    filled += last - first
-            if filled != len(target):
-                raise ValueError(f"{directories[0]} holds {filled} of {len(target)} elements of {name} ({state})")
 
 
 def _age(seconds: float) -> str:

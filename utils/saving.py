@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint import MANIFEST, Retention, flat_key, prune
+from utils.checkpoint import MANIFEST, Retention, prune
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
+from utils.flat_state import flat_key
 from utils.stores import Place
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from utils import checkpoint as ckpt
-from utils.checkpoint import Retention, choose_checkpoint, find_problem, list_checkpoints, load_flat_state
+from utils.checkpoint import Retention, choose_checkpoint, find_problem, list_checkpoints
+from utils.flat_state import load_flat_state
 from utils.saving import CheckpointWriter
 from utils.stores import Place
 

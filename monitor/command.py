@@ -1,0 +1,123 @@
+"""The training command that follows `--`: where its run directory is, and what the monitor adds to it."""
+
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+_DEFAULT_OUT_DIR = "out/run"
+_ELASTIC = ("-m", "torch.distributed.run")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """`launcher... script.py flags...`; words as given, never split at spaces."""
+
+    launcher: tuple[str, ...]
+    """Everything before the script: an interpreter, or torchrun with its flags."""
+    script: str
+    flags: tuple[str, ...]
+
+    @staticmethod
+    def parse(words: list[str]) -> "TrainCommand":
+        """
+        Raises:
+            ValueError: no training script in it, or a flag that the monitor must set itself.
+        """
+        script = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
+        if not script:
+            raise ValueError(
+                "the training command is missing: write it after --, as in `-- torchrun --standalone "
+                "--nproc_per_node=2 train_my_ddp.py FLAGS`"
+            )
+        command = TrainCommand(tuple(words[:script]), words[script], tuple(words[script + 1 :]))
+        if command.is_torchrun and command._torchrun_flag("max_restarts") not in (None, "0"):
+            raise ValueError("leave --max_restarts out of the torchrun command: restarting is the monitor's work")
+        return command
+
+    @property
+    def is_torchrun(self) -> bool:
+        return self._elastic_words() > 0
+
+    def _elastic_words(self) -> int:
+        """How many words name torchrun; 0 if something else launches."""
+        if Path(self.launcher[0]).name == "torchrun":
+            return 1
+        return 3 if self.launcher[1:3] == _ELASTIC else 0
+
+    def _torchrun_flag(self, name: str) -> str | None:
+        return _flag_value(self.launcher[self._elastic_words() :], name)
+
+    @property
+    def is_standalone(self) -> bool:
+        return "--standalone" in self.launcher
+
+    @property
+    def out_dir(self) -> str:
+        """As the training would resolve it: the flag, the YAML file, the default.
+
+        Raises:
+            ValueError: the YAML file cannot be read.
+        """
+        value = _flag_value(self.flags, "out_dir")
+        if value is not None:
+            return value
+        file = _flag_value(self.flags, "exp_config_file")
+        if file is None and self.flags and not self.flags[0].startswith("-"):
+            file = self.flags[0]
+        if file is None:
+            return _DEFAULT_OUT_DIR
+        try:
+            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            return str(values.get("out_dir", _DEFAULT_OUT_DIR))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+            raise ValueError(
+                f"--out_dir is not among the flags, and {file} cannot be read: give it ({error})"
+            ) from None
+
+    def words(self, python: str | None, launcher_flags: list[str], flags: list[str]) -> list[str]:
+        """The command to run.
+
+        Args:
+            python: interpreter of the host, for another machine; None: as given.
+            launcher_flags: added to torchrun's own.
+            flags: added to the training's own.
+        """
+        words = self._elastic_words()
+        launcher, rest = list(self.launcher[:words]), list(self.launcher[words:])
+        if python is not None:
+            launcher, rest = ([python, *_ELASTIC], rest) if words else ([python], list(self.launcher[1:]))
+        added = launcher_flags if words else []
+        return [*launcher, *added, *rest, self.script, *self.flags, *flags]
+
+
+def _flag_value(words: tuple[str, ...], name: str) -> str | None:
+    """The last value of `--name=value` or `--name value`, with - or _ in the name."""
+    value = None
+    for index, word in enumerate(words):
+        head, equals, tail = word.partition("=")
+        if not head.startswith("--") or head[2:].replace("-", "_") != name:
+            continue
+        if equals:
+            value = tail
+        elif index + 1 < len(words):
+            value = words[index + 1]
+    return value
+
+
+def shutdown_flags(launcher: str, seconds: int) -> list[str]:
+    """torchrun's flag for how long its ranks may take to end, if the torchrun that `launcher` starts knows it.
+
+    torch 2.13 has it; before, 30 seconds were fixed. The monitor therefore asks the ranks themselves to stop, and only
+    a SIGTERM that comes from elsewhere is held to this.
+    """
+    found = shutil.which(launcher)
+    spec = importlib.util.find_spec("torch")
+    if found is None or spec is None or Path(found).parent != Path(sys.executable).parent:
+        return []
+    source = Path(spec.origin).parent / "distributed" / "run.py"
+    known = source.exists() and "--shutdown-timeout" in source.read_text(encoding="utf-8")
+    return [f"--shutdown-timeout={seconds}"] if known else []

@@ -1,0 +1,89 @@
+"""Hangs: a heartbeat that is overdue.
+
+Ranks beat from the training thread, at the beginning of each step and of each phase that takes long. How long a beat
+may stay out depends on the phase; between two steps, on the run's own median step:
+
+    hang  <=>  seconds since the rank's last beat > limit(phase)
+    limit(step) = max(step_floor, step_factor * median seconds of a step), or `first_step` before a median is known
+"""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+_SAMPLES = 101
+_FEWEST_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without a beat, by phase."""
+
+    step_floor: float = 60.0
+    """Never less than this between steps: validation batches and data waits count as steps."""
+    step_factor: float = 10.0
+    """Times the median step."""
+    first_step: float = 900.0
+    """Until a few steps were seen."""
+    start: float = 900.0
+    """From the launch to the first beat, and from there to the first step: imports, data, other nodes."""
+    compile: float = 1800.0
+    save: float = 1800.0
+    end: float = 300.0
+
+
+class Watch:
+    """Judges the heartbeats of one launch.
+
+    Args:
+        started: when it was launched (time.monotonic).
+    """
+
+    def __init__(self, limits: Limits, started: float):
+        self._limits, self._started = limits, started
+        self._last: dict[int, tuple[int, float]] = {}
+        self._seconds: deque[float] = deque(maxlen=_SAMPLES)
+
+    def take(self, heartbeats: list[dict]) -> None:
+        """Learn how long a step takes, from beats at the beginning of different steps."""
+        for beat in heartbeats:
+            if beat["phase"] != "step":
+                self._last.pop(beat["rank"], None)
+                continue
+            step, at = self._last.get(beat["rank"], (beat["step"], beat["monotonic"]))
+            if beat["step"] > step:
+                self._seconds.append((beat["monotonic"] - at) / (beat["step"] - step))
+            self._last[beat["rank"]] = (beat["step"], beat["monotonic"])
+
+    @property
+    def median_step(self) -> float | None:
+        """Seconds; None before enough steps were seen."""
+        return statistics.median(self._seconds) if len(self._seconds) >= _FEWEST_SAMPLES else None
+
+    def limit(self, phase: str) -> float:
+        """Seconds that a beat of this phase may stay out."""
+        limits = self._limits
+        if phase in ("step", "validate", "reference"):
+            median = self.median_step
+            return limits.first_step if median is None else max(limits.step_floor, limits.step_factor * median)
+        return {"start": limits.start, "compile": limits.compile, "save": limits.save, "end": limits.end}[phase]
+
+    def overdue(self, heartbeats: list[dict], now: float) -> str | None:
+        """What is wrong, in a sentence, if a living rank is overdue.
+
+        Args:
+            heartbeats: of all ranks that have beaten in this launch, with their "age".
+            now: time.monotonic().
+        """
+        if not heartbeats and now - self._started > self._limits.start:
+            return f"no rank gave a sign of life within {self._limits.start:.0f} s of the launch"
+        late = [beat for beat in heartbeats if beat["alive"] and beat["age"] > self.limit(beat["phase"])]
+        if not late:
+            return None
+        worst = max(late, key=lambda beat: beat["age"])
+        stopped = [beat["rank"] for beat in heartbeats if beat["stopped"]]
+        return (
+            f"no sign of life from rank {worst['rank']} for {worst['age']:.1f} s in phase {worst['phase']} at step "
+            f"{worst['step']}; {self.limit(worst['phase']):.1f} s are the limit"
+            + (f"; stopped by a signal: rank {', '.join(map(str, stopped))}" if stopped else "")
+        )

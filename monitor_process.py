@@ -1,0 +1,175 @@
+"""Keep a training run alive: start it, watch it, end it when it hangs, start it again where it left off.
+
+    python monitor_process.py -- torchrun --standalone --nproc_per_node=2 train_my_ddp.py FLAGS
+    python monitor_process.py --hosts hosts.yaml -- torchrun --nproc_per_node=8 train_my_ddp.py FLAGS
+    python monitor_process.py --status RUN
+
+The command after -- is taken as it is; --resume is added where there is a checkpoint. SIGTERM or Ctrl-C to the monitor
+ends the run with a checkpoint; if the monitor itself is killed, the training goes on, and the same command takes it
+over. What happens is printed and kept in RUN/monitor/.
+
+Exit codes, those of the training: 0 finished; 2 the command or the data is wrong; 75 stopped on request after saving;
+1 given up, with the reason on the last line.
+"""
+
+import argparse
+import fcntl
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from monitor.command import TrainCommand
+from monitor.hosts import read_hosts
+from monitor.node import MONITOR_DIR, LocalNode
+from monitor.policy import Rules
+from monitor.remote import RemoteNode
+from monitor.status import Status, describe, last_loss
+from monitor.supervisor import Options, Supervisor
+from monitor.watch import Limits
+from utils.exits import OK, WRONG_INPUT
+from utils.ssh import SSHProblem
+
+logger = logging.getLogger("monitor")
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The monitor's own options, and the training command behind `--`."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    rules, limits, options = Rules(), Limits(), Options()
+    parser = argparse.ArgumentParser(
+        prog="monitor_process.py", usage="monitor_process.py [options] -- torchrun ... train_my_ddp.py ...",
+        description="Keep a training run alive: start it, watch it, end it when it hangs, start it again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--status", metavar="RUN", help="say what a run is doing, and end")
+    add("--hosts", metavar="FILE", help="YAML file of the hosts to run on, over SSH (docs/robustness.md)")
+    add("--max_restarts", type=int, default=rules.max_restarts, help="restarts in all")
+    add("--max_without_progress", type=int, default=rules.max_without_progress,
+        help="launches in a row without a new step, after which to give up")  # fmt: skip
+    add("--backoff", type=float, default=rules.backoff, help="seconds before a restart; doubled without progress")
+    add("--max_backoff", type=float, default=rules.max_backoff, help="longest wait before a restart")
+    add("--on_nonfinite", choices=("go_back", "stop"), default=rules.on_nonfinite,
+        help="non-finite loss: resume before it and leave out its samples, or end")  # fmt: skip
+    add("--max_go_back", type=int, default=rules.max_go_back, help="how often to go back")
+    add("--hang_after", type=float, default=limits.step_floor,
+        help="shortest time in seconds without a step that counts as a hang")  # fmt: skip
+    add("--hang_factor", type=float, default=limits.step_factor, help="... and in median steps of this run")
+    add("--first_step_timeout", type=float, default=limits.first_step,
+        help="seconds without a step before the median is known")  # fmt: skip
+    add("--start_timeout", type=float, default=limits.start, help="seconds from the launch to the first step")
+    add("--compile_timeout", type=float, default=limits.compile, help="seconds for the first step with --compile")
+    add("--save_timeout", type=float, default=limits.save, help="seconds for a checkpoint, also on the way out")
+    add("--unreachable_after", type=float, default=options.unreachable_after,
+        help="seconds without an answer after which a host counts as lost")  # fmt: skip
+    add("--interval", type=float, default=options.interval, help="seconds between looks at the run")
+    add("--quiet", action="store_true", help="do not show what the training prints (it is in RUN/monitor/)")
+    return parser.parse_args(argv[:split]), argv[split + 1 :]
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+            raise ValueError(f"--{name} must not be negative, got {value}")
+    if not 0 < args.interval <= 60 or args.hang_factor < 1 or args.max_without_progress < 1:
+        raise ValueError("--interval must lie in (0, 60], --hang_factor and --max_without_progress be at least 1")
+    rules = Rules(args.max_restarts, args.max_without_progress, args.backoff, args.max_backoff, args.on_nonfinite,
+                  args.max_go_back)  # fmt: skip
+    limits = Limits(args.hang_after, args.hang_factor, args.first_step_timeout, args.start_timeout,
+                    args.compile_timeout, args.save_timeout)  # fmt: skip
+    return Options(rules, limits, args.interval, stop_timeout=args.save_timeout + 60,
+                   unreachable_after=args.unreachable_after, show_output=not args.quiet)  # fmt: skip
+
+
+def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
+    """
+    Raises:
+        ValueError, SSHProblem: the command, the hosts file or a host is wrong.
+    """
+    options, command = options_of(args), TrainCommand.parse(words)
+    out_dir = command.out_dir
+    if args.hosts is None:
+        if not Path(command.script).exists():
+            raise ValueError(f"{command.script} does not exist here")
+        return Supervisor([LocalNode(Path(out_dir))], command, Path(out_dir), options, None)
+    if not command.is_torchrun or command.is_standalone:
+        raise ValueError("--hosts needs a command that begins with torchrun, without --standalone")
+    hosts = read_hosts(Path(args.hosts))
+    nodes = [RemoteNode(host, out_dir, index) for index, host in enumerate(hosts.hosts)]
+    for node in nodes:
+        # Before the first launch, as only now somebody may be there to answer.
+        node.open(confirm=ask_about_host if sys.stdin.isatty() else None)
+    return Supervisor(nodes, command, Path(out_dir), options, hosts)
+
+
+def ask_about_host(host: str, key_type: str, fingerprint: str) -> bool:
+    """On the first contact."""
+    print(f"The host {host} is not known. Its {key_type} key has the fingerprint {fingerprint}.")
+    return input("Is that right? (yes/no) ").strip().lower() == "yes"
+
+
+def claim(run_dir: Path) -> BinaryIO:
+    """
+    Raises:
+        ValueError: another monitor, still alive, has this run.
+    """
+    try:
+        (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / MONITOR_DIR / ".lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"another monitor looks after {run_dir}: see monitor_process.py --status {run_dir}") from None
+    return file
+
+
+def set_up_log() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("monitor: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def add_log_file(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def main(argv: list[str]) -> int:
+    args, words = parse_arguments(argv)
+    set_up_log()
+    try:
+        if args.status is not None:
+            run_dir = Path(args.status)
+            for line in describe(Status.read(run_dir), last_loss(run_dir), time.time()):
+                print(line)
+            return OK
+        supervisor = build(args, words)
+        lock = claim(supervisor.run_dir)
+    except (ValueError, SSHProblem) as error:
+        logger.error("%s", error)
+        return WRONG_INPUT
+    add_log_file(supervisor.run_dir / MONITOR_DIR / "monitor.log")
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda *_: supervisor.request_stop())
+    try:
+        return supervisor.run()
+    finally:
+        supervisor.close()
+        lock.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
