@@ -4,19 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-all test-fast lint clean
+.PHONY: help setup demo test test-all test-fast chaos lint clean
 
 help:
 	@echo "make demo       the main job end to end, on the Python standard library's source"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, with those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
+	@echo "make chaos      200 faults, and whether the runs end as if undisturbed"
 	@echo "make lint       ruff"
 	@echo "make clean      remove .venv and out/"
 
 setup: $(READY)
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-ssh.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -29,15 +30,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
-	$(BIN)/python -m pytest -m "not soak" tests/dist tests/gpu
+	$(BIN)/python -m pytest -m "not soak" tests/dist tests/chaos tests/gpu
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
-	$(BIN)/python -m pytest tests/dist tests/gpu
+	$(BIN)/python -m pytest tests/dist tests/chaos tests/gpu
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not slow and not soak" tests/unit
-	$(BIN)/python -m pytest -m "not slow and not soak" tests/dist tests/gpu
+	$(BIN)/python -m pytest -m "not slow and not soak" tests/dist tests/chaos tests/gpu
+
+chaos: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.campaign --seed 1 --faults 200
 
 lint: $(READY)
 	$(BIN)/ruff check .

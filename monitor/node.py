@@ -116,17 +116,15 @@ class LocalNode:
             path.unlink(missing_ok=True)
 
     def adopt(self) -> dict | None:
-        """Take over the job that an earlier monitor left running; {"token", "attempt"}, or None if there is none."""
+        """Take over the job that an earlier monitor or connection left; {"token", "attempt"} if it is still running.
+        Of one that has ended meanwhile, `poll` has the records and the output."""
         try:
-            self._job = json.loads(self._job_file.read_text())
-            found = {"token": self._job["token"], "attempt": self._job["attempt"]}
+            job = json.loads(self._job_file.read_text())
+            self._job = {key: job[key] for key in ("token", "attempt", "pid", "log")}
         except (OSError, ValueError, KeyError, TypeError):
             self._job = None
             return None
-        if not self._processes():
-            self._job = None
-            return None
-        return found
+        return {key: self._job[key] for key in ("token", "attempt")} if self._processes() else None
 
     def _processes(self) -> list[psutil.Process]:
         """All processes of the job, whoever their parent is now."""
@@ -319,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     # The job is ended by request alone, not because the connection's terminal is gone.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     node = LocalNode(Path(args.run_dir), args.index)
+    # The connection may have dropped in the middle of a launch.
+    node.adopt()
     for line in serve(node, iter(sys.stdin.readline, "")):
         print(line, flush=True)
     return 0

@@ -23,7 +23,8 @@ class RemoteNode:
     """
 
     def __init__(self, host: Host, run_dir: str, index: int, timeout_s: float = 10.0):
-        self.host, self.run_dir, self.index, self.name = host, run_dir, index, host.host
+        self.host, self.run_dir, self.index = host, run_dir, index
+        self.name = f"{host.host}:{host.port}" if host.port else host.host
         self._timeout = timeout_s
         self._client = self._channel = None
         self._buffer = b""
@@ -92,28 +93,35 @@ class RemoteNode:
             raise ValueError(f"{self.name}: {answer['problem']}")
         return answer["answer"]
 
-    def _request(self, do: str, timeout_s: float | None = None, **more: object) -> object:
-        """Ask the host, on a connection that is there or can be made without asking the user."""
-        if self._channel is None:
-            self.open()
+    def _connect_again(self, wait: bool) -> None:
+        """Have a connection, made in a thread of its own where there is none.
+
+        Raises:
+            Unreachable: not `wait`, and it is not there yet.
+        """
+        if self._connecting is None and self._channel is None:
+            self._connecting = self._thread.submit(self.open)
+        if self._connecting is None:
+            return
+        if not wait and not self._connecting.done():
+            raise Unreachable(f"{self.name}: connecting again")
+        attempt, self._connecting = self._connecting, None
+        attempt.result()
+
+    def _request(self, do: str, timeout_s: float | None = None, wait: bool = True, **more: object) -> object:
+        self._connect_again(wait)
         try:
             return self._exchange({"do": do, **more}, timeout_s or self._timeout)
-        except (TimeoutError, OSError, EOFError, json.JSONDecodeError) as error:
+        except (OSError, EOFError, json.JSONDecodeError) as error:
+            # An answer that comes too late must not be taken for the next one's.
             self._drop()
             if isinstance(error, SSHProblem):
                 raise
             raise Unreachable(f"{self.name} does not answer") from None
 
     def poll(self, log_from: int) -> NodeReport:
-        """As LocalNode's; does not wait for a connection that is gone, but has it made in the background."""
-        if self._channel is None:
-            if self._connecting is None:
-                self._connecting = self._thread.submit(self.open)
-            if not self._connecting.done():
-                raise Unreachable(f"{self.name}: connecting again")
-            attempt, self._connecting = self._connecting, None
-            attempt.result()
-        return NodeReport(**self._request("poll", timeout_s=min(self._timeout, 5.0), log_from=log_from))
+        """As LocalNode's; does not wait for a connection that is gone, but has it made meanwhile."""
+        return NodeReport(**self._request("poll", min(self._timeout, 5.0), wait=False, log_from=log_from))
 
     def start(self, launch: Launch) -> None:
         self._request("start", launch=asdict(launch))

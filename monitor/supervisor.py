@@ -32,6 +32,7 @@ _TRACEBACK_LINES = 30
 class Node(Protocol):
     """LocalNode or RemoteNode."""
 
+    index: int
     name: str
 
     def start(self, launch: Launch) -> None: ...
@@ -101,9 +102,8 @@ class Supervisor:
         adopted = self._adopt()
         while True:
             try:
-                if not adopted:
-                    self._launch(flags)
-                ending = self._watch_launch()
+                launched = adopted or self._launch(flags)
+                ending = self._watch_launch() if launched else Ending(STOPPED, "stopped on request before a launch")
             except (HostKeyRefused, LoginRefused, ValueError) as error:
                 ending = Ending(WRONG_INPUT, str(error))
             except SSHProblem as error:
@@ -179,7 +179,8 @@ class Supervisor:
                 self._set_state("waiting", str(error))
                 self._wait(5.0)
 
-    def _launch(self, flags: list[str]) -> None:
+    def _launch(self, flags: list[str]) -> bool:
+        """False, and nothing started, if the monitor is asked to stop."""
         self._set_state("starting")
         self._wait_for_hosts()
         # Whatever an earlier launch or monitor left there.
@@ -190,13 +191,12 @@ class Supervisor:
         token = f"{self.status.attempt}-{secrets.token_hex(4)}"
         added = [*(["--resume"] if resume and "--resume" not in self.command.flags else []), *flags]
         if self.stop_requested:
-            return
-        launches = {
-            node.name: Launch(f"{token}-{index}", self.status.attempt, *self._command_of(index, token, added))
-            for index, node in enumerate(self.nodes)
-        }
+            return False
         logger.info("launch %d%s", self.status.attempt, f" with {' '.join(added)}" if added else "")
-        self._each(lambda node: node.start(launches[node.name]))
+        self._each(lambda node: node.start(
+            Launch(f"{token}-{node.index}", self.status.attempt, *self._command_of(node.index, token, added))
+        ))  # fmt: skip
+        return True
 
     def _command_of(self, index: int, token: str, flags: list[str]) -> tuple[list[str], dict[str, str]]:
         """(command, environment) for a node."""
