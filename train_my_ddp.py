@@ -54,8 +54,9 @@ from tasks.reference import ReferenceCache, compute_reference, weights_fingerpri
 from tokenizer import load_tokenizer
 from utils import checkpoint as ckpt
 from utils import exits
+from utils.fetching import CheckpointFiles
 from utils.files import atomic_write
-from utils.flat_state import load_flat_state, read_tensors
+from utils.flat_state import holds_flat_state, load_flat_state, read_tensors
 from utils.heartbeat import Heartbeat, write_stacks_on_signal
 from utils.logging import add_log_file, clock, log_traceback, setup_console
 from utils.meter import StepMeter
@@ -178,49 +179,11 @@ class Trainer:
         self.last_save = time.monotonic()
         if self.chosen is None:
             return None
-        return self._bring_model()
-
-    def _bring_model(self) -> Path:
-        """Folder of the checkpoint to resume from; on a node that has none, all but the state of the ranks is brought
-        from another."""
-        if self.place.shared_by_all:
-            return self.ckpt_dir / self.chosen.name
-        names = self._files_of_checkpoint()
-        has = self.place.store[0] in self.chosen.holders
-        self._bring(set() if has else {name for name in names if not ckpt.is_state_of_ranks(name)})
-        return self._checkpoint_dirs()[0]
-
-    def _checkpoint_dirs(self) -> list[Path]:
-        """Where files of the checkpoint to resume from lie on this node: its own, and those brought from others."""
-        fetched = self.ckpt_dir / f".fetched-{self.chosen.name}"
-        has = self.place.store[0] in self.chosen.holders
-        return [self.ckpt_dir / self.chosen.name, fetched] if has else [fetched]
-
-    def _files_of_checkpoint(self) -> dict[str, int]:
-        """Name -> rank that can read it, of all files of the checkpoint that is resumed from. Collective."""
-        own = self.ckpt_dir / self.chosen.name
-        listing = [path.name for path in own.iterdir()] if self.context.rank in self.chosen.holders else []
-        found: dict[str, int] = {}
-        for rank, names in enumerate(self.context.gather(listing)):
-            for name in names:
-                found.setdefault(name, rank)
-        return found
-
-    def _bring(self, wanted: set[str]) -> None:
-        """Copy files of the checkpoint from other nodes, to where all ranks of this one can read them. Collective."""
-        context, directories = self.context, self._checkpoint_dirs()
-        sources = self._files_of_checkpoint()
-        lacking = sorted(name for name in wanted if not any((d / name).exists() for d in directories))
-        by_rank, targets = context.gather(lacking), context.gather(self.place.store[0])
-        asked = sorted({(name, targets[rank]) for rank, names in enumerate(by_rank) for name in names})
-        for name, target in asked:
-            if context.rank == target:
-                directories[-1].mkdir(exist_ok=True)
-            at = directories[0] if context.rank == sources[name] else directories[-1]
-            context.send_file(at / name, sources[name], target)
-        if asked and context.is_main:
-            logger.info("brought %d files of %s to nodes that lacked them", len(asked), self.chosen.name)
-        context.barrier()
+        self.resume_files = CheckpointFiles(
+            self.ckpt_dir, self.chosen, self.place, context.gather,
+            partial(context.send_file, between=lambda: self.heartbeat.beat("start", 0)),
+        )  # fmt: skip
+        return self.resume_files.bring_model()
 
     def _open_data(self) -> None:
         """Open both sets and the tokenizer, and check that they belong together, on all ranks."""
@@ -424,13 +387,13 @@ class Trainer:
                 f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
                 f"restore them, or add --restart_data to begin a new pass over the data"
             )
-        directories = self._bring_state_of_ranks(path)
-        load_flat_state(directories, self.optimizer.named_state())
+        self.resume_files.bring_state(lambda folders: holds_flat_state(folders, self.optimizer.named_state()))
+        load_flat_state(self.resume_files.directories, self.optimizer.named_state())
         self.optimizer.weights_from_main()
         if self.zero1 is not None:
             self.zero1.gather_all()
         self.optimizer.load_scalar_state(state["optimizer"])
-        self._load_hook_state(directories, state["step"])
+        self._load_hook_state(state["step"])
         samples = 0 if changed else state["samples_consumed"]
         if config.data.resume_at_sample > samples:
             self.left_out = [samples, config.data.resume_at_sample - 1]
@@ -440,40 +403,22 @@ class Trainer:
         if self.place.is_first_of_store:
             ckpt.delete_leftovers(self.ckpt_dir)
 
-    def _bring_state_of_ranks(self, path: Path) -> list[Path]:
-        """Folders in which this rank finds the optimizer state and the comm hook's memory that it takes up."""
-        if self.place.shared_by_all:
-            return [path]
-        files, wanted = self._files_of_checkpoint(), set(self._hook_files())
-        try:
-            load_flat_state(self._checkpoint_dirs(), self.optimizer.named_state(), look_only=True)
-        except ValueError:
-            wanted |= {name for name in files if name.startswith("optim-")}
-        self._bring(wanted)
-        return self._checkpoint_dirs()
-
-    def _hook_files(self) -> list[str]:
-        """Of the saved memories of comm hooks, those that this rank takes up: of its own number, and of every
-        world_size-th after. Collective."""
-        names = sorted(filter(ckpt.is_hook_state, self._files_of_checkpoint()), key=ckpt.hook_state_rank)
-        context = self.context
-        return [name for name in names if ckpt.hook_state_rank(name) % context.world_size == context.rank] or names[:1]
-
-    def _load_hook_state(self, directories: list[Path], step: int) -> None:
-        """Take up what PowerSGD remembered; a rank that had no number then only the Q that all shared."""
-        names = self._hook_files()
+    def _load_hook_state(self, step: int) -> None:
+        """Take up what PowerSGD remembered: the residuals of this rank's number, and the Q that all ranks shared."""
+        states = self.resume_files.hook_states()
         if self.powersgd is None:
-            if names:
+            if states:
                 logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", self.chosen.name)
             return
         self.powersgd.iteration = step
-        for index, name in enumerate(names):
-            saved = read_tensors(next(d / name for d in directories if (d / name).exists()))
+        lost = self.resume_files.lost_hook_states()
+        if lost and self.context.is_main:
+            logger.warning("the residuals of PowerSGD of ranks %s are on no node: they are lost", lost)
+        for index, (file, is_mine) in enumerate(states):
+            saved = read_tensors(file)
             if index == 0:
                 self.powersgd.take_q(saved)
-            if ckpt.hook_state_rank(name) % self.context.world_size != self.context.rank:
-                continue
-            dropped = self.powersgd.add_residuals(saved)
+            dropped = self.powersgd.add_residuals(saved) if is_mine else []
             if dropped:
                 logger.warning("residuals are dropped, as these are not compressed any more: %s", ", ".join(dropped))
 
@@ -500,6 +445,7 @@ class Trainer:
             return
         for path in ckpt.abandon_later(self.ckpt_dir, progress.step):
             logger.info("set aside %s: the run goes on from step %d", path.name, progress.step)
+        ckpt.prune(self.ckpt_dir, self.saver.retention)
         exits.clear_gone_ranks(self.out_dir / "exit", context.world_size)
         changed = changes_since(config, self.out_dir / CONFIG_NAME) if self.resumed_from else {}
         for name, (before, now) in changed.items():
@@ -639,6 +585,7 @@ class Trainer:
             if finished or valid_loss is not None or self.save_due or _is_due(progress.step, run.save_interval):
                 self._log_step()
                 self._save(valid_loss, must=finished)
+        self._settle_save(must=True)
         self._end_records("finished")
         return exits.OK
 

@@ -10,6 +10,7 @@ collectives on a group is the same on all ranks:
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PIECE_BYTES = 1 << 24
+_PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -78,27 +79,31 @@ class DistContext:
         if any(other != value for other in self.gather(value)):
             raise ValueError(message)
 
-    def send_file(self, path: Path, source: int, target: int) -> None:
-        """Copy a file from one rank to another; the others do nothing. Main thread only.
+    def send_file(self, path: Path, source: int, target: int, between: Callable[[], object] | None = None) -> None:
+        """Copy a file from one rank to another. Collective: the others wait, but never for longer than a section takes,
+        as a slow network can need more than the groups' timeout for the whole. Main thread only.
 
         Args:
             path: on the source the file, on the target where it shall be.
+            between: called after each section of 256 MiB.
         """
-        if self.rank == source:
-            with open(path, "rb") as file:
-                dist.send(torch.tensor([os.fstat(file.fileno()).st_size]), target, group=self.control_group)
-                while piece := file.read(_PIECE_BYTES):
-                    dist.send(torch.frombuffer(bytearray(piece), dtype=torch.uint8), target, group=self.control_group)
-        elif self.rank == target:
-            left = torch.zeros(1, dtype=torch.int64)
-            dist.recv(left, source, group=self.control_group)
-            left = int(left)
-            with open(path, "wb") as file:
-                while left:
-                    piece = torch.empty(min(left, _PIECE_BYTES), dtype=torch.uint8)
-                    dist.recv(piece, source, group=self.control_group)
-                    file.write(piece.numpy())
-                    left -= len(piece)
+        is_source, is_target = self.rank == source, self.rank == target
+        with open(path, "rb" if is_source else "wb") if is_source or is_target else nullcontext() as file:
+            size = self.gather(os.fstat(file.fileno()).st_size if is_source else 0)[source]
+            for begin in range(0, size, _SECTION_BYTES):
+                end = min(begin + _SECTION_BYTES, size)
+                for at in range(begin, end, _PIECE_BYTES):
+                    length = min(_PIECE_BYTES, end - at)
+                    if is_source:
+                        piece = torch.frombuffer(bytearray(file.read(length)), dtype=torch.uint8)
+                        dist.send(piece, target, group=self.control_group)
+                    elif is_target:
+                        piece = torch.empty(length, dtype=torch.uint8)
+                        dist.recv(piece, source, group=self.control_group)
+                        file.write(piece.numpy())
+                self.barrier()
+                if between is not None:
+                    between()
 
     def barrier(self) -> None:
         if self.control_group is not None:

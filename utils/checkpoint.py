@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
 RUN_MARK = ".zero2all-run"
 """An empty file in a run directory, by which ranks find out whether they see the same one."""
+REPLACED = ".replaced-"
+"""Begins the name of a checkpoint whose step is saved again, until that is done."""
+_ABANDONED, _ABANDONED_KEPT = "abandoned-", 2
 _STEP_DIR = re.compile(r"step-(\d+)")
 
 
@@ -55,6 +58,8 @@ class Checkpoint:
     part: Part
     saved_at: float = 0.0
     """Seconds since 1970; 0 if unknown."""
+    has_manifest: bool = True
+    """Whether its manifest can be read: else it is of no use."""
 
     @property
     def step(self) -> int:
@@ -125,7 +130,7 @@ def _read_checkpoint(path: Path, step: int) -> Checkpoint:
         )  # fmt: skip
         return Checkpoint(path, part, manifest.get("saved_at", 0.0))
     except (OSError, ValueError, KeyError, TypeError):
-        return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False))
+        return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False), has_manifest=False)
 
 
 def _is_score(valid_loss: float | None) -> bool:
@@ -165,6 +170,10 @@ class Chosen:
     step: int
     holders: tuple[int, ...]
     """First ranks of the stores that hold a valid part of it."""
+    world_size: int
+    """Of the launch that wrote it."""
+    sharded: bool
+    """Whether its parts make up the whole only together."""
 
     @property
     def name(self) -> str:
@@ -194,8 +203,8 @@ def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather
                                   + ("" if place.shared_by_all else f" (on the node of rank {rank})"))  # fmt: skip
         missing = missing_ranks(parts.values())
         if not missing:
-            return Chosen(save.step, tuple(parts)), complaints
-        if not place.shared_by_all:
+            return Chosen(save.step, tuple(parts), save.world_size, save.sharded), complaints
+        if parts and not place.shared_by_all:
             complaints.append(
                 f"checkpoint step-{save.step} is skipped: no node holds the optimizer state of ranks "
                 f"{', '.join(map(str, missing))}"
@@ -294,32 +303,41 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
     renamed = []
     for checkpoint in list_checkpoints(ckpt_dir):
         if checkpoint.step > step:
-            target = ckpt_dir / f"abandoned-{checkpoint.path.name}-{int(time.time())}"
+            target = ckpt_dir / f"{_ABANDONED}{checkpoint.path.name}-{int(time.time())}"
             os.replace(checkpoint.path, target)
             renamed.append(target)
     return renamed
 
 
 def doomed_by(retention: Retention, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Those of `checkpoints` (by rising step) that need not stay."""
+    """Those of `checkpoints` (by rising step) that need not stay, broken ones among them."""
+    everything, checkpoints = checkpoints, [c for c in checkpoints if c.has_manifest]
     best = sorted((c for c in checkpoints if _is_score(c.valid_loss)), key=lambda c: (c.valid_loss, -c.step))
-    kept = {c.path for c in [*checkpoints[len(checkpoints) - retention.keep_last :], *best[: retention.keep_best]]}
+    newest = checkpoints[::-1][: retention.keep_last]
+    kept = {c.path for c in [*newest, *best[: retention.keep_best]]}
     if retention.keep_every:
         kept |= {c.path for c in checkpoints if c.step % retention.keep_every == 0}
-    return [c for c in checkpoints if c.path not in kept]
+    return [c for c in everything if c.path not in kept]
 
 
 def prune(ckpt_dir: Path, retention: Retention) -> None:
-    """Delete the checkpoints that need not stay, and those that others took the place of."""
+    """Delete the checkpoints that need not stay, and all but the newest of those that were set aside."""
     for checkpoint in doomed_by(retention, list_checkpoints(ckpt_dir)):
         # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.
         os.replace(checkpoint.path, checkpoint.path.with_name(f".old-{checkpoint.path.name}"))
-    _delete(ckpt_dir, ".old-*")
+    for path in sorted(ckpt_dir.glob(f"{_ABANDONED}*"), key=lambda path: path.stat().st_ctime)[:-_ABANDONED_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+    _delete(ckpt_dir, ".old-*", f"{REPLACED}*")
 
 
 def delete_leftovers(ckpt_dir: Path) -> None:
-    """Delete what killed saves, deletions and launches left; nobody may be writing here."""
-    _delete(ckpt_dir, ".old-*", ".tmp-step-*", ".fetched-*")
+    """Delete what killed saves, deletions and launches left; nobody may be writing here. A checkpoint whose successor
+    of the same step did not come to its place goes back there."""
+    for path in ckpt_dir.glob(f"{REPLACED}*"):
+        match = _STEP_DIR.match(path.name.removeprefix(REPLACED))
+        if match and not (ckpt_dir / match[0]).exists():
+            os.replace(path, ckpt_dir / match[0])
+    _delete(ckpt_dir, ".old-*", f"{REPLACED}*", ".tmp-step-*", ".fetched-*")
 
 
 def _delete(directory: Path, *patterns: str) -> None:
@@ -376,11 +394,11 @@ def _verify_command(checkpoints: list[Checkpoint]) -> int:
 
 
 def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retention, dry_run: bool) -> int:
+    lock = None if dry_run else lock_run(run)
     doomed = doomed_by(retention, checkpoints)
     for checkpoint in doomed:
         print(f"{'would delete' if dry_run else 'deleting'} {_line(checkpoint)}")
-    if not dry_run:
-        lock = lock_run(run)
+    if lock is not None:
         prune(run / "ckpt", retention)
         delete_leftovers(run / "ckpt")
         lock.close()

@@ -27,6 +27,15 @@ FlatState = Iterable[tuple[str, int, dict[str, Tensor]]]
 """(parameter name, offset of the tensors in the parameter, state name -> 1-D tensor)."""
 
 
+def holds_flat_state(directories: Sequence[Path], wanted: FlatState) -> bool:
+    """Whether `load_flat_state` would find all elements there."""
+    try:
+        load_flat_state(directories, wanted, look_only=True)
+    except ValueError:
+        return False
+    return True
+
+
 def load_flat_state(directories: Sequence[Path], wanted: FlatState, look_only: bool = False) -> None:
     """Fill flat tensors from all `optim-*.safetensors` of a checkpoint, however those were cut.
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint import MANIFEST, Retention, prune
+from utils.checkpoint import MANIFEST, REPLACED, Retention, prune
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.flat_state import flat_key
 from utils.stores import Place
@@ -45,7 +45,8 @@ class HostCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: dict[str, Tensor] = {}
-        self._taken: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        # With the tensors themselves: memory that was freed could come back as another one's.
+        self._taken: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._copied: torch.cuda.Event | None = None
 
     def begin(self) -> None:
@@ -72,12 +73,14 @@ class HostCopies:
             else:
                 with torch.cuda.stream(self._stream):
                     buffer.copy_(tensor.reshape(-1), non_blocking=True)
-            self._taken[same] = buffer
-        return self._taken[same].view(tensor.shape)
+            self._taken[same] = (tensor, buffer)
+        return self._taken[same][1].view(tensor.shape)
 
     def end(self) -> None:
         if self._stream is not None:
             self._copied = self._stream.record_event()
+        else:
+            self._taken.clear()
 
     def before_update(self) -> None:
         """Whatever the main stream issues next may change the tensors: on CUDA it waits for the copies, on the
@@ -132,9 +135,9 @@ class CheckpointWriter:
             return
         ranks = self.place.store
         sizes = [len(next(iter(tensors.values()))) for _, _, tensors in state]
-        total, seen, mine = sum(sizes), 0, {}
+        total, seen, mine = max(sum(sizes), 1), 0, {}
         for (parameter, offset, tensors), size in zip(state, sizes):
-            if ranks[seen * len(ranks) // total] == self.place.rank:
+            if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
                 mine |= {flat_key(parameter, offset, key): tensor for key, tensor in tensors.items()}
             seen += size
         self.add_tensors(name, mine)
@@ -215,10 +218,27 @@ class CheckpointWriter:
         }  # fmt: skip
         atomic_write_json(self.directory / MANIFEST, manifest)
         if self._final.exists():
-            os.replace(self._final, self._final.with_name(f".old-{self._final.name}-{self.save_id}"))
+            os.replace(self._final, self._replaced)
         os.replace(self.directory, self._final)
         fsync_dir(self._final.parent)
         return self._final
+
+    @property
+    def _replaced(self) -> Path:
+        """Where an older checkpoint of the same step is until this one is whole everywhere."""
+        return self._final.with_name(f"{REPLACED}{self._final.name}-{self.save_id}")
+
+    def revert(self) -> None:
+        """The store's first rank: leave nothing of this save, also of one that is whole here but failed elsewhere."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            is_mine = json.loads((self._final / MANIFEST).read_text())["save_id"] == self.save_id
+        except (OSError, ValueError, KeyError, TypeError):
+            is_mine = False
+        if is_mine:
+            shutil.rmtree(self._final, ignore_errors=True)
+        if self._replaced.exists() and not self._final.exists():
+            os.replace(self._replaced, self._final)
 
 
 @dataclass(frozen=True)
@@ -256,7 +276,7 @@ class CheckpointSaver:
         gather: Callable[[object], list],
     ):
         self._ckpt_dir, self._place, self._launch, self._gather = ckpt_dir, place, launch, gather
-        self._retention, self.background = retention, background
+        self.retention, self.background = retention, background
         self._copies = HostCopies(device) if background else None
         self._thread = ThreadPoolExecutor(1, "checkpoint-save")
         self._count = 0
@@ -347,13 +367,19 @@ class CheckpointSaver:
         writer, seconds = self._writer, 0.0 if error is not None else self._future.result() - self._began
         self._future = self._writer = None
         if problems and self._place.is_first_of_store:
-            shutil.rmtree(writer.directory, ignore_errors=True)
+            writer.revert()
         if error is not None and not isinstance(error, (OSError, SafetensorError)):
             raise error
         if not problems and self._place.is_first_of_store:
-            self._thread.submit(prune, self._ckpt_dir, self._retention)
+            self._thread.submit(self._prune)
         problem = "; ".join(problems) or None
         return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem)
+
+    def _prune(self) -> None:
+        try:
+            prune(self._ckpt_dir, self.retention)
+        except OSError as error:
+            logger.warning("older checkpoints cannot be deleted: %s", error)
 
     def close(self) -> None:
         """Let a save that is in flight finish, unless parts of other ranks are missing and do not come."""

@@ -6,6 +6,7 @@ Where the ranks hold the same optimizer state, each store has all of it; under Z
 stores, and whole only if the parts of one save (its `save_id`) hold those of all ranks.
 """
 
+import os
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Pla
         problem = f"--out_dir {out_dir} cannot be written: {error.strerror}"
     problems = gather(problem)
     names = gather(mark.name)
-    # The next gather ends only when all have looked.
-    seen = [r for r, name in enumerate(names) if r == rank or (out_dir / name).exists()]
+    # The next gather ends only when all have looked. (Path.exists would raise where the directory may not be searched.)
+    seen = [r for r, name in enumerate(names) if r == rank or os.path.exists(out_dir / name)]
     gather(None)
-    mark.unlink(missing_ok=True)
-    for problem in filter(None, problems):
-        raise ValueError(problem)
+    if problem is None:
+        mark.unlink(missing_ok=True)
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
     return Place(rank, world_size, tuple(seen))
 
 

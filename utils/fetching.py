@@ -1,0 +1,110 @@
+"""The files of the checkpoint that a run resumes from, on nodes of which each may hold a part of them.
+
+What a node lacks is sent by one that has it, into `ckpt/.fetched-step-N/`, which is deleted once all is loaded. Where
+all ranks see one file system, nothing is asked and nothing is sent.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.checkpoint import Chosen, hook_state_rank, is_hook_state, is_state_of_ranks
+from utils.stores import Gather, Place
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointFiles:
+    """Where the files are for this rank. All methods are collective.
+
+    Args:
+        send_file: (path, source rank, target rank): copy a file; called on all ranks, in one order.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: Path,
+        chosen: Chosen,
+        place: Place,
+        gather: Gather,
+        send_file: Callable[[Path, int, int], None],
+    ):
+        self._own, self._fetched = ckpt_dir / chosen.name, ckpt_dir / f".fetched-{chosen.name}"
+        self._chosen, self._place, self._gather, self._send_file = chosen, place, gather, send_file
+
+    @property
+    def directories(self) -> list[Path]:
+        """Where files may lie on this node: its own part, and what was brought."""
+        if self._place.shared_by_all:
+            return [self._own]
+        holds = self._place.store[0] in self._chosen.holders
+        return [self._own, self._fetched] if holds else [self._fetched]
+
+    def bring_model(self) -> Path:
+        """A folder with the model, its configuration, the tokenizer and the trainer's state."""
+        if not self._place.shared_by_all:
+            holds = self._place.store[0] in self._chosen.holders
+            names = self._sources()
+            self._bring(set() if holds else {name for name in names if not is_state_of_ranks(name)}, names)
+        return self.directories[0]
+
+    def bring_state(self, is_all_here: Callable[[list[Path]], bool]) -> None:
+        """What ranks wrote for themselves, as far as this rank needs it.
+
+        Args:
+            is_all_here: whether folders hold the optimizer state of this rank.
+        """
+        if self._place.shared_by_all:
+            return
+        sources = self._sources()
+        wanted = set(self._hook_files(sources))
+        if not is_all_here(self.directories):
+            # Of stores that each hold the whole, one is enough, and two would be twice the elements.
+            enough = None if self._chosen.sharded else self._chosen.holders[0]
+            wanted |= {n for n, source in sources.items() if n.startswith("optim-") and enough in (None, source)}
+        self._bring(wanted, sources)
+
+    def hook_states(self) -> list[tuple[Path, bool]]:
+        """What comm hooks remembered, as far as this rank takes it up: (file, whether its residuals are for this rank:
+        else it holds only what all ranks share)."""
+        names = self._hook_files(self._sources())
+        return [
+            (next(d / name for d in self.directories if (d / name).exists()), self._is_mine(name))
+            for name in names
+        ]
+
+    def lost_hook_states(self) -> list[int]:
+        """Ranks whose comm hooks remembered something that no node holds any more."""
+        kept = {hook_state_rank(name) for name in self._sources() if is_hook_state(name)}
+        return sorted(set(range(self._chosen.world_size)) - kept) if kept else []
+
+    def _hook_files(self, names: dict[str, int]) -> list[str]:
+        """Of this rank's number, and of every world_size-th after; if there is none, the first."""
+        ordered = sorted(filter(is_hook_state, names), key=hook_state_rank)
+        return list(filter(self._is_mine, ordered)) or ordered[:1]
+
+    def _is_mine(self, name: str) -> bool:
+        return hook_state_rank(name) % self._place.world_size == self._place.rank
+
+    def _sources(self) -> dict[str, int]:
+        """Name -> first rank that holds the file in its own part, of all files of the checkpoint."""
+        holds = self._place.rank in self._chosen.holders
+        found: dict[str, int] = {}
+        for rank, names in enumerate(self._gather([path.name for path in self._own.iterdir()] if holds else [])):
+            for name in names:
+                found.setdefault(name, rank)
+        return found
+
+    def _bring(self, wanted: set[str], sources: dict[str, int]) -> None:
+        lacking = sorted(name for name in wanted if not any((d / name).exists() for d in self.directories))
+        by_rank, targets = self._gather(lacking), self._gather(self._place.store[0])
+        asked = sorted({(name, targets[rank]) for rank, names in enumerate(by_rank) for name in names})
+        for name, target in asked:
+            source = sources[name]
+            if self._place.rank == target:
+                self._fetched.mkdir(exist_ok=True)
+            self._send_file((self._own if self._place.rank == source else self._fetched) / name, source, target)
+        if asked and self._place.rank == 0:
+            logger.info("brought %d files of %s to nodes that lacked them", len(asked), self._chosen.name)
+        # The other ranks of a node read what its first one received.
+        self._gather(None)
