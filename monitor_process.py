@@ -14,7 +14,10 @@ Exit codes, those of the training: 0 finished; 2 the command or the data is wron
 
 import argparse
 import fcntl
+import io
 import logging
+import math
+import os
 import signal
 import sys
 import time
@@ -76,8 +79,8 @@ def options_of(args: argparse.Namespace) -> Options:
         ValueError: a number that makes no sense.
     """
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-            raise ValueError(f"--{name} must not be negative, got {value}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
+            raise ValueError(f"--{name} must be a number, and not negative, got {value}")
     if not 0 < args.interval <= 60 or args.hang_factor < 1 or args.max_without_progress < 1:
         raise ValueError("--interval must lie in (0, 60], --hang_factor and --max_without_progress be at least 1")
     rules = Rules(args.max_restarts, args.max_without_progress, args.backoff, args.max_backoff, args.on_nonfinite,
@@ -133,7 +136,18 @@ def claim(run_dir: Path) -> BinaryIO:
     return file
 
 
+def flush_output() -> None:
+    """A pipe that nobody reads any more must not change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def set_up_log() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Whatever the training prints, this terminal must not be a reason to fail.
+        sys.stdout.reconfigure(errors="replace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("monitor: %(message)s"))
     logger.addHandler(handler)
@@ -163,12 +177,15 @@ def main(argv: list[str]) -> int:
         return WRONG_INPUT
     add_log_file(supervisor.run_dir / MONITOR_DIR / "monitor.log")
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, lambda *_: supervisor.request_stop())
+        # nohup means that a closed terminal is no request to stop.
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda *_: supervisor.request_stop())
     try:
         return supervisor.run()
     finally:
         supervisor.close()
         lock.close()
+        flush_output()
 
 
 if __name__ == "__main__":

@@ -801,6 +801,8 @@ class Trainer:
             OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
         """
         started = time.perf_counter()
+        if self.saver.in_flight:
+            self.heartbeat.beat("save", self.progress.step)
         outcome = self.saver.settle()
         self.meter.leave_out(time.perf_counter() - started)
         if outcome is not None:

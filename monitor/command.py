@@ -29,9 +29,10 @@ class TrainCommand:
         """
         script = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
         if not script:
+            lacks = "begins with its script" if script == 0 else "names no script" if words else "is missing"
             raise ValueError(
-                "the training command is missing: write it after --, as in `-- torchrun --standalone "
-                "--nproc_per_node=2 train_my_ddp.py FLAGS`"
+                f"the training command {lacks}: write it after --, with what runs it, as in `-- torchrun --standalone "
+                f"--nproc_per_node=2 train_my_ddp.py FLAGS`"
             )
         command = TrainCommand(tuple(words[:script]), words[script], tuple(words[script + 1 :]))
         if command.is_torchrun and command._torchrun_flag("max_restarts") not in (None, "0"):
@@ -46,7 +47,8 @@ class TrainCommand:
         """How many words name torchrun; 0 if something else launches."""
         if Path(self.launcher[0]).name == "torchrun":
             return 1
-        return 3 if self.launcher[1:3] == _ELASTIC else 0
+        pairs = list(zip(self.launcher[1:], self.launcher[2:]))
+        return pairs.index(_ELASTIC) + 3 if _ELASTIC in pairs else 0
 
     def _torchrun_flag(self, name: str) -> str | None:
         return _flag_value(self.launcher[self._elastic_words() :], name)
@@ -55,6 +57,10 @@ class TrainCommand:
     def is_standalone(self) -> bool:
         return "--standalone" in self.launcher
 
+    def flag(self, name: str) -> str | None:
+        """Value of one of the training's flags, if it is given on the command line."""
+        return _flag_value(self.flags, name)
+
     @property
     def out_dir(self) -> str:
         """As the training would resolve it: the flag, the YAML file, the default.
@@ -62,10 +68,10 @@ class TrainCommand:
         Raises:
             ValueError: the YAML file cannot be read.
         """
-        value = _flag_value(self.flags, "out_dir")
+        value = self.flag("out_dir")
         if value is not None:
             return value
-        file = _flag_value(self.flags, "exp_config_file")
+        file = self.flag("exp_config_file")
         if file is None and self.flags and not self.flags[0].startswith("-"):
             file = self.flags[0]
         if file is None:

@@ -71,7 +71,7 @@ def read_hosts(path: Path) -> Hosts:
     if unknown := set(content) - {"hosts", "rendezvous_port"}:
         raise ValueError(f"{path}: unknown: {', '.join(map(str, sorted(unknown)))}")
     port = content.get("rendezvous_port", Hosts.rendezvous_port)
-    if not isinstance(port, int) or not 0 < port < 65536:
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:
         raise ValueError(f"{path}: rendezvous_port must be a port number, got {port!r}")
     hosts = [_read_host(path, number, entry) for number, entry in enumerate(content["hosts"], 1)]
     names = [(host.host, host.port, host.reached_at) for host in hosts]
@@ -95,4 +95,10 @@ def _read_host(path: Path, number: int, entry: object) -> Host:
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise ValueError(f"{where}: {name} must be of type {_TYPES[name].__name__}, got {value!r}")
     env = {str(name): str(value) for name, value in entry.get("env", {}).items()}
-    return Host(**{**entry, "env": env})
+    host = Host(**{**entry, "env": env})
+    try:
+        # What is no name, port or fingerprint is refused there.
+        _ = host.target
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return host

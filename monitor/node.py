@@ -32,6 +32,8 @@ MONITOR_DIR = "monitor"
 _LOG_BYTES_AT_ONCE = 1 << 18
 _LOGS_KEPT = 10
 _STACKS_SECONDS = 3.0
+_KILL_SECONDS = 10.0
+_HEARTBEAT_KEYS = {"rank", "world_size", "pid", "phase", "step", "monotonic"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,17 @@ class LocalNode:
     def start(self, launch: Launch) -> None:
         """
         Raises:
-            ValueError: the command cannot be started.
+            ValueError: there is no such command.
+            OSError: it cannot be started now (a full disk).
         """
         self.home.mkdir(parents=True, exist_ok=True)
         self._forget_old_launches()
         exits, log = self.home / f"exit-{launch.token}", self.home / f"launch-{launch.attempt}-{self.index}.log"
         exits.mkdir()
+        self._process = None
+        self._job = {"token": launch.token, "attempt": launch.attempt, "pid": 0, "log": log.name}
+        # Before anything runs: a job that no file names could not be found again.
+        atomic_write_json(self._job_file, self._job)
         env = os.environ | launch.env | {"ZERO2ALL_LAUNCH": launch.token, "ZERO2ALL_EXIT_DIR": str(exits.resolve())}
         try:
             with open(log, "wb") as output:
@@ -103,9 +110,9 @@ class LocalNode:
                     launch.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
                     start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:
+        except (FileNotFoundError, PermissionError) as error:
             raise ValueError(f"{launch.command[0]} cannot be started: {error.strerror}") from None
-        self._job = {"token": launch.token, "attempt": launch.attempt, "pid": self._process.pid, "log": log.name}
+        self._job["pid"] = self._process.pid
         atomic_write_json(self._job_file, self._job)
 
     def _forget_old_launches(self) -> None:
@@ -144,7 +151,7 @@ class LocalNode:
         """Of this launch's ranks on this node."""
         now, found = time.monotonic(), []
         for record in read_heartbeats(self.run_dir / "heartbeat"):
-            if record.get("launch") != self._job["token"]:
+            if record.get("launch") != self._job["token"] or not _HEARTBEAT_KEYS <= set(record):
                 continue
             status = _status_of(record["pid"], self._job["token"])
             record |= {"age": now - record["monotonic"], "alive": status is not None,
@@ -168,7 +175,7 @@ class LocalNode:
             # Ranks that have not beaten yet are only found by a look at all processes.
             running = bool(self._processes())
         exits = read_exit_records(self.home / f"exit-{self._job['token']}") if self._job is not None else []
-        log, log_end = self._read_log(log_from)
+        log, log_end = self._read_log(log_from, whole_lines=running)
         step, size = self._newest_checkpoint()
         memory = psutil.virtual_memory()
         return NodeReport(
@@ -176,7 +183,7 @@ class LocalNode:
             psutil.disk_usage(str(_existing(self.run_dir))).free, memory.available, memory.total,
         )  # fmt: skip
 
-    def _read_log(self, start: int) -> tuple[str, int]:
+    def _read_log(self, start: int, whole_lines: bool) -> tuple[str, int]:
         if self._job is None:
             return "", start
         try:
@@ -185,9 +192,9 @@ class LocalNode:
                 content = file.read(_LOG_BYTES_AT_ONCE)
         except OSError:
             return "", start
-        # Whole lines, so that no character is cut and lines of several nodes do not mix; a line without end, too.
+        # Whole lines while more may come, so that no character is cut and lines of several nodes do not mix.
         end = content.rfind(b"\n") + 1
-        if not end and len(content) == _LOG_BYTES_AT_ONCE:
+        if not whole_lines or (not end and len(content) == _LOG_BYTES_AT_ONCE):
             end = len(content)
         return content[:end].decode(errors="replace"), start + end
 
@@ -234,21 +241,29 @@ class LocalNode:
 
     def stop(self) -> None:
         """Ask the ranks to save and end. Not through torchrun, which before torch 2.13 kills after 30 seconds."""
-        processes = self._processes()
-        launcher = self._job["pid"] if self._job else None
-        ranks = [process for process in processes if process.pid != launcher]
-        for process in ranks or processes:
-            _send(process.pid, signal.SIGTERM)
+        if self._job is None:
+            return
+        pids = [record["pid"] for record in self._heartbeats() if record["alive"]]
+        if not pids:
+            # Ranks that have not beaten yet, as the launcher's children; or the launcher is the only rank.
+            launcher = self._job["pid"]
+            pids = [process.pid for process in self._processes() if _parent(process) == launcher] or [launcher]
+        for pid in pids:
+            _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End all processes of the job at once."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + _KILL_SECONDS
         while (processes := self._processes()) and time.monotonic() < deadline:
             for process in processes:
                 _send(process.pid, signal.SIGKILL)
-            psutil.wait_procs(processes, timeout=0.5)
+            time.sleep(0.05)
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(_KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                # It waits inside the kernel (a dead disk); whoever starts the next launch will see.
+                return
 
     def close(self) -> None:
         """Nothing to let go of: the job is ended by `kill` alone."""
@@ -266,7 +281,16 @@ def _status_of(pid: int, token: str) -> str | None:
         return None
 
 
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
 def _send(pid: int, signum: int) -> None:
+    if pid <= 0:
+        return
     try:
         os.kill(pid, signum)
     except ProcessLookupError:
@@ -299,12 +323,15 @@ def _answer(node: LocalNode, request: dict) -> object:
 
 
 def serve(node: LocalNode, requests: Iterator[str]) -> Iterator[str]:
-    """Answer each request line with {"answer"} or {"problem"}, until there are no more."""
+    """Answer each request line, until there are no more, with {"answer"}; {"problem"}: the request is wrong; or
+    {"failure"}: this machine could not do it now."""
     for line in requests:
         try:
             yield json.dumps({"answer": _answer(node, json.loads(line))})
-        except (ValueError, OSError) as error:
-            yield json.dumps({"problem": str(error)})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield json.dumps({"problem": str(error) or type(error).__name__})
+        except OSError as error:
+            yield json.dumps({"failure": str(error)})
 
 
 def main(argv: list[str] | None = None) -> int:

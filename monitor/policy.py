@@ -19,7 +19,13 @@ class Ending:
     """If the loss was not finite: position of the stream behind the samples that made it so."""
 
 
-def classify(exits: list[dict], world_size: int | None, returncodes: list[int | None], cause: str | None) -> Ending:
+def classify(
+    exits: list[dict],
+    world_size: int | None,
+    returncodes: list[int | None],
+    cause: str | None,
+    ended_by_us: frozenset[int] = frozenset(),
+) -> Ending:
     """What happened, from the records that the ranks left.
 
     Args:
@@ -27,6 +33,7 @@ def classify(exits: list[dict], world_size: int | None, returncodes: list[int | 
         world_size: how many ranks there were; None if no rank ever said so.
         returncodes: of the launchers; torchrun's says little.
         cause: why the monitor ended the launch, if it did.
+        ended_by_us: ranks that the monitor ended because others had.
     """
     codes = [record["code"] for record in exits]
     code = verdict(codes, world_size or max(len(codes), 1))
@@ -42,7 +49,7 @@ def classify(exits: list[dict], world_size: int | None, returncodes: list[int | 
     if not exits and world_size is None and WRONG_INPUT in returncodes:
         return Ending(WRONG_INPUT, "the command was refused before training began: see what it printed")
     failed = sorted((record for record in exits if record["code"] == CRASH), key=lambda record: record["time"])
-    silent = sorted(set(range(world_size or 0)) - {record["rank"] for record in exits})
+    silent = sorted(set(range(world_size or 0)) - {record["rank"] for record in exits} - ended_by_us)
     non_finite = next((r["non_finite_until"] for r in failed if "non_finite_until" in r), None)
     parts = []
     if silent:
@@ -51,7 +58,8 @@ def classify(exits: list[dict], world_size: int | None, returncodes: list[int | 
     if failed:
         parts.append(f"rank {failed[0]['rank']}: {failed[0]['reason']}")
     if not parts:
-        parts.append(f"the launcher ended with exit code {', '.join(str(c) for c in returncodes if c is not None)}")
+        codes_said = ", ".join(str(code) for code in returncodes if code is not None)
+        parts.append(f"the launcher ended with exit code {codes_said}" if codes_said else "it left no exit record")
     # What others say of a rank that was killed is only that it is gone.
     traceback = failed[0].get("traceback", "") if failed and not silent else ""
     return Ending(CRASH, "; ".join(parts), traceback, non_finite)

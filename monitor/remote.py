@@ -19,7 +19,8 @@ _MOST_BYTES = 1 << 24
 class RemoteNode:
     """The job on a host of the hosts file; what LocalNode is for this machine.
 
-    All methods raise SSHProblem where the host cannot be reached, and ValueError for what it answers with.
+    All methods raise SSHProblem where the host cannot be reached, ValueError where the request is wrong, and OSError
+    where the host could not do it now.
     """
 
     def __init__(self, host: Host, run_dir: str, index: int, timeout_s: float = 10.0):
@@ -48,7 +49,7 @@ class RemoteNode:
         try:
             self._channel = self._client.get_transport().open_session(timeout=self._timeout)
             self._channel.exec_command(command)
-            hello = self._exchange({"do": "hello"}, 3 * self._timeout)
+            hello = self._exchange({"do": "hello"}, 3 * self._timeout)["answer"]
         except Exception as error:
             # paramiko's own errors are many; whichever it was, there is no connection.
             complaint = self._complaint()
@@ -79,7 +80,7 @@ class RemoteNode:
         self._client = self._channel = None
         self._buffer = b""
 
-    def _exchange(self, request: dict, timeout_s: float) -> object:
+    def _exchange(self, request: dict, timeout_s: float) -> dict:
         self._channel.settimeout(timeout_s)
         self._channel.sendall(json.dumps(request).encode() + b"\n")
         while b"\n" not in self._buffer:
@@ -88,10 +89,7 @@ class RemoteNode:
                 raise Unreachable(f"{self.name}: the connection was lost")
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer = json.loads(line)
-        if "problem" in answer:
-            raise ValueError(f"{self.name}: {answer['problem']}")
-        return answer["answer"]
+        return json.loads(line)
 
     def _connect_again(self, wait: bool) -> None:
         """Have a connection, made in a thread of its own where there is none.
@@ -111,13 +109,18 @@ class RemoteNode:
     def _request(self, do: str, timeout_s: float | None = None, wait: bool = True, **more: object) -> object:
         self._connect_again(wait)
         try:
-            return self._exchange({"do": do, **more}, timeout_s or self._timeout)
+            answer = self._exchange({"do": do, **more}, timeout_s or self._timeout)
         except (OSError, EOFError, json.JSONDecodeError) as error:
             # An answer that comes too late must not be taken for the next one's.
             self._drop()
             if isinstance(error, SSHProblem):
                 raise
             raise Unreachable(f"{self.name} does not answer") from None
+        if "failure" in answer:
+            raise OSError(f"{self.name}: {answer['failure']}")
+        if "answer" not in answer:
+            raise ValueError(f"{self.name}: {answer.get('problem')}")
+        return answer["answer"]
 
     def poll(self, log_from: int) -> NodeReport:
         """As LocalNode's; does not wait for a connection that is gone, but has it made meanwhile."""

@@ -53,11 +53,22 @@ class Status:
         """
         path = run_dir / MONITOR_DIR / STATUS_FILE
         try:
-            return Status(**json.loads(path.read_text()))
+            status = Status(**json.loads(path.read_text()))
+            for name, kinds in _KINDS.items():
+                if not isinstance(getattr(status, name), kinds) or isinstance(getattr(status, name), bool):
+                    raise ValueError(f"{name} is {getattr(status, name)!r}")
+            return status
         except FileNotFoundError:
             raise ValueError(f"no monitor has looked after {run_dir}: {path} does not exist") from None
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+_KINDS = {
+    "state": str, "monitor_pid": int, "hosts": list, "attempt": int, "restarts": int, "phase": str, "ranks": int,
+    "step": int | None, "max_iters": int | None, "seconds_per_step": float | int | None, "checkpoint": int | None,
+    "last_ending": str, "updated": float | int,
+}  # fmt: skip
 
 
 def planned_steps(run_dir: Path) -> int | None:

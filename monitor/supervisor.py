@@ -26,6 +26,8 @@ T = TypeVar("T")
 _ENDED = {OK: "finished", STOPPED: "stopped", WRONG_INPUT: "refused", CRASH: "failed"}
 _LOW_MEMORY = 0.05
 _SPARE_DISK_BYTES = 1 << 28
+_STATUS_SECONDS = 5.0
+"""The status file is written at least this often."""
 _TRACEBACK_LINES = 30
 
 
@@ -78,6 +80,7 @@ class Supervisor:
         self._pool = ThreadPoolExecutor(len(nodes), "nodes")
         self._stop_sent: float | None = None
         self._warned: set[str] = set()
+        self._plan: tuple[int, int | None] = (0, None)
         self._begin_launch()
 
     def _begin_launch(self) -> None:
@@ -88,6 +91,7 @@ class Supervisor:
         self._greatest_step: int | None = None
         self._world_size: int | None = None
         self._exits: dict[int, dict] = {}
+        self._ended_by_us: frozenset[int] = frozenset()
 
     def request_stop(self) -> None:
         """From a signal handler: end the run, with a checkpoint. A second time: at once."""
@@ -99,16 +103,17 @@ class Supervisor:
         """Until the run is finished, stopped, refused or given up; returns the exit code."""
         self.status.attempt = self._launches_before()
         flags: list[str] = []
-        adopted = self._adopt()
+        first = True
         while True:
             try:
-                launched = adopted or self._launch(flags)
+                launched = (first and self._adopt()) or self._launch(flags)
                 ending = self._watch_launch() if launched else Ending(STOPPED, "stopped on request before a launch")
             except (HostKeyRefused, LoginRefused, ValueError) as error:
                 ending = Ending(WRONG_INPUT, str(error))
-            except SSHProblem as error:
+            except OSError as error:
+                # A host out of reach, or a full disk.
                 ending = Ending(CRASH, str(error))
-            adopted = False
+            first = False
             self._each(lambda node: node.kill(), quietly=True)
             decision = self.policy.decide(ending, self._greatest_step, self.stop_requested)
             self._tell(ending, decision)
@@ -130,7 +135,7 @@ class Supervisor:
         """Do something on all nodes at once.
 
         Args:
-            quietly: a node that cannot be reached answers None; else SSHProblem is raised, after all have been asked.
+            quietly: a node that cannot be reached answers None; else the problem is raised, after all have been asked.
         """
         futures = [self._pool.submit(work, node) for node in self.nodes]
         answers: list[T | None] = []
@@ -138,7 +143,7 @@ class Supervisor:
         for future in futures:
             try:
                 answers.append(future.result())
-            except (SSHProblem, ValueError) as error:
+            except (OSError, ValueError) as error:
                 answers.append(None)
                 problems.append(error)
         if problems and not quietly:
@@ -146,11 +151,9 @@ class Supervisor:
         return answers
 
     def _adopt(self) -> bool:
-        """Take over a job that is still running on all nodes from an earlier monitor."""
+        """Take over a job that is still running on all nodes from an earlier monitor, also if only to stop it."""
         self._wait_for_hosts()
-        if self.stop_requested:
-            return False
-        found = self._each(lambda node: node.adopt())
+        found = self._each(lambda node: node.adopt(), quietly=self.stop_requested)
         if all(found) and len({job["attempt"] for job in found}) == 1:
             self.status.attempt = found[0]["attempt"]
             logger.info("took over launch %d, which an earlier monitor left running", found[0]["attempt"])
@@ -183,13 +186,18 @@ class Supervisor:
         """False, and nothing started, if the monitor is asked to stop."""
         self._set_state("starting")
         self._wait_for_hosts()
+        if self.stop_requested:
+            return False
         # Whatever an earlier launch or monitor left there.
         self._each(lambda node: node.adopt() and node.kill())
         resume = any(self._each(lambda node: node.holds_checkpoint()))
         self._begin_launch()
         self.status.attempt += 1
         token = f"{self.status.attempt}-{secrets.token_hex(4)}"
-        added = [*(["--resume"] if resume and "--resume" not in self.command.flags else []), *flags]
+        added = ["--resume"] if resume and "--resume" not in self.command.flags else []
+        # --resume_from=best is meant for the first launch: each later one goes on from where the last one was.
+        rewinds = self.command.flag("resume_from") not in (None, "last")
+        added += (["--resume_from=last"] if resume and rewinds and self.policy.restarts else []) + flags
         if self.stop_requested:
             return False
         logger.info("launch %d%s", self.status.attempt, f" with {' '.join(added)}" if added else "")
@@ -222,13 +230,15 @@ class Supervisor:
             if not any(running):
                 self._drain_logs()
                 returncodes = [report.returncode for report in self._reports]
-                return classify(list(self._exits.values()), self._world_size, returncodes, cause)
+                exits = list(self._exits.values())
+                return classify(exits, self._world_size, returncodes, cause, self._ended_by_us)
             if cause is None:
                 cause = self._lost_host() or self._watch.overdue(self._heartbeats(), time.monotonic())
                 if cause is not None:
                     self._on_hang(cause)
                 elif self._is_half_dead(running):
-                    logger.warning("some ranks are gone and others stay: ending them")
+                    logger.warning("some ranks have ended and others stay: ending them")
+                    self._ended_by_us |= {beat["rank"] for beat in self._heartbeats() if beat["alive"]}
                     self._each(lambda node: node.kill(), quietly=True)
             else:
                 # A lost host cannot be killed; it is, before the next launch.
@@ -246,7 +256,7 @@ class Supervisor:
                 return self.nodes[index].poll(last.log_end if last else 0)
             except (HostKeyRefused, LoginRefused):
                 raise
-            except SSHProblem:
+            except OSError:
                 return None
 
         for index, report in enumerate(self._pool.map(poll, range(len(self.nodes)))):
@@ -274,13 +284,16 @@ class Supervisor:
         return beats
 
     def _pass_on(self, index: int, report: NodeReport) -> None:
-        if not self.options.show_output or not report.log:
+        if not self.options.show_output or not report.log or "output" in self._warned:
             return
-        if len(self.nodes) == 1:
-            print(report.log, end="", flush=True)
-            return
-        for line in report.log.splitlines():
-            print(f"[{self.nodes[index].name}] {line}", flush=True)
+        text = report.log
+        if len(self.nodes) > 1:
+            text = "".join(f"[{self.nodes[index].name}] {line}\n" for line in text.splitlines())
+        try:
+            print(text, end="", flush=True)
+        except OSError:
+            # A closed pipe or a full disk behind it is no reason to end a run; all is in RUN/monitor/ anyway.
+            self._warned.add("output")
 
     def _drain_logs(self) -> None:
         """The rest of what the job printed before it ended."""
@@ -289,7 +302,7 @@ class Supervisor:
             while report is not None:
                 try:
                     more = node.poll(report.log_end)
-                except SSHProblem:
+                except OSError:
                     break
                 self._exits |= {record["rank"]: record for record in more.exits}
                 if more.log_end == report.log_end:
@@ -319,10 +332,9 @@ class Supervisor:
         return f"{', '.join(lost)} did not answer for {limit:.0f} s" if lost else None
 
     def _is_half_dead(self, running: list[bool]) -> bool:
-        """Whether some ranks have ended, badly or on one node only, and others have not followed for a while."""
-        done_well = {record["rank"] for record in self._exits.values() if record["code"] in (OK, STOPPED)}
-        dead = [beat for beat in self._heartbeats() if not beat["alive"] and beat["rank"] not in done_well]
-        if not dead and all(running) and len(self._exits) in (0, self._world_size):
+        """Whether some ranks have ended, and others, or the launcher, have not followed for a while."""
+        all_alive = all(running) and all(beat["alive"] for beat in self._heartbeats())
+        if all_alive and not self._exits:
             self._leaving_since = None
             return False
         self._leaving_since = self._leaving_since or time.monotonic()
@@ -340,7 +352,10 @@ class Supervisor:
             self._set_state("stopping")
             self._each(lambda node: node.stop(), quietly=True)
             self._stop_sent = time.monotonic()
-        elif time.monotonic() - self._stop_sent > self.options.stop_timeout:
+            return
+        waited = time.monotonic() - self._stop_sent
+        # Where no rank has begun, there is nothing to save.
+        if waited > (self.options.stop_timeout if self._heartbeats() else self.options.leave_grace):
             logger.error("the job does not end by itself: killing it")
             self._each(lambda node: node.kill(), quietly=True)
             self._stop_sent = math.inf
@@ -350,6 +365,8 @@ class Supervisor:
         while (left := deadline - time.monotonic()) > 0:
             if self.stop_requested and self._stop_sent is None:
                 return
+            if time.time() - self.status.updated > _STATUS_SECONDS:
+                self._write_status()
             time.sleep(min(left, 0.2))
 
     def _update_status(self, beats: list[dict]) -> None:
@@ -362,8 +379,20 @@ class Supervisor:
         status.seconds_per_step = self._watch.median_step or status.seconds_per_step
         steps = [report.checkpoint for report in self._reports if report and report.checkpoint is not None]
         status.checkpoint = max(steps, default=None)
-        status.max_iters = status.max_iters or planned_steps(self.run_dir)
+        if beats and min(beat["step"] for beat in beats) > 0 or status.max_iters is None:
+            # The training writes it when it starts: before its first step, the file may be that of the last launch.
+            status.max_iters = self._planned_steps()
         self._write_status()
+
+    def _planned_steps(self) -> int | None:
+        """Read again only when the file has changed."""
+        try:
+            changed = (self.run_dir / "config.yaml").stat().st_mtime_ns
+        except OSError:
+            return None
+        if self._plan[0] != changed:
+            self._plan = (changed, planned_steps(self.run_dir))
+        return self._plan[1]
 
     def _set_state(self, state: str, why: str | None = None) -> None:
         self.status.state = state

@@ -30,6 +30,8 @@ class Limits:
     compile: float = 1800.0
     save: float = 1800.0
     end: float = 300.0
+    validate: float = 300.0
+    """At least, for a batch of a validation or of DPO's reference: the first one may compile."""
 
 
 class Watch:
@@ -63,10 +65,12 @@ class Watch:
     def limit(self, phase: str) -> float:
         """Seconds that a beat of this phase may stay out."""
         limits = self._limits
-        if phase in ("step", "validate", "reference"):
-            median = self.median_step
-            return limits.first_step if median is None else max(limits.step_floor, limits.step_factor * median)
-        return {"start": limits.start, "compile": limits.compile, "save": limits.save, "end": limits.end}[phase]
+        others = {"compile": limits.compile, "save": limits.save, "end": limits.end}
+        if phase not in ("step", "validate", "reference"):
+            return others.get(phase, limits.start)
+        median = self.median_step
+        step = limits.first_step if median is None else max(limits.step_floor, limits.step_factor * median)
+        return step if phase == "step" else max(step, limits.validate)
 
     def overdue(self, heartbeats: list[dict], now: float) -> str | None:
         """What is wrong, in a sentence, if a living rank is overdue.
@@ -82,8 +86,9 @@ class Watch:
             return None
         worst = max(late, key=lambda beat: beat["age"])
         stopped = [beat["rank"] for beat in heartbeats if beat["stopped"]]
+        ranks = f"rank{'s' if len(late) > 1 else ''} {', '.join(str(beat['rank']) for beat in late)}"
         return (
-            f"no sign of life from rank {worst['rank']} for {worst['age']:.1f} s in phase {worst['phase']} at step "
+            f"no sign of life from {ranks} for {worst['age']:.1f} s in phase {worst['phase']} at step "
             f"{worst['step']}; {self.limit(worst['phase']):.1f} s are the limit"
             + (f"; stopped by a signal: rank {', '.join(map(str, stopped))}" if stopped else "")
         )

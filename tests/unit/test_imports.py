@@ -19,6 +19,8 @@ ALLOWED = {
     "tasks": {"dataset", "model", "utils"},
     "tokenizer": {"utils", "data_preprocess.readers"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
+    "monitor": {"utils"},
+    "monitor_process": {"monitor", "utils"},
 }
 # Commands for the reader's eyes; nothing imports them.
 ALLOWED_TO_FILE = {"dataset/inspect.py": {"tokenizer"}, "dataset/show_mask.py": {"tokenizer", "data_preprocess"}}

@@ -1,0 +1,145 @@
+"""The training command behind `--`: taken apart, where its run is, and put together again with what is added."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from configurator import parse_config
+from monitor.command import TrainCommand, shutdown_flags
+
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node=2"]
+
+
+def parse(*words: str) -> TrainCommand:
+    return TrainCommand.parse(list(words))
+
+
+def test_words_are_never_split_or_joined():
+    """The original split the command at spaces."""
+    words = [*TORCHRUN, "my script.py", "--data_dir=/data/of me", "--out_dir", "/runs/a = b", "--user_name", "$(x) 'y'"]
+    command = TrainCommand.parse(words)
+    assert command.words(None, [], []) == words
+    assert command.script == "my script.py"
+    assert command.out_dir == "/runs/a = b"
+
+
+def test_what_is_added_stands_where_it_counts():
+    """torchrun's flags right behind its name, the training's at the end."""
+    command = parse(*TORCHRUN, "train_my_ddp.py", "a.yaml", "--seed=1")
+    assert command.words(None, ["--max_restarts=0"], ["--resume"]) == [
+        "torchrun", "--max_restarts=0", "--standalone", "--nproc_per_node=2", "train_my_ddp.py", "a.yaml", "--seed=1",
+        "--resume",
+    ]  # fmt: skip
+    module = parse("python", "-m", "torch.distributed.run", "--nproc_per_node=2", "t.py")
+    assert module.words(None, ["--max_restarts=0"], []) == [
+        "python", "-m", "torch.distributed.run", "--max_restarts=0", "--nproc_per_node=2", "t.py",
+    ]  # fmt: skip
+
+
+def test_without_torchrun_its_flags_are_not_added():
+    command = parse("python3", "-u", "t.py", "--seed=1")
+    assert not command.is_torchrun
+    assert command.words(None, ["--max_restarts=0"], ["--resume"]) == ["python3", "-u", "t.py", "--seed=1", "--resume"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [["torchrun"], ["/opt/my venv/bin/torchrun"], ["/usr/bin/python3.11", "-m", "torch.distributed.run"]]
+)
+def test_torchrun_in_all_its_forms(launcher: list[str]):
+    command = parse(*launcher, "--nproc_per_node=2", "t.py")
+    assert command.is_torchrun and not command.is_standalone
+    assert parse(*launcher, "--standalone", "t.py").is_standalone
+
+
+def test_torchrun_behind_a_flag_of_the_interpreter():
+    """`python -u -m torch.distributed.run` is torchrun too: its --max_restarts would fight the monitor's."""
+    assert parse("python", "-u", "-m", "torch.distributed.run", "--nproc_per_node=2", "t.py").is_torchrun
+
+
+def test_on_another_host_its_own_interpreter_launches():
+    flags = ["--nnodes=2"]
+    for launcher in (["torchrun"], ["python", "-m", "torch.distributed.run"]):
+        command = parse(*launcher, "--nproc_per_node=2", "t.py", "--seed=1")
+        assert command.words(".venv/bin/python", flags, ["--resume"]) == [
+            ".venv/bin/python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "t.py", "--seed=1",
+            "--resume",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [[], ["torchrun"], ["torchrun", "--standalone"], ["ls", "-l"], ["t.py", "--seed=1"]])
+def test_a_missing_command_is_refused(words: list[str]):
+    lacks = "is missing|names no script|begins with its script"
+    with pytest.raises(ValueError, match=f"the training command ({lacks}): write it after --"):
+        TrainCommand.parse(words)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_restarts=3"], ["--max-restarts", "3"], ["--max_restarts=0", "--max-restarts=1"]]
+)
+def test_restarting_is_the_monitors_work(flags: list[str]):
+    with pytest.raises(ValueError, match="leave --max_restarts out"):
+        parse("torchrun", *flags, "t.py")
+
+
+def test_no_restarts_may_be_said():
+    assert parse("torchrun", "--max_restarts=0", "t.py").is_torchrun
+    # Behind the script it is a flag of the training, which will complain itself.
+    assert parse("torchrun", "t.py", "--max_restarts=3").flags == ("--max_restarts=3",)
+
+
+OUT_DIRS = {
+    "default": ([], "out/run"),
+    "=": (["--out_dir=a b"], "a b"),
+    "blank": (["--out_dir", "a"], "a"),
+    "hyphen": (["--out-dir=a"], "a"),
+    "hyphen and blank": (["--out-dir", "a"], "a"),
+    "the last one counts": (["--out_dir=a", "--seed=1", "--out-dir", "b"], "b"),
+    "= inside": (["--out_dir=a=b"], "a=b"),
+    "YAML first": (["{yaml}"], "from/yaml"),
+    "YAML by its flag": (["--exp_config_file={yaml}"], "from/yaml"),
+    "YAML by its flag, blank": (["--seed=1", "--exp-config-file", "{yaml}"], "from/yaml"),
+    "the flag beats the YAML": (["{yaml}", "--out_dir=a"], "a"),
+    "the YAML's flag beats the first word": (["{other}", "--exp_config_file={yaml}"], "from/yaml"),
+    "YAML that does not say": (["{silent}"], "out/run"),
+    "empty YAML": (["{empty}"], "out/run"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_DIRS)
+def test_out_dir_is_the_trainings_own(tmp_path: Path, name: str):
+    """As the training itself resolves the same flags."""
+    files = {"yaml": "out_dir: from/yaml\n", "other": "out_dir: other\n", "silent": "seed: 3\n", "empty": ""}
+    for stem, text in files.items():
+        (tmp_path / f"{stem} 1.yaml").write_text(text)
+    words, expected = OUT_DIRS[name]
+    flags = [word.format(**{stem: tmp_path / f"{stem} 1.yaml" for stem in files}) for word in words]
+    assert parse("python", "t.py", *flags).out_dir == expected
+    assert parse_config([*flags, "--data_dir=d"])[0].run.out_dir == expected
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- a\n- b\n", "\xff"])
+def test_a_yaml_file_that_cannot_be_read(tmp_path: Path, text: str | None):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="--out_dir is not among the flags, and .*c.yaml cannot be read: give it"):
+        _ = parse("python", "t.py", str(path)).out_dir
+    assert parse("python", "t.py", str(path), "--out_dir=a").out_dir == "a"
+
+
+def test_torchrun_is_told_how_long_ranks_may_take_if_it_knows_the_flag():
+    own = Path(sys.executable).parent / "torchrun"
+    if not own.exists():
+        pytest.skip("no torchrun beside this interpreter")
+    known = "shutdown_timeout" in vars(get_args_parser().parse_args(["t.py"]))
+    assert shutdown_flags(str(own), 90) == (["--shutdown-timeout=90"] if known else [])
+
+
+def test_of_a_foreign_torchrun_nothing_is_known(tmp_path: Path):
+    foreign = tmp_path / "torchrun"
+    foreign.write_text("#!/bin/sh\n")
+    foreign.chmod(0o755)
+    assert shutdown_flags(str(foreign), 90) == []
+    assert shutdown_flags(str(tmp_path / "nothing"), 90) == []

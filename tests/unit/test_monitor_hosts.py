@@ -1,0 +1,105 @@
+"""The hosts file: what it may say, and a sentence for everything else."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from monitor.hosts import Host, Hosts, read_hosts
+
+GOOD = """
+hosts:
+  - host: gpu1.example.org
+    user: me
+    port: 2222
+    key_file: ~/.ssh/id
+    known_hosts: /etc/known
+    fingerprint: SHA256:abc
+    workdir: /home/me/zero 2 all
+    python: .venv/bin/python
+    address: 10.0.0.1
+    env: {GLOO_SOCKET_IFNAME: eth0, OMP_NUM_THREADS: 4}
+  - {host: gpu2, workdir: w}
+rendezvous_port: 29555
+"""
+
+
+def read(tmp_path: Path, text: str | bytes) -> Hosts:
+    path = tmp_path / "hosts.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_hosts(path)
+
+
+def test_a_good_file(tmp_path: Path):
+    hosts = read(tmp_path, GOOD)
+    assert hosts == Hosts(
+        [
+            Host("gpu1.example.org", "/home/me/zero 2 all", "me", 2222, "~/.ssh/id", "/etc/known", "SHA256:abc",
+                 ".venv/bin/python", "10.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4"}),
+            Host("gpu2", "w"),
+        ],
+        29555,
+    )  # fmt: skip
+    assert [host.reached_at for host in hosts.hosts] == ["10.0.0.1", "gpu2"]
+    assert [host.target.host for host in hosts.hosts] == ["gpu1.example.org", "gpu2"]
+    assert (hosts.hosts[0].target.port, hosts.hosts[0].target.user) == (2222, "me")
+
+
+def test_the_order_of_the_ranks_is_the_files(tmp_path: Path):
+    names = ["b", "a", "c"]
+    text = "hosts:\n" + "".join(f"  - {{host: {name}, workdir: w}}\n" for name in names)
+    assert [host.host for host in read(tmp_path, text).hosts] == names
+    assert read(tmp_path, text).rendezvous_port == 29400
+
+
+def test_one_machine_twice_under_two_ports_is_two_hosts(tmp_path: Path):
+    """Containers of one machine."""
+    text = "hosts: [{host: a, workdir: w, port: 1}, {host: a, workdir: w, port: 2}]"
+    assert len(read(tmp_path, text).hosts) == 2
+
+
+BAD = {
+    "empty": ("", "must hold `hosts:` with a list of hosts"),
+    "no YAML": ("hosts: [", "cannot be read: "),
+    "no text": (b"\xff\xfe\x00", "cannot be read: "),
+    "a list": ("[a, b]", "must hold `hosts:`"),
+    "no hosts": ("rendezvous_port: 1", "must hold `hosts:`"),
+    "an empty list": ("hosts: []", "must hold `hosts:`"),
+    "hosts as a mapping": ("hosts: {a: b}", "must hold `hosts:`"),
+    "unknown outside": ("hosts: [{host: a, workdir: w}]\nport: 3", "unknown: port"),
+    "a host that is a word": ("hosts: [a]", "host 1 must hold `host:` and `workdir:`"),
+    "no host": ("hosts: [{workdir: w}]", "host 1 lacks `host:`"),
+    "no workdir": ("hosts: [{host: a, workdir: w}, {host: b}]", "host 2 lacks `workdir:`"),
+    "unknown inside": ("hosts: [{host: a, workdir: w, prot: 3}]", "host 1: prot is unknown: host, workdir, user"),
+    "a port in words": ("hosts: [{host: a, workdir: w, port: '22'}]", "host 1: port must be of type int, got '22'"),
+    "a port that is true": ("hosts: [{host: a, workdir: w, port: true}]", "host 1: port must be of type int, got True"),
+    "a host that is a number": ("hosts: [{host: 5, workdir: w}]", "host 1: host must be of type str, got 5"),
+    "no value": ("hosts: [{host: a, workdir: }]", "host 1: workdir must be of type str, got None"),
+    "env as a list": ("hosts: [{host: a, workdir: w, env: [A=1]}]", "host 1: env must be of type dict"),
+    "twice": ("hosts: [{host: a, workdir: w}, {host: a, workdir: v}]", "a host is listed twice"),
+    "rendezvous in words": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: x", "must be a port number, got 'x'"),
+    "rendezvous too high": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: 65536", "a port number, got 65536"),
+    "rendezvous is true": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: true", "a port number, got True"),
+    "a port too high": ("hosts: [{host: a, workdir: w, port: 99999}]", "host 1: a port is a number from 1 to 65535"),
+    "an empty host": ("hosts: [{host: '', workdir: w}]", "host 1: '' is no host name"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_gets_one_sentence(tmp_path: Path, name: str):
+    text, expected = BAD[name]
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        read(tmp_path, text)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "hosts.yaml") in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"the hosts file .*nothing.yaml cannot be read: .*No such file"):
+        read_hosts(tmp_path / "nothing.yaml")
+
+
+def test_passwords_are_refused_and_not_repeated(tmp_path: Path):
+    with pytest.raises(ValueError, match="host 1: passwords have no place in a file") as caught:
+        read(tmp_path, "hosts: [{host: a, workdir: w, password: hunter2}]")
+    assert "hunter2" not in str(caught.value)
