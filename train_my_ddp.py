@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -127,6 +127,13 @@ class Trainer:
         self.saver: CheckpointSaver | None = None
         self.unlogged: Unlogged | None = None
         self.reference: str | None = None
+        with ExitStack() as on_failure:
+            on_failure.callback(self.release)
+            self._build()
+            on_failure.pop_all()
+
+    def _build(self) -> None:
+        config, context = self.config, self.context
         if config.system.num_threads:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:

@@ -1,32 +1,22 @@
 """Run one function on several gloo ranks of this machine: a group is spawned once and works through many cases."""
 
-import contextlib
 import json
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
-
 
 MAX_JOBS = 16
 """How often the ranks of a group may meet anew."""
 
 
-def _free_ports() -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(MAX_JOBS)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def use_new_port() -> None:
-    """Before another `init_context` in the same processes: the store of the last one still holds its port and keys."""
+    """Before another `init_context` in the same processes: the store of the last one still holds its keys."""
     ports = os.environ["SPARE_PORTS"].split(",")
     os.environ["MASTER_PORT"], os.environ["SPARE_PORTS"] = ports[0], ",".join(ports[1:])
 
@@ -34,7 +24,7 @@ def use_new_port() -> None:
 def _rank_main(rank: int, world_size: int, ports: list[int], work: Callable, arguments: tuple, out: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "SPARE_PORTS": ",".join(map(str, ports)),
+        "MASTER_ADDR": "127.0.0.1", "SPARE_PORTS": ",".join(map(str, ports)), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     use_new_port()
     torch.set_num_threads(1)
@@ -58,8 +48,10 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
     with tempfile.TemporaryDirectory() as out:
         context = torch.multiprocessing.get_context("forkserver")
         # Importing takes longer than most of what is tested: once, in the process that the ranks are forked from.
-        context.set_forkserver_preload(["torch", "train_my_ddp", "tests.dist.group"])
-        ports = _free_ports()
+        context.set_forkserver_preload(["torch", "torch._dynamo", "train_my_ddp", "tests.dist.group"])
+        # As under torchrun, the stores are there before the ranks: who asks too early is sent away for half a second.
+        stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(MAX_JOBS)]
+        ports = [store.port for store in stores]
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, ports, work, arguments, out))
             for rank in range(world_size)

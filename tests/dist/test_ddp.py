@@ -15,10 +15,10 @@ from tests.dist.group import run_ranks
 
 GLOBAL_BATCH = 8
 CONFIG = LlamaConfig(
-    vocab_size=160, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=160, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=True,
 ).resolve()  # fmt: skip
-BUCKET_SIZES = {"each_parameter": 1, "small": 9_000, "one": 0}
+BUCKET_SIZES = {"each_parameter": 1, "small": 5_000, "one": 0}
 
 
 def new_model(dtype: torch.dtype = torch.float32) -> Llama:
@@ -159,7 +159,7 @@ def compiled_blocks() -> list:
     model = new_model()
     for block in model.layers:
         block.compile()
-    ddp = DistributedDataParallel(model, context, bucket_size=9_000)
+    ddp = DistributedDataParallel(model, context, bucket_size=5_000)
     accumulate(ddp, micro_batches)
     answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.last_sync.arrived_before_launch]
     ddp.close()
@@ -272,11 +272,11 @@ def behaviours() -> dict:
     different = DistributedDataParallel(ThreeLayers(), context)
     results["same weights"] = different.flat_buffers.param_data.double().sum().item()
 
-    bf16 = DistributedDataParallel(new_model(torch.bfloat16), context, grad_dtype=torch.bfloat16, bucket_size=9_000)
+    bf16 = DistributedDataParallel(new_model(torch.bfloat16), context, grad_dtype=torch.bfloat16, bucket_size=5_000)
     accumulate(bf16, rank_rows(context, 4))
     results["bf16 gradients"] = [str(bf16.flat_buffers.grad_data.dtype),
                                  relative_error(flat_grads(bf16), single_process_grads())]  # fmt: skip
-    fp32 = DistributedDataParallel(new_model(torch.bfloat16), context, bucket_size=9_000)
+    fp32 = DistributedDataParallel(new_model(torch.bfloat16), context, bucket_size=5_000)
     accumulate(fp32, rank_rows(context, 4))
     results["bf16 weights"] = [str(fp32.flat_buffers.grad_data.dtype),
                                relative_error(flat_grads(fp32), single_process_grads())]  # fmt: skip

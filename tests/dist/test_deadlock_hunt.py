@@ -9,7 +9,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig

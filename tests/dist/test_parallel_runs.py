@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -131,7 +130,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
             def save(self) -> int:
                 self.meter = train_my_ddp.StepMeter(self.progress.samples_consumed)
-                self._save(None)
+                self._save(None, must=True)
                 return 0
 
             patch.setattr(trainer, "train", save)
@@ -159,13 +158,16 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
         yield
 
 
+stores: list[dist.TCPStore] = []
+"""Of the runs that the first rank has taken part in: others may leave a run after it."""
+
+
 def meet(port_file: Path, rank: int) -> None:
-    """The first rank chooses a free port for the next run, and the others wait for it."""
+    """The first rank opens the store of the next run, and the others wait for it."""
     if rank == 0:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            part = port_file.with_suffix(".part")
-            part.write_text(str(probe.getsockname()[1]))
+        stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        part = port_file.with_suffix(".part")
+        part.write_text(str(stores[-1].port))
         os.replace(part, port_file)
     while not port_file.exists():
         time.sleep(0.01)
@@ -271,6 +273,11 @@ def optimizer_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
 
 def weights_of(flags: list[str], step: int) -> dict[str, torch.Tensor]:
     return load_file(checkpoint(flags, step) / "model.safetensors")
+
+
+def hook_state_files(path: Path) -> list[Path]:
+    """Of a checkpoint, by rank."""
+    return sorted(path.glob("comm_hook-*.safetensors"), key=lambda file: int(file.stem.rpartition("-")[2]))
 
 
 def hook_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
@@ -460,7 +467,7 @@ def test_every_rank_writes_its_share(runs: Plan, name: str):
 
 def test_each_rank_saves_its_own_residuals_and_the_common_q(runs: Plan):
     for name, ranks in (("2 powersgd", 2), ("4 powersgd", 4), ("1 powersgd", 1), ("2 powersgd in buffer zero1", 2)):
-        files = ckpt.hook_state_files(checkpoint(runs[name], STEPS))
+        files = hook_state_files(checkpoint(runs[name], STEPS))
         assert [file.name for file in files] == [f"comm_hook-{rank}.safetensors" for rank in range(ranks)]
         states = [load_file(file) for file in files]
         for key in states[0]:
@@ -726,7 +733,7 @@ def summed(run: list[str], step: int) -> tuple[dict[str, torch.Tensor], dict[str
     """Parameter -> the sum of its residuals over the ranks, and parameter -> Q, of which all ranks have the same."""
     residuals: dict[str, torch.Tensor] = {}
     qs: dict[str, torch.Tensor] = {}
-    for file in ckpt.hook_state_files(checkpoint(run, step)):
+    for file in hook_state_files(checkpoint(run, step)):
         for key, tensor in load_file(file).items():
             name, kind = key.rsplit("/", 1)
             if kind == "residual":
@@ -749,7 +756,7 @@ def test_the_sum_of_the_residuals_survives_another_number_of_ranks(
 ):
     run = resumed[f"resaved {before} -> {after}"]
     state = checkpoint(run, STEPS)
-    assert len(ckpt.hook_state_files(state)) == after == ckpt.read_trainer_state(state)["world_size"]
+    assert len(hook_state_files(state)) == after == ckpt.read_trainer_state(state)["world_size"]
     residuals, qs = summed(run, STEPS)
     expected, expected_qs = summed(runs[f"{before} powersgd"], STEPS)
     assert residuals.keys() == expected.keys() and len(residuals) == 15 and same_bits(qs, expected_qs)

@@ -165,7 +165,11 @@ def like_reference(
 
 def against_reference(context: DistContext) -> dict:
     results = {}
-    for (option, given), (mode, (lazy, more)) in itertools.product(OPTIONS.items(), MODES.items()):
+    everything = enumerate(itertools.product(OPTIONS.items(), MODES.items()))
+    for number, ((option, given), (mode, (lazy, more))) in everything:
+        if context.world_size == 3 and number % len(MODES) != number // len(MODES) % len(MODES):
+            # Each option in one mode, in turn: all of them together are for two ranks.
+            continue
         options = {"rank": 4, "min_compression_rate": 1.5} | given | more
         if more and not options.get("use_error_feedback", True):
             continue
@@ -195,7 +199,7 @@ def nothing_is_lost(context: DistContext) -> dict:
     for (wire, wire_dtype), (option, given), (mode, (lazy, more)) in itertools.product(
         wires.items(), options.items(), MODES.items()
     ):
-        if option != "default" and (mode != "lazy" or context.world_size == 4):
+        if option != "default" and (mode != "lazy" or context.world_size > 2):
             continue
         config = PowerSGDConfig(**({"rank": 4, "min_compression_rate": 1.5, "wire_dtype": wire_dtype} | given | more))
         hook, buckets = new_hook(context, config, lazy)
@@ -417,7 +421,7 @@ def test_against_the_reference(answers: dict[int, list[dict]], world_size: int):
     """Sums, residuals and Q over several steps, in every option."""
     compressed = set()
     for results in (answer["against_reference"] for answer in answers[world_size]):
-        assert len(results) == 57
+        assert len(results) == (57 if world_size == 2 else 25)
         for name, found in results.items():
             tolerance = TOLERANCES[name.split(", ")[-1]]
             if name.startswith("bf16 factors"):
@@ -438,7 +442,7 @@ def test_against_the_reference(answers: dict[int, list[dict]], world_size: int):
 def test_what_is_left_out_is_kept(answers: dict[int, list[dict]], world_size: int):
     """Over ranks, the sum of (input - residual) is the decompressed sum: to float32 rounding, whatever the wire."""
     for results in (answer["nothing_is_lost"] for answer in answers[world_size]):
-        assert len(results) == (9 if world_size == 4 else 24)
+        assert len(results) == (24 if world_size == 2 else 9)
         for name, (each_step, _, compressed) in results.items():
             assert compressed >= 4 and each_step <= 1e-6, (name, each_step)
 
