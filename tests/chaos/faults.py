@@ -1,0 +1,300 @@
+"""The kinds of faults: signals to processes, and processes that die inside a save.
+
+A fault is a function (run, random) -> what its effect was. It throws the fault, waits until the effect shows, and
+raises Broken if that is another than promised.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from tests.chaos.run import FIRST_STEP, HANG_AFTER, Broken, Run, RunOver, send
+
+Throw = Callable[[Run, Random], str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    throw: Throw
+    weight: int = 1
+    """How often, compared with the others."""
+    needs_two_ranks: bool = False
+    needs_own_disk: bool = False
+    comes_last: bool = False
+    """Nothing else can follow it in the same run."""
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(name: str, **properties: object) -> Callable[[Throw], Throw]:
+    def register(throw: Throw) -> Throw:
+        KINDS[name] = Kind(name, throw, **properties)
+        return throw
+
+    return register
+
+
+def relaunched(run: Run, old: str, least: int) -> str:
+    return f"a new launch from step {run.wait_new_launch(old, least)}"
+
+
+@kind("kill_rank", weight=3)
+def kill_rank(run: Run, random: Random) -> str:
+    old, least = run.launch(), run.newest_step()
+    run.kill([random.choice(run.ranks())["pid"]])
+    return relaunched(run, old, least)
+
+
+@kind("kill_all", weight=3)
+def kill_all(run: Run, random: Random) -> str:
+    old, least = run.launch(), run.newest_step()
+    run.kill_all()
+    return relaunched(run, old, least)
+
+
+@kind("kill_launcher", weight=3)
+def kill_launcher(run: Run, random: Random) -> str:
+    """Its ranks may end, or go on alone; that no two launches are alive at once, the run checks all the time."""
+    old, least = run.launch(), run.newest_step()
+    run.kill(run.launchers())
+    target = run.step() + 8
+    run.wait(lambda: run.launch() not in ("", old) or run.step() >= target, "the run goes on without its torchrun")
+    if run.launch() == old:
+        return "its ranks went on alone"
+    return relaunched(run, old, least)
+
+
+@kind("kill_monitor", weight=3)
+def kill_monitor(run: Run, random: Random) -> str:
+    run.kill_monitor()
+    return new_monitor_takes_over(run)
+
+
+def new_monitor_takes_over(run: Run, must: bool = True) -> str:
+    """The same command again, while the training is alive.
+
+    Args:
+        must: the job can be found, so that it is taken over as it is; False: it may also be started anew.
+    """
+    old, least, since = run.launch(), run.newest_step(), len(run.lines)
+    run.start()
+    run.wait(lambda: run.said("^monitor: (took over )?launch", since), "the new monitor has looked around")
+    if run.said("^monitor: took over launch", since):
+        run.wait_progress(old)
+        return "taken over"
+    if must:
+        raise Broken(f"launch {old} was alive, and the new monitor did not take it over")
+    return relaunched(run, old, least)
+
+
+@kind("kill_monitor_and_all", weight=3)
+def kill_monitor_and_all(run: Run, random: Random) -> str:
+    old, least = run.launch(), run.newest_step()
+    run.kill_monitor()
+    run.kill_all()
+    run.start()
+    return relaunched(run, old, least)
+
+
+@kind("stop_rank", weight=3)
+def stop_rank(run: Run, random: Random) -> str:
+    return hang(run, [random.choice(run.ranks())["pid"]])
+
+
+@kind("stop_all")
+def stop_all(run: Run, random: Random) -> str:
+    return hang(run, [process.pid for process in run.processes()])
+
+
+def hang(run: Run, pids: list[int]) -> str:
+    """Stop processes, and see that the monitor notices."""
+    old, least, since = run.launch(), run.newest_step(), len(run.lines)
+    stopped_at = time.time()
+    for pid in pids:
+        send(pid, signal.SIGSTOP)
+    pattern = r"^monitor: hang: .*?([\d.]+) s are the limit"
+    at, match = run.wait(lambda: run.said(pattern, since), "a hang is noticed", FIRST_STEP + 60)
+    run.seen.delays.append(at - stopped_at - float(match[1]))
+    return f"noticed {run.seen.delays[-1]:+.2f} s after the limit of {match[1]} s; {relaunched(run, old, least)}"
+
+
+@kind("pause_rank", weight=2)
+def pause_rank(run: Run, random: Random) -> str:
+    """Shorter than what counts as a hang: nothing may happen."""
+    old, pid, before = run.launch(), random.choice(run.ranks())["pid"], run.step()
+    send(pid, signal.SIGSTOP)
+    time.sleep(HANG_AFTER / 3)
+    still = run.step()
+    send(pid, signal.SIGCONT)
+    if still > before + 2:
+        raise Broken(f"the ranks made steps {before} to {still} while one of them was stopped")
+    run.wait_progress(old)
+    return "held up, and went on as it was"
+
+
+@kind("stop_launcher")
+def stop_launcher(run: Run, random: Random) -> str:
+    """A torchrun that does not react any more when a rank dies."""
+    old, least = run.launch(), run.newest_step()
+    for pid in run.launchers():
+        send(pid, signal.SIGSTOP)
+    run.kill([random.choice(run.ranks())["pid"]])
+    return relaunched(run, old, least)
+
+
+@kind("stop_launcher_to_the_end", comes_last=True)
+def stop_launcher_to_the_end(run: Run, random: Random) -> str:
+    """A torchrun that does not end when its ranks have."""
+    for pid in run.launchers():
+        send(pid, signal.SIGSTOP)
+    run.wait(lambda: not any(process.is_rank for process in run.processes()), "the ranks' end", may_end=True)
+    run.wait(lambda: run.monitor.poll() is not None, "the end of the monitor after that of all ranks", 45, may_end=True)
+    return "the monitor saw that the ranks had finished"
+
+
+@kind("sigterm_monitor", weight=2)
+def sigterm_monitor(run: Run, random: Random) -> str:
+    run.monitor.terminate()
+    return stopped_and_on(run, "SIGTERM to the monitor")
+
+
+@kind("stop_file", weight=2)
+def stop_file(run: Run, random: Random) -> str:
+    (run.out_dir / "stop").touch()
+    return stopped_and_on(run, "a stop file")
+
+
+def stopped_and_on(run: Run, request: str) -> str:
+    """Exit code 75, a checkpoint of the very last step, and on from there."""
+    old = run.launch()
+    run.end_monitor(75, request)
+    if run.processes():
+        raise Broken(f"{request}: processes of the training live on after it")
+    last, saved = run.records("train")[-1]["step"], run.newest_step()
+    if saved != last:
+        raise Broken(f"{request}: step {last} was done, and the newest checkpoint is that of step {saved}")
+    run.start()
+    start = run.wait_new_launch(old, saved)
+    if start != saved or (run.out_dir / "stop").exists():
+        raise Broken(f"{request}: stopped at step {saved}, went on from {start}")
+    return f"exit code 75 at step {saved}, and on from there"
+
+
+@kind("double_kill", weight=3)
+def double_kill(run: Run, random: Random) -> str:
+    """The next launch is hit while it starts."""
+    old, least = run.launch(), run.newest_step()
+    run.kill_all()
+    second = begun(run, old, random)
+    victims = {
+        "a rank": [p.pid for p in run.processes() if p.is_rank][:1],
+        "the launcher": run.launchers(),
+        "all": [p.pid for p in run.processes()],
+    }
+    whom = random.choice(sorted(victims))
+    run.kill(victims[whom] or victims["all"])
+    if whom == "the launcher":
+        # Its ranks may go on without it.
+        run.wait(lambda: run.launch() not in ("", old), "a launch that makes steps")
+        return f"killed {whom} at the start of {second}; {run.launch()} makes steps"
+    return f"killed {whom} at the start of {second}; {relaunched(run, second, least)}"
+
+
+def begun(run: Run, old: str, random: Random) -> str:
+    """Wait until a new launch has processes, and a little; returns its name."""
+    def found() -> str:
+        return next((process.launch for process in run.processes() if process.launch != old), "")
+
+    second = run.wait(found, "processes of the next launch")
+    time.sleep(random.random() * 3.0)
+    return second
+
+
+@kind("double_monitor", weight=2)
+def double_monitor(run: Run, random: Random) -> str:
+    """The monitor dies while the next launch starts."""
+    old, least = run.launch(), run.newest_step()
+    run.kill([random.choice(run.ranks())["pid"]])
+    begun(run, old, random)
+    run.kill_monitor()
+    run.start()
+    return relaunched(run, old, least)
+
+
+@kind("kill_monitor_in_start")
+def kill_monitor_in_start(run: Run, random: Random) -> str:
+    """The monitor dies right after it has started a job, before it can write down which."""
+    old, least = run.launch(), run.newest_step()
+    run.kill_monitor()
+    run.kill_all()
+    run.start("tests/chaos/monitor_with_faults.py")
+    run.end_monitor(-signal.SIGKILL, "a monitor that dies when it starts a job")
+    run.start()
+    return relaunched(run, old, least)
+
+
+UNCOMMITTED = ("make_directory", "write_tensors", "finish", "before_manifest", "before_rename")
+COMMITTED = ("before_prune", "in_prune")
+
+
+def die_in_save(phase: str, rank: int) -> Throw:
+    def throw(run: Run, random: Random) -> str:
+        old, least = run.launch(), run.newest_step()
+        saved = arm(run, phase, rank, step=0)
+        start = run.wait_new_launch(old, least)
+        if phase in COMMITTED and start != saved:
+            raise Broken(f"the save of step {saved} was whole, and the run went on from step {start}")
+        if phase in UNCOMMITTED and start >= saved:
+            raise Broken(f"the save of step {saved} was not whole, and the run went on from step {start}")
+        return f"died in the save of step {saved}, went on from step {start}"
+
+    return throw
+
+
+def arm(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> int:
+    """Ask for a fault in the next save; returns the step of the save that it struck."""
+    fired = run.home / "fired.json"
+    fired.unlink(missing_ok=True)
+    request = run.home / "armed.tmp"
+    request.write_text(json.dumps({"phase": phase, "rank": rank, "step": step, "seconds": seconds}))
+    request.replace(run.home / "armed.json")
+    try:
+        run.wait(fired.exists, f"{phase} of the next save on rank {rank}")
+    except RunOver:
+        (run.home / "armed.json").unlink(missing_ok=True)
+        raise
+    return json.loads(fired.read_text())["step"]
+
+
+for _phase in (*UNCOMMITTED, *COMMITTED):
+    kind(f"save_{_phase}_0")(die_in_save(_phase, 0))
+for _phase in ("make_directory", "write_tensors", "finish", "after_finish"):
+    kind(f"save_{_phase}_1", needs_two_ranks=True)(die_in_save(_phase, 1))
+
+
+@kind("slow_save", weight=2)
+def slow_save(run: Run, random: Random) -> str:
+    """All die while a rank is slow in writing."""
+    phase = random.choice(("make_directory", "write_tensors", "finish", "before_rename", "before_prune"))
+    old, least = run.launch(), run.newest_step()
+    saved = arm(run, phase, 0, step=0, seconds=5.0)
+    run.kill_all()
+    start = run.wait_new_launch(old, least)
+    if (start == saved) != (phase == "before_prune"):
+        raise Broken(f"killed in {phase} of the save of step {saved}, the run went on from step {start}")
+    return f"killed in {phase} of step {saved}, went on from step {start}"
+
+
+@kind("save_final", comes_last=True)
+def save_final(run: Run, random: Random) -> str:
+    """Dead in the last save of the run."""
+    phase = random.choice((*UNCOMMITTED, *COMMITTED))
+    launches = run.seen.launches
+    arm(run, phase, 0, step=run.steps)
+    run.wait(lambda: run.seen.launches > launches, "a launch after a death in the last save")
+    return f"died in {phase} of the last save; launched again"

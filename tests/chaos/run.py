@@ -1,0 +1,314 @@
+"""One run under monitor_process.py, as the campaign sees it: processes, steps, what the monitor says."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import SEQ_LEN, TINY_MODEL
+from utils.checkpoint import Checkpoint, list_checkpoints
+from utils.heartbeat import read_heartbeats
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 150.0
+"""Seconds within which everything that is waited for must happen, on a loaded machine too."""
+HANG_AFTER, FIRST_STEP = 3.0, 20.0
+SAVE_INTERVAL = 5
+MONITOR_FLAGS = [
+    f"--hang_after={HANG_AFTER}", f"--first_step_timeout={FIRST_STEP}", "--start_timeout=120", "--save_timeout=20",
+    "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=10", "--interval=0.1",
+]  # fmt: skip
+
+
+class Broken(Exception):
+    """A promise that was not kept."""
+
+
+class RunOver(Exception):
+    """The run finished before the fault could show."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration whose runs are all the same bits."""
+
+    name: str
+    world_size: int
+    flags: tuple[str, ...] = ()
+
+
+SETUPS = {
+    setup.name: setup
+    for setup in (
+        Setup("ddp2", 2),
+        Setup("ddp1", 1),
+        Setup("zero1", 2, ("--use_distributed_optimizer",)),
+        Setup("powersgd", 2, ("--use_powerSGD_hook", "--matrix_approximation_rank=4")),
+    )
+}
+
+
+def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> list[str]:
+    """Steps of some tens of milliseconds, a save at every fifth."""
+    return [
+        f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
+        f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
+        "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}", "--learning_rate=1e-2",
+        "--num_threads=1", "--bucket_size=20000", "--verify_data", *TINY_MODEL, *setup.flags,
+    ]  # fmt: skip
+
+
+def training_command(setup: Setup, script: str, flags: list[str]) -> list[str]:
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    return [torchrun, "--standalone", f"--nproc_per_node={setup.world_size}", script, *flags]
+
+
+def environment(home: Path) -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CHAOS_DIR": str(home), "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    launch: str
+    is_rank: bool
+
+
+@dataclass
+class Seen:
+    """What was observed over the whole run."""
+
+    launches: int = 0
+    hangs: int = 0
+    first_steps: list[float] = field(default_factory=list)
+    """Seconds from each launch to its first step."""
+    delays: list[float] = field(default_factory=list)
+    """Of each hang, seconds from the SIGSTOP to the monitor's word, beyond the limit that it names."""
+
+
+class Run:
+    """
+    Args:
+        home: everything of this run lies here, except that `out_dir` may be on a disk of its own.
+    """
+
+    def __init__(self, home: Path, setup: Setup, data_dir: Path, steps: int, out_dir: Path | None = None):
+        self.home, self.setup, self.steps = home, setup, steps
+        self.out_dir = out_dir or home / "run"
+        home.mkdir(parents=True, exist_ok=True)
+        self.data_dir = home / "data"
+        shutil.copytree(data_dir, self.data_dir)
+        self.seen, self.lines = Seen(), []
+        self.ballast = self.out_dir.parent / "ballast"
+        self._launched_at: dict[int, float] = {}
+        self._stepped: set[str] = set()
+        self.monitor: subprocess.Popen | None = None
+
+    @property
+    def ckpt_dir(self) -> Path:
+        return self.out_dir / "ckpt"
+
+    def start(self, script: str = "monitor_process.py") -> None:
+        """Start the monitor, with the same command each time."""
+        flags = training_flags(self.setup, self.data_dir, self.out_dir, self.steps)
+        command = training_command(self.setup, "tests/chaos/train_with_faults.py", flags)
+        self.monitor = subprocess.Popen(
+            [sys.executable, script, *MONITOR_FLAGS, "--", *command], cwd=ROOT, env=environment(self.home),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, args=(self.monitor,), daemon=True)
+        self._reader.start()
+
+    def _read(self, monitor: subprocess.Popen) -> None:
+        with open(self.home / "output.txt", "a") as file:
+            for line in monitor.stdout:
+                now = time.time()
+                self.lines.append((now, line.rstrip("\n")))
+                file.write(f"{now:.3f} {line}")
+                file.flush()
+                if match := re.match(r"monitor: launch (\d+)(?: with|$)", line):
+                    self.seen.launches += 1
+                    self._launched_at[int(match[1])] = now
+                self.seen.hangs += line.startswith("monitor: hang:")
+
+    def said(self, pattern: str, since: int = 0) -> tuple[float, re.Match] | None:
+        """(when, match) of the first line like that, from line number `since` on."""
+        for at, line in self.lines[since:]:
+            if match := re.search(pattern, line):
+                return at, match
+        return None
+
+    def processes(self) -> list[Process]:
+        """All living processes of the training, found without the product's help."""
+        mine, found = f"{self.out_dir.resolve()}/", []
+        for process in psutil.process_iter():
+            try:
+                env = process.environ()
+                if env.get("ZERO2ALL_EXIT_DIR", "").startswith(mine) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(Process(process.pid, env["ZERO2ALL_LAUNCH"], "RANK" in env))
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def launchers(self) -> list[int]:
+        return [process.pid for process in self.processes() if not process.is_rank]
+
+    def ranks(self) -> list[dict]:
+        """The newest signs of life of ranks that live, in their order."""
+        beats = [beat for beat in read_heartbeats(self.out_dir / "heartbeat") if psutil.pid_exists(beat["pid"])]
+        newest = max(beats, key=lambda beat: beat["monotonic"], default=None)
+        beats = [b for b in beats if b["launch"] == newest["launch"] and is_alive(b["pid"])] if newest else []
+        return sorted(beats, key=lambda beat: beat["rank"])
+
+    def launch(self) -> str:
+        """Name of the launch that all ranks of which are alive and beyond the start; empty if there is none."""
+        beats = self.ranks()
+        well = len(beats) == self.setup.world_size and all(beat["phase"] != "start" for beat in beats)
+        return beats[0]["launch"] if well else ""
+
+    def step(self) -> int:
+        return max((beat["step"] for beat in self.ranks() if beat["phase"] != "start"), default=-1)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        return list_checkpoints(self.ckpt_dir)
+
+    def newest_step(self) -> int:
+        return max((checkpoint.step for checkpoint in self.checkpoints()), default=0)
+
+    def records(self, name: str) -> list[dict]:
+        """All of this name that were ever written, superseded ones too."""
+        found = []
+        for line in (self.out_dir / "reslog.jsonl").read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            found += [record] if record["name"] == name else []
+        return found
+
+    def wait(self, done: Callable[[], object], what: str, seconds: float = PATIENCE, may_end: bool = False) -> object:
+        """
+        Raises:
+            RunOver: the monitor finished the run before.
+            Broken: it ended otherwise, or `seconds` passed, or two launches were alive at once.
+        """
+        deadline, look = time.monotonic() + seconds, 0.0
+        while not (answer := done()):
+            self._note_first_step()
+            if not may_end and self.monitor.poll() is not None:
+                self._on_end(what)
+            if time.monotonic() > look:
+                look = time.monotonic() + 0.3
+                self.check_one_launch()
+            if time.monotonic() > deadline:
+                raise Broken(f"not within {seconds:.0f} s: {what}")
+            time.sleep(0.01)
+        self._note_first_step()
+        return answer
+
+    def _on_end(self, what: str) -> None:
+        self._reader.join(5)
+        if self.monitor.returncode == 0:
+            raise RunOver
+        last = self.lines[-1][1] if self.lines else ""
+        raise Broken(f"the monitor ended with {self.monitor.returncode} ({last}) while waiting for: {what}")
+
+    def check_one_launch(self) -> None:
+        if len({process.launch for process in self.processes()}) > 1:
+            time.sleep(0.1)
+            launches = {process.launch for process in self.processes()}
+            if len(launches) > 1:
+                raise Broken(f"processes of several launches live at once: {', '.join(sorted(launches))}")
+
+    def _note_first_step(self) -> None:
+        launch = self.launch()
+        if launch and launch not in self._stepped:
+            self._stepped.add(launch)
+            launched_at = self._launched_at.get(int(launch.partition("-")[0]))
+            if launched_at is not None:
+                self.seen.first_steps.append(time.time() - launched_at)
+
+    def wait_step(self, step: int) -> None:
+        self.wait(lambda: self.launch() and self.step() >= step, f"step {step}")
+
+    def wait_new_launch(self, old: str, least: int) -> int:
+        """Until a launch other than `old` makes steps; returns the step that it went on from.
+
+        Args:
+            least: a checkpoint of this step was there, so nothing before it may be done again.
+        """
+        self.wait(lambda: self.launch() not in ("", old), f"a new launch after {old}")
+        start = self.records("start")[-1]["step"]
+        if start < least:
+            raise Broken(f"the new launch went on from step {start}, where a checkpoint of step {least} was whole")
+        return start
+
+    def wait_progress(self, launch: str, steps: int = 3) -> None:
+        """Until the same launch has made some more steps."""
+        target = self.step() + steps
+
+        def done() -> bool:
+            now = self.launch()
+            if now not in ("", launch):
+                raise Broken(f"launch {launch} was given up for {now}, without need")
+            return bool(now) and self.step() >= target
+
+        self.wait(done, f"{steps} more steps of launch {launch}")
+
+    def kill(self, pids: list[int]) -> None:
+        for pid in pids:
+            send(pid, signal.SIGKILL)
+        self.wait(lambda: not any(is_alive(pid) for pid in pids), "the killed processes are gone", 20, may_end=True)
+
+    def kill_all(self) -> None:
+        """Every process of the training at once."""
+        while processes := self.processes():
+            self.kill([process.pid for process in processes])
+
+    def kill_monitor(self) -> None:
+        self.monitor.kill()
+        self.monitor.wait()
+        self._reader.join(5)
+
+    def end_monitor(self, expected: int, what: str) -> None:
+        """Wait until the monitor has ended by itself, with this code."""
+        self.wait(lambda: self.monitor.poll() is not None, f"the end of the monitor: {what}", may_end=True)
+        self._reader.join(5)
+        if self.monitor.returncode != expected:
+            code = self.monitor.returncode
+            raise Broken(f"{what}: the monitor ended with {code} ({self.lines[-1][1]}) instead of {expected}")
+
+    def clear(self) -> None:
+        """Leave no process, whatever happened."""
+        if self.monitor is not None and self.monitor.poll() is None:
+            self.kill_monitor()
+        deadline = time.monotonic() + 20
+        while (processes := self.processes()) and time.monotonic() < deadline:
+            for process in processes:
+                send(process.pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def send(pid: int, signum: int) -> None:
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
