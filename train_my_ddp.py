@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -997,6 +997,7 @@ if __name__ == "__main__":
         exit_code = exits.CRASH
     if exit_code in (exits.CRASH, exits.WRONG_INPUT):
         # All is logged. Leave at once: a thread that waits for another rank would hold the process back.
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

@@ -17,26 +17,32 @@ class _RankFilter(logging.Filter):
         return self._rank == 0 or record.levelno >= logging.WARNING
 
 
+class _Patient:
+    """A handler that loses lines where they cannot be written (a full disk, a closed pipe): a run must not end for want
+    of its log."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _Console(_Patient, logging.StreamHandler):
+    pass
+
+
+class _LogFile(_Patient, logging.FileHandler):
+    pass
+
+
 def setup_console(rank: int) -> None:
     """Send the root logger to standard output."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Console(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_RankFilter(rank))
     handler.setLevel(logging.INFO)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-
-
-class _LogFile(logging.FileHandler):
-    """On a full disk the lines are lost, which is warned of on the console once, and the run goes on."""
-
-    _warned = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._warned:
-            self._warned = True
-            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", flush=True)
 
 
 def add_log_file(path: Path, rank: int) -> None:

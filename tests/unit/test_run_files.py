@@ -1,8 +1,11 @@
 """The run directory's small files: results, heartbeats, exit records."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import utils.logging
 from utils.exits import (
     CRASH,
     OK,
@@ -67,6 +70,26 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capl
         heart.beat("step", step)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2 and "results cannot be written" in messages[0] and "heartbeats" in messages[1]
+
+
+def test_a_full_disk_under_the_log_and_the_console_does_not_stop_the_run(tmp_path: Path):
+    """The console is a file, too, where the monitor started the run: seen in the chaos campaign."""
+    program = """
+import logging, sys
+from pathlib import Path
+from utils.logging import add_log_file, setup_console
+setup_console(0)
+add_log_file(Path(sys.argv[1]), 0)
+for step in range(2000):
+    logging.getLogger("train").info("step %d of a run whose disk is full", step)
+Path(sys.argv[2]).write_text("lives")
+"""
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    command = [sys.executable, "-c", program, str(tmp_path / "train.log"), str(tmp_path / "end")]
+    root = Path(utils.logging.__file__).parent.parent
+    with open("/dev/full", "w") as full:
+        subprocess.run(command, stdout=full, stderr=full, cwd=root, timeout=60)
+    assert (tmp_path / "end").read_text() == "lives"
 
 
 def test_heartbeat(tmp_path: Path):
