@@ -129,23 +129,43 @@ class LocalNode:
             job = json.loads(self._job_file.read_text())
             self._job = {key: job[key] for key in ("token", "attempt", "pid", "log")}
         except (OSError, ValueError, KeyError, TypeError):
-            self._job = None
+            self._job = self._job_by_environment()
+        if self._job is None or not self._processes():
             return None
-        return {key: self._job[key] for key in ("token", "attempt")} if self._processes() else None
+        return {key: self._job[key] for key in ("token", "attempt")}
+
+    def _job_by_environment(self) -> dict | None:
+        """What the job file would say of a job of this run that is alive: its processes know their launch."""
+        for process in psutil.process_iter():
+            try:
+                env = process.environ()
+            except (psutil.Error, OSError):
+                continue
+            token, exits = env.get("ZERO2ALL_LAUNCH", ""), Path(env.get("ZERO2ALL_EXIT_DIR", ""))
+            if exits != (self.home / f"exit-{token}").resolve() or not token.endswith(f"-{self.index}"):
+                continue
+            attempt = int(token.partition("-")[0])
+            job = {"token": token, "attempt": attempt, "pid": 0, "log": f"launch-{attempt}-{self.index}.log"}
+            members = self._processes_of(token)
+            pids = {member.pid for member in members}
+            job["pid"] = next((member.pid for member in members if _parent(member) not in pids), 0)
+            return job
+        return None
 
     def _processes(self) -> list[psutil.Process]:
         """All processes of the job, whoever their parent is now."""
-        if self._job is None:
-            return []
+        return self._processes_of(self._job["token"]) if self._job is not None else []
+
+    def _processes_of(self, token: str) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter():
             try:
                 alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and process.environ().get("ZERO2ALL_LAUNCH") == self._job["token"]:
+                if alive and process.environ().get("ZERO2ALL_LAUNCH") == token and process.pid != os.getpid():
                     found.append(process)
             except (psutil.Error, OSError):
                 continue
-        return [process for process in found if process.pid != os.getpid()]
+        return found
 
     def _heartbeats(self) -> list[dict]:
         """Of this launch's ranks on this node."""

@@ -26,7 +26,7 @@ HANG_AFTER, FIRST_STEP = 3.0, 20.0
 SAVE_INTERVAL = 5
 MONITOR_FLAGS = [
     f"--hang_after={HANG_AFTER}", f"--first_step_timeout={FIRST_STEP}", "--start_timeout=120", "--save_timeout=20",
-    "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=10", "--interval=0.1",
+    "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=100", "--interval=0.1",
 ]  # fmt: skip
 
 

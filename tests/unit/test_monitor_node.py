@@ -279,10 +279,16 @@ def test_a_rank_that_nobody_reaps_is_gone(bench: Bench):
     assert node.poll(0).running
 
 
-def test_another_monitor_takes_the_job_over(bench: Bench):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_monitor_takes_the_job_over(bench: Bench, damaged: bool):
+    """Also if the file that names the job is damaged: its processes know their launch. Else a second launch would be
+    refused by the first, and nobody would watch that (seen in the chaos campaign)."""
     first = bench.start("beat(step=6)\nprint('hello', flush=True)\nnote('ready')" + SLEEP)
     bench.noted("ready")
     second = bench.node()
+    if damaged:
+        (second.home / "job-0.json").write_bytes(b"\0garbage")
+        assert bench.node(1).adopt() is None
     assert second.adopt() == {"token": f"1-{bench.id}-0", "attempt": 1}
     report = second.poll(0)
     assert report.running and report.launcher_alive and report.returncode is None
