@@ -19,6 +19,7 @@ nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
 
 import argparse
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -82,6 +83,25 @@ class Retention:
     """Those of steps that are a multiple of this; 0: none."""
 
 
+def sealed(manifest: dict) -> dict:
+    """A manifest with a checksum of its own."""
+    return manifest | {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
+
+
+def _read_manifest(path: Path) -> dict:
+    """
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what was written.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    # Manifests of earlier versions have neither.
+    if not isinstance(manifest, dict) or ("save_id" in manifest and "sha256" not in manifest):
+        raise ValueError("not a manifest")
+    if "sha256" in manifest and sealed({k: v for k, v in manifest.items() if k != "sha256"}) != manifest:
+        raise ValueError("not what was written")
+    return manifest
+
+
 def find_problem(path: Path, weights_only: bool = False) -> str | None:
     """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is.
 
@@ -89,7 +109,7 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
         weights_only: leave out the files of the optimizer and the comm hook, which are most of the bytes.
     """
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = _read_manifest(path)["files"]
         files = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return "it has no manifest"
@@ -122,7 +142,7 @@ def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
 def _read_checkpoint(path: Path, step: int) -> Checkpoint:
     """What its manifest says; of one that cannot be read, the step alone."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _read_manifest(path)
         # Checkpoints of earlier versions lack all but the loss.
         part = Part(
             step, manifest["valid_loss"], manifest.get("save_id", f"unknown-{step}"), manifest.get("world_size", 1),

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint import MANIFEST, REPLACED, Retention, prune
+from utils.checkpoint import MANIFEST, REPLACED, Retention, prune, sealed
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.flat_state import flat_key
 from utils.stores import Place
@@ -211,11 +211,11 @@ class CheckpointWriter:
                 time.sleep(_POLL_SECONDS)
             files |= json.loads(path.read_text())
             path.unlink()
-        manifest = {
+        manifest = sealed({
             "step": self.step, "valid_loss": valid_loss, "saved_at": time.time(), "save_id": self.save_id,
             "world_size": self.place.world_size, "ranks": list(self.place.store), "sharded": self._sharded,
             "files": files,
-        }  # fmt: skip
+        })  # fmt: skip
         atomic_write_json(self.directory / MANIFEST, manifest)
         if self._final.exists():
             os.replace(self._final, self._replaced)

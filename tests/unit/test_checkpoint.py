@@ -132,6 +132,20 @@ def test_a_manifest_with_holes_is_damaged(tmp_path: Path, content: str):
     assert chosen.step == 2 and "manifest is damaged" in complaints[0]
 
 
+def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
+    path = save(tmp_path, 2, 1.25) / "manifest.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        # White space between the values is all that may be another.
+        if find_problem(path.parent) is None:
+            assert json.loads(damaged) == json.loads(content)
+    path.write_bytes(content)
+    assert find_problem(path.parent) is None
+
+
 def test_a_run_directory_belongs_to_one_process(tmp_path: Path):
     lock = ckpt.lock_run(tmp_path)
     with pytest.raises(ValueError, match="another process trains in"):
@@ -200,7 +214,8 @@ def test_resolve_checkpoint_dir(tmp_path: Path):
     (path / "config.json").write_text("{}")
     assert ckpt.resolve_checkpoint_dir(path) == path
     manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
     manifest["files"]["trainer_state.json"]["sha256"] = "0" * 64
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(ckpt.sealed(manifest)))
     with pytest.raises(ValueError, match="checksum"):
         ckpt.resolve_checkpoint_dir(path)

@@ -46,8 +46,9 @@ def steps_of(run: Path) -> list[int]:
 
 
 def edit_manifest(path: Path, **values: object) -> None:
-    manifest = json.loads((path / ckpt.MANIFEST).read_text())
-    (path / ckpt.MANIFEST).write_text(json.dumps(manifest | values))
+    manifest = json.loads((path / ckpt.MANIFEST).read_text()) | values
+    manifest.pop("sha256", None)
+    (path / ckpt.MANIFEST).write_text(json.dumps(ckpt.sealed(manifest)))
 
 
 def test_ls(run: Path, capsys: pytest.CaptureFixture):
