@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,8 @@ from utils.checkpoint import list_checkpoints
 
 ROOT = Path(monitor_process.__file__).parent
 SECRET = "correct-horse-battery-staple"
-STEPS = 900
+STEPS = 500
+NAMESPACE = "z2a"
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -208,18 +210,34 @@ def system(command: str) -> None:
     subprocess.run(command, shell=True, check=True, capture_output=True, timeout=30)
 
 
+def remove_stale_namespaces() -> None:
+    """Of tests that were killed: their addresses would be taken for ours."""
+    for path in Path("/run/netns").glob(f"{NAMESPACE}*"):
+        pid = path.name.removeprefix(NAMESPACE)[:-1]
+        if not psutil.pid_exists(int(pid)):
+            for command in (f"ip link del {link_to(path.name)}", f"ip netns del {path.name}"):
+                with contextlib.suppress(subprocess.SubprocessError):
+                    system(command)
+
+
+def link_to(namespace: str) -> str:
+    """This host's end of the link to a namespace."""
+    return f"m{namespace.removeprefix(NAMESPACE)}"
+
+
 @contextlib.contextmanager
 def two_namespaces() -> Iterator[list[str]]:
     """Two hosts that reach each other over a link `data`, and this one over links of their own."""
-    names = [f"z2a{os.getpid()}{end}" for end in "ab"]
+    remove_stale_namespaces()
+    names = [f"{NAMESPACE}{os.getpid()}{end}" for end in "ab"]
     with contextlib.ExitStack() as stack:
         for number, name in enumerate(names):
             system(f"ip netns add {name}")
             stack.callback(system, f"ip netns del {name}")
-            system(f"ip link add m{name[3:]} type veth peer name admin netns {name}")
+            system(f"ip link add {link_to(name)} type veth peer name admin netns {name}")
             # Deleting the namespace would do so too, at some later time.
-            stack.callback(system, f"ip link del m{name[3:]}")
-            system(f"ip addr add 10.78.{number}.1/24 dev m{name[3:]} && ip link set m{name[3:]} up")
+            stack.callback(system, f"ip link del {link_to(name)}")
+            system(f"ip addr add 10.78.{number}.1/24 dev {link_to(name)} && ip link set {link_to(name)} up")
             inside = f"ip netns exec {name}"
             system(f"{inside} ip addr add 10.78.{number}.2/24 dev admin && {inside} ip link set admin up")
             system(f"{inside} ip link set lo up")
@@ -228,6 +246,18 @@ def two_namespaces() -> Iterator[list[str]]:
             system(f"ip netns exec {name} ip addr add 10.79.0.{number + 1}/24 dev data")
             system(f"ip netns exec {name} ip link set data up")
         yield names
+
+
+def wait_until_it_answers(server: Sshd) -> None:
+    """Over a link that was made just now."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection((server.listen, server.port), timeout=1).close()
+            return
+        except OSError as error:
+            assert time.monotonic() < deadline, f"{error}\n{server.log.read_text()}"
+            time.sleep(0.05)
 
 
 def can_make_namespaces() -> bool:
@@ -260,6 +290,7 @@ def test_a_link_is_cut_between_hosts_without_a_common_file_system(reference: lis
             servers.append(stack.enter_context(
                 Sshd(tmp_path / name, listen=f"10.78.{number}.2", prefix=prefix)
             ))  # fmt: skip
+            wait_until_it_answers(servers[-1])
         data_link = {"env": {"GLOO_SOCKET_IFNAME": "data"}}
         more = {s.listen: data_link | {"address": f"10.79.0.{n + 1}"} for n, s in enumerate(servers)}
         monitor = Monitored(write_hosts(tmp_path / "hosts.yaml", servers, **more), flags, log)
