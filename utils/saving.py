@@ -1,12 +1,13 @@
 """Writing checkpoints while the training goes on.
 
-    main thread    step | copy out | step | step | step ...
-    save thread                    | write, flush, checksum, done-record | manifest, rename |
+    main thread    step | forward, backward | optimizer | step | step | step ...
+    copy thread         | copy ............ |
+    save thread                             | write, flush, checksum, done-record | manifest, rename |
 
-A save holds the training up for the copy alone, into host memory that is used again at each save. One save is in
-flight at a time. The save thread issues no collectives: ranks that share a file system meet through files in
-`.tmp-step-N-ID/`, and the main threads agree, with what they exchange at every step anyway, on what became of it.
-Until then older checkpoints stay.
+The state is copied into host memory, which is used again at each save, under the next forward and backward pass: these
+only read it. A save holds the training up for what is left of the copy then. One save is in flight at a time. The save
+thread issues no collectives: ranks that share a file system meet through files in `.tmp-step-N-ID/`, and the main
+threads agree, with what they exchange at every step anyway, on what became of it. Until then older checkpoints stay.
 """
 
 import json
@@ -38,25 +39,25 @@ _CLOSING_SECONDS = 2.0
 
 
 class HostCopies:
-    """Copies of tensors in host memory. The memory is kept for the next time; on CUDA it is pinned, and the copies run
-    on a stream of their own."""
+    """Copies of tensors in host memory, made while the training goes on: on CUDA by a stream of their own into pinned
+    memory, on a CPU by a thread of their own. The memory is kept for the next time."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint-copy") if self._stream is None else None
         self._buffers: dict[str, Tensor] = {}
         # With the tensors themselves: memory that was freed could come back as another one's.
         self._taken: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._copied: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | Future | None = None
 
     def begin(self) -> None:
         """Forget what the last save copied: its memory is written over from here on."""
+        self.wait()
         self._taken.clear()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy of a contiguous tensor; of memory that was copied since `begin`, the same copy again.
+        """Where the copy of a contiguous tensor will be; of memory that was named since `begin`, the same copy again.
 
         Args:
             key: names the buffer; the same at every save.
@@ -68,30 +69,41 @@ class HostCopies:
             if buffer is None or buffer.numel() != tensor.numel() or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self._stream is not None)
                 self._buffers[key] = buffer
-            if self._stream is None:
-                buffer.copy_(tensor.reshape(-1))
-            else:
-                with torch.cuda.stream(self._stream):
-                    buffer.copy_(tensor.reshape(-1), non_blocking=True)
             self._taken[same] = (tensor, buffer)
         return self._taken[same][1].view(tensor.shape)
 
     def end(self) -> None:
-        if self._stream is not None:
-            self._copied = self._stream.record_event()
-        else:
-            self._taken.clear()
+        """All is named: copy it, in the background. Nothing of it may change before `before_update`."""
+        if self._stream is None:
+            self._copied = self._thread.submit(self._copy_all, False)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            self._copy_all(True)
+        self._copied = self._stream.record_event()
+
+    def _copy_all(self, non_blocking: bool) -> None:
+        for tensor, buffer in self._taken.values():
+            buffer.copy_(tensor.reshape(-1), non_blocking=non_blocking)
 
     def before_update(self) -> None:
-        """Whatever the main stream issues next may change the tensors: on CUDA it waits for the copies, on the
-        device."""
-        if self._copied is not None:
+        """The tensors are about to change. On CUDA the main stream waits for the copies, on the device; on a CPU the
+        caller waits."""
+        if isinstance(self._copied, Future):
+            self._copied.result()
+        elif self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def wait(self) -> None:
         """Block until the copies are there."""
-        if self._copied is not None:
+        if isinstance(self._copied, Future):
+            self._copied.result()
+        elif self._copied is not None:
             self._copied.synchronize()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
 class CheckpointWriter:
@@ -317,7 +329,9 @@ class CheckpointSaver:
     def before_update(self) -> None:
         """What was added to a save that is in flight is about to change."""
         if self._copies is not None:
+            started = time.perf_counter()
             self._copies.before_update()
+            self._held_up += time.perf_counter() - started
 
     def _write(self, writer: CheckpointWriter, valid_loss: float | None) -> float:
         """In the save thread; returns when it was done (time.perf_counter)."""
@@ -385,3 +399,5 @@ class CheckpointSaver:
         """Let a save that is in flight finish, unless parts of other ranks are missing and do not come."""
         self._closing_since = time.monotonic()
         self._thread.shutdown()
+        if self._copies is not None:
+            self._copies.close()

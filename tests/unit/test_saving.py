@@ -225,6 +225,7 @@ def test_what_is_saved_does_not_move_with_the_training(tmp_path: Path, gate: thr
     writer = saver.begin(1)
     writer.add_tensors("model.safetensors", tensors)
     saver.start(writer, None)
+    saver.before_update()
     for tensor in tensors.values():
         tensor.zero_()
     gate.set()
@@ -263,6 +264,7 @@ def test_shared_memory_is_copied_once():
         part, bits = copies.copy("part", weight[0]), copies.copy("bits", weight.view(torch.int32))
         other = copies.copy("other", weight + 1)
         copies.end()
+        copies.before_update()
         assert flat.data_ptr() == shaped.data_ptr() and (flat.shape, shaped.shape) == ((6,), (2, 3))
         assert len({tensor.data_ptr() for tensor in (weight, flat, part, bits, other)}) == 5
         assert torch.equal(shaped, weight) and torch.equal(part, weight[0]) and torch.equal(other, weight + 1)
