@@ -266,8 +266,9 @@ class LocalNode:
         pids = [record["pid"] for record in self._heartbeats() if record["alive"]]
         if not pids:
             # Ranks that have not beaten yet, as the launcher's children; or the launcher is the only rank.
-            launcher = self._job["pid"]
-            pids = [process.pid for process in self._processes() if _parent(process) == launcher] or [launcher]
+            processes, launcher = self._processes(), self._job["pid"]
+            ranks = [process for process in processes if _parent(process) == launcher]
+            pids = [process.pid for process in ranks or processes]
         for pid in pids:
             _send(pid, signal.SIGTERM)
 
