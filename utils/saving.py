@@ -33,7 +33,7 @@ from utils.stores import Place
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.005
 _CLOSING_SECONDS = 2.0
 """How long a process that is about to end still waits for the parts of other ranks."""
 

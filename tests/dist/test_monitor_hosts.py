@@ -27,7 +27,7 @@ from utils.checkpoint import list_checkpoints
 
 ROOT = Path(monitor_process.__file__).parent
 SECRET = "correct-horse-battery-staple"
-STEPS = 500
+STEPS = 300
 NAMESPACE = "z2a"
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -113,6 +113,14 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
+def ends_everywhere(run_dir: Path) -> bool:
+    """Whether nothing of the run is left; what served the monitor needs a moment to see that its connection ended."""
+    deadline = time.monotonic() + 10
+    while processes_of(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return processes_of(run_dir) == []
+
+
 def kill_node(launch: str) -> int:
     """SIGKILL everything that a launch has on one node."""
     killed = 0
@@ -154,7 +162,7 @@ def test_two_hosts(reference: list[str], tmp_path: Path):
         assert secrets_in_sight(run_dir, log) == []
         monitor.process.send_signal(signal.SIGTERM)
         assert monitor.end() == 75, monitor.output()
-        assert processes_of(run_dir) == []
+        assert ends_everywhere(run_dir)
         stopped_at = list_checkpoints(run_dir / "ckpt")[-1].step
         assert step < stopped_at < STEPS
 
@@ -164,7 +172,7 @@ def test_two_hosts(reference: list[str], tmp_path: Path):
         assert monitor.end() == 0, monitor.output()
     assert f"launch 2 with --resume\n[{first.listen}:{first.port}]" in monitor.output()
     assert "rank 1 ended without a word" in monitor.output() and "launch 3 with --resume" in monitor.output()
-    assert processes_of(run_dir) == [] and secrets_in_sight(run_dir, log) == []
+    assert ends_everywhere(run_dir) and secrets_in_sight(run_dir, log) == []
     check_losses(flags, reference)
     assert same_bits(final_state(flags, STEPS), final_state(reference, STEPS))
 
