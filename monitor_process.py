@@ -13,7 +13,6 @@ Exit codes, those of the training: 0 finished; 2 the command or the data is wron
 """
 
 import argparse
-import fcntl
 import io
 import logging
 import math
@@ -33,6 +32,7 @@ from monitor.status import Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
 from utils.exits import OK, WRONG_INPUT
+from utils.files import lock_file
 from utils.ssh import SSHProblem
 
 logger = logging.getLogger("monitor")
@@ -123,17 +123,12 @@ def claim(run_dir: Path) -> BinaryIO:
     Raises:
         ValueError: another monitor, still alive, has this run.
     """
+    taken = f"another monitor looks after {run_dir}: see monitor_process.py --status {run_dir}"
     try:
         (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / MONITOR_DIR / ".lock", "ab")  # noqa: SIM115
+        return lock_file(run_dir / MONITOR_DIR / ".lock", taken)
     except OSError as error:
         raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another monitor looks after {run_dir}: see monitor_process.py --status {run_dir}") from None
-    return file
 
 
 def flush_output() -> None:

@@ -18,7 +18,6 @@ nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.files import sha256_of_file
+from utils.files import lock_file, sha256_of_file
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
 
 logger = logging.getLogger(__name__)
@@ -242,13 +241,8 @@ def lock_run(out_dir: Path) -> BinaryIO:
     Raises:
         ValueError: another process, still alive, trains there.
     """
-    file = open(out_dir / ".lock", "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process trains in {out_dir}: stop it first, or choose another --out_dir") from None
-    return file
+    taken = f"another process trains in {out_dir}: stop it first, or choose another --out_dir"
+    return lock_file(out_dir / ".lock", taken)
 
 
 _NOT_OF_A_RUN_YET = ("exit", "monitor", SEEN_MARK)

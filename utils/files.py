@@ -1,9 +1,11 @@
 """Files that are either whole or absent: write under a temporary name, flush, rename."""
 
+import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def fsync_dir(directory: Path) -> None:
@@ -36,6 +38,21 @@ def atomic_write(path: Path, content: bytes, durable: bool = True) -> None:
 
 def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
     atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), durable)
+
+
+def lock_file(path: Path, taken: str) -> BinaryIO:
+    """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends.
+
+    Raises:
+        ValueError: another process, still alive, holds it; `taken` is the message.
+    """
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(taken) from None
+    return file
 
 
 def sha256_of_file(path: Path, start: int = 0, end: int | None = None) -> str:
