@@ -5,6 +5,7 @@ made anew each time.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -132,6 +133,7 @@ def main() -> int:
         ("answers after SFT", lambda: run(answers("sft"))),
         ("DPO on real functions against damaged ones", lambda: run(dpo)),
         ("answers after DPO", lambda: run(answers("dpo"))),
+        ("curves of the three runs", lambda: draw_curves(home, run_dir, sft_dir, dpo_dir)),
     ]  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.nproc)))
     times = []
@@ -143,6 +145,13 @@ def main() -> int:
         print(f"=== {times[-1][1]:.1f} s", flush=True)
     summarize(times, ROOT / home, json.loads((ROOT / score).read_text()))
     return 0
+
+
+def draw_curves(home: Path, *runs: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is missing (pip install -r requirements-viewer.txt)")
+        return
+    run(["python", "-m", "utils.resplot", *runs, "--png", str(home / "curves.png"), "--smoothing", "0.8"])
 
 
 def records_of(run_dir: Path, name: str) -> list[dict]:
@@ -176,6 +185,7 @@ def summarize(times: list[tuple[str, float]], home: Path, score: dict) -> None:
     shown = home.relative_to(ROOT) if home.is_relative_to(ROOT) else home
     print(f'try: python generate.py --ckpt {shown / "run"} --prompt "def main("')
     print(f"     python generate.py --ckpt {shown / 'dpo'} --chat")
+    print(f"     python -m utils.resplot {shown}    # the curves in a window, also while a run goes on")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,17 @@
-"""The run's results: `reslog.jsonl`, append-only, one JSON object a line.
+"""The run's results: `reslog.jsonl`, append-only, one JSON object a line, written at once.
 
-Every record has "name" ("start", "train", "valid", "save", "save_failed", "compression",
-"end") and "time". Each launch appends a "start" record with
-the step it begins at; what earlier launches wrote beyond that step is superseded, and `read_reslog` leaves it out.
+Every record has `name` and `time` (seconds since 1970). Those of a moment in the training have `step`, the number of
+completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" and "-inf". By name:
+
+    start        a launch begins: version (of this format), attempt, step, samples_consumed, max_iters, world_size, ...
+    train        one logged step: loss, lr, grad_norm, tokens, tokens_per_sec, mfu, dt, data_wait, comm_wait, ...
+    valid        a validation: loss, dt, ...
+    compression  what PowerSGD left out: ratio, mean_relative_error, relative_error (parameter -> error)
+    save, save_failed, end
+
+A launch that starts at step s goes on from the state after step s: what earlier launches wrote of later steps is
+superseded, and no reader shows it. A crash may leave a torn line, which readers pass over. Readers take the file for
+what it is, a text from somewhere: `parse_record` lets nothing through that could harm them.
 """
 
 import errno
@@ -12,24 +21,39 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from utils.sinks import Sinks
 
 logger = logging.getLogger(__name__)
 
+VERSION = 1
+"""Of the format; a reader that meets a later one shows what it knows."""
+LONGEST_LINE = 1 << 20
+"""Bytes. A longer line is passed over: no record of ours comes near."""
+_LARGEST_STEP = 1 << 53
+_LATEST_TIME = 1e11
 _MOST_UNWRITTEN = 10_000
 """Records kept while the disk is full; beyond that, the oldest are lost."""
 
 
 class ResLog:
-    def __init__(self, path: Path):
-        """Open for appending. A line that a crash cut off gets its newline first, so that the next one stays whole."""
+    """
+    Args:
+        path: of the file; a line that a crash cut off gets its newline first, so that the next one stays whole.
+        sinks: get every record too; see utils/sinks.py.
+    """
+
+    def __init__(self, path: Path, sinks: "Sinks | None" = None):
         torn = False
         if path.exists() and path.stat().st_size:
             with open(path, "rb") as file:
                 file.seek(-1, os.SEEK_END)
                 torn = file.read(1) != b"\n"
-        self._warned = False
+        self._warned, self._sinks = False, sinks
         self._unwritten: deque[bytes] = deque(maxlen=_MOST_UNWRITTEN)
         # Unbuffered: what could not be written is kept here, in order.
         self._file = open(path, "ab", buffering=0)
@@ -40,6 +64,8 @@ class ResLog:
         """Append one record at once. If that fails (a full disk), warn once, and write it together with a later one.
         Non-finite floats become strings for JSON's sake."""
         record = _json_numbers({"name": name, "time": round(time.time(), 3), **values})
+        if self._sinks is not None:
+            self._sinks.put(record)
         self._unwritten.append(json.dumps(record).encode() + b"\n")
         try:
             while self._unwritten:
@@ -58,16 +84,36 @@ class ResLog:
 
     def close(self) -> None:
         self._file.close()
+        if self._sinks is not None:
+            self._sinks.close()
+
+
+def parse_record(line: bytes, loads: Callable[[bytes], object] = json.loads) -> dict | None:
+    """The record that a line holds, with a name, a time, and a step if it has one that are what they should be; None if
+    the line holds no such record."""
+    if len(line) > LONGEST_LINE:
+        return None
+    try:
+        record = loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return None
+    step, moment = record.get("step"), record.get("time")
+    if step is None:
+        if record["name"] == "start":
+            return None
+    elif type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+        return None
+    if type(moment) not in (int, float) or not 0 <= moment <= _LATEST_TIME:
+        return None
+    return record
 
 
 def _records(path: Path) -> Iterator[dict]:
     with open(path, "rb") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and "name" in record:
+            if (record := parse_record(line)) is not None:
                 yield record
 
 
@@ -77,14 +123,11 @@ def count_launches(path: Path) -> int:
 
 
 def read_reslog(path: Path) -> list[dict]:
-    """The records that stand: torn lines are left out, and so is what a later launch superseded.
-
-    A launch that starts at step s goes on from the state after step s: earlier records of steps > s are gone.
-    """
+    """The records that stand: torn lines are left out, and so is what a later launch superseded."""
     kept: list[dict] = []
     for record in _records(path):
         if record["name"] == "start":
-            kept = [r for r in kept if r["name"] == "start" or r.get("step", 0) <= record["step"]]
+            kept = [r for r in kept if r["name"] == "start" or (r.get("step") or 0) <= record["step"]]
         kept.append(record)
     return kept
 

@@ -1,0 +1,137 @@
+"""The pictures of docs/viewing.md: `python docs/screenshots.py` opens the viewer's window in each of its states.
+
+Runs are made up, but for --run, such as the demo's. On a machine without a screen: under Xvfb, or with
+QT_QPA_PLATFORM=offscreen. The remote picture needs an OpenSSH server, see tests/sshd.py.
+"""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_run(
+    directory: Path, steps: int, number: int = 0, of: int | None = None, quiet_s: float = 0.0, resumed: bool = False
+) -> Path:
+    """A run that has done `steps` of `of` steps and was last heard of `quiet_s` ago."""
+    directory.mkdir(parents=True)
+    random_, of = random.Random(number), of or steps
+    moment = time.time() - quiet_s - 1.2 * steps * (1.2 if resumed else 1) - 2
+    rate = 1e-3 / (1 + number % 3)
+    with open(directory / "reslog.jsonl", "w") as file:
+
+        def write(name: str, **values: object) -> None:
+            file.write(json.dumps({"name": name, "time": round(moment, 3), **values}) + "\n")
+
+        write("start", step=0, attempt=1, max_iters=of)
+        step, lost = 0, resumed
+        while step < steps:
+            step += 1
+            moment += 1.2 * random_.uniform(0.97, 1.03)
+            smooth = 2.1 + 6.9 * math.exp(-14 * step / of) + 0.7 * math.exp(-3 * step / of) + 0.05 * (number % 5)
+            noise = random_.gauss(0, 0.06)
+            rises = min(1.0, 20 * step / of)
+            write(
+                "train", step=step, loss=smooth + noise, bits_per_byte=(smooth + noise) / 2.9, tokens=step * 65536,
+                lr=rate * rises * (0.55 + 0.45 * math.cos(math.pi * step / of)), dt=1.2, grad_norm=0.5
+                + 3 * math.exp(-30 * step / of) + abs(random_.gauss(0, 0.1)) + 6 * (random_.random() < 1e-3),
+                tokens_per_sec=54000 * random_.uniform(0.97, 1.02), mfu=0.41 * random_.uniform(0.97, 1.02),
+                data_wait=4e-4 * random_.uniform(0.5, 2), comm_wait=0.012 * random_.uniform(0.6, 1.6),
+            )  # fmt: skip
+            if step % max(of // 12, 1) == 0:
+                write("valid", step=step, loss=smooth + 0.04, bits_per_byte=(smooth + 0.04) / 2.9, dt=3.0)
+                write("save", step=step, path=f"step-{step}", dt=0.4, held_up=0.004)
+            if lost and step == int(0.6 * of):
+                lost, moment, step = False, moment + 300, int(0.55 * of)
+                write("start", step=step, attempt=2, max_iters=of)
+        if steps == of:
+            write("end", step=step, reason="finished")
+    config = [f"learning_rate: {rate}", f"seed: {number}", f"matrix_approximation_rank: {4 << number % 4}"]
+    (directory / "config.yaml").write_text("\n".join([*config, f"derived:\n  max_iters: {of}\n"]))
+    return directory
+
+
+def picture(path: Path, arguments: list[str], seconds: float = 6.0, does: str = "") -> None:
+    """Open the viewer in a process of its own, as its user does, and save what it shows."""
+    code = (
+        "import sys\nfrom PyQt5.QtCore import QPoint, QTimer, Qt\nfrom PyQt5.QtTest import QTest\n"
+        "from PyQt5.QtWidgets import QApplication\n"
+        "from utils.resplot import command, window\n"
+        "app = QApplication(['resplot'])\n"
+        "def end():\n"
+        "    shown = [w for w in app.topLevelWidgets() if isinstance(w, window.Window)][0]\n"
+        f"    shown.grab().save({str(path)!r})\n    print({str(path.name)!r}, app.platformName())\n"
+        "    shown.close()\n    app.quit()\n"
+        "def act():\n"
+        "    shown = [w for w in app.topLevelWidgets() if isinstance(w, window.Window)][0]\n"
+        f"    {does or 'pass'}\n"
+        f"QTimer.singleShot({int(600 * seconds)}, act)\nQTimer.singleShot({int(1000 * seconds)}, end)\n"
+        f"sys.exit(command.main({['--forget_layout', *arguments]!r}))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", default="out/demo/run", help="a real run for the first picture (default: the demo's)")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--only", help="names of pictures, with commas between")
+    args = parser.parse_args()
+    args.to.mkdir(parents=True, exist_ok=True)
+    english = ["--language", "en"]
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+
+        def one(to: Path) -> None:
+            over = "c = shown.canvas; QTest.mouseMove(c, QPoint(int(0.22 * c.width()), int(0.2 * c.height())))"
+            picture(to, [*english, "--smoothing", "0.8", args.run], does=over)
+
+        def ten(to: Path) -> None:
+            for number in range(10):
+                make_run(home / "sweep" / f"rank-{4 << number % 4}-seed-{number}", 4000, number, resumed=number == 2)
+            picture(to, [*english, "--smoothing", "0.95", "--no-log", str(home / "sweep")], 12,
+                    "shown.difference_dock.show()")  # fmt: skip
+
+        def stalled(to: Path) -> None:
+            runs = [make_run(home / "stalled" / "a", 900, 1, of=2000, quiet_s=1500, resumed=False),
+                    make_run(home / "stalled" / "b", 1100, 2, of=2000)]  # fmt: skip
+            picture(to, [*english, "--panels", "loss,tokens_per_sec", *map(str, runs)])
+
+        def dark(to: Path) -> None:
+            run = make_run(home / "night", 2600, 3, of=3000, resumed=True)
+            picture(to, [*english, "--theme", "dark", "--x", "time", "--log", "--smoothing", "0.9", str(run)])
+
+        def chinese(to: Path) -> None:
+            runs = [make_run(home / name, 1500, number) for number, name in enumerate(("基线", "低秩压缩"))]
+            picture(to, ["--language", "zh", "--smoothing", "0.9", "--panels", "loss,lr,grad_norm,tokens_per_sec",
+                         *map(str, runs)])  # fmt: skip
+
+        def remote(to: Path) -> None:
+            from tests.sshd import Sshd
+
+            here, there = make_run(home / "local", 1500, 4), make_run(home / "server" / "long", 1300, 5, of=2000)
+            with Sshd(home / "sshd") as sshd:
+                config = home / "ssh_config"
+                config.write_text(
+                    f"Host server\n  HostName {sshd.listen}\n  Port {sshd.port}\n  User {sshd.user}\n"
+                    f"  IdentityFile {sshd.client_key}\n  UserKnownHostsFile {sshd.known_hosts}\n"
+                )
+                picture(to, [*english, "--smoothing", "0.9", "--panels", "loss,lr,tokens_per_sec,comm_wait",
+                             "--ssh_config", str(config), f"server:{there}", str(here)])  # fmt: skip
+
+        for draw in (one, ten, remote, stalled, dark, chinese):
+            if not args.only or draw.__name__ in args.only.split(","):
+                draw(args.to / f"viewer-{draw.__name__}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""The viewer of runs: `python -m utils.resplot [user@host:]RUN ...`.
+
+    sources.py   where bytes come from: local files, SSH; only new ones are read
+    runs.py      bytes -> columns of numbers; what a resumed run superseded goes
+    curves.py    smoothing, and as many points as the screen can show
+    panels.py    the pictures, drawn by matplotlib; also without a desktop
+    canvas.py, window.py   the desktop window, by Qt, which only shows and asks
+"""

@@ -1,0 +1,182 @@
+"""`python -m utils.resplot`: the command line, and pictures without a desktop."""
+
+import argparse
+import getpass
+import locale
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.resplot.runs import plain
+from utils.resplot.sources import Host, Place, labels, open_hosts
+from utils.resplot.text import LANGUAGES
+
+_EXAMPLES = """examples:
+  python -m utils.resplot out/mine                       one run, live
+  python -m utils.resplot out                            all runs in a folder, and those that begin later
+  python -m utils.resplot me@server:runs/a out/b         over SSH and from here, in one window
+  python -m utils.resplot ssh://me@server:2222/~/runs/a  another port
+  python -m utils.resplot out/mine --png curves.png --panels loss,lr --smoothing 0.9
+"""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.resplot", description="See the curves of runs, while they are being trained or later.",
+        epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN",
+        help="a run's directory, its reslog.jsonl, or a folder of runs: here, or on another machine as [user@]host:RUN "
+        "or ssh://[user@]host[:port]/RUN, by the keys, names and ports of ~/.ssh/config",
+    )  # fmt: skip
+    parser.add_argument(
+        "--png", metavar="FILE", help="draw into a file and end, without a desktop; .svg, .pdf and .csv work too"
+    )
+    parser.add_argument(
+        "--panels", metavar="A,B", help="what to draw: loss, lr, grad_norm, ...; 'all'; 'list' names what the runs have"
+    )
+    parser.add_argument("--x", choices=("step", "tokens", "time", "clock"), help="x axis; time leaves out the pauses "
+                        "between launches (default: step)")  # fmt: skip
+    parser.add_argument("--log", action=argparse.BooleanOptionalAction, help="logarithmic y axes")
+    parser.add_argument(
+        "--smoothing", type=float, metavar="W",
+        help="weight of the past in a moving average, from 0 (none, the default) to 0.999",
+    )  # fmt: skip
+    parser.add_argument(
+        "--theme", choices=("light", "dark"), help="default: light; the window remembers its last one"
+    )
+    parser.add_argument("--language", choices=LANGUAGES, help="default: by the system")
+    parser.add_argument("--size", metavar="WxH", default="1400x900", help="pixels of a --png (default: 1400x900)")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="seconds between two looks at the files (default: 1)"
+    )
+    parser.add_argument("--ssh_config", metavar="FILE", help="instead of ~/.ssh/config")
+    parser.add_argument("--forget_layout", action="store_true", help="open the window as on the first day")
+    args = parser.parse_args(argv)
+    try:
+        args.places = [Place.parse(text) for text in args.runs]
+        args.size = _size(args.size)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.smoothing is not None and not 0 <= args.smoothing <= 0.999:
+        parser.error(f"--smoothing is a number from 0 to 0.999, got {args.smoothing}")
+    if not 0.05 <= args.interval <= 3600:
+        parser.error(f"--interval is a number of seconds from 0.05 to 3600, got {args.interval}")
+    if args.ssh_config and not Path(args.ssh_config).is_file():
+        parser.error(f"--ssh_config: {args.ssh_config} does not exist")
+    if (args.png or args.panels == "list") and not args.places:
+        parser.error(f"{'--png' if args.png else '--panels list'} needs a RUN")
+    return args
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and 200 <= int(width) <= 20000 and 150 <= int(height) <= 20000):
+        raise ValueError(f"--size is like 1400x900, from 200x150 to 20000x20000, got {text!r}")
+    return int(width), int(height)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code: 0, or 2 if the command or what it names is wrong."""
+    args = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    args.language = args.language or _system_language()
+    try:
+        if args.png or args.panels == "list":
+            return _without_desktop(args)
+        from utils.resplot.window import show
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            # It is installed, but a library of the system that it needs is not.
+            return _fail(f"{error.name or 'a package'} cannot be loaded: {plain(error)}")
+        return _fail(f"{error.name} is missing: pip install -r requirements-viewer.txt")
+    return show(args)
+
+
+def _system_language() -> str:
+    name = locale.getlocale()[0] or ""
+    return "zh" if name.lower().startswith(("zh", "chinese")) else "en"
+
+
+def _fail(sentence: str) -> int:
+    print(f"resplot: {sentence}", file=sys.stderr)
+    return 2
+
+
+class Terminal:
+    """Asks on the terminal what a host asks."""
+
+    def confirm(self, name: str, key_type: str, fingerprint: str) -> bool:
+        print(f"{name} is unknown. It shows the key {key_type} {fingerprint}.", file=sys.stderr)
+        return input("Is that the host's fingerprint (yes/no)? ").strip().lower() in ("yes", "y")
+
+    def password(self, prompt: str) -> str | None:
+        try:
+            return getpass.getpass(prompt) or None
+        except EOFError:
+            return None
+
+
+def _without_desktop(args: argparse.Namespace) -> int:
+    import matplotlib
+
+    from utils.resplot.export import save
+    from utils.resplot.panels import COLOURS, ShownRun, View, available, choose
+
+    if args.png and Path(args.png).suffix.lower() not in (".png", ".svg", ".pdf", ".csv"):
+        return _fail(f"{args.png} ends in none of .png, .svg, .pdf, .csv")
+    matplotlib.use("Agg")
+    questions = Terminal() if sys.stdin.isatty() else None
+    hosts = open_hosts(args.places, on_change=lambda: None, questions=questions, ssh_config=args.ssh_config)
+    problem = _read_all(hosts)
+    runs = [run for host in hosts for run in host.runs]
+    snapshots = [run.data.snapshot() for run in runs]
+    for run, snapshot in zip(runs, snapshots):
+        if not problem and not snapshot.launches and not snapshot.tables:
+            nothing = f"{plain(run.log.path)} does not exist or holds no results: name a run's directory"
+            problem = run.health.problem or nothing
+    if problem:
+        return _fail(problem)
+    found = available(snapshots)
+    if args.panels == "list":
+        for panel in found:
+            print(f"{panel.key:20} {panel.title}")
+        return 0
+    wanted = [panel.key for panel in found] if args.panels == "all" else _names(args.panels)
+    view = View(
+        tuple(wanted), args.x or "step", bool(args.log), args.smoothing or 0.0, dark=args.theme == "dark",
+        language=args.language,
+    )  # fmt: skip
+    unknown = sorted(set(wanted) - {panel.key for panel in found})
+    if unknown:
+        return _fail(f"these runs have no {', '.join(unknown)}; they have: {', '.join(p.key for p in found)}")
+    if not choose(found, view):
+        return _fail("these runs have nothing to draw yet: try again after their first logged step")
+    shown = [
+        ShownRun(label, COLOURS[index % len(COLOURS)], snapshot)
+        for index, (label, snapshot) in enumerate(zip(labels(runs), snapshots))
+    ]
+    try:
+        save(Path(args.png), shown, view, args.size)
+    except OSError as error:
+        return _fail(f"{args.png} cannot be written: {error.strerror or error}")
+    print(args.png)
+    return 0
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _read_all(hosts: list[Host]) -> str:
+    """Read everything that is there now; why that is impossible, or nothing."""
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.loaded.wait()
+    for host in hosts:
+        host.stop()
+        host.join(5.0)
+    return next((f"{host.name}: {host.problem}" for host in hosts if host.problem), "")

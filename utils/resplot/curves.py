@@ -1,0 +1,66 @@
+"""Smoothing, and as many points as a screen can show."""
+
+import numpy as np
+
+_BLOCK = 128
+
+
+def smooth(values: np.ndarray, weight: float) -> np.ndarray:
+    """Exponential moving average, without the bias towards its start (as Adam's, and TensorBoard's):
+    s_t = weight s_(t-1) + (1 - weight) y_t, divided by 1 - weight^t. What is not finite is passed over and stays a gap.
+
+    Args:
+        values: float64 (N,).
+        weight: of the past, 0 <= weight < 1; 0 changes nothing.
+    """
+    if weight <= 0 or len(values) == 0:
+        return values
+    finite = np.isfinite(values)
+    y = values[finite]
+    count = len(y)
+    if not count:
+        return values
+    # Within a block by a matrix, from block to block by a loop: a loop over all points would take long.
+    blocks = np.zeros((-(-count // _BLOCK), _BLOCK))
+    blocks.reshape(-1)[:count] = y
+    distance = np.arange(_BLOCK)[None, :] - np.arange(_BLOCK)[:, None]
+    within = np.where(distance >= 0, (1 - weight) * weight ** np.maximum(distance, 0), 0.0)
+    sums = blocks @ within
+    carried, over_block = [0.0], weight**_BLOCK
+    for last in sums[:-1, -1].tolist():
+        carried.append(last + carried[-1] * over_block)
+    sums += np.array(carried)[:, None] * weight ** np.arange(1, _BLOCK + 1)
+    smoothed = np.full(len(values), np.nan)
+    with np.errstate(over="ignore", invalid="ignore"):
+        smoothed[finite] = sums.reshape(-1)[:count] / (1 - weight ** np.arange(1, count + 1))
+    return smoothed
+
+
+def thin(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of points that share a column of the screen, the first, the lowest, the highest and the last: the line through
+    them covers the same pixels, so no spike is lost (M4: Jugel et al., VLDB 2014).
+
+    Args:
+        x: float64 (N,), finite and never falling.
+        y: float64 (N,), NaN for gaps.
+        columns: pixels from the first x to the last.
+    """
+    if len(x) <= 4 * columns or columns < 1:
+        return x, y
+    width = x[-1] - x[0]
+    if not width > 0:
+        width = 1.0
+    column = np.minimum(((x - x[0]) / width * columns).astype(np.int64), columns - 1)
+    starts = np.flatnonzero(np.diff(column, prepend=-1))
+    ends = np.append(starts[1:], len(x)) - 1
+    lowest = _index_of_extreme(np.where(np.isnan(y), np.inf, y), np.minimum, starts, ends)
+    highest = _index_of_extreme(np.where(np.isnan(y), -np.inf, y), np.maximum, starts, ends)
+    chosen = np.unique(np.concatenate([starts, lowest, highest, ends]))
+    return x[chosen], y[chosen]
+
+
+def _index_of_extreme(y: np.ndarray, ufunc: np.ufunc, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Where, from each start to its end, the first of the greatest (or least) values lies."""
+    extreme = np.repeat(ufunc.reduceat(y, starts), ends - starts + 1)
+    hits = np.flatnonzero(y == extreme)
+    return hits[np.searchsorted(hits, starts)]

@@ -1,0 +1,92 @@
+"""How a run is doing: running, stalled or ended, how fast, how long still."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.resplot.panels import duration
+from utils.resplot.runs import Snapshot, plain
+from utils.resplot.sources import Run
+from utils.resplot.text import translate
+
+_QUIET_S = 60.0
+_QUIET_STEPS = 10
+"""A run is called stalled when nothing was heard of it for so long, whichever is longer."""
+_RECENT = 20
+"""Records whose median is the present speed."""
+
+
+@dataclass(frozen=True)
+class State:
+    kind: str
+    """running, stalled, ended, waiting or no connection."""
+    detail: str = ""
+    step: int | None = None
+    max_iters: int | None = None
+    loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_sec: float = math.nan
+    seconds_left: float = math.nan
+
+
+def state_of(run: Run, snapshot: Snapshot, now: float, language: str = "en") -> State:
+    """
+    Args:
+        now: time.time().
+    """
+    health, train, valid = run.health, snapshot.tables.get("train", {}), snapshot.tables.get("valid", {})
+    step = int(train["step"][-1]) if train else None
+    dt, rate = _recent(train, "dt"), _recent(train, "tokens_per_sec")
+    max_iters = _planned(run, snapshot)
+    left = (max_iters - step) * dt if max_iters is not None and step is not None else math.nan
+    figures = dict(
+        step=step, max_iters=max_iters, loss=_last(train, "loss"), valid_loss=_last(valid, "loss"),
+        tokens_per_sec=rate, seconds_left=left,
+    )  # fmt: skip
+    if health.problem:
+        return State("no connection", health.problem, **figures | {"seconds_left": math.nan})
+    if not snapshot.launches and step is None:
+        return State("waiting", translate("no results yet", language))
+    if snapshot.ended:
+        return State("ended", snapshot.ended, **figures | {"seconds_left": math.nan})
+    silence = now + health.clock_ahead - max(snapshot.last_time, health.heartbeat_at)
+    if silence > max(_QUIET_S, _QUIET_STEPS * (dt if math.isfinite(dt) else 0.0)):
+        detail = translate("no news for {}", language).format(duration(silence))
+        return State("stalled", detail, **figures | {"seconds_left": math.nan})
+    return State("running", "" if health.phase == "step" else health.phase, **figures)
+
+
+def _planned(run: Run, snapshot: Snapshot) -> int | None:
+    """Steps of the whole run."""
+    found = snapshot.launches[-1].facts.get("max_iters") if snapshot.launches else None
+    if type(found) is not int:
+        found = run.health.config.get("derived.max_iters")
+    return found if type(found) is int and 0 <= found < 1 << 53 else None
+
+
+def _recent(columns: dict[str, np.ndarray], metric: str) -> float:
+    values = columns[metric][-_RECENT:] if metric in columns else np.empty(0)
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _last(columns: dict[str, np.ndarray], metric: str) -> float | None:
+    return float(columns[metric][-1]) if metric in columns else None
+
+
+def differences(configs: list[dict[str, object]]) -> list[tuple[str, list[str]]]:
+    """(setting, its value in each run) of what is not the same in all; "" where a run has none. What is derived from
+    another setting is left out if that differs under the same name."""
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    rows = []
+    for key in keys:
+        values = [_setting(config[key]) if key in config else "" for config in configs]
+        name = key.removeprefix("derived.")
+        if len(set(values)) > 1 and not (name != key and name in dict(rows)):
+            rows.append((key, values))
+    return rows
+
+
+def _setting(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else plain(value)

@@ -1,0 +1,143 @@
+"""Other places for a run's results: TensorBoard and Weights & Biases, beside `reslog.jsonl`.
+
+Neither may hold up or end a run, whatever it does: records go through a queue to a thread of their own, the first
+failure of a sink is a warning, and its last.
+
+Steps that a launch lost are superseded there, too. TensorBoard is told so at the start (`purge_step`). Weights & Biases
+cannot take steps back: each launch makes a run of its own there, all in one group, and begins by sending what stands
+of the launches before it. So the newest run of a group is the whole curve.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+_MOST_QUEUED = 10_000
+"""Records; if a sink is further behind, it loses some."""
+_PATIENCE_S = 20.0
+"""How long a sink may take to finish at the end of a run."""
+
+
+class Sink(Protocol):
+    def write(self, record: dict) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Scalars of each record as `name/metric`, such as train/loss, in RUN/tensorboard."""
+
+    def __init__(self, run_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def write(self, record: dict) -> None:
+        for metric, value in scalars(record).items():
+            self._writer.add_scalar(f"{record['name']}/{metric}", value, record["step"], record["time"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same scalars in a run of `project`.
+
+    Args:
+        standing: the records that stand of earlier launches.
+    """
+
+    def __init__(self, run_dir: Path, project: str, attempt: int, settings: dict, standing: list[dict]):
+        import wandb
+
+        name = run_dir.resolve().name
+        self._run = wandb.init(
+            project=project, group=name, name=f"{name}, launch {attempt}" if attempt > 1 else name,
+            dir=str(run_dir), config=settings, settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        for record in standing:
+            self.write(record)
+
+    def write(self, record: dict) -> None:
+        found = {f"{record['name']}/{metric}": value for metric, value in scalars(record).items()}
+        if found:
+            self._run.log({"step": record["step"], **found})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """The metrics of a record that has a step."""
+    if record.get("step") is None or record["name"] == "start":
+        return {}
+    found = {}
+    for metric, value in record.items():
+        if metric in ("name", "time", "step"):
+            continue
+        if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+            found[metric] = float(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[metric] = float(value)
+    return found
+
+
+class Sinks:
+    """A thread that makes sinks and feeds them.
+
+    Args:
+        makers: name of a sink -> makes it; called in the thread, as it may wait for a network.
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], Sink]]):
+        self._makers = makers
+        self._queue: queue.Queue[dict | None] = queue.Queue(_MOST_QUEUED)
+        self._warned_full = False
+        self._thread = threading.Thread(target=self._work, name="result-sinks", daemon=True)
+        self._thread.start()
+
+    def put(self, record: dict) -> None:
+        """Hand over a record; never blocks."""
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            if not self._warned_full:
+                self._warned_full = True
+                logger.warning("%s cannot keep up: some of its records are lost", " and ".join(self._makers))
+
+    def close(self) -> None:
+        """Let the sinks finish, as long as that takes no more than some seconds."""
+        try:
+            self._queue.put(None, timeout=_PATIENCE_S)
+        except queue.Full:
+            pass
+        self._thread.join(_PATIENCE_S)
+        if self._thread.is_alive():
+            logger.warning("%s did not finish in time: its last records may be missing", " and ".join(self._makers))
+
+    def _work(self) -> None:
+        sinks: dict[str, Sink] = {}
+        for name, make in self._makers.items():
+            self._attempt(sinks, name, lambda name=name, make=make: sinks.__setitem__(name, make()))
+        while (record := self._queue.get()) is not None:
+            for name in list(sinks):
+                self._attempt(sinks, name, lambda name=name, record=record: sinks[name].write(record))
+        for name in list(sinks):
+            self._attempt(sinks, name, sinks[name].close)
+
+    def _attempt(self, sinks: dict[str, Sink], name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            # Somebody else's code over a network: it can fail in any way, and the run must not.
+            sinks.pop(name, None)
+            logger.warning(
+                "results go to %s no more, the run and its reslog.jsonl go on: %s: %s",
+                name, type(error).__name__, error,
+            )  # fmt: skip
