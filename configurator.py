@@ -7,6 +7,7 @@ fields' names; the groups only order the help. Values that follow from others ar
 import dataclasses
 import difflib
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ CONFIG_NAME = "config.yaml"
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
 """Model fields that weights depend on: another value needs another model."""
+MOST_PROFILED_STEPS = 20
+"""Each takes megabytes of trace a rank, in memory until it is written."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class RunConfig:
     """Validate the weights of --resume or --init_from, then stop."""
     sync_for_true_time: bool = False
     """Wait for the GPU before reading the clock, so that a step's time is its own."""
+    log_ranks: str = "0"
+    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8"; warnings of all always do."""
+    profile_steps: str = ""
+    """Steps to trace, FIRST:LAST: out_dir/profile/ gets a trace a rank, and a picture of where a step's time goes."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,8 @@ class Derived:
 _GROUPS = get_type_hints(Config)
 _FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()}
 
-_PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data", "resume_at_sample")
+_PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data", "resume_at_sample",
+               "profile_steps")  # fmt: skip
 """Say what this launch does, not what the run is: not saved."""
 
 _RENAMED = {
@@ -493,9 +501,45 @@ def _check(config: Config) -> None:
         raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
         raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
+    parse_log_ranks(config.run.log_ranks)
+    parse_profile_steps(config.run.profile_steps)
     _check_dpo(config)
     _check_parallel(config)
     config.model.resolve()
+
+
+def parse_log_ranks(text: str) -> frozenset[int] | None:
+    """The ranks that --log_ranks names; None: all of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if text == "all":
+        return None
+    if not re.fullmatch(r"[0-9]+( *, *[0-9]+)*", text):
+        raise ValueError(f'log_ranks must be "all" or ranks separated by commas, such as 0,8; got {text!r}')
+    return frozenset(map(int, text.split(",")))
+
+
+def parse_profile_steps(text: str) -> tuple[int, int] | None:
+    """(first, last) of the steps that --profile_steps names; None: it is empty.
+
+    Raises:
+        ValueError: it is something else, or so many steps that no viewer could open the trace.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(
+            f'profile_steps must be FIRST:LAST, such as 6:8 (in a YAML file in quotes: "6:8"); got {text!r}'
+        )
+    first, last = int(match[1]), int(match[2])
+    if last - first >= MOST_PROFILED_STEPS:
+        raise ValueError(
+            f"profile_steps={text} asks for {last - first + 1} steps: a trace holds at most {MOST_PROFILED_STEPS}"
+        )
+    return first, last
 
 
 def _check_dpo(config: Config) -> None:

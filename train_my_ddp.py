@@ -12,12 +12,13 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +26,18 @@ from typing import BinaryIO
 
 import torch
 
-from configurator import CONFIG_NAME, Config, changes_since, flatten, parse_config, resolve, resolve_model, to_yaml
+from configurator import (
+    CONFIG_NAME,
+    Config,
+    changes_since,
+    flatten,
+    parse_config,
+    parse_log_ranks,
+    parse_profile_steps,
+    resolve,
+    resolve_model,
+    to_yaml,
+)
 from data_preprocess.pretokenize_sft_data import Options, check_options, summary, tokenize_online
 from dataset.format import MANIFEST_NAME
 from dataset.loader import Batch, TrainLoader, batch_digest, num_tokens, validation_batches
@@ -47,7 +59,15 @@ from parallel import (
     sum_hook,
 )
 from parallel.buffer import Bucket
-from parallel.context import enable_determinism, exit_record_dir, launch_token, launched_rank, launched_world_size
+from parallel.context import (
+    enable_determinism,
+    exit_record_dir,
+    launch_token,
+    launched_node,
+    launched_rank,
+    launched_world_size,
+)
+from parallel.spans import span
 from tasks.dpo import DPOLoss, DPOTask
 from tasks.language_model import LanguageModelTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
@@ -58,9 +78,11 @@ from utils.fetching import CheckpointFiles
 from utils.files import atomic_write
 from utils.flat_state import holds_flat_state, load_flat_state, read_tensors
 from utils.heartbeat import Heartbeat, write_stacks_on_signal
-from utils.logging import add_log_file, clock, log_traceback, setup_console
+from utils.logging import add_log_file, clock, log_file_of, log_repeated_warnings, log_traceback, setup_console
 from utils.meter import StepMeter
-from utils.reslog import ResLog, count_launches
+from utils.profile_steps import StepProfile
+from utils.reslog import VERSION, ResLog, count_launches
+from utils.run_summary import Ending, summary_lines
 from utils.saving import CheckpointSaver, CheckpointWriter, SaveOutcome
 from utils.stores import find_place
 
@@ -121,6 +143,8 @@ class Trainer:
         self.config, self.given, self.context, self.data_dirs = config, given, context, data_dirs
         self.out_dir = Path(config.run.out_dir)
         self.stop, self.progress, self.skipped_in_a_row = stop, Progress(), 0
+        self.launched = time.perf_counter()
+        self.train_loss: float | None = None
         # Position behind the samples of the step that is being done.
         self.next_sample = 0
         self.lock: BinaryIO | None = None
@@ -171,7 +195,7 @@ class Trainer:
                 (self.out_dir / ckpt.STOP_FILE).unlink(missing_ok=True)
 
         context.gather_from(open_store)
-        add_log_file(self.out_dir / "train.log", context.rank)
+        self._open_log()
         heartbeats = self.out_dir / "heartbeat"
         self.heartbeat = Heartbeat(heartbeats, context.rank, context.world_size, launch_token())
         write_stacks_on_signal(heartbeats, context.rank)
@@ -191,6 +215,13 @@ class Trainer:
             partial(context.send_file, between=lambda: self.heartbeat.beat("start", 0)),
         )  # fmt: skip
         return self.resume_files.bring_model()
+
+    def _open_log(self) -> None:
+        """Of this node. The first one of those that see this run directory has the plain name."""
+        nodes = self.context.gather(launched_node())
+        path = log_file_of(self.out_dir, nodes[self.context.rank], nodes[self.place.store[0]])
+        chosen = parse_log_ranks(self.config.run.log_ranks)
+        add_log_file(path, self.context.rank, info=chosen is None or self.context.rank in chosen)
 
     def _open_data(self) -> None:
         """Open both sets and the tokenizer, and check that they belong together, on all ranks."""
@@ -381,7 +412,8 @@ class Trainer:
 
     def _step_reduced_bucket(self, bucket: Bucket) -> None:
         """With overlap_optim_step: what follows a bucket's reduction, while the backward pass goes on."""
-        self.optimizer.step_bucket(bucket.index)
+        with span(f"step bucket {bucket.index}"):
+            self.optimizer.step_bucket(bucket.index)
         if self.config.parallel.overlap_zero_grad_buffer:
             self.ddp.hook.zero_grad(bucket)
 
@@ -469,8 +501,10 @@ class Trainer:
             return
         self.reslog.write(
             "start",
+            version=VERSION,
             attempt=count_launches(self.out_dir / "reslog.jsonl") + 1,
             step=progress.step,
+            max_iters=self.derived.max_iters,
             samples_consumed=progress.samples_consumed,
             parent_ckpt=self.chosen.name if self.chosen else None,
             left_out=self.left_out,
@@ -565,7 +599,10 @@ class Trainer:
         if progress.step >= self.derived.max_iters:
             logger.info("nothing left to do: the run is at step %d of %d", progress.step, self.derived.max_iters)
         self.model.train()
-        self.meter = StepMeter(progress.samples_consumed)
+        self.meter, self.first_step = StepMeter(progress.samples_consumed), progress.step
+        self.profile = self._profile()
+        # Of before the first step, such as for the weights of a resumed run.
+        self.ddp.waits.take()
         if self.left_out:
             logger.info("left out the samples at positions %d to %d, as asked", *self.left_out)
             self._save(valid_loss=None)
@@ -575,37 +612,80 @@ class Trainer:
         while progress.step < self.derived.max_iters:
             self.heartbeat.beat(phase, progress.step)
             phase = "step"
-            if not self._step():
+            if not self.profile.step(progress.step + 1, self._step):
                 self._log_step()
                 self._settle_save()
                 if self.saved_step != progress.step:
                     self._save(valid_loss=None, must=True)
                 if self.place.is_first_of_store:
                     (self.out_dir / ckpt.STOP_FILE).unlink(missing_ok=True)
-                logger.info("stopped on request after step %d; go on with --resume", progress.step)
-                self._end_records("stopped on request")
+                self._end("stopped on request")
                 return exits.STOPPED
             finished = progress.step == self.derived.max_iters
             valid_loss = None
             if self.valid_data is not None and (finished or _is_due(progress.step, data.valid_interval)):
-                valid_loss = self.validate()
+                with self.ddp.waits.uncounted():
+                    valid_loss = self.validate()
             if finished or valid_loss is not None or self.save_due or _is_due(progress.step, run.save_interval):
                 self._log_step()
                 self._save(valid_loss, must=finished)
         self._settle_save(must=True)
-        self._end_records("finished")
+        self._end("finished")
         return exits.OK
 
-    def _end_records(self, reason: str) -> None:
-        if self.reslog is not None:
-            self.reslog.write("end", step=self.progress.step, reason=reason)
+    def _end(self, reason: str) -> None:
+        """All is saved: write what was traced, record the end, and say where everything is."""
+        self.profile.finish()
         self.heartbeat.beat("end", self.progress.step)
+        if self.reslog is None:
+            log_repeated_warnings(logger.warning)
+            return
+        self.reslog.write("end", step=self.progress.step, reason=reason)
+        run, progress = self.config.run, self.progress
+        ending = Ending(
+            self.out_dir, reason == "finished", progress.step, self.derived.max_iters, progress.step - self.first_step,
+            time.perf_counter() - self.launched, progress.tokens, self.train_loss, run.task_type != "pretrain",
+            self._resume_command(), self.saver.retention,
+        )  # fmt: skip
+        for line in summary_lines(ending):
+            logger.info(line)
+        log_repeated_warnings(logger.info)
+
+    def _resume_command(self) -> str:
+        context, flags = self.context, f"--resume --out_dir={shlex.quote(str(self.out_dir))}"
+        if context.world_size == 1:
+            return f"python train_my_ddp.py {flags}"
+        if context.local_world_size == context.world_size:
+            return f"torchrun --standalone --nproc_per_node={context.world_size} train_my_ddp.py {flags}"
+        return "the same command on every node, with --resume"
+
+    def _profile(self) -> StepProfile:
+        context = self.context
+        about = {
+            "run": self.out_dir.name,
+            "rank": context.rank,
+            "world_size": context.world_size,
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+        }
+        steps = parse_profile_steps(self.config.run.profile_steps)
+        profile = StepProfile(steps, self.out_dir / "profile", context.device, about, self._aside)
+        profile.begin(self.progress.step)
+        return profile
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Around what takes long and is not training time."""
+        self.heartbeat.beat("save", self.progress.step)
+        started = time.perf_counter()
+        yield
+        self.meter.leave_out(time.perf_counter() - started)
 
     def _step(self) -> bool:
         """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
         context, progress = self.context, self.progress
         waited = time.perf_counter()
-        batches = next(self.loader)
+        with span("data wait"):
+            batches = next(self.loader)
         waited = time.perf_counter() - waited
 
         # Known before the backward pass, and needed by it: how many terms the loss of the whole global batch has.
@@ -616,7 +696,8 @@ class Trainer:
             [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self._stop_asked(), self._save_asked(),
              *self.saver.signs()]
         )  # fmt: skip
-        count, tokens, digest_low, digest_high, stop, save, failed, done = context.all_sum(agreed).tolist()
+        with span("agree"):
+            count, tokens, digest_low, digest_high, stop, save, failed, done = context.all_sum(agreed).tolist()
         if failed or done == context.world_size:
             self._report_save(self.saver.conclude())
         if stop:
@@ -631,33 +712,39 @@ class Trainer:
         if self.powersgd is not None:
             self.powersgd.measure = _is_due(progress.step + 1, self.config.parallel.powerSGD_log_interval)
         if self.task.uses_prepass:
-            sums = sum(self.task.prepass(self._to_device(batch)) for batch in batches.micro_batches)
-            self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
+            with span("prepass"):
+                sums = sum(self.task.prepass(self._to_device(batch)) for batch in batches.micro_batches)
+                self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
         loss_scale = self.scaler.scale / max(count, 1)
         loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
         metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
         for index, batch in enumerate(batches.micro_batches):
             is_last = index == len(batches.micro_batches) - 1
             with nullcontext() if is_last else self.ddp.no_sync():
-                loss_sum, _, sums = self.task(self._to_device(batch))
-                (loss_sum * loss_scale).backward()
+                with span("forward"):
+                    loss_sum, _, sums = self.task(self._to_device(batch))
+                with span("backward"):
+                    (loss_sum * loss_scale).backward()
             loss_total += loss_sum.detach()
             for name, value in sums.items():
                 metrics[name] += value
         self.ddp.finish_grad_sync()
         self.saver.before_update()
-        result = self._finish_step(learning_rate)
+        with span("optimizer"):
+            result = self._finish_step(learning_rate)
         if result.skipped:
             self._on_skipped_step(result.grad_norm)
         else:
             self.skipped_in_a_row = 0
         if not self.config.parallel.overlap_zero_grad_buffer:
-            self.ddp.zero_grad()
+            with span("zero gradients"):
+                self.ddp.zero_grad()
 
         progress.step += 1
         progress.samples_consumed = batches.last + 1
         progress.tokens += tokens
-        self.meter.add_step(batches.last, tokens, (digest_high << 32) + digest_low, waited)
+        comm_wait = self.ddp.waits.take()
+        self.meter.add_step(batches.last, tokens, (digest_high << 32) + digest_low, waited, comm_wait)
         self.unlogged = Unlogged(loss_total, metrics, max(count, 1), learning_rate, result.grad_norm)
         if self.powersgd is not None and self.powersgd.measure and not result.skipped:
             self._log_compression()
@@ -755,7 +842,7 @@ class Trainer:
         figures = self.task.figures(sums[0], last.count, dict(zip(last.metrics, sums[1:])))
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
-        progress, reading = self.progress, self.meter.read()
+        progress, reading, self.train_loss = self.progress, self.meter.read(), figures["loss"]
         tokens_per_sec = reading.pop("tokens") / reading["dt"]
         mfu = tokens_per_sec * self.flops_strict / self.peak_flops
         mfu_seed = tokens_per_sec * self.flops_seed / self.peak_flops
@@ -766,11 +853,12 @@ class Trainer:
             tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **reading,
         )  # fmt: skip
         seconds_left = reading["dt"] * (self.derived.max_iters - progress.step)
+        starved = reading["data_wait"] / reading["dt"]
         logger.info(
-            "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% (seed formula %.1f%%) | "
-            "data %.1f ms | %s left",
+            "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% | %s%s left",
             progress.step, self.derived.max_iters, _shown(figures), last.grad_norm, last.learning_rate,
-            f"{tokens_per_sec:,.0f}", 100 * mfu, 100 * mfu_seed, 1e3 * reading["data_wait"], clock(seconds_left),
+            f"{tokens_per_sec:,.0f}", 100 * mfu, f"data wait {100 * starved:.0f}% | " if starved > 0.05 else "",
+            clock(seconds_left),
         )  # fmt: skip
 
     def _log_compression(self) -> None:
@@ -792,7 +880,8 @@ class Trainer:
         self._settle_save()
         started = time.perf_counter()
         if self.zero1 is not None:
-            self.zero1.wait()
+            with self.ddp.waits.uncounted():
+                self.zero1.wait()
         writer = self.saver.begin(self.progress.step)
         self._add_share(writer)
         self.saver.start(writer, valid_loss)
@@ -919,9 +1008,13 @@ def _tokenizer_dir(config: Config) -> Path:
 
 def _shown(figures: dict[str, float]) -> str:
     """Of a task's figures, those that fit a line."""
-    names = ("loss", "bits_per_byte", "rewards/margins", "rewards/accuracies")
-    return " | ".join(f"{name.rpartition('/')[2].replace('_', ' ')} {figures[name]:.4f}" for name in names
-                      if name in figures)  # fmt: skip
+    formats = {
+        "loss": "loss {:.4f}",
+        "bits_per_byte": "bits per byte {:.4f}",
+        "rewards/margins": "margin {:.3f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+    }
+    return " | ".join(text.format(figures[name]) for name, text in formats.items() if name in figures)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -35,8 +35,9 @@ class CommHook:
         raise NotImplementedError
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        """Bytes that each rank sends for this bucket in a step; `itemsize` is the wire's, by default the bucket's."""
-        raise NotImplementedError
+        """Bytes that each rank sends for this bucket in a step; `itemsize` is the wire's, by default the bucket's. 0 if
+        the hook does not say."""
+        return 0.0
 
     def zero_grad(self, bucket: Bucket) -> None:
         """Get the bucket's gradients ready for the next step."""
@@ -54,9 +55,6 @@ class FunctionHook(CommHook):
 
     def reduce(self, bucket: Bucket) -> Handle | None:
         return self.function(self.state, bucket)
-
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        return 0.0
 
 
 class AllReduce(CommHook):

@@ -120,6 +120,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_node() -> int:
+    """The number that torchrun gave to this node, 0 without it."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def launch_token() -> str:
     """What the monitor calls this launch on this node; empty without it."""
     return os.environ.get("ZERO2ALL_LAUNCH", "")

@@ -34,6 +34,8 @@ from parallel.collectives import Collectives
 from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
+from parallel.spans import span, traffic_span
+from parallel.waiting import WaitMeter
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class NaiveDDP(nn.Module):
         for parameter in self.trained.values():
             parameter.grad_dtype = grad_dtype
             parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
+        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
         broadcast_parameters(module, context.grad_group)
 
     def forward(self, *args, **kwargs):
@@ -70,8 +73,9 @@ class NaiveDDP(nn.Module):
 
     def finish_grad_sync(self) -> None:
         if self.context.grad_group is not None:
-            for parameter in self.trained.values():
-                dist.all_reduce(parameter.grad, group=self.context.grad_group)
+            with self.waits.waiting("wait for gradients"), span("gradients"):
+                for parameter in self.trained.values():
+                    dist.all_reduce(parameter.grad, group=self.context.grad_group)
 
     @property
     def nonfinite_parameters(self) -> list[str]:
@@ -127,6 +131,8 @@ class DistributedDataParallel(nn.Module):
         self.module, self.context = module, context
         self.comm_stream = comm_stream or CommStream(context.device)
         self.overlap_grad_reduce, self.check_for_nan = overlap_grad_reduce, check_for_nan
+        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
+        """Of the main thread, for reduced buckets and gathered parameters."""
         broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -210,8 +216,9 @@ class DistributedDataParallel(nn.Module):
             )
         while self._next_bucket < len(self.buckets):
             self._launch(self.buckets[self._next_bucket])
-        for handle in self._handles:
-            handle.wait()
+        with self.waits.waiting("wait for buckets"):
+            for handle in self._handles:
+                handle.wait()
         self.nonfinite_parameters = self._name_nonfinite()
         self._warn_if_order_differs()
         self.last_sync = self._trace
@@ -252,7 +259,8 @@ class DistributedDataParallel(nn.Module):
         def work() -> Handle | None:
             if self.check_for_nan:
                 self._nonfinite_flags.append(~torch.isfinite(bucket.grad).all())
-            return self.hook.reduce(bucket)
+            with traffic_span(f"bucket {bucket.index}", self.hook.bytes_sent(bucket)):
+                return self.hook.reduce(bucket)
 
         self._trace.arrived_before_launch.append(len(self._arrived))
         self._trace.launched_at.append(time.perf_counter())

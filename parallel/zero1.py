@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.buffer import ParameterSlice
 from parallel.comm_hooks import shared_fraction
 from parallel.comm_stream import Handle
 from parallel.ddp import DistributedDataParallel
+from parallel.spans import traffic_span
 
 
 class Zero1:
@@ -53,7 +54,12 @@ class Zero1:
     def gather(self, bucket: int) -> None:
         """Start to gather a bucket's parameters: on every rank in the same order, from the main thread."""
         param = self.ddp.buckets[bucket].param
-        self._gathers[bucket] = self.ddp.comm_stream.submit(partial(self.ddp.collectives.all_gather, param))
+
+        def work() -> None:
+            with traffic_span(f"gather bucket {bucket}", self._bytes_to_gather(param)):
+                self.ddp.collectives.all_gather(param)
+
+        self._gathers[bucket] = self.ddp.comm_stream.submit(work)
 
     def start_gathers(self) -> None:
         """Start to gather every bucket, the one that the forward pass begins with first."""
@@ -67,12 +73,17 @@ class Zero1:
 
     def wait(self, first_bucket: int = 0) -> None:
         """Wait until the parameters of buckets `first_bucket` and later are whole, as the forward pass needs them."""
-        for bucket in [index for index in self._gathers if index >= first_bucket]:
-            self._gathers.pop(bucket).wait()
+        due = [index for index in self._gathers if index >= first_bucket]
+        if due:
+            with self.ddp.waits.waiting("wait for gathers"):
+                for bucket in due:
+                    self._gathers.pop(bucket).wait()
 
     def bytes_sent(self) -> float:
         """Bytes that each rank sends to gather the parameters once."""
-        param = self.ddp.flat_buffers.param_data
+        return self._bytes_to_gather(self.ddp.flat_buffers.param_data)
+
+    def _bytes_to_gather(self, param: Tensor) -> float:
         return shared_fraction(self.ddp.collectives) * len(param) * param.itemsize
 
     def _wait_where_needed(self, model: nn.Module) -> None:

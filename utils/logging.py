@@ -1,20 +1,63 @@
-"""Console and `train.log`: the first rank speaks on the console, every rank's warnings go to the file."""
+"""Console and log files of a run.
+
+The first rank speaks on the console. A node's file holds what chosen ranks say and every rank's warnings. A warning is
+shown once a process, whoever gives it; how often it came again is said at the end (`log_repeated_warnings`).
+"""
 
 import logging
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+_MOST_TEXTS, _LONGEST_TEXT = 1000, 2000
+"""Warnings that are remembered, and characters of one: whatever is beyond that is shown each time."""
+_SHOWN_REPEATS = 3
 
 
 class _RankFilter(logging.Filter):
-    """Everything from rank 0, only warnings and worse from the others; each record learns its rank."""
+    """Warnings and worse, and everything else where `info`; each record learns its rank."""
 
-    def __init__(self, rank: int):
+    def __init__(self, rank: int, info: bool):
         super().__init__()
-        self._rank = rank
+        self._rank, self._info = rank, info
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.rank = self._rank
-        return self._rank == 0 or record.levelno >= logging.WARNING
+        return self._info or record.levelno >= logging.WARNING
+
+
+class _Once(logging.Filter):
+    """Lets a warning pass the first time that it is given with these words, and counts the other times."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        """Text -> how often it was held back."""
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        # Console and file ask about the same record.
+        if not hasattr(record, "is_repeat"):
+            record.is_repeat = self._is_repeat(record.getMessage())
+        return not record.is_repeat
+
+    def _is_repeat(self, text: str) -> bool:
+        with self._lock:
+            if text in self.counts:
+                self.counts[text] += 1
+                return True
+            if len(self.counts) < _MOST_TEXTS and len(text) <= _LONGEST_TEXT:
+                self.counts[text] = 0
+            return False
+
+
+class _ConsoleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"rank {record.rank}: {text}" if record.rank else text
 
 
 class _Patient:
@@ -27,30 +70,81 @@ class _Patient:
 
 
 class _Console(_Patient, logging.StreamHandler):
-    pass
+    def __init__(self):
+        super().__init__(sys.stdout)
+        self.once = _Once()
 
 
 class _LogFile(_Patient, logging.FileHandler):
     pass
 
 
+def _console() -> _Console | None:
+    return next((handler for handler in logging.getLogger().handlers if isinstance(handler, _Console)), None)
+
+
 def setup_console(rank: int) -> None:
-    """Send the root logger to standard output."""
-    handler = _Console(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(_RankFilter(rank))
+    """Send the root logger, and what libraries warn of, to standard output: plain lines, as for a file. Ranks other
+    than the first say who they are."""
+    handler = _Console()
+    handler.setFormatter(_ConsoleFormatter("%(message)s"))
+    handler.addFilter(_RankFilter(rank, info=rank == 0))
+    handler.addFilter(handler.once)
     handler.setLevel(logging.INFO)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addFilter(_without_source_line)
 
 
-def add_log_file(path: Path, rank: int) -> None:
-    """Also write to `path`, with time and rank. Ranks append to one file, a line at a time."""
-    handler = _LogFile(path, encoding="utf-8")
+def _without_source_line(record: logging.LogRecord) -> bool:
+    """Of what the module `warnings` hands on, keep place, category and text."""
+    text = record.getMessage().rstrip("\n")
+    before, _, last = text.rpartition("\n")
+    record.msg, record.args = (before if before and last.startswith("  ") else text), ()
+    return True
+
+
+def log_file_of(out_dir: Path, node: int, first_node: int) -> Path:
+    """Where a node writes. Nodes that share a file system have a file each, as appending to one from several machines
+    loses lines on a network file system.
+
+    Args:
+        first_node: the first of those that see this `out_dir`.
+    """
+    return out_dir / ("train.log" if node == first_node else f"train-node-{node}.log")
+
+
+def add_log_file(path: Path, rank: int, info: bool = True) -> None:
+    """Also write to `path`, with time and rank. The ranks of a node append to one file, a line at a time.
+
+    Args:
+        info: not only warnings and worse.
+    """
+    handler, console = _LogFile(path, encoding="utf-8"), _console()
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
-    handler.addFilter(_RankFilter(rank))
+    handler.addFilter(_RankFilter(rank, info))
+    if console is not None:
+        handler.addFilter(console.once)
     logging.getLogger().addHandler(handler)
+
+
+def log_repeated_warnings(say: Callable[[str], object]) -> None:
+    """Call `say` with a line about each of the warnings that came again most often, and forget the counts."""
+    console = _console()
+    if console is None:
+        return
+    counts = {text: count for text, count in console.once.counts.items() if count}
+    console.once.counts.update(dict.fromkeys(counts, 0))
+    most = sorted(counts, key=counts.get, reverse=True)
+    for text in most[:_SHOWN_REPEATS]:
+        line = " ".join(text.split())
+        shown = line if len(line) <= 100 else f"{line[:97]}..."
+        say(f"{counts[text]} more warning{'s' if counts[text] > 1 else ''} like: {shown}")
+    if len(most) > _SHOWN_REPEATS:
+        rest = sum(counts[text] for text in most[_SHOWN_REPEATS:])
+        say(f"{rest} more repeat{'s' if rest > 1 else ''} of other warnings")
 
 
 def clock(seconds: float) -> str:

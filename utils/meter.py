@@ -15,29 +15,32 @@ class StepMeter:
 
     def _restart(self, first_sample: int) -> None:
         self._started = time.perf_counter()
-        self._steps, self._tokens, self._data_wait, self._digest = 0, 0, 0.0, 0
+        self._steps, self._tokens, self._digest = 0, 0, 0
+        self._data_wait, self._comm_wait = 0.0, 0.0
         self._first, self._next = first_sample, first_sample
 
-    def add_step(self, last_sample: int, tokens: int, digest: int, data_wait: float) -> None:
+    def add_step(self, last_sample: int, tokens: int, digest: int, data_wait: float, comm_wait: float) -> None:
         """A step ended with the sample at position `last_sample`; `tokens` and `digest` (modulo 2**64) are sums over
-        all ranks."""
+        all ranks; this rank waited so many seconds for data and for communication."""
         self._steps += 1
         self._tokens += tokens
         self._next = last_sample + 1
         self._digest = (self._digest + digest) % (1 << 64)
         self._data_wait += data_wait
+        self._comm_wait += comm_wait
 
     def leave_out(self, seconds: float) -> None:
         """Validation and saves are not training time."""
         self._started += seconds
 
     def read(self) -> dict:
-        """Means a step since the last reading (dt and data_wait, seconds; tokens), samples and digest; then start
-        anew."""
+        """Means a step since the last reading (dt, data_wait and comm_wait, seconds; tokens), samples and digest; then
+        start anew."""
         reading = {
             "dt": (time.perf_counter() - self._started) / self._steps,
             "tokens": self._tokens / self._steps,
             "data_wait": self._data_wait / self._steps,
+            "comm_wait": self._comm_wait / self._steps,
             "samples": [self._first, self._next - 1],
             "digest": f"{self._digest:016x}",
         }

@@ -4,6 +4,7 @@ Four processes are spawned once a fixture and work through many runs, each on th
 """
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
 from utils import checkpoint as ckpt
+from utils import timeline
 from utils.exits import CRASH, read_exit_records
 
 STEPS = 6
@@ -97,6 +99,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     nan N         the loss of step N is NaN on the last rank, in training
     scale N       fp16's loss scale starts at 2**N
     network N     the network carries 10**N bytes a second
+    nodes         each rank is on a node of its own, and warns of the same at each step
     """
     kind, _, number = (what or "").partition(" ")
     trainer, task, rank = train_my_ddp.Trainer, train_my_ddp.LanguageModelTask, int(os.environ["RANK"])
@@ -153,6 +156,15 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             scaler, initial = train_my_ddp.LossScaler, 2.0 ** int(number)
             original_init = scaler.__init__
             patch.setattr(scaler, "__init__", lambda self, enabled: original_init(self, enabled, initial))
+        elif kind == "nodes":
+            quiet_step = trainer._step
+
+            def warn_then_step(self) -> bool:
+                logging.getLogger("test").warning("a strange noise")
+                return quiet_step(self)
+
+            patch.setattr(trainer, "_step", warn_then_step)
+            patch.setenv("GROUP_RANK", str(rank))
         elif kind == "network":
             patch.setattr(train_my_ddp, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
@@ -328,6 +340,10 @@ CRASHES = {
 """Runs whose third step gets NaN on one rank, and which must end there."""
 
 
+PROFILED = {"overlapped": [ZERO1, GATHER], "after": ["--no-overlap_grad_reduce"]}
+"""Runs whose last steps are traced."""
+
+
 @pytest.fixture(scope="module")
 def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Runs by "ranks mode", and those in which something goes wrong."""
@@ -349,6 +365,9 @@ def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pla
     plan.add("slow network zero1", 2, [ZERO1, *one_step], "network 3")
     plan.add("slow network powersgd", 2, [*POWERSGD, *one_step], "network 3")
     plan.add("fast network zero1", 2, [ZERO1, *one_step], "network 12")
+    for name, mode in PROFILED.items():
+        plan.add(name, 2, ["--profile_steps=3:6", *mode])
+    plan.add("two nodes", 2, ["--log_ranks=all", "--max_iters=2"], "nodes")
     plan.run()
     return plan
 
@@ -789,3 +808,63 @@ def test_residuals_that_have_no_place_any_more_are_named(resumed: Plan):
     assert len(lines) == 2
     assert all(line.endswith("layers.0.mlp.down_proj.weight, layers.1.mlp.down_proj.weight") for line in lines)
     assert not any("down_proj" in name for name in summed(run, STEPS)[0])
+
+
+def traces(run: list[str]) -> list[timeline.Trace]:
+    """Of both ranks."""
+    return [timeline.read_trace(out_dir(run) / "profile" / f"steps-3-6-rank-{rank}.json.gz") for rank in (0, 1)]
+
+
+def within(trace: timeline.Trace, step: int, kind: str) -> list[timeline.Span]:
+    start, end = trace.steps[step]
+    return [span for span in trace.spans if span.kind == kind and start <= span.start <= end]
+
+
+def test_a_trace_shows_whether_communication_is_hidden(runs: Plan):
+    """The first bucket is on the wire before the backward pass ends, or after it."""
+    for name in ("overlapped", "after"):
+        for trace in traces(runs[name]):
+            assert list(trace.steps) == [3, 4, 5, 6]
+            early = []
+            for step in trace.steps:
+                (backward,), buckets = within(trace, step, "backward"), within(trace, step, "bucket")
+                assert [bucket.number for bucket in buckets] == [0, 1, 2, 3, 4]
+                assert all(bucket.size for bucket in buckets) and len(within(trace, step, "wait for buckets")) == 1
+                early.append(buckets[0].start < backward.end)
+                figures = timeline.figures_of(trace, step)
+                assert figures["wire"] == pytest.approx(figures["hidden"] + figures["exposed"]) and figures["wire"] > 0
+            # The operating system may let a thread wait; not each time.
+            assert any(early) if name == "overlapped" else not any(early), name
+
+
+def test_a_trace_shows_gathers(runs: Plan):
+    for trace in traces(runs["overlapped"]):
+        gathers = [span for span in trace.spans if span.kind == "gather bucket"]
+        # Of three steps, and those that go on as the trace begins and ends.
+        assert 3 * 5 <= len(gathers) <= 5 * 5 and {span.number for span in gathers} == set(range(5))
+        assert all(span.size.endswith(" MB") for span in gathers)
+        # Of the step before; the save after step 4 had waited itself.
+        assert within(trace, 4, "wait for gathers") and not within(trace, 5, "wait for gathers")
+
+
+def test_tracing_changes_no_bit(runs: Plan):
+    check_same(runs["overlapped"], runs["2 zero1 gather"])
+    check_same(runs["after"], runs["2 plain"])
+
+
+def test_what_was_waited_for_is_recorded(runs: Plan):
+    for name in ("2 plain", "2 zero1", "2 everything", "2 powersgd", "after"):
+        for record in records(runs[name], "train"):
+            assert 0.0 < record["comm_wait"] < record["dt"], name
+    assert [record["comm_wait"] for record in records(runs["1 zero1 gather"], "train")] == [0.0] * STEPS
+
+
+def test_each_node_has_a_log_file_with_the_chosen_ranks_in_it(runs: Plan):
+    for rank, (name, level) in enumerate([("train.log", "INFO"), ("train-node-1.log", "WARNING")]):
+        log = (out_dir(runs["two nodes"]) / name).read_text()
+        assert f" rank {rank} INFO model: " in log and f" rank {1 - rank} " not in log
+        assert log.count(" WARNING a strange noise\n") == 1
+        assert f" rank {rank} {level} 1 more warning like: a strange noise\n" in log
+    # Unless asked, only the first rank's messages, and everyone's warnings.
+    assert " rank 1 INFO " not in (out_dir(runs["2 plain"]) / "train.log").read_text()
+    assert not (out_dir(runs["2 plain"]) / "train-node-1.log").exists()

@@ -1,0 +1,92 @@
+"""What a run says when it ends: where it stands, where everything lies, and what to run next."""
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.checkpoint import Checkpoint, Retention, doomed_by, list_checkpoints
+from utils.logging import clock
+from utils.reslog import read_reslog
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the launch that ends knows of itself."""
+
+    out_dir: Path
+    finished: bool
+    """Else stopped on request."""
+    step: int
+    max_iters: int
+    steps_now: int
+    """Of this launch alone."""
+    seconds: float
+    """From its start to its end, validation and saves included."""
+    tokens: int
+    """Read in the whole run."""
+    train_loss: float | None
+    """Of the last step, if this launch did one."""
+    has_chat: bool
+    """Whether the model is trained on conversations."""
+    resume: str
+    """The command that goes on, or words that say it."""
+    retention: Retention
+
+
+def summary_lines(ending: Ending) -> Iterator[str]:
+    """A few lines."""
+    run = shlex.quote(str(ending.out_dir))
+    yield (
+        f"{'finished' if ending.finished else 'stopped on request'} at step {ending.step} of {ending.max_iters}: "
+        f"{ending.steps_now} steps in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
+    )
+    losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in training"]
+    losses += _validation(ending.out_dir / "reslog.jsonl")
+    if losses:
+        yield f"loss: {', '.join(losses)}"
+    checkpoints = list(_checkpoints(ending))
+    if checkpoints:
+        yield f"checkpoints: {', '.join(checkpoints)}"
+    yield f"results: {run}/reslog.jsonl, log: {run}/train.log"
+    if not ending.finished:
+        yield f"go on: {ending.resume}"
+    talk = "--chat" if ending.has_chat else '--prompt "..."'
+    yield f"{'talk to it' if ending.has_chat else 'complete a text'}: python generate.py --ckpt {run} {talk}"
+    yield f"see its curves: python -m utils.resplot {run}"
+
+
+def _validation(reslog: Path) -> list[str]:
+    """Last and lowest validation loss of the whole run."""
+    valid = [r for r in read_reslog(reslog) if r["name"] == "valid"]
+    found = [(r["loss"], r["step"]) for r in valid if isinstance(r.get("loss"), (float, str)) and "step" in r]
+    if not found:
+        return []
+    text = "{} in validation at step {}".format(*_shown(*found[-1]))
+    finite = [(loss, step) for loss, step in found if isinstance(loss, float) and math.isfinite(loss)]
+    if finite and min(finite) != found[-1]:
+        text += " (lowest {} at step {})".format(*_shown(*min(finite)))
+    return [text]
+
+
+def _shown(loss: float | str, step: int) -> tuple[str, int]:
+    return (f"{loss:.4f}" if isinstance(loss, float) else str(loss)), step
+
+
+def _checkpoints(ending: Ending) -> Iterator[str]:
+    """The newest checkpoint and the best, of those that stay."""
+    there = list_checkpoints(ending.out_dir / "ckpt")
+    doomed = {checkpoint.path for checkpoint in doomed_by(ending.retention, there)}
+    kept = [checkpoint for checkpoint in there if checkpoint.path not in doomed]
+    if not kept:
+        return
+    scored = [c for c in kept if c.valid_loss is not None and math.isfinite(c.valid_loss)]
+    best: Checkpoint | None = min(scored, key=lambda c: (c.valid_loss, -c.step), default=None)
+    newest = kept[-1]
+    if best is not None and best.path == newest.path:
+        yield f"{shlex.quote(str(newest.path))} (newest and best)"
+        return
+    yield f"{shlex.quote(str(newest.path))} (newest)"
+    if best is not None:
+        yield f"{shlex.quote(str(best.path))} (best)"
