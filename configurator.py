@@ -70,6 +70,12 @@ class RunConfig:
     """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8"; warnings of all always do."""
     profile_steps: str = ""
     """Steps to trace, FIRST:LAST: out_dir/profile/ gets a trace a rank, and a picture of where a step's time goes."""
+    tensorboard: bool = False
+    """Write results for TensorBoard, too: out_dir/tensorboard."""
+    wandb_project: str = ""
+    """Send results to this project of Weights & Biases, too."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """Offline keeps them in out_dir/wandb, for `wandb sync`."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ from utils.profile_steps import StepProfile
 from utils.reslog import VERSION, ResLog, count_launches
 from utils.run_summary import Ending, summary_lines
 from utils.saving import CheckpointSaver, CheckpointWriter, SaveOutcome
+from utils.sinks import Sinks, check_sinks, open_sinks
 from utils.stores import find_place
 
 logger = logging.getLogger("train")
@@ -162,6 +163,7 @@ class Trainer:
             torch.set_num_threads(config.system.num_threads)
         if config.system.deterministic:
             enable_determinism()
+        check_sinks(config.run.tensorboard, config.run.wandb_project)
         self.resumed_from = self._open_out_dir()
         self._open_data()
         self.derived = resolve(config, context.world_size, len(self.train_data))
@@ -477,7 +479,7 @@ class Trainer:
             self.model_config, *self.train_data.context_and_supervised_share()
         )
         self.flops_seed = flops.flops_per_token_seed(self.model_config, seq_len, self.num_parameters)
-        self.reslog = ResLog(self.out_dir / "reslog.jsonl") if context.is_main else None
+        self.reslog = ResLog(self.out_dir / "reslog.jsonl", self._open_sinks()) if context.is_main else None
         for line in self._description():
             logger.info(line)
         if not self.place.is_first_of_store or config.run.valid_only:
@@ -515,6 +517,15 @@ class Trainer:
             task=config.run.task_type,
             packing=config.data.packing,
             changed=changed,
+        )
+
+    def _open_sinks(self) -> Sinks | None:
+        """Other places that the results go to."""
+        run = self.config.run
+        if run.valid_only:
+            return None
+        return open_sinks(
+            self.out_dir, self.progress.step, run.tensorboard, run.wandb_project, run.wandb_mode, flatten(self.config)
         )
 
     def _description(self) -> list[str]:

@@ -8,12 +8,15 @@ cannot take steps back: each launch makes a run of its own there, all in one gro
 of the launches before it. So the newest run of a group is the whole curve.
 """
 
+import importlib.util
 import logging
 import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
+
+from utils.reslog import read_reslog
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +48,20 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same scalars in a run of `project`.
+    """The same scalars in a run of `project`; its files lie in RUN/wandb.
 
     Args:
+        mode: "online" or "offline".
+        settings: the run's configuration.
         standing: the records that stand of earlier launches.
     """
 
-    def __init__(self, run_dir: Path, project: str, attempt: int, settings: dict, standing: list[dict]):
+    def __init__(self, run_dir: Path, project: str, mode: str, attempt: int, settings: dict, standing: list[dict]):
         import wandb
 
         name = run_dir.resolve().name
         self._run = wandb.init(
-            project=project, group=name, name=f"{name}, launch {attempt}" if attempt > 1 else name,
+            project=project, group=name, name=f"{name}, launch {attempt}" if attempt > 1 else name, mode=mode,
             dir=str(run_dir), config=settings, settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
         self._run.define_metric("step")
@@ -71,6 +76,36 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_sinks(tensorboard: bool, wandb_project: str) -> None:
+    """
+    Raises:
+        ValueError: a package that is needed is not installed.
+    """
+    needed = {"tensorboard": ("--tensorboard", tensorboard), "wandb": ("--wandb_project", wandb_project)}
+    for package, (flag, wanted) in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{flag} needs the package {package}: pip install -r requirements-loggers.txt")
+
+
+def open_sinks(
+    run_dir: Path, step: int, tensorboard: bool, wandb_project: str, wandb_mode: str, settings: dict[str, object]
+) -> "Sinks | None":
+    """What a launch that begins after `step` writes to; None: nothing but its log. The log must not hold its start
+    record yet."""
+    makers: dict[str, Callable[[], Sink]] = {}
+    if tensorboard:
+        makers["TensorBoard"] = lambda: TensorBoard(run_dir, step)
+    if wandb_project:
+        log = run_dir / "reslog.jsonl"
+        earlier = read_reslog(log) if log.exists() else []
+        attempt = 1 + sum(record["name"] == "start" for record in earlier)
+        standing = [record for record in earlier if record.get("step", 0) <= step]
+        makers["Weights & Biases"] = lambda: WeightsAndBiases(
+            run_dir, wandb_project, wandb_mode, attempt, settings, standing
+        )
+    return Sinks(makers) if makers else None
 
 
 def scalars(record: dict) -> dict[str, float]:

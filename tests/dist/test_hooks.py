@@ -18,7 +18,17 @@ from parallel import (
     ReduceScatter,
 )
 from parallel.buffer import Bucket
-from tests.dist.buckets import Chain, error, fingerprint, gradients_of, in_groups, new_buckets, one_step, put, reduce_all
+from tests.dist.buckets import (
+    Chain,
+    error,
+    fingerprint,
+    gradients_of,
+    in_groups,
+    new_buckets,
+    one_step,
+    put,
+    reduce_all,
+)
 from tests.dist.group import run_ranks
 
 WORLD_SIZES = (2, 3, 4)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.llama import Block
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
-from model.llama import Block
 from parallel import DistContext, DistributedDataParallel, NaiveDDP, ReduceScatter, Zero1, destroy_context, init_context
 from parallel.zero1 import _units
 from tests.dist.buckets import fingerprint, in_groups

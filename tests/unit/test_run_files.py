@@ -55,8 +55,11 @@ def test_a_later_launch_supersedes_lost_steps(tmp_path: Path):
 
 def test_readers_skip_what_is_no_record(tmp_path: Path):
     path = tmp_path / "reslog.jsonl"
-    path.write_bytes(b'[1]\n"x"\n\xff\xfe\n{"no": "name"}\n{"name": "train", "step": 1}\n')
-    assert read_reslog(path) == [{"name": "train", "step": 1}]
+    path.write_bytes(
+        b'[1]\n"x"\n\xff\xfe\n{"no": "name"}\n{"name": "train", "step": 1}\n{"name": "train", "time": 1, "step": "1"}\n'
+        b'{"name": "start", "time": 1}\n{"name": "train", "time": 2.5, "step": 1}\n' + b"[" * 100_000 + b"\n"
+    )
+    assert read_reslog(path) == [{"name": "train", "time": 2.5, "step": 1}]
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, caplog):
