@@ -73,7 +73,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and 200 <= int(width) <= 20000 and 150 <= int(height) <= 20000):
+    if not (width.isdecimal() and height.isdecimal() and 200 <= int(width) <= 20000 and 150 <= int(height) <= 20000):
         raise ValueError(f"--size is like 1400x900, from 200x150 to 20000x20000, got {text!r}")
     return int(width), int(height)
 

@@ -122,7 +122,7 @@ class View:
     """What is shown, and how."""
 
     panels: tuple[str, ...] = ()
-    """Keys; none: the usual ones."""
+    """Keys; none: the usual ones; only "all": all."""
     x: str = "step"
     """One of X_AXES."""
     log_y: bool = False
@@ -234,6 +234,8 @@ def choose(found: list[Panel], view: View) -> list[Panel]:
     """Those that the view names, else the usual ones."""
     if not view.panels:
         return [panel for panel in found if panel.usual]
+    if view.panels == ("all",):
+        return found
     return [panel for panel in found if panel.key in view.panels]
 
 
@@ -261,6 +263,7 @@ def _draw_legend(figure: "Figure", runs: Sequence[ShownRun], view: View, unit: f
 def _draw_panel(
     axes: "Axes", panel: Panel, runs: Sequence[ShownRun], view: View, box: tuple, names_x: bool, explains: bool
 ) -> DrawnPanel:
+    axes.set_autoscale_on(False)
     # Points for every second pixel: a noisy curve is a band, whose drawing takes as long as it has points.
     columns = int(box[2] - box[0]) // 2
     curves = [
@@ -412,15 +415,10 @@ def restarts(snapshot: Snapshot, x: str) -> list[float]:
         return []
     if x == "clock":
         return [launch.time / 86400.0 for launch in snapshot.launches[1:]]
-    found = []
-    at = _x_of(snapshot, "train", x)
-    for number, launch in enumerate(snapshot.launches[1:], 1):
-        if x == "step":
-            found.append(float(launch.step))
-            continue
-        before = int(np.searchsorted(train["launch"], number, "left"))
-        found.append(float(at[before - 1]) if before else 0.0)
-    return found
+    if x == "step":
+        return [float(launch.step) for launch in snapshot.launches[1:]]
+    before = np.searchsorted(train["launch"], np.arange(1, len(snapshot.launches)), "left")
+    return np.where(before > 0, _x_of(snapshot, "train", x)[before - 1], 0.0).tolist()
 
 
 def _dress(axes: "Axes", panel: Panel, view: View, names_x: bool, y: tuple, x_range: tuple[float, float]) -> None:
@@ -483,17 +481,20 @@ class _Numbers(ticker.Formatter):
     """Labels of an axis, as short as they can be told apart: 1.25, 20k, 3e-4."""
 
     def __init__(self, log: bool = False):
-        self._log = log
+        self._log, self._places = log, []
+
+    def set_locs(self, locs: Sequence[float]) -> None:
+        self._places = [float(at) for at in locs]
 
     def __call__(self, value: float, _position: int | None = None) -> str:
-        greatest = abs(value) if self._log else max((abs(at) for at in self.locs), default=abs(value))
+        greatest = abs(value) if self._log else max(map(abs, self._places), default=abs(value))
         power, letter = next((p for p in _POWERS if greatest >= max(p[0], 1e4)), (1.0, ""))
         if value == 0:
             return "0"
         if not 1e-3 <= greatest < 1e15:
             mantissa, _, exponent = f"{value:.2e}".partition("e")
             return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-        places = [value] if self._log else [float(at) for at in self.locs]
+        places = [value] if self._log else self._places
         digits = next((d for d in range(8) if all(_is_whole(at / power * 10**d) for at in places)), 8)
         return f"{value / power:.{digits}f}{letter}"
 

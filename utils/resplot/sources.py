@@ -103,7 +103,14 @@ class RemoteFiles:
         self._client = client
         self._sftp = client.open_sftp()
         self._sftp.get_channel().settimeout(20.0)
+        self._request, self._sftp._request = self._sftp._request, self._lenient_request
         self._ahead = self._clock_ahead()
+
+    def _lenient_request(self, *args) -> tuple:
+        """paramiko could not list a folder where a single name is not UTF-8."""
+        kind, message = self._request(*args)
+        message.get_text = lambda: message.get_string().decode("utf-8", "replace")
+        return kind, message
 
     def _clock_ahead(self) -> float:
         """Seconds by which the host's clock is ahead of ours; 0 where it only serves files."""
@@ -134,7 +141,9 @@ class RemoteFiles:
     def folders(self, path: str) -> list[str]:
         try:
             entries = self._sftp.listdir_attr(path)
-        except (FileNotFoundError, PermissionError):
+        except OSError as error:
+            if not _is_of_one_file(error, self):
+                raise
             return []
         # A link may lead to a folder.
         return sorted(e.filename for e in entries if stat.S_IFMT(e.st_mode or 0) in (stat.S_IFDIR, stat.S_IFLNK))
@@ -228,6 +237,8 @@ class Place:
         if match := re.fullmatch(r"ssh://([^/]+)(/.*)?", text):
             path = match[2] or ""
             return Place(SSHTarget.parse(match[1]), re.sub("^/~(/|$)", "", path) or ".")
+        if text.startswith("ssh://"):
+            raise ValueError(f"{plain(text)!r} names no host: write ssh://[user@]host[:port]/RUN")
         host, colon, path = text.partition(":")
         if match := re.fullmatch(r"((?:[^@/]+@)?\[[^]]*\]):(.*)", text):
             host, colon, path = match[1], ":", match[2]
@@ -434,10 +445,12 @@ class Host:
                 pause_s = None
             except Exception as error:
                 # paramiko has many kinds; and if the mistake is ours, the other hosts' runs can still be watched.
-                if not isinstance(error, (OSError, EOFError)) and not type(error).__module__.startswith("paramiko"):
+                of_network = isinstance(error, (OSError, EOFError)) or type(error).__module__.startswith("paramiko")
+                if not of_network:
                     logger.exception("reading the runs of %s failed", self.name)
                 pause_s, wait_s = wait_s, min(2 * wait_s, _LONGEST_WAIT_S)
-                why = "the connection was lost" if isinstance(error, EOFError) else plain(error) or type(error).__name__
+                lost = of_network and self.target is not None and self._files is not None
+                why = "the connection was lost" if lost else plain(error) or type(error).__name__
                 self._lost(f"{why}; tried again in {pause_s:.0f} s")
             self._on_change()
             if pause_s is None or pause_s > 0:

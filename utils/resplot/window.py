@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from PyQt5.QtCore import QObject, QSettings, QSize, Qt, QTimer, pyqtSignal
+from PyQt5.QtCore import QByteArray, QObject, QSettings, QSize, Qt, QTimer, pyqtSignal
 from PyQt5.QtGui import QColor, QIcon, QPainter, QPalette, QPixmap
 from PyQt5.QtWidgets import (
     QAbstractItemView,
@@ -84,6 +84,10 @@ class Questions(QObject):
     def password(self, prompt: str) -> str | None:
         return self._ask("password", (prompt,)) or None
 
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
     def close(self) -> None:
         """Nobody answers any more."""
         self._closed.set()
@@ -116,7 +120,7 @@ class Window(QMainWindow):
         self._colours: dict[tuple, str] = {}
         self._drawn_versions: object = None
         self._rests_until = 0.0
-        self._chosen: set[str] = set(view.panels)
+        self._chosen: set[str] = set(view.panels) - {"all"}
         self._table_of_differences: object = None
         self._header_rows: list[tuple] = []
         self.questions = Questions()
@@ -125,6 +129,7 @@ class Window(QMainWindow):
         self.draughtsman.drawn.connect(self._show_picture)
         self.draughtsman.done.connect(lambda text: self.statusBar().showMessage(text, 15000))
         self.canvas = Canvas()
+        self.canvas.set_view(view)
         self.canvas.zoomed.connect(self._set_view)
         self.canvas.resized.connect(self._redraw)
         self._build()
@@ -368,7 +373,7 @@ class Window(QMainWindow):
         """What stands in the columns, and the colour of the state."""
         of = f" / {state.max_iters:,}" if state.max_iters is not None else ""
         rate = f"{state.tokens_per_sec:,.0f} tokens/s" if math.isfinite(state.tokens_per_sec) else ""
-        where = plain(f"{run.target.host}:{run.path}" if run.target else run.path)
+        where = f"{run.target.host}:{run.path}" if run.target else run.path
         texts = (
             name, self._say(state.kind) + (f": {state.detail}" if state.detail else ""),
             f"{state.step:,}{of}" if state.step is not None else "", _figure(state.loss), _figure(state.valid_loss),
@@ -510,6 +515,8 @@ class Window(QMainWindow):
         self.draughtsman.later(action)
 
     def _answer(self, kind: str, values: tuple, answer: queue.Queue) -> None:
+        if self.questions.closed:
+            return
         if kind == "confirm":
             text = self._say(
                 "{} is unknown. It shows the key\n\n{} {}\n\nIs that the host's fingerprint? Only then connect."
@@ -537,9 +544,10 @@ class Window(QMainWindow):
     def restore(self) -> None:
         """Take up the layout of the last time."""
         geometry, docks = self._settings.value("geometry"), self._settings.value("docks")
-        if geometry is not None:
+        # Of another type, it is from a damaged file.
+        if isinstance(geometry, QByteArray):
             self.restoreGeometry(geometry)
-        if docks is not None:
+        if isinstance(docks, QByteArray):
             self.restoreState(docks)
 
     def closeEvent(self, event) -> None:
@@ -553,7 +561,14 @@ class Window(QMainWindow):
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    if value is None:
+        return ""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _tip(text: str) -> str:
+    """Qt would take what looks like HTML for HTML, and load its pictures."""
+    return f"<span>{html.escape(text)}</span>"
 
 
 def _stroke(colour: str) -> QIcon:
@@ -573,10 +588,11 @@ def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
         found = settings.value(name, default)
         if isinstance(default, bool):
             return found in (True, "true")
-        try:
-            return type(default)(found)
-        except (TypeError, ValueError):
-            return default
+        with suppress(TypeError, ValueError):
+            found = type(default)(found)
+            # NaN is not equal to itself.
+            return found if found == found else default
+        return default
 
     x, panels = kept("x", "step"), args.panels if args.panels is not None else kept("panels", "")
     view = View(
@@ -608,6 +624,8 @@ def show(args: argparse.Namespace) -> int:
     prepare_matplotlib()
     if args.language == "zh" and chinese_font() is None:
         logger.warning("no font with Chinese characters is installed: install Noto Sans CJK, for instance")
+    # Without it, PyQt ends the process after a mistake in a slot.
+    sys.excepthook = lambda *problem: logger.error("this went wrong", exc_info=problem)
     # Threads that read and draw give way to Qt's often; and what is there now need not be looked through for garbage.
     sys.setswitchinterval(0.001)
     gc.collect()

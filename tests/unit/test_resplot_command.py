@@ -1,0 +1,168 @@
+"""The viewer's command: pictures without a desktop, and one sentence for whatever cannot be done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+import matplotlib
+
+from tests.sshd import missing
+from utils.resplot import command
+from utils.resplot.command import main
+
+FONT_CACHE = matplotlib.get_cachedir()
+"""Looking for fonts takes seconds."""
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def line(name: str, **values) -> str:
+    return json.dumps({"name": name, "time": 1000.0, **values}) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is at the terminal, and no key is at hand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    monkeypatch.setattr(command.logging, "basicConfig", lambda **_: None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    (tmp_path / "mine").mkdir()
+    text = line("start", step=0) + "".join(line("train", step=n, loss=5 / n, lr=n, odd=n) for n in range(1, 9))
+    (tmp_path / "mine" / "reslog.jsonl").write_text(text)
+    return "mine"
+
+
+def sentence(text: str) -> str:
+    """What a command that could not do its work says: the last line, after the usage if the command line was wrong."""
+    last = text.strip().splitlines()[-1]
+    assert last.isprintable() and "Traceback" not in text and "Error" not in text, text
+    return last
+
+
+def fails(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    try:
+        code = main(argv)
+    except SystemExit as error:
+        code = error.code
+    shown = capsys.readouterr()
+    assert code == 2 and not shown.out, shown
+    return sentence(shown.err)
+
+
+def test_a_png_of_the_size_that_was_asked_for(run: str, capsys: pytest.CaptureFixture):
+    assert main([run, "--png", "a.png", "--size", "640x333", "--panels", "loss", "--smoothing", "0.9", "--log",
+                 "--x", "time", "--theme", "dark", "--language", "zh"]) == 0  # fmt: skip
+    content = Path("a.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content[-8:-4] == b"IEND"
+    assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (640, 333)
+    assert capsys.readouterr() == ("a.png\n", "")
+
+
+@pytest.mark.parametrize("name, begins", [("a.svg", b"<?xml"), ("a.pdf", b"%PDF"), ("a.CSV", b"run,record,step")])
+def test_other_files(run: str, name: str, begins: bytes):
+    assert main([run, f"{run}/reslog.jsonl", "--png", name, "--size", "300x200", "--panels", "loss"]) == 0
+    assert Path(name).read_bytes().startswith(begins)
+    assert sorted(path.name for path in Path().iterdir()) == sorted([name, "mine"])
+
+
+def test_the_panels_are_listed(run: str, capsys: pytest.CaptureFixture):
+    assert main([run, "--panels", "list"]) == 0
+    assert [text.split()[0] for text in capsys.readouterr().out.splitlines()] == ["loss", "lr", "odd"]
+    assert main([run, "--panels", "all", "--png", "a.csv"]) == 0
+    assert Path("a.csv").read_text().startswith("run,record,step,time,tokens,loss,lr,odd\n")
+    assert main([".", "--png", "b.csv"]) == 0
+    assert Path("b.csv").read_text().startswith("run,record,step,time,tokens,loss,lr\nmine,train,1,")
+
+
+@pytest.mark.parametrize("size", ["640", "x", "1x1", "640x", "640x400x3", "1e3x500", "9999999x500", "²x300"])
+def test_a_wrong_size(run: str, size: str, capsys: pytest.CaptureFixture):
+    assert "--size" in fails(capsys, run, "--png", "a.png", f"--size={size}") and not Path("a.png").exists()
+
+
+@pytest.mark.parametrize("flag", [
+    "--smoothing=1", "--smoothing=-0.1", "--smoothing=nan", "--smoothing=x", "--x=loss", "--theme=red", "--interval=0",
+    "--interval=nan", "--interval=1e9", "--language=fr", "--ssh_config=absent", "--nonsense", "$(id):run", "node1:22/x",
+])  # fmt: skip
+def test_a_wrong_flag(run: str, flag: str, capsys: pytest.CaptureFixture):
+    assert fails(capsys, run, "--png", "a.png", flag).startswith("python -m utils.resplot: error: ")
+    assert not Path("a.png").exists()
+
+
+def test_what_cannot_be_drawn(run: str, capsys: pytest.CaptureFixture):
+    assert "these runs have no grad_norm, x; they have: loss, lr, odd" in fails(
+        capsys, run, "--png", "a.png", "--panels", "loss,x,grad_norm"
+    )
+    assert "ends in none of .png" in fails(capsys, run, "--png", "a.exe")
+    assert "needs a RUN" in fails(capsys, "--png", "a.png")
+    assert "needs a RUN" in fails(capsys, "--panels", "list")
+    Path("begun").mkdir()
+    Path("begun/reslog.jsonl").write_text(line("start", step=0))
+    assert "nothing to draw yet" in fails(capsys, "begun", "--png", "a.png")
+    Path("empty").mkdir()
+    for missing_run in ("absent", "empty", "absent/reslog.jsonl", "x" * 300, "a\x1b[2Jb\nc"):
+        assert fails(capsys, run, missing_run, "--png", "a.png").startswith("resplot: ")
+    assert not Path("a.png").exists()
+
+
+def test_what_cannot_be_written(run: str, capsys: pytest.CaptureFixture):
+    Path("folder.png").mkdir()
+    for path in ("absent/a.png", "folder.png", f"{run}/reslog.jsonl/a.png", "/proc/a.png", "x" * 300 + ".png"):
+        said = fails(capsys, run, "--png", path, "--size", "200x150", "--panels", "loss")
+        assert "cannot be written" in said
+    assert not list(Path("folder.png").iterdir())
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+def test_a_host_that_is_not_there(capsys: pytest.CaptureFixture):
+    assert "refuses connections" in fails(capsys, "ssh://ada@127.0.0.1:1/run", "--png", "a.png")
+
+
+def without(*modules: str) -> str:
+    """A program in which modules cannot be imported, and which then is the command."""
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in modules)]
+    return "\n".join([*lines, "from utils.resplot.command import main", "sys.exit(main(sys.argv[1:]))"])
+
+
+def in_process_without(modules: list[str], *argv: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    return subprocess.run(
+        [sys.executable, "-c", without(*modules), *argv], capture_output=True, text=True, timeout=120,
+        env=environment | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": FONT_CACHE},
+    )  # fmt: skip
+
+
+def test_pictures_need_no_desktop(run: str):
+    done = in_process_without(["PyQt5", "torch", "paramiko", "orjson"], run, "--png", "a.png", "--size", "300x200")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a.png\n", "")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("module, argv", [("matplotlib", ["--png", "a.png"]), ("PyQt5", [])])
+def test_what_to_install(run: str, module: str, argv: list[str]):
+    done = in_process_without([module], run, *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence(done.stderr).startswith(f"resplot: {module}") and "pip install -r" in done.stderr
+
+
+def test_a_library_that_is_missing(run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def broken(_args) -> int:
+        raise ImportError("libGL.so.1: cannot open shared object file: No such file or directory", name="PyQt5.QtGui")
+
+    monkeypatch.setattr(command, "_without_desktop", broken)
+    said = fails(capsys, run, "--png", "a.png")
+    assert "libGL.so.1" in said and "is missing: pip" not in said
+
+
+def test_the_module_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "utils.resplot", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--png FILE" in done.stdout and not done.stderr

@@ -1,0 +1,299 @@
+"""The viewer's pictures: which panels there are, what is drawn of ordinary and of hostile runs, axes, marks, files."""
+
+import csv
+import io
+import json
+import math
+import threading
+import xml.etree.ElementTree
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from utils.resplot.export import save
+from utils.resplot.panels import (
+    COLOURS,
+    PANELS,
+    X_AXES,
+    DrawnPanel,
+    ShownRun,
+    View,
+    available,
+    chinese_font,
+    choose,
+    draw,
+    duration,
+    restarts,
+    value_text,
+    x_text,
+)
+from utils.resplot.runs import RunData, Snapshot
+from utils.resplot.text import translate
+
+SIZE = (360, 260)
+USUAL, LOSS = View(), View(panels=("loss",))
+
+
+def line(name: str, **values) -> bytes:
+    return json.dumps({"name": name, "time": 1000.0, **values}).encode()
+
+
+def snapshot_of(*lines: bytes) -> Snapshot:
+    data = RunData()
+    data.feed(lines)
+    return data.snapshot()
+
+
+def usual(count: int = 30, start: int = 0) -> Snapshot:
+    return snapshot_of(
+        line("start", step=start, time=1000 + start),
+        *(line("train", step=n, time=1000 + n, loss=5.0 / n, lr=1e-3 * n, grad_norm=1.0 + n % 3, tokens=100 * n,
+               tokens_per_sec=1e5, mfu=0.4, dt=1.0) for n in range(start + 1, start + count + 1)),
+        line("valid", step=start + count, time=1000 + start + count, loss=4.0),
+        line("save", step=start + count, time=1000 + start + count, held_up=0.01),
+    )  # fmt: skip
+
+
+def drawn(snapshots: Sequence[Snapshot], view: View = USUAL) -> list[DrawnPanel]:
+    figure = Figure(figsize=(SIZE[0] / 100, SIZE[1] / 100), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    shown = [ShownRun(f"a{n or ''}", COLOURS[n], found) for n, found in enumerate(snapshots)]
+    panels = draw(figure, shown, view)
+    canvas.draw()
+    return panels
+
+
+def keys(snapshots: Sequence[Snapshot], view: View = USUAL) -> list[str]:
+    return [panel.key for panel in choose(available(snapshots), view)]
+
+
+def test_panels_are_those_that_have_something_to_show():
+    assert available([]) == [] and drawn([]) == []
+    assert keys([usual()]) == ["loss", "lr", "grad_norm", "tokens_per_sec", "mfu"]
+    odd = snapshot_of(line("train", step=1, zeta=1.0, alpha=2.0), line("valid", step=1, alpha=1.0, only=3.0),
+                      line("probe/deep", step=1, **{"a/b": 1.0}))  # fmt: skip
+    assert [panel.key for panel in available([usual(), odd])][-4:] == ["alpha", "zeta", "probe/deep/a/b", "valid/only"]
+    (panel,) = drawn([odd], View(panels=("probe/deep/a/b",)))
+    assert [curve.y.tolist() for curve in panel.curves] == [[1.0]]
+
+
+def test_what_is_drawn_are_the_measured_values():
+    panels = drawn([usual(), usual(10)], View(panels=("loss", "mfu")))
+    assert [panel.panel.key for panel in panels] == ["loss", "mfu"]
+    loss, mfu = panels
+    assert [curve.label for curve in loss.curves] == ["a, training", "a, validation", "a1, training", "a1, validation"]
+    np.testing.assert_allclose(loss.curves[0].y, 5.0 / np.arange(1, 31))
+    assert loss.curves[2].x.tolist() == list(range(1, 11)) and set(mfu.curves[0].y) == {40.0}
+    for panel in panels:
+        left, top, right, bottom = panel.box
+        assert 0 <= left < right <= SIZE[0] and 0 <= top < bottom <= SIZE[1]
+        assert panel.x_range[0] < 1 and panel.x_range[1] > 30
+
+
+@pytest.mark.parametrize("x", X_AXES)
+def test_every_x_axis_with_every_option(x: str):
+    first = usual()
+    resumed = RunData()
+    resumed.feed([line("start", step=0), line("train", step=1, time=1001, loss=2.0, tokens=100)])
+    resumed.feed([line("start", step=1, time=9000), line("train", step=2, time=9010, loss="nan", tokens=200)])
+    view = View(("loss", "lr"), x, smoothing=0.9, log_y=True, outliers=False, dark=True, language="zh")
+    panels = drawn([first, resumed.snapshot()], view)
+    assert [panel.panel.key for panel in panels] == ["loss", "lr"]
+    for panel in panels:
+        assert all((np.diff(curve.x) >= 0).all() and np.isfinite(curve.x).all() for curve in panel.curves)
+        assert panel.log_y and 0 < panel.y_range[0] < panel.y_range[1]
+
+
+def test_where_restarts_stand():
+    snapshot = snapshot_of(
+        line("start", step=0, time=0), line("train", step=2, time=20, tokens=200), line("train", step=3, time=30),
+        line("start", step=2, time=86400), line("train", step=3, time=86410, tokens=300),
+        line("start", step=3, time=172800),
+    )  # fmt: skip
+    assert restarts(snapshot, "step") == [2, 3]
+    assert restarts(snapshot, "time") == [20, 30]
+    assert restarts(snapshot, "clock") == [1, 2]
+    assert restarts(snapshot, "tokens") == [200, 300]
+    # One that begins before the first logged step.
+    assert restarts(snapshot_of(line("start", step=0), line("start", step=0), line("train", step=1)), "tokens") == [0]
+    assert restarts(snapshot_of(line("start", step=0), line("start", step=0)), "step") == []
+
+
+def test_a_zoom_holds():
+    view = View(panels=("loss",), x_range=(5.0, 7.0), y_ranges=(("loss", (0.5, 2.0)),))
+    (panel,) = drawn([usual()], view)
+    assert (panel.x_range, panel.y_range) == ((5.0, 7.0), (0.5, 2.0))
+    # With a point beyond each edge.
+    assert panel.curves[0].x.tolist() == [4, 5, 6, 7, 8]
+    (panel,) = drawn([usual()], replace(view, log_y=True, y_ranges=(("loss", (-1.0, 2.0)),)))
+    assert panel.y_range[0] > 0
+
+
+HOSTILE = {
+    "nothing but a start": [line("start", step=0)],
+    "one point": [line("train", step=1, loss=1.0)],
+    "the greatest step": [line("train", step=1 << 53, loss=1.0)],
+    "all NaN": [line("train", step=n, loss="nan", grad_norm="inf") for n in range(100)],
+    "infinities": [line("train", step=n, loss=("inf", "-inf", 1.0)[n % 3], tokens="inf") for n in range(30)],
+    "huge": [line("train", step=n, loss=(-1) ** n * 1.7e308, lr=1.7e308, tokens=(-1) ** n * 1.7e308) for n in range(9)],
+    "tiny": [line("train", step=n, loss=5e-324, lr=1e-310 * n, tokens=5e-324 * n) for n in range(9)],
+    "falling": [line("train", step=9 - n, time=1000 - n, loss=1.0, tokens=1000 - 7 * (n % 5)) for n in range(9)],
+    "clocks": [line(("train", "start")[n % 2], step=n, time=(1e11, 0, 5e9)[n % 3], loss=1.0) for n in range(30)],
+    "launches": [line(("start", "train")[n % 2], step=n % 5, time=n, loss=1.0) for n in range(200)],
+    "wrong types": [line("train", step=1, loss=[1], lr={"a": 1}, grad_norm=True, mfu="x", dt=10**400, tokens=[])],
+    "gaps": [line("train", step=n * n, **{("loss", "lr")[n % 2]: 1.0}) for n in range(30)],
+    "names": [line(name, **{name: 1.0, "loss": 1.0} | {"step": 1}) for name in
+              ("", "$x$", "$\\frac{", "_hidden", "%s %d {}", "\x1b[2J\n", "中文", "\ud800", "x" * 5000, "<b>", "=1+1",
+               "/", "a/b/c", "step", "launch", "train", "\u202egnp", "😀")],
+    "many metrics": [line("train", step=1, **{f"m{n}": 1.0 for n in range(3000)})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_runs_are_drawn(what: str):
+    snapshot = snapshot_of(*HOSTILE[what])
+    found = available([snapshot])
+    assert all(panel.title.isprintable() and panel.key.isprintable() for panel in found)
+    for x in X_AXES:
+        # Drawing is slow, so only the first axis gets more than one panel.
+        some = found[:2] + found[-2:] if x == "step" else found[:1]
+        view = View(tuple(panel.key for panel in some), x, smoothing=0.5)
+        panels = drawn([snapshot], view)
+        assert len(panels) == len(choose(found, view))
+        for panel in panels:
+            assert all(map(math.isfinite, (*panel.x_range, *panel.y_range)))
+            assert panel.x_range[0] < panel.x_range[1] and panel.y_range[0] < panel.y_range[1]
+    for panel in drawn([snapshot], replace(view, log_y=True, outliers=len(found) % 2 == 0)):
+        assert not panel.log_y or 0 < panel.y_range[0] < panel.y_range[1] < math.inf
+
+
+LABELS = ["$\\frac{1}", "100%", "_hidden", "a\\b{}^_", "中文实验", "x" * 300, "<script>&'\""]
+
+
+def test_hostile_names_are_drawn_as_they_are():
+    figure = Figure(figsize=(6, 4), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    draw(figure, [ShownRun(label, COLOURS[0], usual(3)) for label in LABELS], View(panels=("lr",)))
+    canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == LABELS
+    assert not any(text.get_parse_math() for text in legend.get_texts())
+
+
+ZOOMS = [(x, ends) for x in X_AXES for ends in ((0.0, 1e-3), (-1e5, 1.9e6), (19000.0, 19000.00001), (0.0, 1e15))]
+
+
+# So far out, dates have no names; the window does not zoom there.
+@pytest.mark.parametrize("x, ends", [zoom for zoom in ZOOMS if zoom != ("clock", (0.0, 1e15))])
+def test_every_zoom_can_be_drawn(x: str, ends: tuple):
+    (panel,) = drawn([usual()], View(panels=("loss",), x=x, x_range=ends))
+    assert panel.x_range == ends
+
+
+def test_threads_draw_at_the_same_time():
+    """The window draws in one thread while another writes a file."""
+    view, wrong = View(panels=("loss",)), []
+
+    def work() -> None:
+        for _ in range(3):
+            try:
+                assert len(drawn([usual(5)], view)) == 1
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def saved(path: Path, label: str = "a", view: View = LOSS, snapshot: Snapshot | None = None) -> bytes:
+    save(path, [ShownRun(label, COLOURS[0], snapshot or usual(5))], view, SIZE)
+    assert list(path.parent.iterdir()) == [path]
+    return path.read_bytes()
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-12:-4] == b"\0\0\0\0IEND"
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+def test_picture_files(tmp_path: Path):
+    path = tmp_path / "a.PNG"
+    assert png_size(saved(path)) == SIZE
+    path.unlink()
+    assert saved(tmp_path / "a.pdf", "中文 $x$").startswith(b"%PDF")
+    with pytest.raises(ValueError, match="ends in none of"):
+        save(tmp_path / "a.exe", [], View(), SIZE)
+    with pytest.raises(OSError):
+        save(tmp_path / "absent" / "a.png", [], View(), SIZE)
+
+
+def test_a_picture_whose_text_is_text(tmp_path: Path):
+    labels = "<script>alert(1)</script>&\"'"
+    names = snapshot_of(*HOSTILE["names"])
+    view = View(panels=tuple(panel.key for panel in available([names])[-8:]), language="zh")
+    text = saved(tmp_path / "a.svg", labels, view, names).decode()
+    root = xml.etree.ElementTree.fromstring(text)
+    assert not [element.tag for element in root.iter() if element.tag.endswith("script")]
+    assert labels in "".join(root.itertext())
+
+
+def test_a_table(tmp_path: Path):
+    snapshot = snapshot_of(
+        line("train", step=1, time=1.5, loss=0.1, lr=2e-5, tokens=10),
+        line("train", step=2, time=2.5, loss="nan", lr=1e300, tokens="inf"),
+        line("valid", step=2, time=3, loss=-1e-9),
+        line("other", step=2, time=3, x=1),
+    )  # fmt: skip
+    content = saved(tmp_path / "a.csv", "=cmd|' /C calc'!A0", View(panels=("loss", "lr")), snapshot).decode()
+    assert list(csv.reader(io.StringIO(content))) == [
+        ["run", "record", "step", "time", "tokens", "loss", "lr"],
+        ["'=cmd|' /C calc'!A0", "train", "1", "1.500", "10", "0.1", "2e-05"],
+        ["'=cmd|' /C calc'!A0", "train", "2", "2.500", "", "", "1e+300"],
+        ["'=cmd|' /C calc'!A0", "valid", "2", "3.000", "", "-1e-09", ""],
+    ]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path):
+    evil = ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1"]
+    snapshot = snapshot_of(*(line(name, step=1, **{name: 1.0}) for name in evil))
+    view = View(panels=tuple(panel.key for panel in available([snapshot])))
+    for label in evil[:4]:
+        rows = list(csv.reader(io.StringIO(saved(tmp_path / "a.csv", label, view, snapshot).decode())))
+        assert len(rows) == 1 + len(evil)
+        for cell in (cell for row in rows for cell in row):
+            assert not cell or cell[0] not in "=+-@\t\r\n", cell
+
+
+def test_durations():
+    for seconds, text in ((0, "0 s"), (3600, "1 h"), (7500, "2 h 5 min"), (86400 * 2 + 3600 * 4, "2 d 4 h")):
+        assert duration(seconds) == text
+    for seconds in (-5.0, 59.9999, 60.0, 599.9, 3599.9, 86399.9, 1e6, 1e15, 1e300):
+        text = duration(seconds)
+        assert text.isprintable() and text.startswith("-") == (seconds < 0)
+    assert duration(math.nan) == duration(math.inf) == "?"
+
+
+def test_values_beside_the_cursor():
+    assert [value_text(value) for value in (math.nan, 1234567.0, 0.1234567)] == ["nan", "1,234,567", "0.12346"]
+    for x in X_AXES:
+        for value in (0.0, -1e300, 1e300, 1e17, -1e6, 20000.5):
+            assert x_text(value, x).isprintable()
+
+
+def test_every_title_is_translated():
+    titles = {panel.title for panel in PANELS} | set(X_AXES)
+    untranslated = {title for title in titles if translate(title, "zh") == title}
+    assert not untranslated and translate("loss", "en") == "loss"
+    assert chinese_font() is None or isinstance(chinese_font(), str)
