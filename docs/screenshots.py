@@ -7,6 +7,7 @@ QT_QPA_PLATFORM=offscreen. The remote picture needs an OpenSSH server, see tests
 import argparse
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -59,8 +60,8 @@ def make_run(
     return directory
 
 
-def picture(path: Path, arguments: list[str], seconds: float = 6.0, does: str = "") -> None:
-    """Open the viewer in a process of its own, as its user does, and save what it shows."""
+def picture(path: Path, home: Path, arguments: list[str], seconds: float = 6.0, does: str = "") -> None:
+    """Open the viewer in a process of its own, as its user does in the directory `home`, and save what it shows."""
     code = (
         "import sys\nfrom PyQt5.QtCore import QPoint, QTimer, Qt\nfrom PyQt5.QtTest import QTest\n"
         "from PyQt5.QtWidgets import QApplication\n"
@@ -76,7 +77,8 @@ def picture(path: Path, arguments: list[str], seconds: float = 6.0, does: str = 
         f"QTimer.singleShot({int(600 * seconds)}, act)\nQTimer.singleShot({int(1000 * seconds)}, end)\n"
         f"sys.exit(command.main({['--forget_layout', *arguments]!r}))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=home, env=environment)
 
 
 def main() -> int:
@@ -92,40 +94,43 @@ def main() -> int:
 
         def one(to: Path) -> None:
             over = "c = shown.canvas; QTest.mouseMove(c, QPoint(int(0.22 * c.width()), int(0.2 * c.height())))"
-            picture(to, [*english, "--smoothing", "0.8", args.run], does=over)
+            picture(to, ROOT, [*english, "--smoothing", "0.8", args.run], does=over)
 
         def ten(to: Path) -> None:
             for number in range(10):
                 make_run(home / "sweep" / f"rank-{4 << number % 4}-seed-{number}", 4000, number, resumed=number == 2)
-            picture(to, [*english, "--smoothing", "0.95", "--no-log", str(home / "sweep")], 12,
-                    "shown.difference_dock.show()")  # fmt: skip
+            picture(to, home, [*english, "--smoothing", "0.95", "sweep"], 12, "shown.difference_dock.show()")
 
         def stalled(to: Path) -> None:
-            runs = [make_run(home / "stalled" / "a", 900, 1, of=2000, quiet_s=1500, resumed=False),
-                    make_run(home / "stalled" / "b", 1100, 2, of=2000)]  # fmt: skip
-            picture(to, [*english, "--panels", "loss,tokens_per_sec", *map(str, runs)])
+            make_run(home / "runs" / "stalled", 900, 1, of=2000, quiet_s=1500)
+            make_run(home / "runs" / "well", 1100, 2, of=2000)
+            picture(to, home, [*english, "--panels", "loss,tokens_per_sec", "--smoothing", "0.9", "runs"])
 
         def dark(to: Path) -> None:
-            run = make_run(home / "night", 2600, 3, of=3000, resumed=True)
-            picture(to, [*english, "--theme", "dark", "--x", "time", "--log", "--smoothing", "0.9", str(run)])
+            make_run(home / "night", 2600, 3, of=3000, resumed=True)
+            picture(to, home, [*english, "--theme", "dark", "--x", "time", "--log", "--smoothing", "0.9", "night"])
 
         def chinese(to: Path) -> None:
-            runs = [make_run(home / name, 1500, number) for number, name in enumerate(("基线", "低秩压缩"))]
-            picture(to, ["--language", "zh", "--smoothing", "0.9", "--panels", "loss,lr,grad_norm,tokens_per_sec",
-                         *map(str, runs)])  # fmt: skip
+            for number, name in enumerate(("基线", "低秩压缩")):
+                make_run(home / "实验" / name, 1500, number)
+            picture(to, home, ["--language", "zh", "--smoothing", "0.9", "--panels",
+                               "loss,lr,grad_norm,tokens_per_sec", "实验"])  # fmt: skip
 
         def remote(to: Path) -> None:
             from tests.sshd import Sshd
 
-            here, there = make_run(home / "local", 1500, 4), make_run(home / "server" / "long", 1300, 5, of=2000)
-            with Sshd(home / "sshd") as sshd:
-                config = home / "ssh_config"
-                config.write_text(
+            make_run(home / "local", 1500, 4)
+            # What a path without a leading slash begins with, there.
+            with tempfile.TemporaryDirectory(dir=Path.home(), prefix="runs-") as there, Sshd(home / "sshd") as sshd:
+                make_run(Path(there) / "long", 1300, 5, of=2000)
+                (home / "ssh_config").write_text(
                     f"Host server\n  HostName {sshd.listen}\n  Port {sshd.port}\n  User {sshd.user}\n"
                     f"  IdentityFile {sshd.client_key}\n  UserKnownHostsFile {sshd.known_hosts}\n"
                 )
-                picture(to, [*english, "--smoothing", "0.9", "--panels", "loss,lr,tokens_per_sec,comm_wait",
-                             "--ssh_config", str(config), f"server:{there}", str(here)])  # fmt: skip
+                picture(to, home, [
+                    *english, "--smoothing", "0.9", "--panels", "loss,lr,tokens_per_sec,comm_wait",
+                    "--ssh_config", "ssh_config", f"server:{Path(there).name}/long", "local",
+                ])  # fmt: skip
 
         for draw in (one, ten, remote, stalled, dark, chinese):
             if not args.only or draw.__name__ in args.only.split(","):

@@ -138,7 +138,7 @@ def _without_desktop(args: argparse.Namespace) -> int:
             nothing = f"{plain(run.log.path)} does not exist or holds no results: name a run's directory"
             problem = run.health.problem or nothing
     if problem:
-        return _fail(problem)
+        return _fail(problem.partition("; tried again in")[0])
     found = available(snapshots)
     if args.panels == "list":
         for panel in found:
