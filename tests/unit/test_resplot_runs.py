@@ -9,7 +9,7 @@ import pytest
 
 from utils.reslog import LONGEST_LINE, parse_record, read_reslog
 from utils.resplot import runs as runs_module
-from utils.resplot.curves import smooth, thin
+from utils.resplot.curves import band, smooth
 from utils.resplot.runs import RunData, Snapshot, plain
 from utils.resplot.sources import Health, Run
 from utils.resplot.state import differences, state_of
@@ -214,22 +214,24 @@ def test_thinning_loses_no_spike(seed: int):
     y[random.random(count) < 0.02] = random.choice([math.inf, -math.inf])
     if seed == 0:
         y[:] = math.nan
-    thin_x, thin_y = thin(x, y, columns)
-    assert len(thin_x) <= 4 * columns and (np.diff(thin_x) >= 0).all()
-    assert (thin_x[0], thin_x[-1]) == (x[0], x[-1])
+    middle, low, high = band(x, y, columns)
+    assert len(middle) <= columns and (np.diff(middle) >= 0).all()
     column = np.minimum(((x - x[0]) / (x[-1] - x[0]) * columns).astype(int), columns - 1)
-    thin_column = np.minimum(((thin_x - x[0]) / (x[-1] - x[0]) * columns).astype(int), columns - 1)
-    for number in np.unique(column):
-        there, kept = y[column == number], thin_y[thin_column == number]
-        for of in (np.fmin.reduce, np.fmax.reduce):
-            np.testing.assert_array_equal(of(kept), of(there))
+    for number, at, least, greatest in zip(np.unique(column), middle, low, high, strict=True):
+        there = column == number
+        assert x[there].min() <= at <= x[there].max()
+        np.testing.assert_array_equal((least, greatest), (np.fmin.reduce(y[there]), np.fmax.reduce(y[there])))
 
 
 def test_thinning_of_points_at_one_place():
     x, y = np.full(100, 3.0), np.arange(100.0)
-    thin_x, thin_y = thin(x, y, 5)
-    assert thin_y.min() == 0 and thin_y.max() == 99 and len(thin_x) <= 20
-    assert thin(x, y, 0)[0] is x
+    middle, low, high = band(x, y, 5)
+    assert (middle.tolist(), low.tolist(), high.tolist()) == ([3.0], [0.0], [99.0])
+
+
+def test_a_few_points_are_a_line():
+    x = np.arange(20.0)
+    assert band(x, x, 5) is None and band(x, x, 0) is None and band(x, x, 4) is not None
 
 
 def state(snapshot: Snapshot, now: float, **health) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The panels on the screen. matplotlib draws in a thread of its own; Qt's thread shows the picture and paints what
 follows the mouse over it, so that it never waits. Until a zoomed picture is there, the last one is stretched."""
 
+import gc
 import logging
 import math
 import threading
@@ -81,6 +82,8 @@ class Draughtsman(QObject):
                 logger.exception("this cannot be drawn")
                 continue
             self.drawn.emit(picture)
+            del picture, request
+            gc.collect(1)
 
 
 def _draw(runs: Sequence[ShownRun], view: View, size: QSize, scale: float) -> Picture:

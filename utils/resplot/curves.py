@@ -36,31 +36,25 @@ def smooth(values: np.ndarray, weight: float) -> np.ndarray:
     return smoothed
 
 
-def thin(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of points that share a column of the screen, the first, the lowest, the highest and the last: the line through
-    them covers the same pixels, so no spike is lost (M4: Jugel et al., VLDB 2014).
+def band(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Where more points share a column of the screen than it can show: the middle, the lowest and the highest of each
+    column's. An area between those covers what the line would, keeps every spike, and costs no more with more points.
 
     Args:
         x: float64 (N,), finite and never falling.
         y: float64 (N,), NaN for gaps.
-        columns: pixels from the first x to the last.
+        columns: of the screen, from the first x to the last.
+
+    Returns:
+        three arrays, NaN where a column has gaps only; None if a line will do.
     """
     if len(x) <= 4 * columns or columns < 1:
-        return x, y
+        return None
     width = x[-1] - x[0]
     if not width > 0:
         width = 1.0
     column = np.minimum(((x - x[0]) / width * columns).astype(np.int64), columns - 1)
     starts = np.flatnonzero(np.diff(column, prepend=-1))
     ends = np.append(starts[1:], len(x)) - 1
-    lowest = _index_of_extreme(np.where(np.isnan(y), np.inf, y), np.minimum, starts, ends)
-    highest = _index_of_extreme(np.where(np.isnan(y), -np.inf, y), np.maximum, starts, ends)
-    chosen = np.unique(np.concatenate([starts, lowest, highest, ends]))
-    return x[chosen], y[chosen]
-
-
-def _index_of_extreme(y: np.ndarray, ufunc: np.ufunc, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Where, from each start to its end, the first of the greatest (or least) values lies."""
-    extreme = np.repeat(ufunc.reduceat(y, starts), ends - starts + 1)
-    hits = np.flatnonzero(y == extreme)
-    return hits[np.searchsorted(hits, starts)]
+    low, high = np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts)
+    return (x[starts] + x[ends]) / 2, low, high

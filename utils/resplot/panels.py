@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import dates, font_manager, ticker
 from matplotlib.lines import Line2D
 
-from utils.resplot.curves import smooth, thin
+from utils.resplot.curves import band, smooth
 from utils.resplot.runs import Snapshot
 from utils.resplot.text import translate
 
@@ -264,15 +264,14 @@ def _draw_panel(
     axes: "Axes", panel: Panel, runs: Sequence[ShownRun], view: View, box: tuple, names_x: bool, explains: bool
 ) -> DrawnPanel:
     axes.set_autoscale_on(False)
-    # Points for every second pixel: a noisy curve is a band, whose drawing takes as long as it has points.
-    columns = int(box[2] - box[0]) // 2
+    columns = int(box[2] - box[0])
     curves = [
         (run, curve, *_values(run.snapshot, curve, view))
         for run in runs
         for curve in panel.curves
         if curve.metric in run.snapshot.tables.get(curve.table, {})
     ]
-    shown = [(run, curve, x, y, smooth(y, _weight(curve, view))) for run, curve, x, y in curves]
+    shown = [(run, curve, x, y, _smoothed(run.snapshot, curve, view, y)) for run, curve, x, y in curves]
     present = [run for run in runs if any(run is found for found, *_ in curves)]
     x_range = view.x_range or _x_range(present, view)
     log_y = view.log_y and any((y > 0).any() for *_, y, _ in shown)
@@ -284,25 +283,45 @@ def _draw_panel(
     for run, curve, x, y, smoothed in shown:
         within = _in_range(x, x_range)
         x, y, smoothed = x[within], y[within], smoothed[within]
-        is_smoothed = _weight(curve, view) > 0
-        points = "o" if curve.style == "--" and len(x) <= 60 else None
-        if is_smoothed and view.raw:
-            axes.plot(*thin(x, _clipped(y), columns), color=run.colour, alpha=0.25, linewidth=0.8, zorder=2)
-        axes.plot(
-            *thin(x, _clipped(smoothed), columns), color=run.colour, linewidth=1.3, linestyle=curve.style,
-            marker=points, markersize=3.5, zorder=3,
-        )  # fmt: skip
+        if _weight(curve, view) > 0 and view.raw:
+            _draw_curve(axes, x, y, columns, color=run.colour, alpha=0.25, linewidth=0.8, zorder=2)
+        points = {"marker": "o", "markersize": 3.5} if curve.style == "--" and len(x) <= 60 else {}
+        _draw_curve(
+            axes, x, smoothed, columns, color=run.colour, linewidth=1.3, linestyle=curve.style, zorder=3, **points
+        )
         name = run.label + (f", {translate(curve.name, view.language)}" if curve.name and len(panel.curves) > 1 else "")
         drawn.curves.append(DrawnCurve(name, run.colour, x, smoothed))
         if view.marks and curve.metric in _NEVER_MISSING:
             _mark_non_finite(axes, run, x, y)
     if view.marks:
-        for run in present:
-            _mark_events(axes, run, view, x_range)
+        _mark_events(axes, present, view, x_range)
     _dress(axes, panel, view, names_x, (y_range, log_y), x_range)
     kinds = {curve.name: curve.style for _, curve, *_ in shown if curve.name}
     _explain(axes, kinds if len(kinds) > 1 else {}, runs, view, explains)
     return drawn
+
+
+def _draw_curve(axes: "Axes", x: np.ndarray, y: np.ndarray, columns: int, **style: object) -> None:
+    y = _clipped(y)
+    dense = band(x, y, columns)
+    if dense is None:
+        axes.plot(x, y, **style)
+    else:
+        axes.fill_between(*dense, **style)
+
+
+def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray) -> np.ndarray:
+    """Kept with the snapshot: zooming draws the same curves again and again."""
+    weight = _weight(curve, view)
+    if weight <= 0:
+        return y
+    if snapshot.smoothed.get("weight") != weight:
+        snapshot.smoothed.clear()
+        snapshot.smoothed["weight"] = weight
+    key = (curve, view.x)
+    if key not in snapshot.smoothed:
+        snapshot.smoothed[key] = smooth(y, weight)
+    return snapshot.smoothed[key]
 
 
 def _weight(curve: Curve, view: View) -> float:
@@ -389,23 +408,38 @@ def _mark_non_finite(axes: "Axes", run: ShownRun, x: np.ndarray, y: np.ndarray) 
         )  # fmt: skip
 
 
-def _mark_events(axes: "Axes", run: ShownRun, view: View, x_range: tuple[float, float]) -> None:
-    """Restarts as lines, checkpoints and validations as ticks on the x axis."""
-    snapshot = run.snapshot
-    for x in restarts(snapshot, view.x)[-_MOST_MARKS:]:
-        if x_range[0] <= x <= x_range[1]:
-            axes.axvline(x, color=run.colour, linestyle=(0, (4, 3)), linewidth=0.9, alpha=0.7, zorder=1)
-    for table, marker, size in (("save", "^", 4.5), ("valid", "|", 5.0)):
-        if table not in snapshot.tables:
-            continue
-        x = _x_of(snapshot, table, view.x)
-        x = x[(x >= x_range[0]) & (x <= x_range[1])]
-        if len(x):
-            x = x[:: -(-len(x) // _MOST_MARKS)]
-            axes.plot(
-                x, np.full(len(x), 0.012), transform=axes.get_xaxis_transform(), linestyle="", marker=marker,
-                markersize=size, color=run.colour, alpha=0.8, zorder=4, clip_on=False,
+def _mark_events(axes: "Axes", runs: Sequence[ShownRun], view: View, x_range: tuple[float, float]) -> None:
+    """Restarts as lines, checkpoints and validations as ticks on the x axis; of all runs in one piece each, as each
+    piece costs time."""
+    transform = axes.get_xaxis_transform()
+    places, colours = _within(x_range, ((run, restarts(run.snapshot, view.x)) for run in runs))
+    if len(places):
+        axes.vlines(
+            places, 0, 1, transform=transform, colors=colours, linestyles=[(0, (4, 3))], linewidth=0.9, alpha=0.7,
+            zorder=1,
+        )  # fmt: skip
+    for table, marker, size in (("save", "^", 20.0), ("valid", "|", 25.0)):
+        having = [run for run in runs if table in run.snapshot.tables]
+        places, colours = _within(x_range, ((run, _x_of(run.snapshot, table, view.x)) for run in having))
+        if len(places):
+            axes.scatter(
+                places, np.full(len(places), 0.012), s=size, c=colours, marker=marker, transform=transform, alpha=0.8,
+                linewidth=0.8, zorder=4, clip_on=False,
             )  # fmt: skip
+
+
+def _within(
+    x_range: tuple[float, float], found: Iterable[tuple[ShownRun, Sequence[float]]]
+) -> tuple[np.ndarray, list[str]]:
+    """The places that are shown, of each run not too many, and the colour of each."""
+    places, colours = [np.empty(0)], []
+    for run, at in found:
+        at = np.asarray(at, dtype=float)
+        at = at[(at >= x_range[0]) & (at <= x_range[1])]
+        at = at[:: -(-len(at) // _MOST_MARKS) or 1]
+        places.append(at)
+        colours += [run.colour] * len(at)
+    return np.concatenate(places), colours
 
 
 def restarts(snapshot: Snapshot, x: str) -> list[float]:

@@ -5,7 +5,7 @@ One thread feeds lines; others take snapshots at any time and wait for nothing. 
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -83,6 +83,8 @@ class Snapshot:
     """Complete lines that held no record."""
     version: int = 0
     """Changes when anything does."""
+    smoothed: dict = field(default_factory=dict, compare=False, repr=False)
+    """What panels.py keeps between two drawings."""
 
     def active_seconds(self, table: str) -> np.ndarray:
         """Time that the run had been going for at each row, the launches laid end to end: no pauses between them, and
@@ -173,21 +175,36 @@ class RunData:
                 continue
             table = self._tables.setdefault(name, Table())
             columns = {"launch": np.full(len(records), max(len(self._launches) - 1, 0), float)}
-            # The step and the time first: they must be among the columns that a table takes at most.
-            for key in dict.fromkeys(chain(("step", "time"), chain.from_iterable(records))):
+            for key, found in _by_key(records):
                 if key not in ("name", "launch"):
-                    values = _numbers([record.get(key) for record in records])
+                    values = _numbers(found)
                     if values is not None:
                         columns[plain(key)] = values
             table.append(columns)
         pending.clear()
 
 
+def _by_key(records: list[dict]) -> Iterator[tuple[str, Sequence[object]]]:
+    """Each key of the records with their values, None where one has none. Step and time come first: they must be among
+    the columns that a table takes at most."""
+    shapes = set(map(tuple, records))
+    if len(shapes) == 1:
+        # As a run writes them; much faster.
+        columns = dict(zip(shapes.pop(), zip(*map(dict.values, records))))
+    else:
+        columns = {key: [record.get(key) for record in records] for key in chain.from_iterable(shapes)}
+    for key in ("step", "time"):
+        yield key, columns.pop(key)
+    yield from columns.items()
+
+
 def _decode(line: bytes) -> object:
     """As json.loads, several times as fast where orjson is installed."""
     if orjson is not None:
-        with suppress(ValueError):
+        try:
             return orjson.loads(line)
+        except ValueError:
+            pass
     return json.loads(line)
 
 
@@ -200,7 +217,7 @@ def _in_order(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: column[order] for name, column in columns.items()}
 
 
-def _numbers(values: list) -> np.ndarray | None:
+def _numbers(values: Sequence[object]) -> np.ndarray | None:
     """As float64, what is no number as NaN; None if none is one."""
     kinds = set(map(type, values))
     if kinds <= {float, int}:

@@ -626,10 +626,12 @@ def show(args: argparse.Namespace) -> int:
         logger.warning("no font with Chinese characters is installed: install Noto Sans CJK, for instance")
     # Without it, PyQt ends the process after a mistake in a slot.
     sys.excepthook = lambda *problem: logger.error("this went wrong", exc_info=problem)
-    # Threads that read and draw give way to Qt's often; and what is there now need not be looked through for garbage.
+    # Threads that read and draw give way to Qt's often. Python's own search for garbage stops them all for 100 ms; the
+    # draughtsman looks through what is new after each picture instead.
     sys.setswitchinterval(0.001)
     gc.collect()
     gc.freeze()
+    gc.disable()
     signal.signal(signal.SIGINT, lambda *_: app.quit())
     app.aboutToQuit.connect(window.close)
     window.open(args.places)
