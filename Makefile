@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Each of these tests is several processes by itself, which wait for each other a good part of the time.
+TWO_FILES := -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all test-fast chaos lint clean
 
@@ -17,7 +19,7 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.txt requirements-ssh.txt requirements-dev.txt
+$(READY): requirements.txt requirements-ssh.txt requirements-viewer.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -30,15 +32,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
-	$(BIN)/python -m pytest -m "not soak" tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not soak" tests/dist tests/chaos tests/gpu
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
-	$(BIN)/python -m pytest tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) tests/dist tests/chaos tests/gpu
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not slow and not soak" tests/unit
-	$(BIN)/python -m pytest -m "not slow and not soak" tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not soak" tests/dist tests/chaos tests/gpu
 
 chaos: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.campaign --seed 1 --faults 200

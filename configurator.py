@@ -242,8 +242,24 @@ class SystemConfig:
     """Weights' dtype; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32."""
     compile: bool = False
     """torch.compile each transformer block."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """Who computes what is not a matmul: our Triton kernels, plain PyTorch, or what is fastest on the device."""
+    rms_norm_kernel: Literal["", "reference", "triton", "liger", "apex"] = ""
+    """For RMSNorm alone; "" takes --kernels."""
+    rope_kernel: Literal["", "reference", "triton", "liger"] = ""
+    """For the rotary embedding alone."""
+    swiglu_kernel: Literal["", "reference", "triton", "liger"] = ""
+    """For SwiGLU alone."""
+    cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
+    """For the loss alone; chunked and triton never hold all logits."""
+    attention_kernel: Literal["", "sdpa", "plain", "varlen", "flash_attn", "xformers"] = ""
+    """For attention alone; varlen is torch's own for packed rows on GPUs."""
+    adamw_kernel: Literal["", "torch", "triton"] = ""
+    """For the optimizer's step alone."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
+    checkpoint_keeps: Literal["nothing", "matmuls"] = "nothing"
+    """With gradient_checkpointing: matmuls keeps their and attention's outputs, and recomputes what is cheap."""
     deterministic: bool = False
     """Same bits from run to run on CUDA too (a CPU has them always)."""
     num_threads: int = 0

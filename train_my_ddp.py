@@ -44,7 +44,16 @@ from dataset.loader import Batch, TrainLoader, batch_digest, num_tokens, validat
 from dataset.opening import open_dataset
 from dataset.sequences import read_manifest
 from model import Llama, flops, hf
-from optimizer import LossScaler, MixedPrecisionOptimizer, StepResult, learning_rate_at, resolve_dtype
+from model.attention import document_starts
+from model.ops import CHOICES, build_ops, choose_ops
+from optimizer import (
+    LossScaler,
+    MixedPrecisionOptimizer,
+    StepResult,
+    choose_kernel,
+    learning_rate_at,
+    resolve_dtype,
+)
 from optimizer.adamw import AdamWConfig
 from parallel import (
     DistContext,
@@ -281,7 +290,10 @@ class Trainer:
             [decisive, str(self.dtype), self.model_config.__dict__],
             "the ranks have different settings or choose different dtypes: start all with the same flags",
         )
-        self.model = Llama(self.model_config, config.system.gradient_checkpointing)
+        system = config.system
+        overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
+        self.ops = build_ops(choose_ops(system.kernels, overrides, device, self.dtype))
+        self.model = Llama(self.model_config, system.gradient_checkpointing, system.checkpoint_keeps, self.ops)
         if source is None:
             self.model.initialize(config.run.seed)
         elif self.resumed_from is None:
@@ -383,6 +395,7 @@ class Trainer:
             self.scaler,
             sum_over_ranks=self.context.all_sum if self.zero1 else None,
             source=self.powersgd,
+            kernel=choose_kernel(self.config.system.kernels, self.config.system.adamw_kernel, self.context.device),
         )
 
     def _choose_hook(self) -> None:
@@ -545,7 +558,6 @@ class Trainer:
                 parallel += " gathered under the forward pass" if self.zero1.overlap_gather else ""
             if config.parallel.overlap_optim_step:
                 parallel += ", buckets stepped as they arrive"
-        attention = "plain" if self.model_config.attention_dropout else "sdpa"
         tokens = derived.global_batch_size * config.data.max_seq_len
         sends_gradients = context.world_size > 1 and not config.run.valid_only
         network = [self._network()] if sends_gradients and config.parallel.ddp_impl != "naive" else []
@@ -557,7 +569,8 @@ class Trainer:
             f"peak: {self.peak_flops / 1e9:,.0f} GFLOP/s in all, "
             + ("a matmul timed now" if context.device.type == "cpu" else "by the data sheet")
             + "; MFU is a share of it",
-            f"ops: attention={attention} rms_norm=plain rope=plain swiglu=plain cross_entropy=torch adamw=torch-fused"
+            f"ops: {self.ops} adamw={self.optimizer.kernel}"
+            + (", plain attention for its dropout" if self.model_config.attention_dropout else "")
             + (" (blocks compiled)" if config.system.compile else ""),
             *self._what_became_of_records(),
             f"data: {self.train_data.description()}",
@@ -807,6 +820,9 @@ class Trainer:
             raise FloatingPointError(f"gradients were not finite for {self.skipped_in_a_row} steps in a row")
 
     def _to_device(self, batch: Batch) -> Batch:
+        if self.model.wants_document_starts and "document_ids" in batch:
+            # Here, where nothing has to wait for how many there are.
+            batch = batch | {"document_starts": document_starts(batch["document_ids"])}
         return {name: tensor.to(self.context.device, non_blocking=True) for name, tensor in batch.items()}
 
     @torch.no_grad()

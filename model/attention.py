@@ -1,10 +1,20 @@
 """Causal self-attention with grouped queries, document masks and a KV cache.
 
+Rows that hold several documents, and how each stays to itself:
+
+    on a CPU        document by document where that is less work, else under a mask
+    on a GPU        varlen, flash_attn, xformers: one call that is told where documents begin, and computes nothing
+                    between them; grouped heads stay grouped
+                    sdpa: under a mask, with keys and values copied for each query head
+
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), H query heads, K key and value
-heads, D head dim.
+heads, D head dim, N = B T tokens of all rows, M documents.
 """
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +22,9 @@ from torch import Tensor, nn
 
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_WEIGHTS, DropoutKey, dropout
-from model.rope import apply_rope
+
+if TYPE_CHECKING:
+    from model.ops import Ops
 
 
 class LayerCache:
@@ -70,6 +82,105 @@ def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, length
     return torch.cat(rows)
 
 
+def sdpa_causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Causal attention by torch, which chooses its kernel; grouped heads are not copied."""
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKTD, v_BKTD, is_causal=q_BHTD.shape[2] > 1, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
+    )
+
+
+def document_starts(document_ids_BT: Tensor) -> Tensor:
+    """Where documents begin among the tokens of all rows, and where the last ends: int32 (M + 1,). A row's border is a
+    document's, too. On a CPU: on a GPU it would wait for the number of documents."""
+    begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_full((1,), document_ids_BT.numel()))).to(torch.int32)
+
+
+def implementation(name: str) -> tuple[Callable, Callable | None]:
+    """(causal, packed) attention of a name, see model/ops.py. Both take q (B, H, T, D), k and v (B, K, T, D) and return
+    (B, H, T, D); packed also takes the starts of `document_starts`."""
+    if name == "varlen":
+        return sdpa_causal, _torch_varlen()
+    if name == "flash_attn":
+        return _flash_attention()
+    if name == "xformers":
+        return _xformers_attention()
+    return sdpa_causal, None
+
+
+def _by_token(*tensors_BHTD: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, T, D) -> (N, H, D) each."""
+    return tuple(x.transpose(1, 2).flatten(0, 1) for x in tensors_BHTD)
+
+
+def _by_head(out_NHD: Tensor, batch: int) -> Tensor:
+    return out_NHD.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _torch_varlen() -> Callable:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 grouped heads need no word.
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch, _, width, _ = q_BHTD.shape
+        options = {"enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]} if grouped else {}
+        out_NHD = varlen_attn(
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(-1, 0), **options
+        )
+        return _by_head(out_NHD, batch)
+
+    return packed
+
+
+def _flash_attention() -> tuple[Callable, Callable]:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), causal=True).transpose(1, 2)
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch, _, width, _ = q_BHTD.shape
+        out_NHD = flash_attn_varlen_func(
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, causal=True
+        )
+        return _by_head(out_NHD, batch)
+
+    return causal, packed
+
+
+def _xformers_attention() -> tuple[Callable, Callable]:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    def grouped(x_BTKD: Tensor, num_heads: int) -> Tensor:
+        """(B, T, K, D) -> (B, T, K, H / K, D) without a copy: how xformers writes grouped heads."""
+        per_group = num_heads // x_BTKD.shape[2]
+        return x_BTKD[:, :, :, None].expand(-1, -1, -1, per_group, -1)
+
+    def attend(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias: object) -> Tensor:
+        heads, groups = q_BTHD.shape[2], k_BTKD.shape[2]
+        if heads == groups:
+            return memory_efficient_attention(q_BTHD, k_BTKD, v_BTKD, attn_bias=bias)
+        q = q_BTHD.unflatten(2, (groups, heads // groups))
+        k, v = grouped(k_BTKD, heads), grouped(v_BTKD, heads)
+        return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
+
+    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), LowerTriangularMask()).transpose(1, 2)
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch = q_BHTD.shape[0]
+        bias = BlockDiagonalCausalMask.from_seqlens(starts.diff().tolist())
+        out_1NHD = attend(*(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)), bias)
+        return _by_head(out_1NHD[0], batch)
+
+    return causal, packed
+
+
 def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
     """Copy each of K heads so often that there are H, side by side: (B, K, S, D) -> (B, H, S, D)."""
     return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], dim=1)
@@ -87,9 +198,9 @@ def plain_attention(
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, ops: "Ops"):
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
@@ -107,23 +218,31 @@ class Attention(nn.Module):
         cache_length: int = 0,
         key: DropoutKey | None = None,
         documents: list[list[int]] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, hidden_size) -> the same shape.
 
         Args:
-            mask: bool (1 or B, 1, T, S); None where causal says it all, or where `documents` does.
+            mask: bool (1 or B, 1, T, S); None where causal says it all, or where `documents` or `starts` do.
             documents: lengths of each row's documents.
+            starts: where they begin, see `document_starts`.
         """
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
-        q_BHTD = apply_rope(self.q_proj(x_BTC).view(heads).transpose(1, 2), *rope)
-        k_BKSD = apply_rope(self.k_proj(x_BTC).view(heads).transpose(1, 2), *rope)
-        v_BKSD = self.v_proj(x_BTC).view(heads).transpose(1, 2)
+        q_BHTD, k_BKSD, v_BKSD = (
+            project(x_BTC).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *rope)
         if cache is not None:
             k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD, cache_length)
-        if self.config.attention_dropout > 0.0 and key is not None:
-            full_mask = causal_mask(num_new, num_new, None, x_BTC.device) if mask is None else mask
+        drops = self.config.attention_dropout > 0.0 and key is not None
+        if drops or self.ops.is_plain:
+            full_mask = causal_mask(num_new, k_BKSD.shape[2], None, x_BTC.device) if mask is None else mask
             out_BHTD = plain_attention(q_BHTD, k_BKSD, v_BKSD, full_mask, self.config.attention_dropout, key)
+        elif starts is not None:
+            out_BHTD = self.ops.packed(q_BHTD, k_BKSD, v_BKSD, starts)
+        elif mask is None and cache is None and documents is None:
+            out_BHTD = self.ops.causal(q_BHTD, k_BKSD, v_BKSD)
         elif documents is not None:
             out_BHTD = attention_by_document(q_BHTD, k_BKSD, v_BKSD, documents)
         else:

@@ -4,75 +4,121 @@
     for each block:   h = h + attention(rms_norm(h));   h = h + w_down(silu(w_gate x) * (w_up x)) of x = rms_norm(h)
     logits = head(rms_norm(h))
 
+Every addition to h is followed by a norm, in the next block if need be: a block returns h and what is still to be
+added, so that a kernel can do both in one pass over memory. Which functions do the work stands in `ops` (model/ops.py).
+
 Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in the order of their use, which is what
 `parallel` plans its buckets by; their names are Hugging Face's without the leading "model.".
 """
 
 import hashlib
 import math
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.attention import Attention, LayerCache, causal_mask, document_lengths
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
+from model.merged_linear import merged_linear
+from model.ops import REFERENCE, Ops
 from model.rope import inverse_frequencies, rope_tables
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), computed in float32."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, ops: Ops = REFERENCE):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(self.weight.dtype)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """The norm of a sum, and the sum."""
+
+    def forward(
+        self, h_BTC: Tensor, x_BTC: Tensor | None, dropout_p: float, key: DropoutKey | None, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """(h + dropout(x), norm of that); x None: nothing is added."""
+        if x_BTC is None:
+            return h_BTC, self.ops.rms_norm(h_BTC, self.weight, self.eps)
+        return self.ops.add_rms_norm(h_BTC, x_BTC, self.weight, self.eps, dropout_p, key, site)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x) (Shazeer, 2020)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
         super().__init__()
+        self.ops = ops
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        if self.ops.swiglu_packed is None:
+            return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
+        gate_up = merged_linear(x_BTC, self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(self.ops.swiglu_packed(gate_up))
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.self_attn = Attention(config, ops)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.mlp = SwiGLU(config, ops)
 
     def forward(
         self,
         h_BTC: Tensor,
+        to_add_BTC: Tensor | None,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | None = None,
         cache: LayerCache | None = None,
         cache_length: int = 0,
         key: DropoutKey | None = None,
+        key_before: DropoutKey | None = None,
         documents: list[list[int]] | None = None,
-    ) -> Tensor:
-        """One block. h stays in its own dtype (float32 with residual_in_fp32), the matmuls run in the weights'."""
-        attended = self.self_attn(self.input_layernorm(h_BTC), rope, mask, cache, cache_length, key, documents)
-        h_BTC = h_BTC + dropout(attended, self.dropout, key, ATTENTION_OUTPUT)
-        fed_forward = self.mlp(self.post_attention_layernorm(h_BTC))
-        return h_BTC + dropout(fed_forward, self.dropout, key, FEED_FORWARD_OUTPUT)
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One block: (h, what is to be added to it). h stays in its own dtype (float32 with residual_in_fp32), the
+        matmuls run in the weights'.
+
+        Args:
+            to_add_BTC: from the block before, whose dropout has `key_before`; None: it is in h.
+        """
+        h_BTC, x_BTC = self.input_layernorm(h_BTC, to_add_BTC, self.dropout, key_before, FEED_FORWARD_OUTPUT)
+        attended = self.self_attn(x_BTC, rope, mask, cache, cache_length, key, documents, starts)
+        h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended, self.dropout, key, ATTENTION_OUTPUT)
+        return h_BTC, self.mlp(x_BTC)
+
+
+def _checkpoint_options(keeps: str) -> dict[str, object]:
+    """For torch.utils.checkpoint: which outputs are not computed again."""
+    if keeps == "nothing":
+        return {}
+    aten = torch.ops.aten
+    kept = {
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }  # fmt: skip
+    if hasattr(torch.ops, "torch_attn") and hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        kept.add(torch.ops.torch_attn._varlen_attn.default)
+
+    def policy(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
 
 
 class KVCache:
@@ -90,17 +136,32 @@ class KVCache:
 class Llama(nn.Module):
     """The whole model. Weights are float32 until moved; see `initialize`."""
 
-    def __init__(self, config: LlamaConfig, gradient_checkpointing: bool = False):
-        """`config` must be resolved (no zeros left), see LlamaConfig.resolve."""
+    def __init__(
+        self,
+        config: LlamaConfig,
+        gradient_checkpointing: bool = False,
+        checkpoint_keeps: str = "nothing",
+        ops: Ops = REFERENCE,
+    ):
+        """
+        Args:
+            config: resolved (no zeros left), see LlamaConfig.resolve.
+            gradient_checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
+            checkpoint_keeps: "matmuls" keeps the outputs of matrix multiplications and attention, too, and computes
+                again only what is cheap (selective recomputation: Korthikanti et al., MLSys 2023).
+        """
         super().__init__()
         if not config.vocab_size or not config.max_position_embeddings:
             raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
-        self.config, self.gradient_checkpointing = config, gradient_checkpointing
+        self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
+        self._checkpoint_options = _checkpoint_options(checkpoint_keeps)
         # Compiled blocks would be built anew for every other cut of the rows; dropped weights need all of them.
-        self.attends_by_document = not config.attention_dropout
+        self.attends_by_document = not (config.attention_dropout or ops.is_plain)
+        self.wants_document_starts = ops.packed is not None and not config.attention_dropout
+        """Rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.num_hidden_layers))
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -112,6 +173,7 @@ class Llama(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
         dropout_key: DropoutKey | None = None,
+        document_starts: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states, normed, (B, T, C) in the weights' dtype; `logits` turns them into scores.
 
@@ -122,6 +184,8 @@ class Llama(nn.Module):
                 cache.
             cache: read and extended in place.
             dropout_key: names the dropout masks; without it nothing is dropped.
+            document_starts: where the documents of document_ids begin, see attention.document_starts; used where
+                `wants_document_starts`.
         """
         batch, num_new = input_ids_BT.shape
         past = cache.length if cache is not None else 0
@@ -132,30 +196,47 @@ class Llama(nn.Module):
             positions_BT = torch.arange(past, past + num_new, device=device).expand(batch, -1)
         rope = rope_tables(inverse_frequencies(self.config, past + num_new, device), positions_BT)
         mask = documents = None
+        starts = document_starts if self.wants_document_starts else None
         if document_ids_BT is not None and self.attends_by_document and not document_ids_BT.is_cuda:
             documents = document_lengths(document_ids_BT)
-        if documents is None and (document_ids_BT is not None or (past and num_new > 1)):
+        if documents is None and starts is None and (document_ids_BT is not None or (past and num_new > 1)):
             mask = causal_mask(num_new, past + num_new, document_ids_BT, device)
 
         h_BTC = self.embed_tokens(input_ids_BT)
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
+        to_add_BTC = layer_key = None
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
-            layer_key = dropout_key.for_layer(index) if dropout_key is not None else None
-            arguments = (h_BTC, rope, mask, layer_cache, past, layer_key, documents)
+            key_before, layer_key = layer_key, dropout_key.for_layer(index) if dropout_key is not None else None
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                if to_add_BTC is not None:
+                    # One tensor that stays instead of two.
+                    h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
                 # No generator state to preserve: dropout is a function of its key.
-                h_BTC = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                h_BTC, to_add_BTC = checkpoint(
+                    block, h_BTC, None, rope, mask, layer_cache, past, layer_key, None, documents, starts,
+                    use_reentrant=False, preserve_rng_state=False, **self._checkpoint_options,
+                )  # fmt: skip
             else:
-                h_BTC = block(*arguments)
+                h_BTC, to_add_BTC = block(
+                    h_BTC, to_add_BTC, rope, mask, layer_cache, past, layer_key, key_before, documents, starts
+                )
         if cache is not None:
             cache.length += num_new
-        return self.norm(h_BTC)
+        return self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) normed hidden states -> (..., V) scores in the weights' dtype."""
         return self.lm_head(hidden)
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the supervised tokens' cross entropies, float32: (..., C) hidden states, (...) labels."""
+        return self.ops.loss_sum(hidden, self.lm_head.weight, labels)
+
+    def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""
+        return self.ops.token_logprobs(hidden, self.lm_head.weight, labels)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -1,6 +1,12 @@
 """AdamW on flat slices, float32 main parameters, loss scaling, clipping and schedules."""
 
-from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, StepResult, resolve_dtype
+from optimizer.mixed_precision import (
+    LossScaler,
+    MixedPrecisionOptimizer,
+    StepResult,
+    choose_kernel,
+    resolve_dtype,
+)
 from optimizer.schedule import learning_rate_at
 
-__all__ = ["LossScaler", "MixedPrecisionOptimizer", "StepResult", "learning_rate_at", "resolve_dtype"]
+__all__ = ["LossScaler", "MixedPrecisionOptimizer", "StepResult", "choose_kernel", "learning_rate_at", "resolve_dtype"]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from optimizer import adamw_triton
 from optimizer.adamw import AdamWConfig, adamw_step
 from optimizer.clip import clip_factor
 from optimizer.param_groups import split_by_decay
@@ -42,6 +43,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if has_bf16 else torch.float32
     return getattr(torch, name)
+
+
+def choose_kernel(kernels: str, wanted: str, device: torch.device) -> str:
+    """Of the optimizer's step, by --kernels and --adamw_kernel.
+
+    Raises:
+        ValueError: Triton was asked for and cannot be had.
+    """
+    reason = adamw_triton.unavailable_reason(device)
+    asked = wanted == "triton" or (not wanted and kernels == "triton")
+    if asked and reason:
+        raise ValueError(f"--{'adamw_kernel' if wanted else 'kernels'}=triton cannot be used: {reason}")
+    if wanted:
+        return wanted
+    return "torch" if kernels == "reference" or reason else "triton"
 
 
 class LossScaler:
@@ -115,6 +131,8 @@ class MixedPrecisionOptimizer:
         sum_over_ranks: adds a float64 scalar over all ranks if the slices are this rank's shards; None if every rank
             holds them all.
         source: where gradients come from if they are not in the slices yet; its norms are over all ranks already.
+        kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
+            in the same pass); see `choose_kernel`.
     """
 
     def __init__(
@@ -125,7 +143,9 @@ class MixedPrecisionOptimizer:
         scaler: LossScaler,
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         source: GradientSource | None = None,
+        kernel: str = "torch",
     ):
+        self.kernel = kernel
         self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
         self.sum_over_ranks, self.source = sum_over_ranks, source
         self.num_steps = 0
@@ -184,6 +204,8 @@ class MixedPrecisionOptimizer:
         """Of a bucket's scaled gradients: float64 scalar."""
         if self.source is not None:
             return self.source.sum_of_squares(bucket)
+        if self.kernel == "triton":
+            return sum(adamw_triton.sum_of_squares(state.piece.grad) for state in self._buckets[bucket])
         return sum_of_squares(state.piece.grad for state in self._buckets[bucket])
 
     def _norm(self, squares: Tensor) -> float:
@@ -197,6 +219,9 @@ class MixedPrecisionOptimizer:
         if self.source is not None:
             self.source.load(bucket)
         states = self._buckets[bucket]
+        if self.kernel == "triton":
+            self._step_in_one_pass(states, lr, grad_divisor)
+            return
         for group, weight_decay in zip(split_by_decay(states), (self.config.weight_decay, 0.0)):
             adamw_step(
                 [state.main for state in group], [state.piece.grad.float() for state in group],
@@ -205,6 +230,15 @@ class MixedPrecisionOptimizer:
             )  # fmt: skip
         for state in states:
             state.write_weights()
+
+    def _step_in_one_pass(self, states: list[_State], lr: float, grad_divisor: float) -> None:
+        for group, weight_decay in zip(split_by_decay(states), (self.config.weight_decay, 0.0)):
+            for state in group:
+                weights = state.piece.param if state.main is not state.piece.param else None
+                adamw_triton.adamw_flat_step(
+                    state.main, state.exp_avg, state.exp_avg_sq, state.piece.grad, weights, self.num_steps, lr,
+                    weight_decay, grad_divisor, self.config,
+                )  # fmt: skip
 
     def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
         """(parameter name, offset in it, {"main", "exp_avg", "exp_avg_sq"}) of each slice, flat float32 views."""

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama
-from model.loss import cross_entropy
 from tasks.language_model import LanguageModelTask, select_supervised
 
 DPOLossType = Literal["sigmoid", "robust", "hinge", "ipo", "kto_pair", "sppo_hard", "nca_pair"]
@@ -98,7 +97,7 @@ class DPOTask(LanguageModelTask):
         # Each row has its own dropout, whichever micro-batch it is in.
         row_ids = (2 * batch["row_ids"][:, None] + sides).flatten()
         labels, hidden = select_supervised(batch, self.hidden(batch, row_ids))
-        token_log_probs = -cross_entropy(self.model.logits(hidden), labels)
+        token_log_probs = self.model.token_logprobs(hidden, labels)
         # Not scatter-add, whose order of additions varies on a GPU.
         by_row = token_log_probs.new_zeros(rows * width).index_copy(0, batch["supervised"], token_log_probs)
         return by_row.view(-1, 2, width).sum(-1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model import Llama
 from model.dropout import DropoutKey
-from model.loss import IGNORE_INDEX, cross_entropy_sum
+from model.loss import IGNORE_INDEX
 
 
 class LanguageModelTask:
@@ -39,7 +39,7 @@ class LanguageModelTask:
         """(sum of the supervised tokens' losses in float32, their count, sums of metric_names). On a GPU nothing waits
         for the figures."""
         labels, hidden = select_supervised(batch, self.hidden(batch))
-        loss_sum, is_supervised = cross_entropy_sum(self.model.logits(hidden), labels), labels != IGNORE_INDEX
+        loss_sum, is_supervised = self.model.loss_sum(hidden, labels), labels != IGNORE_INDEX
         metrics = {}
         if not self.model.training:
             metrics["text_bytes"] = self.byte_lengths[labels[is_supervised]].sum()
@@ -49,7 +49,10 @@ class LanguageModelTask:
         """Final hidden states (B, T, C). `row_ids`: of the batch's rows, if they are not the samples."""
         row_ids = batch["row_ids"] if row_ids is None else row_ids
         key = DropoutKey(self.dropout_seed, row_ids) if self._drops and self.model.training else None
-        return self.model(batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key)
+        return self.model(
+            batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key,
+            document_starts=batch.get("document_starts"),
+        )  # fmt: skip
 
     def units(self, count: float) -> int:
         """How many of `count_name` a divisor of the loss stands for."""

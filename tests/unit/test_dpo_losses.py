@@ -329,13 +329,13 @@ def test_no_gradient_comes_from_prompt_or_padding(monkeypatch: pytest.MonkeyPatc
     """Only the positions before an answer's tokens give logits; a prompt's own labels and the padding never count."""
     task, pairs = make_task(), random_sequences()
     batch, seen = make_batch(pairs), []
-    original = task.model.logits
+    original = task.model.token_logprobs
 
-    def logits(hidden: Tensor) -> Tensor:
+    def token_logprobs(hidden: Tensor, labels: Tensor) -> Tensor:
         seen.append(hidden.shape[0])
-        return original(hidden)
+        return original(hidden, labels)
 
-    monkeypatch.setattr(task.model, "logits", logits)
+    monkeypatch.setattr(task.model, "token_logprobs", token_logprobs)
     hidden = task.hidden(batch).detach().requires_grad_()
     monkeypatch.setattr(task, "hidden", lambda *_: hidden)
     task.log_probs(batch).sum().backward()

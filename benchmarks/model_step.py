@@ -1,0 +1,149 @@
+"""One training step of the model (forward, backward, clipping, AdamW) against Hugging Face's llama, the same weights.
+
+    OMP_NUM_THREADS=2 python -m benchmarks.model_step --dtype float32
+    python -m benchmarks.model_step --dtype bfloat16 --layers 12 --hidden_size 768 --rows 16 --seq_len 1024    (a GPU)
+
+Contenders take turns, in an order that rotates: Hugging Face eager and compiled, ours with each of its variants. In
+bfloat16 ours keeps float32 main parameters beside the weights; Hugging Face's model is stepped by torch's fused AdamW
+in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, its share of
+the best matmul measured now, and the median of the rounds' ratios to the fastest Hugging Face.
+"""
+
+import argparse
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.ddp import describe
+from model import Llama, LlamaConfig, flops, hf
+from model.ops import build_ops, choose_ops
+from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel
+from optimizer.adamw import AdamWConfig
+from parallel import DistContext, DistributedDataParallel
+from utils.machine import cpu_name
+
+VOCAB_SIZE = 8192
+
+
+def our_step(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool,
+    overrides: dict[str, str],
+) -> Callable[[], float]:  # fmt: skip
+    ops = build_ops(choose_ops("auto", overrides, device, dtype))
+    model = Llama(config, ops=ops)
+    model.initialize(0)
+    model.to(device=device, dtype=dtype).train()
+    if compiled:
+        for block in model.layers:
+            block.compile()
+    ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
+    optimizer = MixedPrecisionOptimizer(
+        ddp.slices(), AdamWConfig(), 1.0, LossScaler(enabled=False), kernel=choose_kernel("auto", "", device)
+    )
+
+    def step() -> float:
+        loss = model.loss_sum(ddp(rows[:, :-1]), rows[:, 1:]) / rows[:, 1:].numel()
+        loss.backward()
+        ddp.finish_grad_sync()
+        optimizer.step(1e-4)
+        ddp.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def their_step(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool
+) -> Callable[[], float]:
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    ours = Llama(config)
+    ours.initialize(0)
+    settings = {key: value for key, value in hf.to_hf_config(config, dtype).items() if key != "architectures"}
+    theirs = LlamaForCausalLM(TheirConfig(**settings, attn_implementation="sdpa"))
+    theirs.load_state_dict({hf.to_hf_name(name): value for name, value in ours.state_dict().items()}, strict=False)
+    theirs.to(device=device, dtype=dtype).train()
+    called = torch.compile(theirs) if compiled else theirs
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> float:
+        labels = rows[:, 1:].contiguous()
+        loss = called(input_ids=rows[:, :-1], labels=labels, shift_labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return loss.item()
+
+    return step
+
+
+def timed(device: torch.device, step: Callable[[], float]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.model_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+    ).resolve(max_seq_len=args.seq_len)  # fmt: skip
+    rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    rows = rows.to(device)
+    inputs = (config, dtype, device, rows)
+    contenders: dict[str, Callable[[], float]] = {
+        "Hugging Face": their_step(*inputs, compiled=False),
+        "Hugging Face compiled": their_step(*inputs, compiled=True),
+        "ours": our_step(*inputs, False, {}),
+        "ours, chunked loss": our_step(*inputs, False, {"cross_entropy": "chunked"}),
+        "ours compiled": our_step(*inputs, True, {}),
+        "ours compiled, chunked": our_step(*inputs, True, {"cross_entropy": "chunked"}),
+    }
+    first = {name: step() for name, step in contenders.items()}
+    reference = first["Hugging Face"]
+    assert all(abs(loss - reference) < 2e-2 * reference for loss in first.values()), first
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    orders = itertools.cycle(itertools.islice(itertools.permutations(contenders), 0, None, 97))
+    for round_number in range(-1, args.rounds):
+        for name in next(orders):
+            elapsed = timed(device, contenders[name])
+            if round_number >= 0:
+                seconds[name].append(elapsed)
+    peak = flops.device_peak_flops(device, dtype)
+    tokens = args.rows * args.seq_len
+    operations = tokens * flops.flops_per_token_strict(config, args.seq_len)
+    parameters = sum(p.numel() for p in Llama(config).parameters())
+    cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {args.dtype}")
+    print(f"{parameters / 1e6:.1f} M parameters, {args.rows} x {args.seq_len} tokens, {args.rounds} rounds")
+    print(f"best matmul: {peak / 1e9:,.0f} GFLOP/s")
+    best = min(("Hugging Face", "Hugging Face compiled"), key=lambda name: statistics.median(seconds[name]))
+    for name, times in seconds.items():
+        rate = operations / statistics.median(times)
+        ratio = statistics.median(b / a for a, b in zip(times, seconds[best]))
+        print(f"{describe(name, times)}   {rate / 1e9:8,.0f} GFLOP/s {100 * rate / peak:5.1f}%   {ratio:.2f}x {best}")
+
+
+if __name__ == "__main__":
+    main()

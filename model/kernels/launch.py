@@ -1,0 +1,114 @@
+"""How the kernel files launch Triton, which is imported at the first launch: a CPU has no use for the second it takes.
+
+A launch is registered as a torch operator, which torch.compile takes into its graph as one opaque node: no graph
+break, on a CPU under Triton's interpreter just as on a GPU. Gradients are the business of autograd functions around the
+operators.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+tl = None
+"""A module that imports it finds triton.language there once its kernels are loaded."""
+
+
+class constexpr:  # noqa: N801
+    """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of that
+    name takes this one's place together with `tl`."""
+
+
+class LazyKernel:
+    """A kernel, or a function that kernels call, until the first launch in its module."""
+
+    def __init__(self, function: Callable, options: dict):
+        self.function, self.options = function, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        load_kernels(self.function.__globals__)
+        return self.function.__globals__[self.function.__name__][grid]
+
+
+def jit(function: Callable | None = None, **options) -> LazyKernel | Callable:
+    """triton.jit, but at the first launch."""
+    return LazyKernel(function, options) if function is not None else lambda function: LazyKernel(function, options)
+
+
+def load_kernels(module: dict[str, object]) -> None:
+    """Put Triton's functions in the place of a module's lazy ones; `module` is its namespace."""
+    import triton
+
+    module["tl"], module["constexpr"] = triton.language, triton.language.constexpr
+    for name, value in list(module.items()):
+        if isinstance(value, LazyKernel):
+            module[name] = triton.jit(value.function, **value.options)
+
+
+@cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU, as the environment says at the first launch."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+_LIBRARY = torch.library.Library("zero2all", "DEF")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register the decorated function, which launches kernels, as the operator zero2all::<schema>.
+
+    Args:
+        schema: name, arguments and results in torch's notation. It has no gradient formula.
+        fake: takes the same arguments and returns tensors of the same shapes, dtypes and strides, contents unset.
+    Returns:
+        a decorator; the name then stands for the operator.
+    """
+    name = schema[: schema.index("(")]
+
+    def register(launch: Callable) -> Callable:
+        def launch_interpreted(*args):
+            if not interpreted():
+                raise ValueError(
+                    f"{name} needs a CUDA device (or TRITON_INTERPRET=1 in the environment, to test it on a CPU): use "
+                    "the plain function"
+                )
+            return launch(*args)
+
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, launch, "CUDA")
+        _LIBRARY.impl(name, launch_interpreted, "CPU")
+        torch.library.register_fake(f"zero2all::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.zero2all, name).default
+
+    return register
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; a small number on a CPU, so that interpreted programs have several rows each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., C) as (N, C), its columns side by side in memory: a view if its strides allow."""
+    rows_NC = x.reshape(-1, x.shape[-1])
+    return rows_NC if rows_NC.stride(1) == 1 or rows_NC.shape[1] == 1 else rows_NC.contiguous()
+
+
+def check_dtypes(*tensors: Tensor) -> None:
+    """Raises: ValueError: a kernel that computes in float32 was given something it would silently round."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}")

@@ -1,0 +1,251 @@
+"""Output projection and cross entropy together, so that the logits are never whole in memory.
+
+    logits = hidden W^T,   loss = cross_entropy(logits, labels)
+
+N tokens are cut into chunks of n, and one chunk's logits at a time exist, in a buffer that all share.
+
+`linear_cross_entropy_sum` returns the sum of the losses, whose upstream gradient is one number; so it computes the
+gradients right after each chunk's losses, in the forward pass, and the backward pass multiplies them by that number
+(as Liger-Kernel does, Hsu et al., 2024; the numbers are exactly those of the whole, no approximation).
+`linear_token_logprobs` returns each token's log-probability, whose upstream gradients are only known later: it keeps
+two numbers a token (the maximum of its logits and the sum of their exponentials relative to it) and computes each
+chunk's logits again in the backward pass, a fourth matrix multiplication beside three.
+
+Memory beyond inputs and gradients, bytes, with e for the size of an element of the logits:
+
+    chunk of logits      n V e <= chunk_bytes; on a CPU n V (e + 4), the softmax being float32
+    losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n
+    for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
+
+Gradients: hidden's N C e; the weight's V C 4, float32, unless it is added to a buffer that exists. Matrix
+multiplications accumulate in float32; on a CPU the low-precision weight gradient of a chunk is rounded before it is
+added, as torch has no mixed multiplication there.
+
+Shapes: N tokens, C hidden size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.cross_entropy import TritonOps
+from model.kernels.support import available
+
+CHUNK_BYTES = 96 << 20
+"""Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
+CHUNK_MULTIPLE = 128
+"""Tokens a chunk, where there are enough: the tile of the matrix multiplications."""
+
+
+def linear_cross_entropy_reference(
+    hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+) -> Tensor:
+    """The definition: losses (N,) from whole logits."""
+    logits_NV = (hidden_NC @ weight_VC.T).float()
+    losses = F.cross_entropy(logits_NV, labels_N, ignore_index=ignore_index, reduction="none")
+    return losses + (z_loss * logits_NV.logsumexp(dim=-1).square()).where(labels_N != ignore_index, 0.0)
+
+
+class TorchOps:
+    """What the kernels of cross_entropy.py do to a chunk, in plain PyTorch: float32 inside, one float32 copy."""
+
+    @staticmethod
+    def _losses(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(losses, stats, exponentials relative to the maximum)."""
+        is_supervised = labels_N != ignore_index
+        maximum = logits_NV.amax(dim=-1).float()
+        shifted = logits_NV - maximum[:, None]
+        picked = shifted.gather(-1, labels_N.where(is_supervised, 0)[:, None])[:, 0]
+        exponentials = shifted.exp_()
+        total = exponentials.sum(dim=-1)
+        losses = total.log() - picked + z_loss * (maximum + total.log()).square()
+        return losses.where(is_supervised, 0.0), torch.stack((maximum, total), dim=-1), exponentials
+
+    @staticmethod
+    def _write_gradient(
+        logits_NV: Tensor, exponentials: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor,
+        ignore_index: int, z_loss: float,
+    ) -> None:  # fmt: skip
+        is_supervised = labels_N != ignore_index
+        upstream_N = upstream_N.where(is_supervised, 0.0)
+        maximum, total = stats_N2.unbind(-1)
+        of_z_loss = 2.0 * z_loss * (maximum + total.log())
+        label_column = labels_N.where(is_supervised, 0)[:, None]
+        probability = exponentials.gather(1, label_column)[:, 0] / total
+        # The label's own entry apart: where its probability is close to 1, (1 + z) p - 1 would lose the digits of z p.
+        of_label = upstream_N * ((probability - 1.0) + of_z_loss * probability)
+        exponentials *= (upstream_N * (1.0 + of_z_loss) / total)[:, None]
+        logits_NV.copy_(exponentials.scatter_(1, label_column, of_label[:, None]))
+
+    @staticmethod
+    def forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
+        return TorchOps._losses(logits_NV, labels_N, ignore_index, z_loss)[:2]
+
+    @staticmethod
+    def backward_(
+        logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int, z_loss: float
+    ) -> None:
+        exponentials = (logits_NV - stats_N2[:, :1]).exp_()
+        TorchOps._write_gradient(logits_NV, exponentials, labels_N, stats_N2, upstream_N, ignore_index, z_loss)
+
+    @staticmethod
+    def with_gradient_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor, ignore_index: int, z_loss: float) -> Tensor:
+        losses, stats, exponentials = TorchOps._losses(logits_NV, labels_N, ignore_index, z_loss)
+        upstream = scale.expand(len(labels_N))
+        TorchOps._write_gradient(logits_NV, exponentials, labels_N, stats, upstream, ignore_index, z_loss)
+        return losses
+
+
+def chunk_size(num_tokens: int, vocab_size: int, itemsize: int, chunk_bytes: int) -> int:
+    """Tokens a chunk: as few chunks as `chunk_bytes` allows, all about the same size."""
+    limit = max(chunk_bytes // (vocab_size * itemsize), 1)
+    multiple = CHUNK_MULTIPLE if limit >= CHUNK_MULTIPLE else 1
+    limit -= limit % multiple
+    even = -(-num_tokens // max(-(-num_tokens // limit), 1))
+    return max(-(-even // multiple) * multiple, 1)
+
+
+def _chunks(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk_bytes: int):
+    """(range of tokens, their hidden states, their labels, their logits) chunk by chunk; the logits' memory is the same
+    for all."""
+    size = chunk_size(len(hidden_NC), len(weight_VC), hidden_NC.element_size(), chunk_bytes)
+    buffer = hidden_NC.new_empty(min(size, len(hidden_NC)), len(weight_VC))
+    for start in range(0, len(hidden_NC), size):
+        tokens = slice(start, min(start + size, len(hidden_NC)))
+        logits = torch.mm(hidden_NC[tokens], weight_VC.T, out=buffer[: tokens.stop - start])
+        yield tokens, hidden_NC[tokens], labels_N[tokens], logits
+
+
+def _add_product_(total_VC: Tensor, a_VN: Tensor, b_NC: Tensor) -> None:
+    """total += a b, total in float32."""
+    if a_VN.dtype == torch.float32:
+        total_VC.addmm_(a_VN, b_NC)
+    elif total_VC.is_cuda:
+        torch.addmm(total_VC, a_VN, b_NC, out_dtype=torch.float32, out=total_VC)
+    else:
+        total_VC.add_(torch.mm(a_VN, b_NC))
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float,
+        weight_grad: Tensor | None, grad_scale: Tensor, chunk_bytes: int, use_triton: bool, with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
+        ops = TritonOps if use_triton else TorchOps
+        needs_dhidden, needs_dweight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
+        dhidden = torch.empty_like(hidden_NC) if needs_dhidden else None
+        dweight = None
+        if needs_dweight:
+            dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if weight_grad is None else weight_grad
+        losses = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
+        for tokens, hidden, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
+            if not (needs_dhidden or needs_dweight):
+                losses[tokens] = ops.forward(logits, labels, ignore_index, z_loss)[0]
+                continue
+            losses[tokens] = ops.with_gradient_(logits, labels, grad_scale, ignore_index, z_loss)
+            if needs_dhidden:
+                torch.mm(logits, weight_VC, out=dhidden[tokens])
+            if needs_dweight:
+                _add_product_(dweight, logits.T, hidden)
+        ctx.save_for_backward(dhidden, dweight if weight_grad is None else None, grad_scale)
+        ctx.added_to_buffer = needs_dweight and weight_grad is not None
+        return losses.sum(dtype=torch.float64).float()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        dhidden, dweight, grad_scale = ctx.saved_tensors
+        factor = upstream / grad_scale
+        if ctx.added_to_buffer:
+            # What is in the buffer cannot be scaled any more. To raise would take waiting for the GPU; a NaN shows at
+            # once in the norm of the gradients.
+            factor = torch.where((factor - 1.0).abs() <= 1e-5, 1.0, float("nan"))
+        gradients = [gradient.mul_(factor) if gradient is not None else None for gradient in (dhidden, dweight)]
+        return *gradients, *(None for _ in range(8))
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int, chunk_bytes: int,
+        use_triton: bool,
+    ) -> Tensor:  # fmt: skip
+        ops = TritonOps if use_triton else TorchOps
+        log_probs = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
+        stats = hidden_NC.new_empty((len(labels_N), 2), dtype=torch.float32)
+        for tokens, _, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
+            losses, stats[tokens] = ops.forward(logits, labels, ignore_index, 0.0)
+            torch.neg(losses, out=log_probs[tokens])
+        ctx.save_for_backward(hidden_NC, weight_VC, labels_N, stats)
+        ctx.constants = ignore_index, chunk_bytes, use_triton
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, upstream_N: Tensor):
+        hidden_NC, weight_VC, labels_N, stats = ctx.saved_tensors
+        ignore_index, chunk_bytes, use_triton = ctx.constants
+        ops = TritonOps if use_triton else TorchOps
+        dhidden = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for tokens, hidden, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
+            ops.backward_(logits, labels, stats[tokens], -upstream_N[tokens], ignore_index, 0.0)
+            if dhidden is not None:
+                torch.mm(logits, weight_VC, out=dhidden[tokens])
+            if dweight is not None:
+                _add_product_(dweight, logits.T, hidden)
+        return dhidden, dweight, None, None, None, None
+
+
+def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C) and (N,).
+
+    Raises:
+        ValueError: the dtypes differ, or there are not as many labels as hidden states.
+    """
+    hidden_NC, labels_N = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if hidden.dtype != weight_VC.dtype:
+        raise ValueError(f"hidden states and weight must have one dtype, not {hidden.dtype} and {weight_VC.dtype}")
+    if len(hidden_NC) != len(labels_N):
+        raise ValueError(f"{len(hidden_NC)} hidden states but {len(labels_N)} labels")
+    return hidden_NC, labels_N
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0,
+    weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
+    use_triton: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """The sum of the supervised tokens' losses, float32 scalar. Its backward pass may run once.
+
+    Args:
+        hidden: (..., C). `weight`: (V, C), same dtype. `labels`: int64 (...).
+        weight_grad: float32 (V, C); if given, `grad_scale` times the weight's gradient is added to it in this call and
+            autograd gets none. Then the sum must be multiplied by `grad_scale` and by nothing else on its way into the
+            loss: any other upstream gradient turns the hidden states' gradient into NaN.
+        grad_scale: what the upstream gradient is expected to be (loss scale over token count). The logits' gradient
+            carries it when it is rounded to their dtype, as on the plain path; with another upstream gradient, the
+            hidden states' gradient is multiplied by their ratio, which rounds it once more.
+        chunk_bytes: most memory of a chunk's logits.
+        use_triton: the kernel inside the chunks, or plain PyTorch; None: the kernel wherever it is available.
+    """
+    hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
+    if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
+        raise ValueError(f"weight_grad must be float32 {tuple(weight.shape)}: it is {weight_grad.dtype} "
+                         f"{tuple(weight_grad.shape)}")  # fmt: skip
+    if not isinstance(grad_scale, Tensor):
+        grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
+    use_triton = available(hidden.device) if use_triton is None else use_triton
+    return _LinearCrossEntropySum.apply(
+        hidden_NC, weight, labels_N, ignore_index, z_loss, weight_grad, grad_scale, chunk_bytes, use_triton,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+
+
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, chunk_bytes: int = CHUNK_BYTES,
+    use_triton: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """Log-probability of each label, float32 (N,), 0 where ignored; arguments as in `linear_cross_entropy_sum`."""
+    hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
+    use_triton = available(hidden.device) if use_triton is None else use_triton
+    return _LinearTokenLogprobs.apply(hidden_NC, weight, labels_N, ignore_index, chunk_bytes, use_triton)

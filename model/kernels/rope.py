@@ -1,0 +1,123 @@
+"""Rotary position embedding (Su et al., 2021) of queries and keys in one launch.
+
+With the angle a of a token's position and a channel pair (i, i + D/2), Hugging Face's convention:
+
+    y_i       = x_i       cos a - x_{i+D/2} sin a
+    y_{i+D/2} = x_{i+D/2} cos a + x_i       sin a
+
+A rotation's gradient is the rotation back: the same kernel with -sin. Nothing but the tables is kept.
+
+Memory traffic: q and k read once and written once, in either pass.
+
+Shapes: B batch, H query heads, K key heads, T tokens, D head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl
+from model.rope import apply_rope
+
+PAIRS_PER_WARP = 256
+"""Eight pairs a thread: two 16-byte loads of bfloat16."""
+MAX_WARPS = 16
+
+
+def rope_reference(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, in float32; each result in its input's dtype."""
+    return apply_rope(q_BHTD, cos, sin), apply_rope(k_BKTD, cos, sin)
+
+
+@jit
+def _rotate_heads(
+    x_ptr, out_ptr, head_stride, channel_stride, cos, sin,
+    HEADS: constexpr, BLOCK_H: constexpr, HALF: constexpr, BLOCK_HALF: constexpr,
+):  # fmt: skip
+    """All heads of one token, out contiguous."""
+    heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (heads < HEADS) & (pairs < HALF)
+    source = x_ptr + heads * head_stride + pairs * channel_stride
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF * channel_stride, mask=inside, other=0.0).to(tl.float32)
+    target = out_ptr + heads * (2 * HALF) + pairs
+    tl.store(target, first * cos - second * sin, mask=inside)
+    tl.store(target + HALF, second * cos + first * sin, mask=inside)
+
+
+@jit
+def _rope_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, num_tokens,
+    q_batch_stride, q_head_stride, q_token_stride, q_channel_stride,
+    k_batch_stride, k_head_stride, k_token_stride, k_channel_stride,
+    cos_batch_stride, cos_token_stride, sin_batch_stride, sin_token_stride,
+    BACK: constexpr, Q_HEADS: constexpr, K_HEADS: constexpr, BLOCK_Q: constexpr,
+    BLOCK_K: constexpr, HALF: constexpr, BLOCK_HALF: constexpr,
+):  # fmt: skip
+    """One token a program; forward, or BACK by the negative angle."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, token = program // num_tokens, program % num_tokens
+    pairs = tl.arange(0, BLOCK_HALF)
+    inside = pairs < HALF
+    cos = tl.load(cos_ptr + batch * cos_batch_stride + token * cos_token_stride + pairs, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + batch * sin_batch_stride + token * sin_token_stride + pairs, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
+    _rotate_heads(
+        q_ptr + batch * q_batch_stride + token * q_token_stride, q_out_ptr + program * (2 * HALF * Q_HEADS),
+        q_head_stride, q_channel_stride, cos[None, :], sin[None, :], Q_HEADS, BLOCK_Q, HALF, BLOCK_HALF,
+    )  # fmt: skip
+    _rotate_heads(
+        k_ptr + batch * k_batch_stride + token * k_token_stride, k_out_ptr + program * (2 * HALF * K_HEADS),
+        k_head_stride, k_channel_stride, cos[None, :], sin[None, :], K_HEADS, BLOCK_K, HALF, BLOCK_HALF,
+    )  # fmt: skip
+
+
+def _empty_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """(B, H, T, D) views of (B, T, H, D) memory: what the projections' gradients are reshaped from without a copy."""
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHTD, k_BKTD))
+
+
+@kernel_op("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)", _empty_rope)
+def _rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _empty_rope(q_BHTD, k_BKTD, cos, sin, back)
+    batch, q_heads, num_tokens, head_dim = q_BHTD.shape
+    k_heads, half = k_BKTD.shape[1], head_dim // 2
+    cos_BTP, sin_BTP = (table.squeeze(1).expand(batch, -1, -1) for table in (cos.contiguous(), sin.contiguous()))
+    block_q, block_k, block_half = (next_power_of_2(size) for size in (q_heads, k_heads, half))
+    _rope_kernel[(batch * num_tokens,)](
+        q_BHTD, k_BKTD, q_out, k_out, cos_BTP, sin_BTP, num_tokens, *q_BHTD.stride(), *k_BKTD.stride(),
+        cos_BTP.stride(0), cos_BTP.stride(1), sin_BTP.stride(0), sin_BTP.stride(1), BACK=back,
+        Q_HEADS=q_heads, K_HEADS=k_heads, BLOCK_Q=block_q, BLOCK_K=block_k, HALF=half, BLOCK_HALF=block_half,
+        num_warps=min(max(block_q * block_half // PAIRS_PER_WARP, 1), MAX_WARPS),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rope(q_BHTD, k_BKTD, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dq_BHTD: Tensor, dk_BKTD: Tensor):
+        return *_rope(dq_BHTD, dk_BKTD, *ctx.saved_tensors, True), None, None
+
+
+def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their tokens' angles; returns new tensors of the same shapes and dtypes, contiguous
+    when transposed to (B, T, H, D).
+
+    Args:
+        q_BHTD, k_BKTD: of any strides, D even; H and K may differ.
+        cos, sin: float32 (B or 1, 1, T, D / 2), without gradient.
+    """
+    check_dtypes(q_BHTD, k_BKTD)
+    batch, _, num_tokens, head_dim = q_BHTD.shape
+    for table in (cos, sin):
+        if table.dtype != torch.float32 or table.shape[1:] != (1, num_tokens, head_dim // 2) or head_dim % 2:
+            raise ValueError(
+                f"rope needs an even head dim and float32 tables (B or 1, 1, T, D / 2): got {tuple(table.shape)} in "
+                f"{table.dtype} for queries {tuple(q_BHTD.shape)}"
+            )
+    return _Rope.apply(q_BHTD, k_BKTD, cos, sin)

@@ -1,0 +1,177 @@
+"""AdamW (Loshchilov and Hutter, 2019) on flat tensors, one launch a tensor, and the gradient's sum of squares.
+
+    g <- g / grad_divisor       m <- m + (1 - b1) (g - m)       p <- p - lr wd p
+                                v <- v + (1 - b2) (g^2 - v)     p <- p - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps)
+
+with c1 = 1 - b1^t and c2 = 1 - b2^t: optimizer/adamw.py's step, whose separate passes (gradient to float32, main
+parameters to the model's weights, gradient to zero) are done on the way. Constants that depend on the step are computed
+in float64 and rounded once; square root and division are rounded correctly.
+
+Memory traffic, bytes a parameter: 24 for main parameter and moments, the gradient's 2 or 4 (twice that where it is
+zeroed), 2 for bfloat16 weights.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from optimizer.adamw import AdamWConfig, adamw_reference
+
+tl = None
+"""triton.language once the kernels are loaded."""
+
+
+class constexpr:  # noqa: N801
+    """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of that
+    name takes this one's place together with `tl`."""
+
+
+BLOCK, NUM_WARPS = 1024, 4
+"""Eight elements a thread: two 16-byte loads of float32 of each tensor."""
+SQUARES_BLOCK, SQUARES_PROGRAMS = 2048, 1024
+"""At most so many programs, each adding up its blocks; the same number on every GPU, hence the same bits."""
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device, as a sentence; None if they can."""
+    if device.type != "cuda":
+        return f"the Triton AdamW needs a CUDA device, not {device.type}"
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
+
+
+@torch.no_grad()
+def adamw_flat_reference(
+    main: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weights: Tensor | None, step: int, lr: float,
+    weight_decay: float, grad_divisor: float, config: AdamWConfig, zero_grad: bool = False,
+) -> None:  # fmt: skip
+    """The definition, in place; arguments as in `adamw_flat_step`."""
+    adamw_reference(main, grad.to(main.dtype) / grad_divisor, exp_avg, exp_avg_sq, step, lr, weight_decay, config)
+    if weights is not None:
+        weights.copy_(main)
+    if zero_grad:
+        grad.zero_()
+
+
+# The three kernels: Python's functions, until `_kernels` has Triton take them.
+
+
+def _adamw_kernel(
+    main_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, weights_ptr, numel, grad_divisor, decay, one_minus_beta1,
+    one_minus_beta2, step_size, sqrt_correction2, eps, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr,
+    BLOCK: constexpr,
+):  # fmt: skip
+    """BLOCK elements a program."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    main = tl.load(main_ptr + offsets, mask=inside, other=0.0)
+    exp_avg = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
+    grad = tl.div_rn(grad, grad_divisor)
+    main -= decay * main
+    exp_avg += one_minus_beta1 * (grad - exp_avg)
+    exp_avg_sq += one_minus_beta2 * (grad * grad - exp_avg_sq)
+    denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), sqrt_correction2) + eps
+    main -= tl.div_rn(step_size * exp_avg, denominator)
+    tl.store(main_ptr + offsets, main, mask=inside)
+    tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
+    if WRITE_WEIGHTS:
+        tl.store(weights_ptr + offsets, main, mask=inside)
+    if ZERO_GRAD:
+        tl.store(grad_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=inside)
+
+
+def _sum_of_squares_kernel(x_ptr, partial_ptr, numel, BLOCK: constexpr):
+    """Every P-th block of P programs, in float64."""
+    program, step = tl.program_id(0), tl.num_programs(0).to(tl.int64) * BLOCK
+    sums = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in tl.range(program.to(tl.int64) * BLOCK, numel, step):
+        offsets = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float64)
+        sums += x * x
+    tl.store(partial_ptr + program, tl.sum(sums, 0))
+
+
+def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(total_ptr, tl.sum(tl.load(partial_ptr + offsets, mask=offsets < count, other=0.0), 0))
+
+
+@cache
+def _kernels() -> dict[str, Callable]:
+    """The three kernels above by name, for Triton's compiler or its interpreter. Triton is imported here, at the first
+    step: a CPU has no use for the second it takes."""
+    import triton
+
+    globals().update(tl=triton.language, constexpr=triton.language.constexpr)
+    return {kernel.__name__: triton.jit(kernel) for kernel in (_adamw_kernel, _sum_of_squares_kernel, _sum_kernel)}
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on a CPU, as the environment says at the first step: for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    """Raises: ValueError: the kernels cannot run on these tensors, or would silently compute something else."""
+    first = next(iter(tensors.values()))
+    if (reason := unavailable_reason(first.device)) and not (first.device.type == "cpu" and _interpreted()):
+        raise ValueError(f"{reason}: use optimizer.adamw.adamw_step")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
+        if not tensor.is_contiguous() or tensor.numel() != first.numel() or tensor.device != first.device:
+            raise ValueError(f"{name} must be contiguous, as long as the others and on their device")
+
+
+@torch.no_grad()
+def adamw_flat_step(
+    main: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weights: Tensor | None, step: int, lr: float,
+    weight_decay: float, grad_divisor: float, config: AdamWConfig, zero_grad: bool = False,
+) -> None:  # fmt: skip
+    """One step in place on tensors of n elements, contiguous, on one CUDA device.
+
+    Args:
+        main, exp_avg, exp_avg_sq: float32.
+        grad: float32, bfloat16 or float16; read, and set to 0 with `zero_grad`. The unscaled one is not written back.
+        weights: low-precision copy of `main` to write, if there is one.
+        step: number of this step, from 1.
+        grad_divisor: gradients are divided by it first (loss scale over clipping factor).
+    """
+    tensors = {"main": main, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
+    _check(tensors if weights is None else tensors | {"weights": weights})
+    if any(state.dtype != torch.float32 for state in (main, exp_avg, exp_avg_sq)):
+        raise ValueError("main parameters and moments must be float32")
+    if main.numel() == 0:
+        return
+    _kernels()["_adamw_kernel"][(-(-main.numel() // BLOCK),)](
+        main, exp_avg, exp_avg_sq, grad, weights, main.numel(), float(grad_divisor), lr * weight_decay,
+        1 - config.beta1, 1 - config.beta2, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step),
+        config.eps, WRITE_WEIGHTS=weights is not None, ZERO_GRAD=zero_grad, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Of all elements of a contiguous float32, bfloat16 or float16 tensor: float64 scalar on its device, the same bits
+    every time."""
+    _check({"tensor": tensor})
+    num_programs = min(-(-tensor.numel() // SQUARES_BLOCK), SQUARES_PROGRAMS)
+    partial = torch.empty(num_programs, dtype=torch.float64, device=tensor.device)
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if num_programs:
+        _kernels()["_sum_of_squares_kernel"][(num_programs,)](
+            tensor, partial, tensor.numel(), BLOCK=SQUARES_BLOCK, num_warps=NUM_WARPS
+        )  # fmt: skip
+        _kernels()["_sum_kernel"][(1,)](partial, total, num_programs, BLOCK=SQUARES_PROGRAMS, num_warps=NUM_WARPS)
+    return total

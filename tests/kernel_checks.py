@@ -1,0 +1,149 @@
+"""What the tests of Triton kernels share: a device to run them on and the rule for their errors.
+
+With a GPU the kernels are compiled. Without one they run in Triton's interpreter, on CPU tensors. Triton reads
+TRITON_INTERPRET where a function is decorated, its own ones when they are imported; so this module sets the variable,
+imports Triton, loads the kernels, and puts it back: no child process inherits it. It comes too late if something has
+imported Triton already; then the tests that import it are skipped, and tests/unit/test_kernels_support.py fails.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.kernels import cross_entropy, launch, rms_norm, rope, swiglu
+from optimizer import adamw_triton
+
+KERNEL_MODULES = (rms_norm, rope, swiglu, cross_entropy)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load_interpreted() -> None:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        # Triton imports this one at the first launch, and it has to be interpreted as the rest.
+        importlib.import_module("triton.experimental.gluon")
+        for module in KERNEL_MODULES:
+            launch.load_kernels(vars(module))
+        adamw_triton._kernels()
+        assert launch.interpreted() and adamw_triton._interpreted()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _round_to_bfloat16() -> None:
+    """Triton's interpreter cuts float32 off where it makes bfloat16 of it; a GPU rounds, and errors are judged here."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
+
+    interpreter._convert_float = rounding
+
+
+def _patch_once() -> None:
+    """Before each call of a function, Triton's interpreter goes through all of triton.language to replace what it finds
+    there, a millisecond each time. What it once replaced stays replaced here."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    patch, patched = interpreter._patch_lang, set()
+
+    class KeepPatched:
+        def restore(self) -> None:
+            pass
+
+    def patch_once(function) -> KeepPatched:
+        languages = {value.__name__ for value in function.__globals__.values() if inspect.ismodule(value)}
+        if not languages <= patched:
+            patch(function)
+            patched.update(languages)
+            # Triton 3.6 gives int() an array of one dimension, which numpy no longer takes.
+            interpreter.tl.tensor.__index__ = lambda self: self.handle.data.item()
+        return KeepPatched()
+
+    interpreter._patch_lang = patch_once
+
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if torch.cuda.is_available():
+    DEVICE = "cuda"
+else:
+    DEVICE = "cpu"
+    if "triton" in sys.modules:
+        pytest.skip("Triton was imported too early to be interpreted: run these tests alone", allow_module_level=True)
+    _load_interpreted()
+    _round_to_bfloat16()
+    _patch_once()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> float:
+    """Of `dtype`, at the largest magnitude in `exact`."""
+    limits = torch.finfo(dtype)
+    largest = exact.abs().max().clamp(min=limits.smallest_normal)
+    return limits.eps * 2.0 ** largest.log2().floor().item()
+
+
+def error_ratio(ours: Tensor, eager: Tensor, exact: Tensor) -> float:
+    """Our largest error over what is allowed: twice the eager path's, or one unit in the last place if that is more."""
+    assert ours.dtype == eager.dtype and ours.shape == eager.shape == exact.shape
+    assert ours.isfinite().all()
+    if not exact.numel():
+        return 0.0
+    error, eager_error = ((x.double() - exact).abs().max().item() for x in (ours, eager))
+    return error / max(2.0 * eager_error, unit_in_the_last_place(exact, ours.dtype))
+
+
+def results_and_gradients(function: Callable, leaves: Sequence[Tensor], upstream: Sequence[Tensor] | None):
+    """(results, gradients of the leaves that require them) for given gradients of the results; random ones for None."""
+    results = function(*leaves)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    if upstream is None:
+        upstream = [draw(*result.shape, dtype=result.dtype, seed=99 + i) for i, result in enumerate(results)]
+    needing = [leaf for leaf in leaves if leaf.requires_grad]
+    gradients = torch.autograd.grad(results, needing, [u.to(r.dtype) for u, r in zip(upstream, results)])
+    return [result.detach() for result in results], list(gradients), upstream
+
+
+def compare(
+    ours: Callable, eager: Callable, exact: Callable, inputs: Sequence[Tensor], upstream: Sequence[Tensor] | None = None
+) -> None:
+    """Demand of `ours`, results and gradients, an error no larger than allowed.
+
+    Args:
+        ours, eager, exact: take the inputs; `exact` gets them in float64.
+        inputs: leaves; functions make views of them if they want some. Gradients are compared of all that are floating.
+    """
+
+    # The fixture that guards all tests puts it back. On tensors this small, more threads only wait for each other.
+    torch.set_num_threads(1)
+
+    def fresh(wide: bool) -> list[Tensor]:
+        leaves = [x.detach().clone() for x in inputs]
+        leaves = [x.double() if wide and x.is_floating_point() else x for x in leaves]
+        return [x.requires_grad_() if x.is_floating_point() else x for x in leaves]
+
+    *of_eager, upstream = results_and_gradients(eager, fresh(False), upstream)
+    *of_ours, _ = results_and_gradients(ours, fresh(False), upstream)
+    *of_exact, _ = results_and_gradients(exact, fresh(True), upstream)
+    for kind, a, b, c in zip(("result", "gradient"), of_ours, of_eager, of_exact):
+        for index, tensors in enumerate(zip(a, b, c)):
+            ratio = error_ratio(*tensors)
+            assert ratio <= 1.0, f"{kind} {index}: {ratio:.2f} of the error allowed"

@@ -1,0 +1,183 @@
+"""Projection and cross entropy in chunks, with the Triton kernels and in plain PyTorch, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.kernels.linear_cross_entropy import (
+    chunk_size,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_sum,
+    linear_token_logprobs,
+)  # fmt: skip
+from tests.kernel_checks import DEVICE, DTYPES, compare, draw
+
+SHAPES = [(1, 1, 1), (7, 16, 33), (12, 24, 300), (0, 4, 8), (4, 8, 4999)]
+"""N, C, V."""
+with_and_without_triton = pytest.mark.parametrize("use_triton", [True, False], ids=["triton", "torch"])
+
+
+def case(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels with ignored ones."""
+    tokens, size, vocab_size = shape
+    labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(5))
+    labels[3::4] = -100
+    return draw(tokens, size, dtype=dtype), draw(vocab_size, size, dtype=dtype, seed=1), labels.to(DEVICE)
+
+
+def exact_losses(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
+    logits = hidden @ weight.T
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses + (z_loss * logits.logsumexp(-1).square()).where(labels != -100, 0.0)
+
+
+def three_chunks(tokens: int, weight: Tensor) -> int:
+    """chunk_bytes that cuts the tokens into three."""
+    return max(-(-tokens // 3), 1) * len(weight) * weight.element_size()
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, z_loss", [*((shape, 0.0) for shape in SHAPES), ((7, 16, 33), 1e-3)])
+@pytest.mark.parametrize("upstream, grad_scale", [(0.3, 0.3), (0.5, 1.0)], ids=["as expected", "half"])
+def test_sum(
+    shape: tuple[int, int, int], z_loss: float, upstream: float, grad_scale: float, dtype: torch.dtype, use_triton: bool
+):
+    """The upstream gradient that was expected, and one whose ratio to that multiplies without rounding."""
+    hidden, weight, labels = case(shape, dtype)
+    options = {"z_loss": z_loss, "chunk_bytes": three_chunks(shape[0], weight), "use_triton": use_triton}
+    compare(
+        lambda h, w: linear_cross_entropy_sum(h, w, labels, grad_scale=grad_scale, **options),
+        lambda h, w: linear_cross_entropy_reference(h, w, labels, z_loss=z_loss).sum(),
+        lambda h, w: exact_losses(h, w, labels, z_loss).sum(), [hidden, weight],
+        upstream=[torch.tensor(upstream, device=DEVICE)],
+    )  # fmt: skip
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, use_triton: bool):
+    hidden, weight, labels = case(shape, dtype)
+    chunk_bytes = three_chunks(shape[0], weight)
+    compare(
+        lambda h, w: linear_token_logprobs(h, w, labels, chunk_bytes=chunk_bytes, use_triton=use_triton),
+        lambda h, w: -linear_cross_entropy_reference(h, w, labels), lambda h, w: -exact_losses(h, w, labels),
+        [hidden, weight],
+    )  # fmt: skip
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("function", [linear_cross_entropy_sum, linear_token_logprobs])
+def test_large_logits_and_all_labels_ignored(function, use_triton: bool):
+    for scale, labels in ((100.0, [0, 8, -100]), (1.0, [-100, -100, -100])):
+        hidden, weight = draw(3, 5, scale=scale).requires_grad_(), draw(9, 5, seed=1, scale=scale).requires_grad_()
+        labels = torch.tensor(labels, device=DEVICE)
+        ours = function(hidden, weight, labels, use_triton=use_triton, chunk_bytes=2 * 9 * 4).sum()
+        eager = linear_cross_entropy_reference(hidden, weight, labels).sum()
+        assert torch.allclose(ours.abs(), eager)
+        for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (ours, eager))):
+            assert a.isfinite().all() and torch.allclose(a.abs(), b.abs(), atol=1e-6)
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("function", [linear_cross_entropy_sum, linear_token_logprobs])
+@pytest.mark.parametrize("needed", [0, 1])
+def test_gradient_of_one_input_only(needed: int, function, use_triton: bool):
+    hidden, weight, labels = case((7, 6, 11))
+    (hidden, weight)[needed].requires_grad_()
+    ours = function(hidden, weight, labels, use_triton=use_triton, chunk_bytes=200).sum()
+    eager = linear_cross_entropy_reference(hidden, weight, labels).sum()
+    a, b = (torch.autograd.grad(x, (hidden, weight)[needed])[0] for x in (ours, eager))
+    assert torch.allclose(a.abs(), b.abs(), rtol=1e-5, atol=1e-6)
+
+
+@with_and_without_triton
+def test_hidden_states_that_are_a_view(use_triton: bool):
+    hidden, weight, labels = case((12, 6, 11))
+    hidden.requires_grad_()
+    view = hidden.view(3, 4, 6)[:, 1:]
+    labels = labels.view(3, 4)[:, 1:]
+    ours = linear_cross_entropy_sum(view, weight, labels, use_triton=use_triton, chunk_bytes=200)
+    eager = linear_cross_entropy_reference(view.flatten(0, 1), weight, labels.flatten()).sum()
+    a, b = (torch.autograd.grad(x, hidden)[0] for x in (ours, eager))
+    assert torch.allclose(ours, eager) and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@with_and_without_triton
+def test_without_gradients_only_the_losses_are_computed(use_triton: bool):
+    hidden, weight, labels = case((7, 6, 11))
+    weight.requires_grad_()
+    with torch.no_grad():
+        loss = linear_cross_entropy_sum(hidden, weight, labels, use_triton=use_triton)
+    assert not loss.requires_grad
+    assert torch.allclose(loss, linear_cross_entropy_reference(hidden, weight, labels).sum())
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradient_added_to_a_buffer(dtype: torch.dtype, use_triton: bool):
+    hidden, weight, labels = case((20, 6, 33), dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    options = {"use_triton": use_triton, "chunk_bytes": 1000}
+    expected = torch.autograd.grad(
+        linear_cross_entropy_sum(hidden, weight, labels, grad_scale=0.25, **options) * 0.25, (hidden, weight)
+    )
+    buffer = torch.ones(33, 6, device=DEVICE)
+    loss = linear_cross_entropy_sum(hidden, weight, labels, weight_grad=buffer, grad_scale=0.25, **options)
+    (loss * 0.25).backward()
+    assert weight.grad is None and torch.equal(hidden.grad, expected[0])
+    assert torch.allclose(buffer - 1, expected[1].float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_another_upstream_gradient_than_the_buffer_was_promised_shows():
+    hidden, weight, labels = case((5, 6, 7))
+    hidden.requires_grad_(), weight.requires_grad_()
+    buffer = torch.zeros(7, 6, device=DEVICE)
+    linear_cross_entropy_sum(hidden, weight, labels, weight_grad=buffer, grad_scale=0.5).backward()
+    assert hidden.grad.isnan().all()
+
+
+@with_and_without_triton
+def test_grad_scale_keeps_small_gradients_in_float16(use_triton: bool):
+    """Softmax's tail underflows in float16 unless the loss scale reaches it before it is rounded."""
+    weight = torch.eye(8, device=DEVICE).half()
+    hidden = (torch.eye(8, device=DEVICE)[:1] * 18).half().requires_grad_()
+    labels = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for grad_scale, survives in ((1024.0, True), (torch.tensor(1.0, device=DEVICE), False)):
+        loss = linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton)
+        (gradient,) = torch.autograd.grad(loss * 1024.0, hidden)
+        assert (gradient[0, 1:] > 0).all() == survives
+
+
+def test_a_second_backward_pass_is_an_error():
+    hidden, weight, labels = case((5, 6, 7))
+    loss = linear_cross_entropy_sum(hidden.requires_grad_(), weight, labels, use_triton=False)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("tokens, vocab_size, itemsize, chunk_bytes", [
+    (16_384, 64_320, 2, 96 << 20), (16_384, 151_936, 2, 96 << 20), (5, 100, 4, 1), (1, 10, 4, 1 << 30), (0, 10, 2, 100),
+    (1000, 1000, 2, 128 * 2000), (1000, 1000, 2, 127 * 2000),
+])  # fmt: skip
+def test_chunks_keep_to_the_budget_and_are_about_even(tokens: int, vocab_size: int, itemsize: int, chunk_bytes: int):
+    size = chunk_size(tokens, vocab_size, itemsize, chunk_bytes)
+    row = vocab_size * itemsize
+    assert size >= 1 and (size * row <= chunk_bytes or size == 1)
+    count = -(-tokens // size)
+    limit = max(chunk_bytes // row, 1)
+    fewest = -(-tokens // (limit - limit % 128 if limit >= 128 else limit))
+    assert count == fewest
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, weight, labels = case((5, 6, 7))
+    with pytest.raises(ValueError, match="one dtype"):
+        linear_cross_entropy_sum(hidden, weight.half(), labels)
+    with pytest.raises(ValueError, match="4 labels"):
+        linear_token_logprobs(hidden, weight, labels[1:])
+    with pytest.raises(ValueError, match="float32"):
+        linear_cross_entropy_sum(hidden, weight, labels, weight_grad=torch.zeros(7, 6, dtype=torch.float16))

@@ -1,0 +1,195 @@
+"""Which implementation an op uses, and that the model is the same with each that runs here."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Llama, LlamaConfig
+from model.attention import causal_mask, document_starts, implementation
+from model.dropout import DropoutKey
+from model.merged_linear import merged_linear, merged_linear_reference
+from model.ops import CHOICES, REFERENCE, build_ops, choose_ops
+from optimizer import choose_kernel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CONFIG = LlamaConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32,
+).resolve()  # fmt: skip
+
+
+def test_a_cpu_uses_plain_pytorch():
+    names = choose_ops("auto", {}, CPU, torch.float32)
+    assert names == dict(REFERENCE.names) and set(names) == set(CHOICES)
+    assert choose_ops("reference", {}, CPU, torch.bfloat16) == names
+    assert choose_ops("auto", {"cross_entropy": "chunked"}, CPU, torch.float32)["cross_entropy"] == "chunked"
+    assert choose_kernel("auto", "", CPU) == choose_kernel("reference", "", CPU) == "torch"
+
+
+@pytest.mark.parametrize(("kernels", "overrides", "message"), [
+    ("triton", {}, "--kernels=triton cannot be used: the Triton kernels need a CUDA device, not cpu"),
+    ("auto", {"rope": "triton"}, "--rope_kernel=triton cannot be used"),
+    ("auto", {"rms_norm": "apex"}, "--rms_norm_kernel=apex cannot be used: the package apex is not installed"),
+    ("auto", {"attention": "varlen"}, "--attention_kernel=varlen cannot be used: it needs a CUDA device"),
+    ("auto", {"rope": "apex"}, "rope can be reference, triton, liger, not apex"),
+])  # fmt: skip
+def test_what_cannot_be_had_is_refused(kernels: str, overrides: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        choose_ops(kernels, overrides, CPU, torch.float32)
+
+
+def test_the_optimizers_kernel_is_refused_without_a_gpu():
+    for kernels, wanted in (("triton", ""), ("auto", "triton")):
+        with pytest.raises(ValueError, match="cannot be used: the Triton AdamW needs a CUDA device"):
+            choose_kernel(kernels, wanted, CPU)
+
+
+def test_a_gpu_uses_triton_and_varlen(monkeypatch):
+    monkeypatch.setattr("model.kernels.support.unavailable_reason", lambda device: None)
+    names = choose_ops("auto", {}, CUDA, torch.bfloat16)
+    assert {names[op] for op in CHOICES if op != "attention"} == {"triton"} and names["attention"] == "varlen"
+    # FlashAttention has no float32.
+    assert choose_ops("auto", {}, CUDA, torch.float32)["attention"] == "sdpa"
+    with pytest.raises(ValueError, match="varlen takes bfloat16 and float16, not float32"):
+        choose_ops("auto", {"attention": "varlen"}, CUDA, torch.float32)
+    assert set(choose_ops("reference", {}, CUDA, torch.bfloat16).values()) == {"reference", "sdpa"}
+
+
+def run(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **options):
+    """(loss, gradients) of a model in training."""
+    config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": dropout})
+    model = Llama(config, ops=ops, **options)
+    model.initialize(3)
+    model.train()
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(97, (2, 24), generator=generator) for _ in range(2))
+    key = DropoutKey(7, torch.tensor([5, 6])) if dropout else None
+    starts = document_starts(documents) if documents is not None and model.wants_document_starts else None
+    loss = model.loss_sum(model(ids, None, documents, dropout_key=key, document_starts=starts), labels)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_alike(first, second, rtol: float) -> None:
+    assert torch.allclose(first[0], second[0], rtol=rtol)
+    for name, grad in first[1].items():
+        assert (grad - second[1][name]).norm() <= rtol * grad.norm(), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("keeps", ["nothing", "matmuls"])
+def test_recomputation_gives_the_same_bits(dropout: float, keeps: str):
+    expected = run(REFERENCE, dropout)
+    found = run(REFERENCE, dropout, gradient_checkpointing=True, checkpoint_keeps=keeps)
+    assert expected[0] == found[0]
+    assert all(torch.equal(grad, found[1][name]) for name, grad in expected[1].items())
+
+
+def test_selective_recomputation_keeps_matmuls():
+    """Counted: with everything recomputed, six of a block's seven matmuls of the forward pass are done twice (nothing
+    needs the last one's output)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.matmuls = 0
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            self.matmuls += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return function(*args, **(kwargs or {}))
+
+    counts = {}
+    for keeps in ("all", "nothing", "matmuls"):
+        options = {} if keeps == "all" else {"gradient_checkpointing": True, "checkpoint_keeps": keeps}
+        with Count() as count:
+            run(REFERENCE, **options)
+        counts[keeps] = count.matmuls
+    assert counts["matmuls"] == counts["all"] and counts["nothing"] == counts["all"] + 6 * 3
+
+
+def test_losses_in_chunks_equal_whole_ones():
+    chunked = build_ops(dict(REFERENCE.names) | {"cross_entropy": "chunked"})
+    assert_alike(run(REFERENCE), run(chunked), 1e-5)
+
+
+def test_plain_attention_equals_torchs():
+    documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 20 + [2]])
+    plain = build_ops(dict(REFERENCE.names) | {"attention": "plain"})
+    for cut in (None, documents):
+        assert_alike(run(REFERENCE, documents=cut), run(plain, documents=cut), 1e-5)
+
+
+def test_merged_projections_equal_separate_ones():
+    generator = torch.Generator().manual_seed(1)
+    x, *weights = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+                   for shape in ((2, 5, 8), (6, 8), (3, 8)))  # fmt: skip
+    ours, expected = merged_linear(x, *weights), merged_linear_reference(x, *weights)
+    assert torch.allclose(ours, expected)
+    upstream = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(y, (x, *weights), upstream) for y in (ours, expected))):
+        assert torch.allclose(a, b)
+    frozen = [weight.detach() for weight in weights]
+    ours, expected = merged_linear(x, *frozen), merged_linear_reference(x, *frozen)
+    assert torch.allclose(*(torch.autograd.grad(y, x, upstream)[0] for y in (ours, expected)))
+
+
+def test_where_documents_start():
+    ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 2, 2], [0, 1, 2, 3, 3]])
+    starts = document_starts(ids)
+    assert starts.dtype == torch.int32 and starts.tolist() == [0, 2, 5, 10, 11, 12, 13, 15]
+
+
+def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **options):
+    """A stand-in for FlashAttention's packed function, document by document in plain PyTorch."""
+    assert options in ({"causal": True}, {"window_size": (-1, 0), "enable_gqa": True}, {"window_size": (-1, 0)})
+    rows = []
+    for first, last in zip(starts.tolist(), starts.tolist()[1:]):
+        q, k, v = (x[first:last].transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
+        rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attn"])
+def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
+    """The layouts that the libraries want, against plain attention under the mask."""
+    fake = types.SimpleNamespace(
+        flash_attn_varlen_func=attend_by_tokens, varlen_attn=attend_by_tokens,
+        flash_attn_func=lambda q, k, v, causal: attend_by_tokens(
+            *(x.flatten(0, 1) for x in (q, k, v)), torch.arange(q.shape[0] + 1) * q.shape[1], None, 0, 0, causal=causal
+        ).view(q.shape),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, {"varlen": "torch.nn.attention.varlen"}.get(name, name), fake)
+    causal, packed = implementation(name)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 12, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+    for out, cut in ((packed(q, k, v, document_starts(ids)), ids), (causal(q, k, v), None)):
+        mask = causal_mask(12, 12, cut, CPU)
+        assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    ops = build_ops(dict(REFERENCE.names) | {"attention": name})
+    assert_alike(run(ops, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])),
+                 run(REFERENCE, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])), 1e-5)  # fmt: skip
+
+
+def test_documents_do_not_see_each_other():
+    """Packed equals unpacked, and the gradient of one document's loss with respect to another's input is exactly 0."""
+    model = Llama(CONFIG)
+    model.initialize(1)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(97, (1, 24), generator=generator)
+    documents, positions = torch.tensor([[0] * 9 + [1] * 15]), torch.tensor([[*range(9), *range(15)]])
+    packed = model(ids, positions, documents)
+    alone = torch.cat([model(ids[:, :9]), model(ids[:, 9:])], dim=1)
+    labels = torch.randint(97, (1, 24), generator=generator)
+    losses = [model.loss_sum(hidden, labels).item() for hidden in (packed, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    embedded = []
+    hook = model.embed_tokens.register_forward_hook(lambda _m, _i, out: embedded.append(out) or out.retain_grad())
+    hidden = model(ids, positions, documents)
+    hook.remove()
+    model.loss_sum(hidden[:, 9:], labels[:, 9:]).backward()
+    assert embedded[0].grad[:, 9:].abs().max() > 0 and (embedded[0].grad[:, :9] == 0).all()
