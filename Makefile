@@ -32,15 +32,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
-	$(BIN)/python -m pytest $(TWO_FILES) -m "not soak" tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not soak" tests/chaos tests/dist tests/gpu
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto tests/unit
-	$(BIN)/python -m pytest $(TWO_FILES) tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) tests/chaos tests/dist tests/gpu
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n auto -m "not slow and not soak" tests/unit
-	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not soak" tests/dist tests/chaos tests/gpu
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not soak" tests/chaos tests/dist tests/gpu
 
 chaos: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.campaign --seed 1 --faults 200

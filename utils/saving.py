@@ -203,7 +203,8 @@ class CheckpointWriter:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             record[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
-        atomic_write_json(self.directory / f"rank-{self.place.rank}.done.json", record)
+        # Nothing after it: the first rank may already be moving the directory to its place. It flushes the directory.
+        atomic_write_json(self.directory / f"rank-{self.place.rank}.done.json", record, durable=False)
 
     def commit(self, valid_loss: float | None, give_up: Callable[[], bool]) -> Path | None:
         """The store's first rank: wait for the records of all its ranks, write the manifest, rename.

@@ -374,6 +374,25 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
                 assert same_bits(found, expected)
 
 
+def test_the_first_rank_may_move_the_directory_once_a_ranks_record_is_there(tmp_path: Path, monkeypatch):
+    """A rank that flushed the directory after its record found it gone, now and then, and failed the save."""
+    place = Place(0, 1, (0,))
+    writer, replace = CheckpointWriter(tmp_path, 1, place, "x"), os.replace
+    writer.add_json("a.json", 1)
+    writer.make_directory()
+    writer.write_files()
+
+    def replace_and_commit(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == "rank-0.done.json":
+            monkeypatch.undo()
+            CheckpointWriter(tmp_path, 1, place, "x").commit(None, lambda: False)
+
+    monkeypatch.setattr(os, "replace", replace_and_commit)
+    writer.finish()
+    assert steps_of(tmp_path) == [1] and find_problem(tmp_path / "step-1") is None
+
+
 def needed(retention: Retention, steps: list[int], scores: list[float | None]) -> set[int]:
     """Steps to keep, by the definition: with how few others before it each one is."""
     scored = [(score, -step) for step, score in zip(steps, scores) if score is not None and abs(score) < float("inf")]
