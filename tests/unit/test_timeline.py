@@ -142,7 +142,7 @@ def test_without_matplotlib_the_numbers_are_there(on: Path, capsys: pytest.Captu
         (b"", "is not whole JSON"),
         (b'{"traceEvents": [', "is not whole JSON"),
         (b"[" * 100_000, "is not whole JSON"),
-        (gzip.compress(b'{"traceEvents": []}' * 100)[:-30], "cannot be read"),
+        (gzip.compress(b'{"traceEvents": []}' * 100, mtime=0)[:-30], "cannot be read"),
         (b"[]", "is no Chrome trace"),
         (b'{"traceEvents": 3}', "is no Chrome trace"),
         (b'{"traceEvents": [7, {"ph": "X", "cat": "x", "name": "step 1", "ts": "now", "dur": 1}]}', "holds no step"),
