@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Each of these tests is several processes by itself, which wait for each other a good part of the time.
-TWO_FILES := -n 2 --dist loadfile
+# Each of these tests is several processes by itself, which wait for each other a good part of the time. The longest file
+# goes first, though it has the fewest tests.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all test-fast chaos lint clean
 

@@ -76,10 +76,10 @@ def leave_half_a_file() -> None:
 def around_manifest() -> None:
     original = saving.atomic_write_json
 
-    def atomic_write_json(path: Path, value: object) -> None:
+    def atomic_write_json(path: Path, value: object, **options: bool) -> None:
         if path.name == MANIFEST:
             strike("before_manifest")
-        original(path, value)
+        original(path, value, **options)
         if path.name == MANIFEST:
             strike("before_rename")
 

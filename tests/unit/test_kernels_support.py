@@ -56,7 +56,7 @@ def test_the_tests_of_kernels_are_not_skipped():
         pytest.fail(str(skipped))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile the kernels")
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path):
