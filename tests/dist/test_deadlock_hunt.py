@@ -133,7 +133,7 @@ def hunt(world_sizes: tuple[int, ...], steps: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    "steps", [pytest.param(20, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)]
+    "steps", [pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)]
 )
 def test_no_mismatch_and_no_hang(steps: int):
     sizes = (2, 4)

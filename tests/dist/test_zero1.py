@@ -379,7 +379,7 @@ def compiled() -> dict:
     return answer
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_blocks_wait_too():
     check_slow_gathers(run_ranks(2, compiled))
 

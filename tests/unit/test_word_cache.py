@@ -21,7 +21,9 @@ FRAMES = {(3, 0): "1{}\n", (1, 0): "a{}b", (2, 3): " {} "}
 """Limits of digits and Chinese characters -> where this tokenizer sees every character."""
 
 
-@pytest.fixture(scope="module", params=FRAMES, ids=str)
+@pytest.fixture(scope="module", params=[
+    (2, 3), *(pytest.param(limits, marks=pytest.mark.soak) for limits in FRAMES if limits != (2, 3)),
+], ids=str)  # fmt: skip
 def both(request: pytest.FixtureRequest) -> HFBBPETokenizer:
     """A tokenizer; with one thread it goes through the cache, with many it does not."""
     return train_hf_bbpe(
