@@ -28,19 +28,13 @@ from model.rope import inverse_frequencies, rope_tables
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), computed in float32: of a sum, which it returns,
+    too."""
 
     def __init__(self, size: int, eps: float, ops: Ops = REFERENCE):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.ops = eps, ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
-
-
-class AddRMSNorm(RMSNorm):
-    """The norm of a sum, and the sum."""
 
     def forward(
         self, h_BTC: Tensor, x_BTC: Tensor | None, dropout_p: float, key: DropoutKey | None, site: int
@@ -72,9 +66,9 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.self_attn = Attention(config, ops)
-        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
 
     def forward(
@@ -161,7 +155,7 @@ class Llama(nn.Module):
         """Rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.num_hidden_layers))
-        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight

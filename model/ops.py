@@ -25,7 +25,7 @@ from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import support
 from model.kernels import swiglu as gated
-from model.loss import cross_entropy, cross_entropy_sum
+from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "rms_norm": ("reference", "triton", "liger", "apex"),
@@ -35,15 +35,23 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("sdpa", "plain", "varlen", "flash_attn", "xformers"),
 }
 _PACKAGES = {"liger": "liger_kernel", "apex": "apex", "flash_attn": "flash_attn", "xformers": "xformers"}
-_ON_A_CPU = {"rms_norm": "reference", "rope": "reference", "swiglu": "reference", "cross_entropy": "reference",
+_PLAIN = {"rms_norm": "reference", "rope": "reference", "swiglu": "reference", "cross_entropy": "reference",
              "attention": "sdpa"}  # fmt: skip
+
+
+def _plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy_sum(torch.nn.functional.linear(hidden, weight), labels)
+
+
+def _plain_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return -cross_entropy(torch.nn.functional.linear(hidden, weight), labels)
 
 
 @dataclass(frozen=True)
 class Ops:
     """The functions that the model calls. Shapes as in the files that they come from."""
 
-    names: Mapping[str, str] = field(default_factory=lambda: dict(_ON_A_CPU))
+    names: Mapping[str, str] = field(default_factory=lambda: dict(_PLAIN))
     """Op -> implementation."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = norm.rms_norm_reference
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = norm.add_rms_norm_reference
@@ -51,10 +59,10 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor] = gated.swiglu_reference
     swiglu_packed: Callable[[Tensor], Tensor] | None = None
     """Of gate and up side by side, which then come out of one matmul; None: two matmuls."""
-    loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """(hidden, head's weight, labels) -> sum of the losses; set below."""
-    token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    """(hidden, head's weight, labels) -> log-probability of each label; set below."""
+    loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _plain_loss_sum
+    """(hidden, head's weight, labels) -> sum of the losses."""
+    token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = _plain_logprobs
+    """(hidden, head's weight, labels) -> log-probability of each label."""
     causal: Callable[[Tensor, Tensor, Tensor], Tensor] = attn.sdpa_causal
     """Causal attention without mask and cache."""
     packed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
@@ -69,19 +77,11 @@ class Ops:
         return " ".join(f"{op}={name}" for op, name in self.names.items())
 
 
-def _plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy_sum(torch.nn.functional.linear(hidden, weight), labels)
-
-
-def _plain_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return -cross_entropy(torch.nn.functional.linear(hidden, weight), labels)
-
-
-REFERENCE = Ops(loss_sum=_plain_loss_sum, token_logprobs=_plain_logprobs)
+REFERENCE = Ops()
 
 
 def choose_ops(
-    kernels: str, overrides: Mapping[str, str], device: torch.device, dtype: torch.dtype, head_dim: int = 64
+    kernels: str, overrides: Mapping[str, str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, str]:
     """Op -> implementation.
 
@@ -97,7 +97,7 @@ def choose_ops(
         if wanted and wanted not in choices:
             raise ValueError(f"{op} can be {', '.join(choices)}, not {wanted}")
         if wanted:
-            if reason := _why_not(op, wanted, device, dtype):
+            if reason := _why_not(wanted, device, dtype):
                 raise ValueError(f"--{op}_kernel={wanted} cannot be used: {reason}")
             names[op] = wanted
         elif kernels == "triton" and "triton" in choices:
@@ -105,17 +105,15 @@ def choose_ops(
                 raise ValueError(f"--kernels=triton cannot be used: {reason}")
             names[op] = "triton"
         elif kernels == "reference" or device.type != "cuda":
-            names[op] = "reference" if "reference" in choices else "sdpa"
-            if kernels == "auto":
-                names[op] = _ON_A_CPU[op]
+            names[op] = _PLAIN[op]
         elif op == "attention":
-            names[op] = "sdpa" if _why_not(op, "varlen", device, dtype) else "varlen"
+            names[op] = "sdpa" if _why_not("varlen", device, dtype) else "varlen"
         else:
             names[op] = "triton" if support.available(device) else "reference"
     return names
 
 
-def _why_not(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an implementation cannot be used; None if it can."""
     if name == "triton":
         return support.unavailable_reason(device)
@@ -205,5 +203,5 @@ def _liger_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(
-        hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=-100, reduction="sum"
+        hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )

@@ -218,27 +218,26 @@ class MixedPrecisionOptimizer:
     def _step_bucket(self, bucket: int, lr: float, grad_divisor: float) -> None:
         if self.source is not None:
             self.source.load(bucket)
-        states = self._buckets[bucket]
-        if self.kernel == "triton":
-            self._step_in_one_pass(states, lr, grad_divisor)
-            return
-        for group, weight_decay in zip(split_by_decay(states), (self.config.weight_decay, 0.0)):
-            adamw_step(
-                [state.main for state in group], [state.piece.grad.float() for state in group],
-                [state.exp_avg for state in group], [state.exp_avg_sq for state in group],
-                self.num_steps, lr, weight_decay, grad_divisor, self.config,
-            )  # fmt: skip
+        step = self._step_in_one_pass if self.kernel == "triton" else self._step_in_passes
+        for group, weight_decay in zip(split_by_decay(self._buckets[bucket]), (self.config.weight_decay, 0.0)):
+            step(group, lr, weight_decay, grad_divisor)
+
+    def _step_in_passes(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
+        adamw_step(
+            [state.main for state in states], [state.piece.grad.float() for state in states],
+            [state.exp_avg for state in states], [state.exp_avg_sq for state in states],
+            self.num_steps, lr, weight_decay, grad_divisor, self.config,
+        )  # fmt: skip
         for state in states:
             state.write_weights()
 
-    def _step_in_one_pass(self, states: list[_State], lr: float, grad_divisor: float) -> None:
-        for group, weight_decay in zip(split_by_decay(states), (self.config.weight_decay, 0.0)):
-            for state in group:
-                weights = state.piece.param if state.main is not state.piece.param else None
-                adamw_triton.adamw_flat_step(
-                    state.main, state.exp_avg, state.exp_avg_sq, state.piece.grad, weights, self.num_steps, lr,
-                    weight_decay, grad_divisor, self.config,
-                )  # fmt: skip
+    def _step_in_one_pass(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
+        for state in states:
+            weights = state.piece.param if state.main is not state.piece.param else None
+            adamw_triton.adamw_flat_step(
+                state.main, state.exp_avg, state.exp_avg_sq, state.piece.grad, weights, self.num_steps, lr,
+                weight_decay, grad_divisor, self.config,
+            )  # fmt: skip
 
     def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
         """(parameter name, offset in it, {"main", "exp_avg", "exp_avg_sq"}) of each slice, flat float32 views."""

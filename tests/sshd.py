@@ -47,6 +47,15 @@ def free_port(address: str = "127.0.0.1") -> int:
         return server.getsockname()[1]
 
 
+def empty_home(directory: Path, monkeypatch) -> Path:
+    """A home directory without keys, known hosts and configuration, and no agent."""
+    home = directory / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return home
+
+
 def _without_penalties() -> list[str]:
     """From 9.8 on sshd refuses an address for a while after failed logins, of which tests have many."""
     version = re.search(r"OpenSSH_(\d+)\.(\d+)", subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr)

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from utils.files import lock_file, sha256_of_file
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
@@ -152,8 +152,13 @@ def _read_checkpoint(path: Path, step: int) -> Checkpoint:
         return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False), has_manifest=False)
 
 
-def _is_score(valid_loss: float | None) -> bool:
-    return valid_loss is not None and math.isfinite(valid_loss)
+_Scored = TypeVar("_Scored", Checkpoint, Part)
+
+
+def best_first(found: Iterable[_Scored]) -> list[_Scored]:
+    """Those that have a validation loss, the lowest in front; of equals the newest."""
+    scored = [one for one in found if one.valid_loss is not None and math.isfinite(one.valid_loss)]
+    return sorted(scored, key=lambda one: (one.valid_loss, -one.step))
 
 
 def choose_checkpoint(
@@ -178,7 +183,7 @@ def choose_checkpoint(
 def _in_order(parts: Iterable[Part], which: str) -> list[Part]:
     """Those that may be resumed from, the one to try first in front."""
     if which == "best":
-        return sorted((p for p in parts if _is_score(p.valid_loss)), key=lambda p: (p.valid_loss, -p.step))
+        return best_first(parts)
     return sorted(parts, key=lambda p: -p.step)
 
 
@@ -326,9 +331,8 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
 def doomed_by(retention: Retention, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Those of `checkpoints` (by rising step) that need not stay, broken ones among them."""
     everything, checkpoints = checkpoints, [c for c in checkpoints if c.has_manifest]
-    best = sorted((c for c in checkpoints if _is_score(c.valid_loss)), key=lambda c: (c.valid_loss, -c.step))
     newest = checkpoints[::-1][: retention.keep_last]
-    kept = {c.path for c in [*newest, *best[: retention.keep_best]]}
+    kept = {c.path for c in [*newest, *best_first(checkpoints)[: retention.keep_best]]}
     if retention.keep_every:
         kept |= {c.path for c in checkpoints if c.step % retention.keep_every == 0}
     return [c for c in everything if c.path not in kept]

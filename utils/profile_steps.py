@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from utils import timeline
@@ -92,6 +91,9 @@ class StepProfile:
             activities.append(ProfilerActivity.CUDA)
         with self._aside():
             try:
+                # A private name: without it there is no profile, but there is a run.
+                from torch._C._profiler import _ExperimentalConfig
+
                 # Also the threads that are there already: the comm stream's, the loader's.
                 everywhere = _ExperimentalConfig(profile_all_threads=True)
                 profiler = profile(activities=activities, experimental_config=everywhere, acc_events=True)

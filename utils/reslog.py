@@ -34,6 +34,8 @@ VERSION = 1
 """Of the format; a reader that meets a later one shows what it knows."""
 LONGEST_LINE = 1 << 20
 """Bytes. A longer line is passed over: no record of ours comes near."""
+NON_FINITE = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""What stands for numbers that JSON lacks."""
 _LARGEST_STEP = 1 << 53
 _LATEST_TIME = 1e11
 _MOST_UNWRITTEN = 10_000
@@ -108,6 +110,15 @@ def parse_record(line: bytes, loads: Callable[[bytes], object] = json.loads) -> 
     if type(moment) not in (int, float) or not 0 <= moment <= _LATEST_TIME:
         return None
     return record
+
+
+def number(value: object) -> float | None:
+    """What a record's value is as a number; None if it is none, or one beyond any float."""
+    if type(value) is float:
+        return value
+    if type(value) is int:
+        return float(value) if abs(value) < 1 << 1000 else None
+    return NON_FINITE.get(value) if isinstance(value, str) else None
 
 
 def _records(path: Path) -> Iterator[dict]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoint import Checkpoint, Retention, doomed_by, list_checkpoints
+from utils.checkpoint import Retention, best_first, doomed_by, list_checkpoints
 from utils.logging import clock
 from utils.reslog import read_reslog
 
@@ -81,9 +81,7 @@ def _checkpoints(ending: Ending) -> Iterator[str]:
     kept = [checkpoint for checkpoint in there if checkpoint.path not in doomed]
     if not kept:
         return
-    scored = [c for c in kept if c.valid_loss is not None and math.isfinite(c.valid_loss)]
-    best: Checkpoint | None = min(scored, key=lambda c: (c.valid_loss, -c.step), default=None)
-    newest = kept[-1]
+    best, newest = next(iter(best_first(kept)), None), kept[-1]
     if best is not None and best.path == newest.path:
         yield f"{shlex.quote(str(newest.path))} (newest and best)"
         return

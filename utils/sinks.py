@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from utils.reslog import read_reslog
+from utils.reslog import number, read_reslog
 
 logger = logging.getLogger(__name__)
 
@@ -112,15 +112,8 @@ def scalars(record: dict) -> dict[str, float]:
     """The metrics of a record that has a step."""
     if record.get("step") is None or record["name"] == "start":
         return {}
-    found = {}
-    for metric, value in record.items():
-        if metric in ("name", "time", "step"):
-            continue
-        if isinstance(value, str) and value in ("nan", "inf", "-inf"):
-            found[metric] = float(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[metric] = float(value)
-    return found
+    found = {metric: number(value) for metric, value in record.items() if metric not in ("name", "time", "step")}
+    return {metric: value for metric, value in found.items() if value is not None}
 
 
 class Sinks:

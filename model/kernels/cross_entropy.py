@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl
+from model.loss import IGNORE_INDEX
 
 MAX_BLOCK = 4096
 """Vocabulary entries at once."""
@@ -28,7 +29,9 @@ ELEMENTS_PER_WARP = 512
 """Sixteen a thread: two 16-byte loads of bfloat16."""
 
 
-def cross_entropy_reference(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+def cross_entropy_reference(
+    logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0
+) -> Tensor:
     """The definition: (N, V), int64 (N,) -> losses (N,) in float32, 0 where ignored."""
     losses = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="none")
     if z_loss:
@@ -207,7 +210,7 @@ class _CrossEntropy(torch.autograd.Function):
         return logits_NV, None, None, None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0) -> Tensor:
     """Per-token losses, float32 (N,), of logits (..., V) and int64 labels (...), N tokens in all; 0 where ignored.
 
     The backward pass overwrites the logits: they must be an intermediate result that nothing else needs.

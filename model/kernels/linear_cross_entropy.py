@@ -30,6 +30,7 @@ from torch import Tensor
 
 from model.kernels.cross_entropy import TritonOps
 from model.kernels.support import available
+from model.loss import IGNORE_INDEX
 
 CHUNK_BYTES = 96 << 20
 """Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
@@ -38,7 +39,7 @@ CHUNK_MULTIPLE = 128
 
 
 def linear_cross_entropy_reference(
-    hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int = -100, z_loss: float = 0.0
+    hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0
 ) -> Tensor:
     """The definition: losses (N,) from whole logits."""
     logits_NV = (hidden_NC @ weight_VC.T).float()
@@ -211,7 +212,7 @@ def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Ten
 
 
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0,
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0,
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
     use_triton: bool | None = None,
 ) -> Tensor:  # fmt: skip
@@ -242,7 +243,7 @@ def linear_cross_entropy_sum(
 
 
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, chunk_bytes: int = CHUNK_BYTES,
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, chunk_bytes: int = CHUNK_BYTES,
     use_triton: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Log-probability of each label, float32 (N,), 0 where ignored; arguments as in `linear_cross_entropy_sum`."""

@@ -89,6 +89,14 @@ def _dropout_factor(
 
 
 @jit
+def _normalize(x, weight, eps, C: constexpr):
+    """(y, rstd) of a row of float32."""
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / C + eps)
+    # Rounded to the weight's dtype before the product, as the definition does.
+    return (x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32), rstd
+
+
+@jit
 def _rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, eps, C: constexpr, BLOCK_C: constexpr):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -96,9 +104,7 @@ def _rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, eps, 
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     x = _load_row(x_ptr, row, x_stride, C, BLOCK_C).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) / C + eps)
-    # Rounded to the weight's dtype before the product, as the definition does.
-    y = (x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    y, rstd = _normalize(x, weight, eps, C)
     tl.store(rstd_ptr + row, rstd)
     tl.store(y_ptr + row * C + columns, y, mask=inside)
 
@@ -124,9 +130,7 @@ def _add_rms_norm_forward_kernel(
     # Normed is what was stored, rounding included: the backward pass has nothing else.
     h_new = (h + x).to(h_new_ptr.dtype.element_ty)
     tl.store(h_new_ptr + row * C + columns, h_new, mask=inside)
-    h_new = h_new.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(h_new * h_new, 0) / C + eps)
-    y = (h_new * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    y, rstd = _normalize(h_new.to(tl.float32), weight, eps, C)
     tl.store(rstd_ptr + row, rstd)
     tl.store(y_ptr + row * C + columns, y, mask=inside)
 

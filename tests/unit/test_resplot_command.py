@@ -1,12 +1,13 @@
 """The viewer's command: pictures without a desktop, and one sentence for whatever cannot be done."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.logs import text_line as line
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
@@ -19,10 +20,6 @@ from utils.resplot.command import main
 FONT_CACHE = matplotlib.get_cachedir()
 """Looking for fonts takes seconds."""
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def line(name: str, **values) -> str:
-    return json.dumps({"name": name, "time": 1000.0, **values}) + "\n"
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import threading
 import xml.etree.ElementTree
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.logs import line, snapshot_of
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
@@ -40,16 +41,6 @@ from utils.resplot.text import translate
 
 SIZE = (360, 260)
 USUAL, LOSS = View(), View(panels=("loss",))
-
-
-def line(name: str, **values) -> bytes:
-    return json.dumps({"name": name, "time": 1000.0, **values}).encode()
-
-
-def snapshot_of(*lines: bytes) -> Snapshot:
-    data = RunData()
-    data.feed(lines)
-    return data.snapshot()
 
 
 def usual(count: int = 30, start: int = 0) -> Snapshot:

@@ -7,22 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.logs import line, snapshot_of
 from utils.reslog import LONGEST_LINE, parse_record, read_reslog
 from utils.resplot import runs as runs_module
 from utils.resplot.curves import band, smooth
 from utils.resplot.runs import RunData, Snapshot, plain
 from utils.resplot.sources import Health, Run
 from utils.resplot.state import differences, state_of
-
-
-def line(name: str, **values) -> bytes:
-    return json.dumps({"name": name, "time": 1000.0, **values}).encode()
-
-
-def snapshot_of(*lines: bytes) -> Snapshot:
-    data = RunData()
-    data.feed(lines)
-    return data.snapshot()
 
 
 def resumed() -> Snapshot:

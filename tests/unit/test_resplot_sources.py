@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sshd import Sshd, fingerprint, make_key, missing
+from tests.logs import text_line as line
+from tests.sshd import Sshd, empty_home, fingerprint, make_key, missing
 from tests.unit.test_ssh import PASSWORD, server_with_guest
 from utils.reslog import LONGEST_LINE
 from utils.resplot import sources
@@ -31,12 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory without keys, known hosts and configuration, and no agent."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    return home
+    return empty_home(tmp_path, monkeypatch)
 
 
 @pytest.fixture(params=["here", "ssh"])
@@ -46,10 +42,6 @@ def target(request: pytest.FixtureRequest) -> SSHTarget | None:
     if missing():
         pytest.skip(missing())
     return request.getfixturevalue("server").target()
-
-
-def line(name: str, **values) -> str:
-    return json.dumps({"name": name, "time": 1000.0, **values}) + "\n"
 
 
 def steps(first: int, last: int, loss: float = 1.0) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.logs import text_line as line
+
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 pytest.importorskip("PyQt5.QtWidgets", reason="needs PyQt5", exc_type=ImportError)
 
@@ -52,10 +54,6 @@ def until(condition: Callable[[], object]) -> None:
         assert time.monotonic() < deadline
         QApplication.processEvents()
         time.sleep(0.002)
-
-
-def line(name: str, **values) -> str:
-    return json.dumps({"name": name, "time": 1000.0, **values}) + "\n"
 
 
 def write_run(directory: Path, count: int = 20, **config) -> Path:

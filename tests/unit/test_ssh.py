@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sshd import Sshd, fingerprint, free_port, make_key, missing
+from tests.sshd import Sshd, empty_home, fingerprint, free_port, make_key, missing
 from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem, SSHTarget, Unreachable, connect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -64,12 +64,7 @@ def server_with_guest(directory: Path, *settings: str) -> Iterator[Sshd]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home directory without keys, known hosts and configuration, and no agent."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    return home
+    return empty_home(tmp_path, monkeypatch)
 
 
 def login(*args, **kwargs) -> str:

@@ -122,11 +122,15 @@ class Terminal:
 def _without_desktop(args: argparse.Namespace) -> int:
     import matplotlib
 
-    from utils.resplot.export import save
+    from utils.resplot.export import check_suffix, save
     from utils.resplot.panels import COLOURS, ShownRun, View, available, choose
 
-    if args.png and Path(args.png).suffix.lower() not in (".png", ".svg", ".pdf", ".csv"):
-        return _fail(f"{args.png} ends in none of .png, .svg, .pdf, .csv")
+    if args.png:
+        try:
+            # Before anything is fetched for it.
+            check_suffix(Path(args.png))
+        except ValueError as error:
+            return _fail(str(error))
     matplotlib.use("Agg")
     questions = Terminal() if sys.stdin.isatty() else None
     hosts = open_hosts(args.places, on_change=lambda: None, questions=questions, ssh_config=args.ssh_config)

@@ -17,6 +17,18 @@ from utils.resplot.panels import ShownRun, View, available, choose, draw
 _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCanvasPdf}
 
 
+def check_suffix(path: Path) -> str:
+    """What the file is to be, by its name.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in _CANVASES and suffix != ".csv":
+        raise ValueError(f"{path} ends in none of {', '.join(_CANVASES)}, .csv")
+    return suffix
+
+
 def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int], scale: float = 1.0) -> None:
     """Write a picture, or with .csv the numbers of the shown panels.
 
@@ -27,12 +39,10 @@ def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int]
         ValueError: another suffix.
         OSError: it cannot be written.
     """
-    suffix = path.suffix.lower()
+    suffix = check_suffix(path)
     if suffix == ".csv":
         atomic_write(path, _table(runs, view).encode())
         return
-    if suffix not in _CANVASES:
-        raise ValueError(f"{path} ends in none of .png, .svg, .pdf, .csv")
     figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100 * scale)
     canvas = _CANVASES[suffix](figure)
     draw(figure, runs, view)

@@ -315,13 +315,11 @@ def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray) -> np
     weight = _weight(curve, view)
     if weight <= 0:
         return y
-    if snapshot.smoothed.get("weight") != weight:
-        snapshot.smoothed.clear()
-        snapshot.smoothed["weight"] = weight
-    key = (curve, view.x)
-    if key not in snapshot.smoothed:
-        snapshot.smoothed[key] = smooth(y, weight)
-    return snapshot.smoothed[key]
+    key = ("smoothed", curve, view.x)
+    kept = snapshot.kept.get(key)
+    if kept is None or kept[0] != weight:
+        kept = snapshot.kept[key] = (weight, smooth(y, weight))
+    return kept[1]
 
 
 def _weight(curve: Curve, view: View) -> float:
@@ -347,6 +345,15 @@ def _values(snapshot: Snapshot, curve: Curve, view: View) -> tuple[np.ndarray, n
 
 
 def _x_of(snapshot: Snapshot, table: str, x: str) -> np.ndarray:
+    """Of each row of a table. Kept with the snapshot: every panel asks for it several times."""
+    key = ("x", table, x)
+    found = snapshot.kept.get(key)
+    if found is None:
+        found = snapshot.kept[key] = _compute_x(snapshot, table, x)
+    return found
+
+
+def _compute_x(snapshot: Snapshot, table: str, x: str) -> np.ndarray:
     if x == "step":
         return snapshot.tables[table]["step"]
     if x == "tokens":
@@ -482,9 +489,7 @@ def _dress(axes: "Axes", panel: Panel, view: View, names_x: bool, y: tuple, x_ra
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.faint)
         spine.set_linewidth(0.7)
-    axes.set_title(
-        translate(panel.title, view.language), loc="left", color=theme.ink, fontsize=9.5, pad=6
-    )
+    axes.set_title(translate(panel.title, view.language), loc="left", color=theme.ink, fontsize=9.5, pad=6)
     if names_x:
         axes.set_xlabel(translate(view.x, view.language), color=theme.faint, fontsize=8.5, labelpad=2)
 
@@ -501,8 +506,8 @@ def _explain(axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view
             handles["restart"] = Line2D([], [], color=ink, linestyle=(0, (4, 3)), linewidth=0.9)
         if any("save" in run.snapshot.tables for run in runs):
             handles["checkpoint"] = Line2D([], [], color=ink, linestyle="", marker="^", markersize=4.5)
-        if any("loss" in table and not np.isfinite(table["loss"]).all() for run in runs
-               for name, table in run.snapshot.tables.items() if name == "train"):  # fmt: skip
+        losses = [run.snapshot.tables.get("train", {}).get("loss", np.empty(0)) for run in runs]
+        if not all(np.isfinite(loss).all() for loss in losses):
             handles["not finite"] = Line2D([], [], color=ink, linestyle="", marker="x", markersize=6)
     if handles:
         axes.legend(

@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from utils.reslog import parse_record
+from utils.reslog import NON_FINITE, number, parse_record
 
 try:
     import orjson
@@ -22,7 +22,6 @@ except ImportError:
 _MOST_COLUMNS = 200
 """Of a table; a file with more metrics is not ours."""
 _MOST_TABLES = 20
-_NON_FINITE = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 _KEPT_OF_START = ("task", "world_size", "dtype", "max_iters", "version", "parent_ckpt")
 
 
@@ -83,8 +82,8 @@ class Snapshot:
     """Complete lines that held no record."""
     version: int = 0
     """Changes when anything does."""
-    smoothed: dict = field(default_factory=dict, compare=False, repr=False)
-    """What panels.py keeps between two drawings."""
+    kept: dict[tuple, object] = field(default_factory=dict, compare=False, repr=False)
+    """What panels.py computes once for all panels and drawings."""
 
     def active_seconds(self, table: str) -> np.ndarray:
         """Time that the run had been going for at each row, the launches laid end to end: no pauses between them, and
@@ -223,17 +222,9 @@ def _numbers(values: Sequence[object]) -> np.ndarray | None:
     if kinds <= {float, int}:
         with suppress(OverflowError):
             return np.array(values, dtype=np.float64)
-    if kinds == {str} and _NON_FINITE.keys().isdisjoint(values):
+    if kinds == {str} and NON_FINITE.keys().isdisjoint(values):
         return None
-    numbers = [_number(value) for value in values]
-    if all(number is None for number in numbers):
+    found = [number(value) for value in values]
+    if all(one is None for one in found):
         return None
-    return np.array([math.nan if number is None else number for number in numbers])
-
-
-def _number(value: object) -> float | None:
-    if type(value) is float:
-        return value
-    if type(value) is int:
-        return float(value) if abs(value) < 1 << 1000 else None
-    return _NON_FINITE.get(value) if isinstance(value, str) else None
+    return np.array([math.nan if one is None else one for one in found])

@@ -39,22 +39,21 @@ def state_of(run: Run, snapshot: Snapshot, now: float, language: str = "en") -> 
     step = int(train["step"][-1]) if train else None
     dt, rate = _recent(train, "dt"), _recent(train, "tokens_per_sec")
     max_iters = _planned(run, snapshot)
-    left = (max_iters - step) * dt if max_iters is not None and step is not None else math.nan
     figures = dict(
-        step=step, max_iters=max_iters, loss=_last(train, "loss"), valid_loss=_last(valid, "loss"),
-        tokens_per_sec=rate, seconds_left=left,
-    )  # fmt: skip
+        step=step, max_iters=max_iters, loss=_last(train, "loss"), valid_loss=_last(valid, "loss"), tokens_per_sec=rate
+    )
     if health.problem:
-        return State("no connection", health.problem, **figures | {"seconds_left": math.nan})
+        return State("no connection", health.problem, **figures)
     if not snapshot.launches and step is None:
         return State("waiting", translate("no results yet", language))
     if snapshot.ended:
-        return State("ended", snapshot.ended, **figures | {"seconds_left": math.nan})
+        return State("ended", snapshot.ended, **figures)
     silence = now + health.clock_ahead - max(snapshot.last_time, health.heartbeat_at)
     if silence > max(_QUIET_S, _QUIET_STEPS * (dt if math.isfinite(dt) else 0.0)):
         detail = translate("no news for {}", language).format(duration(silence))
-        return State("stalled", detail, **figures | {"seconds_left": math.nan})
-    return State("running", "" if health.phase == "step" else health.phase, **figures)
+        return State("stalled", detail, **figures)
+    left = (max_iters - step) * dt if max_iters is not None and step is not None else math.nan
+    return State("running", "" if health.phase == "step" else health.phase, seconds_left=left, **figures)
 
 
 def _planned(run: Run, snapshot: Snapshot) -> int | None:

@@ -475,7 +475,7 @@ class Window(QMainWindow):
         ]
 
     def _redraw(self) -> None:
-        view = replace(self._view, legend=False, panels=tuple(self._view.panels))
+        view = replace(self._view, legend=False)
         self.draughtsman.request(self.shown_runs(), view, self.canvas.size(), self.canvas.devicePixelRatioF())
 
     def _show_picture(self, picture: Picture) -> None:
@@ -595,7 +595,7 @@ def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
         return default
 
     x, panels = kept("x", "step"), args.panels if args.panels is not None else kept("panels", "")
-    view = View(
+    return View(
         panels=tuple(name.strip() for name in panels.split(",") if name.strip()),
         x=args.x or (x if x in X_AXES else "step"),
         log_y=kept("log_y", False) if args.log is None else args.log,
@@ -604,7 +604,6 @@ def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
         dark=kept("dark", False) if args.theme is None else args.theme == "dark",
         language=args.language,
     )  # fmt: skip
-    return view
 
 
 def show(args: argparse.Namespace) -> int:

@@ -1,0 +1,21 @@
+"""Results of a run as the viewer's tests make them up."""
+
+import json
+
+from utils.resplot.runs import RunData, Snapshot
+
+
+def line(name: str, **values) -> bytes:
+    """A record without the line's end."""
+    return json.dumps({"name": name, "time": 1000.0, **values}).encode()
+
+
+def text_line(name: str, **values) -> str:
+    """A record as it is written to a file."""
+    return line(name, **values).decode() + "\n"
+
+
+def snapshot_of(*lines: bytes) -> Snapshot:
+    data = RunData()
+    data.feed(lines)
+    return data.snapshot()
