@@ -1,0 +1,306 @@
+"""What each fused operation is worth in a whole training step: none, all, and all but one.
+
+    python -m benchmarks.ablation                                     (a GPU: configs/1.1b.yaml, 65,536 tokens a step)
+    OMP_NUM_THREADS=2 python -m benchmarks.ablation                   (a CPU: reduced shapes)
+    python -m benchmarks.ablation configs/124m.yaml --steps 10 --train_batch_size=8
+
+A step is the training loop's: micro-batches with float32 gradient buffers, clipping, AdamW on float32 main parameters.
+Flags that are not this script's own are train_my_ddp.py's. Tokens are random, one document a row.
+
+naive: plain PyTorch for every op, attention step by step, gate and up as two matmuls, AdamW by its formula tensor by
+tensor. All fused: what --kernels=auto takes on a GPU. A CPU has no Triton: there, fused means torch's fused attention
+(sdpa), the loss in chunks, torch's fused AdamW, and compiled blocks, in which the compiler fuses norms, rotary
+embedding and SwiGLU; these three cannot be taken out one by one.
+
+Each contender is a process of its own, so that its peak of memory is its own: on a GPU what the allocator handed out at
+most; on a CPU (Linux) the bytes of weights, gradients and optimizer state, by their formula, and how much the resident
+set grew within a step. On a CPU all processes live at the same time and take turns, step by step; on a GPU they come
+one after the other. Losses of the first step must agree. MFU strict and seed: model/flops.py.
+"""
+
+import argparse
+import ctypes
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from configurator import Config, parse_config, resolve_model
+from model import Llama, flops
+from model.ops import CHOICES, build_ops, choose_ops
+from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.adamw import AdamWConfig, adamw_reference
+from optimizer.clip import clip_factor
+from parallel import DistContext, DistributedDataParallel
+from parallel.buffer import ParameterSlice, sum_of_squares
+from utils.machine import cpu_name
+
+CONFIG = "configs/1.1b.yaml"
+LEARNING_RATE = 1e-4
+ON_A_CPU = [
+    "--dtype=auto", "--vocab_size=8192", "--hidden_size=384", "--intermediate_size=1024", "--num_hidden_layers=6",
+    "--num_attention_heads=6", "--num_key_value_heads=2", "--max_seq_len=512", "--train_batch_size=2",
+    "--gradient_accumulation_steps=4",
+]  # fmt: skip
+PLAIN = {op: "plain" if op == "attention" else "reference" for op in CHOICES}
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    ops: dict[str, str] = field(default_factory=dict)
+    """Op -> implementation; what is left out is as --kernels=auto has it."""
+    adamw: str = "fused"
+    """Or "plain": the formula."""
+    compiled: bool = False
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    naive = Contender("naive", PLAIN, "plain")
+    if device.type == "cuda":
+        return [
+            naive, Contender("all fused"), *(Contender(f"without {op}", {op: PLAIN[op]}) for op in CHOICES),
+            Contender("without adamw", adamw="plain"), Contender("all fused, blocks compiled", compiled=True),
+        ]  # fmt: skip
+    fused = {"attention": "sdpa", "cross_entropy": "chunked"}
+    return [
+        naive,
+        Contender("all fused", fused, compiled=True),
+        *(Contender(f"without {op}", fused | {op: PLAIN[op]}, compiled=True) for op in fused),
+        Contender("without compiled blocks (rms_norm, rope, swiglu)", fused),
+        Contender("without adamw", fused, "plain", compiled=True),
+    ]
+
+
+class PlainAdamW:
+    """optimizer/adamw.py's formula on one slice after the other, each of its operations a pass over memory."""
+
+    def __init__(self, slices: Sequence[Sequence[ParameterSlice]], config: AdamWConfig, grad_clip: float):
+        self.config, self.grad_clip, self.num_steps = config, grad_clip, 0
+        self.pieces = [piece for bucket in slices for piece in bucket]
+        mains = [p.param if p.param.dtype == torch.float32 else p.param.float() for p in self.pieces]
+        self.states = [(main, torch.zeros_like(main), torch.zeros_like(main)) for main in mains]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        self.num_steps += 1
+        factor = clip_factor(sum_of_squares(piece.grad for piece in self.pieces).sqrt().item(), self.grad_clip)
+        for piece, (main, exp_avg, exp_avg_sq) in zip(self.pieces, self.states):
+            decay = self.config.weight_decay if piece.is_matrix else 0.0
+            grad = piece.grad.float() * factor
+            adamw_reference(main, grad, exp_avg, exp_avg_sq, self.num_steps, lr, decay, self.config)
+            if main is not piece.param:
+                piece.param.copy_(main)
+
+
+def build_step(config: Config, contender: Contender, device: torch.device) -> tuple[Callable[[], float], int]:
+    """A function that does one training step and returns the loss, in nats a token; and the bytes of what stays between
+    steps."""
+    dtype = resolve_dtype(config.system.dtype, device)
+    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    model = Llama(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
+    model.initialize(0)
+    model.to(device=device, dtype=dtype).train()
+    if contender.compiled:
+        for block in model.layers:
+            block.compile()
+    ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
+    constants = AdamWConfig(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.adam_eps,
+                            config.optimizer.weight_decay)  # fmt: skip
+    if contender.adamw == "plain":
+        optimizer = PlainAdamW(ddp.slices(), constants, config.optimizer.grad_clip)
+    else:
+        optimizer = MixedPrecisionOptimizer(
+            ddp.slices(), constants, config.optimizer.grad_clip, LossScaler(enabled=False),
+            kernel=choose_kernel("auto", "", device),
+        )  # fmt: skip
+    shape = (config.data.gradient_accumulation_steps, config.data.train_batch_size, config.data.max_seq_len + 1)
+    tokens = torch.randint(0, model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
+    count = tokens[:, :, 1:].numel()
+
+    def step() -> float:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for index, rows in enumerate(tokens):
+            with nullcontext() if index == len(tokens) - 1 else ddp.no_sync():
+                loss_sum = model.loss_sum(ddp(rows[:, :-1]), rows[:, 1:])
+                (loss_sum / count).backward()
+            total += loss_sum.detach()
+        ddp.finish_grad_sync()
+        optimizer.step(LEARNING_RATE)
+        ddp.zero_grad()
+        return total.item() / count
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    # Weights, float32 gradients, two moments, and main parameters where the weights are not their own.
+    return step, num_parameters * (16 if dtype == torch.float32 else dtype.itemsize + 16)
+
+
+def resident_bytes(field_name: str) -> int:
+    """VmRSS (now) or VmHWM (at the peak so far) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field_name))
+
+
+def peak_bytes(step: Callable[[], float], device: torch.device, state_bytes: int) -> int | None:
+    """Of memory in a step, with what stays between steps; None where the system doesn't say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    # Compiling took memory that is neither the model's nor given back, hence the growth alone. What malloc keeps of
+    # freed memory goes back first, and the kernel's record of the peak begins anew.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    step()
+    return state_bytes + resident_bytes("VmHWM") - before
+
+
+def serve(connection: Connection, config: Config, contender: Contender, device: torch.device, threads: int) -> None:
+    """A contender's process: builds, does the first step and sends its loss; then answers "step" with the seconds that
+    one takes, and "end" with the peak of memory."""
+    torch.set_num_threads(threads)
+    try:
+        step, state_bytes = build_step(config, contender, device)
+        connection.send(step())
+        while connection.recv() == "step":
+            started = time.perf_counter()
+            step()
+            connection.send(time.perf_counter() - started)
+        connection.send(peak_bytes(step, device, state_bytes))
+    except Exception as error:  # one that fails (out of memory) must not cost the others' figures
+        connection.send(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error))
+
+
+class Worker:
+    """A contender's process, seen from outside."""
+
+    def __init__(self, config: Config, contender: Contender, device: torch.device):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, config, contender, device, torch.get_num_threads())
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.seconds: list[float] = []
+        self.peak: int | None = None
+        self.problem = ""
+        self.first_loss = self._receive()
+
+    def _receive(self) -> object:
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            answer = "its process died"
+        if isinstance(answer, str):
+            self.problem = answer
+        return answer
+
+    def step(self, is_timed: bool) -> None:
+        if self.problem:
+            return
+        self._connection.send("step")
+        answer = self._receive()
+        if is_timed and not self.problem:
+            self.seconds.append(answer)
+
+    def end(self) -> None:
+        if not self.problem:
+            self._connection.send("end")
+            self.peak = self._receive()
+        self._process.join()
+
+
+def measure(config: Config, chosen: list[Contender], device: torch.device, steps: int) -> dict[str, Worker]:
+    """The first step is not timed, nor is the second."""
+    workers = {}
+    for contender in chosen:
+        workers[contender.name] = worker = Worker(config, contender, device)
+        if device.type == "cuda":
+            for number in range(-1, steps):
+                worker.step(number >= 0)
+            worker.end()
+    if device.type != "cuda":
+        names = list(workers)
+        for number in range(-1, steps):
+            # Each round begins with another one.
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                workers[name].step(number >= 0)
+        for worker in workers.values():
+            worker.end()
+    return workers
+
+
+def check_losses(workers: dict[str, Worker], dtype: torch.dtype) -> None:
+    """Raises: ValueError: contenders that should compute the same do not."""
+    losses = {name: worker.first_loss for name, worker in workers.items() if isinstance(worker.first_loss, float)}
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    if losses and max(losses.values()) - min(losses.values()) > tolerance * min(losses.values()):
+        raise ValueError(f"the first losses differ by more than rounding: {losses}")
+
+
+def row(name: str, worker: Worker, tokens: int, strict: float, seed: float, peak_flops: float | None) -> str:
+    if worker.problem or not worker.seconds:
+        return f"| {name} | not measured: {worker.problem} | | | | | |"
+    seconds, lowest, highest = statistics.median(worker.seconds), min(worker.seconds), max(worker.seconds)
+    rate = tokens / seconds
+    shares = (f"{rate * operations / peak_flops:.1%}" if peak_flops else "-" for operations in (strict, seed))
+    memory = "-" if worker.peak is None else f"{worker.peak / 1e9:.2f}"
+    return f"| {name} | {seconds:.3f} | {lowest:.3f} .. {highest:.3f} | {' | '.join(shares)} | {memory} | {rate:,.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed, of each contender")
+    parser.add_argument("--only", default="", help="names of contenders, separated by commas")
+    parser.add_argument("--on", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    args, flags = parser.parse_known_args()
+    device = torch.device(args.on)
+    config_file = flags.pop(0) if flags and not flags[0].startswith("-") else CONFIG
+    reduced = [] if device.type == "cuda" else ON_A_CPU
+    try:
+        # Given twice, a flag's last value counts.
+        config, _ = parse_config([config_file, *reduced, *flags, "--data_dir=none"])
+        dtype = resolve_dtype(config.system.dtype, device)
+        everyone = contenders(device)
+        wanted = [name.strip() for name in args.only.split(",") if name.strip()]
+        if unknown := set(wanted) - {contender.name for contender in everyone}:
+            raise ValueError(f"--only knows no {', '.join(sorted(unknown))}")
+    except ValueError as error:
+        parser.error(str(error))
+    chosen = [contender for contender in everyone if not wanted or contender.name in wanted]
+    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in Llama(model_config).parameters())
+    seq_len, rows = config.data.max_seq_len, config.data.train_batch_size
+    micro_batches = config.data.gradient_accumulation_steps
+    strict = flops.flops_per_token_strict(model_config, seq_len)
+    seed = flops.flops_per_token_seed(model_config, seq_len, num_parameters)
+    peak_flops = flops.device_peak_flops(device, dtype)
+    workers = measure(config, chosen, device, args.steps)
+    check_losses(workers, dtype)
+    cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu} (not measured on a GPU)"
+    tokens = micro_batches * rows * seq_len
+    print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {str(dtype)[6:]}")
+    print(f"{num_parameters / 1e6:.1f} M parameters, {micro_batches} x {rows} x {seq_len} = {tokens:,} tokens a step, "
+          f"median of {args.steps} steps")  # fmt: skip
+    print(f"peak: {peak_flops / 1e12:,.3f} TFLOP/s" if peak_flops else "this device's peak is not known: no MFU")
+    print("\n| contender | s/step | lowest .. highest | MFU strict | MFU seed | GB | tokens/s |\n|" + "---|" * 7)
+    for name, worker in workers.items():
+        print(row(name, worker, tokens, strict, seed, peak_flops))
+
+
+if __name__ == "__main__":
+    main()
