@@ -1,0 +1,103 @@
+"""Whether the training in this container is alive: the image's HEALTHCHECK.
+
+    python docker/healthcheck.py [--run RUN]
+
+A rank holds its heartbeat file open for as long as it lives, so the runs of this container are found from its
+processes: files that dead ranks, other containers or machines left on the same volume do not count. How long a beat may
+stay out is the monitor's rule (monitor/watch.py), with the run's logged seconds a step in place of the median.
+
+Exit codes: 0 nothing trains here, or all ranks beat; 1 a rank is overdue.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from monitor.watch import Limits, Watch  # noqa: E402
+from utils.heartbeat import read_heartbeats  # noqa: E402
+
+_TAIL_BYTES = 65536
+_KEYS = {"rank", "pid", "phase", "step", "monotonic"}
+
+
+def local_ranks() -> dict[Path, dict[int, bool]]:
+    """Processes of this container that hold a heartbeat file open: run directory -> {pid: stopped by a signal}."""
+    found: dict[Path, dict[int, bool]] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [Path(os.readlink(link)) for link in (process / "fd").iterdir()]
+            stopped = process.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        except OSError:
+            # It ended meanwhile, or is another user's.
+            continue
+        for file in files:
+            if file.parent.name == "heartbeat" and file.name.startswith("rank-") and file.suffix == ".json":
+                found.setdefault(file.parent.parent, {})[int(process.name)] = stopped
+    return found
+
+
+def seconds_a_step(run_dir: Path) -> float | None:
+    """As the newest training record says; None before there is one."""
+    try:
+        with open(run_dir / "reslog.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            if record["name"] == "train" and math.isfinite(record["dt"]):
+                return float(record["dt"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def overdue(run_dir: Path, ranks: dict[int, bool], limits: Limits, now: float) -> tuple[str | None, list[dict]]:
+    """What is wrong with a run, if anything, and the heartbeats of its ranks here."""
+    beats = [
+        record | {"age": now - record["monotonic"], "alive": True, "stopped": ranks[record["pid"]]}
+        for record in read_heartbeats(run_dir / "heartbeat")
+        # Helpers that a rank forked hold the file open, too.
+        if set(record) >= _KEYS and record["pid"] in ranks
+    ]
+    seconds = seconds_a_step(run_dir)
+    if seconds is not None:
+        limits = replace(limits, first_step=max(limits.step_floor, limits.step_factor * seconds))
+    return Watch(limits, now).overdue(beats, now), sorted(beats, key=lambda beat: beat["rank"])
+
+
+def main(argv: list[str]) -> int:
+    usual = Limits()
+    parser = argparse.ArgumentParser(prog="healthcheck.py", description="Is the training in this container alive?")
+    parser.add_argument("--run", metavar="RUN", help="look at this run alone (default: at every one that trains here)")
+    hang_help = f"shortest time in seconds that counts as a hang (default: {usual.step_floor:.0f})"
+    parser.add_argument("--hang_after", type=float, default=usual.step_floor, help=hang_help)
+    args = parser.parse_args(argv)
+    runs = local_ranks()
+    if args.run is not None:
+        runs = {run: ranks for run, ranks in runs.items() if run == Path(args.run).resolve()}
+    problems, said = [], []
+    for run_dir, ranks in sorted(runs.items()):
+        problem, beats = overdue(run_dir, ranks, replace(usual, step_floor=args.hang_after), time.monotonic())
+        if problem is not None:
+            problems.append(f"{run_dir}: {problem}")
+        elif beats:
+            slowest = min(beats, key=lambda beat: beat["step"])
+            said.append(f"{run_dir}: {len(beats)} ranks here, phase {slowest['phase']}, step {slowest['step']}")
+        else:
+            said.append(f"{run_dir}: no heartbeat yet")
+    print("\n".join(problems or said or ["idle: nothing trains here"]))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
