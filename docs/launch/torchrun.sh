@@ -11,8 +11,8 @@
 # CONFIG           what is trained; default docs/launch/train.yaml
 # PORT             of the rendezvous, on the first host; default 29400
 #
-# Relative paths count from the project's folder. To stop all hosts, after a save: touch OUT_DIR/stop on one of them. After
-# that, or after a crash, the same command goes on from the newest checkpoint.
+# Relative paths count from the project's folder. To stop all hosts after a save: touch OUT_DIR/stop, on one of them.
+# After that, or after a crash, the same command goes on from the newest checkpoint.
 
 set -u
 fail() { echo "torchrun.sh: $1" >&2; exit 2; }
@@ -37,13 +37,14 @@ for host in $HOSTS; do
     fi
     number=$((number + 1))
 done
-[ -n "$node_rank" ] || fail "none of HOSTS ($HOSTS) is an address of this host: $(echo "$own" | awk '{ print $1 }' | xargs)"
+[ -n "$node_rank" ] ||
+    fail "none of HOSTS ($HOSTS) is an address of this host, which has $(awk '{ print $1 }' <<< "$own" | xargs)"
 [ "$number" -eq 1 ] || [ "$interface" != lo ] ||
-    fail "host $node_rank of HOSTS is a loopback address here, which no other host reaches: write its address on the network"
+    fail "HOSTS names this host by a loopback address, which no other host reaches: write its address on the network"
 
-# The settings of the libraries that carry the traffic: here, and never inside the program. What is set already, stays.
-# Both would otherwise take an interface by its name, or by what the host's own name resolves to: on a host with several,
-# or with Docker's, that may be one that the others cannot reach.
+# The settings of the libraries that carry the traffic: here, never inside the program. What is set already stays.
+# Both would otherwise take an interface by its name, or by what the host's own name resolves to: on a host with
+# several, or with Docker's, that may be one that the others cannot reach.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-=$interface}"   # "=" is this one; without, all whose names begin so
 # WARN: silent, but for the cause of an error. INFO shows at start which network NCCL takes, and why.

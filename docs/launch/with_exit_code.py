@@ -2,9 +2,9 @@
 
     python -m docs.launch.with_exit_code [--retryable_from=128] torchrun ... train_my_ddp.py ...
 
-For schedulers that decide by the exit code whether to start a job again. Exit codes: 0 finished; 2 the command or the
-data is wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anything else. --retryable_from=N adds
-N to the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
+For schedulers that decide by the exit code whether to start a job again. 0 finished; 2 the command or the data is
+wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anything else. --retryable_from=N adds N to
+the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
 
 SIGTERM goes on to the ranks, which save and end. It does not go to torchrun, which would kill them after 30 seconds.
 """
@@ -42,8 +42,8 @@ def ask_to_stop(launcher: subprocess.Popen) -> None:
 def meaning(returncode: int, records: list[dict]) -> tuple[int, str]:
     """(exit code, reason) of this node.
 
-    A rank that was killed leaves no record. It cannot hide behind others that left 75: ranks end with that only after the
-    checkpoint of all of them is whole.
+    A rank that was killed leaves no record. It cannot hide behind others that left 75: ranks end with that only after
+    the checkpoint of all of them is whole.
     """
     if returncode == OK:
         return OK, "finished"
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun ... train_my_ddp.py ...")
     args = parser.parse_args(argv)
     if not args.command:
-        print("with_exit_code: the command is missing: write torchrun ... train_my_ddp.py ... behind it", file=sys.stderr)
+        print("with_exit_code: the command is missing: torchrun ... train_my_ddp.py ... follows", file=sys.stderr)
         return WRONG_INPUT
     with tempfile.TemporaryDirectory(prefix="zero2all-exit-") as directory:
         try:
