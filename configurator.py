@@ -148,6 +148,8 @@ class DPOConfig:
 class OptimizerConfig:
     """Optimizer."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks (optimizer/muon.py); the rest stays with AdamW."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -168,6 +170,12 @@ class OptimizerConfig:
     """Adam's decay of the mean square."""
     adam_eps: float = 1e-8
     """Added to the root of the mean square."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the mean gradient."""
+    muon_lr_ratio: float = 1.0
+    """Muon: its learning rate, as a multiple of learning_rate."""
+    muon_iterations: Literal[1, 2, 3, 4, 5, 6] = 5
+    """Muon: of the orthogonalization; on a CPU with small batches 3 are quicker, and nearly as good."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     max_skipped_steps: int = 100
@@ -502,7 +510,7 @@ def _check(config: Config) -> None:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "save_interval_minutes", "keep_best", "keep_every", "valid_interval",
                  "valid_iters", "num_workers", "grad_clip",
-                 "weight_decay", "learning_rate", "adam_eps", "num_threads", "bucket_size", "seed",
+                 "weight_decay", "learning_rate", "muon_lr_ratio", "adam_eps", "num_threads", "bucket_size", "seed",
                  "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
                  "powerSGD_log_interval", "resume_at_sample"):  # fmt: skip
         if flat[name] < 0:
@@ -510,7 +518,7 @@ def _check(config: Config) -> None:
     for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
         if not 0.0 <= flat[name] <= 1.0:
             raise ValueError(f"{name} must lie between 0 and 1, got {flat[name]}")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         if not 0.0 <= flat[name] < 1.0:
             raise ValueError(f"{name} must be at least 0 and below 1, got {flat[name]}")
     if not config.run.max_iters and config.run.epoch <= 0:
@@ -605,6 +613,11 @@ def _check_parallel(config: Config) -> None:
     if p.overlap_zero_grad_buffer and not p.overlap_optim_step:
         raise ValueError("--overlap_zero_grad_buffer needs --overlap_optim_step: before the step gradients are in use")
     if p.overlap_optim_step:
+        if config.optimizer.optimizer == "muon" and p.use_distributed_optimizer:
+            raise ValueError(
+                "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
+                " pass: leave out --overlap_optim_step"
+            )
         if config.optimizer.grad_clip > 0:
             raise ValueError(
                 "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "

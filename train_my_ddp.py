@@ -49,12 +49,14 @@ from model.ops import CHOICES, build_ops, choose_ops
 from optimizer import (
     LossScaler,
     MixedPrecisionOptimizer,
+    MuonConfig,
     StepResult,
     choose_kernel,
     learning_rate_at,
     resolve_dtype,
 )
 from optimizer.adamw import AdamWConfig
+from optimizer.param_groups import is_hidden_matrix
 from parallel import (
     DistContext,
     DistributedDataParallel,
@@ -388,6 +390,8 @@ class Trainer:
                 self.zero1 = Zero1(self.ddp, parallel.overlap_param_gather)
             if parallel.overlap_optim_step:
                 self.ddp.register_after_reduction(self._step_reduced_bucket)
+        kernel = choose_kernel(self.config.system.kernels, self.config.system.adamw_kernel, self.context.device)
+        holds_all = self.zero1 is None and self.powersgd is None
         self.optimizer = MixedPrecisionOptimizer(
             (self.zero1 or self.ddp).slices(),
             AdamWConfig(optimizer.beta1, optimizer.beta2, optimizer.adam_eps, optimizer.weight_decay),
@@ -395,8 +399,18 @@ class Trainer:
             self.scaler,
             sum_over_ranks=self.context.all_sum if self.zero1 else None,
             source=self.powersgd,
-            kernel=choose_kernel(self.config.system.kernels, self.config.system.adamw_kernel, self.context.device),
+            kernel=kernel,
+            muon=MuonConfig(optimizer.muon_momentum, optimizer.muon_lr_ratio, optimizer.muon_iterations)
+            if optimizer.optimizer == "muon"
+            else None,
+            gather_updates=self._gather_updates if self.zero1 else None,
+            zero_grad=kernel == "triton" and holds_all and not parallel.overlap_optim_step,
         )
+
+    def _gather_updates(self, bucket: int) -> None:
+        """Between the two halves of Muon's step under ZeRO-1."""
+        if any(is_hidden_matrix(slot.parameter) for slot in self.ddp.buckets[bucket].slots):
+            self.zero1.gather_in_gradients(bucket)
 
     def _choose_hook(self) -> None:
         """What happens to a bucket of gradients, by the flags."""
@@ -440,6 +454,12 @@ class Trainer:
             raise ValueError(
                 f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
                 f"restore them, or add --restart_data to begin a new pass over the data"
+            )
+        trained_with = state["optimizer"].get("name", "adamw")
+        if trained_with != config.optimizer.optimizer:
+            raise ValueError(
+                f"the run was trained with --optimizer={trained_with}, whose state {config.optimizer.optimizer} cannot "
+                f"go on from: give that, or begin a new run with --init_from={path}"
             )
         self.resume_files.bring_state(lambda folders: holds_flat_state(folders, self.optimizer.named_state()))
         load_flat_state(self.resume_files.directories, self.optimizer.named_state())
@@ -570,6 +590,7 @@ class Trainer:
             + ("a matmul timed now" if context.device.type == "cpu" else "by the data sheet")
             + "; MFU is a share of it",
             f"ops: {self.ops} adamw={self.optimizer.kernel}"
+            + (", Muon for the matrices of the blocks" if self.optimizer.muon else "")
             + (", plain attention for its dropout" if self.model_config.attention_dropout else "")
             + (" (blocks compiled)" if config.system.compile else ""),
             *self._what_became_of_records(),
@@ -760,7 +781,8 @@ class Trainer:
             self._on_skipped_step(result.grad_norm)
         else:
             self.skipped_in_a_row = 0
-        if not self.config.parallel.overlap_zero_grad_buffer:
+        is_zero = self.optimizer.zero_grad and not result.skipped
+        if not (is_zero or self.config.parallel.overlap_zero_grad_buffer):
             with span("zero gradients"):
                 self.ddp.zero_grad()
 

@@ -7,6 +7,8 @@ from optimizer.mixed_precision import (
     choose_kernel,
     resolve_dtype,
 )
+from optimizer.muon import MuonConfig
 from optimizer.schedule import learning_rate_at
 
-__all__ = ["LossScaler", "MixedPrecisionOptimizer", "StepResult", "choose_kernel", "learning_rate_at", "resolve_dtype"]
+__all__ = ["LossScaler", "MixedPrecisionOptimizer", "MuonConfig", "StepResult", "choose_kernel", "learning_rate_at",
+           "resolve_dtype"]  # fmt: skip

@@ -1,11 +1,14 @@
 """AdamW (Loshchilov and Hutter, 2019) on flat tensors, one launch a tensor, and the gradient's sum of squares.
 
-    g <- g / grad_divisor       m <- m + (1 - b1) (g - m)       p <- p - lr wd p
-                                v <- v + (1 - b2) (g^2 - v)     p <- p - (lr / c1) m / (sqrt(v) / sqrt(c2) + eps)
+    g <- g / grad_divisor       m <- m + (1 - b1) (g - m)
+                                v <- v + (1 - b2) (g^2 - v)
+                                p <- p - (lr wd p + (lr / c1) m / (sqrt(v) / sqrt(c2) + eps))
 
 with c1 = 1 - b1^t and c2 = 1 - b2^t: optimizer/adamw.py's step, whose separate passes (gradient to float32, main
 parameters to the model's weights, gradient to zero) are done on the way. Constants that depend on the step are computed
-in float64 and rounded once; square root and division are rounded correctly.
+in float64 and rounded once; square root and division are rounded correctly. What is added to p, m and v is small beside
+them and is added in one go, so that a step rounds each of them once, at its own magnitude: torch's fused AdamW rounds
+p twice, after the decay and after the update.
 
 Memory traffic, bytes a parameter: 24 for main parameter and moments, the gradient's 2 or 4 (twice that where it is
 zeroed), 2 for bfloat16 weights.
@@ -72,11 +75,10 @@ def _adamw_kernel(
     exp_avg = tl.load(exp_avg_ptr + offsets, mask=inside, other=0.0)
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offsets, mask=inside, other=0.0)
     grad = tl.div_rn(grad, grad_divisor)
-    main -= decay * main
     exp_avg += one_minus_beta1 * (grad - exp_avg)
     exp_avg_sq += one_minus_beta2 * (grad * grad - exp_avg_sq)
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), sqrt_correction2) + eps
-    main -= tl.div_rn(step_size * exp_avg, denominator)
+    main -= decay * main + tl.div_rn(step_size * exp_avg, denominator)
     tl.store(main_ptr + offsets, main, mask=inside)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)

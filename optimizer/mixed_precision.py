@@ -4,7 +4,8 @@ A step, on the slices it was handed (all of them, or under ZeRO-1 the ones this 
 
     norm     global norm of the gradients, float64, over all ranks if the slices are shards
     check    a non-finite norm: every rank skips the step and all state stays as it was
-    step     AdamW on the float32 main parameters, gradients divided by loss scale / clipping factor on the way
+    step     AdamW (the blocks' matrices: Muon, on request) on the float32 main parameters, gradients divided by loss
+             scale / clipping factor on the way
     copy     main parameters -> the model's weights, where those are bf16 or fp16
 
 Step and copy go bucket by bucket, the last bucket first, so that what follows (ZeRO-1's gather) can start early. With
@@ -19,10 +20,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optimizer import adamw_triton
+from optimizer import adamw_triton, muon
 from optimizer.adamw import AdamWConfig, adamw_step
 from optimizer.clip import clip_factor
-from optimizer.param_groups import split_by_decay
+from optimizer.muon import MuonConfig
+from optimizer.param_groups import is_hidden_matrix, split_by_decay
 from parallel.buffer import GradientSource, ParameterSlice, sum_of_squares
 
 
@@ -101,13 +103,19 @@ class _State:
     piece: ParameterSlice
     main: Tensor
     exp_avg: Tensor
-    exp_avg_sq: Tensor
+    """AdamW's mean gradient, or Muon's momentum."""
+    exp_avg_sq: Tensor | None
+    """None: Muon steps it."""
 
     @staticmethod
-    def of(piece: ParameterSlice) -> "_State":
+    def of(piece: ParameterSlice, by_muon: bool) -> "_State":
         # float32 weights are their own main parameters
         main = piece.param if piece.param.dtype == torch.float32 else piece.param.float()
-        return _State(piece, main, torch.zeros_like(main), torch.zeros_like(main))
+        return _State(piece, main, torch.zeros_like(main), None if by_muon else torch.zeros_like(main))
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"main": self.main, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def write_weights(self) -> None:
         if self.main is not self.piece.param:
@@ -121,7 +129,7 @@ class _OverlappedStep:
 
 
 class MixedPrecisionOptimizer:
-    """AdamW over flat slices.
+    """AdamW, and on request Muon, over flat slices.
 
     Args:
         slices: what to step, one list a bucket. Gradients may have any dtype; float32 ones are used in place.
@@ -133,6 +141,10 @@ class MixedPrecisionOptimizer:
         source: where gradients come from if they are not in the slices yet; its norms are over all ranks already.
         kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
             in the same pass); see `choose_kernel`.
+        muon: step the matrices of the blocks by Muon; None: AdamW steps all.
+        gather_updates: with Muon, where slices are shards: makes a bucket's gradients whole again, from what each rank
+            has put in the place of its own (`Zero1.gather_in_gradients`). Called for every bucket, on all ranks.
+        zero_grad: leave the slices' gradients zero after a step, at no cost with the Triton kernel.
     """
 
     def __init__(
@@ -144,12 +156,17 @@ class MixedPrecisionOptimizer:
         sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
         source: GradientSource | None = None,
         kernel: str = "torch",
+        muon: MuonConfig | None = None,
+        gather_updates: Callable[[int], None] | None = None,
+        zero_grad: bool = False,
     ):
-        self.kernel = kernel
+        self.kernel, self.muon, self.gather_updates, self.zero_grad = kernel, muon, gather_updates, zero_grad
         self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
         self.sum_over_ranks, self.source = sum_over_ranks, source
         self.num_steps = 0
-        self._buckets = [[_State.of(piece) for piece in bucket] for bucket in slices]
+        self._buckets = [
+            [_State.of(piece, muon is not None and is_hidden_matrix(piece)) for piece in bucket] for bucket in slices
+        ]
         self._overlapped: _OverlappedStep | None = None
 
     @torch.no_grad()
@@ -218,9 +235,14 @@ class MixedPrecisionOptimizer:
     def _step_bucket(self, bucket: int, lr: float, grad_divisor: float) -> None:
         if self.source is not None:
             self.source.load(bucket)
+        states = self._buckets[bucket]
+        by_adamw = [state for state in states if state.exp_avg_sq is not None]
         step = self._step_in_one_pass if self.kernel == "triton" else self._step_in_passes
-        for group, weight_decay in zip(split_by_decay(self._buckets[bucket]), (self.config.weight_decay, 0.0)):
+        for group, weight_decay in zip(split_by_decay(by_adamw), (self.config.weight_decay, 0.0)):
             step(group, lr, weight_decay, grad_divisor)
+        if self.muon is not None:
+            by_muon = [state for state in states if state.exp_avg_sq is None]
+            self._step_matrices(bucket, by_muon, lr * self.muon.lr_ratio, grad_divisor)
 
     def _step_in_passes(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
         adamw_step(
@@ -230,22 +252,37 @@ class MixedPrecisionOptimizer:
         )  # fmt: skip
         for state in states:
             state.write_weights()
+            if self.zero_grad:
+                state.piece.grad.zero_()
 
     def _step_in_one_pass(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
         for state in states:
             weights = state.piece.param if state.main is not state.piece.param else None
             adamw_triton.adamw_flat_step(
                 state.main, state.exp_avg, state.exp_avg_sq, state.piece.grad, weights, self.num_steps, lr,
-                weight_decay, grad_divisor, self.config,
+                weight_decay, grad_divisor, self.config, self.zero_grad,
             )  # fmt: skip
 
+    def _step_matrices(self, bucket: int, states: list[_State], lr: float, grad_divisor: float) -> None:
+        """By Muon. Shards of a matrix are updated each by its rank up to the point where all of it is needed."""
+        for state in states:
+            muon.look_ahead(state.exp_avg, state.piece.grad.div_(grad_divisor), self.muon.momentum)
+        if self.gather_updates is not None:
+            self.gather_updates(bucket)
+        for state in states:
+            piece = state.piece
+            update = muon.orthogonalize(piece.whole_grad.view(piece.shape), self.muon.iterations)
+            update = update.reshape(-1)[piece.offset : piece.offset + len(piece.grad)]
+            state.main.mul_(1.0 - lr * self.config.weight_decay)
+            state.main.sub_(update.float(), alpha=muon.step_size(piece.shape, lr))
+            state.write_weights()
+            if self.zero_grad:
+                piece.grad.zero_()
+
     def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
-        """(parameter name, offset in it, {"main", "exp_avg", "exp_avg_sq"}) of each slice, flat float32 views."""
-        return [
-            (s.piece.name, s.piece.offset, {"main": s.main, "exp_avg": s.exp_avg, "exp_avg_sq": s.exp_avg_sq})
-            for bucket in self._buckets
-            for s in bucket
-        ]
+        """(parameter name, offset in it, {"main", "exp_avg", and "exp_avg_sq" but for Muon}) of each slice: flat views,
+        float32."""
+        return [(s.piece.name, s.piece.offset, s.tensors()) for bucket in self._buckets for s in bucket]
 
     @torch.no_grad()
     def weights_from_main(self) -> None:
@@ -255,7 +292,10 @@ class MixedPrecisionOptimizer:
                 state.write_weights()
 
     def scalar_state(self) -> dict:
-        return {"num_steps": self.num_steps, "scaler": self.scaler.state_dict()}
+        return {
+            "name": "adamw" if self.muon is None else "muon", "num_steps": self.num_steps,
+            "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
 
     def load_scalar_state(self, state: dict) -> None:
         self.num_steps = state["num_steps"]

@@ -98,12 +98,9 @@ class Bucket:
             if first < last:
                 found.append(
                     ParameterSlice(
-                        slot.parameter.name,
-                        first - slot_start,
-                        len(slot.parameter.shape) >= 2,
-                        self.param[first:last],
-                        self.reduced[first:last],
-                    )
+                        slot.parameter.name, first - slot_start, slot.parameter.shape, self.param[first:last],
+                        self.reduced[first:last], self.piece(self.reduced, slot),
+                    )  # fmt: skip
                 )
         return found
 
@@ -114,12 +111,19 @@ class ParameterSlice:
 
     name: str
     offset: int
-    is_matrix: bool
-    """Whether the whole parameter has two dimensions or more: only such decay."""
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
     grad: Tensor
     """1-D view of the summed gradients, same length."""
+    whole_grad: Tensor
+    """1-D view of the whole parameter's gradients. Where the slice is a shard, the rest is not summed."""
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the whole parameter has two dimensions or more: only such decay."""
+        return len(self.shape) >= 2
 
 
 class GradientSource(Protocol):

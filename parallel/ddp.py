@@ -85,7 +85,7 @@ class NaiveDDP(nn.Module):
         """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
         return [
             [
-                ParameterSlice(name, 0, p.dim() >= 2, p.detach().view(-1), p.grad.view(-1))
+                ParameterSlice(name, 0, tuple(p.shape), p.detach().view(-1), p.grad.view(-1), p.grad.view(-1))
                 for name, p in self.trained.items()
             ]
         ]

@@ -51,6 +51,18 @@ class Zero1:
             owned.append(bucket.slices(collectives.rank * size, (collectives.rank + 1) * size))
         return owned
 
+    def gather_in_gradients(self, bucket: int) -> None:
+        """Bring all ranks what each has put in the place of its own shard's gradients: every rank then holds all of it.
+        Waits for that. For an optimizer that must see whole matrices (Muon); as many bytes as the gradients take."""
+        reduced = self.ddp.buckets[bucket].reduced
+
+        def work() -> None:
+            with traffic_span(f"gather updates of bucket {bucket}", self._bytes_to_gather(reduced)):
+                self.ddp.collectives.all_gather(reduced)
+
+        with self.ddp.waits.waiting("wait for updates"):
+            self.ddp.comm_stream.submit(work).wait()
+
     def gather(self, bucket: int) -> None:
         """Start to gather a bucket's parameters: on every rank in the same order, from the main thread."""
         param = self.ddp.buckets[bucket].param

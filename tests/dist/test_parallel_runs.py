@@ -36,6 +36,7 @@ FULL_RANK = [*POWERSGD, "--matrix_approximation_rank=64", "--min_compression_rat
 IN_BUFFER = "--grad_buffer_is_powerSGD_error"
 BF16, FP16 = "--use_bf16_compress_hook", "--use_fp16_compress_hook"
 BF16_WEIGHTS, NARROW = "--dtype=bfloat16", "--no-grad_reduce_in_fp32"
+MUON = "--optimizer=muon"
 EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 
@@ -85,6 +86,16 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "narrow powersgd 16": ([BF16_WEIGHTS, NARROW, *POWERSGD, "--no-orthogonalize_in_float32", ZERO1], None),
     "fp16 weights powersgd": (["--dtype=float16", *POWERSGD], None),
     "fp16 weights powersgd zero1": (["--dtype=float16", *POWERSGD, ZERO1, GATHER], "fp16 weights powersgd"),
+    "muon": ([MUON], None),
+    "muon naive": ([MUON, "--ddp_impl=naive"], "muon"),
+    "muon zero1": ([MUON, ZERO1, GATHER], "muon"),
+    "muon zero1 one bucket": ([MUON, ZERO1, "--disable_bucketing"], "muon"),
+    "muon free": ([MUON, FREE], None),
+    "muon step": ([MUON, STEP, STEP_ZERO, FREE], "muon free"),
+    "muon powersgd": ([MUON, *POWERSGD], None),
+    "muon powersgd in buffer zero1": ([MUON, *POWERSGD, IN_BUFFER, ZERO1], "muon powersgd"),
+    "muon narrow": ([MUON, BF16_WEIGHTS, NARROW], None),
+    "muon narrow zero1": ([MUON, BF16_WEIGHTS, NARROW, ZERO1], "muon narrow"),
 }
 """Name -> flags, and the mode whose bits it must have on 2 ranks, if any."""
 
@@ -318,9 +329,9 @@ def base_flags(data_dir: Path) -> list[str]:
 SLOW = ("zero1 gather", "everything", "powersgd in buffer everything")
 """Modes that run with the patch "slow"."""
 ELSEWHERE = {
-    1: ("zero1 gather", "everything", "powersgd", "powersgd in buffer everything"),
+    1: ("zero1 gather", "everything", "powersgd", "powersgd in buffer everything", "muon zero1"),
     4: ("plain", "zero1 gather", "everything", "powersgd", "powersgd zero1", "powersgd in buffer everything",
-        "full rank", "bf16 zero1"),
+        "full rank", "bf16 zero1", "muon zero1"),
 }  # fmt: skip
 """Ranks other than 2 -> the modes that run there too."""
 SKIPS = {
@@ -669,6 +680,7 @@ def resumed(base_flags: list[str], runs: Plan, tmp_path_factory: pytest.TempPath
     plan.resume("plain -> zero1 -> plain", middle, 2, [], zero1, keep=5)
     middle = plan.resume("zero1 2 -> 4", made["2 zero1 gather"], 4, [*zero1, often])
     plan.resume("zero1 2 -> 4 -> 1", middle, 1, zero1, keep=5)
+    plan.resume("muon 2 -> zero1 4", made["2 muon"], 4, [MUON, *zero1])
     plan.resume("bf16 weights -> zero1", made["2 bf16 weights"], 2, [BF16_WEIGHTS, ZERO1])
     in_buffer = [*POWERSGD, IN_BUFFER, ZERO1]
     middle = plan.resume("powersgd -> in buffer", made["2 powersgd"], 2, [*in_buffer, often])
@@ -721,6 +733,7 @@ def test_another_mode_takes_over_with_the_same_bits(
     [
         ("zero1 2 -> 4", "2 plain", [2, 4]),
         ("zero1 2 -> 4 -> 1", "2 plain", [2, 4, 1]),
+        ("muon 2 -> zero1 4", "2 muon", [2, 4]),
         ("powersgd 4 -> 2", "4 powersgd", [4, 2]),
         ("powersgd 2 -> 4", "2 powersgd", [2, 4]),
         ("powersgd 4 -> 1 in buffer", "4 powersgd", [4, 1]),

@@ -20,8 +20,9 @@ def slices_of(dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torc
         return torch.randn(size, generator=generator).to(kind)
 
     return [
-        ParameterSlice(name, 0, is_matrix, draw(size, dtype), draw(size, grad_dtype))
-        for name, size, is_matrix in (("w", 1000, True), ("norm", 33, False), ("v", 7, True))
+        ParameterSlice(name, 0, shape, draw(math.prod(shape), dtype), grad, grad)
+        for name, shape in (("w", (10, 100)), ("norm", (33,)), ("v", (7, 1)))
+        for grad in [draw(math.prod(shape), grad_dtype)]
     ]
 
 

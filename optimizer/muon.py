@@ -1,0 +1,103 @@
+"""Muon (Jordan et al., 2024): momentum whose singular values are all set to about one, for the matrices of the blocks.
+
+    m <- b m + (1 - b) g        running mean of the gradient            (a shard of it is enough)
+    u <- b m + (1 - b) g        once more: Nesterov's look ahead        (a shard of it is enough)
+    o <- U V^T  of  u = U S V^T                                         (needs the whole matrix)
+    w <- w - lr wd w - lr 0.2 sqrt(max(rows, columns)) o
+
+A gradient matrix has a few large singular values and many small ones; setting them equal lets the rare directions
+learn as fast as the common ones. The factor 0.2 sqrt(max) gives the step AdamW's usual root mean square (Liu et al.,
+Moonlight, 2025), so that one learning rate serves both. Embedding, head, norms and biases stay with AdamW: for a row
+that is looked up by token the spectrum of the whole says nothing. Memory: 8 bytes a parameter (main parameter and m) to
+AdamW's 12.
+
+U V^T without a singular value decomposition: an odd polynomial in u acts on the singular values alone,
+(a + b u u^T + c (u u^T)^2) u, and a few of them in a row bring every value of [LOWEST, 1] close to 1. The best
+coefficients for each (Amsel et al., Polar Express, 2025) follow from those before it: `polynomials` computes them.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UPDATE_RMS = 0.2
+"""Root mean square of a step at learning rate 1."""
+LOWEST = {1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01, 5: 0.003, 6: 0.001}
+"""Iterations -> smallest singular value, as a share of the Frobenius norm, that is to end near 1. A lower one would
+leave the others less exact; smaller values are raised, too, but not all the way."""
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    momentum: float = 0.95
+    """b above."""
+    lr_ratio: float = 1.0
+    """Learning rate as a multiple of AdamW's."""
+    iterations: int = 5
+    """Of the orthogonalization."""
+
+
+@cache
+def polynomials(iterations: int) -> tuple[tuple[float, float, float], ...]:
+    """Coefficients (a, b, c) of a x + b x^3 + c x^5, applied one after the other.
+
+    Each is the best approximation of 1 (smallest largest error) on the interval that the values then lie in, which the
+    one before it has narrowed: found by Remez' algorithm, as the error of the best one alternates at four points.
+
+    Raises:
+        ValueError: a number of iterations that is not foreseen.
+    """
+    if iterations not in LOWEST:
+        raise ValueError(f"Muon takes {min(LOWEST)} to {max(LOWEST)} iterations, not {iterations}")
+    low, high, found = LOWEST[iterations], 1.0, []
+    for _ in range(iterations):
+        points = np.linspace(low, high, 4)
+        for _ in range(50):
+            powers = np.stack((points, points**3, points**5, (-1.0) ** np.arange(4)), axis=1)
+            a, b, c, error = np.linalg.solve(powers, np.ones(4))
+            # Where a + 3 b x^2 + 5 c x^4 = 0: the extrema inside.
+            inner = np.sort(np.sqrt(np.roots((5 * c, 3 * b, a)).real))
+            moved = np.array((low, *inner, high))
+            if np.allclose(moved, points, rtol=1e-13, atol=0.0):
+                break
+            points = moved
+        found.append((float(a), float(b), float(c)))
+        low, high = 1.0 - abs(error), 1.0 + abs(error)
+    return tuple(found)
+
+
+def orthogonalize_reference(matrix: Tensor) -> Tensor:
+    """The definition: U V^T of a matrix U S V^T, in its dtype."""
+    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return (u @ vh).to(matrix.dtype)
+
+
+def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
+    """(rows, columns) of any float dtype -> about U V^T, in bfloat16 on a GPU (as Jordan et al. do), else float32.
+
+    Args:
+        iterations: see LOWEST; each is two products of the smaller side's Gram matrix and one with the matrix.
+    """
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = x / (matrix.float().norm() * 1.001 + 1e-30)
+    is_tall = x.shape[0] > x.shape[1]
+    if is_tall:
+        x = x.T
+    for a, b, c in polynomials(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+def look_ahead(momentum: Tensor, grad: Tensor, beta: float) -> None:
+    """m <- b m + (1 - b) g, and g <- b m + (1 - b) g of the new m; both in place, of any equal shape."""
+    momentum.lerp_(grad.to(momentum.dtype), 1.0 - beta)
+    grad.lerp_(momentum.to(grad.dtype), beta)
+
+
+def step_size(shape: tuple[int, ...], lr: float) -> float:
+    """What the orthogonal matrix is multiplied by."""
+    return lr * UPDATE_RMS * max(shape[0], shape[1]) ** 0.5

@@ -1,0 +1,129 @@
+"""Muon against a singular value decomposition, and its step against the plain formula."""
+
+import itertools
+
+import pytest
+import torch
+
+from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
+from optimizer.adamw import AdamWConfig
+from optimizer.muon import LOWEST, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
+from optimizer.param_groups import is_hidden_matrix
+from parallel.buffer import ParameterSlice
+
+NAME = "layers.0.mlp.up_proj.weight"
+ADAMW = AdamWConfig(weight_decay=0.1)
+
+
+def with_singular_values(rows: int, columns: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q
+        for size in (rows, columns)
+    )
+    return (u * values) @ v.T
+
+
+@pytest.mark.parametrize("iterations", LOWEST)
+def test_each_polynomial_is_the_best_one_on_what_the_last_has_left(iterations: int):
+    """No quintic comes closer to 1 everywhere: the error of the best one reaches its largest size at four points, with
+    alternating sign (Chebyshev)."""
+    x = torch.linspace(LOWEST[iterations], 1.0, 100_001, dtype=torch.float64)
+    last_error = 1.0
+    for a, b, c in polynomials(iterations):
+        x = a * x + b * x**3 + c * x**5
+        error = (x - 1.0).abs().max().item()
+        assert error < last_error
+        at_peak = (x - 1.0)[(x - 1.0).abs() > error * (1 - 1e-4)].sign()
+        alternations = sum(a != b for a, b in itertools.pairwise(at_peak.tolist()))
+        assert alternations == 3
+        # The next polynomial is for the whole interval between the extremes.
+        x = torch.linspace(1 - error, 1 + error, 100_001, dtype=torch.float64)
+        last_error = error
+    assert last_error < 0.13
+
+
+def test_another_number_of_iterations_is_refused():
+    with pytest.raises(ValueError, match="1 to 6 iterations, not 9"):
+        polynomials(9)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 7), (7, 1)])
+@pytest.mark.parametrize("iterations", LOWEST)
+def test_polynomials_act_on_singular_values_and_vectors_stay(shape: tuple[int, int], iterations: int):
+    rank = min(shape)
+    matrix = with_singular_values(*shape, torch.logspace(0, -2, rank, dtype=torch.float64))
+    u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    values = values / (values.norm() * 1.001)
+    for a, b, c in polynomials(iterations):
+        values = a * values + b * values**3 + c * values**5
+    result = orthogonalize(matrix.float() * 1e-4, iterations).double()
+    assert torch.allclose(result, (u * values) @ vh, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_the_usual_five_iterations_come_close_to_the_definition(shape: tuple[int, int]):
+    matrix = with_singular_values(*shape, torch.logspace(0, -1.5, min(shape), dtype=torch.float64))
+    exact = orthogonalize_reference(matrix)
+    assert torch.allclose(exact @ exact.T @ exact, exact)
+    assert (orthogonalize(matrix.float(), 5).double() - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(4, 6), 5), torch.zeros(4, 6))
+
+
+def one_slice(shape: tuple[int, ...], name: str = NAME, seed: int = 0) -> ParameterSlice:
+    generator = torch.Generator().manual_seed(seed)
+    param, grad = (torch.randn(shape, generator=generator).flatten() for _ in range(2))
+    return ParameterSlice(name, 0, shape, param, grad, grad)
+
+
+def test_steps_equal_the_formula():
+    """With exact U V^T, in float64; the gradients' singular values lie where the polynomials are exact to 2%."""
+    shape, lr, config = (12, 20), 0.02, MuonConfig(momentum=0.9, lr_ratio=1.5, iterations=4)
+    piece = one_slice(shape)
+    optimizer = MixedPrecisionOptimizer([[piece]], ADAMW, 0.0, LossScaler(enabled=False), muon=config)
+    weights, mean = piece.param.double().view(shape), torch.zeros(shape, dtype=torch.float64)
+    start = weights.clone()
+    for step in range(4):
+        grad = with_singular_values(*shape, torch.linspace(1, 0.3, 12, dtype=torch.float64), seed=step)
+        piece.grad.copy_(grad.flatten())
+        assert optimizer.step(lr).grad_norm == pytest.approx(grad.norm().item(), rel=1e-5)
+        mean = 0.9 * mean + 0.1 * grad
+        update = orthogonalize_reference(0.9 * mean + 0.1 * grad)
+        weights = weights * (1 - 1.5 * lr * 0.1) - 1.5 * lr * UPDATE_RMS * 20**0.5 * update
+    moved = (weights - start).norm()
+    assert (piece.param.double().view(shape) - weights).norm() / moved < 0.02
+    # By root mean square, a step is as large as AdamW's at the same rate: 0.2 of it.
+    assert update.square().mean().sqrt() * 20**0.5 == pytest.approx(1.0, rel=1e-6)
+
+
+def test_only_matrices_of_blocks_are_muons():
+    sorts = {
+        NAME: (4, 6), "layers.1.input_layernorm.weight": (4,), "layers.0.self_attn.q_proj.bias": (4,),
+        "embed_tokens.weight": (8, 4), "lm_head.weight": (8, 4), "norm.weight": (4,),
+    }  # fmt: skip
+    slices = [one_slice(shape, name) for name, shape in sorts.items()]
+    assert [is_hidden_matrix(piece) for piece in slices] == [True, False, False, False, False, False]
+    optimizer = MixedPrecisionOptimizer([slices], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig())
+    states = {name: set(tensors) for name, _, tensors in optimizer.named_state()}
+    assert states.pop(NAME) == {"main", "exp_avg"}
+    assert all(state == {"main", "exp_avg", "exp_avg_sq"} for state in states.values())
+    assert optimizer.scalar_state()["name"] == "muon"
+    without = [one_slice(shape, name) for name, shape in sorts.items()]
+    MixedPrecisionOptimizer([without], ADAMW, 0.0, LossScaler(enabled=False)).step(1e-2)
+    optimizer.step(1e-2)
+    same = [torch.equal(a.param, b.param) for a, b in zip(slices, without)]
+    assert same == [False, True, True, True, True, True]
+
+
+def test_gradients_are_left_zero_on_request():
+    pieces = [one_slice((4, 6), NAME), one_slice((8, 4), "embed_tokens.weight"), one_slice((4,), "norm.weight")]
+    before = [piece.param.clone() for piece in pieces]
+    optimizer = MixedPrecisionOptimizer(
+        [pieces], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig(), zero_grad=True
+    )
+    optimizer.step(0.1)
+    assert not any(piece.grad.any() for piece in pieces)
+    assert not any(torch.equal(piece.param, old) for piece, old in zip(pieces, before))
