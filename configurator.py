@@ -174,8 +174,8 @@ class OptimizerConfig:
     """Muon: decay of the mean gradient."""
     muon_lr_ratio: float = 1.0
     """Muon: its learning rate, as a multiple of learning_rate."""
-    muon_iterations: Literal[1, 2, 3, 4, 5, 6] = 5
-    """Muon: of the orthogonalization; on a CPU with small batches 3 are quicker, and nearly as good."""
+    muon_iterations: int = 5
+    """Muon: 1 to 6 of the orthogonalization; on a CPU with small batches 3 are quicker, and nearly as good."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
     max_skipped_steps: int = 100
@@ -521,6 +521,8 @@ def _check(config: Config) -> None:
     for name in ("beta1", "beta2", "muon_momentum"):
         if not 0.0 <= flat[name] < 1.0:
             raise ValueError(f"{name} must be at least 0 and below 1, got {flat[name]}")
+    if not 1 <= config.optimizer.muon_iterations <= 6:
+        raise ValueError(f"muon_iterations must lie between 1 and 6, got {config.optimizer.muon_iterations}")
     if not config.run.max_iters and config.run.epoch <= 0:
         raise ValueError(f"epoch must be positive where max_iters is 0, got {config.run.epoch}")
     if not config.data.data_dir and not (config.data.train_data_dir and config.data.valid_data_dir):

@@ -5,11 +5,13 @@ import itertools
 import pytest
 import torch
 
+import train_my_ddp
 from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
 from optimizer.muon import LOWEST, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
 from optimizer.param_groups import is_hidden_matrix
 from parallel.buffer import ParameterSlice
+from tests.runs import records
 
 NAME = "layers.0.mlp.up_proj.weight"
 ADAMW = AdamWConfig(weight_decay=0.1)
@@ -127,3 +129,16 @@ def test_gradients_are_left_zero_on_request():
     optimizer.step(0.1)
     assert not any(piece.grad.any() for piece in pieces)
     assert not any(torch.equal(piece.param, old) for piece, old in zip(pieces, before))
+
+
+def train(flags: list[str], *more: str) -> int:
+    return train_my_ddp.main([*flags, *more])
+
+
+def test_a_run_goes_on_only_with_its_own_optimizer(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    assert train(tiny_run, "--optimizer=muon") == 0
+    assert "Muon for the matrices of the blocks" in capsys.readouterr().out
+    assert train(tiny_run, "--resume", "--max_iters=6", "--optimizer=adamw") == 2
+    assert "the run was trained with --optimizer=muon" in capsys.readouterr().out
+    assert train(tiny_run, "--resume", "--max_iters=6") == 0
+    assert [record["step"] for record in records(tiny_run, "train")] == [1, 2, 3, 4, 5, 6]

@@ -42,6 +42,10 @@ REFUSED = [
     ([POWERSGD, "--orthogonalization_epsilon=-1"], "orthogonalization_epsilon must not be negative"),
     ([POWERSGD, "--powerSGD_log_interval=-1"], "powerSGD_log_interval must not be negative"),
     (["--bucket_size=-1"], "bucket_size must not be negative"),
+    (["--optimizer=muon", ZERO1, STEP, "--grad_clip=0"], "needs whole matrices"),
+    (["--optimizer=muon", "--muon_iterations=7"], "muon_iterations must lie between 1 and 6, got 7"),
+    (["--optimizer=muon", "--muon_momentum=1"], "muon_momentum must be at least 0 and below 1"),
+    (["--optimizer=muon", "--muon_lr_ratio=-1"], "muon_lr_ratio must not be negative"),
 ]
 
 
@@ -65,6 +69,8 @@ ACCEPTED = [
     [POWERSGD, "--no-use_error_feedback", "--no-warm_start", "--use_fixed_Q"],
     ["--use_bf16_compress_hook", "--no-use_fp16_compress_hook", "--dtype=float16"],
     ["--ddp_impl=naive", "--no-use_powerSGD_hook", "--use_distributed_optimizer=False", "--grad_clip=0"],
+    ["--optimizer=muon", STEP, "--grad_clip=0"],
+    ["--optimizer=muon", ZERO1, "--overlap_param_gather"],
     ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],
 ]
 
