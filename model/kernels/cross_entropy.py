@@ -10,6 +10,9 @@ backward pass reads the logits again and writes the gradient over them: that the
 Liger-Kernel's idea (Hsu et al., 2024). So nobody else may need the logits once backward has begun. Autograd is told
 that they changed and raises an error for whoever saved them before; a leaf is copied first.
 
+Arithmetic is float32, for float32 logits float64 (see launch.py). Losses are float32 always, so what there is of one a
+row is computed in float64 always: the sum of what the threads have added up, its logarithm, the loss.
+
 Memory traffic, elements: forward N V, backward 2 N V. `cross_entropy_with_gradient_` does both in one launch; its
 second reading of a row mostly comes out of the cache.
 
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl
+from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl, work_dtype
 from model.loss import IGNORE_INDEX
 
 MAX_BLOCK = 4096
@@ -41,12 +44,13 @@ def cross_entropy_reference(
 
 @jit
 def _row_losses(logits_row_ptr, label, V, z_loss, BLOCK: constexpr):
-    """(loss, m, s) of one row. A label outside the vocabulary makes loss and s NaN, so that the run notices."""
-    maximum = -float("inf")
-    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    """(loss, m, s) of one row, float64. A label outside the vocabulary makes loss and s NaN: the run notices."""
+    work = tl.float64 if logits_row_ptr.dtype.element_ty == tl.float32 else tl.float32
+    maximum = tl.full((), -float("inf"), work)
+    sums = tl.zeros((BLOCK,), dtype=work)
     for start in tl.range(0, V, BLOCK):
         entries = start + tl.arange(0, BLOCK)
-        x = tl.load(logits_row_ptr + entries, mask=entries < V, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits_row_ptr + entries, mask=entries < V, other=-float("inf")).to(work)
         larger = tl.maximum(maximum, tl.max(x, 0))
         # While all logits so far are -inf, the differences must not be -inf - -inf.
         origin = tl.where(larger == -float("inf"), 0.0, larger)
@@ -54,25 +58,34 @@ def _row_losses(logits_row_ptr, label, V, z_loss, BLOCK: constexpr):
         sums = sums * tl.exp(maximum - origin) + tl.exp(x - origin)
         maximum = larger
     exists = (label >= 0) & (label < V)
-    picked = tl.load(logits_row_ptr + label, mask=exists, other=0.0).to(tl.float32)
-    total = tl.where(exists, tl.sum(sums, 0), float("nan"))
-    lse = maximum + tl.log(total)
-    return tl.log(total) - (picked - maximum) + z_loss * (lse * lse), maximum, total
+    picked = tl.load(logits_row_ptr + label, mask=exists, other=0.0).to(tl.float64)
+    total = tl.where(exists, tl.sum(sums.to(tl.float64), 0), float("nan"))
+    maximum = maximum.to(tl.float64)
+    log_total = tl.log(total)
+    lse = maximum + log_total
+    return log_total - (picked - maximum) + z_loss * (lse * lse), maximum, total
 
 
 @jit
 def _write_gradient(logits_row_ptr, start, label, maximum, total, upstream, V, ignore_index, z_loss, BLOCK: constexpr):
     """Over BLOCK logits of one row, from `start` on."""
+    work = tl.float64 if logits_row_ptr.dtype.element_ty == tl.float32 else tl.float32
+    maximum, total = maximum.to(work), total.to(work)
     entries = start + tl.arange(0, BLOCK)
     inside = entries < V
     if label == ignore_index:
         tl.store(logits_row_ptr + entries, tl.zeros((BLOCK,), dtype=tl.float32), mask=inside)
     else:
-        x = tl.load(logits_row_ptr + entries, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(logits_row_ptr + entries, mask=inside, other=0.0).to(work)
         probability = tl.exp(x - maximum) * (1.0 / total)
         gradient = probability - tl.where(entries == label, 1.0, 0.0)
         gradient += 2.0 * z_loss * (maximum + tl.log(total)) * probability
-        tl.store(logits_row_ptr + entries, upstream * gradient, mask=inside)
+        tl.store(logits_row_ptr + entries, (upstream * gradient).to(tl.float32), mask=inside)
+
+
+@jit
+def _nothing():
+    return tl.full((), 0.0, tl.float64)
 
 
 @jit
@@ -82,12 +95,12 @@ def _cross_entropy_forward_kernel(
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    loss, maximum, total = 0.0, 0.0, 0.0
+    loss, maximum, total = _nothing(), _nothing(), _nothing()
     if label != ignore_index:
         loss, maximum, total = _row_losses(logits_ptr + row * logits_stride, label, V, z_loss, BLOCK)
-    tl.store(losses_ptr + row, loss)
-    tl.store(stats_ptr + 2 * row, maximum)
-    tl.store(stats_ptr + 2 * row + 1, total)
+    tl.store(losses_ptr + row, loss.to(tl.float32))
+    tl.store(stats_ptr + 2 * row, maximum.to(stats_ptr.dtype.element_ty))
+    tl.store(stats_ptr + 2 * row + 1, total.to(stats_ptr.dtype.element_ty))
 
 
 @jit
@@ -99,10 +112,10 @@ def _cross_entropy_with_gradient_kernel(
     label = tl.load(labels_ptr + row)
     scale = tl.load(scale_ptr)
     logits_row_ptr = logits_ptr + row * logits_stride
-    loss, maximum, total = 0.0, 0.0, 0.0
+    loss, maximum, total = _nothing(), _nothing(), _nothing()
     if label != ignore_index:
         loss, maximum, total = _row_losses(logits_row_ptr, label, V, z_loss, BLOCK)
-    tl.store(losses_ptr + row, loss)
+    tl.store(losses_ptr + row, loss.to(tl.float32))
     # No thread may overwrite the label's logit before all threads have read it.
     tl.debug_barrier()
     for start in tl.range(0, V, BLOCK):
@@ -130,7 +143,8 @@ def _launch_options(vocab_size: int) -> dict[str, int]:
 
 def _empty_forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
     num_tokens = len(logits_NV)
-    return tuple(logits_NV.new_empty(shape, dtype=torch.float32) for shape in ((num_tokens,), (num_tokens, 2)))
+    losses = logits_NV.new_empty(num_tokens, dtype=torch.float32)
+    return losses, logits_NV.new_empty((num_tokens, 2), dtype=work_dtype(logits_NV.dtype))
 
 
 @kernel_op(
@@ -140,7 +154,7 @@ def _empty_forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_los
 def cross_entropy_forward(
     logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(losses (N,), m and s (N, 2)), float32, 0 where ignored. The logits' columns lie side by side."""
+    """(losses (N,) in float32, m and s (N, 2) in `work_dtype`), 0 where ignored. Logits: columns lie side by side."""
     losses, stats = _empty_forward(logits_NV, labels_N, ignore_index, z_loss)
     vocab_size = logits_NV.shape[1]
     _cross_entropy_forward_kernel[(len(logits_NV),)](

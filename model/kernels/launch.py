@@ -107,6 +107,21 @@ def as_rows(x: Tensor) -> Tensor:
     return rows_NC if rows_NC.stride(1) == 1 or rows_NC.shape[1] == 1 else rows_NC.contiguous()
 
 
+def work_dtype(result: torch.dtype) -> torch.dtype:
+    """In which kernels compute what they return in `result`: float32, and float64 for float32.
+
+    So each number of theirs is rounded once, and is off by half a unit in its last place. In float32 a norm or a SwiGLU
+    is a chain of four to ten roundings, as it is in eager PyTorch; which of two such chains comes out closer is luck,
+    and a factor of two between their largest errors, in a tensor of a few elements, is no rare luck. Under bfloat16 and
+    float16 the last rounding hides all others.
+
+    float32 results are those of a run in float32, where matrix products take the time; runs in bfloat16 compute in
+    float32. By the instruction counts a data-center GPU, with half as many float64 units as float32 ones or a quarter,
+    is still bound by memory; one with a 64th takes several times as long (neither measured yet).
+    """
+    return torch.float64 if result == torch.float32 else torch.float32
+
+
 def check_dtypes(*tensors: Tensor) -> None:
     """Raises: ValueError: a kernel that computes in float32 was given something it would silently round."""
     for tensor in tensors:

@@ -14,7 +14,7 @@ chunk's logits again in the backward pass, a fourth matrix multiplication beside
 Memory beyond inputs and gradients, bytes, with e for the size of an element of the logits:
 
     chunk of logits      n V e <= chunk_bytes; on a CPU n V (e + 4), the softmax being float32
-    losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n
+    losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n (float32 in Triton: 20)
     for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
 
 Gradients: hidden's N C e; the weight's V C 4, float32, unless it is added to a buffer that exists. Matrix
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.cross_entropy import TritonOps
+from model.kernels.launch import work_dtype
 from model.kernels.support import available
 from model.loss import IGNORE_INDEX
 
@@ -173,7 +174,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ops = TritonOps if use_triton else TorchOps
         log_probs = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
-        stats = hidden_NC.new_empty((len(labels_N), 2), dtype=torch.float32)
+        stats_dtype = work_dtype(hidden_NC.dtype) if use_triton else torch.float32
+        stats = hidden_NC.new_empty((len(labels_N), 2), dtype=stats_dtype)
         for tokens, _, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
             losses, stats[tokens] = ops.forward(logits, labels, ignore_index, 0.0)
             torch.neg(losses, out=log_probs[tokens])

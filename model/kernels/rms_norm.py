@@ -9,8 +9,11 @@ The fused form is h' = h + dropout(x), y = rms_norm(h'): what a pre-norm transfo
 (fused as in Apex's and flash-attention's layer norms, by Tri Dao among others). The dropout mask is that of
 model/dropout.py, recomputed in the backward pass.
 
+Arithmetic is float32; float64, rounded once at the end, where the weight is float32 (see launch.py), and for rows of a
+few elements, whose gradient is the small rest of g and n mean(g * n): with one element, g (1 - n^2) with n^2 about 1.
+
 Memory traffic, elements a row of C: forward 2 C (fused 4 C), backward 3 C (fused 4 C, 5 C where dx differs from dh).
-Between the passes only r stays, float32, one a row.
+Between the passes only r stays, one a row, as exact as it was computed.
 
 Shapes: N rows (all but the last dimension), C columns.
 """
@@ -28,11 +31,14 @@ from model.kernels.launch import (
     next_power_of_2,
     num_multiprocessors,
     tl,
+    work_dtype,
 )
 
 ELEMENTS_PER_WARP = 512
 """Sixteen a thread: two 16-byte loads of bfloat16."""
 MAX_WARPS = 32
+WIDE_BELOW = 8
+"""Columns."""
 BACKWARD_WARPS_PER_MULTIPROCESSOR = 16
 """Of a multiprocessor's 64: a backward program keeps the weights and a row of their gradient in registers."""
 BACKWARD_REGISTERS = 128
@@ -90,10 +96,13 @@ def _dropout_factor(
 
 @jit
 def _normalize(x, weight, eps, C: constexpr):
-    """(y, rstd) of a row of float32."""
+    """(y, rstd) of a row, in its dtype."""
     rstd = tl.rsqrt(tl.sum(x * x, 0) / C + eps)
-    # Rounded to the weight's dtype before the product, as the definition does.
-    return (x * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32), rstd
+    normed = x * rstd
+    if weight.dtype != tl.float32:
+        # Before the product, as the definition does.
+        normed = normed.to(tl.float32).to(weight.dtype).to(x.dtype)
+    return normed * weight.to(x.dtype), rstd
 
 
 @jit
@@ -103,10 +112,10 @@ def _rms_norm_forward_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, x_stride, eps, 
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    x = _load_row(x_ptr, row, x_stride, C, BLOCK_C).to(tl.float32)
+    x = _load_row(x_ptr, row, x_stride, C, BLOCK_C).to(rstd_ptr.dtype.element_ty)
     y, rstd = _normalize(x, weight, eps, C)
     tl.store(rstd_ptr + row, rstd)
-    tl.store(y_ptr + row * C + columns, y, mask=inside)
+    tl.store(y_ptr + row * C + columns, y.to(tl.float32), mask=inside)
 
 
 @jit(do_not_specialize=["seed", "where"])
@@ -121,18 +130,19 @@ def _add_rms_norm_forward_kernel(
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    h = _load_row(h_ptr, row, h_stride, C, BLOCK_C).to(tl.float32)
-    x = _load_row(x_ptr, row, x_stride, C, BLOCK_C).to(tl.float32)
+    work = rstd_ptr.dtype.element_ty
+    h = _load_row(h_ptr, row, h_stride, C, BLOCK_C).to(work)
+    x = _load_row(x_ptr, row, x_stride, C, BLOCK_C).to(work)
     if DROPOUT:
         x *= _dropout_factor(
             row, row_ids_ptr, layer_ptr, tokens_per_row, seed, where, threshold, scale, SITES, HAS_LAYER, C, BLOCK_C
         )
     # Normed is what was stored, rounding included: the backward pass has nothing else.
-    h_new = (h + x).to(h_new_ptr.dtype.element_ty)
+    h_new = (h + x).to(tl.float32).to(h_new_ptr.dtype.element_ty)
     tl.store(h_new_ptr + row * C + columns, h_new, mask=inside)
-    y, rstd = _normalize(h_new.to(tl.float32), weight, eps, C)
+    y, rstd = _normalize(h_new.to(work), weight, eps, C)
     tl.store(rstd_ptr + row, rstd)
-    tl.store(y_ptr + row * C + columns, y, mask=inside)
+    tl.store(y_ptr + row * C + columns, y.to(tl.float32), mask=inside)
 
 
 @jit(do_not_specialize=["seed", "where"])
@@ -148,11 +158,12 @@ def _rms_norm_backward_kernel(
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
-    dw = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    work = rstd_ptr.dtype.element_ty
+    dw = tl.zeros((BLOCK_C,), dtype=work)
     h_next = _load_row(h_ptr, first, h_stride, C, BLOCK_C)
     dy_next = _load_row(dy_ptr, first, dy_stride, C, BLOCK_C)
     for row in tl.range(first, num_rows, step):
-        h, dy = h_next.to(tl.float32), dy_next.to(tl.float32)
+        h, dy = h_next.to(work), dy_next.to(work)
         # The next row is on its way while this one is computed; behind the last there is only the last again.
         next_row = tl.minimum(row + step, num_rows - 1)
         h_next = _load_row(h_ptr, next_row, h_stride, C, BLOCK_C)
@@ -162,12 +173,13 @@ def _rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row)
         normed = h * rstd
         if WRITE_DW:
-            dw += dy * normed.to(weight.dtype).to(tl.float32)
-        weighted = dy * weight.to(tl.float32)
+            # Not rounded as in the forward pass: closer to the exact gradient, and less work.
+            dw += dy * normed
+        weighted = dy * weight.to(work)
         dh = rstd * (weighted - normed * (tl.sum(weighted * normed, 0) / C))
         if HAS_DH_NEW:
-            dh += dh_new.to(tl.float32)
-        tl.store(dh_ptr + row * C + columns, dh, mask=inside)
+            dh += dh_new.to(work)
+        tl.store(dh_ptr + row * C + columns, dh.to(tl.float32), mask=inside)
         if WRITE_DX:
             dx = dh
             if DROPOUT:
@@ -175,14 +187,20 @@ def _rms_norm_backward_kernel(
                     row, row_ids_ptr, layer_ptr, tokens_per_row, seed, where, threshold, scale, SITES, HAS_LAYER, C,
                     BLOCK_C,
                 )  # fmt: skip
-            tl.store(dx_ptr + row * C + columns, dx, mask=inside)
+            tl.store(dx_ptr + row * C + columns, dx.to(tl.float32), mask=inside)
     if WRITE_DW:
         tl.store(partial_dw_ptr + first * C + columns, dw, mask=inside)
 
 
-def _launch_options(num_columns: int) -> dict[str, int]:
-    block = next_power_of_2(num_columns)
-    return {"C": num_columns, "BLOCK_C": block, "num_warps": min(max(block // ELEMENTS_PER_WARP, 1), MAX_WARPS)}
+def _work_dtype(weight: Tensor) -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.float64 if len(weight) < WIDE_BELOW else work_dtype(weight.dtype)
+
+
+def _launch_options(num_columns: int, work: torch.dtype) -> dict[str, int]:
+    """`work`: the dtype of the arithmetic. A float64 takes two registers."""
+    block, elements_per_warp = next_power_of_2(num_columns), ELEMENTS_PER_WARP * 4 // work.itemsize
+    return {"C": num_columns, "BLOCK_C": block, "num_warps": min(max(block // elements_per_warp, 1), MAX_WARPS)}
 
 
 def _dropout_arguments(
@@ -198,7 +216,8 @@ def _dropout_arguments(
 
 
 def _empty_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape, dtype=weight.dtype), x.new_empty(rows, dtype=_work_dtype(weight))
 
 
 @kernel_op("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _empty_forward)
@@ -207,7 +226,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, rstd = _empty_forward(x, weight, eps)
     x_NC = as_rows(x)
     _rms_norm_forward_kernel[(len(x_NC),)](
-        x_NC, weight.contiguous(), y, rstd, x_NC.stride(0), eps, **_launch_options(x.shape[-1])
+        x_NC, weight.contiguous(), y, rstd, x_NC.stride(0), eps, **_launch_options(x.shape[-1], rstd.dtype)
     )
     return y, rstd
 
@@ -219,7 +238,7 @@ def _empty_add_forward(
     return (
         h.new_empty(h.shape, dtype=torch.promote_types(h.dtype, x.dtype)),
         h.new_empty(h.shape, dtype=weight.dtype),
-        h.new_empty(h.numel() // h.shape[-1], dtype=torch.float32),
+        h.new_empty(h.numel() // h.shape[-1], dtype=_work_dtype(weight)),
     )
 
 
@@ -237,7 +256,8 @@ def _add_forward(
     h_NC, x_NC = as_rows(h), as_rows(x)
     _add_rms_norm_forward_kernel[(len(h_NC),)](
         h_NC, x_NC, weight.contiguous(), h_new, y, rstd, h_NC.stride(0), x_NC.stride(0), eps,
-        **_dropout_arguments(len(h_NC), dropout_p, row_ids, layer, seed, where), **_launch_options(h.shape[-1]),
+        **_dropout_arguments(len(h_NC), dropout_p, row_ids, layer, seed, where),
+        **_launch_options(h.shape[-1], rstd.dtype),
     )  # fmt: skip
     return h_new, y, rstd
 
@@ -272,10 +292,10 @@ def _backward(
     )
     h_NC, dy_NC = as_rows(h_new), as_rows(dy)
     dh_new_NC = as_rows(dh_new) if dh_new is not None else None
-    options = _launch_options(h_new.shape[-1])
+    options = _launch_options(h_new.shape[-1], rstd.dtype)
     per_multiprocessor = max(BACKWARD_WARPS_PER_MULTIPROCESSOR // options["num_warps"], 1)
     num_programs = min(num_multiprocessors(h_new.device) * per_multiprocessor, len(h_NC))
-    partial_dw_PC = dw.new_empty((num_programs, h_new.shape[-1]) if needs_dw else 0)
+    partial_dw_PC = rstd.new_empty((num_programs, h_new.shape[-1]) if needs_dw else 0)
     _rms_norm_backward_kernel[(num_programs,)](
         h_NC, weight.contiguous(), rstd, dy_NC, dh_new_NC, dh, dx, partial_dw_PC, h_NC.stride(0), dy_NC.stride(0),
         dh_new_NC.stride(0) if dh_new is not None else 0, len(h_NC),
@@ -284,7 +304,7 @@ def _backward(
         maxnreg=BACKWARD_REGISTERS if options["num_warps"] <= BACKWARD_WARPS_PER_MULTIPROCESSOR else None,
     )  # fmt: skip
     if needs_dw:
-        torch.sum(partial_dw_PC, 0, out=dw)
+        dw.copy_(partial_dw_PC.sum(0))
     return dh, dx, dw
 
 

@@ -5,7 +5,8 @@ With the angle a of a token's position and a channel pair (i, i + D/2), Hugging 
     y_i       = x_i       cos a - x_{i+D/2} sin a
     y_{i+D/2} = x_{i+D/2} cos a + x_i       sin a
 
-A rotation's gradient is the rotation back: the same kernel with -sin. Nothing but the tables is kept.
+A rotation's gradient is the rotation back: the same kernel with -sin. Nothing but the tables is kept. Arithmetic is
+float32, float64 where queries or keys are float32 (see launch.py).
 
 Memory traffic: q and k read once and written once, in either pass.
 
@@ -15,7 +16,7 @@ Shapes: B batch, H query heads, K key heads, T tokens, D head dim.
 import torch
 from torch import Tensor
 
-from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl
+from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl, work_dtype
 from model.rope import apply_rope
 
 PAIRS_PER_WARP = 256
@@ -37,11 +38,11 @@ def _rotate_heads(
     heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     inside = (heads < HEADS) & (pairs < HALF)
     source = x_ptr + heads * head_stride + pairs * channel_stride
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF * channel_stride, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(source, mask=inside, other=0.0).to(cos.dtype)
+    second = tl.load(source + HALF * channel_stride, mask=inside, other=0.0).to(cos.dtype)
     target = out_ptr + heads * (2 * HALF) + pairs
-    tl.store(target, first * cos - second * sin, mask=inside)
-    tl.store(target + HALF, second * cos + first * sin, mask=inside)
+    tl.store(target, (first * cos - second * sin).to(tl.float32), mask=inside)
+    tl.store(target + HALF, (second * cos + first * sin).to(tl.float32), mask=inside)
 
 
 @jit
@@ -50,10 +51,10 @@ def _rope_kernel(
     q_batch_stride, q_head_stride, q_token_stride, q_channel_stride,
     k_batch_stride, k_head_stride, k_token_stride, k_channel_stride,
     cos_batch_stride, cos_token_stride, sin_batch_stride, sin_token_stride,
-    BACK: constexpr, Q_HEADS: constexpr, K_HEADS: constexpr, BLOCK_Q: constexpr,
+    BACK: constexpr, WIDE: constexpr, Q_HEADS: constexpr, K_HEADS: constexpr, BLOCK_Q: constexpr,
     BLOCK_K: constexpr, HALF: constexpr, BLOCK_HALF: constexpr,
 ):  # fmt: skip
-    """One token a program; forward, or BACK by the negative angle."""
+    """One token a program; forward, or BACK by the negative angle. WIDE: in float64."""
     program = tl.program_id(0).to(tl.int64)
     batch, token = program // num_tokens, program % num_tokens
     pairs = tl.arange(0, BLOCK_HALF)
@@ -62,6 +63,8 @@ def _rope_kernel(
     sin = tl.load(sin_ptr + batch * sin_batch_stride + token * sin_token_stride + pairs, mask=inside, other=0.0)
     if BACK:
         sin = -sin
+    work = tl.float64 if WIDE else tl.float32
+    cos, sin = cos.to(work), sin.to(work)
     _rotate_heads(
         q_ptr + batch * q_batch_stride + token * q_token_stride, q_out_ptr + program * (2 * HALF * Q_HEADS),
         q_head_stride, q_channel_stride, cos[None, :], sin[None, :], Q_HEADS, BLOCK_Q, HALF, BLOCK_HALF,
@@ -83,10 +86,11 @@ def _rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) 
     batch, q_heads, num_tokens, head_dim = q_BHTD.shape
     k_heads, half = k_BKTD.shape[1], head_dim // 2
     cos_BTP, sin_BTP = (table.squeeze(1).expand(batch, -1, -1) for table in (cos.contiguous(), sin.contiguous()))
+    wide = torch.float64 in (work_dtype(q_BHTD.dtype), work_dtype(k_BKTD.dtype))
     block_q, block_k, block_half = (next_power_of_2(size) for size in (q_heads, k_heads, half))
     _rope_kernel[(batch * num_tokens,)](
         q_BHTD, k_BKTD, q_out, k_out, cos_BTP, sin_BTP, num_tokens, *q_BHTD.stride(), *k_BKTD.stride(),
-        cos_BTP.stride(0), cos_BTP.stride(1), sin_BTP.stride(0), sin_BTP.stride(1), BACK=back,
+        cos_BTP.stride(0), cos_BTP.stride(1), sin_BTP.stride(0), sin_BTP.stride(1), BACK=back, WIDE=wide,
         Q_HEADS=q_heads, K_HEADS=k_heads, BLOCK_Q=block_q, BLOCK_K=block_k, HALF=half, BLOCK_HALF=block_half,
         num_warps=min(max(block_q * block_half // PAIRS_PER_WARP, 1), MAX_WARPS),
     )  # fmt: skip

@@ -6,6 +6,7 @@
 
 The backward pass computes silu again from g: nothing is kept but the inputs. Where gate and up come out of one merged
 projection, `swiglu_packed` takes its output as it is and returns one gradient for it, so that neither pass copies.
+Arithmetic is float32, for float32 tensors float64 (see launch.py).
 
 Memory traffic, elements: forward 3 of y's size, backward 5.
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels.launch import as_rows, check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl
+from model.kernels.launch import as_rows, check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl, work_dtype
 
 MAX_BLOCK = 1024
 """Columns a program."""
@@ -36,36 +37,41 @@ def swiglu_packed_reference(gate_up: Tensor) -> Tensor:
 
 @jit
 def _swiglu_forward_kernel(
-    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, BLOCK: constexpr
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, WIDE: constexpr, BLOCK: constexpr
 ):  # fmt: skip
-    """BLOCK columns of one row a program."""
+    """BLOCK columns of one row a program. WIDE: in float64."""
+    work = tl.float64 if WIDE else tl.float32
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * num_columns + columns, gate * tl.sigmoid(gate) * up, mask=inside)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(work)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(work)
+    y = gate * tl.sigmoid(gate) * up
+    tl.store(y_ptr + row * num_columns + columns, y.to(tl.float32), mask=inside)
 
 
 @jit
 def _swiglu_backward_kernel(
     gate_ptr, up_ptr, dy_ptr, dgate_ptr, dup_ptr, gate_stride, up_stride, dy_stride, dgate_stride, dup_stride,
-    num_columns, BLOCK: constexpr,
+    num_columns, WIDE: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one row a program."""
+    """BLOCK columns of one row a program. WIDE: in float64."""
+    work = tl.float64 if WIDE else tl.float32
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_columns
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(work)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(work)
+    dy = tl.load(dy_ptr + row * dy_stride + columns, mask=inside, other=0.0).to(work)
     sigmoid = tl.sigmoid(gate)
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(dgate_ptr + row * dgate_stride + columns, dgate, mask=inside)
-    tl.store(dup_ptr + row * dup_stride + columns, dy * gate * sigmoid, mask=inside)
+    dup = dy * gate * sigmoid
+    tl.store(dgate_ptr + row * dgate_stride + columns, dgate.to(tl.float32), mask=inside)
+    tl.store(dup_ptr + row * dup_stride + columns, dup.to(tl.float32), mask=inside)
 
 
-def _grid_and_options(num_rows: int, num_columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-    block = min(next_power_of_2(num_columns), MAX_BLOCK)
-    return (num_rows, -(-num_columns // block)), {"BLOCK": block, "num_warps": max(block // ELEMENTS_PER_WARP, 1)}
+def _grid_and_options(x_NI: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    block = min(next_power_of_2(x_NI.shape[1]), MAX_BLOCK)
+    options = {"BLOCK": block, "num_warps": max(block // ELEMENTS_PER_WARP, 1)}
+    return (len(x_NI), -(-x_NI.shape[1] // block)), options | {"WIDE": work_dtype(x_NI.dtype) == torch.float64}
 
 
 def _empty_forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -76,7 +82,7 @@ def _empty_forward(gate: Tensor, up: Tensor) -> Tensor:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = _empty_forward(gate, up)
     gate_NI, up_NI = as_rows(gate), as_rows(up)
-    grid, options = _grid_and_options(*gate_NI.shape)
+    grid, options = _grid_and_options(gate_NI)
     _swiglu_forward_kernel[grid](
         gate_NI, up_NI, y, gate_NI.stride(0), up_NI.stride(0), gate_NI.shape[1], **options
     )  # fmt: skip
@@ -94,7 +100,7 @@ def _backward(gate: Tensor, up: Tensor, dy: Tensor, packed: bool) -> tuple[Tenso
     """(dgate, dup), or if packed (both side by side, nothing)."""
     gradients = _empty_backward(gate, up, dy, packed)
     gate_NI, up_NI, dy_NI = as_rows(gate), as_rows(up), as_rows(dy)
-    grid, options = _grid_and_options(*gate_NI.shape)
+    grid, options = _grid_and_options(gate_NI)
     dgate_NI, dup_NI = as_rows(gradients[0]).chunk(2, dim=-1) if packed else map(as_rows, gradients)
     _swiglu_backward_kernel[grid](
         gate_NI, up_NI, dy_NI, dgate_NI, dup_NI, gate_NI.stride(0), up_NI.stride(0), dy_NI.stride(0),

@@ -5,7 +5,7 @@ import torch
 
 from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
 from optimizer.adamw_triton import adamw_flat_reference, adamw_flat_step, sum_of_squares
-from tests.kernel_checks import DEVICE, DTYPES, draw, error_ratio
+from tests.kernel_checks import DEVICE, DTYPES, draw, error_ratio, root_mean_square
 
 
 def state(size: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -24,10 +24,27 @@ def test_steps_are_as_exact_as_torchs(size: int, grad_dtype: torch.dtype):
         grad = draw(size, dtype=grad_dtype, seed=step, scale=7.0)
         lr, weight_decay, divisor = 1e-2 / step, 0.1 * (step % 2), 7.0 + step
         adamw_flat_step(*ours, grad, None, step, lr, weight_decay, divisor, CONFIG)
-        adamw_step(*([x] for x in (fused[0], grad.float(), *fused[1:])), step, lr, weight_decay, divisor, CONFIG)
+        # torch's kernel divides the gradient in place.
+        of_torch = grad.float().clone()
+        adamw_step(*([x] for x in (fused[0], of_torch, *fused[1:])), step, lr, weight_decay, divisor, CONFIG)
         adamw_reference(exact[0], grad.double() / divisor, *exact[1:], step, lr, weight_decay, CONFIG)
     for a, b, c in zip(ours, fused, exact):
         assert error_ratio(a, b, c) <= 1.0
+    if size > 1000:
+        # What single elements owe to luck is gone in so many. torch rounds the main parameters twice a step.
+        of_ours, of_torch = ([root_mean_square(x, c) for x, c in zip(xs, exact)] for xs in (ours, fused))
+        assert all(a <= limit * b for a, b, limit in zip(of_ours, of_torch, (0.8, 1.0, 0.9)))
+
+
+def test_a_step_rounds_each_number_once():
+    """Of tensors of one element, where torch's error may by luck be none and excuses nothing."""
+    for seed in range(30):
+        start = draw(1, seed=seed)
+        ours, exact = ([start.to(dtype), *state(1, dtype)[1:]] for dtype in (torch.float32, torch.float64))
+        grad = draw(1, seed=100 + seed)
+        adamw_flat_step(*ours, grad, None, 1, 1e-3, 0.1, 3.0, CONFIG)
+        adamw_flat_reference(*exact, grad.double(), None, 1, 1e-3, 0.1, 3.0, CONFIG)
+        assert all(error_ratio(a, b.float(), b) <= 1.0 for a, b in zip(ours, exact))
 
 
 @pytest.mark.parametrize("size", [1, 777])
@@ -45,6 +62,17 @@ def test_the_gradient_is_zeroed_on_request_and_else_kept(grad_dtype: torch.dtype
         before = grad.clone()
         adamw_flat_step(*state(100), grad, None, 1, 1e-3, 0.0, 3.0, CONFIG, zero_grad=zero_grad)
         assert torch.equal(grad, torch.zeros_like(grad) if zero_grad else before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_that_zeroes_the_gradient_is_the_same_step(dtype: torch.dtype):
+    results = []
+    for zero_grad in (False, True):
+        tensors, weights, grad = state(1500), draw(1500, dtype=dtype), draw(1500, dtype=dtype, seed=1)
+        adamw_flat_step(*tensors, grad, weights, 1, 1e-3, 0.1, 2.0, CONFIG, zero_grad=zero_grad)
+        results.append([*tensors, weights])
+        assert (grad.count_nonzero() == 0) == zero_grad
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_a_slice_leaves_its_neighbours_alone():

@@ -32,6 +32,16 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 2, 33])
+def test_each_row_for_itself(columns: int, dtype: torch.dtype):
+    """Also one element: its gradient is what is left of g - g n^2, of which float32 keeps a few bits."""
+    compare(
+        lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_reference(x, w, EPS), exact_norm,
+        [draw(64, columns, dtype=dtype, seed=11), draw(columns, dtype=dtype, seed=12)], by_row=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("x_dtype, weight_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_rms_norm_of_another_dtype_than_its_weight(x_dtype: torch.dtype, weight_dtype: torch.dtype):
     compare(

@@ -39,6 +39,16 @@ def test_rope_as_the_model_calls_it(shape: tuple[int, ...], dtype: torch.dtype):
     check(lambda x: x.transpose(1, 2), q, k, *tables(batch, tokens, head_dim))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_row_for_itself(dtype: torch.dtype):
+    cos, sin = tables(40, 1, 2)
+    compare(
+        lambda q, k: rope(q, k, cos, sin), lambda q, k: rope_reference(q, k, cos, sin),
+        lambda q, k: exact_rope(q, k, cos=cos, sin=sin),
+        [draw(40, 1, 1, 2, dtype=dtype, seed=11), draw(40, 1, 1, 2, dtype=dtype, seed=12)], by_row=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("view", [
     lambda x: x, lambda x: x.transpose(0, 1), lambda x: x.transpose(1, 3), lambda x: x[:, :, :, ::2],
     lambda x: x[:, 1:3], lambda x: x[:, :1].expand(-1, 5, -1, -1), lambda x: x[:1].expand(2, -1, -1, -1),

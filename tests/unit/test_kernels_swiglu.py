@@ -28,6 +28,13 @@ def test_swiglu_packed(shape: tuple[int, ...], dtype: torch.dtype):
     compare(swiglu_packed, swiglu_packed_reference, lambda x: exact(*x.chunk(2, dim=-1)), [gate_up])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 33])
+def test_each_row_for_itself(columns: int, dtype: torch.dtype):
+    gate, up = draw(64, columns, dtype=dtype, scale=3, seed=11), draw(64, columns, dtype=dtype, seed=12)
+    compare(swiglu, swiglu_reference, exact, [gate, up], by_row=True)
+
+
 @pytest.mark.parametrize("view", [
     lambda x: (x[:, :6], x[:, 6:]), lambda x: (x[:, ::2], x[:, 1::2]), lambda x: (x.T[:6], x.T[6:]),
     lambda x: (x[:1].expand(5, -1), x[1:6]), lambda x: (x, x),
