@@ -148,21 +148,27 @@ def resident_bytes(field_name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field_name))
 
 
+def resident_growth(work: Callable[[], object]) -> int | None:
+    """By how many bytes this process's resident set grows while `work` runs, at its peak; None where the system doesn't
+    say. What malloc keeps of freed memory goes back first, and the kernel's record of the peak begins anew."""
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
+
+
 def peak_bytes(step: Callable[[], float], device: torch.device, state_bytes: int) -> int | None:
     """Of memory in a step, with what stays between steps; None where the system doesn't say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    # Compiling took memory that is neither the model's nor given back, hence the growth alone. What malloc keeps of
-    # freed memory goes back first, and the kernel's record of the peak begins anew.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
-    step()
-    return state_bytes + resident_bytes("VmHWM") - before
+    # Compiling took memory that is neither the model's nor given back, hence the growth alone.
+    growth = resident_growth(step)
+    return None if growth is None else state_bytes + growth
 
 
 def serve(connection: Connection, config: Config, contender: Contender, device: torch.device, threads: int) -> None:

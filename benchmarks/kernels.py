@@ -3,16 +3,17 @@
     python -m benchmarks.kernels [--dtype bfloat16] [--tokens 16384] [--no-compile] [--only rope] [--output FILE]
 
 On CUDA at the shapes of the 1.1B model. On a CPU at reduced ones, and of the plain paths only: Triton's interpreter is
-no implementation, so those rows say "not measured".
+no implementation, so those rows say "not measured". There the inputs are in the caches, or some of them: more than a
+copy of main memory moves is possible.
 
 Printed for each operation, forward alone and forward with backward: the median time; bytes moved a second, where the
 bytes are counted by the formula in the table and not measured, and their share of what a copy on the same device in the
-same run moves; the peak of memory beyond the inputs. On a GPU, the caches are overwritten before each repetition. What
-is bound by matrix multiplications has its operations a second instead.
+same run moves; the peak of memory beyond the inputs (on a CPU: growth of the resident set in one more repetition; so
+small tensors may fit what malloc has). On a GPU, the caches are overwritten before each repetition. What is bound by
+matrix multiplications has its operations a second instead.
 """
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.ablation import resident_growth
 from model.kernels import cross_entropy as ce
 from model.kernels import linear_cross_entropy as linear_ce
 from model.kernels import rms_norm as norm
@@ -30,6 +32,7 @@ from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
 from optimizer.adamw import AdamWConfig, adamw_step
 from parallel.buffer import sum_of_squares
+from utils.machine import cpu_name
 
 EPS = 1e-5
 
@@ -176,8 +179,9 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
 
     yield Case(
         "adamw", "(28 + e) a parameter: float32 gradient, weights written", adamw_inputs,
-        {"ours": lambda *x: adamw_triton.adamw_flat_step(*x, 3, 1e-4, 0.1, 2.0, config), "torch fused": torch_adamw},
-        p * (28 + e), plain=("torch fused",),
+        {"ours": lambda *x: adamw_triton.adamw_flat_step(*x, 3, 1e-4, 0.1, 2.0, config), "torch fused": torch_adamw,
+         "eager": lambda *x: adamw_triton.adamw_flat_reference(*x, 3, 1e-4, 0.1, 2.0, config)},
+        p * (28 + e), plain=("eager", "torch fused"),
     )  # fmt: skip
     yield Case(
         "sum_of_squares", "4 a parameter", lambda: [draw(p, kind=torch.float32, grad=False)],
@@ -202,7 +206,10 @@ class Timer:
             if repetition >= 0:
                 seconds.append(elapsed)
                 peak = max(peak, used)
-        return statistics.median(seconds), peak if self.is_cuda else None
+        if not self.is_cuda:
+            inputs = prepare()
+            peak = resident_growth(lambda: work(*inputs))
+        return statistics.median(seconds), peak
 
     def _once(self, inputs: list[Tensor], work: Callable) -> tuple[float, int]:
         if not self.is_cuda:
@@ -283,7 +290,7 @@ def main() -> None:
         shapes = Shapes(args.tokens or 512, 384, 1024, 8192, 6, 2, 64, 1 << 20)
     timer = Timer(device, args.repetitions)
     copy_speed = measure_copy(timer)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()} (not measured on a GPU)"
     chosen = [name for name in args.only.split(",") if name]
     lines, formulas = [], []
     for case in cases(shapes, getattr(torch, args.dtype), device):
