@@ -2,11 +2,12 @@
 
 The losses are held to those of float64, so that the tolerance is no guess: the fused run may deviate from them by no
 more than twice as much as the plain run of the same dtype does, over the steps' root mean square (or by one unit in the
-loss's last place as float32, if that is more). A step's deviation alone is luck, its root mean square over 20 steps is
-not: it lies between 0.8 and 1.3 of the plain run's for ten seeds of the weights.
+loss's last place as float32, if that is more). A step's deviation alone is luck, its root mean square over 20 steps
+hardly: for three seeds of the weights it was 0.5 to 0.7 of the plain run's in float32, 0.8 to 1.2 in bfloat16.
 
 Both runs train as train_my_ddp.py does: flat buffers, gradients in float32, clipping, AdamW on float32 main parameters.
-Rows hold several documents; one case drops. The losses themselves are kept in tests/golden/whole_model.json.
+Rows hold two documents; float32 drops, bfloat16 steps with the Triton AdamW. The losses themselves are kept in
+tests/golden/whole_model.json.
 """
 
 import functools
@@ -96,7 +97,9 @@ def train_plain(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[
 
 def train_fused(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
     loss_sum = functools.partial(linear_cross_entropy_sum, use_triton=True)
-    return train(config, dtype, replace(build_ops(FUSED), loss_sum=loss_sum), "triton", seed)
+    # float32 weights are their own main parameters; the step that has more to do is the other one.
+    kernel = "torch" if dtype == torch.float32 else "triton"
+    return train(config, dtype, replace(build_ops(FUSED), loss_sum=loss_sum), kernel, seed)
 
 
 def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
