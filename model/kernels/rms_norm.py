@@ -38,12 +38,13 @@ ELEMENTS_PER_WARP = 512
 """Sixteen a thread: two 16-byte loads of bfloat16."""
 MAX_WARPS = 32
 WIDE_BELOW = 8
-"""Columns."""
+"""Rows of fewer columns are computed in float64, whatever their dtype."""
 BACKWARD_WARPS_PER_MULTIPROCESSOR = 16
 """Of a multiprocessor's 64: a backward program keeps the weights and a row of their gradient in registers."""
 BACKWARD_REGISTERS = 128
 """A thread: all 65,536 that a multiprocessor has, for so many warps. With more, not all programs would run at once, and
-the last ones would take as long again. Up to 8,192 columns this is enough, but for 80 bytes a thread with dropout.
+the last ones would take as long again. Up to 8,192 columns this is enough, but for 80 bytes a thread with dropout; in
+float64 up to 4,096.
 """
 
 

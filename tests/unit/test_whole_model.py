@@ -76,9 +76,7 @@ def train(config: LlamaConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: 
     model.initialize(seed)
     model.to(device=DEVICE, dtype=dtype).train()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, torch.device(DEVICE)), overlap_grad_reduce=False)
-    optimizer = MixedPrecisionOptimizer(
-        ddp.slices(), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel
-    )
+    optimizer = MixedPrecisionOptimizer(ddp.slices(), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel)
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, batch(step))
