@@ -16,7 +16,7 @@ usage: docker/build.sh [options] [-- options of the tool]
                        (default: as in docker/Dockerfile; for gpu $gpu_base)
   --tool NAME          docker, podman or buildah (default: the first of them that is installed)
   --torch-index URL    the index that has torch's builds for CPUs, or for another CUDA version
-  --extras "WORDS"     more Python packages (default: none; for gpu liger-kernel and xformers)
+  --extras "WORDS"     more Python packages (default: none; for gpu liger-kernel)
   --pip-config FILE    a pip.conf for the build, of which nothing stays in the image
   --print              show the command instead of running it
   --help               this text

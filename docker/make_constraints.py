@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"cpu": [], "gpu": ["liger-kernel", "xformers"]}
+PACKAGES = {"cpu": [], "gpu": ["liger-kernel"]}
 
 
 def resolve(target: str, options: list[str]) -> dict[str, str]:

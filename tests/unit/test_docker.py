@@ -24,7 +24,7 @@ from utils.heartbeat import Heartbeat
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKER = ROOT / "docker"
 TARGETS = ("cpu", "gpu")
-GPU_EXTRAS = {"liger-kernel", "xformers"}
+GPU_EXTRAS = {"liger-kernel"}
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
