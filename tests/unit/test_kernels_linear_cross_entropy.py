@@ -71,9 +71,9 @@ def test_token_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, use_tri
 @with_and_without_triton
 def test_errors_over_many_draws(use_triton: bool):
     """Most of an error comes out of the matrix products, ours and eager's alike; which draw of a few tokens gets the
-    larger one is luck in float32. Over 30 draws ours are no larger."""
+    larger one is luck in float32. Over a dozen draws ours are no larger."""
     squares = torch.zeros(2, 3, dtype=torch.float64)
-    for seed in range(30):
+    for seed in range(12):
         labels = torch.randint(0, 33, (7,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         leaves = [draw(7, 16, seed=100 + seed).requires_grad_(), draw(33, 16, seed=200 + seed).requires_grad_()]
         wide = [x.detach().double().requires_grad_() for x in leaves]
