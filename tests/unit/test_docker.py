@@ -77,6 +77,14 @@ def test_the_image_ends_without_root_and_starts_through_tini():
     assert os.access(DOCKER / "entrypoint.sh", os.X_OK) and os.access(DOCKER / "build.sh", os.X_OK)
 
 
+def command_of(service: dict) -> list[str]:
+    """What a service runs, as words, with the defaults of its variables."""
+    shell, option, command = service["command"]
+    assert (shell, option) == ("bash", "-c") and command.startswith("exec ")
+    usual = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for name, value in service["environment"].items()}
+    return shlex.split(re.sub(r"\$\$(\w+)", lambda found: usual[found[1]], command))
+
+
 @pytest.mark.parametrize("name", ["compose.yaml", "compose-two-nodes.yaml"])
 def test_compose_names_targets_images_and_volumes_that_exist(name: str):
     compose = yaml.safe_load((DOCKER / name).read_text())
@@ -97,7 +105,7 @@ def test_compose_names_targets_images_and_volumes_that_exist(name: str):
             assert ":?" in volume or source[1] in compose["volumes"]
         for other in service.get("depends_on", []):
             assert other in compose["services"]
-        words = shlex.split(re.sub(r"\$\{\w+:[-?]([^}]*)\}", r"\1", service["command"]))
+        words = command_of(service)
         assert [word for word in words if word.endswith(".py") and not (ROOT / word).exists()] == []
         assert "train_my_ddp.py" in words
     assert used == built
@@ -106,7 +114,7 @@ def test_compose_names_targets_images_and_volumes_that_exist(name: str):
 def test_two_nodes_run_one_command_and_meet_at_the_first():
     services = yaml.safe_load((DOCKER / "compose-two-nodes.yaml").read_text())["services"]
     assert {name: service["hostname"] for name, service in services.items()} == {"node-0": "node-0", "node-1": "node-1"}
-    command = shlex.split(services["node-0"]["command"])
+    command = command_of(services["node-0"])
     assert services["node-1"]["command"] == services["node-0"]["command"]
     assert {"--nnodes=2", "--rdzv_endpoint=node-0:29400"} <= set(command)
 
