@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
             problems.append(f"{run_dir}: {problem}")
         elif beats:
             slowest = min(beats, key=lambda beat: beat["step"])
-            said.append(f"{run_dir}: {len(beats)} ranks here, phase {slowest['phase']}, step {slowest['step']}")
+            ranks_here = f"{len(beats)} rank{'s' if len(beats) > 1 else ''} here"
+            said.append(f"{run_dir}: {ranks_here}, phase {slowest['phase']}, step {slowest['step']}")
         else:
             said.append(f"{run_dir}: no heartbeat yet")
     print("\n".join(problems or said or ["idle: nothing trains here"]))

@@ -346,7 +346,7 @@ class TestHealth:
         assert health(tmp_path) == (0, "idle: nothing trains here\n")
 
     def test_a_rank_that_beats_is_healthy(self, rank, tmp_path: Path):
-        assert health(tmp_path) == (0, f"{tmp_path}: 1 ranks here, phase step, step 7\n")
+        assert health(tmp_path) == (0, f"{tmp_path}: 1 rank here, phase step, step 7\n")
 
     def test_a_rank_is_overdue_by_the_runs_own_seconds_a_step(self, rank, tmp_path: Path):
         time.sleep(0.3)
@@ -369,4 +369,4 @@ class TestHealth:
         Heartbeat(tmp_path / "heartbeat", 1, 2).beat("step", 1)
         other = tmp_path / "heartbeat" / "rank-1.json"
         other.write_text(json.dumps(json.loads(other.read_bytes()) | {"pid": 1, "monotonic": -1e9}))
-        assert health(tmp_path) == (0, f"{tmp_path}: 1 ranks here, phase step, step 7\n")
+        assert health(tmp_path) == (0, f"{tmp_path}: 1 rank here, phase step, step 7\n")
