@@ -10,6 +10,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: help setup demo test test-all test-fast chaos lint clean
 
 help:
+	@echo "make setup      .venv, with what tests and viewer need"
 	@echo "make demo       the main job end to end, on the Python standard library's source"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, with those that take minutes each"

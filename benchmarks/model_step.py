@@ -5,8 +5,9 @@
 
 Contenders take turns, in an order that rotates: Hugging Face eager and compiled, ours with each of its variants. In
 bfloat16 ours keeps float32 main parameters beside the weights; Hugging Face's model is stepped by torch's fused AdamW
-in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, its share of
-the best matmul measured now, and the median of the rounds' ratios to the fastest Hugging Face.
+in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, its share of the best matmul
+measured now, and the median of the rounds' ratios to the fastest Hugging Face. With --profile, where one more step of
+each contender spends its time.
 """
 
 import argparse
@@ -83,6 +84,32 @@ def their_step(
     return step
 
 
+KINDS = {
+    "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "gemm", "nvjet", "cutlass"),
+    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "loss": ("log_softmax", "nll_loss", "cross_entropy"),
+    "optimizer and clipping": ("adamw", "aten::dot", "norm", "_foreach"),
+    "compiled elementwise": ("cpp_fused", "triton_"),
+}
+"""What an operation's name contains -> where its time is counted, the first that fits; the rest is "other"."""
+
+
+def profile(device: torch.device, step: Callable[[], float]) -> dict[str, float]:
+    """Kind -> share of one step's time in operations themselves."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        timed(device, step)
+    shares: dict[str, float] = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kind = next((kind for kind, words in KINDS.items() if any(word in event.key for word in words)), "other")
+        shares[kind] += spent
+    total = sum(shares.values())
+    return {kind: spent / total for kind, spent in shares.items()}
+
+
 def timed(device: torch.device, step: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -102,6 +129,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--profile", action="store_true", help="show where the time goes, too")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     config = LlamaConfig(
@@ -143,6 +171,9 @@ def main() -> None:
         rate = operations / statistics.median(times)
         ratio = statistics.median(b / a for a, b in zip(times, seconds[best]))
         print(f"{describe(name, times)}   {rate / 1e9:8,.0f} GFLOP/s {100 * rate / peak:5.1f}%   {ratio:.2f}x {best}")
+    if args.profile:
+        for name, step in contenders.items():
+            print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in profile(device, step).items()))
 
 
 if __name__ == "__main__":
