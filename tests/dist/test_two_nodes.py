@@ -20,7 +20,7 @@ from utils.checkpoint import list_checkpoints
 from utils.reslog import read_reslog
 
 SCRIPT = Path(audit.__file__).parents[1] / "docs" / "launch" / "torchrun.sh"
-STEPS = 120
+STEPS = 80
 CONFIG = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True,
     "max_seq_len": SEQ_LEN, "train_batch_size": 2, "gradient_accumulation_steps": 2, "dtype": "float32",
@@ -76,13 +76,14 @@ class TwoHosts:
                 psutil.Process(int(pid)).send_signal(signal.SIGKILL)
 
 
-def wait_for(what: Callable[[], bool], hosts: TwoHosts, seconds: float = 60.0) -> None:
+def wait_for(what: Callable[[], bool], hosts: TwoHosts, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, hosts.output()
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
     """They find each other and train over the link that HOSTS names; one host's processes are killed, and the other
     follows; the same command again goes on from the checkpoint to the end."""
@@ -95,11 +96,12 @@ def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
         first, second = hosts.start()
         wait_for(lambda: hosts.has_step(30), hosts)
         hosts.kill_processes(1)
-        assert first.wait(60) == 1 and second.wait(60) != 0, hosts.output()
-        assert "Connection closed by peer [10.79.0.2]" in hosts.logs[0].read_text()
+        assert first.wait(120) == 1 and second.wait(120) != 0, hosts.output()
+        said = hosts.logs[0].read_text()
+        assert "[10.79.0.2]" in said and "by peer" in said, "gloo names the address that has gone"
         assert min(hosts.sent_bytes(0), hosts.sent_bytes(1)) > 30 * 500_000, "the gradients of 30 steps"
         first, second = hosts.start()
-        assert [first.wait(60), second.wait(60)] == [0, 0], hosts.output()
+        assert [first.wait(120), second.wait(120)] == [0, 0], hosts.output()
     starts = hosts.records("start")
     assert [start["world_size"] for start in starts] == [2, 2]
     assert starts[0]["step"] == 0 and starts[1]["step"] >= 20 and starts[1]["step"] % 20 == 0
