@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -39,7 +38,11 @@ class TwoHosts:
         for path in (self.run_dir, *self.disks):
             path.mkdir()
         (directory / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-        self.env = os.environ | {
+        # The script would keep what is set already.
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_", "PORT"))
+        }
+        self.env = inherited | {
             "HOSTS": "10.79.0.1 10.79.0.2", "DATA_DIR": str(data_dir), "OUT_DIR": str(self.run_dir),
             "CONFIG": str(directory / "tiny.yaml"), "NPROC_PER_NODE": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -76,13 +79,6 @@ class TwoHosts:
                 psutil.Process(int(pid)).send_signal(signal.SIGKILL)
 
 
-def wait_for(what: Callable[[], bool], hosts: TwoHosts, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, hosts.output()
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
     """They find each other and train over the link that HOSTS names; one host's processes are killed, and the other
@@ -94,7 +90,10 @@ def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
         for number in range(2):
             stack.callback(hosts.kill_processes, number)
         first, second = hosts.start()
-        wait_for(lambda: hosts.has_step(30), hosts)
+        deadline = time.monotonic() + 120
+        while not hosts.has_step(30):
+            assert first.poll() is second.poll() is None and time.monotonic() < deadline, hosts.output()
+            time.sleep(0.05)
         hosts.kill_processes(1)
         assert first.wait(120) == 1 and second.wait(120) != 0, hosts.output()
         said = hosts.logs[0].read_text()
