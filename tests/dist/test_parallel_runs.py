@@ -20,13 +20,19 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_my_ddp
+from model import flops
 from model.hf import to_hf_name
+from optimizer import LossScaler, MixedPrecisionOptimizer
+from parallel import Zero1
+from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
+from training import describe
 from utils import checkpoint as ckpt
 from utils import timeline
 from utils.exits import CRASH, read_exit_records
+from utils.meter import StepMeter
 
 STEPS = 6
 ZERO1, GATHER = "--use_distributed_optimizer", "--overlap_param_gather"
@@ -113,10 +119,10 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     nodes         each rank is on a node of its own, and warns of the same at each step
     """
     kind, _, number = (what or "").partition(" ")
-    trainer, task, rank = train_my_ddp.Trainer, train_my_ddp.LanguageModelTask, int(os.environ["RANK"])
+    trainer, task, rank = train_my_ddp.Trainer, LanguageModelTask, int(os.environ["RANK"])
     with pytest.MonkeyPatch.context() as patch:
         # These take time and matter to no test here.
-        patch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+        patch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
         patch.setattr(os, "fsync", lambda _: None)
         original_close = trainer.close
 
@@ -127,8 +133,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
         patch.setattr(trainer, "close", close)
         if kind == "slow":
-            original_gather = train_my_ddp.Zero1.gather
-            original_bucket = train_my_ddp.MixedPrecisionOptimizer.step_bucket
+            original_gather = Zero1.gather
+            original_bucket = MixedPrecisionOptimizer.step_bucket
 
             def gather(self, bucket: int) -> None:
                 self.ddp.comm_stream.submit(lambda: time.sleep(0.01))
@@ -138,12 +144,12 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
                 time.sleep(0.01)
                 original_bucket(self, bucket)
 
-            patch.setattr(train_my_ddp.Zero1, "gather", gather)
-            patch.setattr(train_my_ddp.MixedPrecisionOptimizer, "step_bucket", step_bucket)
+            patch.setattr(Zero1, "gather", gather)
+            patch.setattr(MixedPrecisionOptimizer, "step_bucket", step_bucket)
         elif kind == "save":
 
             def save(self) -> int:
-                self.meter = train_my_ddp.StepMeter(self.progress.samples_consumed)
+                self.meter = StepMeter(self.progress.samples_consumed)
                 self._save(None, must=True)
                 return 0
 
@@ -164,7 +170,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             patch.setattr(trainer, "_step", step)
             patch.setattr(task, "__call__", call)
         elif kind == "scale":
-            scaler, initial = train_my_ddp.LossScaler, 2.0 ** int(number)
+            scaler, initial = LossScaler, 2.0 ** int(number)
             original_init = scaler.__init__
             patch.setattr(scaler, "__init__", lambda self, enabled: original_init(self, enabled, initial))
         elif kind == "nodes":
@@ -177,7 +183,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             patch.setattr(trainer, "_step", warn_then_step)
             patch.setenv("GROUP_RANK", str(rank))
         elif kind == "network":
-            patch.setattr(train_my_ddp, "measure_bandwidth", lambda *_: 10.0 ** int(number))
+            patch.setattr(describe, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
 
 

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_my_ddp
+from model import flops
 from parallel import destroy_context, init_context
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import meet
 from tests.runs import elsewhere, same_bits
+from training import describe
 from utils import checkpoint as ckpt
 from utils.exits import read_exit_records
 from utils.reslog import read_reslog
@@ -114,8 +116,8 @@ def do_runs(jobs: list[dict], meeting: str) -> list[int | str]:
     enter_own_mounts()
     rank, codes = int(os.environ["RANK"]), []
     # These take time and matter to no test here.
-    train_my_ddp.flops.device_peak_flops = lambda *_: 1e11
-    train_my_ddp.measure_bandwidth = lambda *_: 1e9
+    flops.device_peak_flops = lambda *_: 1e11
+    describe.measure_bandwidth = lambda *_: 1e9
     os.fsync = lambda _: None
     for index, job in enumerate(jobs):
         bind(Path(job["nodes"][rank]), Path(job["out_dir"]))

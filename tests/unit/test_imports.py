@@ -19,6 +19,10 @@ ALLOWED = {
     "tasks": {"dataset", "model", "utils"},
     "tokenizer": {"utils", "data_preprocess.readers"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
+    # All but the scripts: with train_my_ddp.py, it is the one place that sees everything.
+    "training": {
+        "configurator", "data_preprocess", "dataset", "model", "optimizer", "parallel", "tasks", "tokenizer", "utils",
+    },  # fmt: skip
     "monitor": {"utils"},
     "monitor_process": {"monitor", "utils"},
 }
@@ -48,13 +52,21 @@ def test_a_package_imports_only_what_it_may(package: str):
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
+def test_only_the_training_script_imports_what_builds_its_parts():
+    importing = set()
+    for name in OURS - {"tests", "training"}:
+        files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).rglob("*.py")
+        importing |= {path for path in files if any(n.split(".")[0] == "training" for n in imports_of(path))}
+    assert importing == {ROOT / "train_my_ddp.py"}
+
+
 def test_model_knows_nothing_of_other_processes():
     for path in (ROOT / "model").rglob("*.py"):
         assert "torch.distributed" not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_environment_is_read_in_one_place():
-    for package in ("model", "dataset", "optimizer", "tasks", "utils", "tokenizer", "parallel"):
+    for package in ("model", "dataset", "optimizer", "tasks", "utils", "tokenizer", "parallel", "training"):
         for path in (ROOT / package).rglob("*.py"):
             if path.name != "context.py":
                 assert "os.environ" not in path.read_text(encoding="utf-8"), path

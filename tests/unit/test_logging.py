@@ -9,8 +9,12 @@ import pytest
 
 import train_my_ddp
 from configurator import parse_config
+from model import flops
 from tests.runs import elsewhere, out_dir, records
+from training.report import shown
+from utils.checkpoint import Retention
 from utils.logging import add_log_file, log_file_of, log_repeated_warnings, setup_console
+from utils.meter import StepMeter
 from utils.run_summary import Ending, summary_lines
 
 logger = logging.getLogger("test")
@@ -25,7 +29,7 @@ def _own_warnings() -> Iterator[None]:
 
 @pytest.fixture
 def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
 
 
 def repeats() -> list[str]:
@@ -123,13 +127,13 @@ def step_lines(printed: str) -> list[str]:
 def test_the_progress_line_is_short_and_says_when_data_is_late(
     tiny_run: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, quick_start: None
 ):
-    original = train_my_ddp.StepMeter.read
+    original = StepMeter.read
 
     def read(self) -> dict:
         reading = original(self)
         return reading | {"data_wait": reading["dt"] * (0.5 if reading["samples"][0] else 0.01)}
 
-    monkeypatch.setattr(train_my_ddp.StepMeter, "read", read)
+    monkeypatch.setattr(StepMeter, "read", read)
     assert train_my_ddp.main([*tiny_run, "--max_iters=2"]) == 0
     first, second = step_lines(capsys.readouterr().out)
     for line in (first, second):
@@ -141,7 +145,7 @@ def test_the_progress_line_is_short_and_says_when_data_is_late(
 
 def test_a_preference_line_fits_too():
     figures = {"loss": 0.6931, "rewards/margins": -12.25, "rewards/accuracies": 0.5, "rewards/chosen": 1.0}
-    assert train_my_ddp._shown(figures) == "loss 0.6931 | margin -12.250 | accuracy 0.50"
+    assert shown(figures) == "loss 0.6931 | margin -12.250 | accuracy 0.50"
 
 
 def test_a_run_ends_with_where_everything_is(
@@ -187,7 +191,7 @@ def test_a_run_ends_with_where_everything_is(
 def test_the_summary_of_a_run_without_validation(tmp_path: Path):
     (tmp_path / "reslog.jsonl").write_text('{"name": "valid", "time": 1, "step": 3, "loss": "nan"}\n')
     ending = Ending(
-        tmp_path, True, 5, 5, 0, 3725.0, 1234567, None, True, "-", train_my_ddp.ckpt.Retention()
+        tmp_path, True, 5, 5, 0, 3725.0, 1234567, None, True, "-", Retention()
     )  # fmt: skip
     lines = list(summary_lines(ending))
     assert lines[0] == "finished at step 5 of 5: 0 steps in 1:02:05, 1,234,567 tokens in the whole run"

@@ -24,7 +24,7 @@ from data_preprocess import pretokenize_sft_data
 from dataset import audit, inspect, show_mask
 from dataset.sequences import SequenceSet
 from dataset.sft import SFTDataset
-from model import Llama, hf
+from model import Llama, flops, hf
 from model.config import LlamaConfig
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
@@ -128,7 +128,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 @pytest.fixture(autouse=True)
 def _quick_start(monkeypatch: pytest.MonkeyPatch):
     """The peak of the machine takes a while to measure, and matters to no test here."""
-    monkeypatch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
 
 
 def base_flags(directory: Path) -> list[str]:
@@ -435,7 +435,7 @@ def memorised(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--max_iters=200", "--learning_rate=6e-3", "--weight_decay=0",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+        patch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
         assert train(flags) == 0
     return out_dir(flags)
 

@@ -10,6 +10,7 @@ import torch
 
 import train_my_ddp
 from configurator import parse_config
+from model import flops
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
 from utils import timeline
 from utils.profile_steps import StepProfile
@@ -179,7 +180,7 @@ def test_wrong_profile_steps_are_refused(value: str):
 
 def train(flags: list[str], *more: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+        patch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
         return train_my_ddp.main([*flags, *more])
 
 

@@ -23,6 +23,9 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
+from model import flops
+from optimizer import LossScaler
+from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer.hf_bbpe import train_hf_bbpe
@@ -35,7 +38,7 @@ from utils.saving import CheckpointWriter
 def _quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The peak of the machine takes a while to measure, and matters to one test here."""
     if request.function is not test_a_run_leaves_what_it_promises:
-        monkeypatch.setattr(train_my_ddp.flops, "device_peak_flops", lambda *_: 1e11)
+        monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
 
 
 def train(flags: list[str], *more: str) -> int:
@@ -295,21 +298,21 @@ def test_epochs(tiny_run: list[str], data_dir: Path):
 
 
 def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    original = train_my_ddp.LanguageModelTask.__call__
+    original = LanguageModelTask.__call__
 
     def poisoned(self, batch):
         loss_sum, count, metrics = original(self, batch)
         return (loss_sum * float("nan") if self.model.training else loss_sum), count, metrics
 
-    monkeypatch.setattr(train_my_ddp.LanguageModelTask, "__call__", poisoned)
+    monkeypatch.setattr(LanguageModelTask, "__call__", poisoned)
     with pytest.raises(FloatingPointError, match="layers.1.mlp.down_proj.weight"):
         train(tiny_run, "--check_for_nan_in_grad")
     assert read_exit_records(out_dir(tiny_run) / "exit")[0]["code"] == 1
 
 
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    original = train_my_ddp.LossScaler.__init__
-    monkeypatch.setattr(train_my_ddp.LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**40))
+    original = LossScaler.__init__
+    monkeypatch.setattr(LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**40))
     assert train(tiny_run, "--dtype=float16", "--max_iters=40", "--valid_iters=1") == 0
     norms = [float(r["grad_norm"]) for r in records(tiny_run, "train")]
     skipped = [norm for norm in norms if not math.isfinite(norm)]

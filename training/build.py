@@ -1,0 +1,107 @@
+"""Everything that a run needs before its first step, built in order."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import Config, Derived, resolve
+from dataset.loader import TrainLoader
+from model import Llama
+from optimizer import LossScaler, MixedPrecisionOptimizer, resolve_dtype
+from parallel import DistContext
+from parallel.context import enable_determinism
+from tasks.dpo import DPOTask
+from tasks.language_model import LanguageModelTask
+from training.build_model import build_model, find_weights
+from training.build_optimizer import build_optimizer
+from training.build_parallel import Parallel, build_parallel
+from training.build_task import build_task
+from training.data import Data, open_data
+from training.dpo_reference import prepare_reference
+from training.progress import Progress
+from training.resume import load_checkpoint
+from training.run_dir import RunDir, open_run_dir
+from utils.sinks import check_sinks
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run consists of."""
+
+    config: Config
+    context: DistContext
+    run_dir: RunDir
+    data: Data
+    derived: Derived
+    weights_from: Path | None
+    """The folder that the model was built from."""
+    dtype: torch.dtype
+    """Of the model's weights."""
+    model: Llama
+    task: LanguageModelTask | DPOTask
+    reference: str | None
+    """Fingerprint of DPO's reference model."""
+    scaler: LossScaler
+    parallel: Parallel
+    optimizer: MixedPrecisionOptimizer
+    progress: Progress
+    """The training loop moves it on."""
+    left_out: list[int] | None
+    """First and last position of the samples that a resumed run leaves out, as asked."""
+    loader: TrainLoader
+
+
+def build(
+    config: Config,
+    given: frozenset[str],
+    context: DistContext,
+    data_dirs: dict[str, Path],
+    stop_requested: Callable[[], bool],
+    resources: ExitStack,
+) -> Built:
+    """
+    Args:
+        given: names of the flags that were given.
+        data_dirs: set -> its pretokenized directory.
+        stop_requested: whether this rank was asked to stop.
+        resources: gets what must be released at the end.
+    Raises:
+        ValueError: the command or the data is wrong.
+        StopRequested: a rank was asked to stop.
+    """
+    if config.system.num_threads:
+        torch.set_num_threads(config.system.num_threads)
+    if config.system.deterministic:
+        enable_determinism()
+    check_sinks(config.run.tensorboard, config.run.wandb_project)
+    run_dir = open_run_dir(config, context, resources)
+    is_resumed = run_dir.resumed_from is not None
+    data = open_data(config, data_dirs, context, run_dir.place)
+    derived = resolve(config, context.world_size, len(data.train))
+
+    weights = find_weights(config, run_dir.resumed_from, data.tokenizer)
+    dtype = resolve_dtype(config.system.dtype, context.device)
+    model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights, load=not is_resumed)
+    task, reference = build_task(config, model, data.tokenizer, context.device), None
+    if config.run.task_type == "dpo" and not config.dpo.reference_free:
+        reference = prepare_reference(config, context, run_dir, data, task, weights, dtype, stop_requested)
+
+    scaler = LossScaler(enabled=dtype == torch.float16)
+    parallel = build_parallel(config, context, model, scaler, dtype)
+    optimizer = build_optimizer(config, context, parallel, scaler)
+    progress, left_out = Progress(), None
+    if is_resumed:
+        progress, left_out = load_checkpoint(config, context, run_dir, data, optimizer, parallel)
+        derived = resolve(config, context.world_size, len(data.train), progress.step, progress.samples_consumed)
+    loader = TrainLoader(
+        data.train, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
+        context.rank, context.world_size, progress.samples_consumed, config.data.num_workers,
+        pin_memory=context.device.type == "cuda",
+    )  # fmt: skip
+    return Built(
+        config, context, run_dir, data, derived, weights, dtype, model, task, reference, scaler, parallel, optimizer,
+        progress, left_out, loader,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+"""The model with its first weights."""
+
+from pathlib import Path
+
+import torch
+
+from configurator import Config, flatten, resolve_model
+from dataset.loader import Batch
+from model import Llama, hf
+from model.attention import document_starts
+from model.ops import CHOICES, build_ops, choose_ops
+from parallel import DistContext
+from tokenizer import Tokenizer, load_tokenizer
+from utils import checkpoint as ckpt
+
+
+def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
+    """Folder of the weights to begin with; None: new ones.
+
+    Args:
+        resumed_from: folder of the model that the run goes on with, if it does.
+        tokenizer: the data's.
+    Raises:
+        ValueError: there must be weights and are none, or they go with another tokenizer.
+    """
+    run, source = config.run, resumed_from
+    if source is None and run.init_from:
+        source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+    if source is not None and (source / "tokenizer.json").exists():
+        if load_tokenizer(source).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"the data was not tokenized with the tokenizer that the weights in {source} know")
+    if run.valid_only and source is None:
+        raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
+    if run.task_type == "dpo" and source is None:
+        raise ValueError(
+            f"{Path(run.out_dir)} holds no checkpoint to go on from: give a model to begin with --init_from"
+        )
+    return source
+
+
+def build_model(
+    config: Config,
+    given: frozenset[str],
+    context: DistContext,
+    vocab_size: int,
+    dtype: torch.dtype,
+    weights: Path | None,
+    load: bool,
+) -> Llama:
+    """The model on its device, in its dtype, the same on all ranks.
+
+    Args:
+        given: names of the flags that were given.
+        vocab_size: the tokenizer's.
+        weights: folder of the model that this one is built like.
+        load: take its weights, too; those of a resumed run come from its optimizer state.
+    Raises:
+        ValueError: a model that cannot be, or another one on another rank.
+    """
+    system, device = config.system, context.device
+    stored = hf.read_config(weights) if weights is not None else None
+    model_config = resolve_model(config.model, given, stored, vocab_size, config.data.max_seq_len)
+    decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
+    context.require_same(
+        [decisive, str(dtype), model_config.__dict__],
+        "the ranks have different settings or choose different dtypes: start all with the same flags",
+    )
+    overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
+    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
+    model = Llama(model_config, system.gradient_checkpointing, system.checkpoint_keeps, ops)
+    if weights is None:
+        model.initialize(config.run.seed)
+    elif load:
+        hf.load_weights(model, weights)
+    model.to(device=device, dtype=dtype)
+    if system.compile:
+        model.attends_by_document = False
+        for block in model.layers:
+            block.compile()
+    return model
+
+
+def to_device(batch: Batch, model: Llama, device: torch.device) -> Batch:
+    """A batch where the model is, with what the model wants to know of it."""
+    if model.wants_document_starts and "document_ids" in batch:
+        # Here, where nothing has to wait for how many there are.
+        batch = batch | {"document_starts": document_starts(batch["document_ids"])}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,61 @@
+"""The optimizer, on the slices of the flat buffers that this rank owns."""
+
+from configurator import Config
+from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, choose_kernel, learning_rate_at
+from optimizer.adamw import AdamWConfig
+from optimizer.param_groups import is_hidden_matrix
+from parallel import DistContext
+from parallel.buffer import Bucket
+from parallel.spans import span
+from training.build_parallel import Parallel
+
+
+def build_optimizer(
+    config: Config, context: DistContext, parallel: Parallel, scaler: LossScaler
+) -> MixedPrecisionOptimizer:
+    """
+    Raises:
+        ValueError: its kernel was asked for and cannot be had.
+    """
+    o, overlap_step = config.optimizer, config.parallel.overlap_optim_step
+    ddp, powersgd, zero1 = parallel.ddp, parallel.powersgd, parallel.zero1
+
+    def gather_updates(bucket: int) -> None:
+        """Between the two halves of Muon's step under ZeRO-1."""
+        if any(is_hidden_matrix(slot.parameter) for slot in ddp.buckets[bucket].slots):
+            zero1.gather_in_gradients(bucket)
+
+    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
+    holds_all = zero1 is None and powersgd is None
+    optimizer = MixedPrecisionOptimizer(
+        (zero1 or ddp).slices(),
+        AdamWConfig(o.beta1, o.beta2, o.adam_eps, o.weight_decay),
+        o.grad_clip,
+        scaler,
+        sum_over_ranks=context.all_sum if zero1 else None,
+        source=powersgd,
+        kernel=kernel,
+        muon=MuonConfig(o.muon_momentum, o.muon_lr_ratio, o.muon_iterations) if o.optimizer == "muon" else None,
+        gather_updates=gather_updates if zero1 else None,
+        zero_grad=kernel == "triton" and holds_all and not overlap_step,
+    )
+
+    def step_reduced_bucket(bucket: Bucket) -> None:
+        """What follows a bucket's reduction, while the backward pass goes on."""
+        with span(f"step bucket {bucket.index}"):
+            optimizer.step_bucket(bucket.index)
+        if config.parallel.overlap_zero_grad_buffer:
+            ddp.hook.zero_grad(bucket)
+
+    if overlap_step:
+        ddp.register_after_reduction(step_reduced_bucket)
+    return optimizer
+
+
+def learning_rate(config: Config, step: int, max_iters: int) -> float:
+    """Of the step that follows `step` completed ones."""
+    o = config.optimizer
+    schedule = o.lr_schedule if o.decay_lr else "constant"
+    return learning_rate_at(
+        step, max_iters, o.learning_rate, schedule, o.warmup_ratio, o.min_lr_ratio, o.wsd_decay_ratio
+    )

@@ -1,0 +1,107 @@
+"""Both sets and the tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import Config
+from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from dataset.format import MANIFEST_NAME
+from dataset.opening import TaskDataset, open_dataset
+from parallel import DistContext
+from tokenizer import Tokenizer, load_tokenizer
+from utils import checkpoint as ckpt
+from utils.stores import Place
+
+
+@dataclass(frozen=True)
+class Data:
+    dirs: dict[str, Path]
+    """Set -> its pretokenized directory."""
+    tokenizer: Tokenizer
+    train: TaskDataset
+    valid: TaskDataset | None
+
+
+def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
+    """Set -> directory of its tokens. Raw records of SFT and DPO are tokenized first: before any process group exists,
+    so that no rank waits in a collective meanwhile.
+
+    Args:
+        given: names of the flags that were given.
+    Raises:
+        ValueError: nothing to tokenize, or flags that contradict what was tokenized before.
+    """
+    data, run = config.data, config.run
+    dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
+    if run.task_type == "pretrain":
+        return dirs
+    options = Options(
+        run.task_type, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
+        data.user_name, data.assistant_name,
+    )  # fmt: skip
+    chosen = {}
+    for split, directory in dirs.items():
+        if (directory / MANIFEST_NAME).exists():
+            chosen[split] = directory
+        elif split == "valid" and not data.valid_data_dir:
+            chosen[split] = chosen["train"]
+        else:
+            # A directory for validation alone is taken whole.
+            ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
+            chosen[split] = tokenize_online(directory, _tokenizer_dir(config), options, ratio)
+        check_options(chosen[split], options, given)
+    return chosen
+
+
+def _tokenizer_dir(config: Config) -> Path:
+    """The tokenizer of the model that is trained."""
+    data, run = config.data, config.run
+    if data.tokenizer_dir:
+        return Path(data.tokenizer_dir)
+    if run.resume and ckpt.list_checkpoints(Path(run.out_dir) / "ckpt"):
+        return ckpt.resolve_checkpoint_dir(Path(run.out_dir))
+    if run.init_from:
+        return ckpt.resolve_checkpoint_dir(Path(run.init_from))
+    raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")
+
+
+def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:
+    """Open both sets and the tokenizer, and check that they belong together, on all ranks.
+
+    Args:
+        dirs: see prepare_data.
+    Raises:
+        ValueError: they do not belong together, are damaged, or differ from rank to rank.
+    """
+    data, task = config.data, config.run.task_type
+    how = (data.max_seq_len, data.document_mask, data.packing)
+    train, valid = open_dataset(task, dirs["train"], "train", *how), None
+    tokenizer = load_tokenizer(data.tokenizer_dir or dirs["train"] / "tokenizer")
+    train.check(tokenizer.fingerprint, data.valid_ratio)
+    if train.valid_ratio > 0 or data.valid_data_dir:
+        valid = open_dataset(task, dirs["valid"], "valid", *how)
+        valid.check(tokenizer.fingerprint)
+    elif config.run.valid_only:
+        raise ValueError(f"{dirs['train']} has no validation set: it was pretokenized with --valid_ratio 0")
+    datasets = [dataset for dataset in (train, valid) if dataset is not None]
+    for dataset in datasets:
+        if task != "pretrain":
+            # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
+            _once_a_store(dataset.sequences.check_content, context, place)
+        elif data.verify_data:
+            _once_a_store(dataset.check_content, context, place)
+    context.require_same(
+        [*(dataset.fingerprint for dataset in datasets), tokenizer.fingerprint],
+        "the ranks see different data or tokenizers: copy the same to all nodes",
+    )
+    return Data(dirs, tokenizer, train, valid)
+
+
+def _once_a_store(check: Callable[[], object], context: DistContext, place: Place) -> None:
+    context.gather_from(lambda: check() if place.is_first_of_store else None)
+
+
+def order_of_samples(config: Config, data: Data) -> dict:
+    """What the order of the samples depends on."""
+    return {"seed": config.run.seed, "data": data.train.fingerprint, "max_seq_len": config.data.max_seq_len}

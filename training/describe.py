@@ -1,0 +1,156 @@
+"""The lines that say what runs, and how fast it could be."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import Config, Derived
+from data_preprocess.pretokenize_sft_data import summary
+from dataset.sequences import read_manifest
+from model import Llama, flops
+from optimizer import MixedPrecisionOptimizer
+from parallel import DistContext, measure_bandwidth
+from training.build import Built
+from training.build_parallel import Parallel
+from training.data import Data
+from training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What MFU is computed from."""
+
+    peak: float
+    """FLOP/s of all ranks together; NaN if it is unknown."""
+    strict: float
+    """FLOPs a token, by the strict formula."""
+    seed: float
+    """By the original's formula."""
+
+
+def count_flops(built: Built) -> Flops:
+    """Collective, and on a CPU a measurement."""
+    context, model = built.context, built.model
+    peak = flops.device_peak_flops(context.device, built.dtype)
+    return Flops(
+        context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item(),
+        flops.flops_per_token_strict(model.config, *built.data.train.context_and_supervised_share()),
+        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, _count_parameters(model)),
+    )
+
+
+def describe(built: Built, counted: Flops) -> list[str]:
+    """What runs, on what, on which data, from where. Collective, as the network's speed is measured."""
+    config, context, device = built.config, built.context, built.context.device
+    sends_gradients = context.world_size > 1 and not config.run.valid_only and config.parallel.ddp_impl != "naive"
+    tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
+    return [
+        _model(built.model, built.dtype, device),
+        _parallel(config, context.world_size, built.parallel),
+        *([_network(context, built.parallel, tokens_per_step, counted)] if sends_gradients else []),
+        _peak(counted, device),
+        _ops(built.model, built.optimizer, config.system.compile),
+        *_data(built.data, config.run.task_type),
+        _batch(config, built.derived, len(built.data.train)),
+        _start(built.progress, built.weights_from),
+    ]
+
+
+def _count_parameters(model: Llama) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
+    return (
+        f"model: {_count_parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers, "
+        f"{model.config.hidden_size} wide, {dtype} on {device.type}"
+    )
+
+
+def _parallel(config: Config, world_size: int, parallel: Parallel) -> str:
+    flags, threads = config.parallel, f"{torch.get_num_threads()} thread(s) each"
+    text = f"parallel: {world_size} processes" if world_size > 1 else "parallel: one process"
+    if flags.ddp_impl == "naive":
+        return f"{text}, naive all-reduce; {threads}"
+    overlap = "overlapped with" if flags.overlap_grad_reduce else "after"
+    text += f", {len(parallel.ddp.buckets)} gradient buckets reduced {overlap} the backward pass"
+    if parallel.powersgd is not None:
+        text += f", PowerSGD 1:{parallel.powersgd.compression_ratio:.1f}"
+    if flags.use_bf16_compress_hook or flags.use_fp16_compress_hook:
+        text += f", {'bfloat16' if flags.use_bf16_compress_hook else 'float16'} on the wire"
+    if parallel.zero1 is not None:
+        text += ", ZeRO-1"
+        text += " gathered under the forward pass" if parallel.zero1.overlap_gather else ""
+    if flags.overlap_optim_step:
+        text += ", buckets stepped as they arrive"
+    return f"{text}; {threads}"
+
+
+def _network(context: DistContext, parallel: Parallel, tokens_per_step: int, counted: Flops) -> str:
+    """What a step sends, and how long that takes at the speed measured now; warns where no overlap can hide it.
+    Collective.
+    """
+    rate = 0.0
+
+    def measure() -> None:
+        nonlocal rate
+        rate = measure_bandwidth(parallel.ddp.collectives, context.device)
+
+    parallel.ddp.comm_stream.submit(measure).wait()
+    rate = min(context.gather(rate))
+    gradients = parallel.ddp.bytes_sent()
+    text = (
+        f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {gradients / 1e6:,.1f} MB of "
+        f"gradients ({gradients / rate:.2f} s)"
+    )
+    if parallel.zero1 is not None:
+        parameters = parallel.zero1.bytes_sent()
+        text += f" and {parameters / 1e6:,.1f} MB of parameters ({parameters / rate:.2f} s)"
+        compute = tokens_per_step * counted.strict / (0.5 * counted.peak)
+        if parameters / rate > compute and context.is_main:
+            logger.warning(
+                "ZeRO-1 gathers parameters for %.2f s a step, longer than the compute (%.2f s at half the peak), "
+                "and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, or "
+                "make steps larger", parameters / rate, compute,
+            )  # fmt: skip
+    return text + " from each rank"
+
+
+def _peak(counted: Flops, device: torch.device) -> str:
+    source = "a matmul timed now" if device.type == "cpu" else "by the data sheet"
+    return f"peak: {counted.peak / 1e9:,.0f} GFLOP/s in all, {source}; MFU is a share of it"
+
+
+def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) -> str:
+    """Which implementation each op resolved to."""
+    return (
+        f"ops: {model.ops} adamw={optimizer.kernel}"
+        + (", Muon for the matrices of the blocks" if optimizer.muon else "")
+        + (", plain attention for its dropout" if model.config.attention_dropout else "")
+        + (" (blocks compiled)" if is_compiled else "")
+    )
+
+
+def _data(data: Data, task_type: str) -> list[str]:
+    """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was."""
+    directories = dict.fromkeys(data.dirs.values()) if task_type != "pretrain" else ()
+    records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
+    return [*records, f"data: {data.train.description()}"]
+
+
+def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
+    samples = derived.global_batch_size
+    has_full_rows = config.run.task_type == "pretrain"
+    tokens = f" ({samples * config.data.max_seq_len:,} tokens)" if has_full_rows else ""
+    epochs = derived.max_iters * samples / samples_per_epoch
+    return f"batch: {samples} samples{tokens} a step, {derived.max_iters} steps, {epochs:.2f} epochs"
+
+
+def _start(progress: Progress, weights_from: Path | None) -> str:
+    weights = f", weights from {weights_from}" if weights_from else ""
+    return f"starts at step {progress.step}, sample {progress.samples_consumed}{weights}"

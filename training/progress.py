@@ -1,0 +1,30 @@
+"""Where a run stands."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Progress:
+    """What a checkpoint stores besides tensors."""
+
+    step: int = 0
+    """Completed optimizer steps."""
+    samples_consumed: int = 0
+    tokens: int = 0
+    """Input tokens read so far."""
+
+
+@dataclass(frozen=True)
+class Unlogged:
+    """The last step's figures, until they are logged."""
+
+    loss_sum: torch.Tensor
+    """This rank's part of the loss, a float64 scalar on the device."""
+    metrics: dict[str, torch.Tensor]
+    """This rank's part of the task's other sums."""
+    count: int
+    """What the losses of the whole global batch are divided by: supervised tokens, or pairs."""
+    learning_rate: float
+    grad_norm: float

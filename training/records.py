@@ -1,0 +1,79 @@
+"""What a launch leaves in the run directory before its first step: config.yaml and the start record."""
+
+import logging
+from pathlib import Path
+
+from configurator import CONFIG_NAME, Config, changes_since, flatten, to_yaml
+from training.build import Built
+from training.data import order_of_samples
+from training.describe import Flops, count_flops, describe
+from utils import checkpoint as ckpt
+from utils import exits
+from utils.files import atomic_write
+from utils.reslog import VERSION, ResLog, count_launches
+from utils.sinks import Sinks, open_sinks
+
+logger = logging.getLogger(__name__)
+
+
+def start_records(built: Built) -> tuple[ResLog | None, Flops]:
+    """Say what runs, set aside what this launch supersedes, and leave the configuration and the start record.
+
+    Returns:
+        the results' file, on the first rank alone; what MFU is computed from.
+    """
+    config, context, run_dir, step = built.config, built.context, built.run_dir, built.progress.step
+    context.barrier()
+    counted = count_flops(built)
+    reslog = ResLog(run_dir.reslog, _open_sinks(config, run_dir.path, step)) if context.is_main else None
+    for line in describe(built, counted):
+        logger.info(line)
+    if run_dir.place.is_first_of_store and not config.run.valid_only:
+        for path in ckpt.abandon_later(run_dir.ckpt_dir, step):
+            logger.info("set aside %s: the run goes on from step %d", path.name, step)
+        ckpt.prune(run_dir.ckpt_dir, run_dir.saver.retention)
+        exits.clear_gone_ranks(run_dir.path / "exit", context.world_size)
+        _write_start(built, reslog)
+    return reslog, counted
+
+
+def _open_sinks(config: Config, out_dir: Path, step: int) -> Sinks | None:
+    """Other places that the results go to."""
+    run = config.run
+    if run.valid_only:
+        return None
+    return open_sinks(out_dir, step, run.tensorboard, run.wandb_project, run.wandb_mode, flatten(config))
+
+
+def _write_start(built: Built, reslog: ResLog | None) -> None:
+    config, run_dir, derived, progress = built.config, built.run_dir, built.derived, built.progress
+    changed = changes_since(config, run_dir.path / CONFIG_NAME) if run_dir.resumed_from else {}
+    for name, (before, now) in changed.items():
+        logger.info("changed since the last launch: %s %s -> %s", name, before, now)
+    dtype, world_size = str(built.dtype).removeprefix("torch."), built.context.world_size
+    resolved = (
+        derived.__dict__
+        | {"dtype": dtype, "world_size": world_size}
+        | {f"{split}_data": str(path) for split, path in built.data.dirs.items()}
+        | built.model.config.__dict__
+    )
+    atomic_write(run_dir.path / CONFIG_NAME, to_yaml(config, resolved).encode())
+    if reslog is None:
+        return
+    reslog.write(
+        "start",
+        version=VERSION,
+        attempt=count_launches(run_dir.reslog) + 1,
+        step=progress.step,
+        max_iters=derived.max_iters,
+        samples_consumed=progress.samples_consumed,
+        parent_ckpt=run_dir.chosen.name if run_dir.chosen else None,
+        left_out=built.left_out,
+        world_size=world_size,
+        dtype=dtype,
+        **order_of_samples(config, built.data),
+        global_batch_size=derived.global_batch_size,
+        task=config.run.task_type,
+        packing=config.data.packing,
+        changed=changed,
+    )

@@ -1,0 +1,162 @@
+"""Lines and records of steps, validations, saves and the end, and a profile of some steps.
+
+`reslog` is the first rank's, and None on the others.
+"""
+
+import logging
+import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from configurator import parse_profile_steps
+from parallel import DistContext, PowerSGD
+from tasks.dpo import DPOTask
+from tasks.language_model import LanguageModelTask
+from training.build import Built
+from training.describe import Flops
+from training.progress import Progress, Unlogged
+from utils.logging import clock, log_repeated_warnings
+from utils.profile_steps import StepProfile
+from utils.reslog import ResLog
+from utils.run_summary import Ending, summary_lines
+from utils.saving import SaveOutcome
+
+logger = logging.getLogger(__name__)
+
+
+def report_step(
+    reslog: ResLog | None,
+    progress: Progress,
+    max_iters: int,
+    last: Unlogged,
+    figures: dict[str, float],
+    reading: dict,
+    counted: Flops,
+) -> None:
+    """
+    Args:
+        figures: of the last step, over all ranks.
+        reading: StepMeter.read(), of the steps since the last report.
+    """
+    if reslog is None:
+        return
+    tokens_per_sec = reading["tokens"] / reading["dt"]
+    mfu, mfu_seed = (tokens_per_sec * per_token / counted.peak for per_token in (counted.strict, counted.seed))
+    rest = {name: value for name, value in reading.items() if name != "tokens"}
+    reslog.write(
+        "train", step=progress.step, **figures, lr=last.learning_rate, grad_norm=last.grad_norm,
+        tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **rest,
+    )  # fmt: skip
+    seconds_left = reading["dt"] * (max_iters - progress.step)
+    starved = reading["data_wait"] / reading["dt"]
+    logger.info(
+        "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% | %s%s left",
+        progress.step, max_iters, shown(figures), last.grad_norm, last.learning_rate,
+        f"{tokens_per_sec:,.0f}", 100 * mfu, f"data wait {100 * starved:.0f}% | " if starved > 0.05 else "",
+        clock(seconds_left),
+    )  # fmt: skip
+
+
+def report_validation(
+    reslog: ResLog | None,
+    step: int,
+    task: LanguageModelTask | DPOTask,
+    figures: dict[str, float],
+    terms: float,
+    seconds: float,
+) -> None:
+    """
+    Args:
+        terms: what the loss was divided by.
+    """
+    logger.info(
+        "valid at step %d | %s | %d %s | %.1f s", step, shown(figures), task.units(terms), task.count_name, seconds
+    )
+    if reslog is not None:
+        units = {task.count_name: task.units(terms)}
+        reslog.write("valid", step=step, **figures, dt=round(seconds, 3), **units)
+
+
+def report_compression(reslog: ResLog | None, step: int, powersgd: PowerSGD) -> None:
+    """How much of the gradients PowerSGD left for later in this step."""
+    errors = powersgd.relative_error
+    if reslog is not None and errors:
+        reslog.write(
+            "compression", step=step, ratio=powersgd.compression_ratio,
+            mean_relative_error=sum(errors.values()) / len(errors), relative_error=errors,
+        )  # fmt: skip
+
+
+def report_save(reslog: ResLog | None, ckpt_dir: Path, outcome: SaveOutcome) -> None:
+    """A full disk does not end the run: earlier checkpoints are whole."""
+    if reslog is None:
+        return
+    if outcome.problem is not None:
+        logger.warning(
+            "the checkpoint of step %d could not be written, the run goes on: %s", outcome.step, outcome.problem
+        )
+        reslog.write("save_failed", step=outcome.step, problem=outcome.problem)
+        return
+    reslog.write(
+        "save", step=outcome.step, path=outcome.name, dt=round(outcome.seconds, 3), held_up=round(outcome.held_up, 4)
+    )
+    logger.info(
+        "saved %s in %.2f s (training waited %.3f s)", ckpt_dir / outcome.name, outcome.seconds, outcome.held_up
+    )
+
+
+def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> StepProfile:
+    """Of the steps that --profile_steps asks for; `aside` is around what takes long and is no part of the training."""
+    context, out_dir = built.context, built.run_dir.path
+    about = {
+        "run": out_dir.name,
+        "rank": context.rank,
+        "world_size": context.world_size,
+        "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+    }
+    steps = parse_profile_steps(built.config.run.profile_steps)
+    profile = StepProfile(steps, out_dir / "profile", context.device, about, aside)
+    profile.begin(built.progress.step)
+    return profile
+
+
+def report_end(
+    reslog: ResLog | None, built: Built, finished: bool, steps_now: int, seconds: float, train_loss: float | None
+) -> None:
+    """Record the end, and say where everything is. The arguments are as in Ending."""
+    if reslog is None:
+        log_repeated_warnings(logger.warning)
+        return
+    run_dir, progress = built.run_dir, built.progress
+    ending = Ending(
+        run_dir.path, finished, progress.step, built.derived.max_iters, steps_now, seconds, progress.tokens,
+        train_loss, built.config.run.task_type != "pretrain", _resume_command(built.context, run_dir.path),
+        run_dir.saver.retention,
+    )  # fmt: skip
+    reslog.write("end", step=progress.step, reason="finished" if finished else "stopped on request")
+    for line in summary_lines(ending):
+        logger.info(line)
+    log_repeated_warnings(logger.info)
+
+
+def _resume_command(context: DistContext, out_dir: Path) -> str:
+    flags = f"--resume --out_dir={shlex.quote(str(out_dir))}"
+    if context.world_size == 1:
+        return f"python train_my_ddp.py {flags}"
+    if context.local_world_size == context.world_size:
+        return f"torchrun --standalone --nproc_per_node={context.world_size} train_my_ddp.py {flags}"
+    return "the same command on every node, with --resume"
+
+
+def shown(figures: dict[str, float]) -> str:
+    """Of a task's figures, those that fit a line."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "bits_per_byte": "bits per byte {:.4f}",
+        "rewards/margins": "margin {:.3f}",
+        "rewards/accuracies": "accuracy {:.2f}",
+    }
+    return " | ".join(text.format(figures[name]) for name, text in formats.items() if name in figures)

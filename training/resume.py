@@ -1,0 +1,89 @@
+"""A checkpoint's state into what was built."""
+
+import logging
+from pathlib import Path
+
+from configurator import Config
+from optimizer import MixedPrecisionOptimizer
+from parallel import DistContext, PowerSGD
+from training.build_parallel import Parallel
+from training.data import Data, order_of_samples
+from training.progress import Progress
+from training.run_dir import RunDir
+from utils import checkpoint as ckpt
+from utils.flat_state import holds_flat_state, load_flat_state, read_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(
+    config: Config,
+    context: DistContext,
+    run_dir: RunDir,
+    data: Data,
+    optimizer: MixedPrecisionOptimizer,
+    parallel: Parallel,
+) -> tuple[Progress, list[int] | None]:
+    """Restore optimizer and position; weights come from the float32 main parameters.
+
+    Returns:
+        where the run stands, and the first and last position of the samples that are left out on request.
+    Raises:
+        ValueError: what decides the run's course was changed.
+    """
+    state = ckpt.read_trainer_state(run_dir.resumed_from)
+    is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
+    run_dir.resume_files.bring_state(lambda folders: holds_flat_state(folders, optimizer.named_state()))
+    load_flat_state(run_dir.resume_files.directories, optimizer.named_state())
+    optimizer.weights_from_main()
+    if parallel.zero1 is not None:
+        parallel.zero1.gather_all()
+    optimizer.load_scalar_state(state["optimizer"])
+    _load_hook_state(run_dir, parallel.powersgd, state["step"], context.is_main)
+    samples, left_out = 0 if is_new_order else state["samples_consumed"], None
+    if config.data.resume_at_sample > samples:
+        left_out = [samples, config.data.resume_at_sample - 1]
+        samples = config.data.resume_at_sample
+    context.barrier()
+    if run_dir.place.is_first_of_store:
+        ckpt.delete_leftovers(run_dir.ckpt_dir)
+    return Progress(state["step"], samples, state["tokens"]), left_out
+
+
+def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool:
+    """Refuse what cannot go on with the state in `path`. Returns whether the samples come in a new order, as asked."""
+    order = order_of_samples(config, data)
+    changed = [name for name, value in order.items() if state["stream"][name] != value]
+    if changed and not (config.data.restart_data or config.run.valid_only):
+        raise ValueError(
+            f"{' and '.join(changed)} differ from the run's own, so its order of samples cannot go on: "
+            f"restore them, or add --restart_data to begin a new pass over the data"
+        )
+    trained_with = state["optimizer"].get("name", "adamw")
+    if trained_with != config.optimizer.optimizer:
+        raise ValueError(
+            f"the run was trained with --optimizer={trained_with}, whose state {config.optimizer.optimizer} cannot "
+            f"go on from: give that, or begin a new run with --init_from={path}"
+        )
+    return bool(changed)
+
+
+def _load_hook_state(run_dir: RunDir, powersgd: PowerSGD | None, step: int, is_main: bool) -> None:
+    """Take up what PowerSGD remembered: the residuals of this rank's number, and the Q that all ranks shared."""
+    states = run_dir.resume_files.hook_states()
+    if powersgd is None:
+        if states:
+            name = run_dir.chosen.name
+            logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", name)
+        return
+    powersgd.iteration = step
+    lost = run_dir.resume_files.lost_hook_states()
+    if lost and is_main:
+        logger.warning("the residuals of PowerSGD of ranks %s are on no node: they are lost", lost)
+    for index, (file, is_mine) in enumerate(states):
+        saved = read_tensors(file)
+        if index == 0:
+            powersgd.take_q(saved)
+        dropped = powersgd.add_residuals(saved) if is_mine else []
+        if dropped:
+            logger.warning("residuals are dropped, as these are not compressed any more: %s", ", ".join(dropped))

@@ -1,0 +1,96 @@
+"""The run directory, and the checkpoint in it that the run goes on from."""
+
+import logging
+import secrets
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from configurator import Config, parse_log_ranks
+from parallel import DistContext
+from parallel.context import launch_token, launched_node
+from utils import checkpoint as ckpt
+from utils.fetching import CheckpointFiles
+from utils.heartbeat import Heartbeat, write_stacks_on_signal
+from utils.logging import add_log_file, log_file_of
+from utils.saving import CheckpointSaver
+from utils.stores import Place, find_place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """As this rank sees it."""
+
+    path: Path
+    place: Place
+    heartbeat: Heartbeat
+    saver: CheckpointSaver
+    chosen: ckpt.Chosen | None
+    """The checkpoint to resume from."""
+    resume_files: CheckpointFiles | None
+    """Its files."""
+    resumed_from: Path | None
+    """The folder of this node that has its model."""
+
+    @property
+    def ckpt_dir(self) -> Path:
+        return self.path / "ckpt"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / ckpt.STOP_FILE
+
+    @property
+    def reslog(self) -> Path:
+        return self.path / "reslog.jsonl"
+
+
+def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> RunDir:
+    """Create the run directory, on each file system that the nodes have, and find the checkpoint to resume from.
+
+    Args:
+        resources: gets what must be released at the end: the lock, and the thread that saves.
+    Raises:
+        ValueError: the directory cannot be used, or holds no such checkpoint.
+    """
+    run, path = config.run, Path(config.run.out_dir)
+    place, ckpt_dir = find_place(path, context.rank, context.world_size, context.gather), path / "ckpt"
+
+    def open_store() -> None:
+        if place.is_first_of_store:
+            ckpt.prepare_run(path)
+            resources.enter_context(ckpt.lock_run(path))
+            ckpt.delete_leftovers(ckpt_dir)
+            (path / ckpt.STOP_FILE).unlink(missing_ok=True)
+
+    context.gather_from(open_store)
+    _open_log(path, run.log_ranks, context, place)
+    heartbeats = path / "heartbeat"
+    heartbeat = Heartbeat(heartbeats, context.rank, context.world_size, launch_token())
+    write_stacks_on_signal(heartbeats, context.rank)
+    heartbeat.beat("start", 0)
+    chosen, remarks = ckpt.open_run(path, run.resume, run.resume_from, place, context.gather)
+    for remark in remarks if context.is_main else ():
+        logger.warning(remark)
+    saver = CheckpointSaver(
+        ckpt_dir, place, context.decide_on_main(lambda: secrets.token_hex(4)), context.device,
+        ckpt.Retention(run.keep_last, run.keep_best, run.keep_every), run.async_save, context.gather,
+    )  # fmt: skip
+    # Released before the lock: nobody else may have the directory while a save is in flight.
+    resources.callback(saver.close)
+    files = resumed_from = None
+    if chosen is not None:
+        send_file = partial(context.send_file, between=lambda: heartbeat.beat("start", 0))
+        files = CheckpointFiles(ckpt_dir, chosen, place, context.gather, send_file)
+        resumed_from = files.bring_model()
+    return RunDir(path, place, heartbeat, saver, chosen, files, resumed_from)
+
+
+def _open_log(path: Path, log_ranks: str, context: DistContext, place: Place) -> None:
+    """Of this node. The first one of those that see this run directory has the plain name."""
+    nodes, chosen = context.gather(launched_node()), parse_log_ranks(log_ranks)
+    file = log_file_of(path, nodes[context.rank], nodes[place.store[0]])
+    add_log_file(file, context.rank, info=chosen is None or context.rank in chosen)

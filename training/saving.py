@@ -1,0 +1,32 @@
+"""What a rank writes of a checkpoint. resume.py reads it."""
+
+from model import hf
+from training.build import Built
+from training.data import order_of_samples
+from utils import checkpoint as ckpt
+from utils.saving import CheckpointWriter
+
+
+def add_share(built: Built, writer: CheckpointWriter) -> None:
+    powersgd, zero1 = built.parallel.powersgd, built.parallel.zero1
+    writer.add_flat_state(built.optimizer.named_state(), sharded=zero1 is not None)
+    if powersgd is not None:
+        writer.add_hook_state(powersgd.state_tensors())
+    if built.run_dir.place.is_first_of_store:
+        tokenizer = built.data.tokenizer
+        writer.add_tensors("model.safetensors", hf.named_weights(built.model), {"format": "pt"})
+        writer.add_json("config.json", hf.to_hf_config(built.model.config, built.dtype, tokenizer.eod_id))
+        writer.add_folder(tokenizer.save_pretrained)
+        writer.add_json(ckpt.TRAINER_STATE, _trainer_state(built))
+
+
+def _trainer_state(built: Built) -> dict:
+    return {
+        "step": built.progress.step,
+        "samples_consumed": built.progress.samples_consumed,
+        "tokens": built.progress.tokens,
+        "stream": order_of_samples(built.config, built.data),
+        "optimizer": built.optimizer.scalar_state(),
+        "world_size": built.context.world_size,
+        "reference": built.reference,
+    }
