@@ -78,7 +78,8 @@ def _parallel(config: Config, world_size: int, parallel: Parallel) -> str:
     if flags.ddp_impl == "naive":
         return f"{text}, naive all-reduce; {threads}"
     overlap = "overlapped with" if flags.overlap_grad_reduce else "after"
-    text += f", {len(parallel.ddp.buckets)} gradient buckets reduced {overlap} the backward pass"
+    count = len(parallel.ddp.buckets)
+    text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
     if parallel.powersgd is not None:
         text += f", PowerSGD 1:{parallel.powersgd.compression_ratio:.1f}"
     if flags.use_bf16_compress_hook or flags.use_fp16_compress_hook:

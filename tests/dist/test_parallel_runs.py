@@ -565,7 +565,7 @@ def test_the_start_says_what_runs(runs: Plan):
         assert "2 processes, 5 gradient buckets reduced overlapped" in line
         assert {word for word in words if word in line} == said, name
     (line,) = start_lines(runs["2 zero1 one bucket"], "INFO parallel: ")
-    assert "1 gradient buckets reduced after the backward pass" in line
+    assert "1 gradient bucket reduced after the backward pass" in line
 
 
 def test_the_start_says_what_is_sent(runs: Plan):
