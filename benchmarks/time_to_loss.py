@@ -1,4 +1,4 @@
-"""Held-out bits per byte over training time: nanoGPT's model and ours, each at its best settings, on one machine.
+"""Held-out bits per byte over training time: nanoGPT's model and ours, on one machine.
 
     git clone https://github.com/karpathy/nanoGPT /elsewhere/nanoGPT
     python -m benchmarks.time_to_loss --nanogpt /elsewhere/nanoGPT --seconds 480
@@ -8,14 +8,16 @@ context, and have 6 layers of width 384 with 6 heads and tied embeddings. One af
 
     nanoGPT    its model.py and AdamW under the steps of its train.py (random windows, clipping, cosine to a tenth that
                ends with the time), for --seconds
-    ours       train_my_ddp.py with benchmarks/time_to_loss.yaml, for a quarter of that time
+    ours       train_my_ddp.py with benchmarks/time_to_loss.yaml, for --iters steps; its schedule ends with them
 
 Time is that of the training steps; start-up, compilation of nanoGPT, validation and saves are left out on both sides.
-The held-out modules are scored whole, in the same rows, by the same labels. Results stay in --dir: a part that is there
-is not run again.
+The held-out modules are scored whole, in the same rows, by the same labels. Both are float32. nanoGPT takes torch's
+AdamW as it does on a CPU, not fused; ours is fused, and reads its data in a thread. Results stay in --dir: a part that
+is there, with the same settings, is not run again.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -40,6 +42,7 @@ from tokenizer import load_tokenizer
 from utils.machine import cpu_name
 
 SEQ_LEN, LAYERS, HEADS, WIDTH = 256, 6, 6, 384
+CONFIG = "benchmarks/time_to_loss.yaml"
 Point = tuple[float, int, float]
 """Seconds of training, tokens read, held-out bits per byte."""
 
@@ -81,7 +84,7 @@ def random_batches(data: Path, batch: int, generator: torch.Generator) -> Iterat
     while True:
         places = torch.randint(len(tokens) - SEQ_LEN, (batch,), generator=generator)
         rows = torch.stack([tokens[place : place + SEQ_LEN + 1] for place in places.tolist()])
-        yield rows[:, :-1], rows[:, 1:]
+        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
@@ -134,11 +137,13 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
 
 def train_ours(args: argparse.Namespace, home: Path, data: Path) -> list[Point]:
     """Points of a run of train_my_ddp.py, made if it is not there."""
-    run_dir = home / "run"
-    if not (run_dir / "reslog.jsonl").exists():
+    settings = json.dumps([args.iters, args.points, args.flag, (ROOT / CONFIG).read_text()])
+    run_dir = home / f"run-{args.iters}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    ends = records_of(run_dir, "end") if (run_dir / "reslog.jsonl").exists() else []
+    if not any(end["reason"] == "finished" for end in ends):
         interval = max(1, args.iters // args.points)
         run([
-            "python", "train_my_ddp.py", "benchmarks/time_to_loss.yaml", f"--data_dir={data}", f"--out_dir={run_dir}",
+            "python", "train_my_ddp.py", CONFIG, f"--data_dir={data}", f"--out_dir={run_dir}", "--resume",
             f"--max_iters={args.iters}", f"--valid_interval={interval}", *args.flag,
         ])  # fmt: skip
     seconds, step, points = 0.0, 0, []
@@ -206,12 +211,14 @@ def main() -> int:
     parser.add_argument("--nanogpt_lr", type=float, default=1e-3)
     parser.add_argument("--nanogpt_beta2", type=float, default=0.95)
     parser.add_argument("--nanogpt_compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--iters", type=int, default=100, help="of ours: as many as take a quarter of the time")
+    parser.add_argument("--iters", type=int, default=80, help="steps of ours (default: about a quarter of the time)")
     parser.add_argument("--flag", action="append", default=[], help="one more flag of train_my_ddp.py; repeatable")
     parser.add_argument("--only", choices=["nanogpt", "ours"], help="run this part alone")
     args = parser.parse_args()
     home = ROOT / args.dir
-    data, kept = home / "data", home / "nanogpt.json"
+    data = home / "data"
+    name = f"nanogpt-{args.seconds:g}s-batch{args.nanogpt_batch}-lr{args.nanogpt_lr:g}-beta{args.nanogpt_beta2:g}"
+    kept = home / f"{name}{'' if args.nanogpt_compile else '-eager'}-{args.points}.json"
     try:
         load_nanogpt(Path(args.nanogpt))
     except ValueError as error:
@@ -233,8 +240,8 @@ def main() -> int:
         nanogpt = [tuple(point) for point in json.loads(kept.read_text())]
         settings = (
             f"nanoGPT: {args.nanogpt_batch} x {SEQ_LEN} tokens, learning rate {args.nanogpt_lr:g}, beta2 "
-            f"{args.nanogpt_beta2:g}, {'compiled' if args.nanogpt_compile else 'not compiled'}, float32; ours: "
-            f"benchmarks/time_to_loss.yaml {' '.join(args.flag)}, {args.iters} steps"
+            f"{args.nanogpt_beta2:g}, {'compiled' if args.nanogpt_compile else 'not compiled'}; ours: "
+            f"{' '.join([CONFIG, *args.flag])}, {args.iters} steps; both float32"
         )
         print(report(nanogpt, ours, home, settings))
         plot(nanogpt, ours, home / "time_to_loss.png")

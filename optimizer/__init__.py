@@ -1,4 +1,4 @@
-"""AdamW on flat slices, float32 main parameters, loss scaling, clipping and schedules."""
+"""AdamW and Muon on flat slices, float32 main parameters, loss scaling, clipping and schedules."""
 
 from optimizer.mixed_precision import (
     LossScaler,

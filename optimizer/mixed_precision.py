@@ -266,7 +266,10 @@ class MixedPrecisionOptimizer:
     def _step_matrices(self, bucket: int, states: list[_State], lr: float, grad_divisor: float) -> None:
         """By Muon. Shards of a matrix are updated each by its rank up to the point where all of it is needed."""
         for state in states:
-            muon.look_ahead(state.exp_avg, state.piece.grad.div_(grad_divisor), self.muon.momentum)
+            grad = state.piece.grad
+            update = muon.look_ahead(state.exp_avg, grad.float() / grad_divisor, self.muon.momentum)
+            # In units of the gradient again: float16 could not hold it unscaled, and only its direction matters.
+            grad.copy_(update.mul_(grad_divisor))
         if self.gather_updates is not None:
             self.gather_updates(bucket)
         for state in states:

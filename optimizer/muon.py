@@ -28,6 +28,8 @@ UPDATE_RMS = 0.2
 LOWEST = {1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01, 5: 0.003, 6: 0.001}
 """Iterations -> smallest singular value, as a share of the Frobenius norm, that is to end near 1. A lower one would
 leave the others less exact; smaller values are raised, too, but not all the way."""
+MARGIN = 1.01
+"""So far above the interval may bfloat16's rounding lift a singular value; beyond, the polynomials grow fast."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def polynomials(iterations: int) -> tuple[tuple[float, float, float], ...]:
     """
     if iterations not in LOWEST:
         raise ValueError(f"Muon takes {min(LOWEST)} to {max(LOWEST)} iterations, not {iterations}")
-    low, high, found = LOWEST[iterations], 1.0, []
+    low, high, found = LOWEST[iterations], MARGIN, []
     for _ in range(iterations):
         points = np.linspace(low, high, 4)
         for _ in range(50):
@@ -65,7 +67,7 @@ def polynomials(iterations: int) -> tuple[tuple[float, float, float], ...]:
                 break
             points = moved
         found.append((float(a), float(b), float(c)))
-        low, high = 1.0 - abs(error), 1.0 + abs(error)
+        low, high = 1.0 - abs(error), (1.0 + abs(error)) * MARGIN
     return tuple(found)
 
 
@@ -82,7 +84,7 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
         iterations: see LOWEST; each is two products of the smaller side's Gram matrix and one with the matrix.
     """
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    x = x / (matrix.float().norm() * 1.001 + 1e-30)
+    x = x / (matrix.float().norm() + 1e-30)
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.T
@@ -92,10 +94,10 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     return x.T if is_tall else x
 
 
-def look_ahead(momentum: Tensor, grad: Tensor, beta: float) -> None:
-    """m <- b m + (1 - b) g, and g <- b m + (1 - b) g of the new m; both in place, of any equal shape."""
-    momentum.lerp_(grad.to(momentum.dtype), 1.0 - beta)
-    grad.lerp_(momentum.to(grad.dtype), beta)
+def look_ahead(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
+    """m <- b m + (1 - b) g in place; returns b m + (1 - b) g of the new m. Float32, of any equal shape."""
+    momentum.lerp_(grad, 1.0 - beta)
+    return grad.lerp(momentum, beta)
 
 
 def step_size(shape: tuple[int, ...], lr: float) -> float:

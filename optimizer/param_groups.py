@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from parallel.buffer import ParameterSlice
+from parallel.layout import ParameterSpec
 
 
 class HasSlice(Protocol):
@@ -21,6 +22,6 @@ def split_by_decay(states: Sequence[T]) -> tuple[list[T], list[T]]:
     return decaying, others
 
 
-def is_hidden_matrix(piece: ParameterSlice) -> bool:
-    """Whether it is of a matrix inside a block, which Muon can step: not the embedding's or the head's."""
-    return len(piece.shape) == 2 and piece.name.startswith("layers.")
+def is_hidden_matrix(parameter: ParameterSlice | ParameterSpec) -> bool:
+    """Whether it is (of) a matrix inside a block, which Muon can step: not the embedding's or the head's."""
+    return len(parameter.shape) == 2 and parameter.name.startswith("layers.")

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from parallel.buffer import ParameterSlice
+from parallel.buffer import Bucket, ParameterSlice
 from parallel.comm_hooks import shared_fraction
 from parallel.comm_stream import Handle
 from parallel.ddp import DistributedDataParallel
@@ -57,7 +57,7 @@ class Zero1:
         reduced = self.ddp.buckets[bucket].reduced
 
         def work() -> None:
-            with traffic_span(f"gather updates of bucket {bucket}", self._bytes_to_gather(reduced)):
+            with traffic_span(f"gather updates of bucket {bucket}", self.bytes_of_updates(self.ddp.buckets[bucket])):
                 self.ddp.collectives.all_gather(reduced)
 
         with self.ddp.waits.waiting("wait for updates"):
@@ -90,6 +90,10 @@ class Zero1:
             with self.ddp.waits.waiting("wait for gathers"):
                 for bucket in due:
                     self._gathers.pop(bucket).wait()
+
+    def bytes_of_updates(self, bucket: Bucket) -> float:
+        """Bytes that each rank sends in `gather_in_gradients`."""
+        return self._bytes_to_gather(bucket.reduced)
 
     def bytes_sent(self) -> float:
         """Bytes that each rank sends to gather the parameters once."""

@@ -1,5 +1,7 @@
 """The optimizer, on the slices of the flat buffers that this rank owns."""
 
+from collections.abc import Sequence
+
 from configurator import Config
 from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, choose_kernel, learning_rate_at
 from optimizer.adamw import AdamWConfig
@@ -22,7 +24,7 @@ def build_optimizer(
 
     def gather_updates(bucket: int) -> None:
         """Between the two halves of Muon's step under ZeRO-1."""
-        if any(is_hidden_matrix(slot.parameter) for slot in ddp.buckets[bucket].slots):
+        if buckets_with_matrices([ddp.buckets[bucket]]):
             zero1.gather_in_gradients(bucket)
 
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
@@ -50,6 +52,11 @@ def build_optimizer(
     if overlap_step:
         ddp.register_after_reduction(step_reduced_bucket)
     return optimizer
+
+
+def buckets_with_matrices(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Those that hold something of what Muon steps."""
+    return [bucket for bucket in buckets if any(is_hidden_matrix(slot.parameter) for slot in bucket.slots)]
 
 
 def learning_rate(config: Config, step: int, max_iters: int) -> float:

@@ -14,6 +14,7 @@ from model import Llama, flops
 from optimizer import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
 from training.build import Built
+from training.build_optimizer import buckets_with_matrices
 from training.build_parallel import Parallel
 from training.data import Data
 from training.progress import Progress
@@ -52,7 +53,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
     return [
         _model(built.model, built.dtype, device),
         _parallel(config, context.world_size, built.parallel),
-        *([_network(context, built.parallel, tokens_per_step, counted)] if sends_gradients else []),
+        *([_network(context, built, tokens_per_step, counted)] if sends_gradients else []),
         _peak(counted, device),
         _ops(built.model, built.optimizer, config.system.compile),
         *_data(built.data, config.run.task_type),
@@ -92,11 +93,11 @@ def _parallel(config: Config, world_size: int, parallel: Parallel) -> str:
     return f"{text}; {threads}"
 
 
-def _network(context: DistContext, parallel: Parallel, tokens_per_step: int, counted: Flops) -> str:
+def _network(context: DistContext, built: Built, tokens_per_step: int, counted: Flops) -> str:
     """What a step sends, and how long that takes at the speed measured now; warns where no overlap can hide it.
     Collective.
     """
-    rate = 0.0
+    parallel, rate = built.parallel, 0.0
 
     def measure() -> None:
         nonlocal rate
@@ -112,6 +113,9 @@ def _network(context: DistContext, parallel: Parallel, tokens_per_step: int, cou
     if parallel.zero1 is not None:
         parameters = parallel.zero1.bytes_sent()
         text += f" and {parameters / 1e6:,.1f} MB of parameters ({parameters / rate:.2f} s)"
+        if built.optimizer.muon:
+            updates = sum(map(parallel.zero1.bytes_of_updates, buckets_with_matrices(parallel.ddp.buckets)))
+            text += f" and {updates / 1e6:,.1f} MB of updates ({updates / rate:.2f} s)"
         compute = tokens_per_step * counted.strict / (0.5 * counted.peak)
         if parameters / rate > compute and context.is_main:
             logger.warning(

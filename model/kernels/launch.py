@@ -123,7 +123,7 @@ def work_dtype(result: torch.dtype) -> torch.dtype:
 
 
 def check_dtypes(*tensors: Tensor) -> None:
-    """Raises: ValueError: a kernel that computes in float32 was given something it would silently round."""
+    """Raises: ValueError: a dtype that the kernels would silently round."""
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}")
