@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from parallel.buffer import ParameterSlice
-from parallel.layout import ParameterSpec
 
 
 class HasSlice(Protocol):
@@ -22,6 +21,13 @@ def split_by_decay(states: Sequence[T]) -> tuple[list[T], list[T]]:
     return decaying, others
 
 
-def is_hidden_matrix(parameter: ParameterSlice | ParameterSpec) -> bool:
+class Named(Protocol):
+    """A parameter, or a slice of one."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def is_hidden_matrix(parameter: Named) -> bool:
     """Whether it is (of) a matrix inside a block, which Muon can step: not the embedding's or the head's."""
     return len(parameter.shape) == 2 and parameter.name.startswith("layers.")

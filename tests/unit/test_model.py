@@ -289,7 +289,7 @@ def test_flops_of_the_originals_1b():
     assert flops.flops_per_token_seed(config, 2048, parameters) == pytest.approx(8.64e9, rel=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_blocks_give_the_same_with_dropout():
     plain, compiled = build(hidden_dropout=0.1), build(hidden_dropout=0.1)
     for block in compiled.layers:

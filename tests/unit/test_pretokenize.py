@@ -555,7 +555,7 @@ def parts_on_disk(output: Path) -> int:
 @pytest.mark.parametrize(
     ("num_workers", "kills"),
     [
-        pytest.param(4, 3, marks=pytest.mark.slow),
+        pytest.param(4, 3, marks=pytest.mark.soak),
         *(pytest.param(num_workers, 20, marks=pytest.mark.soak) for num_workers in (1, 2, 4)),
     ],
 )
