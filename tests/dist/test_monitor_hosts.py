@@ -278,7 +278,7 @@ def can_make_namespaces() -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_link_is_cut_between_hosts_without_a_common_file_system(reference: list[str], tmp_path: Path):
     """The ranks hang, as nothing tells them that the link is gone; the monitor notices, ends both hosts, and starts
     again once they reach each other: the undisturbed run's bits."""

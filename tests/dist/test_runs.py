@@ -182,7 +182,7 @@ def wait_for_step(process: subprocess.Popen, case: list[str], step: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[str]], tmp_path: Path, ranks: int):
     case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2"]
     process = launch(ranks, case)
