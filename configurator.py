@@ -304,6 +304,12 @@ _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restar
                "profile_steps")  # fmt: skip
 """Say what this launch does, not what the run is: not saved."""
 
+_OTHER_NAMES = {
+    "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
+    "max_steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
+}  # fmt: skip
+"""What other programs call them -> our flag, where spelling alone would suggest another."""
+
 _RENAMED = {
     "hidden_dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -437,7 +443,7 @@ def _check_name(name: str, prefix: str) -> None:
         raise ValueError(f"{prefix}{name} is now called {prefix}{_RENAMED[name]}")
     if name in _REMOVED:
         raise ValueError(f"{prefix}{name} has no use here: {_REMOVED[name]}")
-    close = difflib.get_close_matches(name, _FIELDS, n=1)
+    close = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, _FIELDS, n=1)
     hint = f"did you mean {prefix}{close[0]}?" if close else "--help lists all flags"
     raise ValueError(f"{prefix}{name} is unknown: {hint}")
 

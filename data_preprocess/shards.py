@@ -141,7 +141,7 @@ def write_manifest(
     if valid_ratio > 0 and not shards["valid"]:
         raise ValueError(
             f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
-            f"{valid_ratio}, or 0 to go without"
+            f"{valid_ratio}, such as 0.1, or 0 to go without"
         )
     if valid_ratio < 1 and not shards["train"]:
         raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")

@@ -28,7 +28,10 @@ def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer
         source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if source is not None and (source / "tokenizer.json").exists():
         if load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"the data was not tokenized with the tokenizer that the weights in {source} know")
+            raise ValueError(
+                f"the data was not tokenized with the tokenizer that the weights in {source} know: pretokenize it "
+                f"again with --tokenizer_dir {source} (raw records of SFT and DPO: leave --tokenizer_dir out)"
+            )
     if run.valid_only and source is None:
         raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
     if run.task_type == "dpo" and source is None:

@@ -152,8 +152,14 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
     samples = derived.global_batch_size
     has_full_rows = config.run.task_type == "pretrain"
     tokens = f" ({samples * config.data.max_seq_len:,} tokens)" if has_full_rows else ""
-    epochs = derived.max_iters * samples / samples_per_epoch
-    return f"batch: {samples} samples{tokens} a step, {derived.max_iters} steps, {epochs:.2f} epochs"
+    epochs, steps = derived.max_iters * samples / samples_per_epoch, derived.max_iters
+    text = f"batch: {samples} samples{tokens} a step, {steps} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
+    if samples > samples_per_epoch:
+        text += (
+            f"; a step takes more samples than there are ({samples_per_epoch}): lower --train_batch_size or "
+            f"--gradient_accumulation_steps"
+        )
+    return text
 
 
 def _start(progress: Progress, weights_from: Path | None) -> str:

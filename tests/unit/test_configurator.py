@@ -41,6 +41,7 @@ def test_booleans(argv: list[str], value: bool):
     ("argv", "message"),
     [
         (["--dtaa_dir=x"], "did you mean --data_dir"),
+        (["--batch_size=2"], "did you mean --train_batch_size"),
         (["--zzzzzz=1"], "--zzzzzz is unknown"),
         (["--hidden_dim=8"], "--hidden_size"),
         (["--n_layers=8"], "--num_hidden_layers"),

@@ -288,3 +288,11 @@ def test_every_title_is_translated():
     untranslated = {title for title in titles if translate(title, "zh") == title}
     assert not untranslated and translate("loss", "en") == "loss"
     assert chinese_font() is None or isinstance(chinese_font(), str)
+
+
+def test_a_run_of_one_step_can_be_seen():
+    """A line through one point draws nothing."""
+    figure = Figure(figsize=(SIZE[0] / 100, SIZE[1] / 100), dpi=100)
+    draw(figure, [ShownRun("a", COLOURS[0], usual(1))], LOSS)
+    solid = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "-"]
+    assert any(line.get_marker() == "o" and len(line.get_xdata()) == 1 for line in solid)

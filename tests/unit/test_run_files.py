@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import utils.logging
+from configurator import Derived, parse_config
+from training.describe import _batch
 from utils.exits import (
     CRASH,
     OK,
@@ -123,3 +125,12 @@ def test_exit_records(tmp_path: Path):
     clear_gone_ranks(tmp_path, 2)
     (record,) = read_exit_records(tmp_path)
     assert record.pop("time") > 0 and record == {"rank": 1, "code": 0, "reason": "finished", "step": None}
+
+
+def test_a_step_that_takes_more_samples_than_there_are_is_said():
+    config, _ = parse_config(["--data_dir=d", "--task_type=sft"])
+    assert _batch(config, Derived(64, 1), 13) == (
+        "batch: 64 samples a step, 1 step, 4.92 epochs; a step takes more samples than there are (13): lower "
+        "--train_batch_size or --gradient_accumulation_steps"
+    )
+    assert _batch(config, Derived(13, 2), 13) == "batch: 13 samples a step, 2 steps, 2.00 epochs"

@@ -285,7 +285,9 @@ def _draw_panel(
         x, y, smoothed = x[within], y[within], smoothed[within]
         if _weight(curve, view) > 0 and view.raw:
             _draw_curve(axes, x, y, columns, color=run.colour, alpha=0.25, linewidth=0.8, zorder=2)
-        points = {"marker": "o", "markersize": 3.5} if curve.style == "--" and len(x) <= 60 else {}
+        # A line through one point cannot be seen.
+        is_marked = len(x) == 1 or (curve.style == "--" and len(x) <= 60)
+        points = {"marker": "o", "markersize": 3.5} if is_marked else {}
         _draw_curve(
             axes, x, smoothed, columns, color=run.colour, linewidth=1.3, linestyle=curve.style, zorder=3, **points
         )
