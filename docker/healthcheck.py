@@ -10,7 +10,6 @@ Exit codes: 0 nothing trains here, or all ranks beat; 1 a rank is overdue.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from monitor.watch import Limits, Watch  # noqa: E402
 from utils.heartbeat import read_heartbeats  # noqa: E402
+from utils.reslog import newest_values  # noqa: E402
 
-_TAIL_BYTES = 65536
 _KEYS = {"rank", "pid", "phase", "step", "monotonic"}
 
 
@@ -45,20 +44,7 @@ def local_ranks() -> dict[Path, dict[int, bool]]:
 
 def seconds_a_step(run_dir: Path) -> float | None:
     """As the newest training record says; None before there is one."""
-    try:
-        with open(run_dir / "reslog.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            if record["name"] == "train" and math.isfinite(record["dt"]):
-                return float(record["dt"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
+    return next(filter(math.isfinite, newest_values(run_dir / "reslog.jsonl", "dt")), None)
 
 
 def overdue(run_dir: Path, ranks: dict[int, bool], limits: Limits, now: float) -> tuple[str | None, list[dict]]:

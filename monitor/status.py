@@ -11,6 +11,7 @@ import yaml
 from monitor.node import MONITOR_DIR
 from utils.files import atomic_write_json
 from utils.logging import clock
+from utils.reslog import newest_values
 
 STATUS_FILE = "status.json"
 _STALE_SECONDS = 30.0
@@ -81,20 +82,7 @@ def planned_steps(run_dir: Path) -> int | None:
 
 def last_loss(run_dir: Path) -> float | None:
     """Of the newest complete training record."""
-    try:
-        with open(run_dir / "reslog.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            if record["name"] == "train":
-                return float(record["loss"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
+    return next(newest_values(run_dir / "reslog.jsonl", "loss"), None)
 
 
 def describe(status: Status, loss: float | None, now: float) -> list[str]:

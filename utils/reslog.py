@@ -37,6 +37,7 @@ LONGEST_LINE = 1 << 20
 NON_FINITE = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 """What stands for numbers that JSON lacks."""
 _LARGEST_STEP = 1 << 53
+_TAIL_BYTES = 1 << 16
 _LATEST_TIME = 1e11
 _MOST_UNWRITTEN = 10_000
 """Records kept while the disk is full; beyond that, the oldest are lost."""
@@ -126,6 +127,26 @@ def _records(path: Path) -> Iterator[dict]:
         for line in file:
             if (record := parse_record(line)) is not None:
                 yield record
+
+
+def newest_values(path: Path, metric: str) -> Iterator[float]:
+    """What the last train records say of a metric, the newest first; of a torn line nothing, and nothing of records
+    that lie far before the end, so that a long log costs no more than a short one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            if record["name"] != "train":
+                continue
+            value = float(record[metric])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield value
 
 
 def count_launches(path: Path) -> int:
