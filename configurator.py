@@ -260,8 +260,8 @@ class SystemConfig:
     """For SwiGLU alone."""
     cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
     """For the loss alone; chunked and triton never hold all logits."""
-    attention_kernel: Literal["", "sdpa", "plain", "varlen", "flash_attn", "xformers"] = ""
-    """For attention alone; varlen is torch's own for packed rows on GPUs."""
+    attention_kernel: Literal["", "sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"] = ""
+    """For attention alone; varlen is torch's own for packed rows on GPUs, blocked ours for CPUs."""
     adamw_kernel: Literal["", "torch", "triton"] = ""
     """For the optimizer's step alone."""
     gradient_checkpointing: bool = False

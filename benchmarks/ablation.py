@@ -109,8 +109,7 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
     if contender.compiled:
-        for block in model.layers:
-            block.compile()
+        model.compile_blocks()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
     constants = AdamWConfig(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.adam_eps,
                             config.optimizer.weight_decay)  # fmt: skip

@@ -2,7 +2,8 @@
 
 Rows that hold several documents, and how each stays to itself:
 
-    on a CPU        document by document where that is less work, else under a mask
+    on a CPU        blocked: block by block, skipping what lies between documents (model/blocked_attention.py)
+                    sdpa: document by document where that is less work, else under a mask
     on a GPU        varlen, flash_attn, xformers: one call that is told where documents begin, and computes nothing
                     between them; grouped heads stay grouped
                     sdpa: under a mask, with keys and values copied for each query head
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocked_attention import blocked_attention
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_WEIGHTS, DropoutKey, dropout
 
@@ -103,6 +105,8 @@ def implementation(name: str) -> tuple[Callable, Callable | None]:
     (B, H, T, D); packed also takes the starts of `document_starts`."""
     if name == "varlen":
         return sdpa_causal, _torch_varlen()
+    if name == "blocked":
+        return blocked_attention, blocked_attention
     if name == "flash_attn":
         return _flash_attention()
     if name == "xformers":

@@ -13,6 +13,8 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in t
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -104,7 +106,7 @@ def _checkpoint_options(keeps: str) -> dict[str, object]:
     kept = {
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.zero2all.blocked_attention.default,
     }  # fmt: skip
     if hasattr(torch.ops, "torch_attn") and hasattr(torch.ops.torch_attn, "_varlen_attn"):
         kept.add(torch.ops.torch_attn._varlen_attn.default)
@@ -149,7 +151,7 @@ class Llama(nn.Module):
             raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
         self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
         self._checkpoint_options = _checkpoint_options(checkpoint_keeps)
-        # Compiled blocks would be built anew for every other cut of the rows; dropped weights need all of them.
+        # Dropped weights need all of them.
         self.attends_by_document = not (config.attention_dropout or ops.is_plain)
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
         """Rows of several documents should come with `document_starts`."""
@@ -159,6 +161,28 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self._compiled_parameters: list[nn.Parameter] = []
+
+    def compile_blocks(self, **options) -> None:
+        """torch.compile, with its options, for each block; one graph serves them all."""
+        # They would be built anew for every other cut of the rows.
+        self.attends_by_document = False
+        for block in self.layers:
+            block.compile(**options)
+        self._compiled_parameters = list(self.layers.parameters())
+
+    @contextmanager
+    def _gradients_aside(self) -> Iterator[None]:
+        """torch.compile leaves everything that touches a parameter uncompiled where the gradient's dtype is another,
+        float32 beside bfloat16: what it cannot see does not keep it from its work."""
+        gradients = [parameter.grad for parameter in self._compiled_parameters]
+        for parameter in self._compiled_parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(self._compiled_parameters, gradients):
+                parameter.grad = gradient
 
     def forward(
         self,
@@ -199,6 +223,17 @@ class Llama(nn.Module):
         h_BTC = self.embed_tokens(input_ids_BT)
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
+        with self._gradients_aside():
+            h_BTC, to_add_BTC, layer_key = self._blocks(h_BTC, rope, mask, cache, past, dropout_key, documents, starts)
+        if cache is not None:
+            cache.length += num_new
+        return self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
+
+    def _blocks(
+        self, h_BTC: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, past: int,
+        dropout_key: DropoutKey | None, documents: list[list[int]] | None, starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor, DropoutKey | None]:  # fmt: skip
+        """(h, what is to be added to it, the dropout key of that)."""
         to_add_BTC = layer_key = None
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
@@ -216,9 +251,7 @@ class Llama(nn.Module):
                 h_BTC, to_add_BTC = block(
                     h_BTC, to_add_BTC, rope, mask, layer_cache, past, layer_key, key_before, documents, starts
                 )
-        if cache is not None:
-            cache.length += num_new
-        return self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
+        return h_BTC, to_add_BTC, layer_key
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) normed hidden states -> (..., V) scores in the weights' dtype."""

@@ -5,10 +5,11 @@
     rope           reference               triton           liger
     swiglu         reference               triton           liger
     cross_entropy  reference, chunked      triton           liger
-    attention      sdpa, plain             -                varlen (torch's own), flash_attn, xformers
+    attention      blocked (CPU), plain    -                sdpa, varlen (torch's own), flash_attn, xformers
 
-`auto` is the fastest that was measured to be so: on a GPU the Triton kernels and varlen, on a CPU what
-benchmarks/model_step.py found. What is asked for by name and cannot be had is an error, never another one in silence.
+`auto` is the fastest that was measured to be so: on a GPU the Triton kernels and varlen, on a CPU the loss in chunks
+and, in bfloat16, attention in blocks (benchmarks/model_step.py). What is asked for by name and cannot be had is an
+error, never another one in silence.
 """
 
 import importlib.util
@@ -32,7 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rope": ("reference", "triton", "liger"),
     "swiglu": ("reference", "triton", "liger"),
     "cross_entropy": ("reference", "chunked", "triton", "liger"),
-    "attention": ("sdpa", "plain", "varlen", "flash_attn", "xformers"),
+    "attention": ("sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"),
 }
 _PACKAGES = {"liger": "liger_kernel", "apex": "apex", "flash_attn": "flash_attn", "xformers": "xformers"}
 _PLAIN = {"rms_norm": "reference", "rope": "reference", "swiglu": "reference", "cross_entropy": "reference",
@@ -104,13 +105,20 @@ def choose_ops(
             if reason := support.unavailable_reason(device):
                 raise ValueError(f"--kernels=triton cannot be used: {reason}")
             names[op] = "triton"
-        elif kernels == "reference" or device.type != "cuda":
+        elif kernels == "reference":
             names[op] = _PLAIN[op]
+        elif device.type != "cuda":
+            names[op] = (_PLAIN | _fastest_on_cpu(dtype))[op]
         elif op == "attention":
             names[op] = "sdpa" if _why_not("varlen", device, dtype) else "varlen"
         else:
             names[op] = "triton" if support.available(device) else "reference"
     return names
+
+
+def _fastest_on_cpu(dtype: torch.dtype) -> dict[str, str]:
+    """What is not plain there."""
+    return {"cross_entropy": "chunked"} | ({"attention": "blocked"} if dtype == torch.bfloat16 else {})
 
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -122,6 +130,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
             return "it needs a CUDA device"
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return "this torch has no torch.nn.attention.varlen"
+    if name == "blocked" and device.type != "cpu":
+        return "it is for CPUs"
     if name in _PACKAGES:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             return f"the package {_PACKAGES[name]} is not installed"

@@ -24,6 +24,7 @@ from training.dpo_reference import prepare_reference
 from training.progress import Progress
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
+from utils.machine import keep_freed_memory
 from utils.sinks import check_sinks
 
 
@@ -74,6 +75,8 @@ def build(
     """
     if config.system.num_threads:
         torch.set_num_threads(config.system.num_threads)
+    if context.device.type == "cpu":
+        keep_freed_memory()
     if config.system.deterministic:
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)

@@ -77,9 +77,7 @@ def build_model(
         hf.load_weights(model, weights)
     model.to(device=device, dtype=dtype)
     if system.compile:
-        model.attends_by_document = False
-        for block in model.layers:
-            block.compile()
+        model.compile_blocks()
     return model
 
 

@@ -13,7 +13,8 @@ chunk's logits again in the backward pass, a fourth matrix multiplication beside
 
 Memory beyond inputs and gradients, bytes, with e for the size of an element of the logits:
 
-    chunk of logits      n V e <= chunk_bytes; on a CPU n V (e + 4), the softmax being float32
+    chunk of logits      n V e <= chunk_bytes; in plain PyTorch the softmax of low precision takes float32 beside it,
+                         1 MiB on a CPU, n V 4 on a GPU
     losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n (float32 in Triton: 20)
     for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
 
@@ -23,6 +24,8 @@ added, as torch has no mixed multiplication there.
 
 Shapes: N tokens, C hidden size, V vocabulary.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +40,8 @@ CHUNK_BYTES = 96 << 20
 """Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
 CHUNK_MULTIPLE = 128
 """Tokens a chunk, where there are enough: the tile of the matrix multiplications."""
+TILE_ELEMENTS = 1 << 18
+"""Logits that plain PyTorch takes at a time on a CPU: 1 MiB in float32."""
 
 
 def linear_cross_entropy_reference(
@@ -49,14 +54,21 @@ def linear_cross_entropy_reference(
 
 
 class TorchOps:
-    """What the kernels of cross_entropy.py do to a chunk, in plain PyTorch: float32 inside, one float32 copy."""
+    """What the kernels of cross_entropy.py do to a chunk, in plain PyTorch: float32 inside, which the logits' memory
+    holds, or a float32 copy of a tile that a CPU's cache holds. The logits are lost."""
+
+    @staticmethod
+    def _tiles(logits_NV: Tensor, *of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Some rows at a time on a CPU: each of the ten passes over a whole chunk would wait for main memory."""
+        tokens = len(logits_NV) if logits_NV.is_cuda else max(TILE_ELEMENTS // logits_NV.shape[1], 1)
+        return zip(*(tensor.split(tokens) for tensor in (logits_NV, *of_tokens)))
 
     @staticmethod
     def _losses(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
         """(losses, stats, exponentials relative to the maximum)."""
         is_supervised = labels_N != ignore_index
         maximum = logits_NV.amax(dim=-1).float()
-        shifted = logits_NV - maximum[:, None]
+        shifted = logits_NV.to(_wide(logits_NV)).sub_(maximum[:, None])
         picked = shifted.gather(-1, labels_N.where(is_supervised, 0)[:, None])[:, 0]
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1)
@@ -77,25 +89,39 @@ class TorchOps:
         # The label's own entry apart: where its probability is close to 1, (1 + z) p - 1 would lose the digits of z p.
         of_label = upstream_N * ((probability - 1.0) + of_z_loss * probability)
         exponentials *= (upstream_N * (1.0 + of_z_loss) / total)[:, None]
-        logits_NV.copy_(exponentials.scatter_(1, label_column, of_label[:, None]))
+        exponentials.scatter_(1, label_column, of_label[:, None])
+        if exponentials.dtype != logits_NV.dtype:
+            logits_NV.copy_(exponentials)
 
     @staticmethod
     def forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-        return TorchOps._losses(logits_NV, labels_N, ignore_index, z_loss)[:2]
+        parts = [
+            TorchOps._losses(*tile, ignore_index, z_loss)[:2] for tile in TorchOps._tiles(logits_NV, labels_N)
+        ]
+        losses, stats = zip(*parts)
+        return torch.cat(losses), torch.cat(stats)
 
     @staticmethod
     def backward_(
         logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int, z_loss: float
     ) -> None:
-        exponentials = (logits_NV - stats_N2[:, :1]).exp_()
-        TorchOps._write_gradient(logits_NV, exponentials, labels_N, stats_N2, upstream_N, ignore_index, z_loss)
+        for logits, labels, stats, upstream in TorchOps._tiles(logits_NV, labels_N, stats_N2, upstream_N):
+            exponentials = logits.to(_wide(logits)).sub_(stats[:, :1]).exp_()
+            TorchOps._write_gradient(logits, exponentials, labels, stats, upstream, ignore_index, z_loss)
 
     @staticmethod
     def with_gradient_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor, ignore_index: int, z_loss: float) -> Tensor:
-        losses, stats, exponentials = TorchOps._losses(logits_NV, labels_N, ignore_index, z_loss)
-        upstream = scale.expand(len(labels_N))
-        TorchOps._write_gradient(logits_NV, exponentials, labels_N, stats, upstream, ignore_index, z_loss)
-        return losses
+        parts = []
+        for logits, labels in TorchOps._tiles(logits_NV, labels_N):
+            losses, stats, exponentials = TorchOps._losses(logits, labels, ignore_index, z_loss)
+            upstream = scale.expand(len(labels))
+            TorchOps._write_gradient(logits, exponentials, labels, stats, upstream, ignore_index, z_loss)
+            parts.append(losses)
+        return torch.cat(parts)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def chunk_size(num_tokens: int, vocab_size: int, itemsize: int, chunk_bytes: int) -> int:

@@ -137,8 +137,7 @@ def test_compiled_blocks():
         model.initialize(0)
         model.cuda()
         if compiled:
-            for block in model.layers:
-                block.compile()
+            model.compile_blocks()
         hidden.append(model(rows))
     assert torch.allclose(*hidden, atol=1e-4)
 

@@ -1,5 +1,7 @@
 """Projection and cross entropy in chunks, with the Triton kernels and in plain PyTorch, against float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -172,6 +174,21 @@ def test_grad_scale_keeps_small_gradients_in_float16(use_triton: bool):
         loss = linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton)
         (gradient,) = torch.autograd.grad(loss * 1024.0, hidden)
         assert (gradient[0, 1:] > 0).all() == survives
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy_sum, linear_token_logprobs])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_a_cpu_give_the_same_bits(function: Callable, dtype: torch.dtype, monkeypatch):
+    """Of 2 tokens, where it is otherwise all 7."""
+    hidden, weight, labels = (x.cpu() for x in case((7, 16, 33), dtype))
+    results = []
+    for elements in (1 << 18, 80):
+        monkeypatch.setattr("model.kernels.linear_cross_entropy.TILE_ELEMENTS", elements)
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = function(*inputs, labels, use_triton=False)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert results[0][1].abs().max() > 0
 
 
 def test_a_second_backward_pass_is_an_error():

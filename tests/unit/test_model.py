@@ -14,6 +14,7 @@ from model import KVCache, Llama, LlamaConfig, flops, hf
 from model.attention import attention_by_document, causal_mask, document_lengths, plain_attention
 from model.dropout import DropoutKey, dropout_mask, philox_uint32
 from model.loss import IGNORE_INDEX, cross_entropy_sum
+from model.ops import build_ops, choose_ops
 
 SMALL = LlamaConfig(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -289,11 +290,39 @@ def test_flops_of_the_originals_1b():
     assert flops.flops_per_token_seed(config, 2048, parameters) == pytest.approx(8.64e9, rel=2e-3)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_whole_graphs_beside_float32_gradients(checkpointing: bool):
+    """Weights in bfloat16 whose gradients add up in float32, as in training; torch.compile breaks its graphs there."""
+    config = LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    model = Llama(
+        config.resolve(max_seq_len=32), checkpointing,
+        ops=build_ops(choose_ops("auto", {}, torch.device("cpu"), torch.bfloat16)),
+    )  # fmt: skip
+    model.initialize(0)
+    model.bfloat16()
+    ids = tokens(2, 32)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model.compile_blocks(backend="aot_eager")
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        for _ in range(2):
+            cross_entropy_sum(model.logits(model(ids)), ids).backward()
+        results.append([parameter.grad.clone() for parameter in model.parameters()])
+    for ours, expected in zip(*results):
+        assert (ours - expected).norm() <= 1e-2 * expected.norm()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if checkpointing else 2)
+
+
 @pytest.mark.soak
 def test_compiled_blocks_give_the_same_with_dropout():
     plain, compiled = build(hidden_dropout=0.1), build(hidden_dropout=0.1)
-    for block in compiled.layers:
-        block.compile()
+    compiled.compile_blocks()
     key = DropoutKey(1, torch.tensor([0, 1]))
     documents = torch.tensor([[0] * 10 + [1] * 14] * 2)
     torch._dynamo.utils.counters.clear()

@@ -21,11 +21,13 @@ CONFIG = LlamaConfig(
 ).resolve()  # fmt: skip
 
 
-def test_a_cpu_uses_plain_pytorch():
-    names = choose_ops("auto", {}, CPU, torch.float32)
-    assert names == dict(REFERENCE.names) and set(names) == set(CHOICES)
-    assert choose_ops("reference", {}, CPU, torch.bfloat16) == names
-    assert choose_ops("auto", {"cross_entropy": "chunked"}, CPU, torch.float32)["cross_entropy"] == "chunked"
+def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in_blocks():
+    plain = dict(REFERENCE.names)
+    assert set(plain) == set(CHOICES)
+    assert choose_ops("reference", {}, CPU, torch.bfloat16) == plain
+    assert choose_ops("auto", {}, CPU, torch.float32) == plain | {"cross_entropy": "chunked"}
+    assert choose_ops("auto", {}, CPU, torch.bfloat16) == plain | {"cross_entropy": "chunked", "attention": "blocked"}
+    assert choose_ops("auto", {"attention": "sdpa"}, CPU, torch.bfloat16)["attention"] == "sdpa"
     assert choose_kernel("auto", "", CPU) == choose_kernel("reference", "", CPU) == "torch"
 
 
@@ -53,6 +55,8 @@ def test_a_gpu_uses_triton_and_varlen(monkeypatch):
     assert {names[op] for op in CHOICES if op != "attention"} == {"triton"} and names["attention"] == "varlen"
     # FlashAttention has no float32.
     assert choose_ops("auto", {}, CUDA, torch.float32)["attention"] == "sdpa"
+    with pytest.raises(ValueError, match="--attention_kernel=blocked cannot be used: it is for CPUs"):
+        choose_ops("auto", {"attention": "blocked"}, CUDA, torch.bfloat16)
     with pytest.raises(ValueError, match="varlen takes bfloat16 and float16, not float32"):
         choose_ops("auto", {"attention": "varlen"}, CUDA, torch.float32)
     assert set(choose_ops("reference", {}, CUDA, torch.bfloat16).values()) == {"reference", "sdpa"}
@@ -81,9 +85,11 @@ def assert_alike(first, second, rtol: float) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("keeps", ["nothing", "matmuls"])
-def test_recomputation_gives_the_same_bits(dropout: float, keeps: str):
-    expected = run(REFERENCE, dropout)
-    found = run(REFERENCE, dropout, gradient_checkpointing=True, checkpoint_keeps=keeps)
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_recomputation_gives_the_same_bits(attention: str, dropout: float, keeps: str):
+    ops = build_ops(dict(REFERENCE.names) | {"attention": attention})
+    expected = run(ops, dropout)
+    found = run(ops, dropout, gradient_checkpointing=True, checkpoint_keeps=keeps)
     assert expected[0] == found[0]
     assert all(torch.equal(grad, found[1][name]) for name, grad in expected[1].items())
 
@@ -116,11 +122,12 @@ def test_losses_in_chunks_equal_whole_ones():
     assert_alike(run(REFERENCE), run(chunked), 1e-5)
 
 
-def test_plain_attention_equals_torchs():
+@pytest.mark.parametrize("name", ["plain", "blocked"])
+def test_our_attention_equals_torchs(name: str):
     documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 20 + [2]])
-    plain = build_ops(dict(REFERENCE.names) | {"attention": "plain"})
+    ours = build_ops(dict(REFERENCE.names) | {"attention": name})
     for cut in (None, documents):
-        assert_alike(run(REFERENCE, documents=cut), run(plain, documents=cut), 1e-5)
+        assert_alike(run(REFERENCE, documents=cut), run(ours, documents=cut), 1e-5)
 
 
 def test_merged_projections_equal_separate_ones():

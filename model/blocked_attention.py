@@ -1,0 +1,202 @@
+"""Causal attention on a CPU, a block of queries at a time, out of ordinary matrix multiplications.
+
+    S = q k^T / sqrt(D)     P = softmax(S)              O = P v
+    dP = dO v^T             dS = P (dP - rowsum(P dP))  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D),  dv = P^T dO
+
+A block has 128 queries, and sees the keys from the first document among it to its own end: so half of the T x T weights
+are never computed, nor most of what lies between documents. torch's fused kernel for CPUs multiplies tiles that are
+too small for the wide bfloat16 units of a CPU, and computes under a mask what it then throws away.
+
+The weights P are kept for the backward pass where they take no more memory than q, k, v and O do, which is up to
+T = 8 D; for longer rows they are computed again, block by block, and memory grows with T alone.
+
+In low precision S, P and dS are rounded to the inputs' dtype, as in eager PyTorch; sums over blocks are float32.
+
+Shapes: B batch, R rows of it that are computed together, T tokens, H query heads, K key and value heads, G = H / K,
+D head dim, n queries of a block, S keys that they see.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Queries a block. Of 128, 256 and 512 the fastest, or level with it, at 256 to 1,024 tokens."""
+GROUP_ELEMENTS = 1 << 20
+"""Weights of a block of all rows that are computed together: 2 MiB in bfloat16."""
+
+
+class Block(NamedTuple):
+    first: int
+    end: int
+    """Queries [first, end)."""
+    first_key: int
+    """Keys [first_key, end)."""
+    borders: list[int]
+    """Where documents begin among the queries behind the first."""
+
+
+def row_blocks(width: int, borders: list[int]) -> Iterator[Block]:
+    """The blocks of one row; `borders` is where its documents begin, ascending, from 0."""
+    for first in range(0, width, BLOCK):
+        end = min(first + BLOCK, width)
+        yield Block(
+            first, end, max(border for border in borders if border <= first), [b for b in borders if first < b < end]
+        )
+
+
+def _groups(
+    batch: int, heads: int, width: int, starts: Tensor | None
+) -> Iterator[tuple[slice, list[Block]]]:
+    """Rows that are computed together, and their blocks; `starts` as in attention.document_starts."""
+    if starts is None:
+        blocks = list(row_blocks(width, [0]))
+        rows = max(GROUP_ELEMENTS // (heads * BLOCK * width), 1)
+        for first in range(0, batch, rows):
+            yield slice(first, min(first + rows, batch)), blocks
+        return
+    borders: list[list[int]] = [[] for _ in range(batch)]
+    for start in starts.tolist()[:-1]:
+        borders[start // width].append(start % width)
+    for index, row in enumerate(borders):
+        yield slice(index, index + 1), list(row_blocks(width, row))
+
+
+def kept_size(batch: int, heads: int, width: int, head_dim: int) -> int:
+    """Elements of the kept weights: 0 where none are kept."""
+    if width > 8 * head_dim:
+        return 0
+    return batch * heads * sum((block.end - block.first) * block.end for block in row_blocks(width, [0]))
+
+
+def _weights(q: Tensor, k: Tensor, block: Block, later: Tensor, scale: float, out: Tensor | None) -> Tensor:
+    """P (R K, G n, S) of a block, from q (R K, G n, D) and k (R K, S, D). `later`, (BLOCK, BLOCK), is True for the keys
+    of the block that lie behind a query."""
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1])
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
+    num = block.end - block.first
+    by_query = scores.view(len(scores), -1, num, scores.shape[-1])
+    by_query[..., -num:].masked_fill_(later[:num, :num], -math.inf)
+    for border in block.borders:
+        by_query[..., border - block.first :, : border - block.first_key] = -math.inf
+    return torch.softmax(scores, dim=-1, out=out)
+
+
+def _by_token(like_BHTD: Tensor) -> Tensor:
+    """Unset memory of a shape (B, H, T, D) that lies as (B, T, H, D): how projections read and write it."""
+    batch, heads, width, dim = like_BHTD.shape
+    return like_BHTD.new_empty(batch, width, heads, dim).transpose(1, 2)
+
+
+class _Rows:
+    """Some rows' tensors, heads by the keys that they share: (R K, G, T, D) and (R K, T, D), contiguous, of R rows."""
+
+    def __init__(self, k_RKTD: Tensor, v_RKTD: Tensor, *of_queries_RHTD: Tensor):
+        self.k, self.v = (x.contiguous().flatten(0, 1) for x in (k_RKTD, v_RKTD))
+        shape = len(self.k), -1, *k_RKTD.shape[2:]
+        self.of_queries = [x.contiguous().view(shape) for x in of_queries_RHTD]
+
+    def block(self, block: Block) -> tuple[Tensor, ...]:
+        """k and v (R K, S, D), then what belongs to queries (R K, G n, D)."""
+        keys, queries = slice(block.first_key, block.end), slice(block.first, block.end)
+        return self.k[:, keys], self.v[:, keys], *(x[:, :, queries].flatten(1, 2) for x in self.of_queries)
+
+
+class _Kept:
+    """The memory of all kept weights, handed out block by block in the order of their computation."""
+
+    def __init__(self, memory: Tensor):
+        self.memory, self.used = memory, 0
+
+    def next(self, *shape: int) -> Tensor | None:
+        """None where none are kept."""
+        if not self.memory.numel():
+            return None
+        begin, self.used = self.used, self.used + math.prod(shape)
+        return self.memory[begin : self.used].view(shape)
+
+
+@torch.library.custom_op("zero2all::blocked_attention", mutates_args=(), device_types="cpu")
+def _forward(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
+    """(O, kept weights of `keep` elements)."""
+    batch, heads, width, dim = q_BHTD.shape
+    out_BHTD, memory = _by_token(q_BHTD), q_BHTD.new_empty(keep)
+    kept, later = _Kept(memory), torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+    for rows, blocks in _groups(batch, heads, width, starts):
+        tensors, out_RHTD = _Rows(k_BKTD[rows], v_BKTD[rows], q_BHTD[rows]), out_BHTD[rows]
+        for block in blocks:
+            k, v, q = tensors.block(block)
+            weights = _weights(q, k, block, later, dim**-0.5, kept.next(len(k), q.shape[1], k.shape[1]))
+            out = out_RHTD[:, :, block.first : block.end]
+            out.copy_(torch.bmm(weights, v).view(out.shape))
+    return out_BHTD, memory
+
+
+@_forward.register_fake
+def _(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None, keep: int) -> tuple[Tensor, Tensor]:
+    return _by_token(q_BHTD), q_BHTD.new_empty(keep)
+
+
+@torch.library.custom_op("zero2all::blocked_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dout_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None, memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    batch, heads, width, dim = q_BHTD.shape
+    scale = dim**-0.5
+    gradients = tuple(_by_token(x) for x in (q_BHTD, k_BKTD, v_BKTD))
+    kept, later = _Kept(memory), torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+    sum_dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
+    for rows, blocks in _groups(batch, heads, width, starts):
+        tensors = _Rows(k_BKTD[rows], v_BKTD[rows], q_BHTD[rows], dout_BHTD[rows])
+        dq_RHTD, dk_RKTD, dv_RKTD = (gradient[rows] for gradient in gradients)
+        dk_sum, dv_sum = (torch.zeros_like(x, dtype=sum_dtype) for x in (tensors.k, tensors.v))
+        for block in blocks:
+            k, v, q, dout = tensors.block(block)
+            weights = kept.next(len(k), q.shape[1], k.shape[1])
+            if weights is None:
+                weights = _weights(q, k, block, later, scale, None)
+            dweights = torch.bmm(dout, v.transpose(1, 2))
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dq = dq_RHTD[:, :, block.first : block.end]
+            dq.copy_(torch.bmm(dscores, k).view(dq.shape).mul_(scale))
+            dk_sum[:, block.first_key : block.end] += torch.bmm(dscores.transpose(1, 2), q)
+            dv_sum[:, block.first_key : block.end] += torch.bmm(weights.transpose(1, 2), dout)
+        dk_RKTD.copy_(dk_sum.mul_(scale).view(dk_RKTD.shape))
+        dv_RKTD.copy_(dv_sum.view(dv_RKTD.shape))
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    dout_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None, memory: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_token(q_BHTD), _by_token(k_BKTD), _by_token(v_BKTD)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None, keep: int) -> Tensor:
+        out_BHTD, memory = _forward(q_BHTD, k_BKTD, v_BKTD, starts, keep)
+        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, starts, memory)
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx, dout_BHTD: Tensor):
+        q_BHTD, k_BKTD, v_BKTD, starts, memory = ctx.saved_tensors
+        return *_backward(dout_BHTD, q_BHTD, k_BKTD, v_BKTD, starts, memory), None, None
+
+
+def blocked_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Causal attention on a CPU, (B, H, T, D); heads of k and v, (B, K, T, D), are not copied.
+
+    Args:
+        starts: where documents begin among the tokens of all rows, see attention.document_starts: tokens attend within
+            their document. None: each row is one.
+    """
+    batch, heads, width, dim = q_BHTD.shape
+    keep = kept_size(batch, heads, width, dim) if torch.is_grad_enabled() else 0
+    return _BlockedAttention.apply(q_BHTD, k_BKTD, v_BKTD, starts, keep)
