@@ -11,8 +11,9 @@ context, and have 6 layers of width 384 with 6 heads and tied embeddings. One af
     ours       train_my_ddp.py with benchmarks/time_to_loss.yaml, for --iters steps; its schedule ends with them
 
 Time is that of the training steps; start-up, compilation of nanoGPT, validation and saves are left out on both sides.
-The held-out modules are scored whole, in the same rows, by the same labels. Both are float32. nanoGPT takes torch's
-AdamW as it does on a CPU, not fused; ours is fused, and reads its data in a thread. Results stay in --dir: a part that
+The held-out modules are scored whole, in the same rows, by the same labels. nanoGPT is float32 on a CPU; with
+--nanogpt_dtype=bfloat16 it multiplies under torch.autocast, as it does on a GPU. It takes torch's AdamW as it does on a
+CPU, not fused; ours is fused, and reads its data in a thread. Results stay in --dir: a part that
 is there, with the same settings, is not run again.
 """
 
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +98,14 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
     model = nanogpt.GPT(config)
     optimizer = model.configure_optimizers(0.1, args.nanogpt_lr, (0.9, args.nanogpt_beta2), "cpu")
     compiled = torch.compile(model) if args.nanogpt_compile else model
+    # As its train.py does on a GPU; on a CPU it has float32 alone.
+    lower = args.nanogpt_dtype != "float32"
+    autocast = torch.autocast("cpu", getattr(torch, args.nanogpt_dtype)) if lower else nullcontext()
     batches = random_batches(data, args.nanogpt_batch, torch.Generator().manual_seed(1337))
     x, y = next(batches)
-    compiled(x, y)[1].backward()
+    with autocast:
+        loss = compiled(x, y)[1]
+    loss.backward()
     optimizer.zero_grad(set_to_none=True)
 
     def score() -> float:
@@ -119,7 +126,8 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
         lr = args.nanogpt_lr * ((seconds + 1.0) / (warmup_s + 1.0) if seconds < warmup_s else cosine)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        _, loss = compiled(x, y)
+        with autocast:
+            _, loss = compiled(x, y)
         x, y = next(batches)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -210,6 +218,7 @@ def main() -> int:
     parser.add_argument("--nanogpt_batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--nanogpt_lr", type=float, default=1e-3)
     parser.add_argument("--nanogpt_beta2", type=float, default=0.95)
+    parser.add_argument("--nanogpt_dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--nanogpt_compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--iters", type=int, default=80, help="steps of ours (default: about a quarter of the time)")
     parser.add_argument("--flag", action="append", default=[], help="one more flag of train_my_ddp.py; repeatable")
@@ -218,6 +227,8 @@ def main() -> int:
     home = ROOT / args.dir
     data = home / "data"
     name = f"nanogpt-{args.seconds:g}s-batch{args.nanogpt_batch}-lr{args.nanogpt_lr:g}-beta{args.nanogpt_beta2:g}"
+    if args.nanogpt_dtype != "float32":
+        name += f"-{args.nanogpt_dtype}"
     kept = home / f"{name}{'' if args.nanogpt_compile else '-eager'}-{args.points}.json"
     try:
         load_nanogpt(Path(args.nanogpt))
@@ -239,9 +250,9 @@ def main() -> int:
     if args.only is None:
         nanogpt = [tuple(point) for point in json.loads(kept.read_text())]
         settings = (
-            f"nanoGPT: {args.nanogpt_batch} x {SEQ_LEN} tokens, learning rate {args.nanogpt_lr:g}, beta2 "
-            f"{args.nanogpt_beta2:g}, {'compiled' if args.nanogpt_compile else 'not compiled'}; ours: "
-            f"{' '.join([CONFIG, *args.flag])}, {args.iters} steps; both float32"
+            f"nanoGPT: {args.nanogpt_dtype}, {args.nanogpt_batch} x {SEQ_LEN} tokens, learning rate "
+            f"{args.nanogpt_lr:g}, beta2 {args.nanogpt_beta2:g}, {'' if args.nanogpt_compile else 'not '}compiled; "
+            f"ours: {' '.join([CONFIG, *args.flag])}, {args.iters} steps"
         )
         print(report(nanogpt, ours, home, settings))
         plot(nanogpt, ours, home / "time_to_loss.png")

@@ -30,58 +30,58 @@ GROUP_ELEMENTS = 1 << 20
 
 
 class Block(NamedTuple):
+    """Of some rows at once."""
+
     first: int
     end: int
     """Queries [first, end)."""
     first_key: int
     """Keys [first_key, end)."""
-    borders: list[int]
-    """Where documents begin among the queries behind the first."""
+    borders: list[tuple[int, int]]
+    """(row, where a document of it begins) of documents that begin behind the first key."""
 
 
-def row_blocks(width: int, borders: list[int]) -> Iterator[Block]:
-    """The blocks of one row; `borders` is where its documents begin, ascending, from 0."""
+def _blocks(width: int, borders: list[list[int]]) -> Iterator[Block]:
+    """Of rows whose documents begin at `borders`, ascending, from 0."""
     for first in range(0, width, BLOCK):
         end = min(first + BLOCK, width)
-        yield Block(
-            first, end, max(border for border in borders if border <= first), [b for b in borders if first < b < end]
-        )
+        seen = [[b for b in row if b < end] for row in borders]
+        # Each row's first key, then where documents begin among the queries.
+        needed = [row[max(sum(b <= first for b in row) - 1, 0) :] for row in seen]
+        first_key = min(row[0] for row in needed)
+        yield Block(first, end, first_key, [(i, b) for i, row in enumerate(needed) for b in row if b > first_key])
 
 
-def _groups(
-    batch: int, heads: int, width: int, starts: Tensor | None
-) -> Iterator[tuple[slice, list[Block]]]:
+def _groups(batch: int, heads: int, width: int, starts: Tensor | None) -> Iterator[tuple[slice, list[Block]]]:
     """Rows that are computed together, and their blocks; `starts` as in attention.document_starts."""
-    if starts is None:
-        blocks = list(row_blocks(width, [0]))
-        rows = max(GROUP_ELEMENTS // (heads * BLOCK * width), 1)
-        for first in range(0, batch, rows):
-            yield slice(first, min(first + rows, batch)), blocks
-        return
     borders: list[list[int]] = [[] for _ in range(batch)]
-    for start in starts.tolist()[:-1]:
+    for start in range(0, batch * width, width) if starts is None else starts.tolist()[:-1]:
         borders[start // width].append(start % width)
-    for index, row in enumerate(borders):
-        yield slice(index, index + 1), list(row_blocks(width, row))
+    rows = max(GROUP_ELEMENTS // (heads * BLOCK * width), 1)
+    for first in range(0, batch, rows):
+        group = slice(first, min(first + rows, batch))
+        yield group, list(_blocks(width, borders[group]))
 
 
 def kept_size(batch: int, heads: int, width: int, head_dim: int) -> int:
     """Elements of the kept weights: 0 where none are kept."""
     if width > 8 * head_dim:
         return 0
-    return batch * heads * sum((block.end - block.first) * block.end for block in row_blocks(width, [0]))
+    return batch * heads * sum((block.end - block.first) * block.end for block in _blocks(width, [[0]]))
 
 
-def _weights(q: Tensor, k: Tensor, block: Block, later: Tensor, scale: float, out: Tensor | None) -> Tensor:
+def _weights(
+    rows: int, q: Tensor, k: Tensor, block: Block, later: Tensor, scale: float, out: Tensor | None
+) -> Tensor:
     """P (R K, G n, S) of a block, from q (R K, G n, D) and k (R K, S, D). `later`, (BLOCK, BLOCK), is True for the keys
     of the block that lie behind a query."""
     scores = q.new_empty(len(q), q.shape[1], k.shape[1])
     torch.baddbmm(scores, q, k.transpose(1, 2), beta=0, alpha=scale, out=scores)
     num = block.end - block.first
-    by_query = scores.view(len(scores), -1, num, scores.shape[-1])
+    by_query = scores.view(rows, -1, num, scores.shape[-1])
     by_query[..., -num:].masked_fill_(later[:num, :num], -math.inf)
-    for border in block.borders:
-        by_query[..., border - block.first :, : border - block.first_key] = -math.inf
+    for row, border in block.borders:
+        by_query[row, :, max(border - block.first, 0) :, : border - block.first_key] = -math.inf
     return torch.softmax(scores, dim=-1, out=out)
 
 
@@ -92,17 +92,18 @@ def _by_token(like_BHTD: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Some rows' tensors, heads by the keys that they share: (R K, G, T, D) and (R K, T, D), contiguous, of R rows."""
+    """Some rows' tensors, heads by the keys that they share, of R rows."""
 
     def __init__(self, k_RKTD: Tensor, v_RKTD: Tensor, *of_queries_RHTD: Tensor):
         self.k, self.v = (x.contiguous().flatten(0, 1) for x in (k_RKTD, v_RKTD))
-        shape = len(self.k), -1, *k_RKTD.shape[2:]
-        self.of_queries = [x.contiguous().view(shape) for x in of_queries_RHTD]
+        self.of_queries = of_queries_RHTD
 
     def block(self, block: Block) -> tuple[Tensor, ...]:
         """k and v (R K, S, D), then what belongs to queries (R K, G n, D)."""
-        keys, queries = slice(block.first_key, block.end), slice(block.first, block.end)
-        return self.k[:, keys], self.v[:, keys], *(x[:, :, queries].flatten(1, 2) for x in self.of_queries)
+        keys, shape = slice(block.first_key, block.end), (len(self.k), -1, self.k.shape[-1])
+        # Contiguous: each multiplication in bfloat16 would copy it.
+        queries = (x[:, :, block.first : block.end].reshape(shape).contiguous() for x in self.of_queries)
+        return self.k[:, keys], self.v[:, keys], *queries
 
 
 class _Kept:
@@ -129,7 +130,9 @@ def _forward(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor | No
         tensors, out_RHTD = _Rows(k_BKTD[rows], v_BKTD[rows], q_BHTD[rows]), out_BHTD[rows]
         for block in blocks:
             k, v, q = tensors.block(block)
-            weights = _weights(q, k, block, later, dim**-0.5, kept.next(len(k), q.shape[1], k.shape[1]))
+            weights = _weights(
+                len(out_RHTD), q, k, block, later, dim**-0.5, kept.next(len(k), q.shape[1], k.shape[1])
+            )
             out = out_RHTD[:, :, block.first : block.end]
             out.copy_(torch.bmm(weights, v).view(out.shape))
     return out_BHTD, memory
@@ -158,7 +161,7 @@ def _backward(
             k, v, q, dout = tensors.block(block)
             weights = kept.next(len(k), q.shape[1], k.shape[1])
             if weights is None:
-                weights = _weights(q, k, block, later, scale, None)
+                weights = _weights(len(dq_RHTD), q, k, block, later, scale, None)
             dweights = torch.bmm(dout, v.transpose(1, 2))
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq = dq_RHTD[:, :, block.first : block.end]

@@ -266,15 +266,16 @@ class MixedPrecisionOptimizer:
     def _step_matrices(self, bucket: int, states: list[_State], lr: float, grad_divisor: float) -> None:
         """By Muon. Shards of a matrix are updated each by its rank up to the point where all of it is needed."""
         for state in states:
-            grad = state.piece.grad
-            update = muon.look_ahead(state.exp_avg, grad.float() / grad_divisor, self.muon.momentum)
-            # In units of the gradient again: float16 could not hold it unscaled, and only its direction matters.
-            grad.copy_(update.mul_(grad_divisor))
+            muon.look_ahead(state.exp_avg, state.piece.grad, self.muon.momentum, grad_divisor)
         if self.gather_updates is not None:
             self.gather_updates(bucket)
         for state in states:
             piece = state.piece
-            update = muon.orthogonalize(piece.whole_grad.view(piece.shape), self.muon.iterations)
+            # float32 weights on a CPU: it may not be quick at bfloat16.
+            quick = piece.param.is_cuda or piece.param.dtype == torch.bfloat16
+            update = muon.orthogonalize(
+                piece.whole_grad.view(piece.shape), self.muon.iterations, torch.bfloat16 if quick else torch.float32
+            )
             update = update.reshape(-1)[piece.offset : piece.offset + len(piece.grad)]
             state.main.mul_(1.0 - lr * self.config.weight_decay)
             state.main.sub_(update.float(), alpha=muon.step_size(piece.shape, lr))

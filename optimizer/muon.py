@@ -77,14 +77,15 @@ def orthogonalize_reference(matrix: Tensor) -> Tensor:
     return (u @ vh).to(matrix.dtype)
 
 
-def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
-    """(rows, columns) of any float dtype -> about U V^T, in bfloat16 on a GPU (as Jordan et al. do), else float32.
+def orthogonalize(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(rows, columns) of any float dtype -> about U V^T in `dtype`, which it computes in.
 
     Args:
         iterations: see LOWEST; each is two products of the smaller side's Gram matrix and one with the matrix.
+        dtype: bfloat16 is exact enough (Jordan et al.).
     """
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    x = x / (matrix.float().norm() + 1e-30)
+    x = matrix.to(dtype, copy=True)
+    x /= matrix.float().norm() + 1e-30
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.T
@@ -94,10 +95,18 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     return x.T if is_tall else x
 
 
-def look_ahead(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
-    """m <- b m + (1 - b) g in place; returns b m + (1 - b) g of the new m. Float32, of any equal shape."""
-    momentum.lerp_(grad, 1.0 - beta)
-    return grad.lerp(momentum, beta)
+def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float = 1.0) -> None:
+    """m <- b m + (1 - b) g, then u <- b m + (1 - b) g of the new m, for g = grad / grad_divisor: in place.
+
+    Args:
+        momentum: float32, any shape.
+        grad: of that shape; then grad_divisor times u. float16 could not hold u itself, and only its direction matters.
+    """
+    ahead = grad if grad.dtype == torch.float32 else grad.float()
+    momentum.mul_(beta).add_(ahead, alpha=(1.0 - beta) / grad_divisor)
+    ahead.mul_(1.0 - beta).add_(momentum, alpha=beta * grad_divisor)
+    if ahead is not grad:
+        grad.copy_(ahead)
 
 
 def step_size(shape: tuple[int, ...], lr: float) -> float:

@@ -662,6 +662,13 @@ def test_a_nan_is_named_by_the_rank_that_made_it(runs: Plan):
     assert [c.step for c in ckpt.list_checkpoints(out_dir(job["flags"]) / "ckpt")] == [2]
 
 
+RESUMED = (
+    "plain", "zero1 gather", "everything", "bf16 zero1", "powersgd", "powersgd zero1", "powersgd in buffer zero1",
+    "powersgd in buffer everything", "accumulated powersgd in buffer", "powersgd bf16 zero1", "powersgd from 5 zero1",
+    "powersgd fixed Q", "powersgd fresh Q", "bf16 weights zero1", "narrow powersgd 16", "fp16 weights powersgd zero1",
+    "muon zero1", "muon powersgd in buffer zero1", "muon narrow zero1",
+)  # fmt: skip
+"""Modes of two ranks in which all kinds of state are saved; the others take a minute more."""
 RESUMED_ON_FOUR = ("everything", "powersgd zero1", "powersgd in buffer everything")
 RESAVED = {
     (4, 2): POWERSGD,
@@ -679,8 +686,8 @@ def resumed(base_flags: list[str], runs: Plan, tmp_path_factory: pytest.TempPath
     """Runs that went on from step 4 (or 5) of a copy of another one."""
     made = {name: job["flags"] for name, job in runs.jobs.items()}
     plan = Plan(base_flags, tmp_path_factory.mktemp("resumed"))
-    for name, (mode, _) in MODES.items():
-        plan.resume(f"2 {name}", made[f"2 {name}"], 2, mode)
+    for name in RESUMED:
+        plan.resume(f"2 {name}", made[f"2 {name}"], 2, MODES[name][0])
     for name in RESUMED_ON_FOUR:
         plan.resume(f"4 {name}", made[f"4 {name}"], 4, MODES[name][0])
     often = "--save_interval=1"
@@ -711,13 +718,27 @@ def resumed(base_flags: list[str], runs: Plan, tmp_path_factory: pytest.TempPath
     return plan
 
 
-@pytest.mark.parametrize("name", [*(f"2 {name}" for name in MODES), *(f"4 {name}" for name in RESUMED_ON_FOUR)])
-def test_a_resumed_run_is_the_same_bits(runs: Plan, resumed: Plan, name: str):
+def check_resumed(run: list[str], whole: list[str]) -> None:
     """Losses, weights, moments, residuals and Q, in the same files."""
-    run, whole = resumed[name], runs[name]
     assert [r["step"] for r in records(run, "start")] == [0, 4]
     check_same(run, whole)
     assert same_bits(every_file(run, STEPS), every_file(whole, STEPS))
+
+
+@pytest.mark.parametrize("name", [*(f"2 {name}" for name in RESUMED), *(f"4 {name}" for name in RESUMED_ON_FOUR)])
+def test_a_resumed_run_is_the_same_bits(runs: Plan, resumed: Plan, name: str):
+    check_resumed(resumed[name], runs[name])
+
+
+@pytest.mark.soak
+def test_a_run_is_resumed_in_every_other_mode(base_flags: list[str], runs: Plan, tmp_path: Path):
+    names = [name for name in MODES if name not in RESUMED]
+    plan = Plan(base_flags, tmp_path)
+    for name in names:
+        plan.resume(f"2 {name}", runs[f"2 {name}"], 2, MODES[name][0])
+    plan.run()
+    for name in names:
+        check_resumed(plan[f"2 {name}"], runs[f"2 {name}"])
 
 
 @pytest.mark.parametrize(
