@@ -75,7 +75,7 @@ class Trainer:
         data_dirs: dict[str, Path],
     ):
         self.config, self.context, self.stop = config, context, stop
-        self.launched, self.last_save = time.perf_counter(), time.monotonic()
+        self.last_save = time.monotonic()
         self.skipped_in_a_row, self.save_due = 0, False
         self.train_loss: float | None = None
         self.unlogged: Unlogged | None = None
@@ -84,6 +84,8 @@ class Trainer:
         with ExitStack() as resources:
             built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
             self.reslog, self.flops = start_records(built)
+            # Data and DPO's reference are read or made: what follows is training.
+            self.launched = time.perf_counter()
             # Released at the end; here, if anything failed.
             self.resources = resources.pop_all()
         self.data, self.derived, self.loader, self.progress = built.data, built.derived, built.loader, built.progress
@@ -390,6 +392,7 @@ def main(argv: list[str]) -> int:
     rank = launched_rank()
     setup_console(rank)
     exit_dir, trainer = exit_record_dir(), None
+    is_watched = exit_dir is not None
 
     def leave(code: int, reason: str, **more: object) -> int:
         if exit_dir is not None:
@@ -434,6 +437,9 @@ def main(argv: list[str]) -> int:
         return leave(code, "finished" if code == exits.OK else "stopped on request")
     except (Exception, KeyboardInterrupt) as error:
         logger.error("crashed:\n%s", traceback.format_exc())
+        if not is_watched:
+            for line in report.ways_on(trainer and trainer.context, trainer and trainer.run_dir, error):
+                logger.error(line)
         # With the position to go on from behind what made the loss non-finite, for the monitor.
         non_finite = isinstance(error, FloatingPointError) and trainer is not None
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}

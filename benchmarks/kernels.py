@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation import resident_growth
+from model.attention import causal_mask, plain_attention, sdpa_causal
+from model.blocked_attention import blocked_attention
 from model.kernels import cross_entropy as ce
 from model.kernels import linear_cross_entropy as linear_ce
 from model.kernels import rms_norm as norm
@@ -132,6 +134,24 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
         {"ours": rotary.rope, "eager": rotary.rope_reference}
         | liger("liger_kernel.ops.rope.LigerRopeFunction", liger_rope),
         2 * n * channels * e, 2 * n * channels * e, differentiate=(0, 1),
+    )  # fmt: skip
+    width = n // batch
+
+    def attention_inputs() -> list[Tensor]:
+        q, k, v = (
+            draw(batch, width, heads, shapes.head_dim) for heads in (shapes.heads, shapes.kv_heads, shapes.kv_heads)
+        )
+        return [x.transpose(1, 2) for x in (q, k, v)]
+
+    operations = 2.0 * batch * width**2 * shapes.heads * shapes.head_dim
+    contenders = {"torch sdpa": sdpa_causal}
+    if device.type == "cpu":
+        contenders["blocked"] = blocked_attention
+        mask = causal_mask(width, width, None, device)
+        contenders["eager"] = lambda q, k, v: plain_attention(q, k, v, mask, 0.0, None)
+    yield Case(
+        "causal attention", "2 B T^2 H D operations forward, 6 in all", attention_inputs, contenders,
+        operations=operations, backward_bytes=0.0, plain=("torch sdpa", "blocked", "eager"), differentiate=(0, 1, 2),
     )  # fmt: skip
     yield Case(
         "swiglu_packed", "forward 3 N I e, backward 5 N I e", lambda: [draw(n, 2 * i)],

@@ -15,6 +15,7 @@ from dataset.format import (
     index_path,
     read_document_table,
     read_index,
+    require_pretokenized,
     write_index,
 )
 
@@ -27,7 +28,8 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
     """
     manifest_path = data_dir / MANIFEST_NAME
     if not manifest_path.exists():
-        raise ValueError(f"{data_dir} is not pretokenized: run `{PRETOKENIZE_COMMAND}`")
+        require_pretokenized(data_dir)
+        raise ValueError(f"{manifest_path} is missing: run `{PRETOKENIZE_COMMAND}` again")
     try:
         manifest = json.loads(manifest_path.read_text())
         shards, valid_ratio = manifest["shards"], manifest["valid_ratio"]

@@ -350,14 +350,29 @@ def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) 
     return path
 
 
+def require_pretokenized(data_dir: Path) -> None:
+    """
+    Raises:
+        ValueError: there are no tokens in the directory; the sentence gives the commands that make them.
+    """
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"the data directory {data_dir} does not exist")
+    has_tokens = any(path.name == MANIFEST_NAME or path.suffix in (".bin", ".ibin") for path in data_dir.iterdir())
+    if not has_tokens:
+        raise ValueError(
+            f"{data_dir} is not pretokenized: run `{PRETOKENIZE_COMMAND} --data_dir {data_dir} --tokenizer_dir T "
+            f"--output_dir O` with a tokenizer T, then `{BUILD_INDEX_COMMAND} --data_dir O --max_seq_len 1024`, and "
+            f"give O"
+        )
+
+
 def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     """Open the `.ibin` of one set.
 
     Raises:
         ValueError: missing, damaged or foreign; the sentence gives the command that makes it.
     """
-    if not Path(data_dir).is_dir():
-        raise ValueError(f"the data directory {data_dir} does not exist")
+    require_pretokenized(data_dir)
     path = index_path(data_dir, split, max_seq_len)
     rebuild = f"`{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
     if not path.exists():

@@ -22,6 +22,7 @@ from dataset.format import (
     index_path,
     read_document_table,
     read_index,
+    require_pretokenized,
 )
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
@@ -150,6 +151,7 @@ def _only_length(data_dir: Path) -> int:
     Raises:
         ValueError: there is none, or several.
     """
+    require_pretokenized(data_dir)
     pattern = index_path(data_dir, "train", 0).name.replace("0", "*")
     lengths = sorted(int(path.stem.rpartition("-")[2]) for path in data_dir.glob(pattern))
     if not lengths:

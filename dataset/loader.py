@@ -8,7 +8,7 @@ ranks. `row_ids` of a batch are the rows' positions in the stream: dropout is ke
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dataset.order import sample_at
+from utils.threads import background_threads
 
 Batch = dict[str, torch.Tensor]
 _ORDER_BLOCK = 4096
@@ -71,7 +72,7 @@ class TrainLoader:
         self.rank, self.world_size = rank, world_size
         self._next_position = first_position
         self._block_start, self._block = first_position, np.empty(0, np.int64)
-        self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
+        self._pool = background_threads(num_workers, "read-ahead") if num_workers else None
         self._pending: deque[Future[Step]] = deque()
         self._depth = 2 * num_workers
 

@@ -256,6 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     for shown in chosen:
         print("\n".join(as_text(shown, tokenizer, color)))
+    if chosen and not any(shown.ids for shown in chosen):
+        hint = "" if args.task == "dpo" else "; records of pairs (chosen, rejected) need --task dpo"
+        print(f"show_mask: nothing to show: every record was skipped or dropped{hint}", file=sys.stderr)
+        return 2
     if args.html:
         print(f"written to {args.html}")
     return 0

@@ -223,6 +223,9 @@ class Llama(nn.Module):
         h_BTC = self.embed_tokens(input_ids_BT)
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
+        if starts is not None and self._compiled_parameters:
+            # Else there is a graph for the first number of documents, and another one for all others.
+            torch._dynamo.maybe_mark_dynamic(starts, 0)
         with self._gradients_aside():
             h_BTC, to_add_BTC, layer_key = self._blocks(h_BTC, rope, mask, cache, past, dropout_key, documents, starts)
         if cache is not None:

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     add_corpus_arguments(parser)
     args = parser.parse_args(argv)
     started = time.monotonic()
-    bad = BadRecords()
+    bad, sample = BadRecords(), None
     try:
         if args.kind == "sp_bbpe" and args.max_digits not in (None, 1):
             raise ValueError("--max_digits: sp_bbpe makes every digit a token of its own")
@@ -165,8 +165,12 @@ def main(argv: list[str] | None = None) -> int:
         report["trained_on_bytes"] = dict(sample.text_bytes)
         atomic_write_json(Path(args.output_dir) / "report.json", report)
     except (ValueError, OSError) as error:
-        hint = f" ({bad.count} records could not be read, for example {bad.examples[0]})" if bad.count else ""
-        print(f"train_tokenizer: {error}{hint}", file=sys.stderr)
+        complaint = str(error)
+        if bad.count:
+            unread = f"{bad.count} records could not be read, for example {bad.examples[0]}"
+            has_text = sample.text_bytes.total() > 0
+            complaint = f"{complaint} ({unread})" if has_text else f"no text was read: {unread}"
+        print(f"train_tokenizer: {complaint}", file=sys.stderr)
         return 2
     print_report(report, time.monotonic() - started, bad)
     return 0

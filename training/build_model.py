@@ -10,7 +10,8 @@ from model import Llama, hf
 from model.attention import document_starts
 from model.ops import CHOICES, build_ops, choose_ops
 from parallel import DistContext
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
+from training.data import require_tokenizer_of
 from utils import checkpoint as ckpt
 
 
@@ -26,12 +27,8 @@ def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer
     run, source = config.run, resumed_from
     if source is None and run.init_from:
         source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
-    if source is not None and (source / "tokenizer.json").exists():
-        if load_tokenizer(source).fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"the data was not tokenized with the tokenizer that the weights in {source} know: pretokenize it "
-                f"again with --tokenizer_dir {source} (raw records of SFT and DPO: leave --tokenizer_dir out)"
-            )
+    if source is not None:
+        require_tokenizer_of(source, tokenizer)
     if run.valid_only and source is None:
         raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
     if run.task_type == "dpo" and source is None:

@@ -56,14 +56,31 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
 
 def _tokenizer_dir(config: Config) -> Path:
     """The tokenizer of the model that is trained."""
-    data, run = config.data, config.run
-    if data.tokenizer_dir:
-        return Path(data.tokenizer_dir)
+    run, given, weights = config.run, config.data.tokenizer_dir, None
     if run.resume and ckpt.list_checkpoints(Path(run.out_dir) / "ckpt"):
-        return ckpt.resolve_checkpoint_dir(Path(run.out_dir))
-    if run.init_from:
-        return ckpt.resolve_checkpoint_dir(Path(run.init_from))
-    raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")
+        weights = ckpt.resolve_checkpoint_dir(Path(run.out_dir))
+    elif run.init_from:
+        weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+    if not given and weights is None:
+        raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")
+    if given and weights is not None:
+        require_tokenizer_of(weights, load_tokenizer(given))
+    return Path(given) if given else weights
+
+
+def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> None:
+    """
+    Args:
+        weights: folder of a model.
+        tokenizer: the data's.
+    Raises:
+        ValueError: it is not the model's.
+    """
+    if (weights / "tokenizer.json").exists() and load_tokenizer(weights).fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
+            f"again with --tokenizer_dir {weights} (raw records of SFT and DPO: leave --tokenizer_dir out)"
+        )
 
 
 def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:

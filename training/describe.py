@@ -151,12 +151,14 @@ def _data(data: Data, task_type: str) -> list[str]:
 def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
     samples = derived.global_batch_size
     has_full_rows = config.run.task_type == "pretrain"
+    # A packed row holds several samples.
+    unit = "rows" if config.run.task_type == "sft" and config.data.packing else "samples"
     tokens = f" ({samples * config.data.max_seq_len:,} tokens)" if has_full_rows else ""
     epochs, steps = derived.max_iters * samples / samples_per_epoch, derived.max_iters
-    text = f"batch: {samples} samples{tokens} a step, {steps} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
+    text = f"batch: {samples} {unit}{tokens} a step, {steps} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
     if samples > samples_per_epoch:
         text += (
-            f"; a step takes more samples than there are ({samples_per_epoch}): lower --train_batch_size or "
+            f"; a step takes more {unit} than there are ({samples_per_epoch}): lower --train_batch_size or "
             f"--gradient_accumulation_steps"
         )
     return text

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from configurator import parse_profile_steps
 from parallel import DistContext, PowerSGD
@@ -18,6 +19,8 @@ from tasks.language_model import LanguageModelTask
 from training.build import Built
 from training.describe import Flops
 from training.progress import Progress, Unlogged
+from training.run_dir import RunDir
+from utils import checkpoint as ckpt
 from utils.logging import clock, log_repeated_warnings
 from utils.profile_steps import StepProfile
 from utils.reslog import ResLog
@@ -140,6 +143,21 @@ def report_end(
     for line in summary_lines(ending):
         logger.info(line)
     log_repeated_warnings(logger.info)
+
+
+def ways_on(context: DistContext | None, run_dir: RunDir | None, error: BaseException) -> list[str]:
+    """What to do after a crash that nobody watches over."""
+    lines = []
+    if "closed by peer" in str(error) or "reset by peer" in str(error) or isinstance(error, dist.DistError):
+        lines.append("another process ended first, or the network failed: what it says is the cause")
+    if context is None or run_dir is None:
+        return lines
+    saved = ckpt.list_checkpoints(run_dir.path / "ckpt")
+    if saved:
+        lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, run_dir.path)}")
+    else:
+        lines.append("nothing was saved yet: start again with the same command")
+    return lines
 
 
 def _resume_command(context: DistContext, out_dir: Path) -> str:

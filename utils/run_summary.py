@@ -23,7 +23,7 @@ class Ending:
     steps_now: int
     """Of this launch alone."""
     seconds: float
-    """From its start to its end, validation and saves included."""
+    """From its first step to its end, validation and saves included."""
     tokens: int
     """Read in the whole run."""
     train_loss: float | None
@@ -38,9 +38,10 @@ class Ending:
 def summary_lines(ending: Ending) -> Iterator[str]:
     """A few lines."""
     run = shlex.quote(str(ending.out_dir))
+    steps = f"{ending.steps_now} step{'' if ending.steps_now == 1 else 's'}"
     yield (
         f"{'finished' if ending.finished else 'stopped on request'} at step {ending.step} of {ending.max_iters}: "
-        f"{ending.steps_now} steps in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
+        f"{steps} in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
     )
     losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in training"]
     losses += _validation(ending.out_dir / "reslog.jsonl")

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -30,6 +30,7 @@ from utils.checkpoint import MANIFEST, REPLACED, Retention, prune, sealed
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.flat_state import flat_key
 from utils.stores import Place
+from utils.threads import background_threads
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class HostCopies:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint-copy") if self._stream is None else None
+        self._thread = background_threads(1, "checkpoint-copy") if self._stream is None else None
         self._buffers: dict[str, Tensor] = {}
         # With the tensors themselves: memory that was freed could come back as another one's.
         self._taken: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -291,7 +292,7 @@ class CheckpointSaver:
         self._ckpt_dir, self._place, self._launch, self._gather = ckpt_dir, place, launch, gather
         self.retention, self.background = retention, background
         self._copies = HostCopies(device) if background else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint-save")
+        self._thread = background_threads(1, "checkpoint-save")
         self._count = 0
         self._writer: CheckpointWriter | None = None
         self._future: Future | None = None

@@ -158,7 +158,7 @@ def test_a_position_of_a_run(tiny_run: list[str], data_dir: Path, capsys):
     "arguments, complaint",
     [
         (["nowhere"], "is not a directory"),
-        (["."], "has no index"),
+        (["."], "is not pretokenized: run"),
         (["DATA", "--sample", "100000"], "there is no sample 100000"),
         (["DATA", "--sample", "-1"], "there is no sample -1"),
         (["DATA", "--position", "1"], "--position is for the train set of a run"),

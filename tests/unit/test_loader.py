@@ -186,8 +186,8 @@ def test_reading_ahead_is_bounded():
 
 
 def test_close_ends_the_threads():
-    loader = TrainLoader(CountingDataset(100), 5, 2, 1, 0, 1, num_workers=3)
     before = set(threading.enumerate())
+    loader = TrainLoader(CountingDataset(100), 5, 2, 1, 0, 1, num_workers=3)
     next(loader)
     started = set(threading.enumerate()) - before
     assert started

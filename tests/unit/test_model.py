@@ -11,7 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import KVCache, Llama, LlamaConfig, flops, hf
-from model.attention import attention_by_document, causal_mask, document_lengths, plain_attention
+from model.attention import (
+    attention_by_document,
+    causal_mask,
+    document_lengths,
+    document_starts,
+    plain_attention,
+)
 from model.dropout import DropoutKey, dropout_mask, philox_uint32
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
@@ -292,7 +298,8 @@ def test_flops_of_the_originals_1b():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_are_whole_graphs_beside_float32_gradients(checkpointing: bool):
-    """Weights in bfloat16 whose gradients add up in float32, as in training; torch.compile breaks its graphs there."""
+    """Weights in bfloat16 whose gradients add up in float32, as in training: torch.compile by itself breaks its graphs
+    there. And any number of documents has the same graphs."""
     config = LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
     model = Llama(
         config.resolve(max_seq_len=32), checkpointing,
@@ -310,8 +317,10 @@ def test_compiled_blocks_are_whole_graphs_beside_float32_gradients(checkpointing
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        for _ in range(2):
-            cross_entropy_sum(model.logits(model(ids)), ids).backward()
+        for number in (3, 5):
+            documents = (torch.arange(32) * number // 32).expand(2, -1)
+            hidden = model(ids, None, documents, document_starts=document_starts(documents))
+            cross_entropy_sum(model.logits(hidden), ids).backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
     for ours, expected in zip(*results):
         assert (ours - expected).norm() <= 1e-2 * expected.norm()

@@ -66,6 +66,31 @@ def keys(snapshots: Sequence[Snapshot], view: View = USUAL) -> list[str]:
     return [panel.key for panel in choose(available(snapshots), view)]
 
 
+def figure_of(snapshots: Sequence[Snapshot], view: View, width: int) -> tuple[Figure, FigureCanvasAgg]:
+    figure = Figure(figsize=(width / 100, 3), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    draw(figure, [ShownRun(f"a{n}", COLOURS[n], found) for n, found in enumerate(snapshots)], view)
+    canvas.draw()
+    return figure, canvas
+
+
+def test_a_run_of_one_step_has_one_tick():
+    figure, _ = figure_of([usual(1)], LOSS, 600)
+    low, high = figure.axes[0].get_xlim()
+    shown = [at for at in figure.axes[0].get_xticks() if low <= at <= high]
+    assert shown == [1.0]
+
+
+@pytest.mark.parametrize(("width", "is_above"), [(700, True), (260, False)])
+def test_what_lines_mean_is_said_beside_the_title_where_there_is_room(width: int, is_above: bool):
+    figure, canvas = figure_of([usual()], LOSS, width)
+    axes = figure.axes[0]
+    renderer = canvas.get_renderer()
+    legend, inside = axes.get_legend().get_window_extent(renderer), axes.get_window_extent(renderer)
+    assert (legend.y0 >= inside.y1 - 1) == is_above
+    assert legend.x1 <= inside.x1 + 5 and legend.x0 > axes._left_title.get_window_extent(renderer).x1 * is_above
+
+
 def test_panels_are_those_that_have_something_to_show():
     assert available([]) == [] and drawn([]) == []
     assert keys([usual()]) == ["loss", "lr", "grad_norm", "tokens_per_sec", "mfu"]

@@ -130,7 +130,9 @@ def test_exit_records(tmp_path: Path):
 def test_a_step_that_takes_more_samples_than_there_are_is_said():
     config, _ = parse_config(["--data_dir=d", "--task_type=sft"])
     assert _batch(config, Derived(64, 1), 13) == (
-        "batch: 64 samples a step, 1 step, 4.92 epochs; a step takes more samples than there are (13): lower "
+        "batch: 64 rows a step, 1 step, 4.92 epochs; a step takes more rows than there are (13): lower "
         "--train_batch_size or --gradient_accumulation_steps"
     )
+    assert _batch(config, Derived(13, 2), 13) == "batch: 13 rows a step, 2 steps, 2.00 epochs"
+    config, _ = parse_config(["--data_dir=d", "--task_type=sft", "--no-packing"])
     assert _batch(config, Derived(13, 2), 13) == "batch: 13 samples a step, 2 steps, 2.00 epochs"

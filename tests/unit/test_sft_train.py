@@ -412,6 +412,11 @@ def test_another_tokenizer_is_refused(home: Home, sft_flags: list[str], tmp_path
     other.save_pretrained(tmp_path / "other")
     sentence = refusal(capsys, sft_flags, f"--tokenizer_dir={tmp_path / 'other'}")
     assert "was tokenized with another tokenizer" in sentence
+    # Before raw records are tokenized with it.
+    raw = write_sft(tmp_path / "raw", conversations(5))
+    sentence = refusal(capsys, with_data(sft_flags, raw), f"--tokenizer_dir={tmp_path / 'other'}")
+    assert "not tokenized with the tokenizer that the weights" in sentence and "leave --tokenizer_dir out" in sentence
+    assert not (raw / ".tokenized").exists()
 
 
 def test_raw_records_in_a_directory_that_cannot_be_written(home: Home, sft_flags: list[str], tmp_path: Path, capsys):

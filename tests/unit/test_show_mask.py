@@ -55,6 +55,15 @@ def test_records_of_a_file(home: Path, capsys: pytest.CaptureFixture[str]):
     assert re.match(r"a.jsonl at byte \d+: 1 dropped, too long: no answer is left", lines[3])
 
 
+def test_nothing_but_skipped_records_is_an_error(home: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [str(home / "pairs" / "b.jsonl"), "--tokenizer_dir", str(home / "tokenizer")]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "skipped" in printed.out
+    assert "every record was skipped or dropped; records of pairs (chosen, rejected) need --task dpo" in printed.err
+    assert main([*arguments, "--task=dpo"]) == 0
+
+
 def test_color_says_the_same(home: Path, capsys: pytest.CaptureFixture[str]):
     """Green is what brackets hold; an injected control string has not the colour of a control token."""
     path = str(home / "talk" / "a.jsonl")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -115,10 +116,35 @@ def test_a_crashed_run_goes_on_with_the_same_bits(tiny_run: list[str], tmp_path:
         train_until(3, crash, parts)
     record = read_exit_records(tmp_path / "parts" / "exit")[0]
     assert (record["code"], record["reason"], record["step"]) == (1, "OSError: the machine died", 3)
+    last_words = (tmp_path / "parts" / "train.log").read_text().splitlines()[-1]
+    assert last_words.endswith(
+        f"go on from step 2: python train_my_ddp.py --resume --out_dir={shlex.quote(str(tmp_path / 'parts'))}"
+    )
     assert train(parts, "--resume") == 0
     assert losses(parts) == losses(flags)
     assert [r["digest"] for r in records(parts, "train")] == [r["digest"] for r in records(flags, "train")]
     assert same_bits(final_state(parts, 6), final_state(flags, 6))
+
+
+def test_a_crash_says_whether_another_process_ended_first(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    def lose_peer() -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:24514")
+
+    with pytest.raises(RuntimeError, match="by peer"):
+        train_until(1, lose_peer, tiny_run)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "another process ended first, or the network failed: what it says is the cause" in first
+    assert "nothing was saved yet: start again with the same command" in second
+
+
+def test_a_monitored_crash_leaves_going_on_to_the_monitor(
+    tiny_run: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("ZERO2ALL_EXIT_DIR", str(tmp_path / "exit"))
+    with pytest.raises(OSError, match="the machine died"):
+        train_until(1, crash, tiny_run)
+    printed = capsys.readouterr().out
+    assert "the machine died" in printed and "saved yet" not in printed
 
 
 def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path):
@@ -330,6 +356,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], 
         (["--valid_ratio=0.5"], "contradicts the data"),
         (["--max_seq_len=128"], "build_pretrain_sample_index_map"),
         (["--data_dir=nowhere"], "nowhere does not exist"),
+        (["--data_dir=docs"], "docs is not pretokenized: run `python -m data_preprocess.pretokenize"),
         (["--tokenizer_dir=nowhere"], "holds no tokenizer.json"),
         (["--out_dir=/proc/nowhere"], "cannot be written: No such file"),
         (["--device=cuda"], "has no CUDA"),

@@ -313,6 +313,17 @@ def test_command_on_wrong_sources(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
+def test_records_without_the_field_are_the_first_words(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "a.jsonl").write_text('{"body": "words"}\n' * 3)
+    flags = ["--data_dir", str(tmp_path / "c"), "--output_dir", str(tmp_path / "out"), "--kind", kind]
+    assert main([*flags, "--vocab_size", "320"]) == 2
+    error_output = capsys.readouterr().err
+    assert error_output.startswith("train_tokenizer: no text was read: 3 records could not be read, for example ")
+    assert one_sentence(error_output) and "--text_key" in error_output
+
+
 @pytest.mark.parametrize(
     "flags", [["--max_digits", "4"], ["--kind", "unigram"], ["--vocab_size", "many"], ["--sample_mb", "x"], ["--what"]]
 )

@@ -511,11 +511,25 @@ def _explain(axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view
         losses = [run.snapshot.tables.get("train", {}).get("loss", np.empty(0)) for run in runs]
         if not all(np.isfinite(loss).all() for loss in losses):
             handles["not finite"] = Line2D([], [], color=ink, linestyle="", marker="x", markersize=6)
-    if handles:
-        axes.legend(
-            handles.values(), [translate(name, view.language) for name in handles], loc="upper right", fontsize=8,
-            frameon=False, labelcolor=ink, handlelength=1.8, borderaxespad=0.2, labelspacing=0.3,
-        )  # fmt: skip
+    if not handles:
+        return
+    labels = [translate(name, view.language) for name in handles]
+    # Beside the title, where no curve is; inside if the panel is too narrow for that.
+    title = axes.get_title(loc="left")
+    needed = sum(_text_width(text, 8) + 30 for text in labels) + _text_width(title, 9.5) + 10
+    room = axes.get_position().width * axes.figure.get_figwidth() * 72
+    place = {"loc": "upper right"}
+    if needed <= room:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(labels), "columnspacing": 1.0}
+    axes.legend(
+        handles.values(), labels, fontsize=8, frameon=False, labelcolor=ink, handlelength=1.8, borderaxespad=0.2,
+        labelspacing=0.3, **place,
+    )  # fmt: skip
+
+
+def _text_width(text: str, size: float) -> float:
+    """In points, roughly: Chinese characters are as wide as high, others about half as wide."""
+    return size * sum(1.0 if ord(c) > 0x2E80 else 0.52 for c in text)
 
 
 class _Numbers(ticker.Formatter):
@@ -558,7 +572,8 @@ def _x_ticks(x: str, x_range: tuple[float, float]) -> tuple[ticker.Locator, tick
         step = next((s for s in steps if span / s <= 6), 86400 * max(1, math.ceil(span / 6 / 86400)))
         step = step if span >= 3 else span / 4 or 1.0
         return ticker.MultipleLocator(step), ticker.FuncFormatter(lambda seconds, _: duration(seconds))
-    locator = ticker.MaxNLocator(6, integer=x == "step", steps=[1, 2, 2.5, 5, 10])
+    # Of a single step one tick: two would be fractions of steps, with the same number.
+    locator = ticker.MaxNLocator(6, integer=x == "step", steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
     return locator, _Numbers() if x == "tokens" else ticker.FuncFormatter(_whole)
 
 
