@@ -74,11 +74,12 @@ def figure_of(snapshots: Sequence[Snapshot], view: View, width: int) -> tuple[Fi
     return figure, canvas
 
 
-def test_a_run_of_one_step_has_one_tick():
-    figure, _ = figure_of([usual(1)], LOSS, 600)
+@pytest.mark.parametrize(("x", "place"), [("step", 1.0), ("tokens", 100.0)])
+def test_a_run_of_one_step_has_one_tick(x: str, place: float):
+    figure, _ = figure_of([usual(1)], replace(LOSS, x=x), 600)
     low, high = figure.axes[0].get_xlim()
     shown = [at for at in figure.axes[0].get_xticks() if low <= at <= high]
-    assert shown == [1.0]
+    assert shown == [place]
 
 
 @pytest.mark.parametrize(("width", "is_above"), [(700, True), (260, False)])
@@ -89,6 +90,24 @@ def test_what_lines_mean_is_said_beside_the_title_where_there_is_room(width: int
     legend, inside = axes.get_legend().get_window_extent(renderer), axes.get_window_extent(renderer)
     assert (legend.y0 >= inside.y1 - 1) == is_above
     assert legend.x1 <= inside.x1 + 5 and legend.x0 > axes._left_title.get_window_extent(renderer).x1 * is_above
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize("count", [40, 3000])
+@pytest.mark.parametrize("rises", [False, True])
+def test_a_legend_inside_lies_where_no_curve_is(rises: bool, count: int, log_y: bool):
+    losses = np.linspace(1.0, 5.0, count)[:: 1 if rises else -1].tolist()
+    snapshot = snapshot_of(
+        line("start", step=0, time=1000),
+        *(line("train", step=n, time=1000 + n, loss=loss) for n, loss in enumerate(losses, 1)),
+        line("valid", step=count, time=1000 + count, loss=losses[-1]),
+    )
+    figure, canvas = figure_of([snapshot], replace(LOSS, log_y=log_y), 230)
+    axes = figure.axes[0]
+    covered = axes.get_legend().get_window_extent(canvas.get_renderer())
+    assert covered.y1 <= axes.get_window_extent().y1
+    points = axes.transData.transform(np.column_stack((np.arange(1, count + 1), losses)))
+    assert not any(covered.contains(*point) for point in points)
 
 
 def test_panels_are_those_that_have_something_to_show():

@@ -299,7 +299,7 @@ def _draw_panel(
         _mark_events(axes, present, view, x_range)
     _dress(axes, panel, view, names_x, (y_range, log_y), x_range)
     kinds = {curve.name: curve.style for _, curve, *_ in shown if curve.name}
-    _explain(axes, kinds if len(kinds) > 1 else {}, runs, view, explains)
+    _explain(axes, kinds if len(kinds) > 1 else {}, runs, view, explains, drawn)
     return drawn
 
 
@@ -496,7 +496,9 @@ def _dress(axes: "Axes", panel: Panel, view: View, names_x: bool, y: tuple, x_ra
         axes.set_xlabel(translate(view.x, view.language), color=theme.faint, fontsize=8.5, labelpad=2)
 
 
-def _explain(axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view: View, marks: bool) -> None:
+def _explain(
+    axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view: View, marks: bool, drawn: DrawnPanel
+) -> None:
     """What the line styles mean; in the first panel, the marks too."""
     ink = theme_of(view).faint
     handles = {
@@ -515,16 +517,36 @@ def _explain(axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view
         return
     labels = [translate(name, view.language) for name in handles]
     # Beside the title, where no curve is; inside if the panel is too narrow for that.
-    title = axes.get_title(loc="left")
-    needed = sum(_text_width(text, 8) + 30 for text in labels) + _text_width(title, 9.5) + 10
-    room = axes.get_position().width * axes.figure.get_figwidth() * 72
-    place = {"loc": "upper right"}
-    if needed <= room:
-        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(labels), "columnspacing": 1.0}
+    widths = [_text_width(text, 8) + 23 for text in labels]
+    box = axes.get_position()
+    wide, high = (share * 72 for share in (box.width, box.height) * axes.figure.get_size_inches())
+    if sum(widths) + _text_width(axes.get_title(loc="left"), 9.5) + 10 <= wide:
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(labels)}
+    else:
+        place = {"loc": _emptiest_corner(drawn, (max(widths) + 4) / wide, (11.5 * len(labels) + 4) / high)}
     axes.legend(
-        handles.values(), labels, fontsize=8, frameon=False, labelcolor=ink, handlelength=1.8, borderaxespad=0.2,
-        labelspacing=0.3, **place,
+        handles.values(), labels, fontsize=8, frameon=False, labelcolor=ink, handlelength=1.6, handletextpad=0.4,
+        borderaxespad=0.2, labelspacing=0.3, columnspacing=0.8, **place,
     )  # fmt: skip
+
+
+def _emptiest_corner(drawn: DrawnPanel, width: float, height: float) -> str:
+    """Where the curves pass least through a box of these shares of the panel. matplotlib's own search, loc="best", is
+    slow and does not see the bands of dense curves."""
+    grid = np.linspace(0.0, 1.0, 65)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.log10 if drawn.log_y else np.asarray
+        low, high = scale(np.array(drawn.y_range))
+        passed = [np.interp(drawn.x_range[0] + grid * np.ptp(drawn.x_range), curve.x, curve.y, np.nan, np.nan)
+                  for curve in drawn.curves if len(curve.x)]  # fmt: skip
+        levels = np.array([(scale(y) - low) / (high - low) for y in passed]).reshape(-1, len(grid))
+        upper, lower = levels >= 1 - height, levels <= height
+    right, left = grid >= 1 - width, grid <= width
+    corners = {
+        "upper right": upper & right, "upper left": upper & left, "lower left": lower & left,
+        "lower right": lower & right,
+    }  # fmt: skip
+    return min(corners, key=lambda corner: int(corners[corner].sum()))
 
 
 def _text_width(text: str, size: float) -> float:
@@ -573,7 +595,7 @@ def _x_ticks(x: str, x_range: tuple[float, float]) -> tuple[ticker.Locator, tick
         step = step if span >= 3 else span / 4 or 1.0
         return ticker.MultipleLocator(step), ticker.FuncFormatter(lambda seconds, _: duration(seconds))
     # Of a single step one tick: two would be fractions of steps, with the same number.
-    locator = ticker.MaxNLocator(6, integer=x == "step", steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
+    locator = ticker.MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
     return locator, _Numbers() if x == "tokens" else ticker.FuncFormatter(_whole)
 
 
