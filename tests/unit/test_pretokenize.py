@@ -1047,7 +1047,7 @@ def test_build_index(tokens: Path, capsys: pytest.CaptureFixture[str]):
     ("kind", "names"),
     [
         ("not pretokenized", ["pretokenize_pretrain_data"]),
-        ("no directory", ["pretokenize_pretrain_data"]),
+        ("no directory", ["nowhere does not exist"]),
         ("shard missing", ["SHARD", "pretokenize_pretrain_data"]),
         ("shard truncated", ["SHARD", "pretokenize_pretrain_data"]),
         ("shard replaced", ["SHARD", "pretokenize_pretrain_data"]),
