@@ -391,7 +391,7 @@ def main(argv: list[str]) -> int:
     """
     rank = launched_rank()
     setup_console(rank)
-    exit_dir, trainer = exit_record_dir(), None
+    exit_dir, config, context, trainer = exit_record_dir(), None, None, None
     is_watched = exit_dir is not None
 
     def leave(code: int, reason: str, **more: object) -> int:
@@ -437,15 +437,16 @@ def main(argv: list[str]) -> int:
         return leave(code, "finished" if code == exits.OK else "stopped on request")
     except (Exception, KeyboardInterrupt) as error:
         logger.error("crashed:\n%s", traceback.format_exc())
-        if not is_watched:
-            for line in report.ways_on(trainer and trainer.context, trainer and trainer.run_dir, error):
-                logger.error(line)
         # With the position to go on from behind what made the loss non-finite, for the monitor.
         non_finite = isinstance(error, FloatingPointError) and trainer is not None
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}
         leave(exits.CRASH, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-8000:], **more)
         if trainer is not None:
             trainer.release()
+        # Last: a save that was in flight is there to go on from.
+        if config is not None and not is_watched:
+            for line in report.ways_on(config.run, context, error):
+                logger.error(line)
         raise
 
 

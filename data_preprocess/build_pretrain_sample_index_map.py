@@ -28,7 +28,7 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
     """
     manifest_path = data_dir / MANIFEST_NAME
     if not manifest_path.exists():
-        require_pretokenized(data_dir)
+        require_pretokenized(data_dir, max_seq_len)
         raise ValueError(f"{manifest_path} is missing: run `{PRETOKENIZE_COMMAND}` again")
     try:
         manifest = json.loads(manifest_path.read_text())

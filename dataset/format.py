@@ -350,20 +350,25 @@ def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) 
     return path
 
 
-def require_pretokenized(data_dir: Path) -> None:
+def require_pretokenized(data_dir: Path, max_seq_len: int = 1024) -> None:
     """
+    Args:
+        max_seq_len: for the command that makes an index.
     Raises:
-        ValueError: there are no tokens in the directory; the sentence gives the commands that make them.
+        ValueError: there are no tokens in the directory, or not all; the sentence gives the commands that make them.
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f"the data directory {data_dir} does not exist")
-    has_tokens = any(path.name == MANIFEST_NAME or path.suffix in (".bin", ".ibin") for path in data_dir.iterdir())
-    if not has_tokens:
-        raise ValueError(
-            f"{data_dir} is not pretokenized: run `{PRETOKENIZE_COMMAND} --data_dir {data_dir} --tokenizer_dir T "
-            f"--output_dir O` with a tokenizer T, then `{BUILD_INDEX_COMMAND} --data_dir O --max_seq_len 1024`, and "
-            f"give O"
-        )
+    names = [path.name for path in data_dir.iterdir()]
+    if MANIFEST_NAME in names or any(name.endswith(".ibin") for name in names):
+        return
+    if any(name.endswith(".bin") for name in names):
+        raise ValueError(f"{data_dir / MANIFEST_NAME} is missing: run `{PRETOKENIZE_COMMAND}` again, it did not finish")
+    raise ValueError(
+        f"{data_dir} is not pretokenized: run `{PRETOKENIZE_COMMAND} --data_dir {data_dir} --tokenizer_dir T "
+        f"--output_dir O` with a tokenizer T, then `{BUILD_INDEX_COMMAND} --data_dir O --max_seq_len {max_seq_len}`, "
+        f"and give O"
+    )
 
 
 def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
@@ -372,7 +377,7 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     Raises:
         ValueError: missing, damaged or foreign; the sentence gives the command that makes it.
     """
-    require_pretokenized(data_dir)
+    require_pretokenized(data_dir, max_seq_len)
     path = index_path(data_dir, split, max_seq_len)
     rebuild = f"`{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
     if not path.exists():

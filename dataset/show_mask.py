@@ -257,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     for shown in chosen:
         print("\n".join(as_text(shown, tokenizer, color)))
     if chosen and not any(shown.ids for shown in chosen):
-        hint = "" if args.task == "dpo" else "; records of pairs (chosen, rejected) need --task dpo"
+        # The reason of a record that was skipped names the task that it is for.
+        needs_dpo = any(shown.title.endswith("for --task dpo") for shown in chosen)
+        hint = "; records of pairs (chosen, rejected) need --task dpo" if needs_dpo else ""
         print(f"show_mask: nothing to show: every record was skipped or dropped{hint}", file=sys.stderr)
         return 2
     if args.html:

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import parse_profile_steps
+from configurator import RunConfig, parse_profile_steps
 from parallel import DistContext, PowerSGD
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from training.build import Built
 from training.describe import Flops
 from training.progress import Progress, Unlogged
-from training.run_dir import RunDir
 from utils import checkpoint as ckpt
 from utils.logging import clock, log_repeated_warnings
 from utils.profile_steps import StepProfile
@@ -145,22 +144,33 @@ def report_end(
     log_repeated_warnings(logger.info)
 
 
-def ways_on(context: DistContext | None, run_dir: RunDir | None, error: BaseException) -> list[str]:
-    """What to do after a crash that nobody watches over."""
-    lines = []
-    if "closed by peer" in str(error) or "reset by peer" in str(error) or isinstance(error, dist.DistError):
-        lines.append("another process ended first, or the network failed: what it says is the cause")
-    if context is None or run_dir is None:
+def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -> list[str]:
+    """What to do after a crash that nobody watches over.
+
+    Args:
+        context: None if it was not there yet.
+    """
+    lines, out_dir = [], Path(run.out_dir)
+    # Gloo's and NCCL's errors are RuntimeErrors; a console that was closed is none.
+    lost = ("closed by peer", "reset by peer", "Broken pipe")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in lost)):
+        lines.append(
+            f"another process ended first, or the network failed: the cause is in what it printed, or in its record in "
+            f"{out_dir / 'exit'}; one without a record was killed, as by a lack of memory"
+        )
+    if run.valid_only:
         return lines
-    saved = ckpt.list_checkpoints(run_dir.path / "ckpt")
+    saved = ckpt.list_checkpoints(out_dir / "ckpt")
     if saved:
-        lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, run_dir.path)}")
+        lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, out_dir)}")
     else:
         lines.append("nothing was saved yet: start again with the same command")
     return lines
 
 
-def _resume_command(context: DistContext, out_dir: Path) -> str:
+def _resume_command(context: DistContext | None, out_dir: Path) -> str:
+    if context is None:
+        return "the same command with --resume"
     flags = f"--resume --out_dir={shlex.quote(str(out_dir))}"
     if context.world_size == 1:
         return f"python train_my_ddp.py {flags}"

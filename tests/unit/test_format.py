@@ -10,8 +10,11 @@ import pytest
 
 from dataset.format import (
     BIN_MAGIC,
+    BUILD_INDEX_COMMAND,
     DOCS_MAGIC,
     INDEX_MAGIC,
+    MANIFEST_NAME,
+    PRETOKENIZE_COMMAND,
     BinHeader,
     BinWriter,
     docs_path,
@@ -48,6 +51,7 @@ def write_shards(directory: Path, lengths: list[int], split: str = "train", seed
     names = [f"{split}-{number}.bin" for number in range(len(lengths))]
     for name, length in zip(names, lengths):
         write_bin(directory / name, [rng.integers(10, 500, length - 1).tolist()], header(split))
+    (directory / MANIFEST_NAME).touch()
     return names
 
 
@@ -444,6 +448,24 @@ def test_bin_replaced_after_the_index_was_built_is_refused(tmp_path: Path, lengt
         PretrainDataset(tmp_path, "train", 16)
     assert complaint_about(caught.value, str(tmp_path / "train-0.bin")) is None
     assert "--max_seq_len 16" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.txt"], "D is not pretokenized: run `{tokenize} --data_dir D --tokenizer_dir T --output_dir O` with a "
+                    "tokenizer T, then `{index} --data_dir O --max_seq_len 16`, and give O"),
+        (["train-0.bin"], "D/pretokenize.json is missing: run `{tokenize}` again"),
+        (["train-0.bin", "pretokenize.json"], "D/train-16.ibin is missing: run `{index} --data_dir D --max"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_not_ready_says_what_to_run(tmp_path: Path, names: list[str], message: str):
+    for name in names:
+        (tmp_path / name).touch()
+    commands = {"tokenize": PRETOKENIZE_COMMAND, "index": BUILD_INDEX_COMMAND}
+    with pytest.raises(ValueError) as refused:
+        read_index(tmp_path, "train", 16)
+    assert str(refused.value).replace(str(tmp_path), "D").startswith(message.format(**commands))
 
 
 def test_bin_removed_after_the_index_was_built_is_refused(tmp_path: Path):

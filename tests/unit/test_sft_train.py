@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -651,6 +652,25 @@ def test_the_reference_is_computed_once(dpo_flags: list[str], tmp_path: Path, co
     assert not computed and path.stat().st_mtime_ns == before
     assert losses(again) == losses(dpo_flags)
     assert not list(out_dir(dpo_flags).glob("reference/*"))
+
+
+def test_the_time_at_the_end_is_without_the_reference(dpo_flags: list[str], monkeypatch: pytest.MonkeyPatch):
+    moments, build, report_end = [], train_my_ddp.build, train_my_ddp.report.report_end
+
+    def build_then_note(*args):
+        built = build(*args)
+        moments.append(time.perf_counter())
+        return built
+
+    def note_then_report(reslog, built, finished, steps_now, seconds, train_loss) -> None:
+        moments.extend((seconds, time.perf_counter()))
+        report_end(reslog, built, finished, steps_now, seconds, train_loss)
+
+    monkeypatch.setattr(train_my_ddp, "build", build_then_note)
+    monkeypatch.setattr(train_my_ddp.report, "report_end", note_then_report)
+    assert train(dpo_flags) == 0
+    was_built, seconds, ended = moments
+    assert 0 < seconds <= ended - was_built
 
 
 def test_the_reference_is_what_the_model_says(home: Home, dpo_flags: list[str]):

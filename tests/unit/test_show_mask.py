@@ -62,6 +62,9 @@ def test_nothing_but_skipped_records_is_an_error(home: Path, capsys: pytest.Capt
     assert "skipped" in printed.out
     assert "every record was skipped or dropped; records of pairs (chosen, rejected) need --task dpo" in printed.err
     assert main([*arguments, "--task=dpo"]) == 0
+    (home / "other.jsonl").write_text('{"body": "words"}\n')
+    assert main([str(home / "other.jsonl"), *arguments[1:]]) == 2
+    assert capsys.readouterr().err.endswith("every record was skipped or dropped\n")
 
 
 def test_color_says_the_same(home: Path, capsys: pytest.CaptureFixture[str]):

@@ -133,8 +133,30 @@ def test_a_crash_says_whether_another_process_ended_first(tiny_run: list[str], c
     with pytest.raises(RuntimeError, match="by peer"):
         train_until(1, lose_peer, tiny_run)
     first, second = capsys.readouterr().out.splitlines()[-2:]
-    assert "another process ended first, or the network failed: what it says is the cause" in first
+    assert "another process ended first, or the network failed: the cause is in what it printed" in first
+    assert f"in its record in {out_dir(tiny_run) / 'exit'}" in first
     assert "nothing was saved yet: start again with the same command" in second
+
+
+def test_a_crash_names_the_save_that_was_in_flight(tiny_run: list[str], monkeypatch, capsys: pytest.CaptureFixture):
+    original = CheckpointWriter.write_files
+
+    def write_slowly(self) -> None:
+        time.sleep(0.5)
+        original(self)
+
+    monkeypatch.setattr(CheckpointWriter, "write_files", write_slowly)
+    with pytest.raises(OSError, match="the machine died"):
+        train_until(3, crash, tiny_run, "--valid_interval=0", "--save_interval=2")
+    assert "go on from step 2: python train_my_ddp.py --resume " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_crash_before_the_first_step_says_how_to_go_on(tiny_run: list[str], monkeypatch, capsys):
+    monkeypatch.setattr(train_my_ddp, "build", lambda *_: crash())
+    for flags, words in (([], "nothing was saved yet"), (["--valid_only", "--init_from=D"], "the machine died")):
+        with pytest.raises(OSError, match="the machine died"):
+            train(tiny_run, *flags)
+        assert words in capsys.readouterr().out.rstrip().splitlines()[-1]
 
 
 def test_a_monitored_crash_leaves_going_on_to_the_monitor(
