@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--dir", default="out/time_to_loss")
     parser.add_argument("--seconds", type=float, default=480.0, help="of training, for nanoGPT")
     parser.add_argument("--points", type=int, default=4, help="validations of each")
-    parser.add_argument("--nanogpt_batch", type=int, default=4, help="rows of a step (default: 4, of 4, 8, 16 the best)")
+    parser.add_argument("--nanogpt_batch", type=int, default=4, help="rows of a step (4: of 4, 8, 16 the best)")
     parser.add_argument("--nanogpt_lr", type=float, default=1e-3)
     parser.add_argument("--nanogpt_beta2", type=float, default=0.95)
     parser.add_argument("--nanogpt_dtype", choices=["float32", "bfloat16"], default="float32")
