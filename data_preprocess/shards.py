@@ -139,9 +139,10 @@ def write_manifest(
     if not any(shards.values()):
         raise ValueError(f"no sample is left of the {documents} records of {source}: use a larger --max_seq_len")
     if valid_ratio > 0 and not shards["valid"]:
+        larger = max(0.1, min(2 * valid_ratio, (1 + valid_ratio) / 2))
         raise ValueError(
             f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
-            f"{valid_ratio}, such as 0.1, or 0 to go without"
+            f"{valid_ratio}, such as {larger:g}, or 0 to go without"
         )
     if valid_ratio < 1 and not shards["train"]:
         raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")

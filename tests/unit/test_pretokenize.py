@@ -767,14 +767,17 @@ def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path,
     assert "removed train-16.ibin" in printed and "shards of earlier runs" in printed
 
 
-def test_no_document_for_the_validation_set(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """Said before the index is built, not after."""
+@pytest.mark.parametrize(("ratio", "suggested"), [("0.001", "0.1"), ("0.1", "0.2"), ("0.6", "0.8")])
+def test_no_document_for_the_validation_set(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], ratio: str, suggested: str
+):
+    """Said before the index is built, not after, with a share that is larger."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    (corpus / "one.txt").write_text("a single document")
+    (corpus / "one.txt").write_text("document 8")
     arguments = ["--data_dir", str(corpus), "--tokenizer_dir", str(tokenizer_dir), "--num_workers", "1"]
-    assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", "0.001"]) == 2
-    assert "use a larger --valid_ratio" in capsys.readouterr().err
+    assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", ratio]) == 2
+    assert f"use a larger --valid_ratio than {ratio}, such as {suggested}, or 0" in capsys.readouterr().err
     assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", "0"]) == 0
 
 
