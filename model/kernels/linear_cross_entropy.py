@@ -14,7 +14,7 @@ chunk's logits again in the backward pass, a fourth matrix multiplication beside
 Memory beyond inputs and gradients, bytes, with e for the size of an element of the logits:
 
     chunk of logits      n V e <= chunk_bytes; in plain PyTorch the softmax of low precision takes float32 beside it,
-                         1 MiB on a CPU, n V 4 on a GPU
+                         4 MiB on a CPU, n V 4 on a GPU
     losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n (float32 in Triton: 20)
     for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
 
@@ -40,8 +40,8 @@ CHUNK_BYTES = 96 << 20
 """Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
 CHUNK_MULTIPLE = 128
 """Tokens a chunk, where there are enough: the tile of the matrix multiplications."""
-TILE_ELEMENTS = 1 << 18
-"""Logits that plain PyTorch takes at a time on a CPU: 1 MiB in float32."""
+TILE_ELEMENTS = 1 << 20
+"""Logits that plain PyTorch takes at a time on a CPU: 4 MiB in float32."""
 
 
 def linear_cross_entropy_reference(

@@ -82,6 +82,19 @@ def test_rounding_to_bfloat16_lifts_no_singular_value_out_of_the_interval(count:
     assert torch.linalg.svdvals(x.double())[:count].max() < 1.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_several_matrices_at_once_are_each_as_if_alone(shape: tuple[int, int], dtype: torch.dtype):
+    """Also where one of them is zero, and one far larger than the others."""
+    matrices = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
+    matrices[1] = 0.0
+    matrices[2] *= 1e6
+    together = orthogonalize(matrices, 5, dtype)
+    alone = torch.stack([orthogonalize(matrix, 5, dtype) for matrix in matrices])
+    assert together.dtype == dtype and together[1].count_nonzero() == 0
+    assert torch.allclose(together.float(), alone.float(), atol=8 * torch.finfo(dtype).eps)
+
+
 def test_a_gradient_of_zero_moves_nothing():
     assert torch.equal(orthogonalize(torch.zeros(4, 6), 5), torch.zeros(4, 6))
 
