@@ -223,7 +223,7 @@ def main() -> int:
     parser.add_argument("--nanogpt_beta2", type=float, default=0.95)
     parser.add_argument("--nanogpt_dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--nanogpt_compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--iters", type=int, default=210, help="steps of ours (default: 210)")
+    parser.add_argument("--iters", type=int, default=140, help="steps of ours (default: 140)")
     parser.add_argument("--flag", action="append", default=[], help="one more flag of train_my_ddp.py; repeatable")
     parser.add_argument("--only", choices=["nanogpt", "ours"], help="run this part alone")
     args = parser.parse_args()
