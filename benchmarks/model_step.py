@@ -5,14 +5,15 @@
 
 Contenders take turns, in an order that rotates: Hugging Face eager and compiled, ours with each of its variants. In
 bfloat16 ours keeps float32 main parameters beside the weights; Hugging Face's model is stepped by torch's fused AdamW
-in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, its share of the best matmul
-measured now, and the median of the rounds' ratios to the fastest Hugging Face. With --profile, where one more step of
-each contender spends its time. On a CPU all contenders have malloc set as training sets it (utils.machine), unless
---plain_malloc is given.
+in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, and the median of the rounds'
+ratios: to the best matmul (on a CPU measured in each round, as the machine's speed may change meanwhile) and to the
+fastest Hugging Face. With --profile, where one more step of each contender spends its time. On a CPU all contenders
+have malloc set as training sets it (utils.machine), unless --plain_malloc is given.
 """
 
 import argparse
 import itertools
+import math
 import platform
 import statistics
 import time
@@ -153,13 +154,17 @@ def main() -> None:
     reference = first["Hugging Face"]
     assert all(abs(loss - reference) < 2e-2 * reference for loss in first.values()), first
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: list[float] = []
     orders = itertools.cycle(itertools.islice(itertools.permutations(contenders), 0, None, 97))
     for round_number in range(-1, args.rounds):
+        # nan: a GPU that the table lacks.
+        peak = flops.device_peak_flops(device, dtype) or math.nan
+        if round_number >= 0:
+            peaks.append(peak)
         for name in next(orders):
             elapsed = timed(device, contenders[name])
             if round_number >= 0:
                 seconds[name].append(elapsed)
-    peak = flops.device_peak_flops(device, dtype)
     tokens = args.rows * args.seq_len
     operations = tokens * flops.flops_per_token_strict(config, args.seq_len)
     parameters = sum(p.numel() for p in Llama(config).parameters())
@@ -167,12 +172,14 @@ def main() -> None:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {args.dtype}")
     print(f"{parameters / 1e6:.1f} M parameters, {args.rows} x {args.seq_len} tokens, {args.rounds} rounds")
-    print(f"best matmul: {peak / 1e9:,.0f} GFLOP/s")
+    print(f"best matmul of a round: median {statistics.median(peaks) / 1e9:,.0f} GFLOP/s, "
+          f"{min(peaks) / 1e9:,.0f} .. {max(peaks) / 1e9:,.0f}")  # fmt: skip
     best = min(("Hugging Face", "Hugging Face compiled"), key=lambda name: statistics.median(seconds[name]))
     for name, times in seconds.items():
         rate = operations / statistics.median(times)
+        share = statistics.median(operations / elapsed / peak for elapsed, peak in zip(times, peaks))
         ratio = statistics.median(b / a for a, b in zip(times, seconds[best]))
-        print(f"{describe(name, times)}   {rate / 1e9:8,.0f} GFLOP/s {100 * rate / peak:5.1f}%   {ratio:.2f}x {best}")
+        print(f"{describe(name, times)}   {rate / 1e9:8,.0f} GFLOP/s {100 * share:5.1f}%   {ratio:.2f}x {best}")
     if args.profile:
         for name, step in contenders.items():
             print(f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in profile(device, step).items()))
