@@ -176,9 +176,11 @@ def _backward(
             dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
             dq = dq_RHTD[:, :, block.first : block.end]
             dq.copy_(torch.baddbmm(q, dscores, k, beta=0, alpha=scale).view(dq.shape))
-            dk_sum[:, block.first_key : block.end] += torch.bmm(dscores.transpose(1, 2), q)
+            dk_sum[:, block.first_key : block.end] += torch.baddbmm(
+                k, dscores.transpose(1, 2), q, beta=0, alpha=scale
+            )
             dv_sum[:, block.first_key : block.end] += torch.bmm(weights.transpose(1, 2), dout)
-        dk_RKTD.copy_(dk_sum.mul_(scale).view(dk_RKTD.shape))
+        dk_RKTD.copy_(dk_sum.view(dk_RKTD.shape))
         dv_RKTD.copy_(dv_sum.view(dv_RKTD.shape))
     return gradients
 

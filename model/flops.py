@@ -77,10 +77,11 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.5) -> float:
     """Best FLOP/s of square matmuls of growing size with the process's threads, within about `budget_s` seconds.
 
-    Growing, because a dtype without fast instructions (fp16 on most CPUs) would take seconds on a large one.
+    Growing, because a dtype without fast instructions (fp16 on most CPUs) would take seconds on a large one. Beyond
+    1024, because up to there one thread does it all where there is AMX (oneDNN 3.x, two threads).
     """
     best, deadline = 0.0, time.perf_counter() + budget_s
-    for size in (128, 256, 512, 1024):
+    for size in (128, 256, 512, 1024, 1280, 2048):
         a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         for _ in range(5):
             start = time.perf_counter()
