@@ -157,10 +157,9 @@ def main() -> None:
     peaks: list[float] = []
     orders = itertools.cycle(itertools.islice(itertools.permutations(contenders), 0, None, 97))
     for round_number in range(-1, args.rounds):
-        # nan: a GPU that the table lacks.
-        peak = flops.device_peak_flops(device, dtype) or math.nan
         if round_number >= 0:
-            peaks.append(peak)
+            # nan: a GPU that the table lacks.
+            peaks.append(flops.device_peak_flops(device, dtype) or math.nan)
         for name in next(orders):
             elapsed = timed(device, contenders[name])
             if round_number >= 0:

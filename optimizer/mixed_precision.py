@@ -14,7 +14,7 @@ clipping and no check.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,6 +120,17 @@ class _State:
     def write_weights(self) -> None:
         if self.main is not self.piece.param:
             self.piece.param.copy_(self.main)
+
+
+def _multiplied_together(states: Sequence[_State]) -> Iterable[list[_State]]:
+    """Muon's matrices of one shape, in bfloat16 on a CPU. Elsewhere each by itself: its bits would depend on the others
+    that are multiplied with it, so a run on the size of its buckets."""
+    groups: dict[object, list[_State]] = {}
+    for state in states:
+        piece = state.piece
+        at_once = piece.param.dtype == torch.bfloat16 and not piece.param.is_cuda
+        groups.setdefault(piece.shape if at_once else piece.name, []).append(state)
+    return groups.values()
 
 
 @dataclass
@@ -269,12 +280,9 @@ class MixedPrecisionOptimizer:
             muon.look_ahead(state.exp_avg, state.piece.grad, self.muon.momentum, grad_divisor)
         if self.gather_updates is not None:
             self.gather_updates(bucket)
-        of_shape: dict[tuple[int, ...], list[_State]] = {}
-        for state in states:
-            of_shape.setdefault(state.piece.shape, []).append(state)
-        for shape, group in of_shape.items():
+        for group in _multiplied_together(states):
+            shape, weights = group[0].piece.shape, group[0].piece.param
             gradients = torch.stack([state.piece.whole_grad.view(shape) for state in group])
-            weights = group[0].piece.param
             # float32 weights on a CPU: it may not be quick at bfloat16.
             quick = weights.is_cuda or weights.dtype == torch.bfloat16
             updates = muon.orthogonalize(

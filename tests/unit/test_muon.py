@@ -83,7 +83,7 @@ def test_rounding_to_bfloat16_lifts_no_singular_value_out_of_the_interval(count:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (192, 96)])
 def test_several_matrices_at_once_are_each_as_if_alone(shape: tuple[int, int], dtype: torch.dtype):
     """Also where one of them is zero, and one far larger than the others."""
     matrices = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
@@ -93,6 +93,7 @@ def test_several_matrices_at_once_are_each_as_if_alone(shape: tuple[int, int], d
     alone = torch.stack([orthogonalize(matrix, 5, dtype) for matrix in matrices])
     assert together.dtype == dtype and together[1].count_nonzero() == 0
     assert torch.allclose(together.float(), alone.float(), atol=8 * torch.finfo(dtype).eps)
+    assert dtype == torch.float32 or torch.equal(together, alone)
 
 
 def test_a_gradient_of_zero_moves_nothing():
@@ -123,6 +124,23 @@ def test_steps_equal_the_formula():
     assert (piece.param.double().view(shape) - weights).norm() / moved < 0.02
     # By root mean square, a step is as large as AdamW's at the same rate: 0.2 of it.
     assert update.square().mean().sqrt() * 20**0.5 == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_buckets_change_no_bit(dtype: torch.dtype):
+    """Matrices that share a bucket may be multiplied together, and a bucket's size is the user's choice."""
+    shapes = [(64, 64)] * 3 + [(192, 64)] * 2 + [(64, 192)] * 2
+    ends = []
+    for per_bucket in (1, 2, len(shapes)):
+        slices = [one_slice(shape, f"layers.{i}.mlp.up_proj.weight", seed=i) for i, shape in enumerate(shapes)]
+        slices = [
+            ParameterSlice(piece.name, 0, piece.shape, piece.param.to(dtype), piece.grad, piece.grad)
+            for piece in slices
+        ]  # fmt: skip
+        buckets = [slices[start : start + per_bucket] for start in range(0, len(slices), per_bucket)]
+        MixedPrecisionOptimizer(buckets, ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()).step(0.1)
+        ends.append(torch.cat([piece.param for piece in slices]))
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
 def test_scaled_float16_gradients_do_not_vanish():
