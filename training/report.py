@@ -160,7 +160,11 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
         )
     if run.valid_only:
         return lines
-    saved = ckpt.list_checkpoints(out_dir / "ckpt")
+    try:
+        saved = ckpt.list_checkpoints(out_dir / "ckpt")
+    except OSError as error:
+        lines.append(f"go on once {out_dir / 'ckpt'} can be read ({error.strerror}): {_resume_command(context, out_dir)}")
+        return lines
     if saved:
         lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, out_dir)}")
     else:

@@ -15,9 +15,15 @@
 
 They are written by utils/saving.py, and their tensors are read by utils/flat_state.py. What it takes to resume where
 nodes share no file system is in `agree_on_checkpoint` and utils/stores.py.
+
+A checkpoint is *broken* if its files can be read and are not what was written: it is named and passed over. It is
+*unreadable* if the system refused to read them (EIO, ESTALE, EACCES: a disk, a network file system, a mount). That may
+pass: nothing unreadable is ever deleted, and a run that finds nothing else does not start fresh, but ends as a crash,
+which is tried again.
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
@@ -25,29 +31,40 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from utils.files import lock_file, sha256_of_file
+from utils.files import is_passing, lock_file, sha256_of_file
+from utils.reslog import read_reslog
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+RESLOG = "reslog.jsonl"
 RUN_MARK = ".zero2all-run"
 """An empty file in a run directory, by which ranks find out whether they see the same one."""
+_UNKNOWN = "unknown-"
+"""Begins the `save_id` of what has no manifest that says it."""
 REPLACED = ".replaced-"
 """Begins the name of a checkpoint whose step is saved again, until that is done."""
 _ABANDONED, _ABANDONED_KEPT = "abandoned-", 2
-_STEP_DIR = re.compile(r"step-(\d+)")
-
+_STEP_DIR, _SET_ASIDE = re.compile(r"step-(\d+)"), re.compile(rf"{_ABANDONED}step-(\d+)-(\d+)")
+_PAUSES = (0.5, 2.0)
+"""Seconds between tries to read what the system refuses: errors of a moment should cost nothing."""
+_LOCK_PATIENCE = 30.0
+"""Seconds to wait for a run directory that another process holds: a `prune`, or a rank that is dying."""
 
 STOP_FILE = "stop"
 """A file of this name in a run directory asks the run to save and stop."""
+
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,9 @@ class Checkpoint:
     saved_at: float = 0.0
     """Seconds since 1970; 0 if unknown."""
     has_manifest: bool = True
-    """Whether its manifest can be read: else it is of no use."""
+    """Whether its manifest is whole: else it is of no use."""
+    unreadable: str | None = None
+    """What the system said when its manifest was read, if it said no: what it is worth is not known."""
 
     @property
     def step(self) -> int:
@@ -80,6 +99,35 @@ class Retention:
     """Those with the lowest validation loss."""
     keep_every: int = 0
     """Those of steps that are a multiple of this; 0: none."""
+
+    def keeps_for_good(self, step: int) -> bool:
+        return self.keep_every > 0 and step % self.keep_every == 0
+
+
+class Unreadable(OSError):
+    """The system refused to read a checkpoint. Another try may be luckier; what it holds must not be given up."""
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+def _tried_again(read: Callable[[], _Read]) -> _Read:
+    """What `read` returns, tried again after a moment where the system refuses.
+
+    Raises:
+        FileNotFoundError: it is not there; at once.
+        OSError: it still refuses.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError
 
 
 def sealed(manifest: dict) -> dict:
@@ -106,50 +154,85 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
 
     Args:
         weights_only: leave out the files of the optimizer and the comm hook, which are most of the bytes.
+    Raises:
+        Unreadable: the system refused to read one, several times.
     """
+    file = path / MANIFEST
     try:
-        files = _read_manifest(path)["files"]
+        files = _tried_again(lambda: _read_manifest(path))["files"]
         files = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        return "it has no manifest"
+        for name, (expected_size, expected_sha256) in files.items():
+            file = path / name
+            if weights_only and is_state_of_ranks(name):
+                continue
+            size = _tried_again(file.stat).st_size
+            if size != expected_size:
+                return f"{name} holds {size} bytes instead of {expected_size}"
+            if _tried_again(lambda file=file: sha256_of_file(file)) != expected_sha256:
+                return f"{name} does not match its checksum"
+    except (FileNotFoundError, NotADirectoryError):
+        return "it has no manifest" if file.name == MANIFEST else f"{file.name} is missing"
+    except OSError as error:
+        raise Unreadable(error.errno, f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    for name, (expected_size, expected_sha256) in files.items():
-        if weights_only and is_state_of_ranks(name):
-            continue
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        size = file.stat().st_size
-        if size != expected_size:
-            return f"{name} holds {size} bytes instead of {expected_size}"
-        if sha256_of_file(file) != expected_sha256:
-            return f"{name} does not match its checksum"
     return None
 
 
 def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
-    """Committed checkpoints by rising step, unverified; abandoned and unfinished ones are left out."""
-    found = []
-    for path in ckpt_dir.glob("step-*") if ckpt_dir.is_dir() else ():
-        match = _STEP_DIR.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append(_read_checkpoint(path, int(match[1])))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """Committed checkpoints by rising step, unverified; abandoned and unfinished ones are left out.
+
+    One that is being replaced by another save of the same step counts until that one is in its place.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    names = _names_in(ckpt_dir)
+    found = {int(match[1]): name for name in names if (match := _STEP_DIR.fullmatch(name))}
+    for name in names:
+        match = _STEP_DIR.match(name.removeprefix(REPLACED)) if name.startswith(REPLACED) else None
+        if match:
+            found.setdefault(int(match[1]), name)
+    read = (_read_checkpoint(ckpt_dir / name, step) for step, name in sorted(found.items()))
+    return [checkpoint for checkpoint in read if checkpoint is not None]
 
 
-def _read_checkpoint(path: Path, step: int) -> Checkpoint:
-    """What its manifest says; of one that cannot be read, the step alone."""
+def _names_in(directory: Path) -> list[str]:
+    """Names of what is there; none if there is no such directory. (Path.glob and is_dir take a directory that cannot be
+    read for an empty one.)
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return _tried_again(lambda: os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _read_checkpoint(path: Path, step: int) -> Checkpoint | None:
+    """What its manifest says; of one that is broken or unreadable, the step alone. None: it is no directory, or was
+    renamed just now."""
+    nothing = Part(step, None, f"{_UNKNOWN}{step}", 1, (0,), False)
+    try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return Checkpoint(path, nothing, has_manifest=False, unreadable=error.strerror)
     try:
         manifest = _read_manifest(path)
         # Checkpoints of earlier versions lack all but the loss.
         part = Part(
-            step, manifest["valid_loss"], manifest.get("save_id", f"unknown-{step}"), manifest.get("world_size", 1),
+            step, manifest["valid_loss"], manifest.get("save_id", f"{_UNKNOWN}{step}"), manifest.get("world_size", 1),
             tuple(manifest.get("ranks", [0])), manifest.get("sharded", False),
         )  # fmt: skip
         return Checkpoint(path, part, manifest.get("saved_at", 0.0))
-    except (OSError, ValueError, KeyError, TypeError):
-        return Checkpoint(path, Part(step, None, f"unknown-{step}", 1, (0,), False), has_manifest=False)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return Checkpoint(path, nothing, has_manifest=False)
+    except OSError as error:
+        return Checkpoint(path, nothing, has_manifest=False, unreadable=error.strerror)
 
 
 _Scored = TypeVar("_Scored", Checkpoint, Part)
@@ -168,6 +251,8 @@ def choose_checkpoint(
 
     Args:
         which: "last" (greatest step) or "best" (lowest recorded validation loss).
+    Raises:
+        Unreadable: the one to take cannot be read. (An older one in its place would be a choice in silence.)
     """
     checkpoints = {c.part.save_id: c for c in list_checkpoints(ckpt_dir)}
     complaints = []
@@ -184,7 +269,8 @@ def _in_order(parts: Iterable[Part], which: str) -> list[Part]:
     """Those that may be resumed from, the one to try first in front."""
     if which == "best":
         return best_first(parts)
-    return sorted(parts, key=lambda p: -p.step)
+    # Where stores are apart, one may know the save of a step whose manifest another cannot read.
+    return sorted(parts, key=lambda p: (-p.step, p.save_id.startswith(_UNKNOWN)))
 
 
 @dataclass(frozen=True)
@@ -207,32 +293,53 @@ class Chosen:
 def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather) -> tuple[Chosen | None, list[str]]:
     """The checkpoint from which all ranks can resume, and a sentence about each that was passed over. Collective.
 
-    A checkpoint counts where the parts that its stores hold, and whose checksums are right, are the whole.
+    A checkpoint counts where the parts that its stores hold, and whose checksums are right, are the whole. One that is
+    unreadable is passed over like a broken one, so that a bad sector does not end a run. If a second one is, it is the
+    disk or the mount: then it is better to try again than to go back further and further.
 
     Raises:
         ValueError: there are checkpoints, but none to resume from.
+        Unreadable: what there is cannot be read now. On all ranks.
     """
-    own = {c.part.save_id: c for c in list_checkpoints(ckpt_dir)} if place.is_first_of_store else {}
+    own: dict[str, Checkpoint] = {}
+
+    def list_own() -> list[dict]:
+        own.update({c.part.save_id: c for c in list_checkpoints(ckpt_dir)} if place.is_first_of_store else {})
+        refused = [f"{c.path / MANIFEST} cannot be read: {c.unreadable}" for c in own.values() if c.unreadable]
+        if refused and which == "best":
+            raise Unreadable(errno.EIO, f"which checkpoint is the best cannot be told: {'; '.join(refused)}")
+        return [asdict(checkpoint.part) for checkpoint in own.values()]
+
     stores = [[Part(**{**part, "ranks": tuple(part["ranks"])}) for part in parts]
-              for parts in gather([asdict(c.part) for c in own.values()])]  # fmt: skip
+              for parts in _read_on_all(list_own, gather)]  # fmt: skip
     saves = {part.save_id: part for parts in stores for part in parts}
-    complaints = []
+    complaints, unreadable = [], []
     for save in _in_order(saves.values(), which):
         parts = {rank: part for rank, found in enumerate(stores) for part in found if part.save_id == save.save_id}
-        own_problem = find_problem(own[save.save_id].path) if save.save_id in own else None
-        for rank, problem in enumerate(gather(own_problem)):
+        refused = None
+        for rank, (problem, passing) in enumerate(gather(_problem_or_refusal(own.get(save.save_id)))):
             if problem is not None:
                 del parts[rank]
-                complaints.append(f"checkpoint {ckpt_dir / f'step-{save.step}'} is broken and skipped: {problem}"
+                how, refused = ("unreadable", problem) if passing else ("broken", refused)
+                complaints.append(f"checkpoint {ckpt_dir / f'step-{save.step}'} is {how} and skipped: {problem}"
                                   + ("" if place.shared_by_all else f" (on the node of rank {rank})"))  # fmt: skip
         missing = missing_ranks(parts.values())
         if not missing:
             return Chosen(save.step, tuple(parts), save.world_size, save.sharded), complaints
+        if refused is not None:
+            unreadable.append(refused)
+            if len(unreadable) > 1:
+                break
         if parts and not place.shared_by_all:
             complaints.append(
                 f"checkpoint step-{save.step} is skipped: no node holds the optimizer state of ranks "
                 f"{', '.join(map(str, missing))}"
             )
+    if unreadable:
+        raise Unreadable(
+            errno.EIO, f"{'; '.join(unreadable)}: nothing was changed; start again once it can be read, or move what "
+            f"stays unreadable out of {ckpt_dir}"
+        )  # fmt: skip
     if complaints:
         raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
     if saves:
@@ -240,18 +347,47 @@ def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather
     return None, []
 
 
-def lock_run(out_dir: Path) -> BinaryIO:
-    """Claim a run directory for this process, until the returned file is closed or the process ends.
+def _problem_or_refusal(checkpoint: Checkpoint | None) -> tuple[str | None, bool]:
+    """(what is wrong with its files, whether only because the system refused to read them)."""
+    try:
+        return (find_problem(checkpoint.path), False) if checkpoint is not None else (None, False)
+    except Unreadable as error:
+        return str(error), True
+
+
+def _read_on_all(read: Callable[[], object], gather: Gather) -> list:
+    """What `read` returns on every rank, in rank order. Collective.
 
     Raises:
-        ValueError: another process, still alive, trains there.
+        Unreadable: the system refused on a rank. On all ranks.
+    """
+    result = problem = None
+    try:
+        result = read()
+    except OSError as error:
+        problem = str(error)
+    answers = gather([result, problem])
+    for _, problem in answers:
+        if problem is not None:
+            raise Unreadable(errno.EIO, f"{problem}: nothing was changed; start again once it can be read")
+    return [result for result, _ in answers]
+
+
+def lock_run(out_dir: Path, patience_s: float = _LOCK_PATIENCE) -> BinaryIO:
+    """Claim a run directory for this process, until the returned file is closed or the process ends.
+
+    Args:
+        patience_s: how long to wait for a process that holds it.
+    Raises:
+        ValueError: another process, still alive, has it.
     """
     taken = f"another process trains in {out_dir}: stop it first, or choose another --out_dir"
-    return lock_file(out_dir / ".lock", taken)
+    return lock_file(out_dir / ".lock", taken, patience_s)
 
 
-_NOT_OF_A_RUN_YET = ("exit", "monitor", SEEN_MARK)
-"""How names begin that a refused launch, the monitor, or ranks that look for each other leave in a directory."""
+_NOT_OF_A_RUN_YET = ("exit", "monitor", SEEN_MARK, STOP_FILE, "lost+found", ".nfs", ".snapshot")
+"""How names begin that a refused launch, the monitor, ranks that look for each other, who asks a run to stop, or a file
+system leave in a directory."""
 
 
 def prepare_run(out_dir: Path) -> None:
@@ -259,15 +395,25 @@ def prepare_run(out_dir: Path) -> None:
 
     Raises:
         ValueError: it cannot be written, or holds something else.
+        OSError: it cannot be written now (a full disk).
     """
-    if out_dir.is_dir() and not (out_dir / RUN_MARK).exists():
-        if not all(path.name.startswith(_NOT_OF_A_RUN_YET) for path in out_dir.iterdir()):
-            raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
     try:
-        (out_dir / "ckpt").mkdir(parents=True, exist_ok=True)
-        (out_dir / RUN_MARK).write_text("")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if not (out_dir / RUN_MARK).exists():
+            if not all(map(_may_precede_a_run, out_dir.iterdir())):
+                raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
+            # Before anything else: who is killed in between must find his own directory again.
+            (out_dir / RUN_MARK).touch()
+        (out_dir / "ckpt").mkdir(exist_ok=True)
     except OSError as error:
+        if is_passing(error):
+            raise
         raise ValueError(f"--out_dir {out_dir} cannot be written: {error.strerror}") from None
+
+
+def _may_precede_a_run(path: Path) -> bool:
+    # Earlier versions made an empty `ckpt` before the mark.
+    return path.name.startswith(_NOT_OF_A_RUN_YET) or (path.name == "ckpt" and path.is_dir() and not os.listdir(path))
 
 
 def open_run(
@@ -278,17 +424,35 @@ def open_run(
     Returns:
         the checkpoint (None: start fresh), and remarks for the user.
     Raises:
-        ValueError: it holds checkpoints and `resume` is off; none of them is whole. On all ranks.
+        ValueError: it holds checkpoints and `resume` is off; none of them is whole; those that its log names are
+            missing. On all ranks.
+        Unreadable: what there is cannot be read now. On all ranks.
     """
     ckpt_dir = out_dir / "ckpt"
-    if not resume:
-        if any(gather(bool(list_checkpoints(ckpt_dir)))):
-            raise ValueError(f"{out_dir} already holds a run: add --resume to go on, or choose another --out_dir")
-        return None, []
-    chosen, remarks = agree_on_checkpoint(ckpt_dir, which, place, gather)
-    if chosen is None:
-        remarks = [f"no checkpoint in {out_dir}: starting fresh"]
-    return chosen, remarks
+    if resume:
+        chosen, remarks = agree_on_checkpoint(ckpt_dir, which, place, gather)
+        if chosen is not None:
+            return chosen, remarks
+    elif any(_read_on_all(lambda: bool(list_checkpoints(ckpt_dir)), gather)):
+        raise ValueError(f"{out_dir} already holds a run: add --resume to go on, or choose another --out_dir")
+    saved = next(filter(None, _read_on_all(lambda: _last_save(out_dir / RESLOG), gather)), None)
+    if saved is not None:
+        raise ValueError(
+            f"{ckpt_dir} is empty, but {out_dir / RESLOG} says that {saved} was saved: bring it back (is a disk not "
+            f"mounted?) and give --resume, or choose another --out_dir to begin anew"
+        )
+    return None, [f"no checkpoint in {out_dir}: starting fresh"] if resume else []
+
+
+def _last_save(reslog: Path) -> str | None:
+    """Name of the last checkpoint that the run's log says was saved."""
+    try:
+        # (os.path.exists takes a file that cannot be looked at for one that is not there.)
+        _tried_again(lambda: os.stat(reslog))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    saves = [record for record in read_reslog(reslog) if record["name"] == "save"]
+    return f"step-{saves[-1]['step']}" if saves else None
 
 
 def resolve_checkpoint_dir(path: Path) -> Path:
@@ -328,34 +492,86 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
     return renamed
 
 
-def doomed_by(retention: Retention, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Those of `checkpoints` (by rising step) that need not stay, broken ones among them."""
-    everything, checkpoints = checkpoints, [c for c in checkpoints if c.has_manifest]
-    newest = checkpoints[::-1][: retention.keep_last]
-    kept = {c.path for c in [*newest, *best_first(checkpoints)[: retention.keep_best]]}
-    if retention.keep_every:
-        kept |= {c.path for c in checkpoints if c.step % retention.keep_every == 0}
-    return [c for c in everything if c.path not in kept]
+def doomed_by(
+    retention: Retention, checkpoints: Sequence[Checkpoint], just_saved: int | None = None
+) -> list[Checkpoint]:
+    """Those of `checkpoints` (by rising step) that need not stay.
+
+    An unreadable one stays, whatever it is. A broken one goes once there are as many whole ones after it as are kept.
+
+    Args:
+        just_saved: this step stays, too.
+    """
+    whole = [c for c in checkpoints if c.has_manifest]
+    newest = whole[::-1][: retention.keep_last]
+    kept = {c.path for c in [*newest, *best_first(whole)[: retention.keep_best]]}
+    enough_from = min((c.step for c in newest), default=0) if len(newest) == retention.keep_last else -1
+
+    def must_stay(c: Checkpoint) -> bool:
+        if not c.has_manifest:
+            return c.unreadable is not None or c.step > enough_from
+        return c.path in kept or c.step == just_saved or retention.keeps_for_good(c.step)
+
+    return [c for c in checkpoints if not must_stay(c)]
 
 
-def prune(ckpt_dir: Path, retention: Retention) -> None:
-    """Delete the checkpoints that need not stay, and all but the newest of those that were set aside."""
-    for checkpoint in doomed_by(retention, list_checkpoints(ckpt_dir)):
+def prune(ckpt_dir: Path, retention: Retention, just_saved: int | None = None) -> None:
+    """Delete the checkpoints that need not stay, and all but the newest of those that were set aside. What cannot be
+    read is not deleted, nor is what was to be kept for good, when it was set aside.
+
+    Args:
+        just_saved: this step stays.
+    Raises:
+        OSError: something cannot be read or deleted now.
+    """
+    for checkpoint in doomed_by(retention, list_checkpoints(ckpt_dir), just_saved):
         # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.
         os.replace(checkpoint.path, checkpoint.path.with_name(f".old-{checkpoint.path.name}"))
-    for path in sorted(ckpt_dir.glob(f"{_ABANDONED}*"), key=lambda path: path.stat().st_ctime)[:-_ABANDONED_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
-    _delete(ckpt_dir, ".old-*", f"{REPLACED}*")
+    aside = [match for name in _names_in(ckpt_dir) if (match := _SET_ASIDE.fullmatch(name))]
+    aside = [match for match in aside if not retention.keeps_for_good(int(match[1]))]
+    for match in sorted(aside, key=lambda match: (int(match[2]), int(match[1])))[:-_ABANDONED_KEPT]:
+        if _can_be_read(ckpt_dir / match[0]):
+            shutil.rmtree(ckpt_dir / match[0], ignore_errors=True)
+    _delete(ckpt_dir, ".old-*")
+    _settle_replaced(ckpt_dir)
+
+
+def prune_or_warn(ckpt_dir: Path, retention: Retention, just_saved: int | None = None) -> None:
+    """As `prune`, where a deletion that does not work now is no reason to end a run."""
+    try:
+        prune(ckpt_dir, retention, just_saved)
+    except OSError as error:
+        logger.warning("older checkpoints cannot be deleted: %s", error)
+
+
+def _can_be_read(checkpoint: Path) -> bool:
+    """Whether the system lets all of it be read, whole or broken: an unreadable one was set aside in the hope that it
+    will be readable again."""
+    try:
+        find_problem(checkpoint)
+    except Unreadable:
+        return False
+    return True
 
 
 def delete_leftovers(ckpt_dir: Path) -> None:
     """Delete what killed saves, deletions and launches left; nobody may be writing here. A checkpoint whose successor
     of the same step did not come to its place goes back there."""
-    for path in ckpt_dir.glob(f"{REPLACED}*"):
-        match = _STEP_DIR.match(path.name.removeprefix(REPLACED))
-        if match and not (ckpt_dir / match[0]).exists():
-            os.replace(path, ckpt_dir / match[0])
-    _delete(ckpt_dir, ".old-*", f"{REPLACED}*", ".tmp-step-*", ".fetched-*")
+    _settle_replaced(ckpt_dir)
+    _delete(ckpt_dir, ".old-*", ".tmp-step-*", ".fetched-*")
+
+
+def _settle_replaced(ckpt_dir: Path) -> None:
+    """Delete the checkpoints whose successor of the same step is in its place; bring back the others."""
+    for name in _names_in(ckpt_dir):
+        match = _STEP_DIR.match(name.removeprefix(REPLACED)) if name.startswith(REPLACED) else None
+        if match is None:
+            continue
+        successor = _read_checkpoint(ckpt_dir / match[0], int(match[1]))
+        if successor is None:
+            os.replace(ckpt_dir / name, ckpt_dir / match[0])
+        elif successor.has_manifest:
+            shutil.rmtree(ckpt_dir / name, ignore_errors=True)
 
 
 def _delete(directory: Path, *patterns: str) -> None:
@@ -387,6 +603,8 @@ def _age(seconds: float) -> str:
 
 
 def _line(checkpoint: Checkpoint) -> str:
+    if checkpoint.unreadable:
+        return f"{checkpoint.path.name:<14} cannot be read: {checkpoint.unreadable}"
     size = sum(path.stat().st_size for path in checkpoint.path.iterdir())
     loss = f"{checkpoint.valid_loss:.4f}" if checkpoint.valid_loss is not None else "-"
     age = f"{_age(time.time() - checkpoint.saved_at)} ago" if checkpoint.saved_at else "-"
@@ -405,14 +623,18 @@ def _list_command(checkpoints: list[Checkpoint]) -> int:
 def _verify_command(checkpoints: list[Checkpoint]) -> int:
     broken = 0
     for checkpoint in checkpoints:
-        problem = find_problem(checkpoint.path)
+        try:
+            problem = find_problem(checkpoint.path)
+            verdict = "ok" if problem is None else f"BROKEN: {problem}"
+        except Unreadable as error:
+            problem = verdict = f"UNREADABLE: {error}"
         broken += problem is not None
-        print(f"{_line(checkpoint)}  {'ok' if problem is None else f'BROKEN: {problem}'}", flush=True)
+        print(f"{_line(checkpoint)}  {verdict}", flush=True)
     return 1 if broken else 0
 
 
 def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retention, dry_run: bool) -> int:
-    lock = None if dry_run else lock_run(run)
+    lock = None if dry_run else lock_run(run, patience_s=0)
     doomed = doomed_by(retention, checkpoints)
     for checkpoint in doomed:
         print(f"{'would delete' if dry_run else 'deleting'} {_line(checkpoint)}")
@@ -446,8 +668,8 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
     args = parser.parse_args(argv)
     run = Path(args.run)
-    checkpoints = list_checkpoints(run / "ckpt")
     try:
+        checkpoints = list_checkpoints(run / "ckpt")
         if not (run / "ckpt").is_dir():
             raise ValueError(f"{run} is no run directory: it has no ckpt folder")
         if args.command == "prune":

@@ -1,11 +1,29 @@
 """Files that are either whole or absent: write under a temporary name, flush, rename."""
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
+
+_PASSING = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY,
+    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+})  # fmt: skip
+_LOCK_POLL_S = 0.1
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether the same call may work later without anybody changing the command: a full disk, a network file system
+    that is away. (A missing file or a folder without permission is somebody's mistake.)"""
+    return error.errno in _PASSING
 
 
 def fsync_dir(directory: Path) -> None:
@@ -40,19 +58,27 @@ def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
     atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), durable)
 
 
-def lock_file(path: Path, taken: str) -> BinaryIO:
+def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
     """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends.
 
+    Args:
+        patience_s: how long to wait while another process holds it: one that is dying may need a moment to let go.
     Raises:
         ValueError: another process, still alive, holds it; `taken` is the message.
     """
-    file = open(path, "ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(taken) from None
-    return file
+    file, deadline, said = open(path, "ab"), time.monotonic() + patience_s, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise ValueError(taken) from None
+        if not said:
+            logger.warning("%s is held by another process: waiting up to %.0f s for it", path, patience_s)
+            said = True
+        time.sleep(_LOCK_POLL_S)
 
 
 def sha256_of_file(path: Path, start: int = 0, end: int | None = None) -> str:

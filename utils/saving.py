@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint import MANIFEST, REPLACED, Retention, prune, sealed
+from utils.checkpoint import MANIFEST, REPLACED, Retention, prune_or_warn, sealed
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.flat_state import flat_key
 from utils.stores import Place
@@ -387,15 +387,9 @@ class CheckpointSaver:
         if error is not None and not isinstance(error, (OSError, SafetensorError)):
             raise error
         if not problems and self._place.is_first_of_store:
-            self._thread.submit(self._prune)
+            self._thread.submit(prune_or_warn, self._ckpt_dir, self.retention, writer.step)
         problem = "; ".join(problems) or None
         return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem)
-
-    def _prune(self) -> None:
-        try:
-            prune(self._ckpt_dir, self.retention)
-        except OSError as error:
-            logger.warning("older checkpoints cannot be deleted: %s", error)
 
     def close(self) -> None:
         """Let a save that is in flight finish, unless parts of other ranks are missing and do not come."""

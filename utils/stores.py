@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.files import is_passing
+
 Gather = Callable[[object], list]
 """Collective: every rank's JSON-like value, in rank order, on every rank."""
 
@@ -41,13 +43,14 @@ def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Pla
 
     Raises:
         ValueError: `out_dir` cannot be written; on all ranks.
+        OSError: it cannot be written now (a full disk); on all ranks.
     """
     problem, mark = None, out_dir / f"{SEEN_MARK}{rank}-{secrets.token_hex(8)}"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         mark.touch()
     except OSError as error:
-        problem = f"--out_dir {out_dir} cannot be written: {error.strerror}"
+        problem = [f"--out_dir {out_dir} cannot be written: {error.strerror}", error.errno if is_passing(error) else 0]
     problems = gather(problem)
     names = gather(mark.name)
     # The next gather ends only when all have looked. (Path.exists would raise where the directory may not be searched.)
@@ -55,8 +58,8 @@ def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Pla
     gather(None)
     if problem is None:
         mark.unlink(missing_ok=True)
-    if any(problems):
-        raise ValueError(next(filter(None, problems)))
+    for sentence, passing in filter(None, problems):
+        raise OSError(passing, sentence) if passing else ValueError(sentence)
     return Place(rank, world_size, tuple(seen))
 
 

@@ -1,6 +1,13 @@
-"""Checkpoints are whole or not there; broken ones are named and passed over."""
+"""Checkpoints are whole or not there; broken ones are named and passed over, unreadable ones kept."""
 
+import builtins
+import errno
+import io
 import json
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,8 +16,9 @@ import torch
 from utils import checkpoint as ckpt
 from utils.checkpoint import Retention, choose_checkpoint, find_problem, list_checkpoints
 from utils.flat_state import load_flat_state
+from utils.reslog import ResLog
 from utils.saving import CheckpointWriter
-from utils.stores import Place
+from utils.stores import Place, find_place
 
 PLACES = [Place(rank, 2, (0, 1)) for rank in range(2)]
 
@@ -31,6 +39,40 @@ def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
 
 def alone(value: object) -> list:
     return [value]
+
+
+Refuse = Callable[..., None]
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """refuse(part of a path, errno, times=None): from now on the system refuses to open, list or look at such paths, so
+    many times. Without arguments: no more."""
+    monkeypatch.setattr(ckpt, "_PAUSES", (0.0, 0.0))
+    refused: dict[str, list] = {}
+
+    def guarded(call: Callable) -> Callable:
+        def refusing(path: object, *arguments: object, **options: object) -> object:
+            for part, left in refused.items():
+                if part in str(path) and left[1] > 0:
+                    left[1] -= 1
+                    raise OSError(left[0], os.strerror(left[0]), str(path))
+            return call(path, *arguments, **options)
+
+        return refusing
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "listdir"), (os, "stat"), (os, "scandir")):
+        monkeypatch.setattr(module, name, guarded(getattr(module, name)))
+
+    def start(part: str = "", code: int = 0, times: float = float("inf")) -> None:
+        refused.clear()
+        if part:
+            refused[part] = [code, times]
+
+    return start
+
+
+READ_ERRORS = pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 
 
 def open_run(out_dir: Path, resume: bool, which: str) -> tuple[ckpt.Chosen | None, list[str]]:
@@ -149,7 +191,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
 def test_a_run_directory_belongs_to_one_process(tmp_path: Path):
     lock = ckpt.lock_run(tmp_path)
     with pytest.raises(ValueError, match="another process trains in"):
-        ckpt.lock_run(tmp_path)
+        ckpt.lock_run(tmp_path, patience_s=0.2)
     lock.close()
     ckpt.lock_run(tmp_path).close()
 
@@ -219,3 +261,185 @@ def test_resolve_checkpoint_dir(tmp_path: Path):
     (path / "manifest.json").write_text(json.dumps(ckpt.sealed(manifest)))
     with pytest.raises(ValueError, match="checksum"):
         ckpt.resolve_checkpoint_dir(path)
+
+
+@READ_ERRORS
+def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: Path, refuse: Refuse, code: int):
+    ckpt.prepare_run(tmp_path)
+    for step in (1, 2, 3):
+        save(tmp_path / "ckpt", step, valid_loss=float(step))
+    there = sorted(os.listdir(tmp_path / "ckpt"))
+    for part in ("manifest.json", "optim-1.safetensors", "/ckpt"):
+        refuse(part, code)
+        for which in ("last", "best"):
+            with pytest.raises(ckpt.Unreadable, match=os.strerror(code)):
+                open_run(tmp_path, True, which)
+        with pytest.raises((ckpt.Unreadable, ValueError), match=f"{os.strerror(code)}|add --resume"):
+            open_run(tmp_path, False, "last")
+        refuse("manifest.json", code)
+        ckpt.prune_or_warn(tmp_path / "ckpt", Retention(1, 1), just_saved=3)
+        refuse()
+        assert sorted(os.listdir(tmp_path / "ckpt")) == there
+    assert open_run(tmp_path, True, "last")[0].step == 3
+
+
+@READ_ERRORS
+def test_a_read_error_of_a_moment_costs_nothing(tmp_path: Path, refuse: Refuse, code: int):
+    ckpt.prepare_run(tmp_path)
+    for step in (1, 2):
+        save(tmp_path / "ckpt", step)
+    for part in ("step-2/optim-0.safetensors", "step-2/manifest.json", "/ckpt"):
+        refuse(part, code, 2)
+        assert (open_run(tmp_path, True, "last")[0].step, open_run(tmp_path, True, "last")[1]) == (2, [])
+
+
+def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path, refuse: Refuse):
+    """Going back further and further is no answer to a mount that is away."""
+    ckpt.prepare_run(tmp_path)
+    home = tmp_path / "ckpt"
+    for step in (1, 2, 3):
+        save(home, step)
+    refuse("step-3/optim-0.safetensors", errno.EIO)
+    chosen, (remark,) = open_run(tmp_path, True, "last")
+    assert chosen.step == 2 and "step-3 is unreadable and skipped" in remark
+    ckpt.abandon_later(home, 2)
+    refuse("abandoned-step-3", errno.EIO)
+    for step in (4, 5, 6):
+        save(home, step)
+        ckpt.abandon_later(home, 3)
+    ckpt.prune(home, Retention(2, 0))
+    aside = {path.name.rpartition("-")[0] for path in home.glob("abandoned-*")}
+    assert aside == {"abandoned-step-3", "abandoned-step-5", "abandoned-step-6"}
+    for step in (3, 4):
+        save(home, step)
+    refuse("safetensors", errno.EIO)
+    with pytest.raises(ckpt.Unreadable, match="step-4.*step-3.*move what stays unreadable out of"):
+        open_run(tmp_path, True, "last")
+
+
+def test_a_read_error_on_one_store_stops_all_ranks(tmp_path: Path, refuse: Refuse):
+    for node in ("a", "b"):
+        ckpt.prepare_run(tmp_path / node)
+    refuse("/b/ckpt", errno.EIO)
+    meeting, values = threading.Barrier(2), [None, None]
+
+    def work(rank: int) -> str:
+        def gather(value: object) -> list:
+            values[rank] = value
+            meeting.wait(20)
+            gathered = list(values)
+            meeting.wait(20)
+            return gathered
+
+        try:
+            ckpt.open_run(tmp_path / "ab"[rank], True, "last", Place(rank, 2, (rank,)), gather)
+        except ckpt.Unreadable as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [os.strerror(errno.EIO) in answer for answer in pool.map(work, (0, 1))] == [True, True]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_no_fresh_start_where_a_saved_checkpoint_is_missing(tmp_path: Path, resume: bool):
+    ckpt.prepare_run(tmp_path)
+    log = ResLog(tmp_path / "reslog.jsonl")
+    log.write("start", step=0)
+    log.write("train", step=1)
+    # Killed before its first save: nothing is missing.
+    assert open_run(tmp_path, resume, "last")[0] is None
+    log.write("save", step=2, path="step-2")
+    with pytest.raises(ValueError, match="is empty, but .*reslog.jsonl says that step-2 was saved: bring it back"):
+        open_run(tmp_path, resume, "last")
+    log.close()
+
+
+def test_a_broken_checkpoint_goes_only_when_newer_ones_are_whole(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in (1, 3):
+        (tmp_path / f"step-{step}" / "manifest.json").write_text("garbage")
+    ckpt.prune(tmp_path, Retention(2, 0))
+    assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3, 4]
+
+
+def test_the_one_just_saved_stays(tmp_path: Path):
+    """Whatever else lies there under greater numbers."""
+    for step in (4, 8, 9):
+        save(tmp_path, step)
+    ckpt.prune(tmp_path, Retention(2, 0), just_saved=4)
+    assert [c.step for c in list_checkpoints(tmp_path)] == [4, 8, 9]
+    ckpt.prune(tmp_path, Retention(2, 0))
+    assert [c.step for c in list_checkpoints(tmp_path)] == [8, 9]
+
+
+def test_what_is_kept_for_good_is_not_deleted_when_it_is_set_aside(tmp_path: Path):
+    for step in range(1, 13):
+        save(tmp_path, step)
+    ckpt.abandon_later(tmp_path, 3)
+    ckpt.prune(tmp_path, Retention(2, 2, keep_every=5))
+    aside = {path.name.rpartition("-")[0] for path in tmp_path.glob("abandoned-*")}
+    assert {"abandoned-step-5", "abandoned-step-10"} < aside and len(aside) == 4
+
+
+def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
+    """A monitor that looks in this moment, or after a death in it, must not take the run for a new one."""
+    path = save(tmp_path, 2)
+    path.rename(tmp_path / ".replaced-step-2-x")
+    assert [(c.step, c.path.name) for c in list_checkpoints(tmp_path)] == [(2, ".replaced-step-2-x")]
+    assert choose_checkpoint(tmp_path)[0].step == 2
+    save(tmp_path, 2)
+    assert [c.path.name for c in list_checkpoints(tmp_path)] == ["step-2"]
+    (tmp_path / "step-2" / "manifest.json").write_text("garbage")
+    ckpt.delete_leftovers(tmp_path)
+    assert (tmp_path / ".replaced-step-2-x").is_dir(), "the whole one of the two was deleted"
+
+
+def test_a_lock_that_is_let_go_of_in_time_is_taken(tmp_path: Path):
+    """A prune, or a rank that is dying."""
+    lock = ckpt.lock_run(tmp_path)
+    threading.Timer(0.2, lock.close).start()
+    ckpt.lock_run(tmp_path, patience_s=20).close()
+
+
+@pytest.mark.parametrize("before", [["lost+found"], ["ckpt"], ["exit", "stop"], [".snapshot", "monitor", ".nfs0001"]])
+def test_a_directory_that_holds_nothing_of_others_is_taken(tmp_path: Path, before: list[str]):
+    for name in before:
+        (tmp_path / name).mkdir()
+    ckpt.prepare_run(tmp_path)
+    assert (tmp_path / ckpt.RUN_MARK).exists()
+
+
+def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed after any of its steps, the next start finds its own directory again."""
+    made: list[str] = []
+    mkdir = Path.mkdir
+
+    def note(self: Path, *arguments: object, **options: object) -> None:
+        made.append(self.name)
+        assert self.name != "ckpt" or (tmp_path / "run" / ckpt.RUN_MARK).exists()
+        mkdir(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", note)
+    ckpt.prepare_run(tmp_path / "run")
+    assert made[-1] == "ckpt"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other things than a run"):
+        ckpt.prepare_run(tmp_path / "other")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    def refuse_to_make(self: Path, *_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", refuse_to_make)
+    monkeypatch.setattr(Path, "touch", refuse_to_make)
+    with pytest.raises(OSError, match=os.strerror(code)):
+        ckpt.prepare_run(tmp_path / "run")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        find_place(tmp_path / "run", 0, 1, alone)
