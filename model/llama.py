@@ -72,6 +72,8 @@ class Block(nn.Module):
         self.self_attn = Attention(config, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
+        self.checkpoint_options: dict[str, object] | None = None
+        """Given: while it trains, the block is a checkpoint by itself, see `Llama.compile_blocks`."""
 
     def forward(
         self,
@@ -92,29 +94,50 @@ class Block(nn.Module):
         Args:
             to_add_BTC: from the block before, whose dropout has `key_before`; None: it is in h.
         """
+        inputs = (h_BTC, to_add_BTC, rope, mask, cache, cache_length, key, key_before, documents, starts)
+        if self.checkpoint_options is not None and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, *inputs, **self.checkpoint_options)
+        return self._forward(*inputs)
+
+    def _forward(
+        self, h_BTC: Tensor, to_add_BTC: Tensor | None, rope: tuple[Tensor, Tensor], mask: Tensor | None,
+        cache: LayerCache | None, cache_length: int, key: DropoutKey | None, key_before: DropoutKey | None,
+        documents: list[list[int]] | None, starts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         h_BTC, x_BTC = self.input_layernorm(h_BTC, to_add_BTC, self.dropout, key_before, FEED_FORWARD_OUTPUT)
         attended = self.self_attn(x_BTC, rope, mask, cache, cache_length, key, documents, starts)
         h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended, self.dropout, key, ATTENTION_OUTPUT)
         return h_BTC, self.mlp(x_BTC)
 
 
+_KEPT = frozenset({
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_scaled_mm_v2",
+    "aten::_grouped_mm", "aten::_scaled_grouped_mm",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward", "aten::_efficient_attention_forward", "aten::_cudnn_attention_forward",
+    "torch_attn::_varlen_attn", "zero2all::blocked_attention",
+    "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
+    "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_cutlass",
+})  # fmt: skip
+"""Operators that multiply matrices or attend, by name: the packages of some need not be there."""
+
+
+def _keep_matmuls(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
+    name, _, overload = operator.name().partition(".")
+    # A result that is written into somebody else's memory would be found there only the first time.
+    kept = name in _KEPT and not overload.endswith("out")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _checkpoint_options(keeps: str) -> dict[str, object]:
     """For torch.utils.checkpoint: which outputs are not computed again."""
-    if keeps == "nothing":
-        return {}
-    aten = torch.ops.aten
-    kept = {
-        aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.zero2all.blocked_attention.default,
-    }  # fmt: skip
-    if hasattr(torch.ops, "torch_attn") and hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        kept.add(torch.ops.torch_attn._varlen_attn.default)
-
-    def policy(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    # No generator state to preserve: dropout is a function of its key.
+    options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
+    if keeps == "matmuls":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    return options
 
 
 class KVCache:
@@ -145,12 +168,20 @@ class Llama(nn.Module):
             gradient_checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
             checkpoint_keeps: "matmuls" keeps the outputs of matrix multiplications and attention, too, and computes
                 again only what is cheap (selective recomputation: Korthikanti et al., MLSys 2023).
+
+        Raises:
+            ValueError: the configuration is not resolved, or checkpoint_keeps has nothing to act on.
         """
         super().__init__()
         if not config.vocab_size or not config.max_position_embeddings:
             raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
+        if checkpoint_keeps != "nothing" and not gradient_checkpointing:
+            raise ValueError(
+                f"--checkpoint_keeps={checkpoint_keeps} says what --gradient_checkpointing keeps: add that, or give "
+                f"--checkpoint_keeps=nothing"
+            )
         self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
-        self._checkpoint_options = _checkpoint_options(checkpoint_keeps)
+        self._checkpoint_keeps, self._checkpoint_options = checkpoint_keeps, _checkpoint_options(checkpoint_keeps)
         # Dropped weights need all of them.
         self.attends_by_document = not (config.attention_dropout or ops.is_plain)
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
@@ -168,6 +199,10 @@ class Llama(nn.Module):
         # They would be built anew for every other cut of the rows.
         self.attends_by_document = False
         for block in self.layers:
+            if self.gradient_checkpointing and self._checkpoint_keeps == "matmuls":
+                # Inside of what is compiled: from outside, a compiled block is one operation, whose matmuls write into
+                # memory of its own, and there is nothing to keep.
+                block.checkpoint_options = self._checkpoint_options
             block.compile(**options)
         self._compiled_parameters = list(self.layers.parameters())
 
@@ -238,22 +273,22 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor, DropoutKey | None]:  # fmt: skip
         """(h, what is to be added to it, the dropout key of that)."""
         to_add_BTC = layer_key = None
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
             layer_cache = cache.layers[index] if cache is not None else None
             key_before, layer_key = layer_key, dropout_key.for_layer(index) if dropout_key is not None else None
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            run = block
+            if recomputes:
                 if to_add_BTC is not None:
                     # One tensor that stays instead of two.
                     h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
-                # No generator state to preserve: dropout is a function of its key.
-                h_BTC, to_add_BTC = checkpoint(
-                    block, h_BTC, None, rope, mask, layer_cache, past, layer_key, None, documents, starts,
-                    use_reentrant=False, preserve_rng_state=False, **self._checkpoint_options,
-                )  # fmt: skip
-            else:
-                h_BTC, to_add_BTC = block(
-                    h_BTC, to_add_BTC, rope, mask, layer_cache, past, layer_key, key_before, documents, starts
-                )
+                    to_add_BTC = None
+                key_before = None
+                if block.checkpoint_options is None:
+                    run = partial(checkpoint, block, **self._checkpoint_options)
+            h_BTC, to_add_BTC = run(
+                h_BTC, to_add_BTC, rope, mask, layer_cache, past, layer_key, key_before, documents, starts
+            )
         return h_BTC, to_add_BTC, layer_key
 
     def logits(self, hidden: Tensor) -> Tensor:

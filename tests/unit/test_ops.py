@@ -2,14 +2,19 @@
 
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch.utils.checkpoint import CheckpointPolicy
 
 from model import Llama, LlamaConfig
 from model.attention import causal_mask, document_starts, implementation
 from model.dropout import DropoutKey
+from model.llama import _keep_matmuls
 from model.merged_linear import merged_linear, merged_linear_reference
 from model.ops import CHOICES, REFERENCE, build_ops, choose_ops
 from optimizer import choose_kernel
@@ -62,8 +67,8 @@ def test_a_gpu_uses_triton_and_varlen(monkeypatch):
     assert set(choose_ops("reference", {}, CUDA, torch.bfloat16).values()) == {"reference", "sdpa"}
 
 
-def run(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **options):
-    """(loss, gradients) of a model in training."""
+def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **options):
+    """(model in training, its loss as a function)."""
     config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": dropout})
     model = Llama(config, ops=ops, **options)
     model.initialize(3)
@@ -72,7 +77,17 @@ def run(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **opti
     ids, labels = (torch.randint(97, (2, 24), generator=generator) for _ in range(2))
     key = DropoutKey(7, torch.tensor([5, 6])) if dropout else None
     starts = document_starts(documents) if documents is not None and model.wants_document_starts else None
-    loss = model.loss_sum(model(ids, None, documents, dropout_key=key, document_starts=starts), labels)
+    return model, lambda: model.loss_sum(
+        model(ids, None, documents, dropout_key=key, document_starts=starts), labels
+    )
+
+
+def run(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, backend: Callable | None = None, **options):
+    """(loss, gradients) of a model in training, whose blocks are compiled if there is a backend for that."""
+    model, step = trained(ops, dropout, documents, **options)
+    if backend is not None:
+        model.compile_blocks(backend=backend)
+    loss = step()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -115,6 +130,77 @@ def test_selective_recomputation_keeps_matmuls():
             run(REFERENCE, **options)
         counts[keeps] = count.matmuls
     assert counts["matmuls"] == counts["all"] and counts["nothing"] == counts["all"] + 6 * 3
+
+
+class WritesIntoOwnMemory:
+    """A backend as inductor is, without its half minute in a C++ compiler: its partition of the passes, and matmuls
+    that write into memory of the graph."""
+
+    def __init__(self):
+        self.matmuls = 0
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
+        return aot_module_simplified(
+            module, inputs, fw_compiler=self.compile, partition_fn=min_cut_rematerialization_partition
+        )
+
+    def compile(self, graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        backend = self
+
+        class Run(torch.fx.Interpreter):
+            def call_function(self, target, args, kwargs):
+                if target is torch.ops.aten.mm.default:
+                    backend.matmuls += 1
+                    return torch.mm(*args, out=args[0].new_empty(len(args[0]), args[1].shape[1]))
+                return super().call_function(target, args, kwargs)
+
+        return make_boxed_func(Run(graph).run)
+
+
+def test_selective_recomputation_keeps_matmuls_of_compiled_blocks():
+    """Counted by the backend: a block has seven matmuls forward and fourteen backward, and no more are done."""
+    torch._dynamo.reset()
+    backend = WritesIntoOwnMemory()
+    found = run(REFERENCE, backend=backend, gradient_checkpointing=True, checkpoint_keeps="matmuls")
+    assert_alike(run(REFERENCE), found, 1e-5)
+    assert backend.matmuls == 3 * (7 + 14)
+
+
+def test_what_to_keep_is_refused_where_all_is_kept():
+    with pytest.raises(ValueError, match="--checkpoint_keeps=matmuls says what --gradient_checkpointing keeps"):
+        Llama(CONFIG, checkpoint_keeps="matmuls")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+def test_selective_recomputation_keeps_what_inductor_multiplies(attention: str):
+    ops, counts = build_ops(dict(REFERENCE.names) | {"attention": attention}), {}
+    for keeps in ("nothing", "matmuls"):
+        torch._dynamo.reset()
+        # The first step compiles.
+        model, step = trained(ops, gradient_checkpointing=True, checkpoint_keeps=keeps)
+        model.compile_blocks()
+        step().backward()
+        loss = step()
+        with torch.autograd.profiler.profile() as profile:
+            loss.backward()
+        counts[keeps] = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+    assert counts == {"nothing": 3 * (7 + 14) + 2, "matmuls": 3 * 14 + 2}
+
+
+@pytest.mark.parametrize(
+    ("operator", "kept"),
+    [
+        (torch.ops.aten.mm.default, True), (torch.ops.aten.mm.dtype, True), (torch.ops.aten.addmm.default, True),
+        (torch.ops.aten.bmm.default, True), (torch.ops.aten._scaled_mm.default, True),
+        (torch.ops.aten._scaled_dot_product_flash_attention.default, True),
+        # What is kept of it would be memory that others write to.
+        (torch.ops.aten.mm.out, False), (torch.ops.aten.mm.dtype_out, False), (torch.ops.aten.mul.Tensor, False),
+        (torch.ops.higher_order.wrap, False),
+    ],
+)  # fmt: skip
+def test_what_selective_recomputation_keeps(operator, kept: bool):
+    assert (_keep_matmuls(None, operator) == CheckpointPolicy.MUST_SAVE) == kept
 
 
 def test_losses_in_chunks_equal_whole_ones():
