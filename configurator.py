@@ -236,6 +236,8 @@ class ParallelConfig:
     """Zero a bucket's gradients right after that step."""
     check_for_nan_in_grad: bool = False
     """Look into every bucket, and stop with the parameters' names at a non-finite gradient (fp16: the scaler's job)."""
+    replica_check_interval: int = 100
+    """Steps between comparisons of the weights of all ranks, also made before each save; 0: none."""
     dist_timeout: float = 600.0
     """Seconds after which a collective that hangs is an error."""
 
@@ -515,7 +517,7 @@ def _check(config: Config) -> None:
         if flat[name] <= 0:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "save_interval_minutes", "keep_best", "keep_every", "valid_interval",
-                 "valid_iters", "num_workers", "grad_clip",
+                 "valid_iters", "num_workers", "grad_clip", "replica_check_interval",
                  "weight_decay", "learning_rate", "muon_lr_ratio", "adam_eps", "num_threads", "bucket_size", "seed",
                  "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
                  "powerSGD_log_interval", "resume_at_sample"):  # fmt: skip

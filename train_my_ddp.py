@@ -29,6 +29,7 @@ from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_bat
 from optimizer import StepResult
 from parallel import DistContext, DistributedDataParallel, destroy_context, init_context
 from parallel.context import exit_record_dir, launch_token, launched_rank, launched_world_size
+from parallel.replicas import require_same_weights
 from parallel.spans import span
 from training import report
 from training.build import build
@@ -76,7 +77,9 @@ class Trainer:
     ):
         self.config, self.context, self.stop = config, context, stop
         self.last_save = time.monotonic()
-        self.skipped_in_a_row, self.save_due = 0, False
+        self.skipped_in_a_row, self.save_due, self.save_waits = 0, False, False
+        self.poisoned: str | None = None
+        self.compared_at = -1
         self.train_loss: float | None = None
         self.unlogged: Unlogged | None = None
         # Position behind the samples of the step that is being done.
@@ -95,6 +98,7 @@ class Trainer:
         self.ddp, self.powersgd, self.zero1 = built.parallel.ddp, built.parallel.powersgd, built.parallel.zero1
         # The position that a checkpoint holds is not the run's any more if samples were left out.
         self.saved_step = self.progress.step if self.run_dir.resumed_from and not built.left_out else -1
+        self.last_good = self.run_dir.chosen.name if self.run_dir.chosen else None
 
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
@@ -123,7 +127,9 @@ class Trainer:
             if self.data.valid is not None and (finished or _is_due(progress.step, valid_interval)):
                 with self.ddp.waits.uncounted():
                     valid_loss = self.validate()
-            if finished or valid_loss is not None or self.save_due or _is_due(progress.step, save_interval):
+            # While steps are skipped, the weights may be what is wrong: a save waits for the first good step.
+            self.save_waits |= valid_loss is not None or self.save_due or _is_due(progress.step, save_interval)
+            if finished or (self.save_waits and not self.skipped_in_a_row):
                 self._log_step()
                 self._save(valid_loss, must=finished)
         self._settle_save(must=True)
@@ -133,16 +139,28 @@ class Trainer:
     def _stop(self) -> int:
         """All ranks are here, as one was asked to stop: save, and leave."""
         self._log_step()
-        self._settle_save()
-        if self.saved_step != self.progress.step:
-            self._save(valid_loss=None, must=True)
-        if self.run_dir.place.is_first_of_store:
-            self.run_dir.stop_file.unlink(missing_ok=True)
+        try:
+            self._settle_save()
+            # In float16, a skipped step is how the loss scale is found.
+            if self.skipped_in_a_row and not self.scaler.enabled:
+                self._keep_last_good(f"gradients were not finite in the last steps ({self.skipped_in_a_row} skipped)")
+            elif self.saved_step != self.progress.step:
+                self._save(valid_loss=None, must=True)
+        except FloatingPointError as error:
+            self._keep_last_good(str(error))
         self._end(finished=False)
         return exits.STOPPED
 
+    def _keep_last_good(self, why: str) -> None:
+        last = f"{self.last_good} stays the newest checkpoint" if self.last_good else "there is no checkpoint yet"
+        logger.warning("step %d is not saved: %s; %s", self.progress.step, why, last)
+
     def _end(self, finished: bool) -> None:
         """All is saved: write what was traced, record the end, and say where everything is."""
+        if self.run_dir.place.is_first_of_store:
+            # The request, if there is one, was for this launch alone.
+            with suppress(OSError):
+                self.run_dir.stop_file.unlink(missing_ok=True)
         self.profile.finish()
         self.heartbeat.beat("end", self.progress.step)
         steps_now, seconds = self.progress.step - self.first_step, time.perf_counter() - self.launched
@@ -166,6 +184,7 @@ class Trainer:
         count, tokens, digest, stop = self._agree(batches)
         if stop:
             return False
+        self._refuse_poison()
 
         self.next_sample = batches.last + 1
         lr = learning_rate(self.config, progress.step, self.derived.max_iters)
@@ -191,6 +210,8 @@ class Trainer:
         self.unlogged = Unlogged(loss_sum, metrics, max(count, 1), lr, result.grad_norm)
         if self.powersgd is not None and self.powersgd.measure and not result.skipped:
             report.report_compression(self.reslog, progress.step, self.powersgd)
+        if _is_due(progress.step, parallel.replica_check_interval):
+            self._compare_replicas()
         if _is_due(progress.step, self.config.run.log_interval):
             self._log_step()
         return True
@@ -215,7 +236,8 @@ class Trainer:
 
     def _stop_asked(self) -> bool:
         """By a signal to this rank, or a file in the run directory."""
-        return self.stop.requested or (self.run_dir.place.is_first_of_store and self.run_dir.stop_file.exists())
+        # (Path.exists would end the run where the file cannot be looked at.)
+        return self.stop.requested or (self.run_dir.place.is_first_of_store and os.path.exists(self.run_dir.stop_file))
 
     def _save_asked(self) -> bool:
         """By the first rank's clock."""
@@ -240,6 +262,8 @@ class Trainer:
                 sums = sum(self.task.prepass(self._to_device(batch)) for batch in micro_batches)
                 self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
         loss_scale = self.scaler.scale / max(count, 1)
+        # A fused loss rounds its gradient before it is scaled; float16 alone would lose something by that.
+        self.task.grad_scale = loss_scale if self.scaler.enabled else 1.0
         loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
         metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
         for index, batch in enumerate(micro_batches):
@@ -268,6 +292,18 @@ class Trainer:
         if self.zero1 is not None and not self.zero1.overlap_gather:
             self.zero1.wait()
         return result
+
+    def _compare_replicas(self) -> None:
+        """
+        Raises:
+            ReplicaDrift: the ranks' weights differ; on all ranks.
+        """
+        if self.zero1 is not None:
+            with self.ddp.waits.uncounted():
+                self.zero1.wait()
+        with span("compare replicas"):
+            require_same_weights(self.context, self.model.parameters(), self.progress.step)
+        self.compared_at = self.progress.step
 
     def _on_skipped_step(self, grad_norm: float) -> None:
         """All ranks are here together: the norm is of the summed gradients."""
@@ -332,10 +368,13 @@ class Trainer:
         """
         self.heartbeat.beat("save", self.progress.step)
         self._settle_save()
+        self.save_waits = False
         started = time.perf_counter()
         if self.zero1 is not None:
             with self.ddp.waits.uncounted():
                 self.zero1.wait()
+        if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
+            self._compare_replicas()
         writer = self.saver.begin(self.progress.step)
         add_share(self.built, writer)
         self.saver.start(writer, valid_loss)
@@ -349,6 +388,7 @@ class Trainer:
 
         Raises:
             OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
+            FloatingPointError: the weights are not finite. Raised on all ranks, and what was there stays.
         """
         started = time.perf_counter()
         if self.saver.in_flight:
@@ -357,14 +397,25 @@ class Trainer:
         self.meter.leave_out(time.perf_counter() - started)
         if outcome is not None:
             self._report_save(outcome)
+            self._refuse_poison()
             if must and outcome.problem is not None:
                 raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
 
     def _report_save(self, outcome: SaveOutcome) -> None:
         """All ranks agree on what became of a save."""
         if outcome.problem is None:
-            self.saved_step = outcome.step
+            self.saved_step, self.last_good = outcome.step, outcome.name
+        elif outcome.poisoned:
+            self.poisoned = f"the weights of step {outcome.step} are of no use: {outcome.problem}"
         report.report_save(self.reslog, self.run_dir.ckpt_dir, outcome)
+
+    def _refuse_poison(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a save has found weights that are not finite; on all ranks.
+        """
+        if self.poisoned is not None:
+            raise FloatingPointError(self.poisoned)
 
     def close(self) -> None:
         self.loader.close()

@@ -10,7 +10,7 @@ import torch
 from configurator import Config, Derived, resolve
 from dataset.loader import TrainLoader
 from model import Llama
-from optimizer import LossScaler, MixedPrecisionOptimizer, resolve_dtype
+from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext
 from parallel.context import enable_determinism
 from tasks.dpo import DPOTask
@@ -88,6 +88,7 @@ def build(
     weights = find_weights(config, run_dir.resumed_from, data.tokenizer)
     dtype = resolve_dtype(config.system.dtype, context.device)
     model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights, load=not is_resumed)
+    _require_same_choices(config, context, dtype, model)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if config.run.task_type == "dpo" and not config.dpo.reference_free:
         reference = prepare_reference(config, context, run_dir, data, task, weights, dtype, stop_requested)
@@ -108,3 +109,23 @@ def build(
         config, context, run_dir, data, derived, weights, dtype, model, task, reference, scaler, parallel, optimizer,
         progress, left_out, loader,
     )  # fmt: skip
+
+
+def _require_same_choices(config: Config, context: DistContext, dtype: torch.dtype, model: Llama) -> None:
+    """What `auto` chose may differ between hosts, and ranks that compute differently drift apart.
+
+    Raises:
+        ValueError: it does; on all ranks.
+    """
+    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
+    chosen = {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel}
+    everyone = context.gather(chosen)
+    for name in chosen:
+        by_rank = [choices[name] for choices in everyone]
+        other = next((rank for rank, choice in enumerate(by_rank) if choice != by_rank[0]), None)
+        if other is not None:
+            flag = name if name == "dtype" else f"{name}_kernel"
+            raise ValueError(
+                f"the ranks would not compute alike: {name} is {by_rank[0]} on rank 0 and {by_rank[other]} on rank "
+                f"{other}; say which with --{flag}, or install the same on all hosts"
+            )

@@ -97,9 +97,10 @@ def report_save(reslog: ResLog | None, ckpt_dir: Path, outcome: SaveOutcome) -> 
     if reslog is None:
         return
     if outcome.problem is not None:
-        logger.warning(
-            "the checkpoint of step %d could not be written, the run goes on: %s", outcome.step, outcome.problem
-        )
+        if not outcome.poisoned:
+            logger.warning(
+                "the checkpoint of step %d could not be written, the run goes on: %s", outcome.step, outcome.problem
+            )
         reslog.write("save_failed", step=outcome.step, problem=outcome.problem)
         return
     reslog.write(
@@ -139,8 +140,12 @@ def report_end(
         run_dir.saver.retention,
     )  # fmt: skip
     reslog.write("end", step=progress.step, reason="finished" if finished else "stopped on request")
-    for line in summary_lines(ending):
-        logger.info(line)
+    try:
+        for line in summary_lines(ending):
+            logger.info(line)
+    except OSError as error:
+        # The run is over and saved, whatever can be said of it now.
+        logger.warning("what is in %s cannot be read: %s", run_dir.path, error)
     log_repeated_warnings(logger.info)
 
 
@@ -163,7 +168,8 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
     try:
         saved = ckpt.list_checkpoints(out_dir / "ckpt")
     except OSError as error:
-        lines.append(f"go on once {out_dir / 'ckpt'} can be read ({error.strerror}): {_resume_command(context, out_dir)}")
+        way_on = _resume_command(context, out_dir)
+        lines.append(f"once {out_dir / 'ckpt'} can be read ({error.strerror}), go on: {way_on}")
         return lines
     if saved:
         lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, out_dir)}")

@@ -64,7 +64,6 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
             ckpt.prepare_run(path)
             resources.enter_context(ckpt.lock_run(path))
             ckpt.delete_leftovers(ckpt_dir)
-            (path / ckpt.STOP_FILE).unlink(missing_ok=True)
 
     context.gather_from(open_store)
     _open_log(path, run.log_ranks, context, place)

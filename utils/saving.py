@@ -8,10 +8,12 @@ The state is copied into host memory, which is used again at each save, under th
 only read it. A save holds the training up for what is left of the copy then. One save is in flight at a time. The save
 thread issues no collectives: ranks that share a file system meet through files in `.tmp-step-N-ID/`, and the main
 threads agree, with what they exchange at every step anyway, on what became of it. Until then older checkpoints stay.
+Weights that are not finite are no checkpoint: the save thread looks at them before it writes.
 """
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -34,9 +36,14 @@ from utils.threads import background_threads
 
 logger = logging.getLogger(__name__)
 
+_MODEL = "model.safetensors"
 _POLL_SECONDS = 0.005
 _CLOSING_SECONDS = 2.0
 """How long a process that is about to end still waits for the parts of other ranks."""
+
+
+class NonFiniteWeights(ValueError):
+    """A checkpoint of such weights would be of no use, and push out one that is."""
 
 
 class HostCopies:
@@ -177,8 +184,21 @@ class CheckpointWriter:
             self._write_folder(write)
         if self._copies is not None:
             self._copies.wait()
+        self._require_finite_weights()
         for name, tensors, metadata in self._tensors:
             self.write_tensors(name, tensors, metadata)
+
+    def _require_finite_weights(self) -> None:
+        """
+        Raises:
+            NonFiniteWeights: a weight, or a float32 main parameter of this rank's share, is not finite.
+        """
+        for name, tensors, _ in self._tensors:
+            for key, tensor in tensors.items():
+                is_weight = name == _MODEL or key.endswith("/main")
+                # One pass without a mask: NaN goes through to both.
+                if is_weight and tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+                    raise NonFiniteWeights(f"{key.partition('@')[0]} is not finite")
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
         save_file(tensors, self.directory / name, metadata)
@@ -268,6 +288,8 @@ class SaveOutcome:
     """Seconds of them that the training waited."""
     problem: str | None
     """Why it failed: nothing of it is left; earlier checkpoints are."""
+    poisoned: bool = False
+    """It failed because weights are not finite."""
 
 
 class CheckpointSaver:
@@ -379,17 +401,18 @@ class CheckpointSaver:
         self._give_up.set()
         error = self._future.exception()
         problem = f"rank {self._place.rank}: {error}" if error is not None else None
-        problems = [p for p in self._gather(problem) if p is not None]
+        answers = self._gather([problem, isinstance(error, NonFiniteWeights)])
+        problems, poisoned = [p for p, _ in answers if p is not None], any(poisoned for _, poisoned in answers)
         writer, seconds = self._writer, 0.0 if error is not None else self._future.result() - self._began
         self._future = self._writer = None
         if problems and self._place.is_first_of_store:
             writer.revert()
-        if error is not None and not isinstance(error, (OSError, SafetensorError)):
+        if error is not None and not isinstance(error, (OSError, SafetensorError, NonFiniteWeights)):
             raise error
         if not problems and self._place.is_first_of_store:
             self._thread.submit(prune_or_warn, self._ckpt_dir, self.retention, writer.step)
         problem = "; ".join(problems) or None
-        return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem)
+        return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem, poisoned)
 
     def close(self) -> None:
         """Let a save that is in flight finish, unless parts of other ranks are missing and do not come."""

@@ -29,7 +29,7 @@ from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
-from training import describe
+from training import build_model, describe
 from utils import checkpoint as ckpt
 from utils import timeline
 from utils.exits import CRASH, read_exit_records
@@ -118,6 +118,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     scale N       fp16's loss scale starts at 2**N
     network N     the network carries 10**N bytes a second
     nodes         each rank is on a node of its own, and warns of the same at each step
+    drift N       a bit of a weight flips on the last rank after step N
+    choice        the last rank would take another implementation of attention
     """
     kind, _, number = (what or "").partition(" ")
     trainer, task, rank = train_my_ddp.Trainer, LanguageModelTask, int(os.environ["RANK"])
@@ -170,6 +172,19 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
             patch.setattr(trainer, "_step", step)
             patch.setattr(task, "__call__", call)
+        elif kind == "drift" and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            original_finish = trainer._finish_step
+
+            def finish_and_flip(self, *arguments: object) -> object:
+                result = original_finish(self, *arguments)
+                if self.progress.step + 1 == int(number):
+                    self.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
+                return result
+
+            patch.setattr(trainer, "_finish_step", finish_and_flip)
+        elif kind == "choice" and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            original_choice = build_model.choose_ops
+            patch.setattr(build_model, "choose_ops", lambda *a: original_choice(*a) | {"attention": "plain"})
         elif kind == "scale":
             scaler, initial = LossScaler, 2.0 ** int(number)
             original_init = scaler.__init__
@@ -385,6 +400,10 @@ def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pla
     plan.add("fast network zero1", 2, [ZERO1, *one_step], "network 12")
     for name, mode in PROFILED.items():
         plan.add(name, 2, ["--profile_steps=3:6", *mode])
+    for name, mode in {"plain": [], "zero1": [ZERO1, GATHER], "powersgd": [*POWERSGD, BF16_WEIGHTS]}.items():
+        plan.add(f"drift {name}", 2, [*mode, "--save_interval=2", "--replica_check_interval=3"], "drift 3")
+    plan.add("drift at a save", 2, ["--save_interval=2", "--replica_check_interval=99"], "drift 3")
+    plan.add("choice", 2, [], "choice")
     plan.add("two nodes", 2, ["--log_ranks=all", "--max_iters=2"], "nodes")
     plan.run()
     return plan
@@ -640,7 +659,9 @@ def test_fp16_with_powersgd_recovers_from_overflows(runs: Plan):
     assert losses(run)[-1] < losses(run)[0] - 0.5
     # As long as all steps are skipped, nothing is left over for later, not even in the residuals.
     only = runs["only overflows"]
-    assert same_bits(every_file(only, 1), every_file(only, 2))
+    assert [c.step for c in ckpt.list_checkpoints(out_dir(only) / "ckpt")] == [2], "a save waits for a good step"
+    moments = {key: tensor for key, tensor in optimizer_state(only, 2).items() if not key.endswith("/main")}
+    assert moments and not any(moment.any() for moment in moments.values())
     residuals = [tensor for key, tensor in hook_state(only, 2).items() if key.endswith("/residual")]
     assert residuals and not any(residual.any() for residual in residuals)
 
@@ -663,6 +684,20 @@ def test_a_nan_is_named_by_the_rank_that_made_it(runs: Plan):
     assert second.startswith("FloatingPointError: non-finite gradients at step 3 in: ")
     assert "layers.1.mlp.down_proj.weight" in second
     assert [c.step for c in ckpt.list_checkpoints(out_dir(job["flags"]) / "ckpt")] == [2]
+
+
+@pytest.mark.parametrize(("name", "step"), [("plain", 3), ("zero1", 3), ("powersgd", 3), ("at a save", 4)])
+def test_replicas_that_drift_apart_are_noticed_and_never_saved(runs: Plan, name: str, step: int):
+    job = runs.jobs[f"drift {name}"]
+    sentence = f"ReplicaDrift: the ranks' weights are not the same as the others' after step {step}: go on from"
+    assert all(str(code).startswith(sentence) for code in job["codes"]), job["codes"]
+    assert [c.step for c in ckpt.list_checkpoints(out_dir(job["flags"]) / "ckpt")] == [2]
+
+
+def test_ranks_that_chose_different_implementations_are_refused(runs: Plan):
+    assert runs.jobs["choice"]["codes"] == [2, 2]
+    (reason,) = {record["reason"] for record in read_exit_records(out_dir(runs.jobs["choice"]["flags"]) / "exit")}
+    assert "attention is sdpa on rank 0 and plain on rank 1; say which with --attention_kernel" in reason
 
 
 RESUMED = (

@@ -30,7 +30,6 @@ from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer.hf_bbpe import train_hf_bbpe
-from utils.checkpoint import RUN_MARK
 from utils.exits import read_exit_records
 from utils.saving import CheckpointWriter
 
@@ -533,10 +532,6 @@ def test_saved_in_the_background_is_what_was_there_at_that_step(
 
 
 def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    (out_dir(tiny_run) / "ckpt").mkdir(parents=True)
-    (out_dir(tiny_run) / RUN_MARK).touch()
-    # One of an earlier launch is no request to this one.
-    (out_dir(tiny_run) / "stop").touch()
     step = train_my_ddp.Trainer._finish_step
 
     def stop_after_step_3(self, *arguments: object):
@@ -548,7 +543,100 @@ def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.Mo
     assert train(tiny_run, "--max_iters=9") == 75
     assert [path.name for path in (out_dir(tiny_run) / "ckpt").iterdir()] == ["step-3"]
     assert not (out_dir(tiny_run) / "stop").exists()
+    # Asked for while nothing runs: the next launch is the one that can hear it.
+    (out_dir(tiny_run) / "stop").touch()
+    assert train(tiny_run, "--max_iters=9", "--resume") == 75
+    assert records(tiny_run, "end")[-1]["step"] == 3 and not (out_dir(tiny_run) / "stop").exists()
+    # One that came too late is no request to a later launch.
+    (out_dir(tiny_run) / "stop").touch()
+    assert train(tiny_run, "--max_iters=3", "--resume") == 0
     assert train(tiny_run, "--max_iters=4", "--resume") == 0
+
+
+def not_finite_in(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The loss of these steps is NaN."""
+    original_call, original_step, at = LanguageModelTask.__call__, train_my_ddp.Trainer._step, [0]
+
+    def step(self) -> bool:
+        at[0] = self.progress.step + 1
+        return original_step(self)
+
+    def call(self, batch):
+        loss_sum, count, metrics = original_call(self, batch)
+        return loss_sum * (float("nan") if at[0] in steps and self.model.training else 1.0), count, metrics
+
+    monkeypatch.setattr(train_my_ddp.Trainer, "_step", step)
+    monkeypatch.setattr(LanguageModelTask, "__call__", call)
+
+
+def steps_saved(flags: list[str]) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (out_dir(flags) / "ckpt").iterdir())
+
+
+def test_a_save_waits_for_the_first_good_step(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Weights that make every gradient NaN once pushed the good checkpoints out."""
+    not_finite_in(monkeypatch, {3, 4, 5, 6})
+    assert train(tiny_run, "--max_iters=8", "--save_interval=2", "--keep_last=9", "--valid_interval=4") == 0
+    assert steps_saved(tiny_run) == [2, 7, 8]
+    assert [r["step"] for r in records(tiny_run, "valid")] == [4, 8]
+
+
+def test_a_stop_in_a_streak_keeps_the_last_good_checkpoint(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    not_finite_in(monkeypatch, set(range(3, 99)))
+    assert train_until(5, sigterm, tiny_run, "--max_iters=99", "--save_interval=2") == 75
+    assert steps_saved(tiny_run) == [2]
+    said = "step 5 is not saved: gradients were not finite in the last steps (3 skipped); step-2 stays the newest"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("background", "value", "where"),
+    [("--async_save", math.nan, "model"), ("--async_save", -math.inf, "main"), ("--no-async_save", math.inf, "model")],
+)
+def test_weights_that_are_not_finite_are_never_saved(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, background: str, value: float, where: str
+):
+    """Also where no gradient shows it: the save looks."""
+    step = train_my_ddp.Trainer._finish_step
+
+    def poison(self, *arguments: object):
+        result = step(self, *arguments)
+        if self.progress.step == 3:
+            _, _, states = next(iter(self.optimizer.named_state()))
+            (next(self.model.parameters()) if where == "model" else states["main"]).data.view(-1)[7] = value
+        return result
+
+    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", poison)
+    flags = [*tiny_run, "--max_iters=8", "--save_interval=2", "--keep_last=1", background]
+    with pytest.raises(FloatingPointError, match="the weights of step 4 are of no use: rank 0: .* is not finite"):
+        train(flags)
+    assert steps_saved(tiny_run) == [2]
+    # Where to go on: behind the samples of the steps that were done until the save had looked.
+    until = read_exit_records(out_dir(tiny_run) / "exit")[0]["non_finite_until"]
+    assert 16 <= until <= 32
+    monkeypatch.undo()
+    monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
+    assert train(flags, "--max_iters=4", "--resume", f"--resume_at_sample={until}") == 0
+
+
+def test_a_stop_finds_weights_that_are_not_finite(
+    tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    step = train_my_ddp.Trainer._finish_step
+
+    def poison(self, *arguments: object):
+        result = step(self, *arguments)
+        if self.progress.step == 2:
+            next(self.model.parameters()).data.view(-1)[7] = math.nan
+            self.stop.requested = True
+        return result
+
+    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", poison)
+    assert train(tiny_run, "--max_iters=8", "--save_interval=2") == 75
+    assert steps_saved(tiny_run) == [2]
+    assert "is not finite; step-2 stays the newest checkpoint" in capsys.readouterr().out
 
 
 def test_saves_by_the_clock_and_retention(tiny_run: list[str]):
