@@ -6,6 +6,7 @@ fields' names; the groups only order the help. Values that follow from others ar
 
 import dataclasses
 import difflib
+import errno
 import math
 import re
 import types
@@ -455,6 +456,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
+            # A disk or a network file system that may answer later: nothing is wrong with the command.
+            raise
         raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configurator import Config, parse_log_ranks
+from configurator import CONFIG_NAME, Config, parse_log_ranks
 from parallel import DistContext
 from parallel.context import launch_token, launched_node
 from utils import checkpoint as ckpt
@@ -81,6 +81,8 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
     # Released before the lock: nobody else may have the directory while a save is in flight.
     resources.callback(saver.close)
     files = resumed_from = None
+    if chosen is not None and context.is_main and not (path / CONFIG_NAME).exists():
+        logger.warning("%s is missing: what this command leaves out takes its default", path / CONFIG_NAME)
     if chosen is not None:
         send_file = partial(context.send_file, between=lambda: heartbeat.beat("start", 0))
         files = CheckpointFiles(ckpt_dir, chosen, place, context.gather, send_file)

@@ -11,11 +11,12 @@ from torch import Tensor
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: the file is not there, or holds no tensors.
+        OSError: it cannot be read now.
     """
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

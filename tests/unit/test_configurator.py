@@ -1,5 +1,6 @@
 """The command line, YAML, and what they refuse."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,15 @@ def test_help_lists_every_field_with_its_docstring(capsys: pytest.CaptureFixture
         assert f"--{name}" in text
     for group in ("run options", "data options", "model options", "optimizer options", "parallel options"):
         assert group in text
+
+
+def test_a_read_error_that_may_pass_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The monitor tries again after a crash, and not after a command that is wrong."""
+    (tmp_path / CONFIG_NAME).write_text("max_iters: 3\n")
+
+    def refuse(self: Path, **_: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(OSError, match="Stale"):
+        parse_config(["--data_dir=d", f"--out_dir={tmp_path}", "--resume"])
