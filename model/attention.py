@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from model.blocked_attention import blocked_attention
 from model.config import LlamaConfig
-from model.dropout import ATTENTION_WEIGHTS, DropoutKey, dropout
+from model.dropout import DropoutKey, attention_dropout
 
 if TYPE_CHECKING:
     from model.ops import Ops
@@ -197,7 +197,7 @@ def plain_attention(
     k_BHSD, v_BHSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(-1, -2)).float() / math.sqrt(q_BHTD.shape[-1])
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    weights_BHTS = dropout(weights_BHTS, dropout_p, key, ATTENTION_WEIGHTS)
+    weights_BHTS = attention_dropout(weights_BHTS, dropout_p, key)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
 
 

@@ -1,11 +1,14 @@
 """Dropout whose mask is a function of where it is applied, not of a generator's state.
 
 The mask of an element is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of
-(run seed, the row's position in the run, forward pass, site in the model, index of the element in its row). So it is
+(run seed, the row's position in the run, forward pass, site in the model, place of the element in its row). So it is
 the same however a global batch was split into micro-batches and over ranks, it needs no saving, and recomputation
-under gradient checkpointing sees it again.
+under gradient checkpointing sees it again. A place must not depend on how far the row is padded, which the other rows
+of its micro-batch decide: of hidden states it is the index in row-major order, since padding comes behind; of attention
+weights it is head, query and key.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +19,7 @@ ATTENTION_WEIGHTS, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT = range(SITES_PER_LAYER
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_MASK32 = 0xFFFFFFFF
+_MASK16, _MASK32 = 0xFFFF, 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class DropoutKey:
         return replace(self, layer=torch.full((), index, device=self.row_ids.device))
 
 
-def philox_uint32(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox_uint32(
+    key: tuple[int | Tensor, int | Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """Ten rounds of Philox 4x32.
 
     Args:
-        key: two 32-bit words.
+        key: two 32-bit words; tensors of them must broadcast to the counter's shape.
         counter: four int64 tensors of one broadcast shape, each value in [0, 2**32).
     Returns:
         four int64 tensors with values in [0, 2**32).
@@ -60,25 +65,52 @@ def philox_uint32(key: tuple[int, int], counter: tuple[Tensor, Tensor, Tensor, T
     return c0, c1, c2, c3
 
 
+def _where(key: DropoutKey, site: int) -> Tensor:
+    """The word that names forward pass, block and site, as an int64 scalar."""
+    where = torch.full((), (key.forward_id & _MASK16) << 16 | site, device=key.row_ids.device)
+    return where if key.layer is None else where + SITES_PER_LAYER * key.layer
+
+
+def _seed_words(key: DropoutKey) -> tuple[int, int]:
+    return key.seed & _MASK32, key.seed >> 32 & _MASK32
+
+
+def _is_kept(words: tuple[Tensor, ...], length: int, probability: float) -> Tensor:
+    """(..., n) words of n blocks each -> (..., length): four neighbours are of one block."""
+    uniform = torch.stack(words, dim=-1).flatten(-2)[..., :length]
+    return uniform >= round(probability * 2.0**32)
+
+
 def dropout_mask(shape: torch.Size, probability: float, key: DropoutKey, site: int) -> Tensor:
     """Boolean mask, True where an element is kept.
 
     Args:
-        shape: (B, ...); B rows, the rest are a row's elements in row-major order.
+        shape: (B, T, ...); B rows, the rest are a row's elements in row-major order.
         site: number of the dropout in its block, below SITES_PER_LAYER.
     """
     rows = key.row_ids.reshape(-1, 1)
-    elements = 1
-    for size in shape[1:]:
-        elements *= size
+    elements = math.prod(shape[1:])
     blocks = torch.arange(-(-elements // 4), device=rows.device).reshape(1, -1)
-    where = torch.full_like(blocks, (key.forward_id & 0xFFFF) << 16 | site)
-    if key.layer is not None:
-        where = where + SITES_PER_LAYER * key.layer
-    counter = torch.broadcast_tensors(blocks, rows & _MASK32, (rows >> 32) & _MASK32, where)
-    words = philox_uint32((key.seed & _MASK32, key.seed >> 32 & _MASK32), counter)
-    uniform = torch.stack(words, dim=-1).reshape(len(rows), -1)[:, :elements]
-    return (uniform >= round(probability * 2.0**32)).reshape(shape)
+    counter = torch.broadcast_tensors(blocks, rows & _MASK32, (rows >> 32) & _MASK32, _where(key, site))
+    return _is_kept(philox_uint32(_seed_words(key), counter), elements, probability).reshape(shape)
+
+
+def attention_dropout_mask(shape: torch.Size, probability: float, key: DropoutKey) -> Tensor:
+    """Boolean mask of attention weights (B, H, T, S), True where one is kept; the T queries are the last of S tokens.
+
+    Head, query and key need more than the word that a block's number has. So a first Philox makes of row, forward pass,
+    block and head the key of a second one, which counts queries and keys.
+    """
+    batch, heads, num_new, num_all = shape
+    rows, device = key.row_ids.reshape(batch, 1), key.row_ids.device
+    counter = torch.broadcast_tensors(
+        torch.arange(heads, device=device), rows & _MASK32, (rows >> 32) & _MASK32, _where(key, ATTENTION_WEIGHTS)
+    )
+    word_0, word_1, word_2, word_3 = (word[..., None, None] for word in philox_uint32(_seed_words(key), counter))
+    queries = torch.arange(num_all - num_new, num_all, device=device)[:, None]
+    blocks = torch.arange(-(-num_all // 4), device=device)
+    words = philox_uint32((word_0, word_1), torch.broadcast_tensors(blocks, queries, word_2, word_3))
+    return _is_kept(words, num_all, probability)
 
 
 def dropout(x: Tensor, probability: float, key: DropoutKey | None, site: int) -> Tensor:
@@ -86,3 +118,10 @@ def dropout(x: Tensor, probability: float, key: DropoutKey | None, site: int) ->
     if key is None or probability == 0.0:
         return x
     return x * dropout_mask(x.shape, probability, key, site) * (1.0 / (1.0 - probability))
+
+
+def attention_dropout(weights_BHTS: Tensor, probability: float, key: DropoutKey | None) -> Tensor:
+    """The same of attention weights; see `attention_dropout_mask`."""
+    if key is None or probability == 0.0:
+        return weights_BHTS
+    return weights_BHTS * attention_dropout_mask(weights_BHTS.shape, probability, key) * (1.0 / (1.0 - probability))

@@ -26,7 +26,7 @@ from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.merged_linear import merged_linear
 from model.ops import REFERENCE, Ops
-from model.rope import inverse_frequencies, rope_tables
+from model.rope import inverse_frequencies, rope_tables, sequence_lengths
 
 
 class RMSNorm(nn.Module):
@@ -232,7 +232,7 @@ class Llama(nn.Module):
 
         Args:
             input_ids_BT: token ids, int64.
-            positions_BT: int64; default 0..T-1, or behind the cache.
+            positions_BT: int64; default 0..T-1, or behind the cache. 0 where a row is padded.
             document_ids_BT: int64; tokens attend only within equal ids, which lie side by side. Not together with a
                 cache.
             cache: read and extended in place.
@@ -247,7 +247,10 @@ class Llama(nn.Module):
         device = input_ids_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(past, past + num_new, device=device).expand(batch, -1)
-        rope = rope_tables(inverse_frequencies(self.config, past + num_new, device), positions_BT)
+        lengths = None
+        if self.config.rope_scaling == "dynamic":
+            lengths = sequence_lengths(positions_BT, document_ids_BT)
+        rope = rope_tables(inverse_frequencies(self.config, lengths, device), positions_BT)
         mask = documents = None
         starts = document_starts if self.wants_document_starts else None
         if document_ids_BT is not None and self.attends_by_document and not document_ids_BT.is_cuda:

@@ -8,18 +8,42 @@ from torch import Tensor
 from model.config import LlamaConfig
 
 
-def inverse_frequencies(config: LlamaConfig, seq_len: int, device: torch.device | None = None) -> Tensor:
-    """Angle per position of each pair of channels, float32, shape (head_dim / 2,).
+def sequence_lengths(positions_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+    """Length of the document that each token is in, its greatest position and one: int64 (B, T), or (B, 1) where a row
+    is one document.
+
+    Of a row's positions, not its width: padding, which has position 0, is as wide as the other rows of a batch make it.
+
+    Args:
+        document_ids_BT: equal ids lie side by side.
+    """
+    if document_ids_BT is None:
+        return positions_BT.amax(dim=1, keepdim=True) + 1
+    begins = torch.zeros_like(document_ids_BT, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    numbers = begins.cumsum(dim=1)
+    greatest = torch.zeros_like(positions_BT).scatter_reduce(1, numbers, positions_BT, "amax")
+    return greatest.gather(1, numbers) + 1
+
+
+def inverse_frequencies(
+    config: LlamaConfig, lengths: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Angle per position of each pair of channels, float32, shape (head_dim / 2,); for dynamic (..., head_dim / 2).
 
     none     theta ** (-2i / D)
     linear   the same over the factor (Chen et al., "Extending context window ... via positional interpolation", 2023)
-    dynamic  theta grows with seq_len beyond max_position_embeddings (NTK-aware scaling, bloc97, 2023)
+    dynamic  theta grows with a document's length beyond max_position_embeddings (NTK-aware scaling, bloc97, 2023)
     llama3   long wavelengths over the factor, short ones untouched, a linear blend between (Llama 3.1)
+
+    Args:
+        lengths: for dynamic alone, int64 (...): of the documents, see `sequence_lengths`.
     """
     dim, theta, factor = config.head_dim, config.rope_theta, config.rope_scaling_factor
     if config.rope_scaling == "dynamic":
         context = config.max_position_embeddings
-        theta *= (factor * max(seq_len, context) / context - (factor - 1)) ** (dim / (dim - 2))
+        stretch = factor * lengths.clamp(min=context).double() / context - (factor - 1)
+        theta = (theta * stretch ** (dim / (dim - 2))).float()[..., None]
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
     inv_freq = 1.0 / (theta**exponents)
     if config.rope_scaling == "linear":
@@ -33,8 +57,9 @@ def inverse_frequencies(config: LlamaConfig, seq_len: int, device: torch.device 
 
 
 def rope_tables(inv_freq: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, float32 whatever the model's dtype, each (B, 1, T, D / 2)."""
-    angles = positions_BT[:, None, :, None].float() * inv_freq
+    """cos and sin of every position's angles, float32 whatever the model's dtype, each (B, 1, T, D / 2); inv_freq
+    (D / 2,), (B, 1, D / 2) or (B, T, D / 2)."""
+    angles = (positions_BT[..., None].float() * inv_freq)[:, None]
     return angles.cos(), angles.sin()
 
 

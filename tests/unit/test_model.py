@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dataset.sft import padded
 from model import KVCache, Llama, LlamaConfig, flops, hf
 from model.attention import (
     attention_by_document,
@@ -18,7 +21,7 @@ from model.attention import (
     document_starts,
     plain_attention,
 )
-from model.dropout import DropoutKey, dropout_mask, philox_uint32
+from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
 
@@ -83,6 +86,35 @@ def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
     for name, parameter in reference.named_parameters():
         error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
+
+
+def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path):
+    """Rows of one batch, padded; documents of one row; and a prompt with its continuation, token by token."""
+    model = build(**VARIANTS["dynamic"]).eval()
+    export(model, tmp_path)
+
+    def theirs() -> torch.nn.Module:
+        # A new one: it remembers the longest sequence.
+        return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+
+    long, short = tokens(1, 28), tokens(1, 19, seed=5)
+    expected = [theirs()(ids).logits for ids in (long, short)]
+    ids, positions = torch.zeros(2, 28, dtype=torch.int64), torch.zeros(2, 28, dtype=torch.int64)
+    for row, document in enumerate((long, short)):
+        length = document.shape[1]
+        ids[row, :length], positions[row, :length] = document, torch.arange(length)
+    rows = model.logits(model(ids, positions))
+    packed = torch.cat([long, short], dim=1)
+    documents = torch.tensor([[0] * 28 + [1] * 19])
+    together = model.logits(model(packed, torch.cat([torch.arange(28), torch.arange(19)])[None], documents))
+    for ours, theirs_alone in zip((rows[:1], rows[1:, :19], together[:, :28], together[:, 28:]), expected * 2):
+        assert torch.allclose(ours, theirs_alone, atol=1e-5, rtol=1e-5)
+
+    cache, reference, kept = KVCache(model.config, 1, 28, torch.float32, torch.device("cpu")), theirs(), None
+    for piece in long.split([14, *[1] * 14], dim=1):
+        out = reference(piece, past_key_values=kept, use_cache=True)
+        kept = out.past_key_values
+        assert torch.allclose(model.logits(model(piece, cache=cache)), out.logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -208,6 +240,57 @@ def test_dropout_rate(probability: float):
     assert abs(mask.double().mean().item() - (1 - probability)) < 0.01
 
 
+def test_attention_dropout_does_not_depend_on_the_width_of_the_row():
+    """A padded row's weights are the upper left of its wider matrix; new queries behind a cache are its last rows."""
+    def mask(*shape: int, key: DropoutKey) -> torch.Tensor:
+        return attention_dropout_mask(torch.Size(shape), 0.3, key)
+
+    key = DropoutKey(9, torch.tensor([5, 1 << 40]))
+    wide = mask(2, 3, 61, 61, key=key)
+    assert torch.equal(wide[..., :9, :9], mask(2, 3, 9, 9, key=key))
+    assert torch.equal(wide[..., 58:, :], mask(2, 3, 3, 61, key=key))
+    assert torch.equal(wide[1:], mask(1, 3, 61, 61, key=DropoutKey(9, key.row_ids[1:])))
+    others = [replace(key, seed=8), replace(key, seed=9 + (1 << 40)), replace(key, forward_id=1), key.for_layer(1)]
+    rows = torch.cat([wide, wide.mT, *(mask(2, 3, 61, 61, key=other) for other in others)]).flatten(0, 2)
+    # No row of weights has the mask of another one, whatever names it.
+    assert len(rows.unique(dim=0)) == len(rows)
+    many = attention_dropout_mask(torch.Size([8, 4, 64, 64]), 0.3, DropoutKey(1, torch.arange(8)))
+    # Standard error of the mean of 131,072 draws is 0.0013.
+    assert abs(many.double().mean().item() - 0.7) < 0.006
+
+
+BY_WIDTH = {
+    "hidden dropout": {"hidden_dropout": 0.3},
+    "attention dropout": {"attention_dropout": 0.3},
+    "dynamic": VARIANTS["dynamic"] | {"max_position_embeddings": 6},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", BY_WIDTH)
+def test_a_step_does_not_depend_on_how_far_its_rows_are_padded(kind: str, packed: bool):
+    """Rows as SFT and DPO pad them, in one micro-batch or each in its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sequence(length: int) -> tuple[np.ndarray, np.ndarray]:
+        return torch.randint(0, SMALL.vocab_size, (length + 1,), generator=generator).numpy(), np.ones(length + 1)
+
+    rows = [[sequence(7)], [sequence(8), sequence(15)], [sequence(16)]]
+    if not packed:
+        rows = [row[-1:] for row in rows]
+    gradients = []
+    for micro_batches in ([[0, 1, 2]], [[0], [1], [2]]):
+        model = build(**BY_WIDTH[kind]).train()
+        for numbers in micro_batches:
+            batch = padded([rows[number] for number in numbers], 32, 0)
+            documents = batch["document_ids"] if packed else None
+            key = DropoutKey(3, torch.tensor(numbers)) if "dropout" in kind else None
+            hidden = model(batch["input_ids"], batch["positions"], documents, dropout_key=key)
+            model.loss_sum(hidden, batch["labels"]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
+
+
 @pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
 def test_dropout_in_the_model(kind: str):
     model = build(**{kind: 0.5})
@@ -235,7 +318,7 @@ def test_rope_stays_in_float32_under_bf16():
     from model.rope import inverse_frequencies, rope_tables
 
     model = build(max_position_embeddings=8192).to(torch.bfloat16)
-    cos, _ = rope_tables(inverse_frequencies(model.config, 8192), torch.tensor([[4000, 4001]]))
+    cos, _ = rope_tables(inverse_frequencies(model.config), torch.tensor([[4000, 4001]]))
     assert cos.dtype == torch.float32
     assert not torch.equal(cos[:, :, 0], cos[:, :, 1])
     assert model(tokens()).dtype == torch.bfloat16
