@@ -19,6 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.listen import (
+    LOOPBACK,
+    bind,
+    interface_of,
+    is_loopback,
+    own_address,
+    own_address_towards,
+    serve_store,
+)
+
 _PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
 
 
@@ -136,6 +146,42 @@ def exit_record_dir() -> Path | None:
     return Path(directory) if directory else None
 
 
+def asked_interface() -> str | None:
+    """The network interface that the environment names for gloo; the first, if it names several."""
+    return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None
+
+
+def prefer_interface(name: str | None) -> None:
+    """Have gloo and NCCL use a network interface, in this process and its children, where nothing else is asked for."""
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        # Without "=", NCCL takes all interfaces whose names begin so.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def _interface(host: str, all_here: bool) -> str | None:
+    """Network interface for the ranks to listen on; None: not known, and gloo takes that of the host's own name."""
+    if all_here or host in ("localhost", LOOPBACK):
+        return interface_of(LOOPBACK)
+    address = own_address_towards(host)
+    # Not the loopback interface, to which a host may resolve its own name: other hosts do not reach that.
+    return interface_of(address) if address is not None and not is_loopback(address) else None
+
+
+def _store(rank: int, timeout_s: float) -> dist.Store | None:
+    """Where the ranks meet, if no launcher keeps a store: rank 0's, on one address. None: torch connects by itself.
+
+    Raises:
+        ValueError: MASTER_ADDR is no address of rank 0's machine.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not host or not port.isdecimal():
+        return None
+    if rank == 0:
+        return serve_store(bind(own_address(host, interface=asked_interface()), int(port)), timeout_s)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
 def init_context(device: str = "auto", backend: str = "auto", timeout_s: float = 600.0) -> DistContext:
     """Find out this process's place from torchrun's variables and create the groups.
 
@@ -167,7 +213,12 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     if world_size == 1:
         return DistContext(rank, world_size, local_rank, local_world_size, chosen)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, timeout=timeout, device_id=chosen if backend == "nccl" else None)
+    prefer_interface(_interface(os.environ.get("MASTER_ADDR", ""), all_here=local_world_size == world_size))
+    store = _store(rank, timeout_s)
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=rank if store else -1, world_size=world_size if store else -1,
+        device_id=chosen if backend == "nccl" else None,
+    )  # fmt: skip
     control_group = dist.new_group(backend="gloo", timeout=timeout)
     return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
 
