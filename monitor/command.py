@@ -1,4 +1,8 @@
-"""The training command that follows `--`: where its run directory is, and what the monitor adds to it."""
+"""The training command that follows `--`: where its run directory is, and what the monitor adds to it.
+
+Where it says torchrun, parallel/launch.py is run with the same flags: torchrun's rendezvous lets whoever reaches its
+port run code.
+"""
 
 import importlib.util
 import shutil
@@ -9,7 +13,8 @@ from pathlib import Path
 import yaml
 
 _DEFAULT_OUT_DIR = "out/run"
-_ELASTIC = ("-m", "torch.distributed.run")
+_TORCHRUN, _OURS = ("-m", "torch.distributed.run"), ("-m", "parallel.launch")
+_LAUNCH = Path(__file__).resolve().parents[1] / "parallel" / "launch.py"
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class TrainCommand:
     """`launcher... script.py flags...`; words as given, never split at spaces."""
 
     launcher: tuple[str, ...]
-    """Everything before the script: an interpreter, or torchrun with its flags."""
+    """Everything before the script: an interpreter, or torchrun or parallel/launch.py with their flags."""
     script: str
     flags: tuple[str, ...]
 
@@ -27,7 +32,8 @@ class TrainCommand:
         Raises:
             ValueError: no training script in it, or a flag that the monitor must set itself.
         """
-        script = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
+        scripts = (index for index, word in enumerate(words) if word.endswith(".py") and not _is_launch(word))
+        script = next(scripts, None)
         if not script:
             lacks = "begins with its script" if script == 0 else "names no script" if words else "is missing"
             raise ValueError(
@@ -44,11 +50,14 @@ class TrainCommand:
         return self._elastic_words() > 0
 
     def _elastic_words(self) -> int:
-        """How many words name torchrun; 0 if something else launches."""
+        """How many words name torchrun, or the launcher with its flags; 0 if something else launches."""
         if Path(self.launcher[0]).name == "torchrun":
             return 1
         pairs = list(zip(self.launcher[1:], self.launcher[2:]))
-        return pairs.index(_ELASTIC) + 3 if _ELASTIC in pairs else 0
+        for pair in (_TORCHRUN, _OURS):
+            if pair in pairs:
+                return pairs.index(pair) + 3
+        return next((index + 1 for index, word in enumerate(self.launcher) if _is_launch(word)), 0)
 
     def _torchrun_flag(self, name: str) -> str | None:
         return _flag_value(self.launcher[self._elastic_words() :], name)
@@ -88,16 +97,40 @@ class TrainCommand:
         """The command to run.
 
         Args:
-            python: interpreter of the host, for another machine; None: as given.
-            launcher_flags: added to torchrun's own.
+            python: interpreter of the host, for another machine, where the launcher is a module of the working
+                directory; None: this machine, on which that may be another project's.
+            launcher_flags: added to the launcher's own.
             flags: added to the training's own.
         """
         words = self._elastic_words()
         launcher, rest = list(self.launcher[:words]), list(self.launcher[words:])
         if python is not None:
-            launcher, rest = ([python, *_ELASTIC], rest) if words else ([python], list(self.launcher[1:]))
+            launcher, rest = ([python, *_OURS], rest) if words else ([python], list(self.launcher[1:]))
+        elif Path(self.launcher[0]).name == "torchrun" and shutil.which(launcher[0]) is not None:
+            launcher = [interpreter_of(launcher[0]), str(_LAUNCH)]
+        elif tuple(launcher[-2:]) == _TORCHRUN:
+            launcher[-2:] = [str(_LAUNCH)]
         added = launcher_flags if words else []
         return [*launcher, *added, *rest, self.script, *self.flags, *flags]
+
+
+def _is_launch(word: str) -> bool:
+    return Path(word).parts[-2:] == _LAUNCH.parts[-2:]
+
+
+def interpreter_of(torchrun: str) -> str:
+    """The Python that a torchrun command runs in: its first line says, or it lies beside; else this one."""
+    found = Path(shutil.which(torchrun) or torchrun)
+    try:
+        with open(found, "rb") as file:
+            line = file.readline(1000).decode(errors="replace").rstrip("\n")
+    except OSError:
+        line = ""
+    named = shutil.which(line.removeprefix("#!").removeprefix("/usr/bin/env ").strip()) if line[:2] == "#!" else None
+    if named is not None and Path(named).name.startswith("python"):
+        return named
+    beside = (str(found.parent / name) for name in ("python", "python3"))
+    return next((path for path in beside if shutil.which(path)), sys.executable)
 
 
 def _flag_value(words: tuple[str, ...], name: str) -> str | None:

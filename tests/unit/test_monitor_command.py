@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+import monitor_process
 from configurator import parse_config
-from monitor.command import TrainCommand, shutdown_flags
+from monitor.command import TrainCommand, interpreter_of, shutdown_flags
 
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node=2"]
+LAUNCH = str(Path(monitor_process.__file__).resolve().parent / "parallel" / "launch.py")
 
 
 def parse(*words: str) -> TrainCommand:
@@ -18,24 +20,55 @@ def parse(*words: str) -> TrainCommand:
 
 def test_words_are_never_split_or_joined():
     """The original split the command at spaces."""
-    words = [*TORCHRUN, "my script.py", "--data_dir=/data/of me", "--out_dir", "/runs/a = b", "--user_name", "$(x) 'y'"]
+    rest = ["my script.py", "--data_dir=/data/of me", "--out_dir", "/runs/a = b", "--user_name", "$(x) 'y'"]
+    words = ["python3", "-m", "parallel.launch", "--standalone", *rest]
     command = TrainCommand.parse(words)
     assert command.words(None, [], []) == words
     assert command.script == "my script.py"
     assert command.out_dir == "/runs/a = b"
 
 
-def test_what_is_added_stands_where_it_counts():
-    """torchrun's flags right behind its name, the training's at the end."""
-    command = parse(*TORCHRUN, "train_my_ddp.py", "a.yaml", "--seed=1")
-    assert command.words(None, ["--max_restarts=0"], ["--resume"]) == [
-        "torchrun", "--max_restarts=0", "--standalone", "--nproc_per_node=2", "train_my_ddp.py", "a.yaml", "--seed=1",
-        "--resume",
-    ]  # fmt: skip
-    module = parse("python", "-m", "torch.distributed.run", "--nproc_per_node=2", "t.py")
-    assert module.words(None, ["--max_restarts=0"], []) == [
-        "python", "-m", "torch.distributed.run", "--max_restarts=0", "--nproc_per_node=2", "t.py",
-    ]  # fmt: skip
+def test_the_launcher_runs_in_place_of_torchrun(tmp_path: Path):
+    """By its path, as the working directory may be another; flags for it right behind, the training's at the end."""
+    torchrun = tmp_path / "my venv" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text(f"#!{sys.executable}\n")
+    torchrun.chmod(0o755)
+    flags = ["--standalone", "--nproc_per_node=2", "train_my_ddp.py", "a.yaml", "--seed=1"]
+    for given, launcher in [
+        ([str(torchrun)], [sys.executable, LAUNCH]),
+        (["python", "-u", "-m", "torch.distributed.run"], ["python", "-u", LAUNCH]),
+        (["python", "-m", "parallel.launch"], ["python", "-m", "parallel.launch"]),
+        (["python", "parallel/launch.py"], ["python", "parallel/launch.py"]),
+    ]:
+        command = parse(*given, *flags)
+        assert command.is_torchrun and command.is_standalone and command.script == "train_my_ddp.py"
+        assert command.words(None, ["--max_restarts=0"], ["--resume"]) == [
+            *launcher, "--max_restarts=0", *flags, "--resume",
+        ]  # fmt: skip
+    # What is not there cannot be replaced: whoever starts it will say so.
+    assert parse("no/torchrun", "t.py").words(None, [], []) == ["no/torchrun", "t.py"]
+
+
+@pytest.mark.parametrize("line, beside, expected", [
+    ("#!{here}/python3.11", [], "{here}/python3.11"),
+    ("#!/usr/bin/env python3.11", ["python"], "{here}/python3.11"),
+    ("#!/usr/bin/env bash", ["python"], "{beside}/python"),
+    ("#!/no/such/python", ["python3"], "{beside}/python3"),
+    ("#!/bin/sh", [], sys.executable),
+    ("\xff\x00", [], sys.executable),
+])  # fmt: skip
+def test_the_python_of_a_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, beside: list[str], expected: str
+):
+    """The launcher must run in the environment that torchrun would have run in."""
+    places = {"here": tmp_path / "here", "beside": tmp_path / "beside"}
+    for path in [places["here"] / "python3.11", *(places["beside"] / name for name in ["torchrun", *beside])]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(line.format(**places) + "\n", encoding="latin-1")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(places["here"]))
+    assert interpreter_of(str(places["beside"] / "torchrun")) == expected.format(**places)
 
 
 def test_without_torchrun_its_flags_are_not_added():
@@ -60,10 +93,10 @@ def test_torchrun_behind_a_flag_of_the_interpreter():
 
 def test_on_another_host_its_own_interpreter_launches():
     flags = ["--nnodes=2"]
-    for launcher in (["torchrun"], ["python", "-m", "torch.distributed.run"]):
+    for launcher in (["torchrun"], ["python", "-m", "torch.distributed.run"], ["python", LAUNCH]):
         command = parse(*launcher, "--nproc_per_node=2", "t.py", "--seed=1")
         assert command.words(".venv/bin/python", flags, ["--resume"]) == [
-            ".venv/bin/python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "t.py", "--seed=1",
+            ".venv/bin/python", "-m", "parallel.launch", "--nnodes=2", "--nproc_per_node=2", "t.py", "--seed=1",
             "--resume",
         ]  # fmt: skip
 
