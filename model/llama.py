@@ -298,9 +298,12 @@ class Llama(nn.Module):
         """(..., C) normed hidden states -> (..., V) scores in the weights' dtype."""
         return self.lm_head(hidden)
 
-    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the supervised tokens' cross entropies, float32: (..., C) hidden states, (...) labels."""
-        return self.ops.loss_sum(hidden, self.lm_head.weight, labels)
+    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """Sum of the supervised tokens' cross entropies, float32: (..., C) hidden states, (...) labels.
+
+        `grad_scale`: what the sum will be multiplied by before its backward pass; float16 needs to know beforehand.
+        """
+        return self.ops.loss_sum(hidden, self.lm_head.weight, labels, grad_scale=grad_scale)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""

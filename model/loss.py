@@ -1,9 +1,40 @@
 """Cross entropy of the supervised tokens."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+
+
+def head_scores(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Scores of the vocabulary, float32: (..., C), (V, C) -> (..., V).
+
+    They are rounded to the inputs' dtype, as a linear layer's. In float16 their gradient is not: a rare token's is a
+    probability, of 1e-9 and less, and float16 ends at 6e-8, which a loss scale over many tokens makes little better.
+    """
+    if hidden.dtype == torch.float16:
+        return _HalfHead.apply(hidden, weight)
+    return F.linear(hidden, weight)
+
+
+class _HalfHead(torch.autograd.Function):
+    """A linear layer in float16, whose backward pass takes the scores' gradient in float32 and multiplies it so."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(hidden, weight).float()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        dhidden = dweight = None
+        if ctx.needs_input_grad[0]:
+            dhidden = (upstream @ weight.float()).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = upstream.flatten(0, -2).T @ hidden.flatten(0, -2).float()
+        return dhidden, dweight
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import support
 from model.kernels import swiglu as gated
-from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum
+from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum, head_scores
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "rms_norm": ("reference", "triton", "liger", "apex"),
@@ -40,12 +40,13 @@ _PLAIN = {"rms_norm": "reference", "rope": "reference", "swiglu": "reference", "
              "attention": "sdpa"}  # fmt: skip
 
 
-def _plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy_sum(torch.nn.functional.linear(hidden, weight), labels)
+def _plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    # The gradient comes with its scale: it is computed when that is known.
+    return cross_entropy_sum(head_scores(hidden, weight), labels)
 
 
 def _plain_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return -cross_entropy(torch.nn.functional.linear(hidden, weight), labels)
+    return -cross_entropy(head_scores(hidden, weight), labels)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor] = gated.swiglu_reference
     swiglu_packed: Callable[[Tensor], Tensor] | None = None
     """Of gate and up side by side, which then come out of one matmul; None: two matmuls."""
-    loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _plain_loss_sum
-    """(hidden, head's weight, labels) -> sum of the losses."""
+    loss_sum: Callable[..., Tensor] = _plain_loss_sum
+    """(hidden, head's weight, labels, grad_scale=1.0) -> sum of the losses; the scale: see linear_cross_entropy_sum."""
     token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = _plain_logprobs
     """(hidden, head's weight, labels) -> log-probability of each label."""
     causal: Callable[[Tensor, Tensor, Tensor], Tensor] = attn.sdpa_causal
@@ -98,6 +99,11 @@ def choose_ops(
         if wanted and wanted not in choices:
             raise ValueError(f"{op} can be {', '.join(choices)}, not {wanted}")
         if wanted:
+            if (op, wanted, dtype) == ("cross_entropy", "liger", torch.float16):
+                raise ValueError(
+                    "--cross_entropy_kernel=liger cannot be used: it rounds the logits' gradient to float16 before the "
+                    "loss scale reaches it; use triton, or --dtype=bfloat16"
+                )
             if reason := _why_not(wanted, device, dtype):
                 raise ValueError(f"--{op}_kernel={wanted} cannot be used: {reason}")
             names[op] = wanted
@@ -152,7 +158,7 @@ def build_ops(names: Mapping[str, str]) -> Ops:
     losses = {
         "reference": (_plain_loss_sum, _plain_logprobs),
         "chunked": (_chunked_loss_sum, _chunked_logprobs),
-        "triton": (fused_loss.linear_cross_entropy_sum, fused_loss.linear_token_logprobs),
+        "triton": (_triton_loss_sum, fused_loss.linear_token_logprobs),
     }
     loss_sum, logprobs = losses.get(names["cross_entropy"]) or (_liger_loss_sum, fused_loss.linear_token_logprobs)
     causal, packed = attn.implementation(names["attention"])
@@ -163,8 +169,12 @@ def build_ops(names: Mapping[str, str]) -> Ops:
     )  # fmt: skip
 
 
-def _chunked_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return fused_loss.linear_cross_entropy_sum(hidden, weight, labels, use_triton=False)
+def _triton_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    return fused_loss.linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale)
+
+
+def _chunked_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    return fused_loss.linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=False)
 
 
 def _chunked_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -209,7 +219,7 @@ def _liger_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def _liger_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _liger_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(

@@ -23,6 +23,9 @@ class LanguageModelTask:
 
     def __init__(self, model: Llama, dropout_seed: int, byte_lengths: Tensor):
         self.model, self.dropout_seed, self.byte_lengths = model, dropout_seed, byte_lengths
+        self.grad_scale = 1.0
+        """What the loss will be multiplied by before its backward pass: for float16, see Llama.loss_sum. (DPO's loss is
+        of log-probabilities, whose gradients come with it.)"""
         self._drops = model.config.hidden_dropout > 0.0 or model.config.attention_dropout > 0.0
 
     @property
@@ -39,7 +42,7 @@ class LanguageModelTask:
         """(sum of the supervised tokens' losses in float32, their count, sums of metric_names). On a GPU nothing waits
         for the figures."""
         labels, hidden = select_supervised(batch, self.hidden(batch))
-        loss_sum, is_supervised = self.model.loss_sum(hidden, labels), labels != IGNORE_INDEX
+        loss_sum, is_supervised = self.model.loss_sum(hidden, labels, self.grad_scale), labels != IGNORE_INDEX
         metrics = {}
         if not self.model.training:
             metrics["text_bytes"] = self.byte_lengths[labels[is_supervised]].sum()

@@ -19,8 +19,13 @@ Memory beyond inputs and gradients, bytes, with e for the size of an element of 
     for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
 
 Gradients: hidden's N C e; the weight's V C 4, float32, unless it is added to a buffer that exists. Matrix
-multiplications accumulate in float32; on a CPU the low-precision weight gradient of a chunk is rounded before it is
-added, as torch has no mixed multiplication there.
+multiplications accumulate in float32; on a CPU the bfloat16 weight gradient of a chunk is rounded before it is added,
+as torch has no mixed multiplication there.
+
+float16: the row of a rare token gets its gradient from probabilities, of 1e-9 and less in a large vocabulary, and
+float16 ends at 6e-8. So the logits' gradient, at most 1 in size, is rounded at a scale of its own, FP16_LOGITS_SCALE,
+whatever the loss scale over the count of tokens comes to: with 500,000 tokens a step that is below 1. Both products are
+taken in float32 and brought to the scale that was asked for, hidden's only then rounded to float16. n C 4 bytes more.
 
 Shapes: N tokens, C hidden size, V vocabulary.
 """
@@ -42,6 +47,9 @@ CHUNK_MULTIPLE = 128
 """Tokens a chunk, where there are enough: the tile of the matrix multiplications."""
 TILE_ELEMENTS = 1 << 20
 """Logits that plain PyTorch takes at a time on a CPU: 4 MiB in float32."""
+FP16_LOGITS_SCALE = 2.0**15
+"""Of float16 logits' largest gradient: half of what float16 holds. Probabilities are normal numbers down to 2e-9, and
+not zero down to 1e-12."""
 
 
 def linear_cross_entropy_reference(
@@ -150,8 +158,43 @@ def _add_product_(total_VC: Tensor, a_VN: Tensor, b_NC: Tensor) -> None:
         total_VC.addmm_(a_VN, b_NC)
     elif total_VC.is_cuda:
         torch.addmm(total_VC, a_VN, b_NC, out_dtype=torch.float32, out=total_VC)
+    elif a_VN.dtype == torch.float16:
+        for words in _words(a_VN):
+            total_VC[words].addmm_(a_VN[words].float(), b_NC.float())
     else:
         total_VC.add_(torch.mm(a_VN, b_NC))
+
+
+def _wide_product(a_NV: Tensor, b_VC: Tensor) -> Tensor:
+    """a b of float16 matrices, in float32."""
+    if a_NV.is_cuda:
+        return torch.mm(a_NV, b_VC, out_dtype=torch.float32)
+    total_NC = torch.zeros(len(a_NV), b_VC.shape[1])
+    for words in _words(b_VC):
+        total_NC.addmm_(a_NV[:, words].float(), b_VC[words].float())
+    return total_NC
+
+
+def _words(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix (V, ...) of which a CPU makes float32 copies at a time, so that they stay small."""
+    step = max(TILE_ELEMENTS // max(matrix.shape[1], 1), 1)
+    return (slice(start, start + step) for start in range(0, len(matrix), step))
+
+
+def _write_hidden_gradient(out_NC: Tensor, logits_NV: Tensor, weight_VC: Tensor, factor: Tensor | None) -> None:
+    """out <- the logits' gradient times the weight, and times `factor` before it is rounded, if there is one."""
+    if factor is None:
+        torch.mm(logits_NV, weight_VC, out=out_NC)
+    else:
+        out_NC.copy_(_wide_product(logits_NV, weight_VC).mul_(factor))
+
+
+def _to_fp16_scale(upstream_N: Tensor) -> Tensor:
+    """The power of two by which upstream gradients are multiplied so that the logits' largest gradient comes close to
+    FP16_LOGITS_SCALE; 1 where all are zero, or one is not finite."""
+    largest = upstream_N.abs().amax() if len(upstream_N) else upstream_N.new_zeros(())
+    exponent = torch.log2(FP16_LOGITS_SCALE / largest).floor().clamp(-100.0, 100.0)
+    return torch.where(torch.isfinite(largest) & (largest > 0.0), torch.exp2(exponent), 1.0)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -163,19 +206,27 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         ops = TritonOps if use_triton else TorchOps
         needs_dhidden, needs_dweight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden_NC) if needs_dhidden else None
+        is_fp16 = hidden_NC.dtype == torch.float16
+        logits_scale = torch.full_like(grad_scale, FP16_LOGITS_SCALE) if is_fp16 else grad_scale
+        factor = grad_scale / FP16_LOGITS_SCALE if is_fp16 else None
         dweight = None
         if needs_dweight:
-            dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if weight_grad is None else weight_grad
+            is_own = weight_grad is None or is_fp16
+            dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if is_own else weight_grad
         losses = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
         for tokens, hidden, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
             if not (needs_dhidden or needs_dweight):
                 losses[tokens] = ops.forward(logits, labels, ignore_index, z_loss)[0]
                 continue
-            losses[tokens] = ops.with_gradient_(logits, labels, grad_scale, ignore_index, z_loss)
+            losses[tokens] = ops.with_gradient_(logits, labels, logits_scale, ignore_index, z_loss)
             if needs_dhidden:
-                torch.mm(logits, weight_VC, out=dhidden[tokens])
+                _write_hidden_gradient(dhidden[tokens], logits, weight_VC, factor)
             if needs_dweight:
                 _add_product_(dweight, logits.T, hidden)
+        if needs_dweight and is_fp16:
+            dweight.mul_(factor)
+            if weight_grad is not None:
+                weight_grad.add_(dweight)
         ctx.save_for_backward(dhidden, dweight if weight_grad is None else None, grad_scale)
         ctx.added_to_buffer = needs_dweight and weight_grad is not None
         return losses.sum(dtype=torch.float64).float()
@@ -216,12 +267,18 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ops = TritonOps if use_triton else TorchOps
         dhidden = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        factor = None
+        if hidden_NC.dtype == torch.float16:
+            scale = _to_fp16_scale(upstream_N.where(labels_N != ignore_index, 0.0))
+            upstream_N, factor = upstream_N * scale, 1.0 / scale
         for tokens, hidden, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
             ops.backward_(logits, labels, stats[tokens], -upstream_N[tokens], ignore_index, 0.0)
             if dhidden is not None:
-                torch.mm(logits, weight_VC, out=dhidden[tokens])
+                _write_hidden_gradient(dhidden[tokens], logits, weight_VC, factor)
             if dweight is not None:
                 _add_product_(dweight, logits.T, hidden)
+        if dweight is not None and factor is not None:
+            dweight.mul_(factor)
         return dhidden, dweight, None, None, None, None
 
 
@@ -251,9 +308,10 @@ def linear_cross_entropy_sum(
         weight_grad: float32 (V, C); if given, `grad_scale` times the weight's gradient is added to it in this call and
             autograd gets none. Then the sum must be multiplied by `grad_scale` and by nothing else on its way into the
             loss: any other upstream gradient turns the hidden states' gradient into NaN.
-        grad_scale: what the upstream gradient is expected to be (loss scale over token count). The logits' gradient
-            carries it when it is rounded to their dtype, as on the plain path; with another upstream gradient, the
-            hidden states' gradient is multiplied by their ratio, which rounds it once more.
+        grad_scale: what the upstream gradient is expected to be (loss scale over token count). The logits' gradient,
+            in float16 the hidden states', carries it when it is rounded to their dtype, as on the plain path; with
+            another upstream gradient, the hidden states' gradient is multiplied by their ratio, which rounds it once
+            more: in float16, what the loss scale is to save is lost then.
         chunk_bytes: most memory of a chunk's logits.
         use_triton: the kernel inside the chunks, or plain PyTorch; None: the kernel wherever it is available.
     """

@@ -13,6 +13,7 @@ from model.kernels.linear_cross_entropy import (
     linear_cross_entropy_sum,
     linear_token_logprobs,
 )  # fmt: skip
+from model.ops import REFERENCE, build_ops
 from tests.kernel_checks import DEVICE, DTYPES, compare, draw, root_mean_square
 
 SHAPES = [(1, 1, 1), (7, 16, 33), (12, 24, 300), (0, 4, 8), (4, 8, 4999)]
@@ -174,6 +175,80 @@ def test_grad_scale_keeps_small_gradients_in_float16(use_triton: bool):
         loss = linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton)
         (gradient,) = torch.autograd.grad(loss * 1024.0, hidden)
         assert (gradient[0, 1:] > 0).all() == survives
+
+
+def rare_tokens(num_tokens: int = 96) -> tuple[Tensor, Tensor, Tensor]:
+    """float16 hidden states, weight, labels. All but 8 of the 300 words have probabilities from 1e-10 to 1e-8."""
+    hidden, weight = draw(num_tokens, 24, seed=2), 0.25 * draw(300, 24, seed=3)
+    hidden[:, 0], weight[:8, 0], weight[8:, 0] = 4.0, 5.0, 0.0
+    labels = torch.randint(0, 8, (num_tokens,), generator=torch.Generator().manual_seed(4))
+    labels[::5] = -100
+    return hidden.half(), weight.half(), labels.to(DEVICE)
+
+
+def sum_of(kind: str, upstream: float, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`upstream` times the sum of the losses, by the path that `kind` names."""
+    if kind == "plain":
+        return upstream * build_ops(dict(REFERENCE.names)).loss_sum(hidden, weight, labels, grad_scale=upstream)
+    if kind == "plain logprobs":
+        return -upstream * build_ops(dict(REFERENCE.names)).token_logprobs(hidden, weight, labels).sum()
+    options = {"chunk_bytes": 40 * 300 * 2, "use_triton": "triton" in kind}
+    if "logprobs" in kind:
+        return -upstream * linear_token_logprobs(hidden, weight, labels, **options).sum()
+    return upstream * linear_cross_entropy_sum(hidden, weight, labels, grad_scale=upstream, **options)
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton", "plain", "torch logprobs", "triton logprobs", "plain logprobs"])
+@pytest.mark.parametrize("upstream", [0.13, 16.0, 5000.0])
+def test_rows_of_rare_tokens_are_right_in_float16(kind: str, upstream: float):
+    """Against float64: a loss scale of 65,536 over 500,000, 4,096 or 13 tokens. Their rows were zero."""
+    hidden, weight, labels = rare_tokens()
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = exact_hidden @ exact_weight.T
+    # What float16 makes of the logits themselves is not in question.
+    rounded = logits + ((hidden @ weight.T).double() - logits).detach()
+    loss = upstream * F.cross_entropy(rounded, labels, reduction="sum")
+    *exact, of_logits = torch.autograd.grad(loss, (exact_hidden, exact_weight, rounded))
+    assert 1e-10 < rounded.softmax(dim=-1)[:, 8:].mean() < 1e-8
+    # Gradients accumulate in float32, as they do in the loop unless told otherwise.
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    weight.grad_dtype = torch.float32
+    sum_of(kind, upstream, *leaves, labels).backward()
+    error_of_rows = (weight.grad.double() - exact[1]).norm(dim=1) / exact[1].norm(dim=1)
+    # Four times what rounding a number to float16 costs.
+    assert error_of_rows.max() <= 2.0**-9
+    # The gradient of each logit is rounded, then that of the hidden states.
+    allowed = 1.01 * 2.0**-11 * (of_logits.abs() @ exact_weight.abs() + exact[0].abs()) + 2.0**-25
+    assert bool(((hidden.grad.double() - exact[0]).abs() <= allowed).all())
+
+
+@with_and_without_triton
+def test_float16_rows_added_to_a_buffer(use_triton: bool):
+    hidden, weight, labels = rare_tokens()
+    weight.requires_grad_()
+    weight.grad_dtype = torch.float32
+    options = {"use_triton": use_triton, "grad_scale": 16.0}
+    (linear_cross_entropy_sum(hidden, weight, labels, **options) * 16.0).backward()
+    buffer = torch.zeros_like(weight.grad)
+    (linear_cross_entropy_sum(hidden, weight, labels, weight_grad=buffer, **options) * 16.0).backward()
+    assert torch.equal(buffer, weight.grad) and (buffer != 0).all()
+
+
+@with_and_without_triton
+@pytest.mark.parametrize("upstream", [[1e-30] * 4, [0.0] * 4, [3e4, 1, 0, 1e38], [1, float("inf"), 1, 0]], ids=str)
+def test_float16_log_probabilities_with_upstream_gradients_of_any_size(upstream: list[float], use_triton: bool):
+    """The last token is ignored, whatever comes for it. Infinities must arrive: the step has to be skipped."""
+    hidden, weight = draw(4, 6).half().requires_grad_(), draw(9, 6, seed=1).half().requires_grad_()
+    labels, upstream = torch.tensor([1, 2, 3, -100], device=DEVICE), torch.tensor(upstream, device=DEVICE)
+    weight.grad_dtype = torch.float32
+    linear_token_logprobs(hidden, weight, labels, use_triton=use_triton).backward(upstream)
+    wide = weight.detach().double().requires_grad_()
+    losses = exact_losses(hidden.detach().double(), wide, labels)
+    (exact,) = torch.autograd.grad(-losses, wide, upstream.double())
+    if not torch.isfinite(upstream).all():
+        assert not torch.isfinite(weight.grad).all() and not torch.isfinite(hidden.grad).all()
+    else:
+        assert (weight.grad.double() - exact).norm() <= 2e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy_sum, linear_token_logprobs])

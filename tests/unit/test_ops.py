@@ -48,6 +48,11 @@ def test_what_cannot_be_had_is_refused(kernels: str, overrides: dict, message: s
         choose_ops(kernels, overrides, CPU, torch.float32)
 
 
+def test_a_loss_that_rounds_before_it_is_scaled_is_refused_in_float16():
+    with pytest.raises(ValueError, match="before the loss scale reaches it; use triton"):
+        choose_ops("auto", {"cross_entropy": "liger"}, CPU, torch.float16)
+
+
 def test_the_optimizers_kernel_is_refused_without_a_gpu():
     for kernels, wanted in (("triton", ""), ("auto", "triton")):
         with pytest.raises(ValueError, match="cannot be used: the Triton AdamW needs a CUDA device"):

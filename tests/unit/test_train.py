@@ -24,7 +24,7 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from model import flops
+from model import Llama, flops
 from optimizer import LossScaler
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
@@ -360,6 +360,16 @@ def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkey
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
     original = LossScaler.__init__
     monkeypatch.setattr(LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**40))
+    told, factors, loss_sum = [], [], Llama.loss_sum
+
+    def observed(self, hidden, labels, grad_scale):
+        loss = loss_sum(self, hidden, labels, grad_scale)
+        if loss.requires_grad:
+            told.append(grad_scale)
+            loss.register_hook(lambda upstream: factors.append(upstream.item()))
+        return loss
+
+    monkeypatch.setattr(Llama, "loss_sum", observed)
     assert train(tiny_run, "--dtype=float16", "--max_iters=40", "--valid_iters=1") == 0
     norms = [float(r["grad_norm"]) for r in records(tiny_run, "train")]
     skipped = [norm for norm in norms if not math.isfinite(norm)]
@@ -367,6 +377,8 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], 
     state = json.loads((out_dir(tiny_run) / "ckpt" / "step-40" / "trainer_state.json").read_text())
     assert state["optimizer"]["num_steps"] == 40 - len(skipped)
     assert losses(tiny_run)[-1] < losses(tiny_run)[0] - 0.5
+    # The loss, which rounds its gradient, was told what it would be multiplied by.
+    assert factors == pytest.approx(told, rel=1e-7) and len(set(told)) > 1
 
 
 @pytest.mark.parametrize(

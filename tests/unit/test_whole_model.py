@@ -121,7 +121,7 @@ def train_exact(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[
     torch.set_num_threads(1)
     ops = replace(
         REFERENCE, rms_norm=exact_norm, add_rms_norm=exact_add_norm, rope=exact_rope,
-        loss_sum=lambda hidden, weight, labels: F.cross_entropy(
+        loss_sum=lambda hidden, weight, labels, **_: F.cross_entropy(
             (hidden @ weight.T).flatten(0, -2), labels.flatten(), reduction="sum"
         ),
     )  # fmt: skip
