@@ -88,6 +88,8 @@ class Compressed(CommHook):
 
     bfloat16 has float32's range. float16 has not: each bucket is scaled by a power of two on which the ranks agree, the
     largest with which the sum of N gradients cannot overflow. Infinities stay infinities, for the loss scaler to find.
+    A bucket that is in these 16 bits already goes as it is: float16 could not hold the scale, and the sum must fit the
+    bucket anyway.
     """
 
     def __init__(self, inner: CommHook, dtype: torch.dtype, collectives: Collectives):
@@ -97,7 +99,9 @@ class Compressed(CommHook):
         self.inner, self.dtype, self.collectives = inner, dtype, collectives
         self._narrow: Tensor | None = None
 
-    def reduce(self, bucket: Bucket) -> None:
+    def reduce(self, bucket: Bucket) -> Handle | None:
+        if bucket.grad.dtype == self.dtype:
+            return self.inner.reduce(bucket)
         if self._narrow is None or len(self._narrow) < len(bucket.grad):
             self._narrow = torch.empty_like(bucket.grad, dtype=self.dtype)
         on_wire = self._narrow[: len(bucket.grad)]
@@ -106,10 +110,11 @@ class Compressed(CommHook):
         if handle is not None:
             handle.wait()
         widen(on_wire, scale, bucket.grad)
+        return None
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
-        return sums + agreement_bytes(self.dtype, self.collectives)
+        return sums if bucket.grad.dtype == self.dtype else sums + agreement_bytes(self.dtype, self.collectives)
 
     def zero_grad(self, bucket: Bucket) -> None:
         self.inner.zero_grad(bucket)

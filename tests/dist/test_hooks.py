@@ -272,6 +272,17 @@ def test_an_error_in_a_callback_surfaces(answers: dict[int, list[dict]]):
         assert results["after_reduction"]["problem"] == "step of bucket 2 failed"
 
 
+@pytest.mark.parametrize("dtype", WIRES.values(), ids=WIRES)
+def test_a_bucket_that_is_in_these_16_bits_goes_as_it_is(dtype: torch.dtype):
+    """Scaled down to make room for a sum, small values of float16 would be lost."""
+    collectives, bucket = Collectives(None), new_buckets(1, dtype)[0]
+    hook = Compressed(AllReduce(collectives), dtype, collectives)
+    bucket.grad[:4] = torch.tensor([65504.0, 2.0**-24, 3 * 2.0**-24, 0.0])
+    before = bucket.grad.clone()
+    reduce_all(hook, [bucket])
+    assert torch.equal(bucket.grad, before) and hook.bytes_sent(bucket) == 0.0
+
+
 def test_gradients_travel_in_16_bits_or_not_compressed():
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         Compressed(AllReduce(Collectives(None)), torch.float32, Collectives(None))
