@@ -18,6 +18,24 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
 
+    def __post_init__(self):
+        """
+        Raises:
+            ValueError: in float32, eps is 0.
+        """
+        if self.eps < torch.finfo(torch.float32).tiny:
+            raise ValueError(
+                f"adam_eps must be at least 1.2e-38, float32's smallest normal number, got {self.eps}: the step of a "
+                "weight that has had no gradient yet would be 0 / 0"
+            )
+
+
+def within_range(main: Tensor, dtype: torch.dtype) -> Tensor:
+    """Main parameters before they are rounded to weights of `dtype`: those beyond float16's range become its largest
+    number, as an infinite weight would spoil every activation. The main parameters themselves stay as they are."""
+    largest = torch.finfo(torch.float16).max
+    return main.clamp(-largest, largest) if dtype == torch.float16 else main
+
 
 def adamw_reference(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float, weight_decay: float,

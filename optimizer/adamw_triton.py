@@ -22,7 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimizer.adamw import AdamWConfig, adamw_reference
+from optimizer.adamw import AdamWConfig, adamw_reference, within_range
 
 tl = None
 """triton.language once the kernels are loaded."""
@@ -54,7 +54,7 @@ def adamw_flat_reference(
     """The definition, in place; arguments as in `adamw_flat_step`."""
     adamw_reference(main, grad.to(main.dtype) / grad_divisor, exp_avg, exp_avg_sq, step, lr, weight_decay, config)
     if weights is not None:
-        weights.copy_(main)
+        weights.copy_(within_range(main, weights.dtype))
     if zero_grad:
         grad.zero_()
 
@@ -84,6 +84,9 @@ def _adamw_kernel(
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
     if WRITE_WEIGHTS:
+        if weights_ptr.dtype.element_ty == tl.float16:
+            # As `within_range`.
+            main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
         tl.store(weights_ptr + offsets, main, mask=inside)
     if ZERO_GRAD:
         tl.store(grad_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=inside)

@@ -3,7 +3,7 @@
 A step, on the slices it was handed (all of them, or under ZeRO-1 the ones this rank owns):
 
     norm     global norm of the gradients, float64, over all ranks if the slices are shards
-    check    a non-finite norm: every rank skips the step and all state stays as it was
+    check    a norm that is not finite, or too large for float32: every rank skips the step, all state stays as it was
     step     AdamW (the blocks' matrices: Muon, on request) on the float32 main parameters, gradients divided by loss
              scale / clipping factor on the way
     copy     main parameters -> the model's weights, where those are bf16 or fp16
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optimizer import adamw_triton, muon
-from optimizer.adamw import AdamWConfig, adamw_step
+from optimizer.adamw import AdamWConfig, adamw_step, within_range
 from optimizer.clip import clip_factor
 from optimizer.muon import MuonConfig
 from optimizer.param_groups import is_hidden_matrix, split_by_decay
@@ -89,10 +89,19 @@ class LossScaler:
             self.scale, self.good_steps = state["scale"], state["good_steps"]
 
 
+def can_be_stepped_with(grad_norm: float, scale: float, clip: float) -> bool:
+    """Whether float32 holds all that a step makes of gradients with this global norm (unscaled, before clipping).
+
+    Sums of their squares, which both AdamW and Muon take after clipping, overflow beyond 1.8e19; the scaled gradients
+    themselves, and what they are divided by, beyond 3.4e38. A moment that became infinite would stay so for ever.
+    """
+    return grad_norm * scale <= 1e37 and grad_norm * clip <= 1e18 and scale <= 1e37 * clip
+
+
 @dataclass(frozen=True)
 class StepResult:
     grad_norm: float
-    """Global norm of the unscaled gradients before clipping; not finite if they overflowed."""
+    """Global norm of the unscaled gradients before clipping; infinite if they overflowed."""
     skipped: bool
 
 
@@ -119,7 +128,7 @@ class _State:
 
     def write_weights(self) -> None:
         if self.main is not self.piece.param:
-            self.piece.param.copy_(self.main)
+            self.piece.param.copy_(within_range(self.main, self.piece.param.dtype))
 
 
 def _multiplied_together(states: Sequence[_State]) -> Iterable[list[_State]]:
@@ -188,11 +197,12 @@ class MixedPrecisionOptimizer:
             after_bucket: called with each bucket's number once it is stepped, the last bucket first.
         """
         grad_norm = self._norm(sum(self._sum_of_squares(bucket) for bucket in range(len(self._buckets))))
-        if not math.isfinite(grad_norm):
+        factor = clip_factor(grad_norm, self.grad_clip)
+        if not can_be_stepped_with(grad_norm, self.scaler.scale, factor):
             self.scaler.update(overflowed=True)
             return StepResult(grad_norm, skipped=True)
         self.num_steps += 1
-        grad_divisor = self.scaler.scale / clip_factor(grad_norm, self.grad_clip)
+        grad_divisor = self.scaler.scale / factor
         for bucket in reversed(range(len(self._buckets))):
             self._step_bucket(bucket, lr, grad_divisor)
             if after_bucket is not None:
@@ -217,11 +227,11 @@ class MixedPrecisionOptimizer:
         """All buckets are stepped.
 
         Raises:
-            FloatingPointError: the gradients were not finite; the weights are lost.
+            FloatingPointError: the gradients were not finite, or too large for float32; the weights are lost.
         """
         grad_norm = self._norm(sum(self._overlapped.squares))
         self._overlapped = None
-        if not math.isfinite(grad_norm):
+        if not can_be_stepped_with(grad_norm, 1.0, 1.0):
             raise FloatingPointError(
                 "non-finite gradients, and --overlap_optim_step had already stepped with them: resume from the last "
                 "checkpoint, without that flag if it happens again"
@@ -282,7 +292,7 @@ class MixedPrecisionOptimizer:
             self.gather_updates(bucket)
         for group in _multiplied_together(states):
             shape, weights = group[0].piece.shape, group[0].piece.param
-            gradients = torch.stack([state.piece.whole_grad.view(shape) for state in group])
+            gradients = torch.stack([muon.ahead_in(state.piece.whole_grad).view(shape) for state in group])
             # float32 weights on a CPU: it may not be quick at bfloat16.
             quick = weights.is_cuda or weights.dtype == torch.bfloat16
             updates = muon.orthogonalize(

@@ -16,6 +16,7 @@ U V^T without a singular value decomposition: an odd polynomial in u acts on the
 coefficients for each (Amsel et al., Polar Express, 2025) follow from those before it: `polynomials` computes them.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -104,13 +105,21 @@ def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float 
 
     Args:
         momentum: float32, any shape.
-        grad: of that shape; then grad_divisor times u. float16 could not hold u itself, and only its direction matters.
+        grad: of that shape; then u times a number from 1 to 2, as only its direction matters, in `ahead_in` of it.
     """
     ahead = grad if grad.dtype == torch.float32 else grad.float()
+    # So large a power of two that nothing overflows, and nothing is rounded by it.
+    unit = 2.0 ** math.floor(math.log2(grad_divisor))
     momentum.mul_(beta).add_(ahead, alpha=(1.0 - beta) / grad_divisor)
-    ahead.mul_(1.0 - beta).add_(momentum, alpha=beta * grad_divisor)
+    ahead.mul_((1.0 - beta) / unit).add_(momentum, alpha=beta * (grad_divisor / unit))
     if ahead is not grad:
-        grad.copy_(ahead)
+        ahead_in(grad).copy_(ahead)
+
+
+def ahead_in(grad: Tensor) -> Tensor:
+    """Where `look_ahead` leaves u, in the gradient's memory. The loss scale keeps gradients in float16's range, but not
+    u, so bfloat16 takes its place."""
+    return grad.view(torch.bfloat16) if grad.dtype == torch.float16 else grad
 
 
 def step_size(shape: tuple[int, ...], lr: float) -> float:

@@ -55,6 +55,13 @@ def test_weights_are_the_rounded_main_parameters(size: int, dtype: torch.dtype):
     assert torch.equal(weights, tensors[0].to(dtype))
 
 
+def test_weights_stay_in_the_range_of_float16():
+    main, weights = torch.tensor([7e4, -7e4, 65504.0, 2.0], device=DEVICE), torch.zeros(4, device=DEVICE).half()
+    flat = torch.zeros(4, device=DEVICE)
+    adamw_flat_step(main, flat, flat.clone(), flat.clone(), weights, 1, 1e-3, 0.0, 1.0, CONFIG)
+    assert weights.tolist() == [65504.0, -65504.0, 65504.0, 2.0] and main[0] == 7e4
+
+
 @pytest.mark.parametrize("grad_dtype", DTYPES)
 def test_the_gradient_is_zeroed_on_request_and_else_kept(grad_dtype: torch.dtype):
     for zero_grad in (False, True):

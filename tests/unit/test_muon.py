@@ -156,6 +156,31 @@ def test_scaled_float16_gradients_do_not_vanish():
     assert moved[0].norm() > 0.01 and (moved[1] - moved[0]).norm() < 2e-2 * moved[0].norm()
 
 
+@pytest.mark.parametrize("cut", [48, 20], ids=["whole", "shards"])
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_float16_gradients_of_any_size_step_as_float32_ones(clip: float, cut: int):
+    """After clipping, the momentum of smaller steps is large at the scale of the gradients: beyond float16. Shards of a
+    matrix are stepped each by itself, with the whole that lies in the gradients' memory."""
+    ends, scale = [], 2.0**14
+    for dtype in (torch.float32, torch.float16):
+        param, grad = torch.zeros(48), torch.zeros(48, dtype=dtype)
+        shards = [
+            ParameterSlice(NAME, start, (6, 8), param[start:end], grad[start:end], grad)
+            for start, end in ((0, cut), (cut, 48)) if start < end
+        ]  # fmt: skip
+        scaler = LossScaler(enabled=True, initial=scale)
+        optimizer = MixedPrecisionOptimizer([shards], ADAMW, clip, scaler, muon=MuonConfig())
+        for step in range(16):
+            drawn = torch.randn(48, generator=torch.Generator().manual_seed(step)).clamp(-1.0, 1.0) * 3.0
+            # Most of the momentum in one place; then a gradient as large as float16 can be, everywhere.
+            grad.copy_((drawn * scale if step == 15 else drawn + 3e4 * (torch.arange(48) == 7)).half())
+            assert not optimizer.step(0.1).skipped
+            # As it does after many good steps.
+            scaler.scale *= 2.0 if step == 14 else 1.0
+        ends.append(param)
+    assert ends[0].norm() > 0.1 and (ends[1] - ends[0]).norm() < 1e-2 * ends[0].norm()
+
+
 def test_only_matrices_of_blocks_are_muons():
     sorts = {
         NAME: (4, 6), "layers.1.input_layernorm.weight": (4,), "layers.0.self_attn.q_proj.bias": (4,),

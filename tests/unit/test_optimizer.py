@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optimizer import LossScaler, MixedPrecisionOptimizer, learning_rate_at
+from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, learning_rate_at
 from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
 from optimizer.clip import clip_factor
 from parallel.buffer import ParameterSlice, sum_of_squares
@@ -109,6 +109,46 @@ def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert optimizer.num_steps == 1
     assert scaler.scale == (4.0 if fp16 else 1.0)
+
+
+@pytest.mark.parametrize("muon", [None, MuonConfig()])
+@pytest.mark.parametrize(("size", "clip", "steps"), [(1e20, 0.0, False), (1e20, 1.0, True), (3e38, 1.0, False)])
+def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, steps: bool, muon: MuonConfig | None):
+    """The norm is finite, but squares of the gradients are not: a second moment that became infinite would stay so, and
+    the weight for ever where it is."""
+    grad = torch.full((24,), size)
+    piece = ParameterSlice("layers.0.mlp.up_proj.weight", 0, (4, 6), torch.ones(24), grad, grad)
+    optimizer = MixedPrecisionOptimizer([[piece]], CONFIG, clip, LossScaler(enabled=False), muon=muon)
+    result = optimizer.step(1e-2)
+    tensors = optimizer.named_state()[0][2]
+    assert math.isfinite(result.grad_norm) and result.skipped != steps
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert (piece.param != 1.0).all() if steps else (piece.param == 1.0).all() and optimizer.num_steps == 0
+
+
+def test_an_overlapped_step_that_float32_cannot_hold_is_an_error():
+    slices = slices_of()
+    optimizer = MixedPrecisionOptimizer([slices], CONFIG, 0.0, LossScaler(enabled=False))
+    slices[0].grad[0] = 1e20
+    optimizer.begin_overlapped_step(1e-2)
+    optimizer.step_bucket(0)
+    with pytest.raises(FloatingPointError, match="resume from the last checkpoint"):
+        optimizer.end_overlapped_step()
+
+
+def test_weights_stay_in_the_range_of_float16():
+    """An infinite one would make all activations NaN. The main parameters go on."""
+    grad = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16)
+    piece = ParameterSlice("norm.weight", 0, (3,), torch.tensor([-65e3, 65e3, 1.0], dtype=torch.float16), grad, grad)
+    optimizer = MixedPrecisionOptimizer([[piece]], CONFIG, 0.0, LossScaler(enabled=False))
+    optimizer.step(1e4)
+    assert piece.param.tolist() == [-65504.0, 65504.0, -1e4]
+    assert optimizer.named_state()[0][2]["main"].tolist() == pytest.approx([-75e3, 75e3, -9999.0], rel=1e-3)
+
+
+def test_without_eps_a_weight_that_never_had_a_gradient_would_become_nan():
+    with pytest.raises(ValueError, match="adam_eps must be at least 1.2e-38"):
+        AdamWConfig(eps=0.0)
 
 
 def test_loss_scale_cancels_out():
