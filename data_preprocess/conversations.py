@@ -21,6 +21,12 @@ from dataclasses import dataclass
 
 from tokenizer.chat_template import Message
 
+FIELDS = frozenset(
+    "conversations conversation messages instruction input output history system type text instruct rounds api_desc "
+    "reference prompt chosen rejected".split()
+)
+"""All that `parse_record` looks at, of any format: of a table with other columns, these alone are read."""
+
 DEFAULT_ROLES: Mapping[str, str] = {
     "system": "system",
     "user": "user",

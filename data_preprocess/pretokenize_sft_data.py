@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from data_preprocess.conversations import PlainText, Preference, Sample, parse_record, roles_with
+from data_preprocess.conversations import FIELDS, PlainText, Preference, Sample, parse_record, roles_with
 from data_preprocess.mask_compiler import (
     SFTLoss,
     TrainingSample,
@@ -50,7 +50,7 @@ from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceS
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised when the same record would become other tokens: what was made before is made again."""
 CACHE_DIR = ".tokenized"
 _BYTES_A_TOKEN = 4
@@ -265,6 +265,11 @@ def check_options(output: Path, options: Options, given: Collection[str]) -> Non
             )
 
 
+def record_corpus(root: str, **chosen: tuple[str, ...]) -> Corpus:
+    """A directory with records of conversations or preferences. `chosen`: see `chosen_files`."""
+    return Corpus(root, None, columns=FIELDS, **chosen)
+
+
 def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid_ratio: float) -> Path:
     """The folder with the tokens of raw records, which are made if they are not there yet. Several processes may call
     this at once, before they know of each other: one does the work and the others wait for it.
@@ -276,7 +281,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
     """
     options.check()
     tokenizer = load_tokenizer(tokenizer_dir)
-    corpus = Corpus(str(data_dir), None)
+    corpus = record_corpus(str(data_dir))
     units, _ = find_units(corpus, SequenceJob.shard_bytes)
     key = [
         RULES_VERSION, tokenizer.fingerprint, options.deciding(), valid_ratio,
@@ -371,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.num_workers < 1 or not 0 < args.shard_mb * 1e6 < 2**31:
             raise ValueError("--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB")
         job = SequenceJob(
-            Corpus(args.data_dir, None, **chosen_files(args)), args.output_dir, args.tokenizer_dir, args.valid_ratio,
+            record_corpus(args.data_dir, **chosen_files(args)), args.output_dir, args.tokenizer_dir, args.valid_ratio,
             int(args.shard_mb * 1e6), args.max_bad_records, options,
         )  # fmt: skip
         return process_corpus(job, args.num_workers)

@@ -7,20 +7,20 @@
     .parquet                                a row                 row group
     .csv .tsv, the first line names them    a row                 file
 
-All but Parquet also as .gz, .xz and .zst. The input is cut into units of bounded size by the files alone, so that the
-cut does not depend on how many processes work on it.
+All but Parquet also as .gz, .xz, .bz2 and .zst. A file of another kind is read as text if --include names its kind.
+The input is cut into units of bounded size by the files alone, so that the cut does not depend on how many processes
+work on it. A text may have any length; a record is refused, by its place, from LONGEST_RECORD on.
 """
 
 import argparse
 import codecs
 import csv
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
-import zlib
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +31,8 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
+from data_preprocess.decompress import COMPRESSION_SUFFIXES, DAMAGE, decompressed
+from data_preprocess.folders import files_below
 from dataset.format import MANIFEST_NAME, TOKEN_FILE_SUFFIXES
 from utils.files import sha256_of_file
 
@@ -39,21 +41,35 @@ TEXT_SUFFIXES = frozenset(
 )
 JSON_SUFFIXES = frozenset((".jsonl", ".ndjson", ".json"))
 COLUMN_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-COMPRESSION_SUFFIXES = frozenset((".gz", ".xz", ".zst"))
 
 LONGEST_PART = 1 << 20
 """Characters; a longer document comes in several parts."""
-_BUFFER_BYTES, _BLOCK_BYTES = 1 << 20, 1 << 16
-_PARQUET_ROWS = 256
-_LONGEST_FIELD = 1 << 28
-"""Characters of an array's element or a table's field: what is longer lacks its end."""
+LONGEST_RECORD = 1 << 26
+"""Bytes of a line or of a Parquet row, characters of an array's element or of a table's row. A record is in memory as a
+whole, several times over; what is longer is refused."""
+_BUFFER_BYTES = 1 << 20
+_PARQUET_ROWS, _PARQUET_BATCH_BYTES, _PARQUET_DICTIONARY_BYTES = 256, 1 << 24, 1 << 28
+_OF_OTHER_KINDS = "files of other kinds"
 
 
 class DamagedFile(Exception):
     """What follows cannot be read."""
 
 
-_DAMAGE = (DamagedFile, EOFError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException)
+_DAMAGE = (DamagedFile, csv.Error, *DAMAGE)
+_NO_VALUE = (ArithmeticError, LookupError, TypeError, ValueError, pyarrow.ArrowException)
+"""What Arrow raises of a value that Python cannot hold: a text that is not UTF-8, nanoseconds, a day before year 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a record that cannot be had."""
+
+    why: str
+
+
+def _too_long(what: str) -> Unreadable:
+    return Unreadable(f"{what} than {LONGEST_RECORD / (1 << 20):,.0f} MiB: cut it, or give its text as a .txt file")
 
 
 @dataclass(frozen=True)
@@ -94,14 +110,33 @@ class Corpus:
     """Patterns (as in a shell, "*" also matches "/") of the paths that are read."""
     exclude: tuple[str, ...] = ()
     """Patterns of the paths that are not, even if they are included."""
+    columns: frozenset[str] | None = None
+    """Of records that are wanted whole: the columns of a Parquet file that are read. The others stand in its records
+    as None. None reads all."""
 
     def path(self, piece: "Piece") -> Path:
         return Path(self.root, piece.path)
 
     def chooses(self, path: str) -> bool:
-        return any(fnmatch(path, pattern) for pattern in self.include) and not any(
-            fnmatch(path, pattern) for pattern in self.exclude
-        )
+        return any(fnmatch(path, pattern) for pattern in self.include) and not self.excludes(path)
+
+    def excludes(self, path: str) -> bool:
+        return any(fnmatch(path, pattern) for pattern in self.exclude)
+
+    def wants(self, column: str) -> bool:
+        """Whether a column of a table is looked at."""
+        if self.fields is not None:
+            return column in self.fields.keys
+        return self.columns is None or column in self.columns
+
+    def names_kind_of(self, path: str) -> bool:
+        """Whether a chosen file is meant by its kind or its name, as by "*.pm" or "docs/README"; not by "zh/*"."""
+        return any(fnmatch(path, pattern) and _names_a_kind(pattern) for pattern in self.include)
+
+
+def _names_a_kind(pattern: str) -> bool:
+    name = pattern.rpartition("/")[2]
+    return ("." in name and name.rpartition(".")[2] != "*") or not set(name) & set("*?[")
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +255,8 @@ class BadRecords:
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Path -> why of files that were not looked at, see list_inputs."""
 
     def add(self, bad: BadRecord) -> None:
         self.count += 1
@@ -238,31 +275,57 @@ def holds_records(name: str) -> bool:
     return kind in JSON_SUFFIXES or kind in COLUMN_SEPARATORS or (kind == ".parquet" and not compressed)
 
 
-def list_inputs(corpus: Corpus) -> tuple[list[str], list[str]]:
-    """Chosen files that can be read, and those of other kinds: sorted paths relative to the root.
+def list_inputs(corpus: Corpus) -> tuple[list[str], dict[str, str]]:
+    """Chosen files that can be read, as sorted paths relative to the root; and path -> why of what is left out.
 
-    Hidden files and folders, tokenizer folders below the root, links that lead nowhere, and the files that
-    pretokenizing writes are passed over.
+    Hidden files and folders and the files that pretokenizing writes are passed over.
+
+    Raises:
+        OSError: a folder cannot be listed.
     """
-    inputs, others = [], []
-    root = corpus.root
-    for directory, folders, files in os.walk(root):
-        if "tokenizer.json" in files and Path(directory) != Path(root):
-            folders.clear()
-            continue
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        for name in sorted(files):
-            full = os.path.join(directory, name)
-            relative = os.path.relpath(full, root)
-            ours = name == MANIFEST_NAME or Path(name).suffix in TOKEN_FILE_SUFFIXES or ".tmp-" in name
-            if ours or name.startswith(".") or not corpus.chooses(relative) or not os.path.isfile(full):
-                continue
-            holds_text = _kind(name)[0] in TEXT_SUFFIXES and corpus.fields is not None
-            if holds_text or holds_records(name):
-                inputs.append(relative)
-            else:
-                others.append(relative)
-    return sorted(inputs), sorted(others)
+    inputs: list[str] = []
+    left_out: dict[str, str] = {}
+
+    def is_chosen(path: str) -> bool:
+        return corpus.chooses(path) and (not _is_ours(path) or _is_text_by_name(corpus, path))
+
+    for file in files_below(corpus.root, is_chosen):
+        if file.problem:
+            # Of a folder that cannot be looked into, nobody knows whether its files are chosen.
+            if not corpus.excludes(file.path):
+                left_out[file.path] = file.problem
+        elif holds_records(file.path) or _is_text_by_name(corpus, file.path):
+            inputs.append(file.path)
+        else:
+            left_out[file.path] = _OF_OTHER_KINDS
+    return inputs, left_out
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a file is one that pretokenizing writes, by its name."""
+    name = Path(path).name
+    of_ours = name == MANIFEST_NAME or Path(name).suffix in TOKEN_FILE_SUFFIXES
+    return of_ours or re.search(r"\.tmp-\d+$", name) is not None
+
+
+def _is_text_by_name(corpus: Corpus, path: str) -> bool:
+    """Whether a file that holds no records is to be read as a text."""
+    if corpus.fields is None:
+        return False
+    kind, _ = _kind(path)
+    return kind in TEXT_SUFFIXES or (kind != ".parquet" and corpus.names_kind_of(path))
+
+
+def print_left_out(left_out: dict[str, str]) -> None:
+    """A line about each reason why files were left out."""
+    for reason in sorted(set(left_out.values())):
+        paths = [path for path in left_out if left_out[path] == reason]
+        if reason == _OF_OTHER_KINDS:
+            names = ", ".join(sorted({Path(path).suffix or "no suffix" for path in paths}))
+        else:
+            names = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        line = f"left out {len(paths)} {reason} ({names})"
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def plan_units(root: str, paths: list[str], unit_bytes: int) -> list[Unit]:
@@ -280,25 +343,26 @@ def plan_units(root: str, paths: list[str], unit_bytes: int) -> list[Unit]:
     return units
 
 
-def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], list[str]]:
-    """The units of a corpus, and the files of other kinds that they leave out.
+def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, str]]:
+    """The units of a corpus, and path -> why of the files that they leave out.
 
     Raises:
         ValueError: no such directory, or nothing in it that can be read.
     """
     if not os.path.isdir(corpus.root):
         raise ValueError(f"{corpus.root} is not a directory")
-    inputs, others = list_inputs(corpus)
+    inputs, left_out = list_inputs(corpus)
     units = plan_units(corpus.root, inputs, unit_bytes)
     if not units:
         wanted = "text: put .txt, .jsonl, .json, .parquet, .csv or source files"
         if corpus.fields is None:
             wanted = "records: put .jsonl, .json, .parquet or .csv files"
+        print_left_out(left_out)
         raise ValueError(
             f"{corpus.root} holds no {wanted} into it"
             + ("" if corpus.include == ("*",) and not corpus.exclude else ", or choose others with --include")
         )
-    return units, others
+    return units, left_out
 
 
 Item = Document | Record | BadRecord
@@ -321,20 +385,20 @@ def read_piece(corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | N
     kind, compressed = _kind(piece.path)
     path, fields, report = corpus.path(piece), corpus.fields, on_bytes or (lambda _: None)
     if kind == ".parquet":
-        yield from _documents(piece, "row", _parquet_rows(path, piece, fields, report), fields)
+        yield from _documents(piece, "row", _parquet_rows(path, piece, corpus, report), fields)
         return
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
-        stream = _decompressed(file, path.suffix.lower()) if compressed else file
+        stream = decompressed(file, path.suffix.lower()) if compressed else file
         progress = _Progress(file, piece.start, report)
-        if kind in TEXT_SUFFIXES:
-            yield from _text_file(piece, stream, progress)
-        elif kind in COLUMN_SEPARATORS:
-            rows = _table_rows(piece, stream, COLUMN_SEPARATORS[kind], fields)
+        if kind in COLUMN_SEPARATORS:
+            rows = _table_rows(piece, stream, COLUMN_SEPARATORS[kind], corpus)
             yield from _documents(piece, "row", progress.follow(rows), fields)
+        elif kind not in JSON_SUFFIXES:
+            yield from _text_file(piece, stream, progress)
         elif kind == ".json" and _holds_array(path):
             yield from _documents(piece, "record", progress.follow(enumerate(_Array(stream))), fields)
         elif kind == ".json" and not piece.start and _holds_one_object(path):
-            yield from _documents(piece, "", iter([(0, stream.read())]), fields)
+            yield from _documents(piece, "", _one_object(stream), fields)
         elif compressed:
             yield from _documents(piece, "line", progress.follow(_lines(stream)), fields)
         else:
@@ -348,35 +412,6 @@ def _kind(path: str) -> tuple[str, bool]:
     if plain.suffix in COMPRESSION_SUFFIXES:
         return plain.with_suffix("").suffix, True
     return plain.suffix, False
-
-
-def _decompressed(file: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
-        read = gzip.GzipFile(fileobj=file).read1
-    elif suffix == ".xz":
-        read = lzma.LZMAFile(file).read1
-    else:
-        read = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd").read
-    return io.BufferedReader(_Decompressed(read), _BUFFER_BYTES)
-
-
-class _Decompressed(io.RawIOBase):
-    """Gives out little at once, so that what lies before a damaged place is read; damage is an EOFError."""
-
-    def __init__(self, read: Callable[[int], bytes]):
-        self._read = read
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        try:
-            data = self._read(min(len(buffer), _BLOCK_BYTES))
-        except OSError as error:
-            # What the system reports has a number; the rest is what gzip and Arrow say of damaged content.
-            raise error if error.errno else EOFError(str(error)) from None
-        buffer[: len(data)] = data
-        return len(data)
 
 
 class _Progress:
@@ -403,7 +438,7 @@ class _Progress:
 def _documents(
     piece: Piece, counts: str, records: Iterator[tuple[int, object]], fields: TextFields | None
 ) -> Iterator[Item]:
-    """The texts of numbered records, or the records. A record is an object, or the bytes of a line of JSON."""
+    """The texts of numbered records, or the records. One is an object, the bytes of a line of JSON, or Unreadable."""
     last = None
     while True:
         try:
@@ -415,6 +450,9 @@ def _documents(
             yield BadRecord(after, f"damaged, what follows is lost ({_one_line(error)})")
             return
         last = number
+        if isinstance(record, Unreadable):
+            yield BadRecord(place(piece.path, counts, number), record.why)
+            continue
         try:
             if isinstance(record, bytes):
                 record = json.loads(record)
@@ -486,27 +524,55 @@ def _cut(text: str) -> int:
     return LONGEST_PART
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream):
-        if number == 0:
+def _next_line(stream: BinaryIO) -> bytes | Unreadable:
+    """The next line; empty at the end."""
+    line = stream.readline(LONGEST_RECORD + 1)
+    if len(line) <= LONGEST_RECORD or line.endswith(b"\n"):
+        return line
+    del line
+    _pass_line(stream)
+    return _too_long("longer")
+
+
+def _pass_line(stream: BinaryIO) -> None:
+    """Read to the end of a line, in pieces: it may be the whole file."""
+    while (piece := stream.readline(_BUFFER_BYTES)) and not piece.endswith(b"\n"):
+        pass
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | Unreadable]]:
+    number = 0
+    while line := _next_line(stream):
+        if number == 0 and isinstance(line, bytes):
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
+        if isinstance(line, Unreadable) or line.strip():
             yield number, line
+        number += 1
 
 
-def _lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
+def _lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes | Unreadable]]:
     """Lines by the byte at which they begin. A line belongs to the range in which it begins."""
     if piece.start:
         file.seek(piece.start - 1)
-        file.readline()
+        _pass_line(file)
     while (offset := file.tell()) < piece.end:
-        line = file.readline()
+        line = _next_line(file)
         if not line:
             raise ValueError(f"{piece.path} became shorter while it was read: run the command again")
-        if offset == 0:
+        if offset == 0 and isinstance(line, bytes):
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
+        if isinstance(line, Unreadable) or line.strip():
             yield offset, line
+
+
+def _one_object(stream: BinaryIO) -> Iterator[tuple[int, bytes | Unreadable]]:
+    """The whole file."""
+    content = stream.read(LONGEST_RECORD + 1)
+    yield 0, content if len(content) <= LONGEST_RECORD else _too_long("longer")
+
+
+_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_OUTSIDE = re.compile(r'[^"\[\]{},]*+')
 
 
 class _Array:
@@ -571,15 +637,42 @@ class _Array:
             except json.JSONDecodeError as error:
                 # Of an element that goes on beyond what was read, the parser complains near the end, or of a string.
                 may_go_on = error.pos >= len(self._text) - 64 or error.msg.startswith("Unterminated string")
-                if self._end or not may_go_on or ahead > _LONGEST_FIELD:
+                if self._end or not may_go_on:
                     raise self._damage or DamagedFile(error.msg) from None
+                if ahead > LONGEST_RECORD:
+                    self._pass_element()
+                    return _too_long("longer")
             except RecursionError:
-                raise DamagedFile("too deeply nested") from None
+                self._pass_element()
+                return Unreadable("too deeply nested")
             else:
                 if end < len(self._text) or self._end:
+                    is_too_long = end - self._position > LONGEST_RECORD
                     self._position = end
-                    return value
-            self._fill(2 * ahead)
+                    return _too_long("longer") if is_too_long else value
+            self._fill(max(ahead + 1, min(2 * ahead, LONGEST_RECORD + 1)))
+
+    def _pass_element(self) -> None:
+        """Go behind an element by its brackets and strings, without keeping any of it."""
+        depth, in_string = 0, False
+        while True:
+            self._position = (_IN_STRING if in_string else _OUTSIDE).match(self._text, self._position).end()
+            # A backslash belongs to the character behind it.
+            if self._position + 1 >= len(self._text) and not self._end:
+                self._fill(2)
+                continue
+            found = self._text[self._position : self._position + 1]
+            if not found or found == "\\":
+                raise self._damage or DamagedFile("it lacks its end")
+            if found == '"':
+                in_string = not in_string
+            elif found in "[{":
+                depth += 1
+            elif depth == 0:
+                return
+            elif found in "]}":
+                depth -= 1
+            self._position += 1
 
 
 def _start_of(path: Path) -> bytes:
@@ -587,7 +680,7 @@ def _start_of(path: Path) -> bytes:
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         try:
-            start = (_decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read1(1 << 16)
+            start = (decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read1(1 << 16)
         except _DAMAGE:
             return b""
     return start.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -603,18 +696,19 @@ def _holds_one_object(path: Path) -> bool:
     return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.lstrip(b"\r\n").startswith(b"{")
 
 
-def _table_rows(
-    piece: Piece, stream: BinaryIO, separator: str, fields: TextFields | None
-) -> Iterator[tuple[int, dict]]:
+def _table_rows(piece: Piece, stream: BinaryIO, separator: str, corpus: Corpus) -> Iterator[tuple[int, dict]]:
     # The default limit refuses fields longer than 128 KiB; without any, a lost quote would swallow the file.
-    csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(LONGEST_RECORD)
     # What is not UTF-8 becomes half surrogate pairs, by which only the row that holds them is refused.
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    bounded = _LinesOfRows(lines)
     try:
-        rows = csv.DictReader(lines, delimiter=separator)
+        rows = csv.DictReader(bounded, delimiter=separator)
         if rows.fieldnames is not None:
-            _require_columns(piece.path, list(rows.fieldnames), fields)
-            yield from enumerate(rows)
+            _require_columns(piece.path, list(rows.fieldnames), corpus)
+            for numbered in enumerate(rows):
+                bounded.row_ends()
+                yield numbered
     finally:
         # Else the wrapper would close the file that others still ask for its position. Who stops in the middle may have
         # closed it already.
@@ -622,52 +716,109 @@ def _table_rows(
             lines.detach()
 
 
+class _LinesOfRows:
+    """Lines of a table. A row may hold many, if they are quoted, but not more than LONGEST_RECORD characters."""
+
+    def __init__(self, lines: io.TextIOWrapper):
+        self._lines, self._left = lines, LONGEST_RECORD
+
+    def row_ends(self) -> None:
+        self._left = LONGEST_RECORD
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._lines.readline(self._left + 1):
+            self._left -= len(line)
+            if self._left < 0:
+                # Where the next row begins cannot be told: a quote may have been lost, or be due only now.
+                raise DamagedFile(f"the next row is {_too_long('longer').why}")
+            yield line
+
+
 def _parquet_rows(
-    path: Path, piece: Piece, fields: TextFields | None, report: Callable[[int], None]
-) -> Iterator[tuple[int, dict]]:
-    with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-        _require_columns(piece.path, file.schema_arrow.names, fields)
-        columns = [key for key in fields.keys if key in file.schema_arrow.names] if fields is not None else None
-        groups = range(piece.start, piece.end)
-        number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
-        reported = done = 0
-        try:
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=list(groups), columns=columns):
+    path: Path, piece: Piece, corpus: Corpus, report: Callable[[int], None]
+) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Rows of a piece's row groups. Only the columns that are wanted are decoded."""
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            _require_columns(piece.path, names, corpus)
+            columns = [name for name in names if corpus.wants(name)]
+            others = dict.fromkeys(names) if corpus.fields is None else {}
+            groups = [file.metadata.row_group(group) for group in range(piece.start, piece.end)]
+            number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+            total = max(sum(group.num_rows for group in groups), 1)
+            reported = done = 0
+            for batch in file.iter_batches(
+                _rows_at_once(groups, columns), row_groups=list(range(piece.start, piece.end)), columns=columns
+            ):
                 for row in _rows_of(batch):
-                    yield number + done, row
+                    yield number + done, row if isinstance(row, Unreadable) else others | row
                     done += 1
                 so_far = piece.num_bytes * done // total
                 report(so_far - reported)
                 reported = so_far
-        except OSError as error:
-            # Arrow's word for damaged pages; a failing disk has an errno.
-            raise error if error.errno else pyarrow.ArrowException(str(error)) from None
+    except OSError as error:
+        # Arrow's word for damaged pages; a failing disk has an errno.
+        raise error if error.errno else pyarrow.ArrowException(str(error)) from None
 
 
-def _rows_of(batch: pyarrow.RecordBatch) -> list[dict]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        # Arrow does not check that strings are UTF-8: as in tables, only the rows that hold others are refused.
-        columns = {
-            name: [value and value.decode("utf-8", "surrogateescape") for value in _as_bytes(column)]
-            for name, column in zip(batch.schema.names, batch.columns)
-        }
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+def _rows_at_once(groups: list[pyarrow.parquet.RowGroupMetaData], columns: list[str]) -> int:
+    """As many as take _PARQUET_BATCH_BYTES on average in each row group, at most _PARQUET_ROWS. A page, however large
+    its writer made it, is in memory as a whole besides."""
+    at_once = _PARQUET_ROWS
+    for group in groups:
+        size = 0
+        for chunk in map(group.column, range(group.num_columns)):
+            if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                continue
+            size += chunk.total_uncompressed_size
+            if chunk.has_dictionary_page:
+                # Every row may be the longest of the dictionary's texts, about as long as all of it.
+                share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(chunk.total_compressed_size, 1)
+                at_once = min(at_once, _PARQUET_DICTIONARY_BYTES // max(int(share * chunk.total_uncompressed_size), 1))
+        at_once = min(at_once, _PARQUET_BATCH_BYTES * group.num_rows // max(size, 1))
+    return max(at_once, 1)
 
 
-def _as_bytes(column: pyarrow.Array) -> list[bytes | None]:
-    return column.cast(pyarrow.large_binary()).to_pylist()
+def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Unreadable]:
+    """The rows as Python has them; those that it cannot have are told apart one by one."""
+    if batch.num_columns and batch.nbytes <= LONGEST_RECORD:
+        try:
+            return iter(batch.to_pylist())
+        except _NO_VALUE:
+            pass
+    return (_row_of(batch.slice(index, 1)) for index in range(batch.num_rows))
 
 
-def _require_columns(path: str, columns: list[str], fields: TextFields | None) -> None:
-    if fields is not None and not set(columns) & set(fields.keys):
-        wanted = ",".join(fields.keys)
+def _row_of(batch: pyarrow.RecordBatch) -> dict | Unreadable:
+    """The only row of a batch."""
+    row, size = {}, 0
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            # A dictionary is shared by all rows.
+            values = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            size += values.nbytes
+            if size > LONGEST_RECORD:
+                return _too_long("longer")
+            row[name] = values[0].as_py()
+        except _NO_VALUE as error:
+            return Unreadable(f'the column "{name}": {_one_line(error)}')
+    return row
+
+
+def _require_columns(path: str, columns: list[str], corpus: Corpus) -> None:
+    """
+    Raises:
+        ValueError: a table without a column for the text, or with two of one name.
+    """
+    wanted = [name for name in columns if corpus.wants(name)]
+    if corpus.fields is not None and not wanted:
         raise ValueError(
-            f'{path} has no column "{wanted}" but {", ".join(columns)}: choose with --text_key, '
+            f'{path} has no column "{",".join(corpus.fields.keys)}" but {", ".join(columns)}: choose with --text_key, '
             f"or leave such files out with --exclude"
         )
+    if twice := next((name for name in wanted if wanted.count(name) > 1), None):
+        raise ValueError(f'{path} has two columns "{twice}": rename one, or leave such files out with --exclude')
 
 
 def _pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:

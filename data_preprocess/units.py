@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_preprocess.readers import Corpus, Unit, find_units
+from data_preprocess.readers import Corpus, Unit, find_units, print_left_out
 from data_preprocess.shards import NOTES_DIR, PartRecord, sole_writer, write_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write_json
@@ -265,10 +265,8 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
         raise ValueError(f"--valid_ratio must be at least 0 and at most 1, got {job.valid_ratio}")
     if not 1 <= job.shard_bytes < 2**63 or num_workers < 0:
         raise ValueError("--shard_mb and --num_workers must be positive")
-    units, others = find_units(job.corpus, job.shard_bytes)
-    if others:
-        suffixes = sorted({Path(path).suffix or "no suffix" for path in others})
-        print(f"left out {len(others)} files of other kinds ({', '.join(suffixes)})", file=sys.stderr)
+    units, left_out = find_units(job.corpus, job.shard_bytes)
+    print_left_out(left_out)
     tokenizer = _tokenizer(job.tokenizer_dir)
     with sole_writer(output):
         if num_workers:

@@ -19,8 +19,14 @@ from itertools import islice
 from pathlib import Path
 
 from data_preprocess.mask_compiler import TrainingSample
-from data_preprocess.pretokenize_sft_data import Compiler, Options, add_compiling_arguments, options_from
-from data_preprocess.readers import BadRecord, Corpus, holds_records, place, plan_units, read_unit
+from data_preprocess.pretokenize_sft_data import (
+    Compiler,
+    Options,
+    add_compiling_arguments,
+    options_from,
+    record_corpus,
+)
+from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit
 from dataset.format import MANIFEST_NAME, SPLITS
 from dataset.opening import open_dataset
 from dataset.order import sample_at
@@ -89,7 +95,7 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
             f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
         )
     compiler = Compiler(tokenizer, options)
-    corpus = Corpus(str(path.parent), None)
+    corpus = record_corpus(str(path.parent))
     for unit in plan_units(str(path.parent), [path.name], _UNIT_BYTES):
         for item in read_unit(corpus, unit):
             if isinstance(item, BadRecord):

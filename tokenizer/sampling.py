@@ -4,6 +4,7 @@ Only as much is read as is needed: each corpus is cut into small units, which ar
 always the same; from each a share of what is still missing is taken.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,10 +34,13 @@ def budgets(sources: list[Source], sample_bytes: int) -> list[int]:
 def sample_texts(corpus: Corpus, budget: int, bad: BadRecords, seed: int = 0) -> Iterator[str]:
     """About `budget` bytes of a corpus, or all of it if it is smaller.
 
+    Args:
+        bad: takes the records that could not be read, and the files that were left out.
     Raises:
         ValueError: no such directory, or nothing to read.
     """
-    units, _ = find_units(corpus, _UNIT_BYTES)
+    units, left_out = find_units(corpus, _UNIT_BYTES)
+    bad.left_out |= {os.path.join(corpus.root, path): why for path, why in left_out.items()}
     random.Random(seed).shuffle(units)
     cut_short: list[tuple[Unit, int]] = []
     for index, unit in enumerate(units):

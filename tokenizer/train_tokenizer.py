@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from
+from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from, print_left_out
 from tokenizer.base import LARGEST_VOCAB_SIZE, Tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
@@ -107,8 +107,11 @@ def report_on(tokenizer: Tokenizer, sources: list[Source], sample_bytes: int) ->
 
 
 def print_report(report: dict, seconds: float, bad: BadRecords) -> None:
+    print_left_out(bad.left_out)
     for example in bad.examples[:10]:
         print(f"skipped {example}", file=sys.stderr)
+    if bad.count > 10:
+        print(f"skipped {bad.count - 10} more", file=sys.stderr)
     print("source          MB  bytes a token")
     for name, counts in report["sources"].items():
         print(f"{name:10s} {counts['bytes'] / 1e6:7.1f}  {counts['bytes_a_token']:13.3f}")
@@ -166,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         atomic_write_json(Path(args.output_dir) / "report.json", report)
     except (ValueError, OSError) as error:
         complaint = str(error)
+        print_left_out(bad.left_out)
         if bad.count:
             unread = f"{bad.count} records could not be read, for example {bad.examples[0]}"
             has_text = sample.text_bytes.total() > 0

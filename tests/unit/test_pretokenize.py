@@ -748,9 +748,9 @@ def test_list_of_inputs(tmp_path: Path):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    inputs, others = list_inputs(Corpus(str(tmp_path)))
+    inputs, left_out = list_inputs(Corpus(str(tmp_path)))
     assert inputs == ["a.jsonl", "a/X.TXT", "a/x.py", "b.txt", "c.CSV.gz", "d.parquet", "z.json"]
-    assert others == ["Makefile", "d.parquet.gz", "e.gz", "pic.png"]
+    assert list(left_out) == ["Makefile", "d.parquet.gz", "e.gz", "pic.png"]
 
 
 def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):

@@ -1204,3 +1204,22 @@ def test_a_shard_ends_by_what_is_written_too(tmp_path: Path, tokenizer_dir: Path
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, *flags) == 0
     manifest = json.loads((tmp_path / "out" / "pretokenize.json").read_text())
     assert len(manifest["shards"]["train"]) == 2 and manifest["samples"] == 119
+
+
+def test_one_text_of_a_table_that_is_not_utf8(tmp_path: Path, tokenizer_dir: Path):
+    """It costs its own row, and is named; a column that no format has costs nothing, whatever is in it."""
+    texts = pyarrow.array([b"\xff" if number == 874 else b"text %d" % number for number in range(1200)])
+    roles = pyarrow.array(["user", "assistant"] * 600)
+    turns = pyarrow.StructArray.from_arrays([roles, texts.view(pyarrow.string())], names=["role", "content"])
+    columns = {
+        "messages": pyarrow.ListArray.from_arrays(list(range(0, 1201, 2)), turns),
+        "created": pyarrow.array([1_700_000_000_123_456_789] * 600, pyarrow.timestamp("ns")),
+    }
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "a.parquet")
+    tokens = tokenize_online(tmp_path / "data", tokenizer_dir, SFT, 0.0)
+    manifest = json.loads((tokens / "pretokenize.json").read_text())
+    assert (manifest["documents"], manifest["bad_records"]) == (599, 1)
+    assert manifest["bad_examples"] == ['a.parquet row 437: the column "messages": not valid Unicode']
+    expected = [f"⟨user¦text {i}⟩⟨assistant¦{{text {i + 1}⟩}}" for i in range(0, 1200, 2) if i != 874]
+    assert texts_of(tokens) == expected

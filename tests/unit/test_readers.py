@@ -1,19 +1,23 @@
 """Readers against naive ones that hold the whole file: the same documents, once each, in order, with their origins."""
 
 import argparse
+import bz2
 import codecs
 import csv
+import errno
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
 import random
 import subprocess
 import sys
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -63,6 +67,8 @@ def compress(content: bytes, suffix: str) -> bytes:
         return gzip.compress(content)
     if suffix == ".xz":
         return lzma.compress(content)
+    if suffix == ".bz2":
+        return bz2.compress(content)
     if suffix == ".zst":
         sink = pyarrow.BufferOutputStream()
         with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
@@ -317,6 +323,8 @@ def test_parquet_types_of_text(tmp_path: Path):
     columns = {
         "plain": pyarrow.array(texts),
         "large": pyarrow.array(texts, pyarrow.large_string()),
+        "view": pyarrow.array(texts, pyarrow.string_view()),
+        "json": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts)),
         "words": pyarrow.array(texts).dictionary_encode(),
         "a.b": pyarrow.array(texts),
     }
@@ -468,7 +476,8 @@ def test_include_and_exclude(tmp_path: Path):
 
     def inputs(include: str, exclude: str = "") -> tuple[list[str], list[str]]:
         patterns = (tuple(filter(None, words.split(","))) for words in (include, exclude))
-        return list_inputs(Corpus(str(tmp_path), TextFields(), *patterns))
+        found, left_out = list_inputs(Corpus(str(tmp_path), TextFields(), *patterns))
+        return found, list(left_out)
 
     readable = [name for name in names if name != "test/e.png"]
     assert inputs("*") == (sorted(readable), ["test/e.png"])
@@ -818,3 +827,204 @@ def test_large_array_is_read_in_bounded_memory(tmp_path: Path, compression: str)
     units, documents, characters, grown_kib = map(int, result.stdout.split())
     assert (units, documents, characters) == (1, count, count * 2400)
     assert grown_kib < 100 * 1024
+
+
+# ---- records that cannot be held, and the files that are found
+
+
+LONG = 1000
+"""Stands in for LONGEST_RECORD."""
+
+
+@pytest.mark.parametrize("compression", [*COMPRESSIONS, ".bz2"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv", ".json object"])
+def test_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str):
+    """It is named and counted, however it is spelt; what stands behind it is read where that can be found."""
+    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
+    monkeypatch.setattr(readers, "_BUFFER_BYTES", 64)
+    nested = '{"a": [1, {"b": "]\\\\\\"}"}], "text": "' + 'x\\"' * 5000 + '"}'
+    if kind == ".jsonl":
+        content, after = f'{{"text": "a"}}\n{nested}\n{{"text": "b"}}\n', ["a", "b"]
+    elif kind == ".json array":
+        content, after = f'[{{"text": "a"}}, {nested}, {{"text": "b"}}]', ["a", "b"]
+    elif kind == ".csv":
+        content, after = 'text\na\n"' + "x\n" * 5000 + '"\nb\n', ["a"]
+    else:
+        content, after = '{\n"text":\n"' + "x" * 5000 + '"\n}', []
+    name = file_name(kind, compression)
+    for unit_bytes in (100, WHOLE):
+        items = read_file(tmp_path, name, compress(content.encode(), compression), unit_bytes)
+        assert texts_of(items) == after
+        assert len(bad_of(items)) == 1 and "longer than" in bad_of(items)[0] and bad_of(items)[0].startswith(name)
+
+
+@pytest.mark.parametrize("size", [LONG, LONG + 1])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_the_longest_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int):
+    """To the byte, whatever is read at once."""
+    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
+    line = '{"text": "' + "x" * (size - 13) + '"}' + "\n" * (name == "a.jsonl")
+    line = line if name == "a.jsonl" else line.replace('"}', 'x"}')
+    assert len(line) == size
+    for buffer in (7, 64, 1 << 20):
+        monkeypatch.setattr(readers, "_BUFFER_BYTES", buffer)
+        items = read_file(tmp_path, name, (line if name == "a.jsonl" else f"[{line}]").encode())
+        assert len(bad_of(items)) == (size > LONG and name == "a.json") and len(items) == 1
+
+
+@pytest.mark.parametrize("depth", [10_000, 300_000])
+def test_array_element_that_is_too_deeply_nested(tmp_path: Path, depth: int):
+    content = '[{"text": "a"}, ' + "[" * depth + "]" * depth + ', {"text": "b"}]'
+    items = read_file(tmp_path, "a.json", content.encode())
+    assert texts_of(items) == ["a", "b"] and bad_of(items) == ["a.json record 1: too deeply nested"]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst", ".bz2"])
+def test_truncated_object(tmp_path: Path, compression: str):
+    """An object spread over lines is read as a whole; its damage is no traceback."""
+    rng = random.Random(0)
+    text = "".join(rng.choices("abcdefghijklmnop", k=300_000))
+    content = compress(json.dumps({"name": 1, "text": text}, indent=1).encode(), compression)
+    items = read_file(tmp_path, f"a.json{compression}", content[: len(content) // 2])
+    assert len(items) == 1 and bad_of(items)[0].startswith(f"a.json{compression}: damaged, what follows is lost")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".bz2"])
+def test_second_member_that_is_none(tmp_path: Path, compression: str):
+    """Python's own readers of .xz and .bz2 take it for the end of the file."""
+    first, second = (compress(f'{{"text": "{text}"}}\n'.encode(), compression) for text in "ab")
+    items = read_file(tmp_path, f"a.jsonl{compression}", first + b"?" + second[1:])
+    assert texts_of(items) == ["a"] and len(bad_of(items)) == 1
+    items = read_file(tmp_path, f"a.jsonl{compression}", first + bytes(4 * (compression != ".bz2")) + second)
+    assert bad_of(items) == [] and texts_of(items) == ["a", "b"]
+
+
+ODD_COLUMNS = {
+    "nanoseconds": pyarrow.array([1000, 1_700_000_000_123_456_789, 3000], pyarrow.timestamp("ns")),
+    "no time zone": pyarrow.array([1, 2, 3], pyarrow.timestamp("us", "Mars/Phobos")),
+    "long duration": pyarrow.array([1, 2**62, 3], pyarrow.duration("ms")),
+    "before year 1": pyarrow.array([1, -(10**6), 3], pyarrow.int32()).view(pyarrow.date32()),
+    "not UTF-8": pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string()),
+    "words not UTF-8": pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0, 1, 0], pyarrow.int32()), pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    ),
+    "list not UTF-8": pyarrow.ListArray.from_arrays(
+        [0, 1, 2, 3], pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD_COLUMNS)
+def test_parquet_value_that_python_cannot_hold(tmp_path: Path, kind: str):
+    """In a column that nobody asks for it is not looked at; in one that is wanted, it costs its own row."""
+    texts = ["one", "two", "three"]
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": texts, "odd": ODD_COLUMNS[kind]}))
+    items = read(Corpus(str(tmp_path)))
+    assert texts_of(items) == texts and bad_of(items) == []
+    items = read(Corpus(str(tmp_path), None, columns=frozenset(["text"])))
+    assert [item.value for item in items] == [{"text": text, "odd": None} for text in texts]
+    items = read(Corpus(str(tmp_path), None))
+    lost = [0, 1, 2] if kind == "no time zone" else [1]
+    assert [getattr(item, "where", "") for item in items] == [f"a.parquet row {i}" * (i in lost) for i in range(3)]
+    assert all(items[i].why.startswith('the column "odd": ') for i in lost)
+    assert all(items[i].value["text"] == texts[i] for i in range(3) if i not in lost)
+
+
+def test_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
+    texts = [text * 40 for text in "abc"] + ["x" * 2000, "after"]
+    for column in (pyarrow.array(texts), pyarrow.array(texts).dictionary_encode()):
+        items = read_file(tmp_path, "a.parquet", parquet({"text": column}))
+        assert texts_of(items) == [*texts[:3], "after"]
+        assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.parquet row 3: longer than")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_two_columns_of_one_name(tmp_path: Path, name: str):
+    """Which of them is the text?"""
+    table = pyarrow.table([["x"], ["y"]], names=["text", "text"])
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    content = sink.getvalue().to_pybytes() if name == "a.parquet" else b"text,text\nx,y\n"
+    with pytest.raises(ValueError, match=f'{name} has two columns "text"'):
+        read_file(tmp_path, name, content)
+
+
+def test_linked_folders(tmp_path: Path):
+    """They are followed, also over several links; none is followed for ever, and no file is read twice."""
+    root, other, third = tmp_path / "root", tmp_path / "other", tmp_path / "third"
+    for name, text in {"other/wiki/a": "a", "other/wiki/deep/b": "b", "third/c": "c", "root/own/d": "d"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.txt").write_text(text)
+    links = {root / "wiki": other / "wiki", root / "again": root / "own", root / "own/loop": root,
+             third / "up": tmp_path, other / "wiki/third": third, other / "wiki/self": other / "wiki",
+             root / "e.txt": other / "wiki/a.txt", root / "gone": tmp_path / "nowhere",
+             root / "up": tmp_path}  # fmt: skip
+    for link, target in links.items():
+        link.symlink_to(target)
+    inputs, left_out = list_inputs(Corpus(str(root)))
+    assert inputs == ["e.txt", "own/d.txt", "wiki/deep/b.txt", "wiki/third/c.txt"]
+    assert left_out == {
+        "again/d.txt": "other names of a file that is read", "wiki/a.txt": "other names of a file that is read",
+        "gone": "links that lead nowhere", "up": "links to a folder that they stand in",
+        "wiki/third/up": "links to a folder that they stand in",
+    }  # fmt: skip
+    # A name that is excluded does not hide the file's other names.
+    assert list_inputs(Corpus(str(root), exclude=("own/*", "e.txt")))[0][0] == "again/d.txt"
+    assert sorted(texts_of(read(Corpus(str(root))))) == ["a", "b", "c", "d"]
+
+
+def test_folders_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ["a.txt", "model/tokenizer.json", "model/README.md", "tokenizer/tokenizer.json", "b.tmp-old.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "gone").symlink_to("nowhere")
+    inputs, left_out = list_inputs(Corpus(str(tmp_path)))
+    assert inputs == ["a.txt", "b.tmp-old.txt"]
+    readers.print_left_out(left_out)
+    assert capsys.readouterr().err.splitlines() == [
+        "left out 1 folders of a tokenizer (model)", "left out 1 links that lead nowhere (gone)"
+    ]  # fmt: skip
+
+
+def test_folder_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is named. A disk that fails is no folder without rights: the error stays what it is."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+    for number in (errno.EACCES, errno.EIO):
+
+        def refuse(path: str, number: int = number) -> object:
+            if Path(path).name == "closed":
+                raise OSError(number, os.strerror(number), str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        if number == errno.EACCES:
+            expected = (["a.txt"], {"closed": "folders that may not be opened"})
+            assert list_inputs(Corpus(str(tmp_path))) == expected
+        else:
+            with pytest.raises(OSError, match="Input/output"):
+                list_inputs(Corpus(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("include", "chosen"),
+    [
+        ("*.pm", ["a.pm"]), ("*.p[lm]", ["a.pm"]), ("*", []), ("a*", []), ("*.pm.gz", ["b.pm.gz"]), ("*.*", []),
+        ("c/Makefile", ["c/Makefile"]), ("c/*", []), ("*.bin", ["d.bin"]), ("*.parquet.gz", []),
+    ],
+)  # fmt: skip
+def test_kind_that_include_names(tmp_path: Path, include: str, chosen: list[str]):
+    """It is read as text. Who asks for a folder has not asked for its pictures."""
+    for name in ["a.pm", "b.pm.gz", "c/Makefile", "d.bin", "e.parquet.gz"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(compress(b"text of " + name.encode(), Path(name).suffix))
+    corpus = Corpus(str(tmp_path), include=(include,))
+    inputs, left_out = list_inputs(corpus)
+    assert inputs == chosen
+    assert not set(left_out) & set(chosen)
+    if chosen:
+        assert texts_of(read(corpus)) == [f"text of {name}" for name in chosen]
+    # Records are wanted: no text is one.
+    assert list_inputs(replace(corpus, fields=None))[0] == []

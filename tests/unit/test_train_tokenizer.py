@@ -81,10 +81,12 @@ def report_of(folder: Path) -> dict:
 
 def test_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (corpus / "latin-1.txt").write_bytes(b"caf\xe9")
+    (corpus / "picture.png").write_bytes(b"PNG")
     assert main(["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]) == 0
     output = capsys.readouterr()
     assert "320 entries" in output.out and "1 records skipped" in output.out
-    assert output.err.startswith("skipped latin-1.txt: not UTF-8") and output.err.count("\n") == 1
+    left_out, skipped = output.err.splitlines()
+    assert left_out == "left out 1 files of other kinds (.png)" and skipped.startswith("skipped latin-1.txt: not UTF-8")
     assert load_tokenizer(tmp_path / "out").vocab_size == 320
     assert isinstance(load_tokenizer(tmp_path / "out"), HFBBPETokenizer)
 

@@ -1,0 +1,128 @@
+"""All files below a folder, links followed, each file once.
+
+A link to a folder is followed once, wherever it is met, and not at all if it leads back to a folder that it stands in:
+so every walk ends. A file that several names lead to is found under the one with the fewest links. Whatever cannot be
+followed or opened is told, with the reason; what is passed over without a word is hidden (".name") or a cache.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+LEADS_NOWHERE = "links that lead nowhere"
+LEADS_BACK = "links to a folder that they stand in"
+CLOSED = "folders that may not be opened"
+OF_A_TOKENIZER = "folders of a tokenizer"
+NAMED_TWICE = "other names of a file that is read"
+NO_FILE = "no regular files"
+
+_TOKENIZER_FILES = frozenset(
+    "tokenizer.json tokenizer_config.json tokenizer.model chat_template.jinja special_tokens_map.json "
+    "added_tokens.json vocab.json merges.txt report.json".split()
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file below the root, or a place where there might have been some."""
+
+    path: str
+    """Relative to the root."""
+    problem: str = ""
+    """Why nothing of it is read, one of the above; empty for a file that can be."""
+
+
+def files_below(root: str, is_chosen: Callable[[str], bool]) -> list[Found]:
+    """Every chosen file below `root`, and every problem, sorted by their paths.
+
+    Args:
+        is_chosen: whether a file of this path, relative to the root, is wanted.
+    Raises:
+        OSError: a folder cannot be listed, for another reason than missing rights.
+    """
+    found: dict[str, Found] = {}
+    names: list[tuple[int, str, str]] = []
+    followed: set[str] = set()
+    targets = [os.path.realpath(root)]
+    starts, hops = [""], 0
+    while starts:
+        links: list[str] = []
+        for start in starts:
+            files = _walk(root, start, found, links)
+            names += [(hops + is_link, path, real) for path, real, is_link in files if is_chosen(path)]
+        starts = [link for link in sorted(links) if _is_to_be_followed(root, link, followed, targets, found)]
+        hops += 1
+    seen: set[str] = set()
+    for _, path, real in sorted(names):
+        found[path] = Found(path, NAMED_TWICE if real in seen else "")
+        seen.add(real)
+    return [found[path] for path in sorted(found)]
+
+
+def _walk(root: str, start: str, found: dict[str, Found], links: list[str]) -> Iterator[tuple[str, str, bool]]:
+    """(path, what it leads to, whether it is a link) of the files in a folder and those below, links to folders apart.
+
+    Args:
+        found: takes the problems.
+        links: takes the links to folders.
+    """
+
+    def tell(path: str, problem: str) -> None:
+        relative = os.path.relpath(path, root)
+        found[relative] = Found(relative, problem)
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            raise error
+        tell(error.filename, CLOSED)
+
+    for directory, folders, files in os.walk(os.path.join(root, start), onerror=refuse):
+        if "tokenizer.json" in files and os.path.relpath(directory, root) != ".":
+            # Those beside our own tokens hold nothing else, and are no news to anyone.
+            if folders or not _TOKENIZER_FILES.issuperset(files):
+                tell(directory, OF_A_TOKENIZER)
+            folders.clear()
+            continue
+        real_directory = os.path.realpath(directory)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in folders:
+            full = os.path.join(directory, name)
+            if os.path.islink(full):
+                links.append(os.path.relpath(full, root))
+        for name in files:
+            full = os.path.join(directory, name)
+            if name.startswith("."):
+                continue
+            is_link = os.path.islink(full)
+            if not os.path.isfile(full):
+                tell(full, LEADS_NOWHERE if is_link and not os.path.exists(full) else NO_FILE)
+                continue
+            real = os.path.realpath(full) if is_link else os.path.join(real_directory, name)
+            yield os.path.relpath(full, root), real, is_link
+
+
+def _is_to_be_followed(root: str, link: str, followed: set[str], targets: list[str], found: dict[str, Found]) -> bool:
+    """Whether to walk through the folder that a link leads to.
+
+    Args:
+        followed: links that were followed, by where they really stand; takes this one.
+        targets: folders that are read whole, the root and those that links led to; takes this link's.
+        found: takes the problem.
+    """
+    parent, name = os.path.split(os.path.join(root, link))
+    itself = os.path.join(os.path.realpath(parent), name)
+    if itself in followed:
+        return False
+    followed.add(itself)
+    target = os.path.realpath(itself)
+    if _is_below(itself, target):
+        if not any(_is_below(target, other) for other in targets):
+            found[link] = Found(link, LEADS_BACK)
+        return False
+    targets.append(target)
+    return True
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or of something in it; both without links."""
+    return os.path.commonpath([path, folder]) == folder
