@@ -24,6 +24,9 @@ matrices) in one flat buffer, all its Q in another. They run inside the hook, on
 
 Lazy (what the training loop uses): a bucket stays in factors until the optimizer takes it (`load`), and only then do
 residuals and Q change. So a step that is skipped leaves no trace. Not lazy: `reduce` leaves the sum in the bucket.
+
+float16 gradients are only read. Unscaled they would underflow, and a sum that is decompressed and scaled again may
+overflow after the norm of its factors has passed for finite: M, E and D are float32 there.
 """
 
 import math
@@ -262,6 +265,15 @@ class PowerSGD(CommHook):
             raise ValueError(f"the rank of PowerSGD must be at least 1, got {config.rank}")
         if config.grad_buffer_is_error and not (lazy and config.use_error_feedback):
             raise ValueError("a residual in the gradient buffer needs error feedback and a lazy hook")
+        grad = buckets[0].grad
+        self._is_fp16 = grad.dtype == torch.float16
+        if self._is_fp16 and config.grad_buffer_is_error:
+            raise ValueError("a residual in the gradient buffer does not go with float16, which unscaled it underflows")
+        if self._is_fp16 and not config.orthogonalize_in_float32:
+            raise ValueError(
+                "PowerSGD's factors of unscaled gradients underflow in float16: leave out --no-orthogonalize_in_float32"
+                ", or reduce in another dtype"
+            )
         self.buckets, self.collectives, self.config = buckets, collectives, config
         self.lazy, self.loss_scale, self.iteration = lazy, loss_scale, iteration
         self.measure = False
@@ -269,18 +281,21 @@ class PowerSGD(CommHook):
         self.relative_error: dict[str, float] = {}
         """Parameter name -> estimate of |sum M_i - D| / |sum M_i|; the residuals of single ranks may be larger, as they
         partly cancel in the sum."""
-        grad = buckets[0].grad
         narrow_factors = grad.itemsize < 4 and not config.orthogonalize_in_float32
         self._factor_dtype = grad.dtype if narrow_factors or grad.itemsize >= 4 else torch.float32
         self._orthonormalize = gram_schmidt if narrow_factors else orthonormalize
         self._wire_dtype = config.wire_dtype or self._factor_dtype
         narrower = self._wire_dtype.itemsize < grad.itemsize
         self._uncompressed = sum_hook(collectives, self._wire_dtype if narrower else None)
+        self._matrix_dtype = torch.float32 if self._is_fp16 else grad.dtype
         self._states = [self._plan(bucket) for bucket in buckets]
-        if config.grad_buffer_is_error:
-            scratch = torch.zeros(max(len(b.grad) for b in buckets), dtype=grad.dtype, device=grad.device)
-            for bucket in buckets:
-                bucket.reduced = scratch[: len(bucket.grad)]
+        self._scratch: Tensor | None = None
+        """For one bucket at a time, in `_matrix_dtype`: its decompressed sum; with float16 M, too, on its way there."""
+        if config.grad_buffer_is_error or self._is_fp16:
+            longest = max((bucket.grad for bucket in buckets), key=len)
+            self._scratch = torch.zeros_like(longest, dtype=self._matrix_dtype)
+            for bucket in buckets if lazy else ():
+                bucket.reduced = self._scratch[: len(bucket.grad)]
 
     def _plan(self, bucket: Bucket) -> _BucketState:
         """Choose what is compressed in a bucket, and lay out its factors."""
@@ -305,7 +320,7 @@ class PowerSGD(CommHook):
         for (slot, m, n, rank), its_p, its_q, its_own in zip(chosen, ps, qs, owns):
             residual = None
             if config.use_error_feedback and not config.grad_buffer_is_error:
-                residual = torch.zeros(m, n, dtype=bucket.grad.dtype, device=device)
+                residual = torch.zeros(m, n, dtype=self._matrix_dtype, device=device)
             random_q = self._random_q(slot.parameter.name, n, rank, 0).to(device)
             matrices.append(
                 _Matrix(
@@ -341,12 +356,8 @@ class PowerSGD(CommHook):
         state.compressed, state.grad_is_residual = iteration >= self.config.start_iter, False
         if not state.compressed:
             return self._uncompressed.reduce(bucket)
-        scale = self.loss_scale()
-        if scale != 1.0:
-            if self.config.grad_buffer_is_error:
-                raise ValueError("a residual in the gradient buffer does not go with a loss scale")
-            bucket.grad.mul_(1.0 / scale)
-        gradients = [bucket.piece(bucket.grad, matrix.slot).view(matrix.shape) for matrix in state.matrices]
+        unscaled = self._unscaled(bucket)
+        gradients = [bucket.piece(unscaled, matrix.slot).view(matrix.shape) for matrix in state.matrices]
         for matrix, gradient in zip(state.matrices, gradients):
             if matrix.residual is not None:
                 add_residual(gradient, matrix.residual)
@@ -355,7 +366,7 @@ class PowerSGD(CommHook):
                 matrix.start_q.copy_(fresh)
             project_rows(gradient, matrix.start_q, matrix.p)
         for slot, place in state.others:
-            place.copy_(bucket.piece(bucket.grad, slot))
+            place.copy_(bucket.piece(unscaled, slot))
         if self.config.use_fixed_Q:
             sum_over_ranks(state.p, self._wire_dtype, self.collectives, state.own)
         else:
@@ -372,6 +383,16 @@ class PowerSGD(CommHook):
         if not self.lazy:
             self._unpack(state, bucket)
         return None
+
+    def _unscaled(self, bucket: Bucket) -> Tensor:
+        """The bucket's gradients without the loss scale: in their own memory, float16 ones beside it."""
+        scale = self.loss_scale()
+        if scale != 1.0 and self.config.grad_buffer_is_error:
+            raise ValueError("a residual in the gradient buffer does not go with a loss scale")
+        if self._is_fp16:
+            # A power of two: nothing is rounded.
+            return self._scratch[: len(bucket.grad)].copy_(bucket.grad).mul_(1.0 / scale)
+        return bucket.grad.mul_(1.0 / scale) if scale != 1.0 else bucket.grad
 
     def _keep_residual_in_grad(self, state: _BucketState, bucket: Bucket) -> None:
         """Turn M into E in the gradient buffer: done by whoever waits for the bucket, while the next is on its way."""
@@ -413,21 +434,42 @@ class PowerSGD(CommHook):
             if bucket.reduced is not bucket.grad:
                 bucket.reduced.copy_(bucket.grad)
             return
+        out = self._scratch[: len(bucket.grad)] if self._is_fp16 and not self.lazy else bucket.reduced
+        # A lazy hook is asked only once the sum was found to be finite.
+        is_finite = None if self.lazy else torch.isfinite(self.sum_of_squares(bucket.index))
         for matrix in state.matrices:
+            before = [kept.clone() for kept in self._kept(matrix)] if is_finite is not None else []
             gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
-            target = bucket.piece(bucket.reduced, matrix.slot).view(matrix.shape)
             if matrix.residual is not None:
-                update_residual(matrix.residual.copy_(gradient), *self._own_factors(matrix))
-            decompress(matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q, target)
+                update_residual(self._with_residual(matrix, gradient), *self._own_factors(matrix))
+            decompress(
+                matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q,
+                bucket.piece(out, matrix.slot).view(matrix.shape),
+            )  # fmt: skip
             if self.config.warm_start and not self.config.use_fixed_Q:
                 norms = matrix.q.norm(dim=0)
                 torch.where(norms > 0.0, matrix.q / norms, matrix.random_q, out=matrix.start_q)
+            for now, old in zip(self._kept(matrix), before):
+                now.copy_(torch.where(is_finite, now, old))
         for slot, place in state.others:
-            bucket.piece(bucket.reduced, slot).copy_(place)
+            bucket.piece(out, slot).copy_(place)
         state.grad_is_residual = self.config.grad_buffer_is_error
         scale = self.loss_scale()
         if scale != 1.0:
-            bucket.reduced.mul_(scale)
+            out.mul_(scale)
+        if out is not bucket.reduced:
+            bucket.reduced.copy_(out)
+
+    def _with_residual(self, matrix: _Matrix, gradient: Tensor) -> Tensor:
+        """M, in the residual's memory: as `reduce` left it in the gradient, or once more where it only read that."""
+        if self._is_fp16:
+            return matrix.residual.add_(gradient, alpha=1.0 / self.loss_scale())
+        return matrix.residual.copy_(gradient)
+
+    @staticmethod
+    def _kept(matrix: _Matrix) -> list[Tensor]:
+        """What is remembered between steps."""
+        return [matrix.start_q] if matrix.residual is None else [matrix.start_q, matrix.residual]
 
     def sum_of_squares(self, bucket: int) -> Tensor:
         """Of the bucket's sum, without decompressing it: |P Q^T|^2 = sum of the elements of (P^T P) * (Q^T Q).

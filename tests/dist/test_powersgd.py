@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model import Llama, LlamaConfig
-from optimizer import LossScaler, MixedPrecisionOptimizer
+from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
 from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig
 from parallel.buffer import Bucket, sum_of_squares
@@ -247,8 +247,9 @@ def train(
 ) -> dict:
     """Some steps of the real optimizer. In bad steps (step -> value) a gradient of the last rank is not finite; with
     `skip` False they are left out altogether. Without an initial scale the loss is not scaled."""
-    config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **more)
-    buckets = new_buckets(context.world_size, bucket_size=800)
+    options = {name: value for name, value in more.items() if name != "grad"}
+    config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **options)
+    buckets = new_buckets(context.world_size, grad_dtype=more.get("grad"), bucket_size=800)
     scaler = LossScaler(enabled=initial_scale is not None, initial=initial_scale or 1.0)
     hook = PowerSGD(buckets, Collectives(context.grad_group), config, lazy=True, loss_scale=lambda: scaler.scale)
     optimizer = MixedPrecisionOptimizer(all_slices(buckets), AdamWConfig(), 1.0, scaler, source=hook)
@@ -256,7 +257,8 @@ def train(
     for step in range(6):
         if step in bad_steps and not skip:
             continue
-        gradients = {name: g * scaler.scale for name, g in gradients_of(context.rank, step).items()}
+        # What float16 buffers round, they round at every scale.
+        gradients = {name: g.half() * scaler.scale for name, g in gradients_of(context.rank, step).items()}
         if step in bad_steps and context.rank == context.world_size - 1:
             gradients["up.weight"][3, 5] = bad_steps[step]
         before = fingerprint([*hook.state_tensors().values(), *(bucket.param for bucket in buckets)])
@@ -283,7 +285,7 @@ def skipped_steps(context: DistContext) -> dict:
     results = {}
     for name, more in {
         "default": {}, "bf16 wire": {"wire_dtype": torch.bfloat16}, "fp16 wire": {"wire_dtype": torch.float16},
-        "fixed Q": {"use_fixed_Q": True}, "late": {"start_iter": 2},
+        "fixed Q": {"use_fixed_Q": True}, "late": {"start_iter": 2}, "fp16 buffers": {"grad": torch.float16},
     }.items():  # fmt: skip
         bad = {2: float("inf"), 3: float("nan")}
         results[name] = [
@@ -471,7 +473,7 @@ def test_full_rank_is_no_compression(answers: dict[int, list[dict]], world_size:
 def test_a_skipped_step_leaves_no_trace(answers: dict[int, list[dict]], world_size: int):
     for results in (answer["skipped_steps"] for answer in answers[world_size]):
         trajectories = {name: runs for name, runs in results.items() if name not in ("first", "in buffer")}
-        assert len(trajectories) == 5
+        assert len(trajectories) == 6
         for name, runs in trajectories.items():
             scaled, unscaled, without = runs
             assert all(run["skipped"] == [2, 3] and run["traceless"] and run["finite"] for run in runs[:2]), name
@@ -529,8 +531,11 @@ def test_another_world_size_keeps_the_sum_of_residuals(answers: dict[int, list[d
 # -- without ranks ---------------------------------------------------------------------------------------------------
 
 
-def alone(config: PowerSGDConfig, lazy: bool = True, **more: object) -> PowerSGD:
-    return PowerSGD(new_buckets(1), Collectives(None), config, lazy=lazy, **more)
+HALF = torch.float16
+
+
+def alone(config: PowerSGDConfig, lazy: bool = True, grad: torch.dtype = torch.float32, **more: object) -> PowerSGD:
+    return PowerSGD(new_buckets(1, grad, grad), Collectives(None), config, lazy=lazy, **more)
 
 
 def test_options_that_exclude_each_other():
@@ -540,6 +545,74 @@ def test_options_that_exclude_each_other():
         alone(PowerSGDConfig(grad_buffer_is_error=True), lazy=False)
     with pytest.raises(ValueError, match="error feedback"):
         alone(PowerSGDConfig(grad_buffer_is_error=True, use_error_feedback=False))
+    with pytest.raises(ValueError, match="does not go with float16"):
+        alone(PowerSGDConfig(grad_buffer_is_error=True), grad=HALF)
+    with pytest.raises(ValueError, match="leave out --no-orthogonalize_in_float32"):
+        alone(PowerSGDConfig(orthogonalize_in_float32=False), grad=HALF)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize(
+    "more", [{}, {"use_fixed_Q": True}, {"wire_dtype": torch.bfloat16}, {"start_iter": 1}], ids=str
+)
+@pytest.mark.parametrize("largest", [6e-4, 100.0])
+def test_float16_buffers_lose_nothing_beside_their_own_rounding(largest: float, more: dict, lazy: bool):
+    """Against float64, of gradients that float16 cannot hold without the loss scale. (`largest`: with it.)"""
+    scale = 2.0**16
+    hook = alone(PowerSGDConfig(rank=4, min_compression_rate=1.5, **more), lazy, loss_scale=lambda: scale, grad=HALF)
+    reference = Reference(hook.config, 1, hook._random_q)
+    for step in range(3):
+        given = {name: (g * largest / 8).half() for name, g in gradients_of(0, step).items()}
+        exact = reference.step([{name: g.double() / scale for name, g in given.items()}])
+        sums = one_step(hook, hook.buckets, given)
+        tolerance = 1e-2 if "wire_dtype" in more else 1e-3 if not lazy else 2e-5
+        for name in hook.compressed_names():
+            assert sums[name].dtype == (torch.float32 if lazy else HALF)
+            assert error(sums[name].double() / scale, exact[name]) <= tolerance
+            if name in reference.residuals[0]:
+                residual = hook.state_tensors()[f"{name}/residual"]
+                assert error(residual, reference.residuals[0][name]) <= tolerance
+
+
+@pytest.mark.parametrize("muon", [None, MuonConfig()])
+def test_a_sum_beyond_float16_never_reaches_the_weights(muon: MuonConfig | None):
+    """What was left out of some steps comes at once: finite, and more than float16 holds at the loss scale."""
+    scaler = LossScaler(enabled=True)
+    hook = alone(PowerSGDConfig(rank=1, min_compression_rate=0.0), loss_scale=lambda: scaler.scale, grad=HALF)
+    optimizer = MixedPrecisionOptimizer(all_slices(hook.buckets), AdamWConfig(), 1.0, scaler, source=hook, muon=muon)
+    given, largest, load = {name: (g.sign() * 6e4).half() for name, g in gradients_of(0, 0).items()}, [], hook.load
+
+    def observed(bucket: int) -> None:
+        load(bucket)
+        largest.append(hook.buckets[bucket].reduced.abs().max().item())
+
+    hook.load = observed
+    for _ in range(6):
+        for bucket in hook.buckets:
+            hook.zero_grad(bucket)
+        put(hook.buckets, given)
+        reduce_all(hook, hook.buckets)
+        assert not optimizer.step(1e-2).skipped
+    assert max(largest) > 65504
+    tensors = [bucket.param for bucket in hook.buckets] + list(hook.state_tensors().values())
+    assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("grad", [torch.float32, HALF])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_does_not_stay_in_the_state(value: float, grad: torch.dtype, lazy: bool):
+    """Where nobody asks before the sum is decompressed, too."""
+    hook = alone(PowerSGDConfig(rank=4, min_compression_rate=1.5), lazy, grad=grad)
+    one_step(hook, hook.buckets, {name: g.to(grad) for name, g in gradients_of(0, 0).items()})
+    before = fingerprint(list(hook.state_tensors().values()))
+    for bucket in hook.buckets:
+        hook.zero_grad(bucket)
+    put(hook.buckets, {name: (g * value).to(grad) for name, g in gradients_of(0, 1).items()})
+    reduce_all(hook, hook.buckets)
+    assert all(not torch.isfinite(hook.sum_of_squares(bucket.index)) for bucket in hook.buckets)
+    assert lazy or not any(torch.isfinite(bucket.grad).all() for bucket in hook.buckets)
+    assert fingerprint(list(hook.state_tensors().values())) == before
 
 
 def test_sum_of_squares_is_that_of_the_sum():
