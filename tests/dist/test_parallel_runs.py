@@ -93,6 +93,8 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "narrow powersgd 16": ([BF16_WEIGHTS, NARROW, *POWERSGD, "--no-orthogonalize_in_float32", ZERO1], None),
     "fp16 weights powersgd": (["--dtype=float16", *POWERSGD], None),
     "fp16 weights powersgd zero1": (["--dtype=float16", *POWERSGD, ZERO1, GATHER], "fp16 weights powersgd"),
+    "fp16 weights narrow muon": (["--dtype=float16", NARROW, MUON], None),
+    "fp16 weights narrow muon zero1": (["--dtype=float16", NARROW, MUON, ZERO1], "fp16 weights narrow muon"),
     "muon": ([MUON], None),
     "muon naive": ([MUON, "--ddp_impl=naive"], "muon"),
     "muon zero1": ([MUON, ZERO1, GATHER], "muon"),
@@ -469,7 +471,7 @@ def test_other_ranks_take_the_same_trajectory(runs: Plan, ranks: int, name: str)
         ("powersgd fp16", "powersgd", 1e-3, 5e-2),
         ("narrow powersgd", "powersgd", 2e-3, 2e-1),
         ("narrow powersgd 16", "narrow powersgd", 5e-3, 3e-1),
-        ("fp16 weights powersgd", "powersgd", 1e-3, 1e-1),
+        ("fp16 weights powersgd", "powersgd", 1e-3, 1e-1), ("fp16 weights narrow muon", "muon", 1e-3, 1e-1),
         ("powersgd from 3", "plain", 1e-3, 5e-2),
     ],
 )
