@@ -1,6 +1,6 @@
 """How long a save holds the training up, and what it costs while it is written: ours and torch's, alternating.
 
-    torchrun --standalone --nproc_per_node=2 -m benchmarks.checkpoint [--directory DISK] [--rounds 12]
+    python -m parallel.launch --nproc_per_node=2 -m benchmarks.checkpoint [--directory DISK] [--rounds 12]
 
 All save the same tensors: of each rank, those that our checkpoint takes from it (weights on the first rank, and its
 part of the float32 main parameters and moments, of which the first are the weights' own memory). In its turn, a

@@ -1,6 +1,6 @@
 """Our DDP against torch's: one step (forward, backward, gradients summed), alternating in one process group.
 
-    torchrun --standalone --nproc_per_node=2 -m benchmarks.ddp --dtype float32
+    python -m parallel.launch --nproc_per_node=2 -m benchmarks.ddp --dtype float32
 
 Both get the same weights, rows, dtype and bucket size; torch's runs with gradient_as_bucket_view. Each round times
 ours, torch's, and ours without communication, in an order that rotates. Printed: median and quartiles of the slowest
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     context = init_context()
     if context.world_size < 2:
-        raise SystemExit("benchmarks.ddp needs at least 2 ranks: start it with torchrun --nproc_per_node=2")
+        raise SystemExit("benchmarks.ddp needs at least 2 ranks: start it with python -m parallel.launch --nproc_per_node=2")
     dtype = getattr(torch, args.dtype)
     bytes_each = torch.finfo(dtype).bits // 8
     ours = DistributedDataParallel(

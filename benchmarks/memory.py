@@ -126,7 +126,7 @@ def main() -> None:
     print(f"{args.nproc} ranks, {args.dtype}, torch {torch.__version__}; bytes a parameter")
     print("| mode | formula | tensors | resident memory |\n|---|---|---|---|")
     for mode in MODES:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}",
+        command = [sys.executable, "-m", "parallel.launch", f"--nproc_per_node={args.nproc}",
                    "-m", "benchmarks.memory", "--mode", mode, "--dtype", args.dtype]  # fmt: skip
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))

@@ -120,7 +120,7 @@ def main() -> None:
             points = valid_losses(run_dir)
             if not points or points[-1][0] < args.max_iters:
                 run([
-                    "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
+                    "python", "-m", "parallel.launch", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
                     "configs/demo-cpu.yaml", f"--data_dir={data}", f"--out_dir={run_dir}", f"--seed={seed}",
                     f"--max_iters={args.max_iters}", f"--dtype={args.dtype}",
                     f"--valid_interval={max(1, args.max_iters // 8)}", "--log_interval=20", "--num_threads=1", *flags,

@@ -43,7 +43,7 @@ def run_until_half(command: list[str], run_dir: Path, stop_step: int, num_ranks:
     show(command)
     reslog = run_dir / "reslog.jsonl"
     asked = False
-    # torchrun answers the signal with a traceback of its own, which is shown only if something went wrong.
+    # The launcher answers the signal with some lines of its own, which are shown only if something went wrong.
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(_executable(command), cwd=ROOT, stderr=errors)
         while process.poll() is None:
@@ -58,9 +58,8 @@ def run_until_half(command: list[str], run_dir: Path, stop_step: int, num_ranks:
 
 
 def _executable(command: list[str]) -> list[str]:
-    """`python` and `torchrun` of the environment that runs the demo."""
-    tool = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[command[0]]
-    return [sys.executable, *tool, *command[1:]]
+    """`python` of the environment that runs the demo."""
+    return [sys.executable, *command[1:]]
 
 
 def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[str]]]:
@@ -99,8 +98,8 @@ def main() -> int:
 
     def training(config: str, data_dir: str, out_dir: str, max_iters: int, *more: str) -> list[str]:
         return [
-            "torchrun", "--standalone", f"--nproc_per_node={args.nproc}", "train_my_ddp.py", f"configs/{config}.yaml",
-            f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}", f"--dtype={args.dtype}",
+            "python", "-m", "parallel.launch", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
+            f"configs/{config}.yaml", f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}", f"--dtype={args.dtype}",
             *more,
         ]  # fmt: skip
 

@@ -8,8 +8,8 @@ zero2all: train a llama-style language model from scratch. A container runs the 
 
   python -m demo.run                                        the whole job on a small corpus, about ten minutes
   python train_my_ddp.py --help                             every flag of the training
-  torchrun --standalone --nproc_per_node=2 train_my_ddp.py --data_dir=/data --out_dir=out/mine ...
-  python monitor_process.py -- torchrun ...                 the same, kept alive; the code is 75 after a stop
+  python -m parallel.launch --nproc_per_node=2 train_my_ddp.py --data_dir=/data --out_dir=out/mine ...
+  python monitor_process.py -- python -m parallel.launch ...  the same, kept alive; the code is 75 after a stop
   python generate.py --ckpt out/mine --prompt "Once upon a time"
   bash                                                      look around
   sshd                                                      an SSH server alone, for monitor_process.py --hosts

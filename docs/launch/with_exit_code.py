@@ -1,12 +1,12 @@
-"""Run one node's launcher, and end with the exit code that its ranks meant: torchrun turns all of them into 1.
+"""Run one node's launcher, and end with the exit code that its ranks meant: the launcher turns all of them into 1.
 
-    python -m docs.launch.with_exit_code [--retryable_from=128] torchrun ... train_my_ddp.py ...
+    python -m docs.launch.with_exit_code [--retryable_from=128] python -m parallel.launch ... train_my_ddp.py ...
 
 For schedulers that decide by the exit code whether to start a job again. 0 finished; 2 the command or the data is
 wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anything else. --retryable_from=N adds N to
 the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
 
-SIGTERM goes on to the ranks, which save and end. It does not go to torchrun, which would kill them after 30 seconds.
+SIGTERM goes on to the ranks, which save and end. It does not go to the launcher, which would kill them after 30 seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, read_exit_records, verd
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """torchrun's children, or the launcher itself before it has any."""
+    """The launcher's children, or the launcher itself before it has any."""
     try:
         process = psutil.Process(launcher.pid)
         return process.children() or [process]
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
         prog="with_exit_code", description="Run one node's launcher, and end with the exit code that its ranks meant."
     )
     parser.add_argument("--retryable_from", type=int, default=0, metavar="N", help="add N to 75 and 1")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="torchrun ... train_my_ddp.py ...")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="python -m parallel.launch ... train_my_ddp.py ...")
     args = parser.parse_args(argv)
     if not args.command:
-        print("with_exit_code: the command is missing: torchrun ... train_my_ddp.py ... follows", file=sys.stderr)
+        print("with_exit_code: the command is missing: python -m parallel.launch ... train_my_ddp.py ... follows", file=sys.stderr)
         return WRONG_INPUT
     with tempfile.TemporaryDirectory(prefix="zero2all-exit-") as directory:
         try:

@@ -1,4 +1,4 @@
-"""docs/launch/torchrun.sh followed as it is written, on two hosts: namespaces with networks and disks of their own."""
+"""docs/launch/launch.sh followed as it is written, on two hosts: namespaces with networks and disks of their own."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tests.dist.test_monitor_hosts import can_make_namespaces, two_namespaces
 from utils.checkpoint import list_checkpoints
 from utils.reslog import read_reslog
 
-SCRIPT = Path(audit.__file__).parents[1] / "docs" / "launch" / "torchrun.sh"
+SCRIPT = Path(audit.__file__).parents[1] / "docs" / "launch" / "launch.sh"
 STEPS = 80
 CONFIG = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True,
@@ -72,6 +72,15 @@ class TwoHosts:
         command = ["ip", "netns", "exec", self.namespaces[number], "cat", "/sys/class/net/data/statistics/tx_bytes"]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
+    def listening(self) -> set[tuple[int, str]]:
+        """(host, address) of all that listens for TCP."""
+        found = set()
+        for number, namespace in enumerate(self.namespaces):
+            command = ["ip", "netns", "exec", namespace, "ss", "--no-header", "--tcp", "--listening", "--numeric"]
+            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            found |= {(number, line.split()[3].rpartition(":")[0]) for line in lines}
+        return found
+
     def kill_processes(self, number: int) -> None:
         command = ["ip", "netns", "pids", self.namespaces[number]]
         for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
@@ -94,6 +103,7 @@ def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
         while not hosts.has_step(30):
             assert first.poll() is second.poll() is None and time.monotonic() < deadline, hosts.output()
             time.sleep(0.05)
+        assert hosts.listening() == {(0, "10.79.0.1"), (1, "10.79.0.2")}, "on the link that HOSTS names alone"
         hosts.kill_processes(1)
         assert first.wait(120) == 1 and second.wait(120) != 0, hosts.output()
         said = hosts.logs[0].read_text()

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from torch.distributed.run import get_args_parser
 
 import monitor_process
 from configurator import _FIELDS, parse_config, resolve
@@ -26,6 +25,7 @@ from data_preprocess.shards import set_of
 from demo.corpus import copy_standard_library
 from model import Llama, LlamaConfig
 from monitor.command import TrainCommand
+from parallel.launch import parser_of_flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(
@@ -108,13 +108,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert not unknown, f"make has no target {unknown}"
     elif tool == "train_my_ddp.py":
         check_training(rest)
+    elif rest[:2] == ["-m", "parallel.launch"]:
+        check_launch(rest[2:], monkeypatch)
     elif tool == "torchrun":
-        is_begun = not any(word.endswith(".py") or word == "-m" for word in rest)
-        launcher = get_args_parser().parse_args([*rest, "train_my_ddp.py"] if is_begun else rest)
-        if launcher.module:
-            check_module(launcher.training_script, launcher.training_script_args, monkeypatch)
-        else:
-            check_script(launcher.training_script, launcher.training_script_args, monkeypatch)
+        check_launch(rest, monkeypatch)
     elif tool == "pip" or rest[:2] == ["-m", "pip"]:
         for flag, value in zip(rest, rest[1:]):
             assert flag != "-r" or (ROOT / value).exists(), value
@@ -122,6 +119,16 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         check_module(rest[1], rest[2:], monkeypatch)
     elif rest[0].endswith(".py"):
         check_script(rest[0], rest[1:], monkeypatch)
+
+
+def check_launch(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows torchrun, or the launcher that takes its flags; the script may be left to the reader."""
+    is_begun = not any(word.endswith(".py") or word == "-m" for word in rest)
+    launcher = parser_of_flags().parse_args([*rest, "train_my_ddp.py"] if is_begun else rest)
+    if launcher.module:
+        check_module(launcher.training_script, launcher.training_script_args, monkeypatch)
+    else:
+        check_script(launcher.training_script, launcher.training_script_args, monkeypatch)
 
 
 def check_training(flags: list[str]) -> None:
@@ -206,7 +213,7 @@ def test_the_checks_find_commands_and_mistakes(tmp_path: Path, monkeypatch: pyte
     assert len(commands) == 7
     assert len(problems_of(commands, lambda words: check_command(words, monkeypatch))) == 5
     found = {words[0] for page in PAGES for words in commands_of(ROOT / page)}
-    assert found >= {"python", "torchrun", "make", "train_my_ddp.py"}
+    assert found >= {"python", "make", "train_my_ddp.py"}
 
 
 def anchors_of(page: Path) -> set[str]:
@@ -338,7 +345,7 @@ def test_a_newcomers_block_runs_as_it_stands(tmp_path: Path):
         kept = content if set_of(content, 0.01) == "valid" else content[:500]
         (corpus / f"{number}.txt").write_bytes(kept.decode("utf-8", errors="ignore").encode("utf-8"))
     commands = block_of(ROOT / "README.md", "## Train on your own text")
-    assert [shlex.split(command)[0] for command in commands] == ["python"] * 3 + ["torchrun", "python"]
+    assert [shlex.split(command)[0] for command in commands] == ["python"] * 5
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for command in commands:
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The files of docs/launch: their scripts run with stand-ins for torchrun, srun and the like, and all must start the
+"""The files of docs/launch: their scripts run with stand-ins for python, srun and the like, and all must start the
 same training."""
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from torch.distributed.run import get_args_parser
 
 from configurator import parse_config, resolve
 from docs.launch.with_exit_code import meaning
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
+from parallel.launch import find_place, parser_of_flags
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,17 +32,16 @@ JOB = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST"
 
 class Sandbox:
     """A folder that looks like the project, in which a launch file runs with stand-ins for the programs that it calls.
-    `torchrun` and `python` write their words, one a line, to the file `started`."""
+    `python` writes its words, one a line, to the file `started`."""
 
     def __init__(self, directory: Path):
         self.directory, self.bin = directory, directory / ".venv" / "bin"
         (directory / "docs" / "launch").mkdir(parents=True)
         self.bin.mkdir(parents=True)
         (directory / "train_my_ddp.py").touch()
-        for name in ("torchrun.sh", "slurm.sbatch"):
+        for name in ("launch.sh", "slurm.sbatch"):
             (directory / "docs" / "launch" / name).write_bytes((LAUNCH / name).read_bytes())
         record = f'for word in "$@"; do echo "$word"; done > {directory}/started\nenv > {directory}/env\n'
-        self.add("torchrun", record)
         self.add("python", record + "exit ${CODE:-0}\n")
         self.add("nvidia-smi", "exit 1\n")
         # Real srun starts its command on each node.
@@ -79,11 +78,16 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return Sandbox(tmp_path / "zero2all")
 
 
-def check_torchrun(words: list[str], node_rank: int, endpoint: str, nproc: str = "8") -> None:
-    """`words` follow `torchrun`: flags that torch knows, and then the training that all launch files have."""
-    flags = get_args_parser().parse_args(words)
+def check_launcher(words: list[str], node_rank: int, endpoint: str, nproc: str = "8") -> None:
+    """`words` follow `python`: the launcher with flags that it knows, then the training that all launch files have."""
+    assert words[:2] == ["-m", "parallel.launch"]
+    flags = parser_of_flags().parse_args(words[2:])
     assert (flags.nnodes, flags.node_rank, flags.nproc_per_node) == ("2", node_rank, nproc)
-    assert (flags.rdzv_backend, flags.rdzv_endpoint, flags.max_restarts) == ("static", endpoint, 0)
+    assert (flags.rdzv_endpoint, flags.max_restarts) == (endpoint, 0)
+    if node_rank:
+        flags.local_addr = flags.local_addr and "127.0.0.1"
+        place = find_place(flags)
+        assert (f"{place.host}:{place.port}", place.listening, place.timeout_s) == (endpoint, None, 600)
     assert [flags.training_script, *flags.training_script_args] == TRAINING
 
 
@@ -96,8 +100,13 @@ def monitor_words() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def job() -> dict:
-    return yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+def manifests() -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
+
+
+@pytest.fixture(scope="module")
+def job(manifests: list[dict]) -> dict:
+    return manifests[0]
 
 
 def test_the_common_training_is_accepted(monkeypatch: pytest.MonkeyPatch):
@@ -111,24 +120,24 @@ def test_the_common_training_is_accepted(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_scripts_are_bash():
-    for name in ("torchrun.sh", "slurm.sbatch"):
+    for name in ("launch.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", LAUNCH / name], check=True)
-    assert os.access(LAUNCH / "torchrun.sh", os.X_OK)
+    assert os.access(LAUNCH / "launch.sh", os.X_OK)
 
 
 @pytest.mark.parametrize("last", [1, 2])
-def test_torchrun_script(sandbox: Sandbox, last: int):
+def test_launch_script(sandbox: Sandbox, last: int):
     """The same command on both hosts: each finds its place, and the interface that has its address."""
     sandbox.add("ip", f"printf '{ADDRESSES.format(last=last)}'\n")
     hosts = {"HOSTS": "10.0.0.1 10.0.0.2", "NPROC_PER_NODE": "8"}
-    done = sandbox.run("torchrun.sh", **SETTINGS, **hosts)
+    done = sandbox.run("launch.sh", **SETTINGS, **hosts)
     assert done.returncode == 0, done.stderr
-    check_torchrun(sandbox.started, last - 1, "10.0.0.1:29400")
+    check_launcher(sandbox.started, last - 1, "10.0.0.1:29400")
     assert sandbox.environment["GLOO_SOCKET_IFNAME"] == "eth1"
     assert sandbox.environment["NCCL_SOCKET_IFNAME"] == "=eth1"
     # What somebody has set before stays, and flags that follow go on to the training.
     mine = {"NCCL_SOCKET_IFNAME": "ib", "CONFIG": "mine.yaml", "PORT": "1234"}
-    assert sandbox.run("torchrun.sh", "--max_iters=5", **SETTINGS, **hosts, **mine).returncode == 0
+    assert sandbox.run("launch.sh", "--max_iters=5", **SETTINGS, **hosts, **mine).returncode == 0
     assert sandbox.environment["NCCL_SOCKET_IFNAME"] == "ib" and "--rdzv_endpoint=10.0.0.1:1234" in sandbox.started
     assert sandbox.started[-5:] == ["mine.yaml", *TRAINING[2:], "--max_iters=5"]
 
@@ -143,9 +152,9 @@ def test_torchrun_script(sandbox: Sandbox, last: int):
         (SETTINGS | {"HOSTS": "127.0.0.1 10.0.0.9"}, "loopback"),
     ],
 )
-def test_torchrun_script_refuses(sandbox: Sandbox, settings: dict[str, str], sentence: str):
+def test_launch_script_refuses(sandbox: Sandbox, settings: dict[str, str], sentence: str):
     sandbox.add("ip", f"printf '{ADDRESSES.format(last=1)}'\n")
-    done = sandbox.run("torchrun.sh", **settings)
+    done = sandbox.run("launch.sh", **settings)
     assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (sandbox.directory / "started").exists()
 
@@ -157,7 +166,7 @@ def test_hosts_file_and_the_monitors_command(monkeypatch: pytest.MonkeyPatch):
     command = TrainCommand.parse(words[split + 1 :])
     assert command.is_torchrun and not command.is_standalone and command.out_dir == RUN
     assert [command.script, *command.flags] == TRAINING
-    get_args_parser().parse_args(words[split + 2 :])
+    parser_of_flags().parse_args(words[split + 4 :])
     hosts = read_hosts(ROOT / words[1])
     assert [host.reached_at for host in hosts.hosts] == ["10.0.0.1", "10.0.0.2"]
     assert all(host.env["NCCL_SOCKET_IFNAME"] == f"={host.env['GLOO_SOCKET_IFNAME']}" for host in hosts.hosts)
@@ -173,12 +182,12 @@ def test_sbatch_directives():
     assert re.fullmatch(r"B:TERM@[0-9]+", options["signal"])
 
 
-def test_sbatch_starts_one_torchrun_a_node(sandbox: Sandbox):
+def test_sbatch_starts_one_launcher_a_node(sandbox: Sandbox):
     done = sandbox.run("slurm.sbatch", **SETTINGS, **JOB)
     assert done.returncode == 0, done.stderr
     words = sandbox.started
-    assert words[:3] == ["-m", "docs.launch.with_exit_code", "torchrun"]
-    check_torchrun(words[3:], 1, "gpu1:22345")
+    assert words[:3] == ["-m", "docs.launch.with_exit_code", "python"]
+    check_launcher(words[3:], 1, "gpu1:22345")
     assert "scontrol requeue 12345" not in sandbox.called
     sandbox.run("slurm.sbatch", "--run name", "--max_iters=5", **SETTINGS, **JOB)
     assert sandbox.started[-3:] == ["--resume", "--run name", "--max_iters=5"]
@@ -241,24 +250,33 @@ def test_manifest(job: dict):
     (container,) = pod["containers"]
     assert container["name"] == "pytorch", "the operator sets the environment of this one"
     (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == "pytorchjob-port"]
-    wrapper = ["python", "-m", "docs.launch.with_exit_code", "--retryable_from=128", "torchrun"]
+    wrapper = ["python", "-m", "docs.launch.with_exit_code", "--retryable_from=128", "python"]
     assert container["args"][:5] == wrapper and "command" not in container, "it would replace the image's entry point"
     nproc = job["spec"]["nprocPerNode"]
     assert nproc == str(container["resources"]["limits"]["nvidia.com/gpu"])
     # As pkg/controller.v1/pytorch/envvar.go of the operator sets them, on the second pod of two.
     operator = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": nproc, "MASTER_PORT": str(port),
-                "MASTER_ADDR": "zero2all-master-0"}  # fmt: skip
+                "MASTER_ADDR": "zero2all-master-0", "POD_IP": "10.0.0.7"}  # fmt: skip
     words = [re.sub(r"\$\((\w+)\)", lambda match: operator[match[1]], word) for word in container["args"][5:]]
-    check_torchrun(words, 1, f"zero2all-master-0:{port}", nproc)
+    check_launcher(words, 1, f"zero2all-master-0:{port}", nproc)
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert set(mounts.values()) == set(volumes)
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     claims = {path: volumes[mounts[path]]["persistentVolumeClaim"]["claimName"] for path in ("/data", "/runs")}
     assert len(set(claims.values())) == 2 and DATA.startswith("/data/") and RUN.startswith("/runs/")
-    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    env = {variable["name"]: variable.get("value", "") for variable in container["env"]}
+    assert "POD_IP" in env
     assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) <= pod["terminationGracePeriodSeconds"]
     assert all(isinstance(value, str) for value in env.values()), "Kubernetes refuses numbers"
+
+
+def test_only_the_jobs_own_pods_reach_it(manifests: list[dict]):
+    job, policy = manifests
+    # The operator gives the pods this label.
+    pods = {"podSelector": {"matchLabels": {"training.kubeflow.org/job-name": job["metadata"]["name"]}}}
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"] == {**pods, "policyTypes": ["Ingress"], "ingress": [{"from": [pods]}]}
 
 
 def test_settings_are_explained(job: dict):

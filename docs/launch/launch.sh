@@ -1,10 +1,10 @@
 #!/bin/bash
-# Train on several hosts with plain torchrun. The same command on each of them, in any order, within 10 minutes:
+# Train on several hosts, started by hand. The same command on each of them, in any order, within 10 minutes:
 #
-#     HOSTS="10.0.0.1 10.0.0.2" DATA_DIR=/data/tokens OUT_DIR=/runs/mine docs/launch/torchrun.sh [more training flags]
+#     HOSTS="10.0.0.1 10.0.0.2" DATA_DIR=/data/tokens OUT_DIR=/runs/mine docs/launch/launch.sh [more training flags]
 #
-# HOSTS            all hosts, the same list everywhere. Give the addresses of the fast network: the traffic takes it.
-#                  The first host has rank 0 and the log.
+# HOSTS            all hosts, the same list everywhere. Give the addresses of the fast network: the traffic takes it;
+#                  nothing listens elsewhere. The first host has rank 0 and the log.
 # DATA_DIR         the tokens. Each host needs them, at the same path or on a common file system.
 # OUT_DIR          the run directory: common or each host's own, both work.
 # NPROC_PER_NODE   processes a host; default: its GPUs, or 1 without any.
@@ -15,14 +15,14 @@
 # After that, or after a crash, the same command goes on from the newest checkpoint.
 
 set -u
-fail() { echo "torchrun.sh: $1" >&2; exit 2; }
+fail() { echo "launch.sh: $1" >&2; exit 2; }
 
 [ -n "${HOSTS:-}" ] || fail 'HOSTS is missing: give all hosts, as in HOSTS="10.0.0.1 10.0.0.2"'
 [ -n "${DATA_DIR:-}" ] || fail 'DATA_DIR is missing: give the directory of the tokens'
 [ -n "${OUT_DIR:-}" ] || fail 'OUT_DIR is missing: give the run directory'
 cd "$(dirname "$0")/../.." || exit 2
 PATH="$PWD/.venv/bin:$PATH"
-command -v torchrun > /dev/null || fail "torchrun is missing: make the environment with \`make setup\`"
+command -v python > /dev/null || fail "python is missing: make the environment with \`make setup\`"
 
 # Which of the hosts this one is, and behind which interface it has that address.
 own=$(ip -o address | awk '{ sub("/.*", "", $4); sub("@.*", "", $2); print $4, $2 }')
@@ -55,7 +55,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 #export NCCL_IB_TIMEOUT=22
 # Ethernet instead, to find out whether InfiniBand is to blame.
 #export NCCL_IB_DISABLE=1
-# SIGTERM to torchrun: how many seconds its ranks may take to save (from torch 2.13 on; before, 30).
+# SIGTERM to the launcher: how many seconds its ranks may take to save (from torch 2.13 on; before, 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
@@ -64,6 +64,6 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
 fi
 
 # max_restarts=0: what went wrong is shown once, and starting again is left to whoever looks at it, or to the monitor.
-exec torchrun --nnodes="$number" --node_rank="$node_rank" --nproc_per_node="$NPROC_PER_NODE" --max_restarts=0 \
-    --rdzv_backend=static --rdzv_endpoint="$first:${PORT:-29400}" --rdzv_conf=timeout=600 \
+exec python -m parallel.launch --nnodes="$number" --node_rank="$node_rank" --nproc_per_node="$NPROC_PER_NODE" \
+    --max_restarts=0 --rdzv_endpoint="$first:${PORT:-29400}" --rdzv_conf=timeout=600 \
     train_my_ddp.py "${CONFIG:-docs/launch/train.yaml}" --data_dir="$DATA_DIR" --out_dir="$OUT_DIR" --resume "$@"
