@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     context = init_context()
     if context.world_size < 2:
-        raise SystemExit("benchmarks.ddp needs at least 2 ranks: start it with python -m parallel.launch --nproc_per_node=2")
+        raise SystemExit("at least 2 ranks are needed: python -m parallel.launch --nproc_per_node=2 -m benchmarks.ddp")
     dtype = getattr(torch, args.dtype)
     bytes_each = torch.finfo(dtype).bits // 8
     ours = DistributedDataParallel(

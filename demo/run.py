@@ -99,8 +99,8 @@ def main() -> int:
     def training(config: str, data_dir: str, out_dir: str, max_iters: int, *more: str) -> list[str]:
         return [
             "python", "-m", "parallel.launch", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
-            f"configs/{config}.yaml", f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}", f"--dtype={args.dtype}",
-            *more,
+            f"configs/{config}.yaml", f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}",
+            f"--dtype={args.dtype}", *more,
         ]  # fmt: skip
 
     train = training("demo-cpu", data, run_dir, args.max_iters, "--task_type=pretrain")

@@ -6,7 +6,7 @@ For schedulers that decide by the exit code whether to start a job again. 0 fini
 wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anything else. --retryable_from=N adds N to
 the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
 
-SIGTERM goes on to the ranks, which save and end. It does not go to the launcher, which would kill them after 30 seconds.
+SIGTERM goes on to the ranks, which save and end. Not to the launcher, which would kill them after 30 seconds.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="python -m parallel.launch ... train_my_ddp.py ...")
     args = parser.parse_args(argv)
     if not args.command:
-        print("with_exit_code: the command is missing: python -m parallel.launch ... train_my_ddp.py ... follows", file=sys.stderr)
+        print("with_exit_code: the command is missing: python -m parallel.launch ... train_my_ddp.py", file=sys.stderr)
         return WRONG_INPUT
     with tempfile.TemporaryDirectory(prefix="zero2all-exit-") as directory:
         try:
