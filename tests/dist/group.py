@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
+
+from parallel.listen import LOOPBACK, bind, serve_store
 
 MAX_JOBS = 16
 """How often the ranks of a group may meet anew."""
@@ -24,7 +25,7 @@ def use_new_port() -> None:
 def _rank_main(rank: int, world_size: int, ports: list[int], work: Callable, arguments: tuple, out: str) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "SPARE_PORTS": ",".join(map(str, ports)), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": LOOPBACK, "SPARE_PORTS": ",".join(map(str, ports)), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     use_new_port()
     torch.set_num_threads(1)
@@ -50,7 +51,7 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
         # Importing takes longer than most of what is tested: once, in the process that the ranks are forked from.
         context.set_forkserver_preload(["torch", "torch._dynamo", "train_my_ddp", "tests.dist.group"])
         # As under torchrun, the stores are there before the ranks: who asks too early is sent away for half a second.
-        stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(MAX_JOBS)]
+        stores = [serve_store(bind(LOOPBACK, 0), 300.0) for _ in range(MAX_JOBS)]
         ports = [store.port for store in stores]
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, ports, work, arguments, out))

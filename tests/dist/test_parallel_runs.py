@@ -25,6 +25,7 @@ from model import flops
 from model.hf import to_hf_name
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from parallel import Zero1
+from parallel.listen import LOOPBACK, bind, serve_store
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
@@ -214,7 +215,7 @@ stores: list[dist.TCPStore] = []
 def meet(port_file: Path, rank: int) -> None:
     """The first rank opens the store of the next run, and the others wait for it."""
     if rank == 0:
-        stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        stores.append(serve_store(bind(LOOPBACK, 0), 300.0))
         part = port_file.with_suffix(".part")
         part.write_text(str(stores[-1].port))
         os.replace(part, port_file)

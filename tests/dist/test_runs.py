@@ -163,7 +163,7 @@ def test_killed_in_a_save(flags: list[str], undisturbed: dict[int, list[str]], t
 
 def launch(ranks: int, case: list[str]) -> subprocess.Popen:
     """The real command, in a process group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, "-m", "parallel.launch", f"--nproc_per_node={ranks}"]
     command = command if ranks > 1 else [sys.executable]
     return subprocess.Popen(
         [*command, "train_my_ddp.py", *case], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -189,7 +189,7 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
     wait_for_step(process, case, random.randint(1, 5))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    # The ranks of torchrun have sessions of their own.
+    # The launcher's ranks have sessions of their own.
     for path in (tmp_path / "run" / "heartbeat").glob("*.json"):
         try:
             os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_a_dead_rank_is_no_request(
+def test_sigterm_to_the_launcher_saves_and_a_dead_rank_is_no_request(
     flags: list[str], tmp_path: Path
 ):
     case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2", "--max_iters=2000"]
@@ -220,7 +220,7 @@ def test_sigterm_to_torchrun_saves_and_a_dead_rank_is_no_request(
     os.kill(json.loads((tmp_path / "run" / "heartbeat" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    # torchrun answers a rank's death with SIGTERM to the others: they must not report a stop on request.
+    # The launcher answers a rank's death with SIGTERM to the others: they must not report a stop on request.
     assert verdict([r["code"] for r in read_exit_records(tmp_path / "run" / "exit")], 2) == CRASH
 
 
