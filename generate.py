@@ -21,11 +21,22 @@ from utils.checkpoint import resolve_checkpoint_dir
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer]:
-    """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate."""
+    """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate.
+
+    Raises:
+        ValueError: one of the two cannot be used, or they do not go together.
+    """
     directory = resolve_checkpoint_dir(path)
-    model = Llama(hf.read_config(directory))
+    config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} entries, the model an embedding for "
+            f"{config.vocab_size}: it is not the model's"
+        )
+    hf.check_weights(config, directory)
+    model = Llama(config)
     hf.load_weights(model, directory)
-    return model.to(device=device, dtype=dtype).eval(), load_tokenizer(directory)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
 def sample_token(

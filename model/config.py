@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+_RANGES = {
+    "vocab_size": (0, 2**31 - 1), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**24),
+    "num_hidden_layers": (1, 2_000), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
+    "head_dim": (1, 2**16), "max_position_embeddings": (0, 2**31 - 1),
+    "original_max_position_embeddings": (0, 2**31 - 1), "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1.0),
+    "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6),
+}  # fmt: skip
+"""What can be computed with: far more than anybody trains, and a hand's slip is told by it. In float32 a theta of 0 or
+1e300 makes numbers that are none."""
+
 
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding for so many tokens: the next multiple of 64, which matrix kernels like."""
@@ -100,6 +110,14 @@ class LlamaConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= values[name] < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {values[name]}")
-        if self.rope_scaling != "none" and self.rope_scaling_factor < 1.0:
-            raise ValueError(f"rope_scaling_factor must be at least 1, got {self.rope_scaling_factor}")
+        for name, (least, most) in _RANGES.items():
+            if not least <= values[name] <= most:
+                raise ValueError(f"{name} must lie between {least:,} and {most:,}, got {values[name]}")
+        if self.rope_scaling == "dynamic" and values["head_dim"] < 4:
+            raise ValueError(f"rope_scaling=dynamic needs a head_dim of at least 4, got {values['head_dim']}")
+        if self.rope_scaling == "llama3" and not 0.0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise ValueError(
+                f"rope_high_freq_factor must be larger than rope_low_freq_factor, and both positive, got "
+                f"{self.rope_high_freq_factor} and {self.rope_low_freq_factor}"
+            )
         return LlamaConfig(**values)

@@ -1,16 +1,27 @@
 """To and from Hugging Face: llama, and qwen2 when only Q, K and V carry a bias. Only safetensors are read."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model.config import LlamaConfig
 from model.llama import Llama
 
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_CONSTANT = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+"""What transformers kept beside a llama's weights until 2023, and passes over today: it follows from the
+configuration."""
+_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
 
 
 def to_hf_name(name: str) -> str:
@@ -52,45 +63,125 @@ def to_hf_config(config: LlamaConfig, dtype: torch.dtype, eos_token_id: int | No
     return values
 
 
-def from_hf_config(values: dict) -> LlamaConfig:
-    """The config of a Hugging Face folder.
+_REQUIRED = object()
+_READ: dict[str, tuple[type, object]] = {
+    "vocab_size": (int, _REQUIRED), "hidden_size": (int, _REQUIRED), "intermediate_size": (int, _REQUIRED),
+    "num_hidden_layers": (int, _REQUIRED), "num_attention_heads": (int, _REQUIRED), "num_key_value_heads": (int, 0),
+    "head_dim": (int, 0), "max_position_embeddings": (int, _REQUIRED), "rms_norm_eps": (float, _REQUIRED),
+    "initializer_range": (float, 0.02), "attention_dropout": (float, 0.0), "tie_word_embeddings": (bool, False),
+    "attention_bias": (bool, False),
+}  # fmt: skip
+"""Key of a configuration, which our own has, too -> (kind, value where it is missing or null). Ranges are checked by
+LlamaConfig.resolve."""
+_ONLY: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_sliding_window": (False,),
+    "partial_rotary_factor": (1,), "quantization_config": (),
+}  # fmt: skip
+"""Key -> values, besides null, with which it is this model."""
+_ROPE_READ: dict[str, dict[str, tuple[str, type, object]]] = {
+    "default": {},
+    "linear": {"factor": ("rope_scaling_factor", float, _REQUIRED)},
+    "dynamic": {"factor": ("rope_scaling_factor", float, _REQUIRED)},
+    "llama3": {
+        "factor": ("rope_scaling_factor", float, _REQUIRED),
+        "low_freq_factor": ("rope_low_freq_factor", float, _REQUIRED),
+        "high_freq_factor": ("rope_high_freq_factor", float, _REQUIRED),
+        "original_max_position_embeddings": ("original_max_position_embeddings", int, 0),
+    },
+}
+"""Kind of rotary positions -> its keys -> (name in our configuration, kind, value where it is missing or null)."""
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _shown(value: object) -> str:
+    """A value as it stands in the file, as far as a sentence has room."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _read(values: dict, name: str, kind: type, default: object) -> object:
+    """The value of a key. Numbers may be written as 32000 or 32000.0, but not as "32000": what else a string might mean
+    is not for us to guess, and transformers refuses it, too.
 
     Raises:
-        ValueError: an architecture or option that this model does not have.
+        ValueError: missing, or of another kind.
     """
+    value = values.get(name)
+    if value is None:
+        if default is _REQUIRED:
+            raise ValueError(f"{name} is missing")
+        return default
+    fits = isinstance(value, bool) if kind is bool else isinstance(value, (int, float)) and not isinstance(value, bool)
+    # As floating point numbers go, 1e999 is infinite; integers may have any number of digits.
+    fits = fits and (kind is bool or -1e300 < value < 1e300) and (kind is not int or value == int(value))
+    if not fits:
+        raise ValueError(f"{name} must be {_NAMES[kind]}, not {_shown(value)}")
+    return kind(value)
+
+
+def _read_rope(values: dict) -> dict[str, object]:
+    """What a configuration says of rotary positions, as fields of ours.
+
+    Raises:
+        ValueError: it says something that this model does not do.
+    """
+    given = {name: values[name] for name in ("rope_parameters", "rope_scaling") if values.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be a dictionary, not {_shown(value)}")
+    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
+        raise ValueError("rope_parameters and rope_scaling differ: take out the one that is not meant")
+    name, rope = next(iter(given.items()), ("rope_parameters", {}))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str) or kind not in _ROPE_READ:
+        raise ValueError(f"{name} of type {_shown(kind)} is not supported: only {', '.join(_ROPE_READ)} are")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_READ[kind]}
+    for key, value in rope.items():
+        if key not in known and value is not None:
+            raise ValueError(f"{name} holds {_shown(key)}, which has no meaning for type {_shown(kind)}: take it out")
+    _require_only(rope)
+    theta = _read(rope, "rope_theta", float, None)
+    fields = {
+        "rope_scaling": "none" if kind == "default" else kind,
+        "rope_theta": _read(values, "rope_theta", float, 10000.0) if theta is None else theta,
+    }
+    for key, (ours, number, default) in _ROPE_READ[kind].items():
+        # As in transformers: where both have the context of before, the outer one counts.
+        outer = values.get(key) is not None and key == "original_max_position_embeddings"
+        fields[ours] = _read(values if outer else rope, key, number, default)
+    return fields
+
+
+def _require_only(values: dict) -> None:
+    for name, allowed in _ONLY.items():
+        if values.get(name) is not None and values[name] not in allowed:
+            instead = f": only {_shown(allowed[0])} is" if allowed else ""
+            raise ValueError(f"{name} = {_shown(values[name])} is not supported{instead}")
+
+
+def from_hf_config(values: object) -> LlamaConfig:
+    """The config of a Hugging Face folder, from the content of its config.json.
+
+    Raises:
+        ValueError: an architecture or option that this model does not have, or a value that is none.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"it must hold a dictionary, not {_shown(values)}")
     kind = values.get("model_type")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"a model of type {kind!r} cannot be loaded: only llama and qwen2 can")
-    if values.get("mlp_bias") or values.get("use_sliding_window") or values.get("hidden_act", "silu") != "silu":
-        raise ValueError("the model uses an MLP bias, a sliding window or another activation, which are not supported")
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = "none" if rope_type == "default" else rope_type
-    if scaling not in ("none", "linear", "dynamic", "llama3"):
-        raise ValueError(f"rope scaling of type {scaling!r} is not supported: only linear, dynamic and llama3 are")
-    max_positions = values["max_position_embeddings"]
-    return LlamaConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=values["num_attention_heads"],
-        num_key_value_heads=values.get("num_key_value_heads") or values["num_attention_heads"],
-        head_dim=values.get("head_dim") or 0,
-        max_position_embeddings=max_positions,
-        rms_norm_eps=values["rms_norm_eps"],
-        initializer_range=values.get("initializer_range", 0.02),
-        tie_word_embeddings=values.get("tie_word_embeddings", False),
-        attention_bias=values.get("attention_bias", False) and kind == "llama",
-        qkv_bias=kind == "qwen2",
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-        rope_scaling=scaling,
-        rope_scaling_factor=float(rope.get("factor", 1.0)),
-        rope_low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        rope_high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_position_embeddings=rope.get("original_max_position_embeddings") or max_positions,
-        attention_dropout=values.get("attention_dropout", 0.0),
-    ).resolve()
+        raise ValueError(f"model_type {_shown(kind)} cannot be loaded: only llama and qwen2 can")
+    _require_only(values)
+    layer_types = values.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
+        raise ValueError(f"layer_types {_shown(layer_types)} are not supported: only full_attention is")
+    fields = {name: _read(values, name, *how) for name, how in _READ.items()} | _read_rope(values)
+    for name in ("vocab_size", "max_position_embeddings", "intermediate_size"):
+        # What is 0 elsewhere is to be filled in; here nothing is.
+        if fields[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {fields[name]}")
+    # A qwen2 has biases where it has them, whatever the key of another family says.
+    biases = {"qkv_bias": True, "attention_bias": False} if kind == "qwen2" else {}
+    return LlamaConfig(**fields | biases).resolve()
 
 
 def named_weights(model: Llama) -> dict[str, Tensor]:
@@ -98,46 +189,162 @@ def named_weights(model: Llama) -> dict[str, Tensor]:
     return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
+_MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{_shown(twice)} is given twice")
+    return values
+
+
 def read_config(directory: str | Path) -> LlamaConfig:
+    """
+    Raises:
+        ValueError: there is none, or not one of a model that can be built here; the file and the key are named.
+        OSError: a disk or a network that may be back later.
+    """
     path = Path(directory) / "config.json"
-    if not path.exists():
-        raise ValueError(f"{directory} holds no config.json: give a Hugging Face folder, a run or a checkpoint")
     try:
-        return from_hf_config(json.loads(path.read_text()))
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no complete llama or qwen2 configuration: {error}") from None
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{directory} holds no config.json: give a Hugging Face folder, a run or a checkpoint"
+        ) from None
+    except _MISTAKES as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        values = json.loads(content, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    try:
+        return from_hf_config(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class _Stored(NamedTuple):
+    """A weight in a file."""
+
+    file: Path
+    hf_name: str
+    """Its name there."""
+    name: str
+    """The model's parameter."""
+
+
+def _find_weights(directory: str | Path, shapes: dict[str, torch.Size], tied: bool) -> list[_Stored]:
+    """Where the weights are, from the headers of the files alone.
+
+    Args:
+        shapes: parameter -> shape, of all that the model has.
+        tied: the head is the embedding, which need not be there twice.
+    Raises:
+        ValueError: see load_weights.
+    """
+    files = sorted(Path(directory).glob("model*.safetensors"))
+    if not files:
+        pickled = any(Path(directory).glob("pytorch_model*.bin"))
+        raise ValueError(
+            f"{directory} holds no model.safetensors"
+            + (": a pytorch_model.bin is not read, save it as safetensors with transformers" if pickled else "")
+        )
+    found: dict[str, _Stored] = {}
+    for file in files:
+        with _opened(file) as tensors:
+            for hf_name in tensors.keys():
+                name = from_hf_name(hf_name)
+                if _CONSTANT.search(hf_name):
+                    continue
+                target = _EMBEDDING if name == _HEAD and tied else name
+                if target not in shapes:
+                    raise ValueError(f"{file} holds {hf_name}, which this model does not have")
+                if name in found:
+                    raise ValueError(f"{hf_name} is in {found[name].file} and in {file}: delete the file not meant")
+                header = tensors.get_slice(hf_name)
+                if header.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        f"{hf_name} in {file} is of dtype {header.get_dtype()}: only weights in floating point that "
+                        f"are not quantized can be loaded"
+                    )
+                if tuple(header.get_shape()) != tuple(shapes[target]):
+                    raise ValueError(
+                        f"{hf_name} is {tuple(header.get_shape())} in {file}, {tuple(shapes[target])} in the model"
+                    )
+                found[name] = _Stored(file, hf_name, name)
+    missing = sorted(shapes.keys() - found.keys())
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} weights of the model, for example {missing[0]}")
+    return list(found.values())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    try:
+        # Its own errors of the system bear no number to tell them apart by.
+        open(file, "rb").close()
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    except _MISTAKES as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Modules are built without their first values: for tensors without memory torch imports its compiler to make them,
+    which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def check_weights(config: LlamaConfig, directory: str | Path) -> None:
+    """See whether a folder's weights are those of a configuration, before there is memory for them: a configuration
+    that is off by a few zeros would ask for more than there is.
+
+    Raises:
+        ValueError: see load_weights.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        model = Llama(config)
+    _find_weights(directory, _shapes(model), config.tie_word_embeddings)
+
+
+def _shapes(model: Llama) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
 def load_weights(model: Llama, directory: str | Path) -> None:
-    """Copy the weights of a folder's `model*.safetensors` into the model, whatever dtype either has.
+    """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape; the first such is named.
+        ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized or of another shape;
+            the first such is named.
+        OSError: a disk or a network that may be back later.
     """
-    files = sorted(Path(directory).glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} holds no model.safetensors")
-    targets = dict(model.named_parameters())
-    missing = set(targets)
-    for file in files:
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read: {error}") from None
-        with opened as tensors:
-            for hf_name in tensors.keys():
-                name = from_hf_name(hf_name)
-                if name == _HEAD and model.config.tie_word_embeddings:
-                    continue
-                if name not in targets:
-                    raise ValueError(f"{file.name} holds {hf_name}, which this model does not have")
-                weight = tensors.get_tensor(hf_name)
-                if weight.shape != targets[name].shape:
-                    raise ValueError(
-                        f"{hf_name} is {tuple(weight.shape)} in {file.name}, {tuple(targets[name].shape)} in the model"
-                    )
-                targets[name].copy_(weight)
-                missing.discard(name)
-    if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} weights of the model, for example {sorted(missing)[0]}")
+    targets, heads = dict(model.named_parameters()), []
+    found = _find_weights(directory, _shapes(model), model.config.tie_word_embeddings)
+    for file, group in groupby(found, lambda stored: stored.file):
+        with _opened(file) as tensors:
+            for stored in group:
+                if stored.name in targets:
+                    targets[stored.name].copy_(tensors.get_tensor(stored.hf_name))
+                else:
+                    heads.append(stored)
+    for stored in heads:
+        # Only where the embedding is the head, and may be there a second time.
+        with _opened(stored.file) as tensors:
+            head, embedding = tensors.get_tensor(stored.hf_name), targets[_EMBEDDING]
+        if not torch.equal(head.to(embedding), embedding):
+            raise ValueError(
+                f"{stored.file} holds a {stored.hf_name} that is not the embedding, while config.json has "
+                f"tie_word_embeddings: set that to false, or take the weight out"
+            )

@@ -67,6 +67,8 @@ def build_model(
     )
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
+    if weights is not None and load:
+        hf.check_weights(model_config, weights)
     model = Llama(model_config, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(config.run.seed)

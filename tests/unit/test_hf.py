@@ -1,0 +1,279 @@
+"""Folders of Hugging Face that people bring: odd ones end with a sentence, old ones load."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from model import Llama, LlamaConfig, hf
+from tokenizer.hf_bbpe import train_hf_bbpe
+
+SMALL = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32,
+).resolve()  # fmt: skip
+CONFIG = hf.to_hf_config(SMALL, torch.float32)
+MISSING = object()
+
+
+def write(directory: Path, config: object = CONFIG, **changes: object) -> Path:
+    """A whole folder."""
+    model = Llama(SMALL)
+    model.initialize(0)
+    save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
+    if isinstance(config, dict):
+        config = {name: value for name, value in (config | changes).items() if value is not MISSING}
+        config = json.dumps(config)
+    (directory / "config.json").write_bytes(config if isinstance(config, bytes) else str(config).encode())
+    return directory
+
+
+def rope(kind: str | None = "linear", **values: object) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | values}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+ODD = {
+    # Changes of a good configuration -> what the sentence names.
+    "eps as a string": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+    "eps null": ({"rms_norm_eps": None}, "rms_norm_eps"),
+    "eps missing": ({"rms_norm_eps": MISSING}, "rms_norm_eps"),
+    "eps negative": ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
+    "eps not a number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "eps true": ({"rms_norm_eps": True}, "rms_norm_eps"),
+    "eps infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+    "width as a string": ({"hidden_size": "16"}, "hidden_size"),
+    "width as a list": ({"hidden_size": [16]}, "hidden_size"),
+    "width null": ({"hidden_size": None}, "hidden_size"),
+    "width missing": ({"hidden_size": MISSING}, "hidden_size"),
+    "width zero": ({"hidden_size": 0}, "hidden_size"),
+    "width negative": ({"hidden_size": -16}, "hidden_size"),
+    "width with a fraction": ({"hidden_size": 16.5}, "hidden_size"),
+    "width huge": ({"hidden_size": 1 << 40}, "hidden_size"),
+    "width of 400 digits": ({"hidden_size": 10**400}, "hidden_size"),
+    "vocabulary zero": ({"vocab_size": 0}, "vocab_size"),
+    "vocabulary negative": ({"vocab_size": -64}, "vocab_size"),
+    "vocabulary infinite": ({"vocab_size": float("inf")}, "vocab_size"),
+    "layers zero": ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    "layers a million": ({"num_hidden_layers": 1_000_000}, "num_hidden_layers"),
+    "layers as a dictionary": ({"num_hidden_layers": {}}, "num_hidden_layers"),
+    "layers true": ({"num_hidden_layers": True}, "num_hidden_layers"),
+    "heads zero": ({"num_attention_heads": 0}, "num_attention_heads"),
+    "heads that do not divide": ({"num_attention_heads": 3, "head_dim": None}, "num_attention_heads"),
+    "key heads negative": ({"num_key_value_heads": -2}, "num_key_value_heads"),
+    "key heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    "key heads as a list": ({"num_key_value_heads": [2, 2]}, "num_key_value_heads"),
+    "head width odd": ({"head_dim": 3}, "head_dim"),
+    "head width negative": ({"head_dim": -4}, "head_dim"),
+    "inner width zero": ({"intermediate_size": 0}, "intermediate_size"),
+    "inner width as a list": ({"intermediate_size": [32, 32]}, "intermediate_size"),
+    "positions zero": ({"max_position_embeddings": 0}, "max_position_embeddings"),
+    "positions null": ({"max_position_embeddings": None}, "max_position_embeddings"),
+    "range as a string": ({"initializer_range": "0.02"}, "initializer_range"),
+    "dropout one": ({"attention_dropout": 1}, "attention_dropout"),
+    "dropout as a string": ({"attention_dropout": "0"}, "attention_dropout"),
+    # Would be true.
+    "tied as a string": ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    "bias as a string": ({"attention_bias": "no"}, "attention_bias"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    "part of a head rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "a window": ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+    "layers with a window": ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    "layer types as a number": ({"layer_types": 2}, "layer_types"),
+    "another model": ({"model_type": "gpt2"}, "gpt2"),
+    "model as a list": ({"model_type": ["llama"]}, "llama"),
+    "no model": ({"model_type": MISSING}, "model_type"),
+    "theta zero": ({"rope_parameters": None, "rope_theta": 0}, "rope_theta"),
+    "theta as a string": ({"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta"),
+    "theta beyond float32": ({"rope_parameters": {"rope_theta": 1e300}}, "rope_theta"),
+    "rope a string": ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling"),
+    "rope a list": ({"rope_parameters": [1, 2]}, "rope_parameters"),
+    "rope by layer": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    "rope of an unknown type": (rope("yarn", factor=4.0), "yarn"),
+    "rope type a list": (rope(["linear"], factor=4.0), "linear"),
+    "rope without its factor": (rope("linear"), "factor"),
+    "factor as a string": (rope("dynamic", factor="2"), "factor"),
+    "factor null": (rope("linear", factor=None), "factor"),
+    "factor below one": (rope("linear", factor=0.5), "factor"),
+    "factor not a number": (rope("linear", factor=float("nan")), "factor"),
+    "factor of nothing": (rope("default", factor=4.0), "factor"),
+    "dynamic on heads of two": (rope("dynamic", factor=2.0) | {"head_dim": 2}, "head_dim"),
+    "llama3 without a part": (rope("llama3", factor=8.0), "low_freq_factor"),
+    "llama3 upside down": (rope("llama3", **LLAMA3 | {"low_freq_factor": 8.0}), "high_freq_factor"),
+    "llama3 with equal factors": (rope("llama3", **LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
+    "llama3 of no context": (rope("llama3", **LLAMA3 | {"original_max_position_embeddings": -1}), "original_max"),
+    "two kinds of rope": (rope("default") | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+}
+ODD_FILES = {
+    "a list": (b"[1, 2]", "dictionary"),
+    "null": (b"null", "dictionary"),
+    "empty": (b"", "JSON"),
+    "cut off": (json.dumps(CONFIG).encode()[:-20], "JSON"),
+    "no text": (b"\x80\x81\xff" * 9, "JSON"),
+    "Latin": (json.dumps(CONFIG | {"note": "caf\u00e9"}, ensure_ascii=False).encode("latin-1"), "JSON"),
+    "deeply nested": (b"[" * 200_000, "JSON"),
+    "a number of 5,000 digits": (b'{"vocab_size": ' + b"9" * 5000 + b"}", "JSON"),
+    "a key given twice": (b'{"model_type": "llama", ' + json.dumps(CONFIG).encode()[1:], "model_type"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_configuration_is_refused_by_name(case: str, tmp_path: Path):
+    changes, named = ODD[case]
+    with pytest.raises(ValueError) as caught:
+        hf.read_config(write(tmp_path, **changes))
+    sentence = str(caught.value)
+    assert str(tmp_path / "config.json") in sentence and named in sentence.split("config.json", 1)[1]
+    assert "\n" not in sentence and len(sentence) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_a_file_that_is_no_configuration_is_refused(case: str, tmp_path: Path):
+    content, named = ODD_FILES[case]
+    with pytest.raises(ValueError) as caught:
+        hf.read_config(write(tmp_path, content))
+    assert str(tmp_path / "config.json") in str(caught.value) and named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"hidden_size": 16.0}, "hidden_size", 16),
+        ({"rms_norm_eps": 1}, "rms_norm_eps", 1.0),
+        ({"num_key_value_heads": MISSING}, "num_key_value_heads", 4),
+        ({"head_dim": None}, "head_dim", 4),
+        ({"attention_dropout": None}, "attention_dropout", 0.0),
+        ({"hidden_act": "swish", "quantization_config": None, "mlp_bias": None}, "intermediate_size", 32),
+        ({"rope_parameters": None, "rope_theta": 500}, "rope_theta", 500.0),
+        ({"rope_parameters": {"rope_theta": None, "rope_type": None}}, "rope_theta", 10000.0),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling_factor", 2.0),
+        (rope("llama3", **LLAMA3) | {"original_max_position_embeddings": 8}, "original_max_position_embeddings", 8),
+        ({"model_type": "qwen2", "attention_bias": True, "layer_types": ["full_attention"] * 2}, "qkv_bias", True),
+    ],
+)
+def test_what_is_unambiguous_is_read(changes: dict, field: str, value: object, tmp_path: Path):
+    found = getattr(hf.read_config(write(tmp_path, **changes)), field)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path):
+    write(tmp_path)
+    for name, read in (("model.safetensors", hf.check_weights), ("config.json", lambda _, path: hf.read_config(path))):
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+            read(SMALL, tmp_path)
+
+
+def save(directory: Path, changes: dict[str, torch.Tensor | object], name: str = "model.safetensors") -> None:
+    """The weights again, some of them changed or taken out."""
+    weights = load_file(directory / "model.safetensors") | changes
+    kept = {key: weight for key, weight in weights.items() if weight is not MISSING}
+    save_file(kept, directory / name, {"format": "pt"})
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+ODD_WEIGHTS = {
+    "int8": ({NORM: torch.ones(16, dtype=torch.int8)}, f"{NORM} in .*model.safetensors is of dtype I8"),
+    "float8": ({NORM: torch.ones(16).to(torch.float8_e4m3fn)}, "is of dtype F8_E4M3"),
+    "another shape": ({NORM: torch.ones(8)}, r"model.norm.weight is \(8,\) in .*, \(16,\) in the model"),
+    "a scalar": ({NORM: torch.tensor(1.0)}, r"model.norm.weight is \(\) in"),
+    "missing": ({NORM: MISSING}, "lacks 1 weights of the model, for example norm.weight"),
+    "too many layers": ({"model.layers.2.mlp.up_proj.weight": torch.ones(32, 16)}, "layers.2.* this model does not"),
+    "an adapter": ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}, "lora_A"),
+    # Of GPT-2, whose folders have them; a llama's carry something else under such a name.
+    "a mask": ({"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}, "masked_bias"),
+    "the same twice": ({"norm.weight": torch.ones(16)}, "norm.weight is in .* and in "),
+}
+
+
+@pytest.mark.parametrize("case", ODD_WEIGHTS)
+def test_odd_weights_are_refused_by_name(case: str, tmp_path: Path):
+    changes, message = ODD_WEIGHTS[case]
+    save(write(tmp_path), changes)
+    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Llama(SMALL), tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1], lambda content: content[:100], lambda content: b"", lambda content: b"{" * 64,
+        lambda content: struct.pack("<Q", 1 << 40) + content[8:], lambda content: content.replace(b'"F32"', b'"X99"'),
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4096\n",
+    ],
+    ids=["a byte short", "cut in the header", "empty", "garbage", "a huge header", "an unknown dtype", "a pointer"],
+)  # fmt: skip
+def test_damaged_weights_are_refused(damage, tmp_path: Path):
+    file = write(tmp_path) / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="model.safetensors cannot be read: "):
+        hf.load_weights(Llama(SMALL), tmp_path)
+
+
+def test_a_configuration_that_is_off_by_some_zeros_asks_for_no_memory(tmp_path: Path):
+    config = hf.read_config(write(tmp_path, hidden_size=1 << 20, vocab_size=1 << 30))
+    with pytest.raises(ValueError, match=r"is \(64, 16\) in .*, \(1073741824, 1048576\) in the model"):
+        hf.check_weights(config, tmp_path)
+
+
+def test_weights_in_two_files_that_hold_the_same_are_refused(tmp_path: Path):
+    save(write(tmp_path), {}, "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match="is in .*model-00001-of-00001.safetensors and in .*model.safetensors: delete"):
+        hf.load_weights(Llama(SMALL), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached", "model.layers.1.self_attn.rotary_emb.sin_cached",
+    ],
+)  # fmt: skip
+def test_constants_of_old_folders_are_passed_over(name: str, tmp_path: Path):
+    save(write(tmp_path), {name: torch.ones(2)})
+    model, expected = Llama(SMALL), Llama(SMALL)
+    hf.load_weights(model, tmp_path)
+    expected.initialize(0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path):
+    config = LlamaConfig(**SMALL.__dict__ | {"tie_word_embeddings": True})
+    embedding = load_file(write(tmp_path, tie_word_embeddings=True) / "model.safetensors")[EMBEDDING]
+    for head in (MISSING, embedding.clone(), embedding.half()):
+        save(tmp_path, {"lm_head.weight": head, EMBEDDING: embedding if head is MISSING else embedding.to(head.dtype)})
+        hf.load_weights(Llama(config), tmp_path)
+    save(tmp_path, {"lm_head.weight": embedding + 1, EMBEDDING: embedding})
+    with pytest.raises(ValueError, match="lm_head.weight that is not the embedding, while .* tie_word_embeddings"):
+        hf.load_weights(Llama(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ("config", 'rms_norm_eps must be a number, not "1e-5"'), ("weights", "model.safetensors cannot be read"),
+        ("tokenizer", "has 262 entries, the model an embedding for 64"),
+    ],
+)  # fmt: skip
+def test_the_command_ends_with_a_sentence(odd: str, message: str, tmp_path: Path, capsys):
+    train_hf_bbpe(["ab abc abcd " * 50] * 3, 262, show_progress=False).save_pretrained(tmp_path)
+    shape = LlamaConfig(**SMALL.__dict__ | {"vocab_size": 64 if odd == "tokenizer" else 262})
+    model = Llama(shape)
+    save_file(hf.named_weights(model), tmp_path / "model.safetensors")
+    changes = {"rms_norm_eps": "1e-5"} if odd == "config" else {}
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(shape, torch.float32) | changes))
+    if odd == "weights":
+        (tmp_path / "model.safetensors").write_bytes(b"{" * 64)
+    assert generate.main(["--ckpt", str(tmp_path), "--prompt", "ab", "--dtype", "float32"]) == 2
+    found = capsys.readouterr()
+    assert message in found.err and found.err.count("\n") == 1 and not found.out
