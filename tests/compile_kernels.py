@@ -78,7 +78,8 @@ def call_every_kernel(dtype: torch.dtype, hidden: int, head_dim: int, intermedia
     ce.cross_entropy_with_gradient_(new(8, vocab).detach(), labels, torch.ones(()), -100, 0.0)
     main, exp_avg, exp_avg_sq = (torch.empty(4096) for _ in range(3))
     grad = torch.empty(4096, dtype=dtype)
-    for weights, zero_grad in ((torch.empty(4096, dtype=dtype), True), (None, False)):
+    half = torch.empty(4096, dtype=torch.float16)
+    for weights, zero_grad in ((torch.empty(4096, dtype=dtype), True), (None, False), (half, False)):
         adamw_triton.adamw_flat_step(
             main, exp_avg, exp_avg_sq, grad, weights, 2, 1e-3, 0.1, 2.0, AdamWConfig(), zero_grad
         )
