@@ -1,7 +1,9 @@
 """What every tokenizer offers."""
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
@@ -65,6 +67,44 @@ class Tokenizer(ABC):
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Make an error of a panic in a library that is written in Rust: it comes as a BaseException, which nobody catches,
+    for some definitions and for some texts.
+
+    Raises:
+        ValueError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # The class cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library panics: {error}") from None
+
+
+def parsed(name: str, text: str) -> object:
+    """The value of a JSON file.
+
+    Args:
+        name: of the file, for the sentence.
+    Raises:
+        ValueError: it is none, or could not be written again.
+    """
+    try:
+        value = json.loads(text)
+        # JSON can spell half a surrogate pair, which no file can hold: a checkpoint could not be saved.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds text that is not valid Unicode") from None
+    except RecursionError:
+        raise ValueError(f"{name} is too deeply nested") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from None
+    return value
 
 
 def hugging_face_config(special_tokens: Collection[str]) -> dict:

@@ -15,12 +15,22 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.base import (
+    CHAT_TEMPLATE_NAME,
+    END_OF_DOCUMENT,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    hugging_face_config,
+    panics_as_errors,
+    parsed,
+)
 from tokenizer.chat_template import JINJA
 from tokenizer.word_cache import WordCache
 from utils.files import atomic_write
 
 _THREADS_THAT_BEAT_THE_CACHE = 4
+_MOST_GAPS = 1024
+"""Ids without a token, besides as many as have one."""
 _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -61,7 +71,8 @@ class HFBBPETokenizer(Tokenizer):
         Raises:
             ValueError: of a kind that this class cannot stand for.
         """
-        self._definition, self._config, self._chat_template = json.loads(definition), config, chat_template
+        self._definition = parsed("tokenizer.json", definition)
+        self._config, self._chat_template = config, chat_template
         self._spelling = _byte_spelling(self._definition)
         added = self._definition["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
@@ -69,27 +80,31 @@ class HFBBPETokenizer(Tokenizer):
         plain = _plain_text_definition(self._definition, self.special_ids)
         self._plain = LibraryTokenizer.from_str(json.dumps(plain))
         self._plain.encode_special_tokens = True
+        ids = self._plain.get_vocab()
+        _check_ids(ids, plain, self.special_ids)
         own = _own_split_options(plain)
         self._word_cache = WordCache(plain, split_pattern(*own), split_pattern(*own, ascii_only=True)) if own else None
-        self.vocab_size = max(self._plain.get_vocab().values()) + 1
+        self.vocab_size = max(ids.values()) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
         """See the base class; the library takes its number of threads from RAYON_NUM_THREADS instead."""
         texts = list(texts)
-        if self._word_cache is None or not 1 <= num_threads < _THREADS_THAT_BEAT_THE_CACHE:
-            return self._library_batch(texts)
-        known = [self._word_cache.knows(text) for text in texts]
-        cached = iter(self._word_cache.encode_batch([text for text, is_known in zip(texts, known) if is_known]))
-        others = iter(self._library_batch([text for text, is_known in zip(texts, known) if not is_known]))
-        return [next(cached if is_known else others) for is_known in known]
+        with panics_as_errors():
+            if self._word_cache is None or not 1 <= num_threads < _THREADS_THAT_BEAT_THE_CACHE:
+                return self._library_batch(texts)
+            known = [self._word_cache.knows(text) for text in texts]
+            cached = iter(self._word_cache.encode_batch([text for text, is_known in zip(texts, known) if is_known]))
+            others = iter(self._library_batch([text for text, is_known in zip(texts, known) if not is_known]))
+            return [next(cached if is_known else others) for is_known in known]
 
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode_plain(self, ids: list[int]) -> str:
-        return self._plain.decode(ids, skip_special_tokens=False)
+        with panics_as_errors():
+            return self._plain.decode(ids, skip_special_tokens=False)
 
     def token_byte_lengths(self) -> list[int]:
         lengths = [0] * self.vocab_size
@@ -122,6 +137,8 @@ def _byte_spelling(definition: object) -> str:
     model = definition.get("model") if isinstance(definition, dict) else None
     if not isinstance(model, dict) or model.get("type") != "BPE" or "merges" not in model:
         raise ValueError("only BPE can be used")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("it marks the parts of words, so texts would not come back")
     if not isinstance(definition.get("added_tokens"), list):
         raise ValueError("it has no list of added tokens")
     vocab = set(model["vocab"])
@@ -137,7 +154,7 @@ def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     for token in (END_OF_DOCUMENT, eos):
-        if token in special_ids:
+        if isinstance(token, str) and token in special_ids:
             return token
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
 
@@ -150,6 +167,10 @@ def _plain_text_definition(definition: dict, special_ids: dict[str, int]) -> dic
     """
     model = definition["model"]
     names = {token: f"special {token_id}" for token, token_id in special_ids.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError("two of its special tokens have the same id")
+    if taken := model["vocab"].keys() & set(names.values()):
+        raise ValueError(f'"{min(taken)}" is a token that no text can become')
     unknown = model.get("unk_token")
     return {
         **definition,
@@ -167,6 +188,34 @@ def _plain_text_definition(definition: dict, special_ids: dict[str, int]) -> dic
             "dropout": None,
         },
     }
+
+
+def _check_ids(ids: dict[str, int], definition: dict, special_ids: dict[str, int]) -> None:
+    """
+    Args:
+        ids: token -> id, as the library has it.
+        definition: what it was made from, see _plain_text_definition.
+        special_ids: as the user's file has it.
+    Raises:
+        ValueError: a token has another id than the file says, since it was taken, or two tokens have the same one; or
+            the ids leave more places empty than are taken.
+    """
+    added = definition["added_tokens"]
+    stated = [*definition["model"]["vocab"].items(), *((token["content"], token["id"]) for token in added)]
+    names = {f"special {token_id}": token for token, token_id in special_ids.items()}
+
+    def name(token: str) -> str:
+        return names.get(token, token)[:50]
+
+    for token, token_id in stated:
+        if ids.get(token) != token_id:
+            raise ValueError(f'its token "{name(token)}" cannot have the id {token_id}: another has it, or it has two')
+    token_of = {token_id: token for token, token_id in ids.items()}
+    for token, token_id in ids.items():
+        if token_of[token_id] != token:
+            raise ValueError(f'its tokens "{name(token)}" and "{name(token_of[token_id])}" have the same id {token_id}')
+    if max(token_of) >= 2 * len(token_of) + _MOST_GAPS:
+        raise ValueError(f"its ids go up to {max(token_of)}, but it has {len(token_of)} tokens")
 
 
 def _own_split_options(definition: dict) -> tuple[int, int] | None:
@@ -226,14 +275,3 @@ def train_hf_bbpe(
     # Added after training, so that they take the last ids and are no part of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS), JINJA)
-
-
-def load_hf_bbpe(directory: Path, config: dict | None) -> HFBBPETokenizer:
-    """Read a folder with a `tokenizer.json`.
-
-    Raises:
-        ValueError: of a kind that cannot be used.
-    """
-    template_path = directory / CHAT_TEMPLATE_NAME
-    template = template_path.read_text(encoding="utf-8") if template_path.exists() else None
-    return HFBBPETokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"), config, template)

@@ -1,21 +1,25 @@
-"""Open a tokenizer folder, whatever its kind."""
+"""Open a tokenizer folder, whatever its kind, and whatever somebody put into it."""
 
-import json
 from pathlib import Path
 
-from tokenizer.base import Tokenizer
-from tokenizer.hf_bbpe import load_hf_bbpe
+from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer, panics_as_errors, parsed
+from tokenizer.hf_bbpe import HFBBPETokenizer
 from tokenizer.sp_bbpe import KIND as SP_BBPE
-from tokenizer.sp_bbpe import load_sp_bbpe
+from tokenizer.sp_bbpe import SPBBPETokenizer
 
 TRAIN_COMMAND = "python -m tokenizer.train_tokenizer"
+_LARGEST_FILE = 1 << 28
+"""Bytes; the tokenizer of the largest vocabulary in use is a tenth of it."""
+_PROBE = "Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend"
+"""Comes back from every tokenizer that loses nothing; normalised forms of Unicode leave it as it is."""
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load a tokenizer that was trained here, or any Hugging Face folder with a byte-complete BPE.
 
     Raises:
-        ValueError: no tokenizer there, or not one of a kind that can be used.
+        ValueError: no tokenizer there, or not one of a kind that can be used; one sentence, whatever the files hold.
+        OSError: a file cannot be read now (a failing disk).
     """
     directory = Path(directory)
     if not (directory / "tokenizer.json").exists():
@@ -24,22 +28,70 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"`{TRAIN_COMMAND} --data_dir D --output_dir {directory}`"
         )
     try:
-        config = _read_config(directory)
-        if config is not None and config.get("kind") == SP_BBPE:
-            return load_sp_bbpe(directory)
-        return load_hf_bbpe(directory, config)
+        with panics_as_errors():
+            tokenizer = _open(directory)
+            _check_use(tokenizer)
+            return tokenizer
+    except MemoryError:
+        raise
     except Exception as error:
-        # The libraries raise whatever they like on a damaged file.
+        # The libraries raise whatever they like on a damaged file. What the disk says is not about the file.
+        if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
+            raise
         raise ValueError(
-            f"the tokenizer in {directory} cannot be used ({error}): train one with `{TRAIN_COMMAND}`"
+            f"the tokenizer in {directory} cannot be used ({_sentence(error)}): train one with `{TRAIN_COMMAND}`"
         ) from error
 
 
-def _read_config(directory: Path) -> dict | None:
-    path = directory / "tokenizer_config.json"
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def _open(directory: Path) -> Tokenizer:
+    config = None
+    if (text := _read(directory / "tokenizer_config.json")) is not None:
+        config = parsed("tokenizer_config.json", text)
+        if not isinstance(config, dict):
+            raise ValueError("tokenizer_config.json holds no settings")
+        if config.get("kind") == SP_BBPE:
+            return SPBBPETokenizer(_content(directory / "tokenizer.model"))
+    return HFBBPETokenizer(_read(directory / "tokenizer.json"), config, _read(directory / CHAT_TEMPLATE_NAME))
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that is not beyond measure."""
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path.name} is larger than {_LARGEST_FILE >> 20} MiB")
+    return path.read_bytes()
+
+
+def _read(path: Path) -> str | None:
+    """Text of a file; None if there is none."""
     if not path.exists():
         return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path.name} holds no settings")
-    return config
+    try:
+        return _content(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _check_use(tokenizer: Tokenizer) -> None:
+    """Try it out.
+
+    Raises:
+        ValueError: a text does not come back, or its ids are beyond measure.
+    """
+    if tokenizer.vocab_size > LARGEST_VOCAB_SIZE:
+        raise ValueError(f"its largest id is {tokenizer.vocab_size - 1}, and {LARGEST_VOCAB_SIZE} entries are the most")
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    # Some put a blank in front.
+    if back.removeprefix(" ") != _PROBE:
+        raise ValueError(f"it does not give back what was written: {_PROBE!r} becomes {back[:100]!r}")
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):
+        return f"{Path(error.filename or '').name}: {error.strerror}"
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        return f"tokenizer.json is not laid out as one, {type(error).__name__}: {text}"
+    return text or type(error).__name__

@@ -32,14 +32,25 @@ class SPBBPETokenizer(Tokenizer):
     """A SentencePiece model that was trained here. The special tokens come first, then the 256 bytes."""
 
     def __init__(self, model: bytes):
+        """
+        Args:
+            model: content of a `tokenizer.model`.
+        Raises:
+            ValueError: it is damaged, or was not trained here.
+        """
         self._model = model
-        self._processor = SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"tokenizer.model is damaged: {_last_line(error)}") from None
         self.vocab_size = self._processor.vocab_size()
         self.special_ids = {
             self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
         }
         if END_OF_DOCUMENT not in self.special_ids:
             raise ValueError(f"it has no {END_OF_DOCUMENT} token")
+        if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
+            raise ValueError("it does not fall back to bytes, so some texts would be lost")
         self.eod_id = self.special_ids[END_OF_DOCUMENT]
         self._blank_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode("utf-8")]
         self.fingerprint = hashlib.sha256(model).hexdigest()
@@ -151,15 +162,3 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 end = cut if cut > start else end
             yield text[start:end]
             start = end
-
-
-def load_sp_bbpe(directory: Path) -> SPBBPETokenizer:
-    """Read a folder that `SPBBPETokenizer.save_pretrained` wrote.
-
-    Raises:
-        ValueError: the model is damaged.
-    """
-    try:
-        return SPBBPETokenizer((directory / "tokenizer.model").read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"tokenizer.model is damaged: {_last_line(error)}") from None

@@ -1,8 +1,10 @@
 """Tokenizers of every kind: any text survives, no text forges a special token, Hugging Face reads the folder the same
 way; and Hugging Face folders that were made elsewhere."""
 
+import errno
 import functools
 import json
+import os
 import random
 import shutil
 import unicodedata
@@ -15,9 +17,12 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as LibraryTokenizer
 
+import train_my_ddp
+from data_preprocess import import_tokens, pretokenize_pretrain_data, pretokenize_sft_data
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
 from data_preprocess.units import process_corpus
+from dataset import show_mask
 from dataset.format import map_tokens, read_bin_header
 from generate import stream_text
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, Tokenizer, load_tokenizer
@@ -464,9 +469,9 @@ def test_fingerprint_changes_with_the_ids_that_a_text_gets(
             definition["model"]["merges"].pop()
         elif change == "special id":
             first, second = definition["added_tokens"][:2]
-            first["id"], second["id"] = second["id"], first["id"]
+            first["content"], second["content"] = second["content"], first["content"]
         else:
-            definition["normalizer"] = {"type": "Lowercase"}
+            definition["normalizer"] = {"type": "NFC"}
 
     changed = change_definition(hf_folder, tmp_path / "changed", edit)
     assert load_tokenizer(changed).fingerprint != hf.fingerprint
@@ -531,6 +536,126 @@ def test_damaged_configuration(folder: Path, tmp_path: Path, content: bytes):
     shutil.copytree(folder, tmp_path / "changed")
     (tmp_path / "changed" / "tokenizer_config.json").write_bytes(content)
     assert "train" in refusal(tmp_path / "changed")
+
+
+def set_id(position: int, value: object) -> Callable[[dict], object]:
+    return lambda definition: definition["added_tokens"][position].update(id=value)
+
+
+def set_entry(value: object) -> Callable[[dict], object]:
+    """Give an id to the token that is the first merge."""
+    return lambda d: d["model"]["vocab"].update({"".join(d["model"]["merges"][0]): value})
+
+
+def add_token(**changes: object) -> Callable[[dict], object]:
+    return lambda d: d["added_tokens"].append({**d["added_tokens"][0], **changes})
+
+
+def nested(depth: int) -> dict:
+    value = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    for _ in range(depth):
+        value = {"type": "Sequence", "pretokenizers": [value]}
+    return value
+
+
+HOSTILE: dict[str, Callable[[dict], object]] = {
+    **{f"id {value!r}": set_id(0, value) for value in (-1, 5, 3.0, "5", True, [1], 10**7, 2**31, 2**32 - 1, 10**30)},
+    **{f"entry {value!r}": set_entry(value) for value in (-1, 5, 300.5, "5", None, 10**8, 2**32 - 1, 2**40)},
+    "a token twice": add_token(id=VOCAB_SIZE),
+    "an id twice": add_token(content="<|other|>"),
+    "the id of an entry": add_token(content="<|other|>", id=3),
+    "an id far beyond": add_token(content="<|other|>", id=5_000_000),
+    "half a surrogate pair": add_token(content="\ud800", id=VOCAB_SIZE),
+    "ids in another order": lambda d: d["added_tokens"].reverse(),
+    "one id for all": lambda d: d["model"].update(vocab=dict.fromkeys(d["model"]["vocab"], 0)),
+    "the name of a special token": lambda d: d["model"]["vocab"].update({f"special {VOCAB_SIZE - 1}": 3}),
+    "no special tokens": lambda d: [token.update(special=False) for token in d["added_tokens"]],
+    "a prefix": lambda d: d["model"].update(continuing_subword_prefix="##"),
+    "no decoder": lambda d: d.update(decoder=None),
+    "a decoder of another kind": lambda d: d.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
+    "capitals lost": lambda d: d.update(normalizer={"type": "Lowercase"}),
+    "a broken pattern": lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "((("}),
+    "no pattern": lambda d: d["pre_tokenizer"]["pretokenizers"][0].pop("pattern"),
+    "null for a step": lambda d: d["pre_tokenizer"].update(pretokenizers=[None]),
+    "deeply nested": lambda d: d.update(pre_tokenizer=nested(400)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_definition(hf_folder: Path, tmp_path: Path, name: str):
+    """Neither another exception, nor a tokenizer that gives ids which nothing can hold, or loses text."""
+    assert "train" in refusal(change_definition(hf_folder, tmp_path / "changed", HOSTILE[name]))
+
+
+HOSTILE_FILES = {
+    "tokenizer.json": [b"[" * 10**5 + b"]" * 10**5, b'{"a": ' + b"9" * 5000 + b"}", "{}".encode("utf-16"), None],
+    "tokenizer_config.json": [b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b'{"a": "\\ud800"}', b'{"a": "\xff"}', None],
+    "chat_template.jinja": [b"\xff", None],
+    "tokenizer.model": [b"", b"garbage" * 100, None],
+}
+"""Content of files; None for a folder of this name."""
+
+
+@pytest.mark.parametrize(("file", "content"), [(file, one) for file, many in HOSTILE_FILES.items() for one in many])
+def test_hostile_file(tmp_path: Path, file: str, content: bytes | None):
+    trained("sp_bbpe" if file == "tokenizer.model" else "hf_bbpe").save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    if content is None:
+        (tmp_path / file).mkdir()
+    else:
+        (tmp_path / file).write_bytes(content)
+    assert "train" in refusal(tmp_path)
+
+
+def test_file_beyond_measure(hf_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tokenizer.loading._LARGEST_FILE", 1000)
+    assert "larger than" in refusal(hf_folder)
+
+
+@pytest.mark.parametrize("method", ["stat", "read_bytes"])
+def test_failing_disk_is_no_broken_tokenizer(hf_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str):
+    """A run that is tried again may find it mended; one that was refused is not tried again."""
+    real = getattr(Path, method)
+
+    def fail(path: Path, **how) -> object:
+        if path.name == "tokenizer_config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, **how)
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_tokenizer(hf_folder)
+
+
+def test_panic_at_a_text_is_an_error(hf_folder: Path, tmp_path: Path):
+    """Of the library, which raises it as what no one catches; the record is named then, and the command ends with 2."""
+
+    def edit(definition: dict) -> None:
+        definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a+)+$"
+
+    tokenizer = load_tokenizer(change_definition(hf_folder, tmp_path / "changed", edit))
+    with pytest.raises(ValueError, match="panics: .*retry-limit"):
+        tokenizer.encode("a" * 40 + "!")
+
+
+@pytest.mark.parametrize("command", ["pretokenize", "pretokenize_sft_data", "show_mask", "import_tokens", "train"])
+def test_hostile_tokenizer_ends_each_command(
+    hf_folder: Path, tmp_path: Path, command: str, tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+):
+    folder = str(change_definition(hf_folder, tmp_path / "bad", HOSTILE["an id twice"]))
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "x"}')
+    flags = ["--tokenizer_dir", folder, "--output_dir", str(tmp_path / "out")]
+    code = {
+        "pretokenize": lambda: pretokenize_pretrain_data.main(["--data_dir", str(data), *flags]),
+        "pretokenize_sft_data": lambda: pretokenize_sft_data.main(["--data_dir", str(data), *flags]),
+        "show_mask": lambda: show_mask.main([str(data / "a.jsonl"), *flags[:2]]),
+        "import_tokens": lambda: import_tokens.main(["--format", "nanogpt", "--input", str(data / "a.jsonl"), *flags]),
+        "train": lambda: train_my_ddp.main([*tiny_run, f"--tokenizer_dir={folder}"]),
+    }[command]()
+    printed = capsys.readouterr()
+    assert code == 2 and "cannot be used" in printed.out + printed.err
 
 
 @pytest.mark.parametrize("vocab_size", [0, 64, 259])
