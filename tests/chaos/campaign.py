@@ -20,16 +20,23 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-import tests.chaos.file_faults  # noqa: F401  registers its kinds
+import tests.chaos.file_faults
+import tests.chaos.read_faults
+import tests.chaos.ssh_faults
+import tests.chaos.start_faults
+import tests.chaos.weight_faults  # noqa: F401  each registers its kinds
+from tests import sshd
 from tests.chaos.checks import CHECKS, remarks
 from tests.chaos.data import make_data
-from tests.chaos.faults import KINDS, Kind
+from tests.chaos.faults import KINDS, OVER_SSH, Kind
+from tests.chaos.read_errors import build_library
+from tests.chaos.references import References, check_announced, deviations
 from tests.chaos.report import Report
-from tests.chaos.run import ROOT, SETUPS, Broken, Run, RunOver, Setup, environment, training_command, training_flags
+from tests.chaos.run import SETUPS, Broken, Run, RunOver, Setup
 
 FAULTS_A_ROUND = 8
 STEPS = 260
@@ -37,7 +44,7 @@ FIRST_FAULT, GAP = (8, 20), (8, 18)
 """Bounds of the step of the first fault, and of the steps between the effect of one and the next."""
 DISK_BYTES = 340 << 20
 """More than what the monitor warns below."""
-ORDER = ("ddp2", "ddp1", "zero1", "ddp2", "powersgd", "ddp1")
+ORDER = ("ddp2", "ddp1", "zero1", "ssh1", "ddp2", "powersgd", "ddp1")
 """Setups of the rounds, over and over."""
 
 
@@ -49,24 +56,22 @@ def deck(kinds: list[Kind], random: Random) -> Iterator[Kind]:
         yield from cards
 
 
-def deal(hand: list[Kind], cards: Iterator[Kind], count: int, world_size: int) -> list[Kind]:
+def deal(hand: list[Kind], cards: Iterator[Kind], count: int, setup: Setup) -> list[Kind]:
     """Take the faults of a round from `hand`, which is filled from `cards`; what does not fit stays in it."""
+    first: list[Kind] = []
     taken: list[Kind] = []
-    last: Kind | None = None
+    last: list[Kind] = []
     index = 0
-    while len(taken) + (last is not None) < count and index < 500:
+    while len(first) + len(taken) + len(last) < count and index < 500:
         if index == len(hand):
             hand.append(next(cards))
         kind = hand[index]
-        if (kind.needs_two_ranks and world_size < 2) or (kind.comes_last and last is not None):
+        place = first if kind.comes_first else last if kind.comes_last else taken
+        if not kind.fits(setup) or (place and place is not taken):
             index += 1
             continue
-        del hand[index]
-        if kind.comes_last:
-            last = kind
-        else:
-            taken.append(kind)
-    return [*taken, *([last] if last is not None else [])]
+        place.append(hand.pop(index))
+    return [*first, *taken, *last]
 
 
 @contextlib.contextmanager
@@ -104,52 +109,62 @@ class Campaign:
         self.seed, self.home, self.steps = seed, home, steps
         self.report = Report(seed)
         home.mkdir(parents=True, exist_ok=True)
-        if any(kind.needs_own_disk for kind in kinds) and not may_mount(home):
-            for kind in filter(lambda kind: kind.needs_own_disk, kinds):
-                self.report.skipped[kind.name] = "no permission to mount a small disk"
-            kinds = [kind for kind in kinds if not kind.needs_own_disk]
-        if not kinds:
-            raise SystemExit("no kind of fault is left to throw")
-        self.kinds = kinds
+        self.kinds = list(kinds)
+        self.library: Path | None = None
+        self._drop_what_cannot_be()
         self.data_dir = make_data(home / "source")
-        self._references: dict[str, Path] = {}
+        self.references = References(home, self.data_dir, steps)
 
-    def reference(self, setup: Setup) -> Path:
-        """The undisturbed run: the training script itself, without monitor."""
-        if setup.name not in self._references:
-            out_dir = self.home / f"reference-{setup.name}"
-            flags = training_flags(setup, self.data_dir, out_dir, self.steps)
-            done = subprocess.run(training_command(setup, "train_my_ddp.py", flags), cwd=ROOT, text=True,
-                                  env=environment(self.home), capture_output=True, timeout=600)  # fmt: skip
-            if done.returncode:
-                raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-            self._references[setup.name] = out_dir
-        return self._references[setup.name]
+    def _drop_what_cannot_be(self) -> None:
+        """Leave out the kinds that need what this machine lacks."""
+        if any(kind.needs_own_disk for kind in self.kinds) and not may_mount(self.home):
+            self._drop(lambda kind: kind.needs_own_disk, "no permission to mount a small disk")
+        if any(kind.needs_read_errors for kind in self.kinds):
+            try:
+                self.library = build_library(self.home)
+            except (OSError, subprocess.CalledProcessError) as error:
+                self._drop(lambda kind: kind.needs_read_errors, f"the library cannot be compiled: {error}")
+        self.no_sshd = sshd.missing()
+        if self.no_sshd:
+            self._drop(lambda kind: set(kind.setups) <= set(OVER_SSH), self.no_sshd)
+
+    def _drop(self, which: Callable[[Kind], bool], why: str) -> None:
+        self.report.skipped |= {kind.name: why for kind in self.kinds if which(kind)}
+        self.kinds = [kind for kind in self.kinds if not which(kind)]
 
     def throw(self, count: int, order: Sequence[str] = ORDER, a_round: int = FAULTS_A_ROUND) -> None:
-        """Rounds until `count` faults were thrown."""
+        """Rounds until `count` faults were thrown.
+
+        Raises:
+            SystemExit: no kind is left that any of the setups could have.
+        """
+        setups = [SETUPS[name] for name in order if not (self.no_sshd and SETUPS[name].over_ssh)]
+        self._drop(lambda kind: not any(map(kind.fits, setups)), "fits none of the setups")
+        if not self.kinds:
+            raise SystemExit("no kind of fault is left to throw")
         cards, hand = deck(self.kinds, Random(f"{self.seed} deck")), []
-        for number, name in enumerate(itertools.cycle(order), 1):
+        for number, setup in enumerate(itertools.cycle(setups), 1):
             left = count - self.report.thrown
             if left <= 0:
                 return
-            kinds = deal(hand, cards, min(a_round, left), SETUPS[name].world_size)
+            kinds = deal(hand, cards, min(a_round, left), setup)
             if kinds:
-                hand[:0] = self.round(number, SETUPS[name], kinds)
+                hand[:0] = self.round(number, setup, kinds)
 
     def round(self, number: int, setup: Setup, kinds: list[Kind]) -> list[Kind]:
         """One run; returns the kinds that were not thrown, as it was over too soon or went wrong."""
         home = self.home / f"round-{number:03d}-{setup.name}"
-        reference = self.reference(setup)
+        self.references.of(setup)
         self._say(f"round {number}, {setup.name}: {', '.join(kind.name for kind in kinds)}")
         started, before = time.monotonic(), len(self.report.failures)
         disk = own_disk(home) if any(kind.needs_own_disk for kind in kinds) else contextlib.nullcontext()
         with disk as mount:
-            run = Run(home, setup, self.data_dir, self.steps, mount / "run" if mount else None)
+            library = self.library if any(kind.needs_read_errors for kind in kinds) else None
+            run = Run(home, setup, self.data_dir, self.steps, mount / "run" if mount else None, library)
             left = list(kinds)
             try:
                 self._disturb(run, number, left)
-                self._check(run, number, reference)
+                self._check(run, number)
             except Broken as problem:
                 self._fail(number, home, "ran to its end", str(problem))
             finally:
@@ -157,17 +172,21 @@ class Campaign:
         self.report.add_run(run.seen, time.monotonic() - started)
         if len(self.report.failures) == before:
             shutil.rmtree(home)
+            self.references.forget_apart()
         return left
 
     def _disturb(self, run: Run, number: int, left: list[Kind]) -> None:
         """Throw one fault after the other, and let the run finish; those that come too late stay in `left`."""
-        run.start()
         random = Random(f"{self.seed} round {number}")
         step = random.randint(*FIRST_FAULT)
+        if not left[0].comes_first:
+            run.start()
         try:
             while left:
-                run.wait_step(step)
-                kind = left.pop(0)
+                kind = left[0]
+                if not kind.comes_first:
+                    run.wait_step(step)
+                del left[0]
                 # What a fault draws depends on what it meets: that must not move those that follow.
                 self._throw(run, kind, step, Random(f"{self.seed} round {number} left {len(left)}"))
                 step = max(step, run.step()) + random.randint(*GAP)
@@ -190,7 +209,11 @@ class Campaign:
         self.report.count(kind.name, "had effect")
         self._say(f"  {kind.name} at step {step}: {effect} ({time.monotonic() - since:.1f} s)")
 
-    def _check(self, run: Run, number: int, reference: Path) -> None:
+    def _check(self, run: Run, number: int) -> None:
+        """Compare with a run that nothing disturbed, but for what the faults give a reason for."""
+        apart = deviations(run.out_dir)
+        check_announced(run, apart)
+        reference = self.references.of(run.setup, apart)
         for name, check in CHECKS.items():
             try:
                 check(run, reference)

@@ -64,7 +64,8 @@ def checkpoints_whole(run: Run, reference: Path) -> None:
 
 
 def nothing_left_over(run: Run, reference: Path) -> None:
-    left = [path.name for pattern in (".tmp-*", ".old-*", ".fetched-*") for path in run.out_dir.rglob(pattern)]
+    patterns = (".tmp-*", ".old-*", ".fetched-*", ".replaced-*")
+    left = [path.name for pattern in patterns for path in run.out_dir.rglob(pattern)]
     if left:
         raise Broken(f"left behind: {', '.join(left)}")
 

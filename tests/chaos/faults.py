@@ -1,4 +1,4 @@
-"""The kinds of faults: signals to processes, and processes that die inside a save.
+"""The kinds of faults: signals to processes, and processes that die or are slow at a moment of their own.
 
 A fault is a function (run, random) -> what its effect was. It throws the fault, waits until the effect shows, and
 raises Broken if that is another than promised.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tests.chaos.run import FIRST_STEP, HANG_AFTER, Broken, Run, RunOver, send
+from tests.chaos.run import FIRST_STEP, HANG_AFTER, SETUPS, UNREACHABLE_AFTER, Broken, Run, RunOver, Setup, send
 
 Throw = Callable[[Run, Random], str]
 
@@ -24,11 +24,21 @@ class Kind:
     """How often, compared with the others."""
     needs_two_ranks: bool = False
     needs_own_disk: bool = False
+    needs_read_errors: bool = False
+    setups: tuple[str, ...] = tuple(SETUPS)
+    """In these alone."""
+    comes_first: bool = False
+    """It starts the run itself."""
     comes_last: bool = False
     """Nothing else can follow it in the same run."""
 
+    def fits(self, setup: Setup) -> bool:
+        return setup.name in self.setups and (setup.world_size > 1 or not self.needs_two_ranks)
+
 
 KINDS: dict[str, Kind] = {}
+LOCAL = tuple(name for name, setup in SETUPS.items() if not setup.over_ssh)
+OVER_SSH = tuple(name for name, setup in SETUPS.items() if setup.over_ssh)
 
 
 def kind(name: str, **properties: object) -> Callable[[Throw], Throw]:
@@ -82,8 +92,9 @@ def new_monitor_takes_over(run: Run, must: bool = True) -> str:
         must: the job can be found, so that it is taken over as it is; False: it may also be started anew.
     """
     old, least, since = run.launch(), run.newest_step(), len(run.lines)
-    run.start()
-    run.wait(lambda: run.said("^monitor: (took over )?launch", since), "the new monitor has looked around")
+    with run.slowed():
+        run.start()
+        run.wait(lambda: run.said("^monitor: (took over )?launch", since), "the new monitor has looked around")
     if run.said("^monitor: took over launch", since):
         run.wait_progress(old)
         return "taken over"
@@ -135,6 +146,49 @@ def pause_rank(run: Run, random: Random) -> str:
         raise Broken(f"the ranks made steps {before} to {still} while one of them was stopped")
     run.wait_progress(old)
     return "held up, and went on as it was"
+
+
+@kind("pause_monitor")
+def pause_monitor(run: Run, random: Random) -> str:
+    """Longer than a step may take, and than a host may be silent: whatever it missed, nothing may happen. Over SSH, its
+    connection may be gone when it looks again."""
+    old, since = run.launch(), len(run.lines)
+    send(run.monitor.pid, signal.SIGSTOP)
+    if run.sshd is not None and random.random() < 0.5:
+        run.sshd.drop_connections()
+    with run.slowed():
+        time.sleep(1.1 * UNREACHABLE_AFTER if run.sshd is not None else 2.2 * HANG_AFTER)
+    send(run.monitor.pid, signal.SIGCONT)
+    return went_on(run, old, since)
+
+
+def went_on(run: Run, launch: str, since: int) -> str:
+    """The same launch, and the monitor has nothing to say against it."""
+    run.wait_progress(launch, 5)
+    if found := run.said("^monitor: (hang|launch .* ended|some ranks have ended)", since):
+        raise Broken(f"the monitor said without need: {found[1].string}")
+    return "and the launch went on"
+
+
+@kind("pause_everything", weight=2)
+def pause_everything(run: Run, random: Random) -> str:
+    """As a laptop that is shut and opened again: monitor and training stand still, also while a launch begins."""
+    launch, where = run.launch(), "at work"
+    if random.random() < 0.4:
+        where = "at its start"
+        run.kill_all()
+        launch = begun(run, launch, random)
+    since = len(run.lines)
+    pids = [run.monitor.pid, *(process.pid for process in run.processes())]
+    for pid in pids:
+        send(pid, signal.SIGSTOP)
+    time.sleep(2.2 * HANG_AFTER)
+    # The monitor is the first to look around.
+    for pid in pids:
+        send(pid, signal.SIGCONT)
+        time.sleep(0.2 * random.random())
+    run.wait(run.launch, "steps after the pause")
+    return f"{where}, {went_on(run, launch, since)}"
 
 
 @kind("stop_launcher")
@@ -226,7 +280,7 @@ def double_monitor(run: Run, random: Random) -> str:
     return relaunched(run, old, least)
 
 
-@kind("kill_monitor_in_start")
+@kind("kill_monitor_in_start", setups=LOCAL)
 def kill_monitor_in_start(run: Run, random: Random) -> str:
     """The monitor dies right after it has started a job, before it can write down which."""
     old, least = run.launch(), run.newest_step()
@@ -256,19 +310,29 @@ def die_in_save(phase: str, rank: int) -> Throw:
     return throw
 
 
-def arm(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> int:
-    """Ask for a fault in the next save; returns the step of the save that it struck."""
-    fired = run.home / "fired.json"
-    fired.unlink(missing_ok=True)
+def ask(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> None:
+    """Ask for a fault, which strikes at the next such moment."""
+    (run.home / "fired.json").unlink(missing_ok=True)
     request = run.home / "armed.tmp"
     request.write_text(json.dumps({"phase": phase, "rank": rank, "step": step, "seconds": seconds}))
     request.replace(run.home / "armed.json")
+
+
+def struck(run: Run, what: str, may_end: bool = False) -> int:
+    """Wait until what was asked for has struck; returns the step of the last save before."""
+    fired = run.home / "fired.json"
     try:
-        run.wait(fired.exists, f"{phase} of the next save on rank {rank}")
+        run.wait(fired.exists, what, may_end=may_end)
     except RunOver:
         (run.home / "armed.json").unlink(missing_ok=True)
         raise
     return json.loads(fired.read_text())["step"]
+
+
+def arm(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> int:
+    """Ask for a fault in the next save; returns the step of the save that it struck."""
+    ask(run, phase, rank, step, seconds)
+    return struck(run, f"{phase} of the next save on rank {rank}")
 
 
 for _phase in (*UNCOMMITTED, *COMMITTED):
@@ -298,3 +362,27 @@ def save_final(run: Run, random: Random) -> str:
     arm(run, phase, 0, step=run.steps)
     run.wait(lambda: run.seen.launches > launches, "a launch after a death in the last save")
     return f"died in {phase} of the last save; launched again"
+
+
+SLOW_SINK_SECONDS = 17.0
+"""Longer than ranks may usually live on after another has ended."""
+
+
+@kind("slow_sink", needs_two_ranks=True, comes_last=True)
+def slow_sink(run: Run, random: Random) -> str:
+    """Where the results go, too, somebody is slow to end: the other ranks have long ended, and the run has finished."""
+    launches = run.seen.launches
+    ask(run, "sink_close", 0, step=0, seconds=SLOW_SINK_SECONDS)
+    struck(run, "the end of a slow service", may_end=True)
+    run.wait(lambda: run.monitor.poll() is not None, "the end of the monitor", SLOW_SINK_SECONDS + 60, may_end=True)
+    if run.seen.launches > launches:
+        raise Broken("a run that had finished was launched again")
+    return "waited for"
+
+
+@kind("slow_sink_stop", needs_two_ranks=True)
+def slow_sink_stop(run: Run, random: Random) -> str:
+    """The same when the run is asked to stop."""
+    ask(run, "sink_close", 0, step=0, seconds=SLOW_SINK_SECONDS)
+    run.monitor.terminate()
+    return stopped_and_on(run, "SIGTERM with a slow service")

@@ -176,3 +176,22 @@ def disk_full_kill(run: Run, random: Random) -> str:
     run.wait(lambda: fill_disk(run) or time.monotonic() > until, "the monitor lives on while the disk is full")
     run.ballast.unlink()
     return relaunched(run, old, least)
+
+
+@kind("disk_full_long", needs_own_disk=True)
+def disk_full_long(run: Run, random: Random) -> str:
+    """The disk is full when the next launch starts, for longer than launches without progress are put up with: these
+    are not the run's fault."""
+    old, least = run.launch(), run.newest_step()
+    run.kill_monitor()
+    run.start("monitor_process.py", "--max_without_progress=3")
+    run.wait(lambda: run.said("^monitor: took over launch"), "the new monitor has the run")
+    die_and(run, lambda: fill_disk(run))
+    seconds = 10 + 4 * random.random()
+    until = time.monotonic() + seconds
+    run.wait(lambda: fill_disk(run) or time.monotonic() > until, "the monitor lives on while the disk is full")
+    run.ballast.unlink()
+    what = relaunched(run, old, least)
+    # The usual patience again.
+    run.kill_monitor()
+    return f"full for {seconds:.0f} s; {what}; {new_monitor_takes_over(run)}"

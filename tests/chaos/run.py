@@ -1,21 +1,26 @@
 """One run under monitor_process.py, as the campaign sees it: processes, steps, what the monitor says."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import yaml
 
+from tests.chaos.read_errors import ReadErrors
 from tests.conftest import SEQ_LEN, TINY_MODEL
+from tests.sshd import Sshd, free_port
 from utils.checkpoint import Checkpoint, list_checkpoints
 from utils.heartbeat import read_heartbeats
 
@@ -23,10 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
 """Seconds within which everything that is waited for must happen, on a loaded machine too."""
 HANG_AFTER, FIRST_STEP = 3.0, 20.0
-SAVE_INTERVAL = 5
+UNREACHABLE_AFTER = 12.0
+SAVE_INTERVAL, MOST_SKIPPED, REPLICA_CHECK = 5, 12, 10
+"""Steps between saves; skipped steps in a row that are too many; steps between comparisons of the replicas."""
 MONITOR_FLAGS = [
     f"--hang_after={HANG_AFTER}", f"--first_step_timeout={FIRST_STEP}", "--start_timeout=120", "--save_timeout=20",
     "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=100", "--interval=0.1",
+    "--max_go_back=100", f"--unreachable_after={UNREACHABLE_AFTER}",
 ]  # fmt: skip
 
 
@@ -45,6 +53,8 @@ class Setup:
     name: str
     world_size: int
     flags: tuple[str, ...] = ()
+    over_ssh: bool = False
+    """The monitor reaches this machine by --hosts."""
 
 
 SETUPS = {
@@ -54,6 +64,7 @@ SETUPS = {
         Setup("ddp1", 1),
         Setup("zero1", 2, ("--use_distributed_optimizer",)),
         Setup("powersgd", 2, ("--use_powerSGD_hook", "--matrix_approximation_rank=4")),
+        Setup("ssh1", 1, over_ssh=True),
     )
 }
 
@@ -64,18 +75,20 @@ def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> l
         f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
         "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}", "--learning_rate=1e-2",
-        "--num_threads=1", "--bucket_size=20000", "--verify_data", *TINY_MODEL, *setup.flags,
+        "--num_threads=1", "--bucket_size=20000", "--verify_data", f"--max_skipped_steps={MOST_SKIPPED}",
+        f"--replica_check_interval={REPLICA_CHECK}", *TINY_MODEL, *setup.flags,
     ]  # fmt: skip
 
 
 def training_command(setup: Setup, script: str, flags: list[str]) -> list[str]:
-    torchrun = str(Path(sys.executable).parent / "torchrun")
-    return [torchrun, "--standalone", f"--nproc_per_node={setup.world_size}", script, *flags]
+    torchrun, ranks = str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={setup.world_size}"
+    return [torchrun, *([] if setup.over_ssh else ["--standalone"]), ranks, script, *flags]
 
 
-def environment(home: Path) -> dict[str, str]:
+def own_environment(home: Path) -> dict[str, str]:
+    """What the processes of a run find in their environment beside the usual."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CHAOS_DIR": str(home), "PYTHONUNBUFFERED": "1"}
+    return {"PYTHONPATH": os.pathsep.join(paths), "CHAOS_DIR": str(home), "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,22 @@ class Run:
     """
     Args:
         home: everything of this run lies here, except that `out_dir` may be on a disk of its own.
+        library: see `ReadErrors`; None: reads do not fail.
     """
 
-    def __init__(self, home: Path, setup: Setup, data_dir: Path, steps: int, out_dir: Path | None = None):
+    def __init__(
+        self, home: Path, setup: Setup, data_dir: Path, steps: int, out_dir: Path | None = None,
+        library: Path | None = None,
+    ):  # fmt: skip
         self.home, self.setup, self.steps = home, setup, steps
         self.out_dir = out_dir or home / "run"
         home.mkdir(parents=True, exist_ok=True)
+        self.read_errors = ReadErrors(library, home) if library is not None else None
+        self.sshd = self._own_host() if setup.over_ssh else None
+        self.may_leave_out: set[int] = set()
+        """Positions of the stream, behind stretches that a fault made the monitor leave out."""
+        self.may_skip: set[int] = set()
+        """Steps in which a fault made the gradients not finite."""
         self.data_dir = home / "data"
         shutil.copytree(data_dir, self.data_dir)
         self.seen, self.lines = Seen(), []
@@ -119,13 +142,43 @@ class Run:
     def ckpt_dir(self) -> Path:
         return self.out_dir / "ckpt"
 
-    def start(self, script: str = "monitor_process.py") -> None:
-        """Start the monitor, with the same command each time."""
+    @property
+    def environment(self) -> dict[str, str]:
+        return own_environment(self.home) | (self.read_errors.environment if self.read_errors else {})
+
+    @property
+    def workdir(self) -> Path:
+        """Where the hosts file says that the project is."""
+        return self.home / "workdir"
+
+    def _own_host(self) -> Sshd:
+        """This machine as a host of --hosts. What sshd does not hand on comes by way of a script in Python's place."""
+        self.workdir.symlink_to(ROOT)
+        python = self.home / "python"
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        python.write_text(f'#!/bin/sh\nexec env {shlex.join(words)} {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        server = Sshd(self.home / "ssh")
+        server.start()
+        host = {"host": server.listen, "port": server.port, "user": server.user, "key_file": str(server.client_key),
+                "known_hosts": str(server.known_hosts), "workdir": str(self.workdir), "python": str(python),
+                "env": {"GLOO_SOCKET_IFNAME": "lo"}}  # fmt: skip
+        self._hosts_file.write_text(yaml.safe_dump({"hosts": [host], "rendezvous_port": free_port()}))
+        return server
+
+    @property
+    def _hosts_file(self) -> Path:
+        return self.home / "hosts.yaml"
+
+    def start(self, script: str = "monitor_process.py", *options: str) -> None:
+        """Start the monitor, with the same command each time but for its `options`."""
         flags = training_flags(self.setup, self.data_dir, self.out_dir, self.steps)
         command = training_command(self.setup, "tests/chaos/train_with_faults.py", flags)
+        where = ["--hosts", str(self._hosts_file)] if self.setup.over_ssh else []
         self.monitor = subprocess.Popen(
-            [sys.executable, script, *MONITOR_FLAGS, "--", *command], cwd=ROOT, env=environment(self.home),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            [sys.executable, script, *MONITOR_FLAGS, *options, *where, "--", *command], cwd=ROOT,
+            env=os.environ | self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, args=(self.monitor,), daemon=True)
         self._reader.start()
@@ -266,6 +319,17 @@ class Run:
 
         self.wait(done, f"{steps} more steps of launch {launch}")
 
+    @contextlib.contextmanager
+    def slowed(self, seconds: float = 0.2) -> Iterator[None]:
+        """Within, each step takes so much longer, so that a fault that takes its time does not take all of the run."""
+        file = self.home / "slow.new"
+        file.write_text(str(seconds))
+        file.replace(self.home / "slow")
+        try:
+            yield
+        finally:
+            (self.home / "slow").unlink()
+
     def kill(self, pids: list[int]) -> None:
         for pid in pids:
             send(pid, signal.SIGKILL)
@@ -293,6 +357,8 @@ class Run:
         """Leave no process, whatever happened."""
         if self.monitor is not None and self.monitor.poll() is None:
             self.kill_monitor()
+        if self.sshd is not None:
+            self.sshd.stop()
         deadline = time.monotonic() + 20
         while (processes := self.processes()) and time.monotonic() < deadline:
             for process in processes:

@@ -1,23 +1,41 @@
-"""train_my_ddp.py as it is, except that a phase of a save kills or slows this process when the campaign asks for it.
+"""train_my_ddp.py as it is, except for what the campaign asks for.
 
-The request is `armed.json` in the directory that CHAOS_DIR names: {"phase", "rank", "step", "seconds"}; it is taken by
-the first save of at least that step, and then renamed `fired.json`. Half a second or more means: sleep; 0: die.
+A phase of a save, or another moment, kills or slows this process: the request is `armed.json` in the directory that
+CHAOS_DIR names: {"phase", "rank", "step", "seconds"}; it is taken by the first save of at least that step, and then
+renamed `fired.json`. Half a second or more means: sleep; 0: die.
+
+And numbers are spoiled, as plan.py says: losses, weights.
 """
 
+import contextlib
 import json
+import math
 import os
 import runpy
 import signal
 import time
 from pathlib import Path
+from random import Random
 
-from utils import checkpoint, saving
-from utils.checkpoint import MANIFEST
+import torch
+
+from optimizer import MixedPrecisionOptimizer, StepResult
+from parallel.context import launch_token
+from tasks.language_model import LanguageModelTask
+from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
+from utils import checkpoint, saving, sinks
+from utils.checkpoint import MANIFEST, REPLACED
+from utils.heartbeat import Heartbeat
 from utils.saving import CheckpointWriter
 
 HOME = Path(os.environ["CHAOS_DIR"])
+SLOW = HOME / "slow"
+"""While it is there, each step takes so many seconds longer."""
 RANK = int(os.environ.get("RANK", "0"))
 _step = 0
+"""Of the last save."""
+_doing = 0
+"""The step that is being done."""
 
 
 def claim(phase: str) -> dict | None:
@@ -98,6 +116,112 @@ def inside_prune() -> None:
     checkpoint._delete = _delete
 
 
+def around_files() -> None:
+    """A run directory is made, or a save comes in the place of one of the same step."""
+    mkdir, os_replace = Path.mkdir, os.replace
+
+    def disturbed_mkdir(self: Path, *arguments: object, **options: object) -> None:
+        if self.name == "ckpt":
+            strike("before_ckpt_dir")
+        mkdir(self, *arguments, **options)
+        if self.name == "ckpt":
+            strike("after_ckpt_dir")
+
+    def disturbed_replace(source: object, target: object, **options: object) -> None:
+        os_replace(source, target, **options)
+        if Path(target).name.startswith(REPLACED):
+            strike("between_renames")
+
+    Path.mkdir, os.replace = disturbed_mkdir, disturbed_replace
+
+
+class SlowSink:
+    """A service that takes the results and can be slow to end."""
+
+    def write(self, record: dict) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        strike("sink_close")
+
+
+def with_a_slow_sink() -> None:
+    original = sinks.open_sinks
+
+    def open_sinks(*arguments: object, **options: object) -> sinks.Sinks:
+        assert original(*arguments, **options) is None
+        return sinks.Sinks({"a service": SlowSink})
+
+    sinks.open_sinks = open_sinks
+
+
+def planned(what: str) -> Plan | None:
+    """The plan, if it is for this launch, rank and step; it is noted as done."""
+    plan = Plan.read(HOME)
+    if plan is None or plan.what != what or plan.launch not in (None, launch_token()):
+        return None
+    if RANK not in plan.ranks or not plan.first <= _doing <= plan.last:
+        return None
+    plan.note(HOME, RANK, _doing)
+    return plan
+
+
+def follow_steps() -> None:
+    """The training thread says at the beginning of each how many are done. Here it can be held up."""
+    original = Heartbeat.beat
+
+    def beat(self: Heartbeat, phase: str, step: int) -> None:
+        global _doing
+        _doing = step + 1
+        original(self, phase, step)
+        if phase == "step":
+            with contextlib.suppress(FileNotFoundError):
+                time.sleep(float(SLOW.read_text()))
+
+    Heartbeat.beat = beat
+
+
+def spoil_losses() -> None:
+    original = LanguageModelTask.__call__
+
+    def call(self: LanguageModelTask, batch: dict) -> tuple:
+        loss_sum, *more = original(self, batch)
+        plan = planned(NAN_LOSS) if self.model.training else None
+        if plan is not None:
+            time.sleep(plan.pause)
+            loss_sum = loss_sum * math.nan
+        return loss_sum, *more
+
+    LanguageModelTask.__call__ = call
+
+
+def spoil_weights() -> None:
+    """After a step, so that a save that is due then meets them."""
+    original = MixedPrecisionOptimizer.step
+
+    def step(self: MixedPrecisionOptimizer, *arguments: object) -> StepResult:
+        result = original(self, *arguments)
+        for what in (NAN_WEIGHT, FLIPPED_BIT):
+            if (plan := planned(what)) is not None:
+                spoil_weight(self, plan)
+        return result
+
+    MixedPrecisionOptimizer.step = step
+
+
+@torch.no_grad()
+def spoil_weight(optimizer: MixedPrecisionOptimizer, plan: Plan) -> None:
+    """In float32 a weight is its own main parameter."""
+    random, pieces = Random(plan.seed), optimizer.named_state()
+    weights = random.choice(pieces)[2]["main"].view(-1)
+    place = random.randrange(len(weights))
+    if plan.what == NAN_WEIGHT:
+        weights[place] = math.nan
+    else:
+        # In the upper half of the mantissa: the weight stays a likely one, and no rounding takes it back.
+        weights.view(torch.int32)[place] ^= 1 << random.randrange(12, 23)
+
+
 if __name__ == "__main__":
     around("make_directory", after="make_directory")
     leave_half_a_file()
@@ -105,4 +229,9 @@ if __name__ == "__main__":
     around_manifest()
     around("commit", after="before_prune")
     inside_prune()
+    around_files()
+    with_a_slow_sink()
+    follow_steps()
+    spoil_losses()
+    spoil_weights()
     runpy.run_path("train_my_ddp.py", run_name="__main__")

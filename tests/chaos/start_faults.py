@@ -1,0 +1,126 @@
+"""The kinds of faults while a launch or a monitor begins: locks that others hold, stop files, deaths in between."""
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from tests.chaos.faults import ask, begun, kind, relaunched, struck
+from tests.chaos.file_faults import die_and
+from tests.chaos.run import Broken, Run
+from utils.checkpoint import MANIFEST, REPLACED
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """The campaign holds a lock, as another process would."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def wants(pid: int, path: Path) -> bool:
+    """Whether a process has the file open."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return any(Path(file).resolve() == path.resolve() for file in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@kind("run_locked", weight=2)
+def run_locked(run: Run, random: Random) -> str:
+    """Somebody holds the run directory when a launch begins: a `prune`, a rank that dies slowly. It waits."""
+    old, least, lock = run.launch(), run.newest_step(), run.out_dir / ".lock"
+    with contextlib.ExitStack() as stack:
+        die_and(run, lambda: stack.enter_context(held(lock)))
+        run.wait(lambda: any(wants(p.pid, lock) for p in run.processes() if p.is_rank), "a rank that wants the run")
+        launches = run.seen.launches
+        time.sleep(1.0 + 2.0 * random.random())
+    what = relaunched(run, old, least)
+    if run.seen.launches > launches:
+        raise Broken("a launch ended because another process held the run directory for a moment")
+    return f"waited for, {what}"
+
+
+@kind("monitor_locked")
+def monitor_locked(run: Run, random: Random) -> str:
+    """The last monitor is not quite gone when the next one starts."""
+    old, lock = run.launch(), run.out_dir / "monitor" / ".lock"
+    run.kill_monitor()
+    with held(lock), run.slowed():
+        since = len(run.lines)
+        run.start()
+        run.wait(lambda: wants(run.monitor.pid, lock), "a monitor that wants the run")
+        until = time.monotonic() + 0.5 + 2.0 * random.random()
+        run.wait(lambda: time.monotonic() > until, "the monitor lives on while another one has the run")
+    with run.slowed():
+        run.wait(lambda: run.said("^monitor: (took over )?launch", since), "the new monitor has looked around")
+    run.wait_progress(old)
+    return "waited for, and the launch went on"
+
+
+@kind("stop_file_between")
+def stop_file_between(run: Run, random: Random) -> str:
+    """A request to stop that comes while nothing of the training is alive."""
+    old, least = run.launch(), run.newest_step()
+    die_and(run, (run.out_dir / "stop").touch)
+    return f"between two launches: {honoured(run, old, least)}"
+
+
+@kind("stop_file_at_start")
+def stop_file_at_start(run: Run, random: Random) -> str:
+    """... and while a launch begins."""
+    old, least = run.launch(), run.newest_step()
+    run.kill_all()
+    begun(run, old, random)
+    (run.out_dir / "stop").touch()
+    return f"at a start: {honoured(run, old, least)}"
+
+
+def honoured(run: Run, old: str, least: int) -> str:
+    run.end_monitor(75, "a stop file")
+    if run.processes():
+        raise Broken("processes of the training live on after a stop file")
+    run.start()
+    start = run.wait_new_launch(old, max(least, run.newest_step()))
+    if (run.out_dir / "stop").exists():
+        raise Broken("the stop file is still there after it was honoured")
+    return f"exit code 75, and on from step {start}"
+
+
+@kind("kill_between_dir_and_mark", comes_first=True)
+def kill_between_dir_and_mark(run: Run, random: Random) -> str:
+    """The first launch dies when half of the new run directory is there."""
+    phase = random.choice(("before_ckpt_dir", "after_ckpt_dir"))
+    ask(run, phase, 0, step=0)
+    run.start()
+    struck(run, f"{phase} in the first launch")
+    run.wait(run.launch, "a launch that makes steps")
+    return f"died {phase.replace('_', ' ')} of the first launch, and on"
+
+
+@kind("replaced", weight=2)
+def replaced(run: Run, random: Random) -> str:
+    """As a kill between the two renames of a commit leaves it, when a step is saved again: the older one of this step
+    is there under another name, and the new one not under its own yet."""
+    run.wait(lambda: len(run.checkpoints()) > 1, "two checkpoints")
+    old, alone = run.launch(), random.random() < 0.5
+
+    def leave() -> int:
+        *others, newest = run.checkpoints()
+        shutil.copytree(newest.path, run.ckpt_dir / f".tmp-{newest.path.name}-0")
+        newest.path.rename(run.ckpt_dir / f"{REPLACED}{newest.path.name}-0")
+        for checkpoint in others if alone else ():
+            # As with --keep_last=1.
+            shutil.rmtree(checkpoint.path)
+        return newest.step
+
+    step = die_and(run, leave)
+    start = run.wait_new_launch(old, step)
+    if start != step or not (run.ckpt_dir / f"step-{step}" / MANIFEST).exists():
+        raise Broken(f"the checkpoint of step {step} was there, and the run went on from step {start}")
+    return f"step-{step} went back to its place{', the only one' if alone else ''}"
