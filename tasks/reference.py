@@ -25,7 +25,7 @@ from dataset.dpo import DPODataset
 from model import LlamaConfig
 from tasks.dpo import DPOTask
 from utils.exits import StopRequested
-from utils.files import atomic_write, sha256_of_file
+from utils.files import atomic_write, is_passing, sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +62,21 @@ class ReferenceCache:
         return all_sum(values).numpy()
 
     def read(self) -> np.ndarray | None:
-        """float32 (pairs, 2), or None if there is no whole file."""
+        """float32 (pairs, 2), or None if there is no whole file.
+
+        Raises:
+            OSError: a file cannot be read now. (Its values may be all that is left of the reference model.)
+        """
         for path in self._places:
             try:
+                path.stat()
                 with safe_open(path, framework="numpy") as file:
                     values, digest = file.get_tensor("log_probs"), (file.metadata() or {}).get("sha256")
-            except (OSError, SafetensorError):
+            except SafetensorError:
+                continue
+            except OSError as error:
+                if is_passing(error):
+                    raise
                 continue
             if values.shape == self._shape and digest == hashlib.sha256(values.tobytes()).hexdigest():
                 return values
@@ -114,6 +123,9 @@ def weights_fingerprint(directory: Path, config: LlamaConfig, dtype: torch.dtype
     without = {"hidden_dropout", "attention_dropout"}
     without |= {"max_position_embeddings"} if config.rope_scaling == "none" else set()
     shape = {name: value for name, value in asdict(config).items() if name not in without}
+    if config.rope_scaling == "dynamic":
+        # Once it went by a batch's width, and values of that time are not this model's.
+        shape["scaled_by"] = "length"
     return hashlib.sha256(json.dumps([content, shape, str(dtype)]).encode()).hexdigest()
 
 

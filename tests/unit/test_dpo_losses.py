@@ -1,5 +1,6 @@
 """DPO's losses, log-probabilities and metrics against formulas written out number by number."""
 
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -409,6 +410,19 @@ def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
     assert (cache.read_on_main(True, record(0)) == values).all()
     assert (elsewhere.read_on_main(False, record(1)) == values).all()
     assert all((tensor == 0).all() for tensor in tensors[1])
+
+
+def test_a_reference_that_cannot_be_read_now_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A resumed run would ask for the model that it began with."""
+    cache = ReferenceCache(write_pairs_dataset(tmp_path), "train", "weights", tmp_path / "run")
+
+    def refuse(self: Path, **_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    assert cache.read() is None
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        cache.read()
 
 
 def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(tmp_path: Path):
