@@ -13,12 +13,16 @@
     rendezvous_port: 29400          # optional; on the first host
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from utils.files import is_passing
+from utils.small_files import is_whole, parse_yaml, read_small
 from utils.ssh import SSHTarget
+
+_LONGEST_FILE = 1 << 20
+"""Bytes: thousands of hosts."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,31 @@ _TYPES = {
     "python": str, "address": str, "env": dict,
 }  # fmt: skip
 
+_TEXTS = ("workdir", "key_file", "known_hosts", "python", "address")
+"""The others are looked at by SSHTarget."""
+
 
 def read_hosts(path: Path) -> Hosts:
     """
     Raises:
-        ValueError: the file cannot be read, or says something else than a hosts file may; one sentence.
+        ValueError: the file says something else than a hosts file may, or is not there; one sentence.
+        OSError: it cannot be read now.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the hosts file {path} cannot be read: {' '.join(str(error).split())}") from None
+        content = parse_yaml(read_small(path, _LONGEST_FILE))
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise ValueError(f"the hosts file {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"the hosts file {path} cannot be read: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("hosts"), list) or not content["hosts"]:
         raise ValueError(f"{path} must hold `hosts:` with a list of hosts")
-    if unknown := set(content) - {"hosts", "rendezvous_port"}:
-        raise ValueError(f"{path}: unknown: {', '.join(map(str, sorted(unknown)))}")
+    if unknown := [_key(key) for key in content if key not in ("hosts", "rendezvous_port")]:
+        raise ValueError(f"{path}: unknown: {', '.join(sorted(unknown)[:5])}")
     port = content.get("rendezvous_port", Hosts.rendezvous_port)
-    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:
-        raise ValueError(f"{path}: rendezvous_port must be a port number, got {port!r}")
+    if not is_whole(port, 1, 65535):
+        raise ValueError(f"{path}: rendezvous_port must be a port number, got {_shown(port)}")
     hosts = [_read_host(path, number, entry) for number, entry in enumerate(content["hosts"], 1)]
     names = [(host.host, host.port, host.reached_at) for host in hosts]
     if len(set(names)) != len(names):
@@ -91,14 +103,39 @@ def _read_host(path: Path, number: int, entry: object) -> Host:
         if name == "password":
             raise ValueError(f"{where}: passwords have no place in a file: use a key, or ssh-agent")
         if name not in _TYPES:
-            raise ValueError(f"{where}: {name} is unknown: {', '.join(_TYPES)} are known")
+            raise ValueError(f"{where}: {_key(name)} is unknown: {', '.join(_TYPES)} are known")
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} must be of type {_TYPES[name].__name__}, got {value!r}")
-    env = {str(name): str(value) for name, value in entry.get("env", {}).items()}
-    host = Host(**{**entry, "env": env})
+            raise ValueError(f"{where}: {name} must be of type {_TYPES[name].__name__}, got {_shown(value)}")
+        if name in _TEXTS and not (value.strip() and value.isprintable()):
+            raise ValueError(f"{where}: {name} must be one line of text, got {_shown(value)}")
+    host = Host(**{**entry, "env": _read_env(where, entry.get("env", {}))})
     try:
         # What is no name, port or fingerprint is refused there.
         _ = host.target
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return host
+
+
+def _read_env(where: str, entry: dict) -> dict[str, str]:
+    """Names and values as a process takes them. What YAML may read as something else than what was written (`on`, 1.10,
+    a date) is not turned into a text that nobody wrote."""
+    for name, value in entry.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{where}: env must hold names of variables, got {_shown(name)}")
+        if type(value) not in (str, int) or "\0" in str(value):
+            raise ValueError(f"{where}: env: {name} must be a whole number or a text in quotes, got {_shown(value)}")
+    return {name: str(value) for name, value in entry.items()}
+
+
+def _key(value: object) -> str:
+    return value if isinstance(value, str) and value.isidentifier() and len(value) <= 80 else _shown(value)
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence. Of a list or mapping only that it is one: with aliases, its text may be longer than any
+    memory."""
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

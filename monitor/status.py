@@ -1,20 +1,27 @@
 """The status file `RUN/monitor/status.json`: what the monitor knows, for `monitor_process.py --status RUN`."""
 
-import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-import yaml
 
 from monitor.node import MONITOR_DIR
-from utils.files import atomic_write_json
+from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
 from utils.reslog import newest_values
+from utils.small_files import is_number, is_whole, parse_json, parse_yaml, read_small
 
 STATUS_FILE = "status.json"
+ENDED_STATES = ("finished", "stopped", "refused", "failed")
 _STALE_SECONDS = 30.0
+_LONGEST_STATUS, _LONGEST_CONFIG = 1 << 20, 1 << 20
+"""Bytes."""
+_LATEST_TIME = 1e11
+_LONGEST_STEP = 1e9
+"""Seconds."""
 
 
 @dataclass
@@ -50,34 +57,70 @@ class Status:
     def read(run_dir: Path) -> "Status":
         """
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or none that a monitor wrote.
+            OSError: it cannot be read now.
         """
         path = run_dir / MONITOR_DIR / STATUS_FILE
         try:
-            status = Status(**json.loads(path.read_text()))
-            for name, kinds in _KINDS.items():
-                if not isinstance(getattr(status, name), kinds) or isinstance(getattr(status, name), bool):
-                    raise ValueError(f"{name} is {getattr(status, name)!r}")
-            return status
-        except FileNotFoundError:
+            values = parse_json(read_small(path, _LONGEST_STATUS))
+            _check(values)
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"no monitor has looked after {run_dir}: {path} does not exist") from None
-        except (OSError, ValueError, TypeError) as error:
+        except OSError as error:
+            if is_passing(error):
+                raise
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
+        return Status(**values)
 
 
-_KINDS = {
-    "state": str, "monitor_pid": int, "hosts": list, "attempt": int, "restarts": int, "phase": str, "ranks": int,
-    "step": int | None, "max_iters": int | None, "seconds_per_step": float | int | None, "checkpoint": int | None,
-    "last_ending": str, "updated": float | int,
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(is_right: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or is_right(value)
+
+
+_IS_RIGHT: dict[str, Callable[[object], bool]] = {
+    "state": _is_text, "monitor_pid": lambda value: is_whole(value, 0, (1 << 31) - 1),
+    "hosts": lambda value: isinstance(value, list) and all(map(_is_text, value)), "attempt": is_whole,
+    "restarts": is_whole, "phase": _is_text, "ranks": is_whole, "step": _or_none(is_whole),
+    "max_iters": _or_none(is_whole), "seconds_per_step": _or_none(lambda value: is_number(value, 0, _LONGEST_STEP)),
+    "checkpoint": _or_none(is_whole), "last_ending": _is_text,
+    "updated": lambda value: is_number(value, 0, _LATEST_TIME),
 }  # fmt: skip
 
 
+def _check(values: object) -> None:
+    """
+    Raises:
+        ValueError: a monitor writes no such status.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it holds no status")
+    if odd := sorted(values.keys() ^ _IS_RIGHT.keys()):
+        raise ValueError(f"{_one_line(odd[0])} is {'unknown' if odd[0] in values else 'missing'}")
+    for name, is_right in _IS_RIGHT.items():
+        if not is_right(values[name]):
+            raise ValueError(f"{name} is {_one_line(repr(values[name]))}")
+
+
+def _one_line(text: str, most: int = 200) -> str:
+    """A text of somebody's, for a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+
+
 def planned_steps(run_dir: Path) -> int | None:
-    """Steps of the whole run, from the configuration that the training left."""
+    """Steps of the whole run, from the configuration that the training left; None if that says nothing of it."""
     try:
-        return int(yaml.safe_load((run_dir / "config.yaml").read_text())["derived"]["max_iters"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        content = parse_yaml(read_small(run_dir / "config.yaml", _LONGEST_CONFIG))
+    except (OSError, ValueError):
         return None
+    derived = content.get("derived") if isinstance(content, dict) else None
+    steps = derived.get("max_iters") if isinstance(derived, dict) else None
+    return steps if is_whole(steps) else None
 
 
 def last_loss(run_dir: Path) -> float | None:
@@ -91,27 +134,44 @@ def describe(status: Status, loss: float | None, now: float) -> list[str]:
     Args:
         now: time.time().
     """
-    ended = status.state in ("finished", "stopped", "refused", "failed")
-    why = f": {status.last_ending}" if ended or status.state == "waiting" else ""
-    lines = [status.state if why == f": {status.state}" else status.state + why]
-    age = now - status.updated
+    ended = status.state in ENDED_STATES
+    state, reason = _one_line(status.state), _one_line(status.last_ending, 1000)
+    why = f": {reason}" if ended or status.state == "waiting" else ""
+    lines = [state if why == f": {state}" else state + why]
+    age = max(now - status.updated, 0.0)
     if not ended and (age > _STALE_SECONDS or not psutil.pid_exists(status.monitor_pid)):
-        lines[0] = f"no monitor is at work: the last one wrote {clock(age)} ago, when it was {status.state}"
+        lines[0] = f"no monitor is at work: the last one wrote {clock(age)} ago, when it was {state}"
     if status.step is not None:
         of = f" of {status.max_iters}" if status.max_iters else ""
-        lines.append(f"step {status.step}{of}" + (f", loss {loss:.4f}" if loss is not None else ""))
+        lines.append(f"step {status.step}{of}" + _loss(loss))
     if status.seconds_per_step:
         lines.append(f"{status.seconds_per_step:.3f} s a step")
         if status.max_iters and status.step is not None and not ended:
-            left = (status.max_iters - status.step) * status.seconds_per_step
-            end = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.updated + left))
-            lines.append(f"expected to end {end} ({clock(left)} left)")
+            left = max(status.max_iters - status.step, 0) * status.seconds_per_step
+            lines.append(f"expected to end {_moment(status.updated + left)} ({clock(left)} left)")
     lines.append("no checkpoint yet" if status.checkpoint is None else f"newest checkpoint: step {status.checkpoint}")
     lines.append(
-        f"{status.ranks} ranks{' in phase ' + status.phase if status.phase else ''} on {', '.join(status.hosts)}; "
+        f"{status.ranks} ranks{' in phase ' + _one_line(status.phase) if status.phase else ''} on "
+        f"{_one_line(', '.join(status.hosts), 10_000)}; "
         f"{status.attempt} launch{'es' if status.attempt != 1 else ''}, {status.restarts} "
         f"restart{'s' if status.restarts != 1 else ''} by this monitor"
     )
     if status.last_ending and not ended and status.state != "waiting":
-        lines.append(f"last launch ended: {status.last_ending}")
+        lines.append(f"last launch ended: {reason}")
     return lines
+
+
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return ""
+    return f", loss {loss:.4f}" if abs(loss) < 1e6 or not math.isfinite(loss) else f", loss {loss:.4g}"
+
+
+def _moment(seconds: float) -> str:
+    """
+    Args:
+        seconds: since 1970.
+    """
+    if seconds > _LATEST_TIME:
+        return "in thousands of years"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -1,11 +1,12 @@
 """Exit codes, and the records that survive torchrun, which turns every child's code into 1."""
 
-import json
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from utils.files import atomic_write_json
+from utils.small_files import is_number, is_whole, parse_json, read_small
 
 OK = 0
 CRASH = 1
@@ -13,6 +14,8 @@ WRONG_INPUT = 2
 """The command or the data is wrong: retrying cannot help."""
 STOPPED = 75
 """Stopped on request, after saving."""
+_LONGEST_RECORD = 1 << 20
+"""Bytes."""
 
 
 class StopRequested(Exception):
@@ -31,7 +34,8 @@ def write_exit_record(
 def clear_gone_ranks(directory: Path, world_size: int) -> None:
     """Remove the records of ranks that a launch with more of them had; one process does this for all."""
     for path in directory.glob("rank-*.json"):
-        if int(path.stem.removeprefix("rank-")) >= world_size:
+        rank = rank_of(path)
+        if rank is not None and rank >= world_size:
             path.unlink()
 
 
@@ -44,10 +48,31 @@ def clear_exit_record(directory: Path, rank: int) -> None:
         return
 
 
+def rank_of(path: Path) -> int | None:
+    """Whose record a file rank-N.json is; None if it has another name."""
+    match = re.fullmatch(r"rank-([0-9]{1,9})\.json", path.name)
+    return int(match[1]) if match else None
+
+
 def read_exit_records(directory: Path, world_size: int | None = None) -> list[dict]:
-    """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have."""
-    records = [json.loads(path.read_text()) for path in directory.glob("rank-*.json")]
+    """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have. What
+    is no whole record counts as not there, as if its rank had died before it could leave one."""
+    records = filter(None, map(_read_record, directory.glob("rank-*.json")))
     return sorted((r for r in records if world_size is None or r["rank"] < world_size), key=lambda r: r["rank"])
+
+
+def _read_record(path: Path) -> dict | None:
+    try:
+        record = parse_json(read_small(path, _LONGEST_RECORD))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or not is_whole(record.get("rank")) or record["rank"] != rank_of(path):
+        return None
+    is_right = (
+        is_whole(record.get("code"), -(1 << 31), 1 << 31) and isinstance(record.get("reason"), str)
+        and "step" in record and (record["step"] is None or is_whole(record["step"])) and is_number(record.get("time"))
+    )  # fmt: skip
+    return record if is_right else None
 
 
 def verdict(codes: Iterable[int], world_size: int) -> int:

@@ -8,10 +8,20 @@ import signal
 import time
 from pathlib import Path
 
+from utils.exits import rank_of
+from utils.small_files import is_number, is_whole, parse_json, read_small
+
 logger = logging.getLogger(__name__)
 
 PHASES = ("start", "reference", "compile", "step", "validate", "save", "end")
 RECORD_BYTES = 512
+_LONGEST_RECORD = 1 << 16
+_IS_RIGHT = {
+    "rank": is_whole, "world_size": is_whole, "step": is_whole, "time": is_number, "monotonic": is_number,
+    "pid": lambda value: is_whole(value, 1, (1 << 31) - 1), "code": is_whole,
+    "phase": lambda value: isinstance(value, str), "launch": lambda value: isinstance(value, str),
+}  # fmt: skip
+"""What a reader may rely on, if it is there."""
 
 
 class Heartbeat:
@@ -41,17 +51,24 @@ class Heartbeat:
                 self._warned = True
                 logger.warning("heartbeats cannot be written any more: %s", error)
 
+    def end(self, step: int, code: int) -> None:
+        """The last beat: everything is saved on all ranks, and this one will end with `code`, which is in the record
+        from now on. Whatever holds it up or ends it after that, the run is where it should be."""
+        self._identity["code"] = code
+        self.beat("end", step)
+
 
 def read_heartbeats(directory: Path) -> list[dict]:
-    """The newest record of each rank, in no order; what cannot be read is left out."""
+    """The newest record of each rank, in no order; what cannot be read, or is not what it should be, is left out."""
     records = []
     for path in directory.glob("rank-*.json"):
         try:
-            record = json.loads(path.read_bytes())
-            if isinstance(record, dict) and isinstance(record.get("rank"), int):
-                records.append(record)
+            record = parse_json(read_small(path, _LONGEST_RECORD))
         except (OSError, ValueError):
             continue
+        if isinstance(record, dict) and is_whole(record.get("rank")) and record["rank"] == rank_of(path):
+            if all(is_right(record[key]) for key, is_right in _IS_RIGHT.items() if key in record):
+                records.append(record)
     return records
 
 

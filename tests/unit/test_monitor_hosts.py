@@ -1,10 +1,13 @@
 """The hosts file: what it may say, and a sentence for everything else."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from monitor import hosts as hosts_module
 from monitor.hosts import Host, Hosts, read_hosts
 
 GOOD = """
@@ -82,7 +85,46 @@ BAD = {
     "rendezvous is true": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: true", "a port number, got True"),
     "a port too high": ("hosts: [{host: a, workdir: w, port: 99999}]", "host 1: a port is a number from 1 to 65535"),
     "an empty host": ("hosts: [{host: '', workdir: w}]", "host 1: '' is no host name"),
-}
+    "keys of several kinds": ("1: a\nb: c\n2.5: d\n[]: e", "cannot be read: a key is a list"),
+    "keys of several kinds 2": ("hosts: [{host: a, workdir: w}]\n1: a\nb: c\nnull: d", "unknown: 1, None, b"),
+    "a list in the list": ("hosts: [[{host: a, workdir: w}]]", "host 1 must hold `host:` and `workdir:`"),
+    "itself": ("hosts: &a [*a]", "host 1 must hold `host:` and `workdir:`"),
+    "hosts twice": ("hosts: [{host: a, workdir: w}]\nhosts: [{host: b, workdir: w}]", "'hosts' is given twice, line 2"),
+    "a host's key twice": ("hosts: [{host: a, host: b, workdir: w}]", "'host' is given twice"),
+    "two documents": ("hosts: [{host: a, workdir: w}]\n---\nhosts: []", "document, line 2"),
+    "a number as a key": ("hosts: [{1: b, host: a, workdir: w}]", "host 1: 1 is unknown: host"),
+    "control characters": ('hosts: [{"\\e[2J": b, host: a, workdir: w}]', r"host 1: '\x1b[2J' is unknown"),
+    "a host in two lines": ('hosts: [{host: "a\\nb", workdir: w}]', r"'a\nb' is no host name"),
+    "an octal port": ("hosts: [{host: a, workdir: w, port: 0022}]", "'0022' is no decimal number"),
+    "a port of base 60": ("hosts: [{host: a, workdir: w, port: 22:22}]", "'22:22' is no decimal number"),
+    "port 0": ("hosts: [{host: a, workdir: w, port: 0}]", "host 1: a port is a number from 1 to 65535"),
+    "a huge port": ("hosts: [{host: a, workdir: w, port: " + "9" * 900 + "}]", "host 1: a port is a number"),
+    "rendezvous of nothing": ("hosts: [{host: a, workdir: w}]\nrendezvous_port:", "a port number, got None"),
+    "rendezvous of a list": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: [1]", "a port number, got a list"),
+    "an empty workdir": ("hosts: [{host: a, workdir: ' '}]", "host 1: workdir must be one line of text, got ' '"),
+    "a workdir of two lines": ('hosts: [{host: a, workdir: "a\\nb"}]', "workdir must be one line of text"),
+    "no character in a file's name": ('hosts: [{host: a, workdir: "a\\0"}]', "workdir must be one line of text"),
+    "an empty address": ("hosts: [{host: a, workdir: w, address: ''}]", "address must be one line of text"),
+    "a list in env": ("hosts: [{host: a, workdir: w, env: {A: [1, 2]}}]", "env: A must be a whole number or a text"),
+    "nothing in env": ("hosts: [{host: a, workdir: w, env: {A: }}]", "text in quotes, got None"),
+    "yes in env": ("hosts: [{host: a, workdir: w, env: {A: on}}]", "text in quotes, got True"),
+    "a date in env": ("hosts: [{host: a, workdir: w, env: {A: 2000-01-01}}]", "text in quotes, got datetime"),
+    "a fraction in env": ("hosts: [{host: a, workdir: w, env: {A: 1.10}}]", "text in quotes, got 1.1"),
+    "NUL in env": ('hosts: [{host: a, workdir: w, env: {A: "\\0"}}]', "text in quotes, got "),
+    "no name in env": ("hosts: [{host: a, workdir: w, env: {A=B: c}}]", "names of variables, got 'A=B'"),
+    "a number as a name": ("hosts: [{host: a, workdir: w, env: {1: c}}]", "names of variables, got 1"),
+    "references to references": (
+        "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(12))
+        + "hosts: [{host: *a11, workdir: w}]", "unknown: a0, a1, a10, a11, a2"),
+    "references as a host": (
+        "hosts: [{env: {a: &a0 [x, x], "
+        + ", ".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+        + "}, host: a, workdir: w}]", "env: a must be a whole number or a text in quotes, got a list"),
+    "too deep": ("hosts: " + "[" * 600, "nested too deeply"),
+    "too large": ("#" * (2 << 20), "larger than 1024 KiB"),
+    "a moment that cannot be": ("hosts: 2000-99-99", "cannot be: month must be in 1..12"),
+    "a tag": ("hosts: !!timestamp x", "a value that cannot be"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -97,6 +139,20 @@ def test_a_bad_file_gets_one_sentence(tmp_path: Path, name: str):
 def test_a_file_that_is_not_there(tmp_path: Path):
     with pytest.raises(ValueError, match=r"the hosts file .*nothing.yaml cannot be read: .*No such file"):
         read_hosts(tmp_path / "nothing.yaml")
+
+
+def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(hosts_module, "read_small", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_hosts(tmp_path / "hosts.yaml")
+
+
+def test_what_several_hosts_share_can_be_written_once(tmp_path: Path):
+    text = "hosts:\n - &first {host: a, workdir: w, env: {A: '1.10'}}\n - {<<: *first, host: b}"
+    assert read(tmp_path, text).hosts[1] == Host("b", "w", env={"A": "1.10"})
 
 
 def test_passwords_are_refused_and_not_repeated(tmp_path: Path):

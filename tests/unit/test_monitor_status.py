@@ -1,12 +1,15 @@
 """The status file and what `--status` says of it."""
 
+import errno
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import pytest
 
+from monitor import status as status_module
 from monitor.status import Status, describe, last_loss, planned_steps
 
 NOW = 1_700_000_000.0
@@ -33,16 +36,88 @@ def test_there_is_none(tmp_path: Path):
         Status.read(tmp_path)
 
 
-DAMAGED = ["", "{", "[]", "null", "3", '{"what": 1}', "\xff"]
+DAMAGED = [
+    b"", b"{", b"[]", b"null", b"3", b'"x"', b"{}", b'{"what": 1}', b"\xff", b"\0" * 99, b"NaN", b"[" * 100_000,
+    b'{"a":' * 100_000, b"9" * 5000, b" " * (2 << 20), json.dumps(status().__dict__).encode()[:-9],
+    json.dumps(status().__dict__ | {"what\x1b[2J": 1}).encode(), b'{"\\ud800": 1}',
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_file(tmp_path: Path, content: str):
-    (tmp_path / "monitor").mkdir()
-    (tmp_path / "monitor" / "status.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"status.json cannot be read: ") as caught:
+def write(run: Path, content: bytes) -> Path:
+    path = run / "monitor" / "status.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def refused(run: Path) -> str:
+    """What is said of a status file that is none; one sentence."""
+    with pytest.raises(ValueError) as caught:
+        Status.read(run)
+    said = str(caught.value)
+    assert said.startswith(f"{run / 'monitor' / 'status.json'} cannot be read: ") and said.isprintable()
+    assert len(said) < 500
+    return said
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:20]))
+def test_a_damaged_file(tmp_path: Path, content: bytes):
+    write(tmp_path, content)
+    refused(tmp_path)
+
+
+def test_something_else_in_its_place(tmp_path: Path):
+    path = tmp_path / "monitor" / "status.json"
+    path.mkdir(parents=True)
+    assert "it is no file" in refused(tmp_path)
+    path.rmdir()
+    os.mkfifo(path)
+    assert "it is no file" in refused(tmp_path)
+    path.unlink()
+    path.symlink_to(path)
+    refused(tmp_path)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("")
+    with pytest.raises(ValueError, match="no monitor has looked after"):
         Status.read(tmp_path)
-    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(status_module, "read_small", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        Status.read(tmp_path)
+    # An answer that is missed for once: the supervisor asks again.
+    assert planned_steps(tmp_path) is None
+
+
+ODD = [None, True, -1, 10**400, 10**30, 1 << 63, math.nan, math.inf, -math.inf, 1e300, 1.5, "x", [], [[1]], {}]
+
+
+@pytest.mark.parametrize("name", list(status().__dict__))
+def test_odd_values_are_said_or_refused(tmp_path: Path, name: str):
+    """Never a traceback, and nothing that a terminal would obey."""
+    for value in [*ODD, "\x1b[2J\n", ["\x1b[2J\n"]]:
+        running = status(state="running", step=3, max_iters=9, seconds_per_step=1.0).__dict__
+        write(tmp_path, json.dumps(running | {name: value}).encode())
+        try:
+            read = Status.read(tmp_path)
+        except ValueError:
+            assert name in refused(tmp_path)
+        else:
+            assert all(line.isprintable() for line in describe(read, None, NOW))
+    del running[name]
+    write(tmp_path, json.dumps(running).encode())
+    assert f"{name} is missing" in refused(tmp_path)
+
+
+def test_the_greatest_values_can_be_shown():
+    far = status(state="running", step=0, max_iters=1 << 53, seconds_per_step=1e9, updated=1e11)
+    assert any("in thousands of years" in line for line in describe(far, 1e300, 0.0))
+    assert "step 9 of 3" in describe(status(state="running", step=9, max_iters=3, seconds_per_step=1e9), 1.0, 0.0)[1]
 
 
 @pytest.mark.parametrize("values", [{"monitor_pid": "x"}, {"step": "five"}, {"hosts": None}, {"attempt": None}])
@@ -127,9 +202,19 @@ def test_the_last_loss_of_a_long_log(tmp_path: Path):
     assert last_loss(tmp_path) == 4999.0
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "[1]", "{}", "null", "true", '"x"', "1" + "0" * 5000, "-"])
+def test_a_loss_that_is_no_number_is_passed_over(tmp_path: Path, value: str):
+    log = f'{{"name": "train", "loss": 2.5}}\n{{"name": "train", "loss": {value}}}\n'
+    log += "[" * 60_000 + '\n3\nnull\n"x"\n{"name": ["train"], "loss": 1}\n\0\n'
+    (tmp_path / "reslog.jsonl").write_text(log)
+    assert last_loss(tmp_path) == 2.5
+
+
 def test_planned_steps(tmp_path: Path):
     assert planned_steps(tmp_path) is None
-    for text in ("", "[", "derived: 3", "derived: {max_iters: x}", "- a"):
+    texts = ["", "[", "derived: 3", "- a", "[" * 600, "!!timestamp x", "!!int ''", "a: 1" + ":1" * 200_000, "\0"]
+    values = ["x", ".inf", ".nan", "-1", "9" * 400, "9" * 5000, "true", "[1]", "1.5", "", "{a: 1}", "!!timestamp x"]
+    for text in [*texts, *(f"derived: {{max_iters: {value}}}" for value in values)]:
         (tmp_path / "config.yaml").write_text(text)
         assert planned_steps(tmp_path) is None
     (tmp_path / "config.yaml").write_text("max_iters: 0\nderived: {max_iters: 12}\n")

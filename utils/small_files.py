@@ -1,0 +1,152 @@
+"""Small JSON and YAML files from anybody: plain values, or one sentence that says what is wrong. Never more time or
+memory than in proportion to the text."""
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+
+import yaml
+
+_BEYOND_FLOATS = 1 << 1023
+_LONGEST_NUMBER = 1000
+"""Characters. Longer ones can take quadratic time."""
+_MOST_MERGED = 10_000
+"""Entries that `<<:` copies, in all: a few lines could ask for more than any memory holds."""
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """What a file holds.
+
+    Args:
+        most: bytes.
+
+    Raises:
+        ValueError: it is larger, or something else than a file; why, to stand behind its name.
+        OSError: it cannot be read.
+    """
+    # A pipe would be waited for without this.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no file")
+        with open(descriptor, "rb", closefd=False) as file:
+            text = file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most >> 10} KiB")
+    return text
+
+
+def parse_json(text: bytes) -> object:
+    """
+    Raises:
+        ValueError: it is none; why, to stand behind the file's name.
+    """
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no whole JSON: {error.msg}, line {error.lineno}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("it is nested too deeply, or a number in it is too long") from None
+
+
+def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether it is a number of JSON or YAML that fits a float, and in a range. True and false are none."""
+    return type(value) in (int, float) and least <= value <= most and abs(value) < _BEYOND_FLOATS
+
+
+def is_whole(value: object, least: int = 0, most: int = 1 << 53) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that is given twice is a mistake, of which YAML's own loader takes the last. Nor is there a number that
+    was not written as one."""
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        """In YAML, 0022 is 18 and 1:30 is 90."""
+        if not re.fullmatch("[-+]?(0|[1-9][0-9]*)", _short(node).value):
+            raise _mistake(f"{node.value[:80]!r} is no decimal number: write that, or put it in quotes", node)
+        return int(node.value)
+
+    def construct_yaml_float(self, node: yaml.Node) -> float:
+        return super().construct_yaml_float(_short(node))
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        if not isinstance(node, yaml.MappingNode):
+            raise _mistake("it holds no mapping where it says so", node)
+        own, merged = {}, None
+        for key_node, value_node in node.value:
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if is_merge else self.construct_object(key_node, deep=True)
+            try:
+                is_twice = merged is not None if is_merge else key in own
+            except TypeError:
+                raise _mistake("a key is a list or a mapping", key_node) from None
+            if is_twice:
+                raise _mistake(f"{str(key)[:80]!r} is given twice", key_node)
+            if is_merge:
+                merged = self._merged(value_node)
+            else:
+                own[key] = self.construct_object(value_node, deep=deep)
+        return (merged or {}) | own
+
+    def _merged(self, node: yaml.Node) -> dict:
+        """What `<<:` brings: of several mappings, the first that has a key counts."""
+        found = self.construct_object(node, deep=True)
+        merged: dict = {}
+        for mapping in found if isinstance(found, list) else [found]:
+            if not isinstance(mapping, dict):
+                raise _mistake("`<<:` wants a mapping", node)
+            self.copied = getattr(self, "copied", 0) + len(mapping)
+            if self.copied > _MOST_MERGED:
+                raise _mistake("`<<:` copies too much", node)
+            for key, value in mapping.items():
+                merged.setdefault(key, value)
+        return merged
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+
+
+def _short(node: yaml.Node) -> yaml.Node:
+    if len(node.value) > _LONGEST_NUMBER:
+        raise _mistake(f"a number of more than {_LONGEST_NUMBER:,} characters", node)
+    return node
+
+
+def _mistake(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def parse_yaml(text: bytes) -> object:
+    """The plain value that a text holds. Aliases are one object in several places: who shows a value must bound it.
+
+    Raises:
+        ValueError: it is none; why, to stand behind the file's name.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        problem = error.problem or error.context or "it is no YAML"
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(_plain(problem) + where) from None
+    except yaml.YAMLError as error:
+        raise ValueError(_plain(str(error).partition("\n")[0])) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # Of values whose form YAML promises more than they keep: `!!int x`, `2000-99-99`, ten thousand digits.
+        raise ValueError(f"it holds a value that cannot be: {_plain(error)}") from None
+
+
+def _plain(text: object) -> str:
+    """One line for a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:200])
