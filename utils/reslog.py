@@ -11,7 +11,8 @@ completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" 
 
 A launch that starts at step s goes on from the state after step s: what earlier launches wrote of later steps is
 superseded, and no reader shows it. A crash may leave a torn line, which readers pass over. Readers take the file for
-what it is, a text from somewhere: `parse_record` lets nothing through that could harm them.
+what it is, a text from somewhere: `parse_record` lets nothing through that could harm them, and no reader needs more
+time than in proportion to the file's size, whatever it holds.
 """
 
 import errno
@@ -21,9 +22,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from utils.sinks import Sinks
@@ -36,11 +37,13 @@ LONGEST_LINE = 1 << 20
 """Bytes. A longer line is passed over: no record of ours comes near."""
 NON_FINITE = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
 """What stands for numbers that JSON lacks."""
-_LARGEST_STEP = 1 << 53
+LARGEST_STEP = 1 << 53
 _TAIL_BYTES = 1 << 16
 _LATEST_TIME = 1e11
 _MOST_UNWRITTEN = 10_000
 """Records kept while the disk is full; beyond that, the oldest are lost."""
+_READ_BETWEEN_PASSES = 10_000
+"""Records, at least, before superseded ones are looked for again."""
 
 
 class ResLog:
@@ -106,7 +109,7 @@ def parse_record(line: bytes, loads: Callable[[bytes], object] = json.loads) -> 
     if step is None:
         if record["name"] == "start":
             return None
-    elif type(step) is not int or not 0 <= step <= _LARGEST_STEP:
+    elif type(step) is not int or not 0 <= step <= LARGEST_STEP:
         return None
     if type(moment) not in (int, float) or not 0 <= moment <= _LATEST_TIME:
         return None
@@ -122,10 +125,33 @@ def number(value: object) -> float | None:
     return NON_FINITE.get(value) if isinstance(value, str) else None
 
 
+def standing_records(records: list[dict]) -> tuple[list[dict], int]:
+    """What a later start record among them does not supersede, in one pass from the end; and the lowest step that a
+    launch among them began from (the greatest step there can be, if none did)."""
+    lowest, kept = LARGEST_STEP, []
+    for record in reversed(records):
+        step = record.get("step") or 0
+        if record["name"] == "start":
+            lowest = min(lowest, step)
+        elif step > lowest:
+            continue
+        kept.append(record)
+    kept.reverse()
+    return kept, lowest
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines without their ends. Of one that is too long only a part, which is too long, too: it may have no end."""
+    while line := file.readline(LONGEST_LINE + 2):
+        yield line.removesuffix(b"\n")
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE + 2)
+
+
 def _records(path: Path) -> Iterator[dict]:
     with open(path, "rb") as file:
-        for line in file:
-            if (record := parse_record(line)) is not None:
+        for line in _lines(file):
+            if line and (record := parse_record(line)) is not None:
                 yield record
 
 
@@ -135,18 +161,18 @@ def newest_values(path: Path, metric: str) -> Iterator[float]:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().splitlines()
+            lines = file.read(_TAIL_BYTES).splitlines()
     except OSError:
         return
     for line in reversed(lines):
         try:
             record = json.loads(line)
-            if record["name"] != "train":
-                continue
-            value = float(record[metric])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
             continue
-        yield value
+        if isinstance(record, dict) and record.get("name") == "train":
+            value = number(record.get(metric))
+            if value is not None:
+                yield value
 
 
 def count_launches(path: Path) -> int:
@@ -154,14 +180,30 @@ def count_launches(path: Path) -> int:
     return sum(record["name"] == "start" for record in _records(path))
 
 
-def read_reslog(path: Path) -> list[dict]:
-    """The records that stand: torn lines are left out, and so is what a later launch superseded."""
-    kept: list[dict] = []
+def read_reslog(path: Path, names: Collection[str] | None = None) -> list[dict]:
+    """The records that stand: torn lines are left out, and so is what a later launch superseded.
+
+    Args:
+        names: of the records that are wanted; None: all. The others take no memory.
+    """
+    found: list[dict] = []
+    looked_through = 0
     for record in _records(path):
-        if record["name"] == "start":
-            kept = [r for r in kept if r["name"] == "start" or (r.get("step") or 0) <= record["step"]]
-        kept.append(record)
-    return kept
+        if names is None or record["name"] in names:
+            found.append(record)
+        elif record["name"] == "start":
+            # What it supersedes has to go, whether it is wanted itself or not.
+            found.append({"name": "start", "step": record["step"]})
+        # Not at each start record: of those there may be as many as of the others.
+        if len(found) >= 2 * looked_through + _READ_BETWEEN_PASSES:
+            found = _standing_and_wanted(found, names)
+            looked_through = len(found)
+    return _standing_and_wanted(found, names)
+
+
+def _standing_and_wanted(records: list[dict], names: Collection[str] | None) -> list[dict]:
+    standing, _ = standing_records(records)
+    return standing if names is None else [record for record in standing if record["name"] in names]
 
 
 def _json_numbers(value: object) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.checkpoint import Retention, best_first, doomed_by, list_checkpoints
 from utils.logging import clock
-from utils.reslog import read_reslog
+from utils.reslog import number, read_reslog
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,21 @@ def summary_lines(ending: Ending) -> Iterator[str]:
 
 def _validation(reslog: Path) -> list[str]:
     """Last and lowest validation loss of the whole run."""
-    valid = [r for r in read_reslog(reslog) if r["name"] == "valid"]
-    found = [(r["loss"], r["step"]) for r in valid if isinstance(r.get("loss"), (float, str)) and "step" in r]
+    valid = read_reslog(reslog, names=("valid",))
+    found = [
+        (loss, r["step"]) for r in valid if r.get("step") is not None and (loss := number(r.get("loss"))) is not None
+    ]  # fmt: skip
     if not found:
         return []
     text = "{} in validation at step {}".format(*_shown(*found[-1]))
-    finite = [(loss, step) for loss, step in found if isinstance(loss, float) and math.isfinite(loss)]
+    finite = [(loss, step) for loss, step in found if math.isfinite(loss)]
     if finite and min(finite) != found[-1]:
         text += " (lowest {} at step {})".format(*_shown(*min(finite)))
     return [text]
 
 
-def _shown(loss: float | str, step: int) -> tuple[str, int]:
-    return (f"{loss:.4f}" if isinstance(loss, float) else str(loss)), step
+def _shown(loss: float, step: int) -> tuple[str, int]:
+    return (f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.4g}"), step
 
 
 def _checkpoints(ending: Ending) -> Iterator[str]:

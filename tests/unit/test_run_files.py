@@ -1,13 +1,19 @@
 """The run directory's small files: results, heartbeats, exit records."""
 
 import json
+import math
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import utils.logging
 from configurator import Derived, parse_config
 from training.describe import _batch
+from utils import reslog as reslog_module
 from utils.exits import (
     CRASH,
     OK,
@@ -19,8 +25,9 @@ from utils.exits import (
     verdict,
     write_exit_record,
 )
-from utils.heartbeat import Heartbeat
-from utils.reslog import ResLog, count_launches, read_reslog
+from utils.heartbeat import Heartbeat, read_heartbeats
+from utils.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
+from utils.run_summary import _validation
 
 
 def test_a_torn_last_line_gets_its_newline(tmp_path: Path):
@@ -64,6 +71,94 @@ def test_readers_skip_what_is_no_record(tmp_path: Path):
     assert read_reslog(path) == [{"name": "train", "time": 2.5, "step": 1}]
 
 
+def random_log(random_: random.Random, count: int, starts: float) -> list[dict]:
+    """Steps that rise and sometimes fall, and launches that go back, or begin far ahead."""
+    records, step = [], 0
+    for number in range(count):
+        step = max(step + random_.choice((-3, 0, 1, 1, 1, 2)), 0)
+        name = "start" if random_.random() < starts else random_.choice(("train", "valid", "note"))
+        record = {"name": name, "time": float(number), "step": step}
+        if name == "start":
+            record["step"] = step = max(step - random_.randrange(12), 0)
+        elif name == "note" and random_.random() < 0.5:
+            del record["step"]
+        records.append(record)
+    return records
+
+
+def that_stand(records: list[dict]) -> list[dict]:
+    """As the format's description says it, launch by launch."""
+    kept: list[dict] = []
+    for record in records:
+        if record["name"] == "start":
+            kept = [r for r in kept if r["name"] == "start" or r.get("step", 0) <= record["step"]]
+        kept.append(record)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_records_that_stand(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reslog_module, "_READ_BETWEEN_PASSES", (1, 7, 10_000)[seed % 3], raising=False)
+    records = random_log(random.Random(seed), 300, (0.02, 0.5)[seed % 2])
+    path = tmp_path / "reslog.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    expected = that_stand(records)
+    assert read_reslog(path) == expected
+    for names in (("valid",), ("start", "note"), ()):
+        assert read_reslog(path, names) == [record for record in expected if record["name"] in names]
+
+
+class Counting(dict):
+    """A record that counts how often its values are looked at."""
+
+    looks = 0
+
+    def get(self, *args: object) -> object:
+        Counting.looks += 1
+        return super().get(*args)
+
+    def __getitem__(self, key: str) -> object:
+        Counting.looks += 1
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("names", [None, ("valid",)])
+def test_the_work_is_in_proportion_to_the_log(names: tuple | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Thousands of launches do not each look through all that came before."""
+    parse, path = reslog_module.parse_record, tmp_path / "reslog.jsonl"
+    monkeypatch.setattr(reslog_module, "parse_record", lambda line: Counting(parse(line)))
+    monkeypatch.setattr(reslog_module, "_READ_BETWEEN_PASSES", 10, raising=False)
+    for count in (300, 1200):
+        lines = [f'{{"name": "{name}", "time": 1, "step": {n}}}\n' for n in range(count) for name in ("start", "valid")]
+        path.write_text("".join(lines))
+        Counting.looks = 0
+        assert len(read_reslog(path, names)) == count * (1 if names else 2)
+        assert Counting.looks <= 12 * len(lines)
+
+
+def test_a_line_that_never_ends_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    longest, parse = [], reslog_module.parse_record
+    monkeypatch.setattr(reslog_module, "parse_record", lambda line: longest.append(len(line)) or parse(line))
+    path = tmp_path / "reslog.jsonl"
+    fits, good = b'{"name": "a", "time": 1, "x": "%s"}', b'{"name": "b", "time": 1}'
+    fits %= b"x" * (LONGEST_LINE - len(fits) + 2)
+    too_long, far_too_long = b"y" * (LONGEST_LINE + 1), b"z" * (3 * LONGEST_LINE)
+    for end in (b"", b"\n"):
+        path.write_bytes(b"\n".join([good, fits, good, too_long, good, far_too_long + end]))
+        assert [record["name"] for record in read_reslog(path)] == ["b", "a", "b", "b"]
+    assert max(longest) <= LONGEST_LINE + 2
+
+
+def test_odd_validations_do_not_stop_the_summary(tmp_path: Path):
+    path = tmp_path / "reslog.jsonl"
+    odd = [("2.5", 1), ("null", 2), ("true", 3), ("[1]", 4), ("1" + "0" * 400, 5), ('"nan"', 6), ("2.0", "null"),
+           ("3", 9)]  # fmt: skip
+    path.write_text("".join(f'{{"name": "valid", "time": 1, "loss": {loss}, "step": {step}}}\n' for loss, step in odd))
+    assert _validation(path) == ["3.0000 in validation at step 9 (lowest 2.5000 at step 1)"]
+    path.write_text('{"name": "valid", "time": 1, "loss": 1e300, "step": 1}\n{"name": "valid", "time": 1}\n')
+    assert _validation(path) == ["1e+300 in validation at step 1"]
+
+
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, caplog):
     log = ResLog(Path("/dev/full")) if Path("/dev/full").exists() else None
     assert log is not None, "this test needs /dev/full"
@@ -102,6 +197,60 @@ def test_heartbeat(tmp_path: Path):
     heart.beat("step", 7)
     record = json.loads((tmp_path / "heartbeat" / "rank-3.json").read_text())
     assert (record["rank"], record["phase"], record["step"]) == (3, "step", 7)
+
+
+ODD_FILES = [
+    b"", b"{", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff", b"\0" * 99, b"NaN", b"[" * 100_000, b'{"a":' * 100_000,
+    b"9" * 5000, b" " * (2 << 20),
+]  # fmt: skip
+ODD = [None, True, -1, 10**400, 1 << 63, math.nan, math.inf, 1e300, 1.5, "x", [], {}]
+READERS = {
+    "exit": (read_exit_records, {"rank": 0, "code": 75, "reason": "r", "step": 3, "time": 1.0}),
+    "heartbeat": (read_heartbeats, {"rank": 0, "world_size": 2, "pid": 9, "launch": "t", "phase": "step", "step": 3,
+                                    "time": 1.0, "monotonic": 2.0}),
+}  # fmt: skip
+
+
+def use(record: dict) -> None:
+    """As monitors do: they count, compare, show and look for the process."""
+    for name, value in record.items():
+        if name in ("reason", "launch", "phase"):
+            assert value + "" == value
+        elif value is not None or name != "step":
+            assert math.isfinite(value + 1.0)
+    assert 0 < record.get("pid", 1) < 1 << 31 and record["rank"] == 0
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_odd_records_count_as_not_there(reader: str, tmp_path: Path):
+    read, good = READERS[reader]
+    path = tmp_path / "rank-0.json"
+    for content in ODD_FILES:
+        path.write_bytes(content)
+        assert read(tmp_path) == []
+    for name in good:
+        for value in ODD:
+            path.write_text(json.dumps(good | {name: value}))
+            for record in read(tmp_path):
+                use(record)
+    path.write_text(json.dumps(good))
+    # Beside a good one, whatever lies there.
+    (tmp_path / "rank-1.json").write_text(json.dumps(good))
+    (tmp_path / "rank-2.json").mkdir()
+    (tmp_path / "rank-3.json").symlink_to(tmp_path / "rank-3.json")
+    os.mkfifo(tmp_path / "rank-4.json")
+    for name in ("rank-x.json", "rank-\u00b2.json", "rank-.json"):
+        (tmp_path / name).write_text(json.dumps(good))
+    assert read(tmp_path) == [good]
+    clear_gone_ranks(tmp_path / "nowhere", 1)
+
+
+def test_a_strange_name_among_the_exit_records_does_not_stop_a_launch(tmp_path: Path):
+    names = ["rank-0.json", "rank-x.json", "rank-.json", "rank-\u00b2.json", "rank--1.json"]
+    for name in [*names, "rank-7.json"]:
+        (tmp_path / name).write_text("{}")
+    clear_gone_ranks(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_verdict():
