@@ -115,9 +115,9 @@ def find_place(args: Namespace) -> Place:
     if port == 0:
         raise ValueError(f"--rdzv_endpoint={args.rdzv_endpoint}: several nodes must agree on a port, as in HOST:29400")
     if args.local_addr:
-        if not is_own(args.local_addr):
-            raise ValueError(f"--local_addr={args.local_addr} is no address of this machine")
         place.interface = next(map(interface_of, own_addresses(args.local_addr)), None)
+        if place.interface is None:
+            _say(f"--local_addr={args.local_addr} is none of this machine's: taking the one towards {place.where}")
     leads = conf["is_host"] if args.node_rank is None else args.node_rank == 0
     if leads or (leads is None and is_own(host)):
         address = own_address(host, args.local_addr, asked_interface())

@@ -108,12 +108,25 @@ def test_the_node_that_leads(flags: list[str], leads: bool):
     (["--nnodes=2", "--node_rank=2"], "--node_rank=2: with --nnodes=2 it counts from 0 to 1"),
     (["--nnodes=2", "--node_rank=1", "--rdzv_conf=is_host=1"], "--node_rank=1 contradicts is_host"),
     (["--nnodes=2", "--rdzv_endpoint=127.0.0.1:0"], "--rdzv_endpoint=127.0.0.1:0: several nodes must agree on a port"),
-    (["--nnodes=2", "--local_addr=192.0.2.77", "--rdzv_endpoint=127.0.0.1:1"], "--local_addr=192.0.2.77 is no address"),
 ])  # fmt: skip
 def test_flags_that_cannot_work(flags: list[str], sentence: str, capfd: pytest.CaptureFixture):
     assert launch.launch([*flags, "t.py"]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"launch: {sentence}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("local_addr, interface", [("10.1.0.1", "ib0"), ("me", None), ("other", None)])
+def test_the_interface_of_a_node_that_follows(
+    host: None, capfd: pytest.CaptureFixture, local_addr: str, interface: str | None
+):
+    """What it is called may mean nothing to itself: then its way to the first host counts, and it says so."""
+    place = place_of("--nnodes=2", "--rdzv_endpoint=10.0.0.9:1", f"--local_addr={local_addr}")
+    assert (place.interface, place.listening) == (interface, None)
+    said = capfd.readouterr().err
+    assert said == (
+        "" if interface else f"launch: --local_addr={local_addr} is none of this machine's: taking the one towards "
+        "10.0.0.9:1\n"
+    )  # fmt: skip
 
 
 def test_a_port_that_another_has(capfd: pytest.CaptureFixture):
