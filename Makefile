@@ -16,7 +16,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, with those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
-	@echo "make chaos      200 faults, and whether the runs end as if undisturbed"
+	@echo "make chaos      300 faults, and whether the runs end as if undisturbed"
 	@echo "make lint       ruff"
 	@echo "make clean      remove .venv and out/"
 
@@ -46,7 +46,7 @@ test-fast: $(READY)
 	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not soak" tests/chaos tests/dist tests/gpu
 
 chaos: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.campaign --seed 1 --faults 200
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.chaos.campaign --seed 1 --faults 300
 
 lint: $(READY)
 	$(BIN)/ruff check .

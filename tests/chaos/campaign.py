@@ -1,6 +1,6 @@
 """Throw faults at training runs, and see that each ends as if nothing had happened.
 
-    python -m tests.chaos.campaign --seed 1 --faults 200 [--kinds a,b] [--skip c] [--dir D] [--report FILE]
+    python -m tests.chaos.campaign --seed 1 --faults 300 [--kinds a,b] [--skip c] [--dir D] [--report FILE]
 
 Each round is a run under monitor_process.py that is hit several times. The seed says by what, and when: the first fault
 at a step of the run, each other so many steps after the effect of the one before. In the end the run is compared with
@@ -38,7 +38,7 @@ from tests.chaos.references import References, check_announced, deviations
 from tests.chaos.report import Report
 from tests.chaos.run import SETUPS, Broken, Run, RunOver, Setup
 
-FAULTS_A_ROUND = 8
+FAULTS_A_ROUND = 12
 STEPS = 260
 FIRST_FAULT, GAP = (8, 20), (8, 18)
 """Bounds of the step of the first fault, and of the steps between the effect of one and the next."""
@@ -250,7 +250,7 @@ def chosen_kinds(only: str, skip: str) -> tuple[list[Kind], dict[str, str]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1, help="gives the kinds, their order and their steps")
-    parser.add_argument("--faults", type=int, default=200, help="how many to throw")
+    parser.add_argument("--faults", type=int, default=300, help="how many to throw")
     parser.add_argument("--faults_a_run", type=int, default=FAULTS_A_ROUND, help="at most so many in one run")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--setups", default=",".join(ORDER), help="of the runs, over and over")

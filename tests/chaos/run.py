@@ -81,8 +81,8 @@ def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> l
 
 
 def training_command(setup: Setup, script: str, flags: list[str]) -> list[str]:
-    torchrun, ranks = str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={setup.world_size}"
-    return [torchrun, *([] if setup.over_ssh else ["--standalone"]), ranks, script, *flags]
+    launcher, ranks = [sys.executable, "-m", "parallel.launch"], f"--nproc_per_node={setup.world_size}"
+    return [*launcher, *([] if setup.over_ssh else ["--standalone"]), ranks, script, *flags]
 
 
 def own_environment(home: Path) -> dict[str, str]:
@@ -170,16 +170,20 @@ class Run:
     def _hosts_file(self) -> Path:
         return self.home / "hosts.yaml"
 
-    def start(self, script: str = "monitor_process.py", *options: str) -> None:
-        """Start the monitor, with the same command each time but for its `options`."""
+    def another_monitor(self, script: str = "monitor_process.py", *options: str) -> subprocess.Popen:
+        """Start one with the same command each time, but for its `options`."""
         flags = training_flags(self.setup, self.data_dir, self.out_dir, self.steps)
         command = training_command(self.setup, "tests/chaos/train_with_faults.py", flags)
         where = ["--hosts", str(self._hosts_file)] if self.setup.over_ssh else []
-        self.monitor = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, script, *MONITOR_FLAGS, *options, *where, "--", *command], cwd=ROOT,
             env=os.environ | self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
         )  # fmt: skip
+
+    def start(self, script: str = "monitor_process.py", *options: str) -> None:
+        """Start the monitor that is listened to from now on."""
+        self.monitor = self.another_monitor(script, *options)
         self._reader = threading.Thread(target=self._read, args=(self.monitor,), daemon=True)
         self._reader.start()
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import psutil
-
 from tests.chaos.faults import ask, begun, kind, relaunched, struck
 from tests.chaos.file_faults import die_and
 from tests.chaos.run import Broken, Run
@@ -24,25 +22,37 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def wants(pid: int, path: Path) -> bool:
-    """Whether a process has the file open."""
-    with contextlib.suppress(psutil.Error, OSError):
+def has_open(pid: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
         return any(Path(file).resolve() == path.resolve() for file in Path(f"/proc/{pid}/fd").iterdir())
     return False
+
+
+def let_wait(run: Run, lock: Path, since: int, random: Random) -> None:
+    """Until somebody is seen to wait for the lock, or should have come to it, and a moment longer."""
+    latest = time.monotonic() + 6.0
+
+    def comes_to_it() -> bool:
+        pids = [run.monitor.pid, *(process.pid for process in run.processes() if process.is_rank)]
+        is_there = run.said("^monitor: waiting", since) or any(has_open(pid, lock) for pid in pids)
+        return is_there or time.monotonic() > latest
+
+    run.wait(comes_to_it, "somebody who waits for a lock")
+    until = time.monotonic() + 0.5 + 2.5 * random.random()
+    run.wait(lambda: time.monotonic() > until, "the monitor lives on while somebody else has the lock")
 
 
 @kind("run_locked", weight=2)
 def run_locked(run: Run, random: Random) -> str:
     """Somebody holds the run directory when a launch begins: a `prune`, a rank that dies slowly. It waits."""
-    old, least, lock = run.launch(), run.newest_step(), run.out_dir / ".lock"
+    old, least, lock, since = run.launch(), run.newest_step(), run.out_dir / ".lock", len(run.lines)
     with contextlib.ExitStack() as stack:
         die_and(run, lambda: stack.enter_context(held(lock)))
-        run.wait(lambda: any(wants(p.pid, lock) for p in run.processes() if p.is_rank), "a rank that wants the run")
-        launches = run.seen.launches
-        time.sleep(1.0 + 2.0 * random.random())
+        let_wait(run, lock, since, random)
     what = relaunched(run, old, least)
-    if run.seen.launches > launches:
-        raise Broken("a launch ended because another process held the run directory for a moment")
+    failed = [line for _, line in run.lines[since:] if line.startswith("monitor: launch") and " ended: " in line]
+    if len(failed) > 1:
+        raise Broken(f"a launch ended because another process held the run directory for a moment: {failed[-1]}")
     return f"waited for, {what}"
 
 
@@ -54,13 +64,27 @@ def monitor_locked(run: Run, random: Random) -> str:
     with held(lock), run.slowed():
         since = len(run.lines)
         run.start()
-        run.wait(lambda: wants(run.monitor.pid, lock), "a monitor that wants the run")
-        until = time.monotonic() + 0.5 + 2.0 * random.random()
-        run.wait(lambda: time.monotonic() > until, "the monitor lives on while another one has the run")
+        let_wait(run, lock, since, random)
     with run.slowed():
         run.wait(lambda: run.said("^monitor: (took over )?launch", since), "the new monitor has looked around")
     run.wait_progress(old)
     return "waited for, and the launch went on"
+
+
+@kind("second_monitor")
+def second_monitor(run: Run, random: Random) -> str:
+    """The same command once more, while the monitor is at work: refused, and nothing happens to the run."""
+    launch, second = run.launch(), run.another_monitor()
+    try:
+        with run.slowed():
+            run.wait(lambda: second.poll() is not None, "the end of a second monitor")
+            said = second.communicate()[0].splitlines()
+    finally:
+        second.kill()
+    if second.returncode != 2:
+        raise Broken(f"a second monitor ended with {second.returncode}: {said[-1:]}")
+    run.wait_progress(launch)
+    return f"refused: {said[-1]}"
 
 
 @kind("stop_file_between")
