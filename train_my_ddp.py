@@ -1,10 +1,10 @@
 """Train a model, on one process or many.
 
-    python train_my_ddp.py --data_dir=D --out_dir=R [--help]
-    torchrun --standalone --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R [--resume]
+    python train_my_ddp.py --data_dir=D --out_dir=R [--resume] [--help]
+    python -m parallel.launch --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
-Exit codes, also left in R/exit/rank-N.json because torchrun hides them: 0 finished; 2 the command or the data is wrong;
+Exit codes, also left in R/exit/rank-N.json as the launcher hides them: 0 finished; 2 the command or the data is wrong;
 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 
 Trainer.train is the loop and Trainer._step a step of it. What is built before, and what is reported, is in training/.
