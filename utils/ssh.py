@@ -51,6 +51,11 @@ class Unreachable(SSHProblem):
     """Nothing answers at the address, or nothing that speaks SSH."""
 
 
+class BrokeOff(Unreachable):
+    """Something answers at the address, but the connection ends before or during the login. A host may count these, and
+    shut out whoever comes again too soon."""
+
+
 @dataclass(frozen=True)
 class SSHTarget:
     """Where to connect. What is None comes from ~/.ssh/config, then from OpenSSH's defaults.
@@ -115,7 +120,7 @@ def connect(
         config_file: instead of ~/.ssh/config.
 
     Raises:
-        HostKeyRefused, LoginRefused, Unreachable: see there.
+        HostKeyRefused, LoginRefused, Unreachable, BrokeOff: see there.
         SSHProblem: paramiko is missing, or the configuration file is broken.
     """
     paramiko = _import_paramiko()
@@ -141,9 +146,15 @@ def connect(
     except BaseException as error:
         client.close()
         connection.close()
-        if session.handshake_done or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             raise
-        raise Unreachable(_why_no_handshake(route, connection, error, time.monotonic() - started, timeout_s)) from None
+        if not session.handshake_done:
+            why = _why_no_handshake(route, connection, error, time.monotonic() - started, timeout_s)
+            raise BrokeOff(why) from None
+        if isinstance(error, (paramiko.SSHException, EOFError, OSError)) and not isinstance(error, SSHProblem):
+            why = _plain(error) or "it closed the connection"
+            raise BrokeOff(f"{route.address} broke off during the login: {why}") from None
+        raise
     client.get_transport().set_keepalive(keepalive_s)
     return client
 
@@ -496,7 +507,7 @@ class _Session:
             self._methods = set(error.allowed_types)
         except Exception as error:
             if "timeout" in str(error).lower():
-                raise Unreachable(_no_answer(self._route, self._timeout_s)) from None
+                raise BrokeOff(_no_answer(self._route, self._timeout_s)) from None
             if not transport.is_active():
                 tried, why = ", ".join([*self._tried, label]), _plain(error)
                 if "transport shut down" in why:

@@ -1,6 +1,7 @@
 """SSH connections, against a real sshd: which hosts are trusted, who may log in, and what the user is told."""
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.sshd import Sshd, empty_home, fingerprint, free_port, make_key, missing
-from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem, SSHTarget, Unreachable, connect
+from utils.ssh import BrokeOff, HostKeyRefused, LoginRefused, SSHProblem, SSHTarget, Unreachable, _Session, connect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
@@ -71,6 +72,11 @@ def login(*args, **kwargs) -> str:
     """Connect, run a command, close; what the command wrote."""
     with connect(*args, **kwargs) as client:
         return client.exec_command("echo works; whoami")[1].read().decode()
+
+
+def paramiko_error(text: str) -> Exception:
+    """(paramiko may be missing.)"""
+    return importlib.import_module("paramiko").SSHException(text) if not missing() else Exception(text)
 
 
 def refuse_to_answer(*_):
@@ -429,11 +435,33 @@ def test_a_host_that_falls_silent_during_the_login(password_server: Sshd):
 
     started = time.monotonic()
     try:
-        with pytest.raises(Unreachable, match="does not answer within 0.5 s"):
+        with pytest.raises(BrokeOff, match="does not answer within 0.5 s"):
             connect(password_server.target(key_file=None), ask_password=ask, timeout_s=0.5)
         assert time.monotonic() - started < 4
     finally:
         password_server.drop_connections()
+
+
+def test_a_connection_that_is_cut_in_the_login(password_server: Sshd):
+    """Whatever paramiko makes of it, one sentence, and a class of its own: hosts shut out who does this often."""
+    def ask(_) -> str:
+        password_server.drop_connections()
+        return PASSWORD
+
+    with pytest.raises((BrokeOff, LoginRefused)) as problem:
+        connect(password_server.target(key_file=None), ask_password=ask)
+    assert "broke off" in one_sentence(problem)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), paramiko_error("No session")])
+def test_a_connection_that_is_cut_after_the_key_exchange(
+    server: Sshd, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    """What paramiko raises then reached the caller as it was."""
+    monkeypatch.setattr(_Session, "authenticate", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(BrokeOff, match="broke off during the login: ") as problem:
+        connect(server.target())
+    one_sentence(problem)
 
 
 def test_a_key_and_a_password(tmp_path: Path):
