@@ -162,7 +162,7 @@ class Trainer:
             with suppress(OSError):
                 self.run_dir.stop_file.unlink(missing_ok=True)
         self.profile.finish()
-        self.heartbeat.beat("end", self.progress.step)
+        self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
         steps_now, seconds = self.progress.step - self.first_step, time.perf_counter() - self.launched
         report.report_end(self.reslog, self.built, finished, steps_now, seconds, self.train_loss)
 
@@ -493,6 +493,8 @@ def main(argv: list[str]) -> int:
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}
         leave(exits.CRASH, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-8000:], **more)
         if trainer is not None:
+            # Whoever watches gives a save that is in flight its time.
+            trainer.heartbeat.beat("save", trainer.progress.step)
             trainer.release()
         # Last: a save that was in flight is there to go on from.
         if config is not None and not is_watched:

@@ -24,6 +24,8 @@ _MOST_QUEUED = 10_000
 """Records; if a sink is further behind, it loses some."""
 _PATIENCE_S = 20.0
 """How long a sink may take to finish at the end of a run."""
+LONGEST_CLOSE_S = 2 * _PATIENCE_S
+"""How long `Sinks.close` takes at most: for room in the queue, and for the sinks to finish."""
 
 
 class Sink(Protocol):
