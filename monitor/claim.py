@@ -1,0 +1,259 @@
+"""Whose a run is: one monitor's at a time, wherever it runs. The claim lies where the job does, in RUN/monitor/.
+
+    claim.json     who: a random id, host, pid, since. Its time of change is that of the monitor's last contact.
+    .claim-lock    held, shared, by every process that serves this monitor here (LocalNode's own process, or
+                   `python -m monitor.node` behind SSH)
+
+A claim is honoured while a server holds the lock, or until LEASE_SECONDS after the last contact: an outage of the
+connection neither hands the job to a second monitor nor locks the first one out.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from utils.files import atomic_write_json
+
+LEASE_SECONDS = 300.0
+"""How long a monitor that is not heard of keeps a run."""
+_CONTACT_SECONDS = 2.0
+"""The time of the last contact is written no more often than this."""
+_SHARE_SECONDS = 2.0
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system without locks answers: there, the lease alone counts."""
+
+
+class TakenOver(Exception):
+    """Another monitor has the run: this one must not touch it."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A monitor, and what it takes to know from its machine whether it is still alive."""
+
+    id: str
+    host: str
+    pid: int
+    since: float
+    """Seconds since 1970."""
+    machine: str = ""
+    boot: str = ""
+    pid_space: str = ""
+    started: float = 0.0
+    """When the process was, as its machine says."""
+
+    @staticmethod
+    def of_this_process() -> "Monitor":
+        return Monitor(
+            secrets.token_hex(8), socket.gethostname(), os.getpid(), time.time(), _text("/etc/machine-id"),
+            _text("/proc/sys/kernel/random/boot_id"), _pid_space(), psutil.Process().create_time(),
+        )  # fmt: skip
+
+    @staticmethod
+    def read(value: object) -> "Monitor | None":
+        """From JSON; None if it is something else."""
+        kinds = {"id": str, "host": str, "pid": int, "since": (int, float), "machine": str, "boot": str,
+                 "pid_space": str, "started": (int, float)}  # fmt: skip
+        if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
+            return None
+        return Monitor(**{name: value[name] for name in kinds})
+
+    def is_known_dead(self, here: "Monitor") -> bool:
+        """Whether that can be told from where `here` is: the same machine, and the process, or its boot, is over."""
+        if not here.boot or not self.boot or self.host != here.host:
+            return False
+        if self.boot != here.boot:
+            # A machine boots once at a time. Without a name of its own it could be another one.
+            return bool(here.machine) and self.machine == here.machine
+        if not here.pid_space or self.pid_space != here.pid_space:
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.started) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A monitor that has a run, as found there."""
+
+    monitor: Monitor | None
+    """None: it cannot be read who."""
+    is_served: bool
+    """A process there holds the lock for it."""
+    silent: float
+    """Seconds since its last contact."""
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict) -> "Holder":
+        return Holder(Monitor.read(value["monitor"]), bool(value["is_served"]), float(value["silent"]))
+
+    def __str__(self) -> str:
+        if self.monitor is None:
+            return f"a monitor that was there {self.silent:.0f} s ago"
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.monitor.since))
+        return (
+            f"the monitor on {self.monitor.host} (pid {self.monitor.pid}), since {since}, last there "
+            f"{self.silent:.0f} s ago"
+        )
+
+
+class Claim:
+    """This process's hold on a run directory, for the monitor that it is or serves.
+
+    Args:
+        home: RUN/monitor.
+    """
+
+    def __init__(self, home: Path):
+        self._path, self._lock_path = home / "claim.json", home / ".claim-lock"
+        self._lock: BinaryIO | None = None
+        self._mine: Monitor | None = None
+        self._touched = -_CONTACT_SECONDS
+
+    def take(self, who: Monitor, instead_of: str = "") -> Holder | None:
+        """Claim the run; None if it is ours now, else who has it.
+
+        Args:
+            instead_of: id of a monitor that is known to be dead: its lease counts no more.
+        Raises:
+            OSError: it cannot be written here now.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(self._lock_path, "ab")
+        try:
+            is_free = _try_lock(lock, fcntl.LOCK_EX)
+            holder = self._read()
+            owner = holder.monitor if holder is not None else None
+            if owner is not None and owner.id == who.id:
+                # Another server of ours may hold the lock, too: one whose connection is broken, or another node's.
+                _share(lock)
+            elif not is_free:
+                return Holder(owner, True, holder.silent if holder is not None else 0.0)
+            elif owner is not None and holder.silent < LEASE_SECONDS and owner.id != instead_of:
+                return holder
+            else:
+                # A damaged file names nobody whose lease could count, and nobody serves it.
+                atomic_write_json(self._path, asdict(who))
+                # Whoever gets in between reads the file, and finds a lease that has just begun.
+                _share(lock)
+            self._let_go()
+            self._lock, self._mine, lock = lock, who, None
+            self.touch()
+            return None
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def _read(self) -> Holder | None:
+        """What the file says; None if there is none."""
+        try:
+            silent = max(time.time() - self._path.stat().st_mtime, 0.0)
+            monitor = Monitor.read(json.loads(self._path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            monitor = None
+        return Holder(monitor, False, silent)
+
+    def check(self) -> None:
+        """
+        Raises:
+            TakenOver: another monitor has claimed what was ours.
+        """
+        if self._mine is None:
+            return
+        try:
+            holder = self._read()
+        except OSError:
+            # Nobody else can write there either.
+            return
+        if holder is not None and holder.monitor is not None and holder.monitor.id != self._mine.id:
+            raise TakenOver(str(holder))
+
+    def touch(self) -> None:
+        """Note that the monitor is there. Takes no room on the disk."""
+        if self._mine is None or time.monotonic() - self._touched < _CONTACT_SECONDS:
+            return
+        self._touched = time.monotonic()
+        try:
+            os.utime(self._path)
+        except FileNotFoundError:
+            # Somebody has cleaned up.
+            self._write_again()
+        except OSError:
+            return
+
+    def _write_again(self) -> None:
+        try:
+            atomic_write_json(self._path, asdict(self._mine))
+        except OSError:
+            return
+
+    def release(self) -> None:
+        """Leave the run to whoever comes, if it is still ours."""
+        if self._mine is None:
+            return
+        try:
+            self.check()
+            self._path.unlink(missing_ok=True)
+        except (TakenOver, OSError):
+            pass
+        self._mine = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = None
+
+
+def _share(lock: BinaryIO) -> None:
+    """Hold the lock together with others of the same monitor; who takes it for himself does so for a moment."""
+    deadline = time.monotonic() + _SHARE_SECONDS
+    while not _try_lock(lock, fcntl.LOCK_SH):
+        if time.monotonic() > deadline:
+            raise OSError(errno.EAGAIN, "its claim is locked")
+        time.sleep(0.02)
+
+
+def _try_lock(file: BinaryIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def _pid_space() -> str:
+    """Numbers of processes mean the same only within it: a container has its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
