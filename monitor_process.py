@@ -8,11 +8,12 @@ The command after -- is taken as it is; --resume is added where there is a check
 ends the run with a checkpoint; if the monitor itself is killed, the training goes on, and the same command takes it
 over. What happens is printed and kept in RUN/monitor/.
 
-Exit codes, those of the training: 0 finished; 2 the command or the data is wrong; 75 stopped on request after saving;
-1 given up, with the reason on the last line.
+Exit codes, those of the training: 0 finished; 2 the command or the data is wrong, or another monitor has the run; 75
+stopped on request after saving; 1 given up, with the reason on the last line.
 """
 
 import argparse
+import errno
 import io
 import logging
 import math
@@ -20,22 +21,31 @@ import os
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+import psutil
 
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from monitor.node import MONITOR_DIR, LocalNode
+from monitor.passing import passes
 from monitor.policy import Rules
 from monitor.remote import RemoteNode
-from monitor.status import Status, describe, last_loss
+from monitor.status import ENDED_STATES, Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
-from utils.exits import OK, WRONG_INPUT
+from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import lock_file
 from utils.ssh import SSHProblem
 
 logger = logging.getLogger("monitor")
+
+_LOCK_PATIENCE = 30.0
+"""Seconds that a monitor which is just ending may still have the run."""
+_LINES_KEPT = 1000
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -52,7 +62,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--hosts", metavar="FILE", help="YAML file of the hosts to run on, over SSH (docs/robustness.md)")
     add("--max_restarts", type=int, default=rules.max_restarts, help="restarts in all")
     add("--max_without_progress", type=int, default=rules.max_without_progress,
-        help="launches in a row without a new step, after which to give up")  # fmt: skip
+        help="give up only after as many launches in a row without a new step, ...")  # fmt: skip
+    add("--give_up_after", type=float, default=rules.give_up_after,
+        help="... and seconds without one; waiting for a host or a disk does not count")  # fmt: skip
     add("--backoff", type=float, default=rules.backoff, help="seconds before a restart; doubled without progress")
     add("--max_backoff", type=float, default=rules.max_backoff, help="longest wait before a restart")
     add("--on_nonfinite", choices=("go_back", "stop"), default=rules.on_nonfinite,
@@ -67,7 +79,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--compile_timeout", type=float, default=limits.compile, help="seconds for the first step with --compile")
     add("--save_timeout", type=float, default=limits.save, help="seconds for a checkpoint, also on the way out")
     add("--unreachable_after", type=float, default=options.unreachable_after,
-        help="seconds without an answer after which a host counts as lost")  # fmt: skip
+        help="seconds without an answer after which a host counts as lost, and is told of")  # fmt: skip
     add("--interval", type=float, default=options.interval, help="seconds between looks at the run")
     add("--quiet", action="store_true", help="do not show what the training prints (it is in RUN/monitor/)")
     return parser.parse_args(argv[:split]), argv[split + 1 :]
@@ -83,11 +95,11 @@ def options_of(args: argparse.Namespace) -> Options:
             raise ValueError(f"--{name} must be a number, and not negative, got {value}")
     if not 0 < args.interval <= 60 or args.hang_factor < 1 or args.max_without_progress < 1:
         raise ValueError("--interval must lie in (0, 60], --hang_factor and --max_without_progress be at least 1")
-    rules = Rules(args.max_restarts, args.max_without_progress, args.backoff, args.max_backoff, args.on_nonfinite,
-                  args.max_go_back)  # fmt: skip
+    rules = Rules(args.max_restarts, args.max_without_progress, args.give_up_after, args.backoff, args.max_backoff,
+                  args.on_nonfinite, args.max_go_back)  # fmt: skip
     limits = Limits(args.hang_after, args.hang_factor, args.first_step_timeout, args.start_timeout,
                     args.compile_timeout, args.save_timeout)  # fmt: skip
-    return Options(rules, limits, args.interval, stop_timeout=args.save_timeout + 60,
+    return Options(rules, limits, args.interval, stop_timeout=args.save_timeout + limits.end,
                    unreachable_after=args.unreachable_after, show_output=not args.quiet)  # fmt: skip
 
 
@@ -118,17 +130,43 @@ def ask_about_host(host: str, key_type: str, fingerprint: str) -> bool:
     return input("Is that right? (yes/no) ").strip().lower() == "yes"
 
 
-def claim(run_dir: Path) -> BinaryIO:
-    """
+def claim(run_dir: Path, stop_requested: Callable[[], bool] = lambda: False) -> BinaryIO | None:
+    """Have the monitor's own files on this machine; the run itself is claimed where its processes are, by
+    monitor/claim.py. Waits for a monitor that is just ending, and for a disk; None if asked to stop meanwhile.
+
     Raises:
-        ValueError: another monitor, still alive, has this run.
+        ValueError: another monitor, still alive, has it.
     """
     taken = f"another monitor looks after {run_dir}: see monitor_process.py --status {run_dir}"
+    deadline, told = time.monotonic() + _LOCK_PATIENCE, False
+    while True:
+        try:
+            (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
+            return lock_file(run_dir / MONITOR_DIR / ".lock", taken)
+        except OSError as error:
+            if not passes(error):
+                raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
+            problem = f"{run_dir} cannot be written: {error.strerror}"
+        except ValueError:
+            if is_at_work(run_dir) or time.monotonic() > deadline:
+                raise
+            problem = f"the last monitor of {run_dir} is about to end"
+        if stop_requested():
+            return None
+        if not told:
+            told = True
+            logger.warning("waiting: %s", problem)
+        time.sleep(0.2)
+
+
+def is_at_work(run_dir: Path) -> bool:
+    """Whether the monitor that wrote the status file lives, and has not ended its work."""
     try:
-        (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
-        return lock_file(run_dir / MONITOR_DIR / ".lock", taken)
-    except OSError as error:
-        raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
+        status = Status.read(run_dir)
+        process = psutil.Process(status.monitor_pid)
+        return status.state not in ENDED_STATES and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, psutil.Error):
+        return False
 
 
 def flush_output() -> None:
@@ -150,10 +188,38 @@ def set_up_log() -> None:
     logger.propagate = False
 
 
-def add_log_file(path: Path) -> None:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
+class SteadyLog(logging.Handler):
+    """Appends to a file; what cannot be written (a full disk, a file system that is away) is kept, and written in order
+    as soon as it can be.
+
+    Args:
+        path: opened anew for each line, of which there are few: so it does not matter what happens to it in between.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._path, self._is_told = path, False
+        self._lines: deque[bytes] = deque(maxlen=_LINES_KEPT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record).encode(errors="replace") + b"\n")
+        try:
+            with open(self._path, "ab", buffering=0) as file:
+                while self._lines:
+                    self._append(file, self._lines[0])
+                    self._lines.popleft()
+            self._is_told = False
+        except OSError as error:
+            if not self._is_told:
+                self._is_told = True
+                logger.warning("%s cannot be written, its lines are kept: %s", self._path, error.strerror)
+
+    def _append(self, file: BinaryIO, line: bytes) -> None:
+        end = os.fstat(file.fileno()).st_size
+        if file.write(line) != len(line):
+            os.ftruncate(file.fileno(), end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def main(argv: list[str]) -> int:
@@ -166,15 +232,22 @@ def main(argv: list[str]) -> int:
                 print(line)
             return OK
         supervisor = build(args, words)
-        lock = claim(supervisor.run_dir)
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # nohup means that a closed terminal is no request to stop.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, lambda *_: supervisor.request_stop())
+        lock = claim(supervisor.run_dir, lambda: supervisor.stop_requested)
     except (ValueError, SSHProblem) as error:
         logger.error("%s", error)
         return WRONG_INPUT
-    add_log_file(supervisor.run_dir / MONITOR_DIR / "monitor.log")
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # nohup means that a closed terminal is no request to stop.
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-            signal.signal(signum, lambda *_: supervisor.request_stop())
+    except OSError as error:
+        # A disk that does not answer now is nobody's mistake.
+        logger.error("%s", error)
+        return CRASH
+    if lock is None:
+        logger.info("stopped on request before a launch")
+        return STOPPED
+    logger.addHandler(SteadyLog(supervisor.run_dir / MONITOR_DIR / "monitor.log"))
     try:
         return supervisor.run()
     finally:

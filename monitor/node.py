@@ -5,34 +5,44 @@
 The second form runs on remote hosts behind SSH. The job is started in a session of its own and writes to a file, so it
 outlives the connection and the monitor; whoever comes next finds it again by `RUN/monitor/job-N.json` and by a variable
 in its environment, ZERO2ALL_LAUNCH, that all its processes inherit. N is the node's number, as nodes may share a disk.
+Whose job it is, is said by `RUN/monitor/claim.json` (monitor/claim.py).
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
+from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
+from monitor.passing import FULL, passes
 from utils.checkpoint import RUN_MARK, list_checkpoints
-from utils.exits import read_exit_records
 from utils.files import atomic_write_json
 from utils.heartbeat import read_heartbeats, stacks_path
 
-PROTOCOL = 1
+PROTOCOL = 2
 MONITOR_DIR = "monitor"
 """Folder in a run directory for what belongs to its monitor."""
 _LOG_BYTES_AT_ONCE = 1 << 18
 _LOGS_KEPT = 10
 _STACKS_SECONDS = 3.0
 _KILL_SECONDS = 10.0
+_ALONE_SECONDS = 20.0
+_PROBE_BYTES = 1 << 16
+_LEAST_DISK_BYTES = 1 << 24
+"""Room for logs and records, beside a checkpoint."""
 _HEARTBEAT_KEYS = {"rank", "world_size", "pid", "phase", "step", "monotonic"}
 
 
@@ -67,13 +77,25 @@ class NodeReport:
     checkpoint: int | None
     """Step of the newest checkpoint."""
     checkpoint_bytes: int
-    disk_free: int
+    disk_free: int | None
+    """None: the disk does not say."""
     memory_available: int
     memory_total: int
 
 
+@dataclass(frozen=True)
+class Obstacle:
+    """Why nothing can be launched on a node now."""
+
+    kind: str
+    """"processes" of an earlier launch, the "disk", or the "lock" of the run directory."""
+    reason: str
+    """A sentence."""
+
+
 class LocalNode:
-    """The job on this machine.
+    """The job on this machine. Once it is claimed for a monitor, all but `claim` and `release` raise TakenOver if
+    another monitor has claimed it meanwhile.
 
     Args:
         run_dir: the run directory, as this machine names it.
@@ -88,6 +110,48 @@ class LocalNode:
         self._process: subprocess.Popen | None = None
         self._job: dict | None = None
         self._sizes: dict[Path, int] = {}
+        self._claim = Claim(self.home)
+
+    def claim(self, who: Monitor, instead_of: str = "") -> Holder | None:
+        """See Claim.take.
+
+        Raises:
+            ValueError: the run directory cannot be written, and that does not pass.
+            OSError: it cannot be written now.
+        """
+        try:
+            return self._claim.take(who, instead_of)
+        except OSError as error:
+            if passes(error):
+                raise
+            raise ValueError(f"{self.run_dir} cannot be written: {error.strerror}") from None
+
+    def release(self) -> None:
+        self._claim.release()
+
+    def touch(self) -> None:
+        """A sign that the monitor is there."""
+        self._claim.check()
+        self._claim.touch()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what changes the job. A request whose connection has dropped may still be at work, in a process of
+        its own: the next one must not pass it by."""
+        self._claim.check()
+        try:
+            file = open(self.home / f".work-{self.index}", "ab")
+        except OSError:
+            # Nothing was ever started here, or a full disk: a job must be ended all the same.
+            yield
+            return
+        with file:
+            deadline = time.monotonic() + _ALONE_SECONDS
+            while not _is_locked_now(file):
+                if time.monotonic() > deadline:
+                    raise OSError(f"an earlier request to {self.name} is still at work")
+                time.sleep(0.05)
+            yield
 
     def start(self, launch: Launch) -> None:
         """
@@ -96,6 +160,10 @@ class LocalNode:
             OSError: it cannot be started now (a full disk).
         """
         self.home.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._start(launch)
+
+    def _start(self, launch: Launch) -> None:
         self._forget_old_launches()
         exits, log = self.home / f"exit-{launch.token}", self.home / f"launch-{launch.attempt}-{self.index}.log"
         exits.mkdir()
@@ -104,14 +172,14 @@ class LocalNode:
         # Before anything runs: a job that no file names could not be found again.
         atomic_write_json(self._job_file, self._job)
         env = os.environ | launch.env | {"ZERO2ALL_LAUNCH": launch.token, "ZERO2ALL_EXIT_DIR": str(exits.resolve())}
-        try:
-            with open(log, "wb") as output:
+        with open(log, "wb") as output:
+            try:
                 self._process = subprocess.Popen(
                     launch.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
                     start_new_session=True,
                 )  # fmt: skip
-        except (FileNotFoundError, PermissionError) as error:
-            raise ValueError(f"{launch.command[0]} cannot be started: {error.strerror}") from None
+            except (FileNotFoundError, PermissionError) as error:
+                raise ValueError(f"{launch.command[0]} cannot be started: {error.strerror}") from None
         self._job["pid"] = self._process.pid
         atomic_write_json(self._job_file, self._job)
 
@@ -125,26 +193,29 @@ class LocalNode:
     def adopt(self) -> dict | None:
         """Take over the job that an earlier monitor or connection left; {"token", "attempt"} if it is still running.
         Of one that has ended meanwhile, `poll` has the records and the output."""
+        with self._alone():
+            self._job = self._read_job() or self._job_by_environment()
+            if self._job is None or not self._processes():
+                return None
+            return {key: self._job[key] for key in ("token", "attempt")}
+
+    def _read_job(self) -> dict | None:
+        """What the job file says; None if that is nothing, or no job."""
+        kinds = {"token": str, "attempt": int, "pid": int, "log": str}
         try:
             job = json.loads(self._job_file.read_text())
-            self._job = {key: job[key] for key in ("token", "attempt", "pid", "log")}
+            job = {key: job[key] for key in kinds}
         except (OSError, ValueError, KeyError, TypeError):
-            self._job = self._job_by_environment()
-        if self._job is None or not self._processes():
             return None
-        return {key: self._job[key] for key in ("token", "attempt")}
+        return job if all(isinstance(job[key], kind) for key, kind in kinds.items()) else None
 
     def _job_by_environment(self) -> dict | None:
         """What the job file would say of a job of this run that is alive: its processes know their launch."""
-        for process in psutil.process_iter():
-            try:
-                env = process.environ()
-            except (psutil.Error, OSError):
+        for _, token in self._leftovers():
+            number = token.partition("-")[0]
+            if not number.isdecimal():
                 continue
-            token, exits = env.get("ZERO2ALL_LAUNCH", ""), Path(env.get("ZERO2ALL_EXIT_DIR", ""))
-            if exits != (self.home / f"exit-{token}").resolve() or not token.endswith(f"-{self.index}"):
-                continue
-            attempt = int(token.partition("-")[0])
+            attempt = int(number)
             job = {"token": token, "attempt": attempt, "pid": 0, "log": f"launch-{attempt}-{self.index}.log"}
             members = self._processes_of(token)
             pids = {member.pid for member in members}
@@ -152,20 +223,105 @@ class LocalNode:
             return job
         return None
 
+    def _leftovers(self) -> Iterator[tuple[psutil.Process, str]]:
+        """All processes of this node that any launch of this run has left, with the launch's token."""
+        for process in psutil.process_iter():
+            env = _environment(process)
+            token, exits = env.get("ZERO2ALL_LAUNCH", ""), Path(env.get("ZERO2ALL_EXIT_DIR", ""))
+            if not token.endswith(f"-{self.index}") or process.pid == os.getpid():
+                continue
+            if exits == (self.home / f"exit-{token}").resolve():
+                yield process, token
+
     def _processes(self) -> list[psutil.Process]:
         """All processes of the job, whoever their parent is now."""
         return self._processes_of(self._job["token"]) if self._job is not None else []
 
     def _processes_of(self, token: str) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and process.environ().get("ZERO2ALL_LAUNCH") == token and process.pid != os.getpid():
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        return [
+            process for process in psutil.process_iter()
+            if process.pid != os.getpid() and _environment(process).get("ZERO2ALL_LAUNCH") == token
+        ]  # fmt: skip
+
+    def clear(self) -> None:
+        """End all that earlier launches left here; `obstacle` says whether something stays."""
+        with self._alone():
+            _end(lambda: [process for process, _ in self._leftovers()])
+            self._reap()
+
+    def obstacle(self, after_full_disk: bool) -> Obstacle | None:
+        """What stands in the way of a launch, if anything does.
+
+        Args:
+            after_full_disk: there must be room for a checkpoint, too.
+        """
+        self._claim.check()
+        if left := [process.pid for process, _ in self._leftovers()]:
+            return Obstacle(
+                "processes", f"{len(left)} process{'es' if len(left) > 1 else ''} of an earlier launch on {self.name} "
+                f"cannot be ended (pid {', '.join(map(str, left[:8]))}): waiting inside the kernel, for a disk say",
+            )  # fmt: skip
+        problem, (_, size), free = self._write_problem(), self._newest_checkpoint(), self._disk_free()
+        needed = size + _LEAST_DISK_BYTES
+        is_full = problem is not None and problem.errno in FULL
+        if is_full or (after_full_disk and free is not None and free < needed):
+            why = f" ({problem.strerror})" if problem is not None else ""
+            return Obstacle(
+                "disk", f"{self.name} has {_megabytes(free)} of disk left for {self.run_dir}{why}, and "
+                f"{_megabytes(needed)} are needed, for a checkpoint and the logs: make room",
+            )  # fmt: skip
+        if problem is not None:
+            return Obstacle("disk", f"{self.run_dir} on {self.name} cannot be written: {problem.strerror}")
+        if self._is_run_locked():
+            return Obstacle("lock", f"another process works in {self.run_dir} on {self.name}, and holds its .lock")
+        return None
+
+    def _write_problem(self) -> OSError | None:
+        path = self.home / f".probe-{self.index}"
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(bytes(_PROBE_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            return error
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        return None
+
+    def _disk_free(self) -> int | None:
+        """Bytes."""
+        try:
+            return psutil.disk_usage(str(_existing(self.run_dir))).free
+        except OSError:
+            return None
+
+    def _is_run_locked(self) -> bool:
+        """Whether a training, or a command that changes checkpoints, is in the run directory (utils.checkpoint)."""
+        try:
+            with open(self.run_dir / ".lock", "rb") as file:
+                return not _is_locked_now(file, fcntl.LOCK_SH)
+        except OSError:
+            # There is none, or no locks are to be had: the training finds out for itself.
+            return False
+
+    def recall(self, name: str) -> dict | None:
+        """What was remembered here; None: nothing; empty: it cannot be read."""
+        try:
+            value = json.loads((self.home / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def remember(self, name: str, value: dict) -> None:
+        """For later monitors."""
+        self._claim.check()
+        self.home.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.home / f"{name}.json", value)
 
     def _heartbeats(self) -> list[dict]:
         """Of this launch's ranks on this node."""
@@ -184,6 +340,7 @@ class LocalNode:
         Args:
             log_from: `log_end` of the last report of this launch; 0 at first.
         """
+        self.touch()
         returncode = self._process.poll() if self._process is not None else None
         launcher_alive = self._job is not None and (
             returncode is None if self._process is not None
@@ -194,13 +351,13 @@ class LocalNode:
         if self._job is not None and not running:
             # Ranks that have not beaten yet are only found by a look at all processes.
             running = bool(self._processes())
-        exits = read_exit_records(self.home / f"exit-{self._job['token']}") if self._job is not None else []
+        exits = _read_exits(self.home / f"exit-{self._job['token']}") if self._job is not None else []
         log, log_end = self._read_log(log_from, whole_lines=running)
         step, size = self._newest_checkpoint()
         memory = psutil.virtual_memory()
         return NodeReport(
-            running, launcher_alive, returncode, heartbeats, exits, log, log_end, step, size,
-            psutil.disk_usage(str(_existing(self.run_dir))).free, memory.available, memory.total,
+            running, launcher_alive, returncode, heartbeats, exits, log, log_end, step, size, self._disk_free(),
+            memory.available, memory.total,
         )  # fmt: skip
 
     def _read_log(self, start: int, whole_lines: bool) -> tuple[str, int]:
@@ -219,7 +376,11 @@ class LocalNode:
         return content[:end].decode(errors="replace"), start + end
 
     def _newest_checkpoint(self) -> tuple[int | None, int]:
-        checkpoints = list_checkpoints(self.run_dir / "ckpt")
+        """(step, bytes); (None, 0) also where nobody can say."""
+        try:
+            checkpoints = list_checkpoints(self.run_dir / "ckpt")
+        except OSError:
+            return None, 0
         if not checkpoints:
             return None, 0
         path = checkpoints[-1].path
@@ -231,7 +392,11 @@ class LocalNode:
         return checkpoints[-1].step, self._sizes[path]
 
     def holds_checkpoint(self) -> bool:
-        return self._newest_checkpoint()[0] is not None
+        """
+        Raises:
+            OSError: it cannot be said now.
+        """
+        return bool(list_checkpoints(self.run_dir / "ckpt"))
 
     def stacks(self) -> str:
         """The Python stacks of all ranks, which they write themselves on SIGUSR1; ranks that are stopped are let go on
@@ -261,6 +426,7 @@ class LocalNode:
 
     def stop(self) -> None:
         """Ask the ranks to save and end. Not through torchrun, which before torch 2.13 kills after 30 seconds."""
+        self._claim.check()
         if self._job is None:
             return
         pids = [record["pid"] for record in self._heartbeats() if record["alive"]]
@@ -273,21 +439,75 @@ class LocalNode:
             _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all processes of the job at once."""
-        deadline = time.monotonic() + _KILL_SECONDS
-        while (processes := self._processes()) and time.monotonic() < deadline:
-            for process in processes:
-                _send(process.pid, signal.SIGKILL)
-            time.sleep(0.05)
+        """End all processes of the job at once, and wait until they are gone; not for ever, see `obstacle`."""
+        with self._alone():
+            _end(self._processes)
+            self._reap()
+
+    def _reap(self) -> None:
         if self._process is not None:
-            try:
+            # It may wait inside the kernel (a dead disk).
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILL_SECONDS)
-            except subprocess.TimeoutExpired:
-                # It waits inside the kernel (a dead disk); whoever starts the next launch will see.
-                return
 
     def close(self) -> None:
-        """Nothing to let go of: the job is ended by `kill` alone."""
+        """Let go of the claim; the job is ended by `kill` alone."""
+        self.release()
+
+
+def _is_locked_now(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _end(find: Callable[[], list[psutil.Process]]) -> None:
+    """SIGKILL until nothing is found any more, but not for ever."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while (processes := find()) and time.monotonic() < deadline:
+        for process in processes:
+            _send(process.pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """Of a process that lives, be it only with a thread: one whose first thread has ended looks like a zombie, and may
+    still compute, write and hold locks. Empty if it is gone, or not ours to see."""
+    try:
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+    threads = Path(f"/proc/{process.pid}/task")
+    try:
+        for thread in threads.iterdir():
+            if (thread / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                pairs = (thread / "environ").read_bytes().decode(errors="surrogateescape").split("\0")
+                return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    except OSError:
+        # It ended meanwhile.
+        return {}
+    return {}
+
+
+def _read_exits(directory: Path) -> list[dict]:
+    """Exit records, in the order of their ranks; what is none, or not whole, is left out."""
+    kinds = {"rank": int, "code": int, "reason": str, "time": (int, float)}
+    found = []
+    for path in sorted(directory.glob("rank-*.json")):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            found.append(record)
+    return sorted(found, key=lambda record: record["rank"])
+
+
+def _megabytes(size: int | None) -> str:
+    return "an unknown amount" if size is None else f"{size / 1e6:,.0f} MB"
 
 
 def _status_of(pid: int, token: str) -> str | None:
@@ -331,28 +551,54 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
+_PLAIN = ("adopt", "stacks", "stop", "kill", "clear", "holds_checkpoint", "release", "touch")
+"""Requests without arguments."""
+
+
 def _answer(node: LocalNode, request: dict) -> object:
     do = request["do"]
     if do == "hello":
         return {"protocol": PROTOCOL, "is_run": (node.run_dir / RUN_MARK).exists()}
+    if do == "claim":
+        holder = node.claim(Monitor(**request["who"]), request["instead_of"])
+        return None if holder is None else holder.to_json()
+    node.touch()
     if do == "start":
         return node.start(Launch(**request["launch"]))
     if do == "poll":
         return node.poll(request["log_from"]).__dict__
-    return getattr(node, {"adopt": "adopt", "stacks": "stacks", "stop": "stop", "kill": "kill",
-                          "holds_checkpoint": "holds_checkpoint"}[do])()  # fmt: skip
+    if do == "obstacle":
+        obstacle = node.obstacle(request["after_full_disk"])
+        return None if obstacle is None else obstacle.__dict__
+    if do == "recall":
+        return node.recall(request["name"])
+    if do == "remember":
+        return node.remember(request["name"], request["value"])
+    return getattr(node, {name: name for name in _PLAIN}[do])()
 
 
 def serve(node: LocalNode, requests: Iterator[str]) -> Iterator[str]:
-    """Answer each request line, until there are no more, with {"answer"}; {"problem"}: the request is wrong; or
-    {"failure"}: this machine could not do it now."""
+    """Answer each request line, until there are no more, with {"answer"}; {"problem"}: the request is wrong;
+    {"failure"}: this machine could not do it now; or {"taken"}: another monitor has the run."""
     for line in requests:
         try:
             yield json.dumps({"answer": _answer(node, json.loads(line))})
+        except TakenOver as error:
+            yield json.dumps({"taken": str(error)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             yield json.dumps({"problem": str(error) or type(error).__name__})
         except OSError as error:
-            yield json.dumps({"failure": str(error)})
+            yield json.dumps({"failure": error.strerror or str(error), "errno": error.errno})
+
+
+def _lines(fd: int, patience: float) -> Iterator[str]:
+    """Lines that come in, until there are no more, or none for so many seconds: a broken connection may leave its end
+    here open for hours, and with it the claim."""
+    buffer = b""
+    while select.select([fd], [], [], patience)[0] and (piece := os.read(fd, 1 << 16)):
+        *lines, buffer = (buffer + piece).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -366,9 +612,11 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     node = LocalNode(Path(args.run_dir), args.index)
     # The connection may have dropped in the middle of a launch.
-    node.adopt()
-    for line in serve(node, iter(sys.stdin.readline, "")):
-        print(line, flush=True)
+    with contextlib.suppress(OSError):
+        node.adopt()
+    with contextlib.suppress(BrokenPipeError):
+        for line in serve(node, _lines(sys.stdin.fileno(), LEASE_SECONDS)):
+            print(line, flush=True)
     return 0
 
 

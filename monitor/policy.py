@@ -1,7 +1,9 @@
 """What the ending of a launch means, and what to do next. Plain data in, plain data out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from monitor.passing import is_of_a_disk
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, verdict
 
 
@@ -19,12 +21,16 @@ class Ending:
     """If the loss was not finite: position of the stream behind the samples that made it so."""
 
 
+_SAID = {OK: "finished", STOPPED: "stopped on request"}
+
+
 def classify(
     exits: list[dict],
     world_size: int | None,
     returncodes: list[int | None],
     cause: str | None,
     ended_by_us: frozenset[int] = frozenset(),
+    leaving: Mapping[int, int] | None = None,
 ) -> Ending:
     """What happened, from the records that the ranks left.
 
@@ -34,16 +40,21 @@ def classify(
         returncodes: of the launchers; torchrun's says little.
         cause: why the monitor ended the launch, if it did.
         ended_by_us: ranks that the monitor ended because others had.
+        leaving: rank -> the exit code with which it was about to end, with everything saved.
     """
-    codes = [record["code"] for record in exits]
-    code = verdict(codes, world_size or max(len(codes), 1))
+    ranks = world_size or max(len(exits), 1)
+    code = verdict([record["code"] for record in exits], ranks)
     if code == WRONG_INPUT:
         record = next(record for record in exits if record["code"] == WRONG_INPUT)
-        return Ending(WRONG_INPUT, record["reason"])
-    if code == STOPPED:
-        return Ending(STOPPED, "stopped on request")
-    if code == OK:
-        return Ending(OK, "finished")
+        # Whatever the training makes of it: a disk that is full, or away, is nothing that the command says.
+        return Ending(CRASH if is_of_a_disk(record["reason"]) else WRONG_INPUT, record["reason"])
+    if code in _SAID:
+        return Ending(code, _SAID[code])
+    settled = dict(leaving or {}) | {record["rank"]: record["code"] for record in exits if record["code"] in _SAID}
+    if (code := verdict(settled.values(), ranks)) in _SAID:
+        # Starting again could only lead to the same place.
+        late = [f"rank {record['rank']}: {record['reason']}" for record in exits if record["code"] not in _SAID]
+        return Ending(code, "; ".join([_SAID[code], *(["all was saved before " + ", ".join(late)] if late else [])]))
     if cause is not None:
         return Ending(CRASH, cause)
     if not exits and world_size is None and WRONG_INPUT in returncodes:
@@ -65,12 +76,33 @@ def classify(
     return Ending(CRASH, "; ".join(parts), traceback, non_finite)
 
 
+_OF_THE_CODE = (
+    "ArithmeticError", "AssertionError", "AttributeError", "ImportError", "IndexError", "KeyError",
+    "ModuleNotFoundError", "NameError", "NotImplementedError", "RecursionError", "SyntaxError", "TypeError",
+    "UnboundLocalError", "ZeroDivisionError",
+)  # fmt: skip
+"""Exceptions that say what the code is, not what the world is like at the moment."""
+
+
+def fixed_cause(ending: Ending) -> str | None:
+    """What names a crash that will be the same the next time: its exception and the line that raised it; None where it
+    may pass."""
+    lines = [line.strip() for line in ending.traceback.splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith('File "')]
+    if not places or lines[-1].partition(":")[0] not in _OF_THE_CODE:
+        return None
+    return f"{places[-1]}: {lines[-1]}"
+
+
 @dataclass(frozen=True)
 class Rules:
-    max_restarts: int = 100
+    max_restarts: int = 1000
     """In all."""
     max_without_progress: int = 3
-    """Restarts in a row without a step that was not done before."""
+    """Launches in a row without a step that was not done before, before it is given up; and ..."""
+    give_up_after: float = 86400.0
+    """... seconds without one. What an exception of the code itself ends each time, at the same line, is given up
+    without."""
     backoff: float = 1.0
     """Seconds before the first restart; doubled each time without progress."""
     max_backoff: float = 300.0
@@ -99,13 +131,17 @@ class Policy:
         self._rules = rules
         self.restarts = self.without_progress = self.went_back = 0
         self._greatest_step = -1
+        self._progress_at: float | None = None
         self._flags: list[str] = []
+        self._cause: str | None = None
+        self._same_cause = 0
 
-    def decide(self, ending: Ending, greatest_step: int | None, stop_requested: bool) -> Decision:
+    def decide(self, ending: Ending, greatest_step: int | None, stop_requested: bool, now: float) -> Decision:
         """
         Args:
             greatest_step: highest step that a rank of the launch began; None if none did.
             stop_requested: the monitor itself was asked to end.
+            now: seconds, by a clock that stands still while the monitor waits for a host or a disk.
         """
         if ending.code != CRASH:
             return Decision(ending.code, ending.reason)
@@ -125,16 +161,36 @@ class Policy:
         elif progressed:
             # Until then, what was left out may be in no checkpoint yet.
             self._flags = []
-        if progressed:
-            self._greatest_step, self.without_progress = greatest_step, 0
-        else:
-            self.without_progress += 1
-        if self.without_progress >= rules.max_without_progress:
-            return Decision(
-                CRASH, f"gave up after {self.without_progress} launches in a row without a new step: {ending.reason}"
-            )
-        if self.restarts >= rules.max_restarts:
-            return Decision(CRASH, f"gave up after {self.restarts} restarts: {ending.reason}")
+        self._count(ending, greatest_step if progressed else None, now)
+        if reason := self._given_up(now):
+            return Decision(CRASH, f"gave up after {reason}: {ending.reason}")
         self.restarts += 1
-        delay = min(rules.backoff * 2.0**self.without_progress, rules.max_backoff)
+        # (2.0 to the power of some thousands would be no number any more.)
+        delay = min(rules.backoff * 2.0 ** min(self.without_progress, 60), rules.max_backoff)
         return Decision(None, ending.reason, delay, self._flags)
+
+    def _count(self, ending: Ending, new_step: int | None, now: float) -> None:
+        if new_step is not None:
+            self._greatest_step, self.without_progress, self._progress_at = new_step, 0, now
+            self._cause, self._same_cause = None, 0
+            return
+        self.without_progress += 1
+        self._progress_at = now if self._progress_at is None else self._progress_at
+        cause = fixed_cause(ending)
+        self._same_cause = self._same_cause + 1 if cause is not None and cause == self._cause else 1
+        self._cause = cause
+
+    def _given_up(self, now: float) -> str:
+        """Why, if so."""
+        rules = self._rules
+        if self.restarts >= rules.max_restarts:
+            return f"{self.restarts} restarts"
+        if self.without_progress < rules.max_without_progress:
+            return ""
+        launches = f"{self.without_progress} launches in a row without a new step"
+        if self._cause is not None and self._same_cause >= max(rules.max_without_progress, 2):
+            return f"{launches}, each ended by the same line of code"
+        seconds = now - self._progress_at
+        if seconds < rules.give_up_after:
+            return ""
+        return f"{launches}, in {seconds / 3600:.1f} h" if seconds >= 3600 else launches

@@ -1,36 +1,55 @@
 """A node behind an SSH connection: `python -m monitor.node` runs there and is asked over its standard input.
 
-The connection may drop at any time: the job goes on, and the next request connects again.
+The connection may drop at any time: the job goes on, and the next request connects again. Whatever a host answers that
+was reached before (no login, no folder, another key), it is out of reach, and is asked again: soon, if nothing answers
+at the address; else after minutes, since hosts shut out who comes too often. A host whose key has changed is not
+connected to, and nothing is said to it, until its key is the one in known_hosts.
 """
 
 import json
+import logging
 import shlex
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
+from monitor.claim import Holder, Monitor, TakenOver
 from monitor.hosts import Host
-from monitor.node import PROTOCOL, Launch, NodeReport
-from utils.ssh import SSHProblem, Unreachable, connect
+from monitor.node import PROTOCOL, Launch, NodeReport, Obstacle
+from utils.ssh import BrokeOff, HostKeyRefused, SSHProblem, Unreachable, connect
+
+logger = logging.getLogger("monitor")
 
 _MOST_BYTES = 1 << 24
+_SOON, _SOON_AT_MOST = 1.0, 15.0
+"""Seconds before the next attempt where nothing answered; doubled each time."""
+_LATER, _LATER_AT_MOST = 60.0, 300.0
+"""The same where something did. fail2ban, as it comes, shuts out after five failures within ten minutes."""
 
 
 class RemoteNode:
     """The job on a host of the hosts file; what LocalNode is for this machine.
 
-    All methods raise SSHProblem where the host cannot be reached, ValueError where the request is wrong, and OSError
-    where the host could not do it now.
+    All methods raise SSHProblem where the host cannot be reached, ValueError where the request is wrong, OSError where
+    the host could not do it now, and TakenOver where another monitor has the run.
     """
 
-    def __init__(self, host: Host, run_dir: str, index: int, timeout_s: float = 10.0):
+    def __init__(
+        self, host: Host, run_dir: str, index: int, timeout_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
         self.host, self.run_dir, self.index = host, run_dir, index
         self.name = f"{host.host}:{host.port}" if host.port else host.host
-        self._timeout = timeout_s
+        self._timeout, self._clock = timeout_s, clock
         self._client = self._channel = None
         self._buffer = b""
         self._connecting: Future | None = None
         self._thread = ThreadPoolExecutor(1, f"ssh-{host.host}")
+        self._who: Monitor | None = None
+        self._was_open = False
+        self._problem: SSHProblem | None = None
+        self._next_attempt = self._delay = 0.0
 
     def open(self, confirm: Callable[[str, str, str], bool] | None = None) -> None:
         """Connect and start the server on the host.
@@ -39,6 +58,7 @@ class RemoteNode:
             confirm: asked about the key of a host that is not known yet, see utils/ssh.py.
         Raises:
             ValueError: the host has no zero2all of this version where the hosts file says.
+            TakenOver: it was claimed, and another monitor has claimed it since.
         """
         self._drop()
         self._client = connect(self.host.target, confirm=confirm, timeout_s=self._timeout)
@@ -63,6 +83,19 @@ class RemoteNode:
         if hello["protocol"] != PROTOCOL:
             self._drop()
             raise ValueError(f"{self.name} has another version of zero2all: bring {self.host.workdir} up to date")
+        self._claim_again()
+        self._was_open = True
+
+    def _claim_again(self) -> None:
+        """With the new connection, what was claimed before."""
+        try:
+            holder = self._claim("") if self._who is not None else None
+        except (OSError, ValueError) as error:
+            self._drop()
+            raise Unreachable(f"{self.name}: {error}") from None
+        if holder is not None:
+            self._drop()
+            raise TakenOver(f"{self.name}: {holder}")
 
     def _complaint(self) -> str:
         """Last line that the host's shell or Python wrote to standard error."""
@@ -95,42 +128,112 @@ class RemoteNode:
         """Have a connection, made in a thread of its own where there is none.
 
         Raises:
-            Unreachable: not `wait`, and it is not there yet.
+            Unreachable: not `wait`, and it is not there yet; or it is too soon to try again.
         """
         if self._connecting is None and self._channel is None:
+            if self._clock() < self._next_attempt:
+                raise self._problem
             self._connecting = self._thread.submit(self.open)
         if self._connecting is None:
             return
         if not wait and not self._connecting.done():
             raise Unreachable(f"{self.name}: connecting again")
         attempt, self._connecting = self._connecting, None
-        attempt.result()
+        try:
+            attempt.result()
+        except (OSError, ValueError) as error:
+            if not self._was_open:
+                raise
+            raise self._out_of_reach(error) from None
+        if self._problem is not None:
+            logger.info("%s answers again", self.name)
+        self._problem, self._next_attempt, self._delay = None, 0.0, 0.0
+
+    def _out_of_reach(self, error: OSError | ValueError) -> Unreachable:
+        """What an attempt that failed means for a host that was reached before; says when to try again."""
+        is_silent = isinstance(error, Unreachable) and not isinstance(error, BrokeOff)
+        first, most = (_SOON, _SOON_AT_MOST) if is_silent else (_LATER, _LATER_AT_MOST)
+        self._delay = min(max(2 * self._delay, first), most)
+        self._next_attempt = self._clock() + self._delay
+        text = str(error) if self.name in str(error) else f"{self.name}: {error}"
+        if not is_silent and str(self._problem) != text:
+            note = " Nothing is sent to it until its key is the known one." if isinstance(error, HostKeyRefused) else ""
+            logger.warning("%s; its job goes on, and it is tried again in %.0f s.%s", text, self._delay, note)
+        self._problem = Unreachable(text)
+        return self._problem
 
     def _request(self, do: str, timeout_s: float | None = None, wait: bool = True, **more: object) -> object:
         self._connect_again(wait)
+        return self._ask(do, timeout_s or self._timeout, **more)
+
+    def _ask(self, do: str, timeout_s: float, **more: object) -> object:
+        """Over the connection that there is."""
         try:
-            answer = self._exchange({"do": do, **more}, timeout_s or self._timeout)
+            answer = self._exchange({"do": do, **more}, timeout_s)
         except (OSError, EOFError, json.JSONDecodeError) as error:
             # An answer that comes too late must not be taken for the next one's.
             self._drop()
             if isinstance(error, SSHProblem):
                 raise
             raise Unreachable(f"{self.name} does not answer") from None
+        if "taken" in answer:
+            raise TakenOver(f"{self.name}: {answer['taken']}")
         if "failure" in answer:
-            raise OSError(f"{self.name}: {answer['failure']}")
+            number, text = answer.get("errno"), f"{self.name}: {answer['failure']}"
+            raise OSError(number, text) if number else OSError(text)
         if "answer" not in answer:
             raise ValueError(f"{self.name}: {answer.get('problem')}")
         return answer["answer"]
+
+    def claim(self, who: Monitor, instead_of: str = "") -> Holder | None:
+        """As LocalNode's; what is claimed is claimed again with each new connection."""
+        self._connect_again(wait=True)
+        self._who, before = who, self._who
+        try:
+            holder = self._claim(instead_of)
+        except (OSError, ValueError):
+            self._who = before
+            raise
+        if holder is not None:
+            self._who = before
+        return holder
+
+    def _claim(self, instead_of: str) -> Holder | None:
+        answer = self._ask("claim", 3 * self._timeout, who=asdict(self._who), instead_of=instead_of)
+        return None if answer is None else Holder.from_json(answer)
+
+    def release(self) -> None:
+        """Let others have the run, where the host can be told so."""
+        if self._who is None:
+            return
+        self._who = None
+        self._request("release", wait=False)
+
+    def touch(self) -> None:
+        self._request("touch", wait=False)
 
     def poll(self, log_from: int) -> NodeReport:
         """As LocalNode's; does not wait for a connection that is gone, but has it made meanwhile."""
         return NodeReport(**self._request("poll", min(self._timeout, 5.0), wait=False, log_from=log_from))
 
     def start(self, launch: Launch) -> None:
-        self._request("start", launch=asdict(launch))
+        self._request("start", timeout_s=60.0, launch=asdict(launch))
 
     def adopt(self) -> dict | None:
-        return self._request("adopt")
+        return self._request("adopt", timeout_s=30.0)
+
+    def clear(self) -> None:
+        self._request("clear", timeout_s=60.0)
+
+    def obstacle(self, after_full_disk: bool) -> Obstacle | None:
+        answer = self._request("obstacle", timeout_s=30.0, after_full_disk=after_full_disk)
+        return None if answer is None else Obstacle(**answer)
+
+    def recall(self, name: str) -> dict | None:
+        return self._request("recall", name=name)
+
+    def remember(self, name: str, value: dict) -> None:
+        self._request("remember", name=name, value=value)
 
     def holds_checkpoint(self) -> bool:
         return self._request("holds_checkpoint")
@@ -142,11 +245,9 @@ class RemoteNode:
         self._request("stop")
 
     def kill(self) -> None:
-        self._request("kill", timeout_s=30.0)
+        self._request("kill", timeout_s=60.0)
 
     def close(self) -> None:
         """End the connection, not the job."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._drop()
-
-

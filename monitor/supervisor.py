@@ -1,8 +1,17 @@
-"""Launch, watch, end, launch again: the loop of monitor_process.py over the nodes of a run."""
+"""Launch, watch, end, launch again: the loop of monitor_process.py over the nodes of a run.
 
+Time is counted as the monitor lives it: from one look to the next, no more passes than a look takes. So whatever stops
+this process, or the whole machine (a laptop that is shut), brings no deadline nearer.
+
+A host that is silent is no reason to end a job: the ranks on the others show what its ranks do, as they stand still
+without them. Before each launch all nodes are looked at, and a job that is alive on all of them is watched further.
+"""
+
+import contextlib
 import logging
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
 from monitor.hosts import Hosts
-from monitor.node import Launch, NodeReport
+from monitor.node import MONITOR_DIR, Launch, NodeReport, Obstacle
+from monitor.passing import is_full, is_of_a_disk, passes
 from monitor.policy import Decision, Ending, Policy, Rules, classify
 from monitor.status import Status, planned_steps
-from monitor.watch import Limits, Watch
+from monitor.watch import Limits, Silence, Watch
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem
 
@@ -28,7 +39,18 @@ _LOW_MEMORY = 0.05
 _SPARE_DISK_BYTES = 1 << 28
 _STATUS_SECONDS = 5.0
 """The status file is written at least this often."""
+_TOUCH_SECONDS = 30.0
+"""The nodes hear of the monitor at least this often."""
+_LOOK_AGAIN_SECONDS = 5.0
+"""Between looks at what stands in the way of a launch."""
+_LONGEST_LOOK = 2.0
+"""Seconds, beside twice the interval; what is longer counts as so much."""
+_MOST_SILENT = 70.0
+"""Seconds after which a monitor that has a run is not at work there: longer than the longest interval."""
+_KILL_PATIENCE = 60.0
 _TRACEBACK_LINES = 30
+_WENT_BACK = "went-back"
+"""The note by which the first node remembers that --resume_from was followed."""
 
 
 class Node(Protocol):
@@ -37,10 +59,17 @@ class Node(Protocol):
     index: int
     name: str
 
+    def claim(self, who: Monitor, instead_of: str = "") -> Holder | None: ...
+    def release(self) -> None: ...
+    def touch(self) -> None: ...
     def start(self, launch: Launch) -> None: ...
     def adopt(self) -> dict | None: ...
+    def clear(self) -> None: ...
+    def obstacle(self, after_full_disk: bool) -> Obstacle | None: ...
     def poll(self, log_from: int) -> NodeReport: ...
     def holds_checkpoint(self) -> bool: ...
+    def recall(self, name: str) -> dict | None: ...
+    def remember(self, name: str, value: dict) -> None: ...
     def stacks(self) -> str: ...
     def stop(self) -> None: ...
     def kill(self) -> None: ...
@@ -54,13 +83,13 @@ class Options:
     interval: float = 1.0
     """Seconds between looks."""
     leave_grace: float = 15.0
-    """Seconds that ranks may live on after another has died or ended."""
+    """Seconds that ranks may live on after another has died or ended, unless they are about to end, too."""
     stop_timeout: float = 1800.0
     """Seconds from the request to stop until the job is killed."""
     unreachable_after: float = 120.0
     """Seconds without an answer after which a host counts as lost."""
-    hosts_timeout: float = 3600.0
-    """Seconds to wait for hosts before a launch."""
+    lock_timeout: float = 30.0
+    """Seconds that the first launch waits for another process in the run directory."""
     show_output: bool = True
 
 
@@ -70,27 +99,50 @@ class Supervisor:
     Args:
         run_dir: where the status file is, on this machine.
         hosts: of the remote nodes, in their order; None: one node, this machine.
+        clock: seconds, as time.monotonic.
     """
 
-    def __init__(self, nodes: list[Node], command: TrainCommand, run_dir: Path, options: Options, hosts: Hosts | None):
+    def __init__(
+        self, nodes: list[Node], command: TrainCommand, run_dir: Path, options: Options, hosts: Hosts | None,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
         self.nodes, self.command, self.run_dir, self.options, self.hosts = nodes, command, run_dir, options, hosts
         self.policy = Policy(options.rules)
+        self.who = Monitor.of_this_process()
         self.status = Status(monitor_pid=os.getpid(), hosts=[node.name for node in nodes])
         self.stop_requested = False
+        self._clock = clock
         self._pool = ThreadPoolExecutor(len(nodes), "nodes")
         self._stop_sent: float | None = None
+        self._killed_at: float | None = None
+        self._unasked = {node.index for node in nodes}
         self._warned: set[str] = set()
         self._plan: tuple[int, int | None] = (0, None)
-        self._begin_launch()
+        # Until the run is ours, the status file may be another monitor's.
+        self._is_claimed = False
+        # Ranks have come to life: the command is right, and what is wrong may pass.
+        self._is_proved = False
+        self._waited = self._time = 0.0
+        self._looked_at = self._touched_at = clock()
+        self._after_full_disk = self._is_started = False
+        self._last_ending = ""
+        self._went_back: dict | None = None
+        self._begin_launch(is_adopted=False)
 
-    def _begin_launch(self) -> None:
+    def _begin_launch(self, is_adopted: bool) -> None:
+        self._looked_at = self._clock()
         self._reports: list[NodeReport | None] = [None] * len(self.nodes)
-        self._seen = [time.monotonic()] * len(self.nodes)
-        self._watch = Watch(self.options.limits, time.monotonic())
+        self._beats: list[list[dict]] = [[] for _ in self.nodes]
+        # When each node answered last: by the clock, and in watched time.
+        self._answered = [(self._looked_at, self._time)] * len(self.nodes)
+        self._silent: set[int] = set()
+        self._silence = [Silence(is_adopted) for _ in self.nodes]
+        self._watch = Watch(self.options.limits, self._time)
         self._leaving_since: float | None = None
         self._greatest_step: int | None = None
         self._world_size: int | None = None
         self._exits: dict[int, dict] = {}
+        self._leaving: dict[int, int] = {}
         self._ended_by_us: frozenset[int] = frozenset()
 
     def request_stop(self) -> None:
@@ -101,34 +153,120 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the run is finished, stopped, refused or given up; returns the exit code."""
-        self.status.attempt = self._launches_before()
-        flags: list[str] = []
-        first = True
+        try:
+            self._is_claimed = all(self._claim(node) for node in self.nodes)
+            return self._run() if self._is_claimed else STOPPED
+        except ValueError as error:
+            # Of the claim alone. The status file is left as it is: it may be the other monitor's.
+            logger.error("refused: %s", error)
+            return WRONG_INPUT
+        except TakenOver as error:
+            self._is_claimed = False
+            logger.error("another monitor has taken over: this one steps back and leaves the job as it is; %s", error)
+            return WRONG_INPUT
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for node in self.nodes:
+            # Where it cannot be told, the lease runs out.
+            with contextlib.suppress(OSError, ValueError, TakenOver):
+                node.release()
+
+    def _claim(self, node: Node) -> bool:
+        """Have the run for this monitor on a node; False if asked to stop while it is waited for. One node after the
+        other: of two monitors that begin at once, one gets the first.
+
+        Raises:
+            ValueError: another monitor has it, or the directory cannot be written.
+        """
+        started, told, instead_of = self._clock(), False, ""
         while True:
             try:
-                launched = (first and self._adopt()) or self._launch(flags)
-                ending = self._watch_launch() if launched else Ending(STOPPED, "stopped on request before a launch")
-            except (HostKeyRefused, LoginRefused, ValueError) as error:
-                ending = Ending(WRONG_INPUT, str(error))
+                holder = node.claim(self.who, instead_of)
+                if holder is None:
+                    return True
+                is_dead = holder.monitor is not None and holder.monitor.is_known_dead(self.who)
+                if is_dead and not holder.is_served and instead_of != holder.monitor.id:
+                    instead_of = holder.monitor.id
+                    continue
+                # What serves a monitor that is gone will notice; a lease runs out.
+                may_end = is_dead or not holder.is_served or holder.silent > _MOST_SILENT
+                problem = f"{node.name}: {holder}, looks after {self.run_dir}"
+                if not may_end or self._clock() - started > LEASE_SECONDS + _KILL_PATIENCE:
+                    raise ValueError(f"{problem}: end that monitor first, or leave the run to it")
+                problem += f"; if it does not come back, its time is up in {LEASE_SECONDS - holder.silent:.0f} s"
+            except (HostKeyRefused, LoginRefused) as error:
+                raise ValueError(str(error)) from None
             except OSError as error:
-                # A host out of reach, or a full disk.
-                ending = Ending(CRASH, str(error))
-            first = False
-            self._each(lambda node: node.kill(), quietly=True)
-            decision = self.policy.decide(ending, self._greatest_step, self.stop_requested)
-            self._tell(ending, decision)
-            if decision.exit_code is not None:
-                return decision.exit_code
-            flags = decision.flags
-            self._wait(decision.delay)
+                problem = f"{node.name} cannot be claimed: {error.strerror or error}"
             if self.stop_requested:
-                self._end(STOPPED, "stopped on request between two launches")
-                return STOPPED
+                logger.info("stopped on request before a launch")
+                return False
+            if not told:
+                logger.warning("waiting: %s", problem)
+                told = True
+            self._wait(min(_LOOK_AGAIN_SECONDS, 1.0))
+
+    def _run(self) -> int:
+        self.status.attempt = self._launches_before()
+        flags: list[str] = []
+        not_counted, rules = 0, self.options.rules
+        while True:
+            ending = self._one_launch(flags)
+            self._after_full_disk = ending.code == CRASH and is_full(ending.reason)
+            if why := self._disk_problem(ending):
+                # No fault of the run's, and no try: it goes on once the disk does.
+                not_counted += 1
+                self._tell_traceback(ending)
+                logger.warning("launch %d ended: %s", self.status.attempt, ending.reason)
+                self._last_ending = ending.reason
+                self._set_state("waiting", why)
+                self._wait(min(rules.backoff * 2.0 ** min(not_counted, 60), rules.max_backoff))
+            else:
+                not_counted = 0
+                now = self._clock() - self._waited
+                decision = self.policy.decide(ending, self._greatest_step, self.stop_requested, now)
+                self._tell(ending, decision)
+                if decision.exit_code is not None:
+                    return decision.exit_code
+                flags = decision.flags
+                self._wait(decision.delay)
+            if self.stop_requested:
+                return self._end(STOPPED, f"stopped on request between two launches{self._left_behind()}")
+
+    def _one_launch(self, flags: list[str]) -> Ending:
+        """From the launch, or the adoption, to the end of all that belongs to it."""
+        self._is_started = False
+        try:
+            if self._adopt() or self._launch(flags):
+                ending = self._watch_launch()
+            else:
+                ending = Ending(STOPPED, f"stopped on request before a launch{self._left_behind()}")
+        except (HostKeyRefused, LoginRefused, ValueError) as error:
+            ending = Ending(CRASH if self._is_proved else WRONG_INPUT, str(error))
+        except OSError as error:
+            ending = Ending(CRASH, str(error))
+        if self._is_started:
+            self._each(lambda node: node.kill(), quietly=True)
+        return ending
+
+    def _left_behind(self) -> str:
+        """What to add to the last words if a host is out of reach."""
+        names = ", ".join(self.nodes[index].name for index in sorted(self._silent))
+        return f"; {names} did not answer, and what may still run there goes on" if names else ""
+
+    def _disk_problem(self, ending: Ending) -> str:
+        """What is the matter with a node's disk, if that has ended the launch and is still so."""
+        if ending.code != CRASH or self.stop_requested or not is_of_a_disk(ending.reason):
+            return ""
+        obstacles = self._each(lambda node: node.obstacle(self._after_full_disk), quietly=True)
+        return next((found.reason for found in obstacles if found is not None and found.kind == "disk"), "")
 
     def _launches_before(self) -> int:
         try:
             return Status.read(self.run_dir).attempt
-        except ValueError:
+        except (OSError, ValueError):
             return 0
 
     def _each(self, work: Callable[[Node], T], quietly: bool = False) -> list[T | None]:
@@ -150,61 +288,147 @@ class Supervisor:
             raise problems[0]
         return answers
 
-    def _adopt(self) -> bool:
-        """Take over a job that is still running on all nodes from an earlier monitor, also if only to stop it."""
-        self._wait_for_hosts()
-        found = self._each(lambda node: node.adopt(), quietly=self.stop_requested)
-        if all(found) and len({job["attempt"] for job in found}) == 1:
-            self.status.attempt = found[0]["attempt"]
-            logger.info("took over launch %d, which an earlier monitor left running", found[0]["attempt"])
-            return True
-        return False
-
-    def _wait_for_hosts(self) -> None:
-        """Until every node answers.
-
-        Raises:
-            SSHProblem: one does not, for too long, or refuses us.
-        """
-        deadline, told = time.monotonic() + self.options.hosts_timeout, False
-        while not self.stop_requested:
+    def _until(self, look: Callable[[], str]) -> bool:
+        """Wait for as long as `look` says why, or a node is out of reach, or its disk. That is no time without
+        progress. False if asked to stop meanwhile."""
+        told = ""
+        while True:
             try:
-                self._each(lambda node: node.holds_checkpoint())
-                return
+                reason = look()
             except (HostKeyRefused, LoginRefused):
                 raise
-            except SSHProblem as error:
-                if time.monotonic() > deadline:
+            except OSError as error:
+                if not isinstance(error, SSHProblem) and not passes(error):
                     raise
-                if not told:
-                    logger.warning("waiting for a host: %s", error)
-                    told = True
-                self._set_state("waiting", str(error))
-                self._wait(5.0)
+                reason = str(error)
+            if not reason or self.stop_requested:
+                return not reason
+            # (Numbers change.)
+            if re.sub(r"\d", "", reason) != told:
+                told = re.sub(r"\d", "", reason)
+                logger.warning("waiting: %s", reason)
+            self._set_state("waiting", reason)
+            before = self._clock()
+            self._wait(_LOOK_AGAIN_SECONDS)
+            self._waited += self._clock() - before
+
+    def _adopt(self) -> bool:
+        """Take over a job that is alive on all nodes, also if only to stop it: an earlier monitor left it, or it went
+        on while its hosts were out of reach."""
+        found: list[dict | None] = []
+
+        def look() -> str:
+            found[:] = self._each(lambda node: node.adopt())
+            return ""
+
+        if not self._until(look):
+            found = self._each(lambda node: node.adopt(), quietly=True)
+        if not all(found) or len({job["attempt"] for job in found}) != 1:
+            return False
+        attempt, watch = found[0]["attempt"], self._watch
+        self._begin_launch(is_adopted=True)
+        if attempt == self.status.attempt and self._is_proved:
+            self._watch = watch
+            logger.info("launch %d goes on: watching it again", attempt)
+        else:
+            logger.info("took over launch %d, which an earlier monitor left running", attempt)
+        self._begin_rewind(found[0]["token"].rpartition("-")[0])
+        self.status.attempt, self._is_started = attempt, True
+        self._last_ending = ""
+        self._set_state("starting", "")
+        return True
 
     def _launch(self, flags: list[str]) -> bool:
         """False, and nothing started, if the monitor is asked to stop."""
-        self._set_state("starting")
-        self._wait_for_hosts()
-        if self.stop_requested:
+        if self.stop_requested or not self._until(self._look_for_obstacles(self._clock())):
             return False
-        # Whatever an earlier launch or monitor left there.
-        self._each(lambda node: node.adopt() and node.kill())
+        self._set_state("starting", self._last_ending)
+        self._begin_launch(is_adopted=False)
         resume = any(self._each(lambda node: node.holds_checkpoint()))
-        self._begin_launch()
-        self.status.attempt += 1
-        token = f"{self.status.attempt}-{secrets.token_hex(4)}"
+        launch = f"{self.status.attempt + 1}-{secrets.token_hex(4)}"
         added = ["--resume"] if resume and "--resume" not in self.command.flags else []
-        # --resume_from=best is meant for the first launch: each later one goes on from where the last one was.
-        rewinds = self.command.flag("resume_from") not in (None, "last")
-        added += (["--resume_from=last"] if resume and rewinds and self.policy.restarts else []) + flags
+        added += self._rewind(launch, resume) + flags
         if self.stop_requested:
             return False
+        self.status.attempt += 1
         logger.info("launch %d%s", self.status.attempt, f" with {' '.join(added)}" if added else "")
+        self._is_started = True
         self._each(lambda node: node.start(
-            Launch(f"{token}-{node.index}", self.status.attempt, *self._command_of(node.index, token, added))
+            Launch(f"{launch}-{node.index}", self.status.attempt, *self._command_of(node.index, launch, added))
         ))  # fmt: skip
         return True
+
+    def _look_for_obstacles(self, since: float) -> Callable[[], str]:
+        """Ends what earlier launches left, and says why none can begin yet."""
+
+        def look() -> str:
+            self._each(lambda node: node.clear())
+            found = [each for each in self._each(lambda node: node.obstacle(self._after_full_disk)) if each]
+            if all(each.kind == "lock" for each in found) and not self._is_proved:
+                # Nobody of ours: the training says what to do about it, if it stays.
+                found = found if self._clock() - since < self.options.lock_timeout else []
+            return found[0].reason if found else ""
+
+        return look
+
+    @property
+    def _rewinds(self) -> bool:
+        """Whether the command goes back behind the newest checkpoint."""
+        return self.command.flag("resume_from") not in (None, "last")
+
+    def _rewind(self, launch: str, resume: bool) -> list[str]:
+        """Flags that keep --resume_from=best to a single time: what was trained since stays. Done is done once ranks
+        have begun their steps, as the later checkpoints are set aside before; remembered where the run is."""
+        if not self._rewinds:
+            return []
+        first, flag = self.nodes[0], self.command.flag("resume_from")
+        note = first.recall(_WENT_BACK)
+        if note is not None and self._has_gone_back(note):
+            if resume and "went back" not in self._warned:
+                self._warned.add("went back")
+                by = f", by launch {note['launch'].partition('-')[0]}" if note.get("launch") else ""
+                logger.info(
+                    "--resume_from=%s was followed once%s: going on from the newest checkpoint; to go back again, "
+                    "delete %s/%s/%s.json on %s", flag, by, self.run_dir, MONITOR_DIR, _WENT_BACK, first.name,
+                )  # fmt: skip
+            return ["--resume_from=last"] if resume else []
+        # Before it is launched: what cannot be remembered must not be done.
+        self._went_back = {"flags": list(self.command.flags), "launch": launch, "done": False}
+        first.remember(_WENT_BACK, self._went_back)
+        return []
+
+    def _has_gone_back(self, note: dict) -> bool:
+        """Whether this command has, as far as one knows: a note that cannot be read costs nothing to follow."""
+        if not {"flags", "launch", "done"} <= set(note):
+            return True
+        if note["flags"] != list(self.command.flags):
+            return False
+        # It may have begun while nobody watched.
+        beats = self.nodes[0].poll(0).heartbeats if not note["done"] else []
+        return note["done"] is not False or any(
+            str(beat.get("launch")).startswith(f"{note['launch']}-") and _has_begun(beat) for beat in beats
+        )
+
+    def _begin_rewind(self, launch: str) -> None:
+        """Of a job that was taken over: whether it is the one that goes back."""
+        self._went_back = None
+        if not self._rewinds:
+            return
+        note = self.nodes[0].recall(_WENT_BACK)
+        if note is not None and note.get("launch") == launch and note.get("done") is False:
+            self._went_back = note
+        elif note is None or (note.get("flags") or list(self.command.flags)) != list(self.command.flags):
+            logger.warning("--resume_from=%s takes effect with the next launch", self.command.flag("resume_from"))
+
+    def _note_rewind(self) -> None:
+        if self._went_back is None or not any(map(_has_begun, self._heartbeats())):
+            return
+        try:
+            self.nodes[0].remember(_WENT_BACK, self._went_back | {"done": True})
+            self._went_back = None
+        except (OSError, ValueError):
+            # At the next look. Until then, the ranks' own signs of life say so.
+            return
 
     def _command_of(self, index: int, token: str, flags: list[str]) -> tuple[list[str], dict[str, str]]:
         """(command, environment) for a node."""
@@ -213,9 +437,9 @@ class Supervisor:
             return command.words(None, ["--max_restarts=0", *shutdown_flags(command.launcher[0], seconds)], flags), {}
         host, first = self.hosts.hosts[index], self.hosts.hosts[0]
         rendezvous = [
-            "--max_restarts=0", f"--nnodes={len(self.nodes)}", "--rdzv_backend=c10d", f"--rdzv_id={token}",
+            "--max_restarts=0", f"--nnodes={len(self.nodes)}", f"--node_rank={index}", f"--rdzv_id={token}",
             f"--rdzv_endpoint={first.reached_at}:{self.hosts.rendezvous_port}", f"--local_addr={host.reached_at}",
-            f"--rdzv_conf=is_host={int(index == 0)},join_timeout={int(self.options.limits.start)}",
+            f"--rdzv_conf=timeout={int(self.options.limits.start)}",
         ]  # fmt: skip
         return command.words(host.python, rendezvous, flags), host.env
 
@@ -227,25 +451,36 @@ class Supervisor:
                 self._stop_nodes()
             self._look()
             running = [report is None or report.running for report in self._reports]
+            seen = [index for index in range(len(self.nodes)) if index not in self._silent]
+            lost = self._lost_hosts()
             if not any(running):
-                self._drain_logs()
-                returncodes = [report.returncode for report in self._reports]
-                exits = list(self._exits.values())
-                return classify(exits, self._world_size, returncodes, cause, self._ended_by_us)
+                return self._ending(cause)
+            if seen and not any(running[index] for index in seen) and (cause or lost):
+                # What the lost ones still run is looked at, and ended if need be, before the next launch.
+                return self._ending(cause or lost)
+            if self.stop_requested and (reason := self._cannot_stop(any(running[index] for index in seen))):
+                return Ending(CRASH, reason)
             if cause is None:
-                cause = self._lost_host() or self._watch.overdue(self._heartbeats(), time.monotonic())
+                cause = self._overdue()
                 if cause is not None:
                     self._on_hang(cause)
                 elif self._is_half_dead(running):
                     logger.warning("some ranks have ended and others stay: ending them")
                     self._ended_by_us |= {beat["rank"] for beat in self._heartbeats() if beat["alive"]}
                     self._each(lambda node: node.kill(), quietly=True)
+            elif self._is_well():
+                # It could not be ended, as its host fell silent, and has gone on meanwhile.
+                logger.info("launch %d goes on: watching it again", self.status.attempt)
+                cause = None
             else:
-                # A lost host cannot be killed; it is, before the next launch.
                 self._each(lambda node: node.kill(), quietly=True)
-                if self._lost_host():
-                    return Ending(CRASH, cause)
             self._wait(self.options.interval)
+
+    def _ending(self, cause: str | None) -> Ending:
+        self._drain_logs()
+        returncodes = [report.returncode if report else None for report in self._reports]
+        exits = list(self._exits.values())
+        return classify(exits, self._world_size, returncodes, cause, self._ended_by_us, self._leaving)
 
     def _look(self) -> None:
         """One report from each node that answers; learn from it and pass on what the job printed."""
@@ -254,34 +489,50 @@ class Supervisor:
             last = self._reports[index]
             try:
                 return self.nodes[index].poll(last.log_end if last else 0)
-            except (HostKeyRefused, LoginRefused):
-                raise
-            except OSError:
+            except SSHProblem:
+                # It is told of when it lasts.
+                return None
+            except (OSError, ValueError) as error:
+                self._warn_once(f"poll {index}: {error}", "%s cannot be looked at: %s", self.nodes[index].name, error)
                 return None
 
-        for index, report in enumerate(self._pool.map(poll, range(len(self.nodes)))):
-            if report is not None:
-                self._reports[index], self._seen[index] = report, time.monotonic()
-                self._pass_on(index, report)
-                self._warn_of_shortage(index, report)
-                self._exits |= {record["rank"]: record for record in report.exits}
+        reports = list(self._pool.map(poll, range(len(self.nodes))))
+        now, longest = self._clock(), 2 * self.options.interval + _LONGEST_LOOK
+        self._time += min(now - self._looked_at, longest)
+        self._looked_at = now
+        for index, report in enumerate(reports):
+            if report is None:
+                self._silent.add(index)
+                continue
+            self._silent.discard(index)
+            watched = min(now - self._answered[index][0], longest)
+            self._beats[index] = self._silence[index].judge(report.heartbeats, watched)
+            self._reports[index], self._answered[index] = report, (now, self._time)
+            self._pass_on(index, report)
+            self._warn_of_shortage(index, report)
+            self._exits |= {record["rank"]: record for record in report.exits}
         beats = self._heartbeats()
         self._watch.take(beats)
         for beat in beats:
             self._world_size = beat["world_size"]
             if beat["phase"] != "start":
                 self._greatest_step = max(beat["step"], self._greatest_step or 0)
+            if "code" in beat:
+                self._leaving[beat["rank"]] = beat["code"]
         for record in self._exits.values():
             self._world_size = record.get("world_size", self._world_size)
+        self._is_proved |= bool(beats)
+        self._note_rewind()
         self._update_status(beats)
 
+    def _warn_once(self, key: str, text: str, *values: object) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(text, *values)
+
     def _heartbeats(self) -> list[dict]:
-        """Of all ranks; of a host that does not answer, grown older."""
-        now, beats = time.monotonic(), []
-        for report, seen in zip(self._reports, self._seen):
-            for beat in report.heartbeats if report else ():
-                beats.append(beat | {"age": beat["age"] + now - seen})
-        return beats
+        """Of all ranks; of a node that does not answer, the last ones that are known."""
+        return [beat for beats in self._beats for beat in beats]
 
     def _pass_on(self, index: int, report: NodeReport) -> None:
         if not self.options.show_output or not report.log or "output" in self._warned:
@@ -310,12 +561,28 @@ class Supervisor:
                 report = self._reports[index] = more
                 self._pass_on(index, more)
 
+    def _drain_logs(self) -> None:
+        """The rest of what the job printed before it ended."""
+        for index, node in enumerate(self.nodes):
+            report = self._reports[index]
+            while report is not None:
+                try:
+                    more = node.poll(report.log_end)
+                except (OSError, ValueError):
+                    break
+                self._exits |= {record["rank"]: record for record in more.exits}
+                if more.log_end == report.log_end:
+                    break
+                report = self._reports[index] = more
+                self._pass_on(index, more)
+
     def _warn_of_shortage(self, index: int, report: NodeReport) -> None:
         """Before it kills: once each time that it gets scarce."""
         name, needed = self.nodes[index].name, 2 * report.checkpoint_bytes + _SPARE_DISK_BYTES
+        free = math.inf if report.disk_free is None else report.disk_free
         shortages = {
-            f"disk {index}": (report.disk_free < needed,
-                              f"{name}: {report.disk_free / 1e9:.1f} GB of disk are left for {self.run_dir}; a "
+            f"disk {index}": (free < needed,
+                              f"{name}: {free / 1e9:.1f} GB of disk are left for {self.run_dir}; a "
                               f"checkpoint takes {report.checkpoint_bytes / 1e9:.1f} GB"),
             f"memory {index}": (report.memory_available < _LOW_MEMORY * report.memory_total,
                                 f"{name}: {report.memory_available / 1e9:.1f} GB of memory are left of "
@@ -326,19 +593,51 @@ class Supervisor:
                 logger.warning("low: %s", text)
             (self._warned.add if short else self._warned.discard)(key)
 
-    def _lost_host(self) -> str | None:
-        now, limit = time.monotonic(), self.options.unreachable_after
-        lost = [node.name for node, seen in zip(self.nodes, self._seen) if now - seen > limit]
-        return f"{', '.join(lost)} did not answer for {limit:.0f} s" if lost else None
+    def _lost_hosts(self) -> str | None:
+        """A sentence about those that have been silent for long; told once each time."""
+        limit = self.options.unreachable_after
+        lost = {i for i in self._silent if self._time - self._answered[i][1] > limit}
+        for index in range(len(self.nodes)):
+            key, name = f"lost {index}", self.nodes[index].name
+            if index in lost:
+                self._warn_once(
+                    key, "%s has not answered for %.0f s: the job is left alone, and watched where it can be seen",
+                    name, limit,
+                )  # fmt: skip
+            elif index not in self._silent and key in self._warned:
+                self._warned.discard(key)
+                logger.info("%s is seen again", name)
+        names = ", ".join(self.nodes[index].name for index in sorted(lost))
+        return f"{names} did not answer for {limit:.0f} s" if lost else None
+
+    def _overdue(self) -> str | None:
+        """What is wrong, by the ranks that can be seen."""
+        beats = [beat for index, beats in enumerate(self._beats) if index not in self._silent for beat in beats]
+        if self._silent and not beats:
+            return None
+        return self._watch.overdue(beats, self._time)
+
+    def _is_well(self) -> bool:
+        """Whether all nodes answer, and all ranks live and are in time."""
+        beats = self._heartbeats()
+        alive = len(beats) == self._world_size and all(beat["alive"] for beat in beats) and not self._exits
+        return alive and not self._silent and self._overdue() is None
 
     def _is_half_dead(self, running: list[bool]) -> bool:
-        """Whether some ranks have ended, and others, or the launcher, have not followed for a while."""
-        all_alive = all(running) and all(beat["alive"] for beat in self._heartbeats())
-        if all_alive and not self._exits:
+        """Whether some ranks have ended, and others, or the launcher, have not followed for a while. Ranks that are
+        about to end have as long as their phase may take."""
+        beats = self._heartbeats()
+        all_alive = all(running) and all(beat["alive"] for beat in beats)
+        if (all_alive and not self._exits) or any(map(self._is_about_to_end, beats)):
             self._leaving_since = None
             return False
-        self._leaving_since = self._leaving_since or time.monotonic()
-        return time.monotonic() - self._leaving_since > self.options.leave_grace
+        if self._leaving_since is None:
+            self._leaving_since = self._time
+        return self._time - self._leaving_since > self.options.leave_grace
+
+    def _is_about_to_end(self, beat: dict) -> bool:
+        """Loggers take time to finish, and a save that was in flight when a rank failed."""
+        return beat["alive"] and (beat["phase"] == "end" or (beat["phase"] == "save" and beat["rank"] in self._exits))
 
     def _on_hang(self, cause: str) -> None:
         logger.error("hang: %s", cause)
@@ -350,23 +649,42 @@ class Supervisor:
         if self._stop_sent is None:
             logger.info("asked to stop: the ranks save and end")
             self._set_state("stopping")
-            self._each(lambda node: node.stop(), quietly=True)
-            self._stop_sent = time.monotonic()
-            return
-        waited = time.monotonic() - self._stop_sent
+            self._stop_sent = self._time
+        self._each(self._ask_to_stop, quietly=True)
         # Where no rank has begun, there is nothing to save.
-        if waited > (self.options.stop_timeout if self._heartbeats() else self.options.leave_grace):
-            logger.error("the job does not end by itself: killing it")
+        patience = self.options.stop_timeout if self._heartbeats() else self.options.leave_grace
+        if self._time - self._stop_sent > patience:
+            if self._killed_at is None:
+                logger.error("the job does not end by itself: killing it")
+                self._killed_at = self._time
             self._each(lambda node: node.kill(), quietly=True)
-            self._stop_sent = math.inf
+
+    def _ask_to_stop(self, node: Node) -> None:
+        """Once; again where it could not be heard."""
+        if node.index in self._unasked:
+            node.stop()
+            self._unasked.discard(node.index)
+
+    def _cannot_stop(self, is_seen_running: bool) -> str:
+        """Why the job cannot be ended, if that has been tried for long enough."""
+        is_killed = self._killed_at is not None
+        if is_seen_running:
+            is_stuck = is_killed and self._time - self._killed_at > _KILL_PATIENCE
+            return "the job cannot be ended, not even by force: it waits inside the kernel" if is_stuck else ""
+        is_late = self._time - self._stop_sent > self.options.unreachable_after
+        return self._left_behind().removeprefix("; ") if self._silent and (is_killed or is_late) else ""
 
     def _wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
+        deadline = self._clock() + seconds
+        while (left := deadline - self._clock()) > 0:
             if self.stop_requested and self._stop_sent is None:
                 return
-            if time.time() - self.status.updated > _STATUS_SECONDS:
+            if self._is_claimed and time.time() - self.status.updated > _STATUS_SECONDS:
                 self._write_status()
+            if self._is_claimed and self._clock() - self._touched_at > _TOUCH_SECONDS:
+                # While nothing is launched, the claim would run out.
+                self._touched_at = self._clock()
+                self._each(lambda node: node.touch(), quietly=True)
             time.sleep(min(left, 0.2))
 
     def _update_status(self, beats: list[dict]) -> None:
@@ -374,8 +692,11 @@ class Supervisor:
         if beats:
             behind = min(beats, key=lambda beat: beat["step"])
             status.phase, status.step, status.ranks = behind["phase"], behind["step"], len(beats)
-            if status.state == "starting":
-                status.state = "running"
+        lost = self._lost_hosts()
+        if lost and len(self._silent) == len(self.nodes) and status.state in ("starting", "running", "waiting"):
+            status.state, status.last_ending = "waiting", lost
+        elif beats and status.state in ("starting", "waiting"):
+            status.state, status.last_ending = "running", self._last_ending
         status.seconds_per_step = self._watch.median_step or status.seconds_per_step
         steps = [report.checkpoint for report in self._reports if report and report.checkpoint is not None]
         status.checkpoint = max(steps, default=None)
@@ -401,17 +722,17 @@ class Supervisor:
         self._write_status()
 
     def _write_status(self) -> None:
+        if not self._is_claimed:
+            return
         self.status.restarts = self.policy.restarts
         try:
             self.status.write(self.run_dir)
+            self._warned.discard("status")
         except OSError as error:
-            if "status" not in self._warned:
-                self._warned.add("status")
-                logger.warning("the status file cannot be written: %s", error)
+            self._warn_once("status", "the status file cannot be written: %s", error)
 
     def _tell(self, ending: Ending, decision: Decision) -> None:
-        for line in _shortened(ending.traceback):
-            logger.error("  %s", line)
+        self._tell_traceback(ending)
         if decision.exit_code is not None:
             self._end(decision.exit_code, decision.reason)
             return
@@ -419,17 +740,29 @@ class Supervisor:
             "launch %d ended: %s; starting again in %.0f s (restart %d)", self.status.attempt, ending.reason,
             decision.delay, self.policy.restarts,
         )  # fmt: skip
+        self._last_ending = ending.reason
         self._set_state("waiting", ending.reason)
 
-    def _end(self, code: int, reason: str) -> None:
+    def _tell_traceback(self, ending: Ending) -> None:
+        for line in _shortened(ending.traceback):
+            logger.error("  %s", line)
+
+    def _end(self, code: int, reason: str) -> int:
         log = logger.info if code in (OK, STOPPED) else logger.error
         self._set_state(_ENDED[code], reason)
-        log("%s: %s", _ENDED[code], reason) if reason != _ENDED[code] else log(reason)
+        # (A reason may begin with the word.)
+        log(reason if reason.partition(";")[0] == _ENDED[code] else f"{_ENDED[code]}: {reason}")
+        return code
 
     def close(self) -> None:
         for node in self.nodes:
             node.close()
         self._pool.shutdown(wait=False)
+
+
+def _has_begun(beat: dict) -> bool:
+    """Whether a rank is beyond what comes before the first step, when the later checkpoints are set aside."""
+    return beat["phase"] not in ("start", "reference")
 
 
 def _shortened(traceback: str) -> Iterator[str]:

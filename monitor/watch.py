@@ -11,6 +11,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
+from utils.sinks import LONGEST_CLOSE_S
+
 _SAMPLES = 101
 _FEWEST_SAMPLES = 3
 
@@ -29,16 +31,51 @@ class Limits:
     """From the launch to the first beat, and from there to the first step: imports, data, other nodes."""
     compile: float = 1800.0
     save: float = 1800.0
-    end: float = 300.0
+    end: float = 300.0 + LONGEST_CLOSE_S
+    """From the last save to the end of the process: loggers finish, old checkpoints are deleted, the ranks take leave
+    of each other."""
     validate: float = 300.0
     """At least, for a batch of a validation or of DPO's reference: the first one may compile."""
+
+
+class Silence:
+    """For how long ranks have been silent, as far as somebody was there to hear them.
+
+    A beat's age tells nothing where the monitor, the connection or the whole machine stood still meanwhile: the ranks
+    may have stood still, too. So no more is counted from one look to the next than a look takes.
+
+    Args:
+        is_adopted: the launch is older than this watch; the first age that is seen counts as it is.
+    """
+
+    def __init__(self, is_adopted: bool):
+        self._is_adopted = is_adopted
+        self._last: dict[int, tuple[float, float]] = {}
+
+    def judge(self, heartbeats: list[dict], watched: float) -> list[dict]:
+        """The heartbeats, with such ages.
+
+        Args:
+            heartbeats: of all ranks of a node.
+            watched: seconds since the node's last report in which it was watched.
+        """
+        judged = []
+        for beat in heartbeats:
+            stamp, most = beat["monotonic"], watched
+            if beat["rank"] in self._last and self._last[beat["rank"]][0] == stamp:
+                most += self._last[beat["rank"]][1]
+            elif beat["rank"] not in self._last and self._is_adopted:
+                most = beat["age"]
+            judged.append(beat | {"age": min(beat["age"], most)})
+            self._last[beat["rank"]] = (stamp, judged[-1]["age"])
+        return judged
 
 
 class Watch:
     """Judges the heartbeats of one launch.
 
     Args:
-        started: when it was launched (time.monotonic).
+        started: when it was launched, in seconds.
     """
 
     def __init__(self, limits: Limits, started: float):
@@ -77,7 +114,7 @@ class Watch:
 
         Args:
             heartbeats: of all ranks that have beaten in this launch, with their "age".
-            now: time.monotonic().
+            now: by the clock of `started`.
         """
         if not heartbeats and now - self._started > self._limits.start:
             return f"no rank gave a sign of life within {self._limits.start:.0f} s of the launch"

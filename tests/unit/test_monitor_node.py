@@ -1,20 +1,26 @@
 """The job on one machine, with small real processes: found, read, stopped and ended, whoever started it."""
 
+import dataclasses
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 import monitor.node
-from monitor.node import Launch, LocalNode, NodeReport, serve
+from monitor.claim import Holder, Monitor, TakenOver
+from monitor.node import Launch, LocalNode, NodeReport, Obstacle, _lines, serve
+from utils.files import lock_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -87,6 +93,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     for node in bench.made:
+        node.release()
         node.kill()
 
 
@@ -599,3 +606,197 @@ def test_the_server_ends_with_its_input_and_the_job_goes_on(bench: Bench):
     node = bench.node()
     assert node.adopt() == {"token": launch.token, "attempt": launch.attempt}
     assert node.poll(0).running
+
+
+HALF_DEAD = """
+import ctypes, threading
+threading.Thread(target=lambda: time.sleep(300)).start()
+note("leader", os.getpid())
+ctypes.CDLL(None).pthread_exit(None)
+"""
+"""The first thread ends, so that the process looks like a zombie; another goes on, and with it all locks."""
+
+
+def test_a_zombie_whose_threads_live_is_not_gone(bench: Bench):
+    node = bench.start(HALF_DEAD)
+    leader = psutil.Process(int(bench.noted("leader")))
+    until(lambda: leader.status() == psutil.STATUS_ZOMBIE, "the first thread has ended")
+    # (Its parent, which is this process, has not reaped it: it cannot, as threads live.)
+    assert node.poll(0).running
+    later = bench.node()
+    assert later.adopt() is not None and later.obstacle(False).kind == "processes"
+    later.clear()
+    assert later.obstacle(False) is None and not later._processes()
+
+
+def test_no_launch_begins_beside_the_processes_of_any_other(bench: Bench):
+    """Also of one that no file names any more."""
+    node = bench.start("beat()\nnote('ready', os.getpid())" + SLEEP)
+    pid = int(bench.noted("ready"))
+    path = node.home / "job-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token": f"9-{bench.id}-0"}))
+    later = bench.node()
+    assert later.adopt() is None
+    obstacle = later.obstacle(False)
+    assert obstacle.kind == "processes" and f"(pid {pid})" in obstacle.reason
+    bench.node(1).clear()
+    assert is_alive(pid), "another node's"
+    later.clear()
+    assert not is_alive(pid) and later.obstacle(False) is None
+
+
+def test_who_works_in_the_run_directory_is_in_the_way(bench: Bench):
+    node = bench.node()
+    assert node.obstacle(False) is None
+    lock = lock_file(bench.run_dir / ".lock", "")
+    assert node.obstacle(False) == Obstacle(
+        "lock", f"another process works in {bench.run_dir} on this machine, and holds its .lock"
+    )
+    lock.close()
+    assert node.obstacle(False) is None
+    assert os.listdir(node.home) == []
+
+
+@pytest.mark.parametrize(
+    "number, sentence",
+    [(28, r"this machine has \S+ MB of disk left for .* \(No space left on device\), and 17 MB are needed"),
+     (122, r"this machine has \S+ MB of disk left for .* \(Disk quota exceeded\), and 17 MB are needed"),
+     (5, "my run on this machine cannot be written: Input/output error"),
+     (116, "my run on this machine cannot be written: Stale file handle")],
+)  # fmt: skip
+def test_a_disk_that_takes_nothing_is_in_the_way(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+):
+    node, original = bench.node(), os.fsync
+
+    def fsync(fd: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    obstacle = node.obstacle(False)
+    assert obstacle.kind == "disk" and re.search(sentence, obstacle.reason), obstacle.reason
+    monkeypatch.setattr(os, "fsync", original)
+    assert node.obstacle(False) is None
+
+
+def test_room_for_a_checkpoint_is_asked_for_after_a_full_disk_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Saves that fail end no run: where it trains on, a small disk is its own affair."""
+    node, checkpoint = bench.node(), bench.run_dir / "ckpt" / "step-3"
+    checkpoint.mkdir(parents=True)
+    with open(checkpoint / "model.safetensors", "wb") as file:
+        file.truncate(500_000_000)
+    monkeypatch.setattr(psutil, "disk_usage", lambda _: SimpleNamespace(free=400_000_000))
+    assert node.obstacle(False) is None
+    obstacle = node.obstacle(True)
+    assert obstacle.kind == "disk"
+    assert f"has 400 MB of disk left for {bench.run_dir}, and 517 MB are needed, for a checkpoint" in obstacle.reason
+    monkeypatch.setattr(psutil, "disk_usage", lambda _: SimpleNamespace(free=600_000_000))
+    assert node.obstacle(True) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"rank": "x"}', '{"rank": 0, "code": 1}', "\xff"])
+def test_exit_records_that_are_none_are_passed_over(bench: Bench, content: str):
+    """They ended the monitor, and with it a job that was alive."""
+    node = bench.start("write_exit_record(exits, 1, 0, 'finished', 5)\nnote('exits', exits)" + SLEEP)
+    (Path(bench.noted("exits")) / "rank-0.json").write_bytes(content.encode("latin-1"))
+    assert [record["rank"] for record in node.poll(0).exits] == [1]
+
+
+def test_a_checkpoint_folder_that_cannot_be_read_hides_no_sign_of_life(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    node = bench.start("beat(step=6)\nnote('ready')" + SLEEP)
+    bench.noted("ready")
+
+    def away(_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(monitor.node, "list_checkpoints", away)
+    monkeypatch.setattr(psutil, "disk_usage", away)
+    report = node.poll(0)
+    assert report.heartbeats[0]["step"] == 6 and (report.checkpoint, report.disk_free) == (None, None)
+
+
+def test_what_is_remembered_is_known_to_the_next(bench: Bench):
+    node = bench.node()
+    assert node.recall("a-note") is None
+    node.remember("a-note", {"flags": ["a b"]})
+    assert bench.node().recall("a-note") == {"flags": ["a b"]}
+    for content in (b"", b"{", b"[]", b"\xff"):
+        (node.home / "a-note.json").write_bytes(content)
+        assert bench.node().recall("a-note") == {}
+
+
+def test_a_request_that_is_still_at_work_is_not_passed_by(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """A launch on a disk that is slow: its connection drops, and the next one comes to end what is there. It finds the
+    job that begins meanwhile, not nothing."""
+    slow, original = bench.node(), monitor.node.atomic_write_json
+    begun = threading.Event()
+
+    def write_slowly(path: Path, value: object, **how: object) -> None:
+        begun.set()
+        time.sleep(0.5)
+        original(path, value, **how)
+
+    monkeypatch.setattr(monitor.node, "atomic_write_json", write_slowly)
+    launch = bench.launch("note('ready')" + SLEEP)
+    thread = threading.Thread(target=slow.start, args=(launch,))
+    thread.start()
+    begun.wait()
+    later = bench.node()
+    assert later.adopt() == {"token": launch.token, "attempt": launch.attempt}
+    later.kill()
+    thread.join()
+    assert not later.poll(0).running
+
+
+def who(name: str) -> Monitor:
+    return dataclasses.replace(Monitor.of_this_process(), id=name)
+
+
+def test_a_claimed_node_lets_nobody_else_touch_its_job(bench: Bench):
+    """In an outage the claim of the first ran out, and a second has taken the job over: the first leaves it alone."""
+    first, second = bench.node(), bench.node()
+    assert first.claim(who("first")) is None
+    launch = bench.launch("beat()\nnote('ready')" + SLEEP)
+    first.start(launch)
+    bench.noted("ready")
+    assert second.claim(who("second")).is_served
+    first._claim._let_go()
+    assert second.claim(who("second"), instead_of="first") is None and second.adopt() is not None
+    for touch in (first.kill, first.stop, first.clear, first.adopt, first.touch, lambda: first.poll(0),
+                  lambda: first.start(bench.launch("pass")), lambda: first.obstacle(False)):  # fmt: skip
+        with pytest.raises(TakenOver, match="the monitor on "):
+            touch()
+    assert second.poll(0).running
+    second.kill()
+    second.release()
+    assert bench.node().claim(who("third")) is None
+
+
+def test_claims_over_a_connection(bench: Bench):
+    node, other = bench.node(), bench.node()
+    claim = {"do": "claim", "who": dataclasses.asdict(who("first")), "instead_of": ""}
+    assert ask(node, claim, claim, {"do": "touch"}) == [{"answer": None}] * 3
+    (refused,) = ask(other, claim | {"who": dataclasses.asdict(who("second"))})
+    holder = Holder.from_json(refused["answer"])
+    assert holder.is_served and holder.monitor.id == "first"
+    node._claim._let_go()
+    assert ask(other, claim | {"who": dataclasses.asdict(who("second")), "instead_of": "first"}) == [{"answer": None}]
+    for request in ({"do": "poll", "log_from": 0}, {"do": "kill"}, {"do": "stop"}):
+        assert list(ask(node, request)[0]) == ["taken"]
+    assert ask(other, {"do": "release"}) == [{"answer": None}]
+    assert not (node.home / "claim.json").exists()
+
+
+def test_lines_come_in_pieces_and_end_with_a_broken_connection():
+    """Which may stay open on this side for hours: who is silent for long has no claim any more."""
+    reading, writing = os.pipe()
+    lines = _lines(reading, patience=0.05)
+    os.write(writing, b"one\ntw")
+    assert next(lines) == "one"
+    os.write(writing, b"o\nthree\n\xff\n")
+    assert [next(lines), next(lines), next(lines)] == ["two", "three", "�"]
+    assert list(lines) == []
+    os.write(writing, b"four\nfi")
+    os.close(writing)
+    assert list(_lines(reading, patience=60)) == ["four"]
+    os.close(reading)

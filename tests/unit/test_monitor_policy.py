@@ -7,7 +7,7 @@ import pytest
 from monitor.policy import Decision, Ending, Policy, Rules, classify
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 
-RULES = Rules(max_restarts=10, max_without_progress=3, backoff=1.0, max_backoff=5.0, max_go_back=2)
+RULES = Rules(max_restarts=10, max_without_progress=3, give_up_after=0.0, backoff=1.0, max_backoff=5.0, max_go_back=2)
 CRASHED = Ending(CRASH, "rank 0: OSError: gone")
 
 
@@ -102,19 +102,19 @@ def test_a_loss_that_is_not_finite_says_where_to_go_on():
 @pytest.mark.parametrize("stop_requested", [False, True])
 def test_only_a_crash_is_started_again(code: int, stop_requested: bool):
     """The original restarted after success."""
-    assert Policy(RULES).decide(Ending(code, "why"), 5, stop_requested) == Decision(code, "why")
+    assert Policy(RULES).decide(Ending(code, "why"), 5, stop_requested, 0.0) == Decision(code, "why")
 
 
 def test_back_off_doubles_without_progress_and_has_a_limit():
     policy = Policy(Rules(max_without_progress=6, backoff=1.0, max_backoff=5.0))
-    delays = [policy.decide(CRASHED, 3, False).delay for _ in range(5)]
+    delays = [policy.decide(CRASHED, 3, False, 0.0).delay for _ in range(5)]
     assert delays == [1.0, 2.0, 4.0, 5.0, 5.0]
-    assert policy.decide(CRASHED, 4, False).delay == 1.0
+    assert policy.decide(CRASHED, 4, False, 0.0).delay == 1.0
 
 
 def test_launches_without_progress_are_given_up():
     policy = Policy(RULES)
-    decisions = [policy.decide(CRASHED, 3, False) for _ in range(4)]
+    decisions = [policy.decide(CRASHED, 3, False, 0.0) for _ in range(4)]
     # The first one did steps that were not done before.
     assert [decision.exit_code for decision in decisions] == [None, None, None, CRASH]
     assert decisions[-1].reason == "gave up after 3 launches in a row without a new step: rank 0: OSError: gone"
@@ -122,33 +122,33 @@ def test_launches_without_progress_are_given_up():
 
 def test_launches_that_never_reach_a_step_are_given_up():
     policy = Policy(RULES)
-    assert [policy.decide(CRASHED, None, False).exit_code for _ in range(3)] == [None, None, CRASH]
+    assert [policy.decide(CRASHED, None, False, 0.0).exit_code for _ in range(3)] == [None, None, CRASH]
 
 
 def test_a_new_step_begins_the_count_again():
     policy = Policy(RULES)
     for step in (3, 3, 3, 4, 4, 4, 5):
-        assert policy.decide(CRASHED, step, False).exit_code is None
+        assert policy.decide(CRASHED, step, False, 0.0).exit_code is None
     # Fewer steps than before are none.
-    assert policy.decide(CRASHED, 2, False).exit_code is None
-    assert policy.decide(CRASHED, None, False).exit_code is None
-    assert policy.decide(CRASHED, 5, False).exit_code == CRASH
+    assert policy.decide(CRASHED, 2, False, 0.0).exit_code is None
+    assert policy.decide(CRASHED, None, False, 0.0).exit_code is None
+    assert policy.decide(CRASHED, 5, False, 0.0).exit_code == CRASH
 
 
 def test_step_0_is_progress():
-    assert Policy(Rules(max_without_progress=1)).decide(CRASHED, 0, False).exit_code is None
+    assert Policy(Rules(max_without_progress=1)).decide(CRASHED, 0, False, 0.0).exit_code is None
 
 
 def test_restarts_are_limited_in_all():
     policy = Policy(RULES)
-    decisions = [policy.decide(CRASHED, step, False) for step in range(11)]
+    decisions = [policy.decide(CRASHED, step, False, 0.0) for step in range(11)]
     assert [decision.exit_code for decision in decisions] == [None] * 10 + [CRASH]
     assert decisions[-1].reason == "gave up after 10 restarts: rank 0: OSError: gone"
     assert policy.restarts == 10
 
 
 def test_no_restarts_at_all():
-    assert Policy(Rules(max_restarts=0)).decide(CRASHED, 5, False).exit_code == CRASH
+    assert Policy(Rules(max_restarts=0)).decide(CRASHED, 5, False, 0.0).exit_code == CRASH
 
 
 def non_finite(until: int) -> Ending:
@@ -156,50 +156,131 @@ def non_finite(until: int) -> Ending:
 
 
 def test_going_back_leaves_out_the_samples():
-    assert Policy(RULES).decide(non_finite(64), 5, False).flags == ["--resume_at_sample=64"]
+    assert Policy(RULES).decide(non_finite(64), 5, False, 0.0).flags == ["--resume_at_sample=64"]
 
 
 def test_what_is_left_out_stays_out_until_there_is_progress():
     """A crash of another kind before the first new step: the checkpoint may still be the one before the samples."""
     policy = Policy(Rules(max_without_progress=9))
-    policy.decide(non_finite(64), 5, False)
+    policy.decide(non_finite(64), 5, False, 0.0)
     for step in (None, 4, 5):
-        assert policy.decide(CRASHED, step, False).flags == ["--resume_at_sample=64"]
-    assert policy.decide(CRASHED, 6, False).flags == []
-    assert policy.decide(CRASHED, 6, False).flags == []
+        assert policy.decide(CRASHED, step, False, 0.0).flags == ["--resume_at_sample=64"]
+    assert policy.decide(CRASHED, 6, False, 0.0).flags == []
+    assert policy.decide(CRASHED, 6, False, 0.0).flags == []
 
 
 def test_going_back_again_takes_the_new_position():
     policy = Policy(RULES)
-    policy.decide(non_finite(64), 5, False)
-    assert policy.decide(non_finite(96), 7, False).flags == ["--resume_at_sample=96"]
+    policy.decide(non_finite(64), 5, False, 0.0)
+    assert policy.decide(non_finite(96), 7, False, 0.0).flags == ["--resume_at_sample=96"]
 
 
 def test_going_back_is_limited():
     policy = Policy(RULES)
-    assert [policy.decide(non_finite(until), until, False).exit_code for until in (8, 16)] == [None, None]
-    last = policy.decide(non_finite(24), 24, False)
+    assert [policy.decide(non_finite(until), until, False, 0.0).exit_code for until in (8, 16)] == [None, None]
+    last = policy.decide(non_finite(24), 24, False, 0.0)
     assert (last.exit_code, last.reason) == (
         CRASH, "gave up after going back 2 times: rank 0: FloatingPointError: nan",
     )  # fmt: skip
 
 
 def test_going_back_without_progress_is_given_up_like_any_other():
-    policy = Policy(Rules(max_without_progress=2, max_go_back=9))
-    assert [policy.decide(non_finite(8), 3, False).exit_code for _ in range(3)] == [None, None, CRASH]
+    policy = Policy(Rules(max_without_progress=2, give_up_after=0.0, max_go_back=9))
+    assert [policy.decide(non_finite(8), 3, False, 0.0).exit_code for _ in range(3)] == [None, None, CRASH]
 
 
 def test_a_non_finite_loss_can_be_the_end():
-    decision = Policy(Rules(on_nonfinite="stop")).decide(non_finite(64), 5, False)
+    decision = Policy(Rules(on_nonfinite="stop")).decide(non_finite(64), 5, False, 0.0)
     assert (decision.exit_code, decision.reason) == (CRASH, "rank 0: FloatingPointError: nan")
     # Other crashes are started again all the same.
-    assert Policy(Rules(on_nonfinite="stop")).decide(CRASHED, 5, False).exit_code is None
+    assert Policy(Rules(on_nonfinite="stop")).decide(CRASHED, 5, False, 0.0).exit_code is None
 
 
 def test_asked_to_stop_nothing_is_started_again():
-    assert Policy(RULES).decide(CRASHED, None, True) == Decision(STOPPED, "stopped on request before the first step")
-    decision = Policy(RULES).decide(CRASHED, 5, True)
+    decision = Policy(RULES).decide(CRASHED, None, True, 0.0)
+    assert decision == Decision(STOPPED, "stopped on request before the first step")
+    decision = Policy(RULES).decide(CRASHED, 5, True, 0.0)
     assert (decision.exit_code, decision.reason) == (
         CRASH, "did not end cleanly when asked to stop: rank 0: OSError: gone",
     )  # fmt: skip
-    assert Policy(RULES).decide(non_finite(64), 5, True).exit_code == CRASH
+    assert Policy(RULES).decide(non_finite(64), 5, True, 0.0).exit_code == CRASH
+
+
+def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
+    """Launches that do nothing new, with the waits that are decided: the last decision, when, and after how many."""
+    policy, now, launches = Policy(rules), 0.0, 0
+    while True:
+        launches += 1
+        now += launch_seconds
+        decision = policy.decide(ending, 3, False, now)
+        if decision.exit_code is not None:
+            return decision, now, launches
+        now += decision.delay
+
+
+def test_time_counts_as_well_as_tries():
+    """Three launches were seven seconds of waiting: no trouble of the real world is over by then."""
+    decision, now, launches = crash_loop(Rules())
+    assert decision.exit_code == CRASH and "launches in a row without a new step, in 24." in decision.reason
+    # It comes to one launch each five minutes, the longest wait.
+    assert 24 * 3600 <= now < 25 * 3600 and 24 * 3600 / 400 < launches < 24 * 3600 / 300
+    slow, now, launches = crash_loop(Rules(give_up_after=5.0), launch_seconds=100.0)
+    assert (slow.exit_code, launches) == (CRASH, 4), "tries count as well as time"
+
+
+def test_the_wait_stays_a_number():
+    """Whatever the options, the monitor does not die of its own arithmetic."""
+    policy = Policy(Rules(max_restarts=10_000, backoff=1e-3, max_backoff=0.5))
+    delays = [policy.decide(CRASHED, 3, False, 0.0).delay for _ in range(1500)]
+    assert delays[-1] == max(delays) == 0.5
+
+
+def traceback_of(error: str, line: int = 7) -> str:
+    return f'Traceback (most recent call last):\n  File "/a/b.py", line {line}, in f\n    g()\n    ^^^\n{error}\n'
+
+
+@pytest.mark.parametrize(
+    "error, launches",
+    [("ModuleNotFoundError: No module named 'x'", 4), ("TypeError: f() takes 1 argument", 4),
+     # The world: a disk, a network, a device, memory that another program took.
+     ("OSError: [Errno 28] No space left on device", None), ("RuntimeError: CUDA error: unspecified", None),
+     ("MemoryError", None), ("torch.OutOfMemoryError: CUDA out of memory", None),
+     ("RuntimeError: first line\nTypeError in the middle of a message", None)],
+)  # fmt: skip
+def test_what_the_code_itself_raises_each_time_is_given_up_soon(error: str, launches: int | None):
+    ending = Ending(CRASH, f"rank 0: {error}", traceback_of(error))
+    decision, now, count = crash_loop(Rules(give_up_after=3600.0), ending)
+    assert count == launches if launches is not None else now >= 3600
+    assert ("each ended by the same line of code" in decision.reason) == (launches is not None)
+
+
+def test_the_same_line_each_time_means_each_time():
+    """Another line, or a new step in between, and it counts from there."""
+    policy = Policy(Rules())
+    endings = [Ending(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
+    assert [policy.decide(ending, 3, False, 0.0).exit_code for ending in endings] == [None] * 5
+    assert policy.decide(endings[-1], 4, False, 0.0).exit_code is None
+    assert [policy.decide(endings[-1], 4, False, 0.0).exit_code for _ in range(3)] == [None, None, CRASH]
+
+
+@pytest.mark.parametrize("code, said", [(OK, "finished"), (STOPPED, "stopped on request")])
+def test_ranks_that_had_saved_all_and_were_cut_short(code: int, said: str):
+    """A logger takes its time, a launcher kills the others meanwhile, leaving the group fails: nothing is lost."""
+    both = {0: code, 1: code}
+    assert classify([record(1, code)], 2, [-9], None, leaving=both) == Ending(code, said)
+    assert classify([], 2, [-9], "rank 0 hangs", leaving=both).code == code
+    failed = classify([record(0, CRASH), record(1, code)], 2, [1], None, leaving=both)
+    assert failed == Ending(code, f"{said}; all was saved before rank 0: OSError: of 0")
+    # One that left its record is settled, too, without a sign of life that says so.
+    assert classify([record(1, code)], 2, [-9], None, leaving={0: code}).code == code
+
+
+@pytest.mark.parametrize("leaving", [{}, {0: OK}, {0: OK, 1: STOPPED}])
+def test_ranks_that_had_not(leaving: dict[int, int]):
+    assert classify([], 2, [-9], None, leaving=leaving).code == CRASH
+
+
+def test_a_full_disk_is_no_wrong_command():
+    """Whatever the training makes of it."""
+    full = record(0, WRONG_INPUT) | {"reason": "--out_dir r cannot be written: No space left on device"}
+    assert classify([full], 1, [2], None) == Ending(CRASH, full["reason"])

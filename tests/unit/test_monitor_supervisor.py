@@ -1,6 +1,7 @@
 """The monitor's loop and command, with scripts instead of trainings: every way to end, every moment to be asked to
 stop, and what goes wrong around it."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,12 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 import monitor.status
+import monitor_process
+from monitor.claim import Holder, Monitor
 from monitor.command import TrainCommand
 from monitor.node import Launch, LocalNode
 from monitor.policy import Rules
@@ -25,6 +29,7 @@ from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
 from tests.unit.test_monitor_node import ROOT, is_alive, until
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from utils.files import lock_file
 from utils.ssh import LoginRefused, Unreachable
 
 # What a script begins with. RUN/launches holds a line for each launch: its flags. A script that calls ranks(2) becomes
@@ -463,6 +468,7 @@ def test_the_command_from_end_to_end(bench: Bench):
         (["--backoff=nan"], "monitor: --backoff must"),
         (["--save_timeout=inf"], "monitor: --save_timeout must"),
         (["--max_without_progress=0"], "monitor: --interval must lie in (0, 60], --hang_factor and --max_without_pro"),
+        (["--give_up_after=-1"], "monitor: --give_up_after must be a number, and not negative, got -1.0"),
         (["--on_nonfinite=hope"], "monitor_process.py: error: argument --on_nonfinite: invalid choice: 'hope'"),
         (["--hosts=/no/such"], "monitor: --hosts needs a command that begins with torchrun"),
     ],
@@ -594,3 +600,103 @@ def test_the_file_of_the_job_names_it(bench: Bench):
     assert (job["pid"], job["attempt"]) == (pid, 1)
     first.terminate()
     assert first.wait(60) == STOPPED
+
+
+@pytest.fixture
+def ending_monitor(bench: Bench) -> Iterator[BinaryIO]:
+    """One that has done its work, and still has the run."""
+    Status("finished", os.getpid()).write(bench.run_dir)
+    with lock_file(bench.run_dir / "monitor" / ".lock", "") as lock:
+        yield lock
+
+
+def test_a_monitor_that_is_just_ending_is_waited_for(bench: Bench, ending_monitor: BinaryIO):
+    threading.Timer(0.5, ending_monitor.close).start()
+    started = time.monotonic()
+    monitor_process.claim(bench.run_dir).close()
+    assert 0.4 < time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("state, waits", [("finished", True), ("running", False), ("waiting", False)])
+def test_a_monitor_at_work_is_not(
+    bench: Bench, ending_monitor: BinaryIO, monkeypatch: pytest.MonkeyPatch, state: str, waits: bool
+):
+    monkeypatch.setattr(monitor_process, "_LOCK_PATIENCE", 0.5)
+    Status(state, os.getpid()).write(bench.run_dir)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="^another monitor looks after .*: see monitor_process.py --status"):
+        monitor_process.claim(bench.run_dir)
+    assert (time.monotonic() - started > 0.4) == waits
+    # Asked to stop meanwhile, it does.
+    assert not waits or monitor_process.claim(bench.run_dir, lambda: True) is None
+
+
+def failing(number: int, times: int) -> Callable[..., None]:
+    """In place of Path.mkdir: so often it fails."""
+    original, left = Path.mkdir, [number] * times
+
+    def mkdir(path: Path, *arguments: object, **options: object) -> None:
+        if left and path.name == "monitor":
+            raise OSError(left.pop(), os.strerror(number))
+        original(path, *arguments, **options)
+
+    return mkdir
+
+
+@pytest.mark.parametrize("number, passes", [(28, True), (122, True), (5, True), (116, True), (13, False), (30, False)])
+def test_a_run_directory_that_cannot_be_written_at_first(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+):
+    """Full, over its quota, or away: it is tried again. Not permitted, or read-only: that is for the user to change."""
+    monkeypatch.setattr(Path, "mkdir", failing(number, 2))
+    if passes:
+        monitor_process.claim(bench.run_dir).close()
+    else:
+        with pytest.raises(ValueError, match=f"my run cannot be written: {os.strerror(number)}$"):
+            monitor_process.claim(bench.run_dir)
+
+
+def test_the_log_keeps_what_it_cannot_write(bench: Bench, monkeypatch: pytest.MonkeyPatch, said):
+    path, original = bench.run_dir / "monitor" / "monitor.log", open
+
+    def full(file: object, *arguments: object, **options: object) -> object:
+        if file == path:
+            raise OSError(28, "No space left on device")
+        return original(file, *arguments, **options)
+
+    logger = logging.getLogger("monitor")
+    handler = monitor_process.SteadyLog(path)
+    logger.addHandler(handler)
+    try:
+        logger.info("one")
+        monkeypatch.setattr("builtins.open", full)
+        logger.info("two")
+        logger.info("three")
+        monkeypatch.undo()
+        # Whatever became of the file in between.
+        path.rename(path.with_name("old.log"))
+        logger.info("four")
+    finally:
+        logger.removeHandler(handler)
+    words = [line.split(" ", 3)[3] for line in path.read_text().splitlines()]
+    problem = f"{path} cannot be written, its lines are kept: No space left on device"
+    assert words == ["two", problem, "three", "four"]
+    assert path.with_name("old.log").read_text().endswith("INFO one\n")
+    assert said.messages.count(problem) == 1
+
+
+def test_a_local_monitor_and_one_behind_ssh_see_each_other(bench: Bench):
+    """The one claims by itself, the other by `python -m monitor.node` on this host."""
+    first = bench.monitor(STOPS_WHEN_ASKED)
+    bench.noted("ready-0")
+    second = dataclasses.asdict(dataclasses.replace(Monitor.of_this_process(), id="second"))
+    requests = [{"do": "claim", "who": second, "instead_of": ""}]
+    command = [sys.executable, "-m", "monitor.node", "--run_dir", bench.run_dir]
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    served = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    holder = Holder.from_json(json.loads(served.stdout)["answer"])
+    assert holder.is_served and holder.monitor.pid == first.pid
+    first.terminate()
+    assert first.wait(60) == STOPPED
+    served = subprocess.run(command, input=lines, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert json.loads(served.stdout) == {"answer": None}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from monitor.watch import Limits, Watch
+from monitor.watch import Limits, Silence, Watch
 
 LIMITS = Limits(step_floor=5.0, step_factor=4.0, first_step=100.0, start=20.0, compile=300.0, save=50.0, end=30.0,
                 validate=100.0)  # fmt: skip
@@ -141,3 +141,39 @@ def test_late_is_only_who_is_beyond_the_limit_of_the_own_phase():
     watch = watch_with_median(0.1)
     assert watch.overdue([beat(0, "save", age=40.0), beat(1, "save", age=39.0)], 0.0) is None
     assert "rank 1 for 6.0 s in phase step" in watch.overdue([beat(0, "save", age=40.0), beat(1, age=6.0)], 0.0)
+
+
+def silent(rank: int, age: float, at: float) -> dict:
+    return beat(rank, age=age, at=at)
+
+
+def test_silence_is_counted_while_somebody_watches():
+    """Looks of 1 s; then the monitor is stopped for an hour, and the machine's clock with all ranks' ages goes on."""
+    silence, ages = Silence(is_adopted=False), []
+    for age, watched in ((0.4, 1.0), (1.4, 1.0), (2.4, 1.0), (3602.4, 4.0), (3603.4, 1.0)):
+        ages += [b["age"] for b in silence.judge([silent(0, age, at=5.0)], watched)]
+    assert ages == pytest.approx([0.4, 1.4, 2.4, 6.4, 7.4])
+    # A new sign of life from during the pause is no older than a look.
+    assert [b["age"] for b in silence.judge([silent(0, 1800.0, at=9.0)], 4.0)] == [4.0]
+
+
+def test_silence_counts_a_rank_that_hangs_however_seldom_its_node_answers():
+    """A connection that breaks all the time does not hide a hang."""
+    silence = Silence(is_adopted=False)
+    ages = [silence.judge([silent(0, 60.0 * n, at=1.0)], 4.0)[0]["age"] for n in range(1, 30)]
+    assert ages == pytest.approx([4.0 * n for n in range(1, 30)])
+
+
+def test_silence_before_the_watch_began():
+    """A launch that was taken over: what it did not say before, it did not say. Ranks count for themselves."""
+    adopted, own = Silence(is_adopted=True), Silence(is_adopted=False)
+    beats = [silent(0, 500.0, at=1.0), silent(1, 0.5, at=9.0)]
+    assert [b["age"] for b in adopted.judge(beats, 1.0)] == [500.0, 0.5]
+    assert [b["age"] for b in own.judge(beats, 1.0)] == [1.0, 0.5]
+    assert beats[0]["age"] == 500.0, "what the node said stays what it said"
+
+
+def test_leaving_takes_as_long_as_loggers_may_take():
+    from utils.sinks import LONGEST_CLOSE_S
+
+    assert Limits().end > LONGEST_CLOSE_S
