@@ -81,6 +81,26 @@ def test_the_panels_are_listed(run: str, capsys: pytest.CaptureFixture):
     assert Path("b.csv").read_text().startswith("run,record,step,time,tokens,loss,lr\nmine,train,1,")
 
 
+@pytest.mark.parametrize("argv", [["--panels", "list"], ["--panels", "loss", "--png", "a.csv"]])
+def test_what_is_left_out_is_said(run: str, argv: list[str], capsys: pytest.CaptureFixture):
+    Path("odd").mkdir()
+    text = line("train", step=1, loss=1.0, **{f"m{n}": 1.0 for n in range(300)}) + "[]\n" * 1234
+    Path("odd/reslog.jsonl").write_text(text)
+    assert main([run, "odd", *argv]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "resplot: left out: odd: lines that hold no record (1,234)",
+        "resplot: left out: odd: metrics of train but the first 197",
+    ]
+
+
+def test_more_metrics_than_a_table_can_show(capsys: pytest.CaptureFixture):
+    Path("wide").mkdir()
+    Path("wide/reslog.jsonl").write_text(line("train", step=1, **{f"m{n:03}": 1.0 for n in range(100)}))
+    assert main(["wide", "--panels", "all", "--png", "a.csv"]) == 0
+    assert Path("a.csv").read_text().partition("\n")[0].endswith(",m058,m059")
+    assert capsys.readouterr().err == "resplot: left out: panels but the first 60\n"
+
+
 @pytest.mark.parametrize("size", ["640", "x", "1x1", "640x", "640x400x3", "1e3x500", "9999999x500", "²x300"])
 def test_a_wrong_size(run: str, size: str, capsys: pytest.CaptureFixture):
     assert "--size" in fails(capsys, run, "--png", "a.png", f"--size={size}") and not Path("a.png").exists()

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from utils.resplot import panels as panels_module
 from utils.resplot.export import save
 from utils.resplot.panels import (
     COLOURS,
@@ -210,6 +211,30 @@ def test_hostile_runs_are_drawn(what: str):
         assert not panel.log_y or 0 < panel.y_range[0] < panel.y_range[1] < math.inf
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("width", [200, 1400])
+def test_what_is_left_out_stands_under_the_panels(width: int, language: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(panels_module, "MOST_PANELS", 3, raising=False)
+    wide = snapshot_of(line("train", step=1, **{f"m{n}": 1.0 for n in range(3000)}), b"{}", line("train", step=2))
+    figure, canvas = figure_of([usual(), wide], View(panels=("all",), language=language), width)
+    assert len(figure.axes) == 3
+    (shown,) = [text for text in figure.texts if translate("left out", language) in text.get_text()]
+    text, place = shown.get_text(), shown.get_window_extent(canvas.get_renderer())
+    assert text.endswith("…") == (width == 200) and place.x1 <= width
+    lowest = min(axes.xaxis.get_tightbbox(canvas.get_renderer()).y0 for axes in figure.axes)
+    assert 0 <= place.y0 and place.y1 <= lowest
+    if width == 1400 and language == "en":
+        assert text == ("left out: a1: lines that hold no record (1); a1: metrics of train but the first 197; "
+                        "panels but the first 3")  # fmt: skip
+    figure, _ = figure_of([usual()], LOSS, width)
+    assert not [text for text in figure.texts if "left out" in text.get_text()]
+
+
+def test_a_log_of_nothing_but_noise_says_so():
+    figure, _ = figure_of([snapshot_of(b"{}", b"x")], LOSS, 400)
+    assert [text.get_text() for text in figure.texts][0] == "left out: lines that hold no record (2)"
+
+
 LABELS = ["$\\frac{1}", "100%", "_hidden", "a\\b{}^_", "中文实验", "x" * 300, "<script>&'\""]
 
 
@@ -327,8 +352,19 @@ def test_values_beside_the_cursor():
             assert x_text(value, x).isprintable()
 
 
+def _everything_left_out() -> tuple:
+    data = RunData()
+    data._skipped, data._too_many_tables, data._too_many_launches = 1, True, True
+    data.feed([line("train", step=1)])
+    data._tables["train"].too_many_columns, data._tables["train"].thinned = True, 1
+    data.feed([])
+    assert len(data.snapshot().left_out) == 5
+    return data.snapshot().left_out
+
+
 def test_every_title_is_translated():
     titles = {panel.title for panel in PANELS} | set(X_AXES)
+    titles |= {"left out", "panels but the first {}", *(text for text, _ in _everything_left_out())}
     untranslated = {title for title in titles if translate(title, "zh") == title}
     assert not untranslated and translate("loss", "en") == "loss"
     assert chinese_font() is None or isinstance(chinese_font(), str)

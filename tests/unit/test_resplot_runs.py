@@ -2,6 +2,9 @@
 
 import json
 import math
+import random
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,139 @@ def test_thousands_of_metrics_leave_room_for_the_step():
 def test_thousands_of_kinds_of_records_are_not_all_kept():
     snapshot = snapshot_of(line("train", step=1, loss=1.0), *(line(f"kind{n}", step=1, x=1.0) for n in range(3000)))
     assert "train" in snapshot.tables and len(snapshot.tables) <= 20
+
+
+def test_the_line_that_a_crash_cut_off_is_not_said_to_be_left_out():
+    torn, launch, step = b'{"name": "tra', line("start", step=1), line("train", step=1, loss=1.0)
+    assert snapshot_of(launch, step, torn, launch).left_out == ()
+    snapshot = snapshot_of(launch, b"", b" ", torn, torn, b"\r", launch, b"\0", step)
+    assert snapshot.left_out == (("lines that hold no record ({:,})", (2,)),) and snapshot.skipped_lines == 3
+
+
+def hostile() -> Iterator[tuple[str, list[bytes], str]]:
+    """(what, lines, what is said to be left out)."""
+    names = [f"kind{n}" for n in range(20)]
+    yield "kinds", [line(f"kind{n}", step=1, x=1.0) for n in range(50)], "kinds of records but the first 20"
+    yield "metrics at once", [line("train", step=1, **{f"m{n}": 1.0 for n in range(500)})], (
+        "metrics of train but the first 197")
+    yield "a metric a record", [line("train", step=n, **{f"m{n}": 1.0}) for n in range(500)], (
+        "metrics of train but the first 197")
+    yield "launches", [line("start", step=0)] * 40, "restarts but the first 30"
+    wide = [line(name, step=1, **{f"m{n}": 1.0 for n in range(100)}) for name in names]
+    thin = [line(name, step=step) for step, name in product(range(2, 502), names)]
+    yield "wide, then thin", wide + thin, "records of kind19, evenly"
+    yield "no records", [b"{}", b"[]", b"\0", b"\xff", b"1" * 5000, b"[" * 9000], "lines that hold no record (6)"
+
+
+HOSTILE = {what: (lines, said) for what, lines, said in hostile()}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_a_log_can_fill_is_bounded_and_what_is_left_out_is_said(what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs_module, "_MOST_LAUNCHES", 30, raising=False)
+    monkeypatch.setattr(runs_module, "_FREE_CELLS", 10_000, raising=False)
+    lines, said = HOSTILE[what]
+    snapshot = snapshot_of(*lines)
+    assert len(snapshot.launches) <= 30 and len(snapshot.tables) <= 20
+    cells = sum(column.size for columns in snapshot.tables.values() for column in columns.values())
+    # Eight a number that the lines hold, and those that are free.
+    assert cells <= 10_000 + 8 * sum(max(len(json.loads(text)) - 1, 0) for text in lines if text.startswith(b'{"'))
+    assert any(said in text.format(*values) for text, values in snapshot.left_out)
+    # The newest record is there, whatever went.
+    if what == "wide, then thin":
+        assert snapshot.tables["kind19"]["step"][-1] == 501
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+def test_thinning_is_even_and_counted(batch: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs_module, "_MOST_CELLS", 5 * 100, raising=False)
+    data, lines = RunData(), [line("train", step=step, loss=float(step)) for step in range(1, 2001)]
+    for first in range(0, len(lines), batch):
+        data.feed(lines[first : first + batch])
+    snapshot = data.snapshot()
+    kept = snapshot.tables["train"]["loss"]
+    assert 25 <= len(kept) <= 100 and kept[-1] == 2000 and snapshot.tables["train"]["step"].tolist() == kept.tolist()
+    # No stretch of the run is gone: of two thousand in a hundred, at worst every eightieth.
+    assert 1 <= np.diff(kept, prepend=0).min() and np.diff(kept, prepend=0).max() <= 80
+    assert snapshot.left_out == (("records of {}, evenly ({:,})", ("train", 2000 - len(kept))),)
+
+
+class Counting(dict):
+    """A record that counts how often its keys and values are looked at."""
+
+    looks = 0
+
+    def get(self, *args: object) -> object:
+        Counting.looks += 1
+        return super().get(*args)
+
+    def __getitem__(self, key: str) -> object:
+        Counting.looks += 1
+        return super().__getitem__(key)
+
+    def items(self) -> Iterator:
+        Counting.looks += len(self)
+        return super().items()
+
+
+@pytest.mark.parametrize("count", [100, 400])
+def test_each_record_is_looked_at_a_few_times_however_many_keys_the_others_have(
+    count: int, monkeypatch: pytest.MonkeyPatch
+):
+    parse = runs_module.parse_record
+    monkeypatch.setattr(runs_module, "parse_record", lambda *args: Counting(parse(*args)))
+    Counting.looks = 0
+    snapshot_of(*(line("train", step=n, **{f"{n} {m}": 1.0 for m in range(9)}) for n in range(count)))
+    assert Counting.looks <= 30 * count
+
+
+@pytest.mark.parametrize("count", [300, 1200])
+def test_a_launch_moves_no_rows_that_stand(count: int, monkeypatch: pytest.MonkeyPatch):
+    """Of a long log, thousands of launches that each go back by one step."""
+    moved, take = [], runs_module.Table._take
+    monkeypatch.setattr(runs_module.Table, "_take", lambda table, rows: moved.append(table.rows) or take(table, rows))
+    monkeypatch.setattr(runs_module, "_BATCH_BYTES", 1000)
+    steps = [line("train", step=n, loss=1.0) for n in range(count)]
+    back = [line("start", step=count - 1), line("train", step=count, loss=2.0)]
+    snapshot = snapshot_of(*steps, *(back * count))
+    assert snapshot.tables["train"]["step"].tolist() == list(range(count + 1))
+    assert sum(moved) <= 2 * count
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_shown_is_what_stands(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In batches and polls of any size, as the other reader of logs has it."""
+    random_ = random.Random(seed)
+    monkeypatch.setattr(runs_module, "_BATCH_BYTES", random_.choice((1, 300, 5000)))
+    lines, step = [], 0
+    for _ in range(250):
+        step = max(step + random_.choice((-4, 0, 1, 1, 1, 2)), 0)
+        if random_.random() < (0.02, 0.3)[seed % 2]:
+            step = max(step - random_.randrange(15), 0)
+            lines.append(line("start", step=step))
+        metrics = {key: random_.random() for key in random_.sample(("loss", "lr", "x"), random_.randrange(3))}
+        lines.append(line(random_.choice(("train", "valid")), step=step, **metrics))
+    data, before = RunData(), []
+    rest = list(lines)
+    while rest:
+        size = random_.randrange(1, 60)
+        data.feed(rest[:size])
+        rest = rest[size:]
+        tables = data.snapshot().tables
+        copies = {name: {key: column.copy() for key, column in found.items()} for name, found in tables.items()}
+        before.append((tables, copies))
+    path = tmp_path / "reslog.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    for name in ("train", "valid"):
+        records = sorted(read_reslog(path, (name,)), key=lambda record: record["step"])
+        for metric in ("step", "loss", "lr", "x"):
+            expected = [record.get(metric, math.nan) for record in records]
+            if metric in data.snapshot().tables[name] or np.isfinite(expected).any():
+                np.testing.assert_array_equal(data.snapshot().tables[name][metric], expected)
+    for tables, copies in before:
+        for name, found in copies.items():
+            for metric, column in found.items():
+                np.testing.assert_array_equal(tables[name][metric], column)
 
 
 def test_steps_that_fall_are_put_in_order():

@@ -468,6 +468,9 @@ def test_a_hostile_configuration(text: str, log: Path, tmp_path: Path, monkeypat
     run = Run(None, str(log.parent))
     run.look_round(LocalFiles())
     assert run.health.config == {} and not (tmp_path / "owned").exists()
+    # Either there is nothing in it that could be shown, or it is said why not.
+    is_read = text.startswith(("a: &a", "derived: ["))
+    assert bool(run.health.config_problem) != is_read and run.health.config_problem.isprintable()
 
 
 def test_a_configuration(log: Path):
@@ -478,9 +481,12 @@ def test_a_configuration(log: Path):
     assert run.health.config == {
         "lr": 0.1, "name": "中文", "seed": None, "a\N{REPLACEMENT CHARACTER}": 1, "derived.world_size": 2,
     }  # fmt: skip
+    (log.parent / "config.yaml").write_text("lr: 0.25\nlr: 0.5\n")
+    run.look_round(files)
+    assert (run.health.config, run.health.config_problem) == ({}, "'lr' is given twice, line 2")
     (log.parent / "config.yaml").write_text("lr: 0.25\n")
     run.look_round(files)
-    assert run.health.config == {"lr": 0.25}
+    assert (run.health.config, run.health.config_problem) == ({"lr": 0.25}, "")
 
 
 def test_a_heartbeat(log: Path, target: SSHTarget | None):

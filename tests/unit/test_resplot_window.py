@@ -491,6 +491,10 @@ def test_a_hostile_run_in_the_window(open_window: OpenWindow, tmp_path: Path):
     window.difference_dock.show()
     until(lambda: window.difference_table.rowCount() > 0)
     item = window.header.topLevelItem(0)
+    assert "lines that hold no record (2)" in item.toolTip(0) and "its settings cannot be read: " in item.toolTip(0)
+    assert window.header.topLevelItem(1).toolTip(0) == ""
+    heads = [window.difference_table.horizontalHeaderItem(column).text() for column in (1, 2)]
+    assert ["(settings cannot be read)" in head for head in heads] == [True, False]
     texts = [item.text(column) for column in range(8)] + [window.windowTitle()]
     texts += [window.panel_list.item(i).text() for i in range(window.panel_list.count())]
     assert all(text.isprintable() for text in texts) and any("<img" in text for text in texts)

@@ -123,7 +123,7 @@ def _without_desktop(args: argparse.Namespace) -> int:
     import matplotlib
 
     from utils.resplot.export import check_suffix, save
-    from utils.resplot.panels import COLOURS, ShownRun, View, available, choose
+    from utils.resplot.panels import COLOURS, ShownRun, View, available, choose, left_out
 
     if args.png:
         try:
@@ -143,10 +143,15 @@ def _without_desktop(args: argparse.Namespace) -> int:
             problem = run.health.problem or nothing
     if problem:
         return _fail(problem.partition("; tried again in")[0])
+    shown = [
+        ShownRun(label, COLOURS[index % len(COLOURS)], snapshot)
+        for index, (label, snapshot) in enumerate(zip(labels(runs), snapshots))
+    ]
     found = available(snapshots)
     if args.panels == "list":
         for panel in found:
             print(f"{panel.key:20} {panel.title}")
+        _say_left_out(left_out(shown, 0, "en"))
         return 0
     wanted = [panel.key for panel in found] if args.panels == "all" else _names(args.panels)
     view = View(
@@ -156,18 +161,21 @@ def _without_desktop(args: argparse.Namespace) -> int:
     unknown = sorted(set(wanted) - {panel.key for panel in found})
     if unknown:
         return _fail(f"these runs have no {', '.join(unknown)}; they have: {', '.join(p.key for p in found)}")
-    if not choose(found, view):
+    chosen = choose(found, view)
+    if not chosen:
         return _fail("these runs have nothing to draw yet: try again after their first logged step")
-    shown = [
-        ShownRun(label, COLOURS[index % len(COLOURS)], snapshot)
-        for index, (label, snapshot) in enumerate(zip(labels(runs), snapshots))
-    ]
     try:
         save(Path(args.png), shown, view, args.size)
     except OSError as error:
         return _fail(f"{args.png} cannot be written: {error.strerror or error}")
     print(args.png)
+    _say_left_out(left_out(shown, len(chosen), "en"))
     return 0
+
+
+def _say_left_out(found: list[str]) -> None:
+    for text in found:
+        print(f"resplot: left out: {text}", file=sys.stderr)
 
 
 def _names(text: str | None) -> list[str]:

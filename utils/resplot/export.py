@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from utils.files import atomic_write
-from utils.resplot.panels import ShownRun, View, available, choose, draw
+from utils.resplot.panels import MOST_PANELS, ShownRun, View, available, choose, draw
 
 _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCanvasPdf}
 
@@ -53,7 +53,7 @@ def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int]
 
 def _table(runs: Sequence[ShownRun], view: View) -> str:
     """A row a record: run, kind of record, step, time, tokens, then the metrics of the shown panels."""
-    panels = choose(available([run.snapshot for run in runs]), view)
+    panels = choose(available([run.snapshot for run in runs]), view)[:MOST_PANELS]
     wanted: dict[str, dict[str, None]] = {}
     for panel in panels:
         for curve in panel.curves:

@@ -1,5 +1,6 @@
 """The pictures: a panel a metric, drawn by matplotlib in any thread, with or without a desktop."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -32,6 +33,8 @@ _CHINESE_FONTS = (
 _GREATEST = 1e300
 """Axes that reach further overflow."""
 _MOST_MARKS, _MOST_CROSSES = 200, 20
+MOST_PANELS = 60
+"""In a picture; more could not be told apart, and drawing them would take all memory."""
 _NEVER_MISSING = ("loss", "grad_norm")
 """A NaN in these was measured; elsewhere it means that a record did not have the metric."""
 
@@ -102,7 +105,7 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
     found = [panel for panel in PANELS if any((curve.table, curve.metric) in present for curve in panel.curves)]
     others = sorted(metric for table, metric in present - known if table == "train")
     more = sorted((table, metric) for table, metric in present - known if table != "train")
-    more = [(table, metric) for table, metric in more if not (table == "valid" and metric in others)]
+    more = [(table, metric) for table, metric in more if not (table == "valid" and ("train", metric) in present)]
     return [
         *found,
         *(_both(metric, metric) for metric in others),
@@ -210,13 +213,15 @@ def draw(figure: "Figure", runs: Sequence[ShownRun], view: View) -> list[DrawnPa
     width, height = figure.get_size_inches() * figure.dpi
     unit = figure.dpi / 100
     top = _draw_legend(figure, runs, view, unit) if view.legend else 8 * unit
+    foot = _draw_what_is_left_out(figure, runs, len(chosen), view, unit)
+    chosen = chosen[:MOST_PANELS]
     if not chosen:
         text = "Waiting for the first results…" if not any(r.snapshot.tables for r in runs) else "No metric is chosen."
         figure.text(0.5, 0.5, translate(text, view.language), ha="center", va="center", color=theme.faint, fontsize=12)
         return []
     columns = _grid_columns(len(chosen), width / max(height, 1.0))
     rows = -(-len(chosen) // columns)
-    left, right, gap_x, gap_y, title, bottom = (n * unit for n in (58, 24, 66, 34, 22, 42))
+    left, right, gap_x, gap_y, title, bottom = (n * unit for n in (58, 24, 66, 34, 22, 42 + foot))
     cell_w = max((width - left - right - gap_x * (columns - 1)) / columns, 20.0)
     cell_h = max((height - top - bottom - title * rows - gap_y * (rows - 1)) / rows, 20.0)
     drawn = []
@@ -237,6 +242,40 @@ def choose(found: list[Panel], view: View) -> list[Panel]:
     if view.panels == ("all",):
         return found
     return [panel for panel in found if panel.key in view.panels]
+
+
+def left_out(runs: Sequence[ShownRun], num_panels: int, language: str) -> list[str]:
+    """All that the runs' logs hold and these panels do not, a sentence each."""
+    found = [
+        (f"{run.label}: " if len(runs) > 1 else "") + text
+        for run in runs
+        for text in left_out_of(run.snapshot, language)
+    ]  # fmt: skip
+    if num_panels > MOST_PANELS:
+        found.append(translate("panels but the first {}", language).format(MOST_PANELS))
+    return found
+
+
+def left_out_of(snapshot: Snapshot, language: str) -> list[str]:
+    return [translate(text, language).format(*values) for text, values in snapshot.left_out]
+
+
+def _draw_what_is_left_out(
+    figure: "Figure", runs: Sequence[ShownRun], num_panels: int, view: View, unit: float
+) -> float:
+    """A line under the panels, as long as there is room; how much room it takes, before `unit`."""
+    found = left_out(runs, num_panels, view.language)
+    if not found:
+        return 0.0
+    text = f"{translate('left out', view.language)}: {'; '.join(found)}"
+    width, height = figure.get_size_inches() * figure.dpi
+    # In points, as text is: a hundred pixels are an inch, of which there are 72.
+    room = (width / unit - 24) * 0.72
+    if _text_width(text, 8) > room:
+        ends = itertools.accumulate(_text_width(c, 8) for c in text)
+        text = text[: sum(end <= room - 8 for end in ends)] + "…"
+    figure.text(12 * unit / width, 4 * unit / height, text, color=theme_of(view).faint, fontsize=8, va="bottom")
+    return 16.0
 
 
 def _grid_columns(count: int, aspect: float) -> int:
@@ -453,14 +492,21 @@ def _within(
 
 def restarts(snapshot: Snapshot, x: str) -> list[float]:
     """Where on the x axis each launch but the first begins."""
-    train = snapshot.tables.get("train")
-    if train is None:
+    if "train" not in snapshot.tables:
         return []
+    key = ("restarts", x)
+    if key not in snapshot.kept:
+        snapshot.kept[key] = _compute_restarts(snapshot, x)
+    return snapshot.kept[key]
+
+
+def _compute_restarts(snapshot: Snapshot, x: str) -> list[float]:
     if x == "clock":
         return [launch.time / 86400.0 for launch in snapshot.launches[1:]]
     if x == "step":
         return [float(launch.step) for launch in snapshot.launches[1:]]
-    before = np.searchsorted(train["launch"], np.arange(1, len(snapshot.launches)), "left")
+    launches = snapshot.tables["train"]["launch"]
+    before = np.searchsorted(launches, np.arange(1, len(snapshot.launches)), "left")
     return np.where(before > 0, _x_of(snapshot, "train", x)[before - 1], 0.0).tolist()
 
 

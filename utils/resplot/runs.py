@@ -1,18 +1,20 @@
 """A run's results as columns of numbers, kept up to date while its file grows.
 
 One thread feeds lines; others take snapshots at any time and wait for nothing. What a snapshot holds never changes.
+
+A log may hold anything. What is kept of one is bounded, and what that leaves out is said: see Snapshot.left_out. The
+work is in proportion to the log's size, whatever it holds: so a launch does not look through all that came before it.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 
-from utils.reslog import NON_FINITE, number, parse_record
+from utils.reslog import NON_FINITE, number, parse_record, standing_records
 
 try:
     import orjson
@@ -22,7 +24,16 @@ except ImportError:
 _MOST_COLUMNS = 200
 """Of a table; a file with more metrics is not ours."""
 _MOST_TABLES = 20
-_KEPT_OF_START = ("task", "world_size", "dtype", "max_iters", "version", "parent_ckpt")
+_MOST_LAUNCHES = 200_000
+_MOST_CELLS = 1 << 25
+"""Numbers, and places of missing ones, in all tables of a run: 256 MiB. A million records of 24 metrics fit."""
+_CELLS_A_NUMBER, _FREE_CELLS = 8, 1 << 22
+"""Where most places are empty, a small log could fill a large memory: so many places a number, and 32 MiB for all."""
+_BATCH_BYTES = 1 << 20
+"""Of lines whose records are put into the tables together."""
+_ALWAYS = ("step", "time", "launch")
+_ORDINAL = "\0"
+"""Which of all rows a row was. No metric is called so: see `plain`."""
 
 
 def plain(text: object, most: int = 200) -> str:
@@ -31,42 +42,146 @@ def plain(text: object, most: int = 200) -> str:
 
 
 class Table:
-    """Columns of float64, all of one length; a missing value is NaN."""
+    """Columns of float64, all of one length; a missing value is NaN. Rows are in the order of their steps, those of one
+    step as they came."""
 
     def __init__(self):
-        self._columns: dict[str, np.ndarray] = {}
+        self._columns = {name: np.empty(64) for name in (*_ALWAYS, _ORDINAL)}
+        self._sorted = True
+        self._stride, self._added = 1, 0
+        self._seen = 0
+        """So many rows are in snapshots, which must not change."""
         self.rows = 0
+        self.numbers = 0
+        """That were put in, in all; of rows that went, a like share is taken off."""
+        self.too_many_columns = False
+        self.thinned = 0
+        """Rows that went to save memory."""
 
-    def append(self, columns: dict[str, np.ndarray]) -> None:
-        """Add rows; columns that are missing here or there are filled with NaN."""
-        count = len(next(iter(columns.values())))
-        needed = self.rows + count
-        for name in columns:
-            if name not in self._columns and len(self._columns) < _MOST_COLUMNS:
-                self._columns[name] = np.full(max(needed, 64), math.nan)
+    @property
+    def cells(self) -> int:
+        return self.rows * len(self._columns)
+
+    @property
+    def _room(self) -> int:
+        """For more columns."""
+        return _MOST_COLUMNS + 1 - len(self._columns)
+
+    def add(self, records: Sequence[dict]) -> None:
+        """Append a row a record; of each, the values that are numbers."""
+        needed = self.rows + len(records)
+        found = self._dense(records) if len(set(map(tuple, records))) == 1 else self._sparse(records)
+        found[_ORDINAL] = slice(None), np.arange(self._added, self._added + len(records))
+        self._added += len(records)
+        for name in found:
+            if name not in self._columns:
+                column = self._columns[name] = np.empty(len(self._columns["step"]))
+                column[: self.rows] = math.nan
         for name, column in self._columns.items():
             if len(column) < needed:
-                # A new array: a snapshot may still show the old one.
-                column = self._columns[name] = np.concatenate([column[: self.rows], np.full(needed, math.nan)])
-            column[self.rows : needed] = columns.get(name, math.nan)
+                # Another array, with room: a snapshot may still show the old one.
+                column = np.empty(needed + needed // 2)
+                column[: self.rows] = self._columns[name][: self.rows]
+                self._columns[name] = column
+            added = column[self.rows : needed]
+            added.fill(math.nan)
+            if name in found:
+                rows, values = found[name]
+                added[rows] = values
+                self.numbers += len(values)
+        steps = self._columns["step"][max(self.rows - 1, 0) : needed]
+        self._sorted = self._sorted and not (np.diff(steps) < 0).any()
         self.rows = needed
 
-    def keep(self, mask: np.ndarray) -> None:
-        """Let the other rows go."""
-        if not mask.all():
-            self._columns = {name: column[: self.rows][mask] for name, column in self._columns.items()}
-            self.rows = int(mask.sum())
+    def _dense(self, records: Sequence[dict]) -> dict[str, tuple[slice, np.ndarray]]:
+        """Name -> (all rows, values), where all records have the same keys: as a run writes them, and much faster."""
+        found: dict[str, tuple[slice, np.ndarray]] = {}
+        room = self._room
+        for key, values in zip(records[0], zip(*map(dict.values, records))):
+            name = plain(key)
+            is_new = name not in self._columns and name not in found
+            if key == "name" or (column := _numbers(values)) is None:
+                continue
+            if is_new and not room:
+                self.too_many_columns = True
+                continue
+            room -= is_new
+            found[name] = (slice(None), column)
+        return found
+
+    def _sparse(self, records: Sequence[dict]) -> dict[str, tuple[list[int], list[float]]]:
+        """Name -> (rows, their values): never a look at each key for each record."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        names: dict[str, str] = {}
+        room = self._room
+        for row, record in enumerate(records):
+            for key, value in record.items():
+                if key == "name" or (value := number(value)) is None:
+                    continue
+                name = names.get(key) or names.setdefault(key, plain(key))
+                if name not in found:
+                    is_new = name not in self._columns
+                    if is_new and not room:
+                        self.too_many_columns = True
+                        continue
+                    room -= is_new
+                    found[name] = ([], [])
+                found[name][0].append(row)
+                found[name][1].append(value)
+        return found
+
+    def drop_after(self, step: float) -> None:
+        """Let the rows of later steps go."""
+        if not self.rows:
+            return
+        self._sort()
+        rows = int(np.searchsorted(self._columns["step"][: self.rows], step, "right"))
+        if rows == self.rows:
+            return
+        self.numbers = self.numbers * rows // self.rows
+        if rows < self._seen:
+            self._take(slice(rows))
+        self.rows = rows
+
+    def thin(self) -> None:
+        """Let a quarter of the rows go, at least, so that those that stay lie evenly over all that were added. The
+        newest stays."""
+        self._sort()
+        ordinals, before = self._columns[_ORDINAL][: self.rows], self.rows
+        stays = np.zeros(before, bool)
+        # First from what came since the last time; if that is little, from all.
+        while not stays.any() or 4 * stays.sum() > 3 * before + 4:
+            stays = ordinals % self._stride == 0
+            stays[-1] = True
+            self._stride *= 2
+        self._stride //= 2
+        self._take(np.flatnonzero(stays))
+        self.thinned += before - self.rows
+        self.numbers = self.numbers * self.rows // before
 
     def snapshot(self) -> dict[str, np.ndarray]:
-        return {name: column[: self.rows] for name, column in self._columns.items()}
+        self._sort()
+        self._seen = self.rows
+        return {name: column[: self.rows] for name, column in self._columns.items() if name != _ORDINAL}
+
+    def _sort(self) -> None:
+        """Steps rise unless somebody else wrote the log."""
+        if not self._sorted:
+            self._take(np.argsort(self._columns["step"][: self.rows], kind="stable"))
+            self._sorted = True
+
+    def _take(self, rows: slice | np.ndarray) -> None:
+        for name, column in self._columns.items():
+            self._columns[name] = column[: self.rows][rows].copy()
+        self.rows, self._seen = len(self._columns["step"]), 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Launch:
     step: int
     time: float
-    facts: dict[str, object]
-    """Of its start record, as they were written; see _KEPT_OF_START."""
+    max_iters: int | None = None
+    """Steps of the whole run, as its start record says."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +195,9 @@ class Snapshot:
     """Of the newest record."""
     skipped_lines: int = 0
     """Complete lines that held no record."""
+    left_out: tuple[tuple[str, tuple], ...] = ()
+    """(sentence, what to put into it) for all that the log holds and this does not; nothing about the line that a
+    crash cut off just before a launch."""
     version: int = 0
     """Changes when anything does."""
     kept: dict[tuple, object] = field(default_factory=dict, compare=False, repr=False)
@@ -120,7 +238,9 @@ class RunData:
     def _forget(self) -> None:
         self._tables: dict[str, Table] = {}
         self._launches: list[Launch] = []
-        self._ended, self._last_time, self._skipped, self._greatest_step = "", 0.0, 0, 0
+        self._ended, self._last_time, self._greatest_step = "", 0.0, 0
+        self._skipped, self._torn, self._was_skipped = 0, 0, False
+        self._too_many_tables = self._too_many_launches = False
 
     def clear(self) -> None:
         """Forget all: the file is another one."""
@@ -129,72 +249,102 @@ class RunData:
 
     def feed(self, lines: Iterable[bytes]) -> None:
         """Take in complete lines."""
-        pending: dict[str, list[dict]] = {}
+        batch: list[dict] = []
+        size = 0
         for line in lines:
+            if not line or line.isspace():
+                continue
             record = parse_record(line, _decode)
             if record is None:
-                self._skipped += bool(line.strip())
+                self._skipped += 1
+                self._was_skipped = True
                 continue
-            name = record["name"]
-            self._last_time = record["time"]
-            if name == "start":
-                self._flush(pending)
-                self._start(record)
-            elif name == "end":
-                reason = record.get("reason")
-                self._ended = plain(reason) if reason and isinstance(reason, str) else "ended"
-            elif record.get("step") is not None:
-                self._greatest_step = max(self._greatest_step, record["step"])
-                pending.setdefault(name, []).append(record)
-        self._flush(pending)
+            self._take(record, batch)
+            self._was_skipped = False
+            size += len(line)
+            if size > _BATCH_BYTES:
+                self._flush(batch)
+                batch, size = [], 0
+        self._flush(batch)
         self._publish()
 
     def snapshot(self) -> Snapshot:
         return self._published
 
-    def _publish(self) -> None:
-        tables = {name: _in_order(table.snapshot()) for name, table in self._tables.items() if table.rows}
-        self._published = Snapshot(
-            tables, tuple(self._launches), self._ended, self._last_time, self._skipped, self._published.version + 1
-        )
+    def _take(self, record: dict, batch: list[dict]) -> None:
+        name = record["name"]
+        self._last_time = record["time"]
+        if name == "start":
+            self._begin_launch(record)
+        elif name == "end":
+            reason = record.get("reason")
+            self._ended = plain(reason) if reason and isinstance(reason, str) else "ended"
+        if name == "start" or name != "end" and record.get("step") is not None:
+            record["launch"] = max(len(self._launches) - 1, 0)
+            batch.append(record)
 
-    def _start(self, record: dict) -> None:
-        if self._greatest_step > record["step"]:
-            for table in self._tables.values():
-                table.keep(table.snapshot()["step"] <= record["step"])
-            self._greatest_step = record["step"]
-        facts = {key: record[key] for key in _KEPT_OF_START if key in record}
-        self._launches.append(Launch(record["step"], record["time"], facts))
+    def _begin_launch(self, record: dict) -> None:
         self._ended = ""
+        self._torn += self._was_skipped
+        if len(self._launches) < _MOST_LAUNCHES:
+            planned = record.get("max_iters")
+            self._launches.append(Launch(record["step"], record["time"], planned if type(planned) is int else None))
+        else:
+            self._too_many_launches = True
 
-    def _flush(self, pending: dict[str, list[dict]]) -> None:
-        for name, records in pending.items():
-            name = plain(name)
-            if name not in self._tables and len(self._tables) >= _MOST_TABLES:
-                continue
-            table = self._tables.setdefault(name, Table())
-            columns = {"launch": np.full(len(records), max(len(self._launches) - 1, 0), float)}
-            for key, found in _by_key(records):
-                if key not in ("name", "launch"):
-                    values = _numbers(found)
-                    if values is not None:
-                        columns[plain(key)] = values
-            table.append(columns)
-        pending.clear()
+    def _flush(self, batch: list[dict]) -> None:
+        """Put records into their tables, without those that launches among them supersede; these do that to what is in
+        the tables, too."""
+        standing, lowest = standing_records(batch)
+        if lowest < self._greatest_step:
+            for table in self._tables.values():
+                table.drop_after(lowest)
+            self._greatest_step = lowest
+        by_name: dict[str, list[dict]] = {}
+        for record in standing:
+            if record["name"] != "start":
+                self._greatest_step = max(self._greatest_step, record["step"])
+                by_name.setdefault(plain(record["name"]), []).append(record)
+        for name, records in by_name.items():
+            if name in self._tables or len(self._tables) < _MOST_TABLES:
+                self._tables.setdefault(name, Table()).add(records)
+            else:
+                self._too_many_tables = True
+        self._save_memory()
 
+    def _save_memory(self) -> None:
+        tables = self._tables.values()
+        while sum(table.cells for table in tables) > self._most_cells():
+            largest = max(tables, key=lambda table: table.cells)
+            if largest.rows < 16:
+                return
+            largest.thin()
 
-def _by_key(records: list[dict]) -> Iterator[tuple[str, Sequence[object]]]:
-    """Each key of the records with their values, None where one has none. Step and time come first: they must be among
-    the columns that a table takes at most."""
-    shapes = set(map(tuple, records))
-    if len(shapes) == 1:
-        # As a run writes them; much faster.
-        columns = dict(zip(shapes.pop(), zip(*map(dict.values, records))))
-    else:
-        columns = {key: [record.get(key) for record in records] for key in chain.from_iterable(shapes)}
-    for key in ("step", "time"):
-        yield key, columns.pop(key)
-    yield from columns.items()
+    def _most_cells(self) -> int:
+        return min(_MOST_CELLS, _FREE_CELLS + _CELLS_A_NUMBER * sum(table.numbers for table in self._tables.values()))
+
+    def _left_out(self) -> tuple[tuple[str, tuple], ...]:
+        found: list[tuple[str, tuple]] = []
+        # What a crash cut off is made again by the launch that follows.
+        if skipped := self._skipped - self._torn:
+            found.append(("lines that hold no record ({:,})", (skipped,)))
+        if self._too_many_tables:
+            found.append(("kinds of records but the first {}", (_MOST_TABLES,)))
+        for name, table in self._tables.items():
+            if table.too_many_columns:
+                found.append(("metrics of {} but the first {}", (name, _MOST_COLUMNS - len(_ALWAYS))))
+            if table.thinned:
+                found.append(("records of {}, evenly ({:,})", (name, table.thinned)))
+        if self._too_many_launches:
+            found.append(("restarts but the first {:,}", (_MOST_LAUNCHES,)))
+        return tuple(found)
+
+    def _publish(self) -> None:
+        tables = {name: table.snapshot() for name, table in self._tables.items() if table.rows}
+        self._published = Snapshot(
+            tables, tuple(self._launches), self._ended, self._last_time, self._skipped, self._left_out(),
+            self._published.version + 1,
+        )  # fmt: skip
 
 
 def _decode(line: bytes) -> object:
@@ -205,15 +355,6 @@ def _decode(line: bytes) -> object:
         except ValueError:
             pass
     return json.loads(line)
-
-
-def _in_order(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sorted by step, as they are unless somebody else wrote them."""
-    steps = columns["step"]
-    if (np.diff(steps) >= 0).all():
-        return columns
-    order = np.argsort(steps, kind="stable")
-    return {name: column[order] for name, column in columns.items()}
 
 
 def _numbers(values: Sequence[object]) -> np.ndarray | None:

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import yaml
-
 from utils.reslog import LONGEST_LINE
 from utils.resplot.runs import RunData, plain
+from utils.small_files import parse_yaml
 from utils.ssh import HostKeyRefused, LoginRefused, SSHTarget, connect
 
 if TYPE_CHECKING:
@@ -262,6 +261,8 @@ class Health:
     """Seconds since 1970, by the clock of the run's machine, like `clock_ahead + time.time()`."""
     clock_ahead: float = 0.0
     config: dict[str, object] = field(default_factory=dict)
+    config_problem: str = ""
+    """Why the configuration cannot be read."""
 
 
 class Run:
@@ -293,8 +294,12 @@ class Run:
         path = posixpath.join(self.directory, "config.yaml")
         state = files.state(path)
         if state is not None and state != self._config_state:
-            self._config_state = state
-            self.health.config = _read_config(files.read(path, 0, _LONGEST_CONFIG + 1))
+            text = files.read(path, 0, _LONGEST_CONFIG + 1)
+            self._config_state, self.health.config, self.health.config_problem = state, {}, ""
+            try:
+                self.health.config = _read_config(text)
+            except ValueError as error:
+                self.health.config_problem = plain(error)
         path = posixpath.join(self.directory, "heartbeat", "rank-0.json")
         state = files.state(path)
         self.health.clock_ahead = files.now() - time.time()
@@ -304,24 +309,17 @@ class Run:
             self.health.phase = found[1].decode() if found else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """Without merge keys, by which a small file can ask for more memory than there is."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        pass
-
-
 def _read_config(text: bytes) -> dict[str, object]:
-    """The flat configuration of a run: plain values, those that were derived with a dot before their names."""
+    """The flat configuration of a run: plain values, those that were derived with a dot before their names.
+
+    Raises:
+        ValueError: it is none.
+    """
     if len(text) > _LONGEST_CONFIG:
-        return {}
-    try:
-        found = yaml.load(text, _Loader)
-    except Exception:
-        # PyYAML raises a dozen kinds, KeyError and AttributeError among them.
-        return {}
+        raise ValueError(f"it is larger than {_LONGEST_CONFIG >> 10} KiB")
+    found = parse_yaml(text)
     if not isinstance(found, dict):
-        return {}
+        raise ValueError("it holds no settings")
     derived = found.pop("derived", None)
     config = {plain(key): value for key, value in found.items() if _is_simple(key)}
     if isinstance(derived, dict):

@@ -58,8 +58,8 @@ def state_of(run: Run, snapshot: Snapshot, now: float, language: str = "en") -> 
 
 def _planned(run: Run, snapshot: Snapshot) -> int | None:
     """Steps of the whole run."""
-    found = snapshot.launches[-1].facts.get("max_iters") if snapshot.launches else None
-    if type(found) is not int:
+    found = snapshot.launches[-1].max_iters if snapshot.launches else None
+    if found is None:
         found = run.health.config.get("derived.max_iters")
     return found if type(found) is int and 0 <= found < 1 << 53 else None
 
@@ -78,12 +78,13 @@ def differences(configs: list[dict[str, object]]) -> list[tuple[str, list[str]]]
     """(setting, its value in each run) of what is not the same in all; "" where a run has none. What is derived from
     another setting is left out if that differs under the same name."""
     keys = list(dict.fromkeys(key for config in configs for key in config))
-    rows = []
+    rows, differing = [], set()
     for key in keys:
         values = [_setting(config[key]) if key in config else "" for config in configs]
         name = key.removeprefix("derived.")
-        if len(set(values)) > 1 and not (name != key and name in dict(rows)):
+        if len(set(values)) > 1 and not (name != key and name in differing):
             rows.append((key, values))
+            differing.add(key)
     return rows
 
 

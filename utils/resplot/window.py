@@ -52,11 +52,12 @@ from utils.resplot.panels import (
     chinese_font,
     choose,
     duration,
+    left_out_of,
     prepare_matplotlib,
     theme_of,
     without_zoom,
 )
-from utils.resplot.runs import plain
+from utils.resplot.runs import Snapshot, plain
 from utils.resplot.sources import Host, Place, Run, labels, open_hosts
 from utils.resplot.state import State, differences, state_of
 from utils.resplot.text import translate
@@ -346,7 +347,7 @@ class Window(QMainWindow):
         now, language = time.time(), self._view.language
         rows = [
             (self._key(run), *self._header_texts(run, name, state_of(run, snapshot, now, language)),
-             self._key(run) in self._hidden)
+             self._key(run) in self._hidden, self._left_out(run, snapshot))
             for run, name, snapshot in zip(runs, names, snapshots)
         ]  # fmt: skip
         before, self._header_rows = self._header_rows, rows
@@ -369,6 +370,16 @@ class Window(QMainWindow):
         self.header.blockSignals(False)
         self._title(names, snapshots)
 
+    def _left_out(self, run: Run, snapshot: Snapshot) -> str:
+        """What of a run is not shown: the picture has room for less."""
+        found = left_out_of(snapshot, self._view.language)
+        text = f"{self._say('left out')}: {'; '.join(found)}" if found else ""
+        if run.health.config_problem:
+            text += ("\n" if text else "") + self._say("its settings cannot be read: {}").format(
+                run.health.config_problem
+            )
+        return text
+
     def _header_texts(self, run: Run, name: str, state: State) -> tuple[tuple[str, ...], str]:
         """What stands in the columns, and the colour of the state."""
         of = f" / {state.max_iters:,}" if state.max_iters is not None else ""
@@ -382,7 +393,7 @@ class Window(QMainWindow):
         return texts, _STATE_COLOURS.get(state.kind, theme_of(self._view).faint)
 
     def _fill(self, item: QTreeWidgetItem, row: tuple, before: tuple) -> None:
-        key, texts, colour, hidden = row
+        key, texts, colour, hidden, left_out = row
         if key != before[0]:
             item.setData(0, Qt.UserRole, key)
             item.setIcon(0, _stroke(self._colours[key]))
@@ -392,6 +403,7 @@ class Window(QMainWindow):
                 width = self.header.fontMetrics().horizontalAdvance(text) + (64 if column == 0 else 18)
                 if width > self.header.columnWidth(column):
                     self.header.setColumnWidth(column, width)
+        item.setToolTip(0, _tip(left_out) if left_out else "")
         item.setToolTip(1, _tip(texts[1]))
         if colour != before[2]:
             item.setForeground(1, QColor(colour))
@@ -451,7 +463,10 @@ class Window(QMainWindow):
             return
         runs = self.runs
         rows = differences([run.health.config for run in runs])
-        names = labels(runs)
+        unreadable = f" ({self._say('settings cannot be read')})"
+        names = [
+            name + unreadable * bool(run.health.config_problem) for name, run in zip(labels(runs), runs)
+        ]  # fmt: skip
         if (names, rows) == self._table_of_differences:
             return
         self._table_of_differences = (names, rows)
