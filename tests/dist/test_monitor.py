@@ -225,7 +225,8 @@ Trainer._step = crashes_at_step_3
 """,
     )
     case = elsewhere(flags, tmp_path / "run")
-    loop = monitor([sys.executable], script, case, "--max_without_progress=1", "--backoff=2")
+    options = ("--max_without_progress=1", "--give_up_after=0", "--backoff=2")
+    loop = monitor([sys.executable], script, case, *options)
     assert loop.wait() == CRASH, loop.output
     reason = "rank 0: RuntimeError: a bug at step 3"
     assert loop.said[-1] == f"failed: gave up after 1 launches in a row without a new step: {reason}"

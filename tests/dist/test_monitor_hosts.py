@@ -3,12 +3,14 @@ namespaces with file systems of their own."""
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,12 @@ import psutil
 import pytest
 import yaml
 
+import monitor.remote
 import monitor_process
+from monitor.command import TrainCommand
+from monitor.hosts import read_hosts
+from monitor.remote import RemoteNode
+from monitor.supervisor import Options, Supervisor
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_runs import run_cases
@@ -212,6 +219,87 @@ def test_hosts_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture, m
         assert "SHA256:" in line and "is unknown" in line
     line = refusal(write_hosts(path, [server]), run_dir, capsys)
     assert f"{server.listen}" in line and "refuses connections" in line
+
+
+SCRIPT = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from utils.exits import write_exit_record
+from utils.heartbeat import Heartbeat
+run = Path(next(flag.partition("=")[2] for flag in sys.argv if flag.startswith("--out_dir=")))
+heartbeat, step = Heartbeat(run / "heartbeat", 0, 1, os.environ["ZERO2ALL_LAUNCH"]), 0
+while not (run / "go").exists():
+    step += 1
+    heartbeat.beat("step", step)
+    time.sleep(0.05)
+write_exit_record(Path(os.environ["ZERO2ALL_EXIT_DIR"]), 0, 0, "finished", step, world_size=1)
+"""
+"""A training, as far as a monitor can see."""
+
+
+def test_a_host_that_refuses_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Its logins fail, then its folder is away, for longer than a host may be silent: nobody ends the job, nor gets it
+    meanwhile, and in the end the monitor sees it finish."""
+    monkeypatch.setattr(monitor.remote, "_LATER", 0.3)
+    monkeypatch.setattr(monitor.remote, "_LATER_AT_MOST", 0.3)
+    monkeypatch.setattr(logging.getLogger("monitor"), "propagate", True)
+    caplog.set_level(logging.INFO, "monitor")
+    run_dir, script, workdir = tmp_path / "run", tmp_path / "train.py", tmp_path / "workdir"
+    (run_dir / "monitor").mkdir(parents=True)
+    script.write_text(SCRIPT)
+    workdir.symlink_to(ROOT)
+    command = TrainCommand.parse([sys.executable, str(script), f"--out_dir={run_dir}"])
+    with Sshd(tmp_path / "a") as server:
+        hosts = read_hosts(write_hosts(tmp_path / "hosts.yaml", [server], **{server.listen: {"workdir": str(workdir)}}))
+        node = RemoteNode(hosts.hosts[0], str(run_dir), 0)
+        node.open()
+        options = Options(interval=0.1, unreachable_after=0.5, show_output=False)
+        supervisor, codes = Supervisor([node], command, run_dir, options, hosts), []
+        thread = threading.Thread(target=lambda: codes.append(supervisor.run()), daemon=True)
+        thread.start()
+
+        def until(what: Callable[[], object]) -> None:
+            deadline = time.monotonic() + 60
+            while not what():
+                assert time.monotonic() < deadline and thread.is_alive(), caplog.text
+                time.sleep(0.02)
+
+        def refused(begin: Callable[[], object], end: Callable[[], object], sentence: str) -> None:
+            lost, seen = (caplog.text.count(text) for text in ("has not answered for", "is seen again"))
+            begin()
+            server.drop_connections()
+            until(lambda: sentence in caplog.text and caplog.text.count("has not answered for") > lost)
+            end()
+            until(lambda: caplog.text.count("is seen again") > seen)
+
+        try:
+            until(lambda: (supervisor.status.step or 0) > 3)
+            job, keys = beat(run_dir, 0), server.directory / "authorized_keys"
+            ours = keys.read_text()
+            refused(lambda: keys.write_text(""), lambda: keys.write_text(ours), "refuses the login")
+            # Another monitor, on the host itself: it cannot even tell that the first is dead, nor is it.
+            other = subprocess.run(
+                [sys.executable, "monitor_process.py", "--", sys.executable, script, f"--out_dir={run_dir}"], cwd=ROOT,
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert other.returncode == 2 and f"(pid {os.getpid()}), since " in other.stdout, other.stdout
+            away = tmp_path / "away"
+            refused(lambda: workdir.rename(away), lambda: away.rename(workdir), "does not run in")
+            assert {name: beat(run_dir, 0)[name] for name in ("pid", "launch")} == {
+                name: job[name] for name in ("pid", "launch")
+            }
+            (run_dir / "go").touch()
+            thread.join(60)
+            assert codes == [0], caplog.text
+        finally:
+            supervisor.request_stop()
+            supervisor.request_stop()
+            thread.join(60)
+            supervisor.close()
+    assert caplog.messages[-1] == "finished" and supervisor.policy.restarts == 0
 
 
 def system(command: str) -> None:
