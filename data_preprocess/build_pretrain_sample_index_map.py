@@ -4,7 +4,6 @@ python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dataset.format import (
     index_path,
     read_document_table,
     read_index,
+    read_manifest_of,
     require_pretokenized,
     write_index,
 )
@@ -30,11 +30,8 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
     if not manifest_path.exists():
         require_pretokenized(data_dir, max_seq_len)
         raise ValueError(f"{manifest_path} is missing: run `{PRETOKENIZE_COMMAND}` again")
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        shards, valid_ratio = manifest["shards"], manifest["valid_ratio"]
-    except (ValueError, KeyError):
-        raise ValueError(f"{manifest_path} is damaged: run `{PRETOKENIZE_COMMAND}` again") from None
+    manifest = read_manifest_of(data_dir, PRETOKENIZE_COMMAND)
+    shards, valid_ratio = manifest["shards"], manifest["valid_ratio"]
     lines = []
     for split in SPLITS:
         names = shards[split]

@@ -97,7 +97,7 @@ def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sa
         return _alpaca(record, roles)
     if isinstance(kind, str) and kind in _GDGPT:
         return _GDGPT[kind][1](record, roles)
-    names = ", ".join(sorted(map(str, record)))
+    names = " ".join(", ".join(sorted(map(str, record))).split())
     raise ValueError(f"no known format: it has the fields {names[:200]}" if record else "it is empty")
 
 
@@ -118,6 +118,8 @@ def _text(value: object, where: str, may_be_empty: bool = False) -> str:
 
 def _role(name: object, where: str, roles: Mapping[str, str]) -> str:
     # A dataset's own names are told as they are written; the usual ones in any case.
+    if isinstance(name, dict | list):
+        raise ValueError(f"{where} has a role that is no text")
     role = roles.get(name) or roles.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise ValueError(f"{where} has the unknown role {json.dumps(name, ensure_ascii=False, default=str)[:100]}")

@@ -2,16 +2,17 @@
 
 A link to a folder is followed once, wherever it is met, and not at all if it leads back to a folder that it stands in:
 so every walk ends. A file that several names lead to is found under the one with the fewest links. Whatever cannot be
-followed or opened is told, with the reason; what is passed over without a word is hidden (".name") or a cache.
+followed is told, with the reason; what is passed over without a word is hidden (".name") or a cache.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 LEADS_NOWHERE = "links that lead nowhere"
 LEADS_BACK = "links to a folder that they stand in"
-CLOSED = "folders that may not be opened"
 OF_A_TOKENIZER = "folders of a tokenizer"
 NAMED_TWICE = "other names of a file that is read"
 NO_FILE = "no regular files"
@@ -32,13 +33,16 @@ class Found:
     """Why nothing of it is read, one of the above; empty for a file that can be."""
 
 
-def files_below(root: str, is_chosen: Callable[[str], bool]) -> list[Found]:
+def files_below(
+    root: str, is_chosen: Callable[[str], bool], is_excluded: Callable[[str], bool] = lambda path: False
+) -> list[Found]:
     """Every chosen file below `root`, and every problem, sorted by their paths.
 
     Args:
         is_chosen: whether a file of this path, relative to the root, is wanted.
+        is_excluded: whether nothing that this path begins is wanted: a folder that cannot be listed is no loss then.
     Raises:
-        OSError: a folder cannot be listed, for another reason than missing rights.
+        OSError: a folder cannot be listed, or a file not looked at.
     """
     found: dict[str, Found] = {}
     names: list[tuple[int, str, str]] = []
@@ -48,7 +52,7 @@ def files_below(root: str, is_chosen: Callable[[str], bool]) -> list[Found]:
     while starts:
         links: list[str] = []
         for start in starts:
-            files = _walk(root, start, found, links)
+            files = _walk(root, start, found, links, is_excluded)
             names += [(hops + is_link, path, real) for path, real, is_link in files if is_chosen(path)]
         starts = [link for link in sorted(links) if _is_to_be_followed(root, link, followed, targets, found)]
         hops += 1
@@ -59,7 +63,9 @@ def files_below(root: str, is_chosen: Callable[[str], bool]) -> list[Found]:
     return [found[path] for path in sorted(found)]
 
 
-def _walk(root: str, start: str, found: dict[str, Found], links: list[str]) -> Iterator[tuple[str, str, bool]]:
+def _walk(
+    root: str, start: str, found: dict[str, Found], links: list[str], is_excluded: Callable[[str], bool]
+) -> Iterator[tuple[str, str, bool]]:
     """(path, what it leads to, whether it is a link) of the files in a folder and those below, links to folders apart.
 
     Args:
@@ -72,9 +78,12 @@ def _walk(root: str, start: str, found: dict[str, Found], links: list[str]) -> I
         found[relative] = Found(relative, problem)
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, PermissionError):
-            raise error
-        tell(error.filename, CLOSED)
+        relative = os.path.relpath(error.filename, root)
+        # That of a file system's root is closed to users, and holds nothing of theirs.
+        if is_excluded(f"{relative}/") or relative == "lost+found":
+            return
+        advice = f" (leave it out with --exclude '{relative}/*')" if isinstance(error, PermissionError) else ""
+        raise OSError(error.errno, f"{error.strerror}{advice}", error.filename)
 
     for directory, folders, files in os.walk(os.path.join(root, start), onerror=refuse):
         if "tokenizer.json" in files and os.path.relpath(directory, root) != ".":
@@ -94,11 +103,22 @@ def _walk(root: str, start: str, found: dict[str, Found], links: list[str]) -> I
             if name.startswith("."):
                 continue
             is_link = os.path.islink(full)
-            if not os.path.isfile(full):
-                tell(full, LEADS_NOWHERE if is_link and not os.path.exists(full) else NO_FILE)
+            mode = _mode(full)
+            if mode is None or not stat.S_ISREG(mode):
+                tell(full, LEADS_NOWHERE if is_link and mode is None else NO_FILE)
                 continue
             real = os.path.realpath(full) if is_link else os.path.join(real_directory, name)
             yield os.path.relpath(full, root), real, is_link
+
+
+def _mode(path: str) -> int | None:
+    """Of what a path leads to; None if it leads nowhere. Any other error is the disk's, and no reason to leave out."""
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
 
 
 def _is_to_be_followed(root: str, link: str, followed: set[str], targets: list[str], found: dict[str, Found]) -> bool:

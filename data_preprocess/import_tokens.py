@@ -83,6 +83,8 @@ def open_megatron(path: Path) -> TokenFile:
     first_sequences = np.frombuffer(raw, "<i8", boundaries, 34 + 12 * sequences)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     item = np.dtype(dtype).itemsize
+    if (lengths < 0).any():
+        raise ValueError(f"{idx_path} is damaged: it has sequences of negative length")
     if bin_path.stat().st_size != starts[-1] * item or not np.array_equal(pointers, starts[:-1] * item):
         raise ValueError(f"{bin_path} does not hold what {idx_path.name} says: sequences one after another")
     if first_sequences[0] != 0 or first_sequences[-1] != sequences or (np.diff(first_sequences) < 0).any():

@@ -26,7 +26,7 @@ from data_preprocess.readers import (
 )
 from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of
 from data_preprocess.units import Job, process_corpus, run_command
-from dataset.format import read_document_table
+from dataset.format import read_bin_header, read_document_table
 from tokenizer import Tokenizer
 
 _ENCODE_BATCH_CHARACTERS = 1 << 20
@@ -70,7 +70,7 @@ class PretrainJob(Job):
         return PartRecord(shards.names, num_items, is_last, shards.totals(), bad.count, bad.examples)
 
     def check_shard(self, path: Path) -> None:
-        read_document_table(path)
+        read_document_table(path).check_content(path, read_bin_header(path).num_tokens)
 
 
 Encoded = tuple[Document | BadRecord, list[int]]

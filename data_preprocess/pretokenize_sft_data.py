@@ -12,6 +12,7 @@ folder of D that is named after the tokenizer and the options, so that it is don
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -257,7 +258,7 @@ def check_options(output: Path, options: Options, given: Collection[str]) -> Non
     if manifest.get("task") != options.task:
         return
     for name, value in options.deciding().items():
-        made_with = manifest["options"].get(name)
+        made_with = manifest.get("options", {}).get(name)
         if name in given and made_with != value:
             raise ValueError(
                 f"--{name}={value} contradicts the data in {output}, which was pretokenized with {made_with}: leave "
@@ -295,6 +296,9 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
         output.mkdir(parents=True, exist_ok=True)
         (output / ".turn").touch()
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            # A disk that fails or is full may be better at the next try.
+            raise
         raise ValueError(
             f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
             f"`python -m data_preprocess.pretokenize_sft_data --task {options.task} --data_dir {data_dir} "

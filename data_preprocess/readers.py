@@ -289,9 +289,9 @@ def list_inputs(corpus: Corpus) -> tuple[list[str], dict[str, str]]:
     def is_chosen(path: str) -> bool:
         return corpus.chooses(path) and (not _is_ours(path) or _is_text_by_name(corpus, path))
 
-    for file in files_below(corpus.root, is_chosen):
+    for file in files_below(corpus.root, is_chosen, corpus.excludes):
         if file.problem:
-            # Of a folder that cannot be looked into, nobody knows whether its files are chosen.
+            # Of what a link was to lead to, nobody knows whether it is chosen.
             if not corpus.excludes(file.path):
                 left_out[file.path] = file.problem
         elif holds_records(file.path) or _is_text_by_name(corpus, file.path):
@@ -349,7 +349,7 @@ def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, s
     Raises:
         ValueError: no such directory, or nothing in it that can be read.
     """
-    if not os.path.isdir(corpus.root):
+    if not Path(corpus.root).is_dir():
         raise ValueError(f"{corpus.root} is not a directory")
     inputs, left_out = list_inputs(corpus)
     units = plan_units(corpus.root, inputs, unit_bytes)

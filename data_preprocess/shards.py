@@ -2,7 +2,7 @@
 
 import fcntl
 import hashlib
-import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from dataset.format import MANIFEST_NAME, SPLITS, BinHeader, BinWriter
+from dataset.format import MANIFEST_NAME, PRETOKENIZE_COMMAND, SPLITS, BinHeader, BinWriter, read_manifest_of
 from tokenizer import Tokenizer
 from utils.files import atomic_write_json
 
@@ -164,7 +164,16 @@ def write_manifest(
 def _replace_manifest(output: Path, manifest: dict) -> None:
     """Write the manifest. Indexes of other shards than it lists go: training must not read old data through them."""
     path = output / MANIFEST_NAME
-    old = json.loads(path.read_text()) if path.exists() else manifest
+    old = manifest
+    if path.exists():
+        try:
+            old = read_manifest_of(output, PRETOKENIZE_COMMAND)
+        except ValueError:
+            # What it listed is not known, so that indexes may be of other shards.
+            aside = path.with_name(f"{path.name}.damaged")
+            os.replace(path, aside)
+            print(f"{path} was damaged: it is kept as {aside.name}", file=sys.stderr)
+            old = {}
     if old.get("shards") != manifest["shards"]:
         for index in output.glob("*.ibin"):
             print(f"removed {index.name}, the index of earlier shards: build it again", file=sys.stderr)

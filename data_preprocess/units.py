@@ -89,7 +89,7 @@ def _finished_part(job: Job, name: str) -> PartRecord | None:
         record = PartRecord(**json.loads((output / NOTES_DIR / f"{name}.json").read_text()))
         for file in record.shards.values():
             job.check_shard(output / file)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return record
 
@@ -178,6 +178,7 @@ def _process_units(
 
     Raises:
         ValueError: a worker's error, with the file it was at, or more unreadable records than allowed.
+        OSError: a file could not be read or written now, with its name.
     """
     context = multiprocessing.get_context("spawn")  # Forking a process that runs the tokenizer's threads can deadlock.
     bytes_read = context.Value("q", 0)
@@ -202,8 +203,11 @@ def _process_units(
                 index = futures[future]
                 try:
                     parts = records[index] = future.result()
-                except (ValueError, OSError) as error:
+                except ValueError as error:
                     raise ValueError(_with_file(str(error), units[index])) from error
+                except OSError as error:
+                    # No mistake of the user's: a training that tokenizes its records is to be tried again.
+                    raise OSError(error.errno, _with_file(error.strerror or str(error), units[index])) from error
                 bad_records += sum(part.bad_records for part in parts)
                 examples = [example for part in parts for example in part.bad_examples]
                 job.check_bad_records(bad_records, examples[0] if examples else "")

@@ -41,6 +41,48 @@ PRETOKENIZE_COMMAND = "python -m data_preprocess.pretokenize_pretrain_data"
 BUILD_INDEX_COMMAND = "python -m data_preprocess.build_pretrain_sample_index_map"
 
 
+def read_manifest_of(data_dir: Path, command: str) -> dict:
+    """The manifest of a pretokenized directory: at least `shards`, the file names of each set, and `valid_ratio`; of
+    SFT and DPO also `task` and `options`.
+
+    Args:
+        command: makes the directory anew.
+    Raises:
+        ValueError: missing or damaged.
+    """
+    path = data_dir / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if _is_manifest(manifest):
+            return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{data_dir} is not pretokenized: run `{command}`") from None
+    except (ValueError, RecursionError, IsADirectoryError):
+        pass
+    raise ValueError(f"{path} is damaged: run `{command}` again")
+
+
+def _is_manifest(value: object) -> bool:
+    """Whether a value has what is looked at later, and of the right kinds."""
+    if not isinstance(value, dict) or not isinstance(value.get("shards"), dict):
+        return False
+    sets = [value["shards"].get(split) for split in SPLITS]
+    ratio, options = value.get("valid_ratio"), value.get("options", {})
+    return (
+        all(isinstance(names, list) and all(map(_is_file_name, names)) for names in sets)
+        and isinstance(ratio, int | float)
+        and 0 <= ratio <= 1
+        and isinstance(value.get("task", ""), str)
+        and isinstance(options, dict)
+        and isinstance(options.get("max_seq_len", 0), int)
+    )
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a value names a file in a directory, and none outside it."""
+    return isinstance(value, str) and value != ".." and Path(value).name == value and "\0" not in value
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
@@ -117,6 +159,8 @@ def read_bin_header(path: Path) -> BinHeader:
             raw = file.read(BIN_HEADER_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run `{PRETOKENIZE_COMMAND}` again") from None
+    except IsADirectoryError:
+        raw = b""
     if len(raw) < BIN_HEADER_BYTES or raw[:8] != BIN_MAGIC:
         raise ValueError(f"{path} is not a zero2all .bin file: make one with `{PRETOKENIZE_COMMAND}`")
     (_, version, token_bytes, num_tokens, vocab_size, num_documents, eod_id, valid_ratio, text_bytes, split,
@@ -258,6 +302,24 @@ class DocumentTable:
     sources: tuple[tuple[str, str], ...]
     """(path below the corpus, what a record number counts in this file; "" if the file is the document)."""
 
+    def check_content(self, bin_path: Path, num_tokens: int) -> None:
+        """Read all of it.
+
+        Raises:
+            ValueError: documents of a `.bin` of so many tokens cannot lie so, or come from files that are not named.
+        """
+        begins = np.concatenate([self.starts, [num_tokens]])
+        in_order = begins[0] == 0 and (np.diff(begins) > 0).all() if len(self.starts) else not num_tokens
+        if not in_order or (len(self.files) and self.files.max() >= len(self.sources)):
+            raise ValueError(_damaged_docs(bin_path))
+
+
+def _damaged_docs(bin_path: Path) -> str:
+    return (
+        f"{docs_path(bin_path)} is missing, damaged, or does not belong to {bin_path.name}: "
+        f"delete both and run `{PRETOKENIZE_COMMAND}` again"
+    )
+
 
 def read_document_table(bin_path: Path) -> DocumentTable:
     """The `.docs` of a `.bin`, as memory maps.
@@ -269,23 +331,25 @@ def read_document_table(bin_path: Path) -> DocumentTable:
     count = header.num_documents
     columns_end = _DOCS_STRUCT.size + _DOCUMENT_BYTES * count
     lead = table = b""
-    if path.exists() and columns_end <= path.stat().st_size:
+    if path.is_file() and columns_end <= path.stat().st_size:
         with open(path, "rb") as file:
             lead = file.read(_DOCS_STRUCT.size)
             file.seek(columns_end)
             table = file.read()
     if lead != _docs_lead(header, len(table)):
-        raise ValueError(
-            f"{path} is missing, damaged, or does not belong to {bin_path.name}: "
-            f"delete both and run `{PRETOKENIZE_COMMAND}` again"
-        )
+        raise ValueError(_damaged_docs(bin_path))
     if not count:
         return DocumentTable(np.empty(0, "<i8"), np.empty(0, "<u8"), np.empty(0, "<u4"), ())
 
     def column(dtype: str, start: int) -> np.ndarray:
         return np.memmap(path, dtype=dtype, mode="r", offset=_DOCS_STRUCT.size + start * count, shape=(count,))
 
-    sources = tuple((name, counts) for name, counts in json.loads(table.decode("utf-8", "surrogateescape")))
+    try:
+        sources = tuple(
+            (str(name), str(counts)) for name, counts in json.loads(table.decode("utf-8", "surrogateescape"))
+        )
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(_damaged_docs(bin_path)) from None
     return DocumentTable(column("<i8", 0), column("<u8", 8), column("<u4", 16), sources)
 
 
@@ -380,7 +444,7 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     require_pretokenized(data_dir, max_seq_len)
     path = index_path(data_dir, split, max_seq_len)
     rebuild = f"`{BUILD_INDEX_COMMAND} --data_dir {data_dir} --max_seq_len {max_seq_len}`"
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path} is missing: run {rebuild}")
     with open(path, "rb") as file:
         raw = file.read(_INDEX_STRUCT.size)
@@ -393,18 +457,32 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     start = _INDEX_STRUCT.size + meta_bytes
     if hashlib.sha256(raw_meta).digest() != meta_hash:
         raise ValueError(f"{path} is damaged: run {rebuild}")
-    meta = json.loads(raw_meta)
-    if (meta["split"], meta["max_seq_len"]) != (split, max_seq_len):
+    try:
+        return _opened_index(path, start, json.loads(raw_meta), raw_meta, (split, max_seq_len), rebuild)
+    except (LookupError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: run {rebuild}") from None
+
+
+def _opened_index(
+    path: Path, start: int, meta: dict, raw_meta: bytes, wanted: tuple[str, int], rebuild: str
+) -> SampleIndex:
+    """
+    Args:
+        start: byte at which the rows begin.
+        wanted: split and max_seq_len.
+    """
+    if (meta["split"], meta["max_seq_len"]) != wanted:
         raise ValueError(f"{path} was built for another set or length: run {rebuild}")
     expected = start + meta["num_samples"] * INDEX_ROW.itemsize
     if os.path.getsize(path) != expected:
         raise ValueError(f"{path} holds {os.path.getsize(path)} bytes instead of {expected}: run {rebuild}")
-    if sha256_of_file(path, start) != meta["rows_sha256"]:
+    names = tuple(entry["name"] for entry in meta["files"])
+    if not names or not all(map(_is_file_name, names)) or sha256_of_file(path, start) != meta["rows_sha256"]:
         raise ValueError(f"{path} is damaged: run {rebuild}")
     return SampleIndex(
         max_seq_len=meta["max_seq_len"],
         split=meta["split"],
-        file_names=tuple(entry["name"] for entry in meta["files"]),
+        file_names=names,
         file_fingerprints=tuple(entry["fingerprint"] for entry in meta["files"]),
         rows=np.memmap(path, dtype=INDEX_ROW, mode="r", offset=start, shape=(meta["num_samples"],)),
         fingerprint=hashlib.sha256(raw_meta).hexdigest(),

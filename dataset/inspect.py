@@ -65,6 +65,8 @@ class Inspection:
         self.dataset.check(tokenizer.fingerprint)
         self.index = read_index(data_dir, split, max_seq_len)
         self.tables = [read_document_table(data_dir / name) for name in self.index.file_names]
+        for name, table, header in zip(self.index.file_names, self.tables, self.dataset.headers):
+            table.check_content(data_dir / name, header.num_tokens)
         self.bounds = np.cumsum([0, *(header.num_tokens for header in self.dataset.headers)], dtype=np.int64)
 
     def verify(self) -> Iterator[str]:

@@ -105,6 +105,11 @@ class PretrainDataset:
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
                 file, offset = file + 1, 0
+        if out.size and out.max() >= self.header.vocab_size:
+            raise ValueError(
+                f"a shard of {self._paths[0].parent} holds tokens outside its vocabulary: find it with "
+                f"`python -m dataset.inspect {self._paths[0].parent} --verify`"
+            )
         return out
 
     def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:

@@ -38,5 +38,5 @@ def read_run_data(run_dir: Path) -> RunData:
             dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
             config["task_type"], config["packing"],
         )  # fmt: skip
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{run_dir} is no run directory: {CONFIG_NAME} cannot be read ({error})") from None

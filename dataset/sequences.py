@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dataset.format import MANIFEST_NAME, require_made_with, token_dtype
+from dataset.format import read_manifest_of, require_made_with, token_dtype
 from utils.files import atomic_write
 
 VERSION = 1
@@ -200,21 +200,8 @@ def _map_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a pretokenized directory.
-
-    Raises:
-        ValueError: missing or damaged.
-    """
-    path = data_dir / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text())
-        if isinstance(manifest, dict) and {"shards", "valid_ratio"} <= manifest.keys():
-            return manifest
-    except FileNotFoundError:
-        raise ValueError(f"{data_dir} is not pretokenized: run `{PRETOKENIZE_SFT_COMMAND}`") from None
-    except ValueError:
-        pass
-    raise ValueError(f"{path} is damaged: run `{PRETOKENIZE_SFT_COMMAND}` again")
+    """The manifest of a pretokenized directory, see dataset/format.py."""
+    return read_manifest_of(data_dir, PRETOKENIZE_SFT_COMMAND)
 
 
 class SequenceSet:

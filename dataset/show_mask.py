@@ -77,7 +77,9 @@ def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iter
 
 
 def visible(text: str) -> str:
-    """Text without anything that a terminal would obey: control characters as their pictures."""
+    """Text without anything that a terminal would obey: control characters as their pictures. Half a surrogate pair,
+    which a name in a broken record may hold, cannot be printed."""
+    text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if 127 <= ord(c) < 160 else c
         for c in text
@@ -134,7 +136,7 @@ def sequences_of_directory(path: Path, split: str) -> Iterator[Shown]:
     task = manifest.get("task", "pretrain")
     if task == "pretrain":
         raise ValueError(f"{path} was pretokenized for pretraining: look at it with `python -m dataset.inspect {path}`")
-    sequences = SequenceSet(path, split, task, manifest["options"]["max_seq_len"])
+    sequences = SequenceSet(path, split, task, manifest.get("options", {}).get("max_seq_len", 0))
     yield from (_shown(sequences, number) for number in range(len(sequences)))
 
 

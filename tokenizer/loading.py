@@ -43,7 +43,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         ) from error
 
 
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def _open(directory: Path) -> Tokenizer:

@@ -1,8 +1,10 @@
 """Every format of conversations, written by hand, and what is wrong with records that are refused."""
 
+import random
+
 import pytest
 
-from data_preprocess.conversations import Conversation, PlainText, Preference, parse_record, roles_with
+from data_preprocess.conversations import FIELDS, Conversation, PlainText, Preference, parse_record, roles_with
 from tokenizer.chat_template import Message
 
 
@@ -207,3 +209,68 @@ def test_what_is_refused(record: object, complaint: str):
     with pytest.raises(ValueError) as caught:
         parse_record(record)
     assert str(caught.value) == complaint
+
+
+class Watched(dict):
+    """Notes which of its fields are asked for."""
+
+    asked: set[str] = set()
+
+    def get(self, key: str, default: object = None) -> object:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> object:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def test_fields_are_all_that_is_looked_at():
+    """Of a table other columns are not read: a format's field that is missing among them would be lost."""
+    records = [record for record, _ in CONVERSATIONS.values()] + list(PREFERENCES.values())
+    for record in records:
+        expected = parse_record(record)
+        assert parse_record({name: record[name] for name in record if name in FIELDS}) == expected
+        parse_record(Watched(record))
+    assert Watched.asked <= FIELDS
+
+
+ODD = [
+    None, 5, -1, 1.5, float("nan"), float("inf"), True, "", " ", "x", "\ud800", "a\0b", "user", "assistant", [], {},
+    [None], [[]], ["ask", "x"], ["ans", "y"], ["ans-api", {"actions": [{}], "ans": 5}],
+    ["ans-api", {"actions": [{"api_name": 3, "api_param": {}}]}], {"role": "user"}, {"role": ["user"], "content": "x"},
+    {"from": "human", "value": 5}, {"role": {}, "content": {}}, {"role": "user", "content": [5, None]},
+    {"role": "user", "content": [{"type": ["text"]}]},
+    {"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"}, "instruct", "pretrain", "conver_has_api",
+]  # fmt: skip
+
+
+def test_records_of_odd_values():
+    """A record is read, or refused in one sentence; nothing in it is another exception."""
+    rng = random.Random(0)
+    fields = sorted(FIELDS)
+
+    def odd(depth: int = 0) -> object:
+        if depth > 2 or rng.random() < 0.5:
+            return rng.choice(ODD)
+        return [odd(depth + 1) for _ in range(rng.randrange(4))]
+
+    refused = 0
+    for _ in range(10_000):
+        try:
+            parse_record({rng.choice(fields): odd() for _ in range(rng.randrange(5))})
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 8_000 < refused < 10_000
+
+
+def test_sentence_about_odd_names():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for record in ({"a\nb": 1, "\ud800": 2}, {"messages": [{"role": deep, "content": "x"}]}):
+        with pytest.raises(ValueError) as caught:
+            parse_record(record)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300

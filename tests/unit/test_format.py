@@ -1,6 +1,8 @@
 """Token files: what was written comes back, and what is damaged or foreign is refused with a way out."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_preprocess.build_pretrain_sample_index_map import build
 from dataset.format import (
     BIN_MAGIC,
     BUILD_INDEX_COMMAND,
@@ -27,6 +30,7 @@ from dataset.format import (
     write_index,
 )
 from dataset.pretrain import PretrainDataset
+from dataset.sequences import read_manifest
 
 HEADER_BYTES = 256
 EOD = 3
@@ -474,3 +478,88 @@ def test_bin_removed_after_the_index_was_built_is_refused(tmp_path: Path):
     with pytest.raises(ValueError) as caught:
         PretrainDataset(tmp_path, "train", 16)
     assert complaint_about(caught.value, str(tmp_path / "train-1.bin")) is None
+
+
+MANIFEST = {"shards": {"train": ["train-0.bin"], "valid": []}, "valid_ratio": 0.0}
+SHARDS = MANIFEST["shards"]
+BAD_MANIFESTS = [
+    "", "[]", "null", "5", "[" * 100_000, "{}", "\udcff", {**MANIFEST, "valid_ratio": None},
+    {**MANIFEST, "valid_ratio": float("nan")}, {**MANIFEST, "valid_ratio": 2}, {**MANIFEST, "task": 5},
+    {**MANIFEST, "options": []}, {**MANIFEST, "options": {"max_seq_len": "8"}},
+    *({**MANIFEST, "shards": shards} for shards in (None, [], 5, "x", {}, {"train": []})),
+    *({**MANIFEST, "shards": {**SHARDS, "train": names}} for names in (None, 5, [None], [5], [[]], ["../a.bin"])),
+    *({**MANIFEST, "shards": {**SHARDS, "valid": names}} for names in (None, "abc", [{}], ["a\0b"], ["/etc/passwd"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(BAD_MANIFESTS)))
+def test_manifest_of_any_other_kind_is_refused(tmp_path: Path, number: int):
+    write_shards(tmp_path, [100])
+    bad, path = BAD_MANIFESTS[number], tmp_path / MANIFEST_NAME
+    path.write_text(bad if isinstance(bad, str) else json.dumps(bad), "utf-8", errors="surrogateescape")
+    for read in (lambda: build(tmp_path, 16), lambda: read_manifest(tmp_path)):
+        with pytest.raises(ValueError) as caught:
+            read()
+        assert complaint_about(caught.value, str(path)) is None and "is damaged" in str(caught.value)
+    path.write_text(json.dumps(MANIFEST))
+    assert len(build(tmp_path, 16)) == 2
+
+
+@pytest.mark.parametrize("change", ["order", "first", "beyond", "file", "no JSON", "no pairs"])
+def test_document_table_that_cannot_be(tmp_path: Path, change: str):
+    """It has no checksum of its own, so what it says is looked at before it is used."""
+    path = tmp_path / "train-0.bin"
+    write_bin(path, [[11] * 9, [12] * 9])
+    table = read_document_table(path)
+    table.check_content(path, 20)
+    raw = bytearray(docs_path(path).read_bytes())
+    end = len(raw) - len(b'[["", ""]]')
+    columns = {"order": (-40, 10), "first": (-40, 1), "beyond": (-32, 20), "file": (-8, 1)}
+    if change in columns:
+        begin, value = columns[change]
+        raw[end + begin : end + begin + 4] = value.to_bytes(4, "little")
+    else:
+        raw[end:] = b'[["", "", ]' if change == "no JSON" else b"[12345678]"
+    docs_path(path).write_bytes(raw)
+    with pytest.raises(ValueError) as caught:
+        read_document_table(path).check_content(path, 20)
+    assert complaint_about(caught.value, str(docs_path(path))) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": None}, {"files": []}, {"files": [{}]}, {"files": [{"name": 5, "fingerprint": "a"}]}, {"files": [5]},
+     {"files": [{"name": "../a", "fingerprint": "a"}]}, {"num_samples": "x"}, {"num_samples": None}],
+)  # fmt: skip
+def test_index_of_any_other_kind_is_refused(tmp_path: Path, change: dict):
+    """Even if its checksum is right."""
+    path = write_index(tmp_path, "train", 16, write_shards(tmp_path, [100]))
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[12:16], "little")
+    meta = json.dumps({**json.loads(raw[48 : 48 + size]), **change}).encode()
+    lead = raw[:12] + len(meta).to_bytes(4, "little") + hashlib.sha256(meta).digest()
+    path.write_bytes(lead + meta + raw[48 + size :])
+    with pytest.raises(ValueError) as caught:
+        PretrainDataset(tmp_path, "train", 16)
+    assert complaint_about(caught.value, str(path)) is None
+
+
+def test_token_outside_the_vocabulary(tmp_path: Path):
+    """A flipped bit would be an index error in the embedding, on a GPU without a word about the data."""
+    write_index(tmp_path, "train", 16, write_shards(tmp_path, [100]))
+    flip(tmp_path / "train-0.bin", HEADER_BYTES + 41, 0x80)
+    dataset = PretrainDataset(tmp_path, "train", 16)
+    assert dataset.read_rows(np.array([0])).shape == (1, 17)
+    with pytest.raises(ValueError, match="tokens outside its vocabulary.*--verify"):
+        dataset.collate(np.array([0, 1]))
+
+
+@pytest.mark.parametrize("name", ["train-0.bin", "train-0.docs", "train-16.ibin"])
+def test_folder_in_the_place_of_a_file(tmp_path: Path, name: str):
+    write_index(tmp_path, "train", 16, write_shards(tmp_path, [100]))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError) as caught:
+        read_document_table(tmp_path / "train-0.bin")
+        PretrainDataset(tmp_path, "train", 16)
+    assert complaint_about(caught.value, str(tmp_path / name)) is None

@@ -767,6 +767,31 @@ def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path,
     assert "removed train-16.ibin" in printed and "shards of earlier runs" in printed
 
 
+def test_read_error_of_a_worker(tmp_path: Path, tokenizer_dir: Path):
+    """It is named, and stays an error of the system: a training that waits for it is tried again."""
+    write_corpus(tmp_path / "corpus")
+    job = make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1)
+    found, _ = find_units(job.corpus, job.shard_bytes)
+    path = tmp_path / "corpus" / found[0].pieces[0].path
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"Is a directory \((in|between) .*{found[0].pieces[0].path}"):
+        units._process_units(job, found, 1, lambda: None)
+
+
+def test_damaged_manifest_of_an_earlier_run(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
+    """It does not stop the run that would mend it, and is kept. An index may be of any shards then."""
+    write_corpus(tmp_path / "corpus")
+    manifest = run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.0)
+    assert build_pretrain_sample_index_map.main(["--data_dir", str(tmp_path / "out"), "--max_seq_len", "16"]) == 0
+    (tmp_path / "out" / "pretokenize.json").write_text('{"shards": {"train": ["tr')
+    assert run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.0) == manifest
+    assert (tmp_path / "out" / "pretokenize.json.damaged").read_text() == '{"shards": {"train": ["tr'
+    assert not list((tmp_path / "out").glob("*.ibin"))
+    printed = capsys.readouterr().err
+    assert "is kept as pretokenize.json.damaged" in printed and "removed train-16.ibin" in printed
+
+
 @pytest.mark.parametrize(("ratio", "suggested"), [("0.001", "0.1"), ("0.1", "0.2"), ("0.6", "0.8")])
 def test_no_document_for_the_validation_set(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], ratio: str, suggested: str

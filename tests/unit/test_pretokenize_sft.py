@@ -1,5 +1,6 @@
 """From records of every format to sequences: which tokens are learnt, nothing lost, the same bytes whatever happens."""
 
+import errno
 import fcntl
 import gc
 import gzip
@@ -1018,6 +1019,21 @@ def test_online_without_a_place_to_write(raw: Path, tokenizer_dir: Path):
     (raw / CACHE_DIR).write_text("a file where the folder should be")
     with pytest.raises(ValueError, match="cannot be kept beside it .*--task sft --data_dir .* --max_seq_len 64`"):
         tokenize_online(raw, tokenizer_dir, ONLINE, 0.3)
+
+
+def test_online_with_a_disk_that_fails(raw: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    """No mistake of the user's, as a folder that is read-only: the run is tried again."""
+    real = Path.mkdir
+    for number, kind in ((errno.EIO, OSError), (errno.EROFS, ValueError)):
+
+        def fail(path: Path, *_: object, number: int = number, **how) -> None:
+            if path.name.startswith("sft-"):
+                raise OSError(number, os.strerror(number))
+            real(path, **how)
+
+        monkeypatch.setattr(Path, "mkdir", fail)
+        with pytest.raises(kind):
+            tokenize_online(raw, tokenizer_dir, ONLINE, 0.3)
 
 
 def test_online_refusals(raw: Path, tokenizer_dir: Path, tmp_path: Path):

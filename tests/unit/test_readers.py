@@ -987,25 +987,29 @@ def test_folders_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
 
 
-def test_folder_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It is named. A disk that fails is no folder without rights: the error stays what it is."""
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_what_cannot_be_looked_at_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+):
+    """The disk's error stays what it is, so that a run is tried again. A folder may be excluded."""
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "closed").mkdir()
-    scandir = os.scandir
-    for number in (errno.EACCES, errno.EIO):
+    (tmp_path / "closed" / "b.txt").write_text("text")
+    real, name = getattr(os, call), "closed" if call == "scandir" else "b.txt"
 
-        def refuse(path: str, number: int = number) -> object:
-            if Path(path).name == "closed":
-                raise OSError(number, os.strerror(number), str(path))
-            return scandir(path)
+    def refuse(path: str, **how) -> object:
+        if not isinstance(path, int) and Path(path).name == name:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, **how)
 
-        monkeypatch.setattr(os, "scandir", refuse)
-        if number == errno.EACCES:
-            expected = (["a.txt"], {"closed": "folders that may not be opened"})
-            assert list_inputs(Corpus(str(tmp_path))) == expected
-        else:
-            with pytest.raises(OSError, match="Input/output"):
-                list_inputs(Corpus(str(tmp_path)))
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(OSError) as caught:
+        find_units(Corpus(str(tmp_path)), WHOLE)
+    assert caught.value.errno == number and Path(caught.value.filename).name == name
+    if call == "scandir":
+        assert ("--exclude 'closed/*'" in str(caught.value)) == (number == errno.EACCES)
+        assert list_inputs(Corpus(str(tmp_path), exclude=("closed/*",))) == (["a.txt"], {})
 
 
 @pytest.mark.parametrize(

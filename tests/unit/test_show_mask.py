@@ -55,6 +55,15 @@ def test_records_of_a_file(home: Path, capsys: pytest.CaptureFixture[str]):
     assert re.match(r"a.jsonl at byte \d+: 1 dropped, too long: no answer is left", lines[3])
 
 
+def test_record_with_a_name_that_cannot_be_printed(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    messages = [{"role": "\ud800", "content": "a"}]
+    records = [{"messages": messages}, {"instruction": "q", "output": "a"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = shown(home, capsys, str(tmp_path / "a.jsonl"))
+    out.encode("utf-8")
+    assert 'skipped, message 0 has the unknown role "\\ud800"' in out and out.count("--- ") == 2
+
+
 def test_nothing_but_skipped_records_is_an_error(home: Path, capsys: pytest.CaptureFixture[str]):
     arguments = [str(home / "pairs" / "b.jsonl"), "--tokenizer_dir", str(home / "tokenizer")]
     assert main(arguments) == 2
