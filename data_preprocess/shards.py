@@ -135,7 +135,10 @@ def write_manifest(
     totals = {key: sum(part.totals[key] for part in parts) for key in (parts[0].totals if parts else ())}
     documents = totals.get("documents", 0)
     if not documents:
-        raise ValueError(f"{source} holds no text that could be read: every file is empty or unreadable")
+        bad = sum(part.bad_records for part in parts)
+        examples = [example for part in parts for example in part.bad_examples]
+        why = f"{bad} records could not be read, for example {examples[0]}" if examples else "every file is empty"
+        raise ValueError(f"{source} holds no text that could be read: {why}")
     if not any(shards.values()):
         raise ValueError(f"no sample is left of the {documents} records of {source}: use a larger --max_seq_len")
     if valid_ratio > 0 and not shards["valid"]:

@@ -151,6 +151,9 @@ def test_errors(tmp_path: Path, data_dir: Path, tokenizer: HFBBPETokenizer, caps
     for name, raw in (("cut", index[:-1]), ("magic", b"X" + index[1:]), ("type", index[:17] + b"\x06" + index[18:])):
         (tmp_path / f"{name}.bin").write_bytes((tmp_path / "m.bin").read_bytes())
         (tmp_path / f"{name}.idx").write_bytes(raw)
+    negative = struct.pack("<QBQQ3i3q2q", 1, 8, 3, 2, 2, -1, 2, 0, 4, 2, 0, 3)
+    (tmp_path / "negative.idx").write_bytes(b"MMIDIDX\x00\x00" + negative)
+    (tmp_path / "negative.bin").write_bytes((tmp_path / "m.bin").read_bytes())
     (tmp_path / "short.bin").write_bytes(b"\1\0")
     (tmp_path / "short.idx").write_bytes(index)
     cases = [
@@ -168,6 +171,7 @@ def test_errors(tmp_path: Path, data_dir: Path, tokenizer: HFBBPETokenizer, caps
         (["--format", "megatron", "--input", str(tmp_path / "cut")], "damaged"),
         (["--format", "megatron", "--input", str(tmp_path / "magic")], "not a Megatron index"),
         (["--format", "megatron", "--input", str(tmp_path / "type")], "damaged"),
+        (["--format", "megatron", "--input", str(tmp_path / "negative")], "sequences of negative length"),
         (["--format", "megatron", "--input", str(tmp_path / "short")], "does not hold what"),
         (["--format", "megatron", "--input", str(tmp_path / "nothing")], "No such file"),
     ]
