@@ -286,7 +286,7 @@ def kill_monitor_in_start(run: Run, random: Random) -> str:
     old, least = run.launch(), run.newest_step()
     run.kill_monitor()
     run.kill_all()
-    run.start("tests/chaos/monitor_with_faults.py")
+    run.start(script="tests/chaos/monitor_with_faults.py")
     run.end_monitor(-signal.SIGKILL, "a monitor that dies when it starts a job")
     run.start()
     return relaunched(run, old, least)

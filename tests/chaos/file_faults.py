@@ -184,7 +184,7 @@ def disk_full_long(run: Run, random: Random) -> str:
     are not the run's fault."""
     old, least = run.launch(), run.newest_step()
     run.kill_monitor()
-    run.start("monitor_process.py", "--max_without_progress=3")
+    run.start("--max_without_progress=3", "--give_up_after=1")
     run.wait(lambda: run.said("^monitor: took over launch"), "the new monitor has the run")
     die_and(run, lambda: fill_disk(run))
     seconds = 10 + 4 * random.random()

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
 """Seconds within which everything that is waited for must happen, on a loaded machine too."""
 HANG_AFTER, FIRST_STEP = 3.0, 20.0
-UNREACHABLE_AFTER = 12.0
+UNREACHABLE_AFTER = 8.0
 SAVE_INTERVAL, MOST_SKIPPED, REPLICA_CHECK = 5, 12, 10
 """Steps between saves; skipped steps in a row that are too many; steps between comparisons of the replicas."""
 MONITOR_FLAGS = [
@@ -170,8 +170,9 @@ class Run:
     def _hosts_file(self) -> Path:
         return self.home / "hosts.yaml"
 
-    def another_monitor(self, script: str = "monitor_process.py", *options: str) -> subprocess.Popen:
+    def another_monitor(self, *options: str, script: str = "") -> subprocess.Popen:
         """Start one with the same command each time, but for its `options`."""
+        script = script or ("tests/chaos/impatient_monitor.py" if self.setup.over_ssh else "monitor_process.py")
         flags = training_flags(self.setup, self.data_dir, self.out_dir, self.steps)
         command = training_command(self.setup, "tests/chaos/train_with_faults.py", flags)
         where = ["--hosts", str(self._hosts_file)] if self.setup.over_ssh else []
@@ -181,9 +182,9 @@ class Run:
             errors="replace", start_new_session=True,
         )  # fmt: skip
 
-    def start(self, script: str = "monitor_process.py", *options: str) -> None:
+    def start(self, *options: str, script: str = "") -> None:
         """Start the monitor that is listened to from now on."""
-        self.monitor = self.another_monitor(script, *options)
+        self.monitor = self.another_monitor(*options, script=script)
         self._reader = threading.Thread(target=self._read, args=(self.monitor,), daemon=True)
         self._reader.start()
 
