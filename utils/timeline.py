@@ -20,7 +20,7 @@ kernels, copies and collectives.
 import argparse
 import bisect
 import gzip
-import json
+import itertools
 import math
 import re
 import statistics
@@ -29,13 +29,23 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+
+from utils.files import is_passing
+from utils.json_pieces import JSONPieces, TooLarge
 
 ABOUT = "zero2all"
 """Key of a trace's own metadata: {"run", "rank", "world_size", "device"}."""
 MOST_BYTES = 256 << 20
-"""Of an unpacked trace: reading takes about ten times as much memory."""
+"""Of an unpacked trace."""
+MOST_EVENTS, MOST_KEPT = 4_000_000, 1_000_000
+"""Events in a trace, and those of them that are needed here: only these stay in memory, about 200 bytes each."""
+_LONGEST_EVENT, _LONGEST_NAME = 1 << 20, 64
+"""Characters."""
+_MOST_NAMED = 20
+"""Steps in a sentence."""
 
 ROWS = ("data", "compute", "optimizer", "wire", "waiting")
 _ROW_OF = {
@@ -49,6 +59,7 @@ _NUMBERED = re.compile(
 _STEP = re.compile(r"step (\d{1,12})")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
+_SUMS = ("gloo:all_reduce", "c10d::allreduce_")
 
 Interval = tuple[float, float]
 
@@ -82,13 +93,26 @@ class Trace:
             ValueError: the trace does not hold it.
         """
         if step not in self.steps:
-            raise ValueError(f"{self.path} does not hold step {step}, but {', '.join(map(str, self.steps))}")
+            held = [str(number) for number in itertools.islice(self.steps, _MOST_NAMED)]
+            held += ["..."] * (len(self.steps) > _MOST_NAMED)
+            raise ValueError(f"{self.path} does not hold step {step}, but {', '.join(held)}")
         return self.steps[step]
 
     def median_step(self) -> int:
         """The number of the step of median duration."""
         middle = statistics.median_low(end - start for start, end in self.steps.values())
         return next(number for number, (start, end) in self.steps.items() if end - start == middle)
+
+    @cached_property
+    def unions(self) -> "dict[str, _Union]":
+        """When what FIGURES are made of went on, of all steps."""
+        names = ("data wait", "forward", "backward", "optimizer", "wire", "waiting")
+        unions = {
+            name: _union((s.start, s.end) for s in self.spans if name in (s.kind, s.row)) for name in names
+        }  # fmt: skip
+        unions["exposed"] = _overlap(unions["wire"], unions["waiting"])
+        unions["waiting in optimizer"] = _overlap(unions["optimizer"], unions["waiting"])
+        return {name: _Union(intervals) for name, intervals in unions.items()}
 
 
 class _Event(NamedTuple):
@@ -106,11 +130,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         ValueError: it cannot be read, or is no trace of --profile_steps; one sentence.
     """
-    content = _read_json(path)
-    raw = content.get("traceEvents") if isinstance(content, dict) else None
-    if not isinstance(raw, list):
-        raise ValueError(f"{path} is no Chrome trace: it has no traceEvents")
-    events = [event for event in map(_event, raw) if event is not None]
+    about, events = _read_events(path)
     ranges = [event for event in events if event.category == "user_annotation"]
     steps = {int(m[1]): (e.start, e.end) for e in ranges if (m := _STEP.fullmatch(e.name))}
     worked = sorted(e.start for e in ranges if e.name == "forward")
@@ -118,8 +138,6 @@ def read_trace(path: Path) -> Trace:
     steps = {n: (a, b) for n, (a, b) in steps.items() if bisect.bisect(worked, b) > bisect.bisect_left(worked, a)}
     if not steps:
         raise ValueError(f"{path} holds no step of a training run: make a trace with --profile_steps")
-    about = content.get(ABOUT)
-    about = about if isinstance(about, dict) else {}
     described = _described_ranges(events, ranges)
     spans = _on_device(events, described) if any(e.category in _ON_DEVICE for e in events) else list(described.values())
     if about.get("world_size") == 1:
@@ -127,26 +145,50 @@ def read_trace(path: Path) -> Trace:
     return Trace(path, about, dict(sorted(steps.items())), spans)
 
 
-def _read_json(path: Path) -> object:
+def _read_events(path: Path) -> tuple[dict, list[_Event]]:
+    """What a trace says of its run, and those of its events that are needed here."""
+    about: dict = {}
+    events: list[_Event] = []
+    threads: dict[tuple, tuple] = {}
+    has_events, count = False, 0
     try:
-        with open(path, "rb") as file:
-            is_packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if is_packed else open)(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        for key, value in _pieces(path):
+            if key == ABOUT and isinstance(value, dict):
+                about = value
+            if key != "traceEvents":
+                continue
+            has_events, count = has_events or isinstance(value, dict), count + 1
+            event = _event(value)
+            if event is not None:
+                events.append(event._replace(thread=threads.setdefault(event.thread, event.thread)))
+            if count > MOST_EVENTS or len(events) > MOST_KEPT:
+                raise TooLarge("holds more events than can be looked through")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"{path} is larger than {MOST_BYTES >> 20} MiB: trace fewer steps")
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is broken: it is not whole JSON") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        if is_passing(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except TooLarge as error:
+        raise ValueError(f"{path} {error}: trace fewer steps") from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    if not has_events:
+        raise ValueError(f"{path} is no Chrome trace: it has no traceEvents")
+    return about, events
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, object]]:
+    with open(path, "rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if is_packed else open)(path, "rb") as file:
+        yield from JSONPieces(file, _LONGEST_EVENT, MOST_BYTES).members("traceEvents")
 
 
 def _event(raw: object) -> _Event | None:
-    """A complete event with a duration; None for what else a trace holds."""
+    """A complete event with a duration, of a kind that is needed here; None for what else a trace holds."""
     if not isinstance(raw, dict) or raw.get("ph") != "X":
         return None
     name, category, start, duration = (raw.get(key) for key in ("name", "cat", "ts", "dur"))
@@ -156,11 +198,16 @@ def _event(raw: object) -> _Event | None:
         return None
     arguments = raw.get("args")
     correlation = arguments.get("correlation") if isinstance(arguments, dict) else None
-    thread = (str(raw.get("pid")), str(raw.get("tid")))
+    correlation = correlation if isinstance(correlation, int) else None
+    if category in _ON_DEVICE or category in _LAUNCHES and correlation is not None:
+        # Known by its number; a kernel's name may be long.
+        name = ""
+    elif not (name in _SUMS or category == "user_annotation" and (_described(name, 0, 0) or _STEP.fullmatch(name))):
+        return None
+    thread = (str(raw.get("pid"))[:_LONGEST_NAME], str(raw.get("tid"))[:_LONGEST_NAME])
     return _Event(
-        name, category, thread, start / 1e3, (start + max(duration, 0)) / 1e3,
-        correlation if isinstance(correlation, int) else None,
-    )  # fmt: skip
+        sys.intern(name), sys.intern(category), thread, start / 1e3, (start + max(duration, 0)) / 1e3, correlation
+    )
 
 
 def _described(name: str, start: float, end: float) -> Span | None:
@@ -178,21 +225,36 @@ def _described(name: str, start: float, end: float) -> Span | None:
 
 def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event, Span]:
     """Our ranges, as their threads saw them. Of one that only hands gloo a sum: when gloo worked on that."""
+    found = {event: span for event in ranges if (span := _described(event.name, event.start, event.end)) is not None}
     sums = _gloo_sums(events)
-    found = {}
-    for event in ranges:
-        span = _described(event.name, event.start, event.end)
-        if span is None:
-            continue
-        if span.row == "wire":
-            launched = sums[event.thread]
-            first = bisect.bisect_left(launched, event.start, key=lambda one: one[0])
-            last = bisect.bisect_left(launched, event.end, key=lambda one: one[0])
-            work = [interval for _, interval in launched[first:last]]
-            if work and work[-1][1] > event.end:
-                span = span._replace(start=work[0][0], end=max(end for _, end in work))
-        found[event] = span
+    latest = {thread: _LatestEnd([end for _, (_, end) in launched]) for thread, launched in sums.items()}
+    wire = [event for event, span in found.items() if span.row == "wire" and event.thread in sums]
+    for event in sorted(wire, key=lambda one: one.end):
+        launched = sums[event.thread]
+        first = bisect.bisect_left(launched, event.start, key=lambda one: one[0])
+        last = bisect.bisect_left(launched, event.end, key=lambda one: one[0])
+        if first < last and launched[last - 1][1][1] > event.end:
+            end = latest[event.thread].between(first, last)
+            found[event] = found[event]._replace(start=launched[first][1][0], end=end)
     return found
+
+
+class _LatestEnd:
+    """Finds the greatest of [first, last) of some numbers, for one `last` after another that never falls: no look at
+    each of them for each range, which may lie inside each other."""
+
+    def __init__(self, ends: list[float]):
+        self._ends, self._added = ends, 0
+        self._places: list[int] = []
+        """Rising, of numbers that no later one reaches, up to the last that was asked for."""
+
+    def between(self, first: int, last: int) -> float:
+        for place in range(self._added, last):
+            while self._places and self._ends[self._places[-1]] <= self._ends[place]:
+                self._places.pop()
+            self._places.append(place)
+        self._added = max(self._added, last)
+        return self._ends[self._places[bisect.bisect_left(self._places, first)]]
 
 
 def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]]:
@@ -244,10 +306,12 @@ def _on_device(events: list[_Event], described: dict[_Event, Span]) -> list[Span
             spans.append(span._replace(start=start, end=end))
     wire = _union((span.start, span.end) for span in spans if span.row == "wire")
     main_stream = sorted(streams[statistics.mode(forward_streams)]) if forward_streams else []
+    gaps: dict[Span, list[Interval]] = defaultdict(list)
     for event, span in described.items():
         if span.row == "waiting":
-            for start, end in _overlap([_gap(main_stream, event)], wire):
-                spans.append(span._replace(start=start, end=end))
+            gaps[span._replace(start=0.0, end=0.0)].append(_gap(main_stream, event))
+    for span, found in gaps.items():
+        spans += [span._replace(start=start, end=end) for start, end in _overlap(_union(found), wire)]
     return spans
 
 
@@ -300,12 +364,34 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
 
 def _overlap(a: list[Interval], b: list[Interval]) -> list[Interval]:
     """Of two unions."""
-    found = ((max(start, other), min(end, other_end)) for start, end in a for other, other_end in b)
-    return [(start, end) for start, end in found if start < end]
+    found, at = [], 0
+    for start, end in a:
+        while at < len(b) and b[at][1] <= start:
+            at += 1
+        while at < len(b) and b[at][0] < end:
+            found.append((max(start, b[at][0]), min(end, b[at][1])))
+            if b[at][1] > end:
+                break
+            at += 1
+    return found
 
 
-def _length(intervals: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
+class _Union:
+    """Intervals that are apart, in order; says how much of them lies within a window, without a look at each."""
+
+    def __init__(self, intervals: list[Interval]):
+        self._starts = [start for start, _ in intervals]
+        self._ends = [end for _, end in intervals]
+        self._before = list(itertools.accumulate((end - start for start, end in intervals), initial=0.0))
+        """Length of all intervals before each."""
+
+    def within(self, window: Interval) -> float:
+        start, end = window
+        first, last = bisect.bisect_right(self._ends, start), bisect.bisect_left(self._starts, end)
+        if first >= last:
+            return 0.0
+        cut = max(start - self._starts[first], 0.0) + max(self._ends[last - 1] - end, 0.0)
+        return self._before[last] - self._before[first] - cut
 
 
 FIGURES = ("step", "data wait", "forward", "backward", "optimizer", "wire", "hidden", "exposed")
@@ -318,23 +404,17 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
         ValueError: the trace does not hold it.
     """
     window = trace.window(step)
-
-    def union(*kinds: str) -> list[Interval]:
-        inside = _union((s.start, s.end) for s in trace.spans if s.kind in kinds or s.row in kinds)
-        return _overlap(inside, [window])
-
-    wire, waiting, stepping = union("wire"), union("waiting"), union("optimizer")
-    exposed = _length(_overlap(wire, waiting))
+    lengths = {name: union.within(window) for name, union in trace.unions.items()}
     return {
         "step": window[1] - window[0],
-        "data wait": _length(union("data wait")),
-        "forward": _length(union("forward")),
-        "backward": _length(union("backward")),
+        "data wait": lengths["data wait"],
+        "forward": lengths["forward"],
+        "backward": lengths["backward"],
         # Without ZeRO-1's wait for parameters, which lies inside.
-        "optimizer": _length(stepping) - _length(_overlap(stepping, waiting)),
-        "wire": _length(wire),
-        "hidden": _length(wire) - exposed,
-        "exposed": exposed,
+        "optimizer": lengths["optimizer"] - lengths["waiting in optimizer"],
+        "wire": lengths["wire"],
+        "hidden": lengths["wire"] - lengths["exposed"],
+        "exposed": lengths["exposed"],
     }
 
 
@@ -359,6 +439,8 @@ _DARK = ("backward", "optimizer", "step bucket", "wait for buckets", "wait for g
 _WIDTH, _LEFT, _RIGHT = 11.0, 0.85, 0.15
 _LANE, _FONT = 0.27, 7.5
 _MOST_LANES = 5
+_MOST_DRAWN = 2000
+"""Ranges of a step; of more, the longest: each takes a millisecond to draw."""
 
 
 def draw(traces: list[Trace], png: Path, step: int | None = None) -> None:
@@ -374,7 +456,8 @@ def draw(traces: list[Trace], png: Path, step: int | None = None) -> None:
     from matplotlib.patches import Patch
 
     panels = [_Panel.of(trace, trace.median_step() if step is None else step) for trace in traces]
-    longest = max(panel.duration for panel in panels)
+    # A step of no duration has room for nothing, but can be drawn.
+    longest = max(*(panel.duration for panel in panels), 1e-6)
     heights = [_LANE * panel.lanes + 0.4 for panel in panels]
     height = sum(heights) + 0.85
     figure = Figure(figsize=(_WIDTH, height), dpi=110)
@@ -409,6 +492,15 @@ class _Panel:
     placed: list[tuple[int, Span]] = field(default_factory=list)
     """(lane, span), in milliseconds from the step's beginning."""
 
+    @property
+    def drawn(self) -> list[bool]:
+        """Which of `placed` are drawn."""
+        if len(self.placed) <= _MOST_DRAWN:
+            return [True] * len(self.placed)
+        longest = sorted(range(len(self.placed)), key=lambda n: self.placed[n][1].start - self.placed[n][1].end)
+        chosen = set(longest[:_MOST_DRAWN])
+        return [number in chosen for number in range(len(self.placed))]
+
     @staticmethod
     def of(trace: Trace, step: int) -> "_Panel":
         start, end = trace.window(step)
@@ -427,25 +519,31 @@ class _Panel:
             height = max(lanes, default=0) + 1
             panel.row_at[row] = panel.lanes + (height - 1) / 2
             panel.lanes += height
+        if len(panel.placed) > _MOST_DRAWN:
+            panel.title += f"; the longest {_MOST_DRAWN:,} of {len(panel.placed):,} ranges are drawn"
         return panel
 
     def draw(self, axes: object, longest: float, is_last: bool) -> None:
         inches_per_ms = (_WIDTH - _LEFT - _RIGHT) / longest
         passes = {kind: sum(span.kind == kind for _, span in self.placed) for kind in ("forward", "backward")}
         seen = dict.fromkeys(passes, 0)
-        for lane, span in self.placed:
+        for (lane, span), is_drawn in zip(self.placed, self.drawn):
+            if span.kind in seen:
+                seen[span.kind] += 1
+            if not is_drawn:
+                continue
             shade = 0.75 if span.number is not None and span.number % 2 else 1.0
             # White edges part neighbours; those of its own colour keep what is short from vanishing.
             is_wide = (span.end - span.start) * inches_per_ms > 0.06
             edge = "white" if is_wide else _COLOURS[span.kind]
             look = {"color": _COLOURS[span.kind], "alpha": shade, "edgecolor": edge, "linewidth": 0.7}
             axes.barh(lane, span.end - span.start, 0.84, span.start, **look)
-            if span.kind in seen:
-                seen[span.kind] += 1
             numbered = f"{span.kind} {seen[span.kind]}" if passes.get(span.kind, 0) > 1 else span.kind
             text = _fitting(_labels(span, numbered), (span.end - span.start) * inches_per_ms)
             colour = "white" if span.kind in _DARK else "black"
-            axes.text((span.start + span.end) / 2, lane, text, ha="center", va="center", fontsize=_FONT, color=colour)
+            if text:
+                at = (span.start + span.end) / 2
+                axes.text(at, lane, text, ha="center", va="center", fontsize=_FONT, color=colour)
         axes.set_xlim(0, longest)
         axes.set_ylim(self.lanes - 0.4, -0.6)
         axes.set_yticks(list(self.row_at.values()), list(self.row_at), fontsize=_FONT + 1)
@@ -520,7 +618,8 @@ def main(argv: list[str]) -> int:
         return 2
     except (ValueError, OSError) as error:
         print(f"timeline: {error}", file=sys.stderr)
-        return 2
+        # 2 says that another attempt cannot help.
+        return 1 if isinstance(error, OSError) and is_passing(error) else 2
     return 0
 
 

@@ -1,8 +1,12 @@
 """Traces of steps: what is read from them, what is refused, and --profile_steps on one process."""
 
+import errno
 import gzip
 import json
+import os
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from model import flops
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
 from utils import timeline
 from utils.profile_steps import StepProfile
-from utils.timeline import Span, figures_of, mean_figures, read_trace
+from utils.timeline import Span, Trace, figures_of, mean_figures, read_trace
 
 MAIN, AUTOGRAD, COMM, GLOO = 10, 11, 12, 13
 
@@ -142,9 +146,10 @@ def test_without_matplotlib_the_numbers_are_there(on: Path, capsys: pytest.Captu
         (None, "does not exist"),
         (b"", "is not whole JSON"),
         (b'{"traceEvents": [', "is not whole JSON"),
-        (b"[" * 100_000, "is not whole JSON"),
+        (b"[" * 100_000, "is no JSON object"),
+        (b'{"a": ' * 100_000, "is not whole JSON"),
         (gzip.compress(b'{"traceEvents": []}' * 100, mtime=0)[:-30], "cannot be read"),
-        (b"[]", "is no Chrome trace"),
+        (b"[]", "is no JSON object"),
         (b'{"traceEvents": 3}', "is no Chrome trace"),
         (b'{"traceEvents": [7, {"ph": "X", "cat": "x", "name": "step 1", "ts": "now", "dur": 1}]}', "holds no step"),
         (json.dumps({"traceEvents": [event("step 1", 0, 2), event("forward", 1, 2)]}).encode(), "not hold step 5"),
@@ -170,6 +175,125 @@ def test_odd_values_in_a_trace_are_passed_over(tmp_path: Path):
     trace = read_trace(write(tmp_path / "t.json", [*odd, *cpu_step(7, 0, True)], run="$x" * 500, device=[1]))
     assert figures_of(trace, 7)["wire"] == pytest.approx(17.5)
     assert len(timeline._title(trace, 7)) <= 160
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_figures_are_what_counting_milliseconds_says(seed: int):
+    """Of ranges that lie anyhow, also beyond their step."""
+    random_ = random.Random(seed)
+    kinds = ["data wait", "forward", "backward", "optimizer", "bucket 3", "wait for buckets", "gradients", "agree"]
+    spans = []
+    for _ in range(60):
+        start = random_.randrange(300)
+        spans.append(timeline._described(random_.choice(kinds), start, start + random_.randrange(25)))
+    trace = Trace(Path("t"), {}, {1: (0.0, 120.0), 2: (100.0, 250.0), 9: (260.0, 260.0)}, spans)
+    for step, (first, last) in trace.steps.items():
+        def passed(name: str, first: float = first, last: float = last) -> set[int]:
+            found = {at for s in spans if name in (s.kind, s.row) for at in range(int(s.start), int(s.end))}
+            return {at for at in found if first <= at < last}
+
+        wire, waiting = passed("wire"), passed("waiting")
+        assert figures_of(trace, step) == pytest.approx({
+            "step": last - first, "data wait": len(passed("data wait")), "forward": len(passed("forward")),
+            "backward": len(passed("backward")), "optimizer": len(passed("optimizer") - waiting), "wire": len(wire),
+            "hidden": len(wire - waiting), "exposed": len(wire & waiting),
+        })  # fmt: skip
+
+
+class Counting(list):
+    """Spans that count how often they are looked at."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator:
+        Counting.looks += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("count", [50, 200])
+def test_the_mean_of_many_steps_does_not_look_at_all_ranges_for_each(count: int):
+    spans = Counting(timeline._described("forward", n, n + 0.5) for n in range(count))
+    trace = Trace(Path("t"), {}, {n: (n, n + 1.0) for n in range(count)}, spans)
+    Counting.looks = 0
+    assert mean_figures(trace)["forward"] == pytest.approx(0.5)
+    assert Counting.looks <= 8 * count
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_latest_end_of_a_stretch(seed: int):
+    random_ = random.Random(seed)
+    ends = [random_.random() for _ in range(100)]
+    latest = timeline._LatestEnd(ends)
+    for last in sorted(random_.randrange(1, 101) for _ in range(80)):
+        first = random_.randrange(last)
+        assert latest.between(first, last) == max(ends[first:last])
+
+
+def many_buckets(count: int) -> list[dict]:
+    buckets = [event(f"bucket {n} (1.0 MB)", 5 + n / 100, 6 + n / 50, COMM) for n in range(count)]
+    return [event("step 7", 0, 100), event("forward", 1, 2), event("backward", 2, 4), *buckets]
+
+
+def test_of_too_many_ranges_the_longest_are_drawn_and_the_title_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(11, 3))
+    monkeypatch.setattr(timeline, "_MOST_DRAWN", 40, raising=False)
+    panel = timeline._Panel.of(read_trace(write(tmp_path / "t.json", many_buckets(200))), 7)
+    axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+    panel.draw(axes, 100.0, is_last=True)
+    assert panel.title.endswith("; the longest 40 of 202 ranges are drawn")
+    # Of the buckets, the later ones are longer.
+    assert sorted(bar.get_width() for bar in axes.patches) == pytest.approx([1 + n / 100 for n in range(160, 200)])
+
+
+@pytest.mark.parametrize("names, most", [("MOST_EVENTS", 10), ("MOST_KEPT", 8), ("_LONGEST_EVENT", 50)])
+def test_a_trace_that_holds_too_much_is_refused(
+    names: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(timeline, names, most, raising=False)
+    path = write(tmp_path / "t.json.gz", many_buckets(30))
+    assert timeline.main([str(path)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"timeline: {path} holds ")
+
+
+def test_only_what_is_needed_of_a_trace_is_kept(tmp_path: Path):
+    """A CPU's trace is nine tenths operators, a kernel's name is a page of C++."""
+    noise = [event(f"aten::op{n}", n, n + 1, category="cpu_op") for n in range(500)]
+    noise += [event("nothing of ours", n, n + 1) for n in range(500)]
+    noise += [event("cudaFree", n, n + 1, category="cuda_runtime") for n in range(500)]
+    wordy = kernel("void gemm<" * 1000, 1, 2, 7, 0.5, MAIN, 5)
+    path = write(tmp_path / "t.json", [*noise, *wordy, *cpu_step(7, 0, True)])
+    _, events = timeline._read_events(path)
+    assert len(events) == len(cpu_step(7, 0, True)) - 1 + 2
+    assert max(len(one.name) for one in events) < 40
+
+
+def test_a_step_of_no_duration_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("matplotlib")
+    path = write(tmp_path / "t.json", [event("step 7", 5, 5), event("forward", 5, 5)])
+    assert timeline.main([str(path), "--png", str(tmp_path / "t.png")]) == 0
+    assert (tmp_path / "t.png").exists()
+
+
+def test_of_many_steps_only_some_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    steps = [one for n in range(500) for one in (event(f"step {n}", n, n + 1), event("forward", n, n + 1))]
+    path = write(tmp_path / "t.json", steps)
+    assert timeline.main([str(path), "--step", "999"]) == 2
+    said = capsys.readouterr().err
+    assert "does not hold step 999, but 0, 1, 2, " in said and said.endswith("19, ...\n")
+
+
+def test_a_disk_that_does_not_answer_is_no_wrong_input(
+    on: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def fail(_path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(timeline, "_pieces", fail, raising=False)
+    assert timeline.main([str(on)]) == 1
+    assert "Input/output error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["6", "8:6", "0:2", "a:b", "1:2:3", "-1:2", "1:1000000"])
