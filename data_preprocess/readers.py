@@ -744,12 +744,12 @@ def _parquet_rows(
             _require_columns(piece.path, names, corpus)
             columns = [name for name in names if corpus.wants(name)]
             others = dict.fromkeys(names) if corpus.fields is None else {}
-            groups = [file.metadata.row_group(group) for group in range(piece.start, piece.end)]
+            groups = range(piece.start, piece.end)
             number = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-            total = max(sum(group.num_rows for group in groups), 1)
+            total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
             reported = done = 0
             for batch in file.iter_batches(
-                _rows_at_once(groups, columns), row_groups=list(range(piece.start, piece.end)), columns=columns
+                _rows_at_once(file.metadata, piece, columns), row_groups=list(groups), columns=columns
             ):
                 for row in _rows_of(batch):
                     yield number + done, row if isinstance(row, Unreadable) else others | row
@@ -762,21 +762,22 @@ def _parquet_rows(
         raise error if error.errno else pyarrow.ArrowException(str(error)) from None
 
 
-def _rows_at_once(groups: list[pyarrow.parquet.RowGroupMetaData], columns: list[str]) -> int:
+def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, piece: Piece, columns: list[str]) -> int:
     """As many as take _PARQUET_BATCH_BYTES on average in each row group, at most _PARQUET_ROWS. A page, however large
     its writer made it, is in memory as a whole besides."""
     at_once = _PARQUET_ROWS
-    for group in groups:
+    paths = [f"{metadata.schema.column(index).path}." for index in range(metadata.num_columns)]
+    wanted = [index for index, path in enumerate(paths) if any(path.startswith(f"{name}.") for name in columns)]
+    for group in map(metadata.row_group, range(piece.start, piece.end)):
         size = 0
-        for chunk in map(group.column, range(group.num_columns)):
-            if not any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns):
-                continue
+        for chunk in map(group.column, wanted):
             size += chunk.total_uncompressed_size
             if chunk.has_dictionary_page:
                 # Every row may be the longest of the dictionary's texts, about as long as all of it.
                 share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(chunk.total_compressed_size, 1)
                 at_once = min(at_once, _PARQUET_DICTIONARY_BYTES // max(int(share * chunk.total_uncompressed_size), 1))
-        at_once = min(at_once, _PARQUET_BATCH_BYTES * group.num_rows // max(size, 1))
+        if group.num_rows:
+            at_once = min(at_once, _PARQUET_BATCH_BYTES * group.num_rows // max(size, 1))
     return max(at_once, 1)
 
 
@@ -841,12 +842,7 @@ def _pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:
 
 def _parquet_pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:
     """Row groups, neighbours together up to about `unit_bytes` of uncompressed data."""
-    try:
-        metadata = pyarrow.parquet.read_metadata(root / path)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise ValueError(f"{path} is not a Parquet file ({_one_line(error)}): mend or remove it") from None
+    metadata, _ = _parquet_contents(root / path, path)
     start, gathered = 0, 0
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).total_byte_size
@@ -858,11 +854,28 @@ def _parquet_pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:
         yield Piece(path, start, metadata.num_row_groups, gathered)
 
 
+def _parquet_contents(path: Path, name: str) -> tuple[pyarrow.parquet.FileMetaData, str]:
+    """A file's table of contents, and its schema as text.
+
+    Args:
+        name: of the file, for the sentence.
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+        return metadata, str(metadata.schema.to_arrow_schema())
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{name} is not a Parquet file ({_one_line(error)}): mend or remove it") from None
+
+
 def _content_sha256(path: Path, piece: Piece) -> str:
     """Of all bytes of a file that reading the piece looks at."""
     kind, compressed = _kind(piece.path)
     if kind == ".parquet":
-        metadata = pyarrow.parquet.read_metadata(path)
+        metadata, schema = _parquet_contents(path, piece.path)
         chunks = [
             metadata.row_group(group).column(column)
             for group in range(piece.start, piece.end)
@@ -870,7 +883,9 @@ def _content_sha256(path: Path, piece: Piece) -> str:
         ]
         starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
         end = max(start + chunk.total_compressed_size for start, chunk in zip(starts, chunks))
-        return sha256_of_file(path, min(starts), end) + str(metadata.schema.to_arrow_schema())
+        if min(starts) < 0:
+            raise ValueError(f"{piece.path} has a damaged table of contents: mend or remove it")
+        return sha256_of_file(path, min(starts), end) + schema
     if kind in JSON_SUFFIXES and not compressed:
         # Also the byte before, and the last line to its end.
         return sha256_of_file(path, max(piece.start - 1, 0), _end_of_line(path, piece.end))

@@ -930,6 +930,19 @@ def test_parquet_value_that_python_cannot_hold(tmp_path: Path, kind: str):
     assert all(items[i].value["text"] == texts[i] for i in range(3) if i not in lost)
 
 
+def test_parquet_without_a_column_of_any_format(tmp_path: Path):
+    """Its rows are there, with the names that say why they are refused."""
+    (tmp_path / "a.parquet").write_bytes(parquet({"question": ["a"] * 600, "answer": ["b"] * 600}))
+    items = read(Corpus(str(tmp_path), None, columns=frozenset(["messages"])))
+    assert [item.value for item in items] == [{"question": None, "answer": None}] * 600
+
+
+def test_parquet_with_a_name_that_is_not_utf8(tmp_path: Path):
+    (tmp_path / "a.parquet").write_bytes(parquet({"other": ["a"], "text": ["b"]}).replace(b"other", b"\xd8\xffher"))
+    with pytest.raises(ValueError, match="^a.parquet is not a Parquet file .*mend or remove it"):
+        read(Corpus(str(tmp_path)))
+
+
 def test_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
     texts = [text * 40 for text in "abc"] + ["x" * 2000, "after"]
