@@ -31,14 +31,13 @@ import psutil
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from monitor.node import MONITOR_DIR, LocalNode
-from monitor.passing import passes
 from monitor.policy import Rules
-from monitor.remote import RemoteNode
+from monitor.remote import OtherVersion, RemoteNode
 from monitor.status import ENDED_STATES, Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
-from utils.files import lock_file
+from utils.files import is_passing, lock_file
 from utils.ssh import SSHProblem
 
 logger = logging.getLogger("monitor")
@@ -107,6 +106,7 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
     """
     Raises:
         ValueError, SSHProblem: the command, the hosts file or a host is wrong.
+        OSError: a file cannot be read now.
     """
     options, command = options_of(args), TrainCommand.parse(words)
     out_dir = command.out_dir
@@ -118,10 +118,25 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
         raise ValueError("--hosts needs a command that begins with torchrun, without --standalone")
     hosts = read_hosts(Path(args.hosts))
     nodes = [RemoteNode(host, out_dir, index) for index, host in enumerate(hosts.hosts)]
+    known = known_hosts_of(Path(out_dir))
     for node in nodes:
-        # Before the first launch, as only now somebody may be there to answer.
-        node.open(confirm=ask_about_host if sys.stdin.isatty() else None)
+        try:
+            # Before the first launch, as only now somebody may be there to answer.
+            node.open(confirm=ask_about_host if sys.stdin.isatty() else None)
+        except (OSError, ValueError) as error:
+            if node.name not in known or isinstance(error, OtherVersion):
+                raise
+            # After a reboot, say: of this machine, whose network is not there yet, or of the host.
+            node.expect(error)
     return Supervisor(nodes, command, Path(out_dir), options, hosts)
+
+
+def known_hosts_of(run_dir: Path) -> list[str]:
+    """Those that an earlier monitor of this run has reached."""
+    try:
+        return Status.read(run_dir).hosts
+    except (OSError, ValueError):
+        return []
 
 
 def ask_about_host(host: str, key_type: str, fingerprint: str) -> bool:
@@ -144,7 +159,7 @@ def claim(run_dir: Path, stop_requested: Callable[[], bool] = lambda: False) -> 
             (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
             return lock_file(run_dir / MONITOR_DIR / ".lock", taken)
         except OSError as error:
-            if not passes(error):
+            if not is_passing(error):
                 raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
             problem = f"{run_dir} cannot be written: {error.strerror}"
         except ValueError:

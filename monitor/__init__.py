@@ -4,8 +4,10 @@
     node.py      the job's processes on one machine; also `python -m monitor.node`, what runs on a remote host
     remote.py    a node behind an SSH connection
     hosts.py     the hosts file
+    claim.py     whose a run is
     watch.py     which heartbeat is overdue
     policy.py    what an ending means, and what to do next
+    passing.py   disks that are full or away
     status.py    the status file
     supervisor.py   launch, watch, end, launch again
 """

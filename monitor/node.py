@@ -27,9 +27,9 @@ from typing import BinaryIO
 import psutil
 
 from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
-from monitor.passing import FULL, passes
+from monitor.passing import FULL
 from utils.checkpoint import RUN_MARK, list_checkpoints
-from utils.files import atomic_write_json
+from utils.files import atomic_write_json, is_passing
 from utils.heartbeat import read_heartbeats, stacks_path
 
 PROTOCOL = 2
@@ -122,7 +122,7 @@ class LocalNode:
         try:
             return self._claim.take(who, instead_of)
         except OSError as error:
-            if passes(error):
+            if is_passing(error):
                 raise
             raise ValueError(f"{self.run_dir} cannot be written: {error.strerror}") from None
 
@@ -560,7 +560,10 @@ def _answer(node: LocalNode, request: dict) -> object:
     if do == "hello":
         return {"protocol": PROTOCOL, "is_run": (node.run_dir / RUN_MARK).exists()}
     if do == "claim":
-        holder = node.claim(Monitor(**request["who"]), request["instead_of"])
+        who = Monitor.read(request["who"])
+        if who is None:
+            raise ValueError("a claim must say whose it is")
+        holder = node.claim(who, request["instead_of"])
         return None if holder is None else holder.to_json()
     node.touch()
     if do == "start":

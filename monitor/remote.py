@@ -28,6 +28,10 @@ _LATER, _LATER_AT_MOST = 60.0, 300.0
 """The same where something did. fail2ban, as it comes, shuts out after five failures within ten minutes."""
 
 
+class OtherVersion(ValueError):
+    """The host has another zero2all."""
+
+
 class RemoteNode:
     """The job on a host of the hosts file; what LocalNode is for this machine.
 
@@ -82,7 +86,7 @@ class RemoteNode:
             raise Unreachable(f"{self.name}: the connection was lost ({error})") from None
         if hello["protocol"] != PROTOCOL:
             self._drop()
-            raise ValueError(f"{self.name} has another version of zero2all: bring {self.host.workdir} up to date")
+            raise OtherVersion(f"{self.name} has another version of zero2all: bring {self.host.workdir} up to date")
         self._claim_again()
         self._was_open = True
 
@@ -96,6 +100,11 @@ class RemoteNode:
         if holder is not None:
             self._drop()
             raise TakenOver(f"{self.name}: {holder}")
+
+    def expect(self, problem: OSError | ValueError) -> None:
+        """It did not answer as it should, but is known to have done so for an earlier monitor: it is waited for."""
+        self._was_open = True
+        self._out_of_reach(problem)
 
     def _complaint(self) -> str:
         """Last line that the host's shell or Python wrote to standard error."""
@@ -203,11 +212,10 @@ class RemoteNode:
         return None if answer is None else Holder.from_json(answer)
 
     def release(self) -> None:
-        """Let others have the run, where the host can be told so."""
-        if self._who is None:
-            return
+        """Let others have the run, where the host can be told so; elsewhere the lease runs out."""
+        if self._who is not None and self._channel is not None:
+            self._ask("release", self._timeout)
         self._who = None
-        self._request("release", wait=False)
 
     def touch(self) -> None:
         self._request("touch", wait=False)

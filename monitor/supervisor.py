@@ -24,11 +24,12 @@ from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
 from monitor.hosts import Hosts
 from monitor.node import MONITOR_DIR, Launch, NodeReport, Obstacle
-from monitor.passing import is_full, is_of_a_disk, passes
+from monitor.passing import is_full, is_of_a_disk
 from monitor.policy import Decision, Ending, Policy, Rules, classify
 from monitor.status import Status, planned_steps
 from monitor.watch import Limits, Silence, Watch
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from utils.files import is_passing
 from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem
 
 logger = logging.getLogger("monitor")
@@ -298,7 +299,7 @@ class Supervisor:
             except (HostKeyRefused, LoginRefused):
                 raise
             except OSError as error:
-                if not isinstance(error, SSHProblem) and not passes(error):
+                if not isinstance(error, SSHProblem) and not is_passing(error):
                     raise
                 reason = str(error)
             if not reason or self.stop_requested:
@@ -465,7 +466,8 @@ class Supervisor:
                 if cause is not None:
                     self._on_hang(cause)
                 elif self._is_half_dead(running):
-                    logger.warning("some ranks have ended and others stay: ending them")
+                    key = f"half dead {self.status.attempt}"
+                    self._warn_once(key, "some ranks have ended and others stay: ending them")
                     self._ended_by_us |= {beat["rank"] for beat in self._heartbeats() if beat["alive"]}
                     self._each(lambda node: node.kill(), quietly=True)
             elif self._is_well():

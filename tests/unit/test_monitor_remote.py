@@ -12,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 import monitor.remote
+import monitor_process
 from monitor.claim import Monitor, TakenOver
 from monitor.hosts import Host
 from monitor.node import LocalNode, serve
 from monitor.remote import RemoteNode
+from monitor.status import Status
+from monitor.supervisor import Supervisor
 from utils.ssh import BrokeOff, HostKeyRefused, LoginRefused, SSHProblem, SSHTarget, Unreachable
 
 REFUSED = LoginRefused("me@far:22 refuses the login (tried a key; the host accepts publickey): check the user name")
@@ -210,6 +213,31 @@ def test_failures_keep_their_number(network: Network, node: RemoteNode, monkeypa
     with pytest.raises(OSError, match="far: No space left on device") as caught:
         node.holds_checkpoint()
     assert caught.value.errno == 28 and not isinstance(caught.value, SSHProblem)
+
+
+def build(home: Path) -> Supervisor:
+    (home / "hosts.yaml").write_text("hosts: [{host: far, workdir: /w}]")
+    words = ["--hosts", str(home / "hosts.yaml"), "--", "torchrun", "t.py", f"--out_dir={home / 'run'}"]
+    return monitor_process.build(*monitor_process.parse_arguments(words))
+
+
+@pytest.mark.parametrize("how", [SILENT, REFUSED, NO_FOLDER])
+def test_a_new_monitor_waits_for_hosts_that_the_last_one_had_reached(
+    network: Network, tmp_path: Path, how: Exception | bytes
+):
+    """The machines have been switched on again, in whatever order. A host that was never reached is wrong."""
+    fail(network, how)
+    (tmp_path / "run" / "monitor").mkdir(parents=True)
+    with pytest.raises((ValueError, SSHProblem)):
+        build(tmp_path)
+    Status("running", hosts=["far"]).write(tmp_path / "run")
+    (node,) = build(tmp_path).nodes
+    with pytest.raises(Unreachable, match="far"):
+        node.claim(who("first"))
+    fail(network, None)
+    node._next_attempt = 0.0
+    assert node.claim(who("first")) is None
+    node.close()
 
 
 def test_a_host_with_another_version_is_told(network: Network, node: RemoteNode, monkeypatch: pytest.MonkeyPatch):
