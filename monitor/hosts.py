@@ -8,7 +8,7 @@
         workdir: /home/me/zero2all  # where train_my_ddp.py is, and from where paths count
         python: .venv/bin/python    # optional, default python3
         address: 10.0.0.1           # optional: how the other hosts reach it; default: host
-        env: {GLOO_SOCKET_IFNAME: eth0}
+        env: {GLOO_SOCKET_IFNAME: eth0, OMP_NUM_THREADS: 4, FRACTION: "0.90"}   # whole numbers, or texts
       - ...
     rendezvous_port: 29400          # optional; on the first host
 """
