@@ -10,8 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from utils.files import is_passing
+from utils.small_files import parse_yaml, read_small
 
+_LONGEST_CONFIG = 1 << 20
+"""Bytes."""
 _DEFAULT_OUT_DIR = "out/run"
 _TORCHRUN, _OURS = ("-m", "torch.distributed.run"), ("-m", "parallel.launch")
 _LAUNCH = Path(__file__).resolve().parents[1] / "parallel" / "launch.py"
@@ -76,6 +79,7 @@ class TrainCommand:
 
         Raises:
             ValueError: the YAML file cannot be read.
+            OSError: it cannot be read now.
         """
         value = self.flag("out_dir")
         if value is not None:
@@ -86,9 +90,13 @@ class TrainCommand:
         if file is None:
             return _DEFAULT_OUT_DIR
         try:
-            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+            values = parse_yaml(read_small(Path(file), _LONGEST_CONFIG)) or {}
+            if not isinstance(values, dict):
+                raise ValueError("it holds no settings")
             return str(values.get("out_dir", _DEFAULT_OUT_DIR))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and is_passing(error):
+                raise
             raise ValueError(
                 f"--out_dir is not among the flags, and {file} cannot be read: give it ({error})"
             ) from None

@@ -152,13 +152,18 @@ def test_out_dir_is_the_trainings_own(tmp_path: Path, name: str):
     assert parse_config([*flags, "--data_dir=d"])[0].run.out_dir == expected
 
 
-@pytest.mark.parametrize("text", [None, "a: [", "- a\n- b\n", "\xff"])
+@pytest.mark.parametrize("text", [
+    None, "a: [", "- a\n- b\n", "\xff", "x", "a: 2000-99-99", "!!bool x", "!!int ''", "- " * 9000, "a: 1\na: 2", "\0",
+    "#" * (2 << 20),
+], ids=lambda text: text and text[:20])  # fmt: skip
 def test_a_yaml_file_that_cannot_be_read(tmp_path: Path, text: str | None):
     path = tmp_path / "c.yaml"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="--out_dir is not among the flags, and .*c.yaml cannot be read: give it"):
+    expected = "--out_dir is not among the flags, and .*c.yaml cannot be read: give it"
+    with pytest.raises(ValueError, match=expected) as said:
         _ = parse("python", "t.py", str(path)).out_dir
+    assert "\n" not in str(said.value)
     assert parse("python", "t.py", str(path), "--out_dir=a").out_dir == "a"
 
 
