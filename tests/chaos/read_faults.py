@@ -147,10 +147,15 @@ def monitor_cannot_read(run: Run, random: Random) -> str:
             run.start()
             run.wait(lambda: run.read_errors.hits() or run.said("^monitor: ", since), "the new monitor looks around")
         until = time.monotonic() + 0.5 + 2.0 * random.random()
-        run.wait(lambda: time.monotonic() > until, "the monitor lives on while reads fail")
-        hits = run.read_errors.hits()
+        # Whoever has no permission may be told so, and starts it again.
+        may_refuse = anew and error == "EACCES"
+        run.wait(lambda: time.monotonic() > until, "the monitor lives on while reads fail", may_end=may_refuse)
+        hits, refused = run.read_errors.hits(), may_refuse and run.monitor.poll() is not None
     with run.slowed():
+        if refused:
+            run.end_monitor(2, f"{error} on {what}")
+            run.start()
         run.wait(lambda: not anew or run.said("^monitor: (took over )?launch", since), "the new monitor has the run")
     run.wait_progress(old)
     whom = "a new monitor" if anew else "the monitor"
-    return f"{error} on {how} of {what} for {whom}, {hits} times: the launch went on"
+    return f"{error} on {how} of {what} for {whom}, {hits} times{', refused' if refused else ''}: the launch went on"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from tests.chaos.faults import ask, kind, struck
 from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
-from tests.chaos.run import MOST_SKIPPED, REPLICA_CHECK, SAVE_INTERVAL, Broken, Run, send
+from tests.chaos.run import MOST_SKIPPED, REPLICA_CHECK, SAVE_INTERVAL, SETUPS, Broken, Run, send
 
 AHEAD = 4
 """Steps: a plan must be there before any rank comes to it."""
@@ -96,9 +96,12 @@ def nan_weight(run: Run, random: Random) -> str:
     return f"{where}: {gone_back(run, plan, least)}"
 
 
-@kind("nan_weight_and_resave")
+@kind("nan_weight_and_resave", setups=tuple(name for name in SETUPS if name != "zero1"))
 def nan_weight_and_resave(run: Run, random: Random) -> str:
-    """Then a death between the two renames by which the step that the run has gone back to is saved again."""
+    """Then a death between the two renames by which the step that the run has gone back to is saved again.
+
+    (Under ZeRO-1 each rank spoils a weight of its own, which may show as a drift first; then nothing is left out.)
+    """
     run.wait(run.newest_step, "a checkpoint")
     least, ranks = run.newest_step(), tuple(range(run.setup.world_size))
     plan = plan_for(run, NAN_WEIGHT, ranks, random, 1)
