@@ -17,6 +17,7 @@ import codecs
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -48,7 +49,7 @@ LONGEST_RECORD = 1 << 26
 """Bytes of a line or of a Parquet row, characters of an array's element or of a table's row. A record is in memory as a
 whole, several times over; what is longer is refused."""
 _BUFFER_BYTES = 1 << 20
-_PARQUET_ROWS, _PARQUET_BATCH_BYTES, _PARQUET_DICTIONARY_BYTES = 256, 1 << 24, 1 << 28
+_PARQUET_ROWS, _PARQUET_BATCH_BYTES, _PARQUET_DICTIONARY_BYTES = 256, 1 << 24, 1 << 26
 _OF_OTHER_KINDS = "files of other kinds"
 
 
@@ -739,7 +740,7 @@ def _parquet_rows(
 ) -> Iterator[tuple[int, dict | Unreadable]]:
     """Rows of a piece's row groups. Only the columns that are wanted are decoded."""
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        with _opened(path) as file:
             names = file.schema_arrow.names
             _require_columns(piece.path, names, corpus)
             columns = [name for name in names if corpus.wants(name)]
@@ -749,7 +750,7 @@ def _parquet_rows(
             total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
             reported = done = 0
             for batch in file.iter_batches(
-                _rows_at_once(file.metadata, piece, columns), row_groups=list(groups), columns=columns
+                _rows_at_once(file, piece, columns), row_groups=list(groups), columns=columns
             ):
                 for row in _rows_of(batch):
                     yield number + done, row if isinstance(row, Unreadable) else others | row
@@ -762,22 +763,43 @@ def _parquet_rows(
         raise error if error.errno else pyarrow.ArrowException(str(error)) from None
 
 
-def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, piece: Piece, columns: list[str]) -> int:
+def _opened(path: Path) -> pyarrow.parquet.ParquetFile:
+    """A file that is read page by page; by itself, Arrow would take whole columns of a row group into memory."""
+    return pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+
+
+def _chunks(
+    file: pyarrow.parquet.ParquetFile, group: int, columns: list[str]
+) -> list[pyarrow.parquet.ColumnChunkMetaData]:
+    """Some columns of a row group, nested ones in their parts; none if they cannot be read."""
+    try:
+        # Arrow ends the process when it is asked for a column whose description is damaged; its reader raises.
+        next(file.iter_batches(1, row_groups=[group], columns=columns), None)
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        return []
+    row_group, paths = file.metadata.row_group(group), [f"{column.path}." for column in file.schema]
+    wanted = [any(path.startswith(f"{name}.") for name in columns) for path in paths]
+    return [row_group.column(index) for index, is_wanted in enumerate(wanted) if is_wanted]
+
+
+def _rows_at_once(file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list[str]) -> int:
     """As many as take _PARQUET_BATCH_BYTES on average in each row group, at most _PARQUET_ROWS. A page, however large
     its writer made it, is in memory as a whole besides."""
     at_once = _PARQUET_ROWS
-    paths = [f"{metadata.schema.column(index).path}." for index in range(metadata.num_columns)]
-    wanted = [index for index, path in enumerate(paths) if any(path.startswith(f"{name}.") for name in columns)]
-    for group in map(metadata.row_group, range(piece.start, piece.end)):
-        size = 0
-        for chunk in map(group.column, wanted):
+    if piece.num_bytes * at_once <= _PARQUET_DICTIONARY_BYTES:
+        return at_once
+    for group in range(piece.start, piece.end):
+        size, num_rows = 0, file.metadata.row_group(group).num_rows
+        for chunk in _chunks(file, group, columns):
             size += chunk.total_uncompressed_size
             if chunk.has_dictionary_page:
                 # Every row may be the longest of the dictionary's texts, about as long as all of it.
                 share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(chunk.total_compressed_size, 1)
                 at_once = min(at_once, _PARQUET_DICTIONARY_BYTES // max(int(share * chunk.total_uncompressed_size), 1))
-        if group.num_rows:
-            at_once = min(at_once, _PARQUET_BATCH_BYTES * group.num_rows // max(size, 1))
+        if num_rows:
+            at_once = min(at_once, _PARQUET_BATCH_BYTES * num_rows // max(size, 1))
     return max(at_once, 1)
 
 
@@ -875,12 +897,13 @@ def _content_sha256(path: Path, piece: Piece) -> str:
     """Of all bytes of a file that reading the piece looks at."""
     kind, compressed = _kind(piece.path)
     if kind == ".parquet":
-        metadata, schema = _parquet_contents(path, piece.path)
-        chunks = [
-            metadata.row_group(group).column(column)
-            for group in range(piece.start, piece.end)
-            for column in range(metadata.num_columns)
-        ]
+        _, schema = _parquet_contents(path, piece.path)
+        with _opened(path) as file:
+            names = file.schema_arrow.names
+            groups = [_chunks(file, group, names) for group in range(piece.start, piece.end)]
+        if not all(groups):
+            return sha256_of_file(path) + schema
+        chunks = list(itertools.chain.from_iterable(groups))
         starts = [c.dictionary_page_offset if c.has_dictionary_page else c.data_page_offset for c in chunks]
         end = max(start + chunk.total_compressed_size for start, chunk in zip(starts, chunks))
         if min(starts) < 0:

@@ -943,6 +943,38 @@ def test_parquet_with_a_name_that_is_not_utf8(tmp_path: Path):
         read(Corpus(str(tmp_path)))
 
 
+FLIP_THE_FOOTER = """
+import sys
+from pathlib import Path
+from data_preprocess.readers import Corpus, find_units, read_unit
+
+path = Path(sys.argv[1], "a.parquet")
+whole, refused = path.read_bytes(), 0
+start = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for position in range(start, len(whole) - 4):
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+    try:
+        corpus = Corpus(sys.argv[1])
+        for unit in find_units(corpus, 1 << 30)[0]:
+            unit.fingerprint(corpus)
+            list(read_unit(corpus, unit))
+    except ValueError as error:
+        refused += "a.parquet" in str(error) or "no text" in str(error)
+        assert "a.parquet" in str(error) or "no text" in str(error), error
+print(refused)
+"""
+
+
+def test_flipped_bits_in_the_footer_of_a_parquet_file(tmp_path: Path):
+    """Arrow ends the whole process when it is asked for some of what is damaged there: so, in one of its own."""
+    table = pyarrow.table({"text": ["a", "b"], "more": [[1], [2, 3]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    command = [sys.executable, "-c", FLIP_THE_FOOTER, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout) > 100
+
+
 def test_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
     texts = [text * 40 for text in "abc"] + ["x" * 2000, "after"]
