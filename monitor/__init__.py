@@ -8,6 +8,7 @@
     watch.py     which heartbeat is overdue
     policy.py    what an ending means, and what to do next
     passing.py   disks that are full or away
+    rewind.py    --resume_from=best, once
     status.py    the status file
     supervisor.py   launch, watch, end, launch again
 """

@@ -23,9 +23,10 @@ from typing import Protocol, TypeVar
 from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
 from monitor.hosts import Hosts
-from monitor.node import MONITOR_DIR, Launch, NodeReport, Obstacle
+from monitor.node import Launch, NodeReport, Obstacle
 from monitor.passing import is_full, is_of_a_disk
 from monitor.policy import Decision, Ending, Policy, Rules, classify
+from monitor.rewind import Rewind
 from monitor.status import Status, planned_steps
 from monitor.watch import Limits, Silence, Watch
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
@@ -50,8 +51,6 @@ _MOST_SILENT = 70.0
 """Seconds after which a monitor that has a run is not at work there: longer than the longest interval."""
 _KILL_PATIENCE = 60.0
 _TRACEBACK_LINES = 30
-_WENT_BACK = "went-back"
-"""The note by which the first node remembers that --resume_from was followed."""
 
 
 class Node(Protocol):
@@ -109,6 +108,7 @@ class Supervisor:
     ):  # fmt: skip
         self.nodes, self.command, self.run_dir, self.options, self.hosts = nodes, command, run_dir, options, hosts
         self.policy = Policy(options.rules)
+        self._rewind = Rewind(nodes[0], command, run_dir)
         self.who = Monitor.of_this_process()
         self.status = Status(monitor_pid=os.getpid(), hosts=[node.name for node in nodes])
         self.stop_requested = False
@@ -127,7 +127,6 @@ class Supervisor:
         self._looked_at = self._touched_at = clock()
         self._after_full_disk = self._is_started = False
         self._last_ending = ""
-        self._went_back: dict | None = None
         self._begin_launch(is_adopted=False)
 
     def _begin_launch(self, is_adopted: bool) -> None:
@@ -333,7 +332,7 @@ class Supervisor:
             logger.info("launch %d goes on: watching it again", attempt)
         else:
             logger.info("took over launch %d, which an earlier monitor left running", attempt)
-        self._begin_rewind(found[0]["token"].rpartition("-")[0])
+        self._rewind.take_over(found[0]["token"].rpartition("-")[0])
         self.status.attempt, self._is_started = attempt, True
         self._last_ending = ""
         self._set_state("starting", "")
@@ -348,7 +347,7 @@ class Supervisor:
         resume = any(self._each(lambda node: node.holds_checkpoint()))
         launch = f"{self.status.attempt + 1}-{secrets.token_hex(4)}"
         added = ["--resume"] if resume and "--resume" not in self.command.flags else []
-        added += self._rewind(launch, resume) + flags
+        added += self._rewind.flags_for(launch, resume) + flags
         if self.stop_requested:
             return False
         self.status.attempt += 1
@@ -371,65 +370,6 @@ class Supervisor:
             return found[0].reason if found else ""
 
         return look
-
-    @property
-    def _rewinds(self) -> bool:
-        """Whether the command goes back behind the newest checkpoint."""
-        return self.command.flag("resume_from") not in (None, "last")
-
-    def _rewind(self, launch: str, resume: bool) -> list[str]:
-        """Flags that keep --resume_from=best to a single time: what was trained since stays. Done is done once ranks
-        have begun their steps, as the later checkpoints are set aside before; remembered where the run is."""
-        if not self._rewinds:
-            return []
-        first, flag = self.nodes[0], self.command.flag("resume_from")
-        note = first.recall(_WENT_BACK)
-        if note is not None and self._has_gone_back(note):
-            if resume and "went back" not in self._warned:
-                self._warned.add("went back")
-                by = f", by launch {note['launch'].partition('-')[0]}" if note.get("launch") else ""
-                logger.info(
-                    "--resume_from=%s was followed once%s: going on from the newest checkpoint; to go back again, "
-                    "delete %s/%s/%s.json on %s", flag, by, self.run_dir, MONITOR_DIR, _WENT_BACK, first.name,
-                )  # fmt: skip
-            return ["--resume_from=last"] if resume else []
-        # Before it is launched: what cannot be remembered must not be done.
-        self._went_back = {"flags": list(self.command.flags), "launch": launch, "done": False}
-        first.remember(_WENT_BACK, self._went_back)
-        return []
-
-    def _has_gone_back(self, note: dict) -> bool:
-        """Whether this command has, as far as one knows: a note that cannot be read costs nothing to follow."""
-        if not {"flags", "launch", "done"} <= set(note):
-            return True
-        if note["flags"] != list(self.command.flags):
-            return False
-        # It may have begun while nobody watched.
-        beats = self.nodes[0].poll(0).heartbeats if not note["done"] else []
-        return note["done"] is not False or any(
-            str(beat.get("launch")).startswith(f"{note['launch']}-") and _has_begun(beat) for beat in beats
-        )
-
-    def _begin_rewind(self, launch: str) -> None:
-        """Of a job that was taken over: whether it is the one that goes back."""
-        self._went_back = None
-        if not self._rewinds:
-            return
-        note = self.nodes[0].recall(_WENT_BACK)
-        if note is not None and note.get("launch") == launch and note.get("done") is False:
-            self._went_back = note
-        elif note is None or (note.get("flags") or list(self.command.flags)) != list(self.command.flags):
-            logger.warning("--resume_from=%s takes effect with the next launch", self.command.flag("resume_from"))
-
-    def _note_rewind(self) -> None:
-        if self._went_back is None or not any(map(_has_begun, self._heartbeats())):
-            return
-        try:
-            self.nodes[0].remember(_WENT_BACK, self._went_back | {"done": True})
-            self._went_back = None
-        except (OSError, ValueError):
-            # At the next look. Until then, the ranks' own signs of life say so.
-            return
 
     def _command_of(self, index: int, token: str, flags: list[str]) -> tuple[list[str], dict[str, str]]:
         """(command, environment) for a node."""
@@ -524,7 +464,7 @@ class Supervisor:
         for record in self._exits.values():
             self._world_size = record.get("world_size", self._world_size)
         self._is_proved |= bool(beats)
-        self._note_rewind()
+        self._rewind.see(beats)
         self._update_status(beats)
 
     def _warn_once(self, key: str, text: str, *values: object) -> None:
@@ -760,11 +700,6 @@ class Supervisor:
         for node in self.nodes:
             node.close()
         self._pool.shutdown(wait=False)
-
-
-def _has_begun(beat: dict) -> bool:
-    """Whether a rank is beyond what comes before the first step, when the later checkpoints are set aside."""
-    return beat["phase"] not in ("start", "reference")
 
 
 def _shortened(traceback: str) -> Iterator[str]:
