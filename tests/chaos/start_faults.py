@@ -30,7 +30,7 @@ def has_open(pid: int, path: Path) -> bool:
 
 def let_wait(run: Run, lock: Path, since: int, random: Random) -> None:
     """Until somebody is seen to wait for the lock, or should have come to it, and a moment longer."""
-    latest = time.monotonic() + 6.0
+    latest = time.monotonic() + 15.0
 
     def comes_to_it() -> bool:
         pids = [run.monitor.pid, *(process.pid for process in run.processes() if process.is_rank)]
