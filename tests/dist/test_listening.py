@@ -16,15 +16,19 @@ import json, os, pathlib, sys
 import psutil, torch
 from parallel.context import destroy_context, init_context
 
-context = init_context("cpu")
-assert context.all_sum(torch.tensor([1.0])).item() == context.world_size
-launcher = [psutil.Process(os.getppid())] if "TORCHELASTIC_RUN_ID" in os.environ else []
-here = [c.laddr.ip for process in [psutil.Process(), *launcher] for c in process.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN]
-everywhere = context.gather(here)
-if context.is_main:
-    pathlib.Path(sys.argv[1]).write_text(json.dumps(everywhere))
-destroy_context(context)
+def main() -> None:
+    context = init_context("cpu")
+    assert context.all_sum(torch.tensor([1.0])).item() == context.world_size
+    launcher = [psutil.Process(os.getppid())] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    here = [c.laddr.ip for process in [psutil.Process(), *launcher] for c in process.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN]
+    everywhere = context.gather(here)
+    if context.is_main:
+        pathlib.Path(sys.argv[1]).write_text(json.dumps(everywhere))
+    destroy_context(context)
+
+# A group that lives on into the interpreter's end can abort it.
+main()
 """
 
 
