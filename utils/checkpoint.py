@@ -41,6 +41,7 @@ from typing import BinaryIO, TypeVar
 
 from utils.files import is_passing, lock_file, sha256_of_file
 from utils.reslog import read_reslog
+from utils.small_files import parse_json
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _read_manifest(path: Path) -> dict:
     Raises:
         OSError, ValueError: it cannot be read, or is not what was written.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = parse_json((path / MANIFEST).read_bytes())
     # Manifests of earlier versions have neither.
     if not isinstance(manifest, dict) or ("save_id" in manifest and "sha256" not in manifest):
         raise ValueError("not a manifest")
@@ -451,7 +452,7 @@ def _last_save(reslog: Path) -> str | None:
         _tried_again(lambda: os.stat(reslog))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    saves = [record for record in read_reslog(reslog) if record["name"] == "save"]
+    saves = [record for record in read_reslog(reslog, names=("start", "save")) if record["name"] == "save"]
     return f"step-{saves[-1]['step']}" if saves else None
 
 
