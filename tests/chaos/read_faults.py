@@ -58,7 +58,8 @@ def dead_and_unreadable(
         if len(run.records("start")) > starts and not fresh:
             raise Broken("a launch began to train, though no checkpoint could be read")
         hits = run.read_errors.hits()
-    failed = sum(line.startswith("monitor: launch") and " ended: " in line for _, line in run.lines[since:])
+    # The first to be said to have ended is the one that was killed.
+    failed = sum(line.startswith("monitor: launch") and " ended: " in line for _, line in run.lines[since:]) - 1
     least = found[-2].step if fresh else found[-1].step
     return f"{error} on {how} for {who}, {hits} times, {failed} launches failed; {relaunched(run, old, least)}"
 
