@@ -242,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.chat:
             room = model.config.max_position_embeddings
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room // 2), room, args.system)
+        else:
+            prompt = tokenizer.encode(args.prompt)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         talk(chat)
         return 0
     print(args.prompt, end="", flush=True)
-    new_ids = sample(tokenizer.encode(args.prompt), args.max_new_tokens, frozenset([tokenizer.eod_id]))
+    new_ids = sample(prompt, args.max_new_tokens, frozenset([tokenizer.eod_id]))
     try:
         for piece in stream_text(tokenizer, new_ids):
             print(piece, end="", flush=True)
