@@ -1,7 +1,7 @@
 """Keep a training run alive: start it, watch it, end it when it hangs, start it again where it left off.
 
-    python monitor_process.py -- torchrun --standalone --nproc_per_node=2 train_my_ddp.py FLAGS
-    python monitor_process.py --hosts hosts.yaml -- torchrun --nproc_per_node=8 train_my_ddp.py FLAGS
+    python monitor_process.py -- python -m parallel.launch --nproc_per_node=2 train_my_ddp.py FLAGS
+    python monitor_process.py --hosts hosts.yaml -- python -m parallel.launch --nproc_per_node=8 train_my_ddp.py FLAGS
     python monitor_process.py --status RUN
 
 The command after -- is taken as it is; --resume is added where there is a checkpoint. SIGTERM or Ctrl-C to the monitor
@@ -52,7 +52,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     split = argv.index("--") if "--" in argv else len(argv)
     rules, limits, options = Rules(), Limits(), Options()
     parser = argparse.ArgumentParser(
-        prog="monitor_process.py", usage="monitor_process.py [options] -- torchrun ... train_my_ddp.py ...",
+        prog="monitor_process.py",
+        usage="monitor_process.py [options] -- python -m parallel.launch ... train_my_ddp.py ...",
         description="Keep a training run alive: start it, watch it, end it when it hangs, start it again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
@@ -115,7 +116,7 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
             raise ValueError(f"{command.script} does not exist here")
         return Supervisor([LocalNode(Path(out_dir))], command, Path(out_dir), options, None)
     if not command.is_torchrun or command.is_standalone:
-        raise ValueError("--hosts needs a command that begins with torchrun, without --standalone")
+        raise ValueError("--hosts needs a command that begins with python -m parallel.launch, without --standalone")
     hosts = read_hosts(Path(args.hosts))
     nodes = [RemoteNode(host, out_dir, index) for index, host in enumerate(hosts.hosts)]
     known = known_hosts_of(Path(out_dir))

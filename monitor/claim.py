@@ -10,7 +10,6 @@ connection neither hands the job to a second monitor nor locks the first one out
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import socket
@@ -22,12 +21,15 @@ from typing import BinaryIO
 import psutil
 
 from utils.files import atomic_write_json
+from utils.small_files import is_number, parse_json, read_small
 
 LEASE_SECONDS = 300.0
 """How long a monitor that is not heard of keeps a run."""
 _CONTACT_SECONDS = 2.0
 """The time of the last contact is written no more often than this."""
 _SHARE_SECONDS = 2.0
+_LONGEST, _LATEST = 1 << 16, 1e11
+"""Bytes of a claim; seconds since 1970 that a clock can show."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What a file system without locks answers: there, the lease alone counts."""
 
@@ -64,6 +66,8 @@ class Monitor:
         kinds = {"id": str, "host": str, "pid": int, "since": (int, float), "machine": str, "boot": str,
                  "pid_space": str, "started": (int, float)}  # fmt: skip
         if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
+            return None
+        if not is_number(value["since"], 0.0, _LATEST):
             return None
         return Monitor(**{name: value[name] for name in kinds})
 
@@ -164,7 +168,7 @@ class Claim:
         """What the file says; None if there is none."""
         try:
             silent = max(time.time() - self._path.stat().st_mtime, 0.0)
-            monitor = Monitor.read(json.loads(self._path.read_bytes()))
+            monitor = Monitor.read(parse_json(read_small(self._path, _LONGEST)))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -40,12 +40,12 @@ class TrainCommand:
         if not script:
             lacks = "begins with its script" if script == 0 else "names no script" if words else "is missing"
             raise ValueError(
-                f"the training command {lacks}: write it after --, with what runs it, as in `-- torchrun --standalone "
-                f"--nproc_per_node=2 train_my_ddp.py FLAGS`"
+                f"the training command {lacks}: write it after --, with what runs it, as in `-- python -m "
+                f"parallel.launch --nproc_per_node=2 train_my_ddp.py FLAGS`"
             )
         command = TrainCommand(tuple(words[:script]), words[script], tuple(words[script + 1 :]))
         if command.is_torchrun and command._torchrun_flag("max_restarts") not in (None, "0"):
-            raise ValueError("leave --max_restarts out of the torchrun command: restarting is the monitor's work")
+            raise ValueError("leave --max_restarts out of the launcher's flags: restarting is the monitor's work")
         return command
 
     @property

@@ -29,14 +29,18 @@ import psutil
 from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
 from monitor.passing import FULL
 from utils.checkpoint import RUN_MARK, list_checkpoints
+from utils.exits import read_exit_records
 from utils.files import atomic_write_json, is_passing
 from utils.heartbeat import read_heartbeats, stacks_path
+from utils.small_files import is_whole, parse_json, read_small
 
 PROTOCOL = 2
 MONITOR_DIR = "monitor"
 """Folder in a run directory for what belongs to its monitor."""
 _LOG_BYTES_AT_ONCE = 1 << 18
 _LOGS_KEPT = 10
+_LONGEST_JSON, _LARGEST_PID = 1 << 20, 1 << 22
+"""Bytes of a file that monitors leave; Linux gives no greater number to a process."""
 _STACKS_SECONDS = 3.0
 _KILL_SECONDS = 10.0
 _ALONE_SECONDS = 20.0
@@ -201,13 +205,17 @@ class LocalNode:
 
     def _read_job(self) -> dict | None:
         """What the job file says; None if that is nothing, or no job."""
-        kinds = {"token": str, "attempt": int, "pid": int, "log": str}
         try:
-            job = json.loads(self._job_file.read_text())
-            job = {key: job[key] for key in kinds}
-        except (OSError, ValueError, KeyError, TypeError):
+            job = parse_json(read_small(self._job_file, _LONGEST_JSON))
+        except (OSError, ValueError):
             return None
-        return job if all(isinstance(job[key], kind) for key, kind in kinds.items()) else None
+        if not isinstance(job, dict) or not isinstance(job.get("token"), str) or not isinstance(job.get("log"), str):
+            return None
+        # A log of ours, since it is shown.
+        is_ours = Path(job["log"]).name == job["log"] and is_whole(job.get("attempt")) and is_whole(
+            job.get("pid"), 0, _LARGEST_PID
+        )
+        return {key: job[key] for key in ("token", "attempt", "pid", "log")} if is_ours else None
 
     def _job_by_environment(self) -> dict | None:
         """What the job file would say of a job of this run that is alive: its processes know their launch."""
@@ -310,7 +318,7 @@ class LocalNode:
     def recall(self, name: str) -> dict | None:
         """What was remembered here; None: nothing; empty: it cannot be read."""
         try:
-            value = json.loads((self.home / f"{name}.json").read_text())
+            value = parse_json(read_small(self.home / f"{name}.json", _LONGEST_JSON))
         except FileNotFoundError:
             return None
         except ValueError:
@@ -351,7 +359,7 @@ class LocalNode:
         if self._job is not None and not running:
             # Ranks that have not beaten yet are only found by a look at all processes.
             running = bool(self._processes())
-        exits = _read_exits(self.home / f"exit-{self._job['token']}") if self._job is not None else []
+        exits = read_exit_records(self.home / f"exit-{self._job['token']}") if self._job is not None else []
         log, log_end = self._read_log(log_from, whole_lines=running)
         step, size = self._newest_checkpoint()
         memory = psutil.virtual_memory()
@@ -490,20 +498,6 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         # It ended meanwhile.
         return {}
     return {}
-
-
-def _read_exits(directory: Path) -> list[dict]:
-    """Exit records, in the order of their ranks; what is none, or not whole, is left out."""
-    kinds = {"rank": int, "code": int, "reason": str, "time": (int, float)}
-    found = []
-    for path in sorted(directory.glob("rank-*.json")):
-        try:
-            record = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict) and all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-            found.append(record)
-    return sorted(found, key=lambda record: record["rank"])
 
 
 def _megabytes(size: int | None) -> str:

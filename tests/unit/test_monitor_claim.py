@@ -114,7 +114,11 @@ def test_of_two_that_come_at_once_one_gets_it(home: Path):
             claims[max(taken, key=taken.get)].release()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"id": 3}', "\xff"])
+CENTURIES = json.dumps({"id": "x", "host": "h", "pid": 1, "since": 1e300, "machine": "", "boot": "", "pid_space": "",
+                        "started": 0.0})  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"id": 3}', "\xff", "[" * 50_000, CENTURIES])
 def test_a_damaged_claim_names_nobody(home: Path, content: str):
     home.mkdir()
     (home / "claim.json").write_bytes(content.encode("latin-1"))

@@ -306,14 +306,22 @@ def test_another_monitor_takes_the_job_over(bench: Bench, damaged: bool):
     assert first.poll(0).running is False
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"token": "x"}', '"x"', "null", "\xff"])
+JOB = {"token": "1-x-0", "attempt": 1, "pid": 1, "log": "launch-1-0.log"}
+ODD_JOBS = [JOB | odd for odd in ({"pid": 10**40}, {"pid": True}, {"log": "/etc/hostname"}, {"log": "../x"})]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", "[]", "{}", '{"token": "x"}', '"x"', "null", "\xff", "[" * 100_000, *map(json.dumps, ODD_JOBS)],
+)
 def test_nothing_to_take_over(bench: Bench, content: str | None):
     node = bench.node()
     if content is not None:
         node.home.mkdir()
         (node.home / "job-0.json").write_bytes(content.encode("latin-1"))
     assert node.adopt() is None
-    assert not node.poll(0).running
+    report = node.poll(0)
+    assert not report.running and report.log == ""
 
 
 def test_a_job_that_has_ended_is_not_taken_over_but_read(bench: Bench):

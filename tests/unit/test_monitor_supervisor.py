@@ -470,7 +470,7 @@ def test_the_command_from_end_to_end(bench: Bench):
         (["--max_without_progress=0"], "monitor: --interval must lie in (0, 60], --hang_factor and --max_without_pro"),
         (["--give_up_after=-1"], "monitor: --give_up_after must be a number, and not negative, got -1.0"),
         (["--on_nonfinite=hope"], "monitor_process.py: error: argument --on_nonfinite: invalid choice: 'hope'"),
-        (["--hosts=/no/such"], "monitor: --hosts needs a command that begins with torchrun"),
+        (["--hosts=/no/such"], "monitor: --hosts needs a command that begins with python -m parallel.launch"),
     ],
 )
 def test_options_that_make_no_sense(bench: Bench, options: list[str], sentence: str):
