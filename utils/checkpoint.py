@@ -58,6 +58,8 @@ _ABANDONED, _ABANDONED_KEPT = "abandoned-", 2
 _STEP_DIR, _SET_ASIDE = re.compile(r"step-(\d+)"), re.compile(rf"{_ABANDONED}step-(\d+)-(\d+)")
 _PAUSES = (0.5, 2.0)
 """Seconds between tries to read what the system refuses: errors of a moment should cost nothing."""
+_MOST_LOOKS = 5
+"""For a checkpoint to resume from, while each shows something else."""
 _LOCK_PATIENCE = 30.0
 """Seconds to wait for a run directory that another process holds: a `prune`, or a rank that is dying."""
 
@@ -302,6 +304,36 @@ def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather
         ValueError: there are checkpoints, but none to resume from.
         Unreadable: what there is cannot be read now. On all ranks.
     """
+    before = None
+    for _ in range(_MOST_LOOKS):
+        chosen, complaints, unreadable = _look_for_checkpoint(ckpt_dir, which, place, gather)
+        if not unreadable or unreadable == before:
+            break
+        # Before steps are done again for it: was it only for that moment?
+        before = unreadable
+    if chosen is not None:
+        return chosen, complaints
+    if unreadable:
+        raise Unreadable(
+            errno.EIO, f"{'; '.join(unreadable)}: nothing was changed; start again once it can be read, or move what "
+            f"stays unreadable out of {ckpt_dir}"
+        )  # fmt: skip
+    if complaints:
+        raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
+    return None, []
+
+
+def _look_for_checkpoint(
+    ckpt_dir: Path, which: str, place: Place, gather: Gather
+) -> tuple[Chosen | None, list[str], list[str]]:
+    """One look at all stores. Collective.
+
+    Returns:
+        the checkpoint; a sentence about each that was passed over; what could not be read of those.
+    Raises:
+        ValueError: the best is asked for, and none has a validation loss.
+        Unreadable: what there is cannot be listed, or the best not be told. On all ranks.
+    """
     own: dict[str, Checkpoint] = {}
 
     def list_own() -> list[dict]:
@@ -314,8 +346,11 @@ def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather
     stores = [[Part(**{**part, "ranks": tuple(part["ranks"])}) for part in parts]
               for parts in _read_on_all(list_own, gather)]  # fmt: skip
     saves = {part.save_id: part for parts in stores for part in parts}
+    ordered = _in_order(saves.values(), which)
+    if saves and not ordered:
+        raise ValueError(f"no checkpoint in {ckpt_dir} has a validation loss: use --resume_from=last")
     complaints, unreadable = [], []
-    for save in _in_order(saves.values(), which):
+    for save in ordered:
         parts = {rank: part for rank, found in enumerate(stores) for part in found if part.save_id == save.save_id}
         refused = None
         for rank, (problem, passing) in enumerate(gather(_problem_or_refusal(own.get(save.save_id)))):
@@ -326,26 +361,16 @@ def agree_on_checkpoint(ckpt_dir: Path, which: str, place: Place, gather: Gather
                                   + ("" if place.shared_by_all else f" (on the node of rank {rank})"))  # fmt: skip
         missing = missing_ranks(parts.values())
         if not missing:
-            return Chosen(save.step, tuple(parts), save.world_size, save.sharded), complaints
-        if refused is not None:
-            unreadable.append(refused)
-            if len(unreadable) > 1:
-                break
+            return Chosen(save.step, tuple(parts), save.world_size, save.sharded), complaints, unreadable
+        unreadable += [refused] if refused is not None else []
+        if len(unreadable) > 1:
+            break
         if parts and not place.shared_by_all:
             complaints.append(
                 f"checkpoint step-{save.step} is skipped: no node holds the optimizer state of ranks "
                 f"{', '.join(map(str, missing))}"
             )
-    if unreadable:
-        raise Unreadable(
-            errno.EIO, f"{'; '.join(unreadable)}: nothing was changed; start again once it can be read, or move what "
-            f"stays unreadable out of {ckpt_dir}"
-        )  # fmt: skip
-    if complaints:
-        raise ValueError(f"{'; '.join(complaints)}; none is left to resume from: choose another --out_dir")
-    if saves:
-        raise ValueError(f"no checkpoint in {ckpt_dir} has a validation loss: use --resume_from=last")
-    return None, []
+    return None, complaints, unreadable
 
 
 def _problem_or_refusal(checkpoint: Checkpoint | None) -> tuple[str | None, bool]:
