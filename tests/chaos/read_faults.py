@@ -49,8 +49,8 @@ def dead_and_unreadable(
             stack.enter_context(run.read_errors.armed(error, *patterns(found), who=who, what=how))
             return found
 
-        found = die_and(run, refuse)
         since = len(run.lines)
+        found = die_and(run, refuse)
         run.wait(run.read_errors.hits, "a read that fails")
         until = time.monotonic() + random.choice(HOLD) * (0.5 + 0.5 * random.random())
         run.wait(lambda: time.monotonic() > until or run.launch() not in ("", old), "what comes of reads that fail")
