@@ -127,22 +127,26 @@ class Trainer:
             if self.data.valid is not None and (finished or _is_due(progress.step, valid_interval)):
                 with self.ddp.waits.uncounted():
                     valid_loss = self.validate()
-            # While steps are skipped, the weights may be what is wrong: a save waits for the first good step.
+            # In a streak, the weights may be what is wrong: a save waits for the first good step.
             self.save_waits |= valid_loss is not None or self.save_due or _is_due(progress.step, save_interval)
-            if finished or (self.save_waits and not self.skipped_in_a_row):
+            if finished or (self.save_waits and not self.in_streak):
                 self._log_step()
                 self._save(valid_loss, must=finished)
         self._settle_save(must=True)
         self._end(finished=True)
         return exits.OK
 
+    @property
+    def in_streak(self) -> bool:
+        """Whether steps are being skipped. In float16, one is how the loss scale is found."""
+        return self.skipped_in_a_row > (1 if self.scaler.enabled else 0)
+
     def _stop(self) -> int:
         """All ranks are here, as one was asked to stop: save, and leave."""
         self._log_step()
         try:
             self._settle_save()
-            # In float16, a skipped step is how the loss scale is found.
-            if self.skipped_in_a_row and not self.scaler.enabled:
+            if self.in_streak:
                 self._keep_last_good(f"gradients were not finite in the last steps ({self.skipped_in_a_row} skipped)")
             elif self.saved_step != self.progress.step:
                 self._save(valid_loss=None, must=True)
@@ -157,12 +161,14 @@ class Trainer:
 
     def _end(self, finished: bool) -> None:
         """All is saved: write what was traced, record the end, and say where everything is."""
-        if self.run_dir.place.is_first_of_store:
-            # The request, if there is one, was for this launch alone.
-            with suppress(OSError):
-                self.run_dir.stop_file.unlink(missing_ok=True)
         self.profile.finish()
         self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
+        if not finished:
+            # Before any rank has said how it ends, a death means another launch, which must hear the request.
+            self.context.barrier()
+        if self.run_dir.place.is_first_of_store:
+            with suppress(OSError):
+                self.run_dir.stop_file.unlink(missing_ok=True)
         steps_now, seconds = self.progress.step - self.first_step, time.perf_counter() - self.launched
         report.report_end(self.reslog, self.built, finished, steps_now, seconds, self.train_loss)
 
@@ -377,7 +383,8 @@ class Trainer:
             self._compare_replicas()
         writer = self.saver.begin(self.progress.step)
         add_share(self.built, writer)
-        self.saver.start(writer, valid_loss)
+        # The last step of a run may lie in a streak: then it pushes nothing out.
+        self.saver.start(writer, valid_loss, prune=not self.in_streak)
         self.meter.leave_out(time.perf_counter() - started)
         self.last_save = time.monotonic()
         if must or not self.saver.background:

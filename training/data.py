@@ -57,9 +57,10 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
 def _tokenizer_dir(config: Config) -> Path:
     """The tokenizer of the model that is trained."""
     run, given, weights = config.run, config.data.tokenizer_dir, None
-    if run.resume and ckpt.list_checkpoints(Path(run.out_dir) / "ckpt"):
-        weights = ckpt.resolve_checkpoint_dir(Path(run.out_dir))
-    elif run.init_from:
+    if run.resume:
+        # Any will do: which checkpoint the run goes on from is found out later.
+        weights = ckpt.newest_with(Path(run.out_dir) / "ckpt", "tokenizer.json")
+    if weights is None and run.init_from:
         weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:
         raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")

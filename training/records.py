@@ -31,7 +31,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
     if run_dir.place.is_first_of_store and not config.run.valid_only:
         for path in ckpt.abandon_later(run_dir.ckpt_dir, step):
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
-        ckpt.prune_or_warn(run_dir.ckpt_dir, run_dir.saver.retention, step)
+        run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.path / "exit", context.world_size)
         _write_start(built, reslog)
     return reslog, counted

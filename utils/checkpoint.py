@@ -152,11 +152,12 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-def find_problem(path: Path, weights_only: bool = False) -> str | None:
+def find_problem(path: Path, weights_only: bool = False, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is.
 
     Args:
         weights_only: leave out the files of the optimizer and the comm hook, which are most of the bytes.
+        only: look at this file alone; that it is not among the checkpoint's is a problem.
     Raises:
         Unreadable: the system refused to read one, several times.
     """
@@ -164,6 +165,10 @@ def find_problem(path: Path, weights_only: bool = False) -> str | None:
     try:
         files = _tried_again(lambda: _read_manifest(path))["files"]
         files = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+        if only is not None:
+            files = {only: files[only]} if only in files else {}
+            if not files:
+                return f"{only} is none of its files"
         for name, (expected_size, expected_sha256) in files.items():
             file = path / name
             if weights_only and is_state_of_ranks(name):
@@ -258,6 +263,8 @@ def choose_checkpoint(
         Unreadable: the one to take cannot be read. (An older one in its place would be a choice in silence.)
     """
     checkpoints = {c.part.save_id: c for c in list_checkpoints(ckpt_dir)}
+    if which == "best":
+        _require_readable(checkpoints.values())
     complaints = []
     for part in _in_order([c.part for c in checkpoints.values()], which):
         candidate = checkpoints[part.save_id]
@@ -266,6 +273,34 @@ def choose_checkpoint(
             return candidate, complaints
         complaints.append(f"checkpoint {candidate.path} is broken and skipped: {problem}")
     return None, complaints
+
+
+def _require_readable(checkpoints: Iterable[Checkpoint]) -> None:
+    """
+    Raises:
+        Unreadable: a manifest is: it may be that of the best.
+    """
+    refused = [f"{c.path / MANIFEST} cannot be read: {c.unreadable}" for c in checkpoints if c.unreadable]
+    if refused:
+        raise Unreadable(errno.EIO, f"which checkpoint is the best cannot be told: {'; '.join(refused)}")
+
+
+def newest_with(ckpt_dir: Path, name: str) -> Path | None:
+    """Folder of the newest checkpoint in which this file is what was written; None if it is in none.
+
+    Raises:
+        Unreadable: it may be in one that cannot be read.
+    """
+    refused = None
+    for checkpoint in reversed(list_checkpoints(ckpt_dir)):
+        try:
+            if find_problem(checkpoint.path, only=name) is None:
+                return checkpoint.path
+        except Unreadable as error:
+            refused = error
+    if refused is not None:
+        raise refused
+    return None
 
 
 def _in_order(parts: Iterable[Part], which: str) -> list[Part]:
@@ -338,9 +373,8 @@ def _look_for_checkpoint(
 
     def list_own() -> list[dict]:
         own.update({c.part.save_id: c for c in list_checkpoints(ckpt_dir)} if place.is_first_of_store else {})
-        refused = [f"{c.path / MANIFEST} cannot be read: {c.unreadable}" for c in own.values() if c.unreadable]
-        if refused and which == "best":
-            raise Unreadable(errno.EIO, f"which checkpoint is the best cannot be told: {'; '.join(refused)}")
+        if which == "best":
+            _require_readable(own.values())
         return [asdict(checkpoint.part) for checkpoint in own.values()]
 
     stores = [[Part(**{**part, "ranks": tuple(part["ranks"])}) for part in parts]
@@ -464,8 +498,8 @@ def open_run(
     saved = next(filter(None, _read_on_all(lambda: _last_save(out_dir / RESLOG), gather)), None)
     if saved is not None:
         raise ValueError(
-            f"{ckpt_dir} is empty, but {out_dir / RESLOG} says that {saved} was saved: bring it back (is a disk not "
-            f"mounted?) and give --resume, or choose another --out_dir to begin anew"
+            f"{ckpt_dir} holds no checkpoint, but {out_dir / RESLOG} says that {saved} was saved: bring it back (is a "
+            f"disk not mounted?) and give --resume, or choose another --out_dir to begin anew"
         )
     return None, [f"no checkpoint in {out_dir}: starting fresh"] if resume else []
 
@@ -512,10 +546,14 @@ def abandon_later(ckpt_dir: Path, step: int) -> list[Path]:
     renamed = []
     for checkpoint in list_checkpoints(ckpt_dir):
         if checkpoint.step > step:
-            target = ckpt_dir / f"{_ABANDONED}{checkpoint.path.name}-{int(time.time())}"
-            os.replace(checkpoint.path, target)
-            renamed.append(target)
+            renamed.append(_set_aside(checkpoint.path))
     return renamed
+
+
+def _set_aside(path: Path) -> Path:
+    target = path.with_name(f"{_ABANDONED}{path.name}-{int(time.time())}")
+    os.replace(path, target)
+    return target
 
 
 def doomed_by(
@@ -541,31 +579,39 @@ def doomed_by(
     return [c for c in checkpoints if not must_stay(c)]
 
 
-def prune(ckpt_dir: Path, retention: Retention, just_saved: int | None = None) -> None:
+def prune(
+    ckpt_dir: Path, retention: Retention, just_saved: int | None = None, spared: set[str] | None = None
+) -> None:
     """Delete the checkpoints that need not stay, and all but the newest of those that were set aside. What cannot be
     read is not deleted, nor is what was to be kept for good, when it was set aside.
 
     Args:
         just_saved: this step stays.
+        spared: names of what was set aside and turned out to be unreadable: not read again. Added to.
     Raises:
         OSError: something cannot be read or deleted now.
     """
+    spared = set() if spared is None else spared
     for checkpoint in doomed_by(retention, list_checkpoints(ckpt_dir), just_saved):
         # Out of sight first: a deletion that is cut short must not leave half a checkpoint under its name.
-        os.replace(checkpoint.path, checkpoint.path.with_name(f".old-{checkpoint.path.name}"))
+        os.replace(checkpoint.path, checkpoint.path.with_name(f".old-{checkpoint.path.name}-{time.time_ns()}"))
     aside = [match for name in _names_in(ckpt_dir) if (match := _SET_ASIDE.fullmatch(name))]
     aside = [match for match in aside if not retention.keeps_for_good(int(match[1]))]
     for match in sorted(aside, key=lambda match: (int(match[2]), int(match[1])))[:-_ABANDONED_KEPT]:
-        if _can_be_read(ckpt_dir / match[0]):
+        if match[0] not in spared and _can_be_read(ckpt_dir / match[0]):
             shutil.rmtree(ckpt_dir / match[0], ignore_errors=True)
+        else:
+            spared.add(match[0])
     _delete(ckpt_dir, ".old-*")
     _settle_replaced(ckpt_dir)
 
 
-def prune_or_warn(ckpt_dir: Path, retention: Retention, just_saved: int | None = None) -> None:
+def prune_or_warn(
+    ckpt_dir: Path, retention: Retention, just_saved: int | None = None, spared: set[str] | None = None
+) -> None:
     """As `prune`, where a deletion that does not work now is no reason to end a run."""
     try:
-        prune(ckpt_dir, retention, just_saved)
+        prune(ckpt_dir, retention, just_saved, spared)
     except OSError as error:
         logger.warning("older checkpoints cannot be deleted: %s", error)
 
@@ -588,16 +634,19 @@ def delete_leftovers(ckpt_dir: Path) -> None:
 
 
 def _settle_replaced(ckpt_dir: Path) -> None:
-    """Delete the checkpoints whose successor of the same step is in its place; bring back the others."""
+    """Delete the checkpoints whose successor of the same step is in its place; bring back those whose is not, or is
+    broken."""
     for name in _names_in(ckpt_dir):
         match = _STEP_DIR.match(name.removeprefix(REPLACED)) if name.startswith(REPLACED) else None
         if match is None:
             continue
         successor = _read_checkpoint(ckpt_dir / match[0], int(match[1]))
-        if successor is None:
-            os.replace(ckpt_dir / name, ckpt_dir / match[0])
-        elif successor.has_manifest:
+        if successor is not None and successor.has_manifest:
             shutil.rmtree(ckpt_dir / name, ignore_errors=True)
+        elif successor is None or successor.unreadable is None:
+            if successor is not None:
+                _set_aside(successor.path)
+            os.replace(ckpt_dir / name, ckpt_dir / match[0])
 
 
 def _delete(directory: Path, *patterns: str) -> None:

@@ -316,6 +316,7 @@ class CheckpointSaver:
         self._copies = HostCopies(device) if background else None
         self._thread = background_threads(1, "checkpoint-save")
         self._count = 0
+        self._prune_after, self._spared = True, set()
         self._writer: CheckpointWriter | None = None
         self._future: Future | None = None
         self._give_up, self._closing_since = Event(), None
@@ -334,14 +335,21 @@ class CheckpointSaver:
             self._copies.begin()
         return CheckpointWriter(self._ckpt_dir, step, self._place, f"{self._launch}-{self._count}", self._copies)
 
-    def start(self, writer: CheckpointWriter, valid_loss: float | None) -> None:
-        """All is added: write it. Without `background`, the caller has to `settle` before anything changes."""
+    def start(self, writer: CheckpointWriter, valid_loss: float | None, prune: bool = True) -> None:
+        """All is added: write it, then delete what need not stay. Without `background`, the caller has to `settle`
+        before anything changes."""
+        self._prune_after = prune
         if self._copies is not None:
             self._copies.end()
         self._writer = writer
         self._give_up.clear()
         self._held_up = time.perf_counter() - self._began
         self._future = self._thread.submit(self._write, writer, valid_loss)
+
+    def prune(self, just_saved: int) -> None:
+        """Delete in the background what need not stay; checkpoints that were set aside are read for that."""
+        if self._place.is_first_of_store:
+            self._thread.submit(prune_or_warn, self._ckpt_dir, self.retention, just_saved, self._spared)
 
     def reserve(self, add_share: Callable[[CheckpointWriter], None]) -> None:
         """Take the memory for the copies now, so that the first save is as short as the others."""
@@ -409,8 +417,8 @@ class CheckpointSaver:
             writer.revert()
         if error is not None and not isinstance(error, (OSError, SafetensorError, NonFiniteWeights)):
             raise error
-        if not problems and self._place.is_first_of_store:
-            self._thread.submit(prune_or_warn, self._ckpt_dir, self.retention, writer.step)
+        if not problems and self._prune_after:
+            self.prune(writer.step)
         problem = "; ".join(problems) or None
         return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem, poisoned)
 

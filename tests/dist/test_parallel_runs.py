@@ -664,7 +664,7 @@ def test_fp16_with_powersgd_recovers_from_overflows(runs: Plan):
     assert losses(run)[-1] < losses(run)[0] - 0.5
     # As long as all steps are skipped, nothing is left over for later, not even in the residuals.
     only = runs["only overflows"]
-    assert [c.step for c in ckpt.list_checkpoints(out_dir(only) / "ckpt")] == [2], "a save waits for a good step"
+    assert same_bits(every_file(only, 1), every_file(only, 2))
     moments = {key: tensor for key, tensor in optimizer_state(only, 2).items() if not key.endswith("/main")}
     assert moments and not any(moment.any() for moment in moments.values())
     residuals = [tensor for key, tensor in hook_state(only, 2).items() if key.endswith("/residual")]

@@ -305,6 +305,9 @@ def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path
     refuse("step-3/optim-0.safetensors", errno.EIO)
     chosen, (remark,) = open_run(tmp_path, True, "last")
     assert chosen.step == 2 and "step-3 is unreadable and skipped" in remark
+    # Another file of it may well be what is needed.
+    assert ckpt.newest_with(home, "trainer_state.json") == home / "step-3"
+    assert ckpt.newest_with(home, "optim-0.safetensors") == home / "step-2"
     ckpt.abandon_later(home, 2)
     refuse("abandoned-step-3", errno.EIO)
     for step in (4, 5, 6):
@@ -353,7 +356,7 @@ def test_no_fresh_start_where_a_saved_checkpoint_is_missing(tmp_path: Path, resu
     # Killed before its first save: nothing is missing.
     assert open_run(tmp_path, resume, "last")[0] is None
     log.write("save", step=2, path="step-2")
-    with pytest.raises(ValueError, match="is empty, but .*reslog.jsonl says that step-2 was saved: bring it back"):
+    with pytest.raises(ValueError, match="holds no checkpoint, but .*reslog.jsonl says that step-2 was saved: bring"):
         open_run(tmp_path, resume, "last")
     log.close()
 
@@ -396,7 +399,8 @@ def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
     assert [c.path.name for c in list_checkpoints(tmp_path)] == ["step-2"]
     (tmp_path / "step-2" / "manifest.json").write_text("garbage")
     ckpt.delete_leftovers(tmp_path)
-    assert (tmp_path / ".replaced-step-2-x").is_dir(), "the whole one of the two was deleted"
+    assert find_problem(tmp_path / "step-2") is None, "the whole one of the two is what stays"
+    assert [path.name.rpartition("-")[0] for path in tmp_path.glob("*step-2-*")] == ["abandoned-step-2"]
 
 
 def test_a_lock_that_is_let_go_of_in_time_is_taken(tmp_path: Path):

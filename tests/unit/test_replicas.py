@@ -24,6 +24,7 @@ def test_any_bit_that_flips_changes_it(dtype: torch.dtype, offset: int):
     assert checksum(tensors) == expected
     raw[:first], raw[end:] = 1, 1
     assert checksum(tensors) == expected, "what lies around the weights does not count"
+    assert checksum(tensors[::-1]) != expected, "each tensor counts by its place"
 
 
 def test_who_is_alone_is_named():

@@ -31,6 +31,7 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer.hf_bbpe import train_hf_bbpe
 from utils.exits import read_exit_records
+from utils.heartbeat import Heartbeat
 from utils.saving import CheckpointWriter
 
 
@@ -591,6 +592,22 @@ def test_a_save_waits_for_the_first_good_step(tiny_run: list[str], monkeypatch: 
     assert train(tiny_run, "--max_iters=8", "--save_interval=2", "--keep_last=9", "--valid_interval=4") == 0
     assert steps_saved(tiny_run) == [2, 7, 8]
     assert [r["step"] for r in records(tiny_run, "valid")] == [4, 8]
+
+
+def test_a_run_that_ends_in_a_streak_pushes_nothing_out(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    not_finite_in(monkeypatch, {3, 4, 5})
+    assert train(tiny_run, "--max_iters=5", "--save_interval=2", "--keep_last=1", "--keep_best=0") == 0
+    assert steps_saved(tiny_run) == [2, 5]
+
+
+def test_a_stop_request_outlives_a_death_before_the_end_is_told(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Else the next launch would train on."""
+    (out_dir(tiny_run)).mkdir(parents=True, exist_ok=True)
+    (out_dir(tiny_run) / "stop").touch()
+    monkeypatch.setattr(Heartbeat, "end", lambda *_: crash())
+    with pytest.raises(OSError, match="the machine died"):
+        train(tiny_run)
+    assert (out_dir(tiny_run) / "stop").exists()
 
 
 def test_a_stop_in_a_streak_keeps_the_last_good_checkpoint(
