@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import psutil
 
-from utils.files import atomic_write_json
+from utils.files import NO_LOCKS, atomic_write_json
 from utils.small_files import is_number, parse_json, read_small
 
 LEASE_SECONDS = 300.0
@@ -30,8 +30,6 @@ _CONTACT_SECONDS = 2.0
 _SHARE_SECONDS = 2.0
 _LONGEST, _LATEST = 1 << 16, 1e11
 """Bytes of a claim; seconds since 1970 that a clock can show."""
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What a file system without locks answers: there, the lease alone counts."""
 
 
 class TakenOver(Exception):
@@ -139,7 +137,8 @@ class Claim:
             OSError: it cannot be written here now.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(self._lock_path, "ab")
+        # For reading too: NFS shares a lock of such a file alone.
+        lock = open(self._lock_path, "a+b")
         try:
             is_free = _try_lock(lock, fcntl.LOCK_EX)
             holder = self._read()
@@ -243,7 +242,8 @@ def _try_lock(file: BinaryIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
+            # There, the lease alone counts.
             return True
         raise
 

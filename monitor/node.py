@@ -30,7 +30,7 @@ from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
 from monitor.passing import FULL
 from utils.checkpoint import RUN_MARK, list_checkpoints
 from utils.exits import read_exit_records
-from utils.files import atomic_write_json, is_passing
+from utils.files import NO_LOCKS, atomic_write_json, is_passing
 from utils.heartbeat import read_heartbeats, stacks_path
 from utils.small_files import is_whole, parse_json, read_small
 
@@ -469,6 +469,10 @@ def _is_locked_now(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
         return True
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return True
+        raise
 
 
 def _end(find: Callable[[], list[psutil.Process]]) -> None:

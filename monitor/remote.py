@@ -86,7 +86,10 @@ class RemoteNode:
             raise Unreachable(f"{self.name}: the connection was lost ({error})") from None
         if hello["protocol"] != PROTOCOL:
             self._drop()
-            raise OtherVersion(f"{self.name} has another version of zero2all: bring {self.host.workdir} up to date")
+            raise OtherVersion(
+                f"{self.name} has another version of zero2all in {self.host.workdir} than this monitor: bring the "
+                f"older one up to date, and start the monitor again"
+            )
         self._claim_again()
         self._was_open = True
 

@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
 from monitor.hosts import Hosts
-from monitor.node import Launch, NodeReport, Obstacle
+from monitor.node import MONITOR_DIR, Launch, NodeReport, Obstacle
 from monitor.passing import is_full, is_of_a_disk
 from monitor.policy import Decision, Ending, Policy, Rules, classify
 from monitor.rewind import Rewind
@@ -50,6 +50,7 @@ _LONGEST_LOOK = 2.0
 _MOST_SILENT = 70.0
 """Seconds after which a monitor that has a run is not at work there: longer than the longest interval."""
 _KILL_PATIENCE = 60.0
+_LOG_OF_A_LAUNCH = re.compile(r"launch-(\d{1,9})-\d+\.log")
 _TRACEBACK_LINES = 30
 
 
@@ -121,6 +122,7 @@ class Supervisor:
         self._plan: tuple[int, int | None] = (0, None)
         # Until the run is ours, the status file may be another monitor's.
         self._is_claimed = False
+        self._claimed: list[Node] = []
         # Ranks have come to life: the command is right, and what is wrong may pass.
         self._is_proved = False
         self._waited = self._time = 0.0
@@ -154,8 +156,13 @@ class Supervisor:
     def run(self) -> int:
         """Until the run is finished, stopped, refused or given up; returns the exit code."""
         try:
-            self._is_claimed = all(self._claim(node) for node in self.nodes)
-            return self._run() if self._is_claimed else STOPPED
+            for node in self.nodes:
+                if not self._claim(node):
+                    return STOPPED
+                # While the others are waited for, this one must hear of us.
+                self._claimed.append(node)
+            self._is_claimed = True
+            return self._run()
         except ValueError as error:
             # Of the claim alone. The status file is left as it is: it may be the other monitor's.
             logger.error("refused: %s", error)
@@ -264,10 +271,14 @@ class Supervisor:
         return next((found.reason for found in obstacles if found is not None and found.kind == "disk"), "")
 
     def _launches_before(self) -> int:
-        try:
-            return Status.read(self.run_dir).attempt
-        except (OSError, ValueError):
-            return 0
+        """By the status file; by the logs, where that cannot be read or is of another version: none is written over."""
+        numbers = [0]
+        with contextlib.suppress(OSError, ValueError):
+            numbers.append(Status.read(self.run_dir).attempt)
+        with contextlib.suppress(OSError):
+            names = os.listdir(self.run_dir / MONITOR_DIR)
+            numbers += [int(match[1]) for name in names if (match := _LOG_OF_A_LAUNCH.fullmatch(name))]
+        return max(numbers)
 
     def _each(self, work: Callable[[Node], T], quietly: bool = False) -> list[T | None]:
         """Do something on all nodes at once.
@@ -322,8 +333,9 @@ class Supervisor:
             return ""
 
         if not self._until(look):
-            found = self._each(lambda node: node.adopt(), quietly=True)
-        if not all(found) or len({job["attempt"] for job in found}) != 1:
+            # Where it runs it has to end, whether the other nodes answer or not.
+            found = [job for job in self._each(lambda node: node.adopt(), quietly=True) if job]
+        if not found or not all(found) or len({job["attempt"] for job in found}) != 1:
             return False
         attempt, watch = found[0]["attempt"], self._watch
         self._begin_launch(is_adopted=True)
@@ -422,7 +434,11 @@ class Supervisor:
         self._drain_logs()
         returncodes = [report.returncode if report else None for report in self._reports]
         exits = list(self._exits.values())
-        return classify(exits, self._world_size, returncodes, cause, self._ended_by_us, self._leaving)
+        ending = classify(exits, self._world_size, returncodes, cause, self._ended_by_us, self._leaving)
+        if ending.code == WRONG_INPUT and not exits and self._is_proved:
+            # The launcher alone refused, and its command has run before: a network that is not up yet, say.
+            return Ending(CRASH, ending.reason)
+        return ending
 
     def _look(self) -> None:
         """One report from each node that answers; learn from it and pass on what the job printed."""
@@ -487,21 +503,6 @@ class Supervisor:
         except OSError:
             # A closed pipe or a full disk behind it is no reason to end a run; all is in RUN/monitor/ anyway.
             self._warned.add("output")
-
-    def _drain_logs(self) -> None:
-        """The rest of what the job printed before it ended."""
-        for index, node in enumerate(self.nodes):
-            report = self._reports[index]
-            while report is not None:
-                try:
-                    more = node.poll(report.log_end)
-                except OSError:
-                    break
-                self._exits |= {record["rank"]: record for record in more.exits}
-                if more.log_end == report.log_end:
-                    break
-                report = self._reports[index] = more
-                self._pass_on(index, more)
 
     def _drain_logs(self) -> None:
         """The rest of what the job printed before it ended."""
@@ -623,10 +624,10 @@ class Supervisor:
                 return
             if self._is_claimed and time.time() - self.status.updated > _STATUS_SECONDS:
                 self._write_status()
-            if self._is_claimed and self._clock() - self._touched_at > _TOUCH_SECONDS:
+            if self._claimed and self._clock() - self._touched_at > _TOUCH_SECONDS:
                 # While nothing is launched, the claim would run out.
                 self._touched_at = self._clock()
-                self._each(lambda node: node.touch(), quietly=True)
+                self._each(lambda node: node.touch() if node in self._claimed else None, quietly=True)
             time.sleep(min(left, 0.2))
 
     def _update_status(self, beats: list[dict]) -> None:

@@ -17,6 +17,8 @@ _PASSING = frozenset({
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 })  # fmt: skip
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What a file system without locks answers."""
 _LOCK_POLL_S = 0.1
 
 
@@ -59,7 +61,8 @@ def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
 
 
 def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
-    """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends.
+    """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends. Where the
+    file system has no locks, a warning takes its place.
 
     Args:
         patience_s: how long to wait while another process holds it: one that is dying may need a moment to let go.
@@ -75,6 +78,12 @@ def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
             if time.monotonic() >= deadline:
                 file.close()
                 raise ValueError(taken) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            logger.warning("%s cannot be locked (%s): see that nothing else works there", path, error.strerror)
+            return file
         if not said:
             logger.warning("%s is held by another process: waiting up to %.0f s for it", path, patience_s)
             said = True

@@ -1,5 +1,7 @@
 """Whose a run is: claimed by one monitor, kept while it is served or within its lease, taken over when it is over."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -10,10 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
+from utils.files import lock_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -47,6 +51,35 @@ print("taken", flush=True); sys.stdin.read()
     yield process
     process.kill()
     process.wait()
+
+
+def test_locks_as_nfs_gives_them(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """It shares a lock only of a file that is open for reading, and gives one alone only for writing."""
+    flock = fcntl.flock
+
+    def strict(file: BinaryIO, kind: int) -> None:
+        if (kind & fcntl.LOCK_SH and not file.readable()) or (kind & fcntl.LOCK_EX and not file.writable()):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    claim = Claim(home)
+    assert claim.take(monitor("first")) is None
+    assert Claim(home).take(monitor("first")) is None
+    assert Claim(home).take(monitor("second")).is_served
+
+
+def test_without_locks_the_lease_counts(home: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Claim(home).take(monitor("first")) is None
+    assert Claim(home).take(monitor("second")).monitor.id == "first"
+    age(home, 2 * LEASE_SECONDS)
+    assert Claim(home).take(monitor("second")) is None
+    # Whoever trains there is told, and trains.
+    lock_file(home / ".lock", "taken").close()
 
 
 def test_the_second_is_told_who_has_it(home: Path, served_elsewhere: subprocess.Popen):

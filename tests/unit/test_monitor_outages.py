@@ -83,6 +83,7 @@ class FakeNode:
     ranks: list[Rank] = field(default_factory=list)
     exits: list[dict] = field(default_factory=list)
     on_start: Callable[["FakeNode"], object] = lambda node: None
+    returncode: int | None = None
     born: float = 0.0
 
     @property
@@ -196,7 +197,9 @@ class FakeNode:
             beats.append(beat if rank.code is None else beat | {"code": rank.code})
         gb = 1 << 30
         running = self.running
-        return NodeReport(running, running, None, beats, list(self.exits), "", 0, None, 0, 100 * gb, 8 * gb, 8 * gb)
+        return NodeReport(
+            running, running, self.returncode, beats, list(self.exits), "", 0, None, 0, 100 * gb, 8 * gb, 8 * gb
+        )
 
 
 @pytest.fixture
@@ -418,6 +421,67 @@ def test_what_is_wrong_before_ranks_have_lived_is_wrong_and_later_may_pass(world
     world.at(2 * LONG, lambda: later.end(OK))
     assert supervise(world, [later], tmp_path).run() == OK
     assert len(later.launches) == 2
+
+
+def test_a_launcher_that_refuses_alone_is_wrong_before_ranks_have_lived_and_later_may_pass(
+    world: World, said, tmp_path: Path
+):
+    """After a reboot, the first host's name or network is not there yet."""
+
+    def refuse(node: FakeNode) -> None:
+        node.ranks, node.returncode = [], WRONG_INPUT
+
+    first, later = FakeNode(world, on_start=refuse), FakeNode(world)
+    assert supervise(world, [first], tmp_path).run() == WRONG_INPUT
+
+    def heal() -> None:
+        later.on_start, later.returncode = lambda node: None, None
+
+    world.at(100, lambda: (later.end(CRASH, "OSError: gone"), setattr(later, "on_start", refuse)))
+    world.at(LONG, heal)
+    world.at(2 * LONG, lambda: later.end(OK))
+    assert supervise(world, [later], tmp_path).run() == OK
+    assert len(later.launches) > 2
+
+
+def test_a_job_found_on_some_hosts_is_stopped_there_though_others_are_silent(world: World, said, tmp_path: Path):
+    """The monitor was killed, and its successor is asked to stop while it waits for a host."""
+    nodes = nodes_of(world, 2)
+    all_do(nodes, "start", Launch("3-abc-0", 3, [], {}))()
+    supervisor = supervise(world, nodes, tmp_path)
+    claim = nodes[1].claim
+
+    def claim_then_fall_silent(*arguments: object) -> None:
+        claim(*arguments)
+        nodes[1].out_of_reach = Unreachable("host1 does not answer")
+
+    nodes[1].claim = claim_then_fall_silent
+    world.at(30, supervisor.request_stop)
+    assert supervisor.run() == CRASH
+    assert nodes[0].did("stop") and not nodes[0].running
+    assert "host1 did not answer" in said.messages[-1]
+
+
+def test_no_log_of_an_earlier_launch_is_written_over(world: World, tmp_path: Path):
+    """Where the status file is of another version, or cannot be read."""
+    node = FakeNode(world)
+    supervisor = supervise(world, [node], tmp_path)
+    for name in ("launch-4-0.log", "launch-11-1.log", "launch-x-0.log"):
+        (tmp_path / "monitor" / name).touch()
+    (tmp_path / "monitor" / "status.json").write_text("{}")
+    world.at(10, lambda: node.end(OK))
+    assert supervisor.run() == OK and node.launches[0].attempt == 12
+
+
+def test_a_host_that_is_claimed_hears_of_the_monitor_while_it_waits_for_the_next(world: World, tmp_path: Path):
+    nodes = nodes_of(world, 2)
+    lose(world, nodes[1], 0, LONG)
+    nodes[1].out_of_reach = Unreachable("host1 does not answer")
+    supervisor = supervise(world, nodes, tmp_path)
+    world.at(LONG - 10, supervisor.request_stop)
+    supervisor.run()
+    contacts = [at for at, _ in nodes[0].log]
+    assert max(b - a for a, b in zip(contacts, contacts[1:])) < 60 < LEASE_SECONDS
 
 
 def test_a_node_that_answers_nonsense_is_no_end(world: World, said, tmp_path: Path):

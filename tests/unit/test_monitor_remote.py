@@ -242,6 +242,6 @@ def test_a_new_monitor_waits_for_hosts_that_the_last_one_had_reached(
 
 def test_a_host_with_another_version_is_told(network: Network, node: RemoteNode, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(monitor.node, "PROTOCOL", 1)
-    with pytest.raises(ValueError, match="far has another version of zero2all: bring /w up to date"):
+    with pytest.raises(ValueError, match="far has another version of zero2all in /w than this monitor"):
         node.open()
     assert "-m monitor.node" in network.commands[0]
