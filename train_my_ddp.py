@@ -162,6 +162,8 @@ class Trainer:
     def _end(self, finished: bool) -> None:
         """All is saved: write what was traced, record the end, and say where everything is."""
         self.profile.finish()
+        # Nobody starts a run again that has ended, if only to clean up.
+        self.saver.wait_for_prune()
         self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
         if not finished:
             # Before any rank has said how it ends, a death means another launch, which must hear the request.

@@ -351,6 +351,10 @@ class CheckpointSaver:
         if self._place.is_first_of_store:
             self._thread.submit(prune_or_warn, self._ckpt_dir, self.retention, just_saved, self._spared)
 
+    def wait_for_prune(self) -> None:
+        """Until what need not stay is deleted."""
+        self._thread.submit(lambda: None).result()
+
     def reserve(self, add_share: Callable[[CheckpointWriter], None]) -> None:
         """Take the memory for the copies now, so that the first save is as short as the others."""
         if self._copies is not None:

@@ -429,8 +429,9 @@ def test_retention_is_applied_after_each_save(tmp_path: Path):
     for step in range(1, 6):
         begin_and_start(saver, step)
         assert saver.settle().problem is None
-    saver.close()
+    saver.wait_for_prune()
     assert sorted(os.listdir(tmp_path)) == ["step-4", "step-5"]
+    saver.close()
 
 
 def test_closing_lets_a_save_finish(tmp_path: Path, gate: threading.Event):
