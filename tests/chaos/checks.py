@@ -1,6 +1,5 @@
 """What must hold after a run that was disturbed: the same as an undisturbed one, to the bit, and nothing left over."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,17 +64,10 @@ def checkpoints_whole(run: Run, reference: Path) -> None:
 
 
 def nothing_left_over(run: Run, reference: Path) -> None:
-    patterns = (".tmp-*", ".fetched-*", ".replaced-*", *([] if _died_in_last_prune(run) else [".old-*"]))
+    patterns = (".tmp-*", ".old-*", ".fetched-*", ".replaced-*")
     left = [path.name for pattern in patterns for path in run.out_dir.rglob(pattern)]
     if left:
         raise Broken(f"left behind: {', '.join(left)}")
-
-
-def _died_in_last_prune(run: Run) -> bool:
-    """Then nothing more is launched that could go on with the deletion."""
-    fired = run.home / "fired.json"
-    death = json.loads(fired.read_text()) if fired.exists() else {}
-    return (death.get("phase"), death.get("step")) == ("in_prune", run.steps)
 
 
 def nobody_alive(run: Run, reference: Path) -> None:
@@ -96,7 +88,7 @@ CHECKS: dict[str, Callable[[Run, Path], None]] = {
 def remarks(run: Run) -> list[str]:
     """What breaks no promise, but is worth a line: small files that a kill left and that nobody removes, and hangs that
     were noticed without any process having been stopped (a loaded machine)."""
-    found = [p for p in run.out_dir.rglob("*") if ".tmp-" in p.name or p.name.startswith((".seen-", ".old-"))]
+    found = [p for p in run.out_dir.rglob("*") if ".tmp-" in p.name or p.name.startswith(".seen-")]
     false = run.seen.hangs - len(run.seen.delays)
     lines = [f"{false} hangs noticed where nothing was stopped"] if false > 0 else []
     return lines + [f"left behind: {path.relative_to(run.out_dir)}" for path in found]
