@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import psutil
 
-from utils.files import NO_LOCKS, atomic_write_json
+from utils.files import atomic_write_json, try_lock
 from utils.small_files import is_number, parse_json, read_small
 
 LEASE_SECONDS = 300.0
@@ -140,7 +140,7 @@ class Claim:
         # For reading too: NFS shares a lock of such a file alone.
         lock = open(self._lock_path, "a+b")
         try:
-            is_free = _try_lock(lock, fcntl.LOCK_EX)
+            is_free = try_lock(lock, fcntl.LOCK_EX)
             holder = self._read()
             owner = holder.monitor if holder is not None else None
             if owner is not None and owner.id == who.id:
@@ -229,23 +229,10 @@ class Claim:
 def _share(lock: BinaryIO) -> None:
     """Hold the lock together with others of the same monitor; who takes it for himself does so for a moment."""
     deadline = time.monotonic() + _SHARE_SECONDS
-    while not _try_lock(lock, fcntl.LOCK_SH):
+    while not try_lock(lock, fcntl.LOCK_SH):
         if time.monotonic() > deadline:
             raise OSError(errno.EAGAIN, "its claim is locked")
         time.sleep(0.02)
-
-
-def _try_lock(file: BinaryIO, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            # There, the lease alone counts.
-            return True
-        raise
 
 
 def _text(path: str) -> str:

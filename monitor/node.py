@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import psutil
 
@@ -30,7 +29,7 @@ from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
 from monitor.passing import FULL
 from utils.checkpoint import RUN_MARK, list_checkpoints
 from utils.exits import read_exit_records
-from utils.files import NO_LOCKS, atomic_write_json, is_passing
+from utils.files import atomic_write_json, is_passing, try_lock
 from utils.heartbeat import read_heartbeats, stacks_path
 from utils.small_files import is_whole, parse_json, read_small
 
@@ -151,7 +150,7 @@ class LocalNode:
             return
         with file:
             deadline = time.monotonic() + _ALONE_SECONDS
-            while not _is_locked_now(file):
+            while not try_lock(file):
                 if time.monotonic() > deadline:
                     raise OSError(f"an earlier request to {self.name} is still at work")
                 time.sleep(0.05)
@@ -310,7 +309,7 @@ class LocalNode:
         """Whether a training, or a command that changes checkpoints, is in the run directory (utils.checkpoint)."""
         try:
             with open(self.run_dir / ".lock", "rb") as file:
-                return not _is_locked_now(file, fcntl.LOCK_SH)
+                return not try_lock(file, fcntl.LOCK_SH)
         except OSError:
             # There is none, or no locks are to be had: the training finds out for itself.
             return False
@@ -461,18 +460,6 @@ class LocalNode:
     def close(self) -> None:
         """Let go of the claim; the job is ended by `kill` alone."""
         self.release()
-
-
-def _is_locked_now(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return True
-        raise
 
 
 def _end(find: Callable[[], list[psutil.Process]]) -> None:

@@ -17,7 +17,7 @@ _PASSING = frozenset({
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 })  # fmt: skip
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What a file system without locks answers."""
 _LOCK_POLL_S = 0.1
 
@@ -60,6 +60,19 @@ def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
     atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(), durable)
 
 
+def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock could be had at once. Where the file system has no locks, it always can."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
+
+
 def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
     """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends. Where the
     file system has no locks, a warning takes its place.
@@ -79,7 +92,7 @@ def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
                 file.close()
                 raise ValueError(taken) from None
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
             logger.warning("%s cannot be locked (%s): see that nothing else works there", path, error.strerror)
