@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,13 @@ def _restore_process_state():
             handler.close()
     root.handlers[:] = before
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the monitor logs; `monitor_process.main` may have switched off that others see it."""
+    logger = logging.getLogger("monitor")
+    before, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.INFO, "monitor")
+    yield caplog
+    logger.propagate = before

@@ -56,6 +56,7 @@ REPLACED = ".replaced-"
 """Begins the name of a checkpoint whose step is saved again, until that is done."""
 _ABANDONED, _ABANDONED_KEPT = "abandoned-", 2
 _STEP_DIR, _SET_ASIDE = re.compile(r"step-(\d+)"), re.compile(rf"{_ABANDONED}step-(\d+)-(\d+)")
+_REPLACED_STEP = re.compile(rf"{re.escape(REPLACED)}step-(\d+)")
 _PAUSES = (0.5, 2.0)
 """Seconds between tries to read what the system refuses: errors of a moment should cost nothing."""
 _MOST_LOOKS = 5
@@ -198,8 +199,7 @@ def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
     names = _names_in(ckpt_dir)
     found = {int(match[1]): name for name in names if (match := _STEP_DIR.fullmatch(name))}
     for name in names:
-        match = _STEP_DIR.match(name.removeprefix(REPLACED)) if name.startswith(REPLACED) else None
-        if match:
+        if match := _REPLACED_STEP.match(name):
             found.setdefault(int(match[1]), name)
     read = (_read_checkpoint(ckpt_dir / name, step) for step, name in sorted(found.items()))
     return [checkpoint for checkpoint in read if checkpoint is not None]
@@ -636,17 +636,16 @@ def delete_leftovers(ckpt_dir: Path) -> None:
 def _settle_replaced(ckpt_dir: Path) -> None:
     """Delete the checkpoints whose successor of the same step is in its place; bring back those whose is not, or is
     broken."""
-    for name in _names_in(ckpt_dir):
-        match = _STEP_DIR.match(name.removeprefix(REPLACED)) if name.startswith(REPLACED) else None
-        if match is None:
-            continue
-        successor = _read_checkpoint(ckpt_dir / match[0], int(match[1]))
+    for match in filter(None, map(_REPLACED_STEP.match, _names_in(ckpt_dir))):
+        replaced, step = ckpt_dir / match.string, int(match[1])
+        place = ckpt_dir / f"step-{match[1]}"
+        successor = _read_checkpoint(place, step)
         if successor is not None and successor.has_manifest:
-            shutil.rmtree(ckpt_dir / name, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
         elif successor is None or successor.unreadable is None:
             if successor is not None:
-                _set_aside(successor.path)
-            os.replace(ckpt_dir / name, ckpt_dir / match[0])
+                _set_aside(place)
+            os.replace(replaced, place)
 
 
 def _delete(directory: Path, *patterns: str) -> None:

@@ -1,9 +1,8 @@
 """What the monitor does in times of trouble, with nodes and a clock that are made up: hosts that do not answer, pauses
 of its own, full disks, other monitors, ranks that take long to leave."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -209,15 +208,6 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(monitor.supervisor, "time", fake)
     monkeypatch.setattr(Status, "write", lambda status, run_dir: world.take_status(status))
     return world
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("monitor")
-    before, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "monitor")
-    yield caplog
-    logger.propagate = before
 
 
 def nodes_of(world: World, count: int) -> list[FakeNode]:

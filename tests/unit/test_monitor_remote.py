@@ -2,7 +2,6 @@
 tried again."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import replace
@@ -89,15 +88,6 @@ def node(network: Network) -> Iterator[RemoteNode]:
     node = RemoteNode(Host("far", "/w"), str(network.run_dir), 0, clock=lambda: network.now)
     yield node
     node.close()
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("monitor")
-    before, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "monitor")
-    yield caplog
-    logger.propagate = before
 
 
 def fail(network: Network, how: Exception | bytes | None) -> None:

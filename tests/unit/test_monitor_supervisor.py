@@ -127,16 +127,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         supervisor.close()
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the monitor logs; `monitor_process.main` may have switched off that others see it."""
-    logger = logging.getLogger("monitor")
-    before, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "monitor")
-    yield caplog
-    logger.propagate = before
-
-
 def test_success_is_not_started_again(bench: Bench, said: pytest.LogCaptureFixture):
     assert bench.supervisor(FINISH).run() == OK
     assert len(bench.launches) == 1
