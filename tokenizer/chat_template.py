@@ -34,6 +34,12 @@ class Message:
     role: str
     """One of ROLES."""
     text: str
+    reasoning: str = ""
+    """What an assistant thought before it answered, where the data keeps it apart from the text."""
+    tool_calls: tuple[dict, ...] = ()
+    """What an assistant asks of tools, as {"type": "function", "function": {"name": str, "arguments": dict}}."""
+    name: str = ""
+    """Of the tool that answers, or of the speaker."""
 
 
 @dataclass(frozen=True)
