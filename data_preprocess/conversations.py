@@ -54,6 +54,8 @@ class Conversation:
     """At least one answer; nothing follows the last one."""
 
     messages: tuple[Message, ...]
+    tools: tuple[dict, ...] = ()
+    """What the assistant may call, as {"type": "function", "function": {"name": str, ...}}."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class Preference:
     """A prompt and two answers."""
 
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    chosen: Message
+    rejected: Message
+    """Both the assistant's."""
+    tools: tuple[dict, ...] = ()
+    """As in Conversation."""
 
 
 Sample = PlainText | Conversation | Preference
@@ -257,13 +262,13 @@ def _preference(record: dict, fields: set[str], roles: Mapping[str, str]) -> Pre
     return Preference(tuple(prompt), chosen, rejected)
 
 
-def _answer(value: object, where: str, roles: Mapping[str, str]) -> tuple[str, list[Message]]:
-    """(text of an answer, messages before it): from a text, a message, or a list of messages that ends with it."""
+def _answer(value: object, where: str, roles: Mapping[str, str]) -> tuple[Message, list[Message]]:
+    """(an answer, messages before it): from a text, a message, or a list of messages that ends with it."""
     if isinstance(value, str):
-        return _text(value, where), []
+        return Message("assistant", _text(value, where)), []
     if isinstance(value, dict):
         value = [value]
     messages = _messages(value, where.strip('"'), roles)
     if messages[-1].role != "assistant":
         raise ValueError(f"{where} does not end with an answer")
-    return messages[-1].text, messages[:-1]
+    return messages[-1], messages[:-1]

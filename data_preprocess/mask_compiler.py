@@ -95,7 +95,7 @@ def compile_preference(
     """
     last = len(preference.prompt)
     samples = []
-    texts = [(*preference.prompt, Message("assistant", answer)) for answer in (preference.chosen, preference.rejected)]
+    texts = [(*preference.prompt, answer) for answer in (preference.chosen, preference.rejected)]
     pair = [template.render(messages, lambda number: number == last) for messages in texts]
     prompt = pair[0].spans[-1].begin
     longer_answer = max(len(rendered.ids) for rendered in pair) - prompt

@@ -130,7 +130,7 @@ class Compiler:
                 sample, self.template, max_tokens, options.max_prompt_len, options.prompt_truncation_mode
             )
             question = _question(sample.prompt)
-            texts = [*(message.text for message in sample.prompt), sample.chosen, sample.rejected]
+            texts = [message.text for message in (*sample.prompt, sample.chosen, sample.rejected)]
             samples, dropped = [pair] if pair else [], int(pair is None)
         elif isinstance(sample, PlainText):
             question = texts = [sample.text]

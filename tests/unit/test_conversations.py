@@ -136,7 +136,8 @@ PREFERENCES = {
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preferences(name: str):
-    assert parse_record(PREFERENCES[name]) == Preference(PROMPT, "good", "bad")
+    good, bad = (Message("assistant", text) for text in ("good", "bad"))
+    assert parse_record(PREFERENCES[name]) == Preference(PROMPT, good, bad)
 
 
 def test_role_names_of_a_dataset():
