@@ -1,9 +1,11 @@
 """What every tokenizer offers."""
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
@@ -27,11 +29,21 @@ class Tokenizer(ABC):
     """Id of the token that ends a document."""
     fingerprint: str
     """Hex sha256 of all that decides which ids a text gets."""
+    chat_template: str | None = None
+    """The folder's own program that lays out a conversation, in Jinja; see chat_template.py."""
+    template_tokens: dict[str, str] = {}
+    """What such a program may write by name: "bos_token", "eos_token" ... -> the token's text."""
 
     @property
     def pad_id(self) -> int:
         """Fills short rows; the end of a document where there is no token of its own."""
         return self.special_ids.get(PAD, self.eod_id)
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """Ids that Hugging Face's tokenizer of the same folder puts in front of a text, such as a model's BOS; the
+        tokenizers trained here put none."""
+        return []
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens."""
@@ -40,6 +52,40 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
         """Ids of several texts. `num_threads`: 0 for as many as there are cores."""
+
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """Ids of a text that a chat template laid out.
+
+        Args:
+            pieces: its parts in their order: (text, whether special tokens that it spells out are meant as such). The
+                others are what people wrote, which stays text.
+        Returns:
+            The ids, and for each the number of the piece in which its text begins.
+        """
+        parts = self._parts(pieces)
+        texts = iter(self.encode_batch([text for _, text, token_id in parts if token_id is None], num_threads=1))
+        ids: list[int] = []
+        owners: list[int] = []
+        for number, _, token_id in parts:
+            new = next(texts) if token_id is None else [token_id]
+            ids += new
+            owners += [number] * len(new)
+        return ids, owners
+
+    def _parts(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, str, int | None]]:
+        """Pieces cut at the special tokens that are meant: (number of the piece, text, id of a special token)."""
+        found: list[tuple[int, str, int | None]] = []
+        for number, (text, has_tokens) in enumerate(pieces):
+            for part in self._special_pattern.split(text) if has_tokens else [text]:
+                if part:
+                    found.append((number, part, self.special_ids.get(part) if has_tokens else None))
+        return found
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches special tokens, each in a group; the longest where several begin at the same place."""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import compress, takewhile
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -73,6 +74,7 @@ class HFBBPETokenizer(Tokenizer):
         """
         self._definition = parsed("tokenizer.json", definition)
         self._config, self._chat_template = config, chat_template
+        self._begin_ids = _begin_ids(self._definition)
         self._spelling = _byte_spelling(self._definition)
         added = self._definition["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
@@ -87,6 +89,10 @@ class HFBBPETokenizer(Tokenizer):
         self.vocab_size = max(ids.values()) + 1
         parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def begin_ids(self) -> list[int]:
+        return list(self._begin_ids)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
         """See the base class; the library takes its number of threads from RAYON_NUM_THREADS instead."""
@@ -147,6 +153,26 @@ def _byte_spelling(definition: object) -> str:
     if model.get("byte_fallback") and _BYTE_PIECES <= vocab:
         return "byte pieces"
     raise ValueError("it is neither byte-level nor falls back to bytes, so some texts would be lost")
+
+
+def _begin_ids(definition: object) -> list[int]:
+    """What the post-processor of a `tokenizer.json` puts in front of a text.
+
+    `add_bos_token` of the configuration is not asked: transformers 5 passes over it where there is a `tokenizer.json`.
+
+    Raises:
+        ValueError: the post-processor is none.
+    """
+    step = definition.get("post_processor") if isinstance(definition, dict) else None
+    if step is None:
+        return []
+    # It names its ids itself, so one word is vocabulary enough to see what it does.
+    model = {"type": "WordLevel", "vocab": {"text": 0}, "unk_token": "text"}
+    with panics_as_errors():
+        encoding = LibraryTokenizer.from_str(
+            json.dumps({"version": "1.0", "added_tokens": [], "post_processor": step, "model": model})
+        ).encode("text")
+    return list(compress(encoding.ids, takewhile(bool, encoding.special_tokens_mask)))
 
 
 def _end_of_document(special_ids: dict[str, int], config: dict) -> str:

@@ -914,6 +914,42 @@ def test_foreign_settings_for_batches_do_not_change_the_ids(tmp_path: Path, sett
     assert ours.encode_batch([text, "a"]) == [expected, tokenizer.encode("a", add_special_tokens=False).ids[:1]]
 
 
+def steps_after(name: str, bos: int):
+    """A post-processor that puts a token in front of a text, or none does."""
+    template = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", bos), ("</s>", bos + 1)]
+    )
+    spelling = processors.ByteLevel(trim_offsets=False)
+    return {
+        "byte level": spelling, "template": template, "sequence": processors.Sequence([spelling, template]),
+        "roberta": processors.RobertaProcessing(("</s>", bos + 1), ("<s>", bos)),
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "add_bos_token"),
+    [("PreTrainedTokenizerFast", True), ("LlamaTokenizer", True), ("LlamaTokenizer", False), ("LlamaTokenizer", None)],
+)
+@pytest.mark.parametrize("steps", ["none", "byte level", "template", "sequence", "roberta"])
+def test_ids_that_begin_a_text(tmp_path: Path, steps: str, tokenizer_class: str, add_bos_token: bool | None):
+    """As AutoTokenizer puts them there."""
+    tokenizer = byte_level(300)
+    add_tokens(tokenizer, ["<s>", "</s>"])
+    if steps != "none":
+        tokenizer.post_processor = steps_after(steps, tokenizer.token_to_id("<s>"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, ids = load_tokenizer(tmp_path), auto_tokenizer(tmp_path)("some text")["input_ids"]
+    assert ids[: len(ours.begin_ids)] == ours.begin_ids
+    assert ids[len(ours.begin_ids)] not in ours.special_ids.values()
+
+
+def test_no_ids_begin_a_text_of_ours(tokenizer: Tokenizer, folder: Path):
+    assert tokenizer.begin_ids == [] and auto_tokenizer(folder)("text")["input_ids"] == tokenizer.encode("text")
+
+
 def word_piece() -> LibraryTokenizer:
     return LibraryTokenizer(models.WordPiece({"[UNK]": 0, "word": 1, "##s": 2}, unk_token="[UNK]"))
 
