@@ -63,10 +63,14 @@ def compile_conversation(
 
     Args:
         max_tokens: of a sample; one more than the model's positions, as the last token is only a label.
+    Raises:
+        ValueError: the template has no place for something in it.
     """
-    texts = template.encode(conversation.messages)
+    sizes: list[int] = []
+    if loss != "all":
+        sizes = _sizes(conversation, template.render(conversation.messages, lambda number: False, conversation.tools))
     samples = [
-        _fitted(conversation.messages[:end], texts[:end], template, learnt, max_tokens, from_the_front=loss != "all")
+        _fitted(conversation, end, learnt, sizes, template, max_tokens)
         for end, learnt in _variants(conversation.messages, loss)
     ]
     kept = [sample for sample in samples if any(sample.supervised)]
@@ -92,15 +96,17 @@ def compile_preference(
         max_prompt_len: most tokens of the prompt, the answer's header among them; 0 for what the longer answer leaves,
             at least half of the positions.
         truncation: which part of a prompt that is too long stays.
+    Raises:
+        ValueError: the template has no place for something in it.
     """
     last = len(preference.prompt)
     samples = []
     texts = [(*preference.prompt, answer) for answer in (preference.chosen, preference.rejected)]
-    pair = [template.render(messages, lambda number: number == last) for messages in texts]
+    pair = [_learnt(template.render(messages, lambda number: number == last, preference.tools)) for messages in texts]
     prompt = pair[0].spans[-1].begin
     longer_answer = max(len(rendered.ids) for rendered in pair) - prompt
     room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
-    header_begin = pair[0].spans[-2].begin
+    header_begin = pair[0].spans[-2].begin if pair[0].spans[-2].is_header else prompt
     excess = min(max(prompt - room, 0), header_begin - 1)
     begin = 0 if truncation == "keep_end" else header_begin - 1 - excess
     for rendered, messages in zip(pair, texts):
@@ -108,6 +114,22 @@ def compile_preference(
     if samples[0].ids == samples[1].ids or not all(any(sample.supervised) for sample in samples):
         return None
     return samples
+
+
+def _learnt(rendered: Rendered) -> Rendered:
+    """Without what a template writes behind the last answer, from which nobody learns."""
+    end = len(rendered.ids) - rendered.supervised[::-1].index(True) if True in rendered.supervised else 0
+    return _up_to(rendered, end)
+
+
+def _up_to(rendered: Rendered, end: int) -> Rendered:
+    """The first tokens."""
+    spans = [
+        Span(span.message, span.begin, min(span.end, end), span.is_header)
+        for span in rendered.spans
+        if span.begin < end
+    ]
+    return Rendered(rendered.ids[:end], rendered.supervised[:end], spans)
 
 
 def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
@@ -137,44 +159,63 @@ def _variants(messages: Sequence[Message], loss: SFTLoss) -> Iterator[tuple[int,
 
 
 def _fitted(
-    messages: Sequence[Message],
-    texts: Sequence[list[int]],
-    template: ChatTemplate,
+    conversation: Conversation,
+    end: int,
     learnt: frozenset[int],
+    sizes: Sequence[int],
+    template: ChatTemplate,
     max_tokens: int,
-    from_the_front: bool,
 ) -> TrainingSample:
-    """The sample, no longer than it may be."""
-    sizes = template.sizes(messages, texts)
-    whole = sum(sizes) + template.size_of_none
-    begin = _begin_that_fits(messages, sizes, max_tokens - template.size_of_none) if from_the_front else 0
-    kept = [number for number, message in enumerate(messages) if number >= begin or message.role == "system"]
-    chosen = tuple(messages[number] for number in kept)
-    rendered = template.render(chosen, lambda number: kept[number] in learnt, [texts[number] for number in kept])
+    """A sample of the first `end` messages: from the first beginning with which it is not too long, or from the last.
+    `sizes`: see _begins."""
+    whole = sum(sizes[:end])
+    for begin in _begins(conversation.messages[:end], sizes, max_tokens):
+        kept = [n for n in range(end) if n >= begin or conversation.messages[n].role == "system"]
+        chosen = tuple(conversation.messages[number] for number in kept)
+        places = {place for place, number in enumerate(kept) if number in learnt}
+        rendered = _learnt(template.render(chosen, places.__contains__, conversation.tools))
+        if begin == 0:
+            whole = len(rendered.ids)
+        if len(rendered.ids) <= max_tokens:
+            break
     return _cut(rendered, chosen, max_tokens, whole)
 
 
-def _begin_that_fits(messages: Sequence[Message], sizes: list[int], room: int) -> int:
-    """The first exchange that can stay, with what follows it and all system texts; the last one if none fits."""
-    left, begin, dropped = sum(sizes), 0, 0
-    for number in range(1, len(messages)):
+def _sizes(conversation: Conversation, rendered: Rendered) -> list[int]:
+    """Tokens that each message has, its header among them."""
+    sizes = [0] * len(conversation.messages)
+    for span in rendered.spans:
+        sizes[span.message] += span.end - span.begin
+    return sizes
+
+
+def _begins(messages: Sequence[Message], sizes: Sequence[int], room: int) -> list[int]:
+    """Where a sample may begin: with the first message, or with an exchange, which is a question that follows no other
+    one and what comes after it; system texts stay in any case.
+
+    Args:
+        sizes: tokens of the messages; none if nothing may be left out at the front.
+        room: those before the first one are left out that surely do not fit. What the first message of a sample follows
+            differs from what it followed in the conversation, so that sizes tell about where to try.
+    """
+    if not sizes:
+        return [0]
+    begins = [0]
+    begins += [
+        number
+        for number in range(1, len(messages))
+        if messages[number].role == "user" and messages[number - 1].role not in ("user", "system")
+    ]
+    left = sum(sizes[: len(messages)])
+    for index, begin in enumerate(begins):
+        before = range(begins[index - 1] if index else 0, begin)
+        left -= sum(sizes[number] for number in before if messages[number].role != "system")
         if left <= room:
-            break
-        before, message = messages[number - 1], messages[number]
-        dropped += sizes[number - 1] if before.role != "system" else 0
-        # An exchange begins with a question that follows no other one, and there is one before it.
-        if message.role == "user" and before.role not in ("user", "system"):
-            begin, left, dropped = number, left - dropped, 0
-    return begin
+            return begins[max(index - 1, 0) :]
+    return begins[-1:]
 
 
 def _cut(rendered: Rendered, messages: tuple[Message, ...], max_tokens: int, whole: int) -> TrainingSample:
-    ids = rendered.ids[:max_tokens]
-    spans = [
-        Span(span.message, span.begin, min(span.end, len(ids)), span.is_header)
-        for span in rendered.spans
-        if span.begin < len(ids)
-    ]
-    return TrainingSample(
-        ids, rendered.supervised[: len(ids)], messages[: spans[-1].message + 1], tuple(spans), whole - len(ids)
-    )
+    kept = _up_to(rendered, max_tokens)
+    shown = max((span.message for span in kept.spans), default=-1) + 1
+    return TrainingSample(kept.ids, kept.supervised, messages[:shown], tuple(kept.spans), whole - len(kept.ids))

@@ -3,18 +3,30 @@
     <|im_start|> user <|im_sep|> text <|im_end|> <|im_start|> assistant <|im_sep|> text <|im_end|>
                                                                                    ^^^^^^^^^^^^^^^ supervised
 
-Control tokens are placed by id, so no text can begin or end a message; each stretch of text between them is encoded by
-itself. An answer is supervised together with the <|im_end|> after it, by which the model learns to stop; no header is.
+This is the layout of the tokenizers trained here. Other models keep their own: what lays a conversation out is the
+folder's chat template, a program in Jinja, run in a sandbox (jinja_template.py). So what is trained on is what
+transformers, vLLM and others put before the model later. A folder without a template, but with the control tokens of
+ChatML or Llama 3, gets the usual one of these.
 
-Tokenizers of other models keep their own layout, if it is one of these: ChatML, with a line end after the role and
-after the message; Llama 3, with a token that begins the conversation, its header tokens and an empty line. Texts are
-taken as they are; Llama 3's own template strips blanks from both ends.
+**Text stays text.** The template is given placeholders instead of what people wrote. Its output is cut at them: control
+tokens count in what the template wrote, and nowhere else, so no text can begin or end a message. Ids are those of
+transformers' `apply_chat_template` for every conversation that spells no control token. What a template does to texts
+(strip outer blanks, leave out old thoughts) happens to the placeholders as well; it also gets the texts themselves, and
+if that comes to something else, the conversation is refused.
+
+**What is learnt of an answer** begins where the prompt ends with which the model is asked for it
+(`add_generation_prompt`), and ends with the first control token behind its text, by which the model learns to stop.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from tokenizer.base import MESSAGE_END, MESSAGE_SEPARATOR, MESSAGE_START, Tokenizer
+from tokenizer.jinja_template import DAY, JinjaTemplate
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -26,7 +38,37 @@ JINJA = (
     f"{{{{ '{MESSAGE_START}assistant{MESSAGE_SEPARATOR}' }}}}"
     "{% endif %}"
 )
-"""The layout of the tokenizers trained here, for transformers' `apply_chat_template`."""
+"""The layout of the tokenizers trained here, for transformers' `apply_chat_template` and for us."""
+_CHATML = (
+    "{% for message in messages %}"
+    f"{{{{ '{MESSAGE_START}' + message['role'] + '\\n' + message['content'] + '{MESSAGE_END}\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{MESSAGE_START}assistant\\n' }}}}{{% endif %}}"
+)
+_LLAMA3_FIRST = "<|begin_of_text|>"
+_LLAMA3 = (
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+
+class _Usual(NamedTuple):
+    """A layout that is known by its control tokens."""
+
+    name: str
+    tokens: tuple[str, ...]
+    template: str
+    first: str = ""
+    """Control token that begins a conversation, if the tokenizer has it."""
+
+
+_USUAL = (
+    _Usual("zero2all's", (MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END), JINJA),
+    _Usual("ChatML's", (MESSAGE_START, MESSAGE_END), _CHATML),
+    _Usual("Llama 3's", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), _LLAMA3, _LLAMA3_FIRST),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +94,7 @@ class Span:
     end: int
     """Tokens [begin, end)."""
     is_header: bool
-    """Control tokens and the role, or the text with the token that ends it."""
+    """What the template wrote before the text, or the text with the token that ends it."""
 
 
 @dataclass(frozen=True)
@@ -66,111 +108,358 @@ class Rendered:
     """Headers and texts in their order, without gaps."""
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What stands round the role and the text of a message."""
-
-    start: str
-    separator: str
-    """Control token after the role; "" for none."""
-    after_role: str
-    """Plain text."""
-    end: str
-    after_message: str
-    """Plain text."""
-    first: str = ""
-    """Control token that begins a conversation, if the tokenizer has it; "" for none."""
-
-    @property
-    def control_tokens(self) -> list[str]:
-        return [token for token in (self.start, self.separator, self.end) if token]
+_MARK = re.compile("\ufdd2([0-9]+)\ufdd3")
+"""A placeholder: noncharacters, which Unicode keeps for a program's own use, round a number."""
+_NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 
 
-_LAYOUTS = (
-    _Layout(MESSAGE_START, MESSAGE_SEPARATOR, "", MESSAGE_END, ""),
-    _Layout(MESSAGE_START, "", "\n", MESSAGE_END, "\n"),
-    _Layout("<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", first="<|begin_of_text|>"),
-)
+class _Marked(NamedTuple):
+    """Messages whose texts are placeholders."""
+
+    messages: list[dict]
+    texts: list[str]
+    """Of the placeholders, by number."""
+    owners: list[int]
+    """For each the number of its message."""
+
+
+class _Region(NamedTuple):
+    """Where a message's text stands in what the template wrote."""
+
+    begin: int
+    end: int
+    message: int
+
+
+class _Piece(NamedTuple):
+    text: str
+    is_layout: bool
+    """The template wrote it."""
+    message: int
+    is_header: bool
+    is_learnt: bool
 
 
 class ChatTemplate:
     """
     Args:
-        tokenizer: has the control tokens of a layout.
+        tokenizer: has a chat template, or the control tokens of a usual layout.
     Raises:
-        ValueError: it has not.
+        ValueError: it has not, or one by which no model could learn to stop.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        special, encode = tokenizer.special_ids, tokenizer.encode
-        layout = next((one for one in _LAYOUTS if special.keys() >= set(one.control_tokens)), None)
-        if layout is None:
+        self._tokenizer = tokenizer
+        source, self._is_known = tokenizer.chat_template, False
+        self.notes: list[str] = []
+        """Sentences that a user should read before training."""
+        if source is None:
+            usual = self._usual()
+            source = (f"{{{{ '{usual.first}' }}}}" if usual.first in tokenizer.special_ids else "") + usual.template
+            self.notes.append(f"the tokenizer has no chat template: conversations are laid out as {usual.name} are")
+            self._is_known = True
+        self._is_known = self._is_known or source == JINJA
+        self.source = source
+        """The program."""
+        self._jinja = JinjaTemplate(source, tokenizer.template_tokens)
+        self._control = re.compile("|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True))))
+        kept = [text for text in self._jinja.looks_for if not self._control.search(text)]
+        self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
+        self._look()
+
+    def _usual(self) -> _Usual:
+        special = self._tokenizer.special_ids
+        usual = next((one for one in _USUAL if special.keys() >= set(one.tokens)), None)
+        if usual is None:
             raise ValueError(
-                f"the tokenizer has no control tokens for conversations, such as {MESSAGE_START} and {MESSAGE_END}: "
-                f"use one that was trained with `python -m tokenizer.train_tokenizer`"
+                f"the tokenizer has no chat template, and no control tokens for conversations, such as {MESSAGE_START} "
+                f"and {MESSAGE_END}: put a chat_template.jinja into its folder, or use a tokenizer that was trained "
+                f"with `python -m tokenizer.train_tokenizer`"
             )
-        self._tokenizer, self.end_id = tokenizer, special[layout.end]
-        self._headers: dict[str, list[int]] = {}
-        for role in ROLES:
-            if layout.separator:
-                rest = [*encode(role), special[layout.separator], *encode(layout.after_role)]
-            else:
-                rest = encode(role + layout.after_role)
-            self._headers[role] = [special[layout.start], *rest]
-        self._after_message = encode(layout.after_message)
-        self._first = [special[layout.first]] if layout.first in special else []
+        return usual
+
+    def _look(self) -> None:
+        """See how it asks for an answer and ends one.
+
+        Raises:
+            ValueError: it does neither.
+        """
+        question, answer = Message("user", "What?"), Message("assistant", "That.")
+        marked = self._mark([question, answer])
+        text = self._jinja.render(marked.messages)
+        asked = self._jinja.render(marked.messages[:1], add_generation_prompt=True)
+        alone = self._jinja.render(marked.messages[:1])
+        places = self._places(text, marked)
+        if not all(places):
+            raise ValueError("the chat template leaves out the question or the answer of a simple conversation")
+        begin, end = places[1][0].start(), places[1][-1].end()
+        stop = self._control.search(text, end)
+        if stop is None:
+            raise ValueError(
+                "the chat template ends an answer with no special token of the tokenizer, so no model learns to stop"
+            )
+        self._end = stop[0]
+        self.end_id = self._tokenizer.special_ids[self._end]
+        self._asks = asked[len(alone) :] if asked.startswith(alone) else ""
+        fits = text[:begin].startswith(asked)
+        # Some ask by nothing but the end of the question, and put something between it and the answer.
+        self._lead = text[len(asked) : begin] if fits else ""
+        if not fits:
+            served, taught = (_MARK.sub("...", one)[-60:] for one in (asked, text[:begin]))
+            self.notes.append(
+                f"the chat template asks for an answer by {served!r}, but lays a given answer out behind {taught!r}: "
+                f"answers are learnt as it lays them out"
+            )
+        if self._jinja.asks_for_the_date:
+            self.notes.append(
+                f"the chat template writes today's date: here it is always {DAY:%d %B %Y}, so that the same "
+                f"conversation stays the same tokens"
+            )
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
         return frozenset([self.end_id, self._tokenizer.eod_id])
 
-    def encode(self, messages: Sequence[Message]) -> list[list[int]]:
-        """Tokens of each message's text."""
-        return self._tokenizer.encode_batch([message.text for message in messages], num_threads=1)
-
-    def sizes(self, messages: Sequence[Message], texts: Sequence[list[int]]) -> list[int]:
-        """Tokens that each message adds to a conversation; `size_of_none` are there without any."""
-        return [len(self._header(m.role, follows=True)) + len(text) + 1 for m, text in zip(messages, texts)]
-
-    @property
-    def size_of_none(self) -> int:
-        """What the sum of `sizes` is to be corrected by: the first message follows nothing."""
-        return len(self._first) - len(self._after_message)
-
     def render(
         self,
         messages: Sequence[Message],
         is_supervised: Callable[[int], bool] = lambda number: True,
-        texts: Sequence[list[int]] | None = None,
+        tools: Sequence[dict] = (),
     ) -> Rendered:
-        """Tokens of a conversation.
+        """Tokens of a conversation, as transformers' `apply_chat_template` gives them.
 
         Args:
             is_supervised: whether the answer that is the message of this number is to be learnt.
-            texts: the messages' texts, if they are encoded already.
+            tools: that the assistant may call.
         Raises:
-            ValueError: an unknown role.
+            ValueError: an unknown role, or something that the template has no place for.
         """
-        texts = self.encode(messages) if texts is None else texts
-        ids: list[int] = []
-        supervised: list[bool] = []
+        learnt = {n for n, message in enumerate(messages) if message.role == "assistant" and is_supervised(n)}
+        marked = self._mark(messages)
+        text = self._write(messages, marked, tools)
+        regions = self._regions(text, messages, marked, learnt, tools)
+        return self._encode(self._pieces(text, marked, regions, learnt))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
+        """Tokens after which the assistant's answer begins.
+
+        Raises:
+            ValueError: see render.
+        """
+        marked = self._mark(messages)
+        text = self._write(messages, marked, tools, add_generation_prompt=True)
+        regions = self._regions(text, messages, marked, set(), tools)
+        return self._encode(self._pieces(text, marked, regions, set())).ids
+
+    def _mark(self, messages: Sequence[Message]) -> _Marked:
+        """The messages for the template. Outer blanks stay outside of the placeholders, for it to strip, and so do the
+        strings that it looks for.
+
+        Raises:
+            ValueError: an unknown role, or something that cannot be told from what the template writes.
+        """
+        marked = _Marked([], [], [])
+        for number, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise ValueError(f'unknown role "{message.role}": it is none of {", ".join(ROLES)}')
+            values = {"role": message.role, "content": self._placeholders(message.text, number, marked)}
+            if message.reasoning:
+                values["reasoning_content"] = self._placeholders(message.reasoning, number, marked)
+            if message.tool_calls:
+                self._check_no_control(message.tool_calls, "a call of a tool")
+                values["tool_calls"] = list(message.tool_calls)
+            if message.name:
+                self._check_no_control(message.name, "a name")
+                values["name"] = message.name
+            marked.messages.append(values)
+        return marked
+
+    def _placeholders(self, text: str, message: int, marked: _Marked) -> str:
+        if _NONCHARACTERS.search(text):
+            raise ValueError("it holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
+        written = ""
+        for part in self._kept.split(text) if self._kept else [text]:
+            # Of a known layout it is certain that nothing is stripped, and that empty texts are texts.
+            core = part if self._is_known else part.strip()
+            if self._is_known or (core and not (self._kept and self._kept.fullmatch(part))):
+                before, _, after = part.partition(core) if core else ("", "", "")
+                written += f"{before}\ufdd2{len(marked.texts)}\ufdd3{after}"
+                marked.texts.append(core)
+                marked.owners.append(message)
+            else:
+                written += part
+        return written
+
+    def _check_no_control(self, value: object, what: str) -> None:
+        text = json.dumps(value, ensure_ascii=False)
+        if found := self._control.search(text):
+            raise ValueError(f"{what} spells the control token {found[0]}")
+        if _NONCHARACTERS.search(text):
+            raise ValueError(f"{what} holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
+
+    def _write(
+        self, messages: Sequence[Message], marked: _Marked, tools: Sequence[dict], add_generation_prompt: bool = False
+    ) -> str:
+        """What the template writes of the placeholders; the same as of the texts themselves.
+
+        Raises:
+            ValueError: it is not, or the tools leave no trace.
+        """
+        if tools:
+            self._check_no_control(tools, "a description of a tool")
+        text = self._jinja.render(marked.messages, tools, add_generation_prompt)
+        if tools and text == self._jinja.render(marked.messages, (), add_generation_prompt):
+            raise ValueError("the chat template has no place for tools")
+        if not self._is_known:
+            plain = [
+                {
+                    key: self._filled(value, marked) if key in ("content", "reasoning_content") else value
+                    for key, value in message.items()
+                }
+                for message in marked.messages
+            ]
+            if self._jinja.render(plain, tools, add_generation_prompt) != self._filled(text, marked):
+                raise ValueError("the chat template alters the texts of its messages by more than outer blanks")
+        return text
+
+    @staticmethod
+    def _filled(text: str, marked: _Marked) -> str:
+        return _MARK.sub(lambda mark: marked.texts[int(mark[1])], text)
+
+    @staticmethod
+    def _places(text: str, marked: _Marked) -> list[list[re.Match]]:
+        """For each message, its placeholders in their order in a text.
+
+        Raises:
+            ValueError: one is there twice.
+        """
+        places: list[list[re.Match]] = [[] for _ in marked.messages]
+        seen: set[str] = set()
+        for mark in _MARK.finditer(text):
+            message = marked.owners[int(mark[1])]
+            if mark[1] in seen:
+                raise ValueError(f"the chat template repeats message {message}")
+            seen.add(mark[1])
+            places[message].append(mark)
+        return places
+
+    def _regions(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        marked: _Marked,
+        learnt: set[int],
+        tools: Sequence[dict],
+    ) -> list[_Region]:
+        """Where the messages stand, in the order of the text.
+
+        Raises:
+            ValueError: the template left out something that counts.
+        """
+        places = self._places(text, marked)
+        begins = sorted(marks[0].start() for marks in places if marks)
+        regions: list[_Region] = []
+        for number, (message, marks) in enumerate(zip(messages, places)):
+            self._check_is_there(number, message, marks, marked, number in learnt)
+            if message.tool_calls:
+                regions.append(self._region_of_calls(text, number, message, marked, tools))
+            elif marks:
+                first, last = marks[0].start(), marks[-1].end()
+                low = max((m[-1].end() for m in places if m and m[-1].end() <= first), default=0)
+                end = text.find(self._end, last, next((begin for begin in begins if begin > first), len(text)))
+                begin = self._begin(text, low, first) if message.role == "assistant" else first
+                regions.append(_Region(begin, end + len(self._end) if end >= 0 else last, number))
+        return sorted(regions)
+
+    def _check_is_there(
+        self, number: int, message: Message, marks: list[re.Match], marked: _Marked, is_learnt: bool
+    ) -> None:
+        if len(marks) == marked.owners.count(number):
+            return
+        if message.reasoning and not self._shows_reasoning:
+            raise ValueError(f"the chat template has no place for the reasoning of message {number}")
+        if is_learnt:
+            raise ValueError(
+                f"the chat template leaves out a part of answer {number}, such as the thoughts of an earlier one, and "
+                f"it is to be learnt: --sft_loss=split makes every answer the last one of a sample"
+            )
+        # A thought may go once the answer is given.
+        if message.role != "assistant" or not (marks or message.tool_calls):
+            raise ValueError(f"the chat template leaves out message {number} ({message.role}) or a part of it")
+
+    @cached_property
+    def _shows_reasoning(self) -> bool:
+        """Whether the last answer of a conversation keeps its thoughts."""
+        messages = [Message("user", "What?"), Message("assistant", "That.", reasoning="Well.")]
+        marked = self._mark(messages)
+        return len(self._places(self._jinja.render(marked.messages), marked)[1]) == 2
+
+    def _begin(self, text: str, low: int, high: int) -> int:
+        """Where an answer begins whose first placeholder is at `high`: behind the prompt that asks for one."""
+        if self._asks:
+            place = text.rfind(self._asks, low, high)
+            return high if place < 0 else place + len(self._asks)
+        return high - len(self._lead) if text[low:high].endswith(self._lead) else high
+
+    def _region_of_calls(
+        self, text: str, number: int, message: Message, marked: _Marked, tools: Sequence[dict]
+    ) -> _Region:
+        """Where an answer stands that calls tools, by what the template writes before it and up to it.
+
+        Raises:
+            ValueError: the template has no place for calls, or what it writes depends on what follows.
+        """
+        asked = self._jinja.render(marked.messages[:number], tools, add_generation_prompt=True)
+        done = self._jinja.render(marked.messages[: number + 1], tools)
+        begin = place = len(asked)
+        for call in message.tool_calls:
+            place = text.find(call["function"]["name"], place)
+            if place < 0:
+                raise ValueError(f"the chat template has no place for the calls of tools in message {number}")
+        if text.startswith(done):
+            stops = list(self._control.finditer(done, begin))
+            end = stops[-1].end() if stops else len(done)
+        else:
+            end = text.find(self._end, place) + len(self._end)
+        if not text.startswith(asked) or not place < end:
+            raise ValueError(f"the chat template does not tell where the calls of message {number} begin and end")
+        return _Region(begin, end, number)
+
+    @staticmethod
+    def _pieces(text: str, marked: _Marked, regions: list[_Region], learnt: set[int]) -> Iterator[_Piece]:
+        """The text cut where what it is changes. What stands before a region is its header; what stands behind the last
+        one belongs to it, but nobody learns it."""
+        position = 0
+        for index, region in enumerate(regions):
+            is_last = index + 1 == len(regions)
+            stretches = [(position, region.begin, True, False), (*region[:2], False, region.message in learnt)]
+            if is_last:
+                stretches.append((region.end, len(text), False, False))
+            for begin, end, is_header, is_learnt in stretches:
+                for part, is_layout in _cut(text[begin:end], marked):
+                    yield _Piece(part, is_layout, region.message, is_header, is_learnt)
+            position = region.end
+        if not regions:
+            yield _Piece(text, True, 0, True, False)
+
+    def _encode(self, pieces: Iterator[_Piece]) -> Rendered:
+        pieces = list(pieces)
+        ids, owners = self._tokenizer.encode_pieces([(piece.text, piece.is_layout) for piece in pieces])
         spans: list[Span] = []
-        for number, (message, text) in enumerate(zip(messages, texts)):
-            header = self._header(message.role, follows=number > 0)
-            learnt = message.role == "assistant" and is_supervised(number)
-            begin = len(ids)
-            ids += [*header, *text, self.end_id]
-            middle = begin + len(header)
-            supervised += [False] * len(header) + [learnt] * (len(ids) - middle)
-            spans += [Span(number, begin, middle, True), Span(number, middle, len(ids), False)]
-        return Rendered(ids, supervised, spans)
+        for position, owner in enumerate(owners):
+            piece = pieces[owner]
+            last = spans[-1] if spans else None
+            if last and (last.message, last.is_header) == (piece.message, piece.is_header):
+                spans[-1] = Span(last.message, last.begin, position + 1, last.is_header)
+            else:
+                spans.append(Span(piece.message, position, position + 1, piece.is_header))
+        return Rendered(ids, [pieces[owner].is_learnt for owner in owners], spans)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens after which the assistant's answer begins."""
-        return self.render(messages).ids + self._header("assistant", follows=bool(messages))
 
-    def _header(self, role: str, follows: bool) -> list[int]:
-        if role not in self._headers:
-            raise ValueError(f'unknown role "{role}": it is none of {", ".join(ROLES)}')
-        return (self._after_message if follows else self._first) + self._headers[role]
+def _cut(text: str, marked: _Marked) -> Iterator[tuple[str, bool]]:
+    """(text, whether the template wrote it)."""
+    for index, part in enumerate(_MARK.split(text)):
+        is_layout = index % 2 == 0
+        if filled := part if is_layout else marked.texts[int(part)]:
+            yield filled, is_layout

@@ -9,8 +9,10 @@ that no user text can forge a control token. Special tokens enter a sequence by 
 import hashlib
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import compress, takewhile
+from functools import cached_property
+from itertools import accumulate, compress, takewhile
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -30,6 +32,7 @@ from tokenizer.word_cache import WordCache
 from utils.files import atomic_write
 
 _THREADS_THAT_BEAT_THE_CACHE = 4
+_NAME_BEGINS = "\ufdd0"
 _MOST_GAPS = 1024
 """Ids without a token, besides as many as have one."""
 _BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
@@ -74,12 +77,14 @@ class HFBBPETokenizer(Tokenizer):
         """
         self._definition = parsed("tokenizer.json", definition)
         self._config, self._chat_template = config, chat_template
+        self.template_tokens = _named_tokens(config or {})
         self._begin_ids = _begin_ids(self._definition)
         self._spelling = _byte_spelling(self._definition)
         added = self._definition["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
         self.eod_id = self.special_ids[_end_of_document(self.special_ids, config or {})]
-        plain = _plain_text_definition(self._definition, self.special_ids)
+        names = {token: f"special {token_id}" for token, token_id in self.special_ids.items()}
+        plain = _plain_text_definition(self._definition, names)
         self._plain = LibraryTokenizer.from_str(json.dumps(plain))
         self._plain.encode_special_tokens = True
         ids = self._plain.get_vocab()
@@ -104,6 +109,40 @@ class HFBBPETokenizer(Tokenizer):
             cached = iter(self._word_cache.encode_batch([text for text, is_known in zip(texts, known) if is_known]))
             others = iter(self._library_batch([text for text, is_known in zip(texts, known) if not is_known]))
             return [next(cached if is_known else others) for is_known in known]
+
+    @property
+    def chat_template(self) -> str | None:
+        """See the base class.
+
+        Raises:
+            ValueError: the folder names none that could be taken.
+        """
+        return _template_in(self._config or {}) if self._chat_template is None else self._chat_template
+
+    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+        """See the base class; ids are those that transformers gives the whole text, unless people wrote special tokens.
+
+        Raises:
+            ValueError: what people wrote holds U+FDD0.
+        """
+        parts = self._parts(pieces)
+        plain = [token_id is None for _, _, token_id in parts]
+        # Between special tokens a tokenizer made here knows nothing of what is around.
+        if self._word_cache is not None and not any(plain[i] and plain[i - 1] for i in range(1, len(plain))):
+            return super().encode_pieces(pieces)
+        if any(_NAME_BEGINS in text for _, text, token_id in parts if token_id is None):
+            raise ValueError("it holds U+FDD0, which Unicode keeps for programs")
+        texts = [text if token_id is None else _layout_name(token_id) for _, text, token_id in parts]
+        with panics_as_errors():
+            encoding = self._of_layouts.encode("".join(texts), add_special_tokens=False)
+        ends = list(accumulate(map(len, texts)))
+        return encoding.ids, [parts[bisect_right(ends, begin)][0] for begin, _ in encoding.offsets]
+
+    @cached_property
+    def _of_layouts(self) -> LibraryTokenizer:
+        """As `_plain`, but special tokens are such, under names that nobody writes."""
+        names = {token: _layout_name(token_id) for token, token_id in self.special_ids.items()}
+        return LibraryTokenizer.from_str(json.dumps(_plain_text_definition(self._definition, names)))
 
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
@@ -185,14 +224,46 @@ def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
 
 
-def _plain_text_definition(definition: dict, special_ids: dict[str, int]) -> dict:
+def _layout_name(token_id: int) -> str:
+    """What a special token is called in a text that a chat template laid out, so that none is meant by accident."""
+    return f"{_NAME_BEGINS}{token_id}\ufdd1"
+
+
+def _template_in(config: dict) -> str | None:
+    """The chat template of a tokenizer_config.json: a text, or the default one of a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        if "default" not in named:
+            raise ValueError("its tokenizer_config.json names several chat templates, and none of them is the default")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError("the chat_template of its tokenizer_config.json is no text")
+    return template
+
+
+def _named_tokens(config: dict) -> dict[str, str]:
+    """ "bos_token", "eos_token" ... of a tokenizer_config.json -> the token's text."""
+    named = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
     """A `tokenizer.json` to which control strings are ordinary text, once `encode_special_tokens` is set.
 
-    The special tokens stay, so that all others keep their ids, but under names that no text can become: a blank in the
-    text is spelt otherwise in every kind of BPE that is let in here.
+    Args:
+        names: special token -> what it is called instead. They stay, so that all others keep their ids, but under names
+            that no text can become: a blank in the text is spelt otherwise in every kind of BPE that is let in here.
     """
     model = definition["model"]
-    names = {token: f"special {token_id}" for token, token_id in special_ids.items()}
     if len(set(names.values())) < len(names):
         raise ValueError("two of its special tokens have the same id")
     if taken := model["vocab"].keys() & set(names.values()):

@@ -31,6 +31,8 @@ _FIXED_ENTRIES = 1 + len(SPECIAL_TOKENS) + 256
 class SPBBPETokenizer(Tokenizer):
     """A SentencePiece model that was trained here. The special tokens come first, then the 256 bytes."""
 
+    chat_template = JINJA
+
     def __init__(self, model: bytes):
         """
         Args:

@@ -147,7 +147,7 @@ def test_chatml_of_another_model():
     assert other.decode(rendered.ids) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nthe tokens?<|im_end|>\n"
         "<|im_start|>assistant\nof a text<|im_end|>\n<|im_start|>user\nand\n<|im_end|>\n"
-        "<|im_start|>assistant\n self <|im_end|>"
+        "<|im_start|>assistant\n self <|im_end|>\n"
     )
     learnt = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
     assert other.decode(learnt) == "of a text<|im_end|> self <|im_end|>"
@@ -175,13 +175,11 @@ def test_llama_3_begins_a_conversation():
     for ids in (template.render(CONVERSATION).ids, template.prompt(CONVERSATION[:2]), template.prompt([])):
         text = other.decode(ids)
         assert text.startswith("<|begin_of_text|><|start_header_id|>") and text.count("<|begin_of_text|>") == 1
-    rendered = template.render(CONVERSATION)
-    assert sum(template.sizes(CONVERSATION, template.encode(CONVERSATION))) + template.size_of_none == len(rendered.ids)
 
 
 def test_errors(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match='unknown role "narrator": it is none of system, user, assistant, tool'):
         ChatTemplate(tokenizer).render([Message("narrator", "x")])
     plain = with_control_tokens(new_tokenizer("hf_bbpe"), ["<|endoftext|>"])
-    with pytest.raises(ValueError, match="has no control tokens for conversations"):
+    with pytest.raises(ValueError, match="no chat template, and no control tokens for conversations"):
         ChatTemplate(plain)
