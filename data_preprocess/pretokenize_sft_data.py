@@ -17,13 +17,14 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from data_preprocess.conversations import FIELDS, PlainText, Preference, Sample, parse_record, roles_with
+from data_preprocess.conversations import FIELDS, PlainText, Preference, ReadRecord, Sample, read_record, roles_with
 from data_preprocess.mask_compiler import (
     SFTLoss,
     TrainingSample,
@@ -44,14 +45,16 @@ from data_preprocess.readers import (
     place,
     read_unit,
 )
-from data_preprocess.shards import PartRecord, print_skipped, set_of, waiting_writer
+from data_preprocess.shards import MOST_UNREAD_FIELDS, PartRecord, print_skipped, set_of, waiting_writer
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
+from utils.paths import a_path
+from utils.terminal import run_main
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raised when the same record would become other tokens: what was made before is made again."""
 CACHE_DIR = ".tokenized"
 _BYTES_A_TOKEN = 4
@@ -101,6 +104,9 @@ class CompiledRecord:
     dropped: int
     text_bytes: int
     """UTF-8 bytes of the messages."""
+    format: str = ""
+    unread: tuple[str, ...] = ()
+    """As in ReadRecord."""
 
 
 class Compiler:
@@ -113,17 +119,28 @@ class Compiler:
         self._roles = roles_with(options.user_name, options.assistant_name)
 
     def parse(self, value: object) -> Sample:
-        """
+        """The sample of a record, see `read`."""
+        return self.read(value).sample
+
+    def read(self, value: object) -> ReadRecord:
+        """What a record holds.
+
         Raises:
             ValueError: no sample for this task; the sentence says what is wrong.
         """
-        sample = parse_record(value, self._roles)
+        record = read_record(value, self._roles)
+        sample = record.sample
         if isinstance(sample, Preference) != (self._options.task == "dpo"):
             kind = "a preference, for --task dpo" if isinstance(sample, Preference) else "no preference, for --task sft"
             raise ValueError(f"it is {kind}")
-        return sample
+        return record
 
     def compile(self, sample: Sample) -> CompiledRecord:
+        """Its tokens.
+
+        Raises:
+            ValueError: the chat template has no place for something in it.
+        """
         options, max_tokens = self._options, self._options.max_seq_len + 1
         if isinstance(sample, Preference):
             pair = compile_preference(
@@ -170,6 +187,13 @@ class SequenceJob(Job):
     def options(self) -> object:
         return [RULES_VERSION, self.compiling.deciding(), self.valid_ratio, self.shard_bytes]
 
+    def key(self, tokenizer: Tokenizer) -> list:
+        return [*super().key(tokenizer), ChatTemplate(tokenizer).source]
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        for note in ChatTemplate(tokenizer).notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+
     def items(
         self, unit: Unit, tokenizer: Tokenizer, done: int, num_threads: int, on_bytes: Callable[[int], None]
     ) -> Iterator[Item]:
@@ -180,20 +204,20 @@ class SequenceJob(Job):
                 continue
             where = place(item.path, item.counts, item.record)
             try:
-                sample = compiler.parse(item.value)
+                record = compiler.read(item.value)
+                compiled = compiler.compile(record.sample)
             except ValueError as error:
                 yield BadRecord(where, str(error)), None
                 continue
-            try:
-                compiled = compiler.compile(sample)
             except Exception as error:
                 # The libraries of tokenizers raise what they like; which record was it?
                 raise ValueError(f"the tokenizer fails on {where} ({type(error).__name__}: {error})") from error
-            yield item, compiled
+            yield item, replace(compiled, format=record.format, unread=record.unread)
 
     def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator[Item], bad_before: int) -> PartRecord:
         """One shard of each set that gets a sample."""
         bad, dropped_examples, writers = BadRecords(), [], {}
+        formats, unread = Counter(), Counter()
         num_items = documents = text_bytes = dropped = shortened = 0
         is_last = True
         for item, compiled in items:
@@ -203,6 +227,8 @@ class SequenceJob(Job):
                 self.check_bad_records(bad_before + bad.count, bad.examples[0])
                 continue
             documents += 1
+            formats[compiled.format] += 1
+            unread.update(compiled.unread)
             dropped += compiled.dropped
             if compiled.dropped and len(dropped_examples) < 20:
                 where = place(item.path, item.counts, item.record)
@@ -227,7 +253,10 @@ class SequenceJob(Job):
             writer.close(Path(self.output_dir) / shards[split])
             totals = {key: value + writer.totals()[key] for key, value in totals.items()}
         totals |= {"documents": documents, "text_bytes": text_bytes, "dropped": dropped, "shortened": shortened}
-        return PartRecord(shards, num_items, is_last, totals, bad.count, bad.examples, dropped_examples)
+        return PartRecord(
+            shards, num_items, is_last, totals, bad.count, bad.examples, dropped_examples,
+            formats=dict(formats), unread_fields=dict(unread.most_common(MOST_UNREAD_FIELDS)),
+        )  # fmt: skip
 
     def _why_dropped(self, count: int) -> str:
         if self.compiling.task == "dpo":
@@ -285,7 +314,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
     corpus = record_corpus(str(data_dir))
     units, _ = find_units(corpus, SequenceJob.shard_bytes)
     key = [
-        RULES_VERSION, tokenizer.fingerprint, options.deciding(), valid_ratio,
+        RULES_VERSION, tokenizer.fingerprint, ChatTemplate(tokenizer).source, options.deciding(), valid_ratio,
         [unit.fingerprint(corpus) for unit in units],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -363,9 +392,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_preprocess.pretokenize_sft_data", description="Tokenize conversations or preferences."
     )
-    parser.add_argument("--data_dir", required=True, help="directory with .json, .jsonl, .parquet or .csv records")
-    parser.add_argument("--tokenizer_dir", required=True, help="directory of the tokenizer")
-    parser.add_argument("--output_dir", required=True, help="where the shards go")
+    parser.add_argument(
+        "--data_dir", type=a_path, required=True, help="directory with .json, .jsonl, .parquet or .csv records"
+    )
+    parser.add_argument("--tokenizer_dir", type=a_path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--output_dir", type=a_path, required=True, help="where the shards go")
     add_compiling_arguments(parser)
     add_file_arguments(parser)
     parser.add_argument("--valid_ratio", type=float, default=0.0, help="share of records held out (default: 0; 1: all)")
@@ -389,4 +420,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

@@ -49,6 +49,17 @@ class Job(ABC):
     def options(self) -> object:
         """All that decides a part's content besides the unit and the tokenizer, as JSON has it."""
 
+    def key(self, tokenizer: Tokenizer) -> list:
+        """All that decides a part's content besides the unit, as JSON has it."""
+        return [tokenizer.fingerprint, self.options()]
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        """Called once, before any unit.
+
+        Raises:
+            ValueError: this tokenizer will not do.
+        """
+
     @abstractmethod
     def items(
         self, unit: Unit, tokenizer: Tokenizer, done: int, num_threads: int, on_bytes: Callable[[int], None]
@@ -103,7 +114,7 @@ def process_unit(
         ValueError: what went wrong, with the file and the record.
     """
     tokenizer = _tokenizer(job.tokenizer_dir)
-    key = json.dumps([unit.fingerprint(job.corpus), tokenizer.fingerprint, job.options()])
+    key = json.dumps([unit.fingerprint(job.corpus), *job.key(tokenizer)])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     records: list[PartRecord] = []
     while record := _finished_part(job, f"{name}-{len(records)}"):
@@ -272,6 +283,7 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
     units, left_out = find_units(job.corpus, job.shard_bytes)
     print_left_out(left_out)
     tokenizer = _tokenizer(job.tokenizer_dir)
+    job.begin(tokenizer)
     with sole_writer(output):
         if num_workers:
             with _ctrl_c_when_asked() as raise_interrupt:
