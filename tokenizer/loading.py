@@ -1,8 +1,10 @@
 """Open a tokenizer folder, whatever its kind, and whatever somebody put into it."""
 
 from pathlib import Path
+from typing import NoReturn
 
 from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer, panics_as_errors, parsed
+from tokenizer.conversion import NotConverted, advice, convert, files_to_convert, other_file
 from tokenizer.hf_bbpe import HFBBPETokenizer
 from tokenizer.sp_bbpe import KIND as SP_BBPE
 from tokenizer.sp_bbpe import SPBBPETokenizer
@@ -14,25 +16,30 @@ _PROBE = "Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend"
 """Comes back from every tokenizer that loses nothing; normalised forms of Unicode leave it as it is."""
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a folder holds a tokenizer, of a kind that can be used or not."""
+    directory = Path(directory)
+    return (directory / "tokenizer.json").exists() or bool(files_to_convert(directory) or other_file(directory))
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Load a tokenizer that was trained here, or any Hugging Face folder with a byte-complete BPE.
+
+    A folder without `tokenizer.json` is converted, see conversion.py; that takes seconds.
 
     Raises:
         ValueError: no tokenizer there, or not one of a kind that can be used; one sentence, whatever the files hold.
         OSError: a file cannot be read now (a failing disk).
     """
     directory = Path(directory)
-    if not (directory / "tokenizer.json").exists():
-        raise ValueError(
-            f"{directory} holds no tokenizer.json: train one with "
-            f"`{TRAIN_COMMAND} --data_dir D --output_dir {directory}`"
-        )
+    if not (directory / "tokenizer.json").exists() and not files_to_convert(directory):
+        _refuse_without(directory)
     try:
         with panics_as_errors():
             tokenizer = _open(directory)
             _check_use(tokenizer)
             return tokenizer
-    except MemoryError:
+    except (MemoryError, NotConverted):
         raise
     except Exception as error:
         # The libraries raise whatever they like on a damaged file. What the disk says is not about the file.
@@ -41,6 +48,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise ValueError(
             f"the tokenizer in {directory} cannot be used ({_sentence(error)}): train one with `{TRAIN_COMMAND}`"
         ) from error
+
+
+def _refuse_without(directory: Path) -> NoReturn:
+    """
+    Raises:
+        ValueError: always; a folder without tokenizer.json, and without what could be made one.
+    """
+    if (other := other_file(directory)) is not None:
+        raise ValueError(f"{directory} holds {other} but no tokenizer.json: {advice(directory)}")
+    raise ValueError(
+        f"{directory} holds no tokenizer.json: train one with `{TRAIN_COMMAND} --data_dir D --output_dir T`, or give "
+        f"the folder of a model's own"
+    )
 
 
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -54,7 +74,12 @@ def _open(directory: Path) -> Tokenizer:
             raise ValueError("tokenizer_config.json holds no settings")
         if config.get("kind") == SP_BBPE:
             return SPBBPETokenizer(_content(directory / "tokenizer.model"))
-    return HFBBPETokenizer(_read(directory / "tokenizer.json"), config, _read(directory / CHAT_TEMPLATE_NAME))
+    definition = _read(directory / "tokenizer.json")
+    if definition is None:
+        for name in files_to_convert(directory):
+            _content(directory / name)
+        definition, config = convert(directory, config or {})
+    return HFBBPETokenizer(definition, config, _read(directory / CHAT_TEMPLATE_NAME))
 
 
 def _content(path: Path) -> bytes:

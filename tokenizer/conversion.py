@@ -1,0 +1,137 @@
+"""Folders from before there was `tokenizer.json`: transformers' own converters make one of what they hold, in memory.
+
+Two kinds are told apart: `tokenizer.model`, a SentencePiece model (Llama 2, Yi, InternLM, Baichuan), and `vocab.json`
+with `merges.txt`, byte-level BPE (GPT-2, Qwen). A SentencePiece model says itself how it treats text, and is converted
+by that, whatever class the folder names: transformers 5's LlamaTokenizer gives other ids than SentencePiece, llama.cpp
+and transformers 4 to a text that begins with a blank. Byte-level BPE does not say how it splits text into words, so the
+folder has to name a class that knows.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+SENTENCE_PIECE, BYTE_LEVEL = "tokenizer.model", ("vocab.json", "merges.txt")
+_OTHERS = (
+    "tekken.json", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model",
+    "vocab.txt", *BYTE_LEVEL,
+)  # fmt: skip
+"""Patterns of what other tokenizers consist of."""
+_OF_OTHER_FILES = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "sp_model_kwargs")
+"""Keys of a `tokenizer_config.json` that mean files which a folder with a `tokenizer.json` does not need."""
+_HERE = {"local_files_only": True, "trust_remote_code": False}
+_PROBES = ("Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend", "x", "the  end ", "\nнет 天地\r\n")
+
+
+class NotConverted(ValueError):
+    """A sentence on a folder whose files transformers cannot convert here, and what to do."""
+
+
+def files_to_convert(directory: Path) -> list[str]:
+    """Names of the files that a tokenizer can be made of; empty if there is none."""
+    if (directory / SENTENCE_PIECE).exists():
+        return [SENTENCE_PIECE]
+    return list(BYTE_LEVEL) if all((directory / name).exists() for name in BYTE_LEVEL) else []
+
+
+def other_file(directory: Path) -> str | None:
+    """Name of a file in which another kind of tokenizer is kept; None if there is none."""
+    found = sorted(path.name for pattern in _OTHERS for path in directory.glob(pattern))
+    return found[0] if found else None
+
+
+def advice(directory: Path) -> str:
+    """How to convert a folder elsewhere."""
+    return (
+        f'convert it with `AutoTokenizer.from_pretrained("{directory}").save_pretrained("D")` of transformers, in an '
+        f"environment in which that works, and give D"
+    )
+
+
+def convert(directory: Path, config: dict) -> tuple[str, dict]:
+    """`tokenizer.json` and `tokenizer_config.json` of a folder that has files_to_convert.
+
+    Args:
+        config: content of its tokenizer_config.json.
+    Raises:
+        NotConverted: transformers cannot do it, or would give other ids; one sentence.
+        OSError: a file cannot be read now.
+    """
+    try:
+        return _converted(directory, config)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # transformers raises whatever it likes, OSError where it finds no tokenizer; only the disk's has a number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what = " and ".join(files_to_convert(directory))
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NotConverted(
+            f"{directory} holds {what} but no tokenizer.json, and cannot be converted here ({why}): {advice(directory)}"
+        ) from error
+
+
+def _converted(directory: Path, config: dict) -> tuple[str, dict]:
+    """See convert."""
+    if (directory / SENTENCE_PIECE).exists():
+        made = _of_sentence_piece(directory, config)
+    else:
+        made = _of_byte_level(directory)
+    kept = {key: value for key, value in config.items() if key not in _OF_OTHER_FILES}
+    named = {key: str(token) for key, token in made.special_tokens_map.items() if key.endswith("_token")}
+    # With this class, transformers 4 and 5 take the tokenizer.json as it is.
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+    return made.backend_tokenizer.to_str(), {"clean_up_tokenization_spaces": False, **kept, **own}
+
+
+def _of_sentence_piece(directory: Path, config: dict):
+    """transformers' tokenizer of a `tokenizer.model`."""
+    processor = _processor(directory / SENTENCE_PIECE)
+    # Imported here: it takes seconds, and few folders need it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    begins_with_blank = processor.encode("x", out_type=str)[0].startswith("▁")
+    if config.get("add_prefix_space") not in (None, begins_with_blank):
+        # The folder wants something else than the model says, and its class knows how.
+        return AutoTokenizer.from_pretrained(str(directory), **_HERE)
+    made = PreTrainedTokenizerFast.from_pretrained(str(directory), **_HERE)
+    for text in _PROBES:
+        if made.encode(text, add_special_tokens=False) != processor.encode(text):
+            raise ValueError(f"transformers makes a tokenizer of it that gives {text!r} other ids than SentencePiece")
+    return made
+
+
+def _of_byte_level(directory: Path):
+    """transformers' tokenizer of a `vocab.json` and `merges.txt`."""
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(str(directory), **_HERE)
+    except ValueError as error:
+        if "instantiate the backend" not in str(error):
+            raise
+        raise ValueError(
+            "tokenizer_config.json names no tokenizer_class that says how they split a text, such as GPT2Tokenizer or "
+            "Qwen2Tokenizer"
+        ) from None
+    vocab = json.loads((directory / BYTE_LEVEL[0]).read_text("utf-8"))
+    if not vocab or not isinstance(vocab, dict) or not vocab.keys() <= made.get_vocab().keys():
+        raise ValueError("the class that its tokenizer_config.json names does not read its vocab.json")
+    return made
+
+
+def _processor(path: Path) -> SentencePieceProcessor:
+    """
+    Raises:
+        ValueError: the file is no SentencePiece model, or cannot be read here.
+    """
+    try:
+        processor = SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ValueError("it is no SentencePiece model, or damaged") from None
+    if importlib.util.find_spec("google") is None or importlib.util.find_spec("google.protobuf") is None:
+        raise ValueError("reading it takes a package that is not installed: `pip install protobuf`")
+    return processor
