@@ -18,6 +18,8 @@ import tyro
 import yaml
 
 from model.config import LlamaConfig, padded_vocab_size
+from utils.paths import expand
+from utils.small_files import parse_yaml, shown
 
 CONFIG_NAME = "config.yaml"
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -307,6 +309,10 @@ _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restar
                "profile_steps")  # fmt: skip
 """Say what this launch does, not what the run is: not saved."""
 
+_PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
+_LONGEST_FILE = 1 << 20
+"""Bytes."""
+
 _OTHER_NAMES = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
     "max_steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
@@ -365,12 +371,18 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         tyro.cli(Config, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True,
                  prog="train_my_ddp.py")  # fmt: skip
     command = {token[2:].partition("=")[0]: token.partition("=")[2] for token in tokens}
-    config_file = command.get("exp_config_file", config_file)
-    from_file = _read_yaml(Path(config_file)) if config_file else {}
+    if config_file and "exp_config_file" in command:
+        raise ValueError(f"{config_file} and --exp_config_file both name a configuration file: give only one")
+    if config_file:
+        command["exp_config_file"] = config_file
+    command |= {name: _expand(f"--{name}", command[name]) for name in _PATHS if name in command}
+    config_file = command.pop("exp_config_file", "")
+    from_file = _read_given(Path(config_file)) if config_file else {}
     merged = from_file | command
     saved: dict[str, Any] = {}
     if _coerce("resume", merged.get("resume", False)):
-        saved_path = Path(str(merged.get("out_dir", RunConfig.out_dir))) / CONFIG_NAME
+        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
+        # Its paths were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     _settle_length(saved, from_file)
     _settle_length(saved | from_file, command, drop=(saved, from_file))
@@ -385,7 +397,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         use_underscores=True,
     )
     if config_file:
-        config = replace(config, {"exp_config_file": str(config_file)})
+        config = replace(config, {"exp_config_file": config_file})
     if config.run.resume and not saved and not (config.data.data_dir or config.data.train_data_dir):
         raise ValueError(f"there is no run in {config.run.out_dir} to resume: check --out_dir, or give --data_dir")
     _check(config)
@@ -402,9 +414,26 @@ def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = Non
 
 
 def _take_config_file(argv: list[str]) -> tuple[str, list[str]]:
+    if argv and not argv[0]:
+        raise ValueError("the first argument is empty: name a configuration file, or leave it out")
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     return "", argv
+
+
+def _expand(name: str, path: str) -> str:
+    """
+    Args:
+        name: of what the path was given for.
+    Raises:
+        ValueError: it is none, such as where the shell knew no variable of that name.
+    """
+    if not path:
+        raise ValueError(f"{name} is empty: give a path, or leave it out")
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise ValueError(f"{name}={error}") from None
 
 
 def _normalize(argv: list[str]) -> list[str]:
@@ -451,24 +480,42 @@ def _check_name(name: str, prefix: str) -> None:
     raise ValueError(f"{prefix}{name} is unknown: {hint}")
 
 
+def _read_given(path: Path) -> dict[str, Any]:
+    """`_read_yaml` of a file that somebody wrote: with paths as people write them."""
+    values = _read_yaml(path)
+    try:
+        if "exp_config_file" in values:
+            raise ValueError("exp_config_file has no use in a configuration file, which names no other one")
+        return values | {name: _expand(name, values[name]) for name in _PATHS if values.get(name)}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Flat keys of a YAML file, each of its field's type; without `derived`, which `to_yaml` adds for the reader."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Not utils.small_files.read_small: a pipe, as the shell's <(...), is a file like others here.
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
             # A disk or a network file system that may answer later: nothing is wrong with the command.
             raise
         raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values or {}, dict):
-        raise ValueError(f"{path} must hold flat `name: value` lines")
+    try:
+        if len(text) > _LONGEST_FILE:
+            raise ValueError("it is larger than 1 MiB")
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the configuration file {path} cannot be read: {error}") from None
+    if not isinstance(values, dict) or not values:
+        found = shown(values) if values else "nothing"
+        raise ValueError(f"{path} must hold flat `name: value` lines, and holds {found}")
     try:
         typed = {}
-        for name, value in (values or {}).items():
+        for name, value in values.items():
             if name != "derived":
-                _check_name(str(name), "")
+                _check_name(name if isinstance(name, str) else shown(name), "")
                 typed[name] = _coerce(name, value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -485,18 +532,27 @@ def _coerce(name: str, value: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in kinds and (value is None or value == "None"):
         return None
+    if value is None:
+        # In YAML `~` is nothing, too.
+        raise ValueError(f"{name} has no value: write one (text in quotes), or leave the line out")
     kind = next(k for k in kinds if k is not type(None))
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+        choices = get_args(kind)
+        if value not in choices:
+            named = ", ".join(choice or '""' for choice in choices)
+            raise ValueError(f"{name} must be one of {named}, got {shown(value)}")
         return value
     if kind is bool:
         if isinstance(value, bool):
             return value
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
-    elif kind is str and isinstance(value, (str, int, float)):
-        return str(value)
+    elif kind is str:
+        if type(value) in (str, int):
+            return str(value)
+        if not isinstance(value, (list, dict)):
+            # `no`, 1.10 or a date would come out as a text that nobody wrote.
+            raise ValueError(f"{name} is a text: put it in quotes, as YAML reads it as {shown(value)}")
     elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = kind(value)
@@ -504,7 +560,8 @@ def _coerce(name: str, value: Any) -> Any:
                 return number
         except (ValueError, OverflowError):
             pass
-    raise ValueError(f"{name} must be {'true or false' if kind is bool else f'of type {kind.__name__}'}, got {value!r}")
+    wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+    raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def _to_tyro(name: str, value: str) -> str:
@@ -720,4 +777,5 @@ def to_yaml(config: Config, derived: dict[str, Any]) -> str:
     values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}
     # Only the one that counts: together they would be refused.
     values.pop("epoch" if config.run.max_iters else "max_iters")
-    return yaml.safe_dump(values | {"derived": derived}, sort_keys=False, allow_unicode=True)
+    given, came_to = (yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for v in (values, {"derived": derived}))
+    return f"{given}# What that came to, for the reader: changes here have no effect.\n{came_to}"

@@ -9,18 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import KVCache, Llama, hf
+from model.generation_config import read_generation_config
 from optimizer import resolve_dtype
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from utils.checkpoint import resolve_checkpoint_dir
+from utils.paths import a_path
+from utils.terminal import INTERRUPTED, run_main
 
 
-def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer]:
+class Loaded(NamedTuple):
+    model: Llama
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    """Tokens that end a text: of a document, and those that the folder's configuration names."""
+
+
+def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate.
 
     Raises:
@@ -28,6 +39,7 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Ll
     """
     directory = resolve_checkpoint_dir(path)
     config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
+    stop_ids = frozenset([tokenizer.eod_id, *read_generation_config(directory).eos_ids])
     if config.vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} entries, the model an embedding for "
@@ -36,7 +48,25 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Ll
     hf.check_weights(config, directory)
     model = Llama(config)
     hf.load_weights(model, directory)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return Loaded(model.to(device=device, dtype=dtype).eval(), tokenizer, stop_ids)
+
+
+def room_for_text(model: Llama, prompt_ids: list[int]) -> int:
+    """How many tokens may follow a prompt: the model knows `max_position_embeddings` positions, however its rotary
+    positions are scaled.
+
+    Raises:
+        ValueError: none, or the prompt is empty.
+    """
+    context = model.config.max_position_embeddings
+    if not prompt_ids:
+        raise ValueError("the prompt is empty")
+    if len(prompt_ids) >= context:
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens, and the model knows {context} positions "
+            f"(max_position_embeddings): shorten it"
+        )
+    return context - len(prompt_ids)
 
 
 def sample_token(
@@ -74,15 +104,14 @@ def generate(
     seed: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids one by one, until a stop id (not yielded) or max_new_tokens.
+    """Yield new token ids one by one, until a stop id (not yielded), max_new_tokens or the end of the model's context.
 
     Args:
         vocab_size: the tokenizer's; the model's scores beyond it are padding.
     Raises:
-        ValueError: an empty prompt.
+        ValueError: an empty prompt, or one that fills the context.
     """
-    if not prompt_ids:
-        raise ValueError("the prompt is empty")
+    max_new_tokens = min(max_new_tokens, room_for_text(model, prompt_ids))
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens, parameter.dtype, parameter.device)
@@ -205,7 +234,7 @@ def say(chat: Chat, question: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a trained model.")
-    parser.add_argument("--ckpt", required=True, help="run directory, checkpoint or Hugging Face folder")
+    parser.add_argument("--ckpt", type=a_path, required=True, help="run directory, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--system", default="", help="with --chat: what the model is told first")
@@ -231,38 +260,48 @@ def main(argv: list[str] | None = None) -> int:
             )
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
-        model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
+        model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
 
         def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
             return generate(
-                model, ids, max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed,
-                tokenizer.vocab_size,
+                model, ids, max_new_tokens, stop_ids | folder_stops, args.temperature, args.top_k, args.top_p,
+                args.seed, tokenizer.vocab_size,
             )  # fmt: skip
 
+        context = model.config.max_position_embeddings
         if args.chat:
-            room = model.config.max_position_embeddings
-            chat = Chat(tokenizer, sample, min(args.max_new_tokens, room // 2), room, args.system)
+            prompt, room = [], context // 2
+            chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
         else:
-            prompt = tokenizer.encode(args.prompt)
+            # What the model has always seen in front of a text. A chat template writes its own.
+            prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
+            room = room_for_text(model, prompt)
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
+    if args.max_new_tokens > room:
+        what = "an answer has" if args.chat else f"{len(prompt)} tokens of prompt leave"
+        print(
+            f"generate: {what} room for {room} of --max_new_tokens {args.max_new_tokens}: the model knows {context} "
+            f"positions",
+            file=sys.stderr,
+        )
     if args.chat:
         if args.prompt:
             return 0 if say(chat, args.prompt) else 2
         talk(chat)
         return 0
     print(args.prompt, end="", flush=True)
-    new_ids = sample(prompt, args.max_new_tokens, frozenset([tokenizer.eod_id]))
+    new_ids = sample(prompt, args.max_new_tokens, frozenset())
     try:
         for piece in stream_text(tokenizer, new_ids):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print()
-        return 130
+        return INTERRUPTED
     print()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

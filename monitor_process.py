@@ -14,7 +14,6 @@ stopped on request after saving; 1 given up, with the reason on the last line.
 
 import argparse
 import errno
-import io
 import logging
 import math
 import os
@@ -38,7 +37,9 @@ from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import is_passing, lock_file
+from utils.paths import a_path, expand
 from utils.ssh import SSHProblem
+from utils.terminal import run_main
 
 logger = logging.getLogger("monitor")
 
@@ -58,8 +59,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--status", metavar="RUN", help="say what a run is doing, and end")
-    add("--hosts", metavar="FILE", help="YAML file of the hosts to run on, over SSH (docs/robustness.md)")
+    add("--status", type=a_path, metavar="RUN", help="say what a run is doing, and end")
+    add("--hosts", type=a_path, metavar="FILE", help="YAML file of the hosts to run on, over SSH (docs/robustness.md)")
     add("--max_restarts", type=int, default=rules.max_restarts, help="restarts in all")
     add("--max_without_progress", type=int, default=rules.max_without_progress,
         help="give up only after as many launches in a row without a new step, ...")  # fmt: skip
@@ -111,15 +112,16 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
     """
     options, command = options_of(args), TrainCommand.parse(words)
     out_dir = command.out_dir
+    run_dir = Path(expand(out_dir))
     if args.hosts is None:
         if not Path(command.script).exists():
             raise ValueError(f"{command.script} does not exist here")
-        return Supervisor([LocalNode(Path(out_dir))], command, Path(out_dir), options, None)
+        return Supervisor([LocalNode(run_dir)], command, run_dir, options, None)
     if not command.is_torchrun or command.is_standalone:
         raise ValueError("--hosts needs a command that begins with python -m parallel.launch, without --standalone")
     hosts = read_hosts(Path(args.hosts))
     nodes = [RemoteNode(host, out_dir, index) for index, host in enumerate(hosts.hosts)]
-    known = known_hosts_of(Path(out_dir))
+    known = known_hosts_of(run_dir)
     for node in nodes:
         try:
             # Before the first launch, as only now somebody may be there to answer.
@@ -129,7 +131,7 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
                 raise
             # After a reboot, say: of this machine, whose network is not there yet, or of the host.
             node.expect(error)
-    return Supervisor(nodes, command, Path(out_dir), options, hosts)
+    return Supervisor(nodes, command, run_dir, options, hosts)
 
 
 def known_hosts_of(run_dir: Path) -> list[str]:
@@ -185,18 +187,7 @@ def is_at_work(run_dir: Path) -> bool:
         return False
 
 
-def flush_output() -> None:
-    """A pipe that nobody reads any more must not change the exit code."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def set_up_log() -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Whatever the training prints, this terminal must not be a reason to fail.
-        sys.stdout.reconfigure(errors="replace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("monitor: %(message)s"))
     logger.addHandler(handler)
@@ -269,8 +260,8 @@ def main(argv: list[str]) -> int:
     finally:
         supervisor.close()
         lock.close()
-        flush_output()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # Whoever reads what it prints may leave: the training is looked after all the same.
+    run_main(lambda: main(sys.argv[1:]), goes_on=True)

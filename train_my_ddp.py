@@ -43,6 +43,7 @@ from utils import exits
 from utils.logging import log_traceback, setup_console
 from utils.meter import StepMeter
 from utils.saving import SaveOutcome
+from utils.terminal import set_up_output
 
 logger = logging.getLogger("train")
 
@@ -513,13 +514,14 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Nobody has to read what it prints: all of it is in the run's train.log.
+    set_up_output(goes_on=True)
     try:
         exit_code = main(sys.argv[1:])
     except (Exception, KeyboardInterrupt):
         exit_code = exits.CRASH
     if exit_code in (exits.CRASH, exits.WRONG_INPUT):
         # All is logged. Leave at once: a thread that waits for another rank would hold the process back.
-        with suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

@@ -41,6 +41,7 @@ from optimizer.clip import clip_factor
 from parallel import DistContext, DistributedDataParallel
 from parallel.buffer import ParameterSlice, sum_of_squares
 from utils.machine import cpu_name
+from utils.terminal import run_main
 
 CONFIG = "configs/1.1b.yaml"
 LEARNING_RATE = 1e-4
@@ -315,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

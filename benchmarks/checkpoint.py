@@ -48,8 +48,10 @@ from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
 from utils.checkpoint import Retention
 from utils.machine import cpu_name
+from utils.paths import a_path
 from utils.saving import CheckpointSaver, CheckpointWriter
 from utils.stores import Place
+from utils.terminal import run_main
 
 LEARNING_RATE = 1e-4
 
@@ -350,7 +352,7 @@ def main() -> None:
     parser.add_argument("--zero1", action="store_true", help="each rank holds and saves its own shard")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quiet_steps", type=int, default=4, help="steps without a save, before each")
-    parser.add_argument("--directory", help="where to write (default: the machine's temporary directory)")
+    parser.add_argument("--directory", type=a_path, help="where to write (default: the machine's temporary directory)")
     parser.add_argument("--only", help="words, separated by commas, of which a contender's name must hold one")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -386,4 +388,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

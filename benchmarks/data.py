@@ -39,6 +39,7 @@ from dataset.loader import TrainLoader
 from dataset.pretrain import PretrainDataset
 from tokenizer.train_tokenizer import main as train_tokenizer_main
 from utils.machine import cpu_name
+from utils.terminal import run_main
 
 VOCAB_SIZE, SEQ_LEN, BATCH_SIZE = 16384, 1024, 8
 
@@ -327,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

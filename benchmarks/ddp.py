@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
 from parallel import DistContext, DistributedDataParallel, destroy_context, init_context
+from utils.terminal import run_main
 
 VOCAB_SIZE = 8192
 
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

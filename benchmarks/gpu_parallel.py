@@ -22,6 +22,8 @@ from model.loss import cross_entropy_sum
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
+from utils.paths import a_path
+from utils.terminal import run_main
 
 PRESETS = {
     "1.1b": dict(vocab_size=64320, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--trace", help="write a profile of one backward pass with the hook")
+    parser.add_argument("--trace", type=a_path, help="write a profile of one backward pass with the hook")
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and args.preset != "tiny":
@@ -138,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

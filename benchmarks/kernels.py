@@ -35,6 +35,8 @@ from optimizer import adamw_triton
 from optimizer.adamw import AdamWConfig, adamw_step
 from parallel.buffer import sum_of_squares
 from utils.machine import cpu_name
+from utils.paths import a_path
+from utils.terminal import run_main
 
 EPS = 1e-5
 
@@ -301,7 +303,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", default="", help="names of operations, separated by commas")
-    parser.add_argument("--output", default="", help="a file for the table, instead of stdout")
+    parser.add_argument("--output", type=a_path, default="", help="a file for the table, instead of stdout")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -331,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

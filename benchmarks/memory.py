@@ -30,6 +30,7 @@ from parallel import (
     init_context,
     sum_hook,
 )
+from utils.terminal import run_main
 
 MODES = ("plain", "ZeRO-1", "bf16 hook", "ZeRO-1, bf16 hook", "PowerSGD", "PowerSGD, residual in the gradient buffer",
          "PowerSGD, ZeRO-1", "PowerSGD, ZeRO-1, residual in the gradient buffer")  # fmt: skip
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

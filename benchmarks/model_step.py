@@ -28,6 +28,7 @@ from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel
 from utils.machine import cpu_name, keep_freed_memory
+from utils.terminal import run_main
 
 VOCAB_SIZE = 8192
 
@@ -185,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,7 +15,9 @@ import statistics
 from pathlib import Path
 
 from demo.run import ROOT, data_stages, run
+from utils.paths import a_path
 from utils.reslog import read_reslog
+from utils.terminal import run_main
 
 Points = list[tuple[int, float, float]]
 """(step, held-out loss, bits per byte)"""
@@ -93,7 +95,7 @@ def plot(results: dict[str, dict[int, Points]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.quality_under_compression", description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", default="out/quality")
+    parser.add_argument("--dir", type=a_path, default="out/quality")
     parser.add_argument("--max_iters", type=int, default=320)
     parser.add_argument("--ranks", default="4,8,16,32")
     parser.add_argument("--seeds", default="1337", help="of all hooks")
@@ -136,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

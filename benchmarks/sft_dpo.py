@@ -24,6 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+from utils.paths import a_path
+from utils.terminal import run_main
+
 _SKIPPED_STEPS = 3
 MAX_SEQ_LEN = 1024
 
@@ -188,9 +191,9 @@ CASES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.sft_dpo", description=__doc__.splitlines()[0])
-    parser.add_argument("--talk", required=True, help="what demo.conversations wrote")
-    parser.add_argument("--tokenizer_dir", required=True)
-    parser.add_argument("--work_dir", required=True)
+    parser.add_argument("--talk", type=a_path, required=True, help="what demo.conversations wrote")
+    parser.add_argument("--tokenizer_dir", type=a_path, required=True)
+    parser.add_argument("--work_dir", type=a_path, required=True)
     parser.add_argument("--task", choices=["sft", "dpo", "both"], default="both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--hidden_size", type=int, default=384)
@@ -230,4 +233,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -50,6 +50,8 @@ from parallel import (
 )
 from utils.files import atomic_write_json
 from utils.machine import cpu_name
+from utils.paths import a_path
+from utils.terminal import run_main
 
 LEARNING_RATE = 1e-4
 GRAD_CLIP = 1.0
@@ -446,7 +448,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--bucket_size", type=int, default=1_500_000, help="elements of a bucket of ours")
-    parser.add_argument("--output", help="JSON file for all raw figures")
+    parser.add_argument("--output", type=a_path, help="JSON file for all raw figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     for option, given, known in (
@@ -476,4 +478,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

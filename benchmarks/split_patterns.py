@@ -19,6 +19,8 @@ from data_preprocess.readers import Corpus, Document, find_units, read_unit
 from tokenizer import Tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sp_bbpe import train_sp_bbpe
+from utils.paths import expand
+from utils.terminal import run_main
 
 VARIANTS = {
     "digits 1, letters any": dict(max_digits=1),
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=16384)
     parser.add_argument("--variant", choices=list(VARIANTS))
     args = parser.parse_args()
-    sources = dict(source.split("=", 1) for source in args.source)
+    sources = {name: expand(path) for name, path in (source.split("=", 1) for source in args.source)}
     if args.variant:
         print(json.dumps(measure(args.variant, sources, args.vocab_size)))
         return
@@ -96,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

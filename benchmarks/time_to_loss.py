@@ -42,6 +42,8 @@ from demo.run import data_stages, records_of, run
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from tokenizer import load_tokenizer
 from utils.machine import cpu_name
+from utils.paths import a_path
+from utils.terminal import run_main
 
 SEQ_LEN, LAYERS, HEADS, WIDTH = 256, 6, 6, 384
 CONFIG = "benchmarks/time_to_loss.yaml"
@@ -214,8 +216,8 @@ def plot(nanogpt: list[Point], ours: list[Point], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", required=True, help="a checkout of nanoGPT, outside this tree")
-    parser.add_argument("--dir", default="out/time_to_loss")
+    parser.add_argument("--nanogpt", type=a_path, required=True, help="a checkout of nanoGPT, outside this tree")
+    parser.add_argument("--dir", type=a_path, default="out/time_to_loss")
     parser.add_argument("--seconds", type=float, default=480.0, help="of training, for nanoGPT")
     parser.add_argument("--points", type=int, default=4, help="validations of each")
     parser.add_argument("--nanogpt_batch", type=int, default=4, help="rows of a step (4: of 4, 8, 16 the best)")
@@ -263,4 +265,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

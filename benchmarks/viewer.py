@@ -26,6 +26,7 @@ from pathlib import Path
 
 from utils.machine import cpu_name
 from utils.reslog import ResLog
+from utils.terminal import run_main
 
 
 def train_values(random_: random.Random, step: int, steps: int) -> dict:
@@ -194,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

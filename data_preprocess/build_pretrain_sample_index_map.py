@@ -18,6 +18,8 @@ from dataset.format import (
     require_pretokenized,
     write_index,
 )
+from utils.paths import a_path
+from utils.terminal import run_main
 
 
 def build(data_dir: Path, max_seq_len: int) -> list[str]:
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data_preprocess.build_pretrain_sample_index_map", description="Build the .ibin sample index."
     )
-    parser.add_argument("--data_dir", required=True, help="directory with the .bin files")
+    parser.add_argument("--data_dir", type=a_path, required=True, help="directory with the .bin files")
     parser.add_argument("--max_seq_len", type=int, required=True, help="tokens of a sample")
     args = parser.parse_args(argv)
     try:
@@ -66,4 +68,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

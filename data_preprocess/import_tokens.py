@@ -27,6 +27,8 @@ import numpy as np
 from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of, sole_writer, write_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import sha256_of_file
+from utils.paths import a_path
+from utils.terminal import run_main
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -187,10 +189,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m data_preprocess.import_tokens", description="Take over token files of other programs."
     )
     parser.add_argument("--format", choices=["nanogpt", "llama2c", "megatron"], required=True)
-    parser.add_argument("--input", nargs="+", required=True, help="token files")
-    parser.add_argument("--valid_input", nargs="+", default=[], help="token files of the validation set")
-    parser.add_argument("--tokenizer_dir", required=True, help="the tokenizer that made them")
-    parser.add_argument("--output_dir", required=True, help="where the .bin files go")
+    parser.add_argument("--input", type=a_path, nargs="+", required=True, help="token files")
+    parser.add_argument("--valid_input", type=a_path, nargs="+", default=[], help="token files of the validation set")
+    parser.add_argument("--tokenizer_dir", type=a_path, required=True, help="the tokenizer that made them")
+    parser.add_argument("--output_dir", type=a_path, required=True, help="where the .bin files go")
     parser.add_argument("--valid_ratio", type=float, help="share of documents held out, without --valid_input (0.01)")
     parser.add_argument("--bos_id", type=int, help="token that begins a document (llama2c: 1)")
     parser.add_argument("--shard_tokens", type=int, default=50_000_000, help="tokens in a shard (default: 50000000)")
@@ -226,4 +228,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

@@ -9,7 +9,6 @@ run that was killed goes on where it stopped (units.py), and the output does not
 import argparse
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import read_bin_header, read_document_table
 from tokenizer import Tokenizer
+from utils.paths import a_path
+from utils.terminal import run_main
 
 _ENCODE_BATCH_CHARACTERS = 1 << 20
 _ENCODE_BATCH_ITEMS = 1000
@@ -55,7 +56,7 @@ class PretrainJob(Job):
                 num_items += 1
                 if isinstance(item, BadRecord):
                     bad.add(item)
-                    self.check_bad_records(bad_before + bad.count, bad.examples[0])
+                    self.check_bad_records(bad_before + bad.count, bad.examples)
                     continue
                 # Else it goes on with the document of the item before, and the first part of a document decides.
                 split = split or set_of(item.text.encode("utf-8"), self.valid_ratio)
@@ -112,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m data_preprocess.pretokenize_pretrain_data",
         description="Tokenize text, JSON, Parquet and tables into .bin shards.",
     )
-    parser.add_argument("--data_dir", required=True, help="directory with the raw text")
-    parser.add_argument("--tokenizer_dir", required=True, help="directory of the tokenizer")
-    parser.add_argument("--output_dir", help="where the .bin files go (default: data_dir)")
+    parser.add_argument("--data_dir", type=a_path, required=True, help="directory with the raw text")
+    parser.add_argument("--tokenizer_dir", type=a_path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--output_dir", type=a_path, help="where the .bin files go (default: data_dir)")
     add_corpus_arguments(parser)
     parser.add_argument("--valid_ratio", type=float, default=0.01, help="share of documents held out (default: 0.01)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -139,4 +140,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

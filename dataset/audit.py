@@ -29,7 +29,9 @@ from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
+from utils.paths import a_path
 from utils.reslog import count_launches, read_reslog
+from utils.terminal import run_main
 
 _ROWS_AT_ONCE = 512
 _MOST_FINDINGS = 10
@@ -205,9 +207,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataset.audit", description="Prove that no sample of a run was repeated or skipped."
     )
-    parser.add_argument("run", help="run directory (--out_dir of the training)")
+    parser.add_argument("run", type=a_path, help="run directory (--out_dir of the training)")
     parser.add_argument(
-        "--data_dir", action="append", default=[], help="where the data lies, if it was moved or changed during the run"
+        "--data_dir",
+        type=a_path,
+        action="append",
+        default=[],
+        help="where the data lies, if it was moved or changed during the run",
     )
     args = parser.parse_args(argv)
     started = time.monotonic()
@@ -223,4 +229,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

@@ -29,6 +29,8 @@ from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
+from utils.paths import a_path
+from utils.terminal import run_main
 
 _BAR_WIDTH = 40
 
@@ -196,13 +198,15 @@ def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
-    parser.add_argument("path", help="run directory, or directory with .bin and .ibin files")
+    parser.add_argument("path", type=a_path, help="run directory, or directory with .bin and .ibin files")
     parser.add_argument("--sample", type=int, help="show this sample of the set")
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")
     parser.add_argument("--verify", action="store_true", help="compare all tokens with the shards' checksums")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--max_seq_len", type=int, default=0, help="which index (default: the run's, or the only one)")
-    parser.add_argument("--tokenizer_dir", default="", help="default: the run's, or the one beside the data")
+    parser.add_argument(
+        "--tokenizer_dir", type=a_path, default="", help="default: the run's, or the one beside the data"
+    )
     parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
     args = parser.parse_args(argv)
     try:
@@ -225,4 +229,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from utils.small_files import parse_yaml
 
 CONFIG_NAME = "config.yaml"
 
@@ -31,12 +31,12 @@ def read_run_data(run_dir: Path) -> RunData:
         ValueError: no run directory.
     """
     try:
-        config = yaml.safe_load((run_dir / CONFIG_NAME).read_text())
+        config = parse_yaml((run_dir / CONFIG_NAME).read_bytes())
         # Not those that were given: of raw records, where their tokens are.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
         return RunData(
             dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
             config["task_type"], config["packing"],
         )  # fmt: skip
-    except (FileNotFoundError, NotADirectoryError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{run_dir} is no run directory: {CONFIG_NAME} cannot be read ({error})") from None

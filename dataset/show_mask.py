@@ -35,6 +35,8 @@ from dataset.run_data import RunData, is_run, read_run_data
 from dataset.sequences import SequenceSet, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write
+from utils.paths import a_path
+from utils.terminal import run_main
 
 _GREEN, _BLUE, _DIM, _RESET = "\x1b[30;42m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 _UNIT_BYTES = 1 << 24
@@ -225,14 +227,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataset.show_mask", description="Show which tokens are supervised."
     )
-    parser.add_argument("path", help="file with raw records, pretokenized directory, or run")
-    parser.add_argument("--tokenizer_dir", default="", help="default: the one in a pretokenized directory")
+    parser.add_argument("path", type=a_path, help="file with raw records, pretokenized directory, or run")
+    parser.add_argument("--tokenizer_dir", type=a_path, default="", help="default: the one in a pretokenized directory")
     add_compiling_arguments(parser)
     parser.add_argument("--split", choices=SPLITS, default="train", help="of a pretokenized directory")
     parser.add_argument("--position", type=int, help="of a run: what it took from this position of its stream")
     parser.add_argument("--first", type=int, default=0, help="pass over so many samples (default: 0)")
     parser.add_argument("--num", type=int, default=10, help="samples to show (default: 10)")
-    parser.add_argument("--html", default="", metavar="FILE", help="write a page with the same samples")
+    parser.add_argument("--html", type=a_path, default="", metavar="FILE", help="write a page with the same samples")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     args = parser.parse_args(argv)
     path = Path(args.path)
@@ -276,4 +278,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -14,17 +14,19 @@ from demo.conversations import parses
 from generate import generate, load_model
 from optimizer import resolve_dtype
 from tokenizer.chat_template import ChatTemplate, Message
+from utils.paths import a_path
+from utils.terminal import run_main
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to held-out questions.")
-    parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--questions", required=True)
+    parser.add_argument("--ckpt", type=a_path, required=True)
+    parser.add_argument("--questions", type=a_path, required=True)
     parser.add_argument("--count", type=int, default=16, help="questions to ask (default: 16)")
     parser.add_argument("--show", type=int, default=2, help="answers to print (default: 2)")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max_new_tokens", type=int, default=96)
-    parser.add_argument("--output", help="write the score to this JSON file")
+    parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -32,8 +34,9 @@ def main() -> int:
         questions = [record["messages"][0]["content"] for record in records]
         if not questions or args.count < 1:
             raise ValueError(f"there is no question in {args.questions}")
-        model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+        model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
         template = ChatTemplate(tokenizer)
+        stop_ids = template.stop_ids | folder_stops
     except (ValueError, OSError) as error:
         print(f"demo.answer: {error}", file=sys.stderr)
         return 2
@@ -61,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

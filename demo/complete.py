@@ -22,6 +22,8 @@ from dataset.format import MANIFEST_NAME
 from demo.conversations import parses as is_python
 from generate import generate, load_model
 from optimizer import resolve_dtype
+from utils.paths import a_path
+from utils.terminal import run_main
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ def parses(header: Header, body: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.complete", description="Complete held-out functions.")
-    parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--corpus_dir", required=True)
-    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--ckpt", type=a_path, required=True)
+    parser.add_argument("--corpus_dir", type=a_path, required=True)
+    parser.add_argument("--data_dir", type=a_path, required=True)
     parser.add_argument("--count", type=int, default=20, help="functions to complete (default: 20)")
     parser.add_argument("--show", type=int, default=3, help="completions to print (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.3)
-    parser.add_argument("--output", help="write the score to this JSON file")
+    parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -128,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

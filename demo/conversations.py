@@ -22,6 +22,8 @@ from pathlib import Path
 
 from data_preprocess.shards import set_of
 from dataset.format import MANIFEST_NAME
+from utils.paths import a_path
+from utils.terminal import run_main
 
 _MOST_LINES = 12
 _MOST_CHARACTERS = 500
@@ -103,9 +105,11 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.conversations", description="Conversations and preferences.")
-    parser.add_argument("--corpus_dir", required=True)
-    parser.add_argument("--data_dir", required=True, help="pretokenized corpus, for which modules it held out")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--corpus_dir", type=a_path, required=True)
+    parser.add_argument(
+        "--data_dir", type=a_path, required=True, help="pretokenized corpus, for which modules it held out"
+    )
+    parser.add_argument("--output_dir", type=a_path, required=True)
     args = parser.parse_args()
     corpus, output, rng = Path(args.corpus_dir), Path(args.output_dir), random.Random(0)
     try:
@@ -137,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

@@ -11,6 +11,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from utils.paths import a_path
+from utils.terminal import run_main
+
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
                     "lib2to3", "ensurepip", "__pycache__"}  # fmt: skip
 
@@ -33,7 +36,7 @@ def copy_standard_library(output_dir: Path) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.corpus", description="Copy the standard library's source.")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_dir", type=a_path, required=True)
     count, size = copy_standard_library(Path(parser.parse_args().output_dir))
     if not count:
         print("demo.corpus: this Python has no source files of its standard library", file=sys.stderr)
@@ -43,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

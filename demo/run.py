@@ -21,7 +21,9 @@ from pathlib import Path
 
 from utils.exits import STOPPED, read_exit_records, verdict
 from utils.machine import cpu_name
+from utils.paths import a_path
 from utils.reslog import read_reslog
+from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +83,7 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
-    parser.add_argument("--dir", default="out/demo", help="where everything goes (default: out/demo)")
+    parser.add_argument("--dir", type=a_path, default="out/demo", help="where everything goes (default: out/demo)")
     parser.add_argument("--max_iters", type=int, default=320, help="steps of pretraining (default: 320)")
     parser.add_argument("--sft_iters", type=int, default=80, help="steps of SFT (default: 80)")
     parser.add_argument("--dpo_iters", type=int, default=24, help="steps of DPO (default: 24)")
@@ -188,4 +190,4 @@ def summarize(times: list[tuple[str, float]], home: Path, score: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

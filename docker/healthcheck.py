@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from monitor.watch import Limits, Watch  # noqa: E402
 from utils.heartbeat import read_heartbeats  # noqa: E402
+from utils.paths import a_path  # noqa: E402
 from utils.reslog import newest_values  # noqa: E402
+from utils.terminal import run_main  # noqa: E402
 
 _KEYS = {"rank", "pid", "phase", "step", "monotonic"}
 
@@ -64,7 +66,9 @@ def overdue(run_dir: Path, ranks: dict[int, bool], limits: Limits, now: float) -
 def main(argv: list[str]) -> int:
     usual = Limits()
     parser = argparse.ArgumentParser(prog="healthcheck.py", description="Is the training in this container alive?")
-    parser.add_argument("--run", metavar="RUN", help="look at this run alone (default: at every one that trains here)")
+    parser.add_argument(
+        "--run", type=a_path, metavar="RUN", help="look at this run alone (default: at every one that trains here)"
+    )
     hang_help = f"shortest time in seconds that counts as a hang (default: {usual.step_floor:.0f})"
     parser.add_argument("--hang_after", type=float, default=usual.step_floor, help=hang_help)
     args = parser.parse_args(argv)
@@ -87,4 +91,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), goes_on=True)

@@ -18,6 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils.paths import a_path  # noqa: E402
+from utils.terminal import run_main  # noqa: E402
+
 
 def make_run(
     directory: Path, steps: int, number: int = 0, of: int | None = None, quiet_s: float = 0.0, resumed: bool = False
@@ -83,11 +86,14 @@ def picture(path: Path, home: Path, arguments: list[str], seconds: float = 6.0, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", default="out/demo/run", help="a real run for the first picture (default: the demo's)")
-    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument(
+        "--run", type=a_path, default="out/demo/run", help="a real run for the first picture (default: the demo's)"
+    )
+    parser.add_argument("--to", type=a_path, default=str(ROOT / "docs" / "images"))
     parser.add_argument("--only", help="names of pictures, with commas between")
     args = parser.parse_args()
-    args.to.mkdir(parents=True, exist_ok=True)
+    to = Path(args.to)
+    to.mkdir(parents=True, exist_ok=True)
     english = ["--language", "en"]
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -134,9 +140,9 @@ def main() -> int:
 
         for draw in (one, ten, remote, stalled, dark, chinese):
             if not args.only or draw.__name__ in args.only.split(","):
-                draw(args.to / f"viewer-{draw.__name__}.png")
+                draw(to / f"viewer-{draw.__name__}.png")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

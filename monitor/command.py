@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.files import is_passing
+from utils.paths import expand
 from utils.small_files import parse_yaml, read_small
 
 _LONGEST_CONFIG = 1 << 20
@@ -75,7 +76,8 @@ class TrainCommand:
 
     @property
     def out_dir(self) -> str:
-        """As the training would resolve it: the flag, the YAML file, the default.
+        """As it was given, and the training takes it: the flag, the YAML file, the default. Each machine expands `~` in
+        it to its own home directory.
 
         Raises:
             ValueError: the YAML file cannot be read.
@@ -90,7 +92,7 @@ class TrainCommand:
         if file is None:
             return _DEFAULT_OUT_DIR
         try:
-            values = parse_yaml(read_small(Path(file), _LONGEST_CONFIG)) or {}
+            values = parse_yaml(read_small(Path(expand(file)), _LONGEST_CONFIG)) or {}
             if not isinstance(values, dict):
                 raise ValueError("it holds no settings")
             return str(values.get("out_dir", _DEFAULT_OUT_DIR))

@@ -5,7 +5,7 @@
         user: me                    # optional
         port: 22                    # optional
         key_file: ~/.ssh/id_ed25519 # optional; else the agent and the usual keys
-        workdir: /home/me/zero2all  # where train_my_ddp.py is, and from where paths count
+        workdir: ~/zero2all         # where train_my_ddp.py is, and from where paths count; ~ is the home there
         python: .venv/bin/python    # optional, default python3
         address: 10.0.0.1           # optional: how the other hosts reach it; default: host
         env: {GLOO_SOCKET_IFNAME: eth0, OMP_NUM_THREADS: 4, FRACTION: "0.90"}   # whole numbers, or texts
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.files import is_passing
-from utils.small_files import is_whole, parse_yaml, read_small
+from utils.paths import expand
+from utils.small_files import is_whole, parse_yaml, read_small, shown
 from utils.ssh import SSHTarget
 
 _LONGEST_FILE = 1 << 20
@@ -84,7 +85,7 @@ def read_hosts(path: Path) -> Hosts:
         raise ValueError(f"{path}: unknown: {', '.join(sorted(unknown)[:5])}")
     port = content.get("rendezvous_port", Hosts.rendezvous_port)
     if not is_whole(port, 1, 65535):
-        raise ValueError(f"{path}: rendezvous_port must be a port number, got {_shown(port)}")
+        raise ValueError(f"{path}: rendezvous_port must be a port number, got {shown(port)}")
     hosts = [_read_host(path, number, entry) for number, entry in enumerate(content["hosts"], 1)]
     names = [(host.host, host.port, host.reached_at) for host in hosts]
     if len(set(names)) != len(names):
@@ -105,11 +106,14 @@ def _read_host(path: Path, number: int, entry: object) -> Host:
         if name not in _TYPES:
             raise ValueError(f"{where}: {_key(name)} is unknown: {', '.join(_TYPES)} are known")
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} must be of type {_TYPES[name].__name__}, got {_shown(value)}")
+            raise ValueError(f"{where}: {name} must be of type {_TYPES[name].__name__}, got {shown(value)}")
         if name in _TEXTS and not (value.strip() and value.isprintable()):
-            raise ValueError(f"{where}: {name} must be one line of text, got {_shown(value)}")
-    host = Host(**{**entry, "env": _read_env(where, entry.get("env", {}))})
+            raise ValueError(f"{where}: {name} must be one line of text, got {shown(value)}")
+    env = _read_env(where, entry.get("env", {}))
     try:
+        # These two lie on this machine, workdir and python on the host, which knows its own home directory.
+        own = {name: expand(entry[name]) for name in ("key_file", "known_hosts") if name in entry}
+        host = Host(**{**entry, **own, "env": env})
         # What is no name, port or fingerprint is refused there.
         _ = host.target
     except ValueError as error:
@@ -122,20 +126,11 @@ def _read_env(where: str, entry: dict) -> dict[str, str]:
     a date) is not turned into a text that nobody wrote."""
     for name, value in entry.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{where}: env must hold names of variables, got {_shown(name)}")
+            raise ValueError(f"{where}: env must hold names of variables, got {shown(name)}")
         if type(value) not in (str, int) or "\0" in str(value):
-            raise ValueError(f"{where}: env: {name} must be a whole number or a text in quotes, got {_shown(value)}")
+            raise ValueError(f"{where}: env: {name} must be a whole number or a text in quotes, got {shown(value)}")
     return {name: str(value) for name, value in entry.items()}
 
 
 def _key(value: object) -> str:
-    return value if isinstance(value, str) and value.isidentifier() and len(value) <= 80 else _shown(value)
-
-
-def _shown(value: object) -> str:
-    """A value in a sentence. Of a list or mapping only that it is one: with aliases, its text may be longer than any
-    memory."""
-    if isinstance(value, (dict, list, tuple, set)):
-        return f"a {'mapping' if isinstance(value, dict) else 'list'}"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return value if isinstance(value, str) and value.isidentifier() and len(value) <= 80 else shown(value)

@@ -31,6 +31,7 @@ from utils.checkpoint import RUN_MARK, list_checkpoints
 from utils.exits import read_exit_records
 from utils.files import atomic_write_json, is_passing, try_lock
 from utils.heartbeat import read_heartbeats, stacks_path
+from utils.paths import a_path, expand
 from utils.small_files import is_whole, parse_json, read_small
 
 PROTOCOL = 2
@@ -175,14 +176,16 @@ class LocalNode:
         # Before anything runs: a job that no file names could not be found again.
         atomic_write_json(self._job_file, self._job)
         env = os.environ | launch.env | {"ZERO2ALL_LAUNCH": launch.token, "ZERO2ALL_EXIT_DIR": str(exits.resolve())}
+        # The interpreter of a hosts file, where no shell looks at it.
+        words = [expand(launch.command[0]), *launch.command[1:]]
         with open(log, "wb") as output:
             try:
                 self._process = subprocess.Popen(
-                    launch.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
+                    words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
                     start_new_session=True,
                 )  # fmt: skip
             except (FileNotFoundError, PermissionError) as error:
-                raise ValueError(f"{launch.command[0]} cannot be started: {error.strerror}") from None
+                raise ValueError(f"{words[0]} cannot be started: {error.strerror}") from None
         self._job["pid"] = self._process.pid
         atomic_write_json(self._job_file, self._job)
 
@@ -593,7 +596,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m monitor.node", description="Serve a monitor on another machine: JSON lines in and out."
     )
-    parser.add_argument("--run_dir", required=True, help="run directory on this machine")
+    parser.add_argument("--run_dir", type=a_path, required=True, help="run directory on this machine")
     parser.add_argument("--index", type=int, default=0, help="number of this node")
     args = parser.parse_args(argv)
     # The job is ended by request alone, not because the connection's terminal is gone.

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from monitor.claim import Holder, Monitor, TakenOver
 from monitor.hosts import Host
 from monitor.node import PROTOCOL, Launch, NodeReport, Obstacle
+from utils.paths import for_remote_shell
 from utils.ssh import BrokeOff, HostKeyRefused, SSHProblem, Unreachable, connect
 
 logger = logging.getLogger("monitor")
@@ -67,7 +68,7 @@ class RemoteNode:
         self._drop()
         self._client = connect(self.host.target, confirm=confirm, timeout_s=self._timeout)
         command = (
-            f"cd {shlex.quote(self.host.workdir)} && exec {shlex.quote(self.host.python)} -m monitor.node "
+            f"cd {for_remote_shell(self.host.workdir)} && exec {for_remote_shell(self.host.python)} -m monitor.node "
             f"--run_dir {shlex.quote(self.run_dir)} --index {self.index}"
         )
         try:

@@ -52,6 +52,7 @@ from torch.distributed.run import config_from_args, elastic_launch, get_args_par
 
 from parallel.context import asked_interface, prefer_interface
 from parallel.listen import LOOPBACK, bind, interface_of, is_own, own_address, own_addresses, serve_store
+from utils.terminal import run_main
 
 _BACKEND = "zero2all"
 _POLL_S, _STALE_S, _TELL_AFTER_S, _CONNECT_S, _PART_S = 0.1, 5.0, 5.0, 5.0, 5.0
@@ -424,4 +425,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Nobody has to read what it says: the ranks go on.
+    run_main(main, goes_on=True)

@@ -21,6 +21,8 @@ from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.sp_bbpe import train_sp_bbpe
 from utils.files import atomic_write_json
+from utils.paths import a_path, expand
+from utils.terminal import run_main
 
 _REPORT_BYTES = 20_000_000
 _SAMPLE_SEED, _REPORT_SEED = 0, 1
@@ -42,7 +44,7 @@ def parse_source(text: str, args: argparse.Namespace) -> Source:
         directory, value = rest, 1.0
     if not name or not directory or not 0.0 < value < float("inf"):
         raise ValueError(f"--source {text}: write NAME=DIR or NAME=DIR@WEIGHT, such as zh=corpus/zh@4")
-    return Source(name, corpus_from(args, directory), value)
+    return Source(name, corpus_from(args, expand(directory)), value)
 
 
 def sources_from(args: argparse.Namespace) -> list[Source]:
@@ -124,12 +126,14 @@ def print_report(report: dict, seconds: float, bad: BadRecords) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tokenizer.train_tokenizer", description="Train a tokenizer.")
-    parser.add_argument("--data_dir", help="directory with the text: .txt, .jsonl, .json, .parquet, .csv, source code")
+    parser.add_argument(
+        "--data_dir", type=a_path, help="directory with the text: .txt, .jsonl, .json, .parquet, .csv, source code"
+    )
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME=DIR[@WEIGHT]",
         help="instead of --data_dir, once for each: a directory and its part in the mixture (default: 1)",
     )  # fmt: skip
-    parser.add_argument("--output_dir", required=True, help="where the tokenizer goes")
+    parser.add_argument("--output_dir", type=a_path, required=True, help="where the tokenizer goes")
     parser.add_argument("--vocab_size", type=int, default=64320, help="entries with special tokens (default: 64320)")
     parser.add_argument(
         "--kind", choices=["hf_bbpe", "sp_bbpe"], default="hf_bbpe", help="library: tokenizers or sentencepiece"
@@ -181,4 +185,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

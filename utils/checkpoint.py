@@ -40,9 +40,11 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from utils.files import is_passing, lock_file, sha256_of_file
+from utils.paths import a_path
 from utils.reslog import read_reslog
 from utils.small_files import parse_json
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
+from utils.terminal import run_main
 
 logger = logging.getLogger(__name__)
 
@@ -732,7 +734,7 @@ def main(argv: list[str] | None = None) -> int:
         ("prune", "delete all but those to keep"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run", help="run directory (--out_dir of the training)")
+        command.add_argument("run", type=a_path, help="run directory (--out_dir of the training)")
         if name == "prune":
             command.add_argument("--keep_last", type=int, default=defaults.keep_last, help="newest ones to keep")
             command.add_argument("--keep_best", type=int, default=defaults.keep_best,
@@ -760,4 +762,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main, goes_on=True)

@@ -76,7 +76,9 @@ class _Console(_Patient, logging.StreamHandler):
 
 
 class _LogFile(_Patient, logging.FileHandler):
-    pass
+    def __init__(self, path: Path):
+        # The name of a file may hold what is no UTF-8.
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
 
 def _console() -> _Console | None:
@@ -122,7 +124,7 @@ def add_log_file(path: Path, rank: int, info: bool = True) -> None:
     Args:
         info: not only warnings and worse.
     """
-    handler, console = _LogFile(path, encoding="utf-8"), _console()
+    handler, console = _LogFile(path), _console()
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
     handler.addFilter(_RankFilter(rank, info))
     if console is not None:

@@ -56,6 +56,15 @@ def parse_json(text: bytes) -> object:
         raise ValueError("it is nested too deeply, or a number in it is too long") from None
 
 
+def shown(value: object) -> str:
+    """A value in a sentence. Of a list or mapping only that it is one: with aliases, its text may be longer than any
+    memory."""
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether it is a number of JSON or YAML that fits a float, and in a range. True and false are none."""
     return type(value) in (int, float) and least <= value <= most and abs(value) < _BEYOND_FLOATS
@@ -70,8 +79,8 @@ class _Loader(yaml.SafeLoader):
     was not written as one."""
 
     def construct_yaml_int(self, node: yaml.Node) -> int:
-        """In YAML, 0022 is 18 and 1:30 is 90."""
-        if not re.fullmatch("[-+]?(0|[1-9][0-9]*)", _short(node).value):
+        """In YAML, 0022 is 18 and 1:30 is 90. Thousands may be set apart: 1_000_000."""
+        if not re.fullmatch("[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)", _short(node).value):
             raise _mistake(f"{node.value[:80]!r} is no decimal number: write that, or put it in quotes", node)
         return int(node.value)
 

@@ -35,6 +35,8 @@ from typing import NamedTuple
 
 from utils.files import is_passing
 from utils.json_pieces import JSONPieces, TooLarge
+from utils.paths import a_path
+from utils.terminal import run_main
 
 ABOUT = "zero2all"
 """Key of a trace's own metadata: {"run", "rank", "world_size", "device"}."""
@@ -601,20 +603,20 @@ def _title(trace: Trace, step: int) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.timeline", description="Where a step's time goes.")
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="file of a run's profile/ directory")
-    parser.add_argument("--png", type=Path, help="draw them there")
+    parser.add_argument("traces", nargs="+", type=a_path, metavar="TRACE", help="file of a run's profile/ directory")
+    parser.add_argument("--png", type=a_path, help="draw them there")
     parser.add_argument("--step", type=int, help="which step; default: all for the numbers, the median one is drawn")
     options = parser.parse_args(argv)
     try:
-        traces = [read_trace(path) for path in options.traces]
+        traces = [read_trace(Path(path)) for path in options.traces]
         for line in _table(traces, options.step):
             print(line)
         if options.png is not None:
-            draw(traces, options.png, options.step)
+            draw(traces, Path(options.png), options.step)
             print(f"drawn: {options.png}")
     except ImportError:
         print(f"timeline: a picture needs matplotlib: pip install matplotlib, then python -m utils.timeline "
-              f"{' '.join(map(str, options.traces))} --png {options.png}", file=sys.stderr)  # fmt: skip
+              f"{' '.join(options.traces)} --png {options.png}", file=sys.stderr)  # fmt: skip
         return 2
     except (ValueError, OSError) as error:
         print(f"timeline: {error}", file=sys.stderr)
@@ -632,4 +634,4 @@ def _table(traces: list[Trace], step: int | None) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), goes_on=True)

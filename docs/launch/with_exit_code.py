@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, read_exit_records, verdict
+from utils.terminal import run_main
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
@@ -81,4 +82,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), goes_on=True)

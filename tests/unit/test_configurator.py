@@ -178,9 +178,9 @@ def test_a_read_error_that_may_pass_is_no_wrong_input(tmp_path: Path, monkeypatc
     """The monitor tries again after a crash, and not after a command that is wrong."""
     (tmp_path / CONFIG_NAME).write_text("max_iters: 3\n")
 
-    def refuse(self: Path, **_: object) -> str:
+    def refuse(self: Path, *_: object) -> str:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OSError, match="Stale"):
         parse_config(["--data_dir=d", f"--out_dir={tmp_path}", "--resume"])

@@ -134,22 +134,24 @@ OUT_DIRS = {
     "YAML by its flag": (["--exp_config_file={yaml}"], "from/yaml"),
     "YAML by its flag, blank": (["--seed=1", "--exp-config-file", "{yaml}"], "from/yaml"),
     "the flag beats the YAML": (["{yaml}", "--out_dir=a"], "a"),
-    "the YAML's flag beats the first word": (["{other}", "--exp_config_file={yaml}"], "from/yaml"),
     "YAML that does not say": (["{silent}"], "out/run"),
-    "empty YAML": (["{empty}"], "out/run"),
+    "home": (["--out_dir=~/a"], "~/a"),
+    "home in YAML": (["{home}"], "~/a"),
+    "YAML at home": (["~/yaml 1.yaml"], "from/yaml"),
 }
 
 
 @pytest.mark.parametrize("name", OUT_DIRS)
-def test_out_dir_is_the_trainings_own(tmp_path: Path, name: str):
-    """As the training itself resolves the same flags."""
-    files = {"yaml": "out_dir: from/yaml\n", "other": "out_dir: other\n", "silent": "seed: 3\n", "empty": ""}
+def test_out_dir_is_the_trainings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """As the training itself resolves the same flags, but for `~`, which may be another one on another machine."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = {"yaml": "out_dir: from/yaml\n", "silent": "seed: 3\n", "home": "out_dir: ~/a\n"}
     for stem, text in files.items():
         (tmp_path / f"{stem} 1.yaml").write_text(text)
     words, expected = OUT_DIRS[name]
     flags = [word.format(**{stem: tmp_path / f"{stem} 1.yaml" for stem in files}) for word in words]
     assert parse("python", "t.py", *flags).out_dir == expected
-    assert parse_config([*flags, "--data_dir=d"])[0].run.out_dir == expected
+    assert parse_config([*flags, "--data_dir=d"])[0].run.out_dir == expected.replace("~", str(tmp_path))
 
 
 @pytest.mark.parametrize("text", [

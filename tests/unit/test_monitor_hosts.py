@@ -37,8 +37,8 @@ def test_a_good_file(tmp_path: Path):
     hosts = read(tmp_path, GOOD)
     assert hosts == Hosts(
         [
-            Host("gpu1.example.org", "/home/me/zero 2 all", "me", 2222, "~/.ssh/id", "/etc/known", "SHA256:abc",
-                 ".venv/bin/python", "10.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4"}),
+            Host("gpu1.example.org", "/home/me/zero 2 all", "me", 2222, f"{Path.home()}/.ssh/id", "/etc/known",
+                 "SHA256:abc", ".venv/bin/python", "10.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4"}),
             Host("gpu2", "w"),
         ],
         29555,
@@ -77,6 +77,9 @@ BAD = {
     "a port in words": ("hosts: [{host: a, workdir: w, port: '22'}]", "host 1: port must be of type int, got '22'"),
     "a port that is true": ("hosts: [{host: a, workdir: w, port: true}]", "host 1: port must be of type int, got True"),
     "a host that is a number": ("hosts: [{host: 5, workdir: w}]", "host 1: host must be of type str, got 5"),
+    "a key of a variable": (
+        "hosts: [{host: a, workdir: $W, key_file: $NO_SUCH/k}]", "host 1: $NO_SUCH/k: $NO_SUCH is not set here"
+    ),
     "no value": ("hosts: [{host: a, workdir: }]", "host 1: workdir must be of type str, got None"),
     "env as a list": ("hosts: [{host: a, workdir: w, env: [A=1]}]", "host 1: env must be of type dict"),
     "twice": ("hosts: [{host: a, workdir: w}, {host: a, workdir: v}]", "a host is listed twice"),

@@ -512,7 +512,7 @@ def test_a_heartbeat(log: Path, target: SSHTarget | None):
     ("ada@node1:~/a", Place(SSHTarget("node1", None, "ada"), "a")),
     ("node1:", Place(SSHTarget("node1"), ".")),
     ("node1:~", Place(SSHTarget("node1"), ".")),
-    ("node1:~bob/a", Place(SSHTarget("node1"), "~bob/a")),
+    ("node1:a$$b", Place(SSHTarget("node1"), "a$b")),
     ("ssh://ada@node1:2222/runs/a", Place(SSHTarget("node1", 2222, "ada"), "/runs/a")),
     ("ssh://node1:2222/~/runs/a", Place(SSHTarget("node1", 2222), "runs/a")),
     ("ssh://node1", Place(SSHTarget("node1"), ".")),
@@ -536,9 +536,14 @@ def test_a_local_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Place.parse("node1:b").target == SSHTarget("node1")
 
 
+def test_a_local_name_at_home():
+    assert Place.parse("~/a") == Place(None, f"{Path.home()}/a")
+
+
 @pytest.mark.parametrize("text", [
     ":a", "node1:2222/a", "node1:2222:a", "a b:c", "$(id):a", "-oProxyCommand=id:a", "ssh:///a", "@h:a",
     "ssh://node1:0/a", "ssh://node1:x/a", "ssh://-l@node1/a", "a\x1b[2J:b", "[]:a", "::1:a", "a;b:c",
+    "node1:~bob/a", "ssh://node1/~bob/a", "node1:$SCRATCH/a", "ssh://node1/$HOME/a", "$NO_SUCH_VARIABLE/a",
 ])  # fmt: skip
 def test_what_is_no_place(text: str):
     with pytest.raises(ValueError) as problem:

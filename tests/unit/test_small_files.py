@@ -20,7 +20,7 @@ def bomb(last: int, line: str = "a{0}: &a{0} [{1}]\n") -> str:
 @pytest.mark.parametrize("text", [
     "", "a", "[1, 2.5, x, null, true, 2001-02-03]", "{a: {b: [c]}}", "a: 0\nb: -12\nc: +3", "a: &x [1]\nb: *x",
     "d: &d {x: 1, y: 2}\ne: {<<: *d, y: 3}", "e: {<<: [{x: 1}, {x: 2, y: 2}], z: 3}", "'1:30': a", "a: '007'",
-    "a: 1.5e3", "!!set {a, b}", "!!omap [a: 1, b: 2]", "\ufeffa: 1",
+    "a: 1.5e3", "a: 1_000_000", "!!set {a, b}", "!!omap [a: 1, b: 2]", "\ufeffa: 1",
 ])  # fmt: skip
 def test_plain_yaml_is_what_yamls_own_loader_reads(text: str):
     assert parse_yaml(text.encode()) == yaml.safe_load(text)
@@ -31,7 +31,8 @@ BAD_YAML = {
     "{a: 1, 'a': 2}": "given twice", "- 1\n- {b: {c: 1, c: 2}}": "'c' is given twice, line 2",
     "<<: {a: 1}\n<<: {b: 1}": "'<<' is given twice", "<<: 3": "`<<:` wants a mapping", "? [a]\n: b": "a key is a list",
     "a: 0022": "'0022' is no decimal number", "a: 22:22": "no decimal number", "a: 0x1f": "no decimal number",
-    "a: 1_000": "no decimal number", "a: " + "9" * 5000: "a number of more than", "a: 1" + ":1" * 200_000: "more than",
+    "a: 1_00": "no decimal number", "a: 0_000": "no decimal number",
+    "a: " + "9" * 5000: "a number of more than", "a: 1" + ":1" * 200_000: "more than",
     "a: 1" + ":1" * 200_000 + ".5": "more than", "!!int ''": "no decimal number", "!!float .": "cannot be",
     "!!bool x": "cannot be", "!!timestamp x": "cannot be", "2000-99-99": "cannot be", "!!map [a]": "no mapping",
     "!!seq {a: 1}": "expected a sequence", "!!binary é": "base64", "!!python/object:os.system x": "constructor",

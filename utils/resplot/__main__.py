@@ -1,5 +1,6 @@
 import sys
 
 from utils.resplot.command import main
+from utils.terminal import run_main
 
-sys.exit(main(sys.argv[1:]))
+run_main(lambda: main(sys.argv[1:]))

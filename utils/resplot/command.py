@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.paths import a_path
 from utils.resplot.runs import plain
 from utils.resplot.sources import Host, Place, labels, open_hosts
 from utils.resplot.text import LANGUAGES
@@ -32,8 +33,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "or ssh://[user@]host[:port]/RUN, by the keys, names and ports of ~/.ssh/config",
     )  # fmt: skip
     parser.add_argument(
-        "--png", metavar="FILE", help="draw into a file and end, without a desktop; .svg, .pdf and .csv work too"
-    )
+        "--png", type=a_path, metavar="FILE",
+        help="draw into a file and end, without a desktop; .svg, .pdf and .csv work too",
+    )  # fmt: skip
     parser.add_argument(
         "--panels", metavar="A,B", help="what to draw: loss, lr, grad_norm, ...; 'all'; 'list' names what the runs have"
     )
@@ -52,7 +54,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="S", help="seconds between two looks at the files (default: 1)"
     )
-    parser.add_argument("--ssh_config", metavar="FILE", help="instead of ~/.ssh/config")
+    parser.add_argument("--ssh_config", type=a_path, metavar="FILE", help="instead of ~/.ssh/config")
     parser.add_argument("--forget_layout", action="store_true", help="open the window as on the first day")
     args = parser.parse_args(argv)
     try:

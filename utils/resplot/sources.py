@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from utils.paths import expand
 from utils.reslog import LONGEST_LINE
 from utils.resplot.runs import RunData, plain
 from utils.small_files import parse_yaml
@@ -235,7 +236,7 @@ class Place:
         """
         if match := re.fullmatch(r"ssh://([^/]+)(/.*)?", text):
             path = match[2] or ""
-            return Place(SSHTarget.parse(match[1]), re.sub("^/~(/|$)", "", path) or ".")
+            return Place(SSHTarget.parse(match[1]), _remote(text, re.sub("^/(~|[$])", r"\1", path)))
         if text.startswith("ssh://"):
             raise ValueError(f"{plain(text)!r} names no host: write ssh://[user@]host[:port]/RUN")
         host, colon, path = text.partition(":")
@@ -243,10 +244,25 @@ class Place:
             host, colon, path = match[1], ":", match[2]
         # As scp does: a colon after a slash, or in something that exists here, belongs to a local name. C:\ is a drive.
         if not colon or "/" in host or re.match(r"[A-Za-z]:\\", text) or os.path.exists(text):
-            return Place(None, text)
+            return Place(None, expand(text))
         if not host or re.fullmatch(r"\d{1,5}(/.*|:.*)", path):
             raise ValueError(f"{plain(text)!r} is no run: write RUN, [user@]host:RUN or ssh://[user@]host:port/RUN")
-        return Place(SSHTarget.parse(host), re.sub("^~(/|$)", "", path) or ".")
+        return Place(SSHTarget.parse(host), _remote(text, path))
+
+
+def _remote(text: str, path: str) -> str:
+    """A path on another machine, for SFTP: relative ones begin at the home directory, and nothing else is expanded.
+
+    Raises:
+        ValueError: it would have to be.
+    """
+    path = re.sub("^~(/|$)", "", path) or "."
+    if match := re.match(r"~[^/]*|.*?(\$[A-Za-z_{][A-Za-z0-9_}]*)", path.replace("$$", "")):
+        raise ValueError(
+            f"{plain(text)!r}: {plain(match[1] or match[0])} means something there only to a shell: write the path in "
+            f"full, or from your home directory on"
+        )
+    return path.replace("$$", "$")
 
 
 @dataclass

@@ -1,0 +1,66 @@
+"""Paths as people write them: `~`, `~user`, `$NAME` and `${NAME}`, also where no shell has looked at them (in a file,
+behind `--name=`, between quotes)."""
+
+import os
+import re
+import shlex
+from argparse import ArgumentTypeError
+
+_VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^}]*)\})")
+
+
+def expand(path: str) -> str:
+    """A path for this machine, as a shell would hand it over: `~` at its beginning is a home directory, `$NAME` a
+    variable's value, `$$` a dollar. What is relative stays relative.
+
+    Raises:
+        ValueError: no such user or variable, or an empty one, which would turn `$SCRATCH/run` into `/run`.
+    """
+    head, slash, rest = path.partition("/")
+    if not head.startswith("~"):
+        return _VARIABLE.sub(lambda match: _value(match, path), path)
+    home = os.path.expanduser(head + slash)
+    if home == head + slash or head == "~" and not os.path.expandvars("$HOME"):
+        missing = f"there is no user {head[1:]!r} here" if head != "~" else "this user has no home directory here"
+        raise ValueError(f"{path}: {missing}: write the path in full, and ./{head} for what is really called so")
+    return home + _VARIABLE.sub(lambda match: _value(match, path), rest)
+
+
+def _value(match: re.Match, path: str) -> str:
+    if match["escaped"]:
+        return "$"
+    name = match["name"] or match["braced"]
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{path}: {match[0]} names no variable: write ${{NAME}}, and $$ for a dollar")
+    value = os.path.expandvars(f"${name}")
+    if value == f"${name}" or not value:
+        state = "empty" if not value else "not set"
+        raise ValueError(
+            f"{path}: ${name} is {state} here: set it, or write the path in full, with $$ for a dollar in a name"
+        )
+    return value
+
+
+def for_remote_shell(path: str) -> str:
+    """A path for a command line on another machine, where its shell expands it: `~` is the home directory there. It
+    ends with a message where a variable is not set."""
+    head, slash, rest = path.partition("/")
+    home, rest = (head + slash, rest) if re.fullmatch("~[A-Za-z0-9._-]*", head) else ("", path)
+    words, begin = [home], 0
+    for match in _VARIABLE.finditer(rest):
+        words.append(_quoted(rest[begin : match.start()]))
+        words.append("'$'" if match["escaped"] else f'"${{{match["name"] or match["braced"]}:?}}"')
+        begin = match.end()
+    return "".join([*words, _quoted(rest[begin:])]) or "''"
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text) if text else ""
+
+
+def a_path(text: str) -> str:
+    """For argparse, as an argument's type: `expand`, with its sentence as argparse wants it."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None

@@ -1,0 +1,106 @@
+"""The end of every command's file: `run_main(main)`.
+
+Whoever reads a command's output may leave (`| head`), the disk under it may be full, its encoding may lack a character,
+and it may be closed from the start. None of these is a traceback:
+
+    a command that only prints     ends as if by SIGPIPE, with 141, as `cat` does; on a full disk with 1 and a sentence
+    one that works (`goes_on`)     does its work to the end without an audience; its exit code says how that went
+    Ctrl-C                         130
+
+A character that the encoding lacks is printed as its escape (`\\u4e2d`).
+"""
+
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+INTERRUPTED, NOBODY_READS = 130, 141
+"""As shells count: 128 and the signal, SIGINT or SIGPIPE."""
+
+
+class _Output(io.FileIO):
+    """What stands behind standard output or error: a write never fails, it is lost or ends the command.
+
+    Args:
+        goes_on: lost.
+    """
+
+    def __init__(self, descriptor: int, goes_on: bool):
+        super().__init__(descriptor, "wb", closefd=False)
+        self._goes_on, self._has_told = goes_on, False
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:
+            try:
+                written = super().write(left)
+            except OSError as error:
+                self._lose(error)
+                break
+            if written is None:
+                # Whoever shares it has made it non-blocking.
+                select.select([], [self.fileno()], [])
+            left = left[written or 0 :]
+        return size
+
+    def _lose(self, error: OSError) -> None:
+        """
+        Raises:
+            SystemExit: the command has nothing to do any more. It passes by what looks for an OSError of the data, and
+                comes once: at exit, Python writes what is left.
+        """
+        has_told, self._has_told = self._has_told, True
+        if has_told or self.fileno() == 2:
+            return
+        if error.errno != errno.EPIPE:
+            print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        if not self._goes_on:
+            raise SystemExit(NOBODY_READS if error.errno == errno.EPIPE else 1)
+
+
+def run_main(main: Callable[[], int | None], goes_on: bool = False) -> NoReturn:
+    """Run a command and end the process with its code.
+
+    Args:
+        goes_on: it does work, or its exit code is an answer, that somebody wants who does not read its output.
+    """
+    set_up_output(goes_on)
+    try:
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = leaving.code
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def set_up_output(goes_on: bool) -> None:
+    """Standard output and error that behave as told above."""
+    for descriptor in range(3):
+        with suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        # Else the next file that is opened would be what a library's messages are written to.
+        os.open(os.devnull, os.O_RDWR)
+    sys.stdout = _stream(sys.stdout, goes_on)
+    sys.stderr = _stream(sys.stderr, goes_on=True)
+
+
+def _stream(old: io.TextIOWrapper | None, goes_on: bool) -> io.TextIOWrapper:
+    """Like Python's own stream, which is None where it was closed when Python began."""
+    if old is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    old.flush()
+    raw = _Output(old.fileno(), goes_on)
+    return io.TextIOWrapper(
+        raw if old.write_through else io.BufferedWriter(raw), old.encoding, "backslashreplace",
+        line_buffering=old.line_buffering, write_through=old.write_through,
+    )  # fmt: skip
