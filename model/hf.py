@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model.config import LlamaConfig
+from model.hf_keys import check_keys, require, shown
 from model.llama import Llama
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -32,26 +33,27 @@ def from_hf_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def to_hf_config(config: LlamaConfig, dtype: torch.dtype, eos_token_id: int | None = None) -> dict:
-    """Content of a `config.json` that transformers loads as it is."""
+def to_hf_config(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    eos_token_id: int | list[int] | None = None,
+    bos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict:
+    """Content of a `config.json` that transformers loads as it is. The tokens are as in generation_config.py; where
+    there is none, that is said, too, since a llama's configuration has ids for them otherwise."""
     qwen2 = config.qkv_bias
-    rope: dict[str, object] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if config.rope_scaling != "none":
-        rope |= {"rope_type": config.rope_scaling, "factor": config.rope_scaling_factor}
-        if config.rope_scaling == "llama3":
-            rope["original_max_position_embeddings"] = config.original_max_position_embeddings
-            rope["low_freq_factor"] = config.rope_low_freq_factor
-            rope["high_freq_factor"] = config.rope_high_freq_factor
+    number = str(dtype).removeprefix("torch.")
     values = {
         "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
         "model_type": "qwen2" if qwen2 else "llama",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": number,
+        "torch_dtype": number,
         "hidden_act": "silu",
         "eos_token_id": eos_token_id,
-        "bos_token_id": eos_token_id,
-        "rope_parameters": rope,
-        "rope_theta": config.rope_theta,
-    }
+        "bos_token_id": bos_token_id,
+        "pad_token_id": pad_token_id,
+    } | _rope_of(config)
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
                  "tie_word_embeddings", "attention_dropout"):  # fmt: skip
@@ -61,6 +63,23 @@ def to_hf_config(config: LlamaConfig, dtype: torch.dtype, eos_token_id: int | No
     else:
         values |= {"attention_bias": config.attention_bias, "mlp_bias": False}
     return values
+
+
+def _rope_of(config: LlamaConfig) -> dict[str, object]:
+    """Rotary positions in both spellings, which every reader takes for the same: `rope_parameters` is transformers
+    5's, `rope_scaling` and `rope_theta` version 4's. Where nothing is scaled, version 4 has no word for it."""
+    scaling: dict[str, object] = {}
+    if config.rope_scaling != "none":
+        # Before version 4.43 it was "type", which readers besides transformers still ask for.
+        scaling = {"rope_type": config.rope_scaling, "type": config.rope_scaling, "factor": config.rope_scaling_factor}
+        if config.rope_scaling == "llama3":
+            scaling["original_max_position_embeddings"] = config.original_max_position_embeddings
+            scaling["low_freq_factor"] = config.rope_low_freq_factor
+            scaling["high_freq_factor"] = config.rope_high_freq_factor
+    new = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
+    new.pop("type", None)
+    old = {"rope_theta": config.rope_theta} | ({"rope_scaling": scaling} if scaling else {})
+    return old | {"rope_parameters": new}
 
 
 _REQUIRED = object()
@@ -73,11 +92,6 @@ _READ: dict[str, tuple[type, object]] = {
 }  # fmt: skip
 """Key of a configuration, which our own has, too -> (kind, value where it is missing or null). Ranges are checked by
 LlamaConfig.resolve."""
-_ONLY: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "use_sliding_window": (False,),
-    "partial_rotary_factor": (1,), "quantization_config": (),
-}  # fmt: skip
-"""Key -> values, besides null, with which it is this model."""
 _ROPE_READ: dict[str, dict[str, tuple[str, type, object]]] = {
     "default": {},
     "linear": {"factor": ("rope_scaling_factor", float, _REQUIRED)},
@@ -91,12 +105,6 @@ _ROPE_READ: dict[str, dict[str, tuple[str, type, object]]] = {
 }
 """Kind of rotary positions -> its keys -> (name in our configuration, kind, value where it is missing or null)."""
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _shown(value: object) -> str:
-    """A value as it stands in the file, as far as a sentence has room."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _read(values: dict, name: str, kind: type, default: object) -> object:
@@ -115,48 +123,71 @@ def _read(values: dict, name: str, kind: type, default: object) -> object:
     # As floating point numbers go, 1e999 is infinite; integers may have any number of digits.
     fits = fits and (kind is bool or -1e300 < value < 1e300) and (kind is not int or value == int(value))
     if not fits:
-        raise ValueError(f"{name} must be {_NAMES[kind]}, not {_shown(value)}")
+        raise ValueError(f"{name} must be {_NAMES[kind]}, not {shown(value)}")
     return kind(value)
 
 
 def _read_rope(values: dict) -> dict[str, object]:
     """What a configuration says of rotary positions, as fields of ours.
 
+    transformers 5 writes `rope_parameters`, with rope_theta inside. Version 4 knows `rope_scaling`, with rope_theta
+    beside it, and 5 takes that before its own (modeling_rope_utils.py, convert_rope_params_to_dict). Where the two
+    versions would read different numbers, nobody can say which the weights were trained with.
+
     Raises:
-        ValueError: it says something that this model does not do.
+        ValueError: it says something that this model does not do, or something else to each version.
     """
-    given = {name: values[name] for name in ("rope_parameters", "rope_scaling") if values.get(name)}
+    given = {name: values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be a dictionary, not {_shown(value)}")
-    if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
-        raise ValueError("rope_parameters and rope_scaling differ: take out the one that is not meant")
-    name, rope = next(iter(given.items()), ("rope_parameters", {}))
+            raise ValueError(f"{name} must be a dictionary, not {shown(value)}")
+    name, rope = next(((name, value) for name, value in given.items() if value), ("rope_parameters", {}))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str) or kind not in _ROPE_READ:
-        raise ValueError(f"{name} of type {_shown(kind)} is not supported: only {', '.join(_ROPE_READ)} are")
+        raise ValueError(f"{name} of type {shown(kind)} is not supported: only {', '.join(_ROPE_READ)} are")
+    if rope.get("type") not in (None, kind):
+        raise ValueError(f"{name} has rope_type {shown(kind)} and type {shown(rope['type'])}: take one out")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_READ[kind]}
     for key, value in rope.items():
         if key not in known and value is not None:
-            raise ValueError(f"{name} holds {_shown(key)}, which has no meaning for type {_shown(kind)}: take it out")
-    _require_only(rope)
-    theta = _read(rope, "rope_theta", float, None)
-    fields = {
-        "rope_scaling": "none" if kind == "default" else kind,
-        "rope_theta": _read(values, "rope_theta", float, 10000.0) if theta is None else theta,
-    }
+            raise ValueError(f"{name} holds {shown(key)}, which has no meaning for type {shown(kind)}: take it out")
+    require("partial_rotary_factor", rope.get("partial_rotary_factor"))
+    fields = {"rope_scaling": "none" if kind == "default" else kind, "rope_theta": _read_theta(values, given, name)}
     for key, (ours, number, default) in _ROPE_READ[kind].items():
-        # As in transformers: where both have the context of before, the outer one counts.
-        outer = values.get(key) is not None and key == "original_max_position_embeddings"
-        fields[ours] = _read(values if outer else rope, key, number, default)
+        outer = values.get(key) if key == _BEFORE else None
+        if name == "rope_scaling" and rope.get(key) is not None and outer not in (None, rope[key]):
+            raise ValueError(f"{key} is {shown(rope[key])} in {name} and {shown(outer)} beside it: take one out")
+        if key == _BEFORE and key in rope and rope[key] is None:
+            raise ValueError(f"{name} has {key} null: take it out, or write the context before the stretching")
+        # As in transformers 5: where both have the context of before, the outer one counts.
+        fields[ours] = _read(rope if outer is None else values, key, number, default)
     return fields
 
 
-def _require_only(values: dict) -> None:
-    for name, allowed in _ONLY.items():
-        if values.get(name) is not None and values[name] not in allowed:
-            instead = f": only {_shown(allowed[0])} is" if allowed else ""
-            raise ValueError(f"{name} = {_shown(values[name])} is not supported{instead}")
+_BEFORE = "original_max_position_embeddings"
+
+
+def _read_theta(values: dict, given: dict[str, dict], name: str) -> object:
+    """The base of the rotary positions, which may stand in as many places as there are spellings.
+
+    Args:
+        given: rope_scaling and rope_parameters, as far as they are there.
+        name: which of them counts.
+    """
+    places = {f"in {place}": _read(rope, "rope_theta", float, None) for place, rope in given.items()}
+    outer, beside = _read(values, "rope_theta", float, None), "beside it"
+    if name == "rope_scaling" and outer is None:
+        # Neither version looks into rope_parameters then, and version 4 not into rope_scaling either.
+        outer, beside = _THETA, "for want of one beside it"
+    found = {place: theta for place, theta in (places | {beside: outer}).items() if theta is not None}
+    if len(set(found.values())) > 1:
+        told = " and ".join(f"{theta:g} {place}" for place, theta in found.items())
+        raise ValueError(f"rope_theta is {told}: write the right one everywhere")
+    return next(iter(found.values()), _THETA)
+
+
+_THETA = 10000.0
+"""Where a configuration names none."""
 
 
 def from_hf_config(values: object) -> LlamaConfig:
@@ -166,14 +197,14 @@ def from_hf_config(values: object) -> LlamaConfig:
         ValueError: an architecture or option that this model does not have, or a value that is none.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"it must hold a dictionary, not {_shown(values)}")
+        raise ValueError(f"it must hold a dictionary, not {shown(values)}")
     kind = values.get("model_type")
     if kind not in ("llama", "qwen2"):
-        raise ValueError(f"model_type {_shown(kind)} cannot be loaded: only llama and qwen2 can")
-    _require_only(values)
-    layer_types = values.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
-        raise ValueError(f"layer_types {_shown(layer_types)} are not supported: only full_attention is")
+        raise ValueError(f"model_type {shown(kind)} cannot be loaded: only llama and qwen2 can")
+    check_keys(values, _READ.keys() | {"rope_parameters", "rope_scaling", "rope_theta", _BEFORE})
+    if kind == "qwen2" and "num_key_value_heads" not in values:
+        # null means as many as query heads in either family; where it is missing, a qwen2 has 32 in transformers.
+        raise ValueError("num_key_value_heads is missing")
     fields = {name: _read(values, name, *how) for name, how in _READ.items()} | _read_rope(values)
     for name in ("vocab_size", "max_position_embeddings", "intermediate_size"):
         # What is 0 elsewhere is to be filled in; here nothing is.
@@ -198,7 +229,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{_shown(twice)} is given twice")
+        raise ValueError(f"{shown(twice)} is given twice")
     return values
 
 

@@ -109,7 +109,6 @@ ODD = {
     "llama3 upside down": (rope("llama3", **LLAMA3 | {"low_freq_factor": 8.0}), "high_freq_factor"),
     "llama3 with equal factors": (rope("llama3", **LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
     "llama3 of no context": (rope("llama3", **LLAMA3 | {"original_max_position_embeddings": -1}), "original_max"),
-    "two kinds of rope": (rope("default") | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
 }
 ODD_FILES = {
     "a list": (b"[1, 2]", "dictionary"),
