@@ -148,7 +148,7 @@ def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
 
 def _variants(messages: Sequence[Message], loss: SFTLoss) -> Iterator[tuple[int, frozenset[int]]]:
     """(messages of a sample, counted from the first; numbers of those that are learnt)."""
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant" and message.learnt]
     if loss == "all":
         yield len(messages), frozenset(answers)
     elif loss == "last":

@@ -224,7 +224,7 @@ class SequenceJob(Job):
             num_items += 1
             if isinstance(item, BadRecord):
                 bad.add(item)
-                self.check_bad_records(bad_before + bad.count, bad.examples[0])
+                self.check_bad_records(bad_before + bad.count, bad.examples)
                 continue
             documents += 1
             formats[compiled.format] += 1

@@ -697,7 +697,9 @@ def _holds_one_object(path: Path) -> bool:
     return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.lstrip(b"\r\n").startswith(b"{")
 
 
-def _table_rows(piece: Piece, stream: BinaryIO, separator: str, corpus: Corpus) -> Iterator[tuple[int, dict]]:
+def _table_rows(
+    piece: Piece, stream: BinaryIO, separator: str, corpus: Corpus
+) -> Iterator[tuple[int, dict | Unreadable]]:
     # The default limit refuses fields longer than 128 KiB; without any, a lost quote would swallow the file.
     csv.field_size_limit(LONGEST_RECORD)
     # What is not UTF-8 becomes half surrogate pairs, by which only the row that holds them is refused.
@@ -707,14 +709,22 @@ def _table_rows(piece: Piece, stream: BinaryIO, separator: str, corpus: Corpus) 
         rows = csv.DictReader(bounded, delimiter=separator)
         if rows.fieldnames is not None:
             _require_columns(piece.path, list(rows.fieldnames), corpus)
-            for numbered in enumerate(rows):
+            for number, row in enumerate(rows):
                 bounded.row_ends()
-                yield numbered
+                more = row.pop(None, [])
+                yield number, _too_many_cells(len(row), more) if any(more) else row
     finally:
         # Else the wrapper would close the file that others still ask for its position. Who stops in the middle may have
         # closed it already.
         with suppress(ValueError):
             lines.detach()
+
+
+def _too_many_cells(columns: int, more: list[str]) -> Unreadable:
+    # What follows a comma that nobody quoted would be lost, and what comes before it taken for the whole.
+    return Unreadable(
+        f"{columns + len(more)} cells for {columns} columns: a text with the separator in it needs quotes"
+    )
 
 
 class _LinesOfRows:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from tokenizer import Tokenizer
 from utils.files import atomic_write_json
 
 NOTES_DIR = ".pretokenize"
+MOST_UNREAD_FIELDS = 100
+"""Names that are kept: where data stands in the names themselves, there is no end of them."""
+_FIELDS_A_LINE = 12
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class PartRecord:
     bad_examples: list[str] = field(default_factory=list)
     dropped_examples: list[str] = field(default_factory=list)
     """Of samples that were read but not taken, and why."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Of records: the format as which so many were read."""
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    """Of records: the field that is not read in so many."""
 
 
 class PartWriter:
@@ -134,21 +142,27 @@ def write_manifest(
     shards = {split: [part.shards[split] for part in parts if split in part.shards] for split in SPLITS}
     totals = {key: sum(part.totals[key] for part in parts) for key in (parts[0].totals if parts else ())}
     documents = totals.get("documents", 0)
+    unreadable = reasons(sum(part.bad_records for part in parts), [e for part in parts for e in part.bad_examples])
     if not documents:
-        bad = sum(part.bad_records for part in parts)
-        examples = [example for part in parts for example in part.bad_examples]
-        why = f"{bad} records could not be read, for example {examples[0]}" if examples else "every file is empty"
-        raise ValueError(f"{source} holds no text that could be read: {why}")
+        raise ValueError(f"{source} holds no text that could be read: {unreadable or 'every file is empty'}")
+    # What is asked for below may lie in those that could not be read.
+    besides = f" ({unreadable})" if unreadable else ""
     if not any(shards.values()):
-        raise ValueError(f"no sample is left of the {documents} records of {source}: use a larger --max_seq_len")
+        dropped = [example for part in parts for example in part.dropped_examples]
+        example = f", for example {dropped[0]}" if dropped else ""
+        raise ValueError(
+            f"no sample is left of the {documents} records of {source}{example}: use a larger --max_seq_len{besides}"
+        )
     if valid_ratio > 0 and not shards["valid"]:
         larger = max(0.1, min(2 * valid_ratio, (1 + valid_ratio) / 2))
         raise ValueError(
             f"none of the {documents} documents fell into the validation set: use a larger --valid_ratio than "
-            f"{valid_ratio}, such as {larger:g}, or 0 to go without"
+            f"{valid_ratio}, such as {larger:g}, or 0 to go without{besides}"
         )
     if valid_ratio < 1 and not shards["train"]:
-        raise ValueError(f"all {documents} documents fell into the validation set: use a smaller --valid_ratio")
+        raise ValueError(
+            f"all {documents} documents fell into the validation set: use a smaller --valid_ratio{besides}"
+        )
     tokenizer.save_pretrained(output / "tokenizer")
     manifest = {
         "shards": shards,
@@ -158,10 +172,34 @@ def write_manifest(
         "bad_records": sum(part.bad_records for part in parts),
         "bad_examples": [example for part in parts for example in part.bad_examples],
         "dropped_examples": [example for part in parts for example in part.dropped_examples],
+        **_what_was_read(parts),
         **more,
     }
     _replace_manifest(output, manifest)
     return manifest
+
+
+def reasons(count: int, examples: Sequence[str]) -> str:
+    """How many records could not be read, and the first of each of three reasons; empty if all could.
+
+    Args:
+        examples: "place: reason"; with another reason only if it differs from those before.
+    """
+    if not count:
+        return ""
+    first = {example.partition(": ")[2]: example for example in reversed(examples)}
+    chosen = [example for example in examples if first.get(example.partition(": ")[2]) is example][:3]
+    records = "1 record" if count == 1 else f"{count} records"
+    return f"{records} could not be read" + (f", for example {'; '.join(chosen)}" if chosen else "")
+
+
+def _what_was_read(parts: Sequence[PartRecord]) -> dict:
+    """Formats of the records, and the fields that are not read, the most frequent first; {} if they are no records."""
+    formats, unread = Counter(), Counter()
+    for part in parts:
+        formats.update(part.formats)
+        unread.update(part.unread_fields)
+    return {"formats": dict(formats.most_common()), "unread_fields": dict(unread.most_common())} if formats else {}
 
 
 def _replace_manifest(output: Path, manifest: dict) -> None:
@@ -202,12 +240,23 @@ def waiting_writer(output: Path) -> Iterator[None]:
 
 
 def print_skipped(manifest: dict) -> None:
-    """Name some of the records and samples that were left out."""
+    """Name some of the records and samples that were left out, and what was not read of the others."""
     for word, examples in (("skipped", manifest["bad_examples"]), ("dropped", manifest["dropped_examples"])):
         for example in examples[:10]:
             print(f"{word} {example}", file=sys.stderr)
         if len(examples) > 10:
             print(f"and more, see {MANIFEST_NAME}", file=sys.stderr)
+    if formats := manifest.get("formats"):
+        print(f"known formats: {_counted(formats)}", file=sys.stderr)
+    if unread := manifest.get("unread_fields"):
+        print(f"fields that are not read: {_counted(unread)}", file=sys.stderr)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """Names with their numbers; not all if there are many."""
+    names = [f"{name} ({count:,})" for name, count in list(counts.items())[:_FIELDS_A_LINE]]
+    line = "; ".join(names) + (f"; and more, see {MANIFEST_NAME}" if len(counts) > _FIELDS_A_LINE else "")
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def print_summary(manifest: dict, seconds: float) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_preprocess.readers import Corpus, Unit, find_units, print_left_out
-from data_preprocess.shards import NOTES_DIR, PartRecord, sole_writer, write_manifest
+from data_preprocess.shards import NOTES_DIR, PartRecord, reasons, sole_writer, write_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.files import atomic_write_json
 
@@ -79,12 +79,11 @@ class Job(ABC):
         """What the manifest says besides shards and totals."""
         return {}
 
-    def check_bad_records(self, count: int, example: str) -> None:
+    def check_bad_records(self, count: int, examples: Sequence[str]) -> None:
+        """Raise ValueError if more records are unreadable than allowed."""
         if count > self.max_bad_records:
-            raise ValueError(
-                f"{count} records could not be read, more than --max_bad_records {self.max_bad_records}; "
-                f"for example {example}"
-            )
+            counted, _, why = reasons(count, examples).partition(", ")
+            raise ValueError(f"{counted}, more than --max_bad_records {self.max_bad_records}; {why}")
 
 
 @functools.cache
@@ -221,7 +220,7 @@ def _process_units(
                     raise OSError(error.errno, _with_file(error.strerror or str(error), units[index])) from error
                 bad_records += sum(part.bad_records for part in parts)
                 examples = [example for part in parts for example in part.bad_examples]
-                job.check_bad_records(bad_records, examples[0] if examples else "")
+                job.check_bad_records(bad_records, examples)
     except BaseException:
         # What is whole has its record; the rest would only keep the user waiting.
         for process in multiprocessing.active_children():
@@ -291,7 +290,7 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
         else:
             records = [record for unit in units for record in process_unit(job, unit)]
             examples = [example for record in records for example in record.bad_examples]
-            job.check_bad_records(sum(record.bad_records for record in records), examples[0] if examples else "")
+            job.check_bad_records(sum(record.bad_records for record in records), examples)
         return write_manifest(output, tokenizer, job.valid_ratio, records, job.corpus.root, job.manifest())
 
 

@@ -152,22 +152,29 @@ def sharegpt(*turns: tuple[object, object]) -> dict:
     return {"conversations": [{"from": who, "value": what} for who, what in turns]}
 
 
+KNOWN = (
+    "known are messages; conversations; prompt and completion; instruction and output; question and answer; query and "
+    "response; input and target; for DPO chosen and rejected"
+)
+FLAGS = ": say whose it is with --user_name or --assistant_name"
+
+
 @pytest.mark.parametrize(
     "record, complaint",
     [
         ("text", "no object with fields"),
         ([], "no object with fields"),
         ({}, "it is empty"),
-        ({"text": "a", "id": 1}, "no known format: it has the fields id, text"),
-        ({"type": "other", "rounds": []}, "no known format: it has the fields rounds, type"),
+        ({"text": "a", "id": 1}, f"no known format: it has the fields id, text; {KNOWN}"),
+        ({"type": "other", "rounds": []}, f"no known format: it has the fields rounds, type; {KNOWN}"),
         ({"conversations": []}, '"conversations" is no list of messages'),
         ({"conversations": "a"}, '"conversations" is no list of messages'),
         ({"messages": ["a"]}, "message 0 is no message"),
-        (sharegpt(("human", "a"), ("narrator", "b")), 'message 1 has the unknown role "narrator"'),
+        (sharegpt(("human", "a"), ("narrator", "b")), f'message 1 has the unknown role "narrator"{FLAGS}'),
         (sharegpt(("human", "a"), (None, "b")), "message 1 has the unknown role null"),
         (sharegpt(("human", "a"), ("gpt", "")), "message 1 is empty"),
         (sharegpt(("human", " \n"), ("gpt", "a")), "message 0 is empty"),
-        (sharegpt(("human", "a"), ("gpt", None)), "message 1 is missing"),
+        (sharegpt(("human", "a"), ("gpt", None)), 'message 1 has no text: its "value" is missing'),
         (sharegpt(("human", "a"), ("gpt", 5)), "message 1 is no text"),
         (sharegpt(("human", "a"), ("gpt", "\ud800")), "message 1 is not valid Unicode"),
         (sharegpt(("human", "a")), "it holds no answer"),
@@ -180,7 +187,7 @@ def sharegpt(*turns: tuple[object, object]) -> dict:
         ({"type": "instruct", "instruct": "a"}, '"output" is missing'),
         ({"type": "conversation", "rounds": {}}, '"rounds" is no list'),
         ({"type": "conversation", "rounds": [["ask"]]}, "round 0 is no pair"),
-        ({"type": "conversation", "rounds": [["say", "a"]]}, 'round 0 has the unknown role "say"'),
+        ({"type": "conversation", "rounds": [["say", "a"]]}, f'round 0 has the unknown role "say"{FLAGS}'),
         ({"type": "conversation", "rounds": [["ask", "a"]]}, "it holds no answer"),
         ({"type": "ref_qa", "rounds": [["ask", "a"], ["ans", "b"]]}, '"reference" is missing'),
         ({"type": "conver_has_api", "api_desc": "a", "rounds": [["ans-api", {}]]}, 'round 0 has no "actions"'),
@@ -191,7 +198,11 @@ def sharegpt(*turns: tuple[object, object]) -> dict:
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the chosen and the rejected answer are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": ""}, '"rejected" is empty'),
         ({"prompt": "", "chosen": "b", "rejected": "c"}, '"prompt" is empty'),
-        ({"chosen": "b", "rejected": "c"}, "the prompt has no question that the answers follow"),
+        (
+            {"chosen": "b", "rejected": "c"},
+            'it has no "prompt": the question is read from "prompt", "conversations", "messages", "instruction", '
+            '"question" or "query", or from "chosen" and "rejected" if both are whole conversations',
+        ),
         (
             {**sharegpt(("human", "a"), ("gpt", "x")), "chosen": "b", "rejected": "c"},
             "the prompt has no question that the answers follow",
@@ -202,7 +213,8 @@ def sharegpt(*turns: tuple[object, object]) -> dict:
         ),
         (
             {**PREFERENCES["whole conversations"], "prompt": "another"},
-            "the chosen and the rejected answer do not follow the same prompt",
+            '"prompt" is not read beside the other fields, and says something else: put it where it belongs, or drop '
+            "it",
         ),
     ],
 )

@@ -488,10 +488,18 @@ GOOD = sharegpt("human: q", "gpt: a")
 GOOD_TEXT = "⟨user¦q⟩⟨assistant¦{a⟩}"
 BAD_LINES = [
     (b"{ cut off", "not a JSON line (Expecting property name enclosed in double quotes: line 1 column 3 (char 2))"),
-    (json.dumps(sharegpt("human: q", "narrator: a")).encode(), 'message 1 has the unknown role "narrator"'),
+    (
+        json.dumps(sharegpt("human: q", "narrator: a")).encode(),
+        'message 1 has the unknown role "narrator": say whose it is with --user_name or --assistant_name',
+    ),
     (json.dumps(sharegpt("human: q", "gpt: ")).encode(), "message 1 is empty"),
     (b'{"prompt": "q", "chosen": "a", "rejected": "b"}', "it is a preference, for --task dpo"),
-    (b'{"body": "text"}', "no known format: it has the fields body"),
+    (
+        b'{"body": "text"}',
+        "no known format: it has the fields body; known are messages; conversations; prompt and completion; "
+        "instruction and output; question and answer; query and response; input and target; for DPO chosen and "
+        "rejected",
+    ),
     (b'"just a text"', "no object with fields"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "it holds no answer"),
     (b'{"type": "pretrain", "text": "caf\xe9"}', "not a JSON line (not valid Unicode)"),

@@ -733,9 +733,12 @@ def test_table_without_the_column(tmp_path: Path, name: str):
 
 
 def test_rows_of_the_wrong_length(tmp_path: Path):
-    items = read_file(tmp_path, "a.csv", b"id,text\n1,one\n2\n3,three,more\n\n\n4,four\n")
-    assert joined(items) == [("one", "a.csv", "row", 0), ("three", "a.csv", "row", 2), ("four", "a.csv", "row", 3)]
-    assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.csv row 1: no text")
+    """What follows a comma that nobody quoted is not lost silently; empty cells are no loss."""
+    items = read_file(tmp_path, "a.csv", b"id,text\n1,one\n2\n3,three,more\n\n\n4,four,,\n")
+    assert joined(items) == [("one", "a.csv", "row", 0), ("four", "a.csv", "row", 3)]
+    short, long = bad_of(items)
+    assert short.startswith("a.csv row 1: no text")
+    assert long == "a.csv row 2: 3 cells for 2 columns: a text with the separator in it needs quotes"
 
 
 @pytest.mark.parametrize("longest", [1, 2, 3, 7, 64])

@@ -1,0 +1,253 @@
+"""What is known of the fields of records and of their messages, whatever the format.
+
+    kind      fields                                     what becomes of them
+    said      questions, answers, what belongs before    read by the record's format (conversations.py); one that it
+                                                         does not read may only say again what is read
+    refused   pictures, sounds, a template's arguments   refused: nothing here can do what they ask
+    flags     deleted, valid, label; weight, train,      a record that is not to be learnt is refused, a message becomes
+              mask, loss                                 one that is not learnt
+    marks     split, status, toxic, correct              not read, but named with their values, once a run
+    others    id, source, category, score                not read, but named once a run
+
+Where the names come from: the formats of OpenAI's fine-tuning, TRL, LLaMA-Factory, axolotl, ms-swift, XTuner and gdGPT,
+and the data sets Alpaca, Dolly, BELLE, Firefly, HH-RLHF, UltraFeedback, UltraChat, OpenAssistant and WildChat.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+
+SYSTEM = ("system", "system_prompt", "system_message")
+QUESTION = ("instruction", "prompt", "question", "query", "input")
+BELOW_QUESTION: Mapping[str, tuple[str, ...]] = {"instruction": ("input", "context"), "prompt": ("input",)}
+"""What follows a question on its own line."""
+ANSWER = ("output", "completion", "response", "answer", "target")
+THOUGHT = ("reasoning_content", "reasoning", "thinking")
+"""What an answer was thought out with."""
+TALK = ("conversations", "conversation", "messages")
+TOOLS = ("tools", "functions")
+PAIR = ("chosen", "rejected")
+REJECTED = ("rejected_response", "rejected_messages")
+"""The worse answer, where the better one ends the conversation (ms-swift)."""
+OUTPUTS = ("preferred_output", "non_preferred_output")
+"""Answers of OpenAI's preferences; their "input" holds the messages and tools."""
+GDGPT = ("type", "text", "instruct", "rounds", "api_desc", "reference")
+
+BESIDE = ("history", "context", "knowledge", "documents", "choices", "options")
+"""What belongs to the question, or before it."""
+SAID = frozenset((*SYSTEM, *QUESTION, *ANSWER, *THOUGHT, *TALK, *TOOLS, *REJECTED, *BESIDE))
+
+_PICTURES = "pictures and sounds cannot be learnt here"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys("images image image_url videos video audios audio files attachments".split(), _PICTURES),
+    "objects": "places in a picture cannot be learnt here",
+    "chat_template_kwargs": "arguments of a chat template are not used here",
+    "rejected_images": _PICTURES,
+}
+REFUSED_IN_MESSAGES: Mapping[str, str] = {
+    **{name: why for name, why in REFUSED.items() if why == _PICTURES},
+    "refusal": "write it as the text if it is to be learnt",
+    "train_detail": "an answer is learnt as a whole",
+    "training_detail": "an answer is learnt as a whole",
+    "documents": "write them into the text",
+}
+
+LEARN_IF = ("weight", "loss", "train", "training", "trainable", "train_on_turn", "output_with_loss")
+LEARN_UNLESS = ("mask", "masked", "ignore", "skip")
+TAKE_IF = ("valid", "is_valid", "accepted", "review_result", "chosen")
+TAKE_UNLESS = ("deleted", "is_deleted", "discarded", "rejected")
+KTO = ("label", "kto_tag")
+MARKS = frozenset(
+    "split status toxic redacted flagged correct is_correct verified is_verified safe is_safe "
+    "parallel_tool_calls tool_choice".split()
+)
+
+FIELDS = frozenset((
+    *SAID, *PAIR, *OUTPUTS, *GDGPT, *REFUSED, *LEARN_IF, *LEARN_UNLESS, *TAKE_IF, *TAKE_UNLESS, *KTO, *MARKS,
+))  # fmt: skip
+"""All that is looked at, of any format: of a table with other columns, these alone are read."""
+
+_LONGEST_MARK, _MOST_NAMES = 20, 40
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a field is there only because others of its kind have it, as in every row of a table."""
+    return value is None or (isinstance(value, str | list | dict | tuple) and not value) or _is_blank(value)
+
+
+def _is_blank(value: object) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def flag(value: object) -> bool | None:
+    """What a field says that may be yes or no; None if it is neither."""
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def quoted(value: object) -> str:
+    """A value for a sentence: one line, not long, whatever it is."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class Fields:
+    """The fields of a record or of a message, and which of them were read."""
+
+    def __init__(self, values: Mapping):
+        self._values, self._read = values, set()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it is there and not null."""
+        return self._values.get(name) is not None
+
+    def is_null(self, name: str) -> bool:
+        return name in self._values and self._values.get(name) is None
+
+    def names(self) -> list[str]:
+        """As text, sorted."""
+        return sorted(map(str, self._values))
+
+    def peek(self, name: str) -> object:
+        """A field's value, which counts as unread."""
+        return self._values.get(name)
+
+    def take(self, name: str) -> object:
+        """A field's value, which is read by that; None if it is not there."""
+        self._read.add(name)
+        return self._values.get(name)
+
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first field that says something, else the first that is there."""
+        there = [name for name in names if name in self]
+        return next((name for name in there if not is_nothing(self._values.get(name))), there[0] if there else None)
+
+    def take_one(self, names: Iterable[str], where: str = "") -> object:
+        """What one of several names of the same thing says; None if none says anything.
+
+        Raises:
+            ValueError: two of them say different things.
+        """
+        said = {name: value for name in names if not is_nothing(value := self.take(name))}
+        if any(value != next(iter(said.values())) for value in said.values()):
+            raise ValueError(f"{where}{' and '.join(map(_named, said))} say different things: keep one of them")
+        return next(iter(said.values()), None)
+
+    def unread(self) -> Iterator[tuple[str, object]]:
+        for name, value in self._values.items():
+            if name not in self._read:
+                yield name, value
+
+
+def _named(name: str) -> str:
+    return f'"{name}"'
+
+
+def check_record(fields: Fields, texts: list[str]) -> list[str]:
+    """Look at what a format did not read of a record.
+
+    Args:
+        texts: all that was read.
+    Returns:
+        Names of the fields that are not read, marks with their values.
+    Raises:
+        ValueError: one of them changes what the record means.
+    """
+    names = []
+    for name, value in fields.unread():
+        if name not in FIELDS:
+            names.append(_shown(name))
+            continue
+        if is_nothing(value):
+            continue
+        if name in REFUSED:
+            raise ValueError(f'it has "{name}": {REFUSED[name]}')
+        _check_flags(name, value)
+        if name in MARKS:
+            names.append(f"{name}={quoted(value)}" if len(quoted(value)) <= _LONGEST_MARK else name)
+        elif name in SAID and name != "answer" and not _is_said(value, texts):
+            raise ValueError(
+                f'"{name}" is not read beside the other fields, and says something else: put it where it belongs, '
+                f"or drop it"
+            )
+        elif name not in SAID or name == "answer":
+            names.append(name)
+    return names[:_MOST_NAMES]
+
+
+def _check_flags(name: str, value: object) -> None:
+    says = flag(value)
+    if name in KTO and (says is not None or name == "kto_tag"):
+        raise ValueError(f'"{name}" tells good answers from bad ones (KTO), which is no task here')
+    if (name in LEARN_IF or name in TAKE_IF) and says is False:
+        raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')
+    if (name in LEARN_UNLESS or name in TAKE_UNLESS) and says is True:
+        raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')
+    if name == "weight" and says is None:
+        raise ValueError(f'"weight" is {quoted(value)}: only 0 and 1 are understood')
+
+
+def _shown(name: object) -> str:
+    """A name that an author of records made up, for a sentence."""
+    return " ".join(str(name).split())[:60]
+
+
+def _is_said(value: object, texts: list[str]) -> bool:
+    return all(any(text.strip() in other for other in texts) for text in _texts_in(value))
+
+
+def _texts_in(value: object, depth: int = 0) -> Iterator[str]:
+    """Every text of a value, names of roles and kinds left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth < 8:
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, one in inner:
+            if key not in ("role", "from", "type", "name"):
+                yield from _texts_in(one, depth + 1)
+    elif value is not None:
+        yield quoted(value)
+
+
+def is_learnt(fields: Fields, where: str) -> bool | None:
+    """What a message says about whether it is learnt; None if nothing.
+
+    Raises:
+        ValueError: weights other than 0 and 1, or flags that contradict each other.
+    """
+    says = set()
+    for name in (*LEARN_IF, *LEARN_UNLESS):
+        value = fields.take(name)
+        if value is None:
+            continue
+        said = flag(value)
+        if said is None and name == "weight":
+            raise ValueError(f'{where} has the "weight" {quoted(value)}: only 0 and 1 are understood')
+        if said is not None:
+            says.add(said == (name in LEARN_IF))
+    if len(says) > 1:
+        raise ValueError(f"{where} says both that it is learnt and that it is not")
+    return says.pop() if says else None
+
+
+def check_message(fields: Fields, where: str) -> list[str]:
+    """Look at what was not read of a message; returns the names of such fields.
+
+    Raises:
+        ValueError: one of them changes what the message means.
+    """
+    names = []
+    for name, value in fields.unread():
+        if name in REFUSED_IN_MESSAGES and not is_nothing(value):
+            raise ValueError(f'{where} has "{name}": {REFUSED_IN_MESSAGES[name]}')
+        if (name in TAKE_UNLESS and flag(value) is True) or (name in TAKE_IF and flag(value) is False):
+            raise ValueError(f'{where} is not to be learnt: "{name}" is {quoted(value)}')
+        if name == "channel" and value not in (None, "", "final"):
+            raise ValueError(f'{where} is of the "channel" {quoted(value)}, which is not understood here')
+        if name == "prefix" and flag(value):
+            raise ValueError(f'{where} is a "prefix": only whole messages are understood')
+        names.append(_shown(name))
+    return names[:_MOST_NAMES]

@@ -1,0 +1,131 @@
+"""Tools and their calls as records spell them -> one spelling, OpenAI's.
+
+tools        [{"type": "function", "function": {"name", ...}}], bare [{"name", ...}], either as a text of JSON
+tool_calls   [{"id", "type": "function", "function": {"name", "arguments"}}], bare [{"name", "arguments"}]; the
+             arguments are an object, or a text of JSON that is one
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Call:
+    id: str
+    """Empty if it has none."""
+    call: dict
+    """{"type": "function", "function": {"name": str, "arguments": dict}}"""
+
+    @property
+    def name(self) -> str:
+        return self.call["function"]["name"]
+
+
+def loaded(value: object) -> object:
+    """A list or an object that stands in its field as a text of JSON, as in a table; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def tools_from(value: object, where: str) -> tuple[dict, ...]:
+    """
+    Raises:
+        ValueError: no list of tools with names.
+    """
+    value = loaded(value)
+    values = [value] if isinstance(value, dict) else value
+    if not isinstance(values, list):
+        raise ValueError(f"{where} is no list of tools")
+    return tuple(_tool(one, f"tool {number} of {where}") for number, one in enumerate(values))
+
+
+def _tool(value: object, where: str) -> dict:
+    value = loaded(value)
+    inner = loaded(value.get("function")) if isinstance(value, dict) and "function" in value else value
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise ValueError(f'{where} has no "name"')
+    if isinstance(value, dict) and inner is not value and value.get("type") not in (None, "function"):
+        raise ValueError(f"{where} is no function, and others are not understood")
+    tool = {"type": "function", "function": inner}
+    _require_unicode(tool, where)
+    return tool
+
+
+def calls_from(value: object, where: str) -> list[Call]:
+    """
+    Raises:
+        ValueError: no list of calls.
+    """
+    value = loaded(value)
+    values = [value] if isinstance(value, dict) else value
+    if not isinstance(values, list) or not values:
+        raise ValueError(f'{where} is no call, or list of calls, with "name" and "arguments"')
+    return [_call(one, f"call {number} of {where}") for number, one in enumerate(values)]
+
+
+def _call(value: object, where: str) -> Call:
+    value = loaded(value)
+    inner = loaded(value.get("function")) if isinstance(value, dict) and "function" in value else value
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise ValueError(f'{where} has no "name"')
+    if inner is not value and value.get("type") not in (None, "", "function"):
+        raise ValueError(f"{where} is no call of a function, and others are not understood")
+    arguments = inner["arguments"] if inner.get("arguments") is not None else inner.get("parameters")
+    if arguments is None or arguments == "":
+        arguments = {}
+    arguments = loaded(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError(f'{where} has "arguments" that are no object')
+    call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+    _require_unicode(call, where)
+    name = value.get("id")
+    return Call(name if isinstance(name, str) else "", call)
+
+
+def _require_unicode(value: dict, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not valid Unicode") from None
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{where} cannot be written as JSON") from None
+
+
+class Results:
+    """Results of calls, which must come in the calls' order: templates write neither's id."""
+
+    def __init__(self):
+        self._due: list[Call] = []
+
+    def called(self, calls: list[Call]) -> None:
+        self._due = list(calls)
+
+    def also_called(self, calls: list[Call]) -> None:
+        self._due += calls
+
+    def name_of(self, id: object, name: str, where: str) -> str:
+        """The name of the tool whose result comes now; empty if nobody says it.
+
+        Raises:
+            ValueError: another call's result is due.
+        """
+        if not self._due:
+            return name
+        call = self._due.pop(0)
+        is_of_another = isinstance(id, str) and id and call.id and id != call.id
+        if is_of_another or (name and name != call.name and any(name == other.name for other in self._due)):
+            raise ValueError(
+                f"{where} is the result of another call than the one whose turn it is, {call.name}: put the results "
+                f"into the order of the calls"
+            )
+        return name or call.name
+
+
+def texts_of(values: tuple[dict, ...]) -> Iterator[str]:
+    """What tools or calls say, for looking a text up in it."""
+    yield from (json.dumps(value, ensure_ascii=False) for value in values)
