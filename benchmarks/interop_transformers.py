@@ -1,0 +1,102 @@
+"""What we export, in other versions of transformers: logits of one folder for each kind of rotary positions.
+
+    python -m benchmarks.interop_transformers --python ENV46/bin/python ENV57/bin/python ENV5/bin/python
+
+Each PYTHON is the interpreter of an environment that has torch, safetensors and some version of transformers. A model
+with large random weights is exported, loaded there by `AutoModelForCausalLM.from_pretrained` alone, and asked for the
+logits of texts within the context and beyond it, in float32. The exit code is 1 where a difference is above 1e-4 of
+the largest logit.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+CONTEXT, BEFORE = 64, 16
+"""Of the model, and of what llama3's stretching started from."""
+LENGTHS = {"within": 12, "stretched": 60, "beyond": 150}
+KINDS = {
+    "default": {"rope_theta": 5000.0},
+    "linear": {"rope_scaling": "linear", "rope_scaling_factor": 4.0, "rope_theta": 5000.0},
+    "dynamic": {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "rope_theta": 5000.0},
+    "llama3": {
+        "rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_theta": 5000.0,
+        "original_max_position_embeddings": BEFORE,
+    },
+    "qwen2, linear": {"qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
+    "tied, llama3": {
+        "tie_word_embeddings": True, "rope_scaling": "llama3", "rope_scaling_factor": 8.0,
+        "original_max_position_embeddings": BEFORE,
+    },
+}  # fmt: skip
+TOLERANCE = 1e-4
+
+
+def text(length: int) -> torch.Tensor:
+    """Token ids (1, length)."""
+    return torch.arange(length)[None] * 37 % 96
+
+
+@torch.no_grad()
+def export(directory: Path, changes: dict) -> None:
+    """A folder of ours, and beside its files the logits that are expected of it."""
+    from model import Llama, LlamaConfig, hf
+
+    shape = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+    }  # fmt: skip
+    model = Llama(LlamaConfig(**shape | changes).resolve()).eval()
+    model.initialize(0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    directory.mkdir(parents=True)
+    save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32)))
+    logits = {name: model.logits(model(text(length))).contiguous() for name, length in LENGTHS.items()}
+    save_file(logits, directory / "expected.safetensors")
+
+
+@torch.no_grad()
+def check(root: Path) -> int:
+    """Compare with the installed transformers. Runs in an environment that has nothing of ours."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    worst = 0.0
+    for directory in sorted(root.iterdir()):
+        for name, expected in load_file(directory / "expected.safetensors").items():
+            # A new one each time: dynamic scaling remembers the longest text.
+            model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").float().eval()
+            found = model(text(expected.shape[1])).logits
+            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            worst = max(worst, error)
+            print(f"transformers {transformers.__version__:8} {directory.name:14} {name:10} {error:.1e}")
+    return 0 if worst <= TOLERANCE else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters to try")
+    parser.add_argument("--check", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.check is not None:
+        return check(options.check)
+    with tempfile.TemporaryDirectory() as root:
+        for kind, changes in KINDS.items():
+            export(Path(root) / kind, changes)
+        # -I: the folder of this file, with a kernels.py in it, is no place to import from.
+        codes = [subprocess.run([python, "-I", __file__, "--check", root]).returncode for python in options.python]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
