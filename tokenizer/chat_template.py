@@ -82,6 +82,8 @@ class Message:
     """What an assistant asks of tools, as {"type": "function", "function": {"name": str, "arguments": dict}}."""
     name: str = ""
     """Of the tool that answers, or of the speaker."""
+    learnt: bool = True
+    """Of an assistant's message: whether the record wants it learnt. Others never are."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,17 @@ class ChatTemplate:
         fits = text[:begin].startswith(asked)
         # Some ask by nothing but the end of the question, and put something between it and the answer.
         self._lead = text[len(asked) : begin] if fits else ""
+        # Others begin the answer themselves, with a tag that thoughts begin with.
+        self._opening = asked[begin:] if asked.startswith(text[:begin]) else ""
         if not fits:
             served, taught = (_MARK.sub("...", one)[-60:] for one in (asked, text[:begin]))
-            self.notes.append(
+            note = (
                 f"the chat template asks for an answer by {served!r}, but lays a given answer out behind {taught!r}: "
                 f"answers are learnt as it lays them out"
             )
+            if opening := self._opening.strip():
+                note += f"; the last one of a sample, if it begins with {opening}, behind what asks for it"
+            self.notes.append(note)
         if self._jinja.asks_for_the_date:
             self.notes.append(
                 f"the chat template writes today's date: here it is always {DAY:%d %B %Y}, so that the same "
@@ -236,10 +243,25 @@ class ChatTemplate:
             ValueError: an unknown role, or something that the template has no place for.
         """
         learnt = {n for n, message in enumerate(messages) if message.role == "assistant" and is_supervised(n)}
+        goes_on = len(messages) - 1 in learnt and self._goes_on(messages[-1])
+        if goes_on:
+            messages = [*messages[:-1], goes_on]
         marked = self._mark(messages)
-        text = self._write(messages, marked, tools)
+        text = self._write(marked, tools, upto=len(messages) - 1 if goes_on else None)
+        if goes_on:
+            text += marked.messages[-1]["content"] + self._end
         regions = self._regions(text, messages, marked, learnt, tools)
         return self._encode(self._pieces(text, marked, regions, learnt))
+
+    def _goes_on(self, answer: Message) -> Message | None:
+        """The rest of an answer which the prompt that asks for it begins; None where it does not."""
+        tag = self._opening.strip()
+        if not tag or answer.tool_calls:
+            return None
+        if answer.reasoning:
+            return Message(answer.role, f"{answer.reasoning}\n{tag.replace('<', '</', 1)}\n\n{answer.text}")
+        text = answer.text.lstrip()
+        return Message(answer.role, text.removeprefix(tag).lstrip("\n")) if text.startswith(tag) else None
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[int]:
         """Tokens after which the assistant's answer begins.
@@ -248,7 +270,7 @@ class ChatTemplate:
             ValueError: see render.
         """
         marked = self._mark(messages)
-        text = self._write(messages, marked, tools, add_generation_prompt=True)
+        text = self._write(marked, tools, upto=len(messages))
         regions = self._regions(text, messages, marked, set(), tools)
         return self._encode(self._pieces(text, marked, regions, set())).ids
 
@@ -268,7 +290,7 @@ class ChatTemplate:
                 values["reasoning_content"] = self._placeholders(message.reasoning, number, marked)
             if message.tool_calls:
                 self._check_no_control(message.tool_calls, "a call of a tool")
-                values["tool_calls"] = list(message.tool_calls)
+                values["tool_calls"] = [self._call(call) for call in message.tool_calls]
             if message.name:
                 self._check_no_control(message.name, "a name")
                 values["name"] = message.name
@@ -291,6 +313,30 @@ class ChatTemplate:
                 written += part
         return written
 
+    def _call(self, call: dict) -> dict:
+        """As the template takes it."""
+        if not self._joins_arguments:
+            return call
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    @cached_property
+    def _joins_arguments(self) -> bool:
+        """Whether it takes the arguments of a call as a text of JSON, as OpenAI does, instead of as a dictionary."""
+
+        def works(arguments: object) -> bool:
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            messages = [
+                {"role": "user", "content": "What?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ]
+            try:
+                return "one" in self._jinja.render(messages)
+            except ValueError:
+                return False
+
+        return not works({"one": 1}) and works('{"one": 1}')
+
     def _check_no_control(self, value: object, what: str) -> None:
         text = json.dumps(value, ensure_ascii=False)
         if found := self._control.search(text):
@@ -298,28 +344,24 @@ class ChatTemplate:
         if _NONCHARACTERS.search(text):
             raise ValueError(f"{what} holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
 
-    def _write(
-        self, messages: Sequence[Message], marked: _Marked, tools: Sequence[dict], add_generation_prompt: bool = False
-    ) -> str:
+    def _write(self, marked: _Marked, tools: Sequence[dict], upto: int | None) -> str:
         """What the template writes of the placeholders; the same as of the texts themselves.
 
+        Args:
+            upto: number of the message that is asked for; None if none is.
         Raises:
             ValueError: it is not, or the tools leave no trace.
         """
         if tools:
             self._check_no_control(tools, "a description of a tool")
-        text = self._jinja.render(marked.messages, tools, add_generation_prompt)
-        if tools and text == self._jinja.render(marked.messages, (), add_generation_prompt):
+        messages, asks = marked.messages[:upto], upto is not None
+        text = self._jinja.render(messages, tools, asks)
+        if tools and text == self._jinja.render(messages, (), asks):
             raise ValueError("the chat template has no place for tools")
         if not self._is_known:
-            plain = [
-                {
-                    key: self._filled(value, marked) if key in ("content", "reasoning_content") else value
-                    for key, value in message.items()
-                }
-                for message in marked.messages
-            ]
-            if self._jinja.render(plain, tools, add_generation_prompt) != self._filled(text, marked):
+            texts = ("content", "reasoning_content")
+            plain = [{k: self._filled(v, marked) if k in texts else v for k, v in one.items()} for one in messages]
+            if self._jinja.render(plain, tools, asks) != self._filled(text, marked):
                 raise ValueError("the chat template alters the texts of its messages by more than outer blanks")
         return text
 
@@ -365,9 +407,11 @@ class ChatTemplate:
             if message.tool_calls:
                 regions.append(self._region_of_calls(text, number, message, marked, tools))
             elif marks:
-                first, last = marks[0].start(), marks[-1].end()
+                first, last = self._around(text, marks, marked.messages[number])
                 low = max((m[-1].end() for m in places if m and m[-1].end() <= first), default=0)
-                end = text.find(self._end, last, next((begin for begin in begins if begin > first), len(text)))
+                end = text.find(
+                    self._end, last, next((begin for begin in begins if begin > marks[-1].start()), len(text))
+                )
                 begin = self._begin(text, low, first) if message.role == "assistant" else first
                 regions.append(_Region(begin, end + len(self._end) if end >= 0 else last, number))
         return sorted(regions)
@@ -376,8 +420,10 @@ class ChatTemplate:
         self, number: int, message: Message, marks: list[re.Match], marked: _Marked, is_learnt: bool
     ) -> None:
         if len(marks) == marked.owners.count(number):
+            if is_learnt and not marks and not message.tool_calls:
+                raise ValueError(f"answer {number} says nothing that could be learnt")
             return
-        if message.reasoning and not self._shows_reasoning:
+        if message.reasoning and not self._shows_reasoning and (is_learnt or not self._opening.strip()):
             raise ValueError(f"the chat template has no place for the reasoning of message {number}")
         if is_learnt:
             raise ValueError(
@@ -394,6 +440,16 @@ class ChatTemplate:
         messages = [Message("user", "What?"), Message("assistant", "That.", reasoning="Well.")]
         marked = self._mark(messages)
         return len(self._places(self._jinja.render(marked.messages), marked)[1]) == 2
+
+    @staticmethod
+    def _around(text: str, marks: list[re.Match], message: dict) -> tuple[int, int]:
+        """Where the text of a message begins and ends, with what of it was left as it is round the placeholders."""
+        before, *_, after = _MARK.split(message["content"])
+        first, last = marks[0].start(), marks[-1].end()
+        before = before if text.endswith(before, 0, first) else before.lstrip()
+        after = after if text.startswith(after, last) else after.rstrip()
+        begin = first - len(before) if text.endswith(before, 0, first) else first
+        return begin, last + len(after) if text.startswith(after, last) else last
 
     def _begin(self, text: str, low: int, high: int) -> int:
         """Where an answer begins whose first placeholder is at `high`: behind the prompt that asks for one."""

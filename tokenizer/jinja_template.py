@@ -102,10 +102,10 @@ def _line(error: Exception) -> str:
 
 
 def _sought(tree: nodes.Template) -> Iterator[str]:
-    """String constants that are compared with something, looked for in it (`in`), or given to a method (`split`)."""
+    """String constants that are looked for in something (`in`), or given to a method (`split`, `startswith`)."""
     for node in tree.find_all((nodes.Compare, nodes.Call)):
         if isinstance(node, nodes.Compare):
-            operands = [node.expr, *(operand.expr for operand in node.ops)]
+            operands = [node.expr] if node.ops[0].op in ("in", "notin") else []
         else:
             operands = node.args if isinstance(node.node, nodes.Getattr) else []
         for operand in operands:
