@@ -3,7 +3,8 @@
     kind                                    a document is         cut into units by
     text, source code                       a file                file
     .jsonl .ndjson, .json of such lines     a line                byte range (compressed: file)
-    .json, one array                        an element            file
+    the same, one array                     an element            file
+    the same, objects spread over lines     an object             file
     .parquet                                a row                 row group
     .csv .tsv, the first line names them    a row                 file
 
@@ -210,6 +211,11 @@ class Unit:
         for piece in self.pieces:
             content = _content_sha256(corpus.path(piece), piece)
             digest.update(json.dumps([piece.path, piece.start, piece.end, content]).encode())
+            kind, _ = _kind(piece.path)
+            if kind in JSON_SUFFIXES and kind != ".json":
+                # Those that are no lines were not always understood.
+                shape = _shape(kind, _start_of(corpus.path(piece))) if not piece.start else _LINES
+                digest.update(shape.encode() if shape != _LINES else b"")
         return digest.hexdigest()
 
 
@@ -388,6 +394,14 @@ def read_piece(corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | N
     if kind == ".parquet":
         yield from _documents(piece, "row", _parquet_rows(path, piece, corpus, report), fields)
         return
+    start = _start_of(path)
+    if encoding := _foreign_encoding(start):
+        if not piece.start:
+            advice = f"convert it with `iconv -f {encoding} -t UTF-8`"
+            yield BadRecord(piece.path, f"{encoding}, but only UTF-8 is read: {advice}")
+        report(piece.num_bytes)
+        return
+    shape = _shape(kind, start) if kind in JSON_SUFFIXES and not piece.start else _LINES
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
         stream = decompressed(file, path.suffix.lower()) if compressed else file
         progress = _Progress(file, piece.start, report)
@@ -396,10 +410,13 @@ def read_piece(corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | N
             yield from _documents(piece, "row", progress.follow(rows), fields)
         elif kind not in JSON_SUFFIXES:
             yield from _text_file(piece, stream, progress)
-        elif kind == ".json" and _holds_array(path):
+        elif shape == _ARRAY:
             yield from _documents(piece, "record", progress.follow(enumerate(_Array(stream))), fields)
-        elif kind == ".json" and not piece.start and _holds_one_object(path):
-            yield from _documents(piece, "", _one_object(stream), fields)
+        elif shape == _OBJECTS:
+            objects = progress.follow(enumerate(_Objects(stream)))
+            # The first one of a .json file is often all of it.
+            yield from _documents(piece, "" if kind == ".json" else "record", itertools.islice(objects, 1), fields)
+            yield from _documents(piece, "record", objects, fields)
         elif compressed:
             yield from _documents(piece, "line", progress.follow(_lines(stream)), fields)
         else:
@@ -473,6 +490,8 @@ def _documents(
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8: convert it, for example with iconv"
     if isinstance(error, UnicodeError):
         return "not valid Unicode"
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -491,7 +510,7 @@ def _text_file(piece: Piece, stream: BinaryIO, progress: _Progress) -> Iterator[
                 yield Document(text, piece.path, "", 0)
             why = f"damaged ({_one_line(error)})"
             if isinstance(error, UnicodeError):
-                why = f"not UTF-8 ({error.reason} at or after byte {position})"
+                why = f"not UTF-8 ({error.reason} at or after byte {position}): convert it, for example with iconv"
             yield BadRecord(piece.path, f"{why}, what follows is lost" if given_away else why)
             return
         position += len(data)
@@ -566,14 +585,13 @@ def _lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes |
             yield offset, line
 
 
-def _one_object(stream: BinaryIO) -> Iterator[tuple[int, bytes | Unreadable]]:
-    """The whole file."""
-    content = stream.read(LONGEST_RECORD + 1)
-    yield 0, content if len(content) <= LONGEST_RECORD else _too_long("longer")
-
-
 _IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _OUTSIDE = re.compile(r'[^"\[\]{},]*+')
+
+
+def _number(digits: str) -> int | float:
+    # Python refuses to read thousands of digits. They are no text, and must not cost the rest of the file.
+    return int(digits) if len(digits) < 1000 else float(digits)
 
 
 class _Array:
@@ -583,8 +601,7 @@ class _Array:
         self._stream = stream
         # What is not UTF-8 becomes half surrogate pairs, by which only the record that holds them is refused.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        # Only texts are wanted: no digits of a number are too many.
-        self._parse = json.JSONDecoder(parse_int=float).raw_decode
+        self._parse = json.JSONDecoder(parse_int=_number).raw_decode
         self._text, self._position, self._end = "", 0, False
         self._damage: Exception | None = None
 
@@ -674,27 +691,77 @@ class _Array:
             elif found in "]}":
                 depth -= 1
             self._position += 1
+            if found in "]}" and depth == 0:
+                return
+
+
+class _Objects(_Array):
+    """JSON objects one behind another, each spread over lines."""
+
+    def __iter__(self) -> Iterator[object]:
+        while self._next_character():
+            yield self._element()
+        if self._damage:
+            raise self._damage
 
 
 def _start_of(path: Path) -> bytes:
-    """The first bytes of a JSON file, blanks left out."""
+    """The first bytes of a file."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         try:
-            start = (decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read1(1 << 16)
+            return (decompressed(file, suffix) if suffix in COMPRESSION_SUFFIXES else file).read1(1 << 16)
         except _DAMAGE:
             return b""
-    return start.removeprefix(codecs.BOM_UTF8).lstrip()
 
 
-def _holds_array(path: Path) -> bool:
-    return _start_of(path).startswith(b"[")
+def _foreign_encoding(start: bytes) -> str:
+    """UTF-16 or UTF-32, if a file that begins so is written in it; empty if not."""
+    for encoding, marks in (
+        ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
+        ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
+    ):
+        if start.startswith(marks):
+            return encoding
+    # Without a mark: every other byte of western text is 0, and the others hardly ever.
+    for encoding, zeros, others in (
+        ("UTF-16LE", start[1:512:2], start[:512:2]),
+        ("UTF-16BE", start[:512:2], start[1:512:2]),
+    ):
+        if zeros and zeros.count(0) > len(zeros) / 2 and others.count(0) < len(others) / 8:
+            return encoding
+    return ""
 
 
-def _holds_one_object(path: Path) -> bool:
-    """Whether a .json file is one object spread over lines, such as some program's settings, not an object a line."""
-    first_line, _, rest = _start_of(path).partition(b"\n")
-    return bool(rest.strip()) and not first_line.rstrip().endswith(b"}") and not rest.lstrip(b"\r\n").startswith(b"{")
+_LINES, _ARRAY, _OBJECTS = "lines", "array", "objects"
+
+
+def _shape(kind: str, start: bytes) -> str:
+    """How the records of a JSON file lie in it: in lines, in one array, or as objects spread over lines, such as some
+    program's settings.
+
+    Args:
+        kind: its suffix; lines are the rule unless it is ".json".
+    """
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
+    first_line, _, rest = start.partition(b"\n")
+    first_line, rest = first_line.rstrip(), rest.strip()
+    if start.startswith(b"["):
+        # A first line that is a list by itself is one bad record among lines.
+        return _LINES if kind != ".json" and rest and _is_json(first_line) else _ARRAY
+    if not rest or first_line.endswith(b"}") or rest.startswith(b"{"):
+        return _LINES
+    # Lines inside an object end so; a line that is damaged ends anyhow.
+    goes_on = first_line.startswith(b"{") and first_line.endswith((b"{", b"[", b","))
+    return _OBJECTS if goes_on or kind == ".json" else _LINES
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _table_rows(
@@ -763,7 +830,9 @@ def _parquet_rows(
                 _rows_at_once(file, piece, columns), row_groups=list(groups), columns=columns
             ):
                 for row in _rows_of(batch):
-                    yield number + done, row if isinstance(row, Unreadable) else others | row
+                    if corpus.fields is None and isinstance(row, dict):
+                        row = others | {name: _without_nulls(value) for name, value in row.items()}
+                    yield number + done, row
                     done += 1
                 so_far = piece.num_bytes * done // total
                 report(so_far - reported)
@@ -823,6 +892,13 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Unreadable]:
     return (_row_of(batch.slice(index, 1)) for index in range(batch.num_rows))
 
 
+def _without_nulls(value: object) -> object:
+    """A column gives every object all the names that one of them has: arguments of a call that were not in it, say."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def _row_of(batch: pyarrow.RecordBatch) -> dict | Unreadable:
     """The only row of a batch."""
     row, size = {}, 0
@@ -863,7 +939,7 @@ def _pieces(root: Path, path: str, unit_bytes: int) -> Iterator[Piece]:
         kind in JSON_SUFFIXES
         and not compressed
         and size > unit_bytes
-        and not (_holds_array(root / path) or (kind == ".json" and _holds_one_object(root / path)))
+        and _shape(kind, _start_of(root / path)) == _LINES
     ):
         for start in range(0, size, unit_bytes):
             end = min(start + unit_bytes, size)

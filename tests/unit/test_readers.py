@@ -578,6 +578,54 @@ def test_object_spread_over_lines(tmp_path: Path, compression: str):
         assert read_file(tmp_path, name, content, unit_bytes) == [Document("all", name, "", 0)]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonl.gz"])
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_array_that_is_named_lines(tmp_path: Path, suffix: str, indent: int | None):
+    """Read as what it is, and never cut."""
+    texts = random_texts(1, 20, 40)
+    for unit_bytes in (1, WHOLE):
+        items = read_file(tmp_path, f"a{suffix}", compress(json_array(texts, indent), suffix[6:]), unit_bytes)
+        assert texts_of(items) == texts and bad_of(items) == []
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.xz", "a.json"])
+@pytest.mark.parametrize("indent, between", [(0, "\n"), (2, "\n"), (2, "\n\n"), (1, "")])
+def test_objects_spread_over_lines(tmp_path: Path, name: str, indent: int, between: str):
+    records = [{"id": {"n": number}, "text": text} for number, text in enumerate(random_texts(2, 20, 40))]
+    content = between.join(json.dumps(record, indent=indent) for record in records).encode()
+    for unit_bytes in (1, WHOLE):
+        items = read_file(tmp_path, name, compress(content, Path(name).suffix), unit_bytes)
+        assert texts_of(items) == [record["text"] for record in records] and bad_of(items) == []
+        assert [item.record for item in items] == list(range(20))
+    damaged = content + b'{\n "text": "cut'
+    items = read_file(tmp_path, name, compress(damaged, Path(name).suffix))
+    assert len(texts_of(items)) == 20 and "after record 19: damaged" in bad_of(items)[0]
+
+
+def test_numbers_in_an_array_stay_what_they_are(tmp_path: Path):
+    """A record that is wanted whole holds arguments of calls, in which 3 is not 3.0; long numbers cost nothing."""
+    (tmp_path / "a.json").write_text(f'[{{"n": 3, "x": 0.5}}, {{"n": {"9" * 5000}}}, {{"n": -1}}]')
+    values = [item.value for item in read(Corpus(str(tmp_path), None))]
+    assert json.dumps(values[0]) == '{"n": 3, "x": 0.5}' and json.dumps(values[2]) == '{"n": -1}'
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.jsonl", "a.json", "a.csv", "a.tsv.xz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named(tmp_path: Path, name: str, encoding: str):
+    """Once a file, however it would be cut; without a mark, UTF-16 of western text is valid UTF-8 full of zeros."""
+    content = '[{"text": "one"}]' if ".json" in name else 'text,more\none,"two"\n' * 20
+    items = read_file(tmp_path, name, compress(content.encode(encoding), Path(name).suffix), 16)
+    assert len(items) == 1 and bad_of(items)[0].startswith(f"{name}: UTF-{encoding[4:6]}")
+    assert "iconv -f UTF-" in bad_of(items)[0]
+
+
+def test_parquet_gives_no_object_names_that_it_lacked(tmp_path: Path):
+    """Arrow gives each the names of all: a call would have arguments that nobody gave."""
+    records = [{"m": [{"a": {"city": "Paris"}}, {"a": {"day": 2}}]}, {"m": [None, {"a": {}}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    assert [item.value for item in read(Corpus(str(tmp_path), None))] == records
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".py"])
 def test_text_that_is_not_utf8(tmp_path: Path, suffix: str):
     content = "naïve".encode("latin-1")
