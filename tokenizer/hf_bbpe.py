@@ -215,10 +215,11 @@ def _begin_ids(definition: object) -> list[int]:
 
 
 def _end_of_document(special_ids: dict[str, int], config: dict) -> str:
-    """The special token that ends a document: <|endoftext|>, or what the configuration calls the end of a sequence."""
+    """The special token that ends a document: <|endoftext|>, or what the configuration calls the end of a sequence.
+    Of a model that was taught to answer here, that became the end of an answer, and the other has a name of its own."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    for token in (END_OF_DOCUMENT, eos):
+    for token in (END_OF_DOCUMENT, config.get("end_of_document"), eos):
         if isinstance(token, str) and token in special_ids:
             return token
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")

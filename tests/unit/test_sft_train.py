@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_weights
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import generate
 import train_my_ddp
@@ -33,8 +34,10 @@ from tasks.reference import ReferenceCache
 from tests.conftest import TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
 from tests.unit.test_train import train_until
+from tokenizer import load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.hf_bbpe import HFBBPETokenizer, train_hf_bbpe
+from utils.checkpoint import find_problem
 
 SEQ_LEN = 96
 PAIRS = 50
@@ -429,6 +432,44 @@ def test_raw_records_in_a_directory_that_cannot_be_written(home: Home, sft_flags
     )
 
 
+# What a checkpoint tells others.
+
+
+def test_what_the_first_model_said_comes_with_every_checkpoint(
+    home: Home, sft_flags: list[str], dpo_flags: list[str], tmp_path: Path
+):
+    """How it samples, its BOS, its further ends: also after that model's folder is gone. As transformers reads it."""
+    source = shutil.copytree(home.model, tmp_path / "source")
+    values = json.loads((source / "config.json").read_text()) | {"bos_token_id": 5, "eos_token_id": 9}
+    (source / "config.json").write_text(json.dumps(values))
+    said = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "eos_token_id": [3, 9]}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    sft = [*without(sft_flags, "--init_from", "--out_dir"), f"--out_dir={tmp_path / 'sft'}"]
+    dpo = [*without(dpo_flags, "--init_from", "--max_iters"), f"--init_from={tmp_path / 'sft'}", "--max_iters=1"]
+    assert train(sft, f"--init_from={source}", "--max_iters=1", "--lr_schedule=constant") == 0
+    shutil.rmtree(source)
+    assert train(sft, "--resume", "--max_iters=2", "--lr_schedule=constant") == 0
+    assert train(dpo) == 0
+    known = load_tokenizer(home.tokenizer)
+    ends = [known.special_ids["<|im_end|>"], known.eod_id, 3, 9]
+    for run, step in ((tmp_path / "sft", 1), (tmp_path / "sft", 2), (out_dir(dpo), 1)):
+        path = run / "ckpt" / f"step-{step}"
+        assert find_problem(path) is None and find_problem(path, only="generation_config.json") is None
+        theirs = GenerationConfig.from_pretrained(path)
+        assert (theirs.eos_token_id, theirs.temperature, theirs.repetition_penalty) == (ends, 0.6, 1.1)
+        config = AutoConfig.from_pretrained(path)
+        assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (ends, 5, None)
+        assert AutoTokenizer.from_pretrained(path).eos_token == "<|im_end|>"
+        assert load_tokenizer(path).fingerprint == known.fingerprint
+
+
+def test_a_first_model_that_says_nonsense_is_refused(home: Home, sft_flags: list[str], tmp_path: Path, capsys):
+    shutil.copytree(home.model, tmp_path / "source")
+    (tmp_path / "source" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    flags = [*without(sft_flags, "--init_from"), f"--init_from={tmp_path / 'source'}"]
+    assert "generation_config.json: eos_token_id must be the id of a token" in refusal(capsys, flags)
+
+
 # What is learnt.
 
 
@@ -448,7 +489,7 @@ def memorised(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers_of(run: Path) -> Iterator[tuple[str, str, bool]]:
     """(expected answer, greedy answer, whether it ended by itself) of each conversation."""
-    model, tokenizer = generate.load_model(run, torch.device("cpu"), torch.float32)
+    model, tokenizer, _ = generate.load_model(run, torch.device("cpu"), torch.float32)
     template = ChatTemplate(tokenizer)
     for question, answer in conversations():
         prompt = template.prompt([Message("user", question)])

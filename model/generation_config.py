@@ -1,0 +1,119 @@
+"""What a Hugging Face folder says of generating: which tokens end a text, and how the next one is drawn.
+
+It says so in two files. transformers and vLLM take `generation_config.json` where there is one; others know
+`config.json` alone. Here both count: a text ends at each token that either of them names.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from model.hf_keys import shown
+
+GENERATION_CONFIG = "generation_config.json"
+_MARKS = ("_from_model_config", "transformers_version")
+"""What transformers notes about a file that it wrote, which would be untrue of ours."""
+_SETTINGS = {
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
+    "forced_eos_token_id",
+}  # fmt: skip
+"""What folders of before generation_config.json have in their config.json, where transformers still takes it from."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end a text."""
+    bos_id: int | None = None
+    """The token that begins one."""
+    pad_id: int | None = None
+    settings: dict[str, object] = field(default_factory=dict)
+    """All else of a generation_config.json, as it stands there: temperature, top_p, repetition_penalty ..."""
+
+    def ending_with(self, ids: Iterable[int]) -> "GenerationConfig":
+        """The same of a model that has learnt to end texts with these tokens. They come first: some readers take one
+        alone."""
+        return replace(self, eos_ids=tuple(dict.fromkeys([*ids, *self.eos_ids])))
+
+    @property
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """What a config.json says of it; a null is said, too, where transformers would put in another id."""
+        one_or_more = list(self.eos_ids) if len(self.eos_ids) > 1 else next(iter(self.eos_ids), None)
+        return {"eos_token_id": one_or_more, "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+
+    def to_hf(self) -> dict[str, object]:
+        """Content of a generation_config.json."""
+        ids = {name: value for name, value in self.token_ids.items() if value is not None}
+        # Its own beginning and padding count, but not its ends, which these include.
+        return ids | self.settings | {"eos_token_id": self.token_ids["eos_token_id"]}
+
+
+def read_generation_config(directory: str | Path) -> GenerationConfig:
+    """What a folder with a config.json says.
+
+    Raises:
+        ValueError: one of the two files holds something else; file and key are named.
+        OSError: a disk or a network that may be back later.
+    """
+    model, settings = Path(directory) / "config.json", Path(directory) / GENERATION_CONFIG
+    of_model = _read(model)
+    if settings.exists():
+        of_settings = _read(settings)
+    else:
+        of_settings = {key: value for key, value in of_model.items() if key in _SETTINGS and value is not None}
+    eos_ids = [*_ids(of_settings, "eos_token_id", settings), *_ids(of_model, "eos_token_id", model)]
+    others = {}
+    for name in ("bos_token_id", "pad_token_id"):
+        # Checked in both files; a model's own are in its config.json.
+        _id(of_settings, name, settings)
+        others[name] = _id(of_model, name, model)
+    kept = {key: value for key, value in of_settings.items() if key not in ("eos_token_id", *_MARKS)}
+    return GenerationConfig(tuple(dict.fromkeys(eos_ids)), others["bos_token_id"], others["pad_token_id"], kept)
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = path.read_bytes()
+    except (IsADirectoryError, PermissionError, FileNotFoundError) as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        values = json.loads(content, object_pairs_hook=_unique_keys)
+        # JSON can spell half a surrogate pair, which no file can hold: a checkpoint could not be saved.
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a dictionary, not {shown(values)}")
+    return values
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is given twice")
+    return values
+
+
+def _ids(values: dict, name: str, path: Path) -> list[int]:
+    """One id or several, as `eos_token_id` may be given."""
+    value = values.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(map(_is_id, ids)):
+        raise ValueError(f"{path}: {name} must be the id of a token or a list of them, not {shown(value)}")
+    return ids
+
+
+def _id(values: dict, name: str, path: Path) -> int | None:
+    value = values.get(name)
+    if value is not None and not _is_id(value):
+        raise ValueError(f"{path}: {name} must be the id of a token, not {shown(value)}")
+    return value
+
+
+def _is_id(value: object) -> bool:
+    # Of Llamas of 2023, -1 says that there is none.
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 31
