@@ -154,13 +154,18 @@ def parsed(name: str, text: str) -> object:
 
 
 def hugging_face_config(special_tokens: Collection[str]) -> dict:
-    """`tokenizer_config.json` of a tokenizer with these special tokens."""
+    """`tokenizer_config.json` of a tokenizer with these special tokens.
+
+    Nothing stands in front of a text, neither a token nor a blank: that is said for llama.cpp, which adds both to the
+    texts of a SentencePiece model otherwise.
+    """
     pad = {"pad_token": PAD} if PAD in special_tokens else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,
-        "bos_token": END_OF_DOCUMENT,
         **pad,
+        "add_bos_token": False,
+        "add_prefix_space": False,
         "additional_special_tokens": [t for t in special_tokens if t not in (END_OF_DOCUMENT, PAD)],
         "clean_up_tokenization_spaces": False,
     }
