@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from demo.conversations import parses
-from generate import generate, load_model
+from generate import generate, load_model, room_for_text
 from optimizer import resolve_dtype
 from tokenizer.chat_template import ChatTemplate, Message
 from utils.paths import a_path
@@ -36,21 +36,22 @@ def main() -> int:
             raise ValueError(f"there is no question in {args.questions}")
         model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
         template = ChatTemplate(tokenizer)
-        stop_ids = template.stop_ids | folder_stops
+        questions = questions[:: max(1, len(questions) // args.count)][: args.count]
+        prompts = [template.prompt([Message("user", question)]) for question in questions]
+        rooms = [min(args.max_new_tokens, room_for_text(model, prompt)) for prompt in prompts]
     except (ValueError, OSError) as error:
         print(f"demo.answer: {error}", file=sys.stderr)
         return 2
-    questions = questions[:: max(1, len(questions) // args.count)][: args.count]
     ended = good = 0
-    for index, question in enumerate(questions):
+    for index, (question, prompt, room) in enumerate(zip(questions, prompts, rooms)):
         ids = list(
             generate(
-                model, template.prompt([Message("user", question)]), args.max_new_tokens, template.stop_ids,
-                temperature=args.temperature, seed=index, vocab_size=tokenizer.vocab_size,
+                model, prompt, room, template.stop_ids | folder_stops, temperature=args.temperature, seed=index,
+                vocab_size=tokenizer.vocab_size,
             )
         )  # fmt: skip
         answer = tokenizer.decode(ids)
-        ends = len(ids) < args.max_new_tokens
+        ends = len(ids) < room
         # A function that is cut off counts as one that does not parse.
         is_good = ends and answer.lstrip().startswith("def ") and parses(answer)
         ended, good = ended + ends, good + is_good

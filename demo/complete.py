@@ -95,21 +95,23 @@ def main() -> int:
         headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
         if not headers or args.count < 1:
             raise ValueError("there is no function to complete in the held-out modules")
-        model, tokenizer = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+        model, tokenizer, stop_ids = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
     except (ValueError, OSError) as error:
         print(f"demo.complete: {error}", file=sys.stderr)
         return 2
     headers = headers[:: max(1, len(headers) // args.count)][: args.count]
-    context, new_tokens = model.config.max_position_embeddings, 96
+    context, begin = model.config.max_position_embeddings, tokenizer.begin_ids
+    new_tokens = min(96, context // 2)
+    room = context - new_tokens - len(begin)
     good = 0
     for index, header in enumerate(headers):
-        prompt = tokenizer.encode(header.before + header.text)[-(context - new_tokens) :]
+        prompt = begin + tokenizer.encode(header.before + header.text)[-room:]
         ids = list(
             generate(
                 model,
                 prompt,
                 new_tokens,
-                frozenset([tokenizer.eod_id]),
+                stop_ids,
                 args.temperature,
                 seed=index,
                 top_k=0,

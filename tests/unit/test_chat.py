@@ -1,6 +1,8 @@
 """generate.py --chat: history, what is forgotten, stopping, and the terminal."""
 
 import io
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,3 +123,84 @@ def test_a_question_that_is_too_long_does_not_end_the_talk(
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str):
     assert generate.main(["--ckpt", str(folder), *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def complete(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    """Exit code, what was printed, and what was said beside it."""
+    flags = ["--temperature=0", "--device=cpu", "--dtype=float32", "--max_new_tokens=20"]
+    code = generate.main(["--ckpt", str(folder), *flags, *more])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_prompt_and_the_context(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Of 128 tokens. What does not fit is said once, and how much does."""
+    assert complete(folder, capsys, "--prompt=" + "漢" * 30)[::2] == (0, "")
+    code, out, err = complete(folder, capsys, "--prompt=" + "漢" * 40)
+    assert (code, err.count("\n")) == (0, 1) and "120 tokens of prompt leave room for 8 of --max_new_tokens 20" in err
+    assert len(out) > 40
+    code, out, err = complete(folder, capsys, "--prompt=" + "漢" * 43)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "the prompt has 129 tokens" in err
+    # Half of the context is for the conversation.
+    code, _, err = complete(folder, capsys, "--chat", "--prompt=hello", "--max_new_tokens=65")
+    assert (code, err.count("\n")) == (0, 1) and "an answer has room for 64 of --max_new_tokens 65" in err
+
+
+@pytest.mark.parametrize("how", [[], ["--chat"]])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_all_that_the_folder_names_ends_a_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str],
+    name: str,
+):  # fmt: skip
+    """Also an answer, besides what the chat template says."""
+    said, original = [], generate.generate
+
+    def watched(*arguments: object) -> Iterator[int]:
+        said.append([])
+        for token_id in original(*arguments):
+            said[-1].append(token_id)
+            yield token_id
+
+    monkeypatch.setattr(generate, "generate", watched)
+    shutil.copytree(folder, tmp_path / "m")
+    assert complete(tmp_path / "m", capsys, "--prompt=hello", *how)[0] == 0
+    stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
+    values = json.loads((folder / name).read_text()) if name == "config.json" else {}
+    atomic_write_json(tmp_path / "m" / name, values | {"eos_token_id": [1, stop]})
+    assert complete(tmp_path / "m", capsys, "--prompt=hello", *how)[0] == 0
+    assert said[1] == said[0][: said[0].index(stop)]
+    (tmp_path / "m" / name).write_text("[]")
+    code, out, err = complete(tmp_path / "m", capsys, "--prompt=hello", *how)
+    assert (code, out, err.count("\n")) == (2, "", 1) and name in err
+
+
+@pytest.mark.parametrize("puts_one_in_front", [False, True])
+def test_a_text_begins_as_the_tokenizer_says(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, puts_one_in_front: bool
+):
+    """As transformers' tokenizer of the folder does it; a conversation begins as its template says."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    shutil.copytree(folder, tmp_path / "m")
+    library = LibraryTokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    begin = "<|im_sep|>"
+    if puts_one_in_front:
+        library.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.special_ids[begin])]
+        )
+        library.save(str(tmp_path / "m" / "tokenizer.json"))
+    asked, original = [], generate.generate
+
+    def watched(model: Llama, ids: list[int], *rest: object) -> Iterator[int]:
+        asked.append(ids)
+        return original(model, ids, *rest)
+
+    monkeypatch.setattr(generate, "generate", watched)
+    for how in ([], ["--chat"]):
+        assert generate.main(["--ckpt", str(tmp_path / "m"), "--prompt=hello", "--max_new_tokens=2", *how]) == 0
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
+    talk = theirs.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    assert asked == [theirs("hello")["input_ids"], talk["input_ids"]]
+    assert (asked[0][0] == tokenizer.special_ids[begin]) == puts_one_in_front

@@ -46,6 +46,15 @@ def test_same_seed_same_text(model: Llama):
         list(generate(model, [], 5, frozenset()))
 
 
+def test_a_text_ends_with_the_context(model: Llama):
+    """However many tokens are asked for; the model would go on, with positions that it has never seen."""
+    new = list(generate(model, [7] * 54, 500, frozenset(), temperature=0.0))
+    assert new == list(generate(model, [7] * 54, 10, frozenset(), temperature=0.0)) and len(new) == 10
+    for count in (64, 65, 1000):
+        with pytest.raises(ValueError, match=f"the prompt has {count} tokens, and the model knows 64 positions"):
+            next(generate(model, [7] * count, 1, frozenset()))
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "possible"),
     [
