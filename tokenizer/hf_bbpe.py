@@ -28,6 +28,7 @@ from tokenizer.base import (
     parsed,
 )
 from tokenizer.chat_template import JINJA
+from tokenizer.long_words import LongWords
 from tokenizer.word_cache import WordCache
 from utils.files import atomic_write
 
@@ -344,12 +345,18 @@ def _untrained(pattern: str) -> LibraryTokenizer:
 
 
 def train_hf_bbpe(
-    texts: Iterable[str], vocab_size: int, show_progress: bool = True, max_digits: int = 3, max_han: int = 0
+    texts: Iterable[str],
+    vocab_size: int,
+    show_progress: bool = True,
+    max_digits: int = 3,
+    max_han: int = 0,
+    long_words: LongWords | None = None,
 ) -> HFBBPETokenizer:
     """Train byte-level BPE (Sennrich et al., 2016, on bytes) with `vocab_size` entries, special tokens included.
 
     Args:
         max_digits, max_han: see `split_pattern`.
+        long_words: takes the number of words that were cut for the training.
     Raises:
         ValueError: the vocabulary is too small, or the text too little to fill it.
     """
@@ -358,13 +365,14 @@ def train_hf_bbpe(
         raise ValueError(
             f"--vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
-    tokenizer = _untrained(split_pattern(max_digits, max_han))
+    pattern = split_pattern(max_digits, max_han)
+    tokenizer = _untrained(pattern)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((long_words or LongWords()).cut(texts, pattern), trainer)
     entries = tokenizer.get_vocab_size() + len(SPECIAL_TOKENS)
     if entries < vocab_size:
         raise ValueError(

@@ -16,8 +16,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from, print_left_out
-from tokenizer.base import LARGEST_VOCAB_SIZE, Tokenizer
+from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer
+from tokenizer.conversion import BYTE_LEVEL, SENTENCE_PIECE
 from tokenizer.hf_bbpe import train_hf_bbpe
+from tokenizer.long_words import LongWords
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.sp_bbpe import train_sp_bbpe
 from utils.files import atomic_write_json
@@ -25,6 +27,13 @@ from utils.paths import a_path, expand
 from utils.terminal import run_main
 
 _REPORT_BYTES = 20_000_000
+_REPORT_NAME = "report.json"
+_OWN_FILES = frozenset(["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE_NAME])
+_OF_MODELS = (
+    *_OWN_FILES, SENTENCE_PIECE, *BYTE_LEVEL, "special_tokens_map.json", "added_tokens.json", "config.json",
+    "*.safetensors", "pytorch_model*.bin", "*.gguf", "ckpt",
+)  # fmt: skip
+"""Patterns of what lies in the folder of a tokenizer or a model."""
 _SAMPLE_SEED, _REPORT_SEED = 0, 1
 
 
@@ -63,6 +72,22 @@ def sources_from(args: argparse.Namespace) -> list[Source]:
     return sources
 
 
+def check_output_dir(directory: Path, kind: str) -> None:
+    """
+    Raises:
+        ValueError: it holds a tokenizer that this command did not train, or a model: they would be spoilt.
+    """
+    found = sorted({path.name for pattern in _OF_MODELS for path in directory.glob(pattern)})
+    written = _OWN_FILES if kind == "hf_bbpe" else _OWN_FILES | {SENTENCE_PIECE}
+    # The report says who wrote the rest.
+    own = written if (directory / _REPORT_NAME).exists() else frozenset()
+    foreign = [name for name in found if name not in own]
+    if foreign:
+        raise ValueError(
+            f"--output_dir {directory} holds {foreign[0]}, of a model or of another tokenizer: give a folder of its own"
+        )
+
+
 class Sample:
     """The texts to train on, counted and shown as they go by."""
 
@@ -77,6 +102,8 @@ class Sample:
                 self.text_bytes[name] += size
                 bar.update(size)
                 yield text
+        if not self.text_bytes.total() and not self._bad.count:
+            raise ValueError("no text was read: every record is empty")
 
 
 def report_on(tokenizer: Tokenizer, sources: list[Source], sample_bytes: int) -> dict:
@@ -150,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     add_corpus_arguments(parser)
     args = parser.parse_args(argv)
     started = time.monotonic()
-    bad, sample = BadRecords(), None
+    bad, sample, long_words = BadRecords(), None, LongWords()
     try:
         if args.kind == "sp_bbpe" and args.max_digits not in (None, 1):
             raise ValueError("--max_digits: sp_bbpe makes every digit a token of its own")
@@ -160,17 +187,20 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--sample_mb must be positive")
         if args.vocab_size > LARGEST_VOCAB_SIZE:
             raise ValueError(f"--vocab_size must be at most {LARGEST_VOCAB_SIZE}")
+        check_output_dir(Path(args.output_dir), args.kind)
         sources = sources_from(args)
         sample = Sample(sources, int(args.sample_mb * 1e6), bad)
         shows = sys.stderr.isatty()
         if args.kind == "hf_bbpe":
-            tokenizer = train_hf_bbpe(sample, args.vocab_size, shows, args.max_digits or 3, args.max_han)
+            tokenizer = train_hf_bbpe(sample, args.vocab_size, shows, args.max_digits or 3, args.max_han, long_words)
         else:
             tokenizer = train_sp_bbpe(sample, args.vocab_size, shows)
-        tokenizer.save_pretrained(args.output_dir)
         report = report_on(tokenizer, sources, min(_REPORT_BYTES, int(args.sample_mb * 1e6)))
         report["trained_on_bytes"] = dict(sample.text_bytes)
-        atomic_write_json(Path(args.output_dir) / "report.json", report)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        # First, so that what is left of a command that was killed counts as its own.
+        atomic_write_json(Path(args.output_dir) / _REPORT_NAME, report)
+        tokenizer.save_pretrained(args.output_dir)
     except (ValueError, OSError) as error:
         complaint = str(error)
         print_left_out(bad.left_out)
@@ -180,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
             complaint = f"{complaint} ({unread})" if has_text else f"no text was read: {unread}"
         print(f"train_tokenizer: {complaint}", file=sys.stderr)
         return 2
+    if long_words.count:
+        print(f"train_tokenizer: {long_words}", file=sys.stderr)
     print_report(report, time.monotonic() - started, bad)
     return 0
 

@@ -23,7 +23,8 @@ from tests.conftest import TINY_MODEL
 from tests.unit.test_tokenizer import english, random_text, training_texts
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer, sampling
 from tokenizer.base import SPECIAL_TOKENS
-from tokenizer.hf_bbpe import split_pattern
+from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
+from tokenizer.long_words import LongWords
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.train_tokenizer import main
 
@@ -242,7 +243,96 @@ def test_digits_and_chinese_characters_in_an_entry(three_sources: Path):
     assert lengths["sp"][0] == 1 and lengths["sp"][1] >= 2
 
 
+# ---- words that are too long to train on
+
+
+@pytest.mark.parametrize("max_han", [0, 4])
+def test_a_long_word_is_cut_for_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], max_han: int):
+    """The same tokenizer as of the parts; said once, with the number, and ordinary text is left as it is."""
+    rng = random.Random(0)
+    long = ["".join(rng.choice(letters) for _ in range(length)) for letters, length in (("acgt", 2500), ("天地", 1001))]
+    texts = [english(rng, 400), f"a {long[0]} b\n{long[1]}, c", "x" * 1000, english(rng, 400)]
+    write_lines(tmp_path / "corpus" / "a.jsonl", texts)
+    command = ["--data_dir", str(tmp_path / "corpus"), "--vocab_size", "330", f"--max_han={max_han}"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "longer than 1,000 characters" in line]
+    assert len(said) == 1 and f"{1 if max_han else 2} words" in said[0] and "2,501" in said[0]
+    first = f"a {long[0][:999]}", long[0][999:1999], f"{long[0][1999:]} b\n" + (long[1] if max_han else long[1][:1000])
+    parts = [texts[0], *first, *texts[2:]] + ([", c"] if max_han else [f"{long[1][1000:]}, c"])
+    by_parts = train_hf_bbpe(parts, 330, show_progress=False, max_han=max_han)
+    assert load_tokenizer(tmp_path / "out").fingerprint == by_parts.fingerprint
+
+
+def test_only_what_is_too_long_is_cut():
+    """Against a plain look at every word of texts in which long and short ones follow each other anywhere."""
+    rng = random.Random(0)
+    cuts = long_words_seen = 0
+    for _ in range(60):
+        kinds = ["a", "天", "e\u0301", " ", "\n", "!", "!\n", "1", "a1", " b"]
+        text = "".join(rng.choice(kinds) * rng.choice([1, 3, 400, 499, 500, 501, 999, 1000, 1001]) for _ in range(6))
+        words, counter = pieces(text), LongWords()
+        parts = list(counter.cut([text], split_pattern()))
+        assert "".join(parts) == text and counter.count == sum(len(word) > 1000 for word in words)
+        assert max(map(len, (word for part in parts for word in pieces(part))), default=0) <= 1000
+        if counter.count == 0:
+            assert parts == [text]
+        long_words_seen += counter.count
+        cuts += len(parts) - 1
+    assert cuts >= long_words_seen > 20
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([{"content": "one"}, {"content": "two"}], 'no text under the key "text"'),
+        ([{"text": ""}, {"text": ""}], "every record is empty"),
+        ([{"text": 5}], "text"),
+    ],
+)
+def test_nothing_that_could_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, lines: list[dict], why: str
+):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--vocab_size", "300"]
+    assert main([*command, "--kind", kind]) == 2
+    error_output = capsys.readouterr().err
+    assert one_sentence(error_output) and "no text was read" in error_output and why in error_output
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tokenizer.model", "sp_bbpe"), ("vocab.json", "hf_bbpe"), ("tokenizer.json", "hf_bbpe"),
+        ("config.json", "hf_bbpe"), ("model-00001-of-00002.safetensors", "sp_bbpe"), ("ckpt", "hf_bbpe"),
+    ],
+)  # fmt: skip
+def test_folder_of_another_tokenizer_or_model_is_not_overwritten(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / name).write_bytes(b"theirs")
+    command = ["--data_dir", str(corpus), "--output_dir", str(out), "--vocab_size", "320", "--kind", kind]
+    assert main(command) == 2
+    assert name in capsys.readouterr().err
+    assert [path.read_bytes() for path in out.iterdir()] == [b"theirs"]
+
+
+def test_own_folder_may_be_trained_into_again(three_sources: Path, capsys: pytest.CaptureFixture[str]):
+    """Of the same kind, since a tokenizer.model that is left would be another's; not if a model has moved in."""
+    out = three_sources / "out"
+    command = ["--data_dir", str(three_sources / "en"), "--output_dir", str(out), "--sample_mb", "0.1"]
+    for vocab_size in ("300", "310"):
+        assert main([*command, "--vocab_size", vocab_size, "--kind", "sp_bbpe"]) == 0
+    assert load_tokenizer(out).vocab_size == 310
+    assert main([*command, "--vocab_size", "310"]) == 2
+    assert "tokenizer.model" in capsys.readouterr().err
+    (out / "config.json").write_text("{}")
+    assert main([*command, "--vocab_size", "310", "--kind", "sp_bbpe"]) == 2
 
 
 def one_sentence(error_output: str) -> bool:

@@ -1,0 +1,66 @@
+"""Cutting the longest words for the training of BPE.
+
+The library's trainer takes time in proportion to the square of a word's length: 300,000 Chinese characters without a
+mark between them, or a genome, take minutes. What is beyond LONGEST_WORD is cut, for the training only. Merges within
+the parts are learnt as ever; encoding takes n log n and cuts nothing.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import regex
+
+LONGEST_WORD = 1000
+"""Characters. Beyond it the training of a text that is one word takes longer and longer; below, no less."""
+_STEP = LONGEST_WORD // 2
+_ENDS_OF_RUNS = [
+    regex.compile(ends, regex.V1).search
+    for ends in (r"[^\p{L}\p{M}]", r"[\p{L}\p{N}]|[^\S\r\n]", r"\S")  # Of letters, of signs with line ends, of blanks.
+]
+
+
+class LongWords:
+    """Cuts, and counts what it cut."""
+
+    def __init__(self):
+        self.count = 0
+        self.longest = 0
+        """Characters."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count:,} words are longer than {LONGEST_WORD:,} characters, the longest has {self.longest:,}: they "
+            f"were cut into parts for the training, which would be slow otherwise (--kind sp_bbpe is not)"
+        )
+
+    def cut(self, texts: Iterable[str], pattern: str) -> Iterator[str]:
+        """The texts, in several parts where they have a word that is too long.
+
+        Args:
+            pattern: its matches are the words, see `hf_bbpe.split_pattern`.
+        """
+        words = regex.compile(pattern, regex.V1).finditer
+        for text in texts:
+            if not may_have_long_word(text):
+                yield text
+                continue
+            begin = 0
+            for word in words(text):
+                start, end = word.span()
+                if end - start > LONGEST_WORD:
+                    self.count += 1
+                    self.longest = max(self.longest, end - start)
+                    for cut in range(start + LONGEST_WORD, end, LONGEST_WORD):
+                        yield text[begin:cut]
+                        begin = cut
+            yield text[begin:]
+
+
+def may_have_long_word(text: str) -> bool:
+    """Whether to look closer: a word that is too long fills one of the steps with characters of one kind. Most texts
+    have another kind within the first few characters of each step, so that this takes next to no time."""
+    if len(text) <= LONGEST_WORD:
+        return False
+    for begin in range(0, len(text) - _STEP + 1, _STEP):
+        if any(search(text, begin, begin + _STEP) is None for search in _ENDS_OF_RUNS):
+            return True
+    return False
