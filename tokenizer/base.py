@@ -18,6 +18,10 @@ LARGEST_VOCAB_SIZE = 1 << 24
 """Far beyond what a model can use; the libraries' trainers end the process for want of memory instead of refusing."""
 
 
+_REMEMBERED = 1_000_000
+"""Characters of text whose ids are kept at hand."""
+
+
 class Tokenizer(ABC):
     """Text to ids and back. Special tokens enter a sequence by id only: text that spells one out stays text."""
 
@@ -31,6 +35,8 @@ class Tokenizer(ABC):
     """Hex sha256 of all that decides which ids a text gets."""
     chat_template: str | None = None
     """The folder's own program that lays out a conversation, in Jinja; see chat_template.py."""
+    _recent: tuple[dict[str, list[int]], int] = ({}, _REMEMBERED + 1)
+    """Texts that were encoded lately -> their ids, and how many characters that is."""
     template_tokens: dict[str, str] = {}
     """What such a program may write by name: "bos_token", "eos_token" ... -> the token's text."""
 
@@ -63,7 +69,7 @@ class Tokenizer(ABC):
             The ids, and for each the number of the piece in which its text begins.
         """
         parts = self._parts(pieces)
-        texts = iter(self.encode_batch([text for _, text, token_id in parts if token_id is None], num_threads=1))
+        texts = iter(self._remembered([text for _, text, token_id in parts if token_id is None]))
         ids: list[int] = []
         owners: list[int] = []
         for number, _, token_id in parts:
@@ -71,6 +77,16 @@ class Tokenizer(ABC):
             ids += new
             owners += [number] * len(new)
         return ids, owners
+
+    def _remembered(self, texts: list[str]) -> list[list[int]]:
+        """As encode_batch. Roles come again in every conversation, and texts in every sample of one."""
+        known, size = self._recent
+        if size > _REMEMBERED:
+            known, size = {}, 0
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, self.encode_batch(new, num_threads=1)))
+        self._recent = known, size + sum(map(len, new))
+        return [known[text] for text in texts]
 
     def _parts(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, str, int | None]]:
         """Pieces cut at the special tokens that are meant: (number of the piece, text, id of a special token)."""

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 from tokenizer.base import MESSAGE_END, MESSAGE_SEPARATOR, MESSAGE_START, Tokenizer
@@ -502,15 +503,15 @@ class ChatTemplate:
     def _encode(self, pieces: Iterator[_Piece]) -> Rendered:
         pieces = list(pieces)
         ids, owners = self._tokenizer.encode_pieces([(piece.text, piece.is_layout) for piece in pieces])
+        supervised: list[bool] = []
         spans: list[Span] = []
-        for position, owner in enumerate(owners):
-            piece = pieces[owner]
-            last = spans[-1] if spans else None
-            if last and (last.message, last.is_header) == (piece.message, piece.is_header):
-                spans[-1] = Span(last.message, last.begin, position + 1, last.is_header)
-            else:
-                spans.append(Span(piece.message, position, position + 1, piece.is_header))
-        return Rendered(ids, [pieces[owner].is_learnt for owner in owners], spans)
+        for owner, run in groupby(owners):
+            piece, begin = pieces[owner], len(supervised)
+            supervised += [piece.is_learnt] * len(list(run))
+            if spans and (spans[-1].message, spans[-1].is_header) == (piece.message, piece.is_header):
+                begin = spans.pop().begin
+            spans.append(Span(piece.message, begin, len(supervised), piece.is_header))
+        return Rendered(ids, supervised, spans)
 
 
 def _cut(text: str, marked: _Marked) -> Iterator[tuple[str, bool]]:
