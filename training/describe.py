@@ -13,6 +13,7 @@ from dataset.sequences import read_manifest
 from model import Llama, flops
 from optimizer import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
+from tokenizer.chat_template import ChatTemplate
 from training.build import Built
 from training.build_optimizer import buckets_with_matrices
 from training.build_parallel import Parallel
@@ -142,10 +143,12 @@ def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) ->
 
 
 def _data(data: Data, task_type: str) -> list[str]:
-    """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was."""
+    """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was; and what is
+    odd about the layout of their conversations."""
     directories = dict.fromkeys(data.dirs.values()) if task_type != "pretrain" else ()
     records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
-    return [*records, f"data: {data.train.description()}"]
+    notes = ChatTemplate(data.tokenizer).notes if task_type != "pretrain" else []
+    return [*records, f"data: {data.train.description()}", *(f"note: {note}" for note in notes)]
 
 
 def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
