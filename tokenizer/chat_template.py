@@ -207,6 +207,10 @@ class ChatTemplate:
         fits = text[:begin].startswith(asked)
         # Some ask by nothing but the end of the question, and put something between it and the answer.
         self._lead = text[len(asked) : begin] if fits else ""
+        if self._control.search(self._lead):
+            self.notes.append(
+                f"the chat template has nothing by which it asks for an answer: {self._lead!r} is learnt as its begin"
+            )
         # Others begin the answer themselves, with a tag that thoughts begin with.
         self._opening = asked[begin:] if asked.startswith(text[:begin]) else ""
         if not fits:

@@ -389,6 +389,16 @@ def test_the_day_does_not_matter(tmp_path: Path):
     assert "always 26 July 2024" in layout.notes[0]
 
 
+def test_a_template_that_asks_for_nothing(tmp_path: Path):
+    """What it puts before an answer is for the model to say, as nobody else does."""
+    ours, _ = with_template(TRIMS.split("{% if add")[0], tmp_path)
+    layout = ChatTemplate(ours)
+    rendered = layout.render([Message("user", "a"), Message("assistant", "b")])
+    learnt = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
+    assert ours.decode(learnt) == "<|assistant|>b<|end|>"
+    assert "has nothing by which it asks for an answer" in layout.notes[0]
+
+
 def test_named_templates(tmp_path: Path):
     """The default one is taken."""
     named = [{"name": "default", "template": TRIMS}, {"name": "tool_use", "template": WITH_TOOLS}]

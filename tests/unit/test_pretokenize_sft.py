@@ -502,7 +502,7 @@ BAD_LINES = [
     ),
     (b'"just a text"', "no object with fields"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "it holds no answer"),
-    (b'{"type": "pretrain", "text": "caf\xe9"}', "not a JSON line (not valid Unicode)"),
+    (b'{"type": "pretrain", "text": "caf\xe9"}', "not a JSON line (not UTF-8: convert it, for example with iconv)"),
 ]
 
 
@@ -531,6 +531,66 @@ def test_bad_records_are_counted_and_named(
         "9 records -> 9 samples, 189 tokens, 10% of them supervised, in 1 train and 0 valid shards; 0 samples "
         "shortened, 0 dropped for want of an answer, 9 records skipped; "
     )
+
+
+def test_what_was_read_is_said_once(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], in_process: None
+):
+    """Also of columns that nobody decodes, over all files and parts together; a run that finds all done says it too."""
+    marked = [{**GOOD, "id": 1, "split": "test"}, {**GOOD, "id": 2}, {"question": "q", "answer": "a", "id": 3}]
+    write_lines(tmp_path / "corpus" / "a.jsonl", marked)
+    stamps = pyarrow.array([1, 1_700_000_000_123_456_789], pyarrow.timestamp("ns"))
+    columns = {"prompt": ["q", "q"], "completion": ["a", "a"], "stamp": stamps, "system": [None, "s"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "corpus" / "b.parquet")
+    for _ in range(2):
+        assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--shard_mb=0.00002") == 0
+        assert capsys.readouterr().err.splitlines() == [
+            "known formats: conversations (2); prompt, completion (2); question, answer (1)",
+            'fields that are not read: id (3); stamp (2); split="test" (1)',
+        ]
+    manifest = json.loads((tmp_path / "out" / "pretokenize.json").read_text())
+    assert manifest["unread_fields"] == {"id": 3, "stamp": 2, 'split="test"': 1}
+    assert sorted(texts_of(tmp_path / "out")) == ["⟨system¦s⟩" + GOOD_TEXT] + [GOOD_TEXT] * 4
+
+
+def test_more_fields_than_anyone_reads(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], in_process: None
+):
+    """Data may stand in the names: neither the line nor the manifest grows with it."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", [{**GOOD, f"field {i}": 0} for i in range(300)])
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert len(line) < 300 and line.endswith("; and more, see pretokenize.json")
+    assert len(json.loads((tmp_path / "out" / "pretokenize.json").read_text())["unread_fields"]) == 100
+
+
+@pytest.mark.parametrize("loss", ["all", "last", "split"])
+def test_an_answer_that_is_not_to_be_learnt(tmp_path: Path, tokenizer_dir: Path, loss: str):
+    """It stays in the conversation, and has no sample of its own."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    record = {"messages": [*turns, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}
+    write_lines(tmp_path / "corpus" / "a.jsonl", [record])
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options("sft", LONG, loss))
+    assert texts_of(tmp_path / "out") == ["⟨user¦q⟩⟨assistant¦a⟩⟨user¦r⟩⟨assistant¦{b⟩}"]
+
+
+def test_reasons_why_nothing_is_left(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], in_process: None
+):
+    """Each once, with the place of the first; also where the sentence is about something else."""
+    bad = [{"instruction": "q"}, [], {"instruction": "q"}, {"messages": []}]
+    write_lines(tmp_path / "corpus" / "a.jsonl", bad)
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir) == 2
+    said = last_line(capsys.readouterr().err)
+    assert "holds no text that could be read: 4 records could not be read, for example a.jsonl at byte 0: no kn" in said
+    assert said.count("no known format") == 1 and "; a.jsonl at byte 21: no object with fields; a.jsonl at byte" in said
+    write_lines(tmp_path / "corpus" / "a.jsonl", [*bad, GOOD])
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=0.0001") == 2
+    assert "use a larger --valid_ratio" in (said := last_line(capsys.readouterr().err))
+    assert "4 records could not be read, for example a.jsonl at byte 0: no known format" in said
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--max_seq_len=5") == 2
+    said = last_line(capsys.readouterr().err)
+    assert "for example a.jsonl at byte 62: too long" in said and "(4 records could not be read" in said
 
 
 def test_conversations_are_no_preferences(tmp_path: Path, tokenizer_dir: Path):
@@ -634,9 +694,9 @@ def test_stopping_in_the_middle_of_a_file_is_said_in_one_sentence(
         (["--valid_ratio=1.1"], "--valid_ratio must be at least 0 and at most 1, got 1.1"),
         (["--valid_ratio=-0.1"], "--valid_ratio must be at least 0 and at most 1, got -0.1"),
         (["--user_name=x", "--assistant_name=x"], "--user_name and --assistant_name are both x"),
-        (["--num_workers=0"], "--num_workers and --shard_mb must be positive"),
-        (["--shard_mb=0"], "--num_workers and --shard_mb must be positive"),
-        (["--shard_mb=3000"], "--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB"),
+        (["--num_workers=0"], "--num_workers must be positive, got 0"),
+        (["--shard_mb=0"], "--shard_mb must be positive and below 2147, got 0.0"),
+        (["--shard_mb=3000"], "--shard_mb must be positive and below 2147, got 3000.0"),
         (["--include=*.csv"], "holds no records: put .jsonl, .json, .parquet or .csv files into it, or choose others"),
         (["--data_dir=nowhere"], "nowhere is not a directory"),
         (["--tokenizer_dir=nowhere"], "nowhere"),
@@ -1247,3 +1307,46 @@ def test_one_text_of_a_table_that_is_not_utf8(tmp_path: Path, tokenizer_dir: Pat
     assert manifest["bad_examples"] == ['a.parquet row 437: the column "messages": not valid Unicode']
     expected = [f"⟨user¦text {i}⟩⟨assistant¦{{text {i + 1}⟩}}" for i in range(0, 1200, 2) if i != 874]
     assert texts_of(tokens) == expected
+
+
+def with_template(source: Path, copy: Path, template: str | None) -> Path:
+    shutil.copytree(source, copy)
+    (copy / "chat_template.jinja").unlink()
+    if template is not None:
+        (copy / "chat_template.jinja").write_text(template)
+    return copy
+
+
+BRIEF = (
+    "{% for m in messages %}{{ m.role[0] + '<|im_sep|>' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a<|im_sep|>' }}{% endif %}"
+)
+
+
+def test_the_folders_template_lays_out_conversations(tmp_path: Path, tokenizer_dir: Path):
+    """A folder whose template changed is another one: nothing that was made with the old one is taken for it."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt("human: q", "gpt:  a ")])
+    online = []
+    for number, template in enumerate(
+        (None, BRIEF, BRIEF.replace("m.role[0]", "(m.role[0] if m.role == 'assistant' else m.role)"))
+    ):
+        folder = with_template(tokenizer_dir, tmp_path / f"T{number}", template)
+        assert command(tmp_path / "corpus", tmp_path / "out", folder) == 0
+        expected = ["⟨user¦q⟩⟨assistant¦{ a ⟩}", "u¦q⟩a¦{a⟩}", "user¦q⟩a¦{a⟩}"][number]
+        assert texts_of(tmp_path / "out") == [expected]
+        online.append(tokenize_online(tmp_path / "corpus", folder, SFT, 0.0))
+        assert texts_of(online[-1]) == [expected]
+    assert len(set(online)) == 3
+
+
+def test_what_the_template_has_no_place_for_is_counted(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    good, thinks = sharegpt("human: q", "gpt: a"), {"role": "assistant", "content": "b", "reasoning_content": "c"}
+    write_lines(tmp_path / "corpus" / "a.jsonl", [good, {"messages": [{"role": "user", "content": "q"}, thinks]}])
+    folder = with_template(tokenizer_dir, tmp_path / "T", None)
+    assert command(tmp_path / "corpus", tmp_path / "out", folder) == 0
+    captured = capsys.readouterr()
+    assert "1 records -> 1 samples" in captured.out
+    assert "no place for the reasoning of message 1" in captured.err
+    assert "note: the tokenizer has no chat template: conversations are laid out as zero2all's are" in captured.err
