@@ -209,7 +209,7 @@ class ChatTemplate:
         self._lead = text[len(asked) : begin] if fits else ""
         if self._control.search(self._lead):
             self.notes.append(
-                f"the chat template has nothing by which it asks for an answer: {self._lead!r} is learnt as its begin"
+                f"the chat template has nothing by which it asks for an answer: {self._lead!r} is learnt with it"
             )
         # Others begin the answer themselves, with a tag that thoughts begin with.
         self._opening = asked[begin:] if asked.startswith(text[:begin]) else ""
