@@ -28,8 +28,8 @@ class LongWords:
 
     def __str__(self) -> str:
         return (
-            f"{self.count:,} words are longer than {LONGEST_WORD:,} characters, the longest has {self.longest:,}: they "
-            f"were cut into parts for the training, which would be slow otherwise (--kind sp_bbpe is not)"
+            f"words that are longer than {LONGEST_WORD:,} characters were cut into parts for the training, which would "
+            f"be slow otherwise (that of --kind sp_bbpe is not): {self.count:,}, the longest of {self.longest:,}"
         )
 
     def cut(self, texts: Iterable[str], pattern: str) -> Iterator[str]:

@@ -1,19 +1,19 @@
 """What train_my_ddp.py builds before its loop, and what it reports. Only that file imports this package.
 
-    build.py            all of the following in order, and the dataclass that holds it
-    run_dir.py          the run directory, and the checkpoint in it to resume from
-    data.py             both sets and the tokenizer
-    build_model.py      the model with its first weights
-    generation.py       what a checkpoint tells other programs of ending a text
-    build_task.py       what turns a batch into a loss
-    dpo_reference.py    the reference of DPO
-    build_parallel.py   DDP with its hook, and ZeRO-1
-    build_optimizer.py  the optimizer on the slices of these, and its learning rate
-    resume.py           a checkpoint's state into what was built
-    progress.py         where the run stands
+build.py            all of the following in order, and the dataclass that holds it
+run_dir.py          the run directory, and the checkpoint in it to resume from
+data.py             both sets and the tokenizer
+build_model.py      the model with its first weights
+generation.py       what a checkpoint tells other programs of ending a text
+build_task.py       what turns a batch into a loss
+dpo_reference.py    the reference of DPO
+build_parallel.py   DDP with its hook, and ZeRO-1
+build_optimizer.py  the optimizer on the slices of these, and its learning rate
+resume.py           a checkpoint's state into what was built
+progress.py         where the run stands
 
-    describe.py         the lines that say what runs
-    records.py          these lines, config.yaml and the start record
-    report.py           lines and records of steps, validations, saves and the end
-    saving.py           what a rank writes of a checkpoint
+describe.py         the lines that say what runs
+records.py          these lines, config.yaml and the start record
+report.py           lines and records of steps, validations, saves and the end
+saving.py           what a rank writes of a checkpoint
 """

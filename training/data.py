@@ -1,5 +1,6 @@
 """Both sets and the tokenizer."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,17 @@ from configurator import Config
 from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
+from model import hf
 from parallel import DistContext
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.loading import has_tokenizer
 from utils import checkpoint as ckpt
 from utils.stores import Place
+
+logger = logging.getLogger(__name__)
+
+_MOST_PADDING = 20
+"""A model has at most one row in so many, or 64, that its tokenizer has no entry for."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,26 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> None:
         weights: folder of a model.
         tokenizer: the data's.
     Raises:
-        ValueError: it is not the model's.
+        ValueError: it is not the model's; where the folder holds none: the model is of another size.
     """
-    if (weights / "tokenizer.json").exists() and load_tokenizer(weights).fingerprint != tokenizer.fingerprint:
+    if has_tokenizer(weights):
+        if load_tokenizer(weights).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
+                f"again with --tokenizer_dir {weights} (raw records of SFT and DPO: leave --tokenizer_dir out)"
+            )
+        return
+    rows = hf.read_config(weights).vocab_size
+    if not 0 <= rows - tokenizer.vocab_size <= max(64, rows // _MOST_PADDING):
         raise ValueError(
-            f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
-            f"again with --tokenizer_dir {weights} (raw records of SFT and DPO: leave --tokenizer_dir out)"
+            f"{weights} holds weights but no tokenizer, and its vocab_size is {rows} where the data's tokenizer has "
+            f"{tokenizer.vocab_size} entries: tokenize the data with the model's own, and copy that into {weights}"
         )
+    logger.warning(
+        "%s holds weights but no tokenizer, so nobody can tell whether they know the data's: copy the files of the "
+        "model's tokenizer into it to have that checked",
+        weights,
+    )
 
 
 def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:

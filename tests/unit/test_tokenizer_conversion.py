@@ -8,11 +8,15 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from model.config import LlamaConfig
+from model.hf import to_hf_config
 from tests.unit.test_tokenizer import AWKWARD, auto_tokenizer, byte_level, english, random_text, refusal
 from tokenizer import load_tokenizer
 from tokenizer.base import END_OF_DOCUMENT
+from training.data import require_tokenizer_of
 
 MODELS = {
     "llama 2": {},
@@ -181,3 +185,35 @@ def test_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_folder_without_any_tokenizer(tmp_path: Path):
     message = refusal(write(tmp_path, config_json={"model_type": "llama"}))
     assert "holds no tokenizer.json" in message and f"--output_dir {tmp_path}" not in message
+
+
+# ---- weights and the tokenizer of the data
+
+
+def test_weights_of_another_tokenizer(tmp_path: Path):
+    """They are compared, whatever files hold the model's own."""
+    vocab, merges, _ = vocabulary()
+    files = added_tokens("added_tokens_decoder")
+    files["tokenizer_config_json"]["tokenizer_class"] = "GPT2Tokenizer"
+    bpe = write(tmp_path / "bpe", vocab_json=vocab, merges_txt=merges, **files)
+    sp = write(tmp_path / "sp", tokenizer_model=sentence_piece("llama 2"))
+    for weights, other in ((bpe, sp), (sp, bpe)):
+        load_tokenizer(weights).save_pretrained(tmp_path / f"of {weights.name}")
+        require_tokenizer_of(weights, load_tokenizer(tmp_path / f"of {weights.name}"))
+        with pytest.raises(ValueError, match="not tokenized with the tokenizer that the weights"):
+            require_tokenizer_of(weights, load_tokenizer(other))
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(1, False), (379, False), (380, True), (444, True), (445, False)])
+def test_weights_without_any_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: int, fits: bool):
+    """Of another size they are refused; else it is said that nobody can tell."""
+    tokenizer = load_tokenizer(write(tmp_path / "sp", tokenizer_model=sentence_piece("llama 2")))
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = to_hf_config(LlamaConfig(vocab_size=rows, max_position_embeddings=32, **sizes).resolve(), torch.float32, 2)
+    weights = write(tmp_path / "weights", config_json=config)
+    if fits:
+        require_tokenizer_of(weights, tokenizer)
+        assert "holds weights but no tokenizer" in caplog.text and str(weights) in caplog.text
+    else:
+        with pytest.raises(ValueError, match=f"holds weights but no tokenizer, and its vocab_size is {rows}"):
+            require_tokenizer_of(weights, tokenizer)
