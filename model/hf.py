@@ -1,6 +1,5 @@
 """To and from Hugging Face: llama, and qwen2 when only Q, K and V carry a bias. Only safetensors are read."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model.config import LlamaConfig
+from model.hf_files import INDEX, MISTAKES, read_json, weight_files, without_config
 from model.hf_keys import check_keys, require, shown
 from model.llama import Llama
 
@@ -21,6 +21,11 @@ _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _CONSTANT = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """What transformers kept beside a llama's weights until 2023, and passes over today: it follows from the
 configuration."""
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|SCB)$"
+    r"|\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
+)
+"""What stands beside weights that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX made smaller."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
 
@@ -220,19 +225,6 @@ def named_weights(model: Llama) -> dict[str, Tensor]:
     return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
-_MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} is given twice")
-    return values
-
-
 def read_config(directory: str | Path) -> LlamaConfig:
     """
     Raises:
@@ -241,17 +233,9 @@ def read_config(directory: str | Path) -> LlamaConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        content = path.read_bytes()
+        values = read_json(path)
     except FileNotFoundError:
-        raise ValueError(
-            f"{directory} holds no config.json: give a Hugging Face folder, a run or a checkpoint"
-        ) from None
-    except _MISTAKES as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        values = json.loads(content, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
+        raise ValueError(f"{directory} holds no config.json{without_config(Path(directory))}") from None
     try:
         return from_hf_config(values)
     except ValueError as error:
@@ -277,40 +261,54 @@ def _find_weights(directory: str | Path, shapes: dict[str, torch.Size], tied: bo
     Raises:
         ValueError: see load_weights.
     """
-    files = sorted(Path(directory).glob("model*.safetensors"))
-    if not files:
-        pickled = any(Path(directory).glob("pytorch_model*.bin"))
-        raise ValueError(
-            f"{directory} holds no model.safetensors"
-            + (": a pytorch_model.bin is not read, save it as safetensors with transformers" if pickled else "")
-        )
+    files, index = weight_files(Path(directory))
     found: dict[str, _Stored] = {}
     for file in files:
         with _opened(file) as tensors:
             for hf_name in tensors.keys():
-                name = from_hf_name(hf_name)
                 if _CONSTANT.search(hf_name):
                     continue
+                name = from_hf_name(hf_name)
                 target = _EMBEDDING if name == _HEAD and tied else name
                 if target not in shapes:
-                    raise ValueError(f"{file} holds {hf_name}, which this model does not have")
+                    raise ValueError(f"{file} holds {hf_name}, {_told_unknown(hf_name)}")
                 if name in found:
                     raise ValueError(f"{hf_name} is in {found[name].file} and in {file}: delete the file not meant")
-                header = tensors.get_slice(hf_name)
-                if header.get_dtype() not in _DTYPES:
-                    raise ValueError(
-                        f"{hf_name} in {file} is of dtype {header.get_dtype()}: only weights in floating point that "
-                        f"are not quantized can be loaded"
-                    )
-                if tuple(header.get_shape()) != tuple(shapes[target]):
-                    raise ValueError(
-                        f"{hf_name} is {tuple(header.get_shape())} in {file}, {tuple(shapes[target])} in the model"
-                    )
+                if index and index.get(hf_name) != file.name:
+                    raise ValueError(f"{file} holds {hf_name}, which {INDEX} {_told_index(index.get(hf_name))}")
+                _check_header(file, hf_name, tensors.get_slice(hf_name), shapes[target])
                 found[name] = _Stored(file, hf_name, name)
+    lacking = next((name for name in index if not _CONSTANT.search(name) and from_hf_name(name) not in found), None)
+    if lacking is not None:
+        raise ValueError(f"{index[lacking]} in {directory} lacks {lacking}, which {INDEX} says it holds")
     missing = sorted(shapes.keys() - found.keys())
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} weights of the model, for example {missing[0]}")
     return list(found.values())
+
+
+def _check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
+    """Dtype and shape of a weight, before it is read."""
+    if header.get_dtype() not in _DTYPES:
+        raise ValueError(
+            f"{hf_name} in {file} is of dtype {header.get_dtype()}: only weights in floating point that are not "
+            f"quantized can be loaded"
+        )
+    if tuple(header.get_shape()) != tuple(shape):
+        raise ValueError(f"{hf_name} is {tuple(header.get_shape())} in {file}, {tuple(shape)} in the model")
+
+
+def _told_unknown(hf_name: str) -> str:
+    """What a weight is that the model has no place for."""
+    if _QUANTIZED.search(hf_name):
+        return "of weights that are quantized: take a folder where they are not"
+    if ".lora_" in hf_name or ".base_layer." in hf_name:
+        return "of an adapter: merge it into the weights first"
+    return "which this model does not have"
+
+
+def _told_index(elsewhere: str | None) -> str:
+    return "does not name" if elsewhere is None else f"says is in {elsewhere}"
 
 
 @contextmanager
@@ -322,7 +320,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    except _MISTAKES as error:
+    except MISTAKES as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 
 

@@ -14,7 +14,8 @@ _GENERATION = {
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "assistant_confidence_threshold",
     "assistant_lookbehind", "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind",
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id",
+    "cls_token_id", "decoder_start_token_id",
 }  # fmt: skip
 """How transformers samples from the model's scores, and where a text begins and ends."""
 _OUTPUTS = {
@@ -29,9 +30,9 @@ _HEADS = {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task
 """Of a classifier's head, which no causal language model has."""
 _TOKENIZER = {"tokenizer_class", "prefix", "model_max_length"}
 _ORIGIN = {
-    "model_type", "transformers_version", "name_or_path", "_name_or_path", "_commit_hash", "_from_model_config",
-    "_attn_implementation_autoset", "_flash_attn_2_enabled", "_pre_quantization_dtype", "transformers.js_config",
-    "unsloth_fixed", "unsloth_version", "max_sequence_length", "seq_length",
+    "model_type", "transformers_version", "name_or_path", "_name_or_path", "_model_name_or_path", "_commit_hash",
+    "_from_model_config", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_pre_quantization_dtype",
+    "transformers.js_config", "unsloth_fixed", "unsloth_version", "max_sequence_length", "seq_length",
 }  # fmt: skip
 """Who wrote the folder, from what and with what; and lengths that are only said beside max_position_embeddings."""
 HARMLESS = frozenset(_GENERATION | _OUTPUTS | _SAME_MATH | _HEADS | _TOKENIZER | _ORIGIN)

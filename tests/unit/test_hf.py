@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import generate
 from model import Llama, LlamaConfig, hf
@@ -187,7 +188,23 @@ ODD_WEIGHTS = {
     "a scalar": ({NORM: torch.tensor(1.0)}, r"model.norm.weight is \(\) in"),
     "missing": ({NORM: MISSING}, "lacks 1 weights of the model, for example norm.weight"),
     "too many layers": ({"model.layers.2.mlp.up_proj.weight": torch.ones(32, 16)}, "layers.2.* this model does not"),
-    "an adapter": ({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}, "lora_A"),
+    "an adapter": (
+        {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)},
+        "lora_A.*, of an adapter: mer",
+    ),
+    "GPTQ": (
+        {"model.layers.0.self_attn.q_proj.qweight": torch.ones(2, dtype=torch.int32)},
+        "qweight, of weights that",
+    ),
+    "bitsandbytes": ({f"{NORM}.absmax": torch.ones(2)}, "absmax, of weights that are quantized: take a folder where"),
+    "a value head": (
+        {"v_head.summary.weight": torch.ones(1, 16)},
+        "v_head.summary.weight, which this model",
+    ),
+    "attention.bias of GPT-NeoX": (
+        {"model.layers.0.attention.bias": torch.ones(4, 4)},
+        "attention.bias, which this model",
+    ),
     # Of GPT-2, whose folders have them; a llama's carry something else under such a name.
     "a mask": ({"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}, "masked_bias"),
     "the same twice": ({"norm.weight": torch.ones(16)}, "norm.weight is in .* and in "),
@@ -225,10 +242,162 @@ def test_a_configuration_that_is_off_by_some_zeros_asks_for_no_memory(tmp_path: 
         hf.check_weights(config, tmp_path)
 
 
+PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def split(directory: Path, **changes: object) -> dict[str, str]:
+    """The weights in two parts with their index, some of its entries changed or taken out."""
+    whole = directory / "model.safetensors"
+    weights = load_file(whole)
+    mapping = {name: PARTS[number % 2] for number, name in enumerate(sorted(weights))}
+    for part in PARTS:
+        save_file({name: weights[name] for name in mapping if mapping[name] == part}, directory / part)
+    whole.unlink()
+    named = {name: file for name, file in (mapping | changes).items() if file is not MISSING}
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": named}))
+    return mapping
+
+
+ODD_ENTRIES = {"not named": {NORM: MISSING}, "named alone": {"lm_head.bias": PARTS[0]}, "elsewhere": {NORM: PARTS[1]}}
+
+
+def damage(directory: Path, what: str) -> None:
+    split(directory, **ODD_ENTRIES.get(what, {}))
+    first, second = (directory / part for part in PARTS)
+    assert NORM in load_file(first)
+    if what == "a part is missing":
+        second.unlink()
+    elif what == "in both":
+        save_file(load_file(second) | {NORM: torch.ones(16)}, second)
+    elif what == "two sets":
+        save_file(load_file(first) | load_file(second), directory / "model.safetensors")
+    elif what.startswith("no index"):
+        (directory / INDEX).unlink()
+        second.rename(directory / ("x.safetensors" if "missing" in what else "model-00003-of-00003.safetensors"))
+
+
+ODD_SETS = {
+    "a part is missing": f"{PARTS[1]} is missing: .*{INDEX} names it",
+    "not named": f"{PARTS[0]} holds {NORM}, which {INDEX} does not name",
+    "named alone": f"{PARTS[0]} in .* lacks lm_head.bias, which {INDEX} says it holds",
+    "elsewhere": f"{PARTS[0]} holds {NORM}, which {INDEX} says is in {PARTS[1]}",
+    "in both": f"{NORM} is in .*{PARTS[0]} and in .*{PARTS[1]}: delete",
+    "two sets": f"model.safetensors and .*{PARTS[0]} are two sets of weights: delete",
+    "no index, a part missing": f"{PARTS[1]} is missing, and no {INDEX} tells",
+    "no index, a part of another set": f"{PARTS[1]} is missing, and no {INDEX} tells",
+}
+
+
+@pytest.mark.parametrize("case", ODD_SETS)
+def test_odd_sets_of_weights_are_refused(case: str, tmp_path: Path):
+    damage(write(tmp_path), case)
+    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Llama(SMALL), tmp_path)):
+        with pytest.raises(ValueError, match=ODD_SETS[case]):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is no valid JSON"), (b"[]", "must hold a weight_map"), (b'{"weight_map": {}}', "must hold a weight"),
+        (b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', '"a" is given twice'),
+        (b'{"weight_map": {"a": "../model.safetensors"}}', '"a" is in "../model.safetensors": that is no safetensors'),
+        (b'{"weight_map": {"a": 5}}', '"a" is in 5: that is'),
+        (b'{"weight_map": {"a": "pytorch_model.bin"}}', '"a" is in "pytorch_model.bin": that is no safetensors'),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_index_is_refused(content: bytes, message: str, tmp_path: Path):
+    split(write(tmp_path))
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        hf.check_weights(SMALL, tmp_path)
+    assert str(tmp_path / INDEX) in str(caught.value)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "a stray part", "a variant", "no index", "an index of nothing there"])
+def test_the_files_that_transformers_takes_are_read_and_no_other(beside: str, tmp_path: Path):
+    write(tmp_path)
+    other = {name: weight + 1 for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    if beside in ("a variant", "an index of nothing there"):
+        save_file(other, tmp_path / "model.fp16.safetensors")
+        if beside != "a variant":
+            (tmp_path / INDEX).write_text(json.dumps({"weight_map": {NORM: PARTS[0]}}))
+    else:
+        split(tmp_path)
+    if beside == "a stray part":
+        save_file(other, tmp_path / "model-00001-of-00001.safetensors")
+    if beside == "no index":
+        (tmp_path / INDEX).unlink()
+    model, expected = Llama(SMALL), Llama(SMALL)
+    hf.load_weights(model, tmp_path)
+    expected.initialize(0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+    if beside != "no index":
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert all(torch.equal(a, theirs.state_dict()[name]) for name, a in hf.named_weights(model).items())
+
+
 def test_weights_in_two_files_that_hold_the_same_are_refused(tmp_path: Path):
     save(write(tmp_path), {}, "model-00001-of-00001.safetensors")
-    with pytest.raises(ValueError, match="is in .*model-00001-of-00001.safetensors and in .*model.safetensors: delete"):
+    with pytest.raises(ValueError, match="model.safetensors and .*model-00001-of-00001.safetensors are two sets"):
         hf.load_weights(Llama(SMALL), tmp_path)
+
+
+FORMATS = {
+    # What a folder holds instead of model.safetensors -> what the sentence says.
+    ("pytorch_model.bin",): ("only pytorch_model.bin", 'M.from_pretrained("DIR", dtype="auto").save_pretrained("DIR")'),
+    ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"): (
+        "only pytorch_model-00001",
+        "save_pretrained",
+    ),
+    ("adapter_model.safetensors", "adapter_config.json"): ("only an adapter: merge it", "merge_and_unload()"),
+    ("model-q4.gguf", "tokenizer.json"): ("only model-q4.gguf", 'gguf_file="model-q4.gguf"'),
+    ("consolidated.00.pth", "consolidated.01.pth", "params.json"): (
+        "only Meta's consolidated.00.pth",
+        "--num_shards 2 ",
+    ),
+    ("flax_model.msgpack",): ("only flax_model.msgpack", "from_flax=True"),
+    ("tf_model.h5",): ("only tf_model.h5, which is not read", "take the same model in safetensors"),
+    ("model.pt", "optimizer.pt"): ("only model.pt, which is not read", "take the same model in safetensors"),
+    ("model.fp16.safetensors",): ("only model.fp16.safetensors", "rename it to model.safetensors"),
+    ("training_args.bin", "README.md"): ("holds no model.safetensors", ""),
+}
+
+
+@pytest.mark.parametrize("names", FORMATS, ids=lambda names: names[0])
+def test_a_folder_in_another_format_is_told_how_to_convert_it(names: tuple[str, ...], tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    says = [part.replace("DIR", str(tmp_path)) for part in FORMATS[names]]
+    with pytest.raises(ValueError) as caught:
+        hf.check_weights(SMALL, tmp_path)
+    assert all(part in str(caught.value) for part in says) and "\n" not in str(caught.value)
+    # These come without a config.json.
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError) as caught:
+        hf.read_config(tmp_path)
+    alone = names[0].startswith(("adapter", "model-q4", "consolidated"))
+    assert "holds no config.json" in str(caught.value) and (says[1] in str(caught.value)) == (alone or not says[1])
+
+
+def test_a_missing_config_is_the_one_thing_that_is_named(tmp_path: Path):
+    for file, says in (
+        (None, "give the folder of a model"),
+        ("model.safetensors", "fetch the one that belongs to its"),
+    ):
+        if file:
+            (tmp_path / file).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"holds no config.json: {says}"):
+            hf.read_config(tmp_path)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path):
+    (write(tmp_path) / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter beside the weights"):
+        hf.check_weights(SMALL, tmp_path)
 
 
 @pytest.mark.parametrize(

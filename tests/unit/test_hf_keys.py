@@ -56,12 +56,13 @@ OTHER: dict[str, list[object]] = {
     "cross_attention_hidden_size": [8], "per_layer_config": [{"0": {"intermediate_size": 8}}],
     # Of the folder, its tokenizer and another head.
     "model_type": ["qwen3"], "architectures": [["LlamaForSequenceClassification"], ["MistralForCausalLM"], "Llama"],
-    "transformers_version": ["4.31.0"], "_name_or_path": ["a"], "name_or_path": ["a"], "_commit_hash": ["abc"],
+    "transformers_version": ["4.31.0"],
+    "_name_or_path": ["a"], "_model_name_or_path": ["a"], "name_or_path": ["a"], "_commit_hash": ["abc"],
     "tokenizer_class": ["LlamaTokenizer"], "prefix": ["a"], "id2label": [{"0": "a"}], "label2id": [{"a": 0}],
     "num_labels": [3], "problem_type": ["regression"], "finetuning_task": ["a"], "task_specific_params": [{"a": 1}],
     "auto_map": [{"AutoModelForCausalLM": "modeling_a.A"}, {"AutoTokenizer": ["a.A", None]}],
     "bos_token_id": [5], "eos_token_id": [5, [5, 6]], "pad_token_id": [5], "sep_token_id": [5],
-    "decoder_start_token_id": [5],
+    "decoder_start_token_id": [5], "unk_token_id": [5], "mask_token_id": [5], "cls_token_id": [5],
     # Of published folders.
     "_from_model_config": [True], "_flash_attn_2_enabled": [True], "_pre_quantization_dtype": ["float16"],
     "transformers.js_config": [{"kv_cache_dtype": {"fp16": "float16"}}], "unsloth_fixed": [True],

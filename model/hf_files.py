@@ -1,0 +1,163 @@
+"""Which files of a Hugging Face folder hold the weights, and what to do where they are in another format."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from model.hf_keys import shown
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+_ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
+
+MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
+
+
+def read_json(path: Path) -> object:
+    """
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: what is there cannot be read, or says something twice.
+        OSError: a disk or a network that may be back later.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except MISTAKES as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        return json.loads(content, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} is given twice")
+    return values
+
+
+def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold a model's weights, and what an index says of them: name of a weight -> name of its file.
+
+    As transformers chooses: one file, `model.safetensors`, or those that `model.safetensors.index.json` names and no
+    other. Where there are two sets of weights, it takes one in silence, and this refuses. Parts whose index got lost
+    are read where none of them is missing.
+
+    Raises:
+        ValueError: no weights, weights in another format, or two sets of them.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    mapping = _read_index(index)
+    named = [directory / name for name in sorted(set(mapping.values()))]
+    parts = sorted(path for path in directory.glob("model-*.safetensors") if _PART.fullmatch(path.name))
+    others = [path for path in named or parts if path != single and path.exists()]
+    if single.exists() and others:
+        raise ValueError(f"{single} and {others[0]} are two sets of weights: delete the one that is not meant")
+    files = [single] if single.exists() else named or _all_parts(parts)
+    if not files:
+        raise ValueError(f"{directory} holds no {SINGLE}{_other_weights(directory)}")
+    missing = next((path for path in files if not path.exists()), None)
+    if missing is not None:
+        raise ValueError(f"{missing} is missing: {index} names it")
+    if _is_adapter(directory):
+        raise ValueError(f"{directory} holds an adapter beside the weights: take it out, or merge it into them")
+    return files, mapping if files == named else {}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Name of a weight -> name of its file; nothing where there is no index."""
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return {}
+    mapping = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise ValueError(f"{path} must hold a weight_map, a dictionary from weights to files")
+    for name, file in mapping.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path} says that {shown(name)} is in {shown(file)}: that is no safetensors beside it")
+    return mapping
+
+
+def _all_parts(parts: list[Path]) -> list[Path]:
+    """
+    Raises:
+        ValueError: one of as many parts as their names promise is missing.
+    """
+    if not parts:
+        return []
+    width, count = len(_PART.fullmatch(parts[0].name)[2]), int(_PART.fullmatch(parts[0].name)[2])
+    wanted = [f"model-{number:0{width}d}-of-{count:0{width}d}.safetensors" for number in range(1, count + 1)]
+    names = [path.name for path in parts]
+    if wrong := sorted(set(wanted) ^ set(names)):
+        what = "is missing" if wrong[0] in wanted else f"is none of the {count} parts of {names[0]}"
+        raise ValueError(f"{parts[0].with_name(wrong[0])} {what}, and no {INDEX} tells: fetch the whole folder anew")
+    return parts
+
+
+def _is_adapter(directory: Path) -> bool:
+    return any(next(directory.glob(pattern), None) for pattern in _ADAPTERS)
+
+
+def without_config(directory: Path) -> str:
+    """What to do with a folder that has no config.json."""
+    if _is_adapter(directory) or _first(directory, "*.gguf", "consolidated*.pth"):
+        return _other_weights(directory)
+    weights = _first(directory, "model*.safetensors", "pytorch_model*.bin")
+    return f": fetch the one that belongs to its {weights}" if weights else ": give the folder of a model"
+
+
+_TRAINERS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state")
+"""Files of a training run, no weights."""
+
+
+def _first(directory: Path, *patterns: str) -> str | None:
+    """The first file's name, of the first pattern that finds any."""
+    for pattern in patterns:
+        names = (path.name for path in directory.glob(pattern) if not path.name.startswith(_TRAINERS))
+        if (name := min(names, default=None)) is not None:
+            return name
+    return None
+
+
+def _python(script: str) -> str:
+    """A command for a shell. The script's strings are in double quotes."""
+    return f"python -c {shlex.quote(script)}"
+
+
+def _other_weights(directory: Path) -> str:
+    """What a folder without our format holds instead, and the command that converts it."""
+    here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
+    auto = "from transformers import AutoModelForCausalLM as M"
+    if _is_adapter(directory):
+        merge = f"M.from_pretrained({here}).merge_and_unload().save_pretrained({there})"
+        return f", only an adapter: merge it with {_python(f'from peft import AutoPeftModelForCausalLM as M; {merge}')}"
+    if name := _first(directory, "pytorch_model*.bin"):
+        command = _python(f'{auto}; M.from_pretrained({here}, dtype="auto").save_pretrained({here})')
+        return f", only {name}: convert it with {command}"
+    if name := _first(directory, "*.gguf"):
+        how = f"from_pretrained({here}, gguf_file={json.dumps(name)}).save_pretrained({there})"
+        command = _python(f"{auto}, AutoTokenizer as T; M.{how}; T.{how}")
+        return f", only {name}: convert it with {command} where transformers 4.57, gguf and accelerate are"
+    if name := _first(directory, "consolidated*.pth"):
+        count = len(list(directory.glob("consolidated*.pth")))
+        folders = f"--input_dir {shlex.quote(str(directory))} --output_dir {shlex.quote(f'{directory}-safetensors')}"
+        return (
+            f", only Meta's {name}: convert it with python -m transformers.models.llama.convert_llama_weights_to_hf "
+            f"{folders} --num_shards {count} --llama_version THE_MODELS_OWN where transformers 4.46 is"
+        )
+    if name := _first(directory, "flax_model*.msgpack"):
+        command = _python(f"{auto}; M.from_pretrained({here}, from_flax=True).save_pretrained({here})")
+        return f", only {name}: convert it with {command} where transformers 4.46 and flax are"
+    if name := _first(directory, "tf_model*.h5", "consolidated*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"):
+        return f", only {name}, which is not read: take the same model in safetensors under Hugging Face's names"
+    if name := _first(directory, "*.safetensors"):
+        return f", only {name}: if that is the model, rename it to {SINGLE}"
+    return ""
