@@ -65,7 +65,10 @@ DEFAULT_ROLES: Mapping[str, str] = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
     "function_call": CALLS,
     "tool_call": CALLS,
 }
@@ -157,7 +160,7 @@ def read_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Rea
         raise ValueError("no object with fields")
     reader = _Reader(record, roles)
     sample, name = reader.sample()
-    unread = check_record(reader.fields, _texts_of(sample))
+    unread = check_record(reader.fields, name, _texts_of(sample))
     return ReadRecord(sample, name, tuple(dict.fromkeys([*unread, *reader.unread])))
 
 
@@ -243,7 +246,7 @@ class _Reader:
         fields = self.fields
         talk = fields.first(TALK)
         question, answer = fields.first(QUESTION), fields.first(ANSWER)
-        kind = fields.take("type") if isinstance(fields.peek("type"), str) else None
+        kind = fields.peek("type") if isinstance(fields.peek("type"), str) else None
         if all(name in fields for name in PAIR):
             return self._preference(talk, question)
         for one, other in (PAIR, PAIR[::-1], OUTPUTS, OUTPUTS[::-1]):
@@ -315,6 +318,9 @@ class _Reader:
     # Messages.
 
     def _talk(self, name: str) -> list[Message]:
+        if not is_nothing(self.fields.take("answer")):
+            # Of a task in mathematics, say: the result alone.
+            self.unread.append("answer")
         return self.messages(self.fields.take(name), name)
 
     def messages(self, values: object, name: str) -> list[Message]:
@@ -325,7 +331,7 @@ class _Reader:
         messages: list[Message] = []
         results = Results()
         for number, value in enumerate(values):
-            where = f"message {number}"
+            where = f"message {number}" if name in TALK else f'message {number} of "{name}"'
             if isinstance(value, dict) and (pair := self._pair(value, where)):
                 messages += pair
                 continue
@@ -370,7 +376,7 @@ class _Reader:
         contents = ("value", "content", "text") if who == "from" else ("content", "value", "text")
         content = fields.take_one(contents, f"{where}: ")
         calls = self._calls(fields, where)
-        call_id, name = fields.take("tool_call_id"), fields.take("name")
+        call_id = fields.take("tool_call_id")
         reasoning = self._reasoning(fields, f"{where}: ")
         if role == "system":
             self._add_tools(fields.take("tools"), f'the "tools" of {where}')
@@ -394,10 +400,13 @@ class _Reader:
             if there is None and not (role == "system" or calls):
                 raise ValueError(f'{where} has no text: its "{contents[0]}" is missing')
             content = ""
-        self.unread += [f"{other} of messages" for other in check_message(fields, where)]
         text = _text(content, where, may_be_empty)
-        name = _text(name, f"the name of {where}") if role == "tool" and not is_nothing(name) else ""
-        message = Message(role, text, reasoning, tuple(call.call for call in calls), name, learnt is not False)
+        name = fields.take("name") if role == "tool" else None
+        self.unread += [f"{other} of messages" for other in check_message(fields, where)]
+        name = "" if is_nothing(name) else _text(name, f"the name of {where}")
+        message = Message(role, text, reasoning, tuple(call.call for call in calls), name)
+        if role == "assistant" and learnt is False:
+            message = replace(message, learnt=False)
         return message, calls, call_id, is_text_of_calls
 
     def _calls(self, fields: Fields, where: str) -> list[Call]:
@@ -448,14 +457,11 @@ class _Reader:
 
     def _prompt(self, name: str) -> list[Message]:
         """Question in the field `name`, behind the history: a text, a dialogue, or messages."""
-        value = loaded(self.fields.peek(name)) if name == "prompt" else self.fields.peek(name)
-        history = self._history()
+        value, history = self.fields.take(name), self._history()
         if isinstance(value, list | dict):
             if history:
                 raise ValueError(f'it has a "history" beside the messages of "{name}": put them together')
-            value = self.fields.take(name)
             return _unlearnt(self.messages([value] if isinstance(value, dict) else value, name))
-        value = self.fields.take(name)
         below = next((other for other in BELOW_QUESTION.get(name, ()) if not is_nothing(self.fields.peek(other))), None)
         if not below and (turns := _dialogue(value, "question")):
             return [*history, *_unlearnt(turns)]
@@ -484,6 +490,7 @@ class _Reader:
     # gdGPT.
 
     def _gdgpt(self, kind: str) -> tuple[Sample, str]:
+        self.fields.take("type")
         name, context = _GDGPT[kind]
         if kind == "pretrain":
             return PlainText(_text(self.fields.take("text"), '"text"')), "type=pretrain, text"
@@ -581,7 +588,7 @@ class _Reader:
         (chosen, before), (rejected, also_before) = (self._answer(self.fields.take(name), name) for name in OUTPUTS)
         if before or also_before:
             raise ValueError("an answer of several messages is not understood here")
-        self.unread += [f"{name} of input" for name in check_record(inner, [])]
+        self.unread += [f"{name} of input" for name in check_record(inner, "messages", [])]
         return self._pair_of(self._with_system(prompt), chosen, rejected), ", ".join(("input", *OUTPUTS))
 
 

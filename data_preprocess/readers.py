@@ -475,7 +475,9 @@ def _documents(
             if isinstance(record, bytes):
                 record = json.loads(record)
         except (ValueError, RecursionError) as error:
-            yield BadRecord(place(piece.path, counts, number), f"not a JSON line ({_one_line(error)})")
+            is_foreign = isinstance(error, UnicodeDecodeError)
+            why = "not UTF-8: convert it, for example with iconv" if is_foreign else _one_line(error)
+            yield BadRecord(place(piece.path, counts, number), f"not a JSON line ({why})")
             continue
         if fields is None:
             yield Record(record, piece.path, counts, number)
@@ -490,8 +492,6 @@ def _documents(
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8: convert it, for example with iconv"
     if isinstance(error, UnicodeError):
         return "not valid Unicode"
     return " ".join(str(error).split())[:200] or type(error).__name__

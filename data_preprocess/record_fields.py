@@ -51,7 +51,9 @@ REFUSED_IN_MESSAGES: Mapping[str, str] = {
     "documents": "write them into the text",
 }
 
-LEARN_IF = ("weight", "loss", "train", "training", "trainable", "train_on_turn", "output_with_loss")
+LEARN_IF = (
+    "weight", "loss", "loss_mask", "loss_weight", "train", "training", "trainable", "train_on_turn", "output_with_loss",
+)  # fmt: skip
 LEARN_UNLESS = ("mask", "masked", "ignore", "skip")
 TAKE_IF = ("valid", "is_valid", "accepted", "review_result", "chosen")
 TAKE_UNLESS = ("deleted", "is_deleted", "discarded", "rejected")
@@ -146,10 +148,11 @@ def _named(name: str) -> str:
     return f'"{name}"'
 
 
-def check_record(fields: Fields, texts: list[str]) -> list[str]:
+def check_record(fields: Fields, format: str, texts: list[str]) -> list[str]:
     """Look at what a format did not read of a record.
 
     Args:
+        format: the fields that it read.
         texts: all that was read.
     Returns:
         Names of the fields that are not read, marks with their values.
@@ -168,12 +171,11 @@ def check_record(fields: Fields, texts: list[str]) -> list[str]:
         _check_flags(name, value)
         if name in MARKS:
             names.append(f"{name}={quoted(value)}" if len(quoted(value)) <= _LONGEST_MARK else name)
-        elif name in SAID and name != "answer" and not _is_said(value, texts):
+        elif name in SAID and not _is_said(value, texts):
             raise ValueError(
-                f'"{name}" is not read beside the other fields, and says something else: put it where it belongs, '
-                f"or drop it"
+                f'"{name}" is not read beside {format}, and says something else: put it where it belongs, or drop it'
             )
-        elif name not in SAID or name == "answer":
+        elif name not in SAID:
             names.append(name)
     return names[:_MOST_NAMES]
 
@@ -186,8 +188,11 @@ def _check_flags(name: str, value: object) -> None:
         raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')
     if (name in LEARN_UNLESS or name in TAKE_UNLESS) and says is True:
         raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')
-    if name == "weight" and says is None:
-        raise ValueError(f'"weight" is {quoted(value)}: only 0 and 1 are understood')
+    is_mask = isinstance(value, list | dict) and name in (*LEARN_IF, *LEARN_UNLESS)
+    if says is None and (
+        is_mask or "weight" in name or (name == "mask" and str(value).lower() not in ("user", "human"))
+    ):
+        raise ValueError(f'"{name}" is {quoted(value)}: only yes and no, or 1 and 0, are understood')
 
 
 def _shown(name: object) -> str:
@@ -224,8 +229,8 @@ def is_learnt(fields: Fields, where: str) -> bool | None:
         if value is None:
             continue
         said = flag(value)
-        if said is None and name == "weight":
-            raise ValueError(f'{where} has the "weight" {quoted(value)}: only 0 and 1 are understood')
+        if said is None and (isinstance(value, list | dict) or "weight" in name or "mask" in name):
+            raise ValueError(f'{where} has the "{name}" {quoted(value)}: only yes and no, or 1 and 0, are understood')
         if said is not None:
             says.add(said == (name in LEARN_IF))
     if len(says) > 1:

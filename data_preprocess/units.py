@@ -53,7 +53,7 @@ class Job(ABC):
         """All that decides a part's content besides the unit, as JSON has it."""
         return [tokenizer.fingerprint, self.options()]
 
-    def begin(self, tokenizer: Tokenizer) -> None:
+    def begin(self, tokenizer: Tokenizer) -> None:  # noqa: B027 (most jobs have nothing to do)
         """Called once, before any unit.
 
         Raises:

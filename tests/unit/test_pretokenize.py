@@ -1011,7 +1011,7 @@ def test_corpus_without_a_readable_document(tmp_path: Path, tokenizer_dir: Path,
     (tmp_path / "corpus" / "b.jsonl").write_bytes(b"\n \n")
     assert pretokenize_pretrain_data.main(command_line(tmp_path / "corpus", tmp_path / "out", tokenizer_dir)) == 2
     message = last_line(capsys.readouterr().err)
-    assert "holds no text that could be read: 1 records could not be read, for example a.txt: not UTF-8" in message
+    assert "holds no text that could be read: 1 record could not be read, for example a.txt: not UTF-8" in message
     assert not (tmp_path / "out" / "pretokenize.json").exists()
 
 
