@@ -78,8 +78,9 @@ class LlamaConfig:
             ValueError: a combination that cannot be built.
         """
         values = dict(self.__dict__)
-        if self.num_attention_heads < 1 or self.hidden_size < 1 or self.num_hidden_layers < 1:
-            raise ValueError("hidden_size, num_hidden_layers and num_attention_heads must be at least 1")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if values[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {values[name]}")
         for name in ("vocab_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
                      "max_position_embeddings", "original_max_position_embeddings", "initializer_range"):  # fmt: skip
             if values[name] < 0:
@@ -95,7 +96,7 @@ class LlamaConfig:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                    f"{self.num_attention_heads}: change one, or give --head_dim"
+                    f"{self.num_attention_heads}: choose one that is"
                 )
             values["head_dim"] = self.hidden_size // self.num_attention_heads
         if values["head_dim"] % 2:
@@ -115,9 +116,10 @@ class LlamaConfig:
                 raise ValueError(f"{name} must lie between {least:,} and {most:,}, got {values[name]}")
         if self.rope_scaling == "dynamic" and values["head_dim"] < 4:
             raise ValueError(f"rope_scaling=dynamic needs a head_dim of at least 4, got {values['head_dim']}")
-        if self.rope_scaling == "llama3" and not 0.0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
-            raise ValueError(
-                f"rope_high_freq_factor must be larger than rope_low_freq_factor, and both positive, got "
-                f"{self.rope_high_freq_factor} and {self.rope_low_freq_factor}"
-            )
+        if self.rope_scaling == "llama3":
+            low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+            if not 0.0 < low:
+                raise ValueError(f"rope_low_freq_factor must be positive, got {low}")
+            if not low < high:
+                raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
         return LlamaConfig(**values)

@@ -60,7 +60,7 @@ ODD = {
     "vocabulary zero": ({"vocab_size": 0}, "vocab_size"),
     "vocabulary negative": ({"vocab_size": -64}, "vocab_size"),
     "vocabulary infinite": ({"vocab_size": float("inf")}, "vocab_size"),
-    "layers zero": ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    "layers zero": ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
     "layers a million": ({"num_hidden_layers": 1_000_000}, "num_hidden_layers"),
     "layers as a dictionary": ({"num_hidden_layers": {}}, "num_hidden_layers"),
     "layers true": ({"num_hidden_layers": True}, "num_hidden_layers"),
@@ -108,6 +108,7 @@ ODD = {
     "dynamic on heads of two": (rope("dynamic", factor=2.0) | {"head_dim": 2}, "head_dim"),
     "llama3 without a part": (rope("llama3", factor=8.0), "low_freq_factor"),
     "llama3 upside down": (rope("llama3", **LLAMA3 | {"low_freq_factor": 8.0}), "high_freq_factor"),
+    "llama3 with a factor of zero": (rope("llama3", **LLAMA3 | {"low_freq_factor": 0}), "rope_low_freq_factor"),
     "llama3 with equal factors": (rope("llama3", **LLAMA3 | {"low_freq_factor": 4.0}), "high_freq_factor"),
     "llama3 of no context": (rope("llama3", **LLAMA3 | {"original_max_position_embeddings": -1}), "original_max"),
 }
