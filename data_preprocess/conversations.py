@@ -159,8 +159,11 @@ def read_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Rea
     if not isinstance(record, dict):
         raise ValueError("no object with fields")
     reader = _Reader(record, roles)
-    sample, name = reader.sample()
-    unread = check_record(reader.fields, name, _texts_of(sample))
+    try:
+        sample, name = reader.sample()
+        unread = check_record(reader.fields, name, _texts_of(sample))
+    except RecursionError:
+        raise ValueError("it is too deeply nested") from None
     return ReadRecord(sample, name, tuple(dict.fromkeys([*unread, *reader.unread])))
 
 

@@ -208,7 +208,9 @@ def _texts_in(value: object, depth: int = 0) -> Iterator[str]:
     """Every text of a value, names of roles and kinds left out."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list | tuple) and depth < 8:
+    elif isinstance(value, dict | list | tuple):
+        if depth > 8:
+            raise ValueError("it is too deeply nested")
         inner = value.items() if isinstance(value, dict) else enumerate(value)
         for key, one in inner:
             if key not in ("role", "from", "type", "name"):
