@@ -319,6 +319,28 @@ _OTHER_NAMES = {
 }  # fmt: skip
 """What other programs call them -> our flag, where spelling alone would suggest another."""
 
+_ONLY_WITH = (
+    (("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
+    (("matrix_approximation_rank", "warm_start", "use_error_feedback", "start_powerSGD_iter", "min_compression_rate",
+      "orthogonalization_epsilon", "orthogonalize_in_float32", "use_fixed_Q", "powerSGD_exclude",
+      "powerSGD_log_interval"), lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook"),
+    (("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["ddp_impl"] == "bucketed",
+     "with --ddp_impl=naive"),
+    (("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
+    (("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "reference_free", "max_prompt_len",
+      "prompt_truncation_mode"), lambda f: f["task_type"] == "dpo", "without --task_type=dpo"),
+    (("packing", "sft_loss"), lambda f: f["task_type"] == "sft", "without --task_type=sft"),
+    (("user_name", "assistant_name"), lambda f: f["task_type"] != "pretrain", "with --task_type=pretrain"),
+    (("document_mask",), lambda f: f["task_type"] != "dpo", "with --task_type=dpo"),
+    (("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
+    (("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
+    (("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
+    (("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
+     "without --optimizer=muon"),
+    (("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
+)  # fmt: skip
+"""Fields, when they change anything (of the flat configuration), and what is said otherwise."""
+
 _RENAMED = {
     "hidden_dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -399,9 +421,23 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     if config_file:
         config = replace(config, {"exp_config_file": config_file})
     if config.run.resume and not saved and not (config.data.data_dir or config.data.train_data_dir):
-        raise ValueError(f"there is no run in {config.run.out_dir} to resume: check --out_dir, or give --data_dir")
+        to_do = "check it" if "out_dir" in merged else "give the run's"
+        raise ValueError(f"--out_dir is {config.run.out_dir}, where there is no run to resume: {to_do}")
     _check(config)
     return config, frozenset(merged)
+
+
+def without_effect(config: Config, given: frozenset[str]) -> list[str]:
+    """A sentence for each reason for which something that was given changes nothing. No reason to refuse it: a
+    configuration file may hold the details of what its user switches on and off."""
+    flat, usual, told, sentences = flatten(config), flatten(Config()), set(), []
+    for names, counts, why in _ONLY_WITH:
+        idle = [n for n in names if n in given - told and flat[n] != usual[n]] if not counts(flat) else []
+        told |= set(idle)
+        if idle:
+            flags = ", ".join(f"--{name}" for name in idle)
+            sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {why}")
+    return sentences
 
 
 def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
@@ -594,14 +630,21 @@ def _check(config: Config) -> None:
         raise ValueError(f"muon_iterations must lie between 1 and 6, got {config.optimizer.muon_iterations}")
     if not config.run.max_iters and config.run.epoch <= 0:
         raise ValueError(f"epoch must be positive where max_iters is 0, got {config.run.epoch}")
-    if not config.data.data_dir and not (config.data.train_data_dir and config.data.valid_data_dir):
-        raise ValueError("--data_dir is missing: give the directory of the pretokenized data")
+    data = config.data
+    if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
+        kind = "the data" if config.run.task_type != "pretrain" else "the pretokenized data"
+        if data.train_data_dir or data.valid_data_dir:
+            given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
+            raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
+        raise ValueError(f"--data_dir is missing: give the directory of {kind}")
     if not config.data.use_dataset_with_index:
         raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
     if config.data.resume_at_sample and not config.run.resume:
         raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
-        raise ValueError("--valid_only needs weights: add --resume with the run's --out_dir, or --init_from")
+        holds_run = (Path(config.run.out_dir) / CONFIG_NAME).exists()
+        to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
+        raise ValueError(f"--valid_only needs weights: {to_do}")
     parse_log_ranks(config.run.log_ranks)
     parse_profile_steps(config.run.profile_steps)
     _check_dpo(config)
@@ -724,8 +767,9 @@ def resolve(
 
 
 def resolve_model(
-    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int
-) -> LlamaConfig:
+    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
+    is_own: bool = False,
+) -> LlamaConfig:  # fmt: skip
     """The model's final shape: from the weights where there are some.
 
     Args:
@@ -733,19 +777,23 @@ def resolve_model(
         given: names that the command line or the YAML file set.
         stored: the shape of the weights to start from; the options that no Hugging Face config holds
             (hidden_dropout, residual_in_fp32) are taken from `wanted`, so are given ones that are no SHAPE_FIELDS.
+        is_own: the weights are a checkpoint of this run, which began with no others: what `wanted` says besides the
+            given fields is what they were made by, unless somebody has changed the run's configuration since.
     Raises:
-        ValueError: a given field contradicts the weights, or the vocabulary is too small for the tokenizer.
+        ValueError: a field contradicts the weights, or the vocabulary is too small for the tokenizer.
     """
     if stored is not None:
+        told = _told_fields(wanted, given, is_own)
         for name in SHAPE_FIELDS:
-            asked = getattr(wanted, name)
-            takes_default = asked == 0 and not isinstance(asked, bool)
-            if name in given and not takes_default and asked != getattr(stored, name):
+            asked, has = getattr(wanted, name), getattr(stored, name)
+            if name in told and asked != has:
                 raise ValueError(
-                    f"--{name}={asked} does not fit the weights to start from, which have {getattr(stored, name)}: "
-                    f"leave it out"
-                )
-        own = {"hidden_dropout", "residual_in_fp32"} | (given - set(SHAPE_FIELDS))
+                    f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
+                    if name in given else
+                    f"{name} is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or "
+                    f"begin a new run"
+                )  # fmt: skip
+        own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
         if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
@@ -759,6 +807,19 @@ def resolve_model(
             f"leave --vocab_size out, and start only from weights that know this tokenizer"
         )
     return resolved
+
+
+def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
+    """Names of the fields that were given, now or in the run's saved configuration, and do not ask for what the weights
+    or the tokenizer say."""
+    told = set()
+    for item in dataclasses.fields(LlamaConfig):
+        asked = getattr(wanted, item.name)
+        # In a run that began with others' weights, fields that nobody gave stand at their defaults.
+        if item.name in given or is_own or asked != item.default:
+            is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
+            told |= {item.name} - ({item.name} if is_left_open else set())
+    return told
 
 
 def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:

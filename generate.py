@@ -253,11 +253,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--system needs --chat")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
-        if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-            raise ValueError(
-                "--temperature and --top_k must not be negative, --top_p must lie in (0, 1], "
-                "--max_new_tokens must be positive"
-            )
+        for name in ("temperature", "top_k"):
+            if not getattr(args, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(args, name)}")
+        if not 0 < args.top_p <= 1:
+            raise ValueError(f"--top_p must lie in (0, 1], got {args.top_p}")
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens must be positive, got {args.max_new_tokens}")
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))

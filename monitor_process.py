@@ -94,8 +94,11 @@ def options_of(args: argparse.Namespace) -> Options:
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
             raise ValueError(f"--{name} must be a number, and not negative, got {value}")
-    if not 0 < args.interval <= 60 or args.hang_factor < 1 or args.max_without_progress < 1:
-        raise ValueError("--interval must lie in (0, 60], --hang_factor and --max_without_progress be at least 1")
+    if not 0 < args.interval <= 60:
+        raise ValueError(f"--interval must lie in (0, 60], got {args.interval}")
+    for name in ("hang_factor", "max_without_progress"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     rules = Rules(args.max_restarts, args.max_without_progress, args.give_up_after, args.backoff, args.max_backoff,
                   args.on_nonfinite, args.max_go_back)  # fmt: skip
     limits = Limits(args.hang_after, args.hang_factor, args.first_step_timeout, args.start_timeout,

@@ -43,7 +43,7 @@ from utils import exits
 from utils.logging import log_traceback, setup_console
 from utils.meter import StepMeter
 from utils.saving import SaveOutcome
-from utils.terminal import set_up_output
+from utils.terminal import INTERRUPTED, set_up_output
 
 logger = logging.getLogger("train")
 
@@ -480,7 +480,10 @@ def main(argv: list[str]) -> int:
                     signal.signal(signum, stop)
             context = init_context(config.system.device, config.parallel.ddp_backend, config.parallel.dist_timeout)
             trainer = Trainer(config, given, context, stop, data_dirs)
-        except exits.StopRequested:
+        except (exits.StopRequested, KeyboardInterrupt) as request:
+            if isinstance(request, KeyboardInterrupt) and context is not None:
+                # Other ranks may wait for this one.
+                raise
             logger.info("stopped on request before the first step")
             return leave(exits.STOPPED, "stopped on request")
         except ValueError as error:
@@ -497,7 +500,11 @@ def main(argv: list[str]) -> int:
         destroy_context(context)
         return leave(code, "finished" if code == exits.OK else "stopped on request")
     except (Exception, KeyboardInterrupt) as error:
-        logger.error("crashed:\n%s", traceback.format_exc())
+        if isinstance(error, KeyboardInterrupt):
+            logger.error("interrupted before anything more was saved")
+            log_traceback()
+        else:
+            logger.error("crashed:\n%s", traceback.format_exc())
         # With the position to go on from behind what made the loss non-finite, for the monitor.
         non_finite = isinstance(error, FloatingPointError) and trainer is not None
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}
@@ -518,9 +525,11 @@ if __name__ == "__main__":
     set_up_output(goes_on=True)
     try:
         exit_code = main(sys.argv[1:])
-    except (Exception, KeyboardInterrupt):
+    except Exception:
         exit_code = exits.CRASH
-    if exit_code in (exits.CRASH, exits.WRONG_INPUT):
+    except KeyboardInterrupt:
+        exit_code = INTERRUPTED
+    if exit_code in (exits.CRASH, exits.WRONG_INPUT, INTERRUPTED):
         # All is logged. Leave at once: a thread that waits for another rank would hold the process back.
         sys.stdout.flush()
         os._exit(exit_code)

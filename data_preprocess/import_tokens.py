@@ -202,8 +202,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.valid_input and args.valid_ratio is not None:
             raise ValueError("give --valid_input or --valid_ratio, not both")
         ratio = 0.01 if args.valid_ratio is None else args.valid_ratio
-        if not 0.0 <= ratio < 1.0 or args.shard_tokens < 1:
-            raise ValueError("--valid_ratio must be at least 0 and below 1, --shard_tokens positive")
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {ratio}")
+        if args.shard_tokens < 1:
+            raise ValueError(f"--shard_tokens must be positive, got {args.shard_tokens}")
         tokenizer = load_tokenizer(args.tokenizer_dir)
         bos_id = 1 if args.bos_id is None and args.format == "llama2c" else args.bos_id
         openers = {

@@ -128,8 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> dict:
         if not 0.0 <= args.valid_ratio < 1.0:
             raise ValueError(f"--valid_ratio must be at least 0 and below 1, got {args.valid_ratio}")
-        if not args.shard_mb * 1e6 < 2**63 or args.num_workers < 1:
-            raise ValueError("--num_workers must be positive, and --shard_mb not too large")
+        if not args.shard_mb * 1e6 < 2**63:
+            raise ValueError(f"--shard_mb is too large: {args.shard_mb}")
+        if args.num_workers < 1:
+            raise ValueError(f"--num_workers must be positive, got {args.num_workers}")
         job = PretrainJob(
             corpus_from(args, args.data_dir), args.output_dir or args.data_dir, args.tokenizer_dir, args.valid_ratio,
             int(args.shard_mb * 1e6), args.max_bad_records,

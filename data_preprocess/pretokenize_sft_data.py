@@ -408,8 +408,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> dict:
         options = options_from(args)
         options.check()
-        if args.num_workers < 1 or not 0 < args.shard_mb * 1e6 < 2**31:
-            raise ValueError("--num_workers and --shard_mb must be positive, and a shard smaller than 2 GB")
+        if args.num_workers < 1:
+            raise ValueError(f"--num_workers must be positive, got {args.num_workers}")
+        if not 0 < args.shard_mb * 1e6 < 2**31:
+            raise ValueError(f"--shard_mb must be positive and below 2147, got {args.shard_mb}")
         job = SequenceJob(
             record_corpus(args.data_dir, **chosen_files(args)), args.output_dir, args.tokenizer_dir, args.valid_ratio,
             int(args.shard_mb * 1e6), args.max_bad_records, options,

@@ -214,8 +214,12 @@ def main(argv: list[str] | None = None) -> int:
         chosen = args.sample
         if args.position is not None:
             seed = args.seed if args.seed is not None else seed
-            if chosen is not None or seed is None or args.split != "train":
-                raise ValueError("--position is for the train set of a run, or with --seed, and without --sample")
+            if chosen is not None:
+                raise ValueError("--position and --sample both choose a sample: give only one")
+            if args.split != "train":
+                raise ValueError("--position is of the train set's stream: leave out --split, or give --sample")
+            if seed is None:
+                raise ValueError(f"--position needs --seed, as {args.path} is no run, which would know its own")
             chosen = int(sample_at(seed, args.position, len(inspection.dataset)))
         if args.verify:
             lines = list(inspection.verify())

@@ -243,10 +243,14 @@ def main(argv: list[str] | None = None) -> int:
         if is_run(path):
             run = read_run_data(path)
             path = run.dirs[args.split]
-        if args.position is not None and (run is None or args.split != "train"):
-            raise ValueError("--position is for the train set of a run")
-        if args.first < 0 or args.num < 1:
-            raise ValueError("--first must not be negative, --num must be positive")
+        if args.position is not None and run is None:
+            raise ValueError(f"--position is for a run, and {path} is none")
+        if args.position is not None and args.split != "train":
+            raise ValueError("--position is of the train set's stream: leave out --split")
+        if args.first < 0:
+            raise ValueError(f"--first must not be negative, got {args.first}")
+        if args.num < 1:
+            raise ValueError(f"--num must be positive, got {args.num}")
         is_directory = (path / MANIFEST_NAME).exists()
         if not is_directory and not args.tokenizer_dir:
             raise ValueError("raw records need --tokenizer_dir")

@@ -7,6 +7,7 @@ Memory and time are bounded by --sample_mb, whatever the size of the corpus.
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections import Counter
@@ -62,8 +63,10 @@ def sources_from(args: argparse.Namespace) -> list[Source]:
     Raises:
         ValueError: neither or both of --data_dir and --source, or a name twice.
     """
-    if bool(args.data_dir) == bool(args.source):
-        raise ValueError("give either --data_dir or --source")
+    if args.data_dir and args.source:
+        raise ValueError("--data_dir and --source both say where the text is: give only one")
+    if not args.data_dir and not args.source:
+        raise ValueError("--data_dir is missing: give the directory with the text")
     if args.data_dir:
         return [Source("all", corpus_from(args, args.data_dir), 1.0)]
     sources = [parse_source(text, args) for text in args.source]
@@ -181,8 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.kind == "sp_bbpe" and args.max_digits not in (None, 1):
             raise ValueError("--max_digits: sp_bbpe makes every digit a token of its own")
-        if args.max_han < 0 or (args.max_han and args.kind == "sp_bbpe"):
-            raise ValueError("--max_han is a number of characters, for hf_bbpe")
+        if args.max_han < 0:
+            raise ValueError(f"--max_han must not be negative, got {args.max_han}")
+        if args.max_han and args.kind == "sp_bbpe":
+            raise ValueError("--max_han is for --kind=hf_bbpe: leave it out")
         if not 1 <= args.sample_mb * 1e6 < 2**63:
             raise ValueError("--sample_mb must be positive")
         if args.vocab_size > LARGEST_VOCAB_SIZE:
@@ -217,4 +222,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The libraries train without a look at Python's signals: Ctrl-C ends the process where it is.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_main(main, goes_on=True)

@@ -1,5 +1,6 @@
 """Everything that a run needs before its first step, built in order."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import Config, Derived, resolve
+from configurator import Config, Derived, resolve, without_effect
 from dataset.loader import TrainLoader
 from model import Llama
 from model.generation_config import GenerationConfig
@@ -28,6 +29,8 @@ from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
 from utils.sinks import check_sinks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def build(
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)
     run_dir = open_run_dir(config, context, resources)
+    for sentence in without_effect(config, given) if context.is_main else ():
+        logger.warning(sentence)
     is_resumed = run_dir.resumed_from is not None
     data = open_data(config, data_dirs, context, run_dir.place)
     derived = resolve(config, context.world_size, len(data.train))

@@ -59,7 +59,9 @@ def build_model(
     """
     system, device = config.system, context.device
     stored = hf.read_config(weights) if weights is not None else None
-    model_config = resolve_model(config.model, given, stored, vocab_size, config.data.max_seq_len)
+    model_config = resolve_model(
+        config.model, given, stored, vocab_size, config.data.max_seq_len, is_own=not config.run.init_from
+    )
     decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
     context.require_same(
         [decisive, str(dtype), model_config.__dict__],

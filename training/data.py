@@ -71,7 +71,10 @@ def _tokenizer_dir(config: Config) -> Path:
     if weights is None and run.init_from:
         weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:
-        raise ValueError("raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir")
+        raise ValueError(
+            "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
+            "--tokenizer_dir says how)"
+        )
     if given and weights is not None:
         require_tokenizer_of(weights, load_tokenizer(given))
     return Path(given) if given else weights

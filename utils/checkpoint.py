@@ -749,8 +749,9 @@ def main(argv: list[str] | None = None) -> int:
         if not (run / "ckpt").is_dir():
             raise ValueError(f"{run} is no run directory: it has no ckpt folder")
         if args.command == "prune":
-            if min(args.keep_last, args.keep_best, args.keep_every) < 0 or not args.keep_last:
-                raise ValueError("--keep_last must be at least 1, the others at least 0")
+            for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 0)):
+                if getattr(args, name) < least:
+                    raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
             retention = Retention(args.keep_last, args.keep_best, args.keep_every)
             return _prune_command(run, checkpoints, retention, args.dry_run)
         if not checkpoints:

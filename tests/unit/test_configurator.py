@@ -1,12 +1,24 @@
 """The command line, YAML, and what they refuse."""
 
 import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from configurator import CONFIG_NAME, flatten, parse_config, resolve, resolve_model, to_yaml
+from configurator import (
+    _FIELDS,
+    CONFIG_NAME,
+    changes_since,
+    flatten,
+    parse_config,
+    resolve,
+    resolve_model,
+    to_yaml,
+    without_effect,
+)
 from model.config import LlamaConfig
 
 
@@ -92,12 +104,126 @@ def test_yaml_lies_between_the_defaults_and_the_command_line(tmp_path: Path):
     assert given == {"learning_rate", "max_seq_len", "tie_word_embeddings", "valid_ratio", "data_dir"}
 
 
-@pytest.mark.parametrize("text", ["dtaa_dir: x\n", "max_seq_len: [1]\n", "- a\n- b\n", "a: b: c\n", "compile: 3\n"])
-def test_bad_yaml_is_named(tmp_path: Path, text: str):
+@pytest.mark.parametrize(("text", "problem"), [
+    ("dtaa_dir: x", "did you mean data_dir"), ("max_seq_len: [1]", "got a list"), ("- a\n- b", "holds a list"),
+    ("a: b: c", "line 1"), ("compile: 3", "true or false"), ("", "holds nothing"), ("# only words", "holds nothing"),
+    ("{}", "holds nothing"), ("seed: 1\nlr_schedule: wsd\nseed: 2", "'seed' is given twice, line 3"),
+    ("learning_rate:", "has no value"), ("out_dir: ~", "has no value"), ("compile: 'yes'", "true or false"),
+    ("compile: 1", "true or false"), ("compile: 'True '", "true or false"), ("out_dir: no", "in quotes"),
+    ("out_dir: 1.10", "in quotes"), ("wandb_project: on", "in quotes"), ("out_dir: 2026-01-02", "in quotes"),
+    ("seed: 0022", "no decimal number"), ("profile_steps: 6:8", "in quotes"), ("max_iters: 1e3", "of type int"),
+    ("max_iters: 2.5", "of type int"), ("learning_rate: .nan", "of type float"), ("on: 3", "True is unknown"),
+    ("{lr: 1}", "did you mean learning_rate"), ("Learning_Rate: 1", "did you mean learning_rate"),
+    ("model: {hidden_size: 3}", "model is unknown"), ("exp_config_file: b.yaml", "names no other"),
+    ("data_dir: $NO_SUCH/d", "data_dir=$NO_SUCH/d: $NO_SUCH is not set"), ("a: &a [x]\nseed: *a", "a is unknown"),
+    ("seed: 1\n---\nseed: 2", "document"), ("!!python/object/apply:os.getcwd []", "constructor"), ("\xff", "cannot be"),
+    ("#" * (2 << 20), "larger than"), ("task_type: [sft]", "got a list"), ("dtype: null", "has no value"),
+    ("train_batch_size: true", "of type int"), ("valid_ratio: 5%", "of type float"), ("seed: " + "9" * 900, "..."),
+])  # fmt: skip
+def test_bad_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str):
+    monkeypatch.delenv("NO_SUCH", raising=False)
     file = tmp_path / "c.yaml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match="c.yaml"):
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="c.yaml") as caught:
         parse_config([str(file), "--data_dir=d"])
+    assert problem in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_yaml_of_every_kind_that_means_what_it_says(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("compile: yes\nbucket_size: 1_000_000\nmax_iters: '1_000'\nlearning_rate: 1e-4\nout_dir: 12\n"
+                    "log_ranks: 0,8\nvalid_ratio: null\nadam_eps: 1\nepoch: 2\nseed: 5.0\n")  # fmt: skip
+    text = file.read_text().replace("epoch: 2\n", "")
+    file.write_text(text)
+    flat = flatten(parse_config([str(file), "--data_dir=d"])[0])
+    assert flat["compile"] is True and flat["bucket_size"] == 1_000_000 and flat["max_iters"] == 1000
+    assert (flat["learning_rate"], flat["out_dir"], flat["log_ranks"]) == (1e-4, "12", "0,8")
+    assert (flat["valid_ratio"], flat["adam_eps"], flat["seed"]) == (None, 1.0, 5)
+
+
+def test_a_configuration_through_a_pipe(tmp_path: Path):
+    """As the shell's <(...) gives it."""
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_text, "seed: 7\n")
+        assert parse_config([str(tmp_path / "pipe"), "--data_dir=d"])[0].run.seed == 7
+
+
+PATHS = ("out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
+
+
+def test_no_path_is_forgotten():
+    names = [name for name, (_, hint) in _FIELDS.items() if hint is str and name.endswith(("_dir", "_from", "_file"))]
+    assert sorted(names) == sorted((*PATHS, "exp_config_file"))
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("~/a", "HOME/a"), ("$SCRATCH/${SCRATCH}", "/s//s"), ("a/~", "a/~"), ("a$$b", "a$b")]
+)
+def test_paths_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str):
+    """On the command line, where no shell expands what follows the =, and in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/s")
+    expected = dict.fromkeys(PATHS, meant.replace("HOME", str(tmp_path)))
+    (tmp_path / "c.yaml").write_text("".join(f"{name}: {written}\n" for name in PATHS))
+    for argv in ([f"--{name}={written}" for name in PATHS], ["~/c.yaml"], ["--exp_config_file", "$HOME/c.yaml"]):
+        config, _ = parse_config(argv)
+        assert {name: flatten(config)[name] for name in PATHS} == expected
+    # What is saved is what was meant, and is taken as it stands.
+    (tmp_path / CONFIG_NAME).write_text(to_yaml(config, {}))
+    again, _ = parse_config(["--resume", f"--out_dir={tmp_path}"])
+    assert flatten(again) == flatten(config) | {"resume": True, "out_dir": str(tmp_path), "exp_config_file": ""}
+    assert not changes_since(again, tmp_path / CONFIG_NAME)
+
+
+@pytest.mark.parametrize("name", (*PATHS, "exp_config_file"))
+@pytest.mark.parametrize("value", ["$NO_SUCH/a", "~no-such-user/a", ""])
+def test_paths_that_mean_nothing_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    with pytest.raises(ValueError, match=f"--{name}") as caught:
+        parse_config([f"--{name}={value}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("argv", "sentence"), [
+    (["--resume", "--out_dir=x"], "--out_dir is x, where there is no run to resume: check it"),
+    (["--resume"], "--out_dir is out/run, where there is no run to resume: give the run's"),
+    (["--train_data_dir=d"], "--valid_data_dir is missing"), (["--valid_data_dir=d"], "--train_data_dir is missing"),
+    ([], "--data_dir is missing: give the directory of the pretokenized data"),
+    (["--task_type=sft"], "--data_dir is missing: give the directory of the data"),
+    (["--valid_only", "--data_dir=d", "--out_dir=x"], "--valid_only needs weights: give --init_from"),
+    (["--valid_only", "--data_dir=d", "--out_dir=run"], "--valid_only needs weights: add --resume"),
+    (["", "--data_dir=d"], "the first argument is empty"),
+    (["run/config.yaml", "--exp_config_file=run/config.yaml"], "both name a configuration file"),
+])  # fmt: skip
+def test_a_sentence_names_the_one_thing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], sentence: str
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CONFIG_NAME).write_text("seed: 3\n")
+    with pytest.raises(ValueError) as caught:
+        parse_config(argv)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(("argv", "sentences"), [
+    ([], []), (["--wsd_decay_ratio=0.3", "--lr_schedule=wsd", "--sft_loss=all", "--wandb_mode=online"], []),
+    (["--wsd_decay_ratio=0.3"], ["--wsd_decay_ratio has no effect without --lr_schedule=wsd"]),
+    (["--use_fixed_Q", "--no-warm_start"], ["--warm_start, --use_fixed_Q have no effect without --use_powerSGD_hook"]),
+    (["--dpo_beta=0.3", "--sft_loss=last"], ["--dpo_beta has no effect without --task_type=dpo",
+                                             "--sft_loss has no effect without --task_type=sft"]),
+    (["--no-decay_lr", "--wsd_decay_ratio=0.3"], ["--wsd_decay_ratio has no effect with --no-decay_lr"]),
+    (["--restart_data"], ["--restart_data has no effect without --resume"]),
+    (["--disable_bucketing", "--bucket_size=5"], ["--bucket_size has no effect with --disable_bucketing"]),
+])  # fmt: skip
+def test_what_changes_nothing_is_said(argv: list[str], sentences: list[str]):
+    assert without_effect(*parse_config(["--data_dir=d", *argv])) == sentences
+
+
+def test_the_projects_own_configurations_say_nothing_in_vain():
+    for path in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"):
+        assert without_effect(*parse_config([str(path), "--data_dir=d", "--init_from=m"])) == [], path
 
 
 def saved_run(directory: Path, *argv: str) -> None:
@@ -149,6 +275,32 @@ def test_a_negated_flag_must_not_contradict_the_weights():
         resolve_model(config.model, given, stored, 64, 8)
     config, given = parse_config(["--data_dir=d", "--intermediate_size=0"])
     assert resolve_model(config.model, given, stored, 64, 8) == stored
+
+
+def test_a_shape_that_was_edited_in_the_runs_configuration_is_refused(tmp_path: Path):
+    """It was passed over, and written back as if the model had it."""
+    shape = ["--hidden_size=64", "--num_attention_heads=4", "--num_hidden_layers=2", "--rope_theta=5e5"]
+    saved_run(tmp_path, *shape)
+    stored = parse_config(["--data_dir=d", *shape])[0].model.resolve(64, 1024)
+    path = tmp_path / CONFIG_NAME
+    text = path.read_text()
+
+    def resumed(line: str, edited: str, is_own: bool = True) -> LlamaConfig:
+        path.write_text(text.replace(line, edited))
+        config, given = parse_config(["--resume", f"--out_dir={tmp_path}"])
+        return resolve_model(config.model, given, stored, 64, 1024, is_own)
+
+    assert resumed("", "") == stored
+    for line, edited in [("hidden_size: 64", "hidden_size: 128"), ("num_hidden_layers: 2", "num_hidden_layers: 12"),
+                         ("qkv_bias: false", "qkv_bias: true"), ("head_dim: 0", "head_dim: 32")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"{edited.replace(':', ' is').replace('true', 'True')} in the run's"):
+            resumed(line, edited)
+    # In a run that began with others' weights, the shape is theirs, and what nobody gave stands at its default.
+    assert resumed("num_hidden_layers: 2", "num_hidden_layers: 12", is_own=False) == stored
+    with pytest.raises(ValueError, match="hidden_size is 128 in the run's"):
+        resumed("hidden_size: 64", "hidden_size: 128", is_own=False)
+    # What no weight depends on can be changed, there as on the command line.
+    assert resumed("rope_theta: 500000.0", "rope_theta: 7000.0").rope_theta == 7000.0
 
 
 def test_what_a_launch_does_is_not_saved(tmp_path: Path):

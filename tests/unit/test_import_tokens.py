@@ -165,7 +165,7 @@ def test_errors(tmp_path: Path, data_dir: Path, tokenizer: HFBBPETokenizer, caps
         (["--format", "nanogpt", "--input", str(tmp_path / "none.bin")], "No such file"),
         (["--format", "nanogpt", "--input", good, "--valid_ratio", "1"], "--valid_ratio must be"),
         (["--format", "nanogpt", "--input", good, "--valid_input", good, "--valid_ratio", "0.1"], "not both"),
-        (["--format", "nanogpt", "--input", good, "--shard_tokens", "0"], "--shard_tokens positive"),
+        (["--format", "nanogpt", "--input", good, "--shard_tokens", "0"], "--shard_tokens must be positive"),
         (["--format", "nanogpt", "--input", good, "--valid_ratio", "0.000001"], "fell into the validation set"),
         (["--format", "llama2c", "--input", good, "--bos_id", "9"], "choose it with --bos_id"),
         (["--format", "megatron", "--input", str(tmp_path / "cut")], "damaged"),

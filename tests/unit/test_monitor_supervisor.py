@@ -457,7 +457,7 @@ def test_the_command_from_end_to_end(bench: Bench):
         (["--backoff=-1"], "monitor: --backoff must be a number, and not negative, got -1.0"),
         (["--backoff=nan"], "monitor: --backoff must"),
         (["--save_timeout=inf"], "monitor: --save_timeout must"),
-        (["--max_without_progress=0"], "monitor: --interval must lie in (0, 60], --hang_factor and --max_without_pro"),
+        (["--max_without_progress=0"], "monitor: --max_without_progress must be at least 1, got 0"),
         (["--give_up_after=-1"], "monitor: --give_up_after must be a number, and not negative, got -1.0"),
         (["--on_nonfinite=hope"], "monitor_process.py: error: argument --on_nonfinite: invalid choice: 'hope'"),
         (["--hosts=/no/such"], "monitor: --hosts needs a command that begins with python -m parallel.launch"),

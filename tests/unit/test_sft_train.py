@@ -342,7 +342,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_on_raw_records(
 def test_raw_records_need_a_tokenizer(sft_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     flags = [*without(sft_flags, "--init_from"), *TINY_MODEL]
     flags = with_data(flags, write_sft(tmp_path / "raw", conversations(5)))
-    assert "raw records need a tokenizer: give --init_from with a model, or --tokenizer_dir" in refusal(capsys, flags)
+    assert "--init_from is missing: raw records are tokenized for the model" in refusal(capsys, flags)
 
 
 def test_dpo_needs_a_model_to_begin_with(dpo_flags: list[str], capsys: pytest.CaptureFixture):

@@ -377,8 +377,9 @@ def test_command_on_wrong_flags(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "either --data_dir or --source"),
-        (["--data_dir", "{c}", "--source", "a={c}"], "either --data_dir or --source"),
+        ([], "--data_dir is missing"),
+        (["--data_dir", "{c}", "--source", "a={c}"], "both say where the text is"),
+        (["--source", "a=$NO_SUCH_VARIABLE/b"], "$NO_SUCH_VARIABLE is not set here"),
         (["--source", "{c}"], "NAME=DIR"),
         (["--source", "={c}"], "NAME=DIR"),
         (["--source", "a="], "NAME=DIR"),
