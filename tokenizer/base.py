@@ -173,7 +173,8 @@ def hugging_face_config(special_tokens: Collection[str]) -> dict:
     """`tokenizer_config.json` of a tokenizer with these special tokens.
 
     Nothing stands in front of a text, neither a token nor a blank: that is said for llama.cpp, which adds both to the
-    texts of a SentencePiece model otherwise.
+    texts of a SentencePiece model otherwise. And transformers 4 would add `token_type_ids` to what a tokenizer of this
+    class returns, which `generate` refuses for a llama.
     """
     pad = {"pad_token": PAD} if PAD in special_tokens else {}
     return {
@@ -182,6 +183,7 @@ def hugging_face_config(special_tokens: Collection[str]) -> dict:
         **pad,
         "add_bos_token": False,
         "add_prefix_space": False,
+        "model_input_names": ["input_ids", "attention_mask"],
         "additional_special_tokens": [t for t in special_tokens if t not in (END_OF_DOCUMENT, PAD)],
         "clean_up_tokenization_spaces": False,
     }

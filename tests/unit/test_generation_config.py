@@ -128,6 +128,8 @@ def test_a_model_of_ours(tmp_path: Path, kind: str, task: str):
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
     # Else llama.cpp puts a token and a blank in front of what a SentencePiece model reads.
     assert said["add_bos_token"] is False and said["add_prefix_space"] is False
+    # Else transformers 4 returns token_type_ids, which `generate` refuses for a llama.
+    assert list(theirs("one two")) == said["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 TEMPLATE = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + END }}{% endfor %}"
