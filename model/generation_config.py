@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from model.hf_files import read_json
 from model.hf_keys import shown
 
 GENERATION_CONFIG = "generation_config.json"
@@ -75,26 +76,14 @@ def read_generation_config(directory: str | Path) -> GenerationConfig:
 
 
 def _read(path: Path) -> dict:
-    try:
-        content = path.read_bytes()
-    except (IsADirectoryError, PermissionError, FileNotFoundError) as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        values = json.loads(content, object_pairs_hook=_unique_keys)
-        # JSON can spell half a surrogate pair, which no file can hold: a checkpoint could not be saved.
-        json.dumps(values, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a dictionary, not {shown(values)}")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is given twice")
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which no file can hold: a checkpoint could not be saved.
+        raise ValueError(f"{path} holds text that is not valid Unicode") from None
     return values
 
 

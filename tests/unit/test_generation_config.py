@@ -81,7 +81,7 @@ def test_what_a_checkpoint_says_is_what_the_source_said_and_the_new_ends(
         (GENERATION_CONFIG, b"[" * 100_000, "is no valid JSON"),
         (GENERATION_CONFIG, b"[1]", "must hold a dictionary, not [1]"),
         (GENERATION_CONFIG, b'{"top_p": 1, "top_p": 0.5}', '"top_p" is given twice'),
-        (GENERATION_CONFIG, b'{"a": "\\ud800"}', "is no valid JSON"),
+        (GENERATION_CONFIG, b'{"a": "\\ud800"}', "holds text that is not valid Unicode"),
         (GENERATION_CONFIG, b'{"eos_token_id": "</s>"}', 'eos_token_id must be the id of a token or a list of them'),
         (GENERATION_CONFIG, b'{"eos_token_id": [1, [2]]}', "eos_token_id must be"),
         (GENERATION_CONFIG, b'{"eos_token_id": 1.5}', "eos_token_id must be"),
