@@ -139,6 +139,17 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+def require_utf8(what: str, text: str) -> None:
+    """
+    Raises:
+        ValueError: it came from a terminal or a file in another encoding, and has no text to tokenize.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is no UTF-8: write it in that encoding") from None
+
+
 @dataclass
 class Chat:
     """A conversation with a model: what was said, and how the next answer is drawn.
@@ -184,6 +195,7 @@ class Chat:
 
     def _ask(self, question: str) -> list[int]:
         """Take a question into the history; returns the prompt."""
+        require_utf8("the question", question)
         first, room = (1 if self.system else 0), self.room - self.max_new_tokens
         asked = Message("user", question)
         alone = len(self._template.prompt([*self.messages[:first], asked]))
@@ -251,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--prompt is empty: give the model some text to continue, or talk to it with --chat")
         if args.system and not args.chat:
             raise ValueError("--system needs --chat")
+        for name in ("prompt", "system"):
+            require_utf8(f"--{name}", getattr(args, name))
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         for name in ("temperature", "top_k"):

@@ -90,6 +90,9 @@ def set_up_output(goes_on: bool) -> None:
             continue
         # Else the next file that is opened would be what a library's messages are written to.
         os.open(os.devnull, os.O_RDWR)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As Python hands over arguments: whoever wants a text will say so.
+        sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout = _stream(sys.stdout, goes_on)
     sys.stderr = _stream(sys.stderr, goes_on=True)
 

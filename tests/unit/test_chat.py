@@ -112,14 +112,20 @@ def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_a_question_that_is_too_long_does_not_end_the_talk(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    assert talk(folder, monkeypatch, "漢" * 500 + "\nhello\n") == 0
+    assert talk(folder, monkeypatch, "漢" * 500 + "\na\udcff\nhello\n") == 0
     said = capsys.readouterr()
-    assert "the question has" in said.err and said.err.count("\n") == 1 and said.out.strip()
+    assert "the question has" in said.err and "the question is no UTF-8" in said.err
+    assert said.err.count("\n") == 2 and said.out.strip()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [([], "--prompt is empty"), (["--prompt=x", "--system=y"], "--system needs --chat")]
-)
+    ("arguments", "sentence"), [
+        ([], "--prompt is empty"), (["--prompt=x", "--system=y"], "--system needs --chat"),
+        (["--prompt=a\udcff"], "--prompt is no UTF-8"), (["--chat", "--system=a\udcff"], "--system is no UTF-8"),
+        (["--prompt=x", "--top_k=-1"], "--top_k must not be negative, got -1"),
+        (["--prompt=x", "--temperature=nan"], "--temperature must not be negative, got nan"),
+    ],
+)  # fmt: skip
 def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str):
     assert generate.main(["--ckpt", str(folder), *arguments]) == 2
     assert sentence in capsys.readouterr().err

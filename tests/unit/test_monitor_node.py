@@ -473,8 +473,11 @@ waits_in_a_function_of_its_own()
         until(lambda: node.poll(0).heartbeats[1]["stopped"])
 
 
-def test_a_command_that_does_not_exist(bench: Bench):
+def test_a_command_that_does_not_exist(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     node = bench.node()
+    monkeypatch.setenv("HOME", "/no/home")
+    with pytest.raises(ValueError, match="^/no/home/venv/bin/python cannot be started"):
+        node.start(Launch(f"0-{bench.id}-0", 1, ["~/venv/bin/python", "t.py"]))
     with pytest.raises(ValueError, match="^/no/such/python cannot be started: No such file or directory$"):
         node.start(Launch(f"1-{bench.id}-0", 1, ["/no/such/python", "t.py"]))
     assert not node.poll(0).running

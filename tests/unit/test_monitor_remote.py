@@ -235,3 +235,12 @@ def test_a_host_with_another_version_is_told(network: Network, node: RemoteNode,
     with pytest.raises(ValueError, match="far has another version of zero2all in /w than this monitor"):
         node.open()
     assert "-m monitor.node" in network.commands[0]
+
+
+def test_the_home_directory_is_the_hosts(network: Network, node: RemoteNode):
+    node.host, node.run_dir = replace(node.host, workdir="~/my zero2all", python="~/venv/bin/python"), "~/runs/a"
+    node.open()
+    assert network.commands[0].startswith("cd ~/'my zero2all' && exec ~/venv/bin/python -m monitor.node ")
+    # Which takes that as any command takes a path.
+    assert "--run_dir '~/runs/a'" in network.commands[0]
+    node.close()
