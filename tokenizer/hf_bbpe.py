@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from functools import cached_property
-from itertools import accumulate, compress, takewhile
+from collections.abc import Collection, Iterable, Sequence
+from functools import cache, cached_property
+from itertools import accumulate, compress, groupby, takewhile
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -36,8 +36,16 @@ _THREADS_THAT_BEAT_THE_CACHE = 4
 _NAME_BEGINS = "\ufdd0"
 _MOST_GAPS = 1024
 """Ids without a token, besides as many as have one."""
-_BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 _BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_NEEDED_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(0xF5) if byte not in (0xC0, 0xC1))
+"""UTF-8 has none of the other bytes, and some tokenizers leave them out."""
+
+
+_FORM_OF_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_SPLIT_BYTE_PIECE = {
+    "type": "Split", "pattern": {"Regex": r"\A<(?=0x[0-9A-F]{2}>\z)"}, "behavior": "Isolated", "invert": False
+}  # fmt: skip
+"""Keeps the text "<0x41>" from being taken for the byte of this name, where a word that is an entry is taken whole."""
 
 
 def split_pattern(max_digits: int = 3, max_han: int = 0, ascii_only: bool = False) -> str:
@@ -81,11 +89,12 @@ class HFBBPETokenizer(Tokenizer):
         self.template_tokens = _named_tokens(config or {})
         self._begin_ids = _begin_ids(self._definition)
         self._spelling = _byte_spelling(self._definition)
-        added = self._definition["added_tokens"]
+        self._used = _as_used(self._definition, config or {})
+        added = self._used["added_tokens"]
         self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
         self.eod_id = self.special_ids[_end_of_document(self.special_ids, config or {})]
         names = {token: f"special {token_id}" for token, token_id in self.special_ids.items()}
-        plain = _plain_text_definition(self._definition, names)
+        plain = _plain_text_definition(self._used, names)
         self._plain = LibraryTokenizer.from_str(json.dumps(plain))
         self._plain.encode_special_tokens = True
         ids = self._plain.get_vocab()
@@ -93,7 +102,7 @@ class HFBBPETokenizer(Tokenizer):
         own = _own_split_options(plain)
         self._word_cache = WordCache(plain, split_pattern(*own), split_pattern(*own, ascii_only=True)) if own else None
         self.vocab_size = max(ids.values()) + 1
-        parts = [self._definition.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
+        parts = [self._used.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
         self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
 
     @property
@@ -143,14 +152,28 @@ class HFBBPETokenizer(Tokenizer):
     def _of_layouts(self) -> LibraryTokenizer:
         """As `_plain`, but special tokens are such, under names that nobody writes."""
         names = {token: _layout_name(token_id) for token, token_id in self.special_ids.items()}
-        return LibraryTokenizer.from_str(json.dumps(_plain_text_definition(self._definition, names)))
+        return LibraryTokenizer.from_str(json.dumps(_plain_text_definition(self._used, names)))
 
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode_plain(self, ids: list[int]) -> str:
+        parts: list[str] = []
         with panics_as_errors():
-            return self._plain.decode(ids, skip_special_tokens=False)
+            for added, group in groupby(ids, self._added_texts.get):
+                if added is None:
+                    parts.append(self._plain.decode(list(group), skip_special_tokens=False))
+                else:
+                    parts += [added] * len(list(group))
+        return "".join(parts)
+
+    @cached_property
+    def _added_texts(self) -> dict[int, str]:
+        """Id -> text of the added tokens that are no special ones. The library would take their characters for the
+        spelling of bytes: DeepSeek's "ü" for the byte 0xFC."""
+        if self._spelling != "byte level":
+            return {}
+        return {token["id"]: token["content"] for token in self._used["added_tokens"] if not token["special"]}
 
     def token_byte_lengths(self) -> list[int]:
         lengths = [0] * self.vocab_size
@@ -160,7 +183,7 @@ class HFBBPETokenizer(Tokenizer):
                 lengths[token_id] = len(token)
             else:
                 lengths[token_id] = 1 if token in _BYTE_PIECES else len(token.replace("▁", " ").encode("utf-8"))
-        for token in self._definition["added_tokens"]:
+        for token in self._used["added_tokens"]:
             lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode("utf-8"))
         return lengths
 
@@ -181,18 +204,49 @@ def _byte_spelling(definition: object) -> str:
         ValueError: it is no BPE, or some texts have no ids under it.
     """
     model = definition.get("model") if isinstance(definition, dict) else None
-    if not isinstance(model, dict) or model.get("type") != "BPE" or "merges" not in model:
+    # The oldest files, such as GPT-2's own, don't name the type.
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError("only BPE can be used")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("it marks the parts of words, so texts would not come back")
     if not isinstance(definition.get("added_tokens"), list):
         raise ValueError("it has no list of added tokens")
     vocab = set(model["vocab"])
-    if '"ByteLevel"' in json.dumps(definition.get("pre_tokenizer")) and _BYTE_CHARACTERS <= vocab:
+    steps = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
+    if '"ByteLevel"' in steps and _needed_byte_characters() <= vocab:
         return "byte level"
-    if model.get("byte_fallback") and _BYTE_PIECES <= vocab:
+    if model.get("byte_fallback") and _NEEDED_BYTE_PIECES <= vocab:
         return "byte pieces"
     raise ValueError("it is neither byte-level nor falls back to bytes, so some texts would be lost")
+
+
+@cache
+def _needed_byte_characters() -> frozenset[str]:
+    """How byte-level BPE spells the bytes that a text can have, see _NEEDED_BYTE_PIECES."""
+    # Every first byte of UTF-8, and every later one.
+    codes = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("".join(map(chr, codes)))
+    return frozenset(spelt[0][0])
+
+
+def _as_used(definition: dict, config: dict) -> dict:
+    """A `tokenizer.json` as transformers uses it: what the configuration names for a purpose, such as the end of a
+    sequence, is a special token, even if it was added as text, or is an entry only."""
+    tokens, vocab = _named_tokens(config), definition["model"]["vocab"]
+    others = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key)
+        more = list(more.values()) if isinstance(more, dict) else more
+        others += more if isinstance(more, list) else []
+    texts = (token.get("content") if isinstance(token, dict) else token for token in others)
+    named = {*tokens.values(), *(text for text in texts if isinstance(text, str))}
+    added = definition["added_tokens"]
+    added = [{**token, "special": token["special"] or token["content"] in named} for token in added]
+    eos = tokens.get("eos_token")
+    if eos in vocab and not any(token["content"] == eos for token in added):
+        if eos not in _BYTE_PIECES and eos not in _needed_byte_characters():
+            added.append({"content": eos, "id": vocab[eos], "special": True} | _FORM_OF_SPECIAL)
+    return {**definition, "added_tokens": added}
 
 
 def _begin_ids(definition: object) -> list[int]:
@@ -270,9 +324,12 @@ def _plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
         raise ValueError("two of its special tokens have the same id")
     if taken := model["vocab"].keys() & set(names.values()):
         raise ValueError(f'"{min(taken)}" is a token that no text can become')
-    unknown = model.get("unk_token")
+    unknown, splits = model.get("unk_token"), definition.get("pre_tokenizer")
+    if model.get("ignore_merges") and model.get("byte_fallback"):
+        splits = {"type": "Sequence", "pretokenizers": [*([splits] if splits else []), _SPLIT_BYTE_PIECE]}
     return {
         **definition,
+        "pre_tokenizer": splits,
         "added_tokens": [
             {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
         ],
@@ -283,10 +340,25 @@ def _plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
         "model": {
             **model,
             "vocab": {names.get(token, token): token_id for token, token_id in model["vocab"].items()},
+            "merges": _without_merges_of(names, model["merges"]),
             "unk_token": names.get(unknown, unknown),
             "dropout": None,
         },
     }
+
+
+def _without_merges_of(tokens: Collection[str], merges: object) -> object:
+    """The merges that neither make nor take one of the tokens: converters of SentencePiece models list such, too."""
+    if not isinstance(merges, list):
+        return merges
+
+    def is_kept(merge: object) -> bool:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            return True
+        return not any(token in tokens for token in (*parts, "".join(parts)))
+
+    return [merge for merge in merges if is_kept(merge)]
 
 
 def _check_ids(ids: dict[str, int], definition: dict, special_ids: dict[str, int]) -> None:

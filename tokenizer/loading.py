@@ -74,12 +74,24 @@ def _open(directory: Path) -> Tokenizer:
             raise ValueError("tokenizer_config.json holds no settings")
         if config.get("kind") == SP_BBPE:
             return SPBBPETokenizer(_content(directory / "tokenizer.model"))
+    config = _with_special_tokens_map(directory, config)
     definition = _read(directory / "tokenizer.json")
     if definition is None:
         for name in files_to_convert(directory):
             _content(directory / name)
         definition, config = convert(directory, config or {})
     return HFBBPETokenizer(definition, config, _read(directory / CHAT_TEMPLATE_NAME))
+
+
+def _with_special_tokens_map(directory: Path, config: dict | None) -> dict | None:
+    """The configuration with what older folders say in a file of its own; transformers takes it so, too."""
+    text = _read(directory / "special_tokens_map.json")
+    if text is None or "added_tokens_decoder" in (config or {}):
+        return config
+    named = parsed("special_tokens_map.json", text)
+    if not isinstance(named, dict):
+        raise ValueError("special_tokens_map.json names no tokens")
+    return (config or {}) | named
 
 
 def _content(path: Path) -> bytes:

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -569,7 +570,6 @@ HOSTILE: dict[str, Callable[[dict], object]] = {
     "ids in another order": lambda d: d["added_tokens"].reverse(),
     "one id for all": lambda d: d["model"].update(vocab=dict.fromkeys(d["model"]["vocab"], 0)),
     "the name of a special token": lambda d: d["model"]["vocab"].update({f"special {VOCAB_SIZE - 1}": 3}),
-    "no special tokens": lambda d: [token.update(special=False) for token in d["added_tokens"]],
     "a prefix": lambda d: d["model"].update(continuing_subword_prefix="##"),
     "no decoder": lambda d: d.update(decoder=None),
     "a decoder of another kind": lambda d: d.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
@@ -685,6 +685,8 @@ class Foreign:
     """Added tokens that are text."""
     prepended: int = 0
     """Blanks that are put in front of every text."""
+    lost: str = ""
+    """Pattern of texts that it does not give back, which is a loss to AutoTokenizer, too; "" for none."""
 
 
 LLAMA3_SPLIT = (
@@ -693,12 +695,23 @@ LLAMA3_SPLIT = (
 )
 
 
-def byte_level(size: int = 500, **options: bool) -> LibraryTokenizer:
+def byte_level(
+    size: int = 500, first: Sequence[str] = (), split: Sequence | None = None, missing: str = "", **options: bool
+) -> LibraryTokenizer:
+    """
+    Args:
+        first: special tokens that take the first ids, as entries of the vocabulary.
+        split: steps that split a text into words.
+        missing: characters that spell bytes and are no entries.
+    """
     tokenizer = LibraryTokenizer(models.BPE(**options))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = [character for character in pre_tokenizers.ByteLevel.alphabet() if character not in missing]
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=list(first), show_progress=False
     )
     tokenizer.train_from_iterator(training_texts(), trainer)
     return tokenizer
@@ -785,11 +798,64 @@ def qwen2_mixed(folder: Path) -> Foreign:
     return qwen2(folder, ["<tool_call>", END_OF_DOCUMENT, "    ", "<|im_start|>", "<|im_end|>", "</think>"])
 
 
-def llama2(folder: Path) -> Foreign:
-    """SentencePiece's BPE as transformers converts it: a blank in front, rare characters as bytes."""
-    specials = ["<unk>", "<s>", "</s>"]
+_BARE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+"""Spells bytes, and splits nothing."""
+# UTF-8 has none of the bytes that are spelt so.
+DEEPSEEK_ADDED = "ÀÁõö÷øùúûüýþÿ"
+
+
+def deepseek(folder: Path) -> Foreign:
+    """Without entries for the bytes that UTF-8 has not: the characters that would spell them are tokens of text."""
+    patterns = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥]+")
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    split += [pre_tokenizers.Digits(True), _BARE]
+    tokenizer = byte_level(split=split, missing=DEEPSEEK_ADDED)
+    tokenizer.normalizer = normalizers.Sequence([])
+    specials = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
+    ordinary = (*DEEPSEEK_ADDED, "<｜User｜>")
+    for token in (*specials, *ordinary):
+        tokenizer.add_tokens([AddedToken(token, normalized=True, special=token in specials)])
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    save_foreign(tokenizer, folder, bos_token=specials[0], eos_token=specials[1], pad_token=specials[2])
+    return Foreign(folder, specials[1], specials, ordinary)
+
+
+def smollm2(folder: Path) -> Foreign:
+    """Special tokens that are the first entries; every digit by itself."""
+    specials = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>", "<repo_name>")
+    digits = pre_tokenizers.Digits(True)
+    tokenizer = byte_level(first=specials, split=[digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    save_foreign(tokenizer, folder, bos_token=specials[1], eos_token=specials[2], unk_token=specials[0])
+    return Foreign(folder, END_OF_DOCUMENT, specials)
+
+
+def gpt_neox(folder: Path) -> Foreign:
+    """Runs of blanks as added tokens, looked for in the text as it is normalised. OLMo has the same."""
+    tokenizer = byte_level(first=(END_OF_DOCUMENT, "<|padding|>"))
+    tokenizer.normalizer = normalizers.NFC()
+    ordinary = tuple(" " * count for count in range(24, 1, -1))
+    tokenizer.add_tokens([AddedToken(blanks, normalized=True) for blanks in ordinary])
+    save_foreign(tokenizer, folder, bos_token=END_OF_DOCUMENT, eos_token=END_OF_DOCUMENT, unk_token=END_OF_DOCUMENT)
+    return Foreign(folder, END_OF_DOCUMENT, (END_OF_DOCUMENT, "<|padding|>"), ordinary)
+
+
+def falcon(folder: Path) -> Foreign:
+    """Splits further after bytes are spelt."""
+    split = [
+        pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(False), pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]  # fmt: skip
+    tokenizer = byte_level(first=(">>TITLE<<", END_OF_DOCUMENT), split=split)
+    save_foreign(tokenizer, folder, eos_token=END_OF_DOCUMENT)
+    return Foreign(folder, END_OF_DOCUMENT, (">>TITLE<<", END_OF_DOCUMENT))
+
+
+def bytes_as_pieces(specials: Sequence[str], blank_in_front: bool = True) -> LibraryTokenizer:
+    """SentencePiece's BPE as transformers converts it: rare characters as bytes."""
     tokenizer = LibraryTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if blank_in_front:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     rng = random.Random(0)
     entries = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=520, special_tokens=entries, show_progress=False)
@@ -797,17 +863,57 @@ def llama2(folder: Path) -> Foreign:
     tokenizer = with_definition(
         tokenizer, lambda d: d.update(added_tokens=[t for t in d["added_tokens"] if t["content"] in specials])
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if blank_in_front else [])])
+    return tokenizer
+
+
+def llama2(folder: Path) -> Foreign:
+    """A blank in front. To such a folder the sign is a blank."""
+    specials = ("<unk>", "<s>", "</s>")
+    tokenizer = bytes_as_pieces(specials)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
     save_foreign(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    return Foreign(folder, "</s>", tuple(specials), prepended=1)
+    return Foreign(folder, "</s>", specials, prepended=1, lost="▁")
 
 
-@pytest.fixture(scope="module", params=[gpt2, llama3, qwen2, qwen2_mixed, llama2], ids=lambda make: make.__name__)
+def phi3(folder: Path) -> Foreign:
+    """Special tokens that swallow what follows, and one of Llama 2's that became text."""
+
+    def edit(definition: dict) -> None:
+        definition["added_tokens"][2] |= {"special": False, "rstrip": True}
+
+    tokenizer = with_definition(bytes_as_pieces(("<unk>", "<s>", "</s>")), edit)
+    added = (END_OF_DOCUMENT, "<|assistant|>", "<|end|>", "<|user|>")
+    tokenizer.add_special_tokens([AddedToken(token, rstrip=True, normalized=False, special=True) for token in added])
+    save_foreign(tokenizer, folder, bos_token="<s>", eos_token=END_OF_DOCUMENT, unk_token="<unk>")
+    return Foreign(folder, END_OF_DOCUMENT, ("<unk>", "<s>", *added), ("</s>",), prepended=1, lost="▁|</s>")
+
+
+def yi(folder: Path) -> Foreign:
+    """No blank in front."""
+    specials = ("<unk>", "<|startoftext|>", END_OF_DOCUMENT, "<|im_start|>")
+    tokenizer = bytes_as_pieces(specials, blank_in_front=False)
+    save_foreign(tokenizer, folder, bos_token=specials[1], eos_token=END_OF_DOCUMENT, unk_token="<unk>")
+    return Foreign(folder, END_OF_DOCUMENT, specials, lost="▁")
+
+
+def mistral3(folder: Path) -> Foreign:
+    """A blank in front unless there is one."""
+    specials = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+    tokenizer = bytes_as_pieces(specials)
+    tokenizer = with_definition(tokenizer, lambda d: d.update(normalizer=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    save_foreign(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Foreign(folder, "</s>", specials, prepended=1, lost=r"▁|\A ")
+
+
+FAMILIES = [gpt2, llama3, qwen2, qwen2_mixed, llama2, deepseek, smollm2, gpt_neox, falcon, phi3, yi, mistral3]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda make: make.__name__)
 def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Foreign:
     return request.param(tmp_path_factory.mktemp("foreign") / request.param.__name__)
 
@@ -852,8 +958,8 @@ def test_foreign_round_trip_and_lengths(foreign: Foreign):
     assert len(lengths) == ours.vocab_size
     assert [lengths[token_id] for token_id in ours.special_ids.values()] == [0] * len(ours.special_ids)
     for text in foreign_texts(foreign, 3):
-        if foreign.prepended and "▁" in text:
-            continue  # To such a folder it is a blank.
+        if foreign.lost and re.search(foreign.lost, text):
+            continue
         ids = ours.encode(text)
         assert ours.decode(ids) == text
         # The blank that is put in front has a byte too.
@@ -950,6 +1056,56 @@ def test_no_ids_begin_a_text_of_ours(tokenizer: Tokenizer, folder: Path):
     assert tokenizer.begin_ids == [] and auto_tokenizer(folder)("text")["input_ids"] == tokenizer.encode("text")
 
 
+def special_merges(definition: dict) -> None:
+    """A converter that knew no special tokens found merges of one."""
+    vocab = definition["model"]["vocab"]
+    for entry in ("</", "s>", *"</s>"):
+        vocab.setdefault(entry, max(vocab.values()) + 1)
+    definition["model"]["merges"] += [["<", "/"], ["s", ">"], ["</", "s>"]]
+
+
+ODD: dict[str, tuple[Callable[[], LibraryTokenizer], Callable[[dict], object]]] = {
+    "GPT-2's own": (byte_level, lambda d: [d["model"].pop("type"), d["model"].pop("ignore_merges")]),
+    "merges as text": (byte_level, lambda d: d["model"].update(merges=[" ".join(m) for m in d["model"]["merges"]])),
+    "bytes spelt by the normalizer": (
+        byte_level,
+        lambda d: d.update(
+            normalizer={"type": "ByteLevel"},
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "Ġ?[^Ġ]+"}, "behavior": "Isolated", "invert": False},
+        ),
+    ),
+    "an end that is an entry only": (
+        functools.partial(byte_level, first=["</s>", "<s>"]),
+        lambda d: d.update(added_tokens=[t for t in d["added_tokens"] if t["content"] != "</s>"]),
+    ),
+    "merges of a special token": (functools.partial(bytes_as_pieces, ("<unk>", "<s>", "</s>")), special_merges),
+}
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_and_old_folders(tmp_path: Path, name: str, place: str):
+    """What is harmless is no reason to refuse them."""
+    make, edit = ODD[name]
+    definition = json.loads(make().to_str())
+    if not any(token["content"] == "</s>" for token in definition["added_tokens"]):
+        largest = max(definition["model"]["vocab"].values())
+        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        definition["added_tokens"].append({"content": "</s>", "id": largest + 1, "special": True, **form})
+    edit(definition)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    (tmp_path / place).write_text(json.dumps({"eos_token": "</s>"}))
+    ours, theirs = load_tokenizer(tmp_path), auto_tokenizer(tmp_path)
+    rng = random.Random(0)
+    texts = [random_text(rng, 40) for _ in range(30)] + [english(rng, 30), "</s", "s> def return", "  a\n\tb"]
+    assert ours.encode_batch(texts) == theirs(texts, add_special_tokens=False)["input_ids"]
+    assert ours.eod_id == theirs.eos_token_id
+    forged = ours.encode("a </s>")
+    assert ours.eod_id not in forged and ours.decode(forged).strip() == "a </s>"
+    ours.save_pretrained(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").fingerprint == ours.fingerprint
+
+
 def word_piece() -> LibraryTokenizer:
     return LibraryTokenizer(models.WordPiece({"[UNK]": 0, "word": 1, "##s": 2}, unk_token="[UNK]"))
 
@@ -972,7 +1128,7 @@ def characters_only() -> LibraryTokenizer:
 
 def promised_bytes() -> LibraryTokenizer:
     """Says that it falls back to bytes, but has them not all."""
-    vocab = {f"<0x{byte:02X}>": byte for byte in range(255)} | {"a": 255, "<unk>": 256}
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256) if byte != 0xF4} | {"a": 256, "<unk>": 257}
     return LibraryTokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
 
 
@@ -1008,10 +1164,19 @@ def test_tokenizer_that_ends_no_document_is_refused(tmp_path: Path, tokens: list
     assert END_OF_DOCUMENT in message and "eos_token" in message
 
 
-def test_an_end_of_document_that_is_ordinary_text_is_refused(tmp_path: Path):
-    """Any text could end a document with it."""
+@pytest.mark.parametrize("name", [None, "eos_token", "additional_special_tokens"])
+def test_an_end_of_document_that_was_added_as_text(tmp_path: Path, name: str | None):
+    """Any text could end a document with it; unless the configuration names it, so that it is special to transformers,
+    too."""
     tokenizer = byte_level(300)
     add_tokens(tokenizer, [END_OF_DOCUMENT], ordinary=[END_OF_DOCUMENT])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
-    assert END_OF_DOCUMENT in refusal(tmp_path)
+    config = {None: {}, "eos_token": {"eos_token": END_OF_DOCUMENT}}.get(name, {name: [END_OF_DOCUMENT]})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if name is None:
+        assert END_OF_DOCUMENT in refusal(tmp_path)
+        return
+    ours, theirs = load_tokenizer(tmp_path), auto_tokenizer(tmp_path)
+    assert ours.special_ids == {END_OF_DOCUMENT: ours.eod_id} and theirs.all_special_ids == [ours.eod_id]
+    ids = ours.encode(f"a {END_OF_DOCUMENT}{END_OF_DOCUMENT}")
+    assert ours.eod_id not in ids and ours.decode(ids) == f"a {END_OF_DOCUMENT}{END_OF_DOCUMENT}"

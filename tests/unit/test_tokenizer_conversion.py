@@ -69,6 +69,8 @@ def test_sentencepiece_model(tmp_path: Path, model: str, config: dict):
     for text in texts():
         assert ours.encode(text) == theirs.encode(text), text
         assert ours.decode(ours.encode(text)) == text
+    for text in ("<0x41>", "   <0x0A>\t"):
+        assert ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
     assert ours.vocab_size == theirs.vocab_size() and ours.eod_id == theirs.eos_id()
     assert ours.begin_ids == ([theirs.bos_id()] if config else [])
     assert {i for i in range(ours.vocab_size) if theirs.is_control(i)} <= set(ours.special_ids.values())
