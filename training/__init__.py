@@ -4,7 +4,7 @@ build.py            all of the following in order, and the dataclass that holds 
 run_dir.py          the run directory, and the checkpoint in it to resume from
 data.py             both sets and the tokenizer
 build_model.py      the model with its first weights
-generation.py       what a checkpoint tells other programs of ending a text
+export.py           what a checkpoint tells other programs
 build_task.py       what turns a batch into a loss
 dpo_reference.py    the reference of DPO
 build_parallel.py   DDP with its hook, and ZeRO-1

@@ -11,7 +11,6 @@ import torch
 from configurator import Config, Derived, resolve, without_effect
 from dataset.loader import TrainLoader
 from model import Llama
-from model.generation_config import GenerationConfig
 from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext
 from parallel.context import enable_determinism
@@ -23,7 +22,7 @@ from training.build_parallel import Parallel, build_parallel
 from training.build_task import build_task
 from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
-from training.generation import find_generation_config
+from training.export import Export, plan_export
 from training.progress import Progress
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
@@ -44,8 +43,8 @@ class Built:
     derived: Derived
     weights_from: Path | None
     """The folder that the model was built from."""
-    generation: GenerationConfig
-    """How texts end; see training/generation.py."""
+    export: Export
+    """What its checkpoints tell other programs."""
     dtype: torch.dtype
     """Of the model's weights."""
     model: Llama
@@ -96,7 +95,7 @@ def build(
 
     weights = find_weights(config, run_dir.resumed_from, data.tokenizer)
     # Now: a checkpoint that a resumed run begins with may be gone when the next one is saved.
-    generation = find_generation_config(config.run.task_type, data.tokenizer, weights)
+    export = plan_export(config.run.task_type, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
     model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights, load=not is_resumed)
     _require_same_choices(config, context, dtype, model)
@@ -117,7 +116,7 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, run_dir, data, derived, weights, generation, dtype, model, task, reference, scaler, parallel,
+        config, context, run_dir, data, derived, weights, export, dtype, model, task, reference, scaler, parallel,
         optimizer, progress, left_out, loader,
     )  # fmt: skip
 

@@ -1,12 +1,9 @@
 """What a rank writes of a checkpoint. resume.py reads it."""
 
-from functools import partial
-
 from model import hf
 from model.generation_config import GENERATION_CONFIG
 from training.build import Built
 from training.data import order_of_samples
-from training.generation import save_tokenizer
 from utils import checkpoint as ckpt
 from utils.saving import CheckpointWriter
 
@@ -17,11 +14,11 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
     if powersgd is not None:
         writer.add_hook_state(powersgd.state_tensors())
     if built.run_dir.place.is_first_of_store:
-        tokenizer, generation = built.data.tokenizer, built.generation
+        export = built.export
         writer.add_tensors("model.safetensors", hf.named_weights(built.model), {"format": "pt"})
-        writer.add_json("config.json", hf.to_hf_config(built.model.config, built.dtype, **generation.token_ids))
-        writer.add_json(GENERATION_CONFIG, generation.to_hf())
-        writer.add_folder(partial(save_tokenizer, tokenizer, for_chat=built.config.run.task_type != "pretrain"))
+        writer.add_json("config.json", hf.to_hf_config(built.model.config, built.dtype, **export.generation.token_ids))
+        writer.add_json(GENERATION_CONFIG, export.generation.to_hf())
+        writer.add_folder(export.save_tokenizer)
         writer.add_json(ckpt.TRAINER_STATE, _trainer_state(built))
 
 

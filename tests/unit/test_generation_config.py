@@ -14,7 +14,7 @@ from tokenizer import load_tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sp_bbpe import train_sp_bbpe
-from training.generation import find_generation_config, save_tokenizer
+from training.export import plan_export
 
 QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05, "bos_token_id": 5}
 
@@ -115,12 +115,13 @@ def small(kind: str):
 def test_a_model_of_ours(tmp_path: Path, kind: str, task: str):
     """Nothing is put in front of a text; of a chat model, all that readers look at ends an answer."""
     tokenizer = small(kind)
-    found = find_generation_config(task, tokenizer, None)
+    export = plan_export(task, tokenizer, None)
+    found = export.generation
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     assert found.eos_ids == ((document,) if task == "pretrain" else (end, document))
     assert (found.bos_id, found.pad_id) == (None, tokenizer.special_ids["<|pad|>"])
 
-    save_tokenizer(tokenizer, tmp_path, for_chat=task != "pretrain")
+    export.save_tokenizer(tmp_path)
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     assert (theirs.eos_token_id, theirs.bos_token_id) == (found.eos_ids[0], None)
     assert theirs("one two")["input_ids"] == tokenizer.encode("one two")
@@ -154,16 +155,22 @@ def with_template(made: Foreign, end: str) -> Foreign:
 )
 def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, make, end: str, eos_token: str):
     """Also where its end of a document had no name but eos_token; and whatever is done to it next."""
-    tokenizer = load_tokenizer(with_template(make(tmp_path / "source"), end).folder)
+    made = with_template(make(tmp_path / "source"), end)
+    source, tokenizer = folder(made.folder, {}), load_tokenizer(made.folder)
     before = (tokenizer.eod_id, tokenizer.fingerprint, tokenizer.begin_ids)
-    for number, for_chat in enumerate((True, False, True)):
-        save_tokenizer(tokenizer, tmp_path / str(number), for_chat)
+    (made.folder / "tokenizer.model").write_bytes(b"scores")
+    for number, task in enumerate(("sft", "pretrain", "dpo")):
+        export = plan_export(task, tokenizer, source)
+        source = folder(tmp_path / str(number), export.generation.token_ids)
+        export.save_tokenizer(source)
         tokenizer = load_tokenizer(tmp_path / str(number))
         assert (tokenizer.eod_id, tokenizer.fingerprint, tokenizer.begin_ids) == before
         theirs = AutoTokenizer.from_pretrained(tmp_path / str(number))
         assert theirs.eos_token == eos_token
         assert theirs("one two")["input_ids"] == [*tokenizer.begin_ids, *tokenizer.encode("one two")]
         assert tokenizer.chat_template.startswith("{% for m in messages %}")
+        # From which llama.cpp takes the scores of pieces.
+        assert (source / "tokenizer.model").read_bytes() == b"scores"
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
@@ -172,7 +179,7 @@ def test_what_the_source_said_stays(tmp_path: Path, task: str):
     tokenizer = small("hf_bbpe")
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     source = folder(tmp_path, {"eos_token_id": [3, document], "bos_token_id": 4}, {"eos_token_id": 9, **QWEN})
-    found = find_generation_config(task, tokenizer, source)
+    found = plan_export(task, tokenizer, source).generation
     assert found.eos_ids == ((document, 9, 3) if task == "pretrain" else (end, document, 9, 3))
     assert (found.bos_id, found.pad_id, found.settings) == (4, None, QWEN)
     assert found == replace(read_generation_config(source), eos_ids=found.eos_ids)

@@ -1,0 +1,81 @@
+"""What a checkpoint tells other programs: where a text ends, and which tokens it is made of.
+
+They look in three places for an end: transformers in generation_config.json, others in config.json, and llama.cpp and
+TRL in what the tokenizer calls its `eos_token`. All three name the tokens at which generate.py stops.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.generation_config import GenerationConfig, read_generation_config
+from tokenizer import Tokenizer
+from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, PAD
+from tokenizer.chat_template import ChatTemplate
+from utils.files import atomic_write, atomic_write_json
+
+_SENTENCE_PIECE = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Export:
+    tokenizer: Tokenizer
+    generation: GenerationConfig
+    for_chat: bool
+    """Of a model that is taught to answer."""
+    sentence_piece: bytes | None
+    """The tokenizer.model of the folder that the model came from: llama.cpp's converter takes the scores of the pieces
+    from it, and without it a tokenizer that gives other ids."""
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer's folder."""
+        self.tokenizer.save_pretrained(directory)
+        if self.sentence_piece is not None and not (directory / _SENTENCE_PIECE).exists():
+            atomic_write(directory / _SENTENCE_PIECE, self.sentence_piece)
+        if self.for_chat:
+            _make_it_for_chat(self.tokenizer, directory)
+
+
+def plan_export(task_type: str, tokenizer: Tokenizer, weights: Path | None) -> Export:
+    """By which tokens the run teaches to end a text; all else is as the model that it begins with has it.
+
+    Args:
+        weights: folder of that model: of a resumed run its checkpoint, which has what the run began with. Nothing of it
+            is read later.
+    Raises:
+        ValueError: a file in that folder is not as it should be.
+    """
+    for_chat, sentence_piece = task_type != "pretrain", None
+    if weights is None:
+        source = GenerationConfig((), next(iter(tokenizer.begin_ids), None), tokenizer.special_ids.get(PAD))
+    else:
+        source = read_generation_config(weights)
+        if (weights / _SENTENCE_PIECE).is_file():
+            sentence_piece = (weights / _SENTENCE_PIECE).read_bytes()
+    ends = _ends_of_answers(tokenizer, ChatTemplate(tokenizer)) if for_chat else [tokenizer.eod_id]
+    return Export(tokenizer, source.ending_with(ends), for_chat, sentence_piece)
+
+
+def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
+    """Let a tokenizer's folder have the chat template by which the model is taught, and call what ends an answer its
+    `eos_token`, as the folders of Qwen's and Llama's chat models do: TRL's chat and llama.cpp look at nothing else."""
+    template = ChatTemplate(tokenizer)
+    if tokenizer.chat_template is None:
+        atomic_write(directory / CHAT_TEMPLATE_NAME, template.source.encode())
+    end_id = _ends_of_answers(tokenizer, template)[0]
+    # A template that writes eos_token itself would lay conversations out differently.
+    if end_id == tokenizer.eod_id or "eos_token" in template.source:
+        return
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
+    values["eos_token"] = texts[end_id]
+    if END_OF_DOCUMENT not in tokenizer.special_ids:
+        # Where this folder is read here, documents end as before: its tokens are the same data's.
+        values["end_of_document"] = texts[tokenizer.eod_id]
+    atomic_write_json(path, values)
+
+
+def _ends_of_answers(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    """Tokens by which a model is taught to end an answer; the end of a document, which it may know as well, last."""
+    return [*sorted(template.stop_ids - {tokenizer.eod_id}), tokenizer.eod_id]
