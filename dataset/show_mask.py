@@ -99,6 +99,8 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
             f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
         )
     compiler = Compiler(tokenizer, options)
+    for note in compiler.template.notes:
+        print(f"note: {note}", file=sys.stderr)
     corpus = record_corpus(str(path.parent))
     for unit in plan_units(str(path.parent), [path.name], _UNIT_BYTES):
         for item in read_unit(corpus, unit):

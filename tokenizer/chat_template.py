@@ -362,7 +362,7 @@ class ChatTemplate:
         messages, asks = marked.messages[:upto], upto is not None
         text = self._jinja.render(messages, tools, asks)
         if tools and text == self._jinja.render(messages, (), asks):
-            raise ValueError("the chat template has no place for tools")
+            raise ValueError('the chat template has no place for tools ("tools" or "functions")')
         if not self._is_known:
             texts = ("content", "reasoning_content")
             plain = [{k: self._filled(v, marked) if k in texts else v for k, v in one.items()} for one in messages]
@@ -429,7 +429,9 @@ class ChatTemplate:
                 raise ValueError(f"answer {number} says nothing that could be learnt")
             return
         if message.reasoning and not self._shows_reasoning and (is_learnt or not self._opening.strip()):
-            raise ValueError(f"the chat template has no place for the reasoning of message {number}")
+            raise ValueError(
+                f'the chat template has no place for thoughts ("reasoning_content"), as message {number} has them'
+            )
         if is_learnt:
             raise ValueError(
                 f"the chat template leaves out a part of answer {number}, such as the thoughts of an earlier one, and "
@@ -477,7 +479,9 @@ class ChatTemplate:
         for call in message.tool_calls:
             place = text.find(call["function"]["name"], place)
             if place < 0:
-                raise ValueError(f"the chat template has no place for the calls of tools in message {number}")
+                raise ValueError(
+                    f'the chat template has no place for calls of tools ("tool_calls"), as message {number} has them'
+                )
         if text.startswith(done):
             stops = list(self._control.finditer(done, begin))
             end = stops[-1].end() if stops else len(done)

@@ -11,7 +11,7 @@ from model.attention import document_starts
 from model.ops import CHOICES, build_ops, choose_ops
 from parallel import DistContext
 from tokenizer import Tokenizer
-from training.data import require_tokenizer_of
+from training.data import require_tokenizer_of, warn_of_another_template
 from utils import checkpoint as ckpt
 
 
@@ -29,6 +29,8 @@ def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer
         source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
         require_tokenizer_of(source, tokenizer)
+        if resumed_from is None and run.task_type != "pretrain":
+            warn_of_another_template(source, tokenizer)
     if run.valid_only and source is None:
         raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
     if run.task_type == "dpo" and source is None:

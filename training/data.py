@@ -108,6 +108,21 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> None:
     )
 
 
+def warn_of_another_template(weights: Path, tokenizer: Tokenizer) -> None:
+    """
+    Args:
+        weights: folder of a model that is fine-tuned.
+        tokenizer: the data's.
+    """
+    theirs = load_tokenizer(weights).chat_template if has_tokenizer(weights) else None
+    if theirs is not None and theirs != tokenizer.chat_template:
+        logger.warning(
+            "the conversations were laid out by another chat template than that of %s: checkpoints carry the one that "
+            "laid them out",
+            weights,
+        )
+
+
 def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:
     """Open both sets and the tokenizer, and check that they belong together, on all ranks.
 
@@ -127,6 +142,8 @@ def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place
     elif config.run.valid_only:
         raise ValueError(f"{dirs['train']} has no validation set: it was pretokenized with --valid_ratio 0")
     datasets = [dataset for dataset in (train, valid) if dataset is not None]
+    if task != "pretrain":
+        _require_one_template([dirs[split] for split, one in (("train", train), ("valid", valid)) if one], tokenizer)
     for dataset in datasets:
         if task != "pretrain":
             # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
@@ -138,6 +155,20 @@ def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place
         "the ranks see different data or tokenizers: copy the same to all nodes",
     )
     return Data(dirs, tokenizer, train, valid)
+
+
+def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None:
+    """Checkpoints carry the tokenizer's chat template: it must be the one that laid out what is learnt.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for directory in directories:
+        if load_tokenizer(directory / "tokenizer").chat_template != tokenizer.chat_template:
+            raise ValueError(
+                f"the conversations in {directory} were laid out by another chat template than the tokenizer's that "
+                f"the run takes: pretokenize them again with that tokenizer"
+            )
 
 
 def _once_a_store(check: Callable[[], object], context: DistContext, place: Place) -> None:

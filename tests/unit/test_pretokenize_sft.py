@@ -1348,5 +1348,5 @@ def test_what_the_template_has_no_place_for_is_counted(
     assert command(tmp_path / "corpus", tmp_path / "out", folder) == 0
     captured = capsys.readouterr()
     assert "1 records -> 1 samples" in captured.out
-    assert "no place for the reasoning of message 1" in captured.err
+    assert "no place for thoughts" in captured.err
     assert "note: the tokenizer has no chat template: conversations are laid out as zero2all's are" in captured.err

@@ -423,6 +423,22 @@ def test_another_tokenizer_is_refused(home: Home, sft_flags: list[str], tmp_path
     assert not (raw / ".tokenized").exists()
 
 
+def test_another_template_is_refused_or_said(
+    home: Home, sft_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """What laid the conversations out is what a checkpoint carries."""
+    other = shutil.copytree(home.tokenizer, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['content']", "message['content'] | trim"))
+    sentence = refusal(capsys, sft_flags, f"--tokenizer_dir={other}")
+    assert "were laid out by another chat template than the tokenizer's" in sentence
+    pretokenize(write_sft(tmp_path / "raw", conversations(5)), other, tmp_path / "tokens", "sft")
+    assert train(with_data(sft_flags, tmp_path / "tokens"), "--max_iters=1", f"--out_dir={tmp_path / 'run'}") == 0
+    assert "were laid out by another chat template than that of" in capsys.readouterr().out
+    saved = next((tmp_path / "run" / "ckpt").iterdir()) / "chat_template.jinja"
+    assert saved.read_text() == template.read_text()
+
+
 def test_raw_records_in_a_directory_that_cannot_be_written(home: Home, sft_flags: list[str], tmp_path: Path, capsys):
     raw = write_sft(tmp_path / "raw", conversations(5))
     # A file in the place of the folder: in the way of any user, also of root.
