@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             prompt, room = [], context // 2
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
         else:
-            # What the model has always seen in front of a text. A chat template writes its own.
+            # As transformers' tokenizer of the same folder does. A chat template writes its own.
             prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
             room = room_for_text(model, prompt)
     except (ValueError, OSError) as error:
