@@ -313,6 +313,12 @@ _PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir
 _LONGEST_FILE = 1 << 20
 """Bytes."""
 
+_MOST = {
+    "train_batch_size": 1 << 24, "valid_batch_size": 1 << 24, "gradient_accumulation_steps": 1 << 24,
+    "max_seq_len": 1 << 30, "num_workers": 4096, "num_threads": 4096,
+}  # fmt: skip
+"""Far more than anybody wants: a hand's slip, which would end in a crash."""
+
 _OTHER_NAMES = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
     "max_steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
@@ -321,6 +327,14 @@ _OTHER_NAMES = {
 
 _ONLY_WITH = (
     (("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
+    (("data_dir",), lambda f: not (f["train_data_dir"] and f["valid_data_dir"]),
+     "beside --train_data_dir and --valid_data_dir"),
+    (("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
+     "with --rope_scaling_factor=1"),
+    (("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
+     "without --rope_scaling"),
+    (("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
+     lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3"),
     (("matrix_approximation_rank", "warm_start", "use_error_feedback", "start_powerSGD_iter", "min_compression_rate",
       "orthogonalization_epsilon", "orthogonalize_in_float32", "use_fixed_Q", "powerSGD_exclude",
       "powerSGD_log_interval"), lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook"),
@@ -492,7 +506,8 @@ def _normalize(argv: list[str]) -> list[str]:
                 value, index = argv[index], index + 1
         elif not equals:
             _check_name(name, "--")
-            if index == len(argv):
+            if index == len(argv) or argv[index].startswith("--"):
+                # A flag is no value, as where a variable of the shell was empty: it would be lost.
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
             value, index = argv[index], index + 1
         _check_name(name, "--")
@@ -511,7 +526,9 @@ def _check_name(name: str, prefix: str) -> None:
         raise ValueError(f"{prefix}{name} is now called {prefix}{_RENAMED[name]}")
     if name in _REMOVED:
         raise ValueError(f"{prefix}{name} has no use here: {_REMOVED[name]}")
-    close = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name, _FIELDS, n=1)
+    as_usual = {known.lower(): known for known in _FIELDS}
+    close = difflib.get_close_matches(name.lower(), as_usual, n=1)
+    close = [_OTHER_NAMES.get(name) or as_usual[close[0]]] if close or name in _OTHER_NAMES else []
     hint = f"did you mean {prefix}{close[0]}?" if close else "--help lists all flags"
     raise ValueError(f"{prefix}{name} is unknown: {hint}")
 
@@ -592,7 +609,9 @@ def _coerce(name: str, value: Any) -> Any:
     elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = kind(value)
-            if math.isfinite(number) and (isinstance(value, str) or number == value):
+            # Beyond, neither a file nor a tensor holds it.
+            fits = math.isfinite(number) and (kind is float or -(1 << 63) <= number < 1 << 63)
+            if fits and (isinstance(value, str) or number == value):
                 return number
         except (ValueError, OverflowError):
             pass
@@ -620,9 +639,14 @@ def _check(config: Config) -> None:
                  "powerSGD_log_interval", "resume_at_sample"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
+    for name, most in _MOST.items():
+        if flat[name] > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {flat[name]:,}")
     for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
         if not 0.0 <= flat[name] <= 1.0:
             raise ValueError(f"{name} must lie between 0 and 1, got {flat[name]}")
+    if config.data.valid_ratio is not None and not 0.0 <= config.data.valid_ratio <= 1.0:
+        raise ValueError(f"valid_ratio must lie between 0 and 1, got {config.data.valid_ratio}")
     for name in ("beta1", "beta2", "muon_momentum"):
         if not 0.0 <= flat[name] < 1.0:
             raise ValueError(f"{name} must be at least 0 and below 1, got {flat[name]}")
