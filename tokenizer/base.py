@@ -12,6 +12,8 @@ END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
 MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END = "<|im_start|>", "<|im_sep|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END)
 """Of the tokenizers trained here."""
+MODEL_INPUT_NAMES = ["input_ids", "attention_mask"]
+"""What transformers' tokenizers are to return."""
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 """Where transformers looks for the template of a tokenizer folder."""
 LARGEST_VOCAB_SIZE = 1 << 24
@@ -183,7 +185,18 @@ def hugging_face_config(special_tokens: Collection[str]) -> dict:
         **pad,
         "add_bos_token": False,
         "add_prefix_space": False,
-        "model_input_names": ["input_ids", "attention_mask"],
+        "model_input_names": MODEL_INPUT_NAMES,
         "additional_special_tokens": [t for t in special_tokens if t not in (END_OF_DOCUMENT, PAD)],
         "clean_up_tokenization_spaces": False,
     }
+
+
+def readable_by_version_4(config: dict) -> dict:
+    """A `tokenizer_config.json` of transformers 5 in words that mean the same, and that version 4 knows, too."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", MODEL_INPUT_NAMES)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from tokenizer.base import MODEL_INPUT_NAMES
+
 SENTENCE_PIECE, BYTE_LEVEL = "tokenizer.model", ("vocab.json", "merges.txt")
 _OTHERS = (
     "tekken.json", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model",
@@ -84,7 +86,8 @@ def _converted(directory: Path, config: dict) -> tuple[str, dict]:
     named = {key: str(token) for key, token in made.special_tokens_map.items() if key.endswith("_token")}
     # With this class, transformers 4 and 5 take the tokenizer.json as it is.
     own = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
-    return made.backend_tokenizer.to_str(), {"clean_up_tokenization_spaces": False, **kept, **own}
+    unless_said = {"clean_up_tokenization_spaces": False, "model_input_names": MODEL_INPUT_NAMES}
+    return made.backend_tokenizer.to_str(), {**unless_said, **kept, **own}
 
 
 def _of_sentence_piece(directory: Path, config: dict):

@@ -26,6 +26,7 @@ from tokenizer.base import (
     hugging_face_config,
     panics_as_errors,
     parsed,
+    readable_by_version_4,
 )
 from tokenizer.chat_template import JINJA
 from tokenizer.long_words import LongWords
@@ -190,7 +191,7 @@ class HFBBPETokenizer(Tokenizer):
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = hugging_face_config(self.special_ids) if self._config is None else self._config
+        config = hugging_face_config(self.special_ids) if self._config is None else readable_by_version_4(self._config)
         atomic_write(directory / "tokenizer.json", json.dumps(self._definition, ensure_ascii=False).encode())
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
         if self._chat_template is not None:

@@ -1,0 +1,94 @@
+"""Foreign tokenizer folders and what we save of them, in other versions of transformers: the same ids as here.
+
+    python -m benchmarks.interop_tokenizers --python ENV4/bin/python ENV5/bin/python
+
+Each PYTHON is the interpreter of an environment with some version of transformers. The folders are imitations of twelve
+families' `tokenizer.json`, and of `tokenizer.model` and `vocab.json` with `merges.txt`, which are converted as they are
+opened. Each is loaded here and saved; there, AutoTokenizer opens what was saved and encodes nasty texts, and one text
+with what it puts in front. Characters without a meaning in this Python's Unicode are left out: what they are differs
+between versions of the libraries. The exit code is 1 where ids differ.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import unicodedata
+from pathlib import Path
+
+THERE = """
+import json, sys
+from pathlib import Path
+import transformers
+transformers.logging.set_verbosity_error()
+wrong = 0
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    expected = json.loads((path / "expected.json").read_text("utf-8"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(path))
+    ids = [theirs(text, add_special_tokens=False)["input_ids"] for text in expected["texts"]]
+    differ = sum(one != other for one, other in zip(ids, expected["ids"]))
+    begins = theirs("x")["input_ids"][: len(expected["begin"])] == expected["begin"]
+    wrong += differ + (not begins)
+    if differ or not begins:
+        print(f"  {path.name}: {differ} of {len(ids)} texts differ; begins alike: {begins}")
+print(f"transformers {transformers.__version__}: {wrong} differences")
+sys.exit(wrong > 0)
+"""
+
+
+def folders(home: Path) -> list[Path]:
+    """Imitations of what others publish."""
+    from tests.unit.test_tokenizer import FAMILIES
+    from tests.unit.test_tokenizer_conversion import MODELS, NAMED, added_tokens, sentence_piece, vocabulary, write
+
+    made = [make(home / make.__name__).folder for make in FAMILIES]
+    for name in MODELS:
+        if name != "unigram":
+            config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **NAMED}
+            made.append(write(home / name, tokenizer_model=sentence_piece(name), tokenizer_config_json=config))
+    vocab, merges, _ = vocabulary()
+    for kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        files = added_tokens("added_tokens_decoder")
+        files["tokenizer_config_json"]["tokenizer_class"] = kind
+        made.append(write(home / f"{kind}, vocab.json", vocab_json=vocab, merges_txt=merges, **files))
+    return made
+
+
+def nasty_texts() -> list[str]:
+    from tests.unit.test_tokenizer import AWKWARD, english, random_text
+
+    rng = random.Random(2)
+    texts = [random_text(rng, rng.randint(0, 60)) for _ in range(400)] + [english(rng, 40) for _ in range(40)]
+    texts += [text for text in AWKWARD if len(text) < 300]
+    texts += ["    x = 12345\n\ty", "\r\na\r\n", " leading", "trailing  ", "über größe ø", "## # ###", "don't I'LL"]
+    return ["".join(c for c in text if unicodedata.category(c) != "Cn") for text in texts]
+
+
+def save_with_ids(folder: Path, target: Path) -> int:
+    """What we save of a folder, and beside it the ids that are expected. The number of texts."""
+    from tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save_pretrained(target)
+    texts = [text for text in nasty_texts() if not any(token in text for token in tokenizer.special_ids)]
+    expected = {"texts": texts, "ids": tokenizer.encode_batch(texts), "begin": tokenizer.begin_ids}
+    (target / "expected.json").write_text(json.dumps(expected), "utf-8")
+    return len(texts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.interop_tokenizers", description=__doc__.split("\n")[0])
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters with transformers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        sources, saved = Path(home) / "sources", Path(home) / "saved"
+        counts = [save_with_ids(folder, saved / folder.name) for folder in folders(sources)]
+        print(f"{len(counts)} folders, {sum(counts)} texts")
+        codes = [subprocess.run([python, "-W", "ignore", "-c", THERE, str(saved)]).returncode for python in args.python]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
