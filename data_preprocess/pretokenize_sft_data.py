@@ -188,7 +188,7 @@ class SequenceJob(Job):
         return [RULES_VERSION, self.compiling.deciding(), self.valid_ratio, self.shard_bytes]
 
     def key(self, tokenizer: Tokenizer) -> list:
-        return [*super().key(tokenizer), ChatTemplate(tokenizer).source]
+        return [*super().key(tokenizer), ChatTemplate(tokenizer).key]
 
     def begin(self, tokenizer: Tokenizer) -> None:
         for note in ChatTemplate(tokenizer).notes:
@@ -314,7 +314,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
     corpus = record_corpus(str(data_dir))
     units, _ = find_units(corpus, SequenceJob.shard_bytes)
     key = [
-        RULES_VERSION, tokenizer.fingerprint, ChatTemplate(tokenizer).source, options.deciding(), valid_ratio,
+        RULES_VERSION, tokenizer.fingerprint, ChatTemplate(tokenizer).key, options.deciding(), valid_ratio,
         [unit.fingerprint(corpus) for unit in units],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -164,6 +164,9 @@ class ChatTemplate:
         self._is_known = self._is_known or source == JINJA
         self.source = source
         """The program."""
+        tokens = {name: text for name, text in tokenizer.template_tokens.items() if name in source}
+        self.key = json.dumps([source, tokens], sort_keys=True)
+        """Of two templates with the same one, neither writes what the other does not."""
         self._jinja = JinjaTemplate(source, tokenizer.template_tokens)
         self._control = re.compile("|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True))))
         kept = [text for text in self._jinja.looks_for if not self._control.search(text)]

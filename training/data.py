@@ -12,6 +12,7 @@ from dataset.opening import TaskDataset, open_dataset
 from model import hf
 from parallel import DistContext
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.chat_template import ChatTemplate
 from tokenizer.loading import has_tokenizer
 from utils import checkpoint as ckpt
 from utils.stores import Place
@@ -114,8 +115,8 @@ def warn_of_another_template(weights: Path, tokenizer: Tokenizer) -> None:
         weights: folder of a model that is fine-tuned.
         tokenizer: the data's.
     """
-    theirs = load_tokenizer(weights).chat_template if has_tokenizer(weights) else None
-    if theirs is not None and theirs != tokenizer.chat_template:
+    theirs = load_tokenizer(weights) if has_tokenizer(weights) else None
+    if theirs and theirs.chat_template is not None and ChatTemplate(theirs).key != ChatTemplate(tokenizer).key:
         logger.warning(
             "the conversations were laid out by another chat template than that of %s: checkpoints carry the one that "
             "laid them out",
@@ -164,7 +165,7 @@ def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None
         ValueError: it is not.
     """
     for directory in directories:
-        if load_tokenizer(directory / "tokenizer").chat_template != tokenizer.chat_template:
+        if ChatTemplate(load_tokenizer(directory / "tokenizer")).key != ChatTemplate(tokenizer).key:
             raise ValueError(
                 f"the conversations in {directory} were laid out by another chat template than the tokenizer's that "
                 f"the run takes: pretokenize them again with that tokenizer"

@@ -403,6 +403,20 @@ def test_a_template_that_asks_for_nothing(tmp_path: Path):
     assert "has nothing by which it asks for an answer" in layout.notes[0]
 
 
+def test_what_tells_two_templates_apart(tmp_path: Path):
+    """The tokens that it writes by name as well; others do not matter."""
+    keys = []
+    for number, (template, eos) in enumerate(
+        [(BRACKETS, "</s>"), (BRACKETS, "<|end|>"), (TRIMS, "</s>"), (TRIMS, "<|end|>")]
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        with_template(template, folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": eos}))
+        keys.append(ChatTemplate(load_tokenizer(folder)).key)
+    assert keys[2] == keys[3] and len(set(keys)) == 3
+
+
 def test_named_templates(tmp_path: Path):
     """The default one is taken."""
     named = [{"name": "default", "template": TRIMS}, {"name": "tool_use", "template": WITH_TOOLS}]
