@@ -288,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.chat:
             prompt, room = [], context // 2
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
+            for note in ChatTemplate(tokenizer).notes:
+                print(f"generate: {note}", file=sys.stderr)
         else:
             # As transformers' tokenizer of the same folder does. A chat template writes its own.
             prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
