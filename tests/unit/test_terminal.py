@@ -102,3 +102,6 @@ def test_every_command_ends_so():
         and not path.name.startswith("interop_")
     ]
     assert sorted(lacking) == ["docker/make_constraints.py", "monitor/node.py", "train_my_ddp.py"]
+    # Which leaves in a way of its own. Its exit code was 120 once its output was a closed pipe.
+    started = (ROOT / "train_my_ddp.py").read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2]
+    assert started.index("set_up_output(goes_on=True)") < started.index("main(sys.argv[1:])")
