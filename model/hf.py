@@ -1,4 +1,9 @@
-"""To and from Hugging Face: llama, and qwen2 when only Q, K and V carry a bias. Only safetensors are read."""
+"""To and from Hugging Face: llama, and qwen2 where only Q, K and V carry a bias. Only safetensors are read.
+
+`qwen2` also tells other programs how texts are split: transformers from 5.8 on, and llama.cpp's converter, then put
+Qwen's own rules in the place of the tokenizer's. So a model with `qkv_bias` and a tokenizer that is not Qwen's is
+written as a llama whose fourth bias is zero (`as_llama`), with `qkv_bias` beside it, by which it comes back as it was.
+"""
 
 import re
 from collections.abc import Iterator
@@ -44,10 +49,15 @@ def to_hf_config(
     eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
     pad_token_id: int | None = None,
+    as_llama: bool = False,
 ) -> dict:
     """Content of a `config.json` that transformers loads as it is. The tokens are as in generation_config.py; where
-    there is none, that is said, too, since a llama's configuration has ids for them otherwise."""
-    qwen2 = config.qkv_bias
+    there is none, that is said, too, since a llama's configuration has ids for them otherwise.
+
+    Args:
+        as_llama: also with `qkv_bias`, see above; the weights must be named the same way.
+    """
+    qwen2 = config.qkv_bias and not as_llama
     number = str(dtype).removeprefix("torch.")
     values = {
         "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"],
@@ -66,8 +76,8 @@ def to_hf_config(
     if qwen2:
         values["use_sliding_window"] = False
     else:
-        values |= {"attention_bias": config.attention_bias, "mlp_bias": False}
-    return values
+        values |= {"attention_bias": config.attention_bias or config.qkv_bias, "mlp_bias": False}
+    return values | ({"qkv_bias": True} if config.qkv_bias and not qwen2 else {})
 
 
 def _rope_of(config: LlamaConfig) -> dict[str, object]:
@@ -93,7 +103,7 @@ _READ: dict[str, tuple[type, object]] = {
     "num_hidden_layers": (int, _REQUIRED), "num_attention_heads": (int, _REQUIRED), "num_key_value_heads": (int, 0),
     "head_dim": (int, 0), "max_position_embeddings": (int, _REQUIRED), "rms_norm_eps": (float, _REQUIRED),
     "initializer_range": (float, 0.02), "attention_dropout": (float, 0.0), "tie_word_embeddings": (bool, False),
-    "attention_bias": (bool, False),
+    "attention_bias": (bool, False), "qkv_bias": (bool, False),
 }  # fmt: skip
 """Key of a configuration, which our own has, too -> (kind, value where it is missing or null). Ranges are checked by
 LlamaConfig.resolve."""
@@ -215,14 +225,26 @@ def from_hf_config(values: object) -> LlamaConfig:
         # What is 0 elsewhere is to be filled in; here nothing is.
         if fields[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {fields[name]}")
+    if kind == "llama" and fields["qkv_bias"] and not fields["attention_bias"]:
+        raise ValueError("qkv_bias is true and attention_bias is not, which a llama needs for any bias")
     # A qwen2 has biases where it has them, whatever the key of another family says.
-    biases = {"qkv_bias": True, "attention_bias": False} if kind == "qwen2" else {}
+    biases = {"qkv_bias": True, "attention_bias": False} if kind == "qwen2" or fields["qkv_bias"] else {}
     return LlamaConfig(**fields | biases).resolve()
 
 
-def named_weights(model: Llama) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names; a tied matrix once, as the embedding."""
-    return {to_hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+def named_weights(model: Llama, as_llama: bool = False) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names; a tied matrix once, as the embedding. `as_llama`: see to_hf_config."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if as_llama:
+        weights |= {name: weights["norm.weight"].new_zeros(shape) for name, shape in _fourth_biases(model).items()}
+    return {to_hf_name(name): weight for name, weight in weights.items()}
+
+
+def _fourth_biases(model: Llama) -> dict[str, torch.Size]:
+    """Name -> shape of those that a llama has and this model has not."""
+    hidden = torch.Size([model.config.hidden_size])
+    layers = range(model.config.num_hidden_layers) if model.config.qkv_bias else ()
+    return {f"layers.{layer}.self_attn.o_proj.bias": hidden for layer in layers}
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
@@ -252,15 +274,15 @@ class _Stored(NamedTuple):
     """The model's parameter."""
 
 
-def _find_weights(directory: str | Path, shapes: dict[str, torch.Size], tied: bool) -> list[_Stored]:
-    """Where the weights are, from the headers of the files alone.
+def _find_weights(directory: str | Path, model: Llama) -> list[_Stored]:
+    """Where the weights are, from the headers of the files alone; also those that may be there besides: a head that is
+    the embedding, biases that are zero.
 
-    Args:
-        shapes: parameter -> shape, of all that the model has.
-        tied: the head is the embedding, which need not be there twice.
     Raises:
         ValueError: see load_weights.
     """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    known, tied = shapes | _fourth_biases(model), model.config.tie_word_embeddings
     files, index = weight_files(Path(directory))
     found: dict[str, _Stored] = {}
     for file in files:
@@ -270,13 +292,13 @@ def _find_weights(directory: str | Path, shapes: dict[str, torch.Size], tied: bo
                     continue
                 name = from_hf_name(hf_name)
                 target = _EMBEDDING if name == _HEAD and tied else name
-                if target not in shapes:
+                if target not in known:
                     raise ValueError(f"{file} holds {hf_name}, {_told_unknown(hf_name)}")
                 if name in found:
                     raise ValueError(f"{hf_name} is in {found[name].file} and in {file}: delete the file not meant")
                 if index and index.get(hf_name) != file.name:
                     raise ValueError(f"{file} holds {hf_name}, which {INDEX} {_told_index(index.get(hf_name))}")
-                _check_header(file, hf_name, tensors.get_slice(hf_name), shapes[target])
+                _check_header(file, hf_name, tensors.get_slice(hf_name), known[target])
                 found[name] = _Stored(file, hf_name, name)
     lacking = next((name for name in index if not _CONSTANT.search(name) and from_hf_name(name) not in found), None)
     if lacking is not None:
@@ -343,11 +365,7 @@ def check_weights(config: LlamaConfig, directory: str | Path) -> None:
     """
     with torch.device("meta"), _NoInitialValues():
         model = Llama(config)
-    _find_weights(directory, _shapes(model), config.tie_word_embeddings)
-
-
-def _shapes(model: Llama) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    _find_weights(directory, model)
 
 
 @torch.no_grad()
@@ -359,21 +377,32 @@ def load_weights(model: Llama, directory: str | Path) -> None:
             the first such is named.
         OSError: a disk or a network that may be back later.
     """
-    targets, heads = dict(model.named_parameters()), []
-    found = _find_weights(directory, _shapes(model), model.config.tie_word_embeddings)
-    for file, group in groupby(found, lambda stored: stored.file):
+    targets, besides = dict(model.named_parameters()), []
+    for file, group in groupby(_find_weights(directory, model), lambda stored: stored.file):
         with _opened(file) as tensors:
             for stored in group:
                 if stored.name in targets:
                     targets[stored.name].copy_(tensors.get_tensor(stored.hf_name))
                 else:
-                    heads.append(stored)
-    for stored in heads:
-        # Only where the embedding is the head, and may be there a second time.
+                    besides.append(stored)
+    for stored in besides:
         with _opened(stored.file) as tensors:
-            head, embedding = tensors.get_tensor(stored.hf_name), targets[_EMBEDDING]
-        if not torch.equal(head.to(embedding), embedding):
+            _check_beside(stored, tensors.get_tensor(stored.hf_name), targets[_EMBEDDING])
+
+
+def _check_beside(stored: _Stored, weight: Tensor, embedding: Tensor) -> None:
+    """
+    Raises:
+        ValueError: a weight that the model has no place for says something.
+    """
+    if stored.name != _HEAD:
+        if weight.any():
             raise ValueError(
-                f"{stored.file} holds a {stored.hf_name} that is not the embedding, while config.json has "
-                f"tie_word_embeddings: set that to false, or take the weight out"
+                f"{stored.file} holds a {stored.hf_name} that is not zero, while config.json has qkv_bias: take that "
+                f"key out, to have a bias of all four"
             )
+    elif not torch.equal(weight.to(embedding), embedding):
+        raise ValueError(
+            f"{stored.file} holds a {stored.hf_name} that is not the embedding, while config.json has "
+            f"tie_word_embeddings: set that to false, or take the weight out"
+        )

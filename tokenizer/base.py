@@ -14,6 +14,8 @@ SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, MESSAGE_START, MESSAGE_SEPARATOR, MESSAG
 """Of the tokenizers trained here."""
 MODEL_INPUT_NAMES = ["input_ids", "attention_mask"]
 """What transformers' tokenizers are to return."""
+GENERAL_CLASS = "PreTrainedTokenizerFast"
+"""Of transformers, for tokenizers that are as their tokenizer.json says."""
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 """Where transformers looks for the template of a tokenizer folder."""
 LARGEST_VOCAB_SIZE = 1 << 24
@@ -35,6 +37,8 @@ class Tokenizer(ABC):
     """Id of the token that ends a document."""
     fingerprint: str
     """Hex sha256 of all that decides which ids a text gets."""
+    class_name: str = GENERAL_CLASS
+    """What transformers calls it."""
     chat_template: str | None = None
     """The folder's own program that lays out a conversation, in Jinja; see chat_template.py."""
     _recent: tuple[dict[str, list[int]], int] = ({}, _REMEMBERED + 1)
@@ -180,7 +184,7 @@ def hugging_face_config(special_tokens: Collection[str]) -> dict:
     """
     pad = {"pad_token": PAD} if PAD in special_tokens else {}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": GENERAL_CLASS,
         "eos_token": END_OF_DOCUMENT,
         **pad,
         "add_bos_token": False,
@@ -195,7 +199,7 @@ def readable_by_version_4(config: dict) -> dict:
     """A `tokenizer_config.json` of transformers 5 in words that mean the same, and that version 4 knows, too."""
     config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config["tokenizer_class"] = GENERAL_CLASS
         config.setdefault("model_input_names", MODEL_INPUT_NAMES)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

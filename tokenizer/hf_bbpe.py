@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizer.base import (
     CHAT_TEMPLATE_NAME,
     END_OF_DOCUMENT,
+    GENERAL_CLASS,
     SPECIAL_TOKENS,
     Tokenizer,
     hugging_face_config,
@@ -87,6 +88,7 @@ class HFBBPETokenizer(Tokenizer):
         """
         self._definition = parsed("tokenizer.json", definition)
         self._config, self._chat_template = config, chat_template
+        self.class_name = GENERAL_CLASS if config is None else readable_by_version_4(config).get("tokenizer_class", "")
         self.template_tokens = _named_tokens(config or {})
         self._begin_ids = _begin_ids(self._definition)
         self._spelling = _byte_spelling(self._definition)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.generation_config import GenerationConfig, read_generation_config
 from tokenizer import Tokenizer
-from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, PAD
+from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
 from tokenizer.chat_template import ChatTemplate
 from utils.files import atomic_write, atomic_write_json
 
@@ -26,6 +26,11 @@ class Export:
     sentence_piece: bytes | None
     """The tokenizer.model of the folder that the model came from: llama.cpp's converter takes the scores of the pieces
     from it, and without it a tokenizer that gives other ids."""
+
+    @property
+    def as_llama(self) -> bool:
+        """Whether a model with `qkv_bias` is written as a llama, see model/hf.py: Qwen's tokenizers bear its name."""
+        return self.tokenizer.class_name == GENERAL_CLASS
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""

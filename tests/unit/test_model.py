@@ -129,6 +129,27 @@ def test_export_and_import_round_trip(variant: str, tmp_path: Path):
     assert kind == ("qwen2" if variant == "qkv_bias" else "llama")
 
 
+def test_biases_of_three_as_a_llama(tmp_path: Path):
+    """transformers computes the same; what it saves comes back as it was, unless its fourth bias was trained."""
+    model = build(**VARIANTS["qkv_bias"])
+    weights = hf.named_weights(model, as_llama=True)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, as_llama=True)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.model_type == "llama"
+    assert torch.allclose(model.logits(model(tokens())), theirs(tokens()).logits, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        again = Llama(hf.read_config(folder))
+        hf.load_weights(again, folder)
+        assert again.config == model.config and torch.equal(model(tokens()), again(tokens()))
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.o_proj.bias[3] = 0.1
+    theirs.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="layers.1.self_attn.o_proj.bias that is not zero"):
+        hf.load_weights(Llama(hf.read_config(tmp_path / "trained")), tmp_path / "trained")
+
+
 def test_import_of_a_model_that_transformers_saved(tmp_path: Path):
     config = AutoConfig.for_model(
         "llama", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -242,6 +263,7 @@ def test_dropout_rate(probability: float):
 
 def test_attention_dropout_does_not_depend_on_the_width_of_the_row():
     """A padded row's weights are the upper left of its wider matrix; new queries behind a cache are its last rows."""
+
     def mask(*shape: int, key: DropoutKey) -> torch.Tensor:
         return attention_dropout_mask(torch.Size(shape), 0.3, key)
 

@@ -24,12 +24,14 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from model import Llama, flops
+from model import Llama, flops, hf
 from optimizer import LossScaler
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
+from tokenizer import load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
+from utils.checkpoint import list_checkpoints
 from utils.exits import read_exit_records
 from utils.heartbeat import Heartbeat
 from utils.saving import CheckpointWriter
@@ -73,6 +75,19 @@ def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
     ours, our_tokenizer, _ = generate.load_model(home, torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("def f(x):\n    return x") == ids[0].tolist()
     assert torch.allclose(ours.logits(ours(ids)), model(ids).logits, atol=1e-5)
+
+
+def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
+    """As a qwen2, transformers would put Qwen's splitting in the place of ours."""
+    assert train(tiny_run, "--qkv_bias", "--max_iters=1") == 0
+    path = list_checkpoints(out_dir(tiny_run) / "ckpt")[-1].path
+    theirs, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
+    text = "def f(x_1):\n\treturn 'é 漢字 1234'  # Ⅷ\u0301\n"
+    assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    config = hf.read_config(path)
+    assert config.qkv_bias and not config.attention_bias
+    assert type(AutoModelForCausalLM.from_pretrained(path)).__name__ == "LlamaForCausalLM"
+    assert train(tiny_run, "--max_iters=2", "--resume") == 0
 
 
 def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Path):
