@@ -65,16 +65,19 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
         """Ids of several texts. `num_threads`: 0 for as many as there are cores."""
 
-    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    def encode_pieces(
+        self, pieces: Sequence[tuple[str, bool]], also: frozenset[str] = frozenset()
+    ) -> tuple[list[int], list[int]]:
         """Ids of a text that a chat template laid out.
 
         Args:
             pieces: its parts in their order: (text, whether special tokens that it spells out are meant as such). The
                 others are what people wrote, which stays text.
+            also: added tokens that count as special ones.
         Returns:
             The ids, and for each the number of the piece in which its text begins.
         """
-        parts = self._parts(pieces)
+        parts = self._parts(pieces, also)
         texts = iter(self._remembered([text for _, text, token_id in parts if token_id is None]))
         ids: list[int] = []
         owners: list[int] = []
@@ -94,20 +97,32 @@ class Tokenizer(ABC):
         self._recent = known, size + sum(map(len, new))
         return [known[text] for text in texts]
 
-    def _parts(self, pieces: Sequence[tuple[str, bool]]) -> list[tuple[int, str, int | None]]:
+    def _parts(self, pieces: Sequence[tuple[str, bool]], also: frozenset[str]) -> list[tuple[int, str, int | None]]:
         """Pieces cut at the special tokens that are meant: (number of the piece, text, id of a special token)."""
         found: list[tuple[int, str, int | None]] = []
+        ids = self.special_ids | {token: self.added_ids[token] for token in also} if also else self.special_ids
+        pattern = self._pattern_of(also)
         for number, (text, has_tokens) in enumerate(pieces):
-            for part in self._special_pattern.split(text) if has_tokens else [text]:
+            for part in pattern.split(text) if has_tokens else [text]:
                 if part:
-                    found.append((number, part, self.special_ids.get(part) if has_tokens else None))
+                    found.append((number, part, ids.get(part) if has_tokens else None))
         return found
 
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
+    def _pattern_of(self, also: frozenset[str]) -> re.Pattern[str]:
         """Matches special tokens, each in a group; the longest where several begin at the same place."""
-        longest_first = sorted(self.special_ids, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        if also not in self._patterns:
+            longest_first = sorted([*self.special_ids, *also], key=len, reverse=True)
+            self._patterns[also] = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        return self._patterns[also]
+
+    @cached_property
+    def _patterns(self) -> dict[frozenset[str], re.Pattern[str]]:
+        return {}
+
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """Added tokens that are no special ones, which text may spell out -> id."""
+        return {}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD."""

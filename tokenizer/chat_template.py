@@ -20,7 +20,7 @@ if that comes to something else, the conversation is refused.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -168,10 +168,12 @@ class ChatTemplate:
         self.key = json.dumps([source, tokens], sort_keys=True)
         """Of two templates with the same one, neither writes what the other does not."""
         self._jinja = JinjaTemplate(source, tokenizer.template_tokens)
-        self._control = re.compile("|".join(map(re.escape, sorted(tokenizer.special_ids, key=len, reverse=True))))
-        kept = [text for text in self._jinja.looks_for if not self._control.search(text)]
+        self._also: frozenset[str] = frozenset()
+        self._control = _any_of([*tokenizer.special_ids, *tokenizer.added_ids])
+        kept = [text for text in self._jinja.looks_for if not _any_of(tokenizer.special_ids).search(text)]
         self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
         self._look()
+        self._control = _any_of([*tokenizer.special_ids, *self._also])
 
     def _usual(self) -> _Usual:
         special = self._tokenizer.special_ids
@@ -202,14 +204,17 @@ class ChatTemplate:
         stop = self._control.search(text, end)
         if stop is None:
             raise ValueError(
-                "the chat template ends an answer with no special token of the tokenizer, so no model learns to stop"
+                "the chat template ends an answer with no token of its own, so no model could learn to stop"
             )
         self._end = stop[0]
-        self.end_id = self._tokenizer.special_ids[self._end]
+        self.end_id = (self._tokenizer.special_ids | self._tokenizer.added_ids)[self._end]
         self._asks = asked[len(alone) :] if asked.startswith(alone) else ""
         fits = text[:begin].startswith(asked)
         # Some ask by nothing but the end of the question, and put something between it and the answer.
         self._lead = text[len(asked) : begin] if fits else ""
+        # Tokens round messages are not for people to write, also where the tokenizer does not call them special.
+        layout = {found[0] for found in self._control.finditer(text[: begin - len(self._lead)])} | {self._end}
+        self._also = frozenset(layout & self._tokenizer.added_ids.keys() - set(self._jinja.looks_for))
         if self._control.search(self._lead):
             self.notes.append(
                 f"the chat template has nothing by which it asks for an answer: {self._lead!r} is learnt with it"
@@ -513,7 +518,7 @@ class ChatTemplate:
 
     def _encode(self, pieces: Iterator[_Piece]) -> Rendered:
         pieces = list(pieces)
-        ids, owners = self._tokenizer.encode_pieces([(piece.text, piece.is_layout) for piece in pieces])
+        ids, owners = self._tokenizer.encode_pieces([(one.text, one.is_layout) for one in pieces], self._also)
         supervised: list[bool] = []
         spans: list[Span] = []
         for owner, run in groupby(owners):
@@ -523,6 +528,11 @@ class ChatTemplate:
                 begin = spans.pop().begin
             spans.append(Span(piece.message, begin, len(supervised), piece.is_header))
         return Rendered(ids, supervised, spans)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the tokens; the longest where several begin at the same place."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 def _cut(text: str, marked: _Marked) -> Iterator[tuple[str, bool]]:

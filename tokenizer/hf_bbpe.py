@@ -132,30 +132,43 @@ class HFBBPETokenizer(Tokenizer):
         """
         return _template_in(self._config or {}) if self._chat_template is None else self._chat_template
 
-    def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    def encode_pieces(
+        self, pieces: Sequence[tuple[str, bool]], also: frozenset[str] = frozenset()
+    ) -> tuple[list[int], list[int]]:
         """See the base class; ids are those that transformers gives the whole text, unless people wrote special tokens.
 
         Raises:
             ValueError: what people wrote holds U+FDD0.
         """
-        parts = self._parts(pieces)
+        parts = self._parts(pieces, also)
         plain = [token_id is None for _, _, token_id in parts]
         # Between special tokens a tokenizer made here knows nothing of what is around.
         if self._word_cache is not None and not any(plain[i] and plain[i - 1] for i in range(1, len(plain))):
-            return super().encode_pieces(pieces)
+            return super().encode_pieces(pieces, also)
         if any(_NAME_BEGINS in text for _, text, token_id in parts if token_id is None):
             raise ValueError("it holds U+FDD0, which Unicode keeps for programs")
         texts = [text if token_id is None else _layout_name(token_id) for _, text, token_id in parts]
         with panics_as_errors():
-            encoding = self._of_layouts.encode("".join(texts), add_special_tokens=False)
+            encoding = self._of_layouts(also).encode("".join(texts), add_special_tokens=False)
         ends = list(accumulate(map(len, texts)))
         return encoding.ids, [parts[bisect_right(ends, begin)][0] for begin, _ in encoding.offsets]
 
+    def _of_layouts(self, also: frozenset[str]) -> LibraryTokenizer:
+        """As `_plain`, but special tokens are such, and so are those of `also`, under names that nobody writes."""
+        if also not in self._layouts:
+            ids = self.special_ids | {token: self.added_ids[token] for token in also}
+            names = {token: _layout_name(token_id) for token, token_id in ids.items()}
+            definition = json.dumps(_plain_text_definition(self._used, names))
+            self._layouts[also] = LibraryTokenizer.from_str(definition)
+        return self._layouts[also]
+
     @cached_property
-    def _of_layouts(self) -> LibraryTokenizer:
-        """As `_plain`, but special tokens are such, under names that nobody writes."""
-        names = {token: _layout_name(token_id) for token, token_id in self.special_ids.items()}
-        return LibraryTokenizer.from_str(json.dumps(_plain_text_definition(self._used, names)))
+    def _layouts(self) -> dict[frozenset[str], LibraryTokenizer]:
+        return {}
+
+    @cached_property
+    def added_ids(self) -> dict[str, int]:
+        return {text: token_id for token_id, text in self._added_texts.items()}
 
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
