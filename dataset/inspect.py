@@ -175,7 +175,9 @@ def _require_pretraining(data_dir: Path) -> None:
         raise ValueError(f"{data_dir} holds conversations: look at it with `python -m dataset.show_mask {data_dir}`")
 
 
-def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str | None) -> tuple[Inspection, int | None]:
+def open_inspection(
+    path: Path, split: str, max_seq_len: int, tokenizer_dir: str | None
+) -> tuple[Inspection, int | None]:
     """The set that a run or a data directory holds, and the run's seed.
 
     Raises:
