@@ -68,12 +68,13 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     if tokenizer.chat_template is None:
         atomic_write(directory / CHAT_TEMPLATE_NAME, template.source.encode())
     end_id = _ends_of_answers(tokenizer, template)[0]
-    # A template that writes eos_token itself would lay conversations out differently.
-    if end_id == tokenizer.eod_id or "eos_token" in template.source:
+    texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
+    # A template that writes eos_token itself would lay conversations out differently. And an end that was added as text
+    # would become a special token by that name: another tokenizer than the data's.
+    if end_id == tokenizer.eod_id or "eos_token" in template.source or end_id not in texts:
         return
     path = directory / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     values["eos_token"] = texts[end_id]
     if END_OF_DOCUMENT not in tokenizer.special_ids:
         # Where this folder is read here, documents end as before: its tokens are the same data's.

@@ -141,6 +141,17 @@ def with_template(made: Foreign, end: str) -> Foreign:
     return made
 
 
+def end_added_as_text(directory: Path) -> Foreign:
+    """As `add_tokens` does, and added_tokens.json of old folders: no special token, until somebody calls it one."""
+    made = llama3(directory)
+    path = directory / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    last = max(definition["added_tokens"], key=lambda token: token["id"])
+    definition["added_tokens"].append({**last, "id": last["id"] + 1, "content": "<|done|>", "special": False})
+    path.write_text(json.dumps(definition))
+    return made
+
+
 @pytest.mark.parametrize(
     ("make", "end", "eos_token"),
     [
@@ -150,6 +161,8 @@ def with_template(made: Foreign, end: str) -> Foreign:
         (llama3, "eos_token", "<|end_of_text|>"),
         (llama3, "'<|eot_id|>' + eos_token", "<|end_of_text|>"),
         (llama2, "'</s>'", "</s>"),
+        # Its name would make another token of it, also where people wrote it.
+        (end_added_as_text, "'<|done|>'", "<|end_of_text|>"),
         (gpt2, "'<|endoftext|>'", "<|endoftext|>"),
     ],
 )
