@@ -171,7 +171,9 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
     made = with_template(make(tmp_path / "source"), end)
     source, tokenizer = folder(made.folder, {}), load_tokenizer(made.folder)
     before = (tokenizer.eod_id, tokenizer.fingerprint, tokenizer.begin_ids)
-    (made.folder / "tokenizer.model").write_bytes(b"scores")
+    beside = {"tokenizer.model": b"scores", "added_tokens.json": b"{}"}
+    for name, content in beside.items():
+        (made.folder / name).write_bytes(content)
     for number, task in enumerate(("sft", "pretrain", "dpo")):
         export = plan_export(task, tokenizer, source)
         source = folder(tmp_path / str(number), export.generation.token_ids)
@@ -182,8 +184,8 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
         assert theirs.eos_token == eos_token
         assert theirs("one two")["input_ids"] == [*tokenizer.begin_ids, *tokenizer.encode("one two")]
         assert tokenizer.chat_template.startswith("{% for m in messages %}")
-        # From which llama.cpp takes the scores of pieces.
-        assert (source / "tokenizer.model").read_bytes() == b"scores"
+        # From which llama.cpp takes the scores of pieces, and what was added to them.
+        assert {name: (source / name).read_bytes() for name in beside} == beside
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
