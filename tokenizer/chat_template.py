@@ -219,9 +219,11 @@ class ChatTemplate:
         fits = text[:begin].startswith(asked)
         # Some ask by nothing but the end of the question, and put something between it and the answer.
         self._lead = text[len(asked) : begin] if fits else ""
-        self._end_within = self._look_within(text[end:])
+        between = self._between_turns()
+        self._end_within = self._look_within(between, alone)
         # Tokens round messages are not for people to write, also where the tokenizer does not call them special.
-        layout = {found[0] for found in self._control.finditer(text[: begin - len(self._lead)])} | {self._end}
+        gaps = text[places[0][-1].end() : begin - len(self._lead)] + between + self._end
+        layout = {found[0] for found in self._control.finditer(gaps)}
         self._also = frozenset(layout & self._tokenizer.added_ids.keys() - set(self._jinja.looks_for))
         if not self._asks and self._control.search(self._lead):
             self.notes.append(
@@ -254,23 +256,28 @@ class ChatTemplate:
                 "joins them: answers are learnt as they stand there"
             )
 
-    def _look_within(self, behind: str) -> str:
+    def _between_turns(self) -> str:
+        """What the template writes between an answer and the next question; empty if it refuses."""
+        marked = self._mark([Message("user", "What?"), Message("assistant", "That."), Message("user", "And?")])
+        try:
+            text = self._jinja.render(marked.messages)
+        except ValueError:
+            return ""
+        places = self._places(text, marked)
+        return text[places[1][-1].end() : places[2][0].start()] if all(places) else ""
+
+    def _look_within(self, between: str, alone: str) -> str:
         """The token that ends an answer which others follow, where it is another one (gpt-oss's); else empty.
 
         Args:
-            behind: what the template writes behind a last answer.
+            between: see _between_turns.
+            alone: a question by itself.
         """
-        marked = self._mark([Message("user", "What?"), Message("assistant", "That."), Message("user", "And?")])
-        text = self._jinja.render(marked.messages)
-        places = self._places(text, marked)
-        if not all(places):
-            return ""
-        between = text[places[1][-1].end() : places[2][0].start()]
         stop = self._control.search(between)
         if stop is None or self._end in between:
             return ""
         # It may also be what the next message begins with, behind a token that begins a conversation perhaps.
-        begins = self._control.findall(self._jinja.render(marked.messages[:1]).partition("\ufdd2")[0])
+        begins = self._control.findall(alone.partition("\ufdd2")[0])
         if stop[0] in begins[:2]:
             self.notes.append(f"the chat template ends no answer but the last one: {self._end} is learnt there alone")
             return ""

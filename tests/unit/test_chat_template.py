@@ -444,6 +444,21 @@ def test_special_tokens_that_are_not_found_within_a_text(tmp_path: Path):
         ChatTemplate(load_tokenizer(tmp_path)).render([Message("user", "a"), Message("assistant", "b")])
 
 
+def test_tokens_that_a_system_text_speaks_of_are_everybodys(tmp_path: Path):
+    """As in SmolLM3, which explains <think> to the model: an answer may say it."""
+    with_template("{{ '<s>Think between <think> and </think>.' }}" + TRIMS.removeprefix("{{ bos_token }}"), tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(token["id"] for token in definition["added_tokens"])
+    added = {**definition["added_tokens"][0], "special": False, "rstrip": False}
+    definition["added_tokens"] += [
+        {**added, "content": text, "id": last + 1 + n} for n, text in enumerate(["<think>", "</think>"])
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    talk = [Message("user", "a"), Message("assistant", "<think>b</think>c")]
+    assert ChatTemplate(ours).render(talk).ids == theirs.apply_chat_template(as_dicts(talk))["input_ids"]
+
+
 def test_thoughts_of_an_earlier_answer(tmp_path: Path):
     """They are not there to be learnt; which sample they are in is."""
     layout = ChatTemplate(with_template(THINKS, tmp_path)[0])
