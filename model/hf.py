@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model.config import LlamaConfig
-from model.hf_files import INDEX, MISTAKES, read_json, weight_files, without_config
+from model.hf_files import INDEX, MISTAKES, is_pointer, read_json, weight_files, without_config
 from model.hf_keys import check_keys, require, shown
 from model.llama import Llama
 
@@ -344,7 +344,8 @@ def _opened(file: Path) -> Iterator[safe_open]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        why = "it is a pointer of Git LFS, run `git lfs pull` in its folder" if is_pointer(file) else error
+        raise ValueError(f"{file} cannot be read: {why}") from None
     except MISTAKES as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 

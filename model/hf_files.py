@@ -11,6 +11,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
 
@@ -41,6 +42,12 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{shown(twice)} is given twice")
     return values
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a clone made without Git LFS left a few lines in the place of a large file."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

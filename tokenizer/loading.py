@@ -12,6 +12,8 @@ from tokenizer.sp_bbpe import SPBBPETokenizer
 TRAIN_COMMAND = "python -m tokenizer.train_tokenizer"
 _LARGEST_FILE = 1 << 28
 """Bytes; the tokenizer of the largest vocabulary in use is a tenth of it."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a clone that was made without Git LFS has in the place of a large file begins with it."""
 _PROBE = "Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend"
 """Comes back from every tokenizer that loses nothing; normalised forms of Unicode leave it as it is."""
 
@@ -46,7 +48,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
             raise
         raise ValueError(
-            f"the tokenizer in {directory} cannot be used ({_sentence(error)}): train one with `{TRAIN_COMMAND}`"
+            f"the tokenizer in {directory} cannot be used ({_sentence(error)}): mend the folder, or train one with "
+            f"`{TRAIN_COMMAND}`"
         ) from error
 
 
@@ -106,7 +109,10 @@ def _content(path: Path) -> bytes:
     """Of a file that is not beyond measure."""
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path.name} is larger than {_LARGEST_FILE >> 20} MiB")
-    return path.read_bytes()
+    content = path.read_bytes()
+    if content.startswith(_POINTER):
+        raise ValueError(f"{path.name} is a pointer of Git LFS, run `git lfs pull` in its folder")
+    return content
 
 
 def _read(path: Path) -> str | None:

@@ -1168,6 +1168,15 @@ def test_tokenizer_of_another_kind_is_refused(tmp_path: Path, make: Callable[[],
     assert "cannot be used" in message and ("BPE" in message or "byte" in message)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path: Path, name: str):
+    """A clone that was made without Git LFS holds such."""
+    if name == "tokenizer_config.json":
+        save_foreign(byte_level(), tmp_path, eos_token="</s>")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4096\n")
+    assert f"{name} is a pointer of Git LFS, run `git lfs pull`" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("tokens", [[], ["<|other|>"], ["<|other|>", "</s>"]])
 def test_tokenizer_that_ends_no_document_is_refused(tmp_path: Path, tokens: list[str]):
     tokenizer = byte_level(300)
