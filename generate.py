@@ -274,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--top_p must lie in (0, 1], got {args.top_p}")
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens must be positive, got {args.max_new_tokens}")
+        if args.seed is not None and not -(1 << 63) <= args.seed < 1 << 63:
+            raise ValueError(f"--seed must lie between -2^63 and 2^63 - 1, got {args.seed}")
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
