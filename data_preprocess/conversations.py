@@ -42,6 +42,7 @@ from data_preprocess.record_fields import (
     check_record,
     is_learnt,
     is_nothing,
+    is_switch,
     quoted,
 )
 from data_preprocess.tool_calls import Call, Results, calls_from, loaded, texts_of, tools_from
@@ -81,6 +82,7 @@ _KNOWN = (
 _PAIRS = (("human", "user", "input", "question", "prompt"), ("assistant", "gpt", "output", "answer", "response"))
 """Names of question and answer where a turn is one object with both."""
 _HH = re.compile(r"\n\n(Human|Assistant):")
+_HH_BEGINS = "\n\nHuman:"
 _BELLE = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
 
 
@@ -218,7 +220,7 @@ def _dialogue(text: object, ends_with: str) -> list[Message] | None:
     """
     if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
         return None
-    separator, text = (_HH, text) if text.startswith("\n\nHuman:") else (_BELLE, text.lstrip())
+    separator, text = (_HH, text) if text.startswith(_HH_BEGINS) else (_BELLE, text.lstrip())
     _, *parts = separator.split(text)
     names, texts = parts[::2], [part.strip() for part in parts[1::2]]
     if names[-1] != "Assistant" or (ends_with == "question") != (not texts[-1]):
@@ -331,6 +333,8 @@ class _Reader:
         values = loaded(values)
         if not isinstance(values, list) or not values:
             raise ValueError(f'"{name}" is no list of messages')
+        if all(isinstance(value, str) for value in values):
+            raise ValueError(f'"{name}" is a list of texts that do not say whose they are: give each of them a "role"')
         messages: list[Message] = []
         results = Results()
         for number, value in enumerate(values):
@@ -424,16 +428,17 @@ class _Reader:
         return calls[0] if calls else []
 
     def _reasoning(self, fields: Fields, where: str = "") -> str:
-        thought = fields.take_one(THOUGHT, where)
-        # A yes or no says whether the model was to think, not what.
-        return "" if thought is None or isinstance(thought, bool) else _text(thought, f"{where}what was thought")
+        # Some say only whether the model was to think, not what.
+        thought = fields.take_one([name for name in THOUGHT if not is_switch(fields.peek(name))], where)
+        return "" if thought is None else _text(thought, f"{where}what was thought")
 
     def _joined(self, parts: list, where: str) -> str:
         """The text of OpenAI's parts; pictures and sounds cannot be learnt here."""
         texts = []
         for part in parts:
             if not isinstance(part, dict) or part.get("type") != "text" or part.get("text") is None:
-                raise ValueError(f"{where} holds more than text")
+                kind = quoted(part.get("type")) if isinstance(part, dict) else "no type"
+                raise ValueError(f"{where} holds more than text: a part of {kind}")
             fields = Fields(part)
             texts.append(_text(fields.take("text"), where, may_be_empty=True))
             if is_learnt(fields, where) is False:
@@ -565,6 +570,8 @@ class _Reader:
         if turns := _dialogue(value, "answer"):
             return turns[-1], turns[:-1]
         if isinstance(value, str):
+            if value.startswith(_HH_BEGINS):
+                raise ValueError(f'"{name}" is a dialogue that does not end with an answer')
             return Message("assistant", _text(value, f'"{name}"')), []
         messages = self.messages([value] if isinstance(value, dict) else value, name)
         if not messages or messages[-1].role != "assistant":

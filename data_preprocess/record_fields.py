@@ -21,8 +21,8 @@ QUESTION = ("instruction", "prompt", "question", "query", "input")
 BELOW_QUESTION: Mapping[str, tuple[str, ...]] = {"instruction": ("input", "context"), "prompt": ("input",)}
 """What follows a question on its own line."""
 ANSWER = ("output", "completion", "response", "answer", "target")
-THOUGHT = ("reasoning_content", "reasoning", "thinking")
-"""What an answer was thought out with."""
+THOUGHT = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "cot")
+"""What an answer was thought out with; of some data sets a switch, see is_switch."""
 TALK = ("conversations", "conversation", "messages")
 TOOLS = ("tools", "functions")
 PAIR = ("chosen", "rejected")
@@ -32,8 +32,12 @@ OUTPUTS = ("preferred_output", "non_preferred_output")
 """Answers of OpenAI's preferences; their "input" holds the messages and tools."""
 GDGPT = ("type", "text", "instruct", "rounds", "api_desc", "reference")
 
-BESIDE = ("history", "context", "knowledge", "documents", "choices", "options")
+BESIDE = (
+    "history", "context", "contexts", "knowledge", "documents", "document", "article", "passage", "choices", "options",
+)  # fmt: skip
 """What belongs to the question, or before it."""
+_OF_MAGPIE = "knowledge"
+"""Of Magpie, whose records are conversations, it says what an answer takes to be known, and nobody is to see it."""
 SAID = frozenset((*SYSTEM, *QUESTION, *ANSWER, *THOUGHT, *TALK, *TOOLS, *REJECTED, *BESIDE))
 
 _PICTURES = "pictures and sounds cannot be learnt here"
@@ -69,6 +73,8 @@ FIELDS = frozenset((
 """All that is looked at, of any format: of a table with other columns, these alone are read."""
 
 _LONGEST_MARK, _MOST_NAMES = 20, 40
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_SWITCHES = frozenset((*_FLAGS, *"on off none auto minimal low medium high enabled disabled".split()))
 
 
 def is_nothing(value: object) -> bool:
@@ -83,8 +89,14 @@ def _is_blank(value: object) -> bool:
 def flag(value: object) -> bool | None:
     """What a field says that may be yes or no; None if it is neither."""
     if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+        return _FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
+
+
+def is_switch(value: object) -> bool:
+    """Whether a field that may hold thoughts says only whether there were to be any, or how many: Nemotron's
+    "reasoning": "on"."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def quoted(value: object) -> str:
@@ -169,20 +181,21 @@ def check_record(fields: Fields, format: str, texts: list[str]) -> list[str]:
         if name in REFUSED:
             raise ValueError(f'it has "{name}": {REFUSED[name]}')
         _check_flags(name, value)
-        if name in MARKS:
+        if name in MARKS or (name in THOUGHT and is_switch(value)):
             names.append(f"{name}={quoted(value)}" if len(quoted(value)) <= _LONGEST_MARK else name)
-        elif name in SAID and not _is_said(value, texts):
+        elif name in SAID and not (name == _OF_MAGPIE and format in TALK) and not _is_said(value, texts):
             raise ValueError(
                 f'"{name}" is not read beside {format}, and says something else: put it where it belongs, or drop it'
             )
-        elif name not in SAID:
+        elif name not in SAID or name == _OF_MAGPIE:
             names.append(name)
     return names[:_MOST_NAMES]
 
 
 def _check_flags(name: str, value: object) -> None:
     says = flag(value)
-    if name in KTO and (says is not None or name == "kto_tag"):
+    # Words are classes, such as the answers of a quiz.
+    if name in KTO and (name == "kto_tag" or (says is not None and str(value).strip().lower() not in ("yes", "no"))):
         raise ValueError(f'"{name}" tells good answers from bad ones (KTO), which is no task here')
     if (name in LEARN_IF or name in TAKE_IF) and says is False:
         raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')

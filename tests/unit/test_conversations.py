@@ -331,13 +331,31 @@ def test_preferences_with_tools():
     assert read_record(record).sample == Preference(PROMPT, chosen, rejected, (TOOL,))
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "thought", "think", "cot"])
 def test_reasoning(name: str):
     record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r", name: "well"}]}
     expected = Conversation((Message("user", "q"), Message("assistant", "r", reasoning="well")))
     assert read_record(record).sample == expected == read_record({"question": "q", name: "well", "answer": "r"}).sample
     with pytest.raises(ValueError, match="a message of the assistant has reasoning"):
         parse_record(record)
+
+
+@pytest.mark.parametrize("switch", ["on", "off", "Low", True])
+def test_a_switch_is_no_thought(switch: object):
+    """Nemotron's post-training data says "reasoning": "on" where the model was to think."""
+    one_turn = {"input": [{"role": "user", "content": "q"}], "output": "<think>t</think>r", "reasoning": switch}
+    expected = talk("user: q", "assistant: <think>t</think>r")
+    for record in (one_turn, asks({"role": "assistant", "content": "r", "thinking": switch}, reasoning=switch)):
+        read = read_record(record)
+        assert "reasoning=" + str(switch).lower() in [name.replace('"', "").lower() for name in read.unread]
+        assert not any(message.reasoning for message in read.sample.messages)
+    assert read_record({**one_turn, "reasoning_content": "t"}).sample.messages[1].reasoning == "t"
+    assert read_record(one_turn).sample == expected
+
+
+def test_magpies_knowledge_is_named():
+    read = read_record(asks(knowledge="To answer, one needs to know more.", instruction="q", response="r"))
+    assert read.sample == talk("user: q", "assistant: r") and read.unread == ("knowledge",)
 
 
 def test_what_is_not_read_is_named():
@@ -374,7 +392,8 @@ CHANGES_MEANING = [
     ({"rejected": True}, '"rejected" is true'),
     ({"rejected": "worse"}, '"chosen" is missing, beside "rejected"'),
     ({"chosen": "better", "rejected": None}, '"rejected" is null, beside "chosen"'),
-    ({"knowledge": "text"}, '"knowledge" is not read beside '),
+    ({"is_valid": "No"}, '"is_valid" is "No": it is not to be learnt'),
+    ({"article": "text"}, '"article" is not read beside '),
     ({"documents": [{"title": "t", "text": "text"}]}, '"documents" is not read'),
     ({"tools": "no JSON"}, '"tools" is no list of tools'),
     ({"tools": [{"type": "function"}]}, 'tool 0 of "tools" has no "name"'),
@@ -424,11 +443,14 @@ def test_texts_beside_messages_are_refused_if_they_say_more(beside: dict):
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]},
          "none of its answers is to be learnt"),
         ({"question": "q", "answer": "a", "response": "b"}, '"answer" is not read'),
+        ({"question": "q", "answer": "a", "knowledge": "k"}, '"knowledge" is not read'),
         ({"instruction": "q", "output": "r", "history": [{"q": "a"}]}, '"history" 0 is no pair'),
-        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, 'message 0 of "rejected" is no message'),
+        ({"prompt": "q", "chosen": "a", "rejected": ["b"]}, '"rejected" is a list of texts that do not say'),
         ({"chosen": None, "rejected": None, "prompt": "q"}, '"chosen" and "rejected" are null'),
         ({"prompt": "q", "completion": "a", "rejected": "b"}, '"chosen" is missing, beside "rejected"'),
         ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}, "the same prompt"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant:"},
+         '"rejected" is a dialogue that does not end with an answer'),
         ({"plain_text": "[Human]: x<eoh> [MOSS]: y<eoa>", "num_turns": 1}, "it has the fields num_turns, plain_text"),
     ],
 )  # fmt: skip
@@ -467,7 +489,11 @@ FLAGS = ": say whose it is with --user_name or --assistant_name"
         ({"type": "other", "rounds": []}, f"no known format: it has the fields rounds, type; {KNOWN}"),
         ({"conversations": []}, '"conversations" is no list of messages'),
         ({"conversations": "a"}, '"conversations" is no list of messages'),
-        ({"messages": ["a"]}, "message 0 is no message"),
+        (
+            {"messages": ["a"]},
+            '"messages" is a list of texts that do not say whose they are: give each of them a "role"',
+        ),
+        ({"messages": [5]}, "message 0 is no message"),
         (sharegpt(("human", "a"), ("narrator", "b")), f'message 1 has the unknown role "narrator"{FLAGS}'),
         (sharegpt(("human", "a"), (None, "b")), "message 1 has the unknown role null"),
         (sharegpt(("human", "a"), ("gpt", "")), "message 1 is empty"),
@@ -476,7 +502,10 @@ FLAGS = ": say whose it is with --user_name or --assistant_name"
         (sharegpt(("human", "a"), ("gpt", 5)), "message 1 is no text"),
         (sharegpt(("human", "a"), ("gpt", "\ud800")), "message 1 is not valid Unicode"),
         (sharegpt(("human", "a")), "it holds no answer"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 0 holds more than text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'message 0 holds more than text: a part of "image_url"',
+        ),
         ({"instruction": "a", "output": " "}, '"output" is empty'),
         ({"instruction": "", "output": "a"}, '"instruction" is empty'),
         ({"instruction": "a", "input": 5, "output": "b"}, '"input" is no text'),

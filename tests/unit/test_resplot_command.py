@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 import matplotlib
 
 from tests.sshd import missing
-from utils.resplot import command
+from utils.resplot import command, qt
 from utils.resplot.command import main
 
 FONT_CACHE = matplotlib.get_cachedir()
@@ -101,6 +101,16 @@ def test_more_metrics_than_a_table_can_show(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().err == "resplot: left out: panels but the first 60\n"
 
 
+def test_more_panels_than_have_room(run: str, capsys: pytest.CaptureFixture):
+    Path("wide").mkdir()
+    Path("wide/reslog.jsonl").write_text(line("train", step=1, **{f"m{n:03}": 1.0 for n in range(40)}))
+    assert main(["wide", "--panels", "all", "--png", "a.svg", "--size", "400x300", "--language", "en"]) == 0
+    said = capsys.readouterr().err.removeprefix("resplot: left out: panels but the first ").strip()
+    text = Path("a.svg").read_text()
+    assert 2 < int(said) < 40 and f"left out: panels but the first {said}<" in text
+    assert sum(f">m{n:03}<" in text for n in range(40)) == int(said)
+
+
 @pytest.mark.parametrize("size", ["640", "x", "1x1", "640x", "640x400x3", "1e3x500", "9999999x500", "²x300"])
 def test_a_wrong_size(run: str, size: str, capsys: pytest.CaptureFixture):
     assert "--size" in fails(capsys, run, "--png", "a.png", f"--size={size}") and not Path("a.png").exists()
@@ -150,11 +160,12 @@ def without(*modules: str) -> str:
     return "\n".join([*lines, "from utils.resplot.command import main", "sys.exit(main(sys.argv[1:]))"])
 
 
-def in_process_without(modules: list[str], *argv: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+def in_process_without(modules: list[str], *argv: str, **variables: str) -> subprocess.CompletedProcess:
+    hidden = ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.run(
         [sys.executable, "-c", without(*modules), *argv], capture_output=True, text=True, timeout=120,
-        env=environment | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": FONT_CACHE},
+        env=environment | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": FONT_CACHE} | variables,
     )  # fmt: skip
 
 
@@ -177,7 +188,42 @@ def test_a_library_that_is_missing(run: str, monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(command, "_without_desktop", broken)
     said = fails(capsys, run, "--png", "a.png")
-    assert "libGL.so.1" in said and "is missing: pip" not in said
+    assert "libGL.so.1" in said and "is missing: pip" not in said and "draws without" not in said
+    # A window lacks it, a picture may not.
+    monkeypatch.setitem(sys.modules, "utils.resplot.window", None)
+    monkeypatch.setattr(command, "_without_desktop", broken)
+    assert "is missing" in fails(capsys, run)
+
+
+@pytest.mark.parametrize("platform", ["xcb", "nowhere"])
+def test_no_window_can_be_opened(run: str, platform: str):
+    pytest.importorskip("PyQt5.QtWidgets", reason="needs PyQt5", exc_type=ImportError)
+    done = in_process_without([], run, QT_QPA_PLATFORM=platform)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    said = sentence(done.stderr)
+    assert said.startswith("resplot: Qt cannot open a window: ") and said.endswith("--png FILE draws without a window")
+    # Here, the libraries of its plugin are missing or there is no display.
+    assert ("QT_QPA_PLATFORM" if platform == "nowhere" else "missing" if ".so." in said else "no display") in said
+
+
+def test_what_qt_lacks_is_named(monkeypatch: pytest.MonkeyPatch):
+    found = """
+        linux-vdso.so.1 (0x00007ffd)
+        libxcb-icccm.so.4 => not found
+        libX11.so.6 => /lib/libX11.so.6 (0x00007f)
+        libxcb-keysyms.so.1 => not found
+        libxcb-icccm.so.4 => not found
+    """
+    assert qt.lacking(found) == ["libxcb-icccm.so.4", "libxcb-keysyms.so.1"]
+    packages = ["libxcb-icccm4", "libxcb-xinerama0", "libxkbcommon-x11-0", "libdbus-1-3", "libx11-6", "libgl1"]
+    libraries = ["libxcb-icccm.so.4", "libxcb-xinerama.so.0", "libxkbcommon-x11.so.0", "libdbus-1.so.3.1",
+                 "libX11.so.6", "libGL.so.1"]  # fmt: skip
+    assert list(map(qt.debian_package, libraries)) == packages
+    could_not = 'Could not load the Qt platform plugin "xcb" in "" even though it was found.'
+    monkeypatch.setattr(qt, "_missing_libraries", lambda platform: f"libraries of {platform}")
+    assert "libraries of xcb; --png FILE" in qt.why_no_window([could_not, "This application failed to start"])
+    assert "there is no display" in qt.why_no_window(["could not connect to display :7", could_not])
+    assert "of its own; --png" in qt.why_no_window(["something\nof its own"])
 
 
 def test_the_module_can_be_run():

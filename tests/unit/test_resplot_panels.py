@@ -20,9 +20,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.resplot import panels as panels_module
+from utils.resplot.colours import COLOURS, MARKS, look, on_paper
 from utils.resplot.export import save
+from utils.resplot.layout import fitted_name, text_width, wrapped
 from utils.resplot.panels import (
-    COLOURS,
     PANELS,
     X_AXES,
     DrawnPanel,
@@ -244,7 +245,10 @@ def test_hostile_names_are_drawn_as_they_are():
     draw(figure, [ShownRun(label, COLOURS[0], usual(3)) for label in LABELS], View(panels=("lr",)))
     canvas.draw()
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == LABELS
+    *shown, long, last = [text.get_text() for text in legend.get_texts()]
+    assert [*shown, last] == [label for label in LABELS if len(label) < 300]
+    # What does not fit loses its middle.
+    assert long.strip("x") == "…" and 10 < len(long) < 300
     assert not any(text.get_parse_math() for text in legend.get_texts())
 
 
@@ -368,6 +372,195 @@ def test_every_title_is_translated():
     untranslated = {title for title in titles if translate(title, "zh") == title}
     assert not untranslated and translate("loss", "en") == "loss"
     assert chinese_font() is None or isinstance(chinese_font(), str)
+
+
+def many_runs(count: int, snapshot: Snapshot, name: str = "run-{}") -> list[ShownRun]:
+    looks = map(look, range(count))
+    return [ShownRun(name.format(n), colour, snapshot, mark) for n, (colour, mark) in enumerate(looks)]
+
+
+def pictured(runs: list[ShownRun], view: View, width: int, height: int) -> tuple[Figure, list[DrawnPanel], object]:
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    panels = draw(figure, runs, view)
+    canvas.draw()
+    return figure, panels, canvas.get_renderer()
+
+
+EVERYTHING = snapshot_of(
+    *(line(curve.table, step=n, **{curve.metric: 1.0}) for panel in PANELS for curve in panel.curves for n in (1, 2))
+)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("width, height", [(1400, 900), (1000, 400), (420, 900), (700, 420)])
+def test_titles_do_not_overprint(width: int, height: int, language: str):
+    figure, _, renderer = pictured(many_runs(1, EVERYTHING), View(("all",), language=language), width, height)
+    titles = [axes._left_title.get_window_extent(renderer) for axes in figure.axes]
+    assert len(titles) == len(PANELS) and all(0 <= title.x0 and title.x1 <= width for title in titles)
+    for n, title in enumerate(titles):
+        others = titles[:n] + titles[n + 1 :] + [axes.get_window_extent(renderer) for axes in figure.axes]
+        assert not any(title.overlaps(other) for other in others)
+
+
+def test_a_title_that_is_too_long_is_shortened():
+    room = text_width("communication that was", 9.5)
+    assert wrapped("communication that was not hidden", 9.5, room) == ["communication that was", "not hidden"]
+    assert wrapped("a", 9.5, room) == ["a"]
+    (cut,) = wrapped("x" * 100, 9.5, room)
+    assert cut.endswith("…") and text_width(cut, 9.5) <= room < text_width("x" + cut, 9.5)
+    short = fitted_name("sweep-of-learning-rates-1e-4", 9, room * 0.8)
+    assert short.startswith("sweep") and short.endswith("1e-4") and text_width(short, 9) <= room * 0.8
+
+
+@pytest.mark.parametrize("size", [(1400, 900), (1036, 650), (700, 1200)])
+def test_the_loss_is_the_largest_panel(size: tuple[int, int]):
+    _, panels, _ = pictured(many_runs(1, usual()), View(), *size)
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (panel.box for panel in panels)]
+    assert panels[0].panel.key == "loss" and areas[0] > 1.9 * max(areas[1:])
+    for panel in panels:
+        assert 0 <= panel.box[0] and panel.box[2] <= size[0] and panel.box[3] <= size[1]
+        for other in panels:
+            apart = panel.box[2] <= other.box[0] or panel.box[3] <= other.box[1]
+            assert apart or other is panel or other.box[2] <= panel.box[0] or other.box[3] <= panel.box[1]
+
+
+def test_many_names_leave_room_for_the_panels():
+    name = "a-name-that-tells-everything-about-a-run-and-then-its-number-{}"
+    for count in (1, 30, 90):
+        figure, panels, renderer = pictured(many_runs(count, usual(), name), LOSS, 1000, 700)
+        names = figure.legends[0].get_window_extent(renderer)
+        shown = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert names.x1 <= 1000 and 700 - names.y0 < panels[0].box[1] - 20 < 300
+        assert shown[-1] == f"and {91 - len(shown)} more" if count == 90 else len(shown) == count
+        assert shown[0].endswith("number-0")
+
+
+def test_every_run_has_a_look_of_its_own():
+    assert len({look(n) for n in range(len(COLOURS) * len(MARKS))}) == len(COLOURS) * len(MARKS) >= 72
+    assert [look(n)[1] for n in range(len(COLOURS))] == [""] * len(COLOURS) and len(COLOURS) >= 12
+    figure, panels, _ = pictured(many_runs(30, usual()), LOSS, 900, 600)
+    assert len({(curve.colour, curve.mark) for curve in panels[0].curves}) == 30
+    for number in (12, 29):
+        colour, mark = look(number)
+        lines = [line for line in figure.axes[0].lines if (line.get_color(), line.get_marker()) == (colour, mark)]
+        assert lines and 2 <= sum(len(line.get_xdata()) for line in lines) <= 12
+
+
+SIGHTS = {
+    "ordinary": np.eye(3),
+    # Machado, Oliveira and Fernandes, 2009, table of severity 1, in linear RGB.
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}  # fmt: skip
+TO_XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def linear(colours: Sequence[str]) -> np.ndarray:
+    values = np.array([[int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)] for colour in colours])
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    x, y, z = np.cbrt(np.clip(rgb, 1e-4, 1) @ TO_XYZ.T / TO_XYZ.sum(1)).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_can_be_told_apart(dark: bool, sight: str):
+    colours = linear([on_paper(colour, dark) for colour in COLOURS])
+    seen = lab(colours @ np.array(SIGHTS[sight]).T)
+    apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 1e3 * np.eye(len(seen))
+    # Those of the matplotlib style "petroff10", made for the purpose, are 13 apart and are ten.
+    assert apart.min() > (20 if sight == "ordinary" else 11)
+    paper = linear([panels_module.theme_of(View(dark=dark)).paper]) @ TO_XYZ[1]
+    light, dim = np.maximum(colours @ TO_XYZ[1], paper), np.minimum(colours @ TO_XYZ[1], paper)
+    assert ((light + 0.05) / (dim + 0.05)).min() > 2.5
+
+
+def of_task(task: str | None, loss: float, **more: float) -> Snapshot:
+    values = {"lr": loss / 1e4, "grad_norm": 1.0, **more}
+    train = [line("train", step=n, loss=loss + n, **values) for n in (1, 2)]
+    return snapshot_of(line("start", step=0, **({"task": task} if task else {})), *train)
+
+
+def test_each_task_has_a_loss_of_its_own(tmp_path: Path):
+    tasks = [of_task("dpo", 0.1), of_task("pretrain", 10.0), of_task("sft", 2.0), of_task("pretrain", 8.0)]
+    runs = [ShownRun(f"a{n}", COLOURS[n], found) for n, found in enumerate(tasks)]
+    figure, panels, _ = pictured(runs, View(("loss", "lr", "grad_norm")), 900, 600)
+    found = {panel.panel.key: [curve.label[:2] for curve in panel.curves] for panel in panels}
+    assert found == {
+        "loss (pretrain)": ["a1", "a3"], "loss (sft)": ["a2"], "loss (dpo)": ["a0"],
+        "lr (pretrain)": ["a1", "a3"], "lr (sft)": ["a2"], "lr (dpo)": ["a0"], "grad_norm": ["a0", "a1", "a2", "a3"],
+    }  # fmt: skip
+    assert panels[2].y_range[1] < 3 < panels[0].y_range[0]
+    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["loss, pretraining", "loss, SFT", "loss, DPO"]
+    # One of them alone, in a picture and in a table.
+    view = View(("loss", "lr"), alone="loss (sft)")
+    assert [panel.panel.key for panel in pictured(runs, view, 400, 300)[1]] == ["loss (sft)"]
+    save(tmp_path / "a.csv", runs, view, SIZE)
+    rows = list(csv.reader((tmp_path / "a.csv").read_text().splitlines()))
+    assert {row[0] for row in rows[1:]} == {"a2"} and rows[0][-1] == "loss"
+    # Of one task, nothing is split; and one that is not there is not shown alone.
+    assert [panel.panel.key for panel in pictured(runs[1::2], view, 400, 300)[1]] == ["loss", "lr"]
+    # What does not say its task says it by its metrics, or is pretraining.
+    silent = [of_task(None, 1.0), of_task(None, 0.1, **{"rewards/margins": 1.0}), of_task("x" * 99, 3.0)]
+    assert keys_drawn(silent) == ["loss (pretrain)", "loss (dpo)", f"loss ({'x' * 20})"]
+
+
+def keys_drawn(snapshots: Sequence[Snapshot]) -> list[str]:
+    return [panel.panel.key for panel in drawn(snapshots, LOSS)]
+
+
+def noisy(count: int) -> Snapshot:
+    noise = np.random.default_rng(0).normal(0, 1, count)
+    return snapshot_of(
+        line("start", step=0, time=0),
+        *(line("train", step=n, time=n, loss=100 + noise[n - 1]) for n in range(1, count + 1)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count, is_smoothed", [(1, False), (40, False), (300, True), (3000, True)])
+def test_smoothing_is_on_from_the_beginning_where_a_curve_is_long(count: int, is_smoothed: bool):
+    (panel,) = drawn([noisy(count)], replace(LOSS, smoothing=None))
+    curve = panel.curves[0]
+    if not is_smoothed:
+        assert curve.measured is None
+        return
+    assert np.std(curve.y) < 0.7 * np.std(curve.measured)
+    # It begins with the first value, not with 0.
+    assert curve.y[0] == pytest.approx(curve.measured[0]) and curve.y.min() > 97
+
+
+@pytest.mark.parametrize("count", [1, 10, 30])
+def test_measured_curves_do_not_cover_smoothed_ones(count: int):
+    figure, panels, _ = pictured(many_runs(count, noisy(300)), View(("loss",), smoothing=0.9, marks=False), 900, 600)
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 100]
+    faint = [line.get_alpha() for line in lines if line.get_alpha() is not None]
+    assert len(faint) == count and len(lines) == 2 * count
+    # All upon each other, they hide less than a half of what is below.
+    assert 0.2 < 1 - np.prod([1 - alpha for alpha in faint]) < 0.4
+    assert all(curve.measured is not None for curve in panels[0].curves)
+
+
+@pytest.mark.parametrize("runs", [1, 10])
+def test_marks_do_not_cover_the_axis(runs: int):
+    data = RunData()
+    for launch in range(100):
+        data.feed([line("start", step=10 * launch)] + [
+            line(name, step=n, loss=1.0) for n in range(10 * launch + 1, 10 * launch + 11) for name in ("train", "save")
+        ])  # fmt: skip
+    figure, _, _ = pictured(many_runs(runs, data.snapshot()), LOSS, 900, 500)
+    (axes,) = figure.axes
+    (saves,) = [c for c in axes.collections if len(c.get_offsets()) > 1]
+    (lines,) = [c for c in axes.collections if c.get_paths() and not len(c.get_offsets()) > 1]
+    restarts = [path.vertices[0, 0] for path in lines.get_paths()]
+    for places, least in ((saves.get_offsets()[:, 0], 13.9), (restarts, 7.9)):
+        pixels = axes.transData.transform(np.column_stack([places, np.ones(len(places))]))[:, 0]
+        assert np.abs(np.diff(pixels)).min() >= least and len(pixels) > 20
+    # The newest checkpoint is always among them.
+    assert max(saves.get_offsets()[:, 0]) == 1000 and max(restarts) == 990
 
 
 def test_a_run_of_one_step_can_be_seen():

@@ -420,4 +420,6 @@ def test_differences_of_settings():
         ("lr", ["0.1", "0.2"]), ("name", ["x\N{REPLACEMENT CHARACTER}[2J", ""]), ("derived.world", ["2", "4"]),
         ("extra", ["", "None"]),
     ]  # fmt: skip
-    assert differences([a]) == [] and differences([]) == []
+    assert differences([a, a]) == [] and differences([]) == []
+    # One run differs from nothing: its settings are shown.
+    assert [key for key, _ in differences([a])] == list(a) and ("lr", ["0.1"]) in differences([a])

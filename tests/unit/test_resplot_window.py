@@ -4,6 +4,7 @@ that nothing slow happens in its thread."""
 import argparse
 import json
 import logging
+import math
 import queue
 import sys
 import threading
@@ -106,8 +107,8 @@ def picture(window: Window) -> list[DrawnPanel]:
     def is_there() -> bool:
         found, view = window.canvas._picture, window._view
         return found is not None and found.panels and found.image.size() == window.canvas.size() and (
-            (found.view.x, found.view.x_range, found.view.y_ranges, found.view.panels, found.view.smoothing)
-            == (view.x, view.x_range, view.y_ranges, view.panels, view.smoothing)
+            (found.view.x, found.view.x_range, found.view.y_ranges, found.view.panels, found.view.smoothing,
+             found.view.alone) == (view.x, view.x_range, view.y_ranges, view.panels, view.smoothing, view.alone)
         )  # fmt: skip
 
     # The canvas may be about to get another size.
@@ -201,11 +202,11 @@ def test_all_panels(open_window: OpenWindow, tmp_path: Path):
 def test_axes_and_smoothing(open_window: OpenWindow, tmp_path: Path):
     window = open_window(write_run(tmp_path / "mine"))
     measured = picture(window)[0].curves[0].y
-    window.smoothing.setValue(7)
+    window.smoothing.setValue(8)
     assert window._view.smoothing == 0.9 and window.smoothing_label.text().strip() == "0.9"
     assert picture(window)[0].curves[0].y[-1] > measured[-1]
     assert picture(window)[1].curves[0].y.tolist() == list(range(1, 21))
-    window.smoothing.setValue(0)
+    window.smoothing.setValue(1)
     for index, first in ((1, 10.0), (2, 1.0), (3, 1001 / 86400), (0, 1.0)):
         window.x_box.setCurrentIndex(index)
         assert picture(window)[0].curves[0].x[0] == pytest.approx(first)
@@ -234,7 +235,7 @@ def test_the_mouse_zooms_and_moves(open_window: OpenWindow, tmp_path: Path, log_
     drag(window, at(panel, 0.25, 0.25), at(panel, 0.5, 0.75), Qt.RightButton)
     assert canvas.place(panel, at(panel, 0.5, 0.75)) == pytest.approx(before, rel=0.02)
     picture(window)
-    QTest.mouseDClick(canvas, Qt.LeftButton, Qt.NoModifier, at(panel, 0.5, 0.5))
+    QTest.mouseDClick(canvas, Qt.LeftButton, Qt.NoModifier, QPoint(2, 2))
     assert window._view.x_range is None and window._view.y_ranges == ()
     assert picture(window)[0].x_range == panel.x_range
 
@@ -290,16 +291,90 @@ def test_the_crosshair_reads_off_what_was_measured(open_window: OpenWindow, tmp_
     loss, lr = picture(window)
     colour = [curve.colour for curve in loss.curves]
     assert window.canvas.read_off(loss, 9.6) == [
-        ("a, training" if len(loss.panel.curves) > 1 else "a", colour[0], 10.0, 0.5),
-        ("b, training" if len(loss.panel.curves) > 1 else "b", colour[1], 10.0, 0.5),
-    ]
+        ("a, training", colour[0], "", 10.0, 0.5, None), ("b, training", colour[1], "", 10.0, 0.5, None)
+    ]  # fmt: skip
     # The shorter run ends before.
-    assert window.canvas.read_off(lr, 17.4) == [("a", colour[0], 17.0, 17.0)]
+    assert window.canvas.read_off(lr, 17.4) == [("a", colour[0], "", 17.0, 17.0, None)]
     assert window.canvas.read_off(lr, 1e9) == []
     without = window.canvas.grab().toImage()
     move(window, at(loss, 0.5, 0.5))
     assert window.canvas.grab().toImage() != without
     assert window.canvas.panel_at(at(lr, 0.5, 0.5)) is lr and window.canvas.panel_at(QPoint(0, 0)) is None
+
+
+def test_what_stands_beside_the_cursor_is_of_the_curves(open_window: OpenWindow, tmp_path: Path):
+    run = write_run(tmp_path / "a")
+    with open(run / "reslog.jsonl", "a") as file:
+        file.write(line("valid", step=9, time=1009, loss=7.5))
+    window = open_window(run, view=View(panels=("loss",), smoothing=0.5))
+    (loss,) = picture(window)
+    canvas, smoothed = window.canvas, loss.curves[0].y
+    heading, rows = canvas.told(canvas.read_off(loss, 9.7), 9.7)
+    # The step is a point's, not the cursor's; what was measured elsewhere says where; the highest value comes first.
+    assert heading == "step 10   ·   smoothed (measured)"
+    assert [(reading.label, text) for reading, text in rows] == [
+        ("a, validation", "7.5   at step 9"), ("a, training", f"{smoothed[9]:.5g} (0.5)")
+    ]  # fmt: skip
+    assert canvas.told([], 9.7) == ("step 10", [])
+    # A point lies where the cursor reads it off.
+    for place, value in ((10.0, float(smoothed[9])), (9.0, 7.5)):
+        assert canvas.place(loss, canvas.point(loss, place, value)) == pytest.approx((place, value))
+    assert canvas.point(loss, 1e9, 1.0) is None and canvas.point(loss, 10.0, math.nan) is None
+    # Of more than there is room for, those beside the cursor.
+    move(window, at(loss, 0.5, 0.5))
+    height = canvas.place(loss, at(loss, 0.5, 0.5))[1]
+    many = [(rows[0][0]._replace(y=height + 10 - n), "") for n in range(21)]
+    shown, more = canvas._nearest(many, 5)
+    assert (shown, more) == (many[8:13], 16)
+
+
+def test_a_panel_has_the_window_for_itself(open_window: OpenWindow, tmp_path: Path):
+    window = open_window(write_run(tmp_path / "a"))
+    loss, lr = picture(window)
+    for back in (
+        lambda: QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, QPoint(200, 200)),
+        lambda: QTest.keyClick(window, Qt.Key_Escape),
+    ):
+        assert not window.back_action.isVisible()
+        QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, at(lr, 0.5, 0.5))
+        (alone,) = picture(window)
+        assert alone.panel.key == "lr" and window.back_action.isVisible()
+        assert alone.box[:2] == loss.box[:2] and alone.box[2:] == lr.box[2:]
+        back()
+        assert [panel.box for panel in picture(window)] == [loss.box, lr.box]
+    # Another choice of panels is to be seen.
+    QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, at(lr, 0.5, 0.5))
+    window.panel_list.item(2).setCheckState(Qt.Checked)
+    assert [panel.panel.key for panel in picture(window)] == ["loss", "lr", "extra"]
+
+
+def test_columns_sort(open_window: OpenWindow, tmp_path: Path):
+    steps = {"run-2": 30, "run-10": 9, "run-1": 100}
+    # The last has only begun.
+    steps["run-3"] = 0
+    window = open_window(*(write_run(tmp_path / name, count) for name, count in steps.items()))
+
+    def names() -> list[str]:
+        return [window.header.topLevelItem(n).text(0) for n in range(4)]
+
+    def click(column: int) -> list[str]:
+        window.header.header().sectionClicked.emit(column)
+        return names()
+
+    as_named = names()
+    assert as_named == ["run-2", "run-10", "run-1", "run-3"]
+    assert click(0) == ["run-1", "run-2", "run-3", "run-10"]
+    # By the number, not by its text; what has none comes last, whichever way.
+    assert click(2) == ["run-10", "run-2", "run-1", "run-3"]
+    assert click(2) == ["run-1", "run-2", "run-10", "run-3"]
+    # Rows that moved are still those of their runs, and so are the colours.
+    window.header.topLevelItem(0).setCheckState(0, Qt.Unchecked)
+    assert [run.label for run in window.shown_runs()] == ["run-2", "run-10", "run-3"]
+    window.remember()
+    again = open_window()
+    again.restore()
+    assert again._sorted_by == (2, True)
+    assert click(2) == as_named
 
 
 def test_what_differs(open_window: OpenWindow, tmp_path: Path):
@@ -309,6 +384,20 @@ def test_what_differs(open_window: OpenWindow, tmp_path: Path):
     until(lambda: table.rowCount() == 1 and table.columnCount() == 3 and table.item(0, 2) is not None)
     assert [table.item(0, column).text() for column in range(3)] == ["lr", "0.1", "0.2"]
     assert [table.horizontalHeaderItem(column).text() for column in (1, 2)] == ["a", "b"]
+    # One run differs from nothing: its settings are shown.
+    window.header.topLevelItem(0).setCheckState(0, Qt.Unchecked)
+    assert [[table.item(row, column).text() for column in (0, 1)] for row in (0, 1)] == [["lr", "0.2"], ["seed", "1"]]
+    assert table.columnCount() == 2 and window.difference_dock.windowTitle() == "Settings"
+    window.header.topLevelItem(0).setCheckState(0, Qt.Checked)
+    assert table.rowCount() == 1 and window.difference_dock.windowTitle() == "What differs"
+
+
+def test_a_run_without_settings_says_so(open_window: OpenWindow, tmp_path: Path):
+    (write_run(tmp_path / "a") / "config.yaml").unlink()
+    window = open_window(tmp_path / "a")
+    window.difference_dock.show()
+    until(lambda: window.difference_table.item(0, 0) is not None)
+    assert "config.yaml is missing" in window.difference_table.item(0, 0).text()
 
 
 @pytest.mark.parametrize("name, begins", [("a.svg", b"<?xml"), ("a.csv", b"run,record"), ("a", b"\x89PNG")])
@@ -355,7 +444,7 @@ def test_a_damaged_layout(open_window: OpenWindow, tmp_path: Path, content: byte
     (tmp_path / "layout.ini").write_bytes(content)
     args = argparse.Namespace(panels=None, x=None, log=None, smoothing=None, theme=None, language="en")
     view = remembered_view(args, QSettings(str(tmp_path / "layout.ini"), QSettings.IniFormat))
-    assert (view.x, view.smoothing, view.log_y, view.dark) == ("step", 0.0, False, False)
+    assert (view.x, view.smoothing, view.log_y, view.dark) == ("step", None, False, False)
     window = open_window(view=view)
     window.restore()
     assert window.isVisible()

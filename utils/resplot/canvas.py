@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PyQt5.QtCore import QObject, QPoint, QPointF, QRectF, QSize, Qt, pyqtSignal
-from PyQt5.QtGui import QColor, QFont, QFontMetrics, QImage, QPainter, QPen
+from PyQt5.QtGui import QColor, QFont, QImage, QPainter, QPen, QPolygonF
 from PyQt5.QtWidgets import QWidget
 
 from utils.resplot.panels import DrawnPanel, ShownRun, View, draw, theme_of, value_text, without_zoom, x_text
@@ -34,6 +35,18 @@ class Picture:
     view: View
     seconds: float
     """That it took."""
+
+
+class Reading(NamedTuple):
+    """A curve's point beside the cursor."""
+
+    label: str
+    colour: str
+    mark: str
+    x: float
+    y: float
+    measured: float | None
+    """Before smoothing."""
 
 
 class Draughtsman(QObject):
@@ -217,10 +230,50 @@ class Canvas(QWidget):
             at = left + (self._mouse.x() - panel.box[0]) / (panel.box[2] - panel.box[0]) * (right - left)
             painter.drawLine(QPointF(at, top), QPointF(at, bottom))
         painter.drawLine(QPointF(panel.box[0], self._mouse.y()), QPointF(panel.box[2], self._mouse.y()))
-        self._paint_values(painter, panel, x, y)
+        font = QFont(self.font())
+        font.setPointSizeF(max(font.pointSizeF() * 0.9, 7.0))
+        painter.setFont(font)
+        self._paint_level(painter, panel, y)
+        readings = self.read_off(panel, x)
+        self._paint_points(painter, panel, readings)
+        self._paint_values(painter, readings, x)
 
-    def read_off(self, panel: DrawnPanel, x: float) -> list[tuple[str, str, float, float]]:
-        """(label, colour, x, y) of each curve's point nearest to x, of those that reach it."""
+    def _paint_level(self, painter: QPainter, panel: DrawnPanel, y: float) -> None:
+        """The cursor's own height, on the axis."""
+        theme, metrics, text = theme_of(self._view), painter.fontMetrics(), value_text(y)
+        width, height = metrics.horizontalAdvance(text) + 6, metrics.height()
+        box = QRectF(max(panel.box[0] - width - 2, 0), self._mouse.y() - height / 2, width, height)
+        painter.fillRect(box, QColor(theme.grid))
+        painter.setPen(QColor(theme.ink))
+        painter.drawText(box, Qt.AlignCenter, text)
+
+    def _paint_points(self, painter: QPainter, panel: DrawnPanel, readings: list[Reading]) -> None:
+        """Which points the values are of."""
+        painter.save()
+        painter.setClipRect(QRectF(*panel.box[:2], panel.box[2] - panel.box[0], panel.box[3] - panel.box[1]))
+        painter.setRenderHint(QPainter.Antialiasing)
+        painter.setPen(QPen(QColor(theme_of(self._view).paper), 1))
+        for reading in readings:
+            at = self.point(panel, reading.x, reading.y)
+            if at is not None:
+                painter.setBrush(QColor(reading.colour))
+                painter.drawEllipse(at, 3.5, 3.5)
+        painter.restore()
+
+    def point(self, panel: DrawnPanel, x: float, y: float) -> QPointF | None:
+        """Where a value lies on the screen, if it does."""
+        left, top, right, bottom = panel.box
+        (x0, x1), y_range = self.ranges(panel)
+        if not math.isfinite(y) or panel.log_y and y <= 0:
+            return None
+        (y0, y1), (y, _) = _scaled(y_range, panel.log_y), _scaled((y, y), panel.log_y)
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        if not (0 <= across <= 1 and 0 <= up <= 1):
+            return None
+        return QPointF(left + across * (right - left), bottom - up * (bottom - top))
+
+    def read_off(self, panel: DrawnPanel, x: float) -> list[Reading]:
+        """Each curve's point nearest to x, of those that reach it."""
         found = []
         x0, x1 = self.ranges(panel)[0]
         for curve in panel.curves:
@@ -230,39 +283,71 @@ class Canvas(QWidget):
             near = [index for index in (after - 1, after) if 0 <= index < len(curve.x)]
             index = min(near, key=lambda i: abs(curve.x[i] - x))
             if abs(curve.x[index] - x) <= 0.05 * (x1 - x0):
-                found.append((curve.label, curve.colour, float(curve.x[index]), float(curve.y[index])))
+                measured = None if curve.measured is None else float(curve.measured[index])
+                at, value = float(curve.x[index]), float(curve.y[index])
+                found.append(Reading(curve.label, curve.colour, curve.mark, at, value, measured))
         return found
 
-    def _paint_values(self, painter: QPainter, panel: DrawnPanel, x: float, y: float) -> None:
-        theme, font = theme_of(self._view), QFont(self.font())
-        font.setPointSizeF(max(font.pointSizeF() * 0.9, 7.0))
-        metrics = QFontMetrics(font)
-        rows = [(name, colour, value_text(value)) for name, colour, _, value in self.read_off(panel, x)]
-        unit = self._view.x if self._view.x in ("time", "clock") else translate(self._view.x, self._view.language)
-        heading = f"{x_text(x, unit)}   ·   {value_text(y)}"
-        name_width = max((metrics.horizontalAdvance(name) for name, _, _ in rows), default=0)
-        value_width = max((metrics.horizontalAdvance(value) for *_, value in rows), default=0)
-        width = max(metrics.horizontalAdvance(heading), 16 + name_width + 14 + value_width) + 16
+    def told(self, readings: list[Reading], x: float) -> tuple[str, list[tuple[Reading, str]]]:
+        """What stands beside the cursor: the place of the point nearest to it, and each curve's value there, the
+        highest first. A value that was measured at another place says where."""
+        language = self._view.language
+        unit = self._view.x if self._view.x in ("time", "clock") else translate(self._view.x, language)
+        at = min((reading.x for reading in readings), key=lambda place: abs(place - x), default=x)
+        heading = x_text(at, unit)
+        if any(reading.measured is not None for reading in readings):
+            heading += f"   ·   {translate('smoothed (measured)', language)}"
+        rows = []
+        for reading in sorted(readings, key=lambda reading: -reading.y if reading.y == reading.y else math.inf):
+            text = value_text(reading.y)
+            if reading.measured is not None:
+                text += f" ({value_text(reading.measured)})"
+            if reading.x != at:
+                text += f"   {translate('at {}', language).format(x_text(reading.x, unit))}"
+            rows.append((reading, text))
+        return heading, rows
+
+    def _paint_values(self, painter: QPainter, readings: list[Reading], x: float) -> None:
+        theme, metrics = theme_of(self._view), painter.fontMetrics()
+        heading, rows = self.told(readings, x)
         line = metrics.height() + 2
-        height = line * (1 + len(rows)) + 10
+        rows, more = self._nearest(rows, max(int((self.height() - 14) / line) - 2, 1))
+        name_width = max((metrics.horizontalAdvance(reading.label) for reading, _ in rows), default=0)
+        value_width = max((metrics.horizontalAdvance(text) for _, text in rows), default=0)
+        width = max(metrics.horizontalAdvance(heading), 16 + name_width + 14 + value_width) + 16
+        height = line * (1 + len(rows) + bool(more)) + 10
         left = self._mouse.x() + 14
         left = left if left + width < self.width() else max(self._mouse.x() - 14 - width, 0)
         top = min(max(self._mouse.y() + 14, 0), max(self.height() - height - 2, 0))
         box, paper = QRectF(left, top, width, height), QColor(theme.paper)
         paper.setAlpha(235)
-        painter.setFont(font)
         painter.fillRect(box, paper)
         painter.setPen(QPen(QColor(theme.grid), 1))
         painter.drawRect(box)
         painter.setPen(QColor(theme.faint))
         base = top + 5 + metrics.ascent()
         painter.drawText(QPointF(left + 8, base), heading)
-        for number, (name, colour, value) in enumerate(rows, 1):
+        for number, (reading, text) in enumerate(rows, 1):
             at = base + number * line
-            painter.fillRect(QRectF(left + 8, at - metrics.ascent() / 2 - 1, 10, 3), QColor(colour))
+            paint_stroke(painter, left + 8, at - metrics.ascent() / 2 + 0.5, 12, reading.colour, reading.mark)
             painter.setPen(QColor(theme.ink))
-            painter.drawText(QPointF(left + 24, at), name)
-            painter.drawText(QPointF(left + width - 8 - metrics.horizontalAdvance(value), at), value)
+            painter.drawText(QPointF(left + 24, at), reading.label)
+            painter.drawText(QPointF(left + width - 8 - metrics.horizontalAdvance(text), at), text)
+        if more:
+            painter.setPen(QColor(theme.faint))
+            text = translate("and {} more", self._view.language).format(more)
+            painter.drawText(QPointF(left + 24, base + (len(rows) + 1) * line), text)
+
+    def _nearest(self, rows: list[tuple[Reading, str]], most: int) -> tuple[list[tuple[Reading, str]], int]:
+        """Those next to the cursor's height, if there is no room for all; how many there are besides."""
+        if len(rows) <= most:
+            return rows, 0
+        panel = self.panel_at(self._mouse)
+        height = self.place(panel, self._mouse)[1]
+        # Rows fall: those from `first` on lie below the cursor.
+        first = sum(reading.y > height for reading, _ in rows)
+        first = min(max(first - most // 2, 0), len(rows) - most)
+        return rows[first : first + most], len(rows) - most
 
     def mousePressEvent(self, event) -> None:
         panel = self.panel_at(event.pos())
@@ -304,8 +389,13 @@ class Canvas(QWidget):
         self.unsetCursor()
         self.update()
 
-    def mouseDoubleClickEvent(self, _event) -> None:
-        self.zoomed.emit(without_zoom(self._view))
+    def mouseDoubleClickEvent(self, event) -> None:
+        """A panel gets all the room, or gives it back; beside the panels: no zoom."""
+        panel = self.panel_at(event.pos())
+        if panel is None:
+            self.zoomed.emit(without_zoom(self._view))
+        else:
+            self.zoomed.emit(replace(self._view, alone="" if self._view.alone else panel.panel.key))
 
     def leaveEvent(self, _event) -> None:
         self._mouse = None
@@ -344,6 +434,34 @@ class Canvas(QWidget):
 
     def resizeEvent(self, _event) -> None:
         self.resized.emit()
+
+
+def paint_stroke(painter: QPainter, left: float, middle: float, width: float, colour: str, mark: str) -> None:
+    """A piece of a run's curve, with its mark."""
+    painter.save()
+    painter.setRenderHint(QPainter.Antialiasing)
+    painter.setPen(Qt.NoPen)
+    painter.setBrush(QColor(colour))
+    painter.drawRect(QRectF(left, middle - 1.5, width, 3))
+    centre = QPointF(left + width / 2, middle)
+    if mark:
+        painter.drawPolygon(QPolygonF([centre + QPointF(4.5 * x, 4.5 * y) for x, y in _FORMS[mark]]))
+    painter.restore()
+
+
+def _star(points: int, inner: float, turned: float = 0.0) -> list[tuple[float, float]]:
+    """Corners around a centre, by turns at 1 and at `inner` from it."""
+    return [
+        ((1, inner)[n % 2] * math.sin(turned + math.pi * n / points),
+         -(1, inner)[n % 2] * math.cos(turned + math.pi * n / points)) for n in range(2 * points)
+    ]  # fmt: skip
+
+
+_FORMS = {
+    "s": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)], "D": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
+    "v": [(-1.1, -0.8), (1.1, -0.8), (0, 1.1)], "P": _star(4, 0.45), "*": _star(5, 0.4),
+}  # fmt: skip
+"""Of colours.MARKS, as matplotlib draws them, about."""
 
 
 def _scaled(ends: tuple[float, float], log: bool) -> tuple[float, float]:

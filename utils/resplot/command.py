@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.paths import a_path
+from utils.resplot.qt import WITHOUT_WINDOW
 from utils.resplot.runs import plain
 from utils.resplot.sources import Host, Place, labels, open_hosts
 from utils.resplot.text import LANGUAGES
@@ -44,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--log", action=argparse.BooleanOptionalAction, help="logarithmic y axes")
     parser.add_argument(
         "--smoothing", type=float, metavar="W",
-        help="weight of the past in a moving average, from 0 (none, the default) to 0.999",
+        help="weight of the past in a moving average, from 0 (none) to 0.999 (default: by the length of each curve)",
     )  # fmt: skip
     parser.add_argument(
         "--theme", choices=("light", "dark"), help="default: light; the window remembers its last one"
@@ -92,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
             # It is installed, but a library of the system that it needs is not.
-            return _fail(f"{error.name or 'a package'} cannot be loaded: {plain(error)}")
+            without = "" if args.png else f"; {WITHOUT_WINDOW}"
+            return _fail(f"{error.name or 'a package'} cannot be loaded: {plain(error)}{without}")
         return _fail(f"{error.name} is missing: pip install -r requirements-viewer.txt")
     return show(args)
 
@@ -124,8 +126,9 @@ class Terminal:
 def _without_desktop(args: argparse.Namespace) -> int:
     import matplotlib
 
+    from utils.resplot.colours import look
     from utils.resplot.export import check_suffix, save
-    from utils.resplot.panels import COLOURS, ShownRun, View, available, choose, left_out
+    from utils.resplot.panels import ShownRun, View, available, chosen_panels, left_out
 
     if args.png:
         try:
@@ -145,33 +148,33 @@ def _without_desktop(args: argparse.Namespace) -> int:
             problem = run.health.problem or nothing
     if problem:
         return _fail(problem.partition("; tried again in")[0])
-    shown = [
-        ShownRun(label, COLOURS[index % len(COLOURS)], snapshot)
-        for index, (label, snapshot) in enumerate(zip(labels(runs), snapshots))
-    ]
+    shown = []
+    for index, (label, snapshot) in enumerate(zip(labels(runs), snapshots)):
+        colour, mark = look(index)
+        shown.append(ShownRun(label, colour, snapshot, mark))
     found = available(snapshots)
     if args.panels == "list":
         for panel in found:
             print(f"{panel.key:20} {panel.title}")
-        _say_left_out(left_out(shown, 0, "en"))
+        _say_left_out(left_out(shown, 0, 0, "en"))
         return 0
     wanted = [panel.key for panel in found] if args.panels == "all" else _names(args.panels)
     view = View(
-        tuple(wanted), args.x or "step", bool(args.log), args.smoothing or 0.0, dark=args.theme == "dark",
+        tuple(wanted), x=args.x or "step", log_y=bool(args.log), smoothing=args.smoothing, dark=args.theme == "dark",
         language=args.language,
     )  # fmt: skip
     unknown = sorted(set(wanted) - {panel.key for panel in found})
     if unknown:
         return _fail(f"these runs have no {', '.join(unknown)}; they have: {', '.join(p.key for p in found)}")
-    chosen = choose(found, view)
+    chosen = chosen_panels(shown, view)
     if not chosen:
         return _fail("these runs have nothing to draw yet: try again after their first logged step")
     try:
-        save(Path(args.png), shown, view, args.size)
+        drawn = save(Path(args.png), shown, view, args.size)
     except OSError as error:
         return _fail(f"{args.png} cannot be written: {error.strerror or error}")
     print(args.png)
-    _say_left_out(left_out(shown, len(chosen), "en"))
+    _say_left_out(left_out(shown, len(chosen), drawn, "en"))
     return 0
 
 

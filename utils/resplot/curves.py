@@ -2,7 +2,15 @@
 
 import numpy as np
 
+WEIGHTS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+"""Of the past, for `smooth`, that can be chosen between."""
+_AUTOMATIC_SHARE = 1 / 100
 _BLOCK = 128
+
+
+def automatic_weight(count: int) -> float:
+    """For a curve of so many points: the average reaches over a hundredth of them (1 / (1 - weight) is its reach)."""
+    return max(weight for weight in WEIGHTS if 1 / (1 - weight) <= max(count * _AUTOMATIC_SHARE, 1.0))
 
 
 def smooth(values: np.ndarray, weight: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from utils.files import atomic_write
-from utils.resplot.panels import MOST_PANELS, ShownRun, View, available, choose, draw
+from utils.resplot.panels import MOST_PANELS, Panel, ShownRun, View, chosen_panels, draw, runs_of
 
 _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCanvasPdf}
 
@@ -29,11 +29,14 @@ def check_suffix(path: Path) -> str:
     return suffix
 
 
-def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int], scale: float = 1.0) -> None:
+def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int], scale: float = 1.0) -> int:
     """Write a picture, or with .csv the numbers of the shown panels.
 
     Args:
         size: width and height in pixels, before `scale`.
+
+    Returns:
+        how many panels it holds.
 
     Raises:
         ValueError: another suffix.
@@ -41,19 +44,20 @@ def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int]
     """
     suffix = check_suffix(path)
     if suffix == ".csv":
-        atomic_write(path, _table(runs, view).encode())
-        return
+        panels = chosen_panels(runs, view)[:MOST_PANELS]
+        atomic_write(path, _table(runs, panels).encode())
+        return len(panels)
     figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100 * scale)
     canvas = _CANVASES[suffix](figure)
-    draw(figure, runs, view)
+    drawn = draw(figure, runs, view)
     picture = io.BytesIO()
     getattr(canvas, f"print_{suffix[1:]}")(picture)
     atomic_write(path, picture.getvalue())
+    return len(drawn)
 
 
-def _table(runs: Sequence[ShownRun], view: View) -> str:
+def _table(runs: Sequence[ShownRun], panels: Sequence[Panel]) -> str:
     """A row a record: run, kind of record, step, time, tokens, then the metrics of the shown panels."""
-    panels = choose(available([run.snapshot for run in runs]), view)[:MOST_PANELS]
     wanted: dict[str, dict[str, None]] = {}
     for panel in panels:
         for curve in panel.curves:
@@ -62,7 +66,7 @@ def _table(runs: Sequence[ShownRun], view: View) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "record", "step", "time", "tokens", *map(_cell, metrics)])
-    for run in runs:
+    for run in [run for run in runs if any(run in runs_of(panel, runs) for panel in panels)]:
         for table, found in wanted.items():
             columns = run.snapshot.tables.get(table)
             if columns is None or not any(metric in columns for metric in found):

@@ -1,8 +1,8 @@
 """The pictures: a panel a metric, drawn by matplotlib in any thread, with or without a desktop."""
 
-import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -14,7 +14,9 @@ import numpy as np
 from matplotlib import dates, font_manager, ticker
 from matplotlib.lines import Line2D
 
-from utils.resplot.curves import band, smooth
+from utils.resplot.colours import on_paper
+from utils.resplot.curves import automatic_weight, band, smooth
+from utils.resplot.layout import Cell, arrange, fitted, fitted_name, text_width, wrapped
 from utils.resplot.runs import Snapshot
 from utils.resplot.text import translate
 
@@ -23,16 +25,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 X_AXES = ("step", "tokens", "time", "clock")
-COLOURS = (
-    "#3b82f6", "#f97316", "#10b981", "#e11d48", "#8b5cf6", "#a16207", "#ec4899", "#64748b", "#84a616", "#06b6d4",
-)  # fmt: skip
 _CHINESE_FONTS = (
     "Noto Sans CJK SC", "Source Han Sans SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Droid Sans Fallback", "Arial Unicode MS",
 )  # fmt: skip
 _GREATEST = 1e300
 """Axes that reach further overflow."""
-_MOST_MARKS, _MOST_CROSSES = 200, 20
+_MOST_CROSSES = 20
+_BETWEEN_RESTARTS, _BETWEEN_SAVES, _BETWEEN_TICKS, _BETWEEN_POINTS = 8, 14, 6, 12
+"""Pixels between two marks, at least. What lies closer together appears when one zooms."""
+_MARKS_ON_A_CURVE = 6
+_RAW_ALPHA = 0.3
+_TITLE_SIZE, _NAME_SIZE, _SMALL_SIZE = 9.5, 9, 8
+_LEAST_HEIGHT, _TINY = 50, 18
+"""Pixels of a panel beside a large one, and of any."""
+_FOOT = 16.0
+"""Pixels of the line under the panels."""
+_LEGEND_SHARE = 0.3
+"""Of the height, at most, for the names of the runs."""
 MOST_PANELS = 60
 """In a picture; more could not be told apart, and drawing them would take all memory."""
 _NEVER_MISSING = ("loss", "grad_norm")
@@ -56,11 +66,16 @@ class Panel:
     curves: tuple[Curve, ...]
     usual: bool = False
     """Shown unless others were chosen."""
+    large: bool = False
+    by_task: bool = False
+    """What is trained decides what values mean, or how large they are: runs of each task get a panel of their own."""
+    task: str | None = None
+    """Only runs of this one are shown."""
 
 
-def _both(metric: str, title: str, usual: bool = False, key: str = "") -> Panel:
+def _both(metric: str, title: str, usual: bool = False, key: str = "", **more: bool) -> Panel:
     curves = (Curve("train", metric, "training"), Curve("valid", metric, "validation", "--"))
-    return Panel(key or metric, title, curves, usual)
+    return Panel(key or metric, title, curves, usual, **more)
 
 
 def _pair(key: str, title: str, prefix: str, usual: bool = False) -> Panel:
@@ -69,16 +84,16 @@ def _pair(key: str, title: str, prefix: str, usual: bool = False) -> Panel:
 
 
 PANELS = (
-    _both("loss", "loss", usual=True),
-    _both("bits_per_byte", "bits per byte"),
-    Panel("lr", "learning rate", (Curve("train", "lr"),), usual=True),
+    _both("loss", "loss", usual=True, large=True, by_task=True),
+    _both("bits_per_byte", "bits per byte", by_task=True),
+    Panel("lr", "learning rate", (Curve("train", "lr"),), usual=True, by_task=True),
     Panel("grad_norm", "gradient norm, before clipping", (Curve("train", "grad_norm"),), usual=True),
     Panel("tokens_per_sec", "tokens per second", (Curve("train", "tokens_per_sec"),), usual=True),
     Panel("mfu", "MFU, %", (Curve("train", "mfu", factor=100),), usual=True),
     Panel("mfu_seed", "MFU by llm-zero2all's formula, %", (Curve("train", "mfu_seed", factor=100),)),
     Panel("dt", "seconds a step", (Curve("train", "dt"),)),
     Panel("data_wait", "waiting for data, ms a step", (Curve("train", "data_wait", factor=1000),), usual=True),
-    Panel("comm_wait", "communication that was not hidden, ms a step",
+    Panel("comm_wait", "communication not hidden, ms a step",
           (Curve("train", "comm_wait", factor=1000),), usual=True),
     Panel("compression", "compression: error left for later", (Curve("compression", "mean_relative_error"),),
           usual=True),
@@ -117,7 +132,10 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
 class ShownRun:
     label: str
     colour: str
+    """Of colours.COLOURS; on dark paper it is drawn lighter."""
     snapshot: Snapshot
+    mark: str = ""
+    """Of colours.MARKS: stands on its curves."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +147,8 @@ class View:
     x: str = "step"
     """One of X_AXES."""
     log_y: bool = False
-    smoothing: float = 0.0
-    """Of `curves.smooth`."""
+    smoothing: float | None = 0.0
+    """Weight of `curves.smooth`; None: by the length of each curve."""
     raw: bool = True
     """The measured curve behind a smoothed one."""
     marks: bool = True
@@ -143,6 +161,8 @@ class View:
     x_range: tuple[float, float] | None = None
     y_ranges: tuple[tuple[str, tuple[float, float]], ...] = ()
     """(panel, range)."""
+    alone: str = ""
+    """The key of the panel that has the whole picture for itself."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,9 @@ class DrawnCurve:
     colour: str
     x: np.ndarray
     y: np.ndarray
+    measured: np.ndarray | None = None
+    """What was smoothed to y."""
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,6 +219,8 @@ def prepare_matplotlib() -> None:
     # A dollar in a run's name is no formula.
     matplotlib.rcParams["text.parse_math"] = False
     matplotlib.rcParams["path.simplify"] = True
+    # It then takes steps that do, too.
+    warnings.filterwarnings("ignore", "AutoDateLocator was unable to pick an appropriate interval")
     # Text stays text, which can be searched and edited.
     matplotlib.rcParams["svg.fonttype"] = "none"
 
@@ -209,30 +234,100 @@ def draw(figure: "Figure", runs: Sequence[ShownRun], view: View) -> list[DrawnPa
     prepare_matplotlib()
     theme = theme_of(view)
     figure.set_facecolor(theme.paper)
-    chosen = choose(available([run.snapshot for run in runs]), view)
+    runs = [replace(run, colour=on_paper(run.colour, view.dark)) for run in runs]
+    chosen = chosen_panels(runs, view)
     width, height = figure.get_size_inches() * figure.dpi
     unit = figure.dpi / 100
     top = _draw_legend(figure, runs, view, unit) if view.legend else 8 * unit
-    foot = _draw_what_is_left_out(figure, runs, len(chosen), view, unit)
-    chosen = chosen[:MOST_PANELS]
     if not chosen:
+        _draw_what_is_left_out(figure, runs, 0, 0, view, unit)
         text = "Waiting for the first results…" if not any(r.snapshot.tables for r in runs) else "No metric is chosen."
         figure.text(0.5, 0.5, translate(text, view.language), ha="center", va="center", color=theme.faint, fontsize=12)
         return []
-    columns = _grid_columns(len(chosen), width / max(height, 1.0))
-    rows = -(-len(chosen) // columns)
-    left, right, gap_x, gap_y, title, bottom = (n * unit for n in (58, 24, 66, 34, 22, 42 + foot))
-    cell_w = max((width - left - right - gap_x * (columns - 1)) / columns, 20.0)
-    cell_h = max((height - top - bottom - title * rows - gap_y * (rows - 1)) / rows, 20.0)
+    foot = _FOOT if left_out(runs, 0, 0, view.language) else 0.0
+    grid = _fitting_grid(chosen[:MOST_PANELS], view, (width, height, top), foot, unit)
+    _draw_what_is_left_out(figure, runs, len(chosen), len(grid.cells), view, unit)
     drawn = []
-    for index, panel in enumerate(chosen):
-        row, column = divmod(index, columns)
-        x0 = left + column * (cell_w + gap_x)
-        y0 = top + title + row * (cell_h + title + gap_y)
-        axes = figure.add_axes((x0 / width, 1 - (y0 + cell_h) / height, cell_w / width, cell_h / height))
-        is_lowest = index + columns >= len(chosen)
-        drawn.append(_draw_panel(axes, panel, runs, view, (x0, y0, x0 + cell_w, y0 + cell_h), is_lowest, index == 0))
+    for index, (panel, cell, title) in enumerate(zip(chosen, grid.cells, grid.titles)):
+        left, top, right, bottom = box = grid.box(cell)
+        axes = figure.add_axes((left / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height))
+        axes.set_title("\n".join(title), loc="left", color=theme.ink, fontsize=_TITLE_SIZE, pad=6)
+        drawn.append(_draw_panel(axes, panel, runs, view, box, _is_lowest(cell, grid.cells), index == 0))
     return drawn
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Panels with their titles above; all in pixels."""
+
+    cells: list[Cell]
+    titles: list[list[str]]
+    """Lines."""
+    left: float
+    tops: list[float]
+    """Of the panels in each row."""
+    cell: tuple[float, float]
+    """Width and height of a small panel."""
+    gap: float
+    """Between two columns."""
+
+    def box(self, cell: Cell) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of a panel."""
+        wide, high = self.cell
+        left = self.left + cell.column * (wide + self.gap)
+        right = left + cell.columns * (wide + self.gap) - self.gap
+        return left, self.tops[cell.row], right, self.tops[cell.row + cell.rows - 1] + high
+
+
+def _fitting_grid(chosen: list[Panel], view: View, room: tuple[float, float, float], foot: float, unit: float) -> _Grid:
+    """Of as many panels as there is room for, but one at least.
+
+    Args:
+        room: width, height, and what above is taken.
+        foot: taken below, before `unit`, if there is room for all.
+    """
+    for count in range(len(chosen), 0, -1):
+        grid = _grid(chosen[:count], view, (*room, foot * unit), unit)
+        if min(grid.cell[0] / 1.7, grid.cell[1]) > _TINY * unit:
+            break
+        foot = _FOOT
+    return grid
+
+
+def _grid(chosen: list[Panel], view: View, room: tuple[float, float, float, float], unit: float) -> _Grid:
+    """
+    Args:
+        room: width, height, and what above and below is taken.
+    """
+    width, height, top, foot = room
+    left, right, gap_x, gap_y, bottom = (n * unit for n in (58, 24, 66, 34, 42))
+    for large in ([panel.large for panel in chosen], [False] * len(chosen)):
+        net = (width - left - right) / unit, (height - top - bottom - foot) / unit - 22
+        columns, rows, cells = arrange(large, *net, gap_x / unit, gap_y / unit + 22)
+        wide = max((width - left - right - gap_x * (columns - 1)) / columns, 20.0)
+        titles = []
+        for panel, cell in zip(chosen, cells):
+            beside = right - 4 * unit if cell.column + cell.columns == columns else gap_x - 14 * unit
+            points = _points((cell.columns * (wide + gap_x) - gap_x + beside) / unit)
+            titles.append(wrapped(_title(panel, view), _TITLE_SIZE, points))
+        above = [22.0 * unit] * rows
+        for cell, lines in zip(cells, titles):
+            above[cell.row] = max(above[cell.row], (10 + 12 * len(lines)) * unit)
+        high = (height - top - bottom - foot - sum(above) - gap_y * (rows - 1)) / rows
+        # Where a large panel leaves no room for the others, it is as small as they are.
+        if high >= _LEAST_HEIGHT * unit:
+            break
+    high = max(high, 10.0)
+    tops = [top + sum(above[: row + 1]) + row * (high + gap_y) for row in range(rows)]
+    return _Grid(cells, titles, left, tops, (wide, high), gap_x)
+
+
+def _is_lowest(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether there is no panel below."""
+    columns = set(range(cell.column, cell.column + cell.columns))
+    return not any(
+        other.row > cell.row and columns & set(range(other.column, other.column + other.columns)) for other in cells
+    )
 
 
 def choose(found: list[Panel], view: View) -> list[Panel]:
@@ -244,15 +339,60 @@ def choose(found: list[Panel], view: View) -> list[Panel]:
     return [panel for panel in found if panel.key in view.panels]
 
 
-def left_out(runs: Sequence[ShownRun], num_panels: int, language: str) -> list[str]:
-    """All that the runs' logs hold and these panels do not, a sentence each."""
+def chosen_panels(runs: Sequence[ShownRun], view: View) -> list[Panel]:
+    """Those that the view shows of these runs: one a task where that matters; one alone, if it is there."""
+    chosen = choose(available([run.snapshot for run in runs]), view)
+    found = [part for panel in chosen for part in _parts(panel, runs)]
+    return [panel for panel in found if panel.key == view.alone] or found
+
+
+def runs_of(panel: Panel, runs: Sequence[ShownRun]) -> list[ShownRun]:
+    """Those that have something to show in a panel."""
+    return [
+        run for run in runs
+        if panel.task in (None, _task_of(run.snapshot))
+        and any(curve.metric in run.snapshot.tables.get(curve.table, {}) for curve in panel.curves)
+    ]  # fmt: skip
+
+
+def _parts(panel: Panel, runs: Sequence[ShownRun]) -> list[Panel]:
+    tasks = list(dict.fromkeys(_task_of(run.snapshot) for run in runs_of(panel, runs))) if panel.by_task else []
+    if len(tasks) < 2:
+        return [panel]
+    order = {task: place for place, task in enumerate(_TASKS)}
+    tasks.sort(key=lambda task: (order.get(task, len(order)), task))
+    return [replace(panel, key=f"{panel.key} ({task})", task=task) for task in tasks]
+
+
+_TASKS = {"pretrain": "pretraining", "sft": "SFT", "dpo": "DPO"}
+
+
+def _task_of(snapshot: Snapshot) -> str:
+    """What is trained; of a log that does not say, what its metrics tell."""
+    return snapshot.task or ("dpo" if "rewards/margins" in snapshot.tables.get("train", {}) else "pretrain")
+
+
+def _title(panel: Panel, view: View) -> str:
+    text = translate(panel.title, view.language)
+    if panel.task is None:
+        return text
+    return translate("{}, {}", view.language).format(text, translate(_TASKS.get(panel.task, panel.task), view.language))
+
+
+def _points(pixels: float) -> float:
+    """As text is measured, before `unit`: a hundred pixels are an inch, of which there are 72."""
+    return 0.72 * pixels
+
+
+def left_out(runs: Sequence[ShownRun], num_panels: int, num_drawn: int, language: str) -> list[str]:
+    """All that the runs' logs hold and the drawn ones of these panels do not, a sentence each."""
     found = [
         (f"{run.label}: " if len(runs) > 1 else "") + text
         for run in runs
         for text in left_out_of(run.snapshot, language)
     ]  # fmt: skip
-    if num_panels > MOST_PANELS:
-        found.append(translate("panels but the first {}", language).format(MOST_PANELS))
+    if num_panels > num_drawn:
+        found.append(translate("panels but the first {}", language).format(num_drawn))
     return found
 
 
@@ -261,26 +401,17 @@ def left_out_of(snapshot: Snapshot, language: str) -> list[str]:
 
 
 def _draw_what_is_left_out(
-    figure: "Figure", runs: Sequence[ShownRun], num_panels: int, view: View, unit: float
-) -> float:
-    """A line under the panels, as long as there is room; how much room it takes, before `unit`."""
-    found = left_out(runs, num_panels, view.language)
+    figure: "Figure", runs: Sequence[ShownRun], num_panels: int, num_drawn: int, view: View, unit: float
+) -> None:
+    """A line under the panels, as long as there is room."""
+    found = left_out(runs, num_panels, num_drawn, view.language)
     if not found:
-        return 0.0
+        return
     text = f"{translate('left out', view.language)}: {'; '.join(found)}"
     width, height = figure.get_size_inches() * figure.dpi
-    # In points, as text is: a hundred pixels are an inch, of which there are 72.
-    room = (width / unit - 24) * 0.72
-    if _text_width(text, 8) > room:
-        ends = itertools.accumulate(_text_width(c, 8) for c in text)
-        text = text[: sum(end <= room - 8 for end in ends)] + "…"
-    figure.text(12 * unit / width, 4 * unit / height, text, color=theme_of(view).faint, fontsize=8, va="bottom")
-    return 16.0
-
-
-def _grid_columns(count: int, aspect: float) -> int:
-    """So that panels are about one and a half times as wide as high."""
-    return min(range(1, count + 1), key=lambda n: abs(math.log(aspect / n * -(-count // n) / 1.6)))
+    text = fitted(text, _SMALL_SIZE, _points(width / unit - 24))
+    ink = theme_of(view).faint
+    figure.text(12 * unit / width, 4 * unit / height, text, color=ink, fontsize=_SMALL_SIZE, va="bottom")
 
 
 def _draw_legend(figure: "Figure", runs: Sequence[ShownRun], view: View, unit: float) -> float:
@@ -288,15 +419,36 @@ def _draw_legend(figure: "Figure", runs: Sequence[ShownRun], view: View, unit: f
     if not runs:
         return 8 * unit
     width, height = figure.get_size_inches() * figure.dpi
-    handles = [Line2D([], [], color=run.colour, linewidth=2.5) for run in runs]
-    longest = max(len(run.label) + sum(ord(c) > 0x2E80 for c in run.label) for run in runs)
-    columns = max(1, min(len(runs), int(width / unit / (52 + 8 * longest))))
+    room = width / unit - 62
+    longest = _points(min(max(room / 3 - 60, 200.0), room - 40))
+    labels = [fitted_name(run.label, _NAME_SIZE, longest) for run in runs]
+    longest = max(text_width(label, _NAME_SIZE) for label in labels) / 0.72
+    columns = max(1, min(len(runs), int((room + 20) / (60 + longest))))
+    # matplotlib's lines: the font's height and half of its size.
+    line = 1.65 * _NAME_SIZE / 0.72
+    lines = max(1, int(_LEGEND_SHARE * height / unit / line))
+    stroke = {"linewidth": 2.5, "markersize": 6, "markeredgewidth": 0}
+    handles = [Line2D([], [], color=run.colour, marker=run.mark, **stroke) for run in runs]
+    if len(runs) > columns * lines:
+        shown = columns * lines - 1
+        handles, labels = [*handles[:shown], Line2D([], [], linestyle="")], labels[:shown]
+        labels.append(translate("and {} more", view.language).format(len(runs) - shown))
     figure.legend(
-        handles, [run.label for run in runs], loc="upper left", ncols=columns, frameon=False, fontsize=9,
+        handles, labels, loc="upper left", ncols=columns, frameon=False, fontsize=_NAME_SIZE,
         labelcolor=theme_of(view).ink, bbox_to_anchor=(50 * unit / width, 1 - 4 * unit / height), borderaxespad=0,
-        handlelength=1.6,
+        handlelength=1.6, labelspacing=0.5,
     )  # fmt: skip
-    return (14 + 17 * -(-len(runs) // columns)) * unit
+    return (14 + line * -(-len(labels) // columns)) * unit
+
+
+@dataclass(frozen=True)
+class _Shown:
+    run: ShownRun
+    curve: Curve
+    x: np.ndarray
+    y: np.ndarray
+    smoothed: np.ndarray
+    weight: float
 
 
 def _draw_panel(
@@ -304,56 +456,97 @@ def _draw_panel(
 ) -> DrawnPanel:
     axes.set_autoscale_on(False)
     columns = int(box[2] - box[0])
-    curves = [
-        (run, curve, *_values(run.snapshot, curve, view))
-        for run in runs
-        for curve in panel.curves
+    present = runs_of(panel, runs)
+    shown = [
+        _shown(run, curve, view) for run in present for curve in panel.curves
         if curve.metric in run.snapshot.tables.get(curve.table, {})
-    ]
-    shown = [(run, curve, x, y, _smoothed(run.snapshot, curve, view, y)) for run, curve, x, y in curves]
-    present = [run for run in runs if any(run is found for found, *_ in curves)]
+    ]  # fmt: skip
     x_range = view.x_range or _x_range(present, view)
-    log_y = view.log_y and any((y > 0).any() for *_, y, _ in shown)
+    log_y = view.log_y and any((found.y > 0).any() for found in shown)
     given = dict(view.y_ranges).get(panel.key)
     y_range = given or _y_range(shown, x_range, log_y, view)
     if log_y and y_range[0] <= 0:
         y_range = _y_range(shown, x_range, log_y, view)
     drawn = DrawnPanel(panel, box, x_range, y_range, log_y)
-    for run, curve, x, y, smoothed in shown:
-        within = _in_range(x, x_range)
-        x, y, smoothed = x[within], y[within], smoothed[within]
-        if _weight(curve, view) > 0 and view.raw:
-            _draw_curve(axes, x, y, columns, color=run.colour, alpha=0.25, linewidth=0.8, zorder=2)
-        # A line through one point cannot be seen.
-        is_marked = len(x) == 1 or (curve.style == "--" and len(x) <= 60)
-        points = {"marker": "o", "markersize": 3.5} if is_marked else {}
-        _draw_curve(
-            axes, x, smoothed, columns, color=run.colour, linewidth=1.3, linestyle=curve.style, zorder=3, **points
-        )
-        name = run.label + (f", {translate(curve.name, view.language)}" if curve.name and len(panel.curves) > 1 else "")
-        drawn.curves.append(DrawnCurve(name, run.colour, x, smoothed))
-        if view.marks and curve.metric in _NEVER_MISSING:
-            _mark_non_finite(axes, run, x, y)
+    pixel = (x_range[1] - x_range[0]) / max(columns, 1) * axes.figure.dpi / 100
+    # Many together no darker than one: those of ten runs would cover the smoothed curves.
+    alpha = _RAW_ALPHA / max(1.0, sum(found.weight > 0 for found in shown) / 1.4)
+    for found in shown:
+        within = _in_range(found.x, x_range)
+        x, y, smoothed = found.x[within], found.y[within], found.smoothed[within]
+        colour = found.run.colour
+        if found.weight > 0 and view.raw:
+            _draw_curve(axes, x, y, columns, color=colour, alpha=alpha, linewidth=0.8, zorder=2)
+        _draw_main_curve(axes, found, x, smoothed, columns, pixel)
+        name = f", {translate(found.curve.name, view.language)}" if found.curve.name and len(panel.curves) > 1 else ""
+        measured = y if found.weight > 0 else None
+        drawn.curves.append(DrawnCurve(found.run.label + name, colour, x, smoothed, measured, found.run.mark))
+        if view.marks and found.curve.metric in _NEVER_MISSING:
+            _mark_non_finite(axes, found.run, x, y)
     if view.marks:
-        _mark_events(axes, present, view, x_range)
-    _dress(axes, panel, view, names_x, (y_range, log_y), x_range)
-    kinds = {curve.name: curve.style for _, curve, *_ in shown if curve.name}
+        _mark_events(axes, present, view, x_range, pixel)
+    _dress(axes, view, names_x, (y_range, log_y), x_range)
+    kinds = {found.curve.name: found.curve.style for found in shown if found.curve.name}
     _explain(axes, kinds if len(kinds) > 1 else {}, runs, view, explains, drawn)
     return drawn
 
 
-def _draw_curve(axes: "Axes", x: np.ndarray, y: np.ndarray, columns: int, **style: object) -> None:
+def _shown(run: ShownRun, curve: Curve, view: View) -> _Shown:
+    x, y = _values(run.snapshot, curve, view)
+    weight = _weight(curve, view, len(y))
+    return _Shown(run, curve, x, y, _smoothed(run.snapshot, curve, view, y, weight), weight)
+
+
+def _draw_main_curve(axes: "Axes", found: _Shown, x: np.ndarray, y: np.ndarray, columns: int, pixel: float) -> None:
+    """
+    Args:
+        pixel: of 100 to an inch, along x.
+    """
+    style = {"color": found.run.colour, "linewidth": 1.3, "linestyle": found.curve.style, "zorder": 3}
+    # A line through one point cannot be seen.
+    is_marked = len(x) == 1 or (found.curve.style == "--" and np.ptp(x) >= _BETWEEN_POINTS * pixel * (len(x) - 1) > 0)
+    if is_marked:
+        style |= {"marker": found.run.mark or "o", "markersize": 3.5}
+    _draw_curve(axes, x, y, columns, as_line=found.weight > 0, **style)
+    if found.run.mark and not is_marked:
+        at = _evenly(x, y, sum(map(ord, found.run.label)))
+        axes.plot(
+            x[at], y[at], linestyle="", marker=found.run.mark, markersize=5, color=found.run.colour, zorder=3.5,
+            markeredgewidth=0.6, markeredgecolor=axes.figure.get_facecolor(),
+        )  # fmt: skip
+
+
+def _evenly(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
+    """Which points of a curve to mark, so that those of several do not lie on top of each other."""
+    finite = np.flatnonzero(np.isfinite(y))
+    if not len(finite):
+        return finite
+    x = x[finite]
+    places = (np.arange(_MARKS_ON_A_CURVE) + (seed * 0.6180339887) % 1) / _MARKS_ON_A_CURVE
+    after = np.searchsorted(x, x[0] + places * (x[-1] - x[0]))
+    return finite[np.unique(np.minimum(after, len(x) - 1))]
+
+
+def _draw_curve(
+    axes: "Axes", x: np.ndarray, y: np.ndarray, columns: int, as_line: bool = False, **style: object
+) -> None:
+    """
+    Args:
+        as_line: of dense points the middle only, instead of all that they cover.
+    """
     y = _clipped(y)
     dense = band(x, y, columns)
     if dense is None:
         axes.plot(x, y, **style)
+    elif as_line:
+        middle, low, high = dense
+        axes.plot(middle, low / 2 + high / 2, **style)
     else:
         axes.fill_between(*dense, **style)
 
 
-def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray) -> np.ndarray:
+def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray, weight: float) -> np.ndarray:
     """Kept with the snapshot: zooming draws the same curves again and again."""
-    weight = _weight(curve, view)
     if weight <= 0:
         return y
     key = ("smoothed", curve, view.x)
@@ -363,9 +556,11 @@ def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray) -> np
     return kept[1]
 
 
-def _weight(curve: Curve, view: View) -> float:
+def _weight(curve: Curve, view: View, count: int) -> float:
     """Validation is exact: only what is measured on a batch is noisy."""
-    return view.smoothing if curve.table == "train" and curve.metric not in ("lr",) else 0.0
+    if curve.table != "train" or curve.metric == "lr":
+        return 0.0
+    return automatic_weight(count) if view.smoothing is None else view.smoothing
 
 
 def _values(snapshot: Snapshot, curve: Curve, view: View) -> tuple[np.ndarray, np.ndarray]:
@@ -426,14 +621,13 @@ def _x_range(runs: list[ShownRun], view: View) -> tuple[float, float]:
     return (float(low - pad), float(high + pad))
 
 
-def _y_range(shown: list, x_range: tuple[float, float], log_y: bool, view: View) -> tuple[float, float]:
+def _y_range(shown: list[_Shown], x_range: tuple[float, float], log_y: bool, view: View) -> tuple[float, float]:
     parts = []
-    for _, curve, x, y, smoothed in shown:
-        within = _in_range(x, x_range)
-        hides_raw = _weight(curve, view) > 0 and not view.raw
-        found = smoothed[within] if hides_raw else y[within]
-        found = found[np.isfinite(found)]
-        parts.append(found[found > 0] if log_y else found)
+    for found in shown:
+        within = _in_range(found.x, x_range)
+        values = found.smoothed[within] if found.weight > 0 and not view.raw else found.y[within]
+        values = values[np.isfinite(values)]
+        parts.append(values[values > 0] if log_y else values)
     values = np.clip(np.concatenate(parts or [np.empty(0)]), -_GREATEST, _GREATEST)
     if not len(values):
         return (0.1, 1.0) if log_y else (0.0, 1.0)
@@ -456,19 +650,23 @@ def _mark_non_finite(axes: "Axes", run: ShownRun, x: np.ndarray, y: np.ndarray) 
         )  # fmt: skip
 
 
-def _mark_events(axes: "Axes", runs: Sequence[ShownRun], view: View, x_range: tuple[float, float]) -> None:
+def _mark_events(
+    axes: "Axes", runs: Sequence[ShownRun], view: View, x_range: tuple[float, float], pixel: float
+) -> None:
     """Restarts as lines, checkpoints and validations as ticks on the x axis; of all runs in one piece each, as each
     piece costs time."""
     transform = axes.get_xaxis_transform()
-    places, colours = _within(x_range, ((run, restarts(run.snapshot, view.x)) for run in runs))
+    found = ((run, restarts(run.snapshot, view.x)) for run in runs)
+    places, colours = _apart(x_range, found, _BETWEEN_RESTARTS * pixel)
     if len(places):
         axes.vlines(
             places, 0, 1, transform=transform, colors=colours, linestyles=[(0, (4, 3))], linewidth=0.9, alpha=0.7,
             zorder=1,
         )  # fmt: skip
-    for table, marker, size in (("save", "^", 20.0), ("valid", "|", 25.0)):
+    for table, marker, size, least in (("save", "^", 20.0, _BETWEEN_SAVES), ("valid", "|", 25.0, _BETWEEN_TICKS)):
         having = [run for run in runs if table in run.snapshot.tables]
-        places, colours = _within(x_range, ((run, _x_of(run.snapshot, table, view.x)) for run in having))
+        found = ((run, _x_of(run.snapshot, table, view.x)) for run in having)
+        places, colours = _apart(x_range, found, least * pixel)
         if len(places):
             axes.scatter(
                 places, np.full(len(places), 0.012), s=size, c=colours, marker=marker, transform=transform, alpha=0.8,
@@ -476,18 +674,26 @@ def _mark_events(axes: "Axes", runs: Sequence[ShownRun], view: View, x_range: tu
             )  # fmt: skip
 
 
-def _within(
-    x_range: tuple[float, float], found: Iterable[tuple[ShownRun, Sequence[float]]]
+def _apart(
+    x_range: tuple[float, float], found: Iterable[tuple[ShownRun, Sequence[float]]], least: float
 ) -> tuple[np.ndarray, list[str]]:
-    """The places that are shown, of each run not too many, and the colour of each."""
-    places, colours = [np.empty(0)], []
+    """The places that are shown, those of all runs so far apart that each can be seen, and the colour of each. The last
+    one is always among them."""
+    places, owners, colours = [np.empty(0)], [np.empty(0, int)], []
     for run, at in found:
         at = np.asarray(at, dtype=float)
         at = at[(at >= x_range[0]) & (at <= x_range[1])]
-        at = at[:: -(-len(at) // _MOST_MARKS) or 1]
         places.append(at)
-        colours += [run.colour] * len(at)
-    return np.concatenate(places), colours
+        owners.append(np.full(len(at), len(colours)))
+        colours.append(run.colour)
+    places, owners = np.concatenate(places), np.concatenate(owners)
+    order = np.argsort(-places, kind="stable")
+    places, owners = places[order], owners[order]
+    before_end, stays, index = -places, [], 0
+    while index < len(places):
+        stays.append(index)
+        index = max(int(np.searchsorted(before_end, before_end[index] + least, "left")), index + 1)
+    return places[stays], [colours[owner] for owner in owners[stays]]
 
 
 def restarts(snapshot: Snapshot, x: str) -> list[float]:
@@ -510,36 +716,45 @@ def _compute_restarts(snapshot: Snapshot, x: str) -> list[float]:
     return np.where(before > 0, _x_of(snapshot, "train", x)[before - 1], 0.0).tolist()
 
 
-def _dress(axes: "Axes", panel: Panel, view: View, names_x: bool, y: tuple, x_range: tuple[float, float]) -> None:
+def _dress(axes: "Axes", view: View, names_x: bool, y: tuple, x_range: tuple[float, float]) -> None:
     theme = theme_of(view)
+    most_x, most_y = (72 * size / least for size, least in zip(_inches(axes), (40, 20)))
     (low, high), log_y = y
     axes.set_facecolor(theme.paper)
     axes.set_xlim(*x_range)
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
         decades = math.log10(high / low)
-        fine = ticker.LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=9)
+        fine = ticker.LogLocator(
+            subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=min(max(int(1.8 * most_y), 2), 9)
+        )
         axes.yaxis.set_major_locator(fine if decades > 0.5 else ticker.MaxNLocator(5))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(min(max(int(most_y), 2), 8), steps=[1, 2, 2.5, 5, 10]))
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(_Numbers(log_y))
-    locator, formatter = _x_ticks(view.x, x_range)
+    locator, formatter = _x_ticks(view.x, x_range, min(max(int(most_x), 1), 6))
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(formatter)
     if view.x == "clock":
         axes.xaxis.get_offset_text().set(size=8, color=theme.faint, visible=names_x)
-    axes.tick_params(colors=theme.faint, labelsize=8, length=3, width=0.7)
+    axes.tick_params(colors=theme.faint, labelsize=_SMALL_SIZE, length=3, width=0.7)
     axes.grid(True, color=theme.grid, linewidth=0.7)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(theme.faint)
         spine.set_linewidth(0.7)
-    axes.set_title(translate(panel.title, view.language), loc="left", color=theme.ink, fontsize=9.5, pad=6)
-    if names_x:
+    # The date of a clock's axis stands at its right end.
+    if names_x and (view.x != "clock" or most_x > 3):
         axes.set_xlabel(translate(view.x, view.language), color=theme.faint, fontsize=8.5, labelpad=2)
+
+
+def _inches(axes: "Axes") -> tuple[float, float]:
+    """Width and height of a panel."""
+    box = axes.get_position()
+    return tuple(share * size for share, size in zip((box.width, box.height), axes.figure.get_size_inches()))
 
 
 def _explain(
@@ -563,16 +778,18 @@ def _explain(
         return
     labels = [translate(name, view.language) for name in handles]
     # Beside the title, where no curve is; inside if the panel is too narrow for that.
-    widths = [_text_width(text, 8) + 23 for text in labels]
-    box = axes.get_position()
-    wide, high = (share * 72 for share in (box.width, box.height) * axes.figure.get_size_inches())
-    if sum(widths) + _text_width(axes.get_title(loc="left"), 9.5) + 10 <= wide:
+    widths = [text_width(text, _SMALL_SIZE) + 23 for text in labels]
+    wide, high = (72 * size for size in _inches(axes))
+    title = max(text_width(line, _TITLE_SIZE) for line in axes.get_title(loc="left").split("\n"))
+    if sum(widths) + title + 10 <= wide:
         place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(labels)}
+    elif max(widths) > 0.8 * wide or 11.5 * len(labels) > 0.6 * high:
+        return
     else:
         place = {"loc": _emptiest_corner(drawn, (max(widths) + 4) / wide, (11.5 * len(labels) + 4) / high)}
     axes.legend(
-        handles.values(), labels, fontsize=8, frameon=False, labelcolor=ink, handlelength=1.6, handletextpad=0.4,
-        borderaxespad=0.2, labelspacing=0.3, columnspacing=0.8, **place,
+        handles.values(), labels, fontsize=_SMALL_SIZE, frameon=False, labelcolor=ink, handlelength=1.6,
+        handletextpad=0.4, borderaxespad=0.2, labelspacing=0.3, columnspacing=0.8, **place,
     )  # fmt: skip
 
 
@@ -593,11 +810,6 @@ def _emptiest_corner(drawn: DrawnPanel, width: float, height: float) -> str:
         "lower right": lower & right,
     }  # fmt: skip
     return min(corners, key=lambda corner: int(corners[corner].sum()))
-
-
-def _text_width(text: str, size: float) -> float:
-    """In points, roughly: Chinese characters are as wide as high, others about half as wide."""
-    return size * sum(1.0 if ord(c) > 0x2E80 else 0.52 for c in text)
 
 
 class _Numbers(ticker.Formatter):
@@ -629,19 +841,23 @@ def _is_whole(value: float) -> bool:
     return abs(value - round(value)) <= 1e-6 * max(abs(value), 1.0)
 
 
-def _x_ticks(x: str, x_range: tuple[float, float]) -> tuple[ticker.Locator, ticker.Formatter]:
+def _x_ticks(x: str, x_range: tuple[float, float], most: int) -> tuple[ticker.Locator, ticker.Formatter]:
+    """
+    Args:
+        most: ticks that have room, about.
+    """
     span = x_range[1] - x_range[0]
     if x == "clock":
         zone = datetime.now().astimezone().tzinfo
-        locator = dates.AutoDateLocator(tz=zone, minticks=3, maxticks=6)
+        locator = dates.AutoDateLocator(tz=zone, minticks=min(2, most), maxticks=max(most, 2))
         return locator, dates.ConciseDateFormatter(locator, tz=zone)
     if x == "time":
         steps = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
-        step = next((s for s in steps if span / s <= 6), 86400 * max(1, math.ceil(span / 6 / 86400)))
-        step = step if span >= 3 else span / 4 or 1.0
+        step = next((s for s in steps if span / s <= most), 86400 * max(1, math.ceil(span / most / 86400)))
+        step = step if span >= 3 else span / min(4, most) or 1.0
         return ticker.MultipleLocator(step), ticker.FuncFormatter(lambda seconds, _: duration(seconds))
     # Of a single step one tick: two would be fractions of steps, with the same number.
-    locator = ticker.MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
+    locator = ticker.MaxNLocator(most, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
     return locator, _Numbers() if x == "tokens" else ticker.FuncFormatter(_whole)
 
 

@@ -191,6 +191,8 @@ class Snapshot:
     launches: tuple[Launch, ...] = ()
     ended: str = ""
     """Why, if the newest launch has ended."""
+    task: str = ""
+    """What is trained, as the newest launch says: pretrain, sft, dpo."""
     last_time: float = 0.0
     """Of the newest record."""
     skipped_lines: int = 0
@@ -238,7 +240,7 @@ class RunData:
     def _forget(self) -> None:
         self._tables: dict[str, Table] = {}
         self._launches: list[Launch] = []
-        self._ended, self._last_time, self._greatest_step = "", 0.0, 0
+        self._ended, self._task, self._last_time, self._greatest_step = "", "", 0.0, 0
         self._skipped, self._torn, self._was_skipped = 0, 0, False
         self._too_many_tables = self._too_many_launches = False
 
@@ -285,6 +287,8 @@ class RunData:
 
     def _begin_launch(self, record: dict) -> None:
         self._ended = ""
+        task = record.get("task")
+        self._task = plain(task, 20) if isinstance(task, str) else self._task
         self._torn += self._was_skipped
         if len(self._launches) < _MOST_LAUNCHES:
             planned = record.get("max_iters")
@@ -342,7 +346,7 @@ class RunData:
     def _publish(self) -> None:
         tables = {name: table.snapshot() for name, table in self._tables.items() if table.rows}
         self._published = Snapshot(
-            tables, tuple(self._launches), self._ended, self._last_time, self._skipped, self._left_out(),
+            tables, tuple(self._launches), self._ended, self._task, self._last_time, self._skipped, self._left_out(),
             self._published.version + 1,
         )  # fmt: skip
 

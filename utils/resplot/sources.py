@@ -528,7 +528,7 @@ class Host:
             if path.endswith(".jsonl") or self._holds_run(files, path):
                 found[path] = None
                 continue
-            inside = [posixpath.join(path, name) for name in files.folders(path)]
+            inside = [posixpath.join(path, name) for name in sorted(files.folders(path), key=in_order)]
             # What holds no run may become one.
             found |= dict.fromkeys([folder for folder in inside if self._holds_run(files, folder)] or [path])
         self.runs = tuple(known.get(path) or Run(self.target, path) for path in found)
@@ -552,6 +552,13 @@ def _why_unreadable(path: str, error: OSError) -> str:
     if isinstance(error, PermissionError):
         return f"{plain(path)} may not be read by this user"
     return f"{plain(path)} cannot be read: {plain(error.strerror or error)}"
+
+
+def in_order(text: str) -> tuple[tuple[bool, int, str], ...]:
+    """What to sort names by: run-2 before run-10."""
+    # Every second part is a number, no longer than int() takes.
+    parts = enumerate(re.split(r"([0-9]{1,300})", text))
+    return tuple((place % 2 == 1, int(part) if place % 2 else 0, part) for place, part in parts if part)
 
 
 def open_hosts(places: Sequence[Place], **options) -> list[Host]:

@@ -76,7 +76,9 @@ def _last(columns: dict[str, np.ndarray], metric: str) -> float | None:
 
 def differences(configs: list[dict[str, object]]) -> list[tuple[str, list[str]]]:
     """(setting, its value in each run) of what is not the same in all; "" where a run has none. What is derived from
-    another setting is left out if that differs under the same name."""
+    another setting is left out if that differs under the same name. Of a single run: all its settings."""
+    if len(configs) == 1:
+        return [(key, [_setting(value)]) for key, value in configs[0].items()]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     rows, differing = [], set()
     for key in keys:

@@ -12,7 +12,7 @@ _CHINESE = {
     "MFU by llm-zero2all's formula, %": "MFU（llm-zero2all 公式，%）",
     "seconds a step": "每步耗时（秒）",
     "waiting for data, ms a step": "等待数据（毫秒/步）",
-    "communication that was not hidden, ms a step": "未被掩盖的通信（毫秒/步）",
+    "communication not hidden, ms a step": "未被掩盖的通信（毫秒/步）",
     "compression: error left for later": "压缩：留待以后的误差",
     "compression ratio": "压缩比",
     "DPO rewards": "DPO 奖励",
@@ -37,6 +37,17 @@ _CHINESE = {
     "panels but the first {}": "前 {} 个之外的图表",
     "its settings cannot be read: {}": "无法读取其配置：{}",
     "settings cannot be read": "无法读取配置",
+    "{}, {}": "{}（{}）",
+    "pretraining": "预训练",
+    "and {} more": "及其余 {} 个",
+    "smoothed (measured)": "平滑值（实测值）",
+    "at {}": "位于 {}",
+    "auto": "自动",
+    "Click to sort: rising, falling, as the runs were named.": "点击排序：升序、降序、原顺序。",
+    "All panels": "全部图表",
+    "All panels again, as after another double click.": "恢复全部图表（再次双击亦可）。",
+    "Settings": "配置",
+    "No settings were found: config.yaml is missing.": "未找到配置：缺少 config.yaml。",
     "restart": "重启",
     "checkpoint": "检查点",
     "not finite": "非有限值",
@@ -88,8 +99,8 @@ _CHINESE = {
     "setting": "设置",
     "No metric is chosen.": "未选择任何指标。",
     "Waiting for the first results…": "等待第一批结果…",
-    "Drag to zoom, wheel to zoom along x (with Shift: along y), right button to move, double-click for everything.":
-        "拖动缩放；滚轮缩放横轴（按住 Shift 缩放纵轴）；右键平移；双击还原。",
+    "Drag to zoom, wheel to zoom along x (with Shift: along y), right button to move, double-click a panel to enlarge "
+    "it.": "拖动缩放；滚轮缩放横轴（按住 Shift 缩放纵轴）；右键平移；双击图表可放大。",
 }  # fmt: skip
 
 

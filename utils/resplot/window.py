@@ -41,10 +41,11 @@ from PyQt5.QtWidgets import (
     QWidget,
 )
 
-from utils.resplot.canvas import Canvas, Draughtsman, Picture
+from utils.resplot.canvas import Canvas, Draughtsman, Picture, paint_stroke
+from utils.resplot.colours import look, on_paper
+from utils.resplot.curves import WEIGHTS
 from utils.resplot.export import save
 from utils.resplot.panels import (
-    COLOURS,
     X_AXES,
     ShownRun,
     View,
@@ -57,15 +58,19 @@ from utils.resplot.panels import (
     theme_of,
     without_zoom,
 )
+from utils.resplot.qt import open_application
 from utils.resplot.runs import Snapshot, plain
-from utils.resplot.sources import Host, Place, Run, labels, open_hosts
+from utils.resplot.sources import Host, Place, Run, in_order, labels, open_hosts
 from utils.resplot.state import State, differences, state_of
 from utils.resplot.text import translate
 
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("run", "state", "step", "loss", "validation", "rate", "time left", "where")
-_SMOOTHINGS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+_SMOOTHINGS = (None, *WEIGHTS)
+"""Of the slider. None: by the length of each curve."""
+_MOST_COLUMN_WIDTH = 340
+_TEXT_COLUMNS = {_COLUMNS.index(name) for name in ("run", "state", "where")}
 _STATE_COLOURS = {"running": "#10b981", "stalled": "#f59e0b", "no connection": "#e11d48"}
 
 
@@ -118,12 +123,16 @@ class Window(QMainWindow):
         self._view, self._open_more, self._settings = view, open_more, settings
         self._hosts: list[Host] = []
         self._hidden: set[tuple] = set()
-        self._colours: dict[tuple, str] = {}
+        self._looks: dict[tuple, tuple[str, str]] = {}
+        """Colour and mark of each run."""
+        self._sorted_by: tuple[int, bool] | None = None
+        """A column of the header, and whether its values fall; None: as the runs were named."""
         self._drawn_versions: object = None
         self._rests_until = 0.0
         self._chosen: set[str] = set(view.panels) - {"all"}
         self._table_of_differences: object = None
         self._header_rows: list[tuple] = []
+        self._header_height = 60
         self.questions = Questions()
         self.questions.asked.connect(self._answer)
         self.draughtsman = Draughtsman()
@@ -174,8 +183,12 @@ class Window(QMainWindow):
         self.header.setHeaderLabels([self._say(name) for name in _COLUMNS])
         self.header.setSelectionMode(QAbstractItemView.NoSelection)
         self.header.setFocusPolicy(Qt.NoFocus)
+        self.header.setTextElideMode(Qt.ElideMiddle)
         for column in range(len(_COLUMNS)):
             self.header.resizeColumnToContents(column)
+        self.header.header().setSectionsClickable(True)
+        self.header.header().sectionClicked.connect(self._sort)
+        self.header.header().setToolTip(self._say("Click to sort: rising, falling, as the runs were named."))
         self.header.itemChanged.connect(self._toggle_run)
         self.header.itemDoubleClicked.connect(self._show_only)
         middle = QWidget()
@@ -197,7 +210,7 @@ class Window(QMainWindow):
         self._build_toolbar()
         self.statusBar().showMessage(
             self._say("Drag to zoom, wheel to zoom along x (with Shift: along y), right button to move, double-click "
-                      "for everything."), 20000)  # fmt: skip
+                      "a panel to enlarge it."), 20000)  # fmt: skip
         self._put_on_theme()
 
     def _dock(self, title: str, widget: QWidget, area: Qt.DockWidgetArea) -> QDockWidget:
@@ -227,10 +240,10 @@ class Window(QMainWindow):
         self.smoothing.setRange(0, len(_SMOOTHINGS) - 1)
         self.smoothing.setFixedWidth(130)
         self.smoothing.setToolTip(self._say("How much of the past a point holds: exponential moving average."))
-        nearest = min(range(len(_SMOOTHINGS)), key=lambda index: abs(_SMOOTHINGS[index] - self._view.smoothing))
-        self.smoothing.setValue(nearest)
-        self.smoothing_label = QLabel(f" {self._view.smoothing:g} ")
-        self.smoothing_label.setFixedWidth(self.smoothing_label.fontMetrics().horizontalAdvance(" 0.999 ") + 4)
+        self.smoothing.setValue(_nearest_smoothing(self._view.smoothing))
+        self.smoothing_label = QLabel(self._smoothing_text(self._view.smoothing))
+        widest = max((self._smoothing_text(weight) for weight in (None, 0.999)), key=len)
+        self.smoothing_label.setFixedWidth(self.smoothing_label.fontMetrics().horizontalAdvance(widest) + 4)
         self.smoothing.valueChanged.connect(self._smooth)
         bar.addWidget(self.smoothing)
         bar.addWidget(self.smoothing_label)
@@ -240,6 +253,10 @@ class Window(QMainWindow):
                      "outliers")  # fmt: skip
         bar.addSeparator()
         self._button(bar, "All", "Everything is shown: no zoom.", self._zoom_out, "Home")
+        self.back_action = self._button(
+            bar, "All panels", "All panels again, as after another double click.", self._show_all_panels, "Esc"
+        )
+        self.back_action.setVisible(False)
         pan = self._button(
             bar, "Pan", "Drag to move instead of to zoom. The right mouse button always moves.", lambda: None
         )
@@ -271,6 +288,12 @@ class Window(QMainWindow):
         button.toggled.connect(lambda on: self._set_view(replace(self._without_y_zoom(name), **{name: on})))
         return button
 
+    def _show_all_panels(self) -> None:
+        self._set_view(replace(self._view, alone=""))
+
+    def _smoothing_text(self, weight: float | None) -> str:
+        return f" {self._say('auto') if weight is None else f'{weight:g}'} "
+
     def _zoom_out(self) -> None:
         self._set_view(without_zoom(self._view))
 
@@ -278,15 +301,17 @@ class Window(QMainWindow):
         return replace(self._view, y_ranges=()) if name in ("log_y", "outliers") else self._view
 
     def _smooth(self, index: int) -> None:
-        self.smoothing_label.setText(f" {_SMOOTHINGS[index]:g} ")
+        self.smoothing_label.setText(self._smoothing_text(_SMOOTHINGS[index]))
         self._set_view(replace(self._view, smoothing=_SMOOTHINGS[index]))
 
     def _set_view(self, view: View) -> None:
         recoloured = view.dark != self._view.dark
         self._view = view
         self.canvas.set_view(view)
+        self.back_action.setVisible(bool(view.alone))
         if recoloured:
             self._put_on_theme()
+            self.refresh()
         self._redraw()
 
     def _put_on_theme(self) -> None:
@@ -320,7 +345,7 @@ class Window(QMainWindow):
         runs = self.runs
         names = labels(runs)
         for run in runs:
-            self._colour(run)
+            self._look(run)
         snapshots = [run.data.snapshot() for run in runs]
         self._show_header(runs, names, snapshots)
         self._show_panel_list(snapshots)
@@ -338,21 +363,29 @@ class Window(QMainWindow):
     def _key(run: Run) -> tuple:
         return (run.target, run.path)
 
-    def _colour(self, run: Run) -> str:
-        """A run keeps its colour as long as the window is open."""
-        return self._colours.setdefault(self._key(run), COLOURS[len(self._colours) % len(COLOURS)])
+    def _look(self, run: Run) -> tuple[str, str]:
+        """A run keeps its colour and its mark as long as the window is open."""
+        return self._looks.setdefault(self._key(run), look(len(self._looks)))
 
     def _show_header(self, runs: list[Run], names: list[str], snapshots: list) -> None:
         """Only what has changed: with many runs, Qt would spend its time on this."""
         now, language = time.time(), self._view.language
+        states = [state_of(run, snapshot, now, language) for run, snapshot in zip(runs, snapshots)]
         rows = [
-            (self._key(run), *self._header_texts(run, name, state_of(run, snapshot, now, language)),
-             self._key(run) in self._hidden, self._left_out(run, snapshot))
-            for run, name, snapshot in zip(runs, names, snapshots)
+            (self._key(run), *self._header_texts(run, name, state),
+             self._key(run) in self._hidden, self._left_out(run, snapshot), self._view.dark)
+            for run, name, snapshot, state in zip(runs, names, snapshots, states)
         ]  # fmt: skip
+        rows = self._in_order(rows, names, states)
         before, self._header_rows = self._header_rows, rows
-        if rows == before:
-            return
+        if rows != before:
+            self._fill_header(rows, before)
+            self._title(names, snapshots)
+        bar = self.header.horizontalScrollBar()
+        # It would cover the last row.
+        self.header.setFixedHeight(self._header_height + (bar.sizeHint().height() if bar.maximum() > 0 else 0))
+
+    def _fill_header(self, rows: list[tuple], before: list[tuple]) -> None:
         self.header.blockSignals(True)
         while self.header.topLevelItemCount() > len(rows):
             self.header.takeTopLevelItem(self.header.topLevelItemCount() - 1)
@@ -366,9 +399,40 @@ class Window(QMainWindow):
         if len(rows) != len(before):
             shown = min(max(len(rows), 1), 8)
             height = self.header.sizeHintForRow(0) if rows else 20
-            self.header.setFixedHeight(self.header.header().sizeHint().height() + shown * max(height, 18) + 6)
+            self._header_height = self.header.header().sizeHint().height() + shown * max(height, 18) + 6
         self.header.blockSignals(False)
-        self._title(names, snapshots)
+
+    def _in_order(self, rows: list[tuple], names: list[str], states: list[State]) -> list[tuple]:
+        """Rows by the column that was clicked; those without a value come last."""
+        if self._sorted_by is None:
+            return rows
+        column, falls = self._sorted_by
+
+        def value(number: int) -> object:
+            state = states[number]
+            found = (
+                None, None, state.step, state.loss, state.valid_loss, state.tokens_per_sec, state.seconds_left, None
+            )[column]  # fmt: skip
+            if column in _TEXT_COLUMNS:
+                return in_order(rows[number][1][column])
+            return None if found is None or math.isnan(found) else found
+
+        values = {number: value(number) for number in range(len(rows))}
+        having = sorted((n for n in values if values[n] is not None), key=values.get, reverse=falls)
+        return [rows[n] for n in [*having, *(n for n in values if values[n] is None)]]
+
+    def _sort(self, column: int) -> None:
+        """Rising, then falling, then not at all."""
+        before = self._sorted_by
+        self._sorted_by = {(column, False): (column, True), (column, True): None}.get(before, (column, False))
+        self._show_order()
+        self.refresh()
+
+    def _show_order(self) -> None:
+        self.header.header().setSortIndicatorShown(self._sorted_by is not None)
+        if self._sorted_by is not None:
+            column, falls = self._sorted_by
+            self.header.header().setSortIndicator(column, Qt.DescendingOrder if falls else Qt.AscendingOrder)
 
     def _left_out(self, run: Run, snapshot: Snapshot) -> str:
         """What of a run is not shown: the picture has room for less."""
@@ -393,22 +457,33 @@ class Window(QMainWindow):
         return texts, _STATE_COLOURS.get(state.kind, theme_of(self._view).faint)
 
     def _fill(self, item: QTreeWidgetItem, row: tuple, before: tuple) -> None:
-        key, texts, colour, hidden, left_out = row
-        if key != before[0]:
+        key, texts, colour, hidden, left_out, dark = row
+        if (key, dark) != (before[0], before[5]):
+            shown, mark = self._looks[key]
             item.setData(0, Qt.UserRole, key)
-            item.setIcon(0, _stroke(self._colours[key]))
+            item.setIcon(0, _stroke(on_paper(shown, dark), mark))
         for column, text in enumerate(texts):
             if before[1] is None or text != before[1][column]:
                 item.setText(column, text)
-                width = self.header.fontMetrics().horizontalAdvance(text) + (64 if column == 0 else 18)
-                if width > self.header.columnWidth(column):
-                    self.header.setColumnWidth(column, width)
-        item.setToolTip(0, _tip(left_out) if left_out else "")
+                self._widen(column, text)
+        is_cut = self._needed_width(0, texts[0]) > self.header.columnWidth(0)
+        tip = "\n".join(filter(None, [texts[0] if is_cut else "", left_out]))
+        item.setToolTip(0, _tip(tip) if tip else "")
         item.setToolTip(1, _tip(texts[1]))
+        item.setToolTip(len(texts) - 1, _tip(texts[-1]))
         if colour != before[2]:
             item.setForeground(1, QColor(colour))
         if hidden != before[3]:
             item.setCheckState(0, Qt.Unchecked if hidden else Qt.Checked)
+
+    def _needed_width(self, column: int, text: str) -> int:
+        return self.header.fontMetrics().horizontalAdvance(text) + (64 if column == 0 else 18)
+
+    def _widen(self, column: int, text: str) -> None:
+        """Within bounds: a long name would push all figures out of the window. The last column has what is left."""
+        width = min(self._needed_width(column, text), _MOST_COLUMN_WIDTH)
+        if width > self.header.columnWidth(column) and column < len(_COLUMNS) - 1:
+            self.header.setColumnWidth(column, width)
 
     def _title(self, names: list[str], snapshots: list) -> None:
         if len(names) == 1 and "train" in snapshots[0].tables:
@@ -421,6 +496,7 @@ class Window(QMainWindow):
         key = item.data(0, Qt.UserRole)
         if column == 0 and (item.checkState(0) == Qt.Unchecked) != (key in self._hidden):
             self._hidden ^= {key}
+            self._show_differences()
             self._redraw()
 
     def _show_only(self, item: QTreeWidgetItem, _column: int) -> None:
@@ -456,26 +532,32 @@ class Window(QMainWindow):
         # What other runs have stays chosen for when they are shown again.
         self._chosen = (self._chosen - listed) | checked
         # Nothing chosen is not the same as the usual ones.
-        self._set_view(replace(self._view, panels=tuple(self._chosen) or ("",)))
+        self._set_view(replace(self._view, panels=tuple(self._chosen) or ("",), alone=""))
 
     def _show_differences(self) -> None:
         if not self.difference_dock.isVisible():
             return
-        runs = self.runs
-        rows = differences([run.health.config for run in runs])
+        all_runs = self.runs
+        shown = [(run, name) for run, name in zip(all_runs, labels(all_runs)) if self._key(run) not in self._hidden]
+        rows = differences([run.health.config for run, _ in shown])
         unreadable = f" ({self._say('settings cannot be read')})"
-        names = [
-            name + unreadable * bool(run.health.config_problem) for name, run in zip(labels(runs), runs)
-        ]  # fmt: skip
+        names = [name + unreadable * bool(run.health.config_problem) for run, name in shown]
         if (names, rows) == self._table_of_differences:
             return
         self._table_of_differences = (names, rows)
+        # One run differs from nothing: all its settings are shown.
+        self.difference_dock.setWindowTitle(self._say("Settings" if len(shown) == 1 else "What differs"))
         table = self.difference_table
+        table.clear()
         table.setColumnCount(1 + len(names))
         table.setHorizontalHeaderLabels([self._say("setting"), *names])
         table.setRowCount(max(len(rows), 1))
         if not rows:
-            table.setItem(0, 0, QTableWidgetItem(self._say("All settings of these runs are the same.")))
+            has_none = not any(run.health.config for run, _ in shown)
+            text = "No settings were found: config.yaml is missing." if has_none else (
+                "All settings of these runs are the same."
+            )  # fmt: skip
+            table.setItem(0, 0, QTableWidgetItem(self._say(text)))
         for row, (key, values) in enumerate(rows):
             for column, text in enumerate([key, *values]):
                 table.setItem(row, column, QTableWidgetItem(text))
@@ -483,11 +565,12 @@ class Window(QMainWindow):
 
     def shown_runs(self) -> list[ShownRun]:
         runs = self.runs
-        return [
-            ShownRun(name, self._colour(run), run.data.snapshot())
-            for run, name in zip(runs, labels(runs))
-            if self._key(run) not in self._hidden
-        ]
+        found = []
+        for run, name in zip(runs, labels(runs)):
+            if self._key(run) not in self._hidden:
+                colour, mark = self._look(run)
+                found.append(ShownRun(name, colour, run.data.snapshot(), mark))
+        return found
 
     def _redraw(self) -> None:
         view = replace(self._view, legend=False)
@@ -550,8 +633,11 @@ class Window(QMainWindow):
         view = self._view
         for name, value in (
             ("geometry", self.saveGeometry()), ("docks", self.saveState()), ("x", view.x), ("log_y", view.log_y),
-            ("smoothing", view.smoothing), ("raw", view.raw), ("marks", view.marks), ("outliers", view.outliers),
+            ("smoothing", -1.0 if view.smoothing is None else view.smoothing), ("raw", view.raw),
+            ("marks", view.marks), ("outliers", view.outliers),
             ("dark", view.dark), ("panels", ",".join(sorted(self._chosen))),
+            ("sorted_by", -1 if self._sorted_by is None else self._sorted_by[0]),
+            ("sort_falls", self._sorted_by is not None and self._sorted_by[1]),
         ):  # fmt: skip
             self._settings.setValue(name, value)
         self._settings.sync()
@@ -564,6 +650,10 @@ class Window(QMainWindow):
             self.restoreGeometry(geometry)
         if isinstance(docks, QByteArray):
             self.restoreState(docks)
+        column = _kept(self._settings, "sorted_by", -1)
+        if 0 <= column < len(_COLUMNS):
+            self._sorted_by = (column, _kept(self._settings, "sort_falls", False))
+            self._show_order()
 
     def closeEvent(self, event) -> None:
         self.remember()
@@ -586,35 +676,48 @@ def _tip(text: str) -> str:
     return f"<span>{html.escape(text)}</span>"
 
 
-def _stroke(colour: str) -> QIcon:
+def _stroke(colour: str, mark: str) -> QIcon:
     """A piece of a run's curve."""
     picture = QPixmap(QSize(16, 16))
     picture.fill(Qt.transparent)
     painter = QPainter(picture)
-    painter.fillRect(0, 6, 16, 4, QColor(colour))
+    paint_stroke(painter, 0, 8, 16, colour, mark)
     painter.end()
     return QIcon(picture)
+
+
+def _nearest_smoothing(weight: float | None) -> int:
+    """The place on the slider."""
+    if weight is None:
+        return 0
+    return 1 + min(range(len(WEIGHTS)), key=lambda index: abs(WEIGHTS[index] - weight))
+
+
+def _kept(settings: QSettings, name: str, default):
+    """What was remembered, if it is of the default's type."""
+    found = settings.value(name, default)
+    if isinstance(default, bool):
+        return found in (True, "true")
+    with suppress(TypeError, ValueError):
+        found = type(default)(found)
+        # NaN is not equal to itself.
+        return found if found == found else default
+    return default
 
 
 def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
     """What the command line says, else what the window was like when it was closed."""
 
     def kept(name: str, default: object) -> object:
-        found = settings.value(name, default)
-        if isinstance(default, bool):
-            return found in (True, "true")
-        with suppress(TypeError, ValueError):
-            found = type(default)(found)
-            # NaN is not equal to itself.
-            return found if found == found else default
-        return default
+        return _kept(settings, name, default)
 
     x, panels = kept("x", "step"), args.panels if args.panels is not None else kept("panels", "")
+    smoothing = kept("smoothing", -1.0) if args.smoothing is None else args.smoothing
     return View(
         panels=tuple(name.strip() for name in panels.split(",") if name.strip()),
         x=args.x or (x if x in X_AXES else "step"),
         log_y=kept("log_y", False) if args.log is None else args.log,
-        smoothing=min(max(kept("smoothing", 0.0), 0.0), 0.999) if args.smoothing is None else args.smoothing,
+        smoothing=None if smoothing < 0 else min(smoothing, 0.999),
         raw=kept("raw", True), marks=kept("marks", True), outliers=kept("outliers", True),
         dark=kept("dark", False) if args.theme is None else args.theme == "dark",
         language=args.language,
@@ -623,7 +726,7 @@ def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
 
 def show(args: argparse.Namespace) -> int:
     """Open the window and stay until it is closed."""
-    app = QApplication.instance() or QApplication(["resplot"])
+    app = open_application()
     app.setStyle("Fusion")
     settings = QSettings(QSettings.IniFormat, QSettings.UserScope, "zero2all", "resplot")
     if args.forget_layout:
