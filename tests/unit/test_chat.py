@@ -14,7 +14,7 @@ from generate import Chat
 from model import Llama, LlamaConfig, hf
 from model.config import padded_vocab_size
 from tests.unit.test_tokenizer import training_texts
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.hf_bbpe import train_hf_bbpe
 from utils.files import atomic_write_json
@@ -109,13 +109,27 @@ def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == answers[0]
 
 
+def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """That is said, once; of a model whose folder names the end of a message, nothing is."""
+    assert talk(folder, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
+    said = capsys.readouterr()
+    assert "may never have seen a conversation" in said.err and not said.out
+    assert "/forget is no command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
+    taught = shutil.copytree(folder, tmp_path / "taught")
+    config = json.loads((taught / "config.json").read_text())
+    config["eos_token_id"] = [ChatTemplate(load_tokenizer(folder)).end_id, config["eos_token_id"]]
+    (taught / "config.json").write_text(json.dumps(config))
+    assert talk(taught, monkeypatch, "quit\n") == 0
+    assert not capsys.readouterr().err
+
+
 def test_a_question_that_is_too_long_does_not_end_the_talk(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert talk(folder, monkeypatch, "漢" * 500 + "\na\udcff\nhello\n") == 0
     said = capsys.readouterr()
     assert "the question has" in said.err and "the question is no UTF-8" in said.err
-    assert said.err.count("\n") == 2 and said.out.strip()
+    assert said.err.count("\n") == 3 and said.out.strip()
 
 
 @pytest.mark.parametrize(
