@@ -14,7 +14,7 @@ from generate import Chat
 from model import Llama, LlamaConfig, hf
 from model.config import padded_vocab_size
 from tests.unit.test_tokenizer import training_texts
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.hf_bbpe import train_hf_bbpe
 from utils.files import atomic_write_json
@@ -88,7 +88,8 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model = Llama(config)
     model.initialize(0)
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
-    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, tokenizer.eod_id))
+    ends = [ChatTemplate(tokenizer).end_id, tokenizer.eod_id]
+    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, ends))
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -111,16 +112,15 @@ def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """That is said, once; of a model whose folder names the end of a message, nothing is."""
-    assert talk(folder, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
-    said = capsys.readouterr()
-    assert "may never have seen a conversation" in said.err and not said.out
-    assert "/forget is no command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
-    taught = shutil.copytree(folder, tmp_path / "taught")
-    config = json.loads((taught / "config.json").read_text())
-    config["eos_token_id"] = [ChatTemplate(load_tokenizer(folder)).end_id, config["eos_token_id"]]
-    (taught / "config.json").write_text(json.dumps(config))
-    assert talk(taught, monkeypatch, "quit\n") == 0
+    assert talk(folder, monkeypatch, "quit\n") == 0
     assert not capsys.readouterr().err
+    untaught = shutil.copytree(folder, tmp_path / "untaught")
+    config = json.loads((untaught / "config.json").read_text())
+    (untaught / "config.json").write_text(json.dumps(config | {"eos_token_id": config["eos_token_id"][1]}))
+    assert talk(untaught, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
+    said = capsys.readouterr()
+    assert said.err.count("may never have seen a conversation") == 1 and not said.out
+    assert "/forget is no command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
 
 
 def test_a_question_that_is_too_long_does_not_end_the_talk(
@@ -129,7 +129,7 @@ def test_a_question_that_is_too_long_does_not_end_the_talk(
     assert talk(folder, monkeypatch, "漢" * 500 + "\na\udcff\nhello\n") == 0
     said = capsys.readouterr()
     assert "the question has" in said.err and "the question is no UTF-8" in said.err
-    assert said.err.count("\n") == 3 and said.out.strip()
+    assert said.err.count("\n") == 2 and said.out.strip()
 
 
 @pytest.mark.parametrize(
