@@ -1,15 +1,17 @@
 """Train a model, on one process or many.
 
     python train_my_ddp.py --data_dir=D --out_dir=R [--resume] [--help]
-    python -m parallel.launch --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R
+    python train_my_ddp.py --nproc 2 configs/demo-cpu.yaml --data_dir=D --out_dir=R
+    python -m parallel.launch --nnodes=2 --nproc_per_node=8 ... train_my_ddp.py ... (also torchrun)
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
-Exit codes, also left in R/exit/rank-N.json as the launcher hides them: 0 finished; 2 the command or the data is wrong;
-75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
+Exit codes, also left in R/exit/rank-N.json as a launcher hides them (--nproc does not): 0 finished; 2 the command or the
+data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 
 The loop is in training/trainer.py; what is built before it, and what is reported, in the other files of that folder.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -20,10 +22,13 @@ from pathlib import Path
 from configurator import parse_config
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from utils import exits
+from utils.job import run_job
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
 
 logger = logging.getLogger("train")
+
+_MOST_PROCESSES = 1024
 
 
 def main(argv: list[str]) -> int:
@@ -108,11 +113,56 @@ def main(argv: list[str]) -> int:
         raise
 
 
+def launch(nproc: int, argv: list[str]) -> int:
+    """Run the command on several processes of this machine; returns the exit code that they meant, see above."""
+    setup_console(0)
+    try:
+        config, _ = parse_config(argv)
+    except ValueError as error:
+        logger.error("train_my_ddp: %s", error)
+        return exits.WRONG_INPUT
+    exit_dir = exit_record_dir() or Path(config.run.out_dir) / "exit"
+    for rank in range(nproc):
+        exits.clear_exit_record(exit_dir, rank)
+    here = Path(__file__).resolve()
+    launcher = [sys.executable, str(here.parent / "parallel" / "launch.py"), "--standalone", "--quiet"]
+    code, _ = run_job([*launcher, f"--nproc_per_node={nproc}", str(here), *argv], exit_dir)
+    return code
+
+
+def run(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        nproc, argv = number_of_processes(argv)
+    except ValueError as error:
+        setup_console(0)
+        logger.error("train_my_ddp: %s", error)
+        return exits.WRONG_INPUT
+    return main(argv) if nproc is None else launch(nproc, argv)
+
+
+def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:
+    """(value of --nproc, the other words): it is about the command, not about the run.
+
+    Raises:
+        ValueError: its value is no number of processes.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nproc")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--nproc: {error.message}") from None
+    if found.nproc is not None and not (found.nproc.isdecimal() and 1 <= int(found.nproc) <= _MOST_PROCESSES):
+        raise ValueError(f"--nproc must be a number of processes, from 1 to {_MOST_PROCESSES}, got {found.nproc}")
+    return found.nproc and int(found.nproc), rest
+
+
 if __name__ == "__main__":
     # Nobody has to read what it prints: all of it is in the run's train.log.
     set_up_output(goes_on=True)
     try:
-        exit_code = main(sys.argv[1:])
+        exit_code = run(sys.argv[1:])
     except Exception:
         exit_code = exits.CRASH
     except KeyboardInterrupt:

@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from configurator import parse_config, resolve
-from docs.launch.with_exit_code import meaning
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
+from utils.job import meaning
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs" / "launch"
