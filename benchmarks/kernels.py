@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", default="", help="names of operations, separated by commas")
-    parser.add_argument("--output", type=a_path, default="", help="a file for the table, instead of stdout")
+    parser.add_argument("--output", type=a_path, help="a file for the table, instead of stdout")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

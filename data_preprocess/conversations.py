@@ -344,7 +344,8 @@ class _Reader:
                 continue
             message, calls, call_id, is_text_of_calls = self._message(value, where)
             if message.role == "tool":
-                message = replace(message, name=results.name_of(call_id, message.name, where))
+                tool, answered = results.origin_of(call_id, message.name, where)
+                message = replace(message, name=tool, call_id=answered)
             elif is_text_of_calls and messages and messages[-1].role == "assistant":
                 # The answer goes on with what it calls.
                 results.also_called(calls)

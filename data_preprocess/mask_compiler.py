@@ -103,13 +103,14 @@ def compile_preference(
     samples = []
     texts = [(*preference.prompt, answer) for answer in (preference.chosen, preference.rejected)]
     pair = [_learnt(template.render(messages, lambda number: number == last, preference.tools)) for messages in texts]
-    prompt = pair[0].spans[-1].begin
-    longer_answer = max(len(rendered.ids) for rendered in pair) - prompt
-    room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
-    header_begin = pair[0].spans[-2].begin if pair[0].spans[-2].is_header else prompt
-    excess = min(max(prompt - room, 0), header_begin - 1)
-    begin = 0 if truncation == "keep_end" else header_begin - 1 - excess
+    longer_answer = max(len(rendered.ids) - rendered.spans[-1].begin for rendered in pair)
     for rendered, messages in zip(pair, texts):
+        # The same for both, unless the template lets the prompt depend on the answer.
+        prompt = rendered.spans[-1].begin
+        room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
+        header_begin = rendered.spans[-2].begin if rendered.spans[-2].is_header else prompt
+        excess = min(max(prompt - room, 0), header_begin - 1)
+        begin = 0 if truncation == "keep_end" else header_begin - 1 - excess
         samples.append(_cut(_without(rendered, begin, begin + excess), messages, max_tokens, len(rendered.ids)))
     if samples[0].ids == samples[1].ids or not all(any(sample.supervised) for sample in samples):
         return None

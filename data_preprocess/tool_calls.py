@@ -15,7 +15,7 @@ class Call:
     id: str
     """Empty if it has none."""
     call: dict
-    """{"type": "function", "function": {"name": str, "arguments": dict}}"""
+    """{"type": "function", "function": {"name": str, "arguments": dict}}, with the id before it if there is one."""
 
     @property
     def name(self) -> str:
@@ -82,9 +82,10 @@ def _call(value: object, where: str) -> Call:
     if not isinstance(arguments, dict):
         raise ValueError(f'{where} has "arguments" that are no object')
     call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
-    _require_unicode(call, where)
-    name = value.get("id")
-    return Call(name if isinstance(name, str) else "", call)
+    _require_unicode(call | {"id": value.get("id")}, where)
+    id = value.get("id")
+    id = id if isinstance(id, str) else ""
+    return Call(id, {"id": id, **call} if id else call)
 
 
 def _require_unicode(value: dict, where: str) -> None:
@@ -97,7 +98,7 @@ def _require_unicode(value: dict, where: str) -> None:
 
 
 class Results:
-    """Results of calls, which must come in the calls' order: templates write neither's id."""
+    """Results of calls, which must come in the calls' order: most templates write no ids."""
 
     def __init__(self):
         self._due: list[Call] = []
@@ -108,22 +109,23 @@ class Results:
     def also_called(self, calls: list[Call]) -> None:
         self._due += calls
 
-    def name_of(self, id: object, name: str, where: str) -> str:
-        """The name of the tool whose result comes now; empty if nobody says it.
+    def origin_of(self, id: object, name: str, where: str) -> tuple[str, str]:
+        """Name of the tool whose result comes now, and id of the call; empty if nobody says it.
 
         Raises:
             ValueError: another call's result is due.
         """
+        own = id if isinstance(id, str) else ""
         if not self._due:
-            return name
+            return name, own
         call = self._due.pop(0)
-        is_of_another = isinstance(id, str) and id and call.id and id != call.id
+        is_of_another = own and call.id and own != call.id
         if is_of_another or (name and name != call.name and any(name == other.name for other in self._due)):
             raise ValueError(
                 f"{where} is the result of another call than the one whose turn it is, {call.name}: put the results "
                 f"into the order of the calls"
             )
-        return name or call.name
+        return name or call.name, own or call.id
 
 
 def texts_of(values: tuple[dict, ...]) -> Iterator[str]:

@@ -175,7 +175,9 @@ def _require_pretraining(data_dir: Path) -> None:
         raise ValueError(f"{data_dir} holds conversations: look at it with `python -m dataset.show_mask {data_dir}`")
 
 
-def open_inspection(path: Path, split: str, max_seq_len: int, tokenizer_dir: str) -> tuple[Inspection, int | None]:
+def open_inspection(
+    path: Path, split: str, max_seq_len: int, tokenizer_dir: str | None
+) -> tuple[Inspection, int | None]:
     """The set that a run or a data directory holds, and the run's seed.
 
     Raises:
@@ -204,9 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="compare all tokens with the shards' checksums")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--max_seq_len", type=int, default=0, help="which index (default: the run's, or the only one)")
-    parser.add_argument(
-        "--tokenizer_dir", type=a_path, default="", help="default: the run's, or the one beside the data"
-    )
+    parser.add_argument("--tokenizer_dir", type=a_path, help="default: the run's, or the one beside the data")
     parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
     args = parser.parse_args(argv)
     try:

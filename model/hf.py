@@ -5,6 +5,7 @@ Qwen's own rules in the place of the tokenizer's. So a model with `qkv_bias` and
 written as a llama whose fourth bias is zero (`as_llama`), with `qkv_bias` beside it, by which it comes back as it was.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,6 +295,8 @@ def _find_weights(directory: str | Path, model: Llama) -> list[_Stored]:
                 target = _EMBEDDING if name == _HEAD and tied else name
                 if target not in known:
                     raise ValueError(f"{file} holds {hf_name}, {_told_unknown(hf_name)}")
+                if name in found and found[name].file == file:
+                    raise ValueError(f"{file} holds {found[name].hf_name} and {hf_name}, the same weight: take one out")
                 if name in found:
                     raise ValueError(f"{hf_name} is in {found[name].file} and in {file}: delete the file not meant")
                 if index and index.get(hf_name) != file.name:
@@ -373,8 +376,8 @@ def load_weights(model: Llama, directory: str | Path) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
 
     Raises:
-        ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized or of another shape;
-            the first such is named.
+        ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
+            not finite; the first such is named.
         OSError: a disk or a network that may be back later.
     """
     targets, besides = dict(model.named_parameters()), []
@@ -382,12 +385,26 @@ def load_weights(model: Llama, directory: str | Path) -> None:
         with _opened(file) as tensors:
             for stored in group:
                 if stored.name in targets:
-                    targets[stored.name].copy_(tensors.get_tensor(stored.hf_name))
+                    weight = tensors.get_tensor(stored.hf_name)
+                    _check_finite(stored, weight)
+                    targets[stored.name].copy_(weight)
                 else:
                     besides.append(stored)
     for stored in besides:
         with _opened(stored.file) as tensors:
             _check_beside(stored, tensors.get_tensor(stored.hf_name), targets[_EMBEDDING])
+
+
+def _check_finite(stored: _Stored, weight: Tensor) -> None:
+    """
+    Raises:
+        ValueError: a value is none, so no score of the model would be.
+    """
+    # The extremes of a tensor with a NaN are NaN; to find them takes less time than to read it.
+    if weight.numel() and not all(math.isfinite(value) for value in weight.aminmax()):
+        raise ValueError(
+            f"{stored.hf_name} in {stored.file} holds values that are not finite: take another copy of the model"
+        )
 
 
 def _check_beside(stored: _Stored, weight: Tensor, embedding: Tensor) -> None:

@@ -75,17 +75,17 @@ class Tokenizer(ABC):
                 others are what people wrote, which stays text.
             also: added tokens that count as special ones.
         Returns:
-            The ids, and for each the number of the piece in which its text begins.
+            The ids, and how many of them end in each piece.
         """
         parts = self._parts(pieces, also)
         texts = iter(self._remembered([text for _, text, token_id in parts if token_id is None]))
         ids: list[int] = []
-        owners: list[int] = []
+        counts = [0] * len(pieces)
         for number, _, token_id in parts:
             new = next(texts) if token_id is None else [token_id]
             ids += new
-            owners += [number] * len(new)
-        return ids, owners
+            counts[number] += len(new)
+        return ids, counts
 
     def _remembered(self, texts: list[str]) -> list[list[int]]:
         """As encode_batch. Roles come again in every conversation, and texts in every sample of one."""
@@ -121,7 +121,7 @@ class Tokenizer(ABC):
 
     @property
     def added_ids(self) -> dict[str, int]:
-        """Added tokens that are no special ones, which text may spell out -> id."""
+        """Added tokens that are no special ones, nor blanks, and that text may spell out -> id."""
         return {}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:

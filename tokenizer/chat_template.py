@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import pairwise
 from typing import NamedTuple
 
 from tokenizer.base import MESSAGE_END, MESSAGE_SEPARATOR, MESSAGE_START, Tokenizer
@@ -83,6 +83,8 @@ class Message:
     """What an assistant asks of tools, as {"type": "function", "function": {"name": str, "arguments": dict}}."""
     name: str = ""
     """Of the tool that answers, or of the speaker."""
+    call_id: str = ""
+    """Of the call that a tool answers, where the data has ids: few templates write them."""
     learnt: bool = True
     """Of an assistant's message: whether the record wants it learnt. Others never are."""
 
@@ -111,6 +113,8 @@ class Rendered:
     """Headers and texts in their order, without gaps."""
 
 
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""What templates call the thoughts that stand apart from an answer's text."""
 _MARK = re.compile("\ufdd2([0-9]+)\ufdd3")
 """A placeholder: noncharacters, which Unicode keeps for a program's own use, round a number."""
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
@@ -122,6 +126,8 @@ class _Marked(NamedTuple):
     messages: list[dict]
     texts: list[str]
     """Of the placeholders, by number."""
+    written: list[str]
+    """What the template writes of them: the same, or as JSON."""
     owners: list[int]
     """For each the number of its message."""
 
@@ -174,6 +180,7 @@ class ChatTemplate:
         self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
         self._look()
         self._control = _any_of([*tokenizer.special_ids, *self._also])
+        self._compare_prompt()
 
     def _usual(self) -> _Usual:
         special = self._tokenizer.special_ids
@@ -212,10 +219,13 @@ class ChatTemplate:
         fits = text[:begin].startswith(asked)
         # Some ask by nothing but the end of the question, and put something between it and the answer.
         self._lead = text[len(asked) : begin] if fits else ""
+        between = self._between_turns()
+        self._end_within = self._look_within(between, alone)
         # Tokens round messages are not for people to write, also where the tokenizer does not call them special.
-        layout = {found[0] for found in self._control.finditer(text[: begin - len(self._lead)])} | {self._end}
+        gaps = text[places[0][-1].end() : begin - len(self._lead)] + between + self._end
+        layout = {found[0] for found in self._control.finditer(gaps)}
         self._also = frozenset(layout & self._tokenizer.added_ids.keys() - set(self._jinja.looks_for))
-        if self._control.search(self._lead):
+        if not self._asks and self._control.search(self._lead):
             self.notes.append(
                 f"the chat template has nothing by which it asks for an answer: {self._lead!r} is learnt with it"
             )
@@ -235,6 +245,43 @@ class ChatTemplate:
                 f"the chat template writes today's date: here it is always {DAY:%d %B %Y}, so that the same "
                 f"conversation stays the same tokens"
             )
+
+    def _compare_prompt(self) -> None:
+        """See whether what is trained on begins with the tokens that ask for it."""
+        talk = [Message("user", "What?"), Message("assistant", "That.")]
+        asked = self.prompt(talk[:1])
+        if not self._opening and self.render(talk).ids[: len(asked)] != asked:
+            self.notes.append(
+                "the prompt that asks for an answer becomes other tokens once the answer follows, as the tokenizer "
+                "joins them: answers are learnt as they stand there"
+            )
+
+    def _between_turns(self) -> str:
+        """What the template writes between an answer and the next question; empty if it refuses."""
+        marked = self._mark([Message("user", "What?"), Message("assistant", "That."), Message("user", "And?")])
+        try:
+            text = self._jinja.render(marked.messages)
+        except ValueError:
+            return ""
+        places = self._places(text, marked)
+        return text[places[1][-1].end() : places[2][0].start()] if all(places) else ""
+
+    def _look_within(self, between: str, alone: str) -> str:
+        """The token that ends an answer which others follow, where it is another one (gpt-oss's); else empty.
+
+        Args:
+            between: see _between_turns.
+            alone: a question by itself.
+        """
+        stop = self._control.search(between)
+        if stop is None or self._end in between:
+            return ""
+        # It may also be what the next message begins with, behind a token that begins a conversation perhaps.
+        begins = self._control.findall(alone.partition("\ufdd2")[0])
+        if stop[0] in begins[:2]:
+            self.notes.append(f"the chat template ends no answer but the last one: {self._end} is learnt there alone")
+            return ""
+        return stop[0]
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -294,19 +341,27 @@ class ChatTemplate:
         Raises:
             ValueError: an unknown role, or something that cannot be told from what the template writes.
         """
-        marked = _Marked([], [], [])
+        marked = _Marked([], [], [], [])
         for number, message in enumerate(messages):
             if message.role not in ROLES:
                 raise ValueError(f'unknown role "{message.role}": it is none of {", ".join(ROLES)}')
             values = {"role": message.role, "content": self._placeholders(message.text, number, marked)}
+            if message.role == "tool" and self._quotes_results:
+                marked.written[:] = [
+                    json.dumps(text, ensure_ascii=False)[1:-1] if owner == number else written
+                    for text, written, owner in zip(marked.texts, marked.written, marked.owners)
+                ]
             if message.reasoning:
-                values["reasoning_content"] = self._placeholders(message.reasoning, number, marked)
+                values[self._reasoning_key or _REASONING_KEYS[0]] = self._placeholders(
+                    message.reasoning, number, marked
+                )
             if message.tool_calls:
                 self._check_no_control(message.tool_calls, "a call of a tool")
                 values["tool_calls"] = [self._call(call) for call in message.tool_calls]
-            if message.name:
-                self._check_no_control(message.name, "a name")
-                values["name"] = message.name
+            for key, value in (("name", message.name), ("tool_call_id", message.call_id)):
+                if value:
+                    self._check_no_control(value, f'a "{key}"')
+                    values[key] = value
             marked.messages.append(values)
         return marked
 
@@ -314,13 +369,15 @@ class ChatTemplate:
         if _NONCHARACTERS.search(text):
             raise ValueError("it holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
         written = ""
-        for part in self._kept.split(text) if self._kept else [text]:
+        only = self._kept and self._kept.fullmatch(text.strip())
+        for part in self._kept.split(text) if self._kept and not only else [text]:
             # Of a known layout it is certain that nothing is stripped, and that empty texts are texts.
             core = part if self._is_known else part.strip()
-            if self._is_known or (core and not (self._kept and self._kept.fullmatch(part))):
+            if self._is_known or only or (core and not (self._kept and self._kept.fullmatch(part))):
                 before, _, after = part.partition(core) if core else ("", "", "")
                 written += f"{before}\ufdd2{len(marked.texts)}\ufdd3{after}"
                 marked.texts.append(core)
+                marked.written.append(core)
                 marked.owners.append(message)
             else:
                 written += part
@@ -338,7 +395,7 @@ class ChatTemplate:
         """Whether it takes the arguments of a call as a text of JSON, as OpenAI does, instead of as a dictionary."""
 
         def works(arguments: object) -> bool:
-            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            call = _a_call(arguments)
             messages = [
                 {"role": "user", "content": "What?"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -349,6 +406,17 @@ class ChatTemplate:
                 return False
 
         return not works({"one": 1}) and works('{"one": 1}')
+
+    @cached_property
+    def _quotes_results(self) -> bool:
+        """Whether it writes the results of tools as JSON, as Llama 3.1's does."""
+        call = self._call(_a_call({}))
+        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        result = {"role": "tool", "content": 'a"b', "name": "f", "tool_call_id": call["id"]}
+        try:
+            return 'a\\"b' in self._jinja.render([*messages, result])
+        except ValueError:
+            return False
 
     def _check_no_control(self, value: object, what: str) -> None:
         text = json.dumps(value, ensure_ascii=False)
@@ -372,15 +440,17 @@ class ChatTemplate:
         if tools and text == self._jinja.render(messages, (), asks):
             raise ValueError('the chat template has no place for tools ("tools" or "functions")')
         if not self._is_known:
-            texts = ("content", "reasoning_content")
-            plain = [{k: self._filled(v, marked) if k in texts else v for k, v in one.items()} for one in messages]
-            if self._jinja.render(plain, tools, asks) != self._filled(text, marked):
+            texts = ("content", *_REASONING_KEYS)
+            plain = [
+                {k: self._filled(v, marked.texts) if k in texts else v for k, v in one.items()} for one in messages
+            ]
+            if self._jinja.render(plain, tools, asks) != self._filled(text, marked.written):
                 raise ValueError("the chat template alters the texts of its messages by more than outer blanks")
         return text
 
     @staticmethod
-    def _filled(text: str, marked: _Marked) -> str:
-        return _MARK.sub(lambda mark: marked.texts[int(mark[1])], text)
+    def _filled(text: str, texts: Sequence[str]) -> str:
+        return _MARK.sub(lambda mark: texts[int(mark[1])], text)
 
     @staticmethod
     def _places(text: str, marked: _Marked) -> list[list[re.Match]]:
@@ -413,21 +483,30 @@ class ChatTemplate:
             ValueError: the template left out something that counts.
         """
         places = self._places(text, marked)
-        begins = sorted(marks[0].start() for marks in places if marks)
+        calls = {
+            number: self._region_of_calls(text, number, message, marked, tools)
+            for number, message in enumerate(messages)
+            if message.tool_calls
+        }
+        begins = sorted([marks[0].start() for marks in places if marks] + [region.begin for region in calls.values()])
         regions: list[_Region] = []
         for number, (message, marks) in enumerate(zip(messages, places)):
             self._check_is_there(number, message, marks, marked, number in learnt)
-            if message.tool_calls:
-                regions.append(self._region_of_calls(text, number, message, marked, tools))
+            if number in calls:
+                regions.append(calls[number])
             elif marks:
                 first, last = self._around(text, marks, marked.messages[number])
                 low = max((m[-1].end() for m in places if m and m[-1].end() <= first), default=0)
-                end = text.find(
-                    self._end, last, next((begin for begin in begins if begin > marks[-1].start()), len(text))
+                limit = next((begin for begin in begins if begin > marks[-1].start()), len(text))
+                begin = self._begin(text, low, first, marks[0].start()) if message.role == "assistant" else first
+                regions.append(_Region(begin, self._end_of(text, last, limit, message.role), number))
+        regions.sort()
+        for before, after in pairwise(regions):
+            if after.begin < before.end:
+                raise ValueError(
+                    f"the chat template does not tell messages {before.message} and {after.message} from each other"
                 )
-                begin = self._begin(text, low, first) if message.role == "assistant" else first
-                regions.append(_Region(begin, end + len(self._end) if end >= 0 else last, number))
-        return sorted(regions)
+        return regions
 
     def _check_is_there(
         self, number: int, message: Message, marks: list[re.Match], marked: _Marked, is_learnt: bool
@@ -436,25 +515,37 @@ class ChatTemplate:
             if is_learnt and not marks and not message.tool_calls:
                 raise ValueError(f"answer {number} says nothing that could be learnt")
             return
-        if message.reasoning and not self._shows_reasoning and (is_learnt or not self._opening.strip()):
+        if message.reasoning and not self._reasoning_key and (is_learnt or not self._opening.strip()):
             raise ValueError(
                 f'the chat template has no place for thoughts ("reasoning_content"), as message {number} has them'
             )
         if is_learnt:
-            raise ValueError(
-                f"the chat template leaves out a part of answer {number}, such as the thoughts of an earlier one, and "
-                f"it is to be learnt: --sft_loss=split makes every answer the last one of a sample"
-            )
+            told = f"the chat template leaves out a part of answer {number}, which is to be learnt"
+            if self._keeps_thoughts and (message.reasoning or "</think>" in message.text):
+                told += ", such as thoughts of an earlier one: --sft_loss=split makes every answer the last of a sample"
+            raise ValueError(told)
         # A thought may go once the answer is given.
         if message.role != "assistant" or not (marks or message.tool_calls):
             raise ValueError(f"the chat template leaves out message {number} ({message.role}) or a part of it")
 
     @cached_property
-    def _shows_reasoning(self) -> bool:
-        """Whether the last answer of a conversation keeps its thoughts."""
-        messages = [Message("user", "What?"), Message("assistant", "That.", reasoning="Well.")]
-        marked = self._mark(messages)
-        return len(self._places(self._jinja.render(marked.messages), marked)[1]) == 2
+    def _reasoning_key(self) -> str:
+        """What the template calls thoughts that stand apart from the text; empty if it shows none."""
+        shown = (key for key in _REASONING_KEYS if self._keeps({"content": "\ufdd20\ufdd3", key: "\ufdd21\ufdd3"}))
+        return next(shown, "")
+
+    @cached_property
+    def _keeps_thoughts(self) -> bool:
+        """Whether it leaves thoughts within the text in the last answer."""
+        return self._keeps({"content": "<think>\n\ufdd20\ufdd3\n</think>\n\n\ufdd21\ufdd3"})
+
+    def _keeps(self, answer: dict[str, str]) -> bool:
+        """Whether both placeholders of a last answer are in what it writes."""
+        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", **answer}]
+        try:
+            return sorted(mark[1] for mark in _MARK.finditer(self._jinja.render(messages))) == ["0", "1"]
+        except ValueError:
+            return False
 
     @staticmethod
     def _around(text: str, marks: list[re.Match], message: dict) -> tuple[int, int]:
@@ -466,10 +557,20 @@ class ChatTemplate:
         begin = first - len(before) if text.endswith(before, 0, first) else first
         return begin, last + len(after) if text.startswith(after, last) else last
 
-    def _begin(self, text: str, low: int, high: int) -> int:
-        """Where an answer begins whose first placeholder is at `high`: behind the prompt that asks for one."""
+    def _end_of(self, text: str, low: int, high: int, role: str) -> int:
+        """Where a message ends whose text ends at `low`: behind the token that ends answers."""
+        place, end = text.find(self._end, low, high), self._end
+        if place < 0 and role == "assistant" and self._end_within:
+            place, end = text.find(self._end_within, low, high), self._end_within
+        return low if place < 0 else place + len(end)
+
+    def _begin(self, text: str, low: int, high: int, mark: int) -> int:
+        """Where an answer begins whose text begins at `high` and whose first placeholder is at `mark`: behind the
+        prompt that asks for one."""
         if self._asks:
             place = text.rfind(self._asks, low, high)
+            # What the template stripped, or what the prompt gives away, may look like the text's own beginning.
+            place = text.rfind(self._asks, low, mark) if place < 0 else place
             return high if place < 0 else place + len(self._asks)
         return high - len(self._lead) if text[low:high].endswith(self._lead) else high
 
@@ -482,6 +583,9 @@ class ChatTemplate:
             ValueError: the template has no place for calls, or what it writes depends on what follows.
         """
         asked = self._jinja.render(marked.messages[:number], tools, add_generation_prompt=True)
+        if not text.startswith(asked):
+            # The prompt may begin the answer with a tag that an answer without thoughts does not show.
+            asked = asked.removesuffix(self._opening)
         done = self._jinja.render(marked.messages[: number + 1], tools)
         begin = place = len(asked)
         for call in message.tool_calls:
@@ -518,16 +622,22 @@ class ChatTemplate:
 
     def _encode(self, pieces: Iterator[_Piece]) -> Rendered:
         pieces = list(pieces)
-        ids, owners = self._tokenizer.encode_pieces([(one.text, one.is_layout) for one in pieces], self._also)
+        ids, counts = self._tokenizer.encode_pieces([(one.text, one.is_layout) for one in pieces], self._also)
         supervised: list[bool] = []
         spans: list[Span] = []
-        for owner, run in groupby(owners):
-            piece, begin = pieces[owner], len(supervised)
-            supervised += [piece.is_learnt] * len(list(run))
+        for piece, count in zip(pieces, counts):
+            begin = len(supervised)
+            supervised += [piece.is_learnt] * count
             if spans and (spans[-1].message, spans[-1].is_header) == (piece.message, piece.is_header):
                 begin = spans.pop().begin
-            spans.append(Span(piece.message, begin, len(supervised), piece.is_header))
+            if begin < len(supervised):
+                spans.append(Span(piece.message, begin, len(supervised), piece.is_header))
         return Rendered(ids, supervised, spans)
+
+
+def _a_call(arguments: object) -> dict:
+    """To see what a template makes of one."""
+    return {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
@@ -539,5 +649,5 @@ def _cut(text: str, marked: _Marked) -> Iterator[tuple[str, bool]]:
     """(text, whether the template wrote it)."""
     for index, part in enumerate(_MARK.split(text)):
         is_layout = index % 2 == 0
-        if filled := part if is_layout else marked.texts[int(part)]:
+        if filled := part if is_layout else marked.written[int(part)]:
             yield filled, is_layout

@@ -9,7 +9,7 @@ that no user text can forge a control token. Special tokens enter a sequence by 
 import hashlib
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from itertools import accumulate, compress, groupby, takewhile
@@ -150,8 +150,13 @@ class HFBBPETokenizer(Tokenizer):
         texts = [text if token_id is None else _layout_name(token_id) for _, text, token_id in parts]
         with panics_as_errors():
             encoding = self._of_layouts(also).encode("".join(texts), add_special_tokens=False)
-        ends = list(accumulate(map(len, texts)))
-        return encoding.ids, [parts[bisect_right(ends, begin)][0] for begin, _ in encoding.offsets]
+        meant = set(self.special_ids.values()) | {self.added_ids[token] for token in also}
+        if sum(token_id in meant for token_id in encoding.ids) != plain.count(False):
+            raise ValueError("the tokenizer does not find its own special tokens within a text")
+        ends, counts = list(accumulate(map(len, texts))), [0] * len(pieces)
+        for begin, end in encoding.offsets:
+            counts[parts[bisect_left(ends, max(begin + 1, end))][0]] += 1
+        return encoding.ids, counts
 
     def _of_layouts(self, also: frozenset[str]) -> LibraryTokenizer:
         """As `_plain`, but special tokens are such, and so are those of `also`, under names that nobody writes."""
@@ -168,7 +173,8 @@ class HFBBPETokenizer(Tokenizer):
 
     @cached_property
     def added_ids(self) -> dict[str, int]:
-        return {text: token_id for token_id, text in self._added_texts.items()}
+        added = self._used["added_tokens"]
+        return {one["content"]: one["id"] for one in added if not one["special"] and one["content"].strip()}
 
     def _library_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]

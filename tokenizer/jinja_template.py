@@ -73,8 +73,6 @@ class JinjaTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
             )
-        except MemoryError:
-            raise
         except _Refusal as error:
             raise ValueError(f"the chat template refuses it: {_line(error)}") from None
         except Exception as error:

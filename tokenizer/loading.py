@@ -91,7 +91,15 @@ def _with_special_tokens_map(directory: Path, config: dict | None) -> dict | Non
     named = parsed("special_tokens_map.json", text)
     if not isinstance(named, dict):
         raise ValueError("special_tokens_map.json names no tokens")
-    return (config or {}) | named
+    return (config or {}) | {name: _as_in_config(value) for name, value in named.items()}
+
+
+def _as_in_config(value: object) -> object:
+    """A token of a special_tokens_map.json as a tokenizer_config.json spells it: there, transformers refuses one that
+    does not say what it is."""
+    if isinstance(value, list):
+        return [_as_in_config(one) for one in value]
+    return {"__type": "AddedToken"} | value if isinstance(value, dict) and "content" in value else value
 
 
 def _content(path: Path) -> bytes:

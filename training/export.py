@@ -14,7 +14,7 @@ from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, P
 from tokenizer.chat_template import ChatTemplate
 from utils.files import atomic_write, atomic_write_json
 
-_SENTENCE_PIECE = "tokenizer.model"
+_SENTENCE_PIECE, _ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Export:
     generation: GenerationConfig
     for_chat: bool
     """Of a model that is taught to answer."""
-    sentence_piece: bytes | None
-    """The tokenizer.model of the folder that the model came from: llama.cpp's converter takes the scores of the pieces
-    from it, and without it a tokenizer that gives other ids."""
+    sentence_piece: dict[str, bytes]
+    """Name -> content of the tokenizer.model of the folder that the model came from, and of the added_tokens.json
+    beside it: llama.cpp's converter takes the scores of the pieces from the one, and without it a tokenizer that gives
+    other ids; what was added to them it looks for in the other, where the configuration does not tell."""
 
     @property
     def as_llama(self) -> bool:
@@ -35,8 +36,9 @@ class Export:
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""
         self.tokenizer.save_pretrained(directory)
-        if self.sentence_piece is not None and not (directory / _SENTENCE_PIECE).exists():
-            atomic_write(directory / _SENTENCE_PIECE, self.sentence_piece)
+        for name, content in self.sentence_piece.items():
+            if not (directory / name).exists():
+                atomic_write(directory / name, content)
         if self.for_chat:
             _make_it_for_chat(self.tokenizer, directory)
 
@@ -50,13 +52,14 @@ def plan_export(task_type: str, tokenizer: Tokenizer, weights: Path | None) -> E
     Raises:
         ValueError: a file in that folder is not as it should be.
     """
-    for_chat, sentence_piece = task_type != "pretrain", None
+    for_chat, sentence_piece = task_type != "pretrain", {}
     if weights is None:
         source = GenerationConfig((), next(iter(tokenizer.begin_ids), None), tokenizer.special_ids.get(PAD))
     else:
         source = read_generation_config(weights)
         if (weights / _SENTENCE_PIECE).is_file():
-            sentence_piece = (weights / _SENTENCE_PIECE).read_bytes()
+            kept = [path for name in (_SENTENCE_PIECE, _ADDED_TOKENS) if (path := weights / name).is_file()]
+            sentence_piece = {path.name: path.read_bytes() for path in kept}
     ends = _ends_of_answers(tokenizer, ChatTemplate(tokenizer)) if for_chat else [tokenizer.eod_id]
     return Export(tokenizer, source.ending_with(ends), for_chat, sentence_piece)
 
@@ -68,12 +71,13 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     if tokenizer.chat_template is None:
         atomic_write(directory / CHAT_TEMPLATE_NAME, template.source.encode())
     end_id = _ends_of_answers(tokenizer, template)[0]
-    # A template that writes eos_token itself would lay conversations out differently.
-    if end_id == tokenizer.eod_id or "eos_token" in template.source:
+    texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
+    # A template that writes eos_token itself would lay conversations out differently. And an end that was added as text
+    # would become a special token by that name: another tokenizer than the data's.
+    if end_id == tokenizer.eod_id or "eos_token" in template.source or end_id not in texts:
         return
     path = directory / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
-    texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     values["eos_token"] = texts[end_id]
     if END_OF_DOCUMENT not in tokenizer.special_ids:
         # Where this folder is read here, documents end as before: its tokens are the same data's.

@@ -59,7 +59,10 @@ def _quoted(text: str) -> str:
 
 
 def a_path(text: str) -> str:
-    """For argparse, as an argument's type: `expand`, with its sentence as argparse wants it."""
+    """For argparse, as an argument's type: `expand`, with its sentence as argparse wants it. An empty one, as where the
+    shell knew no variable of a name, is refused: it would be the working directory."""
+    if not text:
+        raise ArgumentTypeError("the path is empty: give one, or leave it out")
     try:
         return expand(text)
     except ValueError as error:

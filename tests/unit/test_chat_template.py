@@ -321,12 +321,18 @@ def test_text_forges_nothing_in_any_template(tmp_path: Path):
         layout.render([Message("user", "\ufdd20\ufdd3"), Message("assistant", "no")])
 
 
-def test_tokens_round_messages_are_control_tokens_whatever_the_tokenizer_calls_them(tmp_path: Path):
-    """DeepSeek's <｜User｜> and <｜Assistant｜> are no special ones; nobody can write them all the same."""
-    with_template(TRIMS, tmp_path)
+@pytest.mark.parametrize("pipeline", ["byte level", "metaspace"])
+def test_tokens_round_messages_are_control_tokens_whatever_the_tokenizer_calls_them(pipeline: str, tmp_path: Path):
+    """DeepSeek's tokens of users and assistants are no special ones; nobody can write them all the same. Line ends that
+    are tokens, as Gemma's, are everybody's."""
+    with_template(TRIMS, tmp_path, pipeline)
     definition = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in ("<|user|>", "<|assistant|>", "<|end|>")
+    last = max(token["id"] for token in definition["added_tokens"])
+    definition["added_tokens"].append(
+        {**definition["added_tokens"][0], "content": "\n", "id": last + 1, "special": False}
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     layout, ids = ChatTemplate(ours), ours.added_ids
@@ -340,6 +346,117 @@ def test_tokens_round_messages_are_control_tokens_whatever_the_tokenizer_calls_t
         "<|assistant|>",
         "<|end|>",
     ]
+
+
+CALLS_ALONE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ '<|tool|>' + m.content | tojson + '<|end|>' }}"
+    "{% elif m.tool_calls %}{{ '<|assistant|>' }}{% for c in m.tool_calls %}"
+    "{{ c.function.name + ':' + c.function.arguments | tojson + ':' + c.id }}{% endfor %}{{ '<|end|>' }}"
+    "{% if m.content %}{{ '<|assistant|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% else %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}{{ '<|end|>' }}{% endif %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""A question has no end of its own, a call no text, a result is JSON, and calls have ids: DeepSeek's, Llama 3.1's and
+Mistral's ways."""
+
+
+def test_calls_without_a_text(tmp_path: Path):
+    """Nothing is written twice, results stay what they are, and ids come through."""
+    ours, theirs = with_template(CALLS_ALONE, tmp_path)
+    layout = ChatTemplate(ours)
+    calls = ({"id": "call-1", **CALLS[0]},)
+    talk = [Message("user", "a"), Message("assistant", "", tool_calls=calls), Message("tool", '{"b": "c\\d"}\n')]
+    talk.append(Message("assistant", "e"))
+    rendered = layout.render(talk)
+    assert rendered.ids == theirs.apply_chat_template(as_dicts(talk))["input_ids"]
+    learnt = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
+    assert ours.decode(learnt) == 'look:{"what": "the \\"sky\\""}:call-1<|end|>e<|end|>'
+
+
+@pytest.mark.parametrize(
+    "template, answer, learnt, note",
+    [
+        # The template strips what looks like the end of the prompt, and the tokenizer does where it is not the end.
+        ("{{ '<|assistant|>\n\n' + a.strip() + '<|end|>' }}|<|assistant|>\n\n", "\n\nb", "b<|end|>",
+         "becomes other tokens"),
+        # The prompt ends with what the answer begins with.
+        ("{{ '<|assistant|><think>\n' + a.removeprefix('<think>\n') + '<|end|>' }}|<|assistant|><think>\n",
+         "<think>\nb", "b<|end|>", ""),
+        # The prompt ends within a token.
+        ("{{ '<|assistant|>: ' + a + '<|end|>' }}|<|assistant|>: ", "text", " text<|end|>", ""),
+    ],
+)  # fmt: skip
+def test_where_an_answer_begins(template: str, answer: str, learnt: str, note: str, tmp_path: Path):
+    written, asks = template.replace("a.", "m.content.").replace("+ a +", "+ m.content +").split("|<|", 1)
+    whole = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|end|>' }}{% else %}"
+        + written + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|" + asks + "' }}{% endif %}"
+    )  # fmt: skip
+    ours, theirs = with_template(whole.replace("\n", "\\n"), tmp_path)
+    layout, talk = ChatTemplate(ours), [Message("user", "q"), Message("assistant", answer)]
+    rendered = layout.render(talk)
+    assert rendered.ids == theirs.apply_chat_template(as_dicts(talk))["input_ids"]
+    found = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
+    assert ours.decode(found) == learnt
+    assert [note in one for one in layout.notes] == ([True] if note else [])
+
+
+@pytest.mark.parametrize("within", ["<|user|>", "</s>", ""])
+def test_answers_that_others_follow_may_end_otherwise(within: str, tmp_path: Path):
+    """With a token of their own (gpt-oss); with none, which is said: what the next message begins with is no end."""
+    end = f"{{% if loop.last %}}<|end|>{{% else %}}{within if within != '<|user|>' else ''}{{% endif %}}"
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}" + end
+        + "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )  # fmt: skip
+    layout = ChatTemplate(with_template(template, tmp_path)[0])
+    talk = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    rendered = layout.render(talk)
+    learnt = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
+    assert layout._tokenizer.decode(learnt) == ("b</s>d<|end|>" if within == "</s>" else "bd<|end|>")
+    assert [("is learnt there alone" in note) for note in layout.notes] == ([] if within == "</s>" else [True])
+
+
+def test_an_answer_that_is_a_word_the_template_looks_for(tmp_path: Path):
+    ours, theirs = with_template(THINKS, tmp_path)
+    talk = [Message("user", "</think>"), Message("assistant", "</think>")]
+    with pytest.raises(ValueError, match="alters the texts"):
+        ChatTemplate(ours).render(talk)
+    plain = THINKS.replace("'</think>' in text", "'</think>' in 'no'")
+    ours, theirs = with_template(plain, tmp_path)
+    assert ChatTemplate(ours).render(talk).ids == theirs.apply_chat_template(as_dicts(talk))["input_ids"]
+
+
+def test_what_a_template_calls_thoughts(tmp_path: Path):
+    layout = ChatTemplate(with_template(THINKS.replace("reasoning_content", "thinking"), tmp_path)[0])
+    talk = [Message("user", "a"), Message("assistant", "c", reasoning="b")]
+    assert layout._tokenizer.decode(layout.render(talk).ids).endswith("<think>\nb\n</think>\n\nc<|im_end|>\n")
+
+
+def test_special_tokens_that_are_not_found_within_a_text(tmp_path: Path):
+    """Rather than to train on the letters of their names."""
+    with_template(WITH_TOOLS, tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:
+        token["single_word"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match="does not find its own special tokens"):
+        ChatTemplate(load_tokenizer(tmp_path)).render([Message("user", "a"), Message("assistant", "b")])
+
+
+def test_tokens_that_a_system_text_speaks_of_are_everybodys(tmp_path: Path):
+    """As in SmolLM3, which explains <think> to the model: an answer may say it."""
+    with_template("{{ '<s>Think between <think> and </think>.' }}" + TRIMS.removeprefix("{{ bos_token }}"), tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(token["id"] for token in definition["added_tokens"])
+    added = {**definition["added_tokens"][0], "special": False, "rstrip": False}
+    definition["added_tokens"] += [
+        {**added, "content": text, "id": last + 1 + n} for n, text in enumerate(["<think>", "</think>"])
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    talk = [Message("user", "a"), Message("assistant", "<think>b</think>c")]
+    assert ChatTemplate(ours).render(talk).ids == theirs.apply_chat_template(as_dicts(talk))["input_ids"]
 
 
 def test_thoughts_of_an_earlier_answer(tmp_path: Path):

@@ -141,6 +141,17 @@ def with_template(made: Foreign, end: str) -> Foreign:
     return made
 
 
+def end_added_as_text(directory: Path) -> Foreign:
+    """As `add_tokens` does, and added_tokens.json of old folders: no special token, until somebody calls it one."""
+    made = llama3(directory)
+    path = directory / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    last = max(definition["added_tokens"], key=lambda token: token["id"])
+    definition["added_tokens"].append({**last, "id": last["id"] + 1, "content": "<|done|>", "special": False})
+    path.write_text(json.dumps(definition))
+    return made
+
+
 @pytest.mark.parametrize(
     ("make", "end", "eos_token"),
     [
@@ -150,6 +161,8 @@ def with_template(made: Foreign, end: str) -> Foreign:
         (llama3, "eos_token", "<|end_of_text|>"),
         (llama3, "'<|eot_id|>' + eos_token", "<|end_of_text|>"),
         (llama2, "'</s>'", "</s>"),
+        # Its name would make another token of it, also where people wrote it.
+        (end_added_as_text, "'<|done|>'", "<|end_of_text|>"),
         (gpt2, "'<|endoftext|>'", "<|endoftext|>"),
     ],
 )
@@ -158,7 +171,9 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
     made = with_template(make(tmp_path / "source"), end)
     source, tokenizer = folder(made.folder, {}), load_tokenizer(made.folder)
     before = (tokenizer.eod_id, tokenizer.fingerprint, tokenizer.begin_ids)
-    (made.folder / "tokenizer.model").write_bytes(b"scores")
+    beside = {"tokenizer.model": b"scores", "added_tokens.json": b"{}"}
+    for name, content in beside.items():
+        (made.folder / name).write_bytes(content)
     for number, task in enumerate(("sft", "pretrain", "dpo")):
         export = plan_export(task, tokenizer, source)
         source = folder(tmp_path / str(number), export.generation.token_ids)
@@ -169,8 +184,8 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
         assert theirs.eos_token == eos_token
         assert theirs("one two")["input_ids"] == [*tokenizer.begin_ids, *tokenizer.encode("one two")]
         assert tokenizer.chat_template.startswith("{% for m in messages %}")
-        # From which llama.cpp takes the scores of pieces.
-        assert (source / "tokenizer.model").read_bytes() == b"scores"
+        # From which llama.cpp takes the scores of pieces, and what was added to them.
+        assert {name: (source / name).read_bytes() for name in beside} == beside
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])

@@ -1,6 +1,7 @@
 """Folders of Hugging Face that people bring: odd ones end with a sentence, old ones load."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -208,7 +209,7 @@ ODD_WEIGHTS = {
     ),
     # Of GPT-2, whose folders have them; a llama's carry something else under such a name.
     "a mask": ({"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}, "masked_bias"),
-    "the same twice": ({"norm.weight": torch.ones(16)}, "norm.weight is in .* and in "),
+    "the same twice": ({"norm.weight": torch.ones(16)}, "holds model.norm.weight and norm.weight, the same weight"),
 }
 
 
@@ -219,6 +220,15 @@ def test_odd_weights_are_refused_by_name(case: str, tmp_path: Path):
     for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Llama(SMALL), tmp_path)):
         with pytest.raises(ValueError, match=message):
             read()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtype, tmp_path: Path):
+    """Their text would be the first entry of the vocabulary again and again, or an error of torch's."""
+    save(write(tmp_path), {NORM: torch.tensor([1.0, value] * 8, dtype=dtype)})
+    with pytest.raises(ValueError, match=f"{NORM} in .*model.safetensors holds values that are not finite: "):
+        hf.load_weights(Llama(SMALL), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_what_cannot_be_expanded_is_refused_by_name(path: str, problem: str):
         a_path(path)
 
 
+def test_an_empty_argument_is_not_the_working_directory():
+    with pytest.raises(argparse.ArgumentTypeError, match="is empty"):
+        a_path("")
+
+
 def test_a_home_that_is_empty_does_not_become_the_root(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "")
     with pytest.raises(ValueError, match="no home directory"):

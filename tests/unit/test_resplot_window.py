@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -320,6 +321,10 @@ def test_what_stands_beside_the_cursor_is_of_the_curves(open_window: OpenWindow,
     for place, value in ((10.0, float(smoothed[9])), (9.0, 7.5)):
         assert canvas.place(loss, canvas.point(loss, place, value)) == pytest.approx((place, value))
     assert canvas.point(loss, 1e9, 1.0) is None and canvas.point(loss, 10.0, math.nan) is None
+    # A panel of other runs, which end sooner or later, has its line at the same step.
+    longer = replace(loss, x_range=(0.0, 2 * loss.x_range[1]))
+    assert canvas.place(longer, QPointF(canvas.across(longer, 15.0), 0))[0] == pytest.approx(15.0)
+    assert canvas.across(replace(loss, x_range=(0.0, 9.0)), 15.0) is None
     # Of more than there is room for, those beside the cursor.
     move(window, at(loss, 0.5, 0.5))
     height = canvas.place(loss, at(loss, 0.5, 0.5))[1]
@@ -358,7 +363,9 @@ def test_columns_sort(open_window: OpenWindow, tmp_path: Path):
         return [window.header.topLevelItem(n).text(0) for n in range(4)]
 
     def click(column: int) -> list[str]:
-        window.header.header().sectionClicked.emit(column)
+        head = window.header.header()
+        place = QPoint(head.sectionViewportPosition(column) + 8, head.height() // 2)
+        QTest.mouseClick(head.viewport(), Qt.LeftButton, Qt.NoModifier, place)
         return names()
 
     as_named = names()

@@ -1088,19 +1088,25 @@ ODD: dict[str, tuple[Callable[[], LibraryTokenizer], Callable[[dict], object]]] 
 }
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
+FORM = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "place, eos",
+    [("tokenizer_config.json", "</s>"), ("special_tokens_map.json", "</s>")]
+    + [("special_tokens_map.json", {"content": "</s>", **FORM})],
+)
 @pytest.mark.parametrize("name", ODD)
-def test_odd_and_old_folders(tmp_path: Path, name: str, place: str):
+def test_odd_and_old_folders(tmp_path: Path, name: str, place: str, eos: object):
     """What is harmless is no reason to refuse them."""
     make, edit = ODD[name]
     definition = json.loads(make().to_str())
     if not any(token["content"] == "</s>" for token in definition["added_tokens"]):
         largest = max(definition["model"]["vocab"].values())
-        form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        definition["added_tokens"].append({"content": "</s>", "id": largest + 1, "special": True, **form})
+        definition["added_tokens"].append({"content": "</s>", "id": largest + 1, "special": True, **FORM})
     edit(definition)
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    (tmp_path / place).write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / place).write_text(json.dumps({"eos_token": eos}))
     ours, theirs = load_tokenizer(tmp_path), auto_tokenizer(tmp_path)
     rng = random.Random(0)
     texts = [random_text(rng, 40) for _ in range(30)] + [english(rng, 30), "</s", "s> def return", "  a\n\tb"]
@@ -1110,6 +1116,7 @@ def test_odd_and_old_folders(tmp_path: Path, name: str, place: str):
     assert ours.eod_id not in forged and ours.decode(forged).strip() == "a </s>"
     ours.save_pretrained(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").fingerprint == ours.fingerprint
+    assert auto_tokenizer(tmp_path / "copy").eos_token_id == ours.eod_id
 
 
 def word_piece() -> LibraryTokenizer:

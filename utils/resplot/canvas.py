@@ -226,9 +226,9 @@ class Canvas(QWidget):
         painter.setPen(pen)
         x, y = self.place(panel, self._mouse)
         for other in self._picture.panels:
-            left, top, right, bottom = other.box
-            at = left + (self._mouse.x() - panel.box[0]) / (panel.box[2] - panel.box[0]) * (right - left)
-            painter.drawLine(QPointF(at, top), QPointF(at, bottom))
+            at = self.across(other, x)
+            if at is not None:
+                painter.drawLine(QPointF(at, other.box[1]), QPointF(at, other.box[3]))
         painter.drawLine(QPointF(panel.box[0], self._mouse.y()), QPointF(panel.box[2], self._mouse.y()))
         font = QFont(self.font())
         font.setPointSizeF(max(font.pointSizeF() * 0.9, 7.0))
@@ -260,17 +260,21 @@ class Canvas(QWidget):
                 painter.drawEllipse(at, 3.5, 3.5)
         painter.restore()
 
+    def across(self, panel: DrawnPanel, x: float) -> float | None:
+        """Where a place on the x axis lies on the screen, if it does; panels of other runs reach over other steps."""
+        left, _, right, _ = panel.box
+        x0, x1 = self.ranges(panel)[0]
+        share = (x - x0) / (x1 - x0)
+        return left + share * (right - left) if 0 <= share <= 1 else None
+
     def point(self, panel: DrawnPanel, x: float, y: float) -> QPointF | None:
         """Where a value lies on the screen, if it does."""
-        left, top, right, bottom = panel.box
-        (x0, x1), y_range = self.ranges(panel)
-        if not math.isfinite(y) or panel.log_y and y <= 0:
+        at, y_range = self.across(panel, x), self.ranges(panel)[1]
+        if at is None or not math.isfinite(y) or panel.log_y and y <= 0:
             return None
         (y0, y1), (y, _) = _scaled(y_range, panel.log_y), _scaled((y, y), panel.log_y)
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        if not (0 <= across <= 1 and 0 <= up <= 1):
-            return None
-        return QPointF(left + across * (right - left), bottom - up * (bottom - top))
+        share = (y - y0) / (y1 - y0)
+        return QPointF(at, panel.box[3] - share * (panel.box[3] - panel.box[1])) if 0 <= share <= 1 else None
 
     def read_off(self, panel: DrawnPanel, x: float) -> list[Reading]:
         """Each curve's point nearest to x, of those that reach it."""

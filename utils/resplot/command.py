@@ -4,12 +4,13 @@ import argparse
 import getpass
 import locale
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.paths import a_path
-from utils.resplot.qt import WITHOUT_WINDOW
+from utils.resplot.qt import WITHOUT_WINDOW, debian_package
 from utils.resplot.runs import plain
 from utils.resplot.sources import Host, Place, labels, open_hosts
 from utils.resplot.text import LANGUAGES
@@ -93,8 +94,10 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
             # It is installed, but a library of the system that it needs is not.
+            library = re.search(r"lib\S+\.so\.\d+", str(error))
+            where = f" (on Debian and Ubuntu: apt install {debian_package(library[0])})" if library else ""
             without = "" if args.png else f"; {WITHOUT_WINDOW}"
-            return _fail(f"{error.name or 'a package'} cannot be loaded: {plain(error)}{without}")
+            return _fail(f"{error.name or 'a package'} cannot be loaded: {plain(error)}{where}{without}")
         return _fail(f"{error.name} is missing: pip install -r requirements-viewer.txt")
     return show(args)
 
