@@ -5,8 +5,8 @@
     python -m parallel.launch --nnodes=2 --nproc_per_node=8 ... train_my_ddp.py ... (also torchrun)
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
-Exit codes, also left in R/exit/rank-N.json as a launcher hides them (--nproc does not): 0 finished; 2 the command or the
-data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
+Exit codes, also left in R/exit/rank-N.json as a launcher hides them (--nproc does not): 0 finished; 2 the command or
+the data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 
 The loop is in training/trainer.py; what is built before it, and what is reported, in the other files of that folder.
 """

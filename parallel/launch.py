@@ -399,8 +399,9 @@ def launch(argv: list[str]) -> int:
     """
     args = parser_of_flags().parse_args(argv)
     if args.quiet:
-        # torch's agent tells each rank's end, and then all of it again in a table.
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        # torch's agent tells each rank's end, and then all of it again in a table; and that each rank has one thread.
+        for name in ("torch.distributed.elastic", "torch.distributed.run"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         place = find_place(args)
         args.rdzv_backend, args.rdzv_conf, args.rdzv_endpoint, args.node_rank = _BACKEND, "", place.where, 0

@@ -1,6 +1,5 @@
 """Run a launcher of several ranks, and end with what they meant: a launcher turns every exit code into 1."""
 
-import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,13 @@ def run_job(command: Sequence[str], exit_dir: Path, env: Mapping[str, str] | Non
 
     Args:
         exit_dir: where the ranks leave their exit records.
-        env: added to the environment.
+        env: the command's environment; this process's by default.
     Returns:
         exit code and reason, see meaning.
     Raises:
         OSError: the command cannot be started.
     """
-    launcher = subprocess.Popen(command, env=os.environ | dict(env or {}), start_new_session=True)
+    launcher = subprocess.Popen(command, env=env, start_new_session=True)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, lambda got, _frame: _hand_on(launcher, got))
     returncode = launcher.wait()

@@ -11,6 +11,7 @@ SIGTERM goes on to the ranks, which save and end. Not to the launcher, which wou
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         return WRONG_INPUT
     with tempfile.TemporaryDirectory(prefix="zero2all-exit-") as directory:
         try:
-            code, reason = run_job(args.command, Path(directory), {"ZERO2ALL_EXIT_DIR": directory})
+            code, reason = run_job(args.command, Path(directory), os.environ | {"ZERO2ALL_EXIT_DIR": directory})
         except (FileNotFoundError, PermissionError) as error:
             print(f"with_exit_code: {args.command[0]} cannot be started: {error.strerror}", file=sys.stderr)
             return WRONG_INPUT
