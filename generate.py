@@ -211,20 +211,26 @@ class Chat:
         return ids
 
 
+_HELP = "/reset forgets what was said, /help says this, /exit or Ctrl-D ends, Ctrl-C ends an answer"
+
+
 def talk(chat: Chat) -> None:
     """A conversation in the terminal, until the input ends."""
     interactive = sys.stdin.isatty()
     if interactive:
-        print("/reset forgets what was said, /exit or Ctrl-D ends, Ctrl-C ends an answer", file=sys.stderr)
+        print(_HELP, file=sys.stderr)
     while True:
         try:
             question = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        if question == "/exit":
+        # Who wants to leave should not have to read how.
+        if question.lower() in ("/exit", "/quit", "exit", "quit"):
             return
         if question == "/reset":
             chat.reset()
+        elif question.startswith("/") and question[1:].isalpha():
+            print(_HELP if question == "/help" else f"{question} is no command. {_HELP}", file=sys.stderr)
         elif question:
             say(chat, question)
 
@@ -290,7 +296,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.chat:
             prompt, room = [], context // 2
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
-            for note in ChatTemplate(tokenizer).notes:
+            template = ChatTemplate(tokenizer)
+            notes = list(template.notes)
+            if template.end_id not in folder_stops:
+                notes.append(
+                    "nothing in the folder says that the model was taught to end an answer: it may never have seen a "
+                    "conversation, for which --task_type=sft is there"
+                )
+            for note in notes:
                 print(f"generate: {note}", file=sys.stderr)
         else:
             # As transformers' tokenizer of the same folder does. A chat template writes its own.

@@ -1,447 +1,34 @@
 """Train a model, on one process or many.
 
     python train_my_ddp.py --data_dir=D --out_dir=R [--resume] [--help]
-    python -m parallel.launch --nproc_per_node=2 train_my_ddp.py configs/demo-cpu.yaml --data_dir=D --out_dir=R
+    python train_my_ddp.py --nproc 2 configs/demo-cpu.yaml --data_dir=D --out_dir=R
+    python -m parallel.launch --nnodes=2 --nproc_per_node=8 ... train_my_ddp.py ... (also torchrun)
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
-Exit codes, also left in R/exit/rank-N.json as the launcher hides them: 0 finished; 2 the command or the data is wrong;
-75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
+Exit codes, also left in R/exit/rank-N.json as a launcher hides them (--nproc does not): 0 finished; 2 the command or
+the data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 
-Trainer.train is the loop and Trainer._step a step of it. What is built before, and what is reported, is in training/.
+The loop is in training/trainer.py; what is built before it, and what is reported, in the other files of that folder.
 """
 
+import argparse
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 
-import torch
-
-from configurator import Config, parse_config
-from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_batches
-from optimizer import StepResult
-from parallel import DistContext, DistributedDataParallel, destroy_context, init_context
-from parallel.context import exit_record_dir, launch_token, launched_rank, launched_world_size
-from parallel.replicas import require_same_weights
-from parallel.spans import span
-from training import report
-from training.build import build
-from training.build_model import to_device
-from training.build_optimizer import learning_rate
-from training.data import prepare_data
-from training.progress import Unlogged
-from training.records import start_records
-from training.saving import add_share
+from configurator import parse_config
+from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from utils import exits
+from utils.job import run_job
 from utils.logging import log_traceback, setup_console
-from utils.meter import StepMeter
-from utils.saving import SaveOutcome
 from utils.terminal import INTERRUPTED, set_up_output
 
 logger = logging.getLogger("train")
 
-
-class StopRequest:
-    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __call__(self, signum: int, _frame: object) -> None:
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-class Trainer:
-    """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong.
-
-    Args:
-        given: names of the flags that were given.
-        data_dirs: set -> its pretokenized directory.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        given: frozenset[str],
-        context: DistContext,
-        stop: StopRequest,
-        data_dirs: dict[str, Path],
-    ):
-        self.config, self.context, self.stop = config, context, stop
-        self.last_save = time.monotonic()
-        self.skipped_in_a_row, self.save_due, self.save_waits = 0, False, False
-        self.poisoned: str | None = None
-        self.compared_at = -1
-        self.train_loss: float | None = None
-        self.unlogged: Unlogged | None = None
-        # Position behind the samples of the step that is being done.
-        self.next_sample = 0
-        with ExitStack() as resources:
-            built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
-            self.reslog, self.flops = start_records(built)
-            # Data and DPO's reference are read or made: what follows is training.
-            self.launched = time.perf_counter()
-            # Released at the end; here, if anything failed.
-            self.resources = resources.pop_all()
-        self.data, self.derived, self.loader, self.progress = built.data, built.derived, built.loader, built.progress
-        self.run_dir, self.out_dir = built.run_dir, built.run_dir.path
-        self.heartbeat, self.saver = built.run_dir.heartbeat, built.run_dir.saver
-        self.model, self.task, self.scaler, self.optimizer = built.model, built.task, built.scaler, built.optimizer
-        self.ddp, self.powersgd, self.zero1 = built.parallel.ddp, built.parallel.powersgd, built.parallel.zero1
-        # The position that a checkpoint holds is not the run's any more if samples were left out.
-        self.saved_step = self.progress.step if self.run_dir.resumed_from and not built.left_out else -1
-        self.last_good = self.run_dir.chosen.name if self.run_dir.chosen else None
-
-    def train(self) -> int:
-        """Run to the last step, or until a stop is requested; returns the exit code."""
-        progress, max_iters = self.progress, self.derived.max_iters
-        valid_interval, save_interval = self.config.data.valid_interval, self.config.run.save_interval
-        if progress.step >= max_iters:
-            logger.info("nothing left to do: the run is at step %d of %d", progress.step, max_iters)
-        self.model.train()
-        self.meter, self.first_step = StepMeter(progress.samples_consumed), progress.step
-        self.profile = report.open_profile(self.built, self._aside)
-        # Of before the first step, such as for the weights of a resumed run.
-        self.ddp.waits.take()
-        if self.built.left_out:
-            logger.info("left out the samples at positions %d to %d, as asked", *self.built.left_out)
-            self._save(valid_loss=None)
-        elif progress.step < max_iters:
-            self.saver.reserve(partial(add_share, self.built))
-        phase = "compile" if self.config.system.compile else "step"
-        while progress.step < max_iters:
-            self.heartbeat.beat(phase, progress.step)
-            phase = "step"
-            if not self.profile.step(progress.step + 1, self._step):
-                return self._stop()
-            finished = progress.step == max_iters
-            valid_loss = None
-            if self.data.valid is not None and (finished or _is_due(progress.step, valid_interval)):
-                with self.ddp.waits.uncounted():
-                    valid_loss = self.validate()
-            # In a streak, the weights may be what is wrong: a save waits for the first good step.
-            self.save_waits |= valid_loss is not None or self.save_due or _is_due(progress.step, save_interval)
-            if finished or (self.save_waits and not self.in_streak):
-                self._log_step()
-                self._save(valid_loss, must=finished)
-        self._settle_save(must=True)
-        self._end(finished=True)
-        return exits.OK
-
-    @property
-    def in_streak(self) -> bool:
-        """Whether steps are being skipped. In float16, one is how the loss scale is found."""
-        return self.skipped_in_a_row > (1 if self.scaler.enabled else 0)
-
-    def _stop(self) -> int:
-        """All ranks are here, as one was asked to stop: save, and leave."""
-        self._log_step()
-        try:
-            self._settle_save()
-            if self.in_streak:
-                self._keep_last_good(f"gradients were not finite in the last steps ({self.skipped_in_a_row} skipped)")
-            elif self.saved_step != self.progress.step:
-                self._save(valid_loss=None, must=True)
-        except FloatingPointError as error:
-            self._keep_last_good(str(error))
-        self._end(finished=False)
-        return exits.STOPPED
-
-    def _keep_last_good(self, why: str) -> None:
-        last = f"{self.last_good} stays the newest checkpoint" if self.last_good else "there is no checkpoint yet"
-        logger.warning("step %d is not saved: %s; %s", self.progress.step, why, last)
-
-    def _end(self, finished: bool) -> None:
-        """All is saved: write what was traced, record the end, and say where everything is."""
-        self.profile.finish()
-        # Nobody starts a run again that has ended, if only to clean up.
-        self.saver.wait_for_prune()
-        self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
-        if not finished:
-            # Before any rank has said how it ends, a death means another launch, which must hear the request.
-            self.context.barrier()
-        if self.run_dir.place.is_first_of_store:
-            with suppress(OSError):
-                self.run_dir.stop_file.unlink(missing_ok=True)
-        steps_now, seconds = self.progress.step - self.first_step, time.perf_counter() - self.launched
-        report.report_end(self.reslog, self.built, finished, steps_now, seconds, self.train_loss)
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Around what takes long and is not training time."""
-        self.heartbeat.beat("save", self.progress.step)
-        started = time.perf_counter()
-        yield
-        self.meter.leave_out(time.perf_counter() - started)
-
-    def _step(self) -> bool:
-        """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
-        progress, parallel = self.progress, self.config.parallel
-        waited = time.perf_counter()
-        with span("data wait"):
-            batches = next(self.loader)
-        waited = time.perf_counter() - waited
-        count, tokens, digest, stop = self._agree(batches)
-        if stop:
-            return False
-        self._refuse_poison()
-
-        self.next_sample = batches.last + 1
-        lr = learning_rate(self.config, progress.step, self.derived.max_iters)
-        self._prepare_hooks(lr)
-        loss_sum, metrics = self._forward_backward(batches.micro_batches, count)
-        self.ddp.finish_grad_sync()
-        self.saver.before_update()
-        with span("optimizer"):
-            result = self._finish_step(lr)
-        if result.skipped:
-            self._on_skipped_step(result.grad_norm)
-        else:
-            self.skipped_in_a_row = 0
-        is_zero = self.optimizer.zero_grad and not result.skipped
-        if not (is_zero or parallel.overlap_zero_grad_buffer):
-            with span("zero gradients"):
-                self.ddp.zero_grad()
-
-        progress.step += 1
-        progress.samples_consumed = batches.last + 1
-        progress.tokens += tokens
-        self.meter.add_step(batches.last, tokens, digest, waited, comm_wait=self.ddp.waits.take())
-        self.unlogged = Unlogged(loss_sum, metrics, max(count, 1), lr, result.grad_norm)
-        if self.powersgd is not None and self.powersgd.measure and not result.skipped:
-            report.report_compression(self.reslog, progress.step, self.powersgd)
-        if _is_due(progress.step, parallel.replica_check_interval):
-            self._compare_replicas()
-        if _is_due(progress.step, self.config.run.log_interval):
-            self._log_step()
-        return True
-
-    def _agree(self, batches: Step) -> tuple[int, int, int, bool]:
-        """What all ranks must know before a step: how many terms the loss of the whole global batch has, which the
-        backward pass needs; its tokens; the digest of its samples; whether any rank was asked to stop. Also whether a
-        save is due, and what became of the one in flight: all in one collective."""
-        digest = sum(batch_digest(batch) for batch in batches.micro_batches)
-        count = sum(self.task.count(batch) for batch in batches.micro_batches)
-        tokens = sum(num_tokens(batch) for batch in batches.micro_batches)
-        agreed = torch.tensor(
-            [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self._stop_asked(), self._save_asked(),
-             *self.saver.signs()]
-        )  # fmt: skip
-        with span("agree"):
-            count, tokens, digest_low, digest_high, stop, save, failed, done = self.context.all_sum(agreed).tolist()
-        if failed or done == self.context.world_size:
-            self._report_save(self.saver.conclude())
-        self.save_due = bool(save)
-        return count, tokens, (digest_high << 32) + digest_low, bool(stop)
-
-    def _stop_asked(self) -> bool:
-        """By a signal to this rank, or a file in the run directory."""
-        # (Path.exists would end the run where the file cannot be looked at.)
-        return self.stop.requested or (self.run_dir.place.is_first_of_store and os.path.exists(self.run_dir.stop_file))
-
-    def _save_asked(self) -> bool:
-        """By the first rank's clock."""
-        minutes = self.config.run.save_interval_minutes
-        return self.context.is_main and minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
-
-    def _prepare_hooks(self, learning_rate: float) -> None:
-        """For what happens to a bucket of gradients while the backward pass goes on."""
-        parallel = self.config.parallel
-        if self.powersgd is not None or parallel.overlap_optim_step:
-            self.saver.before_update()
-        if parallel.overlap_optim_step:
-            self.optimizer.begin_overlapped_step(learning_rate)
-        if self.powersgd is not None:
-            self.powersgd.measure = _is_due(self.progress.step + 1, parallel.powerSGD_log_interval)
-
-    def _forward_backward(self, micro_batches: list[Batch], count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This rank's micro-batches; gradients are reduced with the last one. Returns sums of losses and of metrics."""
-        context = self.context
-        if self.task.uses_prepass:
-            with span("prepass"):
-                sums = sum(self.task.prepass(self._to_device(batch)) for batch in micro_batches)
-                self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
-        loss_scale = self.scaler.scale / max(count, 1)
-        # A fused loss rounds its gradient before it is scaled; float16 alone would lose something by that.
-        self.task.grad_scale = loss_scale if self.scaler.enabled else 1.0
-        loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
-        metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
-        for index, batch in enumerate(micro_batches):
-            is_last = index == len(micro_batches) - 1
-            with nullcontext() if is_last else self.ddp.no_sync():
-                with span("forward"):
-                    loss_sum, _, sums = self.task(self._to_device(batch))
-                with span("backward"):
-                    (loss_sum * loss_scale).backward()
-            loss_total += loss_sum.detach()
-            for name, value in sums.items():
-                metrics[name] += value
-        return loss_total, metrics
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return to_device(batch, self.model, self.context.device)
-
-    def _finish_step(self, learning_rate: float) -> StepResult:
-        """Gradients are summed (with overlap_optim_step: and stepped with): the rest of the step."""
-        if self.config.parallel.overlap_optim_step:
-            result = self.optimizer.end_overlapped_step()
-            if self.zero1 is not None:
-                self.zero1.start_gathers()
-        else:
-            result = self.optimizer.step(learning_rate, self.zero1.gather if self.zero1 else None)
-        if self.zero1 is not None and not self.zero1.overlap_gather:
-            self.zero1.wait()
-        return result
-
-    def _compare_replicas(self) -> None:
-        """
-        Raises:
-            ReplicaDrift: the ranks' weights differ; on all ranks.
-        """
-        if self.zero1 is not None:
-            with self.ddp.waits.uncounted():
-                self.zero1.wait()
-        with span("compare replicas"):
-            require_same_weights(self.context, self.model.parameters(), self.progress.step)
-        self.compared_at = self.progress.step
-
-    def _on_skipped_step(self, grad_norm: float) -> None:
-        """All ranks are here together: the norm is of the summed gradients."""
-        self.skipped_in_a_row += 1
-        fp16 = self.scaler.enabled
-        logger.warning(
-            "step %d skipped: the gradient norm is %s%s", self.progress.step + 1, grad_norm,
-            f"; loss scale lowered to {self.scaler.scale:g}" if fp16 else "",
-        )  # fmt: skip
-        if self.config.parallel.check_for_nan_in_grad and not fp16:
-            names = self.ddp.nonfinite_parameters or ["none on this rank"]
-            raise FloatingPointError(f"non-finite gradients at step {self.progress.step + 1} in: {', '.join(names)}")
-        if self.skipped_in_a_row >= self.config.optimizer.max_skipped_steps:
-            raise FloatingPointError(f"gradients were not finite for {self.skipped_in_a_row} steps in a row")
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over the validation set, bit for bit the same on any number of ranks: the set is always cut into
-        the same batches, and their exact sums are added in one order."""
-        context, flags = self.context, self.config.data
-        started = time.perf_counter()
-        count, batches = validation_batches(
-            self.data.valid, flags.valid_batch_size, flags.valid_iters, context.rank, context.world_size
-        )
-        self.model.eval()
-        names = self.task.metric_names
-        table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
-        for index, batch in batches:
-            self.heartbeat.beat("validate", self.progress.step)
-            loss_sum, terms, sums = self.task(self._to_device(batch))
-            row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
-            table[index] = torch.tensor(row, dtype=torch.float64)
-        self.model.train()
-        loss_sum, terms, *sums = (math.fsum(column) for column in context.all_sum(table).T.tolist())
-        figures = self.task.figures(loss_sum, terms, dict(zip(names, sums)))
-        seconds = time.perf_counter() - started
-        if not self.config.run.valid_only:
-            self.meter.leave_out(seconds)
-        report.report_validation(self.reslog, self.progress.step, self.task, figures, terms, seconds)
-        return figures["loss"]
-
-    def _log_step(self) -> None:
-        """Log the last step, and what was read since the last record. Also before a save, whatever the log interval, so
-        that the records of a run that is killed later cover every sample that its checkpoint has consumed."""
-        if self.unlogged is None:
-            return
-        last, self.unlogged = self.unlogged, None
-        sums = self.context.all_sum(torch.stack([last.loss_sum, *last.metrics.values()]).cpu()).tolist()
-        figures = self.task.figures(sums[0], last.count, dict(zip(last.metrics, sums[1:])))
-        self.train_loss = figures["loss"]
-        if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
-            torch.cuda.synchronize()
-        report.report_step(
-            self.reslog, self.progress, self.derived.max_iters, last, figures, self.meter.read(), self.flops
-        )
-
-    def _save(self, valid_loss: float | None, must: bool = False) -> None:
-        """Save the present state in the background; all ranks take part, each with its share of the optimizer state.
-
-        Args:
-            must: wait for it, and fail with it; see _settle_save.
-        """
-        self.heartbeat.beat("save", self.progress.step)
-        self._settle_save()
-        self.save_waits = False
-        started = time.perf_counter()
-        if self.zero1 is not None:
-            with self.ddp.waits.uncounted():
-                self.zero1.wait()
-        if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
-            self._compare_replicas()
-        writer = self.saver.begin(self.progress.step)
-        add_share(self.built, writer)
-        # The last step of a run may lie in a streak: then it pushes nothing out.
-        self.saver.start(writer, valid_loss, prune=not self.in_streak)
-        self.meter.leave_out(time.perf_counter() - started)
-        self.last_save = time.monotonic()
-        if must or not self.saver.background:
-            self._settle_save(must)
-
-    def _settle_save(self, must: bool = False) -> None:
-        """Wait until the save in flight, if there is one, is whole on all ranks or has failed.
-
-        Raises:
-            OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
-            FloatingPointError: the weights are not finite. Raised on all ranks, and what was there stays.
-        """
-        started = time.perf_counter()
-        if self.saver.in_flight:
-            self.heartbeat.beat("save", self.progress.step)
-        outcome = self.saver.settle()
-        self.meter.leave_out(time.perf_counter() - started)
-        if outcome is not None:
-            self._report_save(outcome)
-            self._refuse_poison()
-            if must and outcome.problem is not None:
-                raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
-
-    def _report_save(self, outcome: SaveOutcome) -> None:
-        """All ranks agree on what became of a save."""
-        if outcome.problem is None:
-            self.saved_step, self.last_good = outcome.step, outcome.name
-        elif outcome.poisoned:
-            self.poisoned = f"the weights of step {outcome.step} are of no use: {outcome.problem}"
-        report.report_save(self.reslog, self.run_dir.ckpt_dir, outcome)
-
-    def _refuse_poison(self) -> None:
-        """
-        Raises:
-            FloatingPointError: a save has found weights that are not finite; on all ranks.
-        """
-        if self.poisoned is not None:
-            raise FloatingPointError(self.poisoned)
-
-    def close(self) -> None:
-        self.loader.close()
-        if isinstance(self.ddp, DistributedDataParallel):
-            self.ddp.close()
-        if self.reslog is not None:
-            self.reslog.close()
-        self.release()
-
-    def release(self) -> None:
-        """Let a save in flight finish, and another process have the run directory."""
-        self.resources.close()
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+_MOST_PROCESSES = 1024
 
 
 def main(argv: list[str]) -> int:
@@ -472,6 +59,12 @@ def main(argv: list[str]) -> int:
             config, given = parse_config(argv)
             exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
             exits.clear_exit_record(exit_dir, rank)
+            # All of it imports torch, which takes seconds: what is wrong with the command is said before.
+            from parallel import destroy_context, init_context
+            from training import report
+            from training.data import prepare_data
+            from training.trainer import StopRequest, Trainer
+
             # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
             data_dirs = prepare_data(config, given)
             stop = StopRequest()
@@ -520,11 +113,56 @@ def main(argv: list[str]) -> int:
         raise
 
 
+def launch(nproc: int, argv: list[str]) -> int:
+    """Run the command on several processes of this machine; returns the exit code that they meant, see above."""
+    setup_console(0)
+    try:
+        config, _ = parse_config(argv)
+    except ValueError as error:
+        logger.error("train_my_ddp: %s", error)
+        return exits.WRONG_INPUT
+    exit_dir = exit_record_dir() or Path(config.run.out_dir) / "exit"
+    for rank in range(nproc):
+        exits.clear_exit_record(exit_dir, rank)
+    here = Path(__file__).resolve()
+    launcher = [sys.executable, str(here.parent / "parallel" / "launch.py"), "--standalone", "--quiet"]
+    code, _ = run_job([*launcher, f"--nproc_per_node={nproc}", str(here), *argv], exit_dir)
+    return code
+
+
+def run(argv: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    try:
+        nproc, argv = number_of_processes(argv)
+    except ValueError as error:
+        setup_console(0)
+        logger.error("train_my_ddp: %s", error)
+        return exits.WRONG_INPUT
+    return main(argv) if nproc is None else launch(nproc, argv)
+
+
+def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:
+    """(value of --nproc, the other words): it is about the command, not about the run.
+
+    Raises:
+        ValueError: its value is no number of processes.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nproc")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"--nproc: {error.message}") from None
+    if found.nproc is not None and not (found.nproc.isdecimal() and 1 <= int(found.nproc) <= _MOST_PROCESSES):
+        raise ValueError(f"--nproc must be a number of processes, from 1 to {_MOST_PROCESSES}, got {found.nproc}")
+    return found.nproc and int(found.nproc), rest
+
+
 if __name__ == "__main__":
     # Nobody has to read what it prints: all of it is in the run's train.log.
     set_up_output(goes_on=True)
     try:
-        exit_code = main(sys.argv[1:])
+        exit_code = run(sys.argv[1:])
     except Exception:
         exit_code = exits.CRASH
     except KeyboardInterrupt:

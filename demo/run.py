@@ -13,13 +13,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from utils.exits import STOPPED, read_exit_records, verdict
+from utils.exits import STOPPED
 from utils.machine import cpu_name
 from utils.paths import a_path
 from utils.reslog import read_reslog
@@ -40,23 +39,20 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"the demo stopped: the command above ended with exit code {code}")
 
 
-def run_until_half(command: list[str], run_dir: Path, stop_step: int, num_ranks: int) -> None:
+def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
     """Start training, ask it to stop once it has done `stop_step` steps, and check that it saved and said so."""
     show(command)
     reslog = run_dir / "reslog.jsonl"
     asked = False
-    # The launcher answers the signal with some lines of its own, which are shown only if something went wrong.
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(_executable(command), cwd=ROOT, stderr=errors)
-        while process.poll() is None:
-            time.sleep(0.2)
-            if not asked and reslog.exists() and any(r.get("step", 0) >= stop_step for r in read_reslog(reslog)):
-                print(f"$ kill -TERM {process.pid}    # as a scheduler would, in the middle of the run", flush=True)
-                process.send_signal(signal.SIGTERM)
-                asked = True
-        if verdict((r["code"] for r in read_exit_records(run_dir / "exit")), num_ranks) != STOPPED:
-            errors.seek(0)
-            raise SystemExit(f"{errors.read()}\nthe demo stopped: training should have stopped on request, but did not")
+    process = subprocess.Popen(_executable(command), cwd=ROOT)
+    while process.poll() is None:
+        time.sleep(0.2)
+        if not asked and reslog.exists() and any(r.get("step", 0) >= stop_step for r in read_reslog(reslog)):
+            print(f"$ kill -TERM {process.pid}    # as a scheduler would, in the middle of the run", flush=True)
+            process.send_signal(signal.SIGTERM)
+            asked = True
+    if process.returncode != STOPPED:
+        raise SystemExit("the demo stopped: training should have stopped on request, but did not")
 
 
 def _executable(command: list[str]) -> list[str]:
@@ -100,8 +96,8 @@ def main() -> int:
 
     def training(config: str, data_dir: str, out_dir: str, max_iters: int, *more: str) -> list[str]:
         return [
-            "python", "-m", "parallel.launch", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
-            f"configs/{config}.yaml", f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}",
+            "python", "train_my_ddp.py", "--nproc", str(args.nproc), f"configs/{config}.yaml",
+            f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}",
             f"--dtype={args.dtype}", *more,
         ]  # fmt: skip
 
@@ -118,7 +114,7 @@ def main() -> int:
     stages: list[tuple[str, Callable[[], None]]] = [
         *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data)),
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
-            train, ROOT / run_dir, args.max_iters // 2, args.nproc)),
+            train, ROOT / run_dir, args.max_iters // 2)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
         ("audit: no sample lost or repeated", lambda: run(["python", "-m", "dataset.audit", run_dir])),
         ("complete held-out functions", lambda: run(

@@ -1,6 +1,14 @@
 """The llama-style model. It knows nothing of data files or of other processes."""
 
 from model.config import LlamaConfig
-from model.llama import KVCache, Llama
 
 __all__ = ["KVCache", "Llama", "LlamaConfig"]
+
+
+def __getattr__(name: str) -> object:
+    """What needs torch, when somebody asks for it: a configuration is checked without, in a tenth of the time."""
+    if name in ("KVCache", "Llama"):
+        from model import llama
+
+        return getattr(llama, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,7 +44,7 @@ class TrainCommand:
                 f"the training command {lacks}: write it after --, with what runs it, as in `-- python -m "
                 f"parallel.launch --nproc_per_node=2 train_my_ddp.py FLAGS`"
             )
-        command = TrainCommand(tuple(words[:script]), words[script], tuple(words[script + 1 :]))
+        command = _launched(TrainCommand(tuple(words[:script]), words[script], tuple(words[script + 1 :])))
         if command.is_torchrun and command._torchrun_flag("max_restarts") not in (None, "0"):
             raise ValueError("leave --max_restarts out of the launcher's flags: restarting is the monitor's work")
         return command
@@ -122,6 +122,22 @@ class TrainCommand:
             launcher[-2:] = [str(_LAUNCH)]
         added = launcher_flags if words else []
         return [*launcher, *added, *rest, self.script, *self.flags, *flags]
+
+
+def _launched(command: TrainCommand) -> TrainCommand:
+    """`python train_my_ddp.py --nproc=N` as the launcher's command that it comes to: who restarts a job holds its ranks
+    by the launcher itself."""
+    nproc = command.flag("nproc")
+    if nproc is None or command.is_torchrun:
+        return command
+    flags, words = [], iter(command.flags)
+    for word in words:
+        if word == "--nproc":
+            next(words, None)
+        elif not word.startswith("--nproc="):
+            flags.append(word)
+    launcher = (*command.launcher, *_OURS, "--standalone", f"--nproc_per_node={nproc}")
+    return TrainCommand(launcher, command.script, tuple(flags))
 
 
 def _is_launch(word: str) -> bool:

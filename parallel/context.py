@@ -1,7 +1,7 @@
 """Which process this is, and how it reaches the others.
 
-The only place that reads the environment. Two process groups, each used by one thread, so that the order of
-collectives on a group is the same on all ranks:
+With launched.py the only place that reads the environment. Two process groups, each used by one thread, so that the
+order of collectives on a group is the same on all ranks:
 
     grad_group      NCCL or gloo; belongs to the comm stream (gradients, later also parameters)
     control_group   gloo; belongs to the main thread (token counts, norms, validation, saves)
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.launched import launched_rank, launched_world_size
 from parallel.listen import (
     LOOPBACK,
     bind,
@@ -118,32 +119,6 @@ class DistContext:
     def barrier(self) -> None:
         if self.control_group is not None:
             dist.barrier(group=self.control_group)
-
-
-def launched_rank() -> int:
-    """The rank that torchrun gave to this process, 0 without it; known before any group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """The number of ranks that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_node() -> int:
-    """The number that torchrun gave to this node, 0 without it."""
-    return int(os.environ.get("GROUP_RANK", "0"))
-
-
-def launch_token() -> str:
-    """What the monitor calls this launch on this node; empty without it."""
-    return os.environ.get("ZERO2ALL_LAUNCH", "")
-
-
-def exit_record_dir() -> Path | None:
-    """Where the launcher wants exit records, if it says so."""
-    directory = os.environ.get("ZERO2ALL_EXIT_DIR")
-    return Path(directory) if directory else None
 
 
 def asked_interface() -> str | None:

@@ -21,6 +21,7 @@ of arrival. A later attempt (--max_restarts) meets anew in the same store; its r
 """
 
 import json
+import logging
 import socket
 import sys
 import time
@@ -83,9 +84,12 @@ class Place:
 
 
 def parser_of_flags() -> ArgumentParser:
-    """torchrun's own; --node_rank that is not given is None."""
+    """torchrun's own; --node_rank that is not given is None. And --quiet."""
     parser = get_args_parser()
     parser.prog = "python -m parallel.launch"
+    parser.add_argument(
+        "--quiet", action="store_true", help="leave it to the ranks to say why they ended, unless they were killed"
+    )
     # Where torchrun's environment variable is set, the default is that.
     if parser.get_default("node_rank") == 0:
         parser.set_defaults(node_rank=None)
@@ -375,6 +379,15 @@ def _say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
+def _say_failure(error: ChildFailedError, is_quiet: bool) -> None:
+    """Which rank ended first, and how. A rank that ended by itself has said so, and why."""
+    rank, failure = error.get_first_failure()
+    if not is_quiet:
+        _say(str(error).strip())
+    elif failure.exitcode < 0:
+        _say(f"rank {rank} was killed by {failure.signal_name()}")
+
+
 def launch(argv: list[str]) -> int:
     """Run a torchrun command line.
 
@@ -385,6 +398,10 @@ def launch(argv: list[str]) -> int:
         SystemExit: the flags are wrong, or --help.
     """
     args = parser_of_flags().parse_args(argv)
+    if args.quiet:
+        # torch's agent tells each rank's end, and then all of it again in a table; and that each rank has one thread.
+        for name in ("torch.distributed.elastic", "torch.distributed.run"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         place = find_place(args)
         args.rdzv_backend, args.rdzv_conf, args.rdzv_endpoint, args.node_rank = _BACKEND, "", place.where, 0
@@ -408,7 +425,9 @@ def launch(argv: list[str]) -> int:
 
     try:
         run()
-    except (ChildFailedError, RendezvousError) as error:
+    except ChildFailedError as error:
+        _say_failure(error, args.quiet)
+    except RendezvousError as error:
         _say(str(error).strip())
     except SignalException as error:
         _say(f"ended by {error.sigval.name}")

@@ -1,5 +1,6 @@
-"""What train_my_ddp.py builds before its loop, and what it reports. Only that file imports this package.
+"""The loop of a run, what is built before it, and what it reports. Only train_my_ddp.py imports this package.
 
+trainer.py          the loop and a step of it
 build.py            all of the following in order, and the dataclass that holds it
 run_dir.py          the run directory, and the checkpoint in it to resume from
 data.py             both sets and the tokenizer

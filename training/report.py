@@ -185,7 +185,7 @@ def _resume_command(context: DistContext | None, out_dir: Path) -> str:
     if context.world_size == 1:
         return f"python train_my_ddp.py {flags}"
     if context.local_world_size == context.world_size:
-        return f"python -m parallel.launch --nproc_per_node={context.world_size} train_my_ddp.py {flags}"
+        return f"python train_my_ddp.py --nproc {context.world_size} {flags}"
     return "the same command on every node, with --resume"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configurator import CONFIG_NAME, Config, parse_log_ranks
 from parallel import DistContext
-from parallel.context import launch_token, launched_node
+from parallel.launched import launch_token, launched_node
 from utils import checkpoint as ckpt
 from utils.fetching import CheckpointFiles
 from utils.heartbeat import Heartbeat, write_stacks_on_signal

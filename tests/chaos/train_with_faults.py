@@ -20,7 +20,7 @@ from random import Random
 import torch
 
 from optimizer import MixedPrecisionOptimizer, StepResult
-from parallel.context import launch_token
+from parallel.launched import launch_token
 from tasks.language_model import LanguageModelTask
 from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
 from utils import checkpoint, saving, sinks

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_my_ddp
+import training.trainer as trainer_module
 from model import flops
 from model.hf import to_hf_name
 from optimizer import LossScaler, MixedPrecisionOptimizer
@@ -125,7 +126,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     choice        the last rank would take another implementation of attention
     """
     kind, _, number = (what or "").partition(" ")
-    trainer, task, rank = train_my_ddp.Trainer, LanguageModelTask, int(os.environ["RANK"])
+    trainer, task, rank = trainer_module.Trainer, LanguageModelTask, int(os.environ["RANK"])
     with pytest.MonkeyPatch.context() as patch:
         # These take time and matter to no test here.
         patch.setattr(flops, "device_peak_flops", lambda *_: 1e11)

@@ -181,6 +181,24 @@ def wait_for_step(process: subprocess.Popen, case: list[str], step: int) -> None
     raise AssertionError(f"step {step} was not reached: {process.stdout.read() if process.poll() is not None else ''}")
 
 
+def test_the_training_starts_its_processes_itself(flags: list[str], tmp_path: Path):
+    """A stop and a mistake end with their exit codes, and with the sentences of the ranks alone."""
+    case = elsewhere(flags, tmp_path / "run")
+    batch, steps = SPLITS[2]
+    sizes = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={steps}", "--max_iters=100000"]
+    command = [sys.executable, "train_my_ddp.py", "--nproc", "2", *case, *sizes]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(process, case, 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "Traceback" not in output and "python train_my_ddp.py --nproc 2 --resume" in output.splitlines()[-3]
+    assert {r["code"] for r in read_exit_records(tmp_path / "run" / "exit")} == {75}
+    again = subprocess.run([*command, "--resume", "--seed=8"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and not again.stderr, again.stderr
+    assert len(again.stdout.splitlines()) == 2 and "seed" in again.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[str]], tmp_path: Path, ranks: int):

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import train_my_ddp
+import training.trainer as trainer_module
 from data_preprocess import pretokenize_sft_data
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import Plan
@@ -139,7 +140,7 @@ def test_the_reference_is_the_same_on_any_number_of_ranks(data: Data, runs: Plan
 
 def die_in_step(case: list[str], step: int) -> None:
     """All ranks are killed after `step` steps."""
-    original = train_my_ddp.Trainer._step
+    original = trainer_module.Trainer._step
 
     def dying(self) -> bool:
         if self.progress.step == step:
@@ -148,7 +149,7 @@ def die_in_step(case: list[str], step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self)
 
-    train_my_ddp.Trainer._step = dying
+    trainer_module.Trainer._step = dying
     train_my_ddp.main(case)
 
 

@@ -88,7 +88,8 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model = Llama(config)
     model.initialize(0)
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
-    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, tokenizer.eod_id))
+    ends = [ChatTemplate(tokenizer).end_id, tokenizer.eod_id]
+    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, ends))
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -107,6 +108,19 @@ def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert answers[0] == answers[1] and answers[0].strip()
     assert talk(folder, monkeypatch, "", "--prompt", "hello") == 0
     assert capsys.readouterr().out == answers[0]
+
+
+def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """That is said, once; of a model whose folder names the end of a message, nothing is."""
+    assert talk(folder, monkeypatch, "quit\n") == 0
+    assert not capsys.readouterr().err
+    untaught = shutil.copytree(folder, tmp_path / "untaught")
+    config = json.loads((untaught / "config.json").read_text())
+    (untaught / "config.json").write_text(json.dumps(config | {"eos_token_id": config["eos_token_id"][1]}))
+    assert talk(untaught, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
+    said = capsys.readouterr()
+    assert said.err.count("may never have seen a conversation") == 1 and not said.out
+    assert "/forget is no command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
 
 
 def test_a_question_that_is_too_long_does_not_end_the_talk(

@@ -26,6 +26,7 @@ from demo.corpus import copy_standard_library
 from model import Llama, LlamaConfig
 from monitor.command import TrainCommand
 from parallel.launch import parser_of_flags
+from train_my_ddp import number_of_processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(
@@ -132,6 +133,7 @@ def check_launch(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_training(flags: list[str]) -> None:
+    _, flags = number_of_processes(flags)
     if not any(re.match(r"--(train_)?data_dir\b", flag) for flag in flags):
         flags = [*flags, "--data_dir=O"]
     if "--help" not in flags:

@@ -2,6 +2,8 @@
 
 import ast
 import fnmatch
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,15 @@ ALLOWED = {
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # All but the scripts: with train_my_ddp.py, it is the one place that sees everything.
     "training": {
-        "configurator", "data_preprocess", "dataset", "model", "optimizer", "parallel", "tasks", "tokenizer", "utils",
+        "configurator",
+        "data_preprocess",
+        "dataset",
+        "model",
+        "optimizer",
+        "parallel",
+        "tasks",
+        "tokenizer",
+        "utils",
     },  # fmt: skip
     "monitor": {"utils"},
     "monitor_process": {"monitor", "utils"},
@@ -69,10 +79,17 @@ def test_model_knows_nothing_of_other_processes():
         assert "torch.distributed" not in path.read_text(encoding="utf-8"), path
 
 
+def test_a_command_line_is_judged_without_torch(capfd: pytest.CaptureFixture):
+    """Its import takes seconds, and a slip of the keyboard should not."""
+    judge = "import sys, train_my_ddp as t; n = t.main(sys.argv[1:]); sys.exit(99 if 'torch' in sys.modules else n)"
+    assert subprocess.run([sys.executable, "-c", judge, "--hiden_size=3"], cwd=ROOT).returncode == 2
+    assert "did you mean --hidden_size?" in capfd.readouterr().out
+
+
 def test_the_environment_is_read_in_one_place():
     for package in ("model", "dataset", "optimizer", "tasks", "utils", "tokenizer", "parallel", "training"):
         for path in (ROOT / package).rglob("*.py"):
-            if path.name != "context.py":
+            if path.name not in ("context.py", "launched.py"):
                 assert "os.environ" not in path.read_text(encoding="utf-8"), path
     assert "os.environ" not in (ROOT / "train_my_ddp.py").read_text(encoding="utf-8")
 

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from configurator import parse_config, resolve
-from docs.launch.with_exit_code import meaning
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
+from train_my_ddp import number_of_processes
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
+from utils.job import meaning
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs" / "launch"
@@ -344,3 +345,21 @@ def test_sigterm_goes_to_the_ranks_alone(tmp_path: Path):
     process.terminate()
     assert process.wait(20) == STOPPED, process.stdout.read()
     assert not (tmp_path / "launcher-was-told").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a.yaml", "--seed=1"], (None, ["a.yaml", "--seed=1"])),
+        (["--nproc", "2", "a.yaml"], (2, ["a.yaml"])),
+        (["a.yaml", "--nproc=16", "--resume"], (16, ["a.yaml", "--resume"])),
+        (["--nproc"], "--nproc: expected one argument"), (["--nproc=0"], "--nproc must be a number of processes"),
+        (["--nproc=two"], "got two"), (["--nproc=1025"], "from 1 to 1024, got 1025"), (["--nproc="], "got $"),
+    ],
+)  # fmt: skip
+def test_number_of_processes(words: list[str], expected: object):
+    if isinstance(expected, tuple):
+        assert number_of_processes(words) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            number_of_processes(words)

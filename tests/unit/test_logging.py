@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_my_ddp
+import training.trainer as trainer_module
 from configurator import parse_config
 from model import flops
 from tests.runs import elsewhere, out_dir, records
@@ -173,14 +174,14 @@ def test_a_run_ends_with_where_everything_is(
     assert (start["version"], start["max_iters"]) == (1, 4)
 
     stopped = elsewhere(tiny_run, tmp_path / "stopped")
-    step = train_my_ddp.Trainer._step
+    step = trainer_module.Trainer._step
 
     def ask_to_stop(self) -> bool:
         self.stop.requested = self.progress.step == 2
         return step(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_my_ddp.Trainer, "_step", ask_to_stop)
+        patch.setattr(trainer_module.Trainer, "_step", ask_to_stop)
         assert train_my_ddp.main(stopped) == 75
     ending = capsys.readouterr().out.splitlines()[-7:]
     assert ending[0].startswith("stopped on request at step 2 of 4: 2 steps in ")

@@ -183,3 +183,12 @@ def test_of_a_foreign_torchrun_nothing_is_known(tmp_path: Path):
     foreign.chmod(0o755)
     assert shutdown_flags(str(foreign), 90) == []
     assert shutdown_flags(str(tmp_path / "nothing"), 90) == []
+
+
+@pytest.mark.parametrize("given", [["--nproc", "2"], ["--nproc=2"]])
+def test_several_processes_by_the_training_itself(given: list[str]):
+    """The monitor starts the launcher itself: it holds the ranks by it."""
+    command = parse("python", "train_my_ddp.py", *given, "a.yaml", "--seed=1")
+    assert command == parse("python", "-m", "parallel.launch", "--standalone", "--nproc_per_node=2", "train_my_ddp.py",
+                            "a.yaml", "--seed=1")  # fmt: skip
+    assert command.is_torchrun and command.flag("nproc") is None

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_my_ddp
+import training.trainer as trainer_module
 from dataset import audit
 from tests.dist.group import run_ranks
 from tests.dist.test_stores import enter_own_mounts, mount_small_disk, skip_unless_mounting_is_allowed
@@ -479,9 +480,9 @@ def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> di
     13 on for nothing, from step 31 on for all again."""
     enter_own_mounts()
     mount_small_disk(Path(disk), DISK)
-    finish_step = train_my_ddp.Trainer._finish_step
+    finish_step = trainer_module.Trainer._finish_step
 
-    def full_meanwhile(self: train_my_ddp.Trainer, *arguments: object) -> object:
+    def full_meanwhile(self: trainer_module.Trainer, *arguments: object) -> object:
         step = self.progress.step + 1
         if step in (7, 13, 31):
             self._settle_save()
@@ -491,7 +492,7 @@ def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> di
                 (Path(disk) / "filler").unlink()
         return finish_step(self, *arguments)
 
-    train_my_ddp.Trainer._finish_step = full_meanwhile
+    trainer_module.Trainer._finish_step = full_meanwhile
     console = io.StringIO()
     with contextlib.redirect_stdout(console):
         code = train_my_ddp.main(flags)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import generate
 import train_my_ddp
+import training.trainer as trainer_module
 from data_preprocess import pretokenize_sft_data
 from dataset import audit, inspect, show_mask
 from dataset.sequences import SequenceSet
@@ -712,7 +713,7 @@ def test_the_reference_is_computed_once(dpo_flags: list[str], tmp_path: Path, co
 
 
 def test_the_time_at_the_end_is_without_the_reference(dpo_flags: list[str], monkeypatch: pytest.MonkeyPatch):
-    moments, build, report_end = [], train_my_ddp.build, train_my_ddp.report.report_end
+    moments, build, report_end = [], trainer_module.build, trainer_module.report.report_end
 
     def build_then_note(*args):
         built = build(*args)
@@ -723,8 +724,8 @@ def test_the_time_at_the_end_is_without_the_reference(dpo_flags: list[str], monk
         moments.extend((seconds, time.perf_counter()))
         report_end(reslog, built, finished, steps_now, seconds, train_loss)
 
-    monkeypatch.setattr(train_my_ddp, "build", build_then_note)
-    monkeypatch.setattr(train_my_ddp.report, "report_end", note_then_report)
+    monkeypatch.setattr(trainer_module, "build", build_then_note)
+    monkeypatch.setattr(trainer_module.report, "report_end", note_then_report)
     assert train(dpo_flags) == 0
     was_built, seconds, ended = moments
     assert 0 < seconds <= ended - was_built

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 import train_my_ddp
+import training.trainer as trainer_module
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
@@ -101,7 +102,7 @@ def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Pat
 
 def train_until(step: int, event, flags: list[str], *more: str) -> int:
     """Train, and call `event()` when `step` steps are logged."""
-    original = train_my_ddp.Trainer._log_step
+    original = trainer_module.Trainer._log_step
 
     def log_then_maybe_interrupt(self, *args) -> None:
         original(self, *args)
@@ -109,7 +110,7 @@ def train_until(step: int, event, flags: list[str], *more: str) -> int:
             event()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_my_ddp.Trainer, "_log_step", log_then_maybe_interrupt)
+        patch.setattr(trainer_module.Trainer, "_log_step", log_then_maybe_interrupt)
         return train(flags, *more)
 
 
@@ -167,7 +168,7 @@ def test_a_crash_names_the_save_that_was_in_flight(tiny_run: list[str], monkeypa
 
 
 def test_a_crash_before_the_first_step_says_how_to_go_on(tiny_run: list[str], monkeypatch, capsys):
-    monkeypatch.setattr(train_my_ddp, "build", lambda *_: crash())
+    monkeypatch.setattr(trainer_module, "build", lambda *_: crash())
     for flags, words in (([], "nothing was saved yet"), (["--valid_only", "--init_from=D"], "the machine died")):
         with pytest.raises(OSError, match="the machine died"):
             train(tiny_run, *flags)
@@ -303,7 +304,7 @@ def test_log_interval_covers_all_samples(tiny_run: list[str]):
 def test_the_records_of_a_crashed_run_cover_every_sample(tiny_run: list[str]):
     """A save between two log lines: what its checkpoint has consumed must not be missing from the log."""
     flags = [*tiny_run, "--log_interval=5", "--save_interval=2", "--max_iters=7"]
-    original = train_my_ddp.Trainer._step
+    original = trainer_module.Trainer._step
 
     def die_at_step_3(self) -> bool:
         if self.progress.step == 3:
@@ -311,7 +312,7 @@ def test_the_records_of_a_crashed_run_cover_every_sample(tiny_run: list[str]):
         return original(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the machine died"):
-        patch.setattr(train_my_ddp.Trainer, "_step", die_at_step_3)
+        patch.setattr(trainer_module.Trainer, "_step", die_at_step_3)
         train(flags)
     assert train(flags, "--resume") == 0
     spans = [r["samples"] for r in records(flags, "train")]
@@ -560,14 +561,14 @@ def test_saved_in_the_background_is_what_was_there_at_that_step(
 
 
 def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    step = train_my_ddp.Trainer._finish_step
+    step = trainer_module.Trainer._finish_step
 
     def stop_after_step_3(self, *arguments: object):
         if self.progress.step == 2:
             (self.out_dir / "stop").touch()
         return step(self, *arguments)
 
-    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", stop_after_step_3)
+    monkeypatch.setattr(trainer_module.Trainer, "_finish_step", stop_after_step_3)
     assert train(tiny_run, "--max_iters=9") == 75
     assert [path.name for path in (out_dir(tiny_run) / "ckpt").iterdir()] == ["step-3"]
     assert not (out_dir(tiny_run) / "stop").exists()
@@ -583,7 +584,7 @@ def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.Mo
 
 def not_finite_in(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """The loss of these steps is NaN."""
-    original_call, original_step, at = LanguageModelTask.__call__, train_my_ddp.Trainer._step, [0]
+    original_call, original_step, at = LanguageModelTask.__call__, trainer_module.Trainer._step, [0]
 
     def step(self) -> bool:
         at[0] = self.progress.step + 1
@@ -593,7 +594,7 @@ def not_finite_in(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         loss_sum, count, metrics = original_call(self, batch)
         return loss_sum * (float("nan") if at[0] in steps and self.model.training else 1.0), count, metrics
 
-    monkeypatch.setattr(train_my_ddp.Trainer, "_step", step)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", step)
     monkeypatch.setattr(LanguageModelTask, "__call__", call)
 
 
@@ -643,7 +644,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, background: str, value: float, where: str
 ):
     """Also where no gradient shows it: the save looks."""
-    step = train_my_ddp.Trainer._finish_step
+    step = trainer_module.Trainer._finish_step
 
     def poison(self, *arguments: object):
         result = step(self, *arguments)
@@ -652,7 +653,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             (next(self.model.parameters()) if where == "model" else states["main"]).data.view(-1)[7] = value
         return result
 
-    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", poison)
+    monkeypatch.setattr(trainer_module.Trainer, "_finish_step", poison)
     flags = [*tiny_run, "--max_iters=8", "--save_interval=2", "--keep_last=1", background]
     with pytest.raises(FloatingPointError, match="the weights of step 4 are of no use: rank 0: .* is not finite"):
         train(flags)
@@ -668,7 +669,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 def test_a_stop_finds_weights_that_are_not_finite(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    step = train_my_ddp.Trainer._finish_step
+    step = trainer_module.Trainer._finish_step
 
     def poison(self, *arguments: object):
         result = step(self, *arguments)
@@ -677,7 +678,7 @@ def test_a_stop_finds_weights_that_are_not_finite(
             self.stop.requested = True
         return result
 
-    monkeypatch.setattr(train_my_ddp.Trainer, "_finish_step", poison)
+    monkeypatch.setattr(trainer_module.Trainer, "_finish_step", poison)
     assert train(tiny_run, "--max_iters=8", "--save_interval=2") == 75
     assert steps_saved(tiny_run) == [2]
     assert "is not finite; step-2 stays the newest checkpoint" in capsys.readouterr().out
