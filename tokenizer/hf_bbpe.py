@@ -9,7 +9,6 @@ that no user text can forge a control token. Special tokens enter a sequence by 
 import hashlib
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from itertools import accumulate, compress, groupby, takewhile
@@ -153,9 +152,12 @@ class HFBBPETokenizer(Tokenizer):
         meant = set(self.special_ids.values()) | {self.added_ids[token] for token in also}
         if sum(token_id in meant for token_id in encoding.ids) != plain.count(False):
             raise ValueError("the tokenizer does not find its own special tokens within a text")
-        ends, counts = list(accumulate(map(len, texts))), [0] * len(pieces)
+        ends, counts, place = list(accumulate(map(len, texts))), [0] * len(pieces), 0
         for begin, end in encoding.offsets:
-            counts[parts[bisect_left(ends, max(begin + 1, end))][0]] += 1
+            # (Of a sign that the tokenizer puts in front of a text, both are 0.)
+            while ends[place] < end or ends[place] <= begin:
+                place += 1
+            counts[parts[place][0]] += 1
         return encoding.ids, counts
 
     def _of_layouts(self, also: frozenset[str]) -> LibraryTokenizer:

@@ -70,18 +70,19 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     template = ChatTemplate(tokenizer)
     if tokenizer.chat_template is None:
         atomic_write(directory / CHAT_TEMPLATE_NAME, template.source.encode())
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    # Early readers of version 4 look for it here alone.
+    values.setdefault("chat_template", template.source)
     end_id = _ends_of_answers(tokenizer, template)[0]
     texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     # A template that writes eos_token itself would lay conversations out differently. And an end that was added as text
     # would become a special token by that name: another tokenizer than the data's.
-    if end_id == tokenizer.eod_id or "eos_token" in template.source or end_id not in texts:
-        return
-    path = directory / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["eos_token"] = texts[end_id]
-    if END_OF_DOCUMENT not in tokenizer.special_ids:
-        # Where this folder is read here, documents end as before: its tokens are the same data's.
-        values["end_of_document"] = texts[tokenizer.eod_id]
+    if end_id != tokenizer.eod_id and "eos_token" not in template.source and end_id in texts:
+        values["eos_token"] = texts[end_id]
+        if END_OF_DOCUMENT not in tokenizer.special_ids:
+            # Where this folder is read here, documents end as before: its tokens are the same data's.
+            values["end_of_document"] = texts[tokenizer.eod_id]
     atomic_write_json(path, values)
 
 

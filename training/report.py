@@ -4,7 +4,6 @@
 """
 
 import logging
-import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +20,7 @@ from training.describe import Flops
 from training.progress import Progress, Unlogged
 from utils import checkpoint as ckpt
 from utils.logging import clock, log_repeated_warnings
+from utils.paths import for_command
 from utils.profile_steps import StepProfile
 from utils.reslog import ResLog
 from utils.run_summary import Ending, summary_lines
@@ -181,7 +181,7 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
 def _resume_command(context: DistContext | None, out_dir: Path) -> str:
     if context is None:
         return "the same command with --resume"
-    flags = f"--resume --out_dir={shlex.quote(str(out_dir))}"
+    flags = f"--resume --out_dir={for_command(out_dir)}"
     if context.world_size == 1:
         return f"python train_my_ddp.py {flags}"
     if context.local_world_size == context.world_size:

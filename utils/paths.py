@@ -41,6 +41,12 @@ def _value(match: re.Match, path: str) -> str:
     return value
 
 
+def for_command(path: object) -> str:
+    """A path of this machine as a word of one of our commands, which expand it once more."""
+    escaped = str(path).replace("$", "$$")
+    return shlex.quote(f"./{escaped}" if escaped.startswith("~") else escaped)
+
+
 def for_remote_shell(path: str) -> str:
     """A path for a command line on another machine, where its shell expands it: `~` is the home directory there. It
     ends with a message where a variable is not set."""

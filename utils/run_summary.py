@@ -1,13 +1,13 @@
 """What a run says when it ends: where it stands, where everything lies, and what to run next."""
 
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.checkpoint import Retention, best_first, doomed_by, list_checkpoints
 from utils.logging import clock
+from utils.paths import for_command
 from utils.reslog import number, read_reslog
 
 
@@ -37,7 +37,7 @@ class Ending:
 
 def summary_lines(ending: Ending) -> Iterator[str]:
     """A few lines."""
-    run = shlex.quote(str(ending.out_dir))
+    run = for_command(ending.out_dir)
     steps = f"{ending.steps_now} step{'' if ending.steps_now == 1 else 's'}"
     yield (
         f"{'finished' if ending.finished else 'stopped on request'} at step {ending.step} of {ending.max_iters}: "
@@ -86,8 +86,8 @@ def _checkpoints(ending: Ending) -> Iterator[str]:
         return
     best, newest = next(iter(best_first(kept)), None), kept[-1]
     if best is not None and best.path == newest.path:
-        yield f"{shlex.quote(str(newest.path))} (newest and best)"
+        yield f"{for_command(newest.path)} (newest and best)"
         return
-    yield f"{shlex.quote(str(newest.path))} (newest)"
+    yield f"{for_command(newest.path)} (newest)"
     if best is not None:
-        yield f"{shlex.quote(str(best.path))} (best)"
+        yield f"{for_command(best.path)} (best)"

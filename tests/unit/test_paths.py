@@ -1,12 +1,13 @@
 """Paths with `~` and variables: as a shell takes them, or one sentence; never a folder of that name."""
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from utils.paths import a_path, expand, for_remote_shell
+from utils.paths import a_path, expand, for_command, for_remote_shell
 
 HOME, SCRATCH = "/home/ada", "/scratch/a b$HOME"
 
@@ -70,3 +71,10 @@ def test_nothing_else_means_anything_to_a_remote_shell(path: str):
 def test_a_variable_that_is_not_set_there_ends_the_command():
     done = subprocess.run(["sh", "-c", f"cd {for_remote_shell('$UNSET/a')} && echo on"], capture_output=True, text=True)
     assert done.returncode and not done.stdout and "UNSET" in done.stderr
+
+
+@pytest.mark.parametrize("path", ["/runs/a", "a b", "~/x", "~", "$x/${y}", "it's", "x/$$"])
+def test_a_path_comes_back_from_the_command_that_is_suggested(path: str):
+    """Through a shell, and expanded once more."""
+    said = subprocess.run(["sh", "-c", f"printf %s {for_command(path)}"], capture_output=True, text=True).stdout
+    assert os.path.normpath(expand(said)) == os.path.normpath(path)
