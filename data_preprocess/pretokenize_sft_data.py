@@ -131,8 +131,9 @@ class Compiler:
         record = read_record(value, self._roles)
         sample = record.sample
         if isinstance(sample, Preference) != (self._options.task == "dpo"):
-            kind = "a preference, for --task dpo" if isinstance(sample, Preference) else "no preference, for --task sft"
-            raise ValueError(f"it is {kind}")
+            if isinstance(sample, Preference):
+                raise ValueError("it is a preference, for --task dpo")
+            raise ValueError('it has no "chosen" and "rejected": conversations are for --task sft')
         return record
 
     def compile(self, sample: Sample) -> CompiledRecord:

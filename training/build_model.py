@@ -1,5 +1,6 @@
 """The model with its first weights."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from parallel import DistContext
 from tokenizer import Tokenizer
 from training.data import require_tokenizer_of, warn_of_another_template
 from utils import checkpoint as ckpt
+
+logger = logging.getLogger(__name__)
 
 
 def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
@@ -69,6 +72,13 @@ def build_model(
         [decisive, str(dtype), model_config.__dict__],
         "the ranks have different settings or choose different dtypes: start all with the same flags",
     )
+    is_begun_by_another = stored is not None and config.run.init_from and context.is_main
+    if is_begun_by_another and config.data.max_seq_len > stored.max_position_embeddings:
+        logger.warning(
+            "max_seq_len %d is more than the %d positions that the weights were trained with: they have to learn the "
+            "others first (--max_seq_len=%d leaves it at those)",
+            config.data.max_seq_len, stored.max_position_embeddings, stored.max_position_embeddings,
+        )  # fmt: skip
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
     if weights is not None and load:

@@ -22,6 +22,9 @@ from training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+_FEW_STEPS = 20
+"""Of SFT and DPO, below which a model has hardly moved."""
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -163,6 +166,11 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
         text += (
             f"; a step takes more {unit} than there are ({samples_per_epoch}): lower --train_batch_size or "
             f"--gradient_accumulation_steps"
+        )
+    elif config.run.task_type != "pretrain" and steps < _FEW_STEPS:
+        text += (
+            f"; so few steps teach little: lower --train_batch_size or --gradient_accumulation_steps, or raise "
+            f"--{'max_iters' if config.run.max_iters else 'epoch'}"
         )
     return text
 

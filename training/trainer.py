@@ -32,6 +32,9 @@ from utils.saving import SaveOutcome
 
 logger = logging.getLogger("train")
 
+_TELL_EVERY_S = 20.0
+"""Between lines that say how far a long validation is."""
+
 
 class StopRequest:
     """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop."""
@@ -91,7 +94,10 @@ class Trainer:
         progress, max_iters = self.progress, self.derived.max_iters
         valid_interval, save_interval = self.config.data.valid_interval, self.config.run.save_interval
         if progress.step >= max_iters:
-            logger.info("nothing left to do: the run is at step %d of %d", progress.step, max_iters)
+            logger.info(
+                "nothing left to do: the run is at step %d of %d; to go on, raise --%s",
+                progress.step, max_iters, "max_iters" if self.config.run.max_iters else "epoch",
+            )  # fmt: skip
         self.model.train()
         self.meter, self.first_step = StepMeter(progress.samples_consumed), progress.step
         self.profile = report.open_profile(self.built, self._aside)
@@ -325,8 +331,15 @@ class Trainer:
         self.model.eval()
         names = self.task.metric_names
         table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
-        for index, batch in batches:
+        told = started
+        for number, (index, batch) in enumerate(batches):
             self.heartbeat.beat("validate", self.progress.step)
+            if time.perf_counter() - told > _TELL_EVERY_S:
+                told = time.perf_counter()
+                # Of this rank's share, which is as large as any other's.
+                logger.info(
+                    "validating: %.0f%% after %.0f s", 100 * number * context.world_size / count, told - started
+                )
             loss_sum, terms, sums = self.task(self._to_device(batch))
             row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
             table[index] = torch.tensor(row, dtype=torch.float64)

@@ -600,7 +600,8 @@ def test_conversations_are_no_preferences(tmp_path: Path, tokenizer_dir: Path):
         tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options("dpo", LONG), max_bad_records=2
     )
     assert manifest["bad_examples"] == [
-        f"a.jsonl at byte {start}: it is no preference, for --task sft" for start in starts[1:]
+        f'a.jsonl at byte {start}: it has no "chosen" and "rejected": conversations are for --task sft'
+        for start in starts[1:]
     ]
     assert len(texts_of(tmp_path / "out", task="dpo")) == 2
 

@@ -908,3 +908,14 @@ def test_where_the_data_cannot_be_written_the_run_keeps_the_reference(
     normal = elsewhere(dpo_flags, tmp_path / "normal")
     assert train(normal) == 0
     assert losses(normal) == losses(dpo_flags) and cache_file(normal).read_bytes() == path.read_bytes()
+
+
+def test_what_will_teach_little_is_said(home: Home, sft_flags: list[str], tmp_path: Path, capsys):
+    """Few steps, and more positions than the weights were trained with; the work is done all the same."""
+    longer = 2 * SEQ_LEN
+    tokens = pretokenize(home.raw_sft, home.tokenizer, tmp_path / "long", "sft", "--max_seq_len", str(longer))
+    flags = without(with_data(sft_flags, tokens), "--max_seq_len", "--max_iters")
+    assert train(flags, f"--max_seq_len={longer}", "--max_iters=1") == 0
+    said = capsys.readouterr().out
+    assert "so few steps teach little: lower --train_batch_size" in said and "or raise --max_iters" in said
+    assert f"max_seq_len {longer} is more than the {SEQ_LEN} positions" in said

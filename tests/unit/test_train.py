@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -89,6 +90,13 @@ def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
     assert config.qkv_bias and not config.attention_bias
     assert type(AutoModelForCausalLM.from_pretrained(path)).__name__ == "LlamaForCausalLM"
     assert train(tiny_run, "--max_iters=2", "--resume") == 0
+
+
+def test_a_long_validation_says_how_far_it_is(tiny_run: list[str], monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(trainer_module, "_TELL_EVERY_S", 0.0)
+    assert train(tiny_run, "--max_iters=1", "--valid_batch_size=1") == 0
+    told = re.findall(r"validating: (\d+)% after \d+ s", capsys.readouterr().out)
+    assert told and sorted(told, key=int) == told and int(told[-1]) < 100
 
 
 def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Path):
@@ -185,7 +193,7 @@ def test_a_monitored_crash_leaves_going_on_to_the_monitor(
     assert "the machine died" in printed and "saved yet" not in printed
 
 
-def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path):
+def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     assert train(tiny_run) == 0
     parts = elsewhere(tiny_run, tmp_path / "parts")
     assert train_until(2, sigterm, parts) == 75
@@ -196,8 +204,10 @@ def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path):
     starts = [(r["attempt"], r["step"], r["parent_ckpt"]) for r in records(parts, "start")]
     assert starts == [(1, 0, None), (2, 2, "step-2")]
     # A run that is complete has nothing left to do.
+    capsys.readouterr()
     assert train(parts, "--resume") == 0
     assert len(records(parts, "train")) == 4
+    assert "step 4 of 4; to go on, raise --max_iters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
