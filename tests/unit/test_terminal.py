@@ -78,7 +78,9 @@ def test_a_character_that_cannot_be_printed_is_escaped(encoding: str):
 
 
 def test_ctrl_c():
-    code = f"mode = 'wait'\n{PRINTS}\nrun_main(main)"
+    # Of what runs in the background of a script, a shell has Ctrl-C ignored, and so do its children.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{hears}\nmode = 'wait'\n{PRINTS}\nrun_main(main)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)
@@ -104,4 +106,4 @@ def test_every_command_ends_so():
     assert sorted(lacking) == ["docker/make_constraints.py", "monitor/node.py", "train_my_ddp.py"]
     # Which leaves in a way of its own. Its exit code was 120 once its output was a closed pipe.
     started = (ROOT / "train_my_ddp.py").read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2]
-    assert started.index("set_up_output(goes_on=True)") < started.index("main(sys.argv[1:])")
+    assert started.index("set_up_output(goes_on=True)") < started.index("run(sys.argv[1:])")
