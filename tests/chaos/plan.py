@@ -24,6 +24,8 @@ class Plan:
     """Says which weight."""
     pause: float = 0.0
     """Seconds that each of these steps takes longer."""
+    attempt: int = 0
+    """Of the launch, as its start record has it."""
 
     def write(self, home: Path) -> None:
         temporary = home / f"{self.FILE}.new"

@@ -31,6 +31,7 @@ def plan_for(run: Run, what: str, ranks: tuple[int, ...], random: Random, steps:
         first = -(-(run.step() + AHEAD) // SAVE_INTERVAL) * SAVE_INTERVAL + offset
         if first + steps > run.steps - SAVE_INTERVAL:
             run.wait(lambda: False, "the end of the run")
+        more["attempt"] = run.records("start")[-1]["attempt"]
         plan = Plan(what, run.launch(), ranks, first, first + steps - 1, random.getrandbits(32), **more)
         plan.write(run.home)
 
@@ -63,9 +64,14 @@ def is_finite(checkpoint: Path) -> bool:
 def gone_back(run: Run, plan: Plan, least: int) -> str:
     """The launch ends, and the next one goes on from a good checkpoint, leaving out the samples up to there, or, if it
     was not the loss that ended it, none."""
-    run.wait(lambda: run.launch() not in ("", plan.launch), f"a new launch after {plan.launch}")
+
+    def begun() -> list[dict]:
+        return [record for record in run.records("start") if record["attempt"] > plan.attempt]
+
+    run.wait(lambda: run.launch() not in ("", plan.launch) and begun(), f"a new launch after {plan.launch}")
     check_finite(run)
-    start = run.records("start")[-1]
+    # The first of them: it may have been killed meanwhile, and the next one be on its way.
+    start = begun()[0]
     if not least <= start["step"] <= plan.first:
         raise Broken(f"went on from step {start['step']}; {least} was saved, and {plan.first} spoiled")
     if start["left_out"] is None:
