@@ -151,7 +151,8 @@ def logged(run_dir: Path) -> list[tuple[float, str]]:
 def written_script(path: Path, patch: str) -> str:
     """A training script that is train_my_ddp.py with something wrong in it."""
     path.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_my_ddp\nfrom training.trainer import Trainer\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_my_ddp\nfrom training.trainer import Trainer\n"
         f"{patch}\n"
         "try:\n    code = train_my_ddp.main(sys.argv[1:])\nexcept Exception:\n    code = 1\n"
         "sys.stdout.flush()\nos._exit(code)\n"
