@@ -18,7 +18,7 @@ from model import KVCache, Llama, hf
 from model.generation_config import read_generation_config
 from optimizer import resolve_dtype
 from tokenizer import Tokenizer, load_tokenizer
-from tokenizer.chat_template import ChatTemplate, Message
+from tokenizer.chat_template import Message, template_of
 from utils.checkpoint import resolve_checkpoint_dir
 from utils.paths import a_path
 from utils.terminal import INTERRUPTED, run_main
@@ -167,7 +167,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._template = ChatTemplate(self.tokenizer)
+        self._template = template_of(self.tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.chat:
             prompt, room = [], context // 2
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
-            template = ChatTemplate(tokenizer)
+            template = template_of(tokenizer)
             notes = list(template.notes)
             if template.end_id not in folder_stops:
                 notes.append(

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """
     rank = launched_rank()
     setup_console(rank)
-    exit_dir, config, context, trainer = exit_record_dir(), None, None, None
+    exit_dir, config, context, trainer, report = exit_record_dir(), None, None, None, None
     is_watched = exit_dir is not None
 
     def leave(code: int, reason: str, **more: object) -> int:
@@ -107,20 +107,19 @@ def main(argv: list[str]) -> int:
             trainer.heartbeat.beat("save", trainer.progress.step)
             trainer.release()
         # Last: a save that was in flight is there to go on from.
-        if config is not None and not is_watched:
+        if report is not None and not is_watched:
             for line in report.ways_on(config.run, context, error):
                 logger.error(line)
         raise
 
 
 def launch(nproc: int, argv: list[str]) -> int:
-    """Run the command on several processes of this machine; returns the exit code that they meant, see above."""
-    setup_console(0)
-    try:
-        config, _ = parse_config(argv)
-    except ValueError as error:
-        logger.error("train_my_ddp: %s", error)
-        return exits.WRONG_INPUT
+    """Run the command on several processes of this machine; returns the exit code that they meant, see above.
+
+    Raises:
+        ValueError: the command is wrong.
+    """
+    config, _ = parse_config(argv)
     exit_dir = exit_record_dir() or Path(config.run.out_dir) / "exit"
     for rank in range(nproc):
         exits.clear_exit_record(exit_dir, rank)
@@ -134,11 +133,13 @@ def run(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     try:
         nproc, argv = number_of_processes(argv)
+        if nproc is not None:
+            return launch(nproc, argv)
     except ValueError as error:
         setup_console(0)
         logger.error("train_my_ddp: %s", error)
         return exits.WRONG_INPUT
-    return main(argv) if nproc is None else launch(nproc, argv)
+    return main(argv)
 
 
 def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:

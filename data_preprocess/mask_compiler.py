@@ -104,10 +104,10 @@ def compile_preference(
     texts = [(*preference.prompt, answer) for answer in (preference.chosen, preference.rejected)]
     pair = [_learnt(template.render(messages, lambda number: number == last, preference.tools)) for messages in texts]
     longer_answer = max(len(rendered.ids) - rendered.spans[-1].begin for rendered in pair)
+    room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
     for rendered, messages in zip(pair, texts):
         # The same for both, unless the template lets the prompt depend on the answer.
         prompt = rendered.spans[-1].begin
-        room = max_prompt_len or max((max_tokens - 1) // 2, max_tokens - longer_answer)
         header_begin = rendered.spans[-2].begin if rendered.spans[-2].is_header else prompt
         excess = min(max(prompt - room, 0), header_begin - 1)
         begin = 0 if truncation == "keep_end" else header_begin - 1 - excess

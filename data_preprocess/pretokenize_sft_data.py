@@ -50,7 +50,7 @@ from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
-from tokenizer.chat_template import ChatTemplate, Message
+from tokenizer.chat_template import Message, template_of
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -114,7 +114,7 @@ class Compiler:
 
     def __init__(self, tokenizer: Tokenizer, options: Options, valid_ratio: float = 0.0):
         options.check()
-        self.tokenizer, self.template = tokenizer, ChatTemplate(tokenizer)
+        self.tokenizer, self.template = tokenizer, template_of(tokenizer)
         self._options, self._valid_ratio = options, valid_ratio
         self._roles = roles_with(options.user_name, options.assistant_name)
 
@@ -189,10 +189,10 @@ class SequenceJob(Job):
         return [RULES_VERSION, self.compiling.deciding(), self.valid_ratio, self.shard_bytes]
 
     def key(self, tokenizer: Tokenizer) -> list:
-        return [*super().key(tokenizer), ChatTemplate(tokenizer).key]
+        return [*super().key(tokenizer), template_of(tokenizer).key]
 
     def begin(self, tokenizer: Tokenizer) -> None:
-        for note in ChatTemplate(tokenizer).notes:
+        for note in template_of(tokenizer).notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
 
     def items(
@@ -315,7 +315,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
     corpus = record_corpus(str(data_dir))
     units, _ = find_units(corpus, SequenceJob.shard_bytes)
     key = [
-        RULES_VERSION, tokenizer.fingerprint, ChatTemplate(tokenizer).key, options.deciding(), valid_ratio,
+        RULES_VERSION, tokenizer.fingerprint, template_of(tokenizer).key, options.deciding(), valid_ratio,
         [unit.fingerprint(corpus) for unit in units],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ import torch
 from demo.conversations import parses
 from generate import generate, load_model, room_for_text
 from optimizer import resolve_dtype
-from tokenizer.chat_template import ChatTemplate, Message
+from tokenizer.chat_template import Message, template_of
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -35,7 +35,7 @@ def main() -> int:
         if not questions or args.count < 1:
             raise ValueError(f"there is no question in {args.questions}")
         model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
-        template = ChatTemplate(tokenizer)
+        template = template_of(tokenizer)
         questions = questions[:: max(1, len(questions) // args.count)][: args.count]
         prompts = [template.prompt([Message("user", question)]) for question in questions]
         rooms = [min(args.max_new_tokens, room_for_text(model, prompt)) for prompt in prompts]

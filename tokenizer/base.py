@@ -109,10 +109,9 @@ class Tokenizer(ABC):
         return found
 
     def _pattern_of(self, also: frozenset[str]) -> re.Pattern[str]:
-        """Matches special tokens, each in a group; the longest where several begin at the same place."""
+        """Matches special tokens, and those of `also`."""
         if also not in self._patterns:
-            longest_first = sorted([*self.special_ids, *also], key=len, reverse=True)
-            self._patterns[also] = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+            self._patterns[also] = any_of([*self.special_ids, *also])
         return self._patterns[also]
 
     @cached_property
@@ -150,6 +149,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read."""
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of some texts, in a group; the longest where several begin at the same place."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
 
 
 @contextmanager

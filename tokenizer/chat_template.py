@@ -20,13 +20,13 @@ if that comes to something else, the conversation is refused.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from tokenizer.base import MESSAGE_END, MESSAGE_SEPARATOR, MESSAGE_START, Tokenizer
+from tokenizer.base import MESSAGE_END, MESSAGE_SEPARATOR, MESSAGE_START, Tokenizer, any_of
 from tokenizer.jinja_template import DAY, JinjaTemplate
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,6 +87,10 @@ class Message:
     """Of the call that a tool answers, where the data has ids: few templates write them."""
     learnt: bool = True
     """Of an assistant's message: whether the record wants it learnt. Others never are."""
+
+
+_TALK = (Message("user", "What?"), Message("assistant", "That."))
+"""To see what a template makes of one."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,14 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        source, self._is_known = tokenizer.chat_template, False
+        source = tokenizer.chat_template
+        self._is_known = source in (None, JINJA)
         self.notes: list[str] = []
         """Sentences that a user should read before training."""
         if source is None:
             usual = self._usual()
             source = (f"{{{{ '{usual.first}' }}}}" if usual.first in tokenizer.special_ids else "") + usual.template
             self.notes.append(f"the tokenizer has no chat template: conversations are laid out as {usual.name} are")
-            self._is_known = True
-        self._is_known = self._is_known or source == JINJA
         self.source = source
         """The program."""
         tokens = {name: text for name, text in tokenizer.template_tokens.items() if name in source}
@@ -175,11 +178,11 @@ class ChatTemplate:
         """Of two templates with the same one, neither writes what the other does not."""
         self._jinja = JinjaTemplate(source, tokenizer.template_tokens)
         self._also: frozenset[str] = frozenset()
-        self._control = _any_of([*tokenizer.special_ids, *tokenizer.added_ids])
-        kept = [text for text in self._jinja.looks_for if not _any_of(tokenizer.special_ids).search(text)]
-        self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
+        self._control = any_of([*tokenizer.special_ids, *tokenizer.added_ids])
+        kept = [text for text in self._jinja.looks_for if not any_of(tokenizer.special_ids).search(text)]
+        self._kept = any_of(kept) if kept else None
         self._look()
-        self._control = _any_of([*tokenizer.special_ids, *self._also])
+        self._control = any_of([*tokenizer.special_ids, *self._also])
         self._compare_prompt()
 
     def _usual(self) -> _Usual:
@@ -199,8 +202,7 @@ class ChatTemplate:
         Raises:
             ValueError: it does neither.
         """
-        question, answer = Message("user", "What?"), Message("assistant", "That.")
-        marked = self._mark([question, answer])
+        marked = self._mark(_TALK)
         text = self._jinja.render(marked.messages)
         asked = self._jinja.render(marked.messages[:1], add_generation_prompt=True)
         alone = self._jinja.render(marked.messages[:1])
@@ -248,9 +250,8 @@ class ChatTemplate:
 
     def _compare_prompt(self) -> None:
         """See whether what is trained on begins with the tokens that ask for it."""
-        talk = [Message("user", "What?"), Message("assistant", "That.")]
-        asked = self.prompt(talk[:1])
-        if not self._opening and self.render(talk).ids[: len(asked)] != asked:
+        asked = self.prompt(_TALK[:1])
+        if not self._opening and self.render(_TALK).ids[: len(asked)] != asked:
             self.notes.append(
                 "the prompt that asks for an answer becomes other tokens once the answer follows, as the tokenizer "
                 "joins them: answers are learnt as they stand there"
@@ -258,13 +259,17 @@ class ChatTemplate:
 
     def _between_turns(self) -> str:
         """What the template writes between an answer and the next question; empty if it refuses."""
-        marked = self._mark([Message("user", "What?"), Message("assistant", "That."), Message("user", "And?")])
-        try:
-            text = self._jinja.render(marked.messages)
-        except ValueError:
-            return ""
+        marked = self._mark([*_TALK, Message("user", "And?")])
+        text = self._tried(marked.messages)
         places = self._places(text, marked)
         return text[places[1][-1].end() : places[2][0].start()] if all(places) else ""
+
+    def _tried(self, messages: Sequence[dict]) -> str:
+        """What the template writes; nothing where it refuses."""
+        try:
+            return self._jinja.render(messages)
+        except ValueError:
+            return ""
 
     def _look_within(self, between: str, alone: str) -> str:
         """The token that ends an answer which others follow, where it is another one (gpt-oss's); else empty.
@@ -345,12 +350,8 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if message.role not in ROLES:
                 raise ValueError(f'unknown role "{message.role}": it is none of {", ".join(ROLES)}')
-            values = {"role": message.role, "content": self._placeholders(message.text, number, marked)}
-            if message.role == "tool" and self._quotes_results:
-                marked.written[:] = [
-                    json.dumps(text, ensure_ascii=False)[1:-1] if owner == number else written
-                    for text, written, owner in zip(marked.texts, marked.written, marked.owners)
-                ]
+            is_quoted = message.role == "tool" and self._quotes_results
+            values = {"role": message.role, "content": self._placeholders(message.text, number, marked, is_quoted)}
             if message.reasoning:
                 values[self._reasoning_key or _REASONING_KEYS[0]] = self._placeholders(
                     message.reasoning, number, marked
@@ -365,7 +366,7 @@ class ChatTemplate:
             marked.messages.append(values)
         return marked
 
-    def _placeholders(self, text: str, message: int, marked: _Marked) -> str:
+    def _placeholders(self, text: str, message: int, marked: _Marked, is_quoted: bool = False) -> str:
         if _NONCHARACTERS.search(text):
             raise ValueError("it holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
         written = ""
@@ -377,7 +378,7 @@ class ChatTemplate:
                 before, _, after = part.partition(core) if core else ("", "", "")
                 written += f"{before}\ufdd2{len(marked.texts)}\ufdd3{after}"
                 marked.texts.append(core)
-                marked.written.append(core)
+                marked.written.append(json.dumps(core, ensure_ascii=False)[1:-1] if is_quoted else core)
                 marked.owners.append(message)
             else:
                 written += part
@@ -395,28 +396,16 @@ class ChatTemplate:
         """Whether it takes the arguments of a call as a text of JSON, as OpenAI does, instead of as a dictionary."""
 
         def works(arguments: object) -> bool:
-            call = _a_call(arguments)
-            messages = [
-                {"role": "user", "content": "What?"},
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-            ]
-            try:
-                return "one" in self._jinja.render(messages)
-            except ValueError:
-                return False
+            return "one" in self._tried(_calling(arguments))
 
         return not works({"one": 1}) and works('{"one": 1}')
 
     @cached_property
     def _quotes_results(self) -> bool:
         """Whether it writes the results of tools as JSON, as Llama 3.1's does."""
-        call = self._call(_a_call({}))
-        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        result = {"role": "tool", "content": 'a"b', "name": "f", "tool_call_id": call["id"]}
-        try:
-            return 'a\\"b' in self._jinja.render([*messages, result])
-        except ValueError:
-            return False
+        messages = _calling('{"one": 1}' if self._joins_arguments else {"one": 1})
+        result = {"role": "tool", "content": 'a"b', "name": "f", "tool_call_id": "call00001"}
+        return 'a\\"b' in self._tried([*messages, result])
 
     def _check_no_control(self, value: object, what: str) -> None:
         text = json.dumps(value, ensure_ascii=False)
@@ -541,11 +530,8 @@ class ChatTemplate:
 
     def _keeps(self, answer: dict[str, str]) -> bool:
         """Whether both placeholders of a last answer are in what it writes."""
-        messages = [{"role": "user", "content": "What?"}, {"role": "assistant", **answer}]
-        try:
-            return sorted(mark[1] for mark in _MARK.finditer(self._jinja.render(messages))) == ["0", "1"]
-        except ValueError:
-            return False
+        text = self._tried([{"role": "user", "content": "What?"}, {"role": "assistant", **answer}])
+        return sorted(mark[1] for mark in _MARK.finditer(text)) == ["0", "1"]
 
     @staticmethod
     def _around(text: str, marks: list[re.Match], message: dict) -> tuple[int, int]:
@@ -635,14 +621,20 @@ class ChatTemplate:
         return Rendered(ids, supervised, spans)
 
 
-def _a_call(arguments: object) -> dict:
-    """To see what a template makes of one."""
-    return {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+def _calling(arguments: object) -> list[dict]:
+    """A question whose answer is a call, to see what a template makes of it."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of the tokens; the longest where several begin at the same place."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+@lru_cache(maxsize=4)
+def template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template of a tokenizer, which is looked at once.
+
+    Raises:
+        ValueError: see ChatTemplate.
+    """
+    return ChatTemplate(tokenizer)
 
 
 def _cut(text: str, marked: _Marked) -> Iterator[tuple[str, bool]]:

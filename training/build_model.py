@@ -31,9 +31,9 @@ def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer
     if source is None and run.init_from:
         source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
-        require_tokenizer_of(source, tokenizer)
+        own = require_tokenizer_of(source, tokenizer)
         if resumed_from is None and run.task_type != "pretrain":
-            warn_of_another_template(source, tokenizer)
+            warn_of_another_template(source, own, tokenizer)
     if run.valid_only and source is None:
         raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
     if run.task_type == "dpo" and source is None:

@@ -12,7 +12,7 @@ from dataset.opening import TaskDataset, open_dataset
 from model import hf
 from parallel import DistContext
 from tokenizer import Tokenizer, load_tokenizer
-from tokenizer.chat_template import ChatTemplate
+from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
 from utils import checkpoint as ckpt
 from utils.stores import Place
@@ -81,21 +81,24 @@ def _tokenizer_dir(config: Config) -> Path:
     return Path(given) if given else weights
 
 
-def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> None:
+def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
     """
     Args:
         weights: folder of a model.
         tokenizer: the data's.
+    Returns:
+        the one that the folder holds, if it does.
     Raises:
-        ValueError: it is not the model's; where the folder holds none: the model is of another size.
+        ValueError: the data's is not the model's; where the folder holds none: the model is of another size.
     """
     if has_tokenizer(weights):
-        if load_tokenizer(weights).fingerprint != tokenizer.fingerprint:
+        own = load_tokenizer(weights)
+        if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
                 f"again with --tokenizer_dir {weights} (raw records of SFT and DPO: leave --tokenizer_dir out)"
             )
-        return
+        return own
     rows = hf.read_config(weights).vocab_size
     if not 0 <= rows - tokenizer.vocab_size <= max(64, rows // _MOST_PADDING):
         raise ValueError(
@@ -107,16 +110,17 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> None:
         "model's tokenizer into it to have that checked",
         weights,
     )
+    return None
 
 
-def warn_of_another_template(weights: Path, tokenizer: Tokenizer) -> None:
+def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: Tokenizer) -> None:
     """
     Args:
         weights: folder of a model that is fine-tuned.
+        own: the tokenizer that it holds.
         tokenizer: the data's.
     """
-    theirs = load_tokenizer(weights) if has_tokenizer(weights) else None
-    if theirs and theirs.chat_template is not None and ChatTemplate(theirs).key != ChatTemplate(tokenizer).key:
+    if own and own.chat_template is not None and template_of(own).key != template_of(tokenizer).key:
         logger.warning(
             "the conversations were laid out by another chat template than that of %s: checkpoints carry the one that "
             "laid them out",
@@ -165,7 +169,7 @@ def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None
         ValueError: it is not.
     """
     for directory in directories:
-        if ChatTemplate(load_tokenizer(directory / "tokenizer")).key != ChatTemplate(tokenizer).key:
+        if template_of(load_tokenizer(directory / "tokenizer")).key != template_of(tokenizer).key:
             raise ValueError(
                 f"the conversations in {directory} were laid out by another chat template than the tokenizer's that "
                 f"the run takes: pretokenize them again with that tokenizer"

@@ -13,7 +13,7 @@ from dataset.sequences import read_manifest
 from model import Llama, flops
 from optimizer import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
-from tokenizer.chat_template import ChatTemplate
+from tokenizer.chat_template import template_of
 from training.build import Built
 from training.build_optimizer import buckets_with_matrices
 from training.build_parallel import Parallel
@@ -150,7 +150,7 @@ def _data(data: Data, task_type: str) -> list[str]:
     odd about the layout of their conversations."""
     directories = dict.fromkeys(data.dirs.values()) if task_type != "pretrain" else ()
     records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
-    notes = ChatTemplate(data.tokenizer).notes if task_type != "pretrain" else []
+    notes = template_of(data.tokenizer).notes if task_type != "pretrain" else []
     return [*records, f"data: {data.train.description()}", *(f"note: {note}" for note in notes)]
 
 

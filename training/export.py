@@ -11,7 +11,7 @@ from pathlib import Path
 from model.generation_config import GenerationConfig, read_generation_config
 from tokenizer import Tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
-from tokenizer.chat_template import ChatTemplate
+from tokenizer.chat_template import ChatTemplate, template_of
 from utils.files import atomic_write, atomic_write_json
 
 _SENTENCE_PIECE, _ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
@@ -60,14 +60,14 @@ def plan_export(task_type: str, tokenizer: Tokenizer, weights: Path | None) -> E
         if (weights / _SENTENCE_PIECE).is_file():
             kept = [path for name in (_SENTENCE_PIECE, _ADDED_TOKENS) if (path := weights / name).is_file()]
             sentence_piece = {path.name: path.read_bytes() for path in kept}
-    ends = _ends_of_answers(tokenizer, ChatTemplate(tokenizer)) if for_chat else [tokenizer.eod_id]
+    ends = _ends_of_answers(tokenizer, template_of(tokenizer)) if for_chat else [tokenizer.eod_id]
     return Export(tokenizer, source.ending_with(ends), for_chat, sentence_piece)
 
 
 def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     """Let a tokenizer's folder have the chat template by which the model is taught, and call what ends an answer its
     `eos_token`, as the folders of Qwen's and Llama's chat models do: TRL's chat and llama.cpp look at nothing else."""
-    template = ChatTemplate(tokenizer)
+    template = template_of(tokenizer)
     if tokenizer.chat_template is None:
         atomic_write(directory / CHAT_TEMPLATE_NAME, template.source.encode())
     path = directory / "tokenizer_config.json"
