@@ -77,7 +77,7 @@ def lines() -> list[str]:
 def ours(folder: Path) -> tuple[list[Answer], list[tuple[str, list[int]]]]:
     import torch
 
-    from generate import generate, load_model
+    from serving.generation import generate, load_model
     from tokenizer.chat_template import ChatTemplate, Message
 
     model, tokenizer, stop_ids = load_model(folder, torch.device("cpu"), torch.float32)

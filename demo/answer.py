@@ -1,66 +1,111 @@
-"""Ask a model for held-out functions, and count which of its answers end by themselves and parse.
+"""Ask a model for functions, several times each, and count which answers are the function that was asked for.
 
-python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/sft_valid/functions.jsonl
+    python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/sft_valid/functions.jsonl --output answers.jsonl
+
+An answer counts if it ends by itself, is one function of the asked name, and Python compiles it (`demo.functions`).
+Whether it does what was asked is not looked at: a model of this size does not know.
+
+A line of --output: {"question", "answers": [{"text", "tokens", "ends", "good"}, ...]}.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from demo.conversations import parses
-from generate import generate, load_model, room_for_text
+from demo.functions import asked_name, is_asked_function
+from demo.sampling import answer_all
+from demo.scores import Score
 from optimizer import resolve_dtype
-from tokenizer.chat_template import Message, template_of
+from serving.generation import load_model
 from utils.paths import a_path
 from utils.terminal import run_main
 
 
+def read_questions(path: Path, count: int) -> list[str]:
+    """First messages of a file of conversations, evenly spaced.
+
+    Raises:
+        ValueError, OSError: there is none, or the file cannot be read.
+    """
+    questions = [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()]
+    # Overloaded functions bear one name and one docstring.
+    questions = list(dict.fromkeys(questions))
+    if not questions or count < 1:
+        raise ValueError(f"there is no question in {path}")
+    step = max(1.0, len(questions) / count)
+    return [questions[int(number * step)] for number in range(min(count, len(questions)))]
+
+
+def read_answers(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score_of(records: list[dict], field: str = "good") -> Score:
+    """Share of the answers, from each question's own."""
+    return Score([sum(answer[field] for answer in r["answers"]) / len(r["answers"]) for r in records])
+
+
+def describe(records: list[dict]) -> str:
+    """What the answers are like, in a line."""
+    answers = [answer for record in records for answer in record["answers"]]
+    good = [answer for answer in answers if answer["good"]]
+    length = sum(answer["tokens"] for answer in good) / max(1, len(good))
+    distinct = len({body_of(answer["text"]) for answer in good})
+    return (
+        f"of {len(answers)} answers to {len(records)} questions {sum(a['ends'] for a in answers)} end by themselves, "
+        f"{len(good)} are the function that was asked for ({score_of(records)}); these have {length:.0f} tokens on "
+        f"average and {distinct} different bodies"
+    )
+
+
+def body_of(text: str) -> str:
+    """What follows the first line: there, answers to different questions differ anyway."""
+    return text.strip().partition("\n")[2]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to held-out questions.")
+    parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to questions for functions.")
     parser.add_argument("--ckpt", type=a_path, required=True)
     parser.add_argument("--questions", type=a_path, required=True)
-    parser.add_argument("--count", type=int, default=16, help="questions to ask (default: 16)")
-    parser.add_argument("--show", type=int, default=2, help="answers to print (default: 2)")
+    parser.add_argument("--count", type=int, default=160, help="questions to ask, at most (default: 160)")
+    parser.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
+    parser.add_argument("--show", type=int, default=0, help="answers to print (default: 0)")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--max_new_tokens", type=int, default=96)
-    parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--output", type=a_path, help="write questions and answers to this JSONL file")
     args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        records = map(json.loads, Path(args.questions).read_text().splitlines())
-        questions = [record["messages"][0]["content"] for record in records]
-        if not questions or args.count < 1:
-            raise ValueError(f"there is no question in {args.questions}")
-        model, tokenizer, folder_stops = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
-        template = template_of(tokenizer)
-        questions = questions[:: max(1, len(questions) // args.count)][: args.count]
-        prompts = [template.prompt([Message("user", question)]) for question in questions]
-        rooms = [min(args.max_new_tokens, room_for_text(model, prompt)) for prompt in prompts]
-    except (ValueError, OSError) as error:
+        if args.samples < 1 or args.temperature <= 0:
+            raise ValueError("--samples and --temperature must be positive")
+        questions = read_questions(Path(args.questions), args.count)
+        names = [asked_name(question) for question in questions]
+        loaded = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
+        answers = answer_all(loaded, questions, args.samples, args.max_new_tokens, args.temperature, args.seed)
+    except (ValueError, KeyError, OSError) as error:
         print(f"demo.answer: {error}", file=sys.stderr)
         return 2
-    ended = good = 0
-    for index, (question, prompt, room) in enumerate(zip(questions, prompts, rooms)):
-        ids = list(
-            generate(
-                model, prompt, room, template.stop_ids | folder_stops, temperature=args.temperature, seed=index,
-                vocab_size=tokenizer.vocab_size,
-            )
-        )  # fmt: skip
-        answer = tokenizer.decode(ids)
-        ends = len(ids) < room
-        # A function that is cut off counts as one that does not parse.
-        is_good = ends and answer.lstrip().startswith("def ") and parses(answer)
-        ended, good = ended + ends, good + is_good
-        if index < args.show:
-            print(f"--- {question}\n{answer.rstrip()}\n[{'ends' if ends else 'goes on'}]")
-    score = {"questions": len(questions), "ended": ended, "parse": good}
-    print(f"--- of {len(questions)} answers {ended} end by themselves, {good} are functions that parse")
+    records = [
+        {
+            "question": question,
+            "answers": [{**a._asdict(), "good": a.ends and is_asked_function(a.text, name)} for a in found],
+        }
+        for question, name, found in zip(questions, names, answers)
+    ]
     if args.output:
-        Path(args.output).write_text(json.dumps(score) + "\n")
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text("".join(json.dumps(record) + "\n" for record in records))
+    for record in records[:: max(1, len(records) // max(1, args.show))][: args.show]:
+        first = record["answers"][0]
+        print(f"--- {record['question']}\n{first['text'].rstrip()}\n[{'good' if first['good'] else 'not good'}]")
+    print(describe(records))
     return 0
 
 

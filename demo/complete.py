@@ -9,19 +9,23 @@ ends (a line indented no deeper than the header), or before the last, unfinished
 import argparse
 import ast
 import json
+import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data_preprocess.shards import set_of
 from dataset.format import MANIFEST_NAME
-from demo.conversations import parses as is_python
-from generate import generate, load_model
+from demo.functions import modules_of
+from demo.functions import parses as is_python
+from demo.sampling import batches_of_one_length, sample_rows
+from demo.scores import Score
 from optimizer import resolve_dtype
+from serving.generation import Loaded, load_model
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -41,21 +45,19 @@ class Header:
 
 def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
     """Functions with a body of 2 to 15 lines, in the modules that went to the validation set, in order of names."""
-    for path in sorted(corpus_dir.rglob("*.py")):
-        try:
-            text = path.read_bytes().decode("utf-8")
-            tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError):
-            continue
-        if set_of(text.encode("utf-8"), valid_ratio) != "valid":
+    for split, module, text in modules_of(corpus_dir, valid_ratio):
+        if split != "valid":
             continue
         lines = text.splitlines(keepends=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and 2 <= node.end_lineno - node.body[0].lineno + 1 <= 15:
                 first, body = node.lineno - 1, node.body[0].lineno - 1
                 header = "".join(lines[first:body])
                 if body > first and header.rstrip().endswith(":"):
-                    yield Header(path.stem, "".join(lines[:first]), header, node.col_offset)
+                    yield Header(module, "".join(lines[:first]), header, node.col_offset)
 
 
 def cut_body(header: Header, completion: str, finished: bool) -> str:
@@ -79,55 +81,66 @@ def parses(header: Header, body: str) -> bool:
     return bool(body.strip()) and is_python(function_source(header, body))
 
 
+def complete_all(loaded: Loaded, headers: list[Header], temperature: float, seed: int, rows: int = 64) -> list[str]:
+    """A body for each header."""
+    model, tokenizer, stop_ids = loaded
+    context, begin = model.config.max_position_embeddings, tokenizer.begin_ids
+    new_tokens = min(96, context // 2)
+    room = context - new_tokens - len(begin)
+    # Most modules are longer than that, so most prompts are equally long.
+    prompts = [begin + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
+    device, bodies = next(model.parameters()).device, [""] * len(headers)
+    for batch, numbers in enumerate(batches_of_one_length(prompts, rows)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+        drawn = sample_rows(
+            model, torch.tensor([prompts[n] for n in numbers], device=device), new_tokens, stop_ids, temperature,
+            generator, tokenizer.vocab_size,
+        )  # fmt: skip
+        for number, ids in zip(numbers, drawn):
+            bodies[number] = cut_body(headers[number], tokenizer.decode(ids), finished=len(ids) < new_tokens)
+    return bodies
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.complete", description="Complete held-out functions.")
     parser.add_argument("--ckpt", type=a_path, required=True)
     parser.add_argument("--corpus_dir", type=a_path, required=True)
     parser.add_argument("--data_dir", type=a_path, required=True)
-    parser.add_argument("--count", type=int, default=20, help="functions to complete (default: 20)")
+    parser.add_argument("--count", type=int, default=128, help="functions to complete (default: 128)")
     parser.add_argument("--show", type=int, default=3, help="completions to print (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--untrained", action="store_true", help="the same with weights as before the first step")
     parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if args.temperature <= 0:
+            raise ValueError("--temperature must be positive")
         valid_ratio = json.loads((Path(args.data_dir) / MANIFEST_NAME).read_text())["valid_ratio"]
         headers = list(held_out_headers(Path(args.corpus_dir), valid_ratio))
         if not headers or args.count < 1:
             raise ValueError("there is no function to complete in the held-out modules")
-        model, tokenizer, stop_ids = load_model(Path(args.ckpt), device, resolve_dtype("auto", device))
+        loaded = load_model(Path(args.ckpt), device, resolve_dtype(args.dtype, device))
     except (ValueError, OSError) as error:
         print(f"demo.complete: {error}", file=sys.stderr)
         return 2
-    headers = headers[:: max(1, len(headers) // args.count)][: args.count]
-    context, begin = model.config.max_position_embeddings, tokenizer.begin_ids
-    new_tokens = min(96, context // 2)
-    room = context - new_tokens - len(begin)
-    good = 0
-    for index, header in enumerate(headers):
-        prompt = begin + tokenizer.encode(header.before + header.text)[-room:]
-        ids = list(
-            generate(
-                model,
-                prompt,
-                new_tokens,
-                stop_ids,
-                args.temperature,
-                seed=index,
-                top_k=0,
-                vocab_size=tokenizer.vocab_size,
-            )
-        )
-        body = cut_body(header, tokenizer.decode(ids), finished=len(ids) < new_tokens)
-        parsed = parses(header, body)
-        good += parsed
-        if index < args.show:
-            print(f"--- {header.module}, {'parses' if parsed else 'does not parse'}:")
-            print(function_source(header, body).rstrip())
-    share = good / len(headers)
-    print(f"--- {good} of {len(headers)} completions parse ({share:.0%})")
+    if args.untrained:
+        loaded.model.initialize(args.seed)
+    step = max(1.0, len(headers) / args.count)
+    headers = [headers[int(number * step)] for number in range(min(args.count, len(headers)))]
+    bodies = complete_all(loaded, headers, args.temperature, args.seed)
+    parsed = [parses(header, body) for header, body in zip(headers, bodies)]
+    shown = range(0, len(headers), max(1, len(headers) // max(1, args.show)))
+    for index in list(shown)[: args.show]:
+        print(f"--- {headers[index].module}, {'parses' if parsed[index] else 'does not parse'}:")
+        print(function_source(headers[index], bodies[index]).rstrip())
+    score = Score([float(p) for p in parsed])
+    print(f"--- {sum(parsed)} of {len(headers)} completions parse ({score})")
     if args.output:
-        Path(args.output).write_text(json.dumps({"completions": len(headers), "parse": good, "share": share}) + "\n")
+        Path(args.output).write_text(json.dumps({"completions": len(headers), "parts": score.parts}) + "\n")
     return 0
 
 

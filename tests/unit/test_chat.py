@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import generate
-from generate import Chat
 from model import Llama, LlamaConfig, hf
 from model.config import padded_vocab_size
+from serving import generation
+from serving.chat import Chat
 from tests.unit.test_tokenizer import training_texts
 from tokenizer import Tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
@@ -174,7 +175,7 @@ def test_all_that_the_folder_names_ends_a_text(
     name: str,
 ):  # fmt: skip
     """Also an answer, besides what the chat template says."""
-    said, original = [], generate.generate
+    said, original = [], generation.generate
 
     def watched(*arguments: object) -> Iterator[int]:
         said.append([])
@@ -182,7 +183,7 @@ def test_all_that_the_folder_names_ends_a_text(
             said[-1].append(token_id)
             yield token_id
 
-    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(generation, "generate", watched)
     shutil.copytree(folder, tmp_path / "m")
     assert complete(tmp_path / "m", capsys, "--prompt=hello", *how)[0] == 0
     stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
@@ -212,13 +213,13 @@ def test_a_text_begins_as_the_tokenizer_says(
             single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, tokenizer.special_ids[begin])]
         )
         library.save(str(tmp_path / "m" / "tokenizer.json"))
-    asked, original = [], generate.generate
+    asked, original = [], generation.generate
 
     def watched(model: Llama, ids: list[int], *rest: object) -> Iterator[int]:
         asked.append(ids)
         return original(model, ids, *rest)
 
-    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(generation, "generate", watched)
     for how in ([], ["--chat"]):
         assert generate.main(["--ckpt", str(tmp_path / "m"), "--prompt=hello", "--max_new_tokens=2", *how]) == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "m")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from generate import generate, sample_token, stream_text
 from model import Llama, LlamaConfig
+from serving.chat import stream_text
+from serving.generation import generate, sample_token
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 

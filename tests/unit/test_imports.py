@@ -19,6 +19,7 @@ ALLOWED = {
     "parallel": set(),
     "optimizer": {"parallel.buffer"},
     "tasks": {"dataset", "model", "utils"},
+    "serving": {"model", "tokenizer", "utils"},
     "tokenizer": {"utils", "data_preprocess.readers"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # All but the scripts: with train_my_ddp.py, it is the one place that sees everything.
@@ -29,6 +30,7 @@ ALLOWED = {
         "model",
         "optimizer",
         "parallel",
+        "serving",
         "tasks",
         "tokenizer",
         "utils",

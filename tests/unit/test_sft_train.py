@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_weights
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-import generate
 import train_my_ddp
 import training.trainer as trainer_module
 from data_preprocess import pretokenize_sft_data
@@ -29,6 +28,8 @@ from dataset.sequences import SequenceSet
 from dataset.sft import SFTDataset
 from model import Llama, flops, hf
 from model.config import LlamaConfig
+from serving.generation import generate as new_tokens
+from serving.generation import load_model
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from tasks.reference import ReferenceCache
@@ -506,14 +507,12 @@ def memorised(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answers_of(run: Path) -> Iterator[tuple[str, str, bool]]:
     """(expected answer, greedy answer, whether it ended by itself) of each conversation."""
-    model, tokenizer, _ = generate.load_model(run, torch.device("cpu"), torch.float32)
+    model, tokenizer, _ = load_model(run, torch.device("cpu"), torch.float32)
     template = ChatTemplate(tokenizer)
     for question, answer in conversations():
         prompt = template.prompt([Message("user", question)])
         most = 30
-        ids = list(
-            generate.generate(model, prompt, most, template.stop_ids, temperature=0, vocab_size=tokenizer.vocab_size)
-        )
+        ids = list(new_tokens(model, prompt, most, template.stop_ids, temperature=0, vocab_size=tokenizer.vocab_size))
         yield answer, tokenizer.decode(ids), len(ids) < most
 
 

@@ -25,7 +25,7 @@ from data_preprocess.readers import Corpus
 from data_preprocess.units import process_corpus
 from dataset import show_mask
 from dataset.format import map_tokens, read_bin_header
-from generate import stream_text
+from serving.chat import stream_text
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, Tokenizer, load_tokenizer
 from tokenizer.base import END_OF_DOCUMENT, SPECIAL_TOKENS
 from tokenizer.hf_bbpe import train_hf_bbpe

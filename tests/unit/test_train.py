@@ -28,6 +28,7 @@ from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
 from optimizer import LossScaler
+from serving.generation import load_model
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
@@ -74,7 +75,7 @@ def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
     path = home / "ckpt" / "step-4"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     ids = torch.tensor([tokenizer("def f(x):\n    return x").input_ids])
-    ours, our_tokenizer, _ = generate.load_model(home, torch.device("cpu"), torch.float32)
+    ours, our_tokenizer, _ = load_model(home, torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("def f(x):\n    return x") == ids[0].tolist()
     assert torch.allclose(ours.logits(ours(ids)), model(ids).logits, atol=1e-5)
 

@@ -1,0 +1,103 @@
+"""A conversation with a model, and the text of tokens as they come. Needs no torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from tokenizer import Tokenizer
+from tokenizer.chat_template import Message, template_of
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Pieces of text as the ids arrive; a character whose bytes are not complete yet waits for the rest."""
+    seen, shown = [], ""
+    for token_id in ids:
+        seen.append(token_id)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(seen)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def require_utf8(what: str, text: str) -> None:
+    """
+    Raises:
+        ValueError: it came from a terminal or a file in another encoding, and has no text to tokenize.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} is no UTF-8: write it in that encoding") from None
+
+
+@dataclass
+class Chat:
+    """A conversation with a model: what was said, and how the next answer is drawn.
+
+    Args:
+        sample: `generate` with all but the prompt, max_new_tokens and stop_ids settled.
+        room: longest prompt and answer together, in tokens.
+    """
+
+    tokenizer: Tokenizer
+    sample: Callable[[list[int], int, frozenset[int]], Iterator[int]]
+    max_new_tokens: int
+    room: int
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._template = template_of(self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages[:] = [Message("system", self.system)] if self.system else []
+
+    def notes(self, folder_stops: frozenset[int]) -> list[str]:
+        """What is odd about talking to this model. `folder_stops`: the tokens that its folder names as ends."""
+        notes = list(self._template.notes)
+        if self._template.end_id not in folder_stops:
+            notes.append(
+                "nothing in the folder says that the model was taught to end an answer: it may never have seen a "
+                "conversation, for which --task_type=sft is there"
+            )
+        return notes
+
+    def answer(self, question: str) -> Iterator[str]:
+        """Say something; yields pieces of the answer. It joins the history, as far as the caller has taken it.
+
+        The oldest exchanges are forgotten where the history has become too long.
+
+        Raises:
+            ValueError: the question alone is too long.
+        """
+        prompt_ids = self._ask(question)
+        said = ""
+        try:
+            for piece in stream_text(
+                self.tokenizer, self.sample(prompt_ids, self.max_new_tokens, self._template.stop_ids)
+            ):
+                said += piece
+                yield piece
+        finally:
+            self.messages.append(Message("assistant", said))
+
+    def _ask(self, question: str) -> list[int]:
+        """Take a question into the history; returns the prompt."""
+        require_utf8("the question", question)
+        first, room = (1 if self.system else 0), self.room - self.max_new_tokens
+        asked = Message("user", question)
+        alone = len(self._template.prompt([*self.messages[:first], asked]))
+        if alone > room:
+            raise ValueError(
+                f"the question{' with the system text' if self.system else ''} has {alone} tokens, and with "
+                f"--max_new_tokens {self.max_new_tokens} there is room for {room}"
+            )
+        self.messages.append(asked)
+        while len(ids := self._template.prompt(self.messages)) > room:
+            # A question and its answer.
+            del self.messages[first : first + 2]
+        return ids
