@@ -105,6 +105,12 @@ class DataConfig:
     """Samples in a validation batch."""
     valid_iters: int = 0
     """Validation batches over all ranks together; 0 takes the whole set."""
+    sample_texts: int = 2
+    """Texts that the model writes after each validation, for the log; 0: none."""
+    sample_tokens: int = 48
+    """Tokens of each, at most."""
+    sample_prompt: str = ""
+    """What they begin with; default: beginnings from the validation set."""
     valid_ratio: float | None = None
     """Share held out of raw records (default: none); else only checked, as it is fixed when data is pretokenized."""
     document_mask: bool = True
@@ -351,6 +357,7 @@ _ONLY_WITH = (
     (("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
     (("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
      "without --optimizer=muon"),
+    (("sample_tokens", "sample_prompt"), lambda f: f["sample_texts"], "with --sample_texts=0"),
     (("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
 )  # fmt: skip
 """Fields, when they change anything (of the flat configuration), and what is said otherwise."""
@@ -629,14 +636,14 @@ def _check(config: Config) -> None:
     """Refuse combinations that need no data to be seen as impossible."""
     flat = flatten(config)
     for name in ("max_seq_len", "train_batch_size", "gradient_accumulation_steps", "valid_batch_size", "log_interval",
-                 "dist_timeout", "keep_last", "max_skipped_steps"):  # fmt: skip
+                 "sample_tokens", "dist_timeout", "keep_last", "max_skipped_steps"):  # fmt: skip
         if flat[name] <= 0:
             raise ValueError(f"{name} must be positive, got {flat[name]}")
     for name in ("max_iters", "save_interval", "save_interval_minutes", "keep_best", "keep_every", "valid_interval",
                  "valid_iters", "num_workers", "grad_clip", "replica_check_interval",
                  "weight_decay", "learning_rate", "muon_lr_ratio", "adam_eps", "num_threads", "bucket_size", "seed",
                  "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
-                 "powerSGD_log_interval", "resume_at_sample"):  # fmt: skip
+                 "powerSGD_log_interval", "resume_at_sample", "sample_texts"):  # fmt: skip
         if flat[name] < 0:
             raise ValueError(f"{name} must not be negative, got {flat[name]}")
     for name, most in _MOST.items():

@@ -1,0 +1,90 @@
+"""What the model writes at each validation, so that a log shows more than a loss."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dataset.opening import TaskDataset
+from dataset.pretrain import PretrainDataset
+from serving.generation import generate
+from tokenizer.chat_template import template_of
+from training.build import Built
+
+_PROMPT_TOKENS = 32
+"""Of a held-out text, at most."""
+_PATIENCE_S = 10.0
+"""For all samples of a validation: other ranks wait meanwhile."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+    is_cut: bool
+    """It took too long, and ends where it was."""
+
+
+class Samples:
+    """--sample_texts continuations, of --sample_prompt or of beginnings of the validation set; always the same
+    beginnings and random numbers, so that samples of one run can be compared. They change nothing in the run."""
+
+    def __init__(self, built: Built):
+        data, flags = built.data, built.config.data
+        self._model, self._seed, self._tokenizer = built.model, built.config.run.seed, data.tokenizer
+        self._most, self._prompts = flags.sample_tokens, []
+        self._stop_ids = frozenset([data.tokenizer.eod_id])
+        if built.config.run.task_type != "pretrain":
+            self._stop_ids |= template_of(data.tokenizer).stop_ids
+        if data.valid is None or not flags.sample_texts:
+            return
+        if flags.sample_prompt:
+            own = [*data.tokenizer.begin_ids, *data.tokenizer.encode(flags.sample_prompt)]
+            self._prompts = [own] * flags.sample_texts
+        else:
+            self._prompts = beginnings(data.valid, flags.sample_texts, data.tokenizer.eod_id)
+
+    @torch.no_grad()
+    def write(self) -> Iterator[Sample]:
+        """On one rank, between steps, when all of its weights are there."""
+        until = time.monotonic() + _PATIENCE_S
+        was_training, longest = self._model.training, self._model.config.max_position_embeddings - 1
+        self._model.eval()
+        # Compiled blocks would be compiled again for every length.
+        with torch.compiler.set_stance("force_eager"):
+            for number, prompt in enumerate(self._prompts):
+                ids, is_cut = [], False
+                new = generate(
+                    self._model, prompt[-longest:], self._most, self._stop_ids, seed=self._seed + number,
+                    vocab_size=self._tokenizer.vocab_size,
+                )  # fmt: skip
+                for token_id in new:
+                    ids.append(token_id)
+                    if is_cut := time.monotonic() > until:
+                        break
+                yield Sample(self._tokenizer.decode(prompt), self._tokenizer.decode(ids), is_cut)
+                if is_cut:
+                    break
+        self._model.train(was_training)
+
+
+def beginnings(dataset: TaskDataset, count: int, eod_id: int) -> list[list[int]]:
+    """Prompts from some texts of a set, far from each other: a document's first tokens; of a conversation all up to
+    the first answer."""
+    if isinstance(dataset, PretrainDataset):
+        chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64)
+        return [_document_of(row, eod_id) for row in dataset.input_rows(chosen)]
+    chosen = np.linspace(0, len(dataset.sequences) - 1, min(count, len(dataset.sequences))).astype(np.int64)
+    found = (dataset.sequences.sequence(number) for number in chosen.tolist())
+    return [ids[: int(np.argmax(supervised))].tolist() for ids, supervised in found]
+
+
+def _document_of(row: np.ndarray, eod_id: int) -> list[int]:
+    """The beginning of the first document that begins in the row, or of the row."""
+    ends = np.flatnonzero(row[: len(row) // 2] == eod_id)
+    begin = int(ends[0]) + 1 if len(ends) else 0
+    # Half of the model's positions are for what follows.
+    text = row[begin : begin + max(1, min(_PROMPT_TOKENS, len(row) // 2))].tolist()
+    return text[: text.index(eod_id)] if eod_id in text[1:] else text
