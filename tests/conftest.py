@@ -46,7 +46,7 @@ def tiny_run(data_dir: Path, tmp_path: Path) -> list[str]:
     return [
         f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32",
         "--device=cpu", "--train_batch_size=2", "--gradient_accumulation_steps=2", "--valid_iters=2", "--max_iters=4",
-        "--learning_rate=1e-2", "--num_threads=1", *TINY_MODEL,
+        "--learning_rate=1e-2", "--num_threads=1", "--sample_texts=0", *TINY_MODEL,
     ]  # fmt: skip
 
 

@@ -5,10 +5,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from configurator import Config, Derived
 from data_preprocess.pretokenize_sft_data import summary
+from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Llama, flops
 from optimizer import MixedPrecisionOptimizer
@@ -22,6 +24,9 @@ from training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+_USUAL_MFU = 0.4
+"""Share of the peak that a run may reach: on CPUs 0.38 to 0.66 were measured."""
+_LONG_STEP_S = 60.0
 _FEW_STEPS = 20
 """Of SFT and DPO, below which a model has hardly moved."""
 
@@ -62,6 +67,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
         _ops(built.model, built.optimizer, config.system.compile),
         *_data(built.data, config.run.task_type),
         _batch(config, built.derived, len(built.data.train)),
+        *_time(built, counted),
         _start(built.progress, built.weights_from),
     ]
 
@@ -173,6 +179,45 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
             f"--{'max_iters' if config.run.max_iters else 'epoch'}"
         )
     return text
+
+
+def _time(built: Built, counted: Flops) -> list[str]:
+    """How long it will take, guessed before the first step; nothing where the peak is unknown. After some steps, their
+    lines say it better."""
+    config, derived, data = built.config, built.derived, built.data
+    if not math.isfinite(counted.peak) or config.run.valid_only:
+        return []
+    token_s = counted.strict / (_USUAL_MFU * counted.peak)
+    step_s = derived.global_batch_size * positions_per_sample(data.train) * token_s
+    left = max(0, derived.max_iters - built.progress.step)
+    run_s, text = left * step_s, f"time: the first step in about {about(step_s)}"
+    if data.valid is not None:
+        flags = config.data
+        rows = min(len(data.valid), flags.valid_iters * flags.valid_batch_size or len(data.valid))
+        # Forward passes alone.
+        valid_s = rows * positions_per_sample(data.valid) * token_s / 3
+        times = 1 + (left - 1) // flags.valid_interval if flags.valid_interval and left else 1
+        run_s += times * valid_s
+        text += f", a validation in about {about(valid_s)}"
+    if step_s > _LONG_STEP_S:
+        text += " (shorter with a smaller --gradient_accumulation_steps)"
+    return [f"{text}, the run in about {about(run_s)}, if {_USUAL_MFU:.0%} of the peak are reached"]
+
+
+def positions_per_sample(dataset: TaskDataset) -> float:
+    """Positions of the model that a sample takes, on average over some; without padding."""
+    some = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(np.int64))
+    return sum(len(row) for row in dataset.input_rows(some)) / len(some)
+
+
+def about(seconds: float) -> str:
+    """A guess of a duration in words: 8 s, 12 min, 3.5 hours, 12 days."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours < 10 else f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 def _start(progress: Progress, weights_from: Path | None) -> str:

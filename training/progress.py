@@ -14,6 +14,8 @@ class Progress:
     samples_consumed: int = 0
     tokens: int = 0
     """Input tokens read so far."""
+    validation_due: bool = False
+    """The run was stopped in the validation after this step: it comes first."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from configurator import RunConfig, parse_profile_steps
+from dataset.show_mask import visible
 from parallel import DistContext, PowerSGD
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from training.build import Built
 from training.describe import Flops
 from training.progress import Progress, Unlogged
+from training.samples import Sample
 from utils import checkpoint as ckpt
 from utils.logging import clock, log_repeated_warnings
 from utils.paths import for_command
@@ -27,6 +29,9 @@ from utils.run_summary import Ending, summary_lines
 from utils.saving import SaveOutcome
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_OF_PROMPT = 100
+"""Characters."""
 
 
 def report_step(
@@ -80,6 +85,15 @@ def report_validation(
     if reslog is not None:
         units = {task.count_name: task.units(terms)}
         reslog.write("valid", step=step, **figures, dt=round(seconds, 3), **units)
+
+
+def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:
+    """What the model wrote, after the end of what it was given."""
+    lines = visible(sample.text + (" [took too long]" if sample.is_cut else "")).splitlines() or [""]
+    given = visible(" ".join(sample.prompt.split()))
+    logger.info("sample at step %d, after: %s\n    | %s", step, given[-_SHOWN_OF_PROMPT:], "\n    | ".join(lines))
+    if reslog is not None:
+        reslog.write("sample", step=step, prompt=sample.prompt, text=sample.text)
 
 
 def report_compression(reslog: ResLog | None, step: int, powersgd: PowerSGD) -> None:

@@ -47,7 +47,8 @@ def load_checkpoint(
     context.barrier()
     if run_dir.place.is_first_of_store:
         ckpt.delete_leftovers(run_dir.ckpt_dir)
-    return Progress(state["step"], samples, state["tokens"]), left_out
+    # (Checkpoints that are older than this entry lack it.)
+    return Progress(state["step"], samples, state["tokens"], state.get("validation_due", False)), left_out
 
 
 def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool:

@@ -45,14 +45,14 @@ class Stopping:
     """Whether to stop, as this rank was asked and as all ranks agree."""
 
     def __init__(self, request: StopRequest, run_dir: RunDir, context: DistContext):
-        self._request, self._context = request, context
+        self.request, self._context = request, context
         # Of a store that nodes share, one rank looks.
         self._file = run_dir.stop_file if run_dir.place.is_first_of_store else None
 
     def asked(self) -> bool:
         """By a signal to this rank, or a file in the run directory."""
         # (Path.exists would end the run where the file cannot be looked at.)
-        return self._request.requested or (self._file is not None and os.path.exists(self._file))
+        return self.request.requested or (self._file is not None and os.path.exists(self._file))
 
     def agreed(self) -> bool:
         """Whether any rank was asked. Collective."""

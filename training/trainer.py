@@ -3,12 +3,11 @@ reported, is in the other files of this folder."""
 
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,27 +24,14 @@ from training.build_model import to_device
 from training.build_optimizer import learning_rate
 from training.progress import Unlogged
 from training.records import start_records
+from training.samples import Samples
 from training.saving import add_share
+from training.stopping import LONG_S, Rounds, Stopping, StopRequest, Teller
 from utils import exits
 from utils.meter import StepMeter
 from utils.saving import SaveOutcome
 
 logger = logging.getLogger("train")
-
-_TELL_EVERY_S = 20.0
-"""Between lines that say how far a long validation is."""
-
-
-class StopRequest:
-    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __call__(self, signum: int, _frame: object) -> None:
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
 
 
 class Trainer:
@@ -64,7 +50,7 @@ class Trainer:
         stop: StopRequest,
         data_dirs: dict[str, Path],
     ):
-        self.config, self.context, self.stop = config, context, stop
+        self.config, self.context = config, context
         self.last_save = time.monotonic()
         self.skipped_in_a_row, self.save_due, self.save_waits = 0, False, False
         self.poisoned: str | None = None
@@ -73,8 +59,11 @@ class Trainer:
         self.unlogged: Unlogged | None = None
         # Position behind the samples of the step that is being done.
         self.next_sample = 0
+        # Of the last step: nobody knows of the first how long it will be.
+        self.step_seconds = math.inf
         with ExitStack() as resources:
             built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
+            self.config = built.config
             self.reslog, self.flops = start_records(built)
             # Data and DPO's reference are read or made: what follows is training.
             self.launched = time.perf_counter()
@@ -82,6 +71,7 @@ class Trainer:
             self.resources = resources.pop_all()
         self.data, self.derived, self.loader, self.progress = built.data, built.derived, built.loader, built.progress
         self.run_dir, self.out_dir = built.run_dir, built.run_dir.path
+        self.stopping, self.samples = Stopping(stop, built.run_dir, context), Samples(built)
         self.heartbeat, self.saver = built.run_dir.heartbeat, built.run_dir.saver
         self.model, self.task, self.scaler, self.optimizer = built.model, built.task, built.scaler, built.optimizer
         self.ddp, self.powersgd, self.zero1 = built.parallel.ddp, built.parallel.powersgd, built.parallel.zero1
@@ -93,7 +83,7 @@ class Trainer:
         """Run to the last step, or until a stop is requested; returns the exit code."""
         progress, max_iters = self.progress, self.derived.max_iters
         valid_interval, save_interval = self.config.data.valid_interval, self.config.run.save_interval
-        if progress.step >= max_iters:
+        if progress.step >= max_iters and not progress.validation_due:
             logger.info(
                 "nothing left to do: the run is at step %d of %d; to go on, raise --%s",
                 progress.step, max_iters, "max_iters" if self.config.run.max_iters else "epoch",
@@ -106,19 +96,28 @@ class Trainer:
         if self.built.left_out:
             logger.info("left out the samples at positions %d to %d, as asked", *self.built.left_out)
             self._save(valid_loss=None)
-        elif progress.step < max_iters:
+        elif progress.step < max_iters or progress.validation_due:
             self.saver.reserve(partial(add_share, self.built))
         phase = "compile" if self.config.system.compile else "step"
-        while progress.step < max_iters:
-            self.heartbeat.beat(phase, progress.step)
-            phase = "step"
-            if not self.profile.step(progress.step + 1, self._step):
-                return self._stop()
-            finished = progress.step == max_iters
+        progress.validation_due &= self.data.valid is not None
+        while progress.step < max_iters or progress.validation_due:
+            # It is due from the start where a run was stopped in it.
+            if not progress.validation_due:
+                self.heartbeat.beat(phase, progress.step)
+                phase = "step"
+                if not self.profile.step(progress.step + 1, self._step):
+                    return self._stop()
+            finished = progress.step >= max_iters
+            progress.validation_due |= self.data.valid is not None and (
+                finished or _is_due(progress.step, valid_interval)
+            )
             valid_loss = None
-            if self.data.valid is not None and (finished or _is_due(progress.step, valid_interval)):
+            if progress.validation_due:
                 with self.ddp.waits.uncounted():
                     valid_loss = self.validate()
+                if valid_loss is None:
+                    return self._stop()
+                progress.validation_due = False
             # In a streak, the weights may be what is wrong: a save waits for the first good step.
             self.save_waits |= valid_loss is not None or self.save_due or _is_due(progress.step, save_interval)
             if finished or (self.save_waits and not self.in_streak):
@@ -177,19 +176,22 @@ class Trainer:
     def _step(self) -> bool:
         """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
         progress, parallel = self.progress, self.config.parallel
-        waited = time.perf_counter()
+        started = time.perf_counter()
         with span("data wait"):
             batches = next(self.loader)
-        waited = time.perf_counter() - waited
-        count, tokens, digest, stop = self._agree(batches)
+        waited = time.perf_counter() - started
+        count, tokens, digest, stop, is_long = self._agree(batches)
         if stop:
             return False
         self._refuse_poison()
 
         self.next_sample = batches.last + 1
         lr = learning_rate(self.config, progress.step, self.derived.max_iters)
-        self._prepare_hooks(lr)
-        loss_sum, metrics = self._forward_backward(batches.micro_batches, count)
+        self._prepare_hooks()
+        sums = self._forward_backward(batches.micro_batches, count, lr, is_long)
+        if sums is None:
+            return False
+        loss_sum, metrics = sums
         self.ddp.finish_grad_sync()
         self.saver.before_update()
         with span("optimizer"):
@@ -214,49 +216,55 @@ class Trainer:
             self._compare_replicas()
         if _is_due(progress.step, self.config.run.log_interval):
             self._log_step()
+        self.step_seconds = time.perf_counter() - started
         return True
 
-    def _agree(self, batches: Step) -> tuple[int, int, int, bool]:
+    def _agree(self, batches: Step) -> tuple[int, int, int, bool, bool]:
         """What all ranks must know before a step: how many terms the loss of the whole global batch has, which the
-        backward pass needs; its tokens; the digest of its samples; whether any rank was asked to stop. Also whether a
-        save is due, and what became of the one in flight: all in one collective."""
+        backward pass needs; its tokens; the digest of its samples; whether any rank was asked to stop; whether the step
+        may be a long one. Also whether a save is due, and what became of the one in flight: all in one collective."""
         digest = sum(batch_digest(batch) for batch in batches.micro_batches)
         count = sum(self.task.count(batch) for batch in batches.micro_batches)
         tokens = sum(num_tokens(batch) for batch in batches.micro_batches)
         agreed = torch.tensor(
-            [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self._stop_asked(), self._save_asked(),
-             *self.saver.signs()]
+            [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self.stopping.asked(), self.step_seconds >= LONG_S,
+             self._save_asked(), *self.saver.signs()]
         )  # fmt: skip
         with span("agree"):
-            count, tokens, digest_low, digest_high, stop, save, failed, done = self.context.all_sum(agreed).tolist()
+            count, tokens, low, high, stop, is_long, save, failed, done = self.context.all_sum(agreed).tolist()
         if failed or done == self.context.world_size:
             self._report_save(self.saver.conclude())
         self.save_due = bool(save)
-        return count, tokens, (digest_high << 32) + digest_low, bool(stop)
-
-    def _stop_asked(self) -> bool:
-        """By a signal to this rank, or a file in the run directory."""
-        # (Path.exists would end the run where the file cannot be looked at.)
-        return self.stop.requested or (self.run_dir.place.is_first_of_store and os.path.exists(self.run_dir.stop_file))
+        return count, tokens, (high << 32) + low, bool(stop), bool(is_long)
 
     def _save_asked(self) -> bool:
         """By the first rank's clock."""
         minutes = self.config.run.save_interval_minutes
         return self.context.is_main and minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
 
-    def _prepare_hooks(self, learning_rate: float) -> None:
+    def _prepare_hooks(self) -> None:
         """For what happens to a bucket of gradients while the backward pass goes on."""
         parallel = self.config.parallel
         if self.powersgd is not None or parallel.overlap_optim_step:
             self.saver.before_update()
-        if parallel.overlap_optim_step:
-            self.optimizer.begin_overlapped_step(learning_rate)
         if self.powersgd is not None:
             self.powersgd.measure = _is_due(self.progress.step + 1, parallel.powerSGD_log_interval)
 
-    def _forward_backward(self, micro_batches: list[Batch], count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """This rank's micro-batches; gradients are reduced with the last one. Returns sums of losses and of metrics."""
-        context = self.context
+    def _forward_backward(
+        self, micro_batches: list[Batch], count: int, learning_rate: float, is_long: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+        """This rank's micro-batches; gradients are reduced with the last one, and with --overlap_optim_step stepped
+        with.
+
+        Args:
+            is_long: look between micro-batches whether to stop.
+        Returns:
+            sums of losses and of metrics; None if any rank was asked to stop: then nobody will ever read what the
+            micro-batches so far have added to the gradients.
+        """
+        context, parallel, teller = self.context, self.config.parallel, Teller(f"step {self.progress.step + 1}")
+        # There, the first micro-batch's gradient is added to what must be saved.
+        is_long &= not parallel.grad_buffer_is_powerSGD_error
         if self.task.uses_prepass:
             with span("prepass"):
                 sums = sum(self.task.prepass(self._to_device(batch)) for batch in micro_batches)
@@ -267,7 +275,13 @@ class Trainer:
         loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
         metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
         for index, batch in enumerate(micro_batches):
+            if is_long and index:
+                teller.tell(index, len(micro_batches))
+                if self.stopping.agreed():
+                    return None
             is_last = index == len(micro_batches) - 1
+            if is_last and parallel.overlap_optim_step:
+                self.optimizer.begin_overlapped_step(learning_rate)
             with nullcontext() if is_last else self.ddp.no_sync():
                 with span("forward"):
                     loss_sum, _, sums = self.task(self._to_device(batch))
@@ -320,9 +334,9 @@ class Trainer:
             raise FloatingPointError(f"gradients were not finite for {self.skipped_in_a_row} steps in a row")
 
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self) -> float | None:
         """Mean loss over the validation set, bit for bit the same on any number of ranks: the set is always cut into
-        the same batches, and their exact sums are added in one order."""
+        the same batches, and their exact sums are added in one order. None if any rank was asked to stop."""
         context, flags = self.context, self.config.data
         started = time.perf_counter()
         count, batches = validation_batches(
@@ -331,18 +345,17 @@ class Trainer:
         self.model.eval()
         names = self.task.metric_names
         table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
-        told = started
-        for number, (index, batch) in enumerate(batches):
+        rounds = Rounds(self.stopping, context, "validating", -(-count // context.world_size))
+        for _ in range(rounds.total):
             self.heartbeat.beat("validate", self.progress.step)
-            if time.perf_counter() - told > _TELL_EVERY_S:
-                told = time.perf_counter()
-                # Of this rank's share, which is as large as any other's.
-                logger.info(
-                    "validating: %.0f%% after %.0f s", 100 * number * context.world_size / count, told - started
-                )
-            loss_sum, terms, sums = self.task(self._to_device(batch))
-            row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
-            table[index] = torch.tensor(row, dtype=torch.float64)
+            # In the last round there may be none for this rank.
+            for index, batch in islice(batches, 1):
+                loss_sum, terms, sums = self.task(self._to_device(batch))
+                row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
+                table[index] = torch.tensor(row, dtype=torch.float64)
+            if rounds.stop_after_round():
+                self.model.train()
+                return None
         self.model.train()
         loss_sum, terms, *sums = (math.fsum(column) for column in context.all_sum(table).T.tolist())
         figures = self.task.figures(loss_sum, terms, dict(zip(names, sums)))
@@ -350,7 +363,17 @@ class Trainer:
         if not self.config.run.valid_only:
             self.meter.leave_out(seconds)
         report.report_validation(self.reslog, self.progress.step, self.task, figures, terms, seconds)
+        if context.is_main:
+            self._write_samples()
         return figures["loss"]
+
+    def _write_samples(self) -> None:
+        """What the model writes by now, for people to read."""
+        started = time.perf_counter()
+        for sample in self.samples.write():
+            report.report_sample(self.reslog, self.progress.step, sample)
+        if not self.config.run.valid_only:
+            self.meter.leave_out(time.perf_counter() - started)
 
     def _log_step(self) -> None:
         """Log the last step, and what was read since the last record. Also before a save, whatever the log interval, so

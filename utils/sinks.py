@@ -112,7 +112,7 @@ def open_sinks(
 
 def scalars(record: dict) -> dict[str, float]:
     """The metrics of a record that has a step."""
-    if record.get("step") is None or record["name"] == "start":
+    if record.get("step") is None or record["name"] in ("start", "sample"):
         return {}
     found = {metric: number(value) for metric, value in record.items() if metric not in ("name", "time", "step")}
     return {metric: value for metric, value in found.items() if value is not None}

@@ -75,7 +75,8 @@ def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> l
         f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
         "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}", "--learning_rate=1e-2",
-        "--num_threads=1", "--bucket_size=20000", "--verify_data", f"--max_skipped_steps={MOST_SKIPPED}",
+        "--num_threads=1", "--sample_tokens=4",
+        "--bucket_size=20000", "--verify_data", f"--max_skipped_steps={MOST_SKIPPED}",
         f"--replica_check_interval={REPLICA_CHECK}", *TINY_MODEL, *setup.flags,
     ]  # fmt: skip
 

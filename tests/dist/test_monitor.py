@@ -127,7 +127,7 @@ def flags(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         f"--data_dir={data_dir}", f"--out_dir={tmp_path_factory.mktemp('monitored') / 'default'}",
         f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu", "--train_batch_size=2",
         "--gradient_accumulation_steps=2", "--valid_iters=2", f"--max_iters={STEPS}", "--save_interval=10",
-        "--learning_rate=1e-3", "--num_threads=1", *TINY_MODEL,
+        "--learning_rate=1e-3", "--num_threads=1", "--sample_tokens=4", *TINY_MODEL,
     ]  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def reference(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         f"--data_dir={data_dir}", f"--out_dir={tmp_path_factory.mktemp('hosts') / 'reference'}",
         f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu", "--train_batch_size=2",
         "--gradient_accumulation_steps=2", "--valid_iters=2", f"--max_iters={STEPS}", "--num_threads=1",
+        "--sample_tokens=4",
         "--save_interval=40", "--log_interval=10", *TINY_MODEL,
     ]  # fmt: skip
     assert run_ranks(2, run_cases, [flags]) == [[0]] * 2

@@ -350,6 +350,7 @@ def base_flags(data_dir: Path) -> list[str]:
     return [
         f"--data_dir={data_dir}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         "--valid_iters=2", f"--max_iters={STEPS}", "--save_interval=4", "--learning_rate=1e-2", "--num_threads=1",
+        "--sample_tokens=4",
         "--bucket_size=20000", "--dist_timeout=60", *TINY_MODEL,
     ]  # fmt: skip
 

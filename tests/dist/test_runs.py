@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import train_my_ddp
+import training.trainer as trainer_module
+from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
@@ -29,7 +31,7 @@ def flags(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
         f"--data_dir={data_dir}", f"--out_dir={tmp_path_factory.mktemp('runs') / 'default'}",
         f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu", "--train_batch_size=4",
         "--gradient_accumulation_steps=2", "--valid_iters=6", "--max_iters=6", "--learning_rate=1e-2",
-        "--num_threads=1", "--bucket_size=20000", *TINY_MODEL,
+        "--num_threads=1", "--sample_texts=0", "--bucket_size=20000", *TINY_MODEL,
     ]  # fmt: skip
 
 
@@ -199,6 +201,51 @@ def test_the_training_starts_its_processes_itself(flags: list[str], tmp_path: Pa
     assert len(again.stdout.splitlines()) == 2 and "seed" in again.stdout
 
 
+LONG_STEPS = {
+    "plain": [],
+    "stepped as they arrive": ["--overlap_optim_step", "--grad_clip=0", "--use_distributed_optimizer"],
+    "powersgd": ["--use_powerSGD_hook", "--matrix_approximation_rank=2"],
+    "residuals in the buffer": ["--use_powerSGD_hook", "--grad_buffer_is_powerSGD_error"],
+}
+
+
+def stop_in_long_steps(cases: list[list[list[str]]]) -> list[list[int]]:
+    """On one rank: of each (whole run, interrupted run) the exit codes, the second's before and after it is resumed,
+    and how many micro-batches it had computed here when it stopped. Rank 1 alone is asked, in its sixth."""
+    original, calls, found = LanguageModelTask.__call__, [0], []
+    asked = 6 if int(os.environ["RANK"]) == 1 else -1
+
+    def compute(self: LanguageModelTask, batch: dict) -> tuple:
+        calls[0] += self.model.training
+        if calls[0] == asked and self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    for whole, parts in cases:
+        codes = run_cases([whole])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LanguageModelTask, "__call__", compute)
+            patch.setattr(trainer_module, "LONG_S", 0.0)
+            calls[0] = 0
+            codes += run_cases([parts])
+        found.append([*codes, *run_cases([[*parts, "--resume"]]), calls[0]])
+    return found
+
+
+def test_a_stop_is_seen_between_micro_batches(flags: list[str], tmp_path: Path):
+    """By all ranks at once, before anything of the step has left them: whatever is reduced, and how."""
+    sizes = ["--train_batch_size=1", "--gradient_accumulation_steps=8", "--max_iters=3", "--valid_iters=1"]
+    cases = []
+    for name, more in LONG_STEPS.items():
+        cases.append([[*elsewhere(flags, tmp_path / name / part), *sizes, *more] for part in ("whole", "parts")])
+    for found in run_ranks(2, stop_in_long_steps, cases):
+        # The residuals in the buffer are of the step that has begun: it is done to its end.
+        assert found == [[0, STOPPED, 0, 8 if name == "residuals in the buffer" else 6] for name in LONG_STEPS]
+    for whole, parts in cases:
+        assert losses(parts) == losses(whole)
+        assert same_bits(final_state(parts, 3), final_state(whole, 3))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[str]], tmp_path: Path, ranks: int):
@@ -220,9 +267,7 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_and_a_dead_rank_is_no_request(
-    flags: list[str], tmp_path: Path
-):
+def test_sigterm_to_the_launcher_saves_and_a_dead_rank_is_no_request(flags: list[str], tmp_path: Path):
     case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2", "--max_iters=2000"]
     process = launch(2, case)
     wait_for_step(process, case, 1)

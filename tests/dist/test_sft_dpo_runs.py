@@ -61,7 +61,7 @@ class Data:
             f"--task_type={task}", f"--data_dir={self.tokens[task]}", "--out_dir=-", f"--init_from={self.model}",
             f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu", "--train_batch_size=4",
             "--gradient_accumulation_steps=2", "--valid_batch_size=3", f"--max_iters={STEPS}", "--learning_rate=1e-3",
-            "--num_threads=1", "--bucket_size=20000", "--dist_timeout=60",
+            "--num_threads=1", "--sample_tokens=4", "--bucket_size=20000", "--dist_timeout=60",
         ]  # fmt: skip
 
 

@@ -210,7 +210,8 @@ def flags(data_dir: Path) -> list[str]:
     return [
         f"--data_dir={data_dir}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         "--train_batch_size=2", "--gradient_accumulation_steps=4", "--valid_iters=2", f"--max_iters={STEPS}",
-        "--save_interval=2", "--keep_last=9", "--learning_rate=1e-2", "--num_threads=1", "--bucket_size=20000",
+        "--save_interval=2", "--keep_last=9", "--learning_rate=1e-2", "--num_threads=1", "--sample_tokens=4",
+        "--bucket_size=20000",
         "--dist_timeout=30", *TINY_MODEL,
     ]  # fmt: skip
 

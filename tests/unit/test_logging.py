@@ -177,7 +177,7 @@ def test_a_run_ends_with_where_everything_is(
     step = trainer_module.Trainer._step
 
     def ask_to_stop(self) -> bool:
-        self.stop.requested = self.progress.step == 2
+        self.stopping.request.requested = self.progress.step == 2
         return step(self)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -141,7 +141,7 @@ def base_flags(directory: Path) -> list[str]:
     return [
         f"--out_dir={directory / 'run'}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         "--train_batch_size=2", "--gradient_accumulation_steps=2", "--valid_batch_size=4", "--max_iters=4",
-        "--learning_rate=3e-3", "--num_threads=1",
+        "--learning_rate=3e-3", "--num_threads=1", "--sample_tokens=4",
     ]  # fmt: skip
 
 
@@ -276,6 +276,24 @@ def test_validation_is_the_same_packed_and_unpacked(home: Home, sft_flags: list[
 
 
 # Raw records.
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_samples_answer_held_out_questions(
+    home: Home, sft_flags: list[str], dpo_flags: list[str], task: str, capsys: pytest.CaptureFixture
+):
+    flags = with_data(
+        sft_flags if task == "sft" else dpo_flags, home.sft_held_out if task == "sft" else home.dpo_held_out
+    )
+    assert train(flags, "--max_iters=1") == 0
+    questions = SequenceSet(home.sft_held_out if task == "sft" else home.dpo_held_out, "valid", task, SEQ_LEN)
+    asked = {r["prompt"] for r in records(flags, "sample")}
+    tokenizer = load_tokenizer(home.tokenizer)
+    prompts = set()
+    for number in range(len(questions)):
+        ids, supervised = questions.sequence(number)
+        prompts.add(tokenizer.decode(ids[: supervised.tolist().index(1)].tolist()))
+    assert len(asked) == 2 and asked <= prompts and all("assistant" in prompt[-20:] for prompt in asked)
 
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])

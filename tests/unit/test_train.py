@@ -8,8 +8,11 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,16 +31,20 @@ from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
 from optimizer import LossScaler
+from serving.generation import generate as new_tokens
 from serving.generation import load_model
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer import load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
+from training import describe, stopping
 from utils.checkpoint import list_checkpoints
 from utils.exits import read_exit_records
 from utils.heartbeat import Heartbeat
 from utils.saving import CheckpointWriter
+
+MUON = ["--optimizer=muon", "--muon_iterations=3"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,8 +100,29 @@ def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
     assert train(tiny_run, "--max_iters=2", "--resume") == 0
 
 
+def test_the_start_says_how_long_it_will_take(tiny_run: list[str], monkeypatch, capsys: pytest.CaptureFixture):
+    """In proportion to what there is to do: of a step three times that of the whole validation, as many rows."""
+    monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e6)
+    flags = [*tiny_run, "--valid_batch_size=2", "--valid_iters=2", "--max_iters=100", "--valid_interval=50"]
+    with pytest.raises(OSError, match="the machine died"):
+        train_until(1, crash, flags)
+    pattern = r"step in about (.+?), a validation in about (.+?)(?: \(.*\))?, the run in about (.+?), if 40%"
+    line = re.search(pattern, capsys.readouterr().out)
+    step, valid, run = (float(t.split()[0]) * {"s": 1, "min": 60, "hours": 3600}[t.split()[1]] for t in line.groups())
+    # Of words like 9 min.
+    assert step == pytest.approx(3 * valid, rel=0.05) and run == pytest.approx(100 * step + 2 * valid, rel=0.1)
+
+
+DURATIONS = [(0.01, "1 s"), (99, "99 s"), (150, "2 min"), (7000, "1.9 hours"), (90000, "25 hours"), (1e6, "12 days")]
+
+
+@pytest.mark.parametrize(("seconds", "said"), DURATIONS)
+def test_a_duration_in_words(seconds: float, said: str):
+    assert describe.about(seconds) == said
+
+
 def test_a_long_validation_says_how_far_it_is(tiny_run: list[str], monkeypatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(trainer_module, "_TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(stopping, "_TELL_EVERY_S", 0.0)
     assert train(tiny_run, "--max_iters=1", "--valid_batch_size=1") == 0
     told = re.findall(r"validating: (\d+)% after \d+ s", capsys.readouterr().out)
     assert told and sorted(told, key=int) == told and int(told[-1]) < 100
@@ -107,6 +135,28 @@ def test_validation_does_not_disturb_training(tiny_run: list[str], tmp_path: Pat
     assert train(often, "--valid_interval=1") == 0
     assert losses(often) == losses(tiny_run)
     assert [r["samples"] for r in records(often, "train")] == [r["samples"] for r in records(tiny_run, "train")]
+
+
+@pytest.mark.parametrize("prompt", ["", "def read("])
+def test_samples_are_what_the_checkpoint_writes_and_disturb_nothing(tiny_run: list[str], tmp_path: Path, prompt: str):
+    assert train(tiny_run) == 0
+    more = ["--sample_texts=3", "--sample_tokens=9", "--valid_interval=2", f"--sample_prompt={prompt}"]
+    shown = [flag for flag in elsewhere(tiny_run, tmp_path / "shown") if "sample_texts" not in flag]
+    assert train(shown, *more) == 0
+    assert same_bits(final_state(shown, 4), final_state(tiny_run, 4))
+    samples = records(shown, "sample")
+    assert [r["step"] for r in samples] == [2, 2, 2, 4, 4, 4]
+    assert [r["prompt"] for r in samples[:3]] == [r["prompt"] for r in samples[3:]]
+    model, tokenizer, stop_ids = load_model(out_dir(shown), torch.device("cpu"), torch.float32)
+    held_out = PretrainDataset(Path(next(f for f in shown if "data_dir" in f).partition("=")[2]), "valid", SEQ_LEN)
+    texts = [tokenizer.decode(row) for row in held_out.input_rows(np.arange(len(held_out))).tolist()]
+    for number, sample in enumerate(samples[3:]):
+        assert sample["prompt"] == prompt if prompt else any(sample["prompt"] in text for text in texts)
+        ids = tokenizer.encode(sample["prompt"])
+        new = list(new_tokens(model, ids, 9, stop_ids, seed=1337 + number, vocab_size=tokenizer.vocab_size))
+        assert sample["text"] == tokenizer.decode(new)
+    said = (out_dir(shown) / "train.log").read_text()
+    assert said.count("sample at step 4, after: ") == 3 and (f"after: {prompt}" in said or not prompt)
 
 
 def train_until(step: int, event, flags: list[str], *more: str) -> int:
@@ -129,6 +179,54 @@ def crash() -> None:
 
 def sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def asked_at(call: int, training: bool) -> Iterator[list[int]]:
+    """This process gets a SIGTERM in the model's `call`-th batch; yields the numbers of all that it computes."""
+    original, calls = LanguageModelTask.__call__, []
+
+    def compute(self: LanguageModelTask, batch: dict) -> tuple:
+        if self.model.training == training:
+            calls.append(len(calls) + 1)
+            if calls[-1] == call:
+                sigterm()
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModelTask, "__call__", compute)
+        patch.setattr(trainer_module, "LONG_S", 0.0)
+        patch.setattr(stopping, "LONG_S", 0.0)
+        yield calls
+
+
+@pytest.mark.parametrize(
+    ("call", "in_training", "more"),
+    [(2, True, []), (10, True, []), (6, True, [*MUON, "--hidden_dropout=0.1"]), (3, False, []), (7, False, [])],
+    ids=["first step", "last step", "with more state", "validation", "last validation"],
+)
+def test_a_stop_in_the_middle_of_something_long_loses_nothing(
+    tiny_run: list[str], tmp_path: Path, call: int, in_training: bool, more: list[str]
+):
+    """The begun step is dropped, the state before it saved; a validation is done again, for the same checkpoint."""
+    sizes = ["--max_iters=3", "--gradient_accumulation_steps=4", "--valid_interval=2", "--valid_iters=5"]
+    flags = [*tiny_run, *sizes, *more]
+    assert train(flags) == 0
+    parts = elsewhere(flags, tmp_path / "parts")
+    with asked_at(call, in_training) as calls:
+        assert train(parts) == 75
+    assert calls[-1] == call
+    done = (call - 1) // 4 if in_training else {3: 2, 7: 3}[call]
+    assert read_exit_records(tmp_path / "parts" / "exit")[0]["step"] == done
+    assert [c.step for c in list_checkpoints(tmp_path / "parts" / "ckpt")][-1] == done
+    assert train(parts, "--resume") == 0
+    assert same_bits(final_state(parts, 3), final_state(flags, 3))
+    for name in ("train", "valid"):
+        kept = [{k: r[k] for k in ("step", "loss")} for r in records(parts, name)]
+        assert kept == [{k: r[k] for k in ("step", "loss")} for r in records(flags, name)]
+    saved = [[(c.step, c.valid_loss) for c in list_checkpoints(out_dir(f) / "ckpt")] for f in (parts, flags)]
+    assert saved[0][-2:] == saved[1][-2:]
+    assert train(parts, "--resume") == 0 and len(records(parts, "valid")) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -686,7 +784,7 @@ def test_a_stop_finds_weights_that_are_not_finite(
         result = step(self, *arguments)
         if self.progress.step == 2:
             next(self.model.parameters()).data.view(-1)[7] = math.nan
-            self.stop.requested = True
+            self.stopping.request.requested = True
         return result
 
     monkeypatch.setattr(trainer_module.Trainer, "_finish_step", poison)
