@@ -16,7 +16,8 @@ _SHOWN_REPEATS = 3
 
 
 class _RankFilter(logging.Filter):
-    """Warnings and worse, and everything else where `info`; each record learns its rank."""
+    """Warnings and worse, and everything else of ours where `info`; each record learns its rank. (As it ends, torch
+    tells of caches that a run never used.)"""
 
     def __init__(self, rank: int, info: bool):
         super().__init__()
@@ -24,7 +25,8 @@ class _RankFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.rank = self._rank
-        return self._info or record.levelno >= logging.WARNING
+        is_torch = record.name == "torch" or record.name.startswith("torch.")
+        return record.levelno >= logging.WARNING or (self._info and not is_torch)
 
 
 class _Once(logging.Filter):

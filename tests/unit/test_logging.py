@@ -80,6 +80,15 @@ def test_what_libraries_warn_of_is_a_warning_like_others(capsys: pytest.CaptureF
     assert repeats()[0].startswith("1 more warning like: ")
 
 
+def test_torch_has_warnings_for_users_and_nothing_else(capsys: pytest.CaptureFixture):
+    """At its end a stopped run told of caches of torch's compiler."""
+    setup_console(0)
+    inner = logging.getLogger("torch._subclasses.fake_tensor")
+    inner.info("FakeTensor cache stats:")
+    inner.warning("something is wrong")
+    assert capsys.readouterr().out == "something is wrong\n"
+
+
 def test_the_memory_for_repeats_is_bounded_and_nothing_is_swallowed(capsys: pytest.CaptureFixture):
     setup_console(0)
     for number in range(1500):
