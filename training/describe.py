@@ -199,9 +199,10 @@ def _time(built: Built, counted: Flops) -> list[str]:
         times = 1 + (left - 1) // flags.valid_interval if flags.valid_interval and left else 1
         run_s += times * valid_s
         text += f", a validation in about {about(valid_s)}"
+    text += f", the run in about {about(run_s)}, if {_USUAL_MFU:.0%} of the peak are reached"
     if step_s > _LONG_STEP_S:
-        text += " (shorter with a smaller --gradient_accumulation_steps)"
-    return [f"{text}, the run in about {about(run_s)}, if {_USUAL_MFU:.0%} of the peak are reached"]
+        text += "; with a smaller --gradient_accumulation_steps, or a smaller --size, a step is shorter"
+    return [text]
 
 
 def positions_per_sample(dataset: TaskDataset) -> float:

@@ -50,7 +50,7 @@ class Trainer:
         stop: StopRequest,
         data_dirs: dict[str, Path],
     ):
-        self.config, self.context = config, context
+        self.context = context
         self.last_save = time.monotonic()
         self.skipped_in_a_row, self.save_due, self.save_waits = 0, False, False
         self.poisoned: str | None = None
@@ -69,6 +69,8 @@ class Trainer:
             self.launched = time.perf_counter()
             # Released at the end; here, if anything failed.
             self.resources = resources.pop_all()
+        # With what was left to the data.
+        self.config = built.config
         self.data, self.derived, self.loader, self.progress = built.data, built.derived, built.loader, built.progress
         self.run_dir, self.out_dir = built.run_dir, built.run_dir.path
         self.stopping, self.samples = Stopping(stop, built.run_dir, context), Samples(built)

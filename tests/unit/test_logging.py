@@ -80,10 +80,14 @@ def test_what_libraries_warn_of_is_a_warning_like_others(capsys: pytest.CaptureF
     assert repeats()[0].startswith("1 more warning like: ")
 
 
-def test_torch_has_warnings_for_users_and_nothing_else(capsys: pytest.CaptureFixture):
+def test_torch_has_warnings_for_users_and_nothing_else(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     """At its end a stopped run told of caches of torch's compiler."""
     setup_console(0)
-    inner = logging.getLogger("torch._subclasses.fake_tensor")
+    # Until torch's own logging is set up, which takes it all.
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
+    inner = logging.getLogger("torch.inner")
+    monkeypatch.setattr(inner, "level", logging.NOTSET)
+    monkeypatch.setattr(logging.getLogger("torch"), "level", logging.NOTSET)
     inner.info("FakeTensor cache stats:")
     inner.warning("something is wrong")
     assert capsys.readouterr().out == "something is wrong\n"

@@ -106,7 +106,7 @@ def test_the_start_says_how_long_it_will_take(tiny_run: list[str], monkeypatch, 
     flags = [*tiny_run, "--valid_batch_size=2", "--valid_iters=2", "--max_iters=100", "--valid_interval=50"]
     with pytest.raises(OSError, match="the machine died"):
         train_until(1, crash, flags)
-    pattern = r"step in about (.+?), a validation in about (.+?)(?: \(.*\))?, the run in about (.+?), if 40%"
+    pattern = r"step in about (.+?), a validation in about (.+?), the run in about (.+?), if 40%"
     line = re.search(pattern, capsys.readouterr().out)
     step, valid, run = (float(t.split()[0]) * {"s": 1, "min": 60, "hours": 3600}[t.split()[1]] for t in line.groups())
     # Of words like 9 min.
