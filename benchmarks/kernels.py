@@ -20,16 +20,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from model.blocked_attention import blocked_attention
 from torch import Tensor
 
 from benchmarks.ablation import resident_growth
-from model.attention import causal_mask, plain_attention, sdpa_causal
-from model.blocked_attention import blocked_attention
+from model.attend import causal_mask
 from model.kernels import cross_entropy as ce
 from model.kernels import linear_cross_entropy as linear_ce
 from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import swiglu as gated
+from model.kernels.attention import plain_attention, sdpa_causal
 from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
 from optimizer.adamw import AdamWConfig, adamw_step

@@ -8,7 +8,7 @@ __all__ = ["KVCache", "Llama", "LlamaConfig"]
 def __getattr__(name: str) -> object:
     """What needs torch, when somebody asks for it: a configuration is checked without, in a tenth of the time."""
     if name in ("KVCache", "Llama"):
-        from model import llama
+        from model import decoder
 
-        return getattr(llama, name)
+        return getattr(decoder, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,6 +38,9 @@ class DropoutKey:
     def for_layer(self, index: int) -> "DropoutKey":
         return replace(self, layer=torch.full((), index, device=self.row_ids.device))
 
+    def for_layer_before(self) -> "DropoutKey":
+        return replace(self, layer=self.layer - 1)
+
 
 def philox_uint32(
     key: tuple[int | Tensor, int | Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]

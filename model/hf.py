@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from model.config import LlamaConfig
+from model.decoder import Llama
 from model.hf_files import INDEX, MISTAKES, is_pointer, read_json, weight_files, without_config
 from model.hf_keys import check_keys, require, shown
-from model.llama import Llama
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _CONSTANT = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

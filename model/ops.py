@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import attention as attn
 from model.dropout import DropoutKey
+from model.kernels import attention as attn
 from model.kernels import linear_cross_entropy as fused_loss
 from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary

@@ -8,7 +8,7 @@ import torch
 from configurator import Config, flatten, resolve_model
 from dataset.loader import Batch
 from model import Llama, hf
-from model.attention import document_starts
+from model.attend import document_starts
 from model.ops import CHOICES, build_ops, choose_ops
 from parallel import DistContext
 from tokenizer import Tokenizer

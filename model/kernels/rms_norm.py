@@ -49,7 +49,7 @@ float64 up to 4,096.
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, as model.llama.RMSNorm: x (..., C), weight (C,) -> (..., C) in the weight's dtype."""
+    """The definition, as model.decoder.RMSNorm: x (..., C), weight (C,) -> (..., C) in the weight's dtype."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normed.to(weight.dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.llama import Block
+from model.decoder import Block
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel, NaiveDDP, ReduceScatter, Zero1, destroy_context, init_context

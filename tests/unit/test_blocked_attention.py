@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import blocked_attention as blocked
-from model.attention import causal_mask, document_starts, plain_attention
+from model.attend import causal_mask, document_starts
+from model.kernels import blocked_attention as blocked
+from model.kernels.attention import plain_attention
 
 GROUPS = [(4, 4), (4, 2), (3, 1)]
 """Query heads, key and value heads."""

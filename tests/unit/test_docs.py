@@ -262,7 +262,7 @@ def test_broken_links_and_wrong_names_are_found(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(
         "# A `b` c\n[x](no.md) ![y](no.png) [z](#a-b-c) [w](#nowhere) [v](https://example.com/x) [u](page.md)\n"
-        "`model/llama.py`, `model/lama.py`, `docs/`, `docs/nothing/`, `llama.py`, `out/mine/ckpt`, `model/NAME.py`\n"
+        "`model/decoder.py`, `model/lama.py`, `docs/`, `docs/nothing/`, `llama.py`, `out/mine/ckpt`, `model/NAME.py`\n"
     )
     assert broken_links(page) == ["no.md", "no.png", "#nowhere"]
     assert missing_files(page) == ["model/lama.py", "docs/nothing/", "llama.py"]

@@ -14,14 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dataset.sft import padded
 from model import KVCache, Llama, LlamaConfig, flops, hf
-from model.attention import (
-    attention_by_document,
-    causal_mask,
-    document_lengths,
-    document_starts,
-    plain_attention,
-)
+from model.attend import causal_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
+from model.kernels.attention import attention_by_document, plain_attention
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
 
@@ -186,9 +181,31 @@ def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: lis
     with torch.no_grad():
         parts = [model(piece, cache=cache) for piece in ids.split(pieces, dim=1)]
         assert torch.allclose(torch.cat(parts, dim=1), model(ids), atol=1e-5)
-    assert cache.length == ids.shape[1]
+    assert cache.lengths == [ids.shape[1]] * 2
     with pytest.raises(ValueError, match="KV cache holds 16"):
         model(tokens(length=5), cache=cache)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize("lengths", [[3, 7, 1], [5, 5, 2], [4, 4, 4]])
+def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str):
+    """Prompts padded behind in one batch, then tokens for all of them: each row as if it were alone."""
+    model = build(**VARIANTS["gqa"])
+    model.ops = build_ops(dict(model.ops.names) | {"attention": attention})
+    for block in model.layers:
+        block.self_attn.ops = model.ops
+    model.eval()
+    prompts, more = tokens(3, max(lengths)), tokens(3, 4, seed=9)
+    cache = KVCache(model.config, 3, 16, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        first = model(prompts, cache=cache)
+        cache.lengths = list(lengths)
+        rest = [model(piece, cache=cache) for piece in more.split([1, 2, 1], dim=1)]
+        for row, length in enumerate(lengths):
+            alone = model(torch.cat([prompts[row : row + 1, :length], more[row : row + 1]], dim=1))[0]
+            assert torch.allclose(first[row, :length], alone[:length], atol=1e-5)
+            assert torch.allclose(torch.cat(rest, dim=1)[row], alone[length:], atol=1e-5)
+    assert cache.lengths == [length + 4 for length in lengths]
 
 
 def test_document_mask_equals_documents_alone():

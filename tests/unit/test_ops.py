@@ -12,10 +12,11 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils.checkpoint import CheckpointPolicy
 
 from model import Llama, LlamaConfig
-from model.attention import causal_mask, document_starts, implementation
+from model.attend import causal_mask, document_starts
+from model.decoder import _keep_matmuls
 from model.dropout import DropoutKey
-from model.llama import _keep_matmuls
-from model.merged_linear import merged_linear, merged_linear_reference
+from model.kernels.attention import implementation
+from model.linear import merged_linear, merged_linear_reference
 from model.ops import CHOICES, REFERENCE, build_ops, choose_ops
 from optimizer import choose_kernel
 

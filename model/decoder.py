@@ -21,92 +21,52 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.attention import Attention, LayerCache, causal_mask, document_lengths
+from model.attend import Attend, KVCache, attend_to
+from model.attention import Attention
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
-from model.merged_linear import merged_linear
+from model.linear import Head
+from model.mlp import SwiGLU
+from model.norm import RMSNorm
 from model.ops import REFERENCE, Ops
-from model.rope import inverse_frequencies, rope_tables, sequence_lengths
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), computed in float32: of a sum, which it returns,
-    too."""
-
-    def __init__(self, size: int, eps: float, ops: Ops = REFERENCE):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.ops = eps, ops
-
-    def forward(
-        self, h_BTC: Tensor, x_BTC: Tensor | None, dropout_p: float, key: DropoutKey | None, site: int
-    ) -> tuple[Tensor, Tensor]:
-        """(h + dropout(x), norm of that); x None: nothing is added."""
-        if x_BTC is None:
-            return h_BTC, self.ops.rms_norm(h_BTC, self.weight, self.eps)
-        return self.ops.add_rms_norm(h_BTC, x_BTC, self.weight, self.eps, dropout_p, key, site)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) (Shazeer, 2020)."""
-
-    def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
-        super().__init__()
-        self.ops = ops
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        if self.ops.swiglu_packed is None:
-            return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
-        gate_up = merged_linear(x_BTC, self.gate_proj.weight, self.up_proj.weight)
-        return self.down_proj(self.ops.swiglu_packed(gate_up))
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
+    """Args:
+        layer: its number, from 0.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Ops, layer: int):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.self_attn = Attention(config, ops)
+        self.self_attn = Attention(config, ops, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
         self.checkpoint_options: dict[str, object] | None = None
         """Given: while it trains, the block is a checkpoint by itself, see `Llama.compile_blocks`."""
 
     def forward(
-        self,
-        h_BTC: Tensor,
-        to_add_BTC: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        cache_length: int = 0,
-        key: DropoutKey | None = None,
-        key_before: DropoutKey | None = None,
-        documents: list[list[int]] | None = None,
-        starts: Tensor | None = None,
+        self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None = None
     ) -> tuple[Tensor, Tensor]:
         """One block: (h, what is to be added to it). h stays in its own dtype (float32 with residual_in_fp32), the
         matmuls run in the weights'.
 
         Args:
-            to_add_BTC: from the block before, whose dropout has `key_before`; None: it is in h.
+            to_add_BTC: from the block before, not dropped out yet; None: it is in h.
+            key: names the block's dropout masks.
         """
-        inputs = (h_BTC, to_add_BTC, rope, mask, cache, cache_length, key, key_before, documents, starts)
         if self.checkpoint_options is not None and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, *inputs, **self.checkpoint_options)
-        return self._forward(*inputs)
+            return checkpoint(self._forward, h_BTC, to_add_BTC, attend, key, **self.checkpoint_options)
+        return self._forward(h_BTC, to_add_BTC, attend, key)
 
     def _forward(
-        self, h_BTC: Tensor, to_add_BTC: Tensor | None, rope: tuple[Tensor, Tensor], mask: Tensor | None,
-        cache: LayerCache | None, cache_length: int, key: DropoutKey | None, key_before: DropoutKey | None,
-        documents: list[list[int]] | None, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None
+    ) -> tuple[Tensor, Tensor]:
+        key_before = key.for_layer_before() if key is not None and to_add_BTC is not None else None
         h_BTC, x_BTC = self.input_layernorm(h_BTC, to_add_BTC, self.dropout, key_before, FEED_FORWARD_OUTPUT)
-        attended = self.self_attn(x_BTC, rope, mask, cache, cache_length, key, documents, starts)
-        h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended, self.dropout, key, ATTENTION_OUTPUT)
+        attended_BTC = self.self_attn(x_BTC, attend, key)
+        h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended_BTC, self.dropout, key, ATTENTION_OUTPUT)
         return h_BTC, self.mlp(x_BTC)
 
 
@@ -138,18 +98,6 @@ def _checkpoint_options(keeps: str) -> dict[str, object]:
     if keeps == "matmuls":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     return options
-
-
-class KVCache:
-    """Keys and values of every layer for up to `max_length` tokens; `length` says how many are there."""
-
-    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.max_length, self.length = max_length, 0
-        self.layers = [
-            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_hidden_layers)
-        ]
 
 
 class Llama(nn.Module):
@@ -187,9 +135,9 @@ class Llama(nn.Module):
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
         """Rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, ops) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, ops)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._compiled_parameters: list[nn.Parameter] = []
@@ -240,74 +188,58 @@ class Llama(nn.Module):
             document_starts: where the documents of document_ids begin, see attention.document_starts; used where
                 `wants_document_starts`.
         """
-        batch, num_new = input_ids_BT.shape
-        past = cache.length if cache is not None else 0
-        if cache is not None and past + num_new > cache.max_length:
-            raise ValueError(f"the KV cache holds {cache.max_length} tokens, {past + num_new} were asked of it")
-        device = input_ids_BT.device
+        num_new, device = input_ids_BT.shape[1], input_ids_BT.device
+        if cache is not None:
+            cache.require_room(num_new)
         if positions_BT is None:
-            positions_BT = torch.arange(past, past + num_new, device=device).expand(batch, -1)
-        lengths = None
-        if self.config.rope_scaling == "dynamic":
-            lengths = sequence_lengths(positions_BT, document_ids_BT)
-        rope = rope_tables(inverse_frequencies(self.config, lengths, device), positions_BT)
-        mask = documents = None
+            past = torch.tensor(cache.lengths if cache is not None else [0], device=device)
+            positions_BT = (past[:, None] + torch.arange(num_new, device=device)).expand(len(input_ids_BT), -1)
         starts = document_starts if self.wants_document_starts else None
-        if document_ids_BT is not None and self.attends_by_document and not document_ids_BT.is_cuda:
-            documents = document_lengths(document_ids_BT)
-        if documents is None and starts is None and (document_ids_BT is not None or (past and num_new > 1)):
-            mask = causal_mask(num_new, past + num_new, document_ids_BT, device)
-
+        if starts is not None and self._compiled_parameters:
+            # Otherwise there is a graph for the first number of documents, and another one for all others.
+            torch._dynamo.maybe_mark_dynamic(starts, 0)
+        attend = attend_to(
+            self.config, num_new, device, positions_BT, document_ids_BT, starts, cache, self.attends_by_document
+        )
         h_BTC = self.embed_tokens(input_ids_BT)
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
-        if starts is not None and self._compiled_parameters:
-            # Else there is a graph for the first number of documents, and another one for all others.
-            torch._dynamo.maybe_mark_dynamic(starts, 0)
         with self._gradients_aside():
-            h_BTC, to_add_BTC, layer_key = self._blocks(h_BTC, rope, mask, cache, past, dropout_key, documents, starts)
+            h_BTC, to_add_BTC, layer_key = self._blocks(h_BTC, attend, dropout_key)
         if cache is not None:
-            cache.length += num_new
+            cache.lengths = [length + num_new for length in cache.lengths]
         return self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
 
     def _blocks(
-        self, h_BTC: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, past: int,
-        dropout_key: DropoutKey | None, documents: list[list[int]] | None, starts: Tensor | None,
-    ) -> tuple[Tensor, Tensor, DropoutKey | None]:  # fmt: skip
+        self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None
+    ) -> tuple[Tensor, Tensor, DropoutKey | None]:
         """(h, what is to be added to it, the dropout key of that)."""
-        to_add_BTC = layer_key = None
+        to_add_BTC = key = None
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
-            layer_cache = cache.layers[index] if cache is not None else None
-            key_before, layer_key = layer_key, dropout_key.for_layer(index) if dropout_key is not None else None
+            key_before, key = key, dropout_key.for_layer(index) if dropout_key is not None else None
             run = block
             if recomputes:
                 if to_add_BTC is not None:
                     # One tensor that stays instead of two.
                     h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
                     to_add_BTC = None
-                key_before = None
                 if block.checkpoint_options is None:
                     run = partial(checkpoint, block, **self._checkpoint_options)
-            h_BTC, to_add_BTC = run(
-                h_BTC, to_add_BTC, rope, mask, layer_cache, past, layer_key, key_before, documents, starts
-            )
-        return h_BTC, to_add_BTC, layer_key
+            h_BTC, to_add_BTC = run(h_BTC, to_add_BTC, attend, key)
+        return h_BTC, to_add_BTC, key
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) normed hidden states -> (..., V) scores in the weights' dtype."""
         return self.lm_head(hidden)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
-        """Sum of the supervised tokens' cross entropies, float32: (..., C) hidden states, (...) labels.
-
-        `grad_scale`: what the sum will be multiplied by before its backward pass; float16 needs to know beforehand.
-        """
-        return self.ops.loss_sum(hidden, self.lm_head.weight, labels, grad_scale=grad_scale)
+        """Sum of the supervised tokens' cross entropies; see Head.loss_sum."""
+        return self.lm_head.loss_sum(hidden, labels, grad_scale)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""
-        return self.ops.token_logprobs(hidden, self.lm_head.weight, labels)
+        """Log-probability of each label; see Head.token_logprobs."""
+        return self.lm_head.token_logprobs(hidden, labels)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -1,0 +1,153 @@
+"""All that attention must know besides queries, keys and values: built once a forward pass, the same for every layer.
+
+    positions     rotary tables
+    documents     nothing, their lengths, where they start, or a mask: what the implementation of attention can use
+    cache         keys and values of earlier tokens, and how many of them each row has
+
+A new kind of mask or cache changes this file and the implementations in attention.py, and no layer.
+
+Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), K key and value heads, D head dim,
+M documents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import LlamaConfig
+from model.rope import inverse_frequencies, rope_tables, sequence_lengths
+
+
+def causal_mask(
+    num_new: int, num_all: int, document_ids_BT: Tensor | None, device: torch.device, rows: list[int] | None = None
+) -> Tensor:
+    """The keys that each query sees, bool (1 or B, 1, T, S): those not after it and in its document.
+
+    Args:
+        rows: tokens that each row's cache holds, where they differ; default: all rows hold S - T.
+    """
+    starts = torch.tensor(rows if rows is not None else [num_all - num_new], device=device)
+    queries = starts[:, None] + torch.arange(num_new, device=device)
+    mask = (queries[..., None] >= torch.arange(num_all, device=device))[:, None]
+    if document_ids_BT is not None:
+        mask = mask & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+    return mask
+
+
+def document_lengths(document_ids_BT: Tensor) -> list[list[int]] | None:
+    """Lengths of each row's documents, where attending document by document costs less than all T x T weights under a
+    mask; otherwise None. On the CPU.
+
+    Measured there: a weight under a mask costs as much as 1.4 of plain causal attention, a call as much as 2,500.
+    """
+    batch, width = document_ids_BT.shape
+    lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in document_ids_BT]
+    weights = sum(length * length for row in lengths for length in row)
+    calls = sum(map(len, lengths))
+    return lengths if 0.7 * weights + 2500 * calls < batch * width * width else None
+
+
+def document_starts(document_ids_BT: Tensor) -> Tensor:
+    """Where documents begin among the tokens of all rows, and where the last one ends: int32 (M + 1,). A row's border
+    is a document's, too. On a CPU: on a GPU it would wait for the number of documents."""
+    begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return torch.cat((starts, starts.new_full((1,), document_ids_BT.numel()))).to(torch.int32)
+
+
+class KVCache:
+    """Keys and values of every layer, for up to `max_length` tokens a row.
+
+    `lengths` says how many tokens each row holds. `Llama.forward` adds the new ones to it. Whoever feeds rows that are
+    padded behind sets it afterwards to what is real, and the padding is overwritten by what comes next.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.max_length, self.lengths = max_length, [0] * batch
+        self._keys_LBKSD = torch.zeros(shape, dtype=dtype, device=device)
+        self._values_LBKSD = torch.zeros_like(self._keys_LBKSD)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows hold equally many tokens."""
+        return len(set(self.lengths)) == 1
+
+    def require_room(self, num_new: int) -> None:
+        """
+        Raises:
+            ValueError: a row has no room for so many more tokens.
+        """
+        if max(self.lengths) + num_new > self.max_length:
+            raise ValueError(
+                f"the KV cache holds {self.max_length} tokens, {max(self.lengths) + num_new} were asked of it"
+            )
+
+    def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store T new tokens behind those of each row; returns keys and values up to the longest row's end,
+        (B, K, S, D). A shorter row holds zeros or padding behind its own end, which its mask hides."""
+        num_new, end = k_BKTD.shape[2], max(self.lengths) + k_BKTD.shape[2]
+        for all_BKSD, new_BKTD in ((self._keys_LBKSD[layer], k_BKTD), (self._values_LBKSD[layer], v_BKTD)):
+            if self.is_even:
+                all_BKSD[:, :, end - num_new : end] = new_BKTD
+            else:
+                for row, length in enumerate(self.lengths):
+                    all_BKSD[row, :, length : length + num_new] = new_BKTD[row]
+        return self._keys_LBKSD[layer, :, :, :end], self._values_LBKSD[layer, :, :, :end]
+
+
+@dataclass(frozen=True)
+class Attend:
+    """At most one of `mask`, `documents` and `starts` is given; with none, attention is causal over the whole row."""
+
+    rope: tuple[Tensor, Tensor]
+    """cos and sin of each position's angles, float32, (B, 1, T, D / 2) each."""
+    mask: Tensor | None = None
+    """Keys that each query sees, bool (1 or B, 1, T, S)."""
+    documents: list[list[int]] | None = None
+    """Lengths of each row's documents."""
+    starts: Tensor | None = None
+    """Where documents begin among the tokens of all rows; see `document_starts`."""
+    cache: KVCache | None = None
+
+    @property
+    def is_plainly_causal(self) -> bool:
+        """Whether the new tokens are all there is, each row one document."""
+        return self.mask is None and self.documents is None and self.starts is None and self.cache is None
+
+
+def attend_to(
+    config: LlamaConfig,
+    num_new: int,
+    device: torch.device,
+    positions_BT: Tensor,
+    document_ids_BT: Tensor | None = None,
+    starts: Tensor | None = None,
+    cache: KVCache | None = None,
+    by_document: bool = True,
+) -> Attend:
+    """What a forward pass over `num_new` tokens a row attends to.
+
+    Args:
+        positions_BT: int64, of the new tokens.
+        document_ids_BT: int64, equal ids side by side; not together with a cache.
+        starts: where those documents begin, for an implementation of attention that takes them.
+        by_document: whether documents may be attended to one by one, where that is less work.
+    """
+    lengths = sequence_lengths(positions_BT, document_ids_BT) if config.rope_scaling == "dynamic" else None
+    rope = rope_tables(inverse_frequencies(config, lengths, device), positions_BT)
+    if starts is not None:
+        return Attend(rope, starts=starts, cache=cache)
+    if document_ids_BT is not None and by_document and not document_ids_BT.is_cuda:
+        documents = document_lengths(document_ids_BT)
+        if documents is not None:
+            return Attend(rope, documents=documents, cache=cache)
+    if cache is not None and not cache.is_even:
+        mask = causal_mask(num_new, max(cache.lengths) + num_new, None, device, cache.lengths)
+        return Attend(rope, mask, cache=cache)
+    past = cache.lengths[0] if cache is not None else 0
+    needs_mask = document_ids_BT is not None or (past and num_new > 1)
+    mask = causal_mask(num_new, past + num_new, document_ids_BT, device) if needs_mask else None
+    return Attend(rope, mask, cache=cache)

@@ -1,0 +1,164 @@
+"""Implementations of causal attention with grouped queries; which one a layer takes is said in model/attention.py.
+
+Rows that hold several documents, and how each stays to itself:
+
+    on a CPU        blocked: block by block, skipping what lies between documents (blocked_attention.py)
+                    sdpa: document by document where that is less work, else under a mask
+    on a GPU        varlen, flash_attn, xformers: one call that is told where documents begin, and computes nothing
+                    between them; grouped heads stay grouped
+                    sdpa: under a mask, with keys and values copied for each query head
+
+Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), H query heads, K key and value
+heads, D head dim, N = B T tokens of all rows, M documents.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.dropout import DropoutKey, attention_dropout
+from model.kernels.blocked_attention import blocked_attention
+
+
+def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]]) -> Tensor:
+    """Causal attention within each document of each row; what lies between documents is never computed.
+
+    The CPU's fused kernel computes every weight that a mask then throws away: of a row of 1,024 packed with ten
+    documents that is four times the work, in bfloat16 seven times.
+    """
+    rows = []
+    for q_HTD, k_KTD, v_KTD, row in zip(q_BHTD, k_BKTD, v_BKTD, lengths):
+        documents = zip(*(x.split(row, dim=1) for x in (q_HTD, k_KTD, v_KTD)))
+        out = [
+            F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
+            )
+            for q, k, v in documents
+        ]
+        rows.append(torch.cat(out, dim=2))
+    return torch.cat(rows)
+
+
+def sdpa_causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    """Causal attention by torch, which chooses its kernel; grouped heads are not copied."""
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKTD, v_BKTD, is_causal=q_BHTD.shape[2] > 1, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
+    )
+
+
+def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention by torch under a mask, or behind a cache: bool (1 or B, 1, T, S); None: all keys, or causal where all
+    of them are new."""
+    if mask is not None and k_BKSD.is_cuda:
+        # No fused CUDA kernel takes grouped heads together with a mask: torch would fall back to the one that stores
+        # all T x S weights.
+        k_BKSD, v_BKSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1,
+        enable_gqa=q_BHTD.shape[1] != k_BKSD.shape[1],
+    )  # fmt: skip
+
+
+def implementation(name: str) -> tuple[Callable, Callable | None]:
+    """(causal, packed) attention of a name, see model/ops.py. Both take q (B, H, T, D), k and v (B, K, T, D) and return
+    (B, H, T, D); packed also takes the starts of `document_starts`."""
+    if name == "varlen":
+        return sdpa_causal, _torch_varlen()
+    if name == "blocked":
+        return blocked_attention, blocked_attention
+    if name == "flash_attn":
+        return _flash_attention()
+    if name == "xformers":
+        return _xformers_attention()
+    return sdpa_causal, None
+
+
+def _by_token(*tensors_BHTD: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, T, D) -> (N, H, D) each."""
+    return tuple(x.transpose(1, 2).flatten(0, 1) for x in tensors_BHTD)
+
+
+def _by_head(out_NHD: Tensor, batch: int) -> Tensor:
+    return out_NHD.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _torch_varlen() -> Callable:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.12 grouped heads need no word.
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch, _, width, _ = q_BHTD.shape
+        options = {"enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]} if grouped else {}
+        out_NHD = varlen_attn(
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(-1, 0), **options
+        )
+        return _by_head(out_NHD, batch)
+
+    return packed
+
+
+def _flash_attention() -> tuple[Callable, Callable]:
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), causal=True).transpose(1, 2)
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch, _, width, _ = q_BHTD.shape
+        out_NHD = flash_attn_varlen_func(
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, causal=True
+        )
+        return _by_head(out_NHD, batch)
+
+    return causal, packed
+
+
+def _xformers_attention() -> tuple[Callable, Callable]:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    def grouped(x_BTKD: Tensor, num_heads: int) -> Tensor:
+        """(B, T, K, D) -> (B, T, K, H / K, D) without a copy: how xformers writes grouped heads."""
+        per_group = num_heads // x_BTKD.shape[2]
+        return x_BTKD[:, :, :, None].expand(-1, -1, -1, per_group, -1)
+
+    def attend(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias: object) -> Tensor:
+        heads, groups = q_BTHD.shape[2], k_BTKD.shape[2]
+        if heads == groups:
+            return memory_efficient_attention(q_BTHD, k_BTKD, v_BTKD, attn_bias=bias)
+        q = q_BTHD.unflatten(2, (groups, heads // groups))
+        k, v = grouped(k_BTKD, heads), grouped(v_BTKD, heads)
+        return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
+
+    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), LowerTriangularMask()).transpose(1, 2)
+
+    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+        batch = q_BHTD.shape[0]
+        bias = BlockDiagonalCausalMask.from_seqlens(starts.diff().tolist())
+        out_1NHD = attend(*(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)), bias)
+        return _by_head(out_1NHD[0], batch)
+
+    return causal, packed
+
+
+def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
+    """Copy each of K heads so often that there are H, side by side: (B, K, S, D) -> (B, H, S, D)."""
+    return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], dim=1)
+
+
+def plain_attention(
+    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, dropout_p: float, key: DropoutKey | None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, step by step: the reference, and the only path with attention dropout."""
+    k_BHSD, v_BHSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
+    scores_BHTS = (q_BHTD @ k_BHSD.transpose(-1, -2)).float() / math.sqrt(q_BHTD.shape[-1])
+    weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    weights_BHTS = attention_dropout(weights_BHTS, dropout_p, key)
+    return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD

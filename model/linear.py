@@ -1,0 +1,80 @@
+"""Linear layers. Nothing outside this file multiplies with a layer's weight: so an adapter, four-bit weights or a
+tensor-parallel shard take a layer's place by being one.
+
+Several projections of one input can be one matrix multiplication:
+
+    y = x [W_1; W_2; ...]^T = [x W_1^T, x W_2^T, ...]
+
+A wide multiplication uses a GPU better than several narrow ones, and its backward pass adds the input's gradients in
+the same go. The weights stay parameters of their own, so their names on disk, their buckets and PowerSGD's matrices are
+what they were. They are put side by side for each pass: a copy of 2 bytes an element where the multiplication takes
+2 N operations, for N tokens. They are not kept so for the backward pass.
+
+Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.ops import Ops
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b."""
+
+
+def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
+    """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
+    if all(type(layer) is Linear and layer.bias is None for layer in layers):
+        return merged_linear(x, *(layer.weight for layer in layers))
+    return torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+class Head(Linear):
+    """Scores of the vocabulary, and what is computed from them without keeping them."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, ops: Ops):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.ops = ops
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """Sum of the supervised tokens' cross entropies, a float32 scalar.
+
+        Args:
+            hidden: (..., C) normed hidden states.
+            labels: (...) int64.
+            grad_scale: what the sum will be multiplied by before its backward pass; float16 needs to know beforehand.
+        """
+        return self.ops.loss_sum(hidden, self.weight, labels, grad_scale=grad_scale)
+
+    def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""
+        return self.ops.token_logprobs(hidden, self.weight, labels)
+
+
+def merged_linear_reference(x: Tensor, *weights: Tensor) -> Tensor:
+    """The definition: x (..., C), weights (O_i, C) -> (..., sum of O_i)."""
+    return torch.cat([torch.nn.functional.linear(x, weight) for weight in weights], dim=-1)
+
+
+class _MergedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        x_NC = x.reshape(-1, x.shape[-1])
+        return torch.mm(x_NC, torch.cat(weights).t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        dy_NO, x_NC = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = torch.mm(dy_NO, torch.cat(weights)).view(x.shape) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return dx, *(None for _ in weights)
+        dw_OC = torch.mm(dy_NO.t(), x_NC)
+        return dx, *dw_OC.split([len(weight) for weight in weights])
+
+
+def merged_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """x (..., C), weights (O_i, C) -> (..., sum of O_i)."""
+    return _MergedLinear.apply(x, *weights)
