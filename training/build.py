@@ -97,7 +97,7 @@ def build(
     # Now: a checkpoint that a resumed run begins with may be gone when the next one is saved.
     export = plan_export(config.run.task_type, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
-    model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights, load=not is_resumed)
+    model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights)
     _require_same_choices(config, context, dtype, model)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if config.run.task_type == "dpo" and not config.dpo.reference_free:

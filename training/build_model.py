@@ -50,15 +50,14 @@ def build_model(
     vocab_size: int,
     dtype: torch.dtype,
     weights: Path | None,
-    load: bool,
 ) -> Llama:
     """The model on its device, in its dtype, the same on all ranks.
 
     Args:
         given: names of the flags that were given.
         vocab_size: the tokenizer's.
-        weights: folder of the model that this one is built like.
-        load: take its weights, too; those of a resumed run come from its optimizer state.
+        weights: folder of the model that this one begins with. A resumed run's main parameters replace what is
+            trained; what is frozen is here alone.
     Raises:
         ValueError: a model that cannot be, or another one on another rank.
     """
@@ -81,12 +80,12 @@ def build_model(
         )  # fmt: skip
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
-    if weights is not None and load:
+    if weights is not None:
         hf.check_weights(model_config, weights)
     model = Llama(model_config, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(config.run.seed)
-    elif load:
+    else:
         hf.load_weights(model, weights)
     model.to(device=device, dtype=dtype)
     if system.compile:

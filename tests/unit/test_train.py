@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 import train_my_ddp
 import training.trainer as trainer_module
-from data_preprocess.build_pretrain_sample_index_map import build
+from data_preprocess.build_pretrain_sample_index_map import build as build_index
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
 from data_preprocess.units import process_corpus
@@ -38,7 +38,7 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer import load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
-from training import describe, stopping
+from training import build, describe, stopping
 from utils.checkpoint import list_checkpoints
 from utils.exits import read_exit_records
 from utils.heartbeat import Heartbeat
@@ -227,6 +227,23 @@ def test_a_stop_in_the_middle_of_something_long_loses_nothing(
     saved = [[(c.step, c.valid_loss) for c in list_checkpoints(out_dir(f) / "ckpt")] for f in (parts, flags)]
     assert saved[0][-2:] == saved[1][-2:]
     assert train(parts, "--resume") == 0 and len(records(parts, "valid")) == 2
+
+
+def test_frozen_weights_come_back_with_a_resumed_run(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
+    """They are in no optimizer's state."""
+    original, frozen = build.build_model, "layers.0.mlp.down_proj.weight"
+
+    def freeze(*arguments: object) -> Llama:
+        model = original(*arguments)
+        model.get_parameter(frozen).requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(build, "build_model", freeze)
+    assert train(tiny_run, "--max_iters=2") == 0
+    assert train(tiny_run, "--resume") == 0
+    before, after = (final_state(tiny_run, step)[f"model.{frozen}"] for step in (2, 4))
+    assert torch.equal(before, after) and before.std() < 0.02
+    assert not any(frozen in name for name in final_state(tiny_run, 4) if name != f"model.{frozen}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -456,7 +473,7 @@ def test_other_data_must_be_tokenized_alike(tiny_run: list[str], data_dir: Path,
     process_corpus(
         PretrainJob(Corpus(str(corpus)), str(tmp_path / "other"), str(tmp_path / "tokenizer"), valid_ratio=0.3)
     )
-    build(tmp_path / "other", SEQ_LEN)
+    build_index(tmp_path / "other", SEQ_LEN)
     capsys.readouterr()
     more = ["--resume", "--restart_data", "--max_iters=5", f"--data_dir={tmp_path / 'other'}"]
     assert train(tiny_run, *more) == 2
