@@ -9,6 +9,15 @@ see less than that. Writes table.md, losses.json and, with matplotlib, losses.pn
 already is not repeated.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import statistics

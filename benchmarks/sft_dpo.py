@@ -13,6 +13,15 @@ turns gradient checkpointing off, which TRL turns on by default. A step of ours 
 about as many), and clips and steps AdamW as TRL's does.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import os
@@ -20,7 +29,6 @@ import platform
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 

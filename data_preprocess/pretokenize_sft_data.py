@@ -11,12 +11,20 @@ Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `
 folder of D that is named after the tokenizer and the options, so that it is done once.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import errno
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +59,7 @@ from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import Message, template_of
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -390,7 +399,7 @@ def options_from(args: argparse.Namespace) -> Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_preprocess.pretokenize_sft_data", description="Tokenize conversations or preferences."
     )
     parser.add_argument(

@@ -15,8 +15,15 @@ The order visits every sample once an epoch, so positions taken once are samples
 Exit codes: 0 proven; 1 something is wrong; 2 it cannot be checked.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +36,7 @@ from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.reslog import count_launches, read_reslog
 from utils.terminal import run_main
@@ -204,7 +212,7 @@ def report(run_dir: Path, audit: Audit, seconds: float) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dataset.audit", description="Prove that no sample of a run was repeated or skipped."
     )
     parser.add_argument("run", type=a_path, help="run directory (--out_dir of the training)")

@@ -6,8 +6,15 @@ python -m dataset.inspect RUN --position P            also the sample that the r
 python -m dataset.inspect RUN_OR_DIR --verify         read all tokens, and compare them with the shards' checksums
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +36,7 @@ from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -199,7 +207,7 @@ def open_inspection(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
+    parser = Parser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
     parser.add_argument("path", type=a_path, help="run directory, or directory with .bin and .ibin files")
     parser.add_argument("--sample", type=int, help="show this sample of the set")
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")

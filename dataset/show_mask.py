@@ -10,9 +10,16 @@ that the model learns to say, are green; with --color never they stand in bracke
 text which spells one out can be told from it.
 """
 
-import argparse
-import html
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
+import html
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +41,7 @@ from dataset.pretrain import PretrainDataset
 from dataset.run_data import RunData, is_run, read_run_data
 from dataset.sequences import SequenceSet, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
+from utils.arguments import Parser
 from utils.files import atomic_write
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -226,7 +234,7 @@ def as_page(samples: Iterable[Shown], tokenizer: Tokenizer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dataset.show_mask", description="Show which tokens are supervised."
     )
     parser.add_argument("path", type=a_path, help="file with raw records, pretokenized directory, or run")

@@ -6,11 +6,19 @@ The prompt is the end of the module up to and including a function's header. The
 ends (a line indented no deeper than the header), or before the last, unfinished line; header and body must parse.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import ast
 import json
 import os
-import sys
 import textwrap
 import warnings
 from collections.abc import Iterator

@@ -22,7 +22,15 @@ pass: nothing unreadable is ever deleted, and a run that finds nothing else does
 which is tried again.
 """
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import errno
 import hashlib
 import json
@@ -32,13 +40,13 @@ import os
 import re
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from utils.arguments import Parser
 from utils.files import is_passing, lock_file, sha256_of_file
 from utils.paths import a_path
 from utils.reslog import read_reslog
@@ -723,7 +731,7 @@ def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retentio
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.checkpoint", description="Look after the checkpoints of a run."
     )
     commands = parser.add_subparsers(dest="command", required=True)

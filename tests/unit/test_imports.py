@@ -42,7 +42,7 @@ ALLOWED = {
 ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
-    "parallel/launch.py": {"utils.terminal"},
+    "parallel/launch.py": {"utils.environment", "utils.terminal"},
 }
 
 

@@ -122,7 +122,7 @@ def test_a_wrong_size(run: str, size: str, capsys: pytest.CaptureFixture):
     "--interval=nan", "--interval=1e9", "--language=fr", "--ssh_config=absent", "--nonsense", "$(id):run", "node1:22/x",
 ])  # fmt: skip
 def test_a_wrong_flag(run: str, flag: str, capsys: pytest.CaptureFixture):
-    assert fails(capsys, run, "--png", "a.png", flag).startswith("python -m utils.resplot: error: ")
+    assert fails(capsys, run, "--png", "a.png", flag).startswith("python -m utils.resplot: ")
     assert not Path("a.png").exists()
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.resplot.qt import WITHOUT_WINDOW, debian_package
 from utils.resplot.runs import plain
@@ -25,7 +26,7 @@ _EXAMPLES = """examples:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.resplot", description="See the curves of runs, while they are being trained or later.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
