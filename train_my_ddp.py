@@ -62,10 +62,11 @@ def main(argv: list[str]) -> int:
             # All of it imports torch, which takes seconds: what is wrong with the command is said before.
             from parallel import destroy_context, init_context
             from training import report
-            from training.data import prepare_data
+            from training.data import fit_context, prepare_data
             from training.trainer import StopRequest, Trainer
 
             # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
+            config = fit_context(config, given)
             data_dirs = prepare_data(config, given)
             stop = StopRequest()
             if not config.run.valid_only:
