@@ -20,7 +20,7 @@ import yaml
 
 from configs import sizes
 from model.config import LlamaConfig, padded_vocab_size
-from utils.paths import expand
+from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
 
 CONFIG_NAME = "config.yaml"
@@ -331,7 +331,10 @@ _MOST = {
 
 _OTHER_NAMES = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
-    "max_steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
+    "max_steps": "max_iters", "steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
+    "block_size": "max_seq_len", "context_length": "max_seq_len", "fp16": "dtype=float16", "bf16": "dtype=bfloat16",
+    "gpus": "nproc", "num_gpus": "nproc", "devices": "nproc", "nproc_per_node": "nproc", "num_processes": "nproc",
+    "model": "init_from", "model_name_or_path": "init_from", "config": "exp_config_file",
 }  # fmt: skip
 """What other programs call them -> our flag, where spelling alone would suggest another."""
 
@@ -452,8 +455,10 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     if config_file:
         config = replace(config, {"exp_config_file": config_file})
     if config.run.resume and not saved and not (config.data.data_dir or config.data.train_data_dir):
-        to_do = "check it" if "out_dir" in merged else "give the run's"
-        raise ValueError(f"--out_dir is {config.run.out_dir}, where there is no run to resume: {to_do}")
+        where, to_do = config.run.out_dir, "check it" if "out_dir" in merged else "give the run's"
+        near = near_to(Path(where))
+        to_do = f"did you mean {near[0]}?" if near and "out_dir" in merged else to_do
+        raise ValueError(f"--out_dir is {where}, where there is no run to resume: {to_do}")
     _check(config)
     return config, frozenset(merged)
 
@@ -624,7 +629,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
             # A disk or a network file system that may answer later: nothing is wrong with the command.
             raise
-        raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+        if isinstance(error, IsADirectoryError):
+            raise ValueError(f"{path} is a directory and no configuration file: data goes behind --data_dir") from None
+        is_gone = isinstance(error, FileNotFoundError)
+        problem = absent(path) if is_gone else f"{path} cannot be read: {error.strerror}"
+        raise ValueError(f"the configuration file {problem}") from None
     try:
         if len(text) > _LONGEST_FILE:
             raise ValueError("it is larger than 1 MiB")

@@ -44,7 +44,7 @@ from monitor.watch import Limits
 from utils.arguments import Parser
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import is_passing, lock_file
-from utils.paths import a_path, expand
+from utils.paths import a_path, absent, expand
 from utils.ssh import SSHProblem
 from utils.terminal import run_main
 
@@ -131,7 +131,7 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
     run_dir = Path(expand(out_dir))
     if args.hosts is None:
         if not Path(command.script).exists():
-            raise ValueError(f"{command.script} does not exist here")
+            raise ValueError(absent(command.script, "begin the monitor in the folder of the repository"))
         return Supervisor([LocalNode(run_dir)], command, run_dir, options, None)
     if not command.is_torchrun or command.is_standalone:
         raise ValueError("--hosts needs a command that begins with python -m parallel.launch, without --standalone")

@@ -37,7 +37,7 @@ from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
 from utils.arguments import Parser
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.reslog import count_launches, read_reslog
 from utils.terminal import run_main
 
@@ -174,6 +174,8 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
 
 def _records_of(run_dir: Path) -> list[dict]:
     path = run_dir / "reslog.jsonl"
+    if not run_dir.exists():
+        raise ValueError(absent(run_dir))
     if not path.exists():
         raise ValueError(f"{run_dir} holds no reslog.jsonl: it is no run directory")
     records = [record for record in read_reslog(path) if record["name"] in ("start", "train")]

@@ -37,7 +37,7 @@ from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 _BAR_WIDTH = 40
@@ -199,8 +199,10 @@ def open_inspection(
             )
         tokenizer = load_tokenizer(tokenizer_dir or run.tokenizer_dir)
         return Inspection(run.dirs[split], split, max_seq_len or run.max_seq_len, tokenizer), run.seed
+    if not path.exists():
+        raise ValueError(absent(path))
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory")
+        raise ValueError(f"{path} is a file: give a run, or a directory with .bin files")
     _require_pretraining(path)
     length = max_seq_len or _only_length(path)
     return Inspection(path, split, length, load_tokenizer(tokenizer_dir or path / "tokenizer")), None

@@ -43,7 +43,7 @@ from dataset.sequences import SequenceSet, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.files import atomic_write
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 _GREEN, _BLUE, _DIM, _RESET = "\x1b[30;42m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
@@ -103,8 +103,10 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
         ValueError: no such file, or not one of records.
     """
     if not path.is_file() or not holds_records(path.name):
+        inside = next((one for one in sorted(path.glob("*")) if holds_records(one.name)), None)
         raise ValueError(
             f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
+            + (f": name a file in it, such as {inside}" if inside else "")
         )
     compiler = Compiler(tokenizer, options)
     for note in compiler.template.notes:
@@ -250,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(args.path)
     run = None
     try:
+        if not path.exists():
+            raise ValueError(absent(path))
         if is_run(path):
             run = read_run_data(path)
             path = run.dirs[args.split]

@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         complaint = str(error)
         print_left_out(bad.left_out)
         if bad.count:
-            unread = f"{bad.count} records could not be read, for example {bad.examples[0]}"
+            records = "1 record" if bad.count == 1 else f"{bad.count} records"
+            unread = f"{records} could not be read, for example {bad.examples[0]}"
             has_text = sample.text_bytes.total() > 0
             complaint = f"{complaint} ({unread})" if has_text else f"no text was read: {unread}"
         print(f"train_tokenizer: {complaint}", file=sys.stderr)

@@ -43,7 +43,7 @@ from typing import NamedTuple
 from utils.arguments import Parser
 from utils.files import is_passing
 from utils.json_pieces import JSONPieces, TooLarge
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 ABOUT = "zero2all"
@@ -174,7 +174,9 @@ def _read_events(path: Path) -> tuple[dict, list[_Event]]:
             if count > MOST_EVENTS or len(events) > MOST_KEPT:
                 raise TooLarge("holds more events than can be looked through")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(absent(path)) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a directory: name a trace, a file in profile/ of a run's directory") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except OSError as error:

@@ -57,6 +57,9 @@ def test_booleans(argv: list[str], value: bool):
     [
         (["--dtaa_dir=x"], "did you mean --data_dir"),
         (["--batch_size=2"], "did you mean --train_batch_size"),
+        (["--bf16"], "--bf16 is unknown: did you mean --dtype=bfloat16?"),
+        (["--gpus", "2"], "--gpus is unknown: did you mean --nproc?"),
+        (["--config=a.yaml"], "--config is unknown: did you mean --exp_config_file?"),
         (["--zzzzzz=1"], "--zzzzzz is unknown"),
         (["--hidden_dim=8"], "--hidden_size"),
         (["--n_layers=8"], "--num_hidden_layers"),

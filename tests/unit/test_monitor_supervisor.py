@@ -473,8 +473,9 @@ def test_options_that_make_no_sense(bench: Bench, options: list[str], sentence: 
 def test_without_a_command_or_a_script(bench: Bench):
     for words, sentence in (
         ([], "monitor: the training command is missing: write it after --"),
-        (["--", "torchrun", "no.py"], "monitor: no.py does not exist here"),
-        (["--status", str(bench.home / "none")], "monitor: no monitor has looked after"),
+        (["--", "torchrun", "no.py"], "monitor: no.py does not exist: begin the monitor in the folder of"),
+        (["--status", str(bench.home)], "monitor: no monitor has looked after"),
+        (["--status", str(bench.home / "none")], f"monitor: {bench.home / 'none'} does not exist"),
         (["torchrun", "--nproc_per_node=2", "t.py"],
          "monitor_process.py: the training command goes behind --, as in: monitor_process.py -- torchrun ... (--help"),
     ):

@@ -137,6 +137,7 @@ def test_what_cannot_be_drawn(run: str, capsys: pytest.CaptureFixture):
     Path("begun/reslog.jsonl").write_text(line("start", step=0))
     assert "nothing to draw yet" in fails(capsys, "begun", "--png", "a.png")
     Path("empty").mkdir()
+    assert fails(capsys, run, "begn", "--png", "a.png") == "resplot: begn does not exist: did you mean begun?"
     for missing_run in ("absent", "empty", "absent/reslog.jsonl", "x" * 300, "a\x1b[2Jb\nc"):
         assert fails(capsys, run, missing_run, "--png", "a.png").startswith("resplot: ")
     assert not Path("a.png").exists()
