@@ -53,7 +53,7 @@ from data_preprocess.readers import (
     place,
     read_unit,
 )
-from data_preprocess.shards import MOST_UNREAD_FIELDS, PartRecord, print_skipped, set_of, waiting_writer
+from data_preprocess.shards import MOST_UNREAD_FIELDS, NOTHING_READ, PartRecord, print_skipped, set_of, waiting_writer
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
@@ -66,6 +66,11 @@ from utils.terminal import run_main
 RULES_VERSION = 3
 """Raised when the same record would become other tokens: what was made before is made again."""
 CACHE_DIR = ".tokenized"
+_OF_OTHER_TASK = {
+    "sft": "it is a preference, for --task dpo",
+    "dpo": 'it has no "chosen" and "rejected": conversations are for --task sft',
+}
+"""Why a record is none of this task."""
 _BYTES_A_TOKEN = 4
 """About; for how large a shard becomes."""
 _SMALL_BYTES = 4_000_000
@@ -140,9 +145,7 @@ class Compiler:
         record = read_record(value, self._roles)
         sample = record.sample
         if isinstance(sample, Preference) != (self._options.task == "dpo"):
-            if isinstance(sample, Preference):
-                raise ValueError("it is a preference, for --task dpo")
-            raise ValueError('it has no "chosen" and "rejected": conversations are for --task sft')
+            raise ValueError(_OF_OTHER_TASK[self._options.task])
         return record
 
     def compile(self, sample: Sample) -> CompiledRecord:
@@ -352,10 +355,20 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
             try:
                 print_skipped(process_corpus(job, workers))
             except ValueError as error:
-                raise ValueError(
-                    f"{error} (for other limits, tokenize {data_dir} beforehand with `{PRETOKENIZE_SFT_COMMAND}`)"
-                ) from None
+                raise ValueError(_for_training(str(error), data_dir, options.task)) from None
     return output
+
+
+def _for_training(problem: str, data_dir: Path, task: str) -> str:
+    """A sentence of the command as training says it, which has other flags."""
+    if _OF_OTHER_TASK[task] in problem:
+        found, wanted, other = ("preferences", "conversations", "dpo") if task == "sft" else (
+            "conversations", 'preferences, records with "chosen" and "rejected"', "sft")  # fmt: skip
+        why = problem.removeprefix(f"{data_dir} {NOTHING_READ}: ")
+        return f"{data_dir} holds {found}: train on them with --task_type={other}, or give {wanted} ({why})"
+    if "--max_bad_records" in problem:
+        return f"{problem} (for other limits, tokenize {data_dir} beforehand with `{PRETOKENIZE_SFT_COMMAND}`)"
+    return problem
 
 
 def summary(manifest: dict) -> str:
