@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses -> flat, typed command line and YAML.
 
-Precedence: command line > YAML file given now > saved configuration (on --resume) > defaults below. Flags bear their
-fields' names; the groups only order the help. Values that follow from others are computed once, in `resolve`.
+Precedence: command line > YAML file given now > saved configuration (on --resume) > --size (of a new run) > defaults
+below. Flags bear their fields' names; the groups only order the help. Values that follow from others are computed once,
+in `resolve`; what is left to the data, training/data.py and training/batch.py fill in.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from configs import sizes
 from model.config import LlamaConfig, padded_vocab_size
-from utils.paths import expand
+from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
 
 CONFIG_NAME = "config.yaml"
@@ -33,6 +35,8 @@ MOST_PROFILED_STEPS = 20
 class RunConfig:
     """Run."""
 
+    size: Literal["", "tiny", "laptop", "gpu", "1b"] = ""
+    """One word for model, batch, learning rate and context, all below what else is given (configs/README.md)."""
     task_type: Literal["pretrain", "sft", "dpo"] = "pretrain"
     """Next tokens of a corpus, the answers of conversations, or preferences between answers."""
     out_dir: str = "out/run"
@@ -94,9 +98,9 @@ class DataConfig:
     tokenizer_dir: str = ""
     """Tokenizer of the data; default: the one beside the shards."""
     max_seq_len: int = 1024
-    """Tokens in a sample."""
+    """Tokens in a sample; left out: what the data was prepared for, or no more than the weights were trained with."""
     train_batch_size: int = 8
-    """Samples in a micro-batch."""
+    """Samples in a micro-batch; SFT and DPO: where neither this nor the next is given, both fit the data."""
     gradient_accumulation_steps: int = 8
     """Micro-batches in a step over all ranks together; a multiple of the number of ranks."""
     valid_interval: int = 0
@@ -327,7 +331,10 @@ _MOST = {
 
 _OTHER_NAMES = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
-    "max_steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
+    "max_steps": "max_iters", "steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
+    "block_size": "max_seq_len", "context_length": "max_seq_len", "fp16": "dtype=float16", "bf16": "dtype=bfloat16",
+    "gpus": "nproc", "num_gpus": "nproc", "devices": "nproc", "nproc_per_node": "nproc", "num_processes": "nproc",
+    "model": "init_from", "model_name_or_path": "init_from", "config": "exp_config_file",
 }  # fmt: skip
 """What other programs call them -> our flag, where spelling alone would suggest another."""
 
@@ -414,6 +421,8 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         tyro.cli(Config, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True,
                  prog="train_my_ddp.py")  # fmt: skip
     command = {token[2:].partition("=")[0]: token.partition("=")[2] for token in tokens}
+    if config_file and Path(config_file).resolve().parent == sizes.FOLDER:
+        raise ValueError(f"{config_file} is no configuration but a size: write --size={Path(config_file).stem}")
     if config_file and "exp_config_file" in command:
         raise ValueError(f"{config_file} and --exp_config_file both name a configuration file: give only one")
     if config_file:
@@ -427,9 +436,13 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
         # Its paths were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
+    if saved and "size" in merged:
+        _require_size_of(saved, merged)
+        for source in (from_file, command):
+            source.pop("size", None)
     _settle_length(saved, from_file)
     _settle_length(saved | from_file, command, drop=(saved, from_file))
-    defaults = replace(Config(), saved | from_file)
+    defaults = replace(Config(), saved | from_file if saved else _values_of_size(merged) | from_file)
     for name, value in command.items():
         _coerce(name, value)
     config = tyro.cli(
@@ -442,8 +455,10 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     if config_file:
         config = replace(config, {"exp_config_file": config_file})
     if config.run.resume and not saved and not (config.data.data_dir or config.data.train_data_dir):
-        to_do = "check it" if "out_dir" in merged else "give the run's"
-        raise ValueError(f"--out_dir is {config.run.out_dir}, where there is no run to resume: {to_do}")
+        where, to_do = config.run.out_dir, "check it" if "out_dir" in merged else "give the run's"
+        near = near_to(Path(where))
+        to_do = f"did you mean {near[0]}?" if near and "out_dir" in merged else to_do
+        raise ValueError(f"--out_dir is {where}, where there is no run to resume: {to_do}")
     _check(config)
     return config, frozenset(merged)
 
@@ -458,7 +473,60 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
         if idle:
             flags = ", ".join(f"--{name}" for name in idle)
             sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {why}")
+    if "size" in given and config.run.resume and not config.run.size:
+        sentences.append("--size has no effect on this run, which was begun without one: its values are those saved")
+    elif config.run.size and not config.run.resume and given >= set(_values_of_size({n: flat[n] for n in given})):
+        sentences.append("--size has no effect beside what else was given")
     return sentences
+
+
+def is_open(config: Config, given: frozenset[str], *names: str) -> bool:
+    """Whether nobody has said anything of these fields: not the command line, a YAML file, or the saved configuration
+    of a resumed run. So they may be chosen; a size, if there is one, makes a proposal.
+
+    Args:
+        given: as `parse_config` returns it.
+    """
+    is_saved = config.run.resume and (Path(config.run.out_dir) / CONFIG_NAME).exists()
+    return not is_saved and given.isdisjoint(names)
+
+
+def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
+    """What --size says, by flat names, for a new run of which `told` is given.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    has_length = "epoch" in told
+    told = {name: _coerce(name, told[name]) for name in ("size", "task_type", "optimizer", "init_from") if name in told}
+    if not told.get("size"):
+        return {}
+    task_type = told.get("task_type", RunConfig.task_type)
+    values = sizes.values_of(told["size"], task_type, has_weights=bool(told.get("init_from")))
+    values = {name: _coerce(name, value) for name, value in values.items()}
+    meant_for = values.get("optimizer", OptimizerConfig.optimizer)
+    if told.get("optimizer", meant_for) != meant_for:
+        # Rates of one optimizer would ruin a run with another.
+        values = {name: value for name, value in values.items() if _FIELDS[name][0] != "optimizer"}
+    if has_length:
+        values.pop("max_iters", None)
+    return values
+
+
+def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Args:
+        saved: the configuration of the run that is resumed.
+        now: names and values that were given.
+    Raises:
+        ValueError: the run is of another size.
+    """
+    asked, begun = _coerce("size", now["size"]), saved.get("size", "")
+    if begun and asked != begun:
+        raise ValueError(
+            f"the run in {now.get('out_dir', RunConfig.out_dir)} was begun with --size={begun}, and goes on with the "
+            f"values saved then: leave --size out, or begin a new run in another --out_dir"
+        )
 
 
 def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
@@ -561,7 +629,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
             # A disk or a network file system that may answer later: nothing is wrong with the command.
             raise
-        raise ValueError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+        if isinstance(error, IsADirectoryError):
+            raise ValueError(f"{path} is a directory and no configuration file: data goes behind --data_dir") from None
+        is_gone = isinstance(error, FileNotFoundError)
+        problem = absent(path) if is_gone else f"{path} cannot be read: {error.strerror}"
+        raise ValueError(f"the configuration file {problem}") from None
     try:
         if len(text) > _LONGEST_FILE:
             raise ValueError("it is larger than 1 MiB")

@@ -4,12 +4,18 @@ python generate.py --ckpt RUN --prompt "def main("
 python generate.py --ckpt RUN --chat [--system "Be brief."] [--prompt "one question"]
 """
 
+from utils import environment
+
+if __name__ == "__main__":
+    environment.check()
+
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from serving.chat import Chat, require_utf8, stream_text
+from utils.arguments import Parser
 from utils.checkpoint import resolve_checkpoint_dir
 from utils.paths import a_path
 from utils.terminal import INTERRUPTED, run_main
@@ -58,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: no such command, or --help.
     """
-    parser = argparse.ArgumentParser(prog="generate.py", description="Continue a text with a trained model.")
+    parser = Parser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", type=a_path, required=True, help="run directory, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")

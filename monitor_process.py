@@ -12,11 +12,17 @@ Exit codes, those of the training: 0 finished; 2 the command or the data is wron
 stopped on request after saving; 1 given up, with the reason on the last line.
 """
 
+from utils import environment
+
+if __name__ == "__main__":
+    environment.check()
+
 import argparse
 import errno
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -35,9 +41,10 @@ from monitor.remote import OtherVersion, RemoteNode
 from monitor.status import ENDED_STATES, Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
+from utils.arguments import Parser
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import is_passing, lock_file
-from utils.paths import a_path, expand
+from utils.paths import a_path, absent, expand
 from utils.ssh import SSHProblem
 from utils.terminal import run_main
 
@@ -52,7 +59,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The monitor's own options, and the training command behind `--`."""
     split = argv.index("--") if "--" in argv else len(argv)
     rules, limits, options = Rules(), Limits(), Options()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="monitor_process.py",
         usage="monitor_process.py [options] -- python -m parallel.launch ... train_my_ddp.py ...",
         description="Keep a training run alive: start it, watch it, end it when it hangs, start it again.",
@@ -83,7 +90,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="seconds without an answer after which a host counts as lost, and is told of")  # fmt: skip
     add("--interval", type=float, default=options.interval, help="seconds between looks at the run")
     add("--quiet", action="store_true", help="do not show what the training prints (it is in RUN/monitor/)")
+    if "--" not in argv and (begin := next((word for word in argv if _may_be_a_program(word)), None)):
+        parser.error(f"the training command goes behind --, as in: monitor_process.py -- {begin} ...")
     return parser.parse_args(argv[:split]), argv[split + 1 :]
+
+
+def _may_be_a_program(word: str) -> bool:
+    return not word.startswith("-") and re.search(r"\.py$|^(python|torchrun)[0-9.]*$", Path(word).name) is not None
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -118,7 +131,7 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
     run_dir = Path(expand(out_dir))
     if args.hosts is None:
         if not Path(command.script).exists():
-            raise ValueError(f"{command.script} does not exist here")
+            raise ValueError(absent(command.script, "begin the monitor in the folder of the repository"))
         return Supervisor([LocalNode(run_dir)], command, run_dir, options, None)
     if not command.is_torchrun or command.is_standalone:
         raise ValueError("--hosts needs a command that begins with python -m parallel.launch, without --standalone")

@@ -11,17 +11,24 @@ the data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after 
 The loop is in training/trainer.py; what is built before it, and what is reported, in the other files of that folder.
 """
 
+from utils import environment
+
+if __name__ == "__main__":
+    environment.check()
+
 import argparse
 import logging
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
-from configurator import parse_config
+from configurator import Config, parse_config, resolve
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from utils import exits
+from utils.checkpoint import refuse_other_things
 from utils.job import run_job
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
@@ -57,15 +64,17 @@ def main(argv: list[str]) -> int:
     try:
         try:
             config, given = parse_config(argv)
+            refuse_folder_of_others(config)
             exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
             exits.clear_exit_record(exit_dir, rank)
             # All of it imports torch, which takes seconds: what is wrong with the command is said before.
             from parallel import destroy_context, init_context
             from training import report
-            from training.data import prepare_data
+            from training.data import fit_context, prepare_data
             from training.trainer import StopRequest, Trainer
 
             # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
+            config = fit_context(config, given)
             data_dirs = prepare_data(config, given)
             stop = StopRequest()
             if not config.run.valid_only:
@@ -79,11 +88,14 @@ def main(argv: list[str]) -> int:
                 raise
             logger.info("stopped on request before the first step")
             return leave(exits.STOPPED, "stopped on request")
-        except ValueError as error:
-            logger.error("train_my_ddp: %s", error)
+        except (ValueError, ModuleNotFoundError) as error:
+            problem = str(error) if isinstance(error, ValueError) else environment.what_is_missing(error)
+            if not problem:
+                raise
+            logger.error("train_my_ddp: %s", problem)
             log_traceback()
             # The groups are left as they are: to leave NCCL's in order, all ranks would have to come along.
-            return leave(exits.WRONG_INPUT, str(error))
+            return leave(exits.WRONG_INPUT, problem)
         if config.run.valid_only:
             trainer.validate()
             code = exits.OK
@@ -113,13 +125,27 @@ def main(argv: list[str]) -> int:
         raise
 
 
+def refuse_folder_of_others(config: Config) -> None:
+    """Before an exit record is left there.
+
+    Raises:
+        ValueError: --out_dir holds something, and no run.
+    """
+    # Of one that cannot be read, opening the run will say more.
+    with suppress(OSError):
+        refuse_other_things(Path(config.run.out_dir))
+
+
 def launch(nproc: int, argv: list[str]) -> int:
     """Run the command on several processes of this machine; returns the exit code that they meant, see above.
 
     Raises:
         ValueError: the command is wrong.
     """
-    config, _ = parse_config(argv)
+    config, given = parse_config(argv)
+    refuse_folder_of_others(config)
+    if "gradient_accumulation_steps" in given:
+        resolve(config, nproc, 1)
     exit_dir = exit_record_dir() or Path(config.run.out_dir) / "exit"
     for rank in range(nproc):
         exits.clear_exit_record(exit_dir, rank)

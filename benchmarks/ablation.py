@@ -18,6 +18,15 @@ set grew within a step. On a CPU all processes live at the same time and take tu
 one after the other. Losses of the first step must agree. MFU strict and seed: model/flops.py.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import ctypes
 import multiprocessing

@@ -15,6 +15,15 @@ ranks; the order of turns rotates.
 Ours also computes a checksum of every file, which torch's does not. Printed: median and quartiles.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import ctypes
 import gc
@@ -25,7 +34,6 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings

@@ -12,6 +12,15 @@ DistributedSampler. Every contender runs in a process of its own, in turns; memo
 imports take stated beside it, and its children's largest peak where it has any.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import os
@@ -19,7 +28,6 @@ import platform
 import resource
 import statistics
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time

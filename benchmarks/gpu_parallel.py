@@ -9,6 +9,15 @@ hook after them, timed with CUDA events. --trace writes a profile for the browse
 `--preset tiny` runs the same code on a CPU, to see that it works.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import platform
 import statistics

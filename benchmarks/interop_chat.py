@@ -10,10 +10,18 @@ knows them, in two minutes on a CPU. Each reader gets the folder, or the GGUF fi
 takes for the end is what it finds there. The exit code is 1 where one differs or goes on.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable

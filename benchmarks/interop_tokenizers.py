@@ -9,11 +9,19 @@ with what it puts in front. Characters without a meaning in this Python's Unicod
 between versions of the libraries. The exit code is 1 where ids differ.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import unicodedata
 from pathlib import Path

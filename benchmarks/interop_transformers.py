@@ -8,10 +8,18 @@ logits of texts within the context and beyond it, in float32. The exit code is 1
 the largest logit.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 

@@ -13,6 +13,15 @@ small tensors may fit what malloc has). On a GPU, the caches are overwritten bef
 matrix multiplications has its operations a second instead.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import statistics
 import time

@@ -8,12 +8,20 @@ growth of the process's resident memory, which also holds code loaded meanwhile 
 back.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import gc
 import json
 import os
 import subprocess
-import sys
 
 import torch
 

@@ -11,6 +11,15 @@ fastest Hugging Face. With --profile, where one more step of each contender spen
 have malloc set as training sets it (utils.machine), unless --plain_malloc is given.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What compression costs in quality: the demo's corpus and model, equal tokens, held-out loss of each hook.
+"""What compression costs in quality: the demo's corpus, equal tokens, held-out loss of each hook.
 
     python -m benchmarks.quality_under_compression --dir out/quality [--ranks 4,8,16,32] [--more_seeds 1,2]
 
@@ -8,6 +8,15 @@ with different seeds lie about 1% apart, and so do, in the end, two that differ 
 see less than that. Writes table.md, losses.json and, with matplotlib, losses.png into --dir; a run that has finished
 already is not repeated.
 """
+
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
 
 import argparse
 import json
@@ -123,8 +132,8 @@ def main() -> None:
             if not points or points[-1][0] < args.max_iters:
                 run([
                     "python", "-m", "parallel.launch", f"--nproc_per_node={args.nproc}", "train_my_ddp.py",
-                    "configs/demo-cpu.yaml", f"--data_dir={data}", f"--out_dir={run_dir}", f"--seed={seed}",
-                    f"--max_iters={args.max_iters}", f"--dtype={args.dtype}",
+                    "benchmarks/quality_under_compression.yaml", f"--data_dir={data}", f"--out_dir={run_dir}",
+                    f"--seed={seed}", f"--max_iters={args.max_iters}", f"--dtype={args.dtype}",
                     f"--valid_interval={max(1, args.max_iters // 8)}", "--log_interval=20", "--num_threads=1", *flags,
                 ])  # fmt: skip
             results.setdefault(name, {})[seed] = valid_losses(run_dir)

@@ -1,8 +1,7 @@
 """SFT and DPO against TRL: same model, records, dtype, threads and machine, one process.
 
-    python -m demo.corpus --output_dir W/corpus                            (and the demo's tokenizer, data and
-    python -m demo.conversations --corpus_dir W/corpus ... --output_dir W/talk          conversations)
-    python -m benchmarks.sft_dpo --talk W/talk --tokenizer_dir W/tokenizer --work_dir W/bench
+    python -m demo.run                                          (for its tokenizer, conversations and preferences)
+    python -m benchmarks.sft_dpo --talk out/demo/talk --tokenizer_dir out/demo/tokenizer --work_dir W/bench
 
 Needs requirements-bench.txt. Each case runs by itself in a new process; the cases take turns, --rounds times. Printed
 for each: real tokens a second (positions that are no padding, prompts included; the median of the steps, the first few
@@ -13,6 +12,15 @@ turns gradient checkpointing off, which TRL turns on by default. A step of ours 
 about as many), and clips and steps AdamW as TRL's does.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import os
@@ -20,7 +28,6 @@ import platform
 import resource
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -191,7 +198,7 @@ CASES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.sft_dpo", description=__doc__.splitlines()[0])
-    parser.add_argument("--talk", type=a_path, required=True, help="what demo.conversations wrote")
+    parser.add_argument("--talk", type=a_path, required=True, help="folder with the demo's sft and dpo")
     parser.add_argument("--tokenizer_dir", type=a_path, required=True)
     parser.add_argument("--work_dir", type=a_path, required=True)
     parser.add_argument("--task", choices=["sft", "dpo", "both"], default="both")

@@ -15,6 +15,15 @@ Exit codes: 0 finished; 1 a rank failed; 2 the command is wrong, or this machine
 when stopped. Whatever the end, the namespaces are gone (after SIGKILL: `ip netns list`, `ip netns del`).
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import datetime
 import json
@@ -24,7 +33,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator

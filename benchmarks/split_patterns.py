@@ -6,12 +6,20 @@ Each source gives nine tenths of its documents to the training and one tenth, ch
 tokenizer is trained in a process of its own, so that its peak memory is its own.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import hashlib
 import json
 import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 

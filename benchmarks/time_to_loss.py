@@ -17,6 +17,15 @@ CPU, not fused; ours is fused, and reads its data in a thread. Results stay in -
 is there, with the same settings, is not run again.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import hashlib
 import importlib.util
@@ -25,7 +34,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

@@ -10,6 +10,15 @@ Four measurements, on logs made here, as long as those of long runs:
   4. seconds from a zoom to its finished picture.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
 import math
@@ -18,7 +27,6 @@ import random
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time

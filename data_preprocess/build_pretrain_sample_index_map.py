@@ -3,8 +3,15 @@
 python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq_len 2048
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 from pathlib import Path
 
 from dataset.format import (
@@ -18,6 +25,7 @@ from dataset.format import (
     require_pretokenized,
     write_index,
 )
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -52,7 +60,7 @@ def build(data_dir: Path, max_seq_len: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_preprocess.build_pretrain_sample_index_map", description="Build the .ibin sample index."
     )
     parser.add_argument("--data_dir", type=a_path, required=True, help="directory with the .bin files")

@@ -13,10 +13,17 @@ file has at the end of a document, or the BOS at its beginning, is not taken twi
 to the validation set by the hash of their tokens.
 """
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import hashlib
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +33,7 @@ import numpy as np
 
 from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of, sole_writer, write_manifest
 from tokenizer import Tokenizer, load_tokenizer
+from utils.arguments import Parser
 from utils.files import sha256_of_file
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -185,7 +193,7 @@ def _parts(documents: Iterator[CheckedDocument], shard_tokens: int) -> Iterator[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_preprocess.import_tokens", description="Take over token files of other programs."
     )
     parser.add_argument("--format", choices=["nanogpt", "llama2c", "megatron"], required=True)

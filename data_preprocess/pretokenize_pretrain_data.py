@@ -6,7 +6,15 @@ Each document goes to the train or the valid set by the hash of its text, so tha
 run that was killed goes on where it stopped (units.py), and the output does not depend on --num_workers.
 """
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +35,7 @@ from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import read_bin_header, read_document_table
 from tokenizer import Tokenizer
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -109,7 +118,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Document | BadRecord], num_t
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_preprocess.pretokenize_pretrain_data",
         description="Tokenize text, JSON, Parquet and tables into .bin shards.",
     )

@@ -11,12 +11,20 @@ Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `
 folder of D that is named after the tokenizer and the options, so that it is done once.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import errno
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,18 +53,24 @@ from data_preprocess.readers import (
     place,
     read_unit,
 )
-from data_preprocess.shards import MOST_UNREAD_FIELDS, PartRecord, print_skipped, set_of, waiting_writer
+from data_preprocess.shards import MOST_UNREAD_FIELDS, NOTHING_READ, PartRecord, print_skipped, set_of, waiting_writer
 from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import Message, template_of
+from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import run_main
 
 RULES_VERSION = 3
 """Raised when the same record would become other tokens: what was made before is made again."""
 CACHE_DIR = ".tokenized"
+_OF_OTHER_TASK = {
+    "sft": "it is a preference, for --task dpo",
+    "dpo": 'it has no "chosen" and "rejected": conversations are for --task sft',
+}
+"""Why a record is none of this task."""
 _BYTES_A_TOKEN = 4
 """About; for how large a shard becomes."""
 _SMALL_BYTES = 4_000_000
@@ -131,9 +145,7 @@ class Compiler:
         record = read_record(value, self._roles)
         sample = record.sample
         if isinstance(sample, Preference) != (self._options.task == "dpo"):
-            if isinstance(sample, Preference):
-                raise ValueError("it is a preference, for --task dpo")
-            raise ValueError('it has no "chosen" and "rejected": conversations are for --task sft')
+            raise ValueError(_OF_OTHER_TASK[self._options.task])
         return record
 
     def compile(self, sample: Sample) -> CompiledRecord:
@@ -343,10 +355,20 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: Options, valid
             try:
                 print_skipped(process_corpus(job, workers))
             except ValueError as error:
-                raise ValueError(
-                    f"{error} (for other limits, tokenize {data_dir} beforehand with `{PRETOKENIZE_SFT_COMMAND}`)"
-                ) from None
+                raise ValueError(_for_training(str(error), data_dir, options.task)) from None
     return output
+
+
+def _for_training(problem: str, data_dir: Path, task: str) -> str:
+    """A sentence of the command as training says it, which has other flags."""
+    if _OF_OTHER_TASK[task] in problem:
+        found, wanted, other = ("preferences", "conversations", "dpo") if task == "sft" else (
+            "conversations", 'preferences, records with "chosen" and "rejected"', "sft")  # fmt: skip
+        why = problem.removeprefix(f"{data_dir} {NOTHING_READ}: ")
+        return f"{data_dir} holds {found}: train on them with --task_type={other}, or give {wanted} ({why})"
+    if "--max_bad_records" in problem:
+        return f"{problem} (for other limits, tokenize {data_dir} beforehand with `{PRETOKENIZE_SFT_COMMAND}`)"
+    return problem
 
 
 def summary(manifest: dict) -> str:
@@ -390,7 +412,7 @@ def options_from(args: argparse.Namespace) -> Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_preprocess.pretokenize_sft_data", description="Tokenize conversations or preferences."
     )
     parser.add_argument(

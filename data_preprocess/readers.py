@@ -37,6 +37,7 @@ from data_preprocess.decompress import COMPRESSION_SUFFIXES, DAMAGE, decompresse
 from data_preprocess.folders import files_below
 from dataset.format import MANIFEST_NAME, TOKEN_FILE_SUFFIXES
 from utils.files import sha256_of_file
+from utils.paths import absent
 
 TEXT_SUFFIXES = frozenset(
     ".txt .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql".split()
@@ -356,8 +357,10 @@ def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, s
     Raises:
         ValueError: no such directory, or nothing in it that can be read.
     """
+    if not Path(corpus.root).exists():
+        raise ValueError(absent(corpus.root))
     if not Path(corpus.root).is_dir():
-        raise ValueError(f"{corpus.root} is not a directory")
+        raise ValueError(f"{corpus.root} is a file: give the directory that it lies in")
     inputs, left_out = list_inputs(corpus)
     units = plan_units(corpus.root, inputs, unit_bytes)
     if not units:
@@ -365,6 +368,8 @@ def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, s
         if corpus.fields is None:
             wanted = "records: put .jsonl, .json, .parquet or .csv files"
         print_left_out(left_out)
+        if (Path(corpus.root) / MANIFEST_NAME).exists():
+            raise ValueError(f"{corpus.root} is pretokenized and holds tokens: give the directory with the raw data")
         raise ValueError(
             f"{corpus.root} holds no {wanted} into it"
             + ("" if corpus.include == ("*",) and not corpus.exclude else ", or choose others with --include")

@@ -18,6 +18,7 @@ from tokenizer import Tokenizer
 from utils.files import atomic_write_json
 
 NOTES_DIR = ".pretokenize"
+NOTHING_READ = "holds no text that could be read"
 MOST_UNREAD_FIELDS = 100
 """Names that are kept: where data stands in the names themselves, there is no end of them."""
 _FIELDS_A_LINE = 12
@@ -144,7 +145,7 @@ def write_manifest(
     documents = totals.get("documents", 0)
     unreadable = reasons(sum(part.bad_records for part in parts), [e for part in parts for e in part.bad_examples])
     if not documents:
-        raise ValueError(f"{source} holds no text that could be read: {unreadable or 'every file is empty'}")
+        raise ValueError(f"{source} {NOTHING_READ}: {unreadable or 'every file is empty'}")
     # What is asked for below may lie in those that could not be read.
     besides = f" ({unreadable})" if unreadable else ""
     if not any(shards.values()):

@@ -15,8 +15,15 @@ The order visits every sample once an epoch, so positions taken once are samples
 Exit codes: 0 proven; 1 something is wrong; 2 it cannot be checked.
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +36,8 @@ from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
-from utils.paths import a_path
+from utils.arguments import Parser
+from utils.paths import a_path, absent
 from utils.reslog import count_launches, read_reslog
 from utils.terminal import run_main
 
@@ -166,6 +174,8 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
 
 def _records_of(run_dir: Path) -> list[dict]:
     path = run_dir / "reslog.jsonl"
+    if not run_dir.exists():
+        raise ValueError(absent(run_dir))
     if not path.exists():
         raise ValueError(f"{run_dir} holds no reslog.jsonl: it is no run directory")
     records = [record for record in read_reslog(path) if record["name"] in ("start", "train")]
@@ -204,7 +214,7 @@ def report(run_dir: Path, audit: Audit, seconds: float) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dataset.audit", description="Prove that no sample of a run was repeated or skipped."
     )
     parser.add_argument("run", type=a_path, help="run directory (--out_dir of the training)")

@@ -4,12 +4,16 @@ Shapes: B pairs of a batch, so 2 B rows: chosen and rejected by turns. T as in s
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from dataset.pretrain import as_tensors
 from dataset.sequences import SequenceSet
 from dataset.sft import padded
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DPODataset:
@@ -48,7 +52,7 @@ class DPODataset:
         """Input tokens of some pairs: the chosen row's, then the rejected one's."""
         return [self.sequences.inputs(self.members(pair)) for pair in sample_ids.tolist()]
 
-    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+    def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
         """A batch of the given pairs.
 
         Returns:
@@ -58,7 +62,7 @@ class DPODataset:
         rows = [[self.sequences.sequence(number)] for pair in sample_ids.tolist() for number in self.members(pair)]
         batch = padded(rows, self.max_seq_len, self.sequences.header.pad_id)
         del batch["document_ids"]
-        batch["sample_ids"] = torch.from_numpy(sample_ids.copy())
+        more = {"sample_ids": sample_ids.copy()}
         if self.reference is not None:
-            batch["reference"] = torch.from_numpy(self.reference[sample_ids])
-        return batch
+            more["reference"] = self.reference[sample_ids]
+        return batch | as_tensors(more)

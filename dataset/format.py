@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.files import atomic_write, fsync_dir, sha256_of_file
+from utils.paths import absent
 
 BIN_MAGIC, DOCS_MAGIC, INDEX_MAGIC = b"Z2ALLBIN", b"Z2ALLDOC", b"Z2ALLIDX"
 VERSION, DOCS_VERSION = 1, 2
@@ -422,7 +423,8 @@ def require_pretokenized(data_dir: Path, max_seq_len: int = 1024) -> None:
         ValueError: there are no tokens in the directory, or not all; the sentence gives the commands that make them.
     """
     if not Path(data_dir).is_dir():
-        raise ValueError(f"the data directory {data_dir} does not exist")
+        is_there = Path(data_dir).exists()
+        raise ValueError(f"{data_dir} is no directory" if is_there else f"the data directory {absent(data_dir)}")
     names = [path.name for path in data_dir.iterdir()]
     if MANIFEST_NAME in names or any(name.endswith(".ibin") for name in names):
         return

@@ -6,8 +6,15 @@ python -m dataset.inspect RUN --position P            also the sample that the r
 python -m dataset.inspect RUN_OR_DIR --verify         read all tokens, and compare them with the shards' checksums
 """
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +36,8 @@ from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
 from tokenizer import Tokenizer, load_tokenizer
-from utils.paths import a_path
+from utils.arguments import Parser
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 _BAR_WIDTH = 40
@@ -191,15 +199,17 @@ def open_inspection(
             )
         tokenizer = load_tokenizer(tokenizer_dir or run.tokenizer_dir)
         return Inspection(run.dirs[split], split, max_seq_len or run.max_seq_len, tokenizer), run.seed
+    if not path.exists():
+        raise ValueError(absent(path))
     if not path.is_dir():
-        raise ValueError(f"{path} is not a directory")
+        raise ValueError(f"{path} is a file: give a run, or a directory with .bin files")
     _require_pretraining(path)
     length = max_seq_len or _only_length(path)
     return Inspection(path, split, length, load_tokenizer(tokenizer_dir or path / "tokenizer")), None
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
+    parser = Parser(prog="python -m dataset.inspect", description="Look at pretokenized data.")
     parser.add_argument("path", type=a_path, help="run directory, or directory with .bin and .ibin files")
     parser.add_argument("--sample", type=int, help="show this sample of the set")
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")

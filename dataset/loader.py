@@ -10,15 +10,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from dataset.order import sample_at
+from dataset.pretrain import as_tensors
 from utils.threads import background_threads
 
-Batch = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Batch = dict[str, "torch.Tensor"]
 _ORDER_BLOCK = 4096
 
 
@@ -107,8 +110,7 @@ class TrainLoader:
         micro_batches = []
         for index in range(self.rank, self.accumulation_steps, self.world_size):
             within = index * size + np.arange(size, dtype=np.int64)
-            batch = self.dataset.collate(sample_ids[within])
-            batch["row_ids"] = torch.from_numpy(first + within)
+            batch = self.dataset.collate(sample_ids[within]) | as_tensors({"row_ids": first + within})
             if self.pin_memory:
                 batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
             micro_batches.append(batch)
@@ -132,9 +134,7 @@ def validation_batches(
     def batches() -> Iterator[tuple[int, Batch]]:
         for index in range(rank, count, world_size):
             ids = np.arange(index * batch_size, min((index + 1) * batch_size, len(dataset)), dtype=np.int64)
-            batch = dataset.collate(ids)
-            batch["row_ids"] = torch.from_numpy(ids)
-            yield index, batch
+            yield index, dataset.collate(ids) | as_tensors({"row_ids": ids})
 
     return count, batches()
 

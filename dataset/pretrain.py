@@ -3,10 +3,11 @@
 Shapes: B rows of a batch, T = max_seq_len.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dataset.format import (
     BIN_HEADER_BYTES,
@@ -20,8 +21,19 @@ from dataset.format import (
 )
 from utils.files import sha256_of_file
 
+if TYPE_CHECKING:
+    import torch
+
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
+
+
+def as_tensors(arrays: Mapping[str, np.ndarray]) -> "dict[str, torch.Tensor]":
+    """The same memory as tensors. Only here does a data set need torch, whose import takes seconds: who looks at data
+    without training on it need not wait."""
+    import torch
+
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 class PretrainDataset:
@@ -112,7 +124,7 @@ class PretrainDataset:
             )
         return out
 
-    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+    def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
         """A batch of the given samples.
 
         Returns:
@@ -122,7 +134,7 @@ class PretrainDataset:
         """
         tokens = self.read_rows(sample_ids)
         input_ids, labels = tokens[:, :-1], tokens[:, 1:].copy()
-        batch = {"input_ids": torch.from_numpy(input_ids.copy()), "sample_ids": torch.from_numpy(sample_ids.copy())}
+        batch = {"input_ids": input_ids.copy(), "sample_ids": sample_ids.copy()}
         columns = np.broadcast_to(np.arange(self.max_seq_len), input_ids.shape)
         if self.document_mask:
             ends_document = input_ids == self.header.eod_id
@@ -131,9 +143,9 @@ class PretrainDataset:
             starts_document[:, 1:] = ends_document[:, :-1]
             document_ids = np.cumsum(starts_document, axis=1)
             document_start = np.maximum.accumulate(np.where(starts_document, columns, 0), axis=1)
-            batch["positions"] = torch.from_numpy(columns - document_start)
-            batch["document_ids"] = torch.from_numpy(document_ids)
+            batch["positions"] = columns - document_start
+            batch["document_ids"] = document_ids
         else:
-            batch["positions"] = torch.from_numpy(columns.copy())
-        batch["labels"] = torch.from_numpy(labels)
-        return batch
+            batch["positions"] = columns.copy()
+        batch["labels"] = labels
+        return as_tensors(batch)

@@ -8,14 +8,17 @@ where they are supervised. So no label ever comes from another sequence.
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dataset.order import sample_at
 from dataset.packing import pack
-from dataset.pretrain import IGNORE_INDEX
+from dataset.pretrain import IGNORE_INDEX, as_tensors
 from dataset.sequences import SequenceSet
+
+if TYPE_CHECKING:
+    import torch
 
 ROUND_UP = 8
 """Kernels for attention want rows of such lengths."""
@@ -69,7 +72,7 @@ class SFTDataset:
         """Input tokens of some samples, of each as many as it has."""
         return [self.sequences.inputs(self.members(sample_id)) for sample_id in sample_ids.tolist()]
 
-    def collate(self, sample_ids: np.ndarray) -> dict[str, torch.Tensor]:
+    def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
         """A batch of the given samples.
 
         Returns:
@@ -83,11 +86,10 @@ class SFTDataset:
         if self._rows is None:
             # Padding comes last, so causal attention needs no mask against it.
             del batch["document_ids"]
-        batch["sample_ids"] = torch.from_numpy(sample_ids.copy())
-        return batch
+        return batch | as_tensors({"sample_ids": sample_ids.copy()})
 
 
-def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pad_id: int) -> dict[str, torch.Tensor]:
+def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pad_id: int) -> "dict[str, torch.Tensor]":
     """Rows of (tokens, supervised) sequences as a batch of the longest one's length; see SFTDataset.collate."""
     lengths = np.array([sum(len(ids) - 1 for ids, _ in row) for row in rows], np.int64)
     width = min(-(-int(lengths.max()) // ROUND_UP) * ROUND_UP, max_seq_len)
@@ -108,4 +110,4 @@ def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pa
     flat = np.flatnonzero(labels.reshape(-1) != IGNORE_INDEX)
     arrays = {"input_ids": input_ids, "labels": labels, "positions": positions, "document_ids": document_ids,
               "supervised": flat, "lengths": lengths}  # fmt: skip
-    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+    return as_tensors(arrays)

@@ -10,9 +10,16 @@ that the model learns to say, are green; with --color never they stand in bracke
 text which spells one out can be told from it.
 """
 
-import argparse
-import html
 import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
+import html
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -34,8 +41,9 @@ from dataset.pretrain import PretrainDataset
 from dataset.run_data import RunData, is_run, read_run_data
 from dataset.sequences import SequenceSet, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
+from utils.arguments import Parser
 from utils.files import atomic_write
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 _GREEN, _BLUE, _DIM, _RESET = "\x1b[30;42m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
@@ -95,8 +103,10 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
         ValueError: no such file, or not one of records.
     """
     if not path.is_file() or not holds_records(path.name):
+        inside = next((one for one in sorted(path.glob("*")) if holds_records(one.name)), None)
         raise ValueError(
             f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
+            + (f": name a file in it, such as {inside}" if inside else "")
         )
     compiler = Compiler(tokenizer, options)
     for note in compiler.template.notes:
@@ -226,7 +236,7 @@ def as_page(samples: Iterable[Shown], tokenizer: Tokenizer) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dataset.show_mask", description="Show which tokens are supervised."
     )
     parser.add_argument("path", type=a_path, help="file with raw records, pretokenized directory, or run")
@@ -242,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(args.path)
     run = None
     try:
+        if not path.exists():
+            raise ValueError(absent(path))
         if is_run(path):
             run = read_run_data(path)
             path = run.dirs[args.split]

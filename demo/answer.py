@@ -8,17 +8,24 @@ Whether it does what was asked is not looked at: a model of this size does not k
 A line of --output: {"question", "answers": [{"text", "tokens", "ends", "good"}, ...]}.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
 
 from demo.functions import asked_name, is_asked_function
 from demo.sampling import answer_all
-from demo.scores import Score
+from demo.scores import describe
 from optimizer import resolve_dtype
 from serving.generation import load_model
 from utils.paths import a_path
@@ -40,33 +47,6 @@ def read_questions(path: Path, count: int) -> list[str]:
     return [questions[int(number * step)] for number in range(min(count, len(questions)))]
 
 
-def read_answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def score_of(records: list[dict], field: str = "good") -> Score:
-    """Share of the answers, from each question's own."""
-    return Score([sum(answer[field] for answer in r["answers"]) / len(r["answers"]) for r in records])
-
-
-def describe(records: list[dict]) -> str:
-    """What the answers are like, in a line."""
-    answers = [answer for record in records for answer in record["answers"]]
-    good = [answer for answer in answers if answer["good"]]
-    length = sum(answer["tokens"] for answer in good) / max(1, len(good))
-    distinct = len({body_of(answer["text"]) for answer in good})
-    return (
-        f"of {len(answers)} answers to {len(records)} questions {sum(a['ends'] for a in answers)} end by themselves, "
-        f"{len(good)} are the function that was asked for ({score_of(records)}); these have {length:.0f} tokens on "
-        f"average and {distinct} different bodies"
-    )
-
-
-def body_of(text: str) -> str:
-    """What follows the first line: there, answers to different questions differ anyway."""
-    return text.strip().partition("\n")[2]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.answer", description="Answers to questions for functions.")
     parser.add_argument("--ckpt", type=a_path, required=True)
@@ -74,14 +54,14 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=160, help="questions to ask, at most (default: 160)")
     parser.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
     parser.add_argument("--show", type=int, default=0, help="answers to print (default: 0)")
-    parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--max_new_tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max_new_tokens", type=int, default=80)
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--output", type=a_path, help="write questions and answers to this JSONL file")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # Batches are drawn side by side.
     try:
         if args.samples < 1 or args.temperature <= 0:
             raise ValueError("--samples and --temperature must be positive")

@@ -6,11 +6,18 @@ The prompt is the end of the module up to and including a function's header. The
 ends (a line indented no deeper than the header), or before the last, unfinished line; header and body must parse.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import ast
 import json
-import os
-import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -22,7 +29,7 @@ import torch
 from dataset.format import MANIFEST_NAME
 from demo.functions import modules_of
 from demo.functions import parses as is_python
-from demo.sampling import batches_of_one_length, sample_rows
+from demo.sampling import draw_all
 from demo.scores import Score
 from optimizer import resolve_dtype
 from serving.generation import Loaded, load_model
@@ -89,16 +96,10 @@ def complete_all(loaded: Loaded, headers: list[Header], temperature: float, seed
     room = context - new_tokens - len(begin)
     # Most modules are longer than that, so most prompts are equally long.
     prompts = [begin + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
-    device, bodies = next(model.parameters()).device, [""] * len(headers)
-    for batch, numbers in enumerate(batches_of_one_length(prompts, rows)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
-        drawn = sample_rows(
-            model, torch.tensor([prompts[n] for n in numbers], device=device), new_tokens, stop_ids, temperature,
-            generator, tokenizer.vocab_size,
-        )  # fmt: skip
-        for number, ids in zip(numbers, drawn):
-            bodies[number] = cut_body(headers[number], tokenizer.decode(ids), finished=len(ids) < new_tokens)
-    return bodies
+    drawn = draw_all(loaded, prompts, new_tokens, stop_ids, temperature, seed, rows)
+    return [
+        cut_body(header, tokenizer.decode(ids), finished=len(ids) < new_tokens) for header, ids in zip(headers, drawn)
+    ]
 
 
 def main() -> int:
@@ -114,8 +115,8 @@ def main() -> int:
     parser.add_argument("--untrained", action="store_true", help="the same with weights as before the first step")
     parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # Batches are drawn side by side.
     try:
         if args.temperature <= 0:
             raise ValueError("--temperature must be positive")

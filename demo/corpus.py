@@ -5,9 +5,17 @@
 Left out: tests (not on every machine), and modules that are tables of characters rather than code.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 

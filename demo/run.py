@@ -4,6 +4,15 @@ Every stage prints the plain command that it runs. Everything lies below --dir, 
 made anew each time.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import importlib.util
 import json
@@ -12,12 +21,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 
+from demo.scores import Score, describe, difference, read_answers, score_of, verdict
 from utils.exits import STOPPED
 from utils.machine import cpu_name
 from utils.paths import a_path
@@ -25,6 +35,11 @@ from utils.reslog import read_reslog
 from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
+VALID_RATIO = 0.06
+"""So that some 28 modules are held out."""
+QUESTIONS_A_STEP = 4
+"""Of DPO, asked of the model eight times each: about half of them give up to four preferences."""
+TITLES = {"run": "before SFT", "sft": "after SFT", "dpo": "after DPO"}
 
 
 def show(command: list[str]) -> None:
@@ -37,6 +52,11 @@ def run(command: list[str]) -> None:
     code = subprocess.run(_executable(command), cwd=ROOT).returncode
     if code:
         raise SystemExit(f"the demo stopped: the command above ended with exit code {code}")
+
+
+def run_all(*commands: list[str]) -> None:
+    for command in commands:
+        run(command)
 
 
 def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
@@ -60,7 +80,7 @@ def _executable(command: list[str]) -> list[str]:
     return [sys.executable, *command[1:]]
 
 
-def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[str]]]:
+def data_stages(corpus: str, tokenizer: str, data: str, valid_ratio: float = 0.03) -> list[tuple[str, list[str]]]:
     """(title, command) of each stage from the standard library's source to an indexed data directory."""
     return [
         ("corpus: the standard library's source", ["python", "-m", "demo.corpus", "--output_dir", corpus]),
@@ -69,7 +89,7 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
           "--vocab_size", "8192", "--kind", "hf_bbpe"]),
         ("pretokenize: text -> .bin",
          ["python", "-m", "data_preprocess.pretokenize_pretrain_data", "--data_dir", corpus, "--tokenizer_dir",
-          tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", "0.03"]),
+          tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", str(valid_ratio)]),
         ("index: .bin -> .ibin",
          ["python", "-m", "data_preprocess.build_pretrain_sample_index_map", "--data_dir", data,
           "--max_seq_len", "256"]),
@@ -80,11 +100,12 @@ def data_stages(corpus: str, tokenizer: str, data: str) -> list[tuple[str, list[
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
     parser.add_argument("--dir", type=a_path, default="out/demo", help="where everything goes (default: out/demo)")
-    parser.add_argument("--max_iters", type=int, default=320, help="steps of pretraining (default: 320)")
-    parser.add_argument("--sft_iters", type=int, default=80, help="steps of SFT (default: 80)")
-    parser.add_argument("--dpo_iters", type=int, default=24, help="steps of DPO (default: 24)")
+    parser.add_argument("--max_iters", type=int, default=640, help="steps of pretraining (default: 640)")
+    parser.add_argument("--sft_iters", type=int, default=220, help="steps of SFT (default: 220)")
+    parser.add_argument("--dpo_iters", type=int, default=100, help="steps of DPO (default: 100)")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
+    parser.add_argument("--seed", type=int, default=1337, help="of training and of what is sampled (default: 1337)")
     args = parser.parse_args()
     home = Path(args.dir)
     names = ("corpus", "tokenizer", "data", "run", "talk", "sft", "dpo")
@@ -92,13 +113,13 @@ def main() -> int:
         # Only what an earlier demo made, whatever else lies there.
         shutil.rmtree(ROOT / home / name, ignore_errors=True)
     corpus, tokenizer, data, run_dir, talk, sft_dir, dpo_dir = (str(home / name) for name in names)
-    score = home / "completions.json"
+    drawn = ["--seed", str(args.seed), "--dtype", args.dtype]
 
     def training(config: str, data_dir: str, out_dir: str, max_iters: int, *more: str) -> list[str]:
         return [
             "python", "train_my_ddp.py", "--nproc", str(args.nproc), f"configs/{config}.yaml",
             f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_iters={max_iters}",
-            f"--dtype={args.dtype}", *more,
+            f"--dtype={args.dtype}", f"--seed={args.seed}", *more,
         ]  # fmt: skip
 
     train = training("demo-cpu", data, run_dir, args.max_iters, "--task_type=pretrain")
@@ -107,20 +128,30 @@ def main() -> int:
     dpo = training("demo-dpo-cpu", f"{talk}/dpo", dpo_dir, args.dpo_iters, f"--init_from={sft_dir}",
                    f"--valid_data_dir={talk}/dpo_valid")  # fmt: skip
 
-    def answers(name: str) -> list[str]:
-        questions, output = f"{talk}/sft_valid/functions.jsonl", str(home / f"answers-{name}.json")
-        return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions", questions, "--output", output]
+    def completions(name: str, *more: str) -> list[str]:
+        return ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
+                "--output", str(home / f"completions-{name}.json"), *more, *drawn]  # fmt: skip
 
+    def answers(name: str, split: str = "sft_valid", output: str = "", *more: str) -> list[str]:
+        return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions",
+                f"{talk}/{split}/functions.jsonl", "--output", str(home / f"answers-{output or name}.jsonl"), *more,
+                *drawn]  # fmt: skip
+
+    def preferences(output: str, split: str) -> list[str]:
+        return ["python", "-m", "demo.preferences", "--answers", str(home / f"answers-{output}.jsonl"),
+                "--functions", f"{talk}/sft{split}/functions.jsonl",
+                "--output", f"{talk}/dpo{split}/functions.jsonl"]  # fmt: skip
+
+    asked = str(args.dpo_iters * QUESTIONS_A_STEP)
     stages: list[tuple[str, Callable[[], None]]] = [
-        *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data)),
+        *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data, VALID_RATIO)),
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
             train, ROOT / run_dir, args.max_iters // 2)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
         ("audit: no sample lost or repeated", lambda: run(["python", "-m", "dataset.audit", run_dir])),
-        ("complete held-out functions", lambda: run(
-            ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
-             "--output", str(score)])),
-        ("conversations and preferences from docstrings and functions", lambda: run(
+        ("complete held-out functions, untrained and pretrained", lambda: run_all(
+            completions("untrained", "--untrained", "--show", "0"), completions("run"))),
+        ("conversations from docstrings and functions", lambda: run(
             ["python", "-m", "demo.conversations", "--corpus_dir", corpus, "--data_dir", data, "--output_dir", talk])),
         ("look at what SFT will learn", lambda: run(
             ["python", "-m", "dataset.show_mask", f"{talk}/sft/functions.jsonl", "--tokenizer_dir", tokenizer,
@@ -128,7 +159,10 @@ def main() -> int:
         ("answers to held-out questions before SFT", lambda: run(answers("run"))),
         ("SFT on the conversations", lambda: run(sft)),
         ("answers after SFT", lambda: run(answers("sft"))),
-        ("DPO on real functions against damaged ones", lambda: run(dpo)),
+        ("preferences between the model's own answers to training questions", lambda: run_all(
+            answers("sft", "sft", "train", "--count", asked, "--samples", "8"), preferences("train", ""),
+            preferences("sft", "_valid"))),
+        ("DPO on them", lambda: run(dpo)),
         ("answers after DPO", lambda: run(answers("dpo"))),
         ("curves of the three runs", lambda: draw_curves(home, run_dir, sft_dir, dpo_dir)),
     ]  # fmt: skip
@@ -140,7 +174,7 @@ def main() -> int:
         stage()
         times.append((title, time.monotonic() - started))
         print(f"=== {times[-1][1]:.1f} s", flush=True)
-    summarize(times, ROOT / home, json.loads((ROOT / score).read_text()))
+    summarize(times, ROOT / home)
     return 0
 
 
@@ -155,34 +189,54 @@ def records_of(run_dir: Path, name: str) -> list[dict]:
     return [record for record in read_reslog(run_dir / "reslog.jsonl") if record["name"] == name]
 
 
-def summarize(times: list[tuple[str, float]], home: Path, score: dict) -> None:
+def summarize(times: list[tuple[str, float]], home: Path) -> None:
     run_dir = home / "run"
     trained, valid = records_of(run_dir, "train")[-1], records_of(run_dir, "valid")[-1]
     dtype = records_of(run_dir, "start")[-1]["dtype"]
+    answers = {name: read_answers(home / f"answers-{name}.jsonl") for name in ("run", "sft", "dpo")}
     print("\n=== result")
     for title, seconds in times:
         print(f"{seconds:8.1f} s  {title}")
     print(f"{sum(seconds for _, seconds in times):8.1f} s  in all, on {os.cpu_count()} cores of {cpu_name()}, {dtype}")
     print(
         f"pretrained on {trained['tokens']:,} tokens; held-out modules: loss {valid['loss']:.3f}, "
-        f"{valid['bits_per_byte']:.3f} bits per byte; {score['parse']} of {score['completions']} completions parse "
-        f"({score['share']:.0%})"
+        f"{valid['bits_per_byte']:.3f} bits per byte"
     )
-    for name, title in (("run", "before SFT"), ("sft", "after SFT"), ("dpo", "after DPO")):
-        answers = json.loads((home / f"answers-{name}.json").read_text())
-        print(
-            f"held-out questions {title}: of {answers['questions']} answers {answers['ended']} end by themselves, "
-            f"{answers['parse']} are functions that parse"
-        )
+    show_answers(answers)
     sft, dpo = (records_of(home / name, "valid")[-1] for name in ("sft", "dpo"))
     print(
         f"held-out conversations after SFT: loss {sft['loss']:.3f} a learnt token; held-out preferences after DPO: "
         f"accuracy {dpo['rewards/accuracies']:.2f}, margin {dpo['rewards/margins']:.3f}"
     )
+    for name, title in TITLES.items():
+        print(f"{title}: {describe(answers[name])}")
+    untrained, completed = (
+        Score(json.loads((home / f"completions-{name}.json").read_text())["parts"]) for name in ("untrained", "run")
+    )
+    scores = {name: score_of(records) for name, records in answers.items()}
+    print("\nwhat each stage did for held-out modules (a difference of more than two standard errors counts):")
+    print_change("pretraining", "completions of functions that parse", untrained, completed)
+    print_change("SFT", "answers that are the function asked for", scores["run"], scores["sft"])
+    print_change("DPO", "answers that are the function asked for", scores["sft"], scores["dpo"])
     shown = home.relative_to(ROOT) if home.is_relative_to(ROOT) else home
-    print(f'try: python generate.py --ckpt {shown / "run"} --prompt "def main("')
-    print(f"     python generate.py --ckpt {shown / 'dpo'} --chat")
+    print(f'\ntry: python generate.py --ckpt {shown / "run"} --prompt "def main("')
+    print(f"     python generate.py --ckpt {shown / 'dpo'} --chat    # {answers['dpo'][0]['question']}")
     print(f"     python -m utils.resplot {shown}    # the curves in a window, also while a run goes on")
+
+
+def show_answers(answers: dict[str, list[dict]], count: int = 3) -> None:
+    """The first answer to some of the questions after each stage; which ones does not depend on the answers."""
+    total = len(answers["run"])
+    for number in range(0, total, max(1, total // count))[:count]:
+        print(f"\n--- {answers['run'][number]['question']}")
+        for name, title in TITLES.items():
+            answer = answers[name][number]["answers"][0]
+            print(f"{title} ({'good' if answer['good'] else 'not good'}):\n{indent(answer['text'].strip(), '    ')}")
+
+
+def print_change(stage: str, what: str, before: Score, after: Score) -> None:
+    change = difference(before, after)
+    print(f"  {stage:12} {what:40} {before} -> {after}, by {change.mean:+.1%} ± {change.error:.1%}: {verdict(change)}")
 
 
 if __name__ == "__main__":

@@ -4,24 +4,31 @@ Runs are made up, but for --run, such as the demo's. On a machine without a scre
 QT_QPA_PLATFORM=offscreen. The remote picture needs an OpenSSH server, see tests/sshd.py.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check("requirements-viewer.txt")
+
 import argparse
 import json
 import math
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from PIL import Image
+
+from utils.paths import a_path
+from utils.terminal import run_main
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from PIL import Image  # noqa: E402
-
-from utils.paths import a_path  # noqa: E402
-from utils.terminal import run_main  # noqa: E402
 
 
 def make_run(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.files import is_passing
-from utils.paths import expand
+from utils.paths import absent, expand
 from utils.small_files import is_whole, parse_yaml, read_small, shown
 from utils.ssh import SSHTarget
 
@@ -76,7 +76,9 @@ def read_hosts(path: Path) -> Hosts:
     except OSError as error:
         if is_passing(error):
             raise
-        raise ValueError(f"the hosts file {path} cannot be read: {error.strerror}") from None
+        is_gone = isinstance(error, FileNotFoundError)
+        problem = absent(path) if is_gone else f"{path} cannot be read: {error.strerror}"
+        raise ValueError(f"the hosts file {problem}") from None
     except ValueError as error:
         raise ValueError(f"the hosts file {path} cannot be read: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("hosts"), list) or not content["hosts"]:

@@ -8,6 +8,15 @@ in its environment, ZERO2ALL_LAUNCH, that all its processes inherit. N is the no
 Whose job it is, is said by `RUN/monitor/claim.json` (monitor/claim.py).
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import contextlib
 import fcntl
@@ -17,7 +26,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -11,6 +11,7 @@ import psutil
 from monitor.node import MONITOR_DIR
 from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
+from utils.paths import absent
 from utils.reslog import newest_values
 from utils.small_files import is_number, is_whole, parse_json, parse_yaml, read_small
 
@@ -65,6 +66,8 @@ class Status:
             values = parse_json(read_small(path, _LONGEST_STATUS))
             _check(values)
         except (FileNotFoundError, NotADirectoryError):
+            if not run_dir.exists():
+                raise ValueError(absent(run_dir)) from None
             raise ValueError(f"no monitor has looked after {run_dir}: {path} does not exist") from None
         except OSError as error:
             if is_passing(error):

@@ -20,21 +20,24 @@ So a node that died while it waited has lost its place, and may come again. With
 of arrival. A later attempt (--max_restarts) meets anew in the same store; its ranks get a store of their own.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import json
 import logging
 import socket
-import sys
 import time
 import uuid
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-
-if not __package__:
-    # Run by its path, from any folder: the project's root in place of this folder, whose names are not for everyone.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException

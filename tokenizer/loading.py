@@ -8,6 +8,7 @@ from tokenizer.conversion import NotConverted, advice, convert, files_to_convert
 from tokenizer.hf_bbpe import HFBBPETokenizer
 from tokenizer.sp_bbpe import KIND as SP_BBPE
 from tokenizer.sp_bbpe import SPBBPETokenizer
+from utils.paths import absent
 
 TRAIN_COMMAND = "python -m tokenizer.train_tokenizer"
 _LARGEST_FILE = 1 << 28
@@ -58,6 +59,8 @@ def _refuse_without(directory: Path) -> NoReturn:
     Raises:
         ValueError: always; a folder without tokenizer.json, and without what could be made one.
     """
+    if not directory.exists():
+        raise ValueError(absent(directory, f"train a tokenizer with `{TRAIN_COMMAND} --data_dir D --output_dir T`"))
     if (other := other_file(directory)) is not None:
         raise ValueError(f"{directory} holds {other} but no tokenizer.json: {advice(directory)}")
     raise ValueError(

@@ -6,9 +6,17 @@
 Memory and time are bounded by --sample_mb, whatever the size of the corpus.
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +31,7 @@ from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.long_words import LongWords
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.sp_bbpe import train_sp_bbpe
+from utils.arguments import Parser
 from utils.files import atomic_write_json
 from utils.paths import a_path, expand
 from utils.terminal import run_main
@@ -155,7 +164,7 @@ def print_report(report: dict, seconds: float, bad: BadRecords) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tokenizer.train_tokenizer", description="Train a tokenizer.")
+    parser = Parser(prog="python -m tokenizer.train_tokenizer", description="Train a tokenizer.")
     parser.add_argument(
         "--data_dir", type=a_path, help="directory with the text: .txt, .jsonl, .json, .parquet, .csv, source code"
     )
@@ -210,7 +219,8 @@ def main(argv: list[str] | None = None) -> int:
         complaint = str(error)
         print_left_out(bad.left_out)
         if bad.count:
-            unread = f"{bad.count} records could not be read, for example {bad.examples[0]}"
+            records = "1 record" if bad.count == 1 else f"{bad.count} records"
+            unread = f"{records} could not be read, for example {bad.examples[0]}"
             has_text = sample.text_bytes.total() > 0
             complaint = f"{complaint} ({unread})" if has_text else f"no text was read: {unread}"
         print(f"train_tokenizer: {complaint}", file=sys.stderr)

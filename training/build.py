@@ -16,8 +16,9 @@ from parallel import DistContext
 from parallel.context import enable_determinism
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
+from training.batch import choose_batch
 from training.build_model import build_model, find_weights
-from training.build_optimizer import build_optimizer
+from training.build_optimizer import build_optimizer, warn_of_rate
 from training.build_parallel import Parallel, build_parallel
 from training.build_task import build_task
 from training.data import Data, open_data
@@ -91,6 +92,7 @@ def build(
         logger.warning(sentence)
     is_resumed = run_dir.resumed_from is not None
     data = open_data(config, data_dirs, context, run_dir.place)
+    config = choose_batch(config, given, len(data.train), context.world_size)
     derived = resolve(config, context.world_size, len(data.train))
 
     weights = find_weights(config, run_dir.resumed_from, data.tokenizer)
@@ -99,6 +101,8 @@ def build(
     dtype = resolve_dtype(config.system.dtype, context.device)
     model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights)
     _require_same_choices(config, context, dtype, model)
+    if weights is not None and not is_resumed and context.is_main:
+        warn_of_rate(config, sum(parameter.numel() for parameter in model.parameters()))
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if config.run.task_type == "dpo" and not config.dpo.reference_free:
         reference = prepare_reference(config, context, run_dir, data, task, weights, dtype, stop_requested)

@@ -1,14 +1,16 @@
 """Both sets and the tokenizer."""
 
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from configurator import Config
+from configurator import Config, is_open
 from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
+from dataset.sequences import read_manifest
 from model import hf
 from parallel import DistContext
 from tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +32,49 @@ class Data:
     tokenizer: Tokenizer
     train: TaskDataset
     valid: TaskDataset | None
+
+
+def fit_context(config: Config, given: frozenset[str]) -> Config:
+    """Where nobody has said `max_seq_len`: as long as the data was prepared for; of raw records, which can be prepared
+    for any, no longer than the weights were trained with.
+
+    Args:
+        given: names of the flags that were given.
+    Raises:
+        ValueError: the data was prepared for several lengths, and none of them is the one to expect.
+    """
+    if not is_open(config, given, "max_seq_len"):
+        return config
+    wished, directory = config.data.max_seq_len, Path(config.data.train_data_dir or config.data.data_dir)
+    if config.run.task_type == "pretrain":
+        found, why = _indexed_length(directory, wished), f"as the index in {directory} is for that"
+    elif (directory / MANIFEST_NAME).exists():
+        made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
+        found, why = made_with, f"as {directory} was pretokenized for that"
+    elif config.run.init_from:
+        weights = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
+        found = min(wished, hf.read_config(weights).max_position_embeddings)
+        why = f"as the weights in {weights} were trained with no more"
+    else:
+        return config
+    if found == wished:
+        return config
+    logger.info("max_seq_len is %d, %s", found, why)
+    return replace(config, data=replace(config.data, max_seq_len=found))
+
+
+def _indexed_length(directory: Path, wished: int) -> int:
+    """Tokens of a sample that pretraining data has an index for, rather those that are wished for."""
+    names = [re.fullmatch(r"train-([1-9][0-9]*)\.ibin", path.name) for path in directory.glob("train-*.ibin")]
+    lengths = sorted(int(match[1]) for match in names if match)
+    if not lengths or wished in lengths:
+        return wished
+    if len(lengths) > 1:
+        raise ValueError(
+            f"{directory} has an index for samples of {', '.join(map(str, lengths[:-1]))} and of {lengths[-1]} tokens: "
+            f"say which with --max_seq_len"
+        )
+    return lengths[0]
 
 
 def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:

@@ -22,7 +22,15 @@ pass: nothing unreadable is ever deleted, and a run that finds nothing else does
 which is tried again.
 """
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check()
+
 import errno
 import hashlib
 import json
@@ -32,15 +40,16 @@ import os
 import re
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from utils.arguments import Parser
 from utils.files import is_passing, lock_file, sha256_of_file
-from utils.paths import a_path
+from utils.paths import a_path, absent, names_in
 from utils.reslog import read_reslog
 from utils.small_files import parse_json
 from utils.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
@@ -65,6 +74,7 @@ _MOST_LOOKS = 5
 """For a checkpoint to resume from, while each shows something else."""
 _LOCK_PATIENCE = 30.0
 """Seconds to wait for a run directory that another process holds: a `prune`, or a rank that is dying."""
+_RUNS_NAMED = 3
 
 STOP_FILE = "stop"
 """A file of this name in a run directory asks the run to save and stop."""
@@ -462,8 +472,7 @@ def prepare_run(out_dir: Path) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         if not (out_dir / RUN_MARK).exists():
-            if not all(map(_may_precede_a_run, out_dir.iterdir())):
-                raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
+            refuse_other_things(out_dir)
             # Before anything else: who is killed in between must find his own directory again.
             (out_dir / RUN_MARK).touch()
         (out_dir / "ckpt").mkdir(exist_ok=True)
@@ -471,6 +480,19 @@ def prepare_run(out_dir: Path) -> None:
         if is_passing(error):
             raise
         raise ValueError(f"--out_dir {out_dir} cannot be written: {error.strerror}") from None
+
+
+def refuse_other_things(out_dir: Path) -> None:
+    """Before anything is written there: an exit record among a corpus's files would be read as one of them.
+
+    Raises:
+        ValueError: it holds something, and no run.
+        OSError: it cannot be read now.
+    """
+    is_empty = not out_dir.is_dir() or all(map(_may_precede_a_run, out_dir.iterdir()))
+    # Last: a rank that is ahead may have begun the run meanwhile.
+    if not is_empty and not (out_dir / RUN_MARK).exists():
+        raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
 
 
 def _may_precede_a_run(path: Path) -> bool:
@@ -503,7 +525,34 @@ def open_run(
             f"{ckpt_dir} holds no checkpoint, but {out_dir / RESLOG} says that {saved} was saved: bring it back (is a "
             f"disk not mounted?) and give --resume, or choose another --out_dir to begin anew"
         )
-    return None, [f"no checkpoint in {out_dir}: starting fresh"] if resume else []
+    if not resume:
+        return None, []
+    # Asked once: each look at another run costs a network file system some time.
+    beside = _runs_beside(out_dir) if place.is_first_of_store else ""
+    return None, [f"no checkpoint in {out_dir}: starting fresh{beside}"]
+
+
+def _runs_beside(out_dir: Path) -> str:
+    """For whoever has mistyped --out_dir: the run that is called alike, or those that there are."""
+    parent, name = out_dir.parent, out_dir.name
+    beside = [other for other in names_in(parent) if other != name and _has_checkpoints(parent / other)]
+    meant = [parent / other for other in get_close_matches(name, beside, 1)]
+    if not meant and parent.name:
+        # The folder was made by now, so it may be an earlier part that is wrong.
+        folders = [other for other in names_in(parent.parent) if _has_checkpoints(parent.parent / other / name)]
+        meant = [parent.parent / other / name for other in get_close_matches(parent.name, folders, 1)]
+    if meant:
+        return f"; if {meant[0]} was meant, stop this run and give --out_dir={meant[0]}"
+    shown = ", ".join(str(parent / other) for other in beside[:_RUNS_NAMED])
+    more = f" and {len(beside) - _RUNS_NAMED} more" if len(beside) > _RUNS_NAMED else ""
+    return f"; runs beside it that can be resumed: {shown}{more}" if beside else ""
+
+
+def _has_checkpoints(run: Path) -> bool:
+    try:
+        return any(map(_STEP_DIR.fullmatch, os.listdir(run / "ckpt")))
+    except OSError:
+        return False
 
 
 def _last_save(reslog: Path) -> str | None:
@@ -524,7 +573,7 @@ def resolve_checkpoint_dir(path: Path) -> Path:
         ValueError: nothing usable there.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(absent(path, "give a folder of this machine, as nothing is downloaded"))
     if (path / "config.json").exists():
         if (path / MANIFEST).exists() and (problem := find_problem(path, weights_only=True)):
             raise ValueError(f"checkpoint {path} is broken: {problem}")
@@ -535,7 +584,7 @@ def resolve_checkpoint_dir(path: Path) -> Path:
             logger.warning(complaint)
         if chosen is not None:
             return chosen.path
-        raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint to take")
+        raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint yet: its first save makes one")
     raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder")
 
 
@@ -723,7 +772,7 @@ def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retentio
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.checkpoint", description="Look after the checkpoints of a run."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -747,7 +796,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checkpoints = list_checkpoints(run / "ckpt")
         if not (run / "ckpt").is_dir():
-            raise ValueError(f"{run} is no run directory: it has no ckpt folder")
+            raise ValueError(f"{run} is no run directory: it has no ckpt folder" if run.exists() else absent(run))
         if args.command == "prune":
             for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 0)):
                 if getattr(args, name) < least:

@@ -5,6 +5,10 @@ import os
 import re
 import shlex
 from argparse import ArgumentTypeError
+from contextlib import suppress
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[^}]*)\})")
 
@@ -62,6 +66,47 @@ def for_remote_shell(path: str) -> str:
 
 def _quoted(text: str) -> str:
     return shlex.quote(text) if text else ""
+
+
+_MOST_NAMES = 1000
+"""Of a folder, in which a name is looked for."""
+
+
+def absent(path: str | Path, advice: str = "") -> str:
+    """A sentence about what is not there, with what was probably meant.
+
+    Args:
+        advice: what to do where nothing is called alike.
+    """
+    near = near_to(Path(path))
+    meant = f": did you mean {near[0]}?" if near else f": {advice}" if advice else ""
+    return f"{path} does not exist{meant}"
+
+
+def near_to(path: Path) -> list[Path]:
+    """What is there of a name like this one's, the most alike first: the same but for one mistyped part, or in a folder
+    that was left out."""
+    parts = [part for part in path.parts if part != "."]
+    wrong = next((n for n in range(len(parts)) if not os.path.exists(os.path.join(*parts[: n + 1]))), None)
+    if wrong is None:
+        return []
+    folder, rest = Path(*parts[:wrong]), parts[wrong + 1 :]
+    names = names_in(folder)
+    folded = {name.casefold(): name for name in names}
+    part = parts[wrong].casefold()
+    # Short names with two letters the wrong way round are less alike than the cutoff asks for.
+    alike = [name for name in folded if sorted(name) == sorted(part)] + get_close_matches(part, folded, 5, cutoff=0.7)
+    alike = [folded[name] for name in alike]
+    meant = [folder.joinpath(name, *rest) for name in alike]
+    meant += [folder.joinpath(name, *parts[wrong:]) for name in names]
+    return [one for one in meant if os.path.exists(one)]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Visible ones, sorted; none of a folder that cannot be listed."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in islice(entries, _MOST_NAMES) if not entry.name.startswith("."))
+    return []
 
 
 def a_path(text: str) -> str:

@@ -17,14 +17,21 @@ gloo's threads did. On CUDA, a range is drawn where the GPU did what it launched
 kernels, copies and collectives.
 """
 
-import argparse
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check("requirements-viewer.txt")
+
 import bisect
 import gzip
 import itertools
 import math
 import re
 import statistics
-import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -33,9 +40,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.arguments import Parser
 from utils.files import is_passing
 from utils.json_pieces import JSONPieces, TooLarge
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 ABOUT = "zero2all"
@@ -166,7 +174,9 @@ def _read_events(path: Path) -> tuple[dict, list[_Event]]:
             if count > MOST_EVENTS or len(events) > MOST_KEPT:
                 raise TooLarge("holds more events than can be looked through")
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise ValueError(absent(path)) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a directory: name a trace, a file in profile/ of a run's directory") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except OSError as error:
@@ -602,7 +612,7 @@ def _title(trace: Trace, step: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.timeline", description="Where a step's time goes.")
+    parser = Parser(prog="python -m utils.timeline", description="Where a step's time goes.")
     parser.add_argument("traces", nargs="+", type=a_path, metavar="TRACE", help="file of a run's profile/ directory")
     parser.add_argument("--png", type=a_path, help="draw them there")
     parser.add_argument("--step", type=int, help="which step; default: all for the numbers, the median one is drawn")

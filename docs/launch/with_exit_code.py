@@ -10,9 +10,17 @@ SIGTERM goes on to the ranks, which save and end. Not to the launcher, which wou
 (utils/job.py).
 """
 
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 3)[0]
+    from utils import environment
+
+    environment.check()
+
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 

@@ -450,3 +450,22 @@ def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
         ckpt.prepare_run(tmp_path / "run")
     with pytest.raises(OSError, match=os.strerror(code)):
         find_place(tmp_path / "run", 0, 1, alone)
+
+
+@pytest.mark.parametrize(
+    "asked, remark",
+    [("out/mien", "; if out/mine was meant, stop this run and give --out_dir=out/mine"),
+     ("uot/mine", "; if out/mine was meant, stop this run and give --out_dir=out/mine"),
+     ("out/another", "; runs beside it that can be resumed: out/base, out/mine"), ("elsewhere/run", ""),
+     ("mien", "")],
+)  # fmt: skip
+def test_resume_in_a_mistyped_directory_names_the_run_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remark: str
+):
+    """It still starts fresh: launchers give --resume always."""
+    for run in ("out/mine", "out/base"):
+        (tmp_path / run / "ckpt" / "step-6").mkdir(parents=True)
+    (tmp_path / "out" / "mise" / "ckpt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ckpt.prepare_run(Path(asked))
+    assert open_run(Path(asked), True, "last") == (None, [f"no checkpoint in {asked}: starting fresh{remark}"])

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from configs import sizes
 from configurator import (
     _FIELDS,
     CONFIG_NAME,
     changes_since,
     flatten,
+    is_open,
     parse_config,
     resolve,
     resolve_model,
@@ -55,6 +57,9 @@ def test_booleans(argv: list[str], value: bool):
     [
         (["--dtaa_dir=x"], "did you mean --data_dir"),
         (["--batch_size=2"], "did you mean --train_batch_size"),
+        (["--bf16"], "--bf16 is unknown: did you mean --dtype=bfloat16?"),
+        (["--gpus", "2"], "--gpus is unknown: did you mean --nproc?"),
+        (["--config=a.yaml"], "--config is unknown: did you mean --exp_config_file?"),
         (["--zzzzzz=1"], "--zzzzzz is unknown"),
         (["--hidden_dim=8"], "--hidden_size"),
         (["--n_layers=8"], "--num_hidden_layers"),
@@ -87,6 +92,9 @@ def test_booleans(argv: list[str], value: bool):
         (["--valid_only"], "needs weights"),
         (["--use_dataset_with_index=False"], "no use here"),
         (["stray.yaml", "words"], "cannot be read|is not a flag"),
+        (["--size=huge"], "must be one of .*tiny, laptop, gpu, 1b"),
+        (["--size=laptop", "--hidden_size=100"], "not divisible by num_attention_heads 6"),
+        ([str(sizes.FOLDER / "gpu.yaml"), "--data_dir=d"], "write --size=gpu"),
     ],
 )
 def test_refusals_are_one_sentence(argv: list[str], message: str):
@@ -228,6 +236,7 @@ def test_a_sentence_names_the_one_thing(
      ["--rope_low_freq_factor has no effect without --rope_scaling=llama3"]),
     (["--train_data_dir=a", "--valid_data_dir=b"],
      ["--data_dir has no effect beside --train_data_dir and --valid_data_dir"]),
+    (["--size=laptop", "--optimizer=adamw", "--hidden_size=192"], []),
     (["--restart_data"], ["--restart_data has no effect without --resume"]),
     (["--disable_bucketing", "--bucket_size=5"], ["--bucket_size has no effect with --disable_bucketing"]),
 ])  # fmt: skip
@@ -260,6 +269,80 @@ def test_on_resume_the_command_line_beats_the_saved_configuration(tmp_path: Path
 def test_without_resume_the_saved_configuration_is_not_read(tmp_path: Path):
     saved_run(tmp_path, "--max_seq_len=77")
     assert flatten(parse_config(["--data_dir=d", f"--out_dir={tmp_path}"])[0])["max_seq_len"] == 1024
+
+
+SIZES = [name for name in _FIELDS["size"][1].__args__ if name]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_whole(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What it says is of its field's type, goes together, and is found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for task, weights in (("pretrain", ""), ("pretrain", "m"), ("sft", "m"), ("dpo", "m")):
+        values = sizes.values_of(size, task, has_weights=bool(weights))
+        flags = [f"--task_type={task}", *([f"--init_from={weights}"] if weights else [])]
+        config, given = parse_config(["--data_dir=d", f"--size={size}", *flags])
+        flat = flatten(config)
+        assert values.items() <= flat.items() and flat["size"] == size
+        assert without_effect(config, given) == []
+        # The weights bring their shape; the batch comes from conversations, and from nothing else.
+        assert weights == "" or config.model == LlamaConfig()
+        assert ("gradient_accumulation_steps" in values) == (task == "pretrain")
+    assert sorted(path.stem for path in sizes.FOLDER.glob("*.yaml")) == sorted(SIZES)
+
+
+@pytest.mark.parametrize(("argv", "changed"), [
+    (["--max_seq_len=77"], {"max_seq_len": 77}), (["--max_iters=7"], {"max_iters": 7}),
+    (["--epoch=2"], {"max_iters": 0, "epoch": 2.0}), (["--learning_rate=1e-3"], {"learning_rate": 1e-3}),
+    # Rates are those of the optimizer.
+    (["--optimizer=adamw"], {"optimizer": "adamw", "learning_rate": 3e-4, "lr_schedule": "cosine", "beta2": 0.95,
+                             "min_lr_ratio": 0.1, "warmup_ratio": 0.01, "wsd_decay_ratio": 0.2, "muon_iterations": 5,
+                             "muon_momentum": 0.95}),
+])  # fmt: skip
+def test_a_size_lies_below_all_that_is_given(tmp_path: Path, argv: list[str], changed: dict):
+    whole = parse("--size=tiny")
+    assert parse("--size=tiny", *argv) == whole | changed
+    file = tmp_path / "c.yaml"
+    file.write_text("size: tiny\n" + "".join(f"{flag[2:].replace('=', ': ')}\n" for flag in argv))
+    assert flatten(parse_config([str(file), "--data_dir=d"])[0]) == whole | changed | {"exp_config_file": str(file)}
+
+
+def test_a_size_that_changes_nothing_is_said():
+    values = sizes.values_of("gpu", "dpo", has_weights=True)
+    argv = ["--size=gpu", "--task_type=dpo", "--init_from=m", *(f"--{name}={value}" for name, value in values.items())]
+    assert without_effect(*parse_config(["--data_dir=d", *argv])) == ["--size has no effect beside what else was given"]
+
+
+def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The values of a run are those that it was begun with, whatever a size is by now."""
+    saved_run(tmp_path, "--size=laptop", "--learning_rate=1e-3")
+    begun, resume = parse("--size=laptop", "--learning_rate=1e-3"), ["--resume", f"--out_dir={tmp_path}"]
+    monkeypatch.setattr(sizes, "values_of", lambda *_, **__: {"hidden_size": 4096, "valid_iters": 3})
+    for argv in (resume, [*resume, "--size=laptop"], [*resume, "--size=laptop", "--grad_clip=2"]):
+        config, given = parse_config(argv)
+        assert flatten(config) == begun | {"resume": True, "out_dir": str(tmp_path)} | (
+            {"grad_clip": 2.0} if "--grad_clip=2" in argv else {}
+        )
+        assert without_effect(config, given) == [] and not is_open(config, given, "max_seq_len")
+        assert changes_since(config, tmp_path / CONFIG_NAME).keys() == {"grad_clip"} & given
+    with pytest.raises(ValueError, match="was begun with --size=laptop.*leave --size out") as caught:
+        parse_config([*resume, "--size=gpu"])
+    assert "\n" not in str(caught.value)
+    # What the run has come to can begin another one.
+    again = flatten(parse_config([str(tmp_path / CONFIG_NAME), "--out_dir=o"])[0])
+    assert again == begun | {"out_dir": "o", "exp_config_file": str(tmp_path / CONFIG_NAME)}
+
+
+def test_a_run_that_was_begun_without_a_size_gets_none(tmp_path: Path):
+    saved_run(tmp_path, "--max_seq_len=77")
+    path = tmp_path / CONFIG_NAME
+    for text in (path.read_text(), path.read_text().replace("size: ''\n", "")):
+        path.write_text(text)
+        config, given = parse_config(["--resume", f"--out_dir={tmp_path}", "--size=tiny"])
+        assert flatten(config) == parse("--max_seq_len=77") | {"resume": True, "out_dir": str(tmp_path)}
+        assert without_effect(config, given) == [
+            "--size has no effect on this run, which was begun without one: its values are those saved"
+        ]
 
 
 def test_a_new_epoch_beats_the_saved_max_iters(tmp_path: Path):
@@ -336,6 +419,7 @@ def test_help_lists_every_field_with_its_docstring(capsys: pytest.CaptureFixture
     assert caught.value.code == 0
     for name in flatten(parse_config(["--data_dir=d"])[0]):
         assert f"--{name}" in text
+    assert text.index("--size") < min(text.index(f"--{name}") for name in ("task_type", "out_dir", "data_dir"))
     for group in ("run options", "data options", "model options", "optimizer options", "parallel options"):
         assert group in text
 

@@ -316,13 +316,31 @@ def num_parameters(shape: LlamaConfig) -> int:
 
 def test_configurations_have_the_size_that_they_are_called_by():
     """1.7b is the original's: its log names so many."""
-    for name, vocab_size, expected in (("124m", 50304, 123_587_328), ("1.7b", 64320, 1_773_668_352)):
+    for name, vocab_size, expected in (("124m", 50304, 123_587_328), ("1.7b", 64320, 1_773_668_352),
+                                       ("1.1b", 64320, 1_255_499_776)):  # fmt: skip
         config, _ = parse_config([str(ROOT / f"configs/{name}.yaml"), "--data_dir=O"])
         shape = config.model.resolve(vocab_size, config.data.max_seq_len)
         assert num_parameters(shape) == expected
         # The formula holds: a small model of the same kind has so many.
         small = replace(shape, vocab_size=64, hidden_size=32, head_dim=8, num_hidden_layers=2, intermediate_size=48)
         assert sum(parameter.numel() for parameter in Llama(small).parameters()) == num_parameters(small)
+
+
+SIZES = [("tiny", 8192, "5.3 M"), ("laptop", 8192, "13.8 M"), ("gpu", 50304, "124 M"), ("1b", 64320, "1.26 B")]
+
+
+@pytest.mark.parametrize(("size", "vocab_size", "parameters"), SIZES)
+def test_the_table_of_sizes_says_what_they_are(size: str, vocab_size: int, parameters: str):
+    config, _ = parse_config(["--data_dir=O", f"--size={size}"])
+    data, rate = config.data, config.optimizer.learning_rate
+    count = num_parameters(config.model.resolve(vocab_size, data.max_seq_len))
+    value, unit = parameters.split()
+    # To the last digit that the table has.
+    assert float(value) == round(count / {"M": 1e6, "B": 1e9}[unit], len(value.partition(".")[2]))
+    tokens = data.train_batch_size * data.gradient_accumulation_steps * data.max_seq_len
+    name = {"muon": "Muon", "adamw": "AdamW"}[config.optimizer.optimizer]
+    row = f"| `{size}` | {parameters} ({vocab_size:,}) | {data.max_seq_len:,} | {tokens:,} | {name}, {rate:.0e} |"
+    assert row.replace("e-0", "e-") in (ROOT / "configs/README.md").read_text()
 
 
 def block_of(page: Path, heading: str) -> list[str]:

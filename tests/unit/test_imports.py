@@ -13,7 +13,8 @@ OURS = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))} | 
 
 ALLOWED = {
     "utils": set(),
-    "configurator": {"model.config", "utils.paths", "utils.small_files"},
+    "configurator": {"configs", "model.config", "utils.paths", "utils.small_files"},
+    "configs": {"utils.small_files"},
     "model": set(),
     "dataset": {"utils"},
     "parallel": set(),
@@ -42,7 +43,7 @@ ALLOWED = {
 ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
-    "parallel/launch.py": {"utils.terminal"},
+    "parallel/launch.py": {"utils.environment", "utils.terminal"},
 }
 
 

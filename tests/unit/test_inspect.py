@@ -157,7 +157,7 @@ def test_a_position_of_a_run(tiny_run: list[str], data_dir: Path, capsys):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["nowhere"], "is not a directory"),
+        (["nowhere"], "nowhere does not exist"),
         (["."], "is not pretokenized: run"),
         (["DATA", "--sample", "100000"], "there is no sample 100000"),
         (["DATA", "--sample", "-1"], "there is no sample -1"),

@@ -18,6 +18,7 @@ from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
 from train_my_ddp import number_of_processes
+from train_my_ddp import run as train_run
 from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
 from utils.job import meaning
 
@@ -345,6 +346,25 @@ def test_sigterm_goes_to_the_ranks_alone(tmp_path: Path):
     process.terminate()
     assert process.wait(20) == STOPPED, process.stdout.read()
     assert not (tmp_path / "launcher-was-told").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [(["--gradient_accumulation_steps=2"], "must be a multiple of their number, 3: use 3"),
+     (["--out_dir=corpus"], "--out_dir corpus holds other things than a run: choose a new or empty directory"),
+     (["--hiden_size=8"], "did you mean --hidden_size?")],
+)  # fmt: skip
+def test_what_a_command_shows_is_said_before_its_ranks_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, more: list[str], sentence: str
+):
+    """Nor is anything left behind, such as an exit record among the files of a corpus."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train_my_ddp.run_job", lambda *_: pytest.fail("ranks were started"))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").touch()
+    assert train_run(["--nproc=3", "--data_dir=corpus", "--out_dir=new", *more]) == 2
+    assert sentence in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "corpus"]
 
 
 @pytest.mark.parametrize(

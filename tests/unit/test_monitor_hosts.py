@@ -140,8 +140,11 @@ def test_a_bad_file_gets_one_sentence(tmp_path: Path, name: str):
 
 
 def test_a_file_that_is_not_there(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"the hosts file .*nothing.yaml cannot be read: .*No such file"):
+    with pytest.raises(ValueError, match=r"^the hosts file .*nothing.yaml does not exist$"):
         read_hosts(tmp_path / "nothing.yaml")
+    (tmp_path / "hosts.yaml").touch()
+    with pytest.raises(ValueError, match=r"hots.yaml does not exist: did you mean .*hosts.yaml\?$"):
+        read_hosts(tmp_path / "hots.yaml")
 
 
 def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

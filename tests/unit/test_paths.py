@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.paths import a_path, expand, for_command, for_remote_shell
+from utils.paths import a_path, absent, expand, for_command, for_remote_shell
 
 HOME, SCRATCH = "/home/ada", "/scratch/a b$HOME"
 
@@ -78,3 +78,26 @@ def test_a_path_comes_back_from_the_command_that_is_suggested(path: str):
     """Through a shell, and expanded once more."""
     said = subprocess.run(["sh", "-c", f"printf %s {for_command(path)}"], capture_output=True, text=True).stdout
     assert os.path.normpath(expand(said)) == os.path.normpath(path)
+
+
+@pytest.mark.parametrize(
+    "path, sentence",
+    [("out/mien", "out/mien does not exist: did you mean out/mine?"),
+     ("out/Mine", "out/Mine does not exist: did you mean out/mine?"),
+     ("uot/mine", "uot/mine does not exist: did you mean out/mine?"),
+     ("./mine", "./mine does not exist: did you mean out/mine?"),
+     ("out/mine/ckpt/step-60", "out/mine/ckpt/step-60 does not exist: did you mean out/mine/ckpt/step-6?"),
+     ("gpt2", "gpt2 does not exist: give another"), ("no/such/thing", "no/such/thing does not exist: give another"),
+     ("out/mine/config.yaml/x", "out/mine/config.yaml/x does not exist: give another")],
+)  # fmt: skip
+def test_what_is_called_alike_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str
+):
+    for folder in ("out/mine/ckpt/step-6", "out/other", "T2", "data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert absent(path, "give another") == sentence
+    # Of an absolute one, too.
+    whole = absent(tmp_path / path, "give another").replace(f"{tmp_path}/", "")
+    assert whole == sentence.removeprefix("./")

@@ -1018,8 +1018,8 @@ def test_corpus_without_a_readable_document(tmp_path: Path, tokenizer_dir: Path,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tokenizer_dir", "nowhere"], "nowhere holds no tokenizer.json: train one with `python -m tokenizer."),
-        (["--data_dir", "nowhere"], "nowhere is not a directory"),
+        (["--tokenizer_dir", "nowhere"], "nowhere does not exist: train a tokenizer with `python -m tokenizer."),
+        (["--data_dir", "nowhere"], "nowhere does not exist"),
         (["--valid_ratio", "1"], "--valid_ratio must be"),
         (["--valid_ratio", "-0.1"], "--valid_ratio must be"),
         (["--valid_ratio", "nan"], "--valid_ratio must be"),

@@ -606,6 +606,23 @@ def test_conversations_are_no_preferences(tmp_path: Path, tokenizer_dir: Path):
     assert len(texts_of(tmp_path / "out", task="dpo")) == 2
 
 
+@pytest.mark.parametrize(
+    "task, record, sentence",
+    [("sft", {"prompt": "q", "chosen": "a", "rejected": "b"},
+      "holds preferences: train on them with --task_type=dpo, or give conversations (3 records could not be read"),
+     ("dpo", GOOD, "holds conversations: train on them with --task_type=sft, or give preferences, records with "
+      '"chosen" and "rejected" (3 records could not be read')],
+)  # fmt: skip
+def test_training_says_which_task_records_are_for(
+    tmp_path: Path, tokenizer_dir: Path, task: str, record: dict, sentence: str
+):
+    (tmp_path / "TALK").mkdir()
+    write_lines(tmp_path / "TALK" / "a.jsonl", [record] * 3)
+    with pytest.raises(ValueError) as refused:
+        tokenize_online(tmp_path / "TALK", tokenizer_dir, Options(task, LONG), 0.0)
+    assert str(refused.value).startswith(f"{tmp_path / 'TALK'} {sentence}, for example a.jsonl at byte 0: ")
+
+
 @pytest.mark.parametrize("shard_mb", [64, 0.00002])
 def test_limit_of_bad_records(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], in_process: None, shard_mb: float
@@ -699,7 +716,7 @@ def test_stopping_in_the_middle_of_a_file_is_said_in_one_sentence(
         (["--shard_mb=0"], "--shard_mb must be positive and below 2147, got 0.0"),
         (["--shard_mb=3000"], "--shard_mb must be positive and below 2147, got 3000.0"),
         (["--include=*.csv"], "holds no records: put .jsonl, .json, .parquet or .csv files into it, or choose others"),
-        (["--data_dir=nowhere"], "nowhere is not a directory"),
+        (["--data_dir=nowhere"], "nowhere does not exist"),
         (["--tokenizer_dir=nowhere"], "nowhere"),
         (["--valid_ratio=1e-9"], "none of the 1 documents fell into the validation set"),
         (["--max_seq_len=8"], "no sample is left of the 1 records of "),
@@ -1106,7 +1123,7 @@ def test_online_with_a_disk_that_fails(raw: Path, tokenizer_dir: Path, monkeypat
 
 
 def test_online_refusals(raw: Path, tokenizer_dir: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="is not a directory"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         tokenize_online(tmp_path / "nowhere", tokenizer_dir, ONLINE, 0.0)
     with pytest.raises(ValueError, match="--max_seq_len must be at least 2"):
         tokenize_online(raw, tokenizer_dir, replace(ONLINE, max_seq_len=1), 0.0)

@@ -487,8 +487,14 @@ def test_include_and_exclude(tmp_path: Path):
     assert inputs("f[[]1].txt") == (["f[1].txt"], [])
     with pytest.raises(ValueError, match="holds no text.*--include"):
         find_units(Corpus(str(tmp_path), include=("*.nothing",)), WHOLE)
-    with pytest.raises(ValueError, match="nowhere is not a directory"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         find_units(Corpus(str(tmp_path / "nowhere")), WHOLE)
+    with pytest.raises(ValueError, match="a.jsonl is a file: give the directory that it lies in"):
+        find_units(Corpus(str(tmp_path / "a.jsonl")), WHOLE)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "pretokenize.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokens is pretokenized and holds tokens: give the directory with the raw"):
+        find_units(Corpus(str(tmp_path / "tokens")), WHOLE)
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])

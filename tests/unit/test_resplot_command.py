@@ -122,7 +122,7 @@ def test_a_wrong_size(run: str, size: str, capsys: pytest.CaptureFixture):
     "--interval=nan", "--interval=1e9", "--language=fr", "--ssh_config=absent", "--nonsense", "$(id):run", "node1:22/x",
 ])  # fmt: skip
 def test_a_wrong_flag(run: str, flag: str, capsys: pytest.CaptureFixture):
-    assert fails(capsys, run, "--png", "a.png", flag).startswith("python -m utils.resplot: error: ")
+    assert fails(capsys, run, "--png", "a.png", flag).startswith("python -m utils.resplot: ")
     assert not Path("a.png").exists()
 
 
@@ -137,6 +137,7 @@ def test_what_cannot_be_drawn(run: str, capsys: pytest.CaptureFixture):
     Path("begun/reslog.jsonl").write_text(line("start", step=0))
     assert "nothing to draw yet" in fails(capsys, "begun", "--png", "a.png")
     Path("empty").mkdir()
+    assert fails(capsys, run, "begn", "--png", "a.png") == "resplot: begn does not exist: did you mean begun?"
     for missing_run in ("absent", "empty", "absent/reslog.jsonl", "x" * 300, "a\x1b[2Jb\nc"):
         assert fails(capsys, run, missing_run, "--png", "a.png").startswith("resplot: ")
     assert not Path("a.png").exists()

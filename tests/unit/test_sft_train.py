@@ -400,9 +400,9 @@ def test_what_contradicts_is_refused(
     assert sentence in refusal(capsys, flags, *more)
 
 
-def test_a_length_that_was_not_given_must_still_fit(sft_flags: list[str], capsys: pytest.CaptureFixture):
-    sentence = refusal(capsys, without(sft_flags, "--max_seq_len"))
-    assert f"was pretokenized for --max_seq_len={SEQ_LEN}, not 1024" in sentence
+def test_a_length_that_was_not_given_is_the_datas(sft_flags: list[str]):
+    assert train(without(sft_flags, "--max_seq_len"), "--max_iters=1") == 0
+    assert yaml.safe_load((out_dir(sft_flags) / "config.yaml").read_text())["max_seq_len"] == SEQ_LEN
 
 
 def test_options_of_the_other_task_do_not_matter(sft_flags: list[str], dpo_flags: list[str]):

@@ -140,7 +140,8 @@ def test_nothing_that_a_terminal_obeys():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["missing.jsonl"], "no file with records"),
+        (["missing.jsonl"], "missing.jsonl does not exist"), (["talk/b.jsonl"], "talk/a.jsonl?"),
+        (["talk"], "nor a pretokenized directory: name a file in it, such as "),
         (["talk/a.jsonl", "--num=0"], "--num must be positive"),
         (["talk/a.jsonl", "--max_prompt_len=5000"], "must leave room for an answer"),
     ],

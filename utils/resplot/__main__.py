@@ -1,5 +1,13 @@
 import sys
 
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 3)[0]
+    from utils import environment
+
+    environment.check("requirements-viewer.txt")
+
+
 from utils.resplot.command import main
 from utils.terminal import run_main
 

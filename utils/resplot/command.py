@@ -4,12 +4,14 @@ import argparse
 import getpass
 import locale
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.paths import a_path
+from utils.arguments import Parser
+from utils.paths import a_path, absent
 from utils.resplot.qt import WITHOUT_WINDOW, debian_package
 from utils.resplot.runs import plain
 from utils.resplot.sources import Host, Place, labels, open_hosts
@@ -25,7 +27,7 @@ _EXAMPLES = """examples:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.resplot", description="See the curves of runs, while they are being trained or later.",
         epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -69,7 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not 0.05 <= args.interval <= 3600:
         parser.error(f"--interval is a number of seconds from 0.05 to 3600, got {args.interval}")
     if args.ssh_config and not Path(args.ssh_config).is_file():
-        parser.error(f"--ssh_config: {args.ssh_config} does not exist")
+        parser.error(f"--ssh_config: {absent(args.ssh_config)}")
     if (args.png or args.panels == "list") and not args.places:
         parser.error(f"{'--png' if args.png else '--panels list'} needs a RUN")
     return args
@@ -89,7 +91,9 @@ def main(argv: Sequence[str]) -> int:
     args.language = args.language or _system_language()
     try:
         if args.png or args.panels == "list":
-            return _without_desktop(args)
+            # A window waits for it.
+            gone = (place.path for place in args.places if place.target is None and not os.path.exists(place.path))
+            return _fail(plain(absent(path))) if (path := next(gone, None)) else _without_desktop(args)
         from utils.resplot.window import show
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):

@@ -1,0 +1,1 @@
+"""Configurations for train_my_ddp.py, and the sizes of its --size."""

@@ -1,0 +1,109 @@
+"""Short functions of the standard library, and whether an answer is the function that was asked for."""
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_preprocess.shards import set_of
+
+MOST_LINES = 8
+_MOST_CHARACTERS = 320
+
+
+@dataclass(frozen=True)
+class Function:
+    module: str
+    """Such as "json.decoder"."""
+    name: str
+    does: str
+    """The first sentence of its docstring, in one line."""
+    source: str
+    """Without decorators and docstring, at column 0."""
+
+    @property
+    def question(self) -> str:
+        # The name comes last: what is to be copied stands close to where it is needed.
+        return f"{self.module}: {self.does.rstrip('.')}. Write the function {self.name}"
+
+
+def asked_name(question: str) -> str:
+    """Name of the function that a `Function.question` asks for.
+
+    Raises:
+        ValueError: it asks for none.
+    """
+    match = re.search(r"Write the function (\w+)$", question)
+    if match is None:
+        raise ValueError(f"this question asks for no function: {question[:80]!r}")
+    return match[1]
+
+
+def parses(source: str) -> bool:
+    """Whether Python compiles it; nothing of it is run."""
+    try:
+        with warnings.catch_warnings():
+            # "is" beside a literal and the like: the model's style, of no use on the screen.
+            warnings.simplefilter("ignore")
+            compile(source, "<answer>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # ValueError: a null character; the last two: brackets without end.
+        return False
+    return True
+
+
+def is_asked_function(answer: str, name: str) -> bool:
+    """Whether an answer is one function of that name, which Python compiles and which does something.
+
+    What it does is not looked at: a body of `pass` or a text alone is refused, so that the shortest way out counts for
+    nothing, and all else is taken.
+    """
+    if not parses(answer):
+        return False
+    body = ast.parse(answer).body
+    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef) or body[0].name != name:
+        return False
+    return any(
+        not isinstance(line, ast.Pass) and not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+        for line in body[0].body
+    )
+
+
+def functions_of(text: str, module: str) -> Iterator[Function]:
+    """Short functions with a docstring and more than that.
+
+    Raises:
+        SyntaxError: the text is no Python.
+    """
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not (docstring := ast.get_docstring(node)):
+            continue
+        begin, end = node.body[0].lineno - 1, node.body[0].end_lineno
+        source = textwrap.dedent("".join(lines[node.lineno - 1 : begin] + lines[end : node.end_lineno])).strip() + "\n"
+        does = " ".join(re.split(r"(?<=\.)\s|\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
+        short = source.count("\n") <= MOST_LINES and len(source) <= _MOST_CHARACTERS and 10 <= len(does) <= 160
+        if short and is_asked_function(source, node.name):
+            yield Function(module, node.name, does, source)
+
+
+def module_name(path: Path, corpus: Path) -> str:
+    """As one imports it: json/decoder.py is json.decoder, json/__init__.py is json."""
+    parts = path.relative_to(corpus).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def modules_of(corpus: Path, valid_ratio: float) -> Iterator[tuple[str, str, str]]:
+    """(set, name, text) of each module of the corpus that is Python, by path; sets as pretokenize made them."""
+    for path in sorted(corpus.rglob("*.py")):
+        try:
+            text = path.read_bytes().decode("utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ast.parse(text)
+        except (UnicodeDecodeError, SyntaxError, ValueError):
+            continue
+        yield set_of(text.encode("utf-8"), valid_ratio), module_name(path, corpus), text

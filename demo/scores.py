@@ -1,0 +1,76 @@
+"""Shares with their standard errors, and whether a stage raised one beyond noise."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share, from as many parts as there are independent questions.
+
+    Several answers to one question resemble each other, so the error is that of the questions' own shares.
+    """
+
+    parts: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.parts) / len(self.parts)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; infinite for a single part, of which nothing is known."""
+        count, mean = len(self.parts), self.mean
+        if count < 2:
+            return math.inf
+        return math.sqrt(sum((part - mean) ** 2 for part in self.parts) / (count - 1) / count)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1%} ± {self.error:.1%}"
+
+
+def difference(before: Score, after: Score) -> Score:
+    """Of the same questions, one by one: what is hard for both cancels out.
+
+    Raises:
+        ValueError: they are not the same questions.
+    """
+    if len(before.parts) != len(after.parts):
+        raise ValueError(f"{len(before.parts)} and {len(after.parts)} parts cannot be compared one by one")
+    return Score([b - a for a, b in zip(before.parts, after.parts)])
+
+
+def verdict(change: Score) -> str:
+    """More than two standard errors count as a change."""
+    if abs(change.mean) <= 2 * change.error:
+        return "not beyond noise"
+    return "improved" if change.mean > 0 else "worse"
+
+
+def read_answers(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def score_of(records: list[dict], field: str = "good") -> Score:
+    """Share of the answers, from each question's own."""
+    return Score([sum(answer[field] for answer in r["answers"]) / len(r["answers"]) for r in records])
+
+
+def describe(records: list[dict]) -> str:
+    """What the answers are like, in a line."""
+    answers = [answer for record in records for answer in record["answers"]]
+    good = [answer for answer in answers if answer["good"]]
+    length = sum(answer["tokens"] for answer in good) / max(1, len(good))
+    distinct = len({body_of(answer["text"]) for answer in good})
+    return (
+        f"of {len(answers)} answers to {len(records)} questions {sum(a['ends'] for a in answers)} end by themselves, "
+        f"{len(good)} are the function that was asked for ({score_of(records)}); these have {length:.0f} tokens on "
+        f"average and {distinct} different bodies"
+    )
+
+
+def body_of(text: str) -> str:
+    """What follows the first line: there, answers to different questions differ anyway."""
+    return text.strip().partition("\n")[2]

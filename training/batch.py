@@ -1,0 +1,62 @@
+"""The batch of SFT and DPO where nobody has said it: as large as leaves the data enough steps.
+
+With 200 records, the 64 rows that suit a hundred thousand would be one step, after which a model is what it was.
+"""
+
+import logging
+from dataclasses import replace
+
+from configurator import Config, is_open
+
+logger = logging.getLogger(__name__)
+
+_STEPS = 100
+"""Of the run, as far as the data allows."""
+_LEAST, _MOST = 4, 64
+"""Samples in a step: fewer leave too much to chance, more bring little. On 82 packed rows of 200 conversations, three
+times over, a model of 6.9 M parameters learnt less from 2 rows a step than from 4 (held-out loss 4.94 and 4.80; before
+it 5.62)."""
+_SHARES = 8
+"""Micro-batches that a step is cut into: 1, 2, 4 and 8 processes can share them, so it is the same run on each."""
+
+
+def choose_batch(config: Config, given: frozenset[str], samples: int, world_size: int) -> Config:
+    """
+    Args:
+        given: names of the flags that were given.
+        samples: in an epoch: packed rows, conversations or pairs.
+    Returns:
+        the configuration with the batch in it, which is saved: a run keeps it, however it is resumed.
+    """
+    if config.run.task_type == "pretrain" or not is_open(
+        config, given, "train_batch_size", "gradient_accumulation_steps"
+    ):
+        return config
+    passes = 1.0 if config.run.max_iters else config.run.epoch
+    is_packed = config.run.task_type == "sft" and config.data.packing
+    size, count = split_batch(batch_for(samples * passes), world_size, config.data.train_batch_size)
+    logger.info(
+        "%d %s a step, chosen from the %s there are: --train_batch_size=%d --gradient_accumulation_steps=%d",
+        size * count, "rows" if is_packed else "samples", f"{samples:,}", size, count,
+    )  # fmt: skip
+    return replace(config, data=replace(config.data, train_batch_size=size, gradient_accumulation_steps=count))
+
+
+def batch_for(samples: float) -> int:
+    """Samples in a step, a power of two, for so many in the whole run."""
+    batch = _LEAST
+    while batch < _MOST and 2 * batch * _STEPS <= samples:
+        batch *= 2
+    return batch
+
+
+def split_batch(batch: int, world_size: int, most: int) -> tuple[int, int]:
+    """(samples in a micro-batch, micro-batches) of a step; where the processes cannot share it evenly, of another one
+    as near as can be.
+
+    Args:
+        most: samples in a micro-batch that the memory is meant for.
+    """
+    count = max(min(batch, _SHARES), -(-batch // most))
+    count = -(-count // world_size) * world_size
+    return max(1, round(batch / count)), count

@@ -1,0 +1,62 @@
+"""Flags of the commands: argparse's, with one sentence where a command is wrong.
+
+argparse itself prints the whole list of flags first, and of a flag that it does not know at most that another is
+missing.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+_VALUE = re.compile(r"[^-]|-$|-\.?\d|.*\s", re.DOTALL)
+"""How a word begins that argparse takes for a value: no dash, a negative number, or a text with a blank."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, with a guess at the flag that was meant."""
+
+    _has_commands = False
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self._has_commands = True
+        return super().add_subparsers(**options)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if not self._has_commands:
+            # Before argparse says that --data_dir is missing where --data-dir was given.
+            self._refuse_unknown(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"{' '.join(rest)!r} is left over: flags begin with --, and a value with blanks needs quotes")
+        return found
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """
+        Raises:
+            SystemExit: one of the words is a flag that this command does not have.
+        """
+        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        for word in words:
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            if not _VALUE.match(word) and not any(flag.startswith(name) for flag in known.values()):
+                near = get_close_matches(name.lower().replace("-", "_"), known, 1)
+                self.error(f"{name} is no flag of this command" + (f": did you mean {known[near[0]]}?" if near else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            SystemExit: with code 2, after the sentence.
+        """
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
