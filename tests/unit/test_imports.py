@@ -54,7 +54,9 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
+            # `from utils import paths` names a module, too.
+            is_package = (ROOT / node.module.replace(".", "/")).is_dir()
+            found |= {f"{node.module}.{alias.name}" if is_package else node.module for alias in node.names}
     return {name for name in found if name.split(".")[0] in OURS}
 
 
