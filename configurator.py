@@ -421,14 +421,14 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         tyro.cli(Config, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), use_underscores=True,
                  prog="train_my_ddp.py")  # fmt: skip
     command = {token[2:].partition("=")[0]: token.partition("=")[2] for token in tokens}
-    if config_file and Path(config_file).resolve().parent == sizes.FOLDER:
-        raise ValueError(f"{config_file} is no configuration but a size: write --size={Path(config_file).stem}")
     if config_file and "exp_config_file" in command:
         raise ValueError(f"{config_file} and --exp_config_file both name a configuration file: give only one")
     if config_file:
         command["exp_config_file"] = config_file
     command |= {name: _expand(f"--{name}", command[name]) for name in _PATHS if name in command}
     config_file = command.pop("exp_config_file", "")
+    if config_file and Path(config_file).resolve().parent == sizes.FOLDER:
+        raise ValueError(f"{config_file} is no configuration but a size: write --size={Path(config_file).stem}")
     from_file = _read_given(Path(config_file)) if config_file else {}
     merged = from_file | command
     saved: dict[str, Any] = {}

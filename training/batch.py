@@ -1,4 +1,5 @@
-"""The batch of SFT and DPO where nobody has said it: as large as leaves the data enough steps.
+"""The batch where nobody has said it: of SFT and DPO as large as leaves the data enough steps, of pretraining the
+size's.
 
 With 200 records, the 64 rows that suit a hundred thousand would be one step, after which a model is what it was.
 """
@@ -28,18 +29,23 @@ def choose_batch(config: Config, given: frozenset[str], samples: int, world_size
     Returns:
         the configuration with the batch in it, which is saved: a run keeps it, however it is resumed.
     """
-    if config.run.task_type == "pretrain" or not is_open(
-        config, given, "train_batch_size", "gradient_accumulation_steps"
-    ):
+    data, task_type = config.data, config.run.task_type
+    if not is_open(config, given, "train_batch_size", "gradient_accumulation_steps"):
         return config
-    passes = 1.0 if config.run.max_iters else config.run.epoch
-    is_packed = config.run.task_type == "sft" and config.data.packing
-    size, count = split_batch(batch_for(samples * passes), world_size, config.data.train_batch_size)
+    if task_type != "pretrain":
+        passes = 1.0 if config.run.max_iters else config.run.epoch
+        batch, why = batch_for(samples * passes), f"chosen from the {samples:,} there are"
+    elif config.run.size and data.gradient_accumulation_steps % world_size:
+        batch = data.train_batch_size * data.gradient_accumulation_steps
+        why = f"which {world_size} processes can share"
+    else:
+        return config
+    size, count = split_batch(batch, world_size, data.train_batch_size)
     logger.info(
-        "%d %s a step, chosen from the %s there are: --train_batch_size=%d --gradient_accumulation_steps=%d",
-        size * count, "rows" if is_packed else "samples", f"{samples:,}", size, count,
+        "%d %s a step, %s: --train_batch_size=%d --gradient_accumulation_steps=%d",
+        size * count, "rows" if task_type == "sft" and data.packing else "samples", why, size, count,
     )  # fmt: skip
-    return replace(config, data=replace(config.data, train_batch_size=size, gradient_accumulation_steps=count))
+    return replace(config, data=replace(data, train_batch_size=size, gradient_accumulation_steps=count))
 
 
 def batch_for(samples: float) -> int:

@@ -95,6 +95,7 @@ def test_booleans(argv: list[str], value: bool):
         (["--size=huge"], "must be one of .*tiny, laptop, gpu, 1b"),
         (["--size=laptop", "--hidden_size=100"], "not divisible by num_attention_heads 6"),
         ([str(sizes.FOLDER / "gpu.yaml"), "--data_dir=d"], "write --size=gpu"),
+        ([f"--exp_config_file={sizes.FOLDER}/../sizes/1b.yaml"], "write --size=1b"),
     ],
 )
 def test_refusals_are_one_sentence(argv: list[str], message: str):

@@ -68,6 +68,14 @@ def test_a_batch_that_was_said_stays(monkeypatch: pytest.MonkeyPatch, argv: list
         assert batch_of(300, 1, *argv) == expected
 
 
+def test_a_sizes_batch_is_shared_by_any_number_of_processes():
+    """The same samples a step, where they can be shared."""
+    assert [batch_of(300, n, "--size=laptop") for n in (1, 2, 4, 8)] == [(2, 4), (2, 4), (2, 4), (1, 8)]
+    assert [batch_of(300, n, "--size=gpu") for n in (3, 8, 16)] == [(14, 9), (16, 8), (8, 16)]
+    # Without a size, and what was said, is what it was.
+    assert batch_of(300, 3) == (8, 8) and batch_of(300, 3, "--size=gpu", "--train_batch_size=2") == (2, 8)
+
+
 def test_a_run_keeps_the_batch_that_was_chosen(
     home: sft.Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
