@@ -28,7 +28,7 @@ from demo.sampling import answer_all
 from demo.scores import describe
 from optimizer import resolve_dtype
 from serving.generation import load_model
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 
@@ -38,7 +38,12 @@ def read_questions(path: Path, count: int) -> list[str]:
     Raises:
         ValueError, OSError: there is none, or the file cannot be read.
     """
-    questions = [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()]
+    if not path.exists():
+        raise ValueError(absent(path))
+    try:
+        questions = [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()]
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no conversations: give a file that demo.conversations wrote") from None
     # Overloaded functions bear one name and one docstring.
     questions = list(dict.fromkeys(questions))
     if not questions or count < 1:

@@ -18,15 +18,6 @@ if __name__ == "__main__":
 
     environment.check()
 
-import sys
-
-if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
-    sys.path[0] = __file__.rsplit("/", 2)[0]
-    from utils import environment
-
-    environment.check()
-
 import argparse
 import json
 from collections.abc import Iterator
@@ -37,6 +28,19 @@ from demo.conversations import write_lines
 from demo.scores import read_answers
 from utils.paths import a_path
 from utils.terminal import run_main
+
+
+def read_functions(path: Path) -> dict[str, str]:
+    """Question -> the real function, from a file of conversations.
+
+    Raises:
+        ValueError, OSError: the file holds something else, or cannot be read.
+    """
+    try:
+        talks = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+        return {talk[0]["content"]: talk[1]["content"] for talk in talks}
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{path} holds no conversations: give a file that demo.conversations wrote") from None
 
 
 def pairs_of(records: list[dict], most: int) -> Iterator[dict]:
@@ -57,7 +61,7 @@ def pairs_of(records: list[dict], most: int) -> Iterator[dict]:
 def pairs_with_real_functions(records: list[dict], functions: dict[str, str]) -> Iterator[dict]:
     """The same of each question whose answers are all wrong."""
     for record in records:
-        if not any(answer["good"] for answer in record["answers"]):
+        if record["question"] in functions and not any(answer["good"] for answer in record["answers"]):
             rejected = record["answers"][0]["text"]
             yield {"prompt": record["question"], "chosen": functions[record["question"]], "rejected": rejected}
 
@@ -71,13 +75,11 @@ def main() -> int:
     parser.add_argument("--output", type=a_path, required=True)
     args = parser.parse_args()
     try:
-        records = read_answers(Path(args.answers))
-        talks = [json.loads(line)["messages"] for line in Path(args.functions).read_text().splitlines()]
-        functions = {talk[0]["content"]: talk[1]["content"] for talk in talks}
+        records, functions = read_answers(Path(args.answers)), read_functions(Path(args.functions))
         pairs = list(pairs_of(records, args.most))
         own = len(pairs)
         pairs += islice(pairs_with_real_functions(records, functions), max(0, args.least - own))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"demo.preferences: {error}", file=sys.stderr)
         return 2
     write_lines(Path(args.output), pairs)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import importlib.util
 import json
+import lzma
 import os
 import shlex
 import shutil
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import indent
 
+from demo.functions import modules_of
 from demo.scores import Score, describe, difference, read_answers, score_of, verdict
 from utils.exits import STOPPED
 from utils.machine import cpu_name
@@ -189,6 +191,13 @@ def records_of(run_dir: Path, name: str) -> list[dict]:
     return [record for record in read_reslog(run_dir / "reslog.jsonl") if record["name"] == name]
 
 
+def xz_bits_per_byte(corpus: Path) -> float:
+    """What a compressor needs for the held-out modules, one by one: something to compare the model with."""
+    texts = [text.encode() for split, _, text in modules_of(corpus, VALID_RATIO) if split == "valid"]
+    packed = sum(len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in texts)
+    return 8 * packed / sum(map(len, texts))
+
+
 def summarize(times: list[tuple[str, float]], home: Path) -> None:
     run_dir = home / "run"
     trained, valid = records_of(run_dir, "train")[-1], records_of(run_dir, "valid")[-1]
@@ -200,7 +209,7 @@ def summarize(times: list[tuple[str, float]], home: Path) -> None:
     print(f"{sum(seconds for _, seconds in times):8.1f} s  in all, on {os.cpu_count()} cores of {cpu_name()}, {dtype}")
     print(
         f"pretrained on {trained['tokens']:,} tokens; held-out modules: loss {valid['loss']:.3f}, "
-        f"{valid['bits_per_byte']:.3f} bits per byte"
+        f"{valid['bits_per_byte']:.3f} bits per byte (xz, module by module: {xz_bits_per_byte(home / 'corpus'):.3f})"
     )
     show_answers(answers)
     sft, dpo = (records_of(home / name, "valid")[-1] for name in ("sft", "dpo"))

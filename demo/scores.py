@@ -50,7 +50,21 @@ def verdict(change: Score) -> str:
 
 
 def read_answers(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Records that `demo.answer` wrote.
+
+    Raises:
+        ValueError, OSError: the file holds something else, or cannot be read.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        is_known = all(
+            {"text", "tokens", "ends", "good"} <= set(a) for r in records if r["question"] for a in r["answers"]
+        )
+    except (LookupError, TypeError, ValueError):
+        is_known = False
+    if not is_known or not records:
+        raise ValueError(f"{path} holds no answers: give a file that demo.answer wrote")
+    return records
 
 
 def score_of(records: list[dict], field: str = "good") -> Score:

@@ -159,3 +159,16 @@ def test_a_change_counts_beyond_two_standard_errors_of_the_questions():
     assert verdict(Score([0.5])) == "not beyond noise"
     with pytest.raises(ValueError, match="4 and 1 parts"):
         difference(before, Score([0.5]))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"question": "Q", "answers": [{"text": "t"}]}'])
+def test_a_file_that_holds_no_answers_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    flags = [f"--answers={path}", f"--functions={path}", f"--output={tmp_path / 'p.jsonl'}"]
+    monkeypatch.setattr("sys.argv", ["demo.preferences", *flags])
+    assert preferences.main() == 2
+    assert f"{path} holds no answers: give a file that demo.answer wrote" in capsys.readouterr().err
+    assert not (tmp_path / "p.jsonl").exists()
