@@ -62,15 +62,9 @@ def sample_rows(
             break
         if len(stay) < len(going):
             going, ids_B = [going[at] for at in stay], ids_B[stay]
-            keep_rows(cache, torch.tensor(stay, device=device))
+            cache.keep(stay)
         inputs = ids_B[:, None].to(device)
     return drawn
-
-
-def keep_rows(cache: KVCache, rows: Tensor) -> None:
-    """Forget the keys and values of all other rows."""
-    for layer in cache.layers:
-        layer.keys_BKSD, layer.values_BKSD = layer.keys_BKSD[rows], layer.values_BKSD[rows]
 
 
 def batches_of_one_length(prompts: list[list[int]], rows: int) -> Iterator[list[int]]:

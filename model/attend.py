@@ -85,6 +85,11 @@ class KVCache:
                 f"the KV cache holds {self.max_length} tokens, {max(self.lengths) + num_new} were asked of it"
             )
 
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, for instance those whose texts have ended."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self._keys_LBKSD, self._values_LBKSD = self._keys_LBKSD[:, rows], self._values_LBKSD[:, rows]
+
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new tokens behind those of each row; returns keys and values up to the longest row's end,
         (B, K, S, D). A shorter row holds zeros or padding behind its own end, which its mask hides."""
