@@ -26,7 +26,7 @@ from demo.functions import Function, functions_of, modules_of
 from utils.paths import a_path
 from utils.terminal import run_main
 
-_MOST_HELD_OUT_OF_A_MODULE = 24
+MOST_HELD_OUT_OF_A_MODULE = 24
 
 
 def conversation(function: Function) -> dict:
@@ -60,7 +60,7 @@ def main() -> int:
     talks: dict[str, list[dict]] = {"train": [], "valid": []}
     for split, module, text in modules_of(Path(args.corpus_dir), valid_ratio):
         found = [conversation(function) for function in functions_of(text, module)]
-        talks[split] += found if split == "train" else found[:_MOST_HELD_OUT_OF_A_MODULE]
+        talks[split] += found if split == "train" else found[:MOST_HELD_OUT_OF_A_MODULE]
     for split, found in talks.items():
         write_lines(Path(args.output_dir) / ("sft" if split == "train" else "sft_valid") / "functions.jsonl", found)
         print(f"{split}: {len(found)} conversations")
