@@ -7,7 +7,8 @@ _ROOMS = {
     "comm_hooks": ("AllReduce", "CommHook", "Compressed", "ReduceScatter", "sum_hook"),
     "comm_stream": ("CommStream",),
     "context": ("DistContext", "destroy_context", "init_context"),
-    "ddp": ("DistributedDataParallel", "NaiveDDP"),
+    "ddp": ("DistributedDataParallel",),
+    "naive": ("NaiveDDP", "NaiveZero1", "naive_powersgd"),
     "powersgd": ("PowerSGD", "PowerSGDConfig"),
     "zero1": ("Zero1",),
 }

@@ -1,7 +1,7 @@
 """Data-parallel training: every rank computes gradients on its share of the batch, then all ranks sum them.
 
-Read `NaiveDDP` first: it is the whole idea. `DistributedDataParallel` computes the same sums, but sends a bucket of
-gradients as soon as the backward pass has completed it, while the pass goes on with earlier layers:
+Read `NaiveDDP` in naive.py first: it is the whole idea. `DistributedDataParallel` computes the same sums, but sends a
+bucket of gradients as soon as the backward pass has completed it, while the pass goes on with earlier layers:
 
     main thread    forward | backward layer 3 | layer 2 | layer 1 | layer 0 | wait | step
     comm stream                               [  bucket 0  ][  bucket 1  ][ bucket 2 ]
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.buffer import Bucket, FlatBuffers, ParameterSlice
@@ -34,61 +33,11 @@ from parallel.collectives import Collectives
 from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
-from parallel.spans import span, traffic_span
+from parallel.naive import broadcast_parameters
+from parallel.spans import traffic_span
 from parallel.waiting import WaitMeter
 
 logger = logging.getLogger(__name__)
-
-
-def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Give every rank the first rank's weights and buffers. From the main thread: the comm stream has no work yet."""
-    if group is not None:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.detach(), src=0, group=group)
-
-
-class NaiveDDP(nn.Module):
-    """All-reduce each gradient after the backward pass. Slow, short, and the oracle of the tests."""
-
-    def __init__(self, module: nn.Module, context: DistContext, grad_dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.module, self.context = module, context
-        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        for parameter in self.trained.values():
-            parameter.grad_dtype = grad_dtype
-            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
-        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
-        broadcast_parameters(module, context.grad_group)
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def zero_grad(self) -> None:
-        for parameter in self.trained.values():
-            parameter.grad.zero_()
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        yield
-
-    def finish_grad_sync(self) -> None:
-        if self.context.grad_group is not None:
-            with self.waits.waiting("wait for gradients"), span("gradients"):
-                for parameter in self.trained.values():
-                    dist.all_reduce(parameter.grad, group=self.context.grad_group)
-
-    @property
-    def nonfinite_parameters(self) -> list[str]:
-        return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
-
-    def slices(self) -> list[list[ParameterSlice]]:
-        """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
-        return [
-            [
-                ParameterSlice(name, 0, tuple(p.shape), p.detach().view(-1), p.grad.view(-1), p.grad.view(-1))
-                for name, p in self.trained.items()
-            ]
-        ]
 
 
 @dataclass

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from model import Llama, LlamaConfig
 from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
-from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig
+from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.powersgd import gram_schmidt, orthonormalize
 from tests.dist.buckets import (
@@ -403,8 +403,30 @@ def other_world_sizes(context: DistContext) -> dict:
     return results
 
 
+def against_the_naive_step(context: DistContext) -> float:
+    """Largest error of the hook's sums and residuals over some steps."""
+    hook, buckets = new_hook(context, PowerSGDConfig(rank=3, min_compression_rate=1.5))
+    names = hook.compressed_names()
+    residuals = {name: torch.zeros(SHAPES[name][0], Size(SHAPES[name][1:]).numel()) for name in names}
+    qs = {key.removesuffix("/q"): q.clone() for key, q in hook.state_tensors().items() if key.endswith("/q")}
+    errors = []
+    for step in range(4):
+        gradients = gradients_of(context.rank, step)
+        sums = one_step(hook, buckets, gradients)
+        for name in names:
+            matrix = gradients[name].reshape(residuals[name].shape)
+            naive, residuals[name], qs[name] = naive_powersgd(matrix, residuals[name], qs[name], context.grad_group)
+            errors.append(error(sums[name].reshape(naive.shape), naive))
+            errors.append(error(hook.state_tensors()[f"{name}/residual"], residuals[name]))
+    assert len(names) >= 4
+    return max(errors)
+
+
 def cases(context: DistContext) -> dict:
-    work = (against_reference, nothing_is_lost, full_rank, skipped_steps, vanished, states, other_world_sizes)
+    work = (
+        against_the_naive_step, against_reference, nothing_is_lost, full_rank, skipped_steps, vanished, states,
+        other_world_sizes,
+    )  # fmt: skip
     chosen = work if context.world_size < 4 else (nothing_is_lost, full_rank, other_world_sizes)
     return {each.__name__: each(context) for each in chosen}
 
@@ -413,6 +435,11 @@ def cases(context: DistContext) -> dict:
 def answers() -> dict[int, list[dict]]:
     ranks = run_ranks(max(WORLD_SIZES), in_groups, WORLD_SIZES, cases)
     return {size: [results[str(size)] for results in ranks[:size]] for size in WORLD_SIZES}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_hook_is_the_naive_step(answers: dict[int, list[dict]], world_size: int):
+    assert max(answer["against_the_naive_step"] for answer in answers[world_size]) < 2e-5
 
 
 TOLERANCES = {"torch.float64": 1e-9, "torch.float32": 2e-5, "torch.bfloat16": 4e-2}

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from model.decoder import Block
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
-from parallel import DistContext, DistributedDataParallel, NaiveDDP, ReduceScatter, Zero1, destroy_context, init_context
+from parallel import (
+    DistContext,
+    DistributedDataParallel,
+    NaiveDDP,
+    NaiveZero1,
+    ReduceScatter,
+    Zero1,
+    destroy_context,
+    init_context,
+)
 from parallel.zero1 import _units
 from tests.dist.buckets import fingerprint, in_groups
 from tests.dist.group import run_ranks
@@ -96,6 +105,33 @@ def matrix(context: DistContext) -> dict:
                     run.norms, difference, run.bits == plain.bits, run.bits, run.shard_norms,
                 ]  # fmt: skip
     return results
+
+
+def naive(context: DistContext) -> dict:
+    """The naive one's norms, its distance from the fast one, whether all ranks end alike, and its share of states."""
+    model = new_model()
+    ddp, config = NaiveDDP(model, context), AdamWConfig()
+    trained = list(ddp.trained.values())
+
+    def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        decays = [p for p in parameters if p.dim() >= 2]
+        others = [p for p in parameters if p.dim() < 2]
+        groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, LEARNING_RATE, (config.beta1, config.beta2), config.eps)
+
+    zero1, norms = NaiveZero1(trained, context, adamw), []
+    for _ in range(STEPS):
+        accumulate(ddp, rank_rows(context, GLOBAL_BATCH // context.world_size))
+        norms.append(nn.utils.clip_grad_norm_(trained, 0.1).item())
+        zero1.step()
+        ddp.zero_grad()
+    fast = train(context, zero=True, gather=True)
+    weights = torch.cat([p.detach().double().flatten() for p in trained])
+    difference = ((weights - fast.weights).norm() / fast.weights.norm()).item()
+    return {
+        "norms": [norms, fast.norms], "difference": difference, "bits": fingerprint([weights]),
+        "states": len(zero1.optimizer.state),
+    }  # fmt: skip
 
 
 def one_step_gradients(context: DistContext) -> float:
@@ -273,7 +309,7 @@ def sizes(context: DistContext) -> list:
 
 
 def cases(context: DistContext) -> dict:
-    work = (matrix, one_step_gradients, tiles, slow_gathers, bare_parameter, bad_gradients, sizes)
+    work = (matrix, naive, one_step_gradients, tiles, slow_gathers, bare_parameter, bad_gradients, sizes)
     return {each.__name__: each(context) for each in work}
 
 
@@ -284,6 +320,17 @@ WORLD_SIZES = (2, 4)
 def answers() -> dict[int, list[dict]]:
     ranks = run_ranks(max(WORLD_SIZES), in_groups, WORLD_SIZES, cases)
     return {size: [results[str(size)] for results in ranks[:size]] for size in WORLD_SIZES}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_shards_are_stepped_as_whole_parameters_are(answers: dict[int, list[dict]], world_size: int):
+    """By the naive ZeRO-1, on the naive DDP, with torch's own AdamW and clipping."""
+    results = [answer["naive"] for answer in answers[world_size]]
+    assert len({result["bits"] for result in results}) == 1
+    assert sum(result["states"] for result in results) == len(list(new_model().parameters()))
+    for result in results:
+        assert result["norms"][0] == pytest.approx(result["norms"][1], rel=1e-5)
+        assert result["difference"] < 1e-5
 
 
 def test_two_ranks_keep_plain_ddps_bits(answers: dict[int, list[dict]]):
