@@ -27,6 +27,7 @@ from model import Llama, LlamaConfig
 from monitor.command import TrainCommand
 from parallel.launch import parser_of_flags
 from train_my_ddp import number_of_processes
+from utils.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = sorted(
@@ -179,7 +180,8 @@ def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         return
     with monkeypatch.context() as patched, pytest.raises(Parsed):
         patched.setattr(sys, "argv", [name, *argv])
-        patched.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        for parser in (argparse.ArgumentParser, Parser):
+            patched.setattr(parser, "parse_args", parse_only)
         main(argv) if inspect.signature(main).parameters else main()
 
 
