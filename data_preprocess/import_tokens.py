@@ -35,7 +35,7 @@ from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.files import sha256_of_file
-from utils.paths import a_path
+from utils.paths import a_path, absent
 from utils.terminal import run_main
 
 _MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -80,6 +80,8 @@ def open_megatron(path: Path) -> TokenFile:
     """
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     bin_path, idx_path = stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+    _require_file(idx_path)
+    _require_file(bin_path)
     raw = idx_path.read_bytes()
     if raw[:9] != _MEGATRON_MAGIC or len(raw) < 34 or int.from_bytes(raw[9:17], "little") != 1:
         raise ValueError(f"{idx_path} is not a Megatron index of version 1")
@@ -103,7 +105,13 @@ def open_megatron(path: Path) -> TokenFile:
     return TokenFile(bin_path, tokens, np.unique(starts[first_sequences]))
 
 
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(absent(path))
+
+
 def _raw_uint16(path: Path) -> np.ndarray:
+    _require_file(path)
     size = path.stat().st_size
     if not size or size % 2:
         raise ValueError(f"{path} holds {size} bytes, which are no uint16 tokens")

@@ -154,6 +154,10 @@ def write_manifest(
         raise ValueError(
             f"no sample is left of the {documents} records of {source}{example}: use a larger --max_seq_len{besides}"
         )
+    if 0 < valid_ratio < 1 and documents == 1:
+        raise ValueError(
+            f"{source} holds one document, which cannot be in both sets: give more, or --valid_ratio 0{besides}"
+        )
     if valid_ratio > 0 and not shards["valid"]:
         larger = max(0.1, min(2 * valid_ratio, (1 + valid_ratio) / 2))
         raise ValueError(

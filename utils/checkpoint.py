@@ -585,7 +585,12 @@ def resolve_checkpoint_dir(path: Path) -> Path:
         if chosen is not None:
             return chosen.path
         raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint yet: its first save makes one")
-    raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder")
+    inside = [path / name for name in names_in(path)]
+    if path.name == "ckpt" and (path.parent / RUN_MARK).exists():
+        inside = [path.parent]
+    one = next((each for each in inside if _has_checkpoints(each) or (each / "config.json").exists()), None)
+    meant = f": did you mean {one}?" if one else ""
+    raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder{meant}")
 
 
 def read_trainer_state(path: Path) -> dict:

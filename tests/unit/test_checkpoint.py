@@ -469,3 +469,13 @@ def test_resume_in_a_mistyped_directory_names_the_run_that_was_meant(
     monkeypatch.chdir(tmp_path)
     ckpt.prepare_run(Path(asked))
     assert open_run(Path(asked), True, "last") == (None, [f"no checkpoint in {asked}: starting fresh{remark}"])
+
+
+@pytest.mark.parametrize("given", ["out", "out/mine/ckpt"])
+def test_a_folder_around_a_run_or_in_it_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str):
+    (tmp_path / "out" / "empty").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "ckpt" / "step-6").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / ckpt.RUN_MARK).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"nor a Hugging Face folder: did you mean out/mine\?$"):
+        ckpt.resolve_checkpoint_dir(Path(given))

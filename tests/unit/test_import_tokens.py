@@ -162,10 +162,11 @@ def test_errors(tmp_path: Path, data_dir: Path, tokenizer: HFBBPETokenizer, caps
         (["--format", "nanogpt", "--input", flat_file(tmp_path, [1, pad, 2, eod], "c.bin")], "document at token 0"),
         (["--format", "nanogpt", "--input", str(tmp_path / "odd.bin")], "no uint16 tokens"),
         (["--format", "nanogpt", "--input", str(tmp_path / "empty.bin")], "no uint16 tokens"),
-        (["--format", "nanogpt", "--input", str(tmp_path / "none.bin")], "No such file"),
+        (["--format", "nanogpt", "--input", str(tmp_path / "none.bin")], "none.bin does not exist"),
         (["--format", "nanogpt", "--input", good, "--valid_ratio", "1"], "--valid_ratio must be"),
         (["--format", "nanogpt", "--input", good, "--valid_input", good, "--valid_ratio", "0.1"], "not both"),
         (["--format", "nanogpt", "--input", good, "--shard_tokens", "0"], "--shard_tokens must be positive"),
+        (["--format", "nanogpt", "--input", f"{good}x"], f"{good}x does not exist: did you mean {good}?"),
         (["--format", "nanogpt", "--input", good, "--valid_ratio", "0.000001"], "fell into the validation set"),
         (["--format", "llama2c", "--input", good, "--bos_id", "9"], "choose it with --bos_id"),
         (["--format", "megatron", "--input", str(tmp_path / "cut")], "damaged"),
@@ -173,7 +174,7 @@ def test_errors(tmp_path: Path, data_dir: Path, tokenizer: HFBBPETokenizer, caps
         (["--format", "megatron", "--input", str(tmp_path / "type")], "damaged"),
         (["--format", "megatron", "--input", str(tmp_path / "negative")], "sequences of negative length"),
         (["--format", "megatron", "--input", str(tmp_path / "short")], "does not hold what"),
-        (["--format", "megatron", "--input", str(tmp_path / "nothing")], "No such file"),
+        (["--format", "megatron", "--input", str(tmp_path / "nothing")], "nothing.idx does not exist"),
     ]
     for arguments, complaint in cases:
         assert run(tmp_path, data_dir, *arguments) == 2, arguments

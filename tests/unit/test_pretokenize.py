@@ -802,6 +802,10 @@ def test_no_document_for_the_validation_set(
     (corpus / "one.txt").write_text("document 8")
     arguments = ["--data_dir", str(corpus), "--tokenizer_dir", str(tokenizer_dir), "--num_workers", "1"]
     assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", ratio]) == 2
+    assert "holds one document, which cannot be in both sets: give more, or --valid_ratio 0" in capsys.readouterr().err
+    of_train = (text for text in map("document {}".format, range(9, 99)) if set_of(text.encode(), 0.6) == "train")
+    (corpus / "two.txt").write_text(next(of_train))
+    assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", ratio]) == 2
     assert f"use a larger --valid_ratio than {ratio}, such as {suggested}, or 0" in capsys.readouterr().err
     assert pretokenize_pretrain_data.main([*arguments, "--valid_ratio", "0"]) == 0
 

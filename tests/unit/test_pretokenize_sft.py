@@ -718,7 +718,7 @@ def test_stopping_in_the_middle_of_a_file_is_said_in_one_sentence(
         (["--include=*.csv"], "holds no records: put .jsonl, .json, .parquet or .csv files into it, or choose others"),
         (["--data_dir=nowhere"], "nowhere does not exist"),
         (["--tokenizer_dir=nowhere"], "nowhere"),
-        (["--valid_ratio=1e-9"], "none of the 1 documents fell into the validation set"),
+        (["--valid_ratio=1e-9"], "holds one document, which cannot be in both sets: give more, or --valid_ratio 0"),
         (["--max_seq_len=8"], "no sample is left of the 1 records of "),
     ],
 )
