@@ -12,7 +12,7 @@ from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
 from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
 from parallel.buffer import Bucket, sum_of_squares
-from parallel.powersgd import gram_schmidt, orthonormalize
+from parallel.low_rank import gram_schmidt, orthonormalize
 from tests.dist.buckets import (
     SHAPES,
     draw,

@@ -1,0 +1,125 @@
+"""The mathematics of PowerSGD, on one matrix or a list of them; powersgd.py says what they are for.
+
+Shapes: a matrix is [m, n], its factors are P [m, r] and Q [n, r]. Nothing here waits for a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Collectives
+from parallel.comm_hooks import narrow, widen
+
+RIDGE = 1e-13
+"""Smallest shift of the Gram matrix of unit columns."""
+NOISE = 4.0
+"""Units of a column's dtype, relative to its length, up to which what is left of it counts as rounding."""
+
+
+def add_residual(gradient: Tensor, residual: Tensor) -> None:
+    """M <- G + E, in place of the gradient."""
+    gradient.add_(residual)
+
+
+def project_rows(matrix: Tensor, q: Tensor, p: Tensor) -> None:
+    """P <- M Q: [m, n] x [n, r] -> [m, r]."""
+    torch.mm(matrix, q.to(matrix.dtype), out=p) if p.dtype == matrix.dtype else p.copy_(matrix @ q.to(matrix.dtype))
+
+
+def project_columns(matrix: Tensor, p: Tensor, q: Tensor) -> None:
+    """Q <- M^T P: [n, m] x [m, r] -> [n, r]."""
+    project_rows(matrix.T, p, q)
+
+
+def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
+    """Replace each [m, r] tensor by an orthonormal basis of its columns, in place: Cholesky-QR in float64.
+
+    With unit columns C (each column over its norm) and L L^T = C^T C + s I, the basis is C L^-T. Matrix products and
+    r x r factorisations only, which is what GPUs and CPUs are fast at, and nothing waits for a GPU. Columns that are
+    zero stay zero.
+
+    The shift s is what makes it safe for any columns (Fukaya et al., Shifted Cholesky QR, SIAM J. Sci. Comput. 2020):
+    the rounding of the Gram matrix, at most u r m in norm for m rows, may make it indefinite where columns depend on
+    each other. With a smaller s the factorisation then fails, or leaves a basis that is a million times too long. With
+    this one no direction comes out longer than 1, and what the columns before it leave of a column, a share t of its
+    length, comes out as t / sqrt(t^2 + s): 0.88 for t = 1e-5 at 4,096 x 32, 0.85 for t = 1e-4 at 131,072 x 128.
+
+    Args:
+        epsilon: larger shift; dampens columns that depend on earlier ones.
+    """
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for factor in factors:
+        by_shape.setdefault(factor.shape, []).append(factor)
+    for (m, rank), group in by_shape.items():
+        wide = torch.stack(group).double()
+        gram = wide.mT @ wide
+        norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+        inverse_norms = torch.where(norms > 0.0, 1.0 / norms, torch.zeros_like(norms))
+        gram = gram * inverse_norms[:, :, None] * inverse_norms[:, None, :]
+        identity = torch.eye(rank, dtype=torch.float64, device=gram.device)
+        shift = max(epsilon, RIDGE, torch.finfo(torch.float64).eps * rank * (m + rank))
+        lower, failed = torch.linalg.cholesky_ex(gram + shift * identity)
+        # Where something is not finite. The factor is of a part of the matrix then, and the basis must not look sound.
+        lower = torch.where((failed != 0)[:, None, None], torch.nan, lower)
+        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+        basis = wide @ (inverse_norms[:, :, None] * inverse.mT)
+        for factor, columns in zip(group, basis):
+            factor.copy_(columns)
+
+
+def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
+    """Orthonormalize each [m, r] tensor in place and in its own dtype: modified Gram-Schmidt, column after column.
+
+    Slower than `orthonormalize` and, in 16 bits, less exact; the residual takes up what that costs. A column of which
+    the others have left no more than rounding becomes zero: at full length, rounding would point along columns that
+    are there already, and P P^T M, longer than M, would make the residual grow from step to step.
+    """
+    for factor in factors:
+        rounding = NOISE * torch.finfo(factor.dtype).eps * factor.norm(dim=0)
+        for index in range(factor.shape[1]):
+            column = factor[:, index]
+            norm = column.norm()
+            # An infinity is not rounding.
+            is_noise = (norm <= rounding[index]) & torch.isfinite(norm)
+            column.copy_(torch.where(is_noise, 0.0, column / (norm + epsilon)))
+            rest = factor[:, index + 1 :]
+            rest.sub_(torch.outer(column, column @ rest))
+
+
+def decompress(p: Tensor, q: Tensor, out: Tensor) -> None:
+    """D <- P Q^T: [m, r] x [r, n] -> [m, n]."""
+    torch.mm(p.to(out.dtype), q.to(out.dtype).T, out=out)
+
+
+def update_residual(matrix: Tensor, p: Tensor, own_q: Tensor) -> None:
+    """E <- M - P Q_i^T, in place of M."""
+    matrix.addmm_(p.to(matrix.dtype), own_q.to(matrix.dtype).T, alpha=-1.0)
+
+
+def sum_over_ranks(
+    factors: Tensor, wire_dtype: torch.dtype, collectives: Collectives, own: Tensor | None = None
+) -> None:
+    """Sum a flat tensor over the ranks in place, with `wire_dtype` on the wire.
+
+    Args:
+        own: receives this rank's contribution. The contributions add up to the sum that all ranks now hold, the wire's
+            rounding included: each rank sent its values rounded, and the rank that added up a shard answers for the
+            rounding of that sum. So the residuals, formed with the contributions, take up the wire's rounding too.
+    """
+    if wire_dtype == factors.dtype:
+        if own is not None:
+            own.copy_(factors)
+        handle = collectives.all_reduce(factors)
+        if handle is not None:
+            handle.wait()
+        return
+    on_wire = torch.empty_like(factors, dtype=wire_dtype)
+    scale = narrow(factors, on_wire, collectives)
+    if own is not None:
+        own.copy_(on_wire)
+    exact = collectives.reduce_scatter(on_wire)
+    collectives.all_gather(on_wire)
+    if own is not None:
+        collectives.shard(own).add_(collectives.shard(on_wire) - exact)
+        if scale is not None:
+            own.div_(scale)
+    widen(on_wire, scale, factors)
