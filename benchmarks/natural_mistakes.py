@@ -308,7 +308,8 @@ def not_as_it_should_be(where: Path, mistake: Mistake) -> bool:
     answer = give(where, mistake.typed)
     problem = verdict(mistake, answer)
     typed = mistake.typed.replace(TRAIN, "TRAIN").replace(SHAPE, "SHAPE")
-    cells = [f"`{typed}`", answer.last, f"{answer.seconds:.1f}", f"{answer.cpu_seconds:.1f}", str(answer.code), problem or "ok"]
+    times = [f"{answer.seconds:.1f}", f"{answer.cpu_seconds:.1f}"]
+    cells = [f"`{typed}`", answer.last, *times, str(answer.code), problem or "ok"]
     print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |", flush=True)
     return bool(problem)
 
