@@ -65,6 +65,7 @@ def main() -> int:
     parser.add_argument("--old_questions", action="store_true")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max_new_tokens", type=int, default=88)
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args()
     home, data = Path(args.home), Path(args.modules)
@@ -84,7 +85,7 @@ def main() -> int:
             completed = [parses(h, body) for h, body in zip(headers, complete_all(loaded, headers, 0.3, args.seed))]
             print(f"bits per byte {bits_per_byte(loaded, data):.4f}")
             print(f"of {len(headers)} completions {Score([float(c) for c in completed])} parse")
-        answers = answer_all(loaded, list(questions), args.samples, 80, args.temperature, args.seed)
+        answers = answer_all(loaded, list(questions), args.samples, args.max_new_tokens, args.temperature, args.seed)
         records = [
             {"answers": [{**a._asdict(), "good": a.ends and is_asked_function(a.text, asked)} for a in found]}
             for asked, found in zip(questions.values(), answers)

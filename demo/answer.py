@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=4, help="answers to each (default: 4)")
     parser.add_argument("--show", type=int, default=0, help="answers to print (default: 0)")
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--max_new_tokens", type=int, default=80)
+    parser.add_argument("--max_new_tokens", type=int, default=88)
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--output", type=a_path, help="write questions and answers to this JSONL file")

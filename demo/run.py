@@ -37,6 +37,8 @@ from utils.reslog import read_reslog
 from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 4096
+"""With 8,192 the head takes half of a step, and a rare name's pieces are seen too seldom to be copied."""
 VALID_RATIO = 0.06
 """So that some 28 modules are held out."""
 QUESTIONS_A_STEP = 4
@@ -82,13 +84,15 @@ def _executable(command: list[str]) -> list[str]:
     return [sys.executable, *command[1:]]
 
 
-def data_stages(corpus: str, tokenizer: str, data: str, valid_ratio: float = 0.03) -> list[tuple[str, list[str]]]:
+def data_stages(
+    corpus: str, tokenizer: str, data: str, vocab_size: int = 8192, valid_ratio: float = 0.03
+) -> list[tuple[str, list[str]]]:
     """(title, command) of each stage from the standard library's source to an indexed data directory."""
     return [
         ("corpus: the standard library's source", ["python", "-m", "demo.corpus", "--output_dir", corpus]),
-        ("tokenizer: byte-level BPE, 8,192 entries",
+        (f"tokenizer: byte-level BPE, {vocab_size:,} entries",
          ["python", "-m", "tokenizer.train_tokenizer", "--data_dir", corpus, "--output_dir", tokenizer,
-          "--vocab_size", "8192", "--kind", "hf_bbpe"]),
+          "--vocab_size", str(vocab_size), "--kind", "hf_bbpe"]),
         ("pretokenize: text -> .bin",
          ["python", "-m", "data_preprocess.pretokenize_pretrain_data", "--data_dir", corpus, "--tokenizer_dir",
           tokenizer, "--output_dir", data, "--num_workers", "2", "--shard_mb", "2", "--valid_ratio", str(valid_ratio)]),
@@ -102,8 +106,8 @@ def data_stages(corpus: str, tokenizer: str, data: str, valid_ratio: float = 0.0
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
     parser.add_argument("--dir", type=a_path, default="out/demo", help="where everything goes (default: out/demo)")
-    parser.add_argument("--max_iters", type=int, default=640, help="steps of pretraining (default: 640)")
-    parser.add_argument("--sft_iters", type=int, default=220, help="steps of SFT (default: 220)")
+    parser.add_argument("--max_iters", type=int, default=900, help="steps of pretraining (default: 900)")
+    parser.add_argument("--sft_iters", type=int, default=240, help="steps of SFT (default: 240)")
     parser.add_argument("--dpo_iters", type=int, default=100, help="steps of DPO (default: 100)")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
@@ -144,9 +148,10 @@ def main() -> int:
                 "--functions", f"{talk}/sft{split}/functions.jsonl",
                 "--output", f"{talk}/dpo{split}/functions.jsonl"]  # fmt: skip
 
+    data_commands = data_stages(corpus, tokenizer, data, VOCAB_SIZE, VALID_RATIO)
     asked = str(args.dpo_iters * QUESTIONS_A_STEP)
     stages: list[tuple[str, Callable[[], None]]] = [
-        *((title, partial(run, command)) for title, command in data_stages(corpus, tokenizer, data, VALID_RATIO)),
+        *((title, partial(run, command)) for title, command in data_commands),
         ("pretrain: first half, then a SIGTERM", lambda: run_until_half(
             train, ROOT / run_dir, args.max_iters // 2)),
         ("pretrain: resume, finish, validate", lambda: run([*train, "--resume"])),
