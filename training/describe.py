@@ -16,6 +16,7 @@ from model import Llama, flops
 from optimizer import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
 from tokenizer.chat_template import template_of
+from training.batch import LEAST_ROWS
 from training.build import Built
 from training.build_optimizer import buckets_with_matrices
 from training.build_parallel import Parallel
@@ -174,10 +175,9 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
             f"--gradient_accumulation_steps"
         )
     elif config.run.task_type != "pretrain" and steps < _FEW_STEPS:
-        text += (
-            f"; so few steps teach little: lower --train_batch_size or --gradient_accumulation_steps, or raise "
-            f"--{'max_iters' if config.run.max_iters else 'epoch'}"
-        )
+        # Below some rows a step, smaller ones teach less.
+        smaller = "lower --train_batch_size or --gradient_accumulation_steps, or " if samples > LEAST_ROWS else ""
+        text += f"; so few steps teach little: {smaller}raise --{'max_iters' if config.run.max_iters else 'epoch'}"
     return text
 
 
