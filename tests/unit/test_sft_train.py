@@ -932,7 +932,7 @@ def test_what_will_teach_little_is_said(home: Home, sft_flags: list[str], tmp_pa
     longer = 2 * SEQ_LEN
     tokens = pretokenize(home.raw_sft, home.tokenizer, tmp_path / "long", "sft", "--max_seq_len", str(longer))
     flags = without(with_data(sft_flags, tokens), "--max_seq_len", "--max_iters")
-    assert train(flags, f"--max_seq_len={longer}", "--max_iters=1") == 0
+    assert train(flags, f"--max_seq_len={longer}", "--max_iters=1", "--gradient_accumulation_steps=4") == 0
     said = capsys.readouterr().out
     assert "so few steps teach little: lower --train_batch_size" in said and "or raise --max_iters" in said
     assert f"max_seq_len {longer} is more than the {SEQ_LEN} positions" in said
