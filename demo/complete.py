@@ -19,7 +19,6 @@ import argparse
 import ast
 import json
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 import torch
 
 from dataset.format import MANIFEST_NAME
-from demo.functions import modules_of
+from demo.functions import modules_of, tree_of
 from demo.functions import parses as is_python
 from demo.sampling import draw_all
 from demo.scores import Score
@@ -56,10 +55,7 @@ def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
         if split != "valid":
             continue
         lines = text.splitlines(keepends=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-        for node in ast.walk(tree):
+        for node in ast.walk(tree_of(text)):
             if isinstance(node, ast.FunctionDef) and 2 <= node.end_lineno - node.body[0].lineno + 1 <= 15:
                 first, body = node.lineno - 1, node.body[0].lineno - 1
                 header = "".join(lines[first:body])

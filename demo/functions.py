@@ -42,15 +42,27 @@ def asked_name(question: str) -> str:
     return match[1]
 
 
+def tree_of(source: str) -> ast.Module:
+    """Syntax tree of a module.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: it is no Python. (ValueError: a null character; the last
+            two: brackets without end.)
+    """
+    with warnings.catch_warnings():
+        # Odd escapes and the like: the authors' style, of no use on the screen.
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
 def parses(source: str) -> bool:
     """Whether Python compiles it; nothing of it is run."""
     try:
+        tree = tree_of(source)
         with warnings.catch_warnings():
-            # "is" beside a literal and the like: the model's style, of no use on the screen.
             warnings.simplefilter("ignore")
-            compile(source, "<answer>", "exec", dont_inherit=True)
+            compile(tree, "<answer>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # ValueError: a null character; the last two: brackets without end.
         return False
     return True
 
@@ -63,7 +75,7 @@ def is_asked_function(answer: str, name: str) -> bool:
     """
     if not parses(answer):
         return False
-    body = ast.parse(answer).body
+    body = tree_of(answer).body
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef) or body[0].name != name:
         return False
     return any(
@@ -79,7 +91,7 @@ def functions_of(text: str, module: str) -> Iterator[Function]:
         SyntaxError: the text is no Python.
     """
     lines = text.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(text)):
         if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not (docstring := ast.get_docstring(node)):
             continue
         begin, end = node.body[0].lineno - 1, node.body[0].end_lineno
@@ -101,9 +113,7 @@ def modules_of(corpus: Path, valid_ratio: float) -> Iterator[tuple[str, str, str
     for path in sorted(corpus.rglob("*.py")):
         try:
             text = path.read_bytes().decode("utf-8")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                ast.parse(text)
+            tree_of(text)
         except (UnicodeDecodeError, SyntaxError, ValueError):
             continue
         yield set_of(text.encode("utf-8"), valid_ratio), module_name(path, corpus), text
