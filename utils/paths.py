@@ -96,7 +96,12 @@ def near_to(path: Path) -> list[Path]:
     part = parts[wrong].casefold()
     # Short names with two letters the wrong way round are less alike than the cutoff asks for.
     alike = [name for name in folded if sorted(name) == sorted(part)] + get_close_matches(part, folded, 5, cutoff=0.7)
-    alike = [folded[name] for name in alike]
+    # What follows the dot says nothing: tabs.yaml is not meant by hots.yaml.
+    stem, suffix = os.path.splitext(part)
+    alike = [
+        folded[name] for name in alike
+        if not (suffix and name.endswith(suffix)) or get_close_matches(stem, [name.removesuffix(suffix)], 1, cutoff=0.7)
+    ]  # fmt: skip
     meant = [folder.joinpath(name, *rest) for name in alike]
     meant += [folder.joinpath(name, *parts[wrong:]) for name in names]
     return [one for one in meant if os.path.exists(one)]

@@ -87,6 +87,8 @@ def test_a_path_comes_back_from_the_command_that_is_suggested(path: str):
      ("uot/mine", "uot/mine does not exist: did you mean out/mine?"),
      ("./mine", "./mine does not exist: did you mean out/mine?"),
      ("out/mine/ckpt/step-60", "out/mine/ckpt/step-60 does not exist: did you mean out/mine/ckpt/step-6?"),
+     ("hots.yaml", "hots.yaml does not exist: give another"),
+     ("tbas.yaml", "tbas.yaml does not exist: did you mean tabs.yaml?"),
      ("gpt2", "gpt2 does not exist: give another"), ("no/such/thing", "no/such/thing does not exist: give another"),
      ("out/mine/config.yaml/x", "out/mine/config.yaml/x does not exist: give another")],
 )  # fmt: skip
@@ -96,6 +98,7 @@ def test_what_is_called_alike_is_named(
     for folder in ("out/mine/ckpt/step-6", "out/other", "T2", "data"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "out" / "mine" / "config.yaml").touch()
+    (tmp_path / "tabs.yaml").touch()
     monkeypatch.chdir(tmp_path)
     assert absent(path, "give another") == sentence
     # Of an absolute one, too.
