@@ -78,7 +78,8 @@ def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.
     """Best FLOP/s of square matmuls of growing size with the process's threads, within about `budget_s` seconds.
 
     Growing, because a dtype without fast instructions (fp16 on most CPUs) would take seconds on a large one. Beyond
-    1024, because up to there one thread does it all where there is AMX (oneDNN 3.x, two threads).
+    1024, because up to there one thread does it all where there is AMX (oneDNN 3.x, two threads). Not before 512: the
+    first ones of all start the threads, which takes seconds on a machine that has other things to do.
     """
     best, deadline = 0.0, time.perf_counter() + budget_s
     for size in (128, 256, 512, 1024, 1280, 2048):
@@ -88,6 +89,6 @@ def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.
             torch.mm(a, b)
             now = time.perf_counter()
             best = max(best, 2.0 * size**3 / (now - start))
-            if now > deadline:
+            if now > deadline and size >= 512:
                 return best
     return best

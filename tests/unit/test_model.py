@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,21 @@ def test_import_names_what_does_not_fit(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ValueError, match="gpt2"):
         hf.read_config(tmp_path)
+
+
+def test_a_slow_start_is_not_the_peak(monkeypatch: pytest.MonkeyPatch):
+    """The first matmul of a process took a second on a busy machine, and the run was said to take weeks."""
+    original, calls = torch.mm, []
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        calls.append(len(a))
+        if len(calls) == 1:
+            time.sleep(0.6)
+        return original(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    peak = flops.device_peak_flops(torch.device("cpu"), torch.float32)
+    assert peak > 100 * 2 * 128**3 / 0.6 and max(calls) >= 512
 
 
 @pytest.mark.parametrize("variant", ["gqa", "linear", "llama3"])
