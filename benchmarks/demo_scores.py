@@ -2,7 +2,8 @@
 
     python -m benchmarks.demo_scores out/demo --modules out/demo/data [--old_questions]
 
---modules: a pretokenized directory whose held-out modules are asked about; they must be held out in the demo, too.
+--modules: the corpus, pretokenized with the demo's tokenizer. Its held-out modules are asked about; the demo must have
+held out those, too.
 --old_questions asks as the demo did until 2026-11-29, for models that were fine-tuned then. Prints bits per byte, the
 share of completions that parse, and the share of answers that are the function that was asked for after each stage.
 """
@@ -40,8 +41,14 @@ from utils.terminal import run_main
 
 @torch.inference_mode()
 def bits_per_byte(loaded: Loaded, data: Path) -> float:
-    """Of all its held-out modules, in rows of 256 tokens with masks, as training validates."""
+    """Of all its held-out modules, in rows of 256 tokens with masks, as training validates.
+
+    Raises:
+        ValueError: the tokens are not the model's.
+    """
     valid = PretrainDataset(data, "valid", 256)
+    if load_tokenizer(data / "tokenizer").fingerprint != loaded.tokenizer.fingerprint:
+        raise ValueError(f"the tokens in {data} are of another tokenizer: pretokenize with the demo's")
     byte_lengths = torch.tensor(load_tokenizer(data / "tokenizer").token_byte_lengths())
     nats = text_bytes = 0.0
     for _, batch in validation_batches(valid, 16, 0, 0, 1)[1]:
