@@ -26,6 +26,7 @@ $(READY): requirements.txt requirements-ssh.txt requirements-viewer.txt requirem
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV): some minutes, and 3 GB; pip says nothing meanwhile"
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $(READY)
 

@@ -44,7 +44,7 @@ class RunConfig:
     exp_config_file: str = ""
     """YAML file with flat keys; may also be the first argument, without a flag."""
     resume: bool = False
-    """Go on from a checkpoint in out_dir; starts fresh if there is none."""
+    """Go on from a checkpoint in out_dir; where there is none, a command that names its data starts fresh."""
     resume_from: Literal["last", "best"] = "last"
     """Which checkpoint --resume takes: the newest, or the one with the lowest validation loss."""
     init_from: str = ""

@@ -85,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a value is impossible, whatever the model.
     """
     if not args.prompt and not args.chat:
-        raise ValueError("--prompt is empty: give the model some text to continue, or talk to it with --chat")
+        raise ValueError("--prompt is missing: give the model some text to continue, or talk to it with --chat")
     if args.system and not args.chat:
         raise ValueError("--system needs --chat")
     for name in ("prompt", "system"):

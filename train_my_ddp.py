@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
             # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
             config = fit_context(config, given)
             data_dirs = prepare_data(config, given)
-            stop = StopRequest()
+            stop = StopRequest(says_so=rank == 0)
             if not config.run.valid_only:
                 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                     signal.signal(signum, stop)

@@ -120,7 +120,7 @@ MISTAKES = [
     Mistake(f"{TOKENIZER} --data_dir D --output_dir new --kind bpe", "choose from 'hf_bbpe', 'sp_bbpe'"),
     Mistake(f"{PRETOKENIZE} --data_dir D --tokenizer_dir T --output_dir new --valid_ratio 10", "valid_ratio must be"),
     Mistake(f"{PRETOKENIZE} --data_dir D --tokenizer_dir T --output_dir new --valid_ratio 10%", "invalid float value"),
-    Mistake("python generate.py --ckpt out/mine", "--prompt is empty"),
+    Mistake("python generate.py --ckpt out/mine", "--prompt is missing"),
     Mistake("python generate.py --ckpt out/mine --prompt a --temperature -1", "temperature must not be negative"),
     Mistake("python generate.py --ckpt out/mine --prompt a --device gpu", "choose from 'auto', 'cpu', 'cuda'"),
     # What is forgotten.

@@ -53,8 +53,10 @@ def fit_context(config: Config, given: frozenset[str]) -> Config:
         found, why = made_with, f"as {directory} was pretokenized for that"
     elif config.run.init_from:
         weights = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
-        found = min(wished, hf.read_config(weights).max_position_embeddings)
-        why = f"as the weights in {weights} were trained with no more"
+        known = hf.read_config(weights).max_position_embeddings
+        found, why = min(wished, known), f"as the weights in {weights} were trained with no more"
+        if config.run.size and wished < known:
+            logger.info("max_seq_len is %d, as --size=%s wishes; the weights know %d", wished, config.run.size, known)
     else:
         return config
     if found == wished:

@@ -86,6 +86,8 @@ def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
 
 def _parallel(config: Config, world_size: int, parallel: Parallel) -> str:
     flags, threads = config.parallel, f"{torch.get_num_threads()} thread(s) each"
+    if world_size == 1 and parallel.powersgd is None and parallel.zero1 is None:
+        return f"parallel: one process of {torch.get_num_threads()} thread(s)"
     text = f"parallel: {world_size} processes" if world_size > 1 else "parallel: one process"
     if flags.ddp_impl == "naive":
         return f"{text}, naive all-reduce; {threads}"

@@ -30,6 +30,9 @@ from utils.saving import SaveOutcome
 
 logger = logging.getLogger(__name__)
 
+_LONG_STEP_S, _POOR_MFU = 10.0, 0.08
+"""A step of so many seconds is worth a word if it reaches no more of the peak than that: on a busy machine two threads
+wait for each other all the time."""
 _SHOWN_OF_PROMPT = 100
 """Characters."""
 
@@ -58,6 +61,11 @@ def report_step(
         tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **rest,
     )  # fmt: skip
     seconds_left = reading["dt"] * (max_iters - progress.step)
+    if reading["dt"] >= _LONG_STEP_S and mfu < _POOR_MFU and torch.get_num_threads() > 1:
+        logger.warning(
+            "steps take several times as long as this machine needs for them, as if other programs wanted its cores: "
+            "then --num_threads=1 may be faster (stop, and go on with --resume)"
+        )
     starved = reading["data_wait"] / reading["dt"]
     logger.info(
         "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% | %s%s left",
@@ -89,7 +97,7 @@ def report_validation(
 
 def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:
     """What the model wrote, after the end of what it was given."""
-    lines = visible(sample.text + (" [took too long]" if sample.is_cut else "")).splitlines() or [""]
+    lines = visible(sample.text + (" [cut: it took too long]" if sample.is_cut else "")).splitlines() or [""]
     given = visible(" ".join(sample.prompt.split()))
     logger.info("sample at step %d, after: %s\n    | %s", step, given[-_SHOWN_OF_PROMPT:], "\n    | ".join(lines))
     if reslog is not None:

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 
 import torch
 
@@ -23,6 +24,7 @@ from training.run_dir import RunDir
 
 logger = logging.getLogger("train")
 
+_ASKED = b"\nstopping: the run saves once it has computed what it is at; a second Ctrl-C ends it without saving\n"
 LONG_S = 5.0
 """A step that lasts so long is looked into; a validation is, so often."""
 _TELL_EVERY_S = 20.0
@@ -30,14 +32,22 @@ _TELL_EVERY_S = 20.0
 
 
 class StopRequest:
-    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop."""
+    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop.
 
-    def __init__(self):
-        self.requested = False
+    Args:
+        says_so: at once, on the terminal, as the end may be a while away.
+    """
+
+    def __init__(self, says_so: bool = False):
+        self.requested, self._says_so = False, says_so
 
     def __call__(self, signum: int, _frame: object) -> None:
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._says_so and not self.requested:
+            # Past Python's own buffer, in which this handler may have interrupted somebody.
+            with suppress(OSError):
+                os.write(1, _ASKED)
         self.requested = True
 
 

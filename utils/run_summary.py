@@ -43,7 +43,7 @@ def summary_lines(ending: Ending) -> Iterator[str]:
         f"{'finished' if ending.finished else 'stopped on request'} at step {ending.step} of {ending.max_iters}: "
         f"{steps} in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
     )
-    losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in training"]
+    losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in the last step"]
     losses += _validation(ending.out_dir / "reslog.jsonl")
     if losses:
         yield f"loss: {', '.join(losses)}"

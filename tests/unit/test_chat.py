@@ -135,7 +135,7 @@ def test_a_question_that_is_too_long_does_not_end_the_talk(
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"), [
-        ([], "--prompt is empty"), (["--prompt=x", "--system=y"], "--system needs --chat"),
+        ([], "--prompt is missing"), (["--prompt=x", "--system=y"], "--system needs --chat"),
         (["--prompt=a\udcff"], "--prompt is no UTF-8"), (["--chat", "--system=a\udcff"], "--system is no UTF-8"),
         (["--prompt=x", "--top_k=-1"], "--top_k must not be negative, got -1"),
         (["--prompt=x", f"--seed={1 << 63}"], "--seed must lie between -2^63 and 2^63 - 1, got 9223372036854775808"),

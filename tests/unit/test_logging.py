@@ -173,7 +173,7 @@ def test_a_run_ends_with_where_everything_is(
     train_loss = records(tiny_run, "train")[-1]["loss"]
     best = min(valid, key=valid.get)
     lowest = f" (lowest {valid[best]:.4f} at step {best})" if best != 4 else ""
-    assert ending[1] == f"loss: {train_loss:.4f} in training, {valid[4]:.4f} in validation at step 4{lowest}"
+    assert ending[1] == f"loss: {train_loss:.4f} in the last step, {valid[4]:.4f} in validation at step 4{lowest}"
     newest = f"{home}/ckpt/step-4 (newest)" if lowest else f"{home}/ckpt/step-4 (newest and best)"
     assert ending[2] == f"checkpoints: {newest}" + (f", {home}/ckpt/step-{best} (best)" if lowest else "")
     assert ending[3:] == [
