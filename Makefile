@@ -12,7 +12,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 help:
 	@echo "make setup      .venv, with what tests and viewer need"
 	@echo "make demo       the main job end to end, on the Python standard library's source: five to ten minutes on two cores"
-	@echo "                (DEMO=\"--max_iters 40 --sft_iters 8 --dpo_iters 4\" makes it shorter)"
+	@echo "                (DEMO=--quick shows every stage in little time)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, with those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"

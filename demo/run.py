@@ -112,7 +112,13 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
     parser.add_argument("--seed", type=int, default=1337, help="of training and of what is sampled (default: 1337)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a look at every stage: few steps, few questions, and nothing learnt"
+    )
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(max_iters=40, sft_iters=8, dpo_iters=4)
     args = parser.parse_args()
+    asks = ["--count", "16"] if args.quick else []
     home = Path(args.dir)
     names = ("corpus", "tokenizer", "data", "run", "talk", "sft", "dpo")
     for name in names:
@@ -136,12 +142,12 @@ def main() -> int:
 
     def completions(name: str, *more: str) -> list[str]:
         return ["python", "-m", "demo.complete", "--ckpt", run_dir, "--corpus_dir", corpus, "--data_dir", data,
-                "--output", str(home / f"completions-{name}.json"), *more, *drawn]  # fmt: skip
+                "--output", str(home / f"completions-{name}.json"), *asks, *more, *drawn]  # fmt: skip
 
     def answers(name: str, split: str = "sft_valid", output: str = "", *more: str) -> list[str]:
         return ["python", "-m", "demo.answer", "--ckpt", str(home / name), "--questions",
-                f"{talk}/{split}/functions.jsonl", "--output", str(home / f"answers-{output or name}.jsonl"), *more,
-                *drawn]  # fmt: skip
+                f"{talk}/{split}/functions.jsonl", "--output", str(home / f"answers-{output or name}.jsonl"), *asks,
+                *more, *drawn]  # fmt: skip
 
     def preferences(output: str, split: str) -> list[str]:
         return ["python", "-m", "demo.preferences", "--answers", str(home / f"answers-{output}.jsonl"),
