@@ -11,8 +11,8 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make setup      .venv, with what tests and viewer need"
-	@echo "make demo       the main job end to end, on the Python standard library's source: five to ten minutes on two cores"
-	@echo "                (DEMO=--quick shows every stage in little time)"
+	@echo "make demo       the main job end to end, on the Python standard library's source: 7 to 10 minutes on two cores"
+	@echo "                (DEMO=--quick shows every stage in two minutes)"
 	@echo "make test       the tests"
 	@echo "make test-all   the tests, with those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"

@@ -44,7 +44,7 @@ from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.files import atomic_write
 from utils.paths import a_path, absent
-from utils.terminal import run_main
+from utils.terminal import run_main, visible
 
 _GREEN, _BLUE, _DIM, _RESET = "\x1b[30;42m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 _UNIT_BYTES = 1 << 24
@@ -84,16 +84,6 @@ def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iter
             continue
         yield Piece(text, tuple(waiting), bool(learnt), token_id in control)
         waiting = []
-
-
-def visible(text: str) -> str:
-    """Text without anything that a terminal would obey: control characters as their pictures. Half a surrogate pair,
-    which a name in a broken record may hold, cannot be printed."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if 127 <= ord(c) < 160 else c
-        for c in text
-    )
 
 
 def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Iterator[Shown]:

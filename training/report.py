@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from configurator import RunConfig, parse_profile_steps
-from dataset.show_mask import visible
 from parallel import DistContext, PowerSGD
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
@@ -27,6 +26,7 @@ from utils.profile_steps import StepProfile
 from utils.reslog import ResLog
 from utils.run_summary import Ending, summary_lines
 from utils.saving import SaveOutcome
+from utils.terminal import visible
 
 logger = logging.getLogger(__name__)
 

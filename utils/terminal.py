@@ -107,3 +107,13 @@ def _stream(old: io.TextIOWrapper | None, goes_on: bool) -> io.TextIOWrapper:
         raw if old.write_through else io.BufferedWriter(raw), old.encoding, "backslashreplace",
         line_buffering=old.line_buffering, write_through=old.write_through,
     )  # fmt: skip
+
+
+def visible(text: str) -> str:
+    """Text without anything that a terminal would obey: control characters as their pictures. Half a surrogate pair,
+    which a name in a broken record may hold, cannot be printed."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(
+        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if 127 <= ord(c) < 160 else c
+        for c in text
+    )
