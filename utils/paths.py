@@ -96,11 +96,11 @@ def near_to(path: Path) -> list[Path]:
     part = parts[wrong].casefold()
     # Short names with two letters the wrong way round are less alike than the cutoff asks for.
     alike = [name for name in folded if sorted(name) == sorted(part)] + get_close_matches(part, folded, 5, cutoff=0.7)
-    # What follows the dot says nothing: tabs.yaml is not meant by hots.yaml.
+    # What follows the dot says nothing, unless little stands before it: tabs.yaml is not meant by hots.yaml.
     stem, suffix = os.path.splitext(part)
     alike = [
         folded[name] for name in alike
-        if not (suffix and name.endswith(suffix)) or get_close_matches(stem, [name.removesuffix(suffix)], 1, cutoff=0.7)
+        if len(stem) < 3 or not (suffix and name.endswith(suffix)) or get_close_matches(stem, [name.removesuffix(suffix)], 1, cutoff=0.7)
     ]  # fmt: skip
     meant = [folder.joinpath(name, *rest) for name in alike]
     meant += [folder.joinpath(name, *parts[wrong:]) for name in names]

@@ -99,7 +99,7 @@ def test_every_command_ends_so():
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")
         if not {"tests", ".venv", "out"} & set(path.relative_to(ROOT).parts)
-        and '__name__ == "__main__"' in (text := path.read_text(encoding="utf-8"))
+        and '\nif __name__ == "__main__":' in (text := path.read_text(encoding="utf-8"))
         and "run_main(" not in text
         and not path.name.startswith("interop_")
     ]
