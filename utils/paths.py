@@ -98,10 +98,10 @@ def near_to(path: Path) -> list[Path]:
     alike = [name for name in folded if sorted(name) == sorted(part)] + get_close_matches(part, folded, 5, cutoff=0.7)
     # What follows the dot says nothing, unless little stands before it: tabs.yaml is not meant by hots.yaml.
     stem, suffix = os.path.splitext(part)
-    alike = [
-        folded[name] for name in alike
-        if len(stem) < 3 or not (suffix and name.endswith(suffix)) or get_close_matches(stem, [name.removesuffix(suffix)], 1, cutoff=0.7)
-    ]  # fmt: skip
+    if suffix and len(stem) > 2:
+        stems = {name: name.removesuffix(suffix) for name in alike}
+        alike = [name for name in alike if get_close_matches(stem, [stems[name]], 1, cutoff=0.7) or name == stems[name]]
+    alike = [folded[name] for name in alike]
     meant = [folder.joinpath(name, *rest) for name in alike]
     meant += [folder.joinpath(name, *parts[wrong:]) for name in names]
     return [one for one in meant if os.path.exists(one)]
