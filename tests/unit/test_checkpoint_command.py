@@ -210,10 +210,11 @@ def test_a_run_that_trains_is_not_pruned(run: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", ["ls", "verify", "prune"])
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, command: str):
-    for path in (tmp_path / "nothing", tmp_path):
-        assert main([command, str(path)]) == 2
+    reasons = {"nothing": "does not exist", "": "is no run directory: it has no ckpt folder"}
+    for name, why in reasons.items():
+        assert main([command, str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
-        assert captured.err == f"checkpoint: {path} is no run directory: it has no ckpt folder\n" and not captured.out
+        assert captured.err == f"checkpoint: {tmp_path / name} {why}\n" and not captured.out
     assert os.listdir(tmp_path) == []
 
 

@@ -586,6 +586,10 @@ def test_reasons_why_nothing_is_left(
     assert said.count("no known format") == 1 and "; a.jsonl at byte 21: no object with fields; a.jsonl at byte" in said
     write_lines(tmp_path / "corpus" / "a.jsonl", [*bad, GOOD])
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=0.0001") == 2
+    assert "holds one document, which cannot be in both sets" in (said := last_line(capsys.readouterr().err))
+    assert "4 records could not be read, for example a.jsonl at byte 0: no known format" in said
+    write_lines(tmp_path / "corpus" / "a.jsonl", [*bad, GOOD, GOOD])
+    assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=0.0001") == 2
     assert "use a larger --valid_ratio" in (said := last_line(capsys.readouterr().err))
     assert "4 records could not be read, for example a.jsonl at byte 0: no known format" in said
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--max_seq_len=5") == 2

@@ -479,8 +479,10 @@ def test_fingerprint_changes_with_the_ids_that_a_text_gets(
 
 
 def test_missing_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match="holds no tokenizer.json.*python -m tokenizer.train_tokenizer"):
+    with pytest.raises(ValueError, match="does not exist: train a tokenizer with .*-m tokenizer.train_tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no tokenizer.json.*python -m tokenizer.train_tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
