@@ -40,8 +40,8 @@ def talk(chat: Chat) -> None:
             chat.reset()
         elif question.startswith("/") and question[1:].isalpha():
             print(_HELP if question == "/help" else f"{question} is no command. {_HELP}", file=sys.stderr)
-        elif question:
-            say(chat, question)
+        elif question and say(chat, question) and chat.was_cut and interactive:
+            tell(f"the answer was cut at --max_new_tokens={chat.max_new_tokens}")
 
 
 def say(chat: Chat, question: str) -> bool:

@@ -265,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
             samples = sequences_of_directory(path, args.split)
         else:
             samples = records_of_file(path, tokenizer, options_from(args))
-        chosen = list(islice(samples, args.first, args.first + args.num))
+        chosen = list(islice(samples, args.first, args.first + args.num + 1))
+        has_more, chosen = len(chosen) > args.num, chosen[: args.num]
         if args.html:
             atomic_write(Path(args.html), as_page(chosen, tokenizer).encode("utf-8", "replace"))
     except (ValueError, OSError) as error:
@@ -274,6 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     for shown in chosen:
         print("\n".join(as_text(shown, tokenizer, color)))
+    if has_more:
+        print(f"show_mask: there are more than these {len(chosen)}: --num and --first show others", file=sys.stderr)
     if chosen and not any(shown.ids for shown in chosen):
         # The reason of a record that was skipped names the task that it is for.
         needs_dpo = any(shown.title.endswith("for --task dpo") for shown in chosen)

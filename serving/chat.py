@@ -50,6 +50,8 @@ class Chat:
 
     def __post_init__(self) -> None:
         self._template = template_of(self.tokenizer)
+        self.was_cut = False
+        """Whether the last answer ended for want of room."""
         self.reset()
 
     def reset(self) -> None:
@@ -75,15 +77,20 @@ class Chat:
             ValueError: the question alone is too long.
         """
         prompt_ids = self._ask(question)
-        said = ""
+        said, self.was_cut = "", False
         try:
-            for piece in stream_text(
-                self.tokenizer, self.sample(prompt_ids, self.max_new_tokens, self._template.stop_ids)
-            ):
+            for piece in stream_text(self.tokenizer, self._sampled(prompt_ids)):
                 said += piece
                 yield piece
         finally:
             self.messages.append(Message("assistant", said))
+
+    def _sampled(self, prompt_ids: list[int]) -> Iterator[int]:
+        count = 0
+        for token_id in self.sample(prompt_ids, self.max_new_tokens, self._template.stop_ids):
+            count += 1
+            yield token_id
+        self.was_cut = count >= self.max_new_tokens
 
     def _ask(self, question: str) -> list[int]:
         """Take a question into the history; returns the prompt."""

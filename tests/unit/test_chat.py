@@ -51,6 +51,16 @@ def test_history(tokenizer: Tokenizer):
     assert "1?" not in parrot.prompts[2] and "be brief" in parrot.prompts[2]
 
 
+def test_an_answer_that_was_cut_is_known(tokenizer: Tokenizer):
+    most = len(tokenizer.encode("one two three four"))
+    chat = Chat(tokenizer, Parrot(tokenizer, "one two three four five six", "one", "one two three"), most, 1000)
+    cut = []
+    for question in "abc":
+        "".join(chat.answer(question))
+        cut.append(chat.was_cut)
+    assert cut == [True, False, False]
+
+
 def test_oldest_exchanges_are_forgotten(tokenizer: Tokenizer):
     """Whole ones, and never the system text; a question that alone is too long is refused and leaves no trace."""
     parrot = Parrot(tokenizer, *["answer"] * 6)

@@ -153,6 +153,14 @@ def test_refusals(home: Path, capsys: pytest.CaptureFixture[str], arguments: lis
     assert said.startswith("show_mask: ") and sentence in said and "\n" not in said
 
 
+def test_what_is_not_shown_is_said(home: Path, capsys: pytest.CaptureFixture[str]):
+    path, count = home / "talk" / "a.jsonl", len((home / "talk" / "a.jsonl").read_text().splitlines())
+    for num in (1, count):
+        assert main([str(path), "--tokenizer_dir", str(home / "tokenizer"), f"--num={num}"]) == 0
+        assert ("there are more than these 1:" in capsys.readouterr().err) == (num < count)
+    assert count > 1
+
+
 def test_raw_records_need_a_tokenizer(home: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(home / "talk" / "a.jsonl")]) == 2
     assert "need --tokenizer_dir" in capsys.readouterr().err
