@@ -63,7 +63,6 @@ class Trainer:
         self.step_seconds = math.inf
         with ExitStack() as resources:
             built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
-            self.config = built.config
             self.reslog, self.flops = start_records(built)
             # Data and DPO's reference are read or made: what follows is training.
             self.launched = time.perf_counter()
