@@ -78,7 +78,9 @@ def beginnings(dataset: TaskDataset, count: int, eod_id: int) -> list[list[int]]
         return [_document_of(row, eod_id) for row in dataset.input_rows(chosen)]
     chosen = np.linspace(0, len(dataset.sequences) - 1, min(count, len(dataset.sequences))).astype(np.int64)
     found = (dataset.sequences.sequence(number) for number in chosen.tolist())
-    return [ids[: int(np.argmax(supervised))].tolist() for ids, supervised in found]
+    prompts = [ids[: int(np.argmax(supervised))].tolist() for ids, supervised in found]
+    # One that begins with what is learnt has nothing to go on from.
+    return [prompt for prompt in prompts if prompt]
 
 
 def _document_of(row: np.ndarray, eod_id: int) -> list[int]:
@@ -87,4 +89,5 @@ def _document_of(row: np.ndarray, eod_id: int) -> list[int]:
     begin = int(ends[0]) + 1 if len(ends) else 0
     # Half of the model's positions are for what follows.
     text = row[begin : begin + max(1, min(_PROMPT_TOKENS, len(row) // 2))].tolist()
-    return text[: text.index(eod_id)] if eod_id in text[1:] else text
+    # The first token stays, also where documents are empty: without any, nothing can follow.
+    return text[: text.index(eod_id, 1)] if eod_id in text[1:] else text

@@ -38,7 +38,7 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 from tokenizer import load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
-from training import build, describe, stopping
+from training import build, describe, samples, stopping
 from utils.checkpoint import list_checkpoints
 from utils.exits import read_exit_records
 from utils.heartbeat import Heartbeat
@@ -157,6 +157,12 @@ def test_samples_are_what_the_checkpoint_writes_and_disturb_nothing(tiny_run: li
         assert sample["text"] == tokenizer.decode(new)
     said = (out_dir(shown) / "train.log").read_text()
     assert said.count("sample at step 4, after: ") == 3 and (f"after: {prompt}" in said or not prompt)
+
+
+@pytest.mark.parametrize("row", [[0, 0, 5, 6, 7, 8], [5, 0, 0, 0, 6, 7], [0] * 6, [5, 6, 7, 8, 9, 0], [5]])
+def test_a_sample_has_something_to_begin_with(row: list[int]):
+    """Also among empty documents, as token files of other programs may hold them: 0 ends one."""
+    assert samples._document_of(np.array(row), 0)
 
 
 def train_until(step: int, event, flags: list[str], *more: str) -> int:
