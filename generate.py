@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from checkpoint.folder import resolve_checkpoint_dir
 from serving.chat import Chat, require_utf8, stream_text
 from utils.arguments import Parser
-from utils.checkpoint import resolve_checkpoint_dir
 from utils.paths import a_path
 from utils.terminal import INTERRUPTED, run_main
 

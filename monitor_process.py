@@ -41,8 +41,8 @@ from monitor.remote import OtherVersion, RemoteNode
 from monitor.status import ENDED_STATES, Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.arguments import Parser
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import is_passing, lock_file
 from utils.paths import a_path, absent, expand
 from utils.ssh import SSHProblem

@@ -25,11 +25,11 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from checkpoint.folder import refuse_other_things
 from configurator import Config, parse_config, resolve
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
-from utils import exits
-from utils.checkpoint import refuse_other_things
-from utils.job import run_job
+from runs import exits
+from runs.job import run_job
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
 

@@ -50,15 +50,15 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 
 from benchmarks.ddp import VOCAB_SIZE, LossModule, new_module
+from checkpoint.folder import Retention
+from checkpoint.saving import CheckpointSaver, CheckpointWriter
+from checkpoint.stores import Place
 from model.hf import named_weights
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
 from parallel import DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
-from utils.checkpoint import Retention
 from utils.machine import cpu_name
 from utils.paths import a_path
-from utils.saving import CheckpointSaver, CheckpointWriter
-from utils.stores import Place
 from utils.terminal import run_main
 
 LEARNING_RATE = 1e-4

@@ -24,8 +24,8 @@ import statistics
 from pathlib import Path
 
 from demo.run import ROOT, data_stages, run
+from runs.reslog import read_reslog
 from utils.paths import a_path
-from utils.reslog import read_reslog
 from utils.terminal import run_main
 
 Points = list[tuple[int, float, float]]

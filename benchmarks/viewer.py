@@ -32,8 +32,8 @@ import threading
 import time
 from pathlib import Path
 
+from runs.reslog import ResLog
 from utils.machine import cpu_name
-from utils.reslog import ResLog
 from utils.terminal import run_main
 
 
@@ -81,7 +81,7 @@ def memory_mib() -> float:
 
 def measure_opening(directory: Path) -> tuple[float, float]:
     """Seconds, and MiB more than before at the highest."""
-    from utils.resplot.sources import Host
+    from viewer.sources import Host
 
     before, started = memory_mib(), time.perf_counter()
     host = Host(None, [str(directory)], on_change=lambda: None)
@@ -101,7 +101,8 @@ def measure_window(directory: Path, steps: int) -> dict[str, object]:
     from PyQt5.QtCore import QTimer
     from PyQt5.QtWidgets import QApplication
 
-    from utils.resplot import command, window
+    from viewer import command
+    from viewer.desktop import window
 
     app, gaps, found = QApplication([""]), [], {}
     beat, last = QTimer(), [time.perf_counter()]

@@ -36,9 +36,9 @@ from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
+from runs.reslog import count_launches, read_reslog
 from utils.arguments import Parser
 from utils.paths import a_path, absent
-from utils.reslog import count_launches, read_reslog
 from utils.terminal import run_main
 
 _ROWS_AT_ONCE = 512

@@ -30,10 +30,10 @@ from textwrap import indent
 
 from demo.functions import modules_of
 from demo.scores import Score, describe, difference, read_answers, score_of, verdict
-from utils.exits import STOPPED
+from runs.exits import STOPPED
+from runs.reslog import read_reslog
 from utils.machine import cpu_name
 from utils.paths import a_path
-from utils.reslog import read_reslog
 from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from monitor.watch import Limits, Watch  # noqa: E402
-from utils.heartbeat import read_heartbeats  # noqa: E402
+from runs.heartbeat import read_heartbeats  # noqa: E402
+from runs.reslog import newest_values  # noqa: E402
 from utils.paths import a_path  # noqa: E402
-from utils.reslog import newest_values  # noqa: E402
 from utils.terminal import run_main  # noqa: E402
 
 _KEYS = {"rank", "pid", "phase", "step", "monotonic"}

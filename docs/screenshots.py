@@ -77,7 +77,8 @@ def picture(path: Path, home: Path, arguments: list[str], seconds: float = 6.0, 
     code = (
         "import sys\nfrom PyQt5.QtCore import QPoint, QTimer, Qt\nfrom PyQt5.QtGui import QFont\n"
         "from PyQt5.QtTest import QTest\nfrom PyQt5.QtWidgets import QApplication\n"
-        "from utils.resplot import command, window\n"
+        "from viewer import command\n"
+        "from viewer.desktop import window\n"
         "app = QApplication(['resplot'])\n"
         "app.setFont(QFont('DejaVu Sans', 9))\n"
         "def end():\n"

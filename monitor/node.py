@@ -33,12 +33,12 @@ from pathlib import Path
 
 import psutil
 
+from checkpoint.folder import RUN_MARK, list_checkpoints
 from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
 from monitor.passing import FULL
-from utils.checkpoint import RUN_MARK, list_checkpoints
-from utils.exits import read_exit_records
+from runs.exits import read_exit_records
+from runs.heartbeat import read_heartbeats, stacks_path
 from utils.files import atomic_write_json, is_passing, try_lock
-from utils.heartbeat import read_heartbeats, stacks_path
 from utils.paths import a_path, expand
 from utils.small_files import is_whole, parse_json, read_small
 
@@ -317,7 +317,7 @@ class LocalNode:
             return None
 
     def _is_run_locked(self) -> bool:
-        """Whether a training, or a command that changes checkpoints, is in the run directory (utils.checkpoint)."""
+        """Whether a training, or a command that changes checkpoints, is in the run directory (checkpoint.folder)."""
         try:
             with open(self.run_dir / ".lock", "rb") as file:
                 return not try_lock(file, fcntl.LOCK_SH)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from monitor.passing import is_of_a_disk
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, verdict
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, verdict
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Ending:
     """How a launch ended, on all nodes together."""
 
     code: int
-    """0, 2, 75 or 1, as in utils/exits.py."""
+    """0, 2, 75 or 1, as in runs/exits.py."""
     reason: str
     """A sentence."""
     traceback: str = ""

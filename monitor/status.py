@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 
 from monitor.node import MONITOR_DIR
+from runs.reslog import newest_values
 from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
 from utils.paths import absent
-from utils.reslog import newest_values
 from utils.small_files import is_number, is_whole, parse_json, parse_yaml, read_small
 
 STATUS_FILE = "status.json"

@@ -29,7 +29,7 @@ from monitor.policy import Decision, Ending, Policy, Rules, classify
 from monitor.rewind import Rewind
 from monitor.status import Status, planned_steps
 from monitor.watch import Limits, Silence, Watch
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import is_passing
 from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem
 

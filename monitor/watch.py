@@ -11,7 +11,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-from utils.sinks import LONGEST_CLOSE_S
+from runs.sinks import LONGEST_CLOSE_S
 
 _SAMPLES = 101
 _FEWEST_SAMPLES = 3

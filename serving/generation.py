@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoint.folder import resolve_checkpoint_dir
 from model import KVCache, Llama, hf
 from model.generation_config import read_generation_config
 from tokenizer import Tokenizer, load_tokenizer
-from utils.checkpoint import resolve_checkpoint_dir
 
 
 class Loaded(NamedTuple):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dataset.dpo import DPODataset
 from model import LlamaConfig
+from runs.exits import StopRequested
 from tasks.dpo import DPOTask
-from utils.exits import StopRequested
 from utils.files import atomic_write, is_passing, sha256_of_file
 
 logger = logging.getLogger(__name__)

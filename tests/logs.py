@@ -2,7 +2,7 @@
 
 import json
 
-from utils.resplot.runs import RunData, Snapshot
+from viewer.runs import RunData, Snapshot
 
 
 def line(name: str, **values) -> bytes:

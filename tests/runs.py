@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from utils.reslog import read_reslog
+from runs.reslog import read_reslog
 
 
 def out_dir(flags: list[str]) -> Path:

@@ -14,6 +14,7 @@ from model import Llama
 from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext
 from parallel.context import enable_determinism
+from runs.sinks import check_sinks
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from training.batch import choose_batch
@@ -28,7 +29,6 @@ from training.progress import Progress
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
-from utils.sinks import check_sinks
 
 logger = logging.getLogger(__name__)
 

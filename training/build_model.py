@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import folder as ckpt
 from configurator import Config, flatten, resolve_model
 from dataset.loader import Batch
 from model import Llama, hf
@@ -13,7 +14,6 @@ from model.ops import CHOICES, build_ops, choose_ops
 from parallel import DistContext
 from tokenizer import Tokenizer
 from training.data import require_tokenizer_of, warn_of_another_template
-from utils import checkpoint as ckpt
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoint import folder as ckpt
+from checkpoint.stores import Place
 from configurator import Config, is_open
 from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
 from dataset.format import MANIFEST_NAME
@@ -16,8 +18,6 @@ from parallel import DistContext
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
-from utils import checkpoint as ckpt
-from utils.stores import Place
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import folder as ckpt
 from configurator import Config
 from model import hf
 from parallel import DistContext
@@ -14,7 +15,6 @@ from tasks.reference import ReferenceCache, compute_reference, weights_fingerpri
 from training.build_model import to_device
 from training.data import Data
 from training.run_dir import RunDir
-from utils import checkpoint as ckpt
 
 
 def prepare_reference(

@@ -3,15 +3,15 @@
 import logging
 from pathlib import Path
 
+from checkpoint import folder as ckpt
 from configurator import CONFIG_NAME, Config, changes_since, flatten, to_yaml
+from runs import exits
+from runs.reslog import VERSION, ResLog, count_launches
+from runs.sinks import Sinks, open_sinks
 from training.build import Built
 from training.data import order_of_samples
 from training.describe import Flops, count_flops, describe
-from utils import checkpoint as ckpt
-from utils import exits
 from utils.files import atomic_write
-from utils.reslog import VERSION, ResLog, count_launches
-from utils.sinks import Sinks, open_sinks
 
 logger = logging.getLogger(__name__)
 

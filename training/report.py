@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from checkpoint import folder as ckpt
+from checkpoint.saving import SaveOutcome
 from configurator import RunConfig, parse_profile_steps
 from parallel import DistContext, PowerSGD
+from runs.reslog import ResLog
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from training.build import Built
 from training.describe import Flops
+from training.profile_steps import StepProfile
 from training.progress import Progress, Unlogged
 from training.samples import Sample
-from utils import checkpoint as ckpt
+from training.summary import Ending, summary_lines
 from utils.logging import clock, log_repeated_warnings
 from utils.paths import for_command
-from utils.profile_steps import StepProfile
-from utils.reslog import ResLog
-from utils.run_summary import Ending, summary_lines
-from utils.saving import SaveOutcome
 from utils.terminal import visible
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from checkpoint import folder as ckpt
+from checkpoint.flat_state import holds_flat_state, load_flat_state, read_tensors
 from configurator import Config
 from optimizer import MixedPrecisionOptimizer
 from parallel import DistContext, PowerSGD
@@ -10,8 +12,6 @@ from training.build_parallel import Parallel
 from training.data import Data, order_of_samples
 from training.progress import Progress
 from training.run_dir import RunDir
-from utils import checkpoint as ckpt
-from utils.flat_state import holds_flat_state, load_flat_state, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from checkpoint import folder as ckpt
+from checkpoint.fetching import CheckpointFiles
+from checkpoint.saving import CheckpointSaver
+from checkpoint.stores import Place, find_place
 from configurator import CONFIG_NAME, Config, parse_log_ranks
 from parallel import DistContext
 from parallel.launched import launch_token, launched_node
-from utils import checkpoint as ckpt
-from utils.fetching import CheckpointFiles
-from utils.heartbeat import Heartbeat, write_stacks_on_signal
+from runs.heartbeat import Heartbeat, write_stacks_on_signal
 from utils.logging import add_log_file, log_file_of
-from utils.saving import CheckpointSaver
-from utils.stores import Place, find_place
 
 logger = logging.getLogger(__name__)
 

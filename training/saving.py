@@ -1,11 +1,11 @@
 """What a rank writes of a checkpoint. resume.py reads it."""
 
+from checkpoint import folder as ckpt
+from checkpoint.saving import CheckpointWriter
 from model import hf
 from model.generation_config import GENERATION_CONFIG
 from training.build import Built
 from training.data import order_of_samples
-from utils import checkpoint as ckpt
-from utils.saving import CheckpointWriter
 
 
 def add_share(built: Built, writer: CheckpointWriter) -> None:

@@ -12,24 +12,24 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.saving import SaveOutcome
 from configurator import Config
 from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_batches
 from optimizer import StepResult
 from parallel import DistContext, DistributedDataParallel
 from parallel.replicas import require_same_weights
 from parallel.spans import span
+from runs import exits
 from training import report
 from training.build import build
 from training.build_model import to_device
 from training.build_optimizer import learning_rate
+from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records
 from training.samples import Samples
 from training.saving import add_share
 from training.stopping import LONG_S, Rounds, Stopping, StopRequest, Teller
-from utils import exits
-from utils.meter import StepMeter
-from utils.saving import SaveOutcome
 
 logger = logging.getLogger("train")
 

@@ -17,7 +17,7 @@ OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 _WRONG, _INTERRUPTED = 2, 130
-"""Exit codes, as in utils/exits.py and utils/terminal.py, which say more than an old Python understands."""
+"""Exit codes, as in runs/exits.py and utils/terminal.py, which say more than an old Python understands."""
 
 
 def check(requirements: str = "requirements.txt") -> None:

@@ -7,7 +7,7 @@ wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anyth
 the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
 
 SIGTERM goes on to the ranks, which save and end. Not to the launcher, which would kill them after 30 seconds
-(utils/job.py).
+(runs/job.py).
 """
 
 import sys
@@ -24,8 +24,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from utils.exits import CRASH, STOPPED, WRONG_INPUT
-from utils.job import run_job
+from runs.exits import CRASH, STOPPED, WRONG_INPUT
+from runs.job import run_job
 from utils.terminal import run_main
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from checkpoint.folder import find_problem, list_checkpoints, read_trainer_state
 from dataset.audit import audit_run
+from runs.reslog import read_reslog
 from tests.chaos.run import Broken, Run
 from tests.runs import same_bits
-from utils.checkpoint import find_problem, list_checkpoints, read_trainer_state
-from utils.reslog import read_reslog
 
 
 def tensors(out_dir: Path, step: int) -> dict[str, torch.Tensor]:

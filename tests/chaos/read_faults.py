@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from checkpoint.folder import MANIFEST, Checkpoint
 from tests.chaos.faults import kind, relaunched
 from tests.chaos.file_faults import die_and
 from tests.chaos.read_errors import ERRORS
 from tests.chaos.run import SAVE_INTERVAL, Broken, Run, send
-from utils.checkpoint import MANIFEST, Checkpoint
 
 HOLD = (0.3, 1.5, 5.0)
 """Seconds; shorter, and longer than whoever reads tries."""

@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 import yaml
 
+from checkpoint.folder import Checkpoint, list_checkpoints
+from runs.heartbeat import read_heartbeats
 from tests.chaos.read_errors import ReadErrors
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.sshd import Sshd, free_port
-from utils.checkpoint import Checkpoint, list_checkpoints
-from utils.heartbeat import read_heartbeats
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0

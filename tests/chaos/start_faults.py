@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from checkpoint.folder import MANIFEST, REPLACED
 from tests.chaos.faults import ask, begun, kind, relaunched, struck
 from tests.chaos.file_faults import die_and
 from tests.chaos.run import Broken, Run
-from utils.checkpoint import MANIFEST, REPLACED
 
 
 @contextlib.contextmanager

@@ -19,14 +19,16 @@ from random import Random
 
 import torch
 
+from checkpoint import folder as checkpoint
+from checkpoint import saving
+from checkpoint.folder import MANIFEST, REPLACED
+from checkpoint.saving import CheckpointWriter
 from optimizer import MixedPrecisionOptimizer, StepResult
 from parallel.launched import launch_token
+from runs import sinks
+from runs.heartbeat import Heartbeat
 from tasks.language_model import LanguageModelTask
 from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
-from utils import checkpoint, saving, sinks
-from utils.checkpoint import MANIFEST, REPLACED
-from utils.heartbeat import Heartbeat
-from utils.saving import CheckpointWriter
 
 HOME = Path(os.environ["CHAOS_DIR"])
 SLOW = HOME / "slow"

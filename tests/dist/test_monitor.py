@@ -14,13 +14,13 @@ import psutil
 import pytest
 
 import train_my_ddp
+from checkpoint import folder as ckpt
 from dataset.audit import main as audit
 from monitor.node import LocalNode
 from monitor.status import Status
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
-from utils import checkpoint as ckpt
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 
 pytestmark = pytest.mark.slow
 

@@ -21,6 +21,7 @@ import yaml
 
 import monitor.remote
 import monitor_process
+from checkpoint.folder import list_checkpoints
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from monitor.remote import RemoteNode
@@ -30,7 +31,6 @@ from tests.dist.group import run_ranks
 from tests.dist.test_runs import run_cases
 from tests.runs import elsewhere, final_state, out_dir, records, same_bits
 from tests.sshd import Sshd, free_port, missing
-from utils.checkpoint import list_checkpoints
 
 ROOT = Path(monitor_process.__file__).parent
 SECRET = "correct-horse-battery-staple"
@@ -230,8 +230,8 @@ SCRIPT = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils.exits import write_exit_record
-from utils.heartbeat import Heartbeat
+from runs.exits import write_exit_record
+from runs.heartbeat import Heartbeat
 run = Path(next(flag.partition("=")[2] for flag in sys.argv if flag.startswith("--out_dir=")))
 heartbeat, step = Heartbeat(run / "heartbeat", 0, 1, os.environ["ZERO2ALL_LAUNCH"]), 0
 while not (run / "go").exists():

@@ -22,20 +22,20 @@ from safetensors.torch import load_file
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint import folder as ckpt
 from model import flops
 from model.hf import to_hf_name
 from optimizer import LossScaler, MixedPrecisionOptimizer
 from parallel import Zero1
 from parallel.listen import LOOPBACK, bind, serve_store
+from runs.exits import CRASH, read_exit_records
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
 from training import build_model, describe
-from utils import checkpoint as ckpt
-from utils import timeline
-from utils.exits import CRASH, read_exit_records
-from utils.meter import StepMeter
+from training.meter import StepMeter
+from viewer import timeline
 
 STEPS = 6
 ZERO1, GATHER = "--use_distributed_optimizer", "--overlap_param_gather"

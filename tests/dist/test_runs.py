@@ -13,13 +13,13 @@ import pytest
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint import folder as ckpt
+from checkpoint.saving import CheckpointWriter
+from runs.exits import CRASH, STOPPED, read_exit_records, verdict
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
-from utils import checkpoint as ckpt
-from utils.exits import CRASH, STOPPED, read_exit_records, verdict
-from utils.saving import CheckpointWriter
 
 ROOT = Path(train_my_ddp.__file__).parent
 

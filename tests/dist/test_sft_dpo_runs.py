@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint import folder as ckpt
 from data_preprocess import pretokenize_sft_data
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import Plan
@@ -26,7 +27,6 @@ from tests.unit.test_sft_train import (
     write_model,
     write_sft,
 )
-from utils import checkpoint as ckpt
 
 STEPS = 4
 DROPOUT = "--hidden_dropout=0.2"

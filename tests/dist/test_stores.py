@@ -18,17 +18,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train_my_ddp
+from checkpoint import folder as ckpt
+from checkpoint.stores import find_place
 from model import flops
 from parallel import destroy_context, init_context
+from runs.exits import read_exit_records
+from runs.reslog import read_reslog
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import meet
 from tests.runs import elsewhere, same_bits
 from training import describe
-from utils import checkpoint as ckpt
-from utils.exits import read_exit_records
-from utils.reslog import read_reslog
-from utils.stores import find_place
 
 STEPS, KEPT = 6, 4
 """Steps of a run, and the newest checkpoint that a copy of it goes on from."""

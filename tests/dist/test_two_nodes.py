@@ -12,11 +12,11 @@ import psutil
 import pytest
 import yaml
 
+from checkpoint.folder import list_checkpoints
 from dataset import audit
+from runs.reslog import read_reslog
 from tests.conftest import SEQ_LEN
 from tests.dist.test_monitor_hosts import can_make_namespaces, two_namespaces
-from utils.checkpoint import list_checkpoints
-from utils.reslog import read_reslog
 
 SCRIPT = Path(audit.__file__).parents[1] / "docs" / "launch" / "launch.sh"
 STEPS = 80

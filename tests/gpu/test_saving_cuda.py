@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import train_my_ddp
+from checkpoint.saving import HostCopies
 from tests.runs import elsewhere, final_state, same_bits
-from utils.saving import HostCopies
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint as ckpt
-from utils.checkpoint import Retention, choose_checkpoint, find_problem, list_checkpoints
-from utils.flat_state import load_flat_state
-from utils.reslog import ResLog
-from utils.saving import CheckpointWriter
-from utils.stores import Place, find_place
+from checkpoint import folder as ckpt
+from checkpoint.flat_state import load_flat_state
+from checkpoint.folder import Retention, choose_checkpoint, find_problem, list_checkpoints
+from checkpoint.saving import CheckpointWriter
+from checkpoint.stores import Place, find_place
+from runs.reslog import ResLog
 
 PLACES = [Place(rank, 2, (0, 1)) for rank in range(2)]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import checkpoint as ckpt
-from utils.checkpoint import main
-from utils.saving import CheckpointWriter
-from utils.stores import Place
+from checkpoint import folder as ckpt
+from checkpoint.folder import main
+from checkpoint.saving import CheckpointWriter
+from checkpoint.stores import Place
 
 ALONE = Place(0, 1, (0,))
 

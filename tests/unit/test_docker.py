@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from utils.heartbeat import Heartbeat
+from runs.heartbeat import Heartbeat
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCKER = ROOT / "docker"
@@ -316,7 +316,7 @@ def test_sshd_without_keys_is_refused(tmp_path: Path):
 RANK = """
 import os, signal, sys
 from pathlib import Path
-from utils.heartbeat import Heartbeat
+from runs.heartbeat import Heartbeat
 heartbeat = Heartbeat(Path(sys.argv[1]) / "heartbeat", 0, 1)
 heartbeat.beat("step", 7)
 print(1, flush=True)

@@ -158,6 +158,10 @@ def check_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
         check_module(script.removesuffix(".py"), argv, monkeypatch)
 
 
+DOORS = {"utils.resplot": "viewer.command"}
+"""Package that is run -> the module that reads its command line, where that lies in another room."""
+
+
 def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / name.split(".")[0]).exists() and not (ROOT / f"{name}.py").exists():
         # Not ours: pytest, say. What it is to work on exists.
@@ -167,7 +171,7 @@ def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
     path = ROOT / name.replace(".", "/")
     if path.is_dir():
         assert (path / "__main__.py").exists(), f"{name} is no command"
-        name += ".command"
+        name = DOORS.get(name, f"{name}.command")
     elif name.startswith("tests."):
         # They may not be imported beside other tests: Triton, once imported, cannot be interpreted any more.
         source = path.with_suffix(".py").read_text(encoding="utf-8")

@@ -16,10 +16,10 @@ from dataset.sft import padded
 from model import Llama
 from model.config import LlamaConfig
 from model.loss import IGNORE_INDEX
+from runs.exits import StopRequested
 from tasks.dpo import DPOLoss, DPOLossType, DPOTask
 from tasks.reference import ReferenceCache, compute_reference
 from tests.unit.test_sequences import write_sequences
-from utils.exits import StopRequested
 
 KINDS = get_args(DPOLossType)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from runs.exits import read_exit_records
 from utils import environment
-from utils.exits import read_exit_records
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
@@ -29,7 +29,7 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "words, package",
-    [(["train_my_ddp.py", "--nproc", "2"], "tyro"), (["generate.py"], "jinja2"), (["monitor_process.py"], "psutil"),
+    [(["train_my_ddp.py", "--nproc", "2"], "yaml"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
      (["-m", "tokenizer.train_tokenizer"], "tqdm"), (["-m", "parallel.launch"], "torch"),
      (["-m", "data_preprocess.pretokenize_pretrain_data"], "pyarrow"), (["-m", "dataset.inspect"], "numpy"),
      (["-m", "utils.checkpoint"], "yaml"), (["-m", "benchmarks.memory"], "torch")],
@@ -41,7 +41,7 @@ def test_without_the_packages_a_command_says_what_to_do(words: list[str], packag
     assert ".venv/bin/activate`" in ended.stderr
 
 
-@pytest.mark.parametrize("path", ["dataset/inspect.py", "utils/checkpoint.py"])
+@pytest.mark.parametrize("path", ["dataset/inspect.py", "checkpoint/folder.py"])
 def test_a_command_runs_by_its_path_from_anywhere(path: str, tmp_path: Path):
     """Their folders hold files that are called as modules of Python itself: inspect.py, logging.py."""
     ended = subprocess.run([sys.executable, ROOT / path, "--help"], cwd=tmp_path, capture_output=True, text=True)

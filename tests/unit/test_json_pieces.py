@@ -8,8 +8,8 @@ import tracemalloc
 
 import pytest
 
-from utils import json_pieces
-from utils.json_pieces import JSONPieces, TooLarge
+from runs import json_pieces
+from runs.json_pieces import JSONPieces, TooLarge
 
 
 def read(data: bytes, longest: int = 10_000, most: int = 1 << 30) -> dict:

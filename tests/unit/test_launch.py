@@ -17,10 +17,10 @@ from configurator import parse_config, resolve
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
+from runs.job import meaning
 from train_my_ddp import number_of_processes
 from train_my_ddp import run as train_run
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
-from utils.job import meaning
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs" / "launch"

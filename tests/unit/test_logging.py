@@ -9,14 +9,14 @@ import pytest
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint.folder import Retention
 from configurator import parse_config
 from model import flops
 from tests.runs import elsewhere, out_dir, records
+from training.meter import StepMeter
 from training.report import shown
-from utils.checkpoint import Retention
+from training.summary import Ending, summary_lines
 from utils.logging import add_log_file, log_file_of, log_repeated_warnings, setup_console
-from utils.meter import StepMeter
-from utils.run_summary import Ending, summary_lines
 
 logger = logging.getLogger("test")
 

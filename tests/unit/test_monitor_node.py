@@ -29,8 +29,8 @@ PRELUDE = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils.exits import write_exit_record
-from utils.heartbeat import Heartbeat, write_stacks_on_signal
+from runs.exits import write_exit_record
+from runs.heartbeat import Heartbeat, write_stacks_on_signal
 run, rank = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
 token, exits = os.environ["ZERO2ALL_LAUNCH"], Path(os.environ["ZERO2ALL_EXIT_DIR"])
 def beat(phase="step", step=0, world_size=1):

@@ -18,7 +18,7 @@ from monitor.policy import Rules
 from monitor.status import Status
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.ssh import LoginRefused, Unreachable
 
 LONG = 600.0

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from monitor.policy import Decision, Ending, Policy, Rules, classify
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 
 RULES = Rules(max_restarts=10, max_without_progress=3, give_up_after=0.0, backoff=1.0, max_backoff=5.0, max_go_back=2)
 CRASHED = Ending(CRASH, "rank 0: OSError: gone")

@@ -27,8 +27,8 @@ from monitor.policy import Rules
 from monitor.status import Status, describe
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from tests.unit.test_monitor_node import ROOT, is_alive, until
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.files import lock_file
 from utils.ssh import LoginRefused, Unreachable
 
@@ -38,8 +38,8 @@ PRELUDE = f"""
 import json, os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from utils.exits import write_exit_record
-from utils.heartbeat import Heartbeat, write_stacks_on_signal
+from runs.exits import write_exit_record
+from runs.heartbeat import Heartbeat, write_stacks_on_signal
 run = Path(next(flag.partition("=")[2] for flag in sys.argv if flag.startswith("--out_dir=")))
 rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 def ranks(number, wait=lambda ranks: max(process.wait() for process in ranks)):

@@ -33,7 +33,7 @@ def test_each_phase_has_its_limit(phase: str, limit: float):
 
 
 def test_every_phase_that_a_rank_beats_has_a_limit():
-    from utils.heartbeat import PHASES
+    from runs.heartbeat import PHASES
 
     watch = Watch(LIMITS, 0.0)
     assert all(watch.limit(phase) > 0 for phase in PHASES)
@@ -174,6 +174,6 @@ def test_silence_before_the_watch_began():
 
 
 def test_leaving_takes_as_long_as_loggers_may_take():
-    from utils.sinks import LONGEST_CLOSE_S
+    from runs.sinks import LONGEST_CLOSE_S
 
     assert Limits().end > LONGEST_CLOSE_S

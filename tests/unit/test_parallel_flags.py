@@ -6,8 +6,8 @@ import pytest
 
 import train_my_ddp
 from configurator import flatten, parse_config
+from runs.exits import read_exit_records
 from tests.runs import out_dir
-from utils.exits import read_exit_records
 
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
 

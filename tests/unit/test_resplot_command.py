@@ -15,8 +15,9 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 import matplotlib
 
 from tests.sshd import missing
-from utils.resplot import command, qt
-from utils.resplot.command import main
+from viewer import command
+from viewer.command import main
+from viewer.desktop import qt
 
 FONT_CACHE = matplotlib.get_cachedir()
 """Looking for fonts takes seconds."""
@@ -159,7 +160,7 @@ def test_a_host_that_is_not_there(capsys: pytest.CaptureFixture):
 def without(*modules: str) -> str:
     """A program in which modules cannot be imported, and which then is the command."""
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in modules)]
-    return "\n".join([*lines, "from utils.resplot.command import main", "sys.exit(main(sys.argv[1:]))"])
+    return "\n".join([*lines, "from viewer.command import main", "sys.exit(main(sys.argv[1:]))"])
 
 
 def in_process_without(modules: list[str], *argv: str, **variables: str) -> subprocess.CompletedProcess:
@@ -193,9 +194,9 @@ def test_a_library_that_is_missing(run: str, monkeypatch: pytest.MonkeyPatch, ca
     assert "libGL.so.1" in said and "is missing: pip" not in said
     assert "apt install libgl1" in said and "draws without" not in said
     # A window lacks it, a picture may not.
-    window = types.ModuleType("utils.resplot.window")
+    window = types.ModuleType("viewer.desktop.window")
     window.__getattr__ = broken
-    monkeypatch.setitem(sys.modules, "utils.resplot.window", window)
+    monkeypatch.setitem(sys.modules, "viewer.desktop.window", window)
     assert fails(capsys, run).endswith("apt install libgl1); --png FILE draws without a window")
 
 

@@ -19,11 +19,11 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.resplot import panels as panels_module
-from utils.resplot.colours import COLOURS, MARKS, look, on_paper
-from utils.resplot.export import save
-from utils.resplot.layout import fitted_name, text_width, wrapped
-from utils.resplot.panels import (
+from viewer import panels as panels_module
+from viewer.colours import COLOURS, MARKS, look, on_paper
+from viewer.export import save
+from viewer.layout import fitted_name, text_width, wrapped
+from viewer.panels import (
     PANELS,
     X_AXES,
     DrawnPanel,
@@ -38,8 +38,8 @@ from utils.resplot.panels import (
     value_text,
     x_text,
 )
-from utils.resplot.runs import RunData, Snapshot
-from utils.resplot.text import translate
+from viewer.runs import RunData, Snapshot
+from viewer.text import translate
 
 SIZE = (360, 260)
 USUAL, LOSS = View(), View(panels=("loss",))

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runs.reslog import LONGEST_LINE, parse_record, read_reslog
 from tests.logs import line, snapshot_of
-from utils.reslog import LONGEST_LINE, parse_record, read_reslog
-from utils.resplot import runs as runs_module
-from utils.resplot.curves import band, smooth
-from utils.resplot.runs import RunData, Snapshot, plain
-from utils.resplot.sources import Health, Run
-from utils.resplot.state import differences, state_of
+from viewer import runs as runs_module
+from viewer.curves import band, smooth
+from viewer.runs import RunData, Snapshot, plain
+from viewer.sources import Health, Run
+from viewer.state import differences, state_of
 
 
 def resumed() -> Snapshot:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from runs.reslog import LONGEST_LINE
 from tests.logs import text_line as line
 from tests.sshd import Sshd, empty_home, fingerprint, make_key, missing
 from tests.unit.test_ssh import PASSWORD, server_with_guest
-from utils.reslog import LONGEST_LINE
-from utils.resplot import sources
-from utils.resplot.sources import FollowedFile, Host, LocalFiles, Place, Run, labels, open_hosts
 from utils.ssh import SSHTarget
+from viewer import sources
+from viewer.sources import FollowedFile, Host, LocalFiles, Place, Run, labels, open_hosts
 
 needs_sshd = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 

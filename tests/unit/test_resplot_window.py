@@ -26,11 +26,11 @@ from PyQt5.QtGui import QMouseEvent, QWheelEvent
 from PyQt5.QtTest import QTest
 from PyQt5.QtWidgets import QApplication, QInputDialog, QMessageBox
 
-from utils.resplot import canvas as canvas_module
-from utils.resplot import window as window_module
-from utils.resplot.panels import DrawnPanel, View
-from utils.resplot.sources import LocalFiles, Place, open_hosts
-from utils.resplot.window import Window, remembered_view
+from viewer.desktop import canvas as canvas_module
+from viewer.desktop import window as window_module
+from viewer.desktop.window import Window, remembered_view
+from viewer.panels import DrawnPanel, View
+from viewer.sources import LocalFiles, Place, open_hosts
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ import pytest
 
 import utils.logging
 from configurator import Derived, parse_config
-from training.describe import _batch
-from utils import reslog as reslog_module
-from utils.exits import (
+from runs import reslog as reslog_module
+from runs.exits import (
     CRASH,
     OK,
     STOPPED,
@@ -25,9 +24,10 @@ from utils.exits import (
     verdict,
     write_exit_record,
 )
-from utils.heartbeat import Heartbeat, read_heartbeats
-from utils.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
-from utils.run_summary import _validation
+from runs.heartbeat import Heartbeat, read_heartbeats
+from runs.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
+from training.describe import _batch
+from training.summary import _validation
 
 
 def test_a_torn_last_line_gets_its_newline(tmp_path: Path):

@@ -19,15 +19,15 @@ from torch import Tensor
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint import saving
+from checkpoint.flat_state import load_flat_state
+from checkpoint.folder import Checkpoint, Retention, doomed_by, find_problem, list_checkpoints
+from checkpoint.saving import CheckpointSaver, CheckpointWriter, HostCopies
+from checkpoint.stores import Part, Place
 from dataset import audit
 from tests.dist.group import run_ranks
 from tests.dist.test_stores import enter_own_mounts, mount_small_disk, skip_unless_mounting_is_allowed
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
-from utils import saving
-from utils.checkpoint import Checkpoint, Retention, doomed_by, find_problem, list_checkpoints
-from utils.flat_state import load_flat_state
-from utils.saving import CheckpointSaver, CheckpointWriter, HostCopies
-from utils.stores import Part, Place
 
 CPU = torch.device("cpu")
 PATIENCE = 60

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint.folder import find_problem
 from data_preprocess import pretokenize_sft_data
 from dataset import audit, inspect, show_mask
 from dataset.sequences import SequenceSet
@@ -39,7 +40,6 @@ from tests.unit.test_train import train_until
 from tokenizer import load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.hf_bbpe import HFBBPETokenizer, train_hf_bbpe
-from utils.checkpoint import find_problem
 
 SEQ_LEN = 96
 PAIRS = 50

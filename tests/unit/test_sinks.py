@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.reslog import ResLog, read_reslog
-from utils.sinks import Sinks, TensorBoard, WeightsAndBiases, check_sinks, open_sinks, scalars
+from runs.reslog import ResLog, read_reslog
+from runs.sinks import Sinks, TensorBoard, WeightsAndBiases, check_sinks, open_sinks, scalars
 
 
 class Kept:
@@ -70,8 +70,8 @@ def test_a_failing_sink_warns_once_and_the_others_go_on(where: str, tmp_path: Pa
 
 
 def test_a_sink_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch, caplog):
-    monkeypatch.setattr("utils.sinks._MOST_QUEUED", 5)
-    monkeypatch.setattr("utils.sinks._PATIENCE_S", 0.05)
+    monkeypatch.setattr("runs.sinks._MOST_QUEUED", 5)
+    monkeypatch.setattr("runs.sinks._PATIENCE_S", 0.05)
     release = threading.Event()
 
     class Hanging(Kept):
@@ -142,7 +142,7 @@ def test_a_launch_hands_on_what_stands_of_those_before_it(tmp_path: Path, monkey
         log.write("train", step=step, loss=float(step))
     log.close()
     made = []
-    monkeypatch.setattr("utils.sinks.WeightsAndBiases", lambda *values: made.append(values) or Kept())
+    monkeypatch.setattr("runs.sinks.WeightsAndBiases", lambda *values: made.append(values) or Kept())
     open_sinks(tmp_path, 2, False, "mine", "offline", {"seed": 1}).close()
     ((run_dir, project, mode, attempt, settings, standing),) = made
     assert (run_dir, project, mode, attempt, settings) == (tmp_path, "mine", "offline", 2, {"seed": 1})

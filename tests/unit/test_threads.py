@@ -6,8 +6,8 @@ from threading import Barrier
 import pytest
 import torch
 
+from checkpoint.saving import HostCopies
 from dataset.loader import TrainLoader
-from utils.saving import HostCopies
 from utils.threads import background_threads
 
 

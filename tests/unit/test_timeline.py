@@ -16,9 +16,9 @@ import train_my_ddp
 from configurator import parse_config
 from model import flops
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
-from utils import timeline
-from utils.profile_steps import StepProfile
-from utils.timeline import Span, Trace, figures_of, mean_figures, read_trace
+from training.profile_steps import StepProfile
+from viewer import timeline
+from viewer.timeline import Span, Trace, figures_of, mean_figures, read_trace
 
 MAIN, AUTOGRAD, COMM, GLOO = 10, 11, 12, 13
 

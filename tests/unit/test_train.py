@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generate
 import train_my_ddp
 import training.trainer as trainer_module
+from checkpoint.folder import list_checkpoints
+from checkpoint.saving import CheckpointWriter
 from data_preprocess.build_pretrain_sample_index_map import build as build_index
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
@@ -31,6 +33,8 @@ from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
 from optimizer import LossScaler
+from runs.exits import read_exit_records
+from runs.heartbeat import Heartbeat
 from serving.generation import generate as new_tokens
 from serving.generation import load_model
 from tasks.language_model import LanguageModelTask
@@ -39,10 +43,6 @@ from tests.runs import elsewhere, final_state, losses, out_dir, records, relativ
 from tokenizer import load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from training import build, describe, samples, stopping
-from utils.checkpoint import list_checkpoints
-from utils.exits import read_exit_records
-from utils.heartbeat import Heartbeat
-from utils.saving import CheckpointWriter
 
 MUON = ["--optimizer=muon", "--muon_iterations=3"]
 

@@ -8,7 +8,7 @@ if __name__ == "__main__":
     environment.check("requirements-viewer.txt")
 
 
-from utils.resplot.command import main
 from utils.terminal import run_main
+from viewer.command import main
 
 run_main(lambda: main(sys.argv[1:]))

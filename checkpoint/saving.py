@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint import MANIFEST, REPLACED, Retention, prune_or_warn, sealed
+from checkpoint.flat_state import flat_key
+from checkpoint.folder import MANIFEST, REPLACED, Retention, prune_or_warn, sealed
+from checkpoint.stores import Place
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
-from utils.flat_state import flat_key
-from utils.stores import Place
 from utils.threads import background_threads
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from utils.arguments import Parser
 from utils.paths import a_path, absent
-from utils.resplot.qt import WITHOUT_WINDOW, debian_package
-from utils.resplot.runs import plain
-from utils.resplot.sources import Host, Place, labels, open_hosts
-from utils.resplot.text import LANGUAGES
+from viewer.desktop.qt import WITHOUT_WINDOW, debian_package
+from viewer.runs import plain
+from viewer.sources import Host, Place, labels, open_hosts
+from viewer.text import LANGUAGES
 
 _EXAMPLES = """examples:
   python -m utils.resplot out/mine                       one run, live
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             # A window waits for it.
             gone = (place.path for place in args.places if place.target is None and not os.path.exists(place.path))
             return _fail(plain(absent(path))) if (path := next(gone, None)) else _without_desktop(args)
-        from utils.resplot.window import show
+        from viewer.desktop.window import show
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
             # It is installed, but a library of the system that it needs is not.
@@ -133,9 +133,9 @@ class Terminal:
 def _without_desktop(args: argparse.Namespace) -> int:
     import matplotlib
 
-    from utils.resplot.colours import look
-    from utils.resplot.export import check_suffix, save
-    from utils.resplot.panels import ShownRun, View, available, chosen_panels, left_out
+    from viewer.colours import look
+    from viewer.export import check_suffix, save
+    from viewer.panels import ShownRun, View, available, chosen_panels, left_out
 
     if args.png:
         try:

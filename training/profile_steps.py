@@ -1,4 +1,4 @@
-"""--profile_steps: traces of some steps by torch.profiler, one a rank, and a picture of one step (utils/timeline.py).
+"""--profile_steps: traces of some steps by torch.profiler, one a rank, and a picture of one step (viewer/timeline.py).
 
 A step's parts are ranges that the training names (parallel/spans.py). Nothing here may end a run.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from utils import timeline
+from viewer import timeline
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.resplot.panels import duration
-from utils.resplot.runs import Snapshot, plain
-from utils.resplot.sources import Run
-from utils.resplot.text import translate
+from viewer.panels import duration
+from viewer.runs import Snapshot, plain
+from viewer.sources import Run
+from viewer.text import translate
 
 _QUIET_S = 60.0
 _QUIET_STEPS = 10

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoint import Retention, best_first, doomed_by, list_checkpoints
+from checkpoint.folder import Retention, best_first, doomed_by, list_checkpoints
+from runs.reslog import number, read_reslog
 from utils.logging import clock
 from utils.paths import for_command
-from utils.reslog import number, read_reslog
 
 
 @dataclass(frozen=True)

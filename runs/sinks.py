@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from utils.reslog import number, read_reslog
+from runs.reslog import number, read_reslog
 
 logger = logging.getLogger(__name__)
 

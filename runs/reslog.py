@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    from utils.sinks import Sinks
+    from runs.sinks import Sinks
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class ResLog:
     """
     Args:
         path: of the file; a line that a crash cut off gets its newline first, so that the next one stays whole.
-        sinks: get every record too; see utils/sinks.py.
+        sinks: get every record too; see runs/sinks.py.
     """
 
     def __init__(self, path: Path, sinks: "Sinks | None" = None):

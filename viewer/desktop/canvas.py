@@ -17,8 +17,8 @@ from PyQt5.QtCore import QObject, QPoint, QPointF, QRectF, QSize, Qt, pyqtSignal
 from PyQt5.QtGui import QColor, QFont, QImage, QPainter, QPen, QPolygonF
 from PyQt5.QtWidgets import QWidget
 
-from utils.resplot.panels import DrawnPanel, ShownRun, View, draw, theme_of, value_text, without_zoom, x_text
-from utils.resplot.text import translate
+from viewer.panels import DrawnPanel, ShownRun, View, draw, theme_of, value_text, without_zoom, x_text
+from viewer.text import translate
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from utils.exits import CRASH, OK, STOPPED, WRONG_INPUT, read_exit_records, verdict
+from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, read_exit_records, verdict
 
 
 def run_job(command: Sequence[str], exit_dir: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib import dates, font_manager, ticker
 from matplotlib.lines import Line2D
 
-from utils.resplot.colours import on_paper
-from utils.resplot.curves import automatic_weight, band, smooth
-from utils.resplot.layout import Cell, arrange, fitted, fitted_name, text_width, wrapped
-from utils.resplot.runs import Snapshot
-from utils.resplot.text import translate
+from viewer.colours import on_paper
+from viewer.curves import automatic_weight, band, smooth
+from viewer.layout import Cell, arrange, fitted, fitted_name, text_width, wrapped
+from viewer.runs import Snapshot
+from viewer.text import translate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from utils.exits import rank_of
+from runs.exits import rank_of
 from utils.small_files import is_number, is_whole, parse_json, read_small
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from utils.files import atomic_write
-from utils.resplot.panels import MOST_PANELS, Panel, ShownRun, View, chosen_panels, draw, runs_of
+from viewer.panels import MOST_PANELS, Panel, ShownRun, View, chosen_panels, draw, runs_of
 
 _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCanvasPdf}
 

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.checkpoint import Chosen, hook_state_rank, is_hook_state, is_state_of_ranks
-from utils.stores import Gather, Place
+from checkpoint.folder import Chosen, hook_state_rank, is_hook_state, is_state_of_ranks
+from checkpoint.stores import Gather, Place
 
 logger = logging.getLogger(__name__)
 

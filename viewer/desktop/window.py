@@ -41,11 +41,12 @@ from PyQt5.QtWidgets import (
     QWidget,
 )
 
-from utils.resplot.canvas import Canvas, Draughtsman, Picture, paint_stroke
-from utils.resplot.colours import look, on_paper
-from utils.resplot.curves import WEIGHTS
-from utils.resplot.export import save
-from utils.resplot.panels import (
+from viewer.colours import look, on_paper
+from viewer.curves import WEIGHTS
+from viewer.desktop.canvas import Canvas, Draughtsman, Picture, paint_stroke
+from viewer.desktop.qt import open_application
+from viewer.export import save
+from viewer.panels import (
     X_AXES,
     ShownRun,
     View,
@@ -58,11 +59,10 @@ from utils.resplot.panels import (
     theme_of,
     without_zoom,
 )
-from utils.resplot.qt import open_application
-from utils.resplot.runs import Snapshot, plain
-from utils.resplot.sources import Host, Place, Run, in_order, labels, open_hosts
-from utils.resplot.state import State, differences, state_of
-from utils.resplot.text import translate
+from viewer.runs import Snapshot, plain
+from viewer.sources import Host, Place, Run, in_order, labels, open_hosts
+from viewer.state import State, differences, state_of
+from viewer.text import translate
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.reslog import NON_FINITE, number, parse_record, standing_records
+from runs.reslog import NON_FINITE, number, parse_record, standing_records
 
 try:
     import orjson

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from runs.reslog import LONGEST_LINE
 from utils.paths import expand
-from utils.reslog import LONGEST_LINE
-from utils.resplot.runs import RunData, plain
 from utils.small_files import parse_yaml
 from utils.ssh import HostKeyRefused, LoginRefused, SSHTarget, connect
+from viewer.runs import RunData, plain
 
 if TYPE_CHECKING:
     import paramiko

@@ -1,0 +1,1 @@
+"""The run directory: its files and what they say. Nothing here needs torch."""
