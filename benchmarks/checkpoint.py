@@ -54,8 +54,8 @@ from checkpoint.folder import Retention
 from checkpoint.saving import CheckpointSaver, CheckpointWriter
 from checkpoint.stores import Place
 from model.hf import named_weights
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
 from utils.machine import cpu_name
 from utils.paths import a_path

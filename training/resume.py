@@ -6,7 +6,7 @@ from pathlib import Path
 from checkpoint import folder as ckpt
 from checkpoint.flat_state import holds_flat_state, load_flat_state, read_tensors
 from configurator import Config
-from optimizer import MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, PowerSGD
 from training.build_parallel import Parallel
 from training.data import Data, order_of_samples

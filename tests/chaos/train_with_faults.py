@@ -23,7 +23,7 @@ from checkpoint import folder as checkpoint
 from checkpoint import saving
 from checkpoint.folder import MANIFEST, REPLACED
 from checkpoint.saving import CheckpointWriter
-from optimizer import MixedPrecisionOptimizer, StepResult
+from optimizer.mixed_precision import MixedPrecisionOptimizer, StepResult
 from parallel.launched import launch_token
 from runs import sinks
 from runs.heartbeat import Heartbeat

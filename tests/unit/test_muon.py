@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import train_my_ddp
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
-from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, MuonConfig, orthogonalize, orthogonalize_reference, polynomials
 from optimizer.param_groups import is_hidden_matrix
 from parallel.buffer import ParameterSlice
 from tests.runs import records

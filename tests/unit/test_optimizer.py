@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, learning_rate_at
 from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
 from optimizer.clip import clip_factor
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.muon import MuonConfig
+from optimizer.schedule import learning_rate_at
 from parallel.buffer import ParameterSlice, sum_of_squares
 
 CONFIG = AdamWConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)

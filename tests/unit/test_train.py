@@ -32,7 +32,7 @@ from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
-from optimizer import LossScaler
+from optimizer.mixed_precision import LossScaler
 from runs.exits import read_exit_records
 from runs.heartbeat import Heartbeat
 from serving.generation import generate as new_tokens
