@@ -21,7 +21,7 @@ ALLOWED = {
     "model": set(),
     "dataset": {"runs", "utils"},
     "parallel": set(),
-    "optimizer": {"parallel.buffer"},
+    "optimizer": {"checkpoint.named", "parallel.buffer"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
     "tokenizer": {"utils", "data_preprocess.readers"},
