@@ -100,7 +100,7 @@ class Training:
         return time.perf_counter() - started, waited
 
     def add_share(self, writer: CheckpointWriter) -> None:
-        writer.add_flat_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+        writer.add_named_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
         if self.context.is_main:
             writer.add_tensors("model.safetensors", named_weights(self.module.model), {"format": "pt"})
 

@@ -215,7 +215,7 @@ def spoil_weights() -> None:
 def spoil_weight(optimizer: MixedPrecisionOptimizer, plan: Plan) -> None:
     """In float32 a weight is its own main parameter."""
     random, pieces = Random(plan.seed), optimizer.named_state()
-    weights = random.choice(pieces)[2]["main"].view(-1)
+    weights = random.choice(pieces)[1]["main"].view(-1)
     place = random.randrange(len(weights))
     if plan.what == NAN_WEIGHT:
         weights[place] = math.nan

@@ -23,7 +23,7 @@ ALLOWED = {
     "model": set(),
     "dataset": {"runs", "utils"},
     "parallel": {"utils.ranges"},
-    "optimizer": {"parallel.buffer", "utils.ranges"},
+    "optimizer": {"checkpoint.named", "parallel.buffer", "utils.ranges"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
     "tokenizer": {"utils", "data_preprocess.readers"},

@@ -189,7 +189,7 @@ def test_only_matrices_of_blocks_are_muons():
     slices = [one_slice(shape, name) for name, shape in sorts.items()]
     assert [is_hidden_matrix(piece) for piece in slices] == [True, False, False, False, False, False]
     optimizer = MixedPrecisionOptimizer([slices], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig())
-    states = {name: set(tensors) for name, _, tensors in optimizer.named_state()}
+    states = {piece.name: set(tensors) for piece, tensors in optimizer.named_state()}
     assert states.pop(NAME) == {"main", "exp_avg"}
     assert all(state == {"main", "exp_avg", "exp_avg_sq"} for state in states.values())
     assert optimizer.scalar_state()["name"] == "muon"
