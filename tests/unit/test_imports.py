@@ -109,7 +109,8 @@ def test_a_desk_and_a_monitor_need_no_torch():
     code = f"import importlib, sys\nlist(map(importlib.import_module, {names}))\n"
     code += "print('torch' in sys.modules, 'PyQt5' in sys.modules)"
     assert len(names) > 20
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False False\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
 
 
 def test_the_environment_is_read_in_one_place():
