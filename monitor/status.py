@@ -8,12 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from monitor.node import MONITOR_DIR
+from runs.layout import RunPaths
 from runs.reslog import newest_values
 from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
 from utils.paths import absent
 from utils.small_files import is_number, is_whole, parse_json, parse_yaml, read_small
+from utils.text import plain
 
 STATUS_FILE = "status.json"
 ENDED_STATES = ("finished", "stopped", "refused", "failed")
@@ -52,7 +53,7 @@ class Status:
 
     def write(self, run_dir: Path) -> None:
         self.updated = time.time()
-        atomic_write_json(run_dir / MONITOR_DIR / STATUS_FILE, asdict(self), durable=False)
+        atomic_write_json(RunPaths(run_dir).monitor_dir / STATUS_FILE, asdict(self), durable=False)
 
     @staticmethod
     def read(run_dir: Path) -> "Status":
@@ -61,7 +62,7 @@ class Status:
             ValueError: there is none, or none that a monitor wrote.
             OSError: it cannot be read now.
         """
-        path = run_dir / MONITOR_DIR / STATUS_FILE
+        path = RunPaths(run_dir).monitor_dir / STATUS_FILE
         try:
             values = parse_json(read_small(path, _LONGEST_STATUS))
             _check(values)
@@ -104,21 +105,16 @@ def _check(values: object) -> None:
     if not isinstance(values, dict):
         raise ValueError("it holds no status")
     if odd := sorted(values.keys() ^ _IS_RIGHT.keys()):
-        raise ValueError(f"{_one_line(odd[0])} is {'unknown' if odd[0] in values else 'missing'}")
+        raise ValueError(f"{plain(odd[0])} is {'unknown' if odd[0] in values else 'missing'}")
     for name, is_right in _IS_RIGHT.items():
         if not is_right(values[name]):
-            raise ValueError(f"{name} is {_one_line(repr(values[name]))}")
-
-
-def _one_line(text: str, most: int = 200) -> str:
-    """A text of somebody's, for a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+            raise ValueError(f"{name} is {plain(repr(values[name]))}")
 
 
 def planned_steps(run_dir: Path) -> int | None:
     """Steps of the whole run, from the configuration that the training left; None if that says nothing of it."""
     try:
-        content = parse_yaml(read_small(run_dir / "config.yaml", _LONGEST_CONFIG))
+        content = parse_yaml(read_small(RunPaths(run_dir).config, _LONGEST_CONFIG))
     except (OSError, ValueError):
         return None
     derived = content.get("derived") if isinstance(content, dict) else None
@@ -128,7 +124,7 @@ def planned_steps(run_dir: Path) -> int | None:
 
 def last_loss(run_dir: Path) -> float | None:
     """Of the newest complete training record."""
-    return next(newest_values(run_dir / "reslog.jsonl", "loss"), None)
+    return next(newest_values(RunPaths(run_dir).reslog, "loss"), None)
 
 
 def describe(status: Status, loss: float | None, now: float) -> list[str]:
@@ -138,7 +134,7 @@ def describe(status: Status, loss: float | None, now: float) -> list[str]:
         now: time.time().
     """
     ended = status.state in ENDED_STATES
-    state, reason = _one_line(status.state), _one_line(status.last_ending, 1000)
+    state, reason = plain(status.state), plain(status.last_ending, 1000)
     why = f": {reason}" if ended or status.state == "waiting" else ""
     lines = [state if why == f": {state}" else state + why]
     age = max(now - status.updated, 0.0)
@@ -154,8 +150,8 @@ def describe(status: Status, loss: float | None, now: float) -> list[str]:
             lines.append(f"expected to end {_moment(status.updated + left)} ({clock(left)} left)")
     lines.append("no checkpoint yet" if status.checkpoint is None else f"newest checkpoint: step {status.checkpoint}")
     lines.append(
-        f"{status.ranks} ranks{' in phase ' + _one_line(status.phase) if status.phase else ''} on "
-        f"{_one_line(', '.join(status.hosts), 10_000)}; "
+        f"{status.ranks} ranks{' in phase ' + plain(status.phase) if status.phase else ''} on "
+        f"{plain(', '.join(status.hosts), 10_000)}; "
         f"{status.attempt} launch{'es' if status.attempt != 1 else ''}, {status.restarts} "
         f"restart{'s' if status.restarts != 1 else ''} by this monitor"
     )

@@ -11,17 +11,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))} | {p.stem for p in ROOT.glob("*.py")}
 
+# Options and their checks, beside what they configure: plain data, which no heavy import stands behind.
+CONFIGS = {f"{room}.config" for room in ("dataset", "model", "optimizer", "parallel", "tasks", "training")}
 ALLOWED = {
     "utils": set(),
     "runs": {"utils"},
     "checkpoint": {"runs", "utils"},
     "viewer": {"runs", "utils"},
-    "configurator": {"configs", "model.config", "utils.paths", "utils.small_files"},
+    "configurator": {"configs", *CONFIGS, "runs.layout", "utils.paths", "utils.small_files"},
     "configs": {"utils.small_files"},
     "model": set(),
     "dataset": {"runs", "utils"},
-    "parallel": set(),
-    "optimizer": {"parallel.buffer"},
+    "parallel": {"utils.ranges"},
+    "optimizer": {"checkpoint.named", "parallel.buffer", "utils.ranges"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
     "tokenizer": {"utils"},
@@ -40,6 +42,8 @@ ALLOWED = {
         "tasks",
         "tokenizer",
         "utils",
+        # It draws a profiled step. The viewer stands below the training: it imports runs and utils alone, and no torch.
+        "viewer.timeline",
     },  # fmt: skip
     "monitor": {"checkpoint", "runs", "utils"},
     "monitor_process": {"monitor", "runs", "utils"},
@@ -49,8 +53,7 @@ ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
-    "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling"},
-    "training/profile_steps.py": {"viewer.timeline"},
+    "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling", "runs.layout"},
     "utils/checkpoint.py": {"checkpoint.folder"},
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},
@@ -83,7 +86,7 @@ def test_only_the_training_script_imports_what_builds_its_parts():
     importing = set()
     for name in OURS - {"tests", "training"}:
         files = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").exists() else (ROOT / name).rglob("*.py")
-        importing |= {path for path in files if any(n.split(".")[0] == "training" for n in imports_of(path))}
+        importing |= {path for path in files if any(n.split(".")[0] == "training" for n in imports_of(path) - CONFIGS)}
     assert importing == {ROOT / "train_my_ddp.py"}
 
 
@@ -97,6 +100,18 @@ def test_a_command_line_is_judged_without_torch(capfd: pytest.CaptureFixture):
     judge = "import sys, train_my_ddp as t; n = t.main(sys.argv[1:]); sys.exit(99 if 'torch' in sys.modules else n)"
     assert subprocess.run([sys.executable, "-c", judge, "--hiden_size=3"], cwd=ROOT).returncode == 2
     assert "did you mean --hidden_size?" in capfd.readouterr().out
+
+
+def test_a_desk_and_a_monitor_need_no_torch():
+    """Neither do the rooms below them, whatever these import in turn."""
+    modules = [path.relative_to(ROOT).with_suffix("") for room in ("runs", "viewer", "monitor")
+               for path in (ROOT / room).rglob("*.py") if not path.name.startswith("__")]  # fmt: skip
+    names = sorted(".".join(path.parts) for path in modules if "desktop" not in path.parts)
+    code = f"import importlib, sys\nlist(map(importlib.import_module, {names}))\n"
+    code += "print('torch' in sys.modules, 'PyQt5' in sys.modules)"
+    assert len(names) > 20
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
 
 
 def test_the_environment_is_read_in_one_place():

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 import train_my_ddp
-from configurator import CONFIG_NAME, flatten, parse_config
+from configurator import flatten, parse_config
 from data_preprocess.build_pretrain_sample_index_map import build
 from model import flops
+from runs.layout import CONFIG_NAME
 from tests.conftest import SEQ_LEN
 from tests.runs import records
 from tests.unit import test_sft_train as sft
