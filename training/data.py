@@ -9,7 +9,8 @@ from pathlib import Path
 from checkpoint import folder as ckpt
 from checkpoint.stores import Place
 from configurator import Config, is_open
-from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from data_preprocess.raw_records import check_options, tokenize_online
+from data_preprocess.record_compiler import CompilerOptions
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
 from dataset.sequences import read_manifest
@@ -93,7 +94,7 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
     dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
     if run.task_type == "pretrain":
         return dirs
-    options = Options(
+    options = CompilerOptions(
         run.task_type, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
         data.user_name, data.assistant_name,
     )  # fmt: skip
