@@ -109,7 +109,7 @@ def module_name(path: Path, corpus: Path) -> str:
 
 
 def modules_of(corpus: Path, valid_ratio: float) -> Iterator[tuple[str, str, str]]:
-    """(set, name, text) of each valid Python module of the corpus, sorted by path; the sets are those of pretokenize."""
+    """(set, name, text) of each valid Python module of the corpus, by path; the sets are those of pretokenize."""
     for path in sorted(corpus.rglob("*.py")):
         try:
             text = path.read_bytes().decode("utf-8")
