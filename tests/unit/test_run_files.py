@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import utils.logging
-from configurator import Derived, parse_config
+from configurator import parse_config
 from runs import reslog as reslog_module
 from runs.exits import (
     CRASH,
@@ -26,6 +26,7 @@ from runs.exits import (
 )
 from runs.heartbeat import Heartbeat, read_heartbeats
 from runs.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
+from training.config import Derived
 from training.describe import _batch
 from training.summary import _validation
 

@@ -12,7 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 import train_my_ddp
-from configurator import parse_config, resolve_model
+from configurator import parse_config
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import BadRecords, Corpus, Document
@@ -27,6 +27,7 @@ from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
 from tokenizer.long_words import LongWords
 from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.train_tokenizer import main
+from training.build_model import resolve_model
 
 HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
 
