@@ -26,8 +26,9 @@ import tasks.config
 import training.config
 from configs import sizes
 from optimizer.config import OptimizerConfig
+from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES
-from training.config import CONFIG_NAME, Config, RunConfig, check_together
+from training.config import Config, RunConfig, check_together
 from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
 

@@ -12,8 +12,9 @@ from model import Llama, hf
 from model.attend import document_starts
 from model.config import LlamaConfig, padded_vocab_size
 from model.ops import CHOICES, build_ops, choose_ops
+from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
-from training.config import CONFIG_NAME, RunConfig, SystemConfig
+from training.config import RunConfig, SystemConfig
 from training.data import require_tokenizer_of, warn_of_another_template
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from dataset.config import DataConfig
 from model.config import LlamaConfig
 from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
+from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
 from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
 
-CONFIG_NAME = "config.yaml"
 MOST_PROFILED_STEPS = 20
 """Each takes megabytes of trace a rank, in memory until it is written."""
 

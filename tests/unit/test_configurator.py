@@ -11,8 +11,9 @@ import yaml
 from configs import sizes
 from configurator import _FIELDS, changes_since, flatten, is_open, parse_config, to_yaml, without_effect
 from model.config import LlamaConfig
+from runs.layout import CONFIG_NAME
 from training.build_model import resolve_model
-from training.config import CONFIG_NAME, resolve
+from training.config import resolve
 
 
 def parse(*argv: str) -> dict:
