@@ -286,6 +286,7 @@ def test_a_step_that_takes_more_samples_than_there_are_is_said():
     assert _batch(config.run, config.data, Derived(13, 20), 13) == "batch: 13 rows a step, 20 steps, 20.00 epochs"
     config, _ = parse_config(["--data_dir=d", "--task_type=sft", "--no-packing", "--max_iters=19"])
     few = "; so few steps teach little: lower --train_batch_size or --gradient_accumulation_steps, or raise --max_iters"
-    assert _batch(config.run, config.data, Derived(13, 19), 13) == f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    expected = f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    assert _batch(config.run, config.data, Derived(13, 19), 13) == expected
     config, _ = parse_config(["--data_dir=d"])
     assert _batch(config.run, config.data, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")
