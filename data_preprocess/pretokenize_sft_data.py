@@ -3,7 +3,7 @@
     python -m data_preprocess.pretokenize_sft_data --data_dir D --tokenizer_dir T --output_dir O --max_seq_len 1024
     python -m data_preprocess.pretokenize_sft_data --task dpo ...
 
-Formats of the records: conversations.py. What is learnt of a conversation, and what becomes of what is too long:
+Formats of the records: conversations/. What is learnt of a conversation, and what becomes of what is too long:
 mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer to a
 question, so that the same question never lands in both. A run that was killed goes on where it stopped (jobs.py).
 

@@ -43,16 +43,17 @@ class Export:
             _make_it_for_chat(self.tokenizer, directory)
 
 
-def plan_export(task_type: str, tokenizer: Tokenizer, weights: Path | None) -> Export:
+def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None) -> Export:
     """By which tokens the run teaches to end a text; all else is as the model that it begins with has it.
 
     Args:
+        for_chat: whether the model is taught to answer.
         weights: folder of that model: of a resumed run its checkpoint, which has what the run began with. Nothing of it
             is read later.
     Raises:
         ValueError: a file in that folder is not as it should be.
     """
-    for_chat, sentence_piece = task_type != "pretrain", {}
+    sentence_piece = {}
     if weights is None:
         source = GenerationConfig((), next(iter(tokenizer.begin_ids), None), tokenizer.special_ids.get(PAD))
     else:

@@ -30,7 +30,7 @@ def _trainer_state(built: Built) -> dict:
         "samples_consumed": built.progress.samples_consumed,
         "tokens": built.progress.tokens,
         "validation_due": built.progress.validation_due,
-        "stream": order_of_samples(built.config, built.data),
+        "stream": order_of_samples(built.config.run.seed, built.data),
         "optimizer": built.optimizer.scalar_state(),
         "world_size": built.context.world_size,
         "reference": built.reference,

@@ -17,7 +17,7 @@ A record is one object of JSON, JSON lines or Parquet; its format is told from i
     input, preferred_output, non_preferred_output           OpenAI's preferences
 
 A system text, tools and what was thought before an answer are read wherever they stand. What becomes of every other
-field is said in record_fields.py. gdGPT's calls of an API become messages of their own: the assistant's thought and
+field is said in fields.py. gdGPT's calls of an API become messages of their own: the assistant's thought and
 call, which it learns; then the API's result as a message of a tool, which it does not.
 """
 

@@ -16,7 +16,8 @@ import torch
 from dataset.sft import padded
 from model import Llama, hf
 from model.config import LlamaConfig
-from tasks.dpo import DPOLoss, DPOLossType, DPOTask
+from tasks.config import DPOConfig, DPOLossType
+from tasks.dpo import DPOTask
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpo_trl.json").read_text())
 RESULTS = {
@@ -43,7 +44,7 @@ def make_batch(reference_seed: int) -> dict[str, torch.Tensor]:
     batch = padded(rows, GOLDEN["config"]["max_position_embeddings"], pad_id=0) | {"sample_ids": ids, "row_ids": ids}
     del batch["document_ids"]
     with torch.no_grad():
-        batch["reference"] = DPOTask(make_model(reference_seed), 0, DPOLoss()).log_probs(batch)
+        batch["reference"] = DPOTask(make_model(reference_seed), 0, DPOConfig()).log_probs(batch)
     return batch
 
 
@@ -60,7 +61,7 @@ def test_every_loss_is_covered():
 def test_as_trl_has_it(name: str):
     expected = RESULTS[name]
     batch, model = make_batch(expected["seeds"]["reference"]), make_model(expected["seeds"]["policy"])
-    task = DPOTask(model, 0, DPOLoss(expected["kind"], expected["beta"], expected["label_smoothing"]))
+    task = DPOTask(model, 0, DPOConfig(expected["kind"], expected["beta"], expected["label_smoothing"]))
     if task.uses_prepass:
         task.take_prepass(task.prepass(batch))
     loss_sum, count, sums = task(batch)
