@@ -250,8 +250,8 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its own
-        name alone, not on the order or the device."""
+        """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its
+        own name alone, not on the order or the device."""
         std = self.config.initializer_range
         stds = {"normal": std, "residual": std / math.sqrt(2 * self.config.num_hidden_layers)}
         roles = self.roles()
