@@ -78,7 +78,7 @@ def their_step(
     ours.initialize(0)
     settings = {key: value for key, value in hf.to_hf_config(config, dtype).items() if key != "architectures"}
     theirs = LlamaForCausalLM(TheirConfig(**settings, attn_implementation="sdpa"))
-    theirs.load_state_dict({hf.to_hf_name(name): value for name, value in ours.state_dict().items()}, strict=False)
+    theirs.load_state_dict(hf.named_weights(ours), strict=False)
     theirs.to(device=device, dtype=dtype).train()
     called = torch.compile(theirs) if compiled else theirs
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

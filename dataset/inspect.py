@@ -31,6 +31,7 @@ from dataset.format import (
     read_index,
     require_pretokenized,
 )
+from dataset.opening import kind_of
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.sequences import read_manifest
@@ -193,7 +194,7 @@ def open_inspection(
     """
     if is_run(path):
         run = read_trained_on(path)
-        if run.task != "pretrain":
+        if kind_of(run.dirs[split]) != "pretrain":
             raise ValueError(
                 f"{path} is a run of {run.task}: look at its data with `python -m dataset.show_mask {path}`"
             )

@@ -35,7 +35,7 @@ from data_preprocess.record_compiler import (
 )
 from data_preprocess.sequence_job import record_corpus
 from dataset.format import MANIFEST_NAME, SPLITS
-from dataset.opening import open_dataset
+from dataset.opening import kind_of, open_dataset
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import SequenceSet, read_manifest
@@ -158,7 +158,7 @@ def sequences_at(run: TrainedOn, position: int) -> Iterator[Shown]:
     Raises:
         ValueError: another task, or no such position.
     """
-    dataset = open_dataset(run.task, run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
+    dataset = open_dataset(kind_of(run.dirs["train"]), run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
     if isinstance(dataset, PretrainDataset):
         raise ValueError("the run was pretrained: look at its samples with `python -m dataset.inspect`")
     sample = int(sample_at(run.seed, position, len(dataset)))

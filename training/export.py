@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.config import LlamaConfig
+from model.families import family_of
+from model.families.family import Family
 from model.generation_config import GenerationConfig, read_generation_config
 from tokenizer import Tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
@@ -28,10 +31,9 @@ class Export:
     beside it: llama.cpp's converter takes the scores of the pieces from the one, and without it a tokenizer that gives
     other ids; what was added to them it looks for in the other, where the configuration does not tell."""
 
-    @property
-    def as_llama(self) -> bool:
-        """Whether a model with `qkv_bias` is written as a llama, see model/hf.py: Qwen's tokenizers bear its name."""
-        return self.tokenizer.class_name == GENERAL_CLASS
+    def family(self, config: LlamaConfig) -> Family:
+        """The family as which the model is written: its name may tell other programs how texts are split."""
+        return family_of(config, generic_tokenizer=self.tokenizer.class_name == GENERAL_CLASS)
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""

@@ -15,10 +15,10 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
         writer.add_hook_state(powersgd.state_tensors())
     if built.run_dir.place.is_first_of_store:
         export = built.export
-        config, as_llama = built.model.config, export.as_llama
-        writer.add_tensors("model.safetensors", hf.named_weights(built.model, as_llama), {"format": "pt"})
+        config, family = built.model.config, export.family(built.model.config)
+        writer.add_tensors("model.safetensors", hf.named_weights(built.model, family), {"format": "pt"})
         ids = export.generation.token_ids
-        writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, as_llama=as_llama))
+        writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
         writer.add_json(GENERATION_CONFIG, export.generation.to_hf())
         writer.add_folder(export.save_tokenizer)
         writer.add_json(ckpt.TRAINER_STATE, _trainer_state(built))

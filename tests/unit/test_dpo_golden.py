@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from dataset.sft import padded
-from model import Llama, hf
+from model import Llama
 from model.config import LlamaConfig
+from model.families.llama import LLAMA
 from tasks.config import DPOConfig, DPOLossType
 from tasks.dpo import DPOTask
 
@@ -69,7 +70,7 @@ def test_as_trl_has_it(name: str):
     figures = task.figures(loss_sum.item(), count, {name: value.item() for name, value in sums.items()})
     assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     if "gradient_norms" in expected:
-        norms = {hf.to_hf_name(name): p.grad.double().norm().item() for name, p in model.named_parameters()}
+        norms = {LLAMA.their_name(name): p.grad.double().norm().item() for name, p in model.named_parameters()}
         assert norms == pytest.approx(expected["gradient_norms"], rel=1e-5)
     for metric, value in expected.get("metrics", {}).items():
         assert figures[metric] == pytest.approx(value, rel=1e-5), metric
