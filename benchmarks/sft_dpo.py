@@ -117,7 +117,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from data_preprocess.record_compiler import Compiler, CompilerOptions
+    from data_preprocess.pretokenize_sft_data import Compiler, Options
     from tokenizer import load_tokenizer
 
     task, *options = case.split()
@@ -125,7 +125,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     base = Path(args.work_dir) / "base"
     records = [json.loads(line) for line in next((Path(args.talk) / task).glob("*.jsonl")).read_text().splitlines()]
     records = records[: args.steps * args.batch * 4]
-    compiler = Compiler(load_tokenizer(base), CompilerOptions(task, MAX_SEQ_LEN))
+    compiler = Compiler(load_tokenizer(base), Options(task, MAX_SEQ_LEN))
 
     batch = max(1, args.batch // 10) if "packed" in options else args.batch
 
