@@ -8,9 +8,10 @@ import torch
 from configs import sizes
 from configurator import _FIELDS, _GROUPS
 from model import Llama, LlamaConfig
-from tasks.config import ONLY_WITH, TASK_TYPES, DPOConfig, TaskName
+from tasks.config import ONLY_WITH, TASK_TYPES, TaskName
 from tasks.registry import TASKS
 from tests.unit.test_dpo_losses import make_batch, random_sequences
+from training.config import Config
 
 SHAPE = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).resolve(0, 32)
 
@@ -40,9 +41,10 @@ def test_a_call_is_the_forward_pass_and_then_the_loss(name: TaskName):
     """To the bit: a pipeline computes them on different ranks."""
     model = Llama(SHAPE)
     model.initialize(0)
-    options = DPOConfig(reference_free=True) if TASK_TYPES[name].options else None
+    options = getattr(Config(), TASK_TYPES[name].options) if TASK_TYPES[name].options else None
     task = TASKS[name].build(model, 0, torch.ones(64, dtype=torch.int64), options)
     batch = make_batch(random_sequences())
+    batch["reference"] = torch.zeros(len(batch["sample_ids"]), 2)
     loss_sum, count, metrics = task(batch)
     hidden = task.hidden(batch)
     assert hidden.shape == (*batch["input_ids"].shape, 32)
