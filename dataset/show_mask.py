@@ -26,14 +26,14 @@ from itertools import islice
 from pathlib import Path
 
 from data_preprocess.mask_compiler import TrainingSample
-from data_preprocess.pretokenize_sft_data import (
-    Compiler,
-    Options,
-    add_compiling_arguments,
-    options_from,
-    record_corpus,
-)
 from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit, well_known_endings
+from data_preprocess.record_compiler import (
+    Compiler,
+    CompilerOptions,
+    add_compiling_arguments,
+    compiler_options_from,
+)
+from data_preprocess.sequence_job import record_corpus
 from dataset.format import MANIFEST_NAME, SPLITS
 from dataset.opening import kind_of, open_dataset
 from dataset.order import sample_at
@@ -86,7 +86,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iter
         waiting = []
 
 
-def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Iterator[Shown]:
+def records_of_file(path: Path, tokenizer: Tokenizer, options: CompilerOptions) -> Iterator[Shown]:
     """What becomes of each record of a file.
 
     Raises:
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         elif is_directory:
             samples = sequences_of_directory(path, args.split)
         else:
-            samples = records_of_file(path, tokenizer, options_from(args))
+            samples = records_of_file(path, tokenizer, compiler_options_from(args))
         chosen = list(islice(samples, args.first, args.first + args.num + 1))
         has_more, chosen = len(chosen) > args.num, chosen[: args.num]
         if args.html:

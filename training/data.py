@@ -9,7 +9,8 @@ from pathlib import Path
 from checkpoint import folder as ckpt
 from checkpoint.stores import Place
 from configurator import is_open
-from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from data_preprocess.raw_records import check_options, tokenize_online
+from data_preprocess.record_compiler import CompilerOptions
 from dataset.config import DataConfig
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
@@ -94,7 +95,7 @@ def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dic
     dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
     if not run.task.reads_records:
         return dirs
-    options = Options(
+    options = CompilerOptions(
         run.task.dataset, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
         data.user_name, data.assistant_name,
     )  # fmt: skip
