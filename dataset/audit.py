@@ -114,6 +114,7 @@ class _Walk:
     def _take_step(self, record: dict) -> None:
         first, last = record["samples"]
         start, step = self._start, record["step"]
+        assert start is not None  # The first record of a log is a start.
         if first != self._next:
             word = "skipped" if first > self._next else "repeated"
             self._find(

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from data_preprocess.mask_compiler import TrainingSample
-from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit, well_known_endings
+from data_preprocess.readers import BadRecord, Record, holds_records, place, plan_units, read_unit, well_known_endings
 from data_preprocess.record_compiler import (
     Compiler,
     CompilerOptions,
@@ -108,6 +108,7 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: CompilerOptions) 
             if isinstance(item, BadRecord):
                 yield Shown(f"{item}: skipped", [], [])
                 continue
+            assert isinstance(item, Record)  # Documents come where the texts of records are wanted.
             where = place(item.path, item.counts, item.record)
             try:
                 compiled = compiler.compile(compiler.parse(item.value))
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_directory and not args.tokenizer_dir:
             raise ValueError("raw records need --tokenizer_dir")
         tokenizer = load_tokenizer(args.tokenizer_dir or path / "tokenizer")
-        if args.position is not None:
+        if run is not None and args.position is not None:
             samples = sequences_at(run, args.position)
         elif is_directory:
             samples = sequences_of_directory(path, args.split)

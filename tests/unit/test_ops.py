@@ -42,7 +42,7 @@ def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in
 def test_flags_and_fields_are_those_that_are_declared():
     flags = typing.get_type_hints(type(Config().system))
     for op, choices in CHOICES.items():
-        assert set(typing.get_args(flags[f"{op}_kernel"])) == {"", *choices}
+        assert set(typing.get_args(flags[f"{op}_kernel"])) == {"", *choices}, f"--{op}_kernel offers others"
     fields = {field.name for field in dataclasses.fields(Ops)}
     for named in IMPLEMENTATIONS.values():
         assert sum(found.is_plain for found in named.values()) == 1
@@ -223,9 +223,17 @@ def test_what_selective_recomputation_keeps(operator, kept: bool):
     assert (_keep_matmuls(None, operator) == CheckpointPolicy.MUST_SAVE) == kept
 
 
-def test_losses_in_chunks_equal_whole_ones():
-    chunked = build_ops(dict(REFERENCE.names) | {"cross_entropy": "chunked"})
-    assert_alike(run(REFERENCE), run(chunked), 1e-5)
+HERE = [
+    (op, name)
+    for op, named in IMPLEMENTATIONS.items()
+    for name, found in named.items()
+    if name != REFERENCE.names[op] and found.why_not(CPU, torch.float32) is None
+]
+
+
+@pytest.mark.parametrize(("op", "name"), HERE)
+def test_each_implementation_that_runs_here_trains_the_same_model(op: str, name: str):
+    assert_alike(run(REFERENCE), run(build_ops(dict(REFERENCE.names) | {op: name})), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "blocked"])
