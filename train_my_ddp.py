@@ -25,7 +25,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from checkpoint.folder import refuse_other_things
+from checkpoint.opening import refuse_other_things
 from configurator import Config, parse_config, resolve
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from runs import exits

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import folder as ckpt
+from checkpoint.choosing import resolve_checkpoint_dir
 from configurator import Config, flatten, resolve_model
 from dataset.loader import Batch
 from model import Llama, hf
@@ -29,7 +29,7 @@ def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer
     """
     run, source = config.run, resumed_from
     if source is None and run.init_from:
-        source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        source = resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
         own = require_tokenizer_of(source, tokenizer)
         if resumed_from is None and run.task_type != "pretrain":

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import folder as ckpt
-from checkpoint.stores import Place
+from checkpoint.choosing import newest_with, resolve_checkpoint_dir
+from checkpoint.stores import StorePlace
 from configurator import Config, is_open
 from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
 from dataset.format import MANIFEST_NAME
@@ -53,7 +53,7 @@ def fit_context(config: Config, given: frozenset[str]) -> Config:
         made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
         found, why = made_with, f"as {directory} was pretokenized for that"
     elif config.run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
+        weights = resolve_checkpoint_dir(Path(config.run.init_from))
         known = hf.read_config(weights).max_position_embeddings
         found, why = min(wished, known), f"as the weights in {weights} were trained with no more"
         if config.run.size and wished < known:
@@ -116,9 +116,9 @@ def _tokenizer_dir(config: Config) -> Path:
     run, given, weights = config.run, config.data.tokenizer_dir, None
     if run.resume:
         # Any will do: which checkpoint the run goes on from is found out later.
-        weights = ckpt.newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
+        weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        weights = resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
@@ -176,7 +176,7 @@ def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: To
         )
 
 
-def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:
+def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: StorePlace) -> Data:
     """Open both sets and the tokenizer, and check that they belong together, on all ranks.
 
     Args:
@@ -224,7 +224,7 @@ def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None
             )
 
 
-def _once_a_store(check: Callable[[], object], context: DistContext, place: Place) -> None:
+def _once_a_store(check: Callable[[], object], context: DistContext, place: StorePlace) -> None:
     context.gather_from(lambda: check() if place.is_first_of_store else None)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import folder as ckpt
+from checkpoint.folder import list_checkpoints
 from checkpoint.saving import SaveOutcome
 from parallel import DistContext, PowerSGD
 from runs.layout import RunPaths
@@ -190,7 +190,7 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
     if run.valid_only:
         return lines
     try:
-        saved = ckpt.list_checkpoints(paths.ckpt_dir)
+        saved = list_checkpoints(paths.ckpt_dir)
     except OSError as error:
         way_on = _resume_command(context, out_dir)
         lines.append(f"once {paths.ckpt_dir} can be read ({error.strerror}), go on: {way_on}")

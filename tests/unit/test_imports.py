@@ -53,7 +53,7 @@ ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
-    "utils/checkpoint.py": {"checkpoint.folder"},
+    "utils/checkpoint.py": {"checkpoint.command"},
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},
 }
