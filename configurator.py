@@ -1,8 +1,10 @@
-"""Configuration: frozen dataclasses -> flat, typed command line and YAML.
+"""The configuration from the command line and YAML files, and into config.yaml: parse, merge, save.
 
-Precedence: command line > YAML file given now > saved configuration (on --resume) > --size (of a new run) > defaults
-below. Flags bear their fields' names; the groups only order the help. Values that follow from others are computed once,
-in `resolve`; what is left to the data, training/data.py and training/batch.py fill in.
+The options themselves, frozen dataclasses, and their checks stand beside the parts that they configure: */config.py.
+
+Precedence: command line > YAML file given now > saved configuration (on --resume) > --size (of a new run) > defaults.
+Flags bear their fields' names; the groups only order the help. What is left to the data, training/data.py and
+training/batch.py fill in.
 """
 
 import dataclasses
@@ -10,54 +12,25 @@ import difflib
 import errno
 import math
 import types
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
+import dataset.config
+import model.config
+import optimizer.config
+import parallel.config
+import tasks.config
+import training.config
 from configs import sizes
-from dataset.config import DataConfig
-from model.config import LlamaConfig, padded_vocab_size
-from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
-from parallel.config import ParallelConfig, PowerSGDConfig
-from runs import layout
-from tasks.config import DPOConfig
-from training.config import RunConfig, SystemConfig
+from optimizer.config import OptimizerConfig
+from runs.layout import CONFIG_NAME
+from tasks.config import TASK_TYPES
+from training.config import Config, RunConfig, check_together
 from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
-
-SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
-"""Model fields that weights depend on: another value needs another model."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Train a llama-style model."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    model: LlamaConfig = field(default_factory=LlamaConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    adamw: AdamWConfig = field(default_factory=AdamWConfig)
-    muon: MuonConfig = field(default_factory=MuonConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
-    system: SystemConfig = field(default_factory=SystemConfig)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """What follows from the configuration, the data and the number of ranks."""
-
-    global_batch_size: int
-    """Samples in a step."""
-    max_iters: int
-    """Steps of the run."""
-
 
 _GROUPS = get_type_hints(Config)
 _FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()}
@@ -80,35 +53,9 @@ _OTHER_NAMES = {
 """What other programs call them -> our flag, where spelling alone would suggest another."""
 
 _ONLY_WITH = (
-    (("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
-    (("data_dir",), lambda f: not (f["train_data_dir"] and f["valid_data_dir"]),
-     "beside --train_data_dir and --valid_data_dir"),
-    (("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
-     "with --rope_scaling_factor=1"),
-    (("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
-     "without --rope_scaling"),
-    (("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
-     lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3"),
-    (("matrix_approximation_rank", "warm_start", "use_error_feedback", "start_powerSGD_iter", "min_compression_rate",
-      "orthogonalization_epsilon", "orthogonalize_in_float32", "use_fixed_Q", "powerSGD_exclude",
-      "powerSGD_log_interval"), lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook"),
-    (("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["ddp_impl"] == "bucketed",
-     "with --ddp_impl=naive"),
-    (("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
-    (("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "reference_free", "max_prompt_len",
-      "prompt_truncation_mode"), lambda f: f["task_type"] == "dpo", "without --task_type=dpo"),
-    (("packing", "sft_loss"), lambda f: f["task_type"] == "sft", "without --task_type=sft"),
-    (("user_name", "assistant_name"), lambda f: f["task_type"] != "pretrain", "with --task_type=pretrain"),
-    (("document_mask",), lambda f: f["task_type"] != "dpo", "with --task_type=dpo"),
-    (("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
-    (("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
-    (("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
-    (("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
-     "without --optimizer=muon"),
-    (("sample_tokens", "sample_prompt"), lambda f: f["sample_texts"], "with --sample_texts=0"),
-    (("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
+    *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *parallel.config.ONLY_WITH,
+    *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
 )  # fmt: skip
-"""Fields, when they change anything (of the flat configuration), and what is said otherwise."""
 
 _RENAMED = {
     "hidden_dim": "hidden_size",
@@ -174,7 +121,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     merged = from_file | command
     saved: dict[str, Any] = {}
     if _coerce("resume", merged.get("resume", False)):
-        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / layout.CONFIG_NAME
+        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
         # Its paths were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     if saved and "size" in merged:
@@ -208,12 +155,12 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
     """A sentence for each reason for which something that was given changes nothing. No reason to refuse it: a
     configuration file may hold the details of what its user switches on and off."""
     flat, usual, told, sentences = flatten(config), flatten(Config()), set(), []
-    for names, counts, why in _ONLY_WITH:
-        idle = [n for n in names if n in given - told and flat[n] != usual[n]] if not counts(flat) else []
+    for rule in _ONLY_WITH:
+        idle = [n for n in rule.names if n in given - told and flat[n] != usual[n]] if not rule.counts(flat) else []
         told |= set(idle)
         if idle:
             flags = ", ".join(f"--{name}" for name in idle)
-            sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {why}")
+            sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {rule.otherwise}")
     if "size" in given and config.run.resume and not config.run.size:
         sentences.append("--size has no effect on this run, which was begun without one: its values are those saved")
     elif config.run.size and not config.run.resume and given >= set(_values_of_size({n: flat[n] for n in given})):
@@ -221,14 +168,14 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
     return sentences
 
 
-def is_open(config: Config, given: frozenset[str], *names: str) -> bool:
+def is_open(run: RunConfig, given: frozenset[str], *names: str) -> bool:
     """Whether nobody has said anything of these fields: not the command line, a YAML file, or the saved configuration
     of a resumed run. So they may be chosen; a size, if there is one, makes a proposal.
 
     Args:
         given: as `parse_config` returns it.
     """
-    is_saved = config.run.resume and (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
+    is_saved = run.resume and (Path(run.out_dir) / CONFIG_NAME).exists()
     return not is_saved and given.isdisjoint(names)
 
 
@@ -448,143 +395,12 @@ def _to_tyro(name: str, value: str) -> str:
 
 def _check(config: Config) -> None:
     """Refuse what needs no data to be seen as impossible: each part's values, then what does not go together."""
-    for group in _GROUPS:
-        if group not in ("dpo", "model"):
-            getattr(config, group).check()
-    data = config.data
-    if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
-        kind = "the data" if config.run.task_type != "pretrain" else "the pretokenized data"
-        if data.train_data_dir or data.valid_data_dir:
-            given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
-            raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
-        raise ValueError(f"--data_dir is missing: give the directory of {kind}")
-    if config.data.resume_at_sample and not config.run.resume:
-        raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
-    if config.run.valid_only and not (config.run.resume or config.run.init_from):
-        holds_run = (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
-        to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
-        raise ValueError(f"--valid_only needs weights: {to_do}")
-    _check_task(config)
-    _check_gradients(config)
-    config.model.resolve()
-
-
-def _check_task(config: Config) -> None:
-    run = config.run
-    if run.task_type == "sft" and not config.data.document_mask:
-        raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
-    if run.task_type != "dpo":
-        return
-    config.dpo.check()
-    if not (run.init_from or run.resume):
-        raise ValueError("--task_type=dpo needs a model to begin with: give --init_from, best a run of --task_type=sft")
-
-
-def _check_gradients(config: Config) -> None:
-    """Refuse hooks and overlaps that do not go with the optimizer or the dtype, with the reason."""
-    parallel, is_float16 = config.parallel, config.system.dtype == "float16"
-    if config.powersgd.grad_buffer_is_powerSGD_error:
-        if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
-            raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
-        if is_float16:
-            raise ValueError(
-                "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
-                "expects now and then, would destroy the residual"
-            )
-    if parallel.overlap_optim_step:
-        if config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer:
-            raise ValueError(
-                "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
-                " pass: leave out --overlap_optim_step"
-            )
-        if config.optimizer.grad_clip > 0:
-            raise ValueError(
-                "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
-                "--grad_clip=0, or leave it out"
-            )
-        if is_float16:
-            raise ValueError(
-                "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
-                "leave it out"
-            )
-
-
-def resolve(
-    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
-) -> Derived:
-    """What follows from the configuration together with the data and the ranks.
-
-    Args:
-        num_train_samples: samples in an epoch.
-        step, samples_consumed: where a resumed run stands: --epoch counts samples, also if the global batch changed.
-    Raises:
-        ValueError: the global batch cannot be split over the ranks.
-    """
-    steps = config.data.gradient_accumulation_steps
-    if steps % world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
-            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
-        )
-    global_batch = config.data.train_batch_size * steps
-    epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
-    return Derived(global_batch, config.run.max_iters or epoch_iters)
-
-
-def resolve_model(
-    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
-    is_own: bool = False,
-) -> LlamaConfig:  # fmt: skip
-    """The model's final shape: from the weights where there are some.
-
-    Args:
-        wanted: the configuration's.
-        given: names that the command line or the YAML file set.
-        stored: the shape of the weights to start from; the options that no Hugging Face config holds
-            (hidden_dropout, residual_in_fp32) are taken from `wanted`, so are given ones that are no SHAPE_FIELDS.
-        is_own: the weights are a checkpoint of this run, which began with no others: what `wanted` says besides the
-            given fields is what they were made by, unless somebody has changed the run's configuration since.
-    Raises:
-        ValueError: a field contradicts the weights, or the vocabulary is too small for the tokenizer.
-    """
-    if stored is not None:
-        told = _told_fields(wanted, given, is_own)
-        for name in SHAPE_FIELDS:
-            asked, has = getattr(wanted, name), getattr(stored, name)
-            if name in told and asked != has:
-                raise ValueError(
-                    f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
-                    if name in given else
-                    f"{name} is {asked} in the run's {layout.CONFIG_NAME}, and {has} in its weights: restore that "
-                    f"line, or begin a new run"
-                )  # fmt: skip
-        own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
-        kept = {name: value for name, value in stored.__dict__.items() if name not in own}
-        wanted = dataclasses.replace(wanted, **kept)
-        if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
-            # Trained on longer samples, the model is meant for them.
-            longest = max(wanted.max_position_embeddings, max_seq_len)
-            wanted = dataclasses.replace(wanted, max_position_embeddings=longest)
-    resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
-    if resolved.vocab_size < tokenizer_vocab_size:
-        raise ValueError(
-            f"the model's vocab_size {resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "
-            f"leave --vocab_size out, and start only from weights that know this tokenizer"
-        )
-    return resolved
-
-
-def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
-    """Names of the fields that were given, now or in the run's saved configuration, and do not ask for what the weights
-    or the tokenizer say."""
-    told = set()
-    for item in dataclasses.fields(LlamaConfig):
-        asked = getattr(wanted, item.name)
-        # In a run that began with others' weights, fields that nobody gave stand at their defaults.
-        if item.name in given or is_own or asked != item.default:
-            is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
-            told |= {item.name} - ({item.name} if is_left_open else set())
-    return told
+    groups = {group: getattr(config, group) for group in _GROUPS}
+    for group, part in groups.items():
+        # A task's own options count for that task alone.
+        if group not in {task.options for task in TASK_TYPES.values()}:
+            part.check()
+    check_together(config)
 
 
 def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:

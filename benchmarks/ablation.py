@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import Config, parse_config, resolve_model
+from configurator import parse_config
 from model import Llama, flops
 from model.ops import CHOICES, build_ops, choose_ops
 from optimizer.adamw import AdamWConfig, adamw_reference
@@ -49,6 +49,7 @@ from optimizer.clip import clip_factor
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext, DistributedDataParallel
 from parallel.buffer import ParameterSlice, sum_of_squares
+from training.config import Config
 from utils.machine import cpu_name
 from utils.terminal import run_main
 
@@ -112,7 +113,7 @@ class PlainAdamW:
 def build_step(config: Config, contender: Contender, device: torch.device) -> tuple[Callable[[], float], int]:
     """A function that does one training step and returns the loss in nats per token; bytes kept between steps."""
     dtype = resolve_dtype(config.system.dtype, device)
-    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
     model = Llama(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
@@ -296,7 +297,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     chosen = [contender for contender in everyone if not wanted or contender.name in wanted]
-    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in Llama(model_config).parameters())
     seq_len, rows = config.data.max_seq_len, config.data.train_batch_size

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.ranges import require_at_most, require_between, require_not_negative, require_positive
+from utils.options import OnlyWith, require_at_most, require_between, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,12 @@ class DataConfig:
             raise ValueError(
                 "--use_dataset_with_index=False has no use here: pretraining always reads through the index"
             )
+
+
+ONLY_WITH = (
+    OnlyWith(
+        ("data_dir",), lambda f: not (f["train_data_dir"] and f["valid_data_dir"]),
+        "beside --train_data_dir and --valid_data_dir",
+    ),
+    OnlyWith(("sample_tokens", "sample_prompt"), lambda f: f["sample_texts"] > 0, "with --sample_texts=0"),
+)  # fmt: skip

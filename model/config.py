@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from utils.options import OnlyWith
+
 _RANGES = {
     "vocab_size": (0, 2**31 - 1), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**24),
     "num_hidden_layers": (1, 2_000), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
@@ -68,6 +70,13 @@ class LlamaConfig:
     residual_in_fp32: bool = True
     """Keep the residual stream in float32 whatever the weights' dtype."""
 
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a combination that cannot be built.
+        """
+        self.resolve()
+
     def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "LlamaConfig":
         """Fill in what is 0 and check that the fields fit together.
 
@@ -123,3 +132,20 @@ class LlamaConfig:
             if not low < high:
                 raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
         return LlamaConfig(**values)
+
+
+ONLY_WITH = (
+    # With weights to begin from, the others may come from their configuration.
+    OnlyWith(
+        ("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
+        "with --rope_scaling_factor=1",
+    ),
+    OnlyWith(
+        ("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
+        "without --rope_scaling",
+    ),
+    OnlyWith(
+        ("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
+        lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3",
+    ),
+)  # fmt: skip

@@ -25,10 +25,12 @@ from model.attend import Attend, KVCache, attend_to
 from model.attention import Attention
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
+from model.families import family_of
 from model.linear import Head
 from model.mlp import SwiGLU
 from model.norm import RMSNorm
 from model.ops import REFERENCE, Ops
+from model.roles import Role
 
 
 class Block(nn.Module):
@@ -241,24 +243,25 @@ class Llama(nn.Module):
         """Log-probability of each label; see Head.token_logprobs."""
         return self.lm_head.token_logprobs(hidden, labels)
 
+    def roles(self) -> dict[str, Role]:
+        """Name of each parameter -> how those treat it who know nothing of layers: who decays, steps or cuts it."""
+        family = family_of(self.config)
+        return {name: family.role_of(name) for name, _ in self.named_parameters()}
+
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set the initial weights; a weight depends on the seed and its own name alone, not on the order or device.
-
-        | what                                   | initial value                          | why
-        | norms                                  | 1                                      | identity
-        | biases                                 | 0                                      |
-        | o_proj, down_proj (write the residual) | N(0, initializer_range / sqrt(2 L))    | 2 L additions keep h's scale
-        | every other matrix                     | N(0, initializer_range)                | GPT-2 (Radford et al., 2019)
-        """
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its
+        own name alone, not on the order or the device."""
+        std = self.config.initializer_range
+        stds = {"normal": std, "residual": std / math.sqrt(2 * self.config.num_hidden_layers)}
+        roles = self.roles()
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            begins = roles[name].begins
+            if begins == "zero":
                 parameter.zero_()
-            elif parameter.dim() == 1:
+            elif begins == "one":
                 parameter.fill_(1.0)
             else:
-                std = residual_std if ("o_proj" in name or "down_proj" in name) else self.config.initializer_range
                 digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * stds[begins])

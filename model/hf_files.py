@@ -5,8 +5,6 @@ import re
 import shlex
 from pathlib import Path
 
-from model.hf_keys import shown
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
@@ -14,6 +12,12 @@ _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model
 _POINTER = b"version https://git-lfs.github.com/spec/"
 MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a JSON file, as far as a sentence has room."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def read_json(path: Path) -> object:

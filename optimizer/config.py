@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.ranges import require_between, require_not_negative, require_positive, require_share_below_1
+from utils.options import OnlyWith, require_between, require_not_negative, require_positive, require_share_below_1
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,14 @@ class MuonConfig:
         require_not_negative(self, "muon_lr_ratio")
         require_share_below_1(self, "muon_momentum")
         require_between(self, 1, 6, "muon_iterations")
+
+
+ONLY_WITH = (
+    OnlyWith(("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
+    OnlyWith(("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
+    OnlyWith(("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
+    OnlyWith(
+        ("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
+        "without --optimizer=muon",
+    ),
+)  # fmt: skip

@@ -1,9 +1,9 @@
 """Options of data parallelism. Plain data: importing this loads no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from utils.ranges import require_not_negative, require_positive
+from utils.options import OnlyWith, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -104,3 +104,17 @@ class PowerSGDConfig:
         )
         if self.matrix_approximation_rank < 1:
             raise ValueError(f"matrix_approximation_rank must be at least 1, got {self.matrix_approximation_rank}")
+
+
+ONLY_WITH = (
+    # (grad_buffer_is_powerSGD_error is refused without it.)
+    OnlyWith(
+        tuple(item.name for item in fields(PowerSGDConfig) if item.name != "grad_buffer_is_powerSGD_error"),
+        lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook",
+    ),
+    OnlyWith(
+        ("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["ddp_impl"] == "bucketed",
+        "with --ddp_impl=naive",
+    ),
+    OnlyWith(("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
+)  # fmt: skip

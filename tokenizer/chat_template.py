@@ -94,7 +94,7 @@ _TALK = (Message("user", "What?"), Message("assistant", "That."))
 
 
 @dataclass(frozen=True)
-class Span:
+class MessageSpan:
     """What a stretch of tokens is."""
 
     message: int
@@ -113,7 +113,7 @@ class Rendered:
     ids: list[int]
     supervised: list[bool]
     """For each token, whether the model is to learn to say it."""
-    spans: list[Span]
+    spans: list[MessageSpan]
     """Headers and texts in their order, without gaps."""
 
 
@@ -610,14 +610,14 @@ class ChatTemplate:
         pieces = list(pieces)
         ids, counts = self._tokenizer.encode_pieces([(one.text, one.is_layout) for one in pieces], self._also)
         supervised: list[bool] = []
-        spans: list[Span] = []
+        spans: list[MessageSpan] = []
         for piece, count in zip(pieces, counts):
             begin = len(supervised)
             supervised += [piece.is_learnt] * count
             if spans and (spans[-1].message, spans[-1].is_header) == (piece.message, piece.is_header):
                 begin = spans.pop().begin
             if begin < len(supervised):
-                spans.append(Span(piece.message, begin, len(supervised), piece.is_header))
+                spans.append(MessageSpan(piece.message, begin, len(supervised), piece.is_header))
         return Rendered(ids, supervised, spans)
 
 

@@ -7,7 +7,9 @@ With 200 records, the 64 rows that suit a hundred thousand would be one step, af
 import logging
 from dataclasses import replace
 
-from configurator import Config, is_open
+from configurator import is_open
+from dataset.config import DataConfig
+from training.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +23,30 @@ _SHARES = 8
 """Micro-batches that a step is cut into: 1, 2, 4 and 8 processes can share them, so it is the same run on each."""
 
 
-def choose_batch(config: Config, given: frozenset[str], samples: int, world_size: int) -> Config:
+def choose_batch(run: RunConfig, data: DataConfig, given: frozenset[str], samples: int, world_size: int) -> DataConfig:
     """
     Args:
         given: names of the flags that were given.
         samples: in an epoch: packed rows, conversations or pairs.
     Returns:
-        the configuration with the batch in it, which is saved: a run keeps it, however it is resumed.
+        the options with the batch in them, which are saved: a run keeps it, however it is resumed.
     """
-    data, task_type = config.data, config.run.task_type
-    if not is_open(config, given, "train_batch_size", "gradient_accumulation_steps"):
-        return config
-    if task_type != "pretrain":
-        passes = 1.0 if config.run.max_iters else config.run.epoch
+    if not is_open(run, given, "train_batch_size", "gradient_accumulation_steps"):
+        return data
+    if run.task.reads_records:
+        passes = 1.0 if run.max_iters else run.epoch
         batch, why = batch_for(samples * passes), f"chosen from the {samples:,} there are"
-    elif config.run.size and data.gradient_accumulation_steps % world_size:
+    elif run.size and data.gradient_accumulation_steps % world_size:
         batch = data.train_batch_size * data.gradient_accumulation_steps
         why = f"which {world_size} processes can share"
     else:
-        return config
+        return data
     size, count = split_batch(batch, world_size, data.train_batch_size)
     logger.info(
         "%d %s a step, %s: --train_batch_size=%d --gradient_accumulation_steps=%d",
-        size * count, "rows" if task_type == "sft" and data.packing else "samples", why, size, count,
+        size * count, run.task.unit(data.packing), why, size, count,
     )  # fmt: skip
-    return replace(config, data=replace(data, train_batch_size=size, gradient_accumulation_steps=count))
+    return replace(data, train_batch_size=size, gradient_accumulation_steps=count)
 
 
 def batch_for(samples: float) -> int:

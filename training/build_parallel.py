@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from configurator import Config
 from model import Llama
 from optimizer.mixed_precision import LossScaler
 from parallel import (
@@ -17,6 +16,7 @@ from parallel import (
     Zero1,
     sum_hook,
 )
+from training.config import Config
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,21 @@
-"""Options of the run and of the machine that it runs on. Plain data: importing this loads no torch."""
+"""Options of the run and of the machine, and the whole configuration. Plain data: importing this loads no torch.
+
+Each part's options stand beside the part, in its config.py, with a `check` of what concerns that part alone.
+`check_together` judges what crosses parts.
+"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from tasks.config import TaskName
-from utils.ranges import require_at_most, require_not_negative, require_positive
+from dataset.config import DataConfig
+from model.config import LlamaConfig
+from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
+from parallel.config import ParallelConfig, PowerSGDConfig
+from runs.layout import CONFIG_NAME
+from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
+from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
 
 MOST_PROFILED_STEPS = 20
 """Each takes megabytes of trace a rank, in memory until it is written."""
@@ -64,6 +74,10 @@ class RunConfig:
     wandb_mode: Literal["online", "offline"] = "online"
     """Offline keeps them in out_dir/wandb, for `wandb sync`."""
 
+    @property
+    def task(self) -> TaskType:
+        return TASK_TYPES[self.task_type]
+
     def check(self) -> None:
         """
         Raises:
@@ -121,6 +135,113 @@ class SystemConfig:
         require_at_most(self, 4096, "num_threads")
 
 
+@dataclass(frozen=True)
+class Config:
+    """Train a llama-style model."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    model: LlamaConfig = field(default_factory=LlamaConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def check_together(config: Config) -> None:
+    """Refuse what does not go together across parts, and needs no data to be seen.
+
+    Raises:
+        ValueError: the first such combination.
+    """
+    run, data = config.run, config.data
+    if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
+        if data.train_data_dir or data.valid_data_dir:
+            given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
+            raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
+        kind = "the data" if run.task.reads_records else "the pretokenized data"
+        raise ValueError(f"--data_dir is missing: give the directory of {kind}")
+    if data.resume_at_sample and not run.resume:
+        raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
+    if run.valid_only and not (run.resume or run.init_from):
+        holds_run = (Path(run.out_dir) / CONFIG_NAME).exists()
+        to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
+        raise ValueError(f"--valid_only needs weights: {to_do}")
+    if not data.document_mask and not run.task.mixes_documents:
+        raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
+    if run.task.options:
+        getattr(config, run.task.options).check()
+    if run.task.needs_weights and not (run.init_from or run.resume):
+        raise ValueError(
+            f"--task_type={run.task_type} needs a model to begin with: give --init_from, best a run of --task_type=sft"
+        )
+    _check_gradients(config)
+
+
+def _check_gradients(config: Config) -> None:
+    """Refuse hooks and overlaps that do not go with the optimizer or the dtype, with the reason."""
+    parallel, is_float16 = config.parallel, config.system.dtype == "float16"
+    if config.powersgd.grad_buffer_is_powerSGD_error:
+        if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
+            raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
+        if is_float16:
+            raise ValueError(
+                "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
+                "expects now and then, would destroy the residual"
+            )
+    if parallel.overlap_optim_step:
+        if config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer:
+            raise ValueError(
+                "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
+                " pass: leave out --overlap_optim_step"
+            )
+        if config.optimizer.grad_clip > 0:
+            raise ValueError(
+                "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
+                "--grad_clip=0, or leave it out"
+            )
+        if is_float16:
+            raise ValueError(
+                "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What follows from the configuration, the data and the number of ranks."""
+
+    global_batch_size: int
+    """Samples in a step."""
+    max_iters: int
+    """Steps of the run."""
+
+
+def resolve(
+    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
+) -> Derived:
+    """What follows from the configuration together with the data and the ranks.
+
+    Args:
+        num_train_samples: samples in an epoch.
+        step, samples_consumed: where a resumed run stands: --epoch counts samples, also if the global batch changed.
+    Raises:
+        ValueError: the global batch cannot be split over the ranks.
+    """
+    steps = config.data.gradient_accumulation_steps
+    if steps % world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
+            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
+        )
+    global_batch = config.data.train_batch_size * steps
+    epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
+    return Derived(global_batch, config.run.max_iters or epoch_iters)
+
+
 def parse_log_ranks(text: str) -> frozenset[int] | None:
     """The ranks that --log_ranks names; None: all of them.
 
@@ -153,3 +274,9 @@ def parse_profile_steps(text: str) -> tuple[int, int] | None:
             f"profile_steps={text} asks for {last - first + 1} steps: a trace holds at most {MOST_PROFILED_STEPS}"
         )
     return first, last
+
+
+ONLY_WITH = (
+    OnlyWith(("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
+    OnlyWith(("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
+)

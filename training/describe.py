@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import Config, Derived
 from data_preprocess.pretokenize_sft_data import summary
+from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Llama, flops
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
+from parallel.config import ParallelConfig
+from tasks.config import TaskType
 from tokenizer.chat_template import template_of
 from training.batch import LEAST_ROWS
 from training.build import Built
 from training.build_optimizer import buckets_with_matrices
 from training.build_parallel import Parallel
+from training.config import Derived, RunConfig
 from training.data import Data
 from training.progress import Progress
 
@@ -62,12 +65,12 @@ def describe(built: Built, counted: Flops) -> list[str]:
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
         _model(built.model, built.dtype, device),
-        _parallel(config, context.world_size, built.parallel),
+        _parallel(config.parallel, context.world_size, built.parallel),
         *([_network(context, built, tokens_per_step, counted)] if sends_gradients else []),
         _peak(counted, device),
         _ops(built.model, built.optimizer, config.system.compile),
-        *_data(built.data, config.run.task_type),
-        _batch(config, built.derived, len(built.data.train)),
+        *_data(built.data, config.run.task),
+        _batch(config.run, config.data, built.derived, len(built.data.train)),
         *_time(built, counted),
         _start(built.progress, built.weights_from),
     ]
@@ -84,8 +87,8 @@ def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
     )
 
 
-def _parallel(config: Config, world_size: int, parallel: Parallel) -> str:
-    flags, threads = config.parallel, f"{torch.get_num_threads()} thread(s) each"
+def _parallel(flags: ParallelConfig, world_size: int, parallel: Parallel) -> str:
+    threads = f"{torch.get_num_threads()} thread(s) each"
     if world_size == 1 and parallel.powersgd is None and parallel.zero1 is None:
         return f"parallel: one process of {torch.get_num_threads()} thread(s)"
     text = f"parallel: {world_size} processes" if world_size > 1 else "parallel: one process"
@@ -154,21 +157,19 @@ def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) ->
     )
 
 
-def _data(data: Data, task_type: str) -> list[str]:
+def _data(data: Data, task: TaskType) -> list[str]:
     """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was; and what is
     odd about the layout of their conversations."""
-    directories = dict.fromkeys(data.dirs.values()) if task_type != "pretrain" else ()
+    directories = dict.fromkeys(data.dirs.values()) if task.reads_records else ()
     records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
-    notes = template_of(data.tokenizer).notes if task_type != "pretrain" else []
+    notes = template_of(data.tokenizer).notes if task.teaches_chat else []
     return [*records, f"data: {data.train.description()}", *(f"note: {note}" for note in notes)]
 
 
-def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
-    samples = derived.global_batch_size
-    has_full_rows = config.run.task_type == "pretrain"
-    # A packed row holds several samples.
-    unit = "rows" if config.run.task_type == "sft" and config.data.packing else "samples"
-    tokens = f" ({samples * config.data.max_seq_len:,} tokens)" if has_full_rows else ""
+def _batch(run: RunConfig, data: DataConfig, derived: Derived, samples_per_epoch: int) -> str:
+    samples, unit = derived.global_batch_size, run.task.unit(data.packing)
+    # Samples made from records have any length.
+    tokens = "" if run.task.reads_records else f" ({samples * data.max_seq_len:,} tokens)"
     epochs, steps = derived.max_iters * samples / samples_per_epoch, derived.max_iters
     text = f"batch: {samples} {unit}{tokens} a step, {steps} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
     if samples > samples_per_epoch:
@@ -176,10 +177,10 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
             f"; a step takes more {unit} than there are ({samples_per_epoch}): lower --train_batch_size or "
             f"--gradient_accumulation_steps"
         )
-    elif config.run.task_type != "pretrain" and steps < _FEW_STEPS:
+    elif run.task.reads_records and steps < _FEW_STEPS:
         # Below some rows a step, smaller ones teach less.
         smaller = "lower --train_batch_size or --gradient_accumulation_steps, or " if samples > LEAST_ROWS else ""
-        text += f"; so few steps teach little: {smaller}raise --{'max_iters' if config.run.max_iters else 'epoch'}"
+        text += f"; so few steps teach little: {smaller}raise --{'max_iters' if run.max_iters else 'epoch'}"
     return text
 
 

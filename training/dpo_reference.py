@@ -8,18 +8,19 @@ import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from checkpoint.folder import read_trainer_state
-from configurator import Config
 from model import hf
 from parallel import DistContext
 from tasks.dpo import DPOTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
 from training.build_model import to_device
+from training.config import RunConfig
 from training.data import Data
 from training.run_dir import RunDir
 
 
 def prepare_reference(
-    config: Config,
+    run: RunConfig,
+    batch_size: int,
     context: DistContext,
     run_dir: RunDir,
     data: Data,
@@ -43,7 +44,7 @@ def prepare_reference(
     """
     model, is_resumed = task.model, run_dir.resumed_from is not None
     # Found once, as its files are verified for that.
-    first_model = cache(partial(_first_model, config, weights, is_resumed))
+    first_model = cache(partial(_first_model, run.init_from, weights, is_resumed))
 
     def fingerprint() -> str:
         return context.decide_on_main(lambda: weights_fingerprint(first_model(), model.config, dtype))
@@ -52,7 +53,7 @@ def prepare_reference(
     reference = saved or fingerprint()
     has_weights = not is_resumed
     for split, dataset in (("train", data.train), ("valid", data.valid)):
-        if dataset is None or (config.run.valid_only and split == "train"):
+        if dataset is None or (run.valid_only and split == "train"):
             continue
         kept = ReferenceCache(dataset, split, reference, run_dir.path)
         dataset.reference = kept.read_on_main(context.is_main, context.all_sum)
@@ -68,17 +69,17 @@ def prepare_reference(
             hf.load_weights(model, first_model())
             has_weights = True
         dataset.reference = compute_reference(
-            task, kept, config.data.valid_batch_size, context.rank, context.world_size, context.all_sum,
+            task, kept, batch_size, context.rank, context.world_size, context.all_sum,
             lambda batch: to_device(batch, model, context.device), lambda: run_dir.heartbeat.beat("reference", 0),
             stop_requested,
         )  # fmt: skip
     return reference
 
 
-def _first_model(config: Config, weights: Path, is_resumed: bool) -> Path:
+def _first_model(init_from: str, weights: Path, is_resumed: bool) -> Path:
     """Folder of the model that the run began with."""
     if not is_resumed:
         return weights
-    if not config.run.init_from:
+    if not init_from:
         raise ValueError("the log-probabilities of the reference model are missing: give the model with --init_from")
-    return resolve_checkpoint_dir(Path(config.run.init_from))
+    return resolve_checkpoint_dir(Path(init_from))

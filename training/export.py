@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.config import LlamaConfig
+from model.families import family_of
+from model.families.family import Family
 from model.generation_config import GenerationConfig, read_generation_config
 from tokenizer import Tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
@@ -28,10 +31,9 @@ class Export:
     beside it: llama.cpp's converter takes the scores of the pieces from the one, and without it a tokenizer that gives
     other ids; what was added to them it looks for in the other, where the configuration does not tell."""
 
-    @property
-    def as_llama(self) -> bool:
-        """Whether a model with `qkv_bias` is written as a llama, see model/hf.py: Qwen's tokenizers bear its name."""
-        return self.tokenizer.class_name == GENERAL_CLASS
+    def family(self, config: LlamaConfig) -> Family:
+        """The family as which the model is written: its name may tell other programs how texts are split."""
+        return family_of(config, generic_tokenizer=self.tokenizer.class_name == GENERAL_CLASS)
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""
@@ -43,16 +45,17 @@ class Export:
             _make_it_for_chat(self.tokenizer, directory)
 
 
-def plan_export(task_type: str, tokenizer: Tokenizer, weights: Path | None) -> Export:
+def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None) -> Export:
     """By which tokens the run teaches to end a text; all else is as the model that it begins with has it.
 
     Args:
+        for_chat: whether the model is taught to answer.
         weights: folder of that model: of a resumed run its checkpoint, which has what the run began with. Nothing of it
             is read later.
     Raises:
         ValueError: a file in that folder is not as it should be.
     """
-    for_chat, sentence_piece = task_type != "pretrain", {}
+    sentence_piece = {}
     if weights is None:
         source = GenerationConfig((), next(iter(tokenizer.begin_ids), None), tokenizer.special_ids.get(PAD))
     else:

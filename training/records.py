@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 from checkpoint.retention import abandon_later
-from configurator import Config, changes_since, flatten, to_yaml
+from configurator import changes_since, flatten, to_yaml
 from runs import exits
 from runs.reslog import VERSION, ResLog, count_launches
 from runs.sinks import Sinks, open_sinks
 from training.build import Built
+from training.config import Config
 from training.data import order_of_samples
 from training.describe import Flops, count_flops, describe
 from utils.files import atomic_write
@@ -71,7 +72,7 @@ def _write_start(built: Built, reslog: ResLog | None) -> None:
         left_out=built.left_out,
         world_size=world_size,
         dtype=dtype,
-        **order_of_samples(config, built.data),
+        **order_of_samples(config.run.seed, built.data),
         global_batch_size=derived.global_batch_size,
         task=config.run.task_type,
         packing=config.data.packing,

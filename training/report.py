@@ -16,8 +16,7 @@ from checkpoint.saving import SaveOutcome
 from parallel import DistContext, PowerSGD
 from runs.layout import RunPaths
 from runs.reslog import ResLog
-from tasks.dpo import DPOTask
-from tasks.language_model import LanguageModelTask
+from tasks.task import Task
 from training.build import Built
 from training.config import RunConfig, parse_profile_steps
 from training.describe import Flops
@@ -79,7 +78,7 @@ def report_step(
 def report_validation(
     reslog: ResLog | None,
     step: int,
-    task: LanguageModelTask | DPOTask,
+    task: Task,
     figures: dict[str, float],
     terms: float,
     seconds: float,
@@ -159,7 +158,7 @@ def report_end(
     run_dir, progress = built.run_dir, built.progress
     ending = RunEnd(
         run_dir.path, finished, progress.step, built.derived.max_iters, steps_now, seconds, progress.tokens,
-        train_loss, built.config.run.task_type != "pretrain", _resume_command(built.context, run_dir.path),
+        train_loss, built.config.run.task.teaches_chat, _resume_command(built.context, run_dir.path),
         run_dir.saver.retention,
     )  # fmt: skip
     reslog.write("end", step=progress.step, reason="finished" if finished else "stopped on request")

@@ -6,10 +6,10 @@ from pathlib import Path
 from checkpoint.folder import read_trainer_state
 from checkpoint.named import holds_named_state, load_named_state, read_tensors
 from checkpoint.retention import delete_leftovers
-from configurator import Config
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, PowerSGD
 from training.build_parallel import Parallel
+from training.config import Config
 from training.data import Data, order_of_samples
 from training.progress import Progress
 from training.run_dir import RunDir
@@ -54,7 +54,7 @@ def load_checkpoint(
 
 def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool:
     """Refuse what cannot go on with the state in `path`. Returns whether the samples come in a new order, as asked."""
-    order = order_of_samples(config, data)
+    order = order_of_samples(config.run.seed, data)
     changed = [name for name, value in order.items() if state["stream"][name] != value]
     if changed and not (config.data.restart_data or config.run.valid_only):
         raise ValueError(

@@ -13,12 +13,11 @@ from checkpoint.opening import lock_run, open_run, prepare_run
 from checkpoint.retention import Retention, delete_leftovers
 from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import StorePlace, find_place
-from configurator import Config
 from parallel import DistContext
 from parallel.launched import launch_token, launched_node
 from runs.heartbeat import Heartbeat, write_stacks_on_signal
 from runs.layout import RunPaths
-from training.config import parse_log_ranks
+from training.config import RunConfig, parse_log_ranks
 from utils.logging import add_log_file
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class RunDir:
         return self.paths.reslog
 
 
-def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> RunDir:
+def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> RunDir:
     """Create the run directory, on each file system that the nodes have, and find the checkpoint to resume from.
 
     Args:
@@ -64,7 +63,7 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
     Raises:
         ValueError: the directory cannot be used, or holds no such checkpoint.
     """
-    run, path = config.run, Path(config.run.out_dir)
+    path = Path(run.out_dir)
     paths = RunPaths(path)
     place, ckpt_dir = find_place(path, context.rank, context.world_size, context.gather), paths.ckpt_dir
 

@@ -36,7 +36,7 @@ class Samples:
         self._model, self._seed, self._tokenizer = built.model, built.config.run.seed, data.tokenizer
         self._most, self._prompts = flags.sample_tokens, []
         self._stop_ids = frozenset([data.tokenizer.eod_id])
-        if built.config.run.task_type != "pretrain":
+        if built.config.run.task.teaches_chat:
             self._stop_ids |= template_of(data.tokenizer).stop_ids
         if data.valid is None or not flags.sample_texts:
             return

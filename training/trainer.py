@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from checkpoint.saving import SaveOutcome
-from configurator import Config
 from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_batches
 from optimizer.mixed_precision import StepResult
 from parallel import DistContext, DistributedDataParallel
@@ -24,6 +23,7 @@ from training import report
 from training.build import build
 from training.build_model import to_device
 from training.build_optimizer import learning_rate
+from training.config import Config
 from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records

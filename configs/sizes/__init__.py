@@ -6,8 +6,8 @@ the saved configuration of a resumed run. Its parts say when they count:
     model        a new model; with --init_from the weights bring their shape
     every_task   always
     pretrain     pretraining; in SFT and DPO the batch is chosen from the data (training/batch.py)
-    continued    pretraining with --init_from, above `pretrain`
     sft, dpo     that task
+    pretrain_continued    pretraining with --init_from, above `pretrain`
 """
 
 from pathlib import Path
@@ -24,11 +24,11 @@ def values_of(size: str, task_type: str, has_weights: bool) -> dict[str, Any]:
 
     Args:
         size: one of the files' names.
-        task_type: pretrain, sft or dpo.
+        task_type: one of tasks/config.py.
         has_weights: whether the run begins with those of --init_from.
     """
     said = parse_yaml((FOLDER / f"{size}.yaml").read_bytes())
     parts = [] if has_weights else ["model"]
     parts += ["every_task", task_type]
-    parts += ["continued"] if has_weights and task_type == "pretrain" else []
-    return {name: value for part in parts for name, value in said[part].items()}
+    parts += [f"{task_type}_continued"] if has_weights else []
+    return {name: value for part in parts for name, value in said.get(part, {}).items()}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
-from data_preprocess import pretokenize_sft_data
+from data_preprocess import raw_records
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import Plan
 from tests.dist.test_runs import run_cases
@@ -183,7 +183,7 @@ def test_killed_runs_go_on_with_the_same_bits(survivors: dict[str, tuple[list[st
 def tokenize_slowly(case: list[str]) -> list:
     """On one rank: a run on raw records, whose tokenizing takes long enough for all ranks to come to it. [exit code,
     how often this rank did it, whether a group existed by then]."""
-    original, calls, groups = pretokenize_sft_data.process_corpus, [], []
+    original, calls, groups = raw_records.process_corpus, [], []
 
     def slow(*arguments):
         calls.append(1)
@@ -191,7 +191,7 @@ def tokenize_slowly(case: list[str]) -> list:
         time.sleep(1.0)
         return original(*arguments)
 
-    pretokenize_sft_data.process_corpus = slow
+    raw_records.process_corpus = slow
     return [train_my_ddp.main(case), len(calls), any(groups)]
 
 

@@ -14,7 +14,8 @@ from dataset.sft import SFTDataset
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
 from parallel import CommStream, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
-from tasks.dpo import DPOLoss, DPOTask
+from tasks.config import DPOConfig
+from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, records, same_bits
@@ -90,7 +91,7 @@ def test_fine_tuning_on_cuda_equals_cpu(kind: str, tmp_path: Path):
         if task_name == "sft":
             task = LanguageModelTask(model, 0, torch.ones(512, dtype=torch.int64, device=device))
         else:
-            task = DPOTask(model, 0, DPOLoss(option or "sigmoid"))
+            task = DPOTask(model, 0, DPOConfig(option or "sigmoid"))
         there = {name: tensor.to(device) for name, tensor in batch.items()}
         if task.uses_prepass:
             task.take_prepass(task.prepass(there))

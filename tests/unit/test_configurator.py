@@ -9,19 +9,11 @@ import pytest
 import yaml
 
 from configs import sizes
-from configurator import (
-    _FIELDS,
-    changes_since,
-    flatten,
-    is_open,
-    parse_config,
-    resolve,
-    resolve_model,
-    to_yaml,
-    without_effect,
-)
+from configurator import _FIELDS, changes_since, flatten, is_open, parse_config, to_yaml, without_effect
 from model.config import LlamaConfig
 from runs.layout import CONFIG_NAME
+from training.build_model import resolve_model
+from training.config import resolve
 
 
 def parse(*argv: str) -> dict:
@@ -324,7 +316,7 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
         assert flatten(config) == begun | {"resume": True, "out_dir": str(tmp_path)} | (
             {"grad_clip": 2.0} if "--grad_clip=2" in argv else {}
         )
-        assert without_effect(config, given) == [] and not is_open(config, given, "max_seq_len")
+        assert without_effect(config, given) == [] and not is_open(config.run, given, "max_seq_len")
         assert changes_since(config, tmp_path / CONFIG_NAME).keys() == {"grad_clip"} & given
     with pytest.raises(ValueError, match="was begun with --size=laptop.*leave --size out") as caught:
         parse_config([*resume, "--size=gpu"])

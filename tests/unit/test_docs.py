@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 
 import monitor_process
-from configurator import _FIELDS, parse_config, resolve
+from configurator import _FIELDS, parse_config
 from data_preprocess.shards import set_of
 from demo.corpus import copy_standard_library
 from model import Llama, LlamaConfig
 from monitor.command import TrainCommand
 from parallel.launch import parser_of_flags
 from train_my_ddp import number_of_processes
+from training.config import resolve
 from utils.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent

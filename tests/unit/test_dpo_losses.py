@@ -3,6 +3,7 @@
 import errno
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,8 @@ from model import Llama
 from model.config import LlamaConfig
 from model.loss import IGNORE_INDEX
 from runs.exits import StopRequested
-from tasks.dpo import DPOLoss, DPOLossType, DPOTask
+from tasks.config import DPOConfig, DPOLossType
+from tasks.dpo import DPOTask, dpo_losses
 from tasks.reference import ReferenceCache, compute_reference
 from tests.unit.test_sequences import write_sequences
 
@@ -84,7 +86,7 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "beta", "smoothing"), CASES)
 def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
-    pairs, loss = make_pairs(), DPOLoss(kind, beta, smoothing)
+    pairs, loss = make_pairs(), partial(dpo_losses, DPOConfig(kind, beta, smoothing))
     policy, reference = pairs[:, :2].clone().requires_grad_(), pairs[:, 2:]
     # Such means that one is clamped and the other is not.
     kl = torch.tensor([0.8, -0.4], dtype=torch.float64)
@@ -107,7 +109,7 @@ def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
 def test_extreme_log_ratios_stay_finite(kind: str):
     """A naive log(sigmoid(x)) is -inf from x = -104 on in float32."""
     policy = torch.tensor([[-3000.0, -10.0], [-10.0, -3000.0]], requires_grad=True)
-    losses = DPOLoss(kind, 0.5)(policy, torch.full((2, 2), -1500.0), torch.zeros(2))
+    losses = dpo_losses(DPOConfig(kind, 0.5), policy, torch.full((2, 2), -1500.0), torch.zeros(2))
     losses.sum().backward()
     assert losses.isfinite().all() and policy.grad.isfinite().all()
 
@@ -116,12 +118,12 @@ def test_label_smoothing_swaps_a_share_of_the_pairs():
     """The meaning of smoothing: a share e of the pairs is swapped."""
     pairs = make_pairs()
     swapped = pairs[:, [1, 0, 3, 2]]
-    plain = DPOLoss("sigmoid", 0.3)
-    smooth = DPOLoss("sigmoid", 0.3, 0.2)(pairs[:, :2], pairs[:, 2:])
+    plain = partial(dpo_losses, DPOConfig("sigmoid", 0.3))
+    smooth = dpo_losses(DPOConfig("sigmoid", 0.3, 0.2), pairs[:, :2], pairs[:, 2:])
     mixed = 0.8 * plain(pairs[:, :2], pairs[:, 2:]) + 0.2 * plain(swapped[:, :2], swapped[:, 2:])
     torch.testing.assert_close(smooth, mixed, rtol=1e-12, atol=0)
     # robust undoes the noise: its mean over noisy labels is the clean loss.
-    robust = DPOLoss("robust", 0.3, 0.2)
+    robust = partial(dpo_losses, DPOConfig("robust", 0.3, 0.2))
     noisy = 0.8 * robust(pairs[:, :2], pairs[:, 2:]) + 0.2 * robust(swapped[:, :2], swapped[:, 2:])
     torch.testing.assert_close(noisy, plain(pairs[:, :2], pairs[:, 2:]), rtol=1e-12, atol=1e-12)
 
@@ -135,21 +137,24 @@ CONFIG = LlamaConfig(
 ).resolve()  # fmt: skip
 
 
-def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0, **options) -> DPOTask:
+def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0) -> DPOTask:
     model = Llama(CONFIG)
     model.initialize(0)
-    return DPOTask(model, 0, DPOLoss(kind, beta, smoothing), **options)
+    return DPOTask(model, 0, DPOConfig(kind, beta, smoothing))
 
 
 class GivenTask(DPOTask):
     """Log-probabilities by sample id, instead of a model's."""
 
-    def __init__(self, values: Tensor, *arguments, **options):
-        super().__init__(Llama(CONFIG), 0, *arguments, **options)
+    def __init__(self, values: Tensor, options: DPOConfig):
+        super().__init__(Llama(CONFIG), 0, options)
         self.values = values
 
-    def log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         return self.values[batch["sample_ids"]]
+
+    def log_probs_from(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return hidden
 
 
 LENGTHS = [(3, 5), (1, 4), (7, 2), (6, 6), (2, 9), (5, 1)]
@@ -170,7 +175,7 @@ def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
     """Sums, counts, metrics and gradients of the parts; kto_pair's mean is the whole batch's, without gradient."""
     beta, pairs = 0.3, make_pairs(seed=10)
     values = pairs[:, :2].clone().requires_grad_()
-    task = GivenTask(values, DPOLoss(kind, beta))
+    task = GivenTask(values, DPOConfig(kind, beta))
     batches = [given_batch(part, pairs[:, 2:]) for part in split]
     assert task.uses_prepass == (kind == "kto_pair")
     if task.uses_prepass:
@@ -223,7 +228,7 @@ def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
     """Else the split into micro-batches would change the run; here it would, by a lot."""
     pairs = make_pairs(seed=10)
     batches = [given_batch(part, pairs[:, 2:]) for part in ([0, 1, 2], [3, 4, 5])]
-    task = GivenTask(pairs[:, :2], DPOLoss("kto_pair", 0.3))
+    task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
     sums = [task.prepass(batch) for batch in batches]
     totals = []
     for prepass in (sums, [sum(sums)] * 2):
@@ -237,7 +242,7 @@ def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
 
 def test_validation_of_kto_pair_takes_the_mean_of_its_batch():
     pairs = make_pairs(seed=4)
-    task = GivenTask(pairs[:, :2], DPOLoss("kto_pair", 0.3))
+    task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
     # Left over from training: of no use here.
     task.take_prepass(torch.tensor([600.0, 600.0, 6.0], dtype=torch.float64))
     task.model.eval()
@@ -255,14 +260,14 @@ def test_reference_free_is_a_reference_of_zeros(kind: str):
     zeros = torch.zeros(6, 2, dtype=torch.float64)
     results = []
     for reference, free in ((zeros, False), (None, True), (pairs[:, 2:], True)):
-        task = GivenTask(pairs[:, :2], DPOLoss(kind, 0.05), reference_free=free)
+        task = GivenTask(pairs[:, :2], DPOConfig(kind, 0.05, reference_free=free))
         batch = given_batch([0, 1, 2, 3, 4, 5], reference)
         if task.uses_prepass:
             task.take_prepass(task.prepass(batch))
         loss_sum, _, metrics = task(batch)
         results.append((loss_sum.item(), {name: value.item() for name, value in metrics.items()}))
     assert results[0] == results[1] == results[2]
-    with_reference = GivenTask(pairs[:, :2], DPOLoss(kind, 0.05))
+    with_reference = GivenTask(pairs[:, :2], DPOConfig(kind, 0.05))
     with_reference.take_prepass(torch.tensor([0.0, 0.0, 6.0]))
     assert with_reference(given_batch([0, 1, 2, 3, 4, 5], pairs[:, 2:]))[0].item() != results[0][0]
 
@@ -270,7 +275,7 @@ def test_reference_free_is_a_reference_of_zeros(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_rewards_are_no_success(kind: str):
     values = torch.full((6, 2), -3.0)
-    task = GivenTask(values, DPOLoss(kind))
+    task = GivenTask(values, DPOConfig(kind))
     task.take_prepass(torch.tensor([0.0, 0.0, 6.0], dtype=torch.float64))
     assert task(given_batch([0, 1, 2], values))[2]["rewards/accuracies"].item() == 0
 
@@ -366,7 +371,7 @@ def test_dropout_belongs_to_the_row_not_the_micro_batch():
     config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": 0.3})
     model = Llama(config)
     model.initialize(0)
-    task, pairs = DPOTask(model, 5, DPOLoss()), random_sequences()
+    task, pairs = DPOTask(model, 5, DPOConfig()), random_sequences()
     prompt, answer, _ = pairs[0]
     pairs[0] = (prompt, answer, answer)
     whole = task.log_probs(make_batch(pairs))

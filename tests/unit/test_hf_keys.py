@@ -14,7 +14,7 @@ from transformers import LlamaConfig as TheirLlama
 from transformers import Qwen2Config as TheirQwen2
 
 from model import Llama, hf
-from model.hf_keys import HARMLESS, HARMLESS_AT
+from model.families import FAMILIES
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -68,7 +68,8 @@ OTHER: dict[str, list[object]] = {
     "transformers.js_config": [{"kv_cache_dtype": {"fp16": "float16"}}], "unsloth_fixed": [True],
     "unsloth_version": ["2025.1.1"], "max_sequence_length": [2048], "model_max_length": [99], "seq_length": [99],
     "bias": [True], "rope_interleaved": [True, False], "rope_condense_ratio": [8, 1], "use_mrope": [True, False],
-    "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}], "quantization": [{"bits": 4}],
+    "qkv_bias": [True], "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}],
+    "quantization": [{"bits": 4}],
     "compression_config": [{"format": "dense"}],
     # Of sister families, in which they change the model.
     "attention_multiplier": [0.1], "embedding_multiplier": [12.0], "logits_scaling": [8.0],
@@ -100,7 +101,8 @@ VERSION_4 = (
 
 def test_no_key_of_the_classes_is_left_out():
     fields = {field.name for kind in (TheirLlama, TheirQwen2) for field in dataclasses.fields(kind)}
-    assert fields | set(VERSION_4) | HARMLESS | HARMLESS_AT.keys() <= OTHER.keys()
+    told = {key for family in FAMILIES.values() for key in (*family.harmless, *family.harmless_at, *family.understood)}
+    assert fields | set(VERSION_4) | told <= OTHER.keys()
 
 
 @cache

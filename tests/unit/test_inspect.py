@@ -70,7 +70,7 @@ def test_every_sample_is_traced_to_its_text(
     seen = set()
     for number in range(len(dataset)):
         row = dataset.read_rows(np.array([number]))[0].tolist()
-        spans = inspection.spans(number)
+        spans = inspection.parts(number)
         assert spans[0].begin == 0 and spans[-1].end == LENGTH + 1
         assert all(left.end == right.begin for left, right in zip(spans, spans[1:]))
         for span in spans:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configurator import parse_config, resolve
+from configurator import parse_config
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
@@ -21,6 +21,7 @@ from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
 from runs.job import meaning
 from train_my_ddp import number_of_processes
 from train_my_ddp import run as train_run
+from training.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs" / "launch"

@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> sft.Home:
 
 def batch_of(samples: int, world_size: int, *argv: str) -> tuple[int, int]:
     config, given = parse_config(["--data_dir=d", "--init_from=m", *argv])
-    data = choose_batch(config, given, samples, world_size).data
+    data = choose_batch(config.run, config.data, given, samples, world_size)
     return data.train_batch_size, data.gradient_accumulation_steps
 
 
@@ -64,7 +64,7 @@ def test_a_batch_that_was_said_stays(monkeypatch: pytest.MonkeyPatch, argv: list
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     if argv and argv[0].endswith(".yaml"):
         config, given = parse_config([*argv, "--data_dir=d", "--init_from=m"])
-        assert choose_batch(config, given, 300, 1) == config
+        assert choose_batch(config.run, config.data, given, 300, 1) == config.data
     else:
         assert batch_of(300, 1, *argv) == expected
 
@@ -93,10 +93,11 @@ def test_a_run_keeps_the_batch_that_was_chosen(
     assert f"max_seq_len is {sft.SEQ_LEN}, as the weights" in said
     assert records(flags, "start")[0]["global_batch_size"] == 4
     config, given = parse_config(["--resume", f"--out_dir={tmp_path / 'run'}", "--epoch=500"])
-    assert choose_batch(config, given, rows, 4) == fit_context(config, given) == config
+    run, data = config.run, config.data
+    assert choose_batch(run, data, given, rows, 4) == fit_context(run, data, given) == data
     assert values.items() <= flatten(config).items()
     config, given = parse_config([*flags, "--epoch=500"])
-    assert choose_batch(config, given, rows, 4).data.gradient_accumulation_steps == 8
+    assert choose_batch(config.run, config.data, given, rows, 4).gradient_accumulation_steps == 8
 
 
 @pytest.mark.parametrize(("argv", "lengths", "expected"), [
@@ -115,9 +116,9 @@ def test_pretraining_takes_the_context_of_its_index(
     config, given = parse_config([f"--data_dir={tmp_path}", *argv])
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            fit_context(config, given)
+            fit_context(config.run, config.data, given)
     else:
-        assert fit_context(config, given).data.max_seq_len == expected
+        assert fit_context(config.run, config.data, given).max_seq_len == expected
 
 
 def test_fine_tuning_takes_the_context_of_data_and_weights(home: sft.Home):
@@ -126,7 +127,7 @@ def test_fine_tuning_takes_the_context_of_data_and_weights(home: sft.Home):
         (home.raw_sft, ["--max_seq_len=2048"], 2048), (home.raw_sft, ["--size=tiny", "--max_seq_len=60"], 60),
     ):  # fmt: skip
         config, given = parse_config(["--task_type=sft", f"--data_dir={data}", f"--init_from={home.model}", *argv])
-        assert fit_context(config, given).data.max_seq_len == expected
+        assert fit_context(config.run, config.data, given).max_seq_len == expected
 
 
 @pytest.mark.parametrize(("task", "rate", "parameters", "is_warned"), [
@@ -138,5 +139,5 @@ def test_a_rate_that_ruins_a_large_model_is_said(
     caplog: pytest.LogCaptureFixture, task: str, rate: str, parameters: int, is_warned: bool
 ):
     config, _ = parse_config(["--data_dir=d", "--init_from=m", f"--task_type={task}", f"--learning_rate={rate}"])
-    build_optimizer.warn_of_rate(config, parameters)
+    build_optimizer.warn_of_rate(config.run, config.optimizer.learning_rate, parameters)
     assert ("survive" in caplog.text) == is_warned

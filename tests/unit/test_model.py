@@ -17,6 +17,7 @@ from dataset.sft import padded
 from model import KVCache, Llama, LlamaConfig, flops, hf
 from model.attend import causal_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
+from model.families.llama import LLAMA
 from model.kernels.attention import attention_by_document, plain_attention
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
@@ -78,7 +79,7 @@ def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
 
     cross_entropy_sum(logits, labels).backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    ours = {hf.to_hf_name(name): p.grad for name, p in model.named_parameters()}
+    ours = {LLAMA.their_name(name): p.grad for name, p in model.named_parameters()}
     for name, parameter in reference.named_parameters():
         error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
@@ -128,9 +129,9 @@ def test_export_and_import_round_trip(variant: str, tmp_path: Path):
 def test_biases_of_three_as_a_llama(tmp_path: Path):
     """transformers computes the same; what it saves comes back as it was, unless its fourth bias was trained."""
     model = build(**VARIANTS["qkv_bias"])
-    weights = hf.named_weights(model, as_llama=True)
+    weights = hf.named_weights(model, LLAMA)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, as_llama=True)))
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, family=LLAMA)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.config.model_type == "llama"
     assert torch.allclose(model.logits(model(tokens())), theirs(tokens()).logits, atol=1e-5)

@@ -25,15 +25,10 @@ import pytest
 
 from data_preprocess import pretokenize_sft_data
 from data_preprocess.jobs import process_corpus
-from data_preprocess.pretokenize_sft_data import (
-    CACHE_DIR,
-    Compiler,
-    Options,
-    SequenceJob,
-    check_options,
-    tokenize_online,
-)
+from data_preprocess.raw_records import CACHE_DIR, check_options, tokenize_online
 from data_preprocess.readers import Corpus, place
+from data_preprocess.record_compiler import Compiler, CompilerOptions
+from data_preprocess.sequence_job import SequenceJob
 from dataset.dpo import DPODataset
 from dataset.sequences import SequenceSet, SequenceShard
 from dataset.sft import SFTDataset
@@ -64,10 +59,12 @@ def merging_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-SFT = Options(max_seq_len=LONG)
+SFT = CompilerOptions(max_seq_len=LONG)
 
 
-def run(corpus: Path, output: Path, tokenizer_dir: Path, num_workers: int = 0, options: Options = SFT, **more) -> dict:
+def run(
+    corpus: Path, output: Path, tokenizer_dir: Path, num_workers: int = 0, options: CompilerOptions = SFT, **more
+) -> dict:
     """In this process, unless there are workers; returns the manifest."""
     more = {"valid_ratio": 0.0, "max_bad_records": 0, **more}
     job = SequenceJob(Corpus(str(corpus), None), str(output), str(tokenizer_dir), compiling=options, **more)
@@ -180,7 +177,7 @@ def test_every_format_in_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path)
     (corpus / "d.csv").write_bytes(IN_TABLE.encode())
     # No records: passed over.
     (corpus / "README.md").write_text("Our data")
-    options = Options(max_seq_len=LONG, user_name="Kunde", assistant_name="Berater")
+    options = CompilerOptions(max_seq_len=LONG, user_name="Kunde", assistant_name="Berater")
     manifest = run(corpus, tmp_path / "out", tokenizer_dir, options=options)
     assert read_shown(tmp_path / "out") == [
         *((f"a.json record {number}", text) for number, (_, text) in enumerate(IN_ARRAY)),
@@ -210,7 +207,7 @@ def test_both_forms_of_preferences_in_every_kind_of_file(tmp_path: Path, tokeniz
     table = pyarrow.Table.from_pylist([{"prompt": "in a column", "chosen": "c", "rejected": "r", "score": 1.5}])
     pyarrow.parquet.write_table(table, corpus / "c.parquet")
     (corpus / "d.csv").write_text("chosen,rejected,prompt\nc,r,in a table\n")
-    manifest = run(corpus, tmp_path / "out", tokenizer_dir, options=Options("dpo", LONG))
+    manifest = run(corpus, tmp_path / "out", tokenizer_dir, options=CompilerOptions("dpo", LONG))
     pairs = [
         (f"a.jsonl at byte {starts[0]}", "⟨system¦s⟩⟨user¦q⟩", "good", "bad"),
         # Earlier answers belong to the prompt.
@@ -245,7 +242,7 @@ THREE = sharegpt("system: s", "human: q1", "gpt: a1", "human: q2", "gpt: a2", "h
 )  # fmt: skip
 def test_which_answers_are_learnt(tmp_path: Path, tokenizer_dir: Path, loss: str, expected: list[str]):
     write_lines(tmp_path / "corpus" / "a.jsonl", [THREE])
-    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options(max_seq_len=LONG, sft_loss=loss))
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=CompilerOptions(max_seq_len=LONG, sft_loss=loss))
     assert read_shown(tmp_path / "out") == [("a.jsonl at byte 0", text) for text in expected]
 
 
@@ -266,7 +263,7 @@ def test_text_that_spells_control_tokens_stays_text(tmp_path: Path, tokenizer_di
 def test_own_role_names_come_before_the_usual_ones(tmp_path: Path, tokenizer_dir: Path):
     """Where a dataset means by them what others don't, however they are spelled."""
     write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt("GPT: what the user wrote", "Human: what is learnt")])
-    options = Options(max_seq_len=LONG, user_name="GPT", assistant_name="Human")
+    options = CompilerOptions(max_seq_len=LONG, user_name="GPT", assistant_name="Human")
     run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=options)
     assert texts_of(tmp_path / "out") == ["⟨user¦what the user wrote⟩⟨assistant¦{what is learnt⟩}"]
 
@@ -302,7 +299,7 @@ def test_supervised_is_exactly_the_answers_and_their_ends(tmp_path: Path, mergin
         for number, turns in enumerate(conversations)
     ]
     write_lines(tmp_path / "corpus" / "a.jsonl", records)
-    options = Options(max_seq_len=4000, sft_loss=loss)
+    options = CompilerOptions(max_seq_len=4000, sft_loss=loss)
     manifest = run(tmp_path / "corpus", tmp_path / "out", merging_dir, options=options)
     expected = []
     for turns in conversations:
@@ -367,7 +364,7 @@ def test_prompt_that_is_too_long(tmp_path: Path, tokenizer_dir: Path, name: str)
     """The prompt is 17 tokens, the header of the answer 11, the answers 4 and 3; counted by hand."""
     mode, max_seq_len, max_prompt_len, chosen, expected = DPO_CUTS[name]
     write_lines(tmp_path / "corpus" / "a.jsonl", [{"prompt": "abcdefghij", "chosen": chosen, "rejected": "no"}])
-    options = Options("dpo", max_seq_len, max_prompt_len=max_prompt_len, prompt_truncation_mode=mode)
+    options = CompilerOptions("dpo", max_seq_len, max_prompt_len=max_prompt_len, prompt_truncation_mode=mode)
     manifest = run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=options)
     assert texts_of(tmp_path / "out", task="dpo") == expected
     assert manifest["shortened"] == (0 if expected[0].startswith(PROMPT) and expected[0].endswith("⟩}") else 1)
@@ -384,7 +381,7 @@ def test_prompt_of_several_messages_that_is_too_long(tmp_path: Path, tokenizer_d
     found = {}
     for mode in ("keep_start", "keep_end"):
         for max_prompt_len in (58, 45, 30):
-            options = Options("dpo", 100, max_prompt_len=max_prompt_len, prompt_truncation_mode=mode)
+            options = CompilerOptions("dpo", 100, max_prompt_len=max_prompt_len, prompt_truncation_mode=mode)
             output = tmp_path / f"{mode}-{max_prompt_len}"
             run(tmp_path / "corpus", output, tokenizer_dir, options=options)
             chosen, rejected = texts_of(output, task="dpo")
@@ -417,7 +414,7 @@ def test_preferences_of_which_nothing_is_left_to_prefer(
     # 12 tokens, too, of which one is learnt: it shows that the others are not lost.
     fits = {"prompt": "q", "chosen": "yes", "rejected": "no"} if max_seq_len > 11 else None
     write_lines(tmp_path / "corpus" / "a.jsonl", [*records, *([fits] if fits else [])])
-    options = Options("dpo", max_seq_len)
+    options = CompilerOptions("dpo", max_seq_len)
     if not fits:
         with pytest.raises(ValueError, match="no sample is left of the 1 records .*: use a larger --max_seq_len"):
             run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=options)
@@ -457,7 +454,7 @@ def test_split_drops_single_answers(tmp_path: Path, tokenizer_dir: Path):
     """Each answer is a sample of its own, and is dropped by itself."""
     record = sharegpt("human: q", "gpt: a1", "human: " + "long " * 20, "gpt: never seen", "human: q", "gpt: a3")
     write_lines(tmp_path / "corpus" / "a.jsonl", [record])
-    options = Options(max_seq_len=40, sft_loss="split")
+    options = CompilerOptions(max_seq_len=40, sft_loss="split")
     manifest = run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=options)
     assert texts_of(tmp_path / "out") == ["⟨user¦q⟩⟨assistant¦{a1⟩}", "⟨user¦q⟩⟨assistant¦{a3⟩}"]
     assert (manifest["samples"], manifest["dropped"]) == (2, 1)
@@ -466,7 +463,7 @@ def test_split_drops_single_answers(tmp_path: Path, tokenizer_dir: Path):
 def test_long_text_is_cut_into_pieces(tmp_path: Path, tokenizer_dir: Path):
     """Each token but the first is learnt once; a piece begins with the last token of the one before."""
     write_lines(tmp_path / "corpus" / "a.jsonl", [{"type": "pretrain", "text": "abcdefghij"}])
-    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options(max_seq_len=4))
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=CompilerOptions(max_seq_len=4))
     assert texts_of(tmp_path / "out") == ["a{bcde}", "e{fghi}", "i{j■}"]
 
 
@@ -570,7 +567,7 @@ def test_an_answer_that_is_not_to_be_learnt(tmp_path: Path, tokenizer_dir: Path,
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
     record = {"messages": [*turns, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}
     write_lines(tmp_path / "corpus" / "a.jsonl", [record])
-    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options("sft", LONG, loss))
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=CompilerOptions("sft", LONG, loss))
     assert texts_of(tmp_path / "out") == ["⟨user¦q⟩⟨assistant¦a⟩⟨user¦r⟩⟨assistant¦{b⟩}"]
 
 
@@ -601,7 +598,7 @@ def test_conversations_are_no_preferences(tmp_path: Path, tokenizer_dir: Path):
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     starts = write_lines(tmp_path / "corpus" / "a.jsonl", [pair, GOOD, {"type": "pretrain", "text": "t"}])
     manifest = run(
-        tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options("dpo", LONG), max_bad_records=2
+        tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=CompilerOptions("dpo", LONG), max_bad_records=2
     )
     assert manifest["bad_examples"] == [
         f'a.jsonl at byte {start}: it has no "chosen" and "rejected": conversations are for --task sft'
@@ -623,7 +620,7 @@ def test_training_says_which_task_records_are_for(
     (tmp_path / "TALK").mkdir()
     write_lines(tmp_path / "TALK" / "a.jsonl", [record] * 3)
     with pytest.raises(ValueError) as refused:
-        tokenize_online(tmp_path / "TALK", tokenizer_dir, Options(task, LONG), 0.0)
+        tokenize_online(tmp_path / "TALK", tokenizer_dir, CompilerOptions(task, LONG), 0.0)
     assert str(refused.value).startswith(f"{tmp_path / 'TALK'} {sentence}, for example a.jsonl at byte 0: ")
 
 
@@ -764,7 +761,7 @@ def write_corpus(directory: Path, records: int) -> None:
 
 
 SMALL_PARTS = {
-    "options": Options(max_seq_len=200), "valid_ratio": 0.3, "shard_bytes": 2000, "max_bad_records": 1000,
+    "options": CompilerOptions(max_seq_len=200), "valid_ratio": 0.3, "shard_bytes": 2000, "max_bad_records": 1000,
 }  # fmt: skip
 
 
@@ -859,8 +856,9 @@ def test_unit_goes_on_after_any_of_its_parts(tokenizer_dir: Path, tmp_path: Path
     corpus, output = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
     (corpus / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode(), mtime=0))
-    options = {"options": Options(max_seq_len=100), "valid_ratio": 0.3, "shard_bytes": 300, "max_bad_records": 10}
-    manifest = run(corpus, output, tokenizer_dir, **options)
+    options = CompilerOptions(max_seq_len=100)
+    more = {"options": options, "valid_ratio": 0.3, "shard_bytes": 300, "max_bad_records": 10}
+    manifest = run(corpus, output, tokenizer_dir, **more)
     assert (manifest["bad_records"], manifest["dropped"], manifest["samples"]) == (10, 9, 41)
     whole = snapshot(output)
     notes = sorted((output / ".pretokenize").glob("*.json"), key=lambda path: int(path.stem.split("-")[1]))
@@ -870,7 +868,7 @@ def test_unit_goes_on_after_any_of_its_parts(tokenizer_dir: Path, tmp_path: Path
             path.unlink()
         for name in json.loads(whole[f".pretokenize/{notes[first_missing].name}"])["shards"].values():
             (output / name).write_bytes(b"torn")
-        assert run(corpus, output, tokenizer_dir, **options) == manifest
+        assert run(corpus, output, tokenizer_dir, **more) == manifest
         assert snapshot(output) == whole
 
 
@@ -962,7 +960,7 @@ def test_same_question_is_never_in_both_sets(tmp_path: Path, tokenizer_dir: Path
                 records[file].append(sharegpt(f"human: {question}", f"gpt: {answer}", "human: more", f"gpt: {other}"))
     for file, content in records.items():
         write_lines(tmp_path / "corpus" / f"{file}.jsonl", content)
-    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=Options(task, LONG), valid_ratio=0.4)
+    run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, options=CompilerOptions(task, LONG), valid_ratio=0.4)
     asked = {}
     for split in ("train", "valid"):
         texts = texts_of(tmp_path / "out", split, task)
@@ -1008,7 +1006,7 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-ONLINE = Options(max_seq_len=64, user_name="Kunde", assistant_name="Berater")
+ONLINE = CompilerOptions(max_seq_len=64, user_name="Kunde", assistant_name="Berater")
 
 
 def test_online_does_the_work_of_the_command_once(
@@ -1087,7 +1085,7 @@ def test_online_notices_nothing_else(raw: Path, tokenizer_dir: Path, tmp_path: P
 def test_online_dpo_and_sft_lie_side_by_side(tmp_path: Path, tokenizer_dir: Path):
     """And the flags that only SFT looks at make no other DPO data."""
     write_lines(tmp_path / "raw" / "a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
-    options = Options("dpo", 64)
+    options = CompilerOptions("dpo", 64)
     first = tokenize_online(tmp_path / "raw", tokenizer_dir, options, 0.0)
     assert first.name.startswith("dpo-64-")
     assert tokenize_online(tmp_path / "raw", tokenizer_dir, replace(options, sft_loss="last"), 0.0) == first
@@ -1137,12 +1135,13 @@ def test_online_refusals(raw: Path, tokenizer_dir: Path, tmp_path: Path):
 ONLINE_SCRIPT = """
 import sys, time
 from pathlib import Path
-from data_preprocess.pretokenize_sft_data import Options, tokenize_online
+from data_preprocess.raw_records import tokenize_online
+from data_preprocess.record_compiler import CompilerOptions
 home, raw, tokenizer_dir, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 (home / f"ready-{name}").touch()
 while not (home / "go").exists():
     time.sleep(0.001)
-print(tokenize_online(raw, tokenizer_dir, Options(max_seq_len=200), 0.3))
+print(tokenize_online(raw, tokenizer_dir, CompilerOptions(max_seq_len=200), 0.3))
 """
 
 
@@ -1172,7 +1171,7 @@ def test_two_processes_tokenize_once(merging_dir: Path, tmp_path: Path):
     assert said[0][0] == said[1][0]
     assert "".join(errors for _, errors in said).count("tokenizing ") == 1
     assert [path.name for path in (raw / CACHE_DIR).iterdir()] == [Path(said[0][0].strip()).name]
-    run(raw, tmp_path / "out", merging_dir, options=Options(max_seq_len=200), valid_ratio=0.3)
+    run(raw, tmp_path / "out", merging_dir, options=CompilerOptions(max_seq_len=200), valid_ratio=0.3)
     for split in ("train", "valid"):
         assert read_shown(Path(said[0][0].strip()), split) == read_shown(tmp_path / "out", split)
 
@@ -1187,40 +1186,43 @@ def made(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     write_lines(home / "raw-sft" / "a.jsonl", [GOOD] * 3)
     write_lines(home / "raw-dpo" / "a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
     for task in ("sft", "dpo"):
-        run(home / f"raw-{task}", home / task, tokenizer_dir, options=Options(task, 64, max_prompt_len=32))
+        run(home / f"raw-{task}", home / task, tokenizer_dir, options=CompilerOptions(task, 64, max_prompt_len=32))
     return {task: home / task for task in ("sft", "dpo")}
 
 
 @pytest.mark.parametrize(
     "options, given",
     [
-        (Options(max_seq_len=128), {"max_seq_len"}),
-        (Options(max_seq_len=64, sft_loss="last"), {"sft_loss"}),
-        (Options(max_seq_len=64, user_name="Kunde"), {"user_name"}),
-        (Options(max_seq_len=64, assistant_name="Berater"), {"assistant_name", "max_seq_len"}),
-        (Options("dpo", 64, max_prompt_len=16), {"max_prompt_len"}),
-        (Options("dpo", 64, max_prompt_len=32, prompt_truncation_mode="keep_start"), {"prompt_truncation_mode"}),
+        (CompilerOptions(max_seq_len=128), {"max_seq_len"}),
+        (CompilerOptions(max_seq_len=64, sft_loss="last"), {"sft_loss"}),
+        (CompilerOptions(max_seq_len=64, user_name="Kunde"), {"user_name"}),
+        (CompilerOptions(max_seq_len=64, assistant_name="Berater"), {"assistant_name", "max_seq_len"}),
+        (CompilerOptions("dpo", 64, max_prompt_len=16), {"max_prompt_len"}),
+        (
+            CompilerOptions("dpo", 64, max_prompt_len=32, prompt_truncation_mode="keep_start"),
+            {"prompt_truncation_mode"},
+        ),
     ],
 )
-def test_flags_that_contradict_the_data(made: dict[str, Path], options: Options, given: set[str]):
+def test_flags_that_contradict_the_data(made: dict[str, Path], options: CompilerOptions, given: set[str]):
     """They would change nothing, and nobody would notice. What was not given is no contradiction."""
     with pytest.raises(ValueError, match=r"contradicts the data in .*, which was pretokenized with .*: leave it out, "):
         check_options(made[options.task], options, given)
     check_options(made[options.task], options, set())
-    same = Options(options.task, 64, max_prompt_len=32)
-    check_options(made[options.task], same, set(Options.__dataclass_fields__))
+    same = CompilerOptions(options.task, 64, max_prompt_len=32)
+    check_options(made[options.task], same, set(CompilerOptions.__dataclass_fields__))
 
 
 def test_flags_of_the_other_task_are_no_contradiction(made: dict[str, Path]):
-    check_options(made["sft"], Options(max_seq_len=64, max_prompt_len=5), {"max_prompt_len"})
-    check_options(made["dpo"], Options("dpo", 64, max_prompt_len=32, sft_loss="last"), {"sft_loss"})
+    check_options(made["sft"], CompilerOptions(max_seq_len=64, max_prompt_len=5), {"max_prompt_len"})
+    check_options(made["dpo"], CompilerOptions("dpo", 64, max_prompt_len=32, sft_loss="last"), {"sft_loss"})
 
 
 def test_flags_with_a_damaged_manifest(made: dict[str, Path], tmp_path: Path):
     for content in ("{", "[]", '{"task": "sft"}'):
         (tmp_path / "pretokenize.json").write_text(content)
         with pytest.raises(ValueError, match="pretokenize.json is damaged"):
-            check_options(tmp_path, Options(), set())
+            check_options(tmp_path, CompilerOptions(), set())
 
 
 def test_data_of_another_task_length_or_tokenizer(made: dict[str, Path], tokenizer_dir: Path, merging_dir: Path):
@@ -1274,7 +1276,7 @@ def test_turns_of_one_conversation_stay_in_one_set(tmp_path: Path, tokenizer_dir
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, *flags) == 0
     sets = {}
     for split in ("train", "valid"):
-        sequences = SequenceSet(tmp_path / "out", split, "dpo", Options().max_seq_len)
+        sequences = SequenceSet(tmp_path / "out", split, "dpo", CompilerOptions().max_seq_len)
         tokenizer = load_tokenizer(tokenizer_dir)
         texts = [tokenizer.decode(sequences.sequence(number)[0]) for number in range(0, len(sequences), 2)]
         sets[split] = [text.partition("question ")[2].partition("<")[0] for text in texts]
@@ -1285,14 +1287,14 @@ def test_turns_of_one_conversation_stay_in_one_set(tmp_path: Path, tokenizer_dir
 def test_a_validation_set_by_itself(tmp_path: Path, tokenizer_dir: Path):
     write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt("human: q", "gpt: a"), sharegpt("human: p", "gpt: b")])
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=1") == 0
-    assert len(SequenceSet(tmp_path / "out", "valid", "sft", Options().max_seq_len)) == 2
+    assert len(SequenceSet(tmp_path / "out", "valid", "sft", CompilerOptions().max_seq_len)) == 2
 
 
 def test_a_long_conversation_is_split_in_reasonable_time(tmp_path: Path, tokenizer_dir: Path):
     """No more is encoded for a sample than a few times what it may hold, whatever --sft_loss tries to drop."""
     turns = [f"{who}: {number}" for number in range(300) for who in ("human", "gpt")]
     write_lines(tmp_path / "corpus" / "a.jsonl", [sharegpt(*turns)])
-    compiler = Compiler(load_tokenizer(tokenizer_dir), Options(max_seq_len=64, sft_loss="split"))
+    compiler = Compiler(load_tokenizer(tokenizer_dir), CompilerOptions(max_seq_len=64, sft_loss="split"))
     encoded = []
     original = compiler.tokenizer.encode_batch
     compiler.tokenizer.encode_batch = lambda texts, num_threads=0: encoded.extend(texts) or original(texts, num_threads)

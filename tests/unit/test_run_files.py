@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import utils.logging
-from configurator import Derived, parse_config
+from configurator import parse_config
 from runs import reslog as reslog_module
 from runs.exits import (
     CRASH,
@@ -26,6 +26,7 @@ from runs.exits import (
 )
 from runs.heartbeat import Heartbeat, read_heartbeats
 from runs.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
+from training.config import Derived
 from training.describe import _batch
 from training.summary import _validation
 
@@ -278,13 +279,14 @@ def test_exit_records(tmp_path: Path):
 
 def test_a_step_that_takes_more_samples_than_there_are_is_said():
     config, _ = parse_config(["--data_dir=d", "--task_type=sft"])
-    assert _batch(config, Derived(64, 1), 13) == (
+    assert _batch(config.run, config.data, Derived(64, 1), 13) == (
         "batch: 64 rows a step, 1 step, 4.92 epochs; a step takes more rows than there are (13): lower "
         "--train_batch_size or --gradient_accumulation_steps"
     )
-    assert _batch(config, Derived(13, 20), 13) == "batch: 13 rows a step, 20 steps, 20.00 epochs"
+    assert _batch(config.run, config.data, Derived(13, 20), 13) == "batch: 13 rows a step, 20 steps, 20.00 epochs"
     config, _ = parse_config(["--data_dir=d", "--task_type=sft", "--no-packing", "--max_iters=19"])
     few = "; so few steps teach little: lower --train_batch_size or --gradient_accumulation_steps, or raise --max_iters"
-    assert _batch(config, Derived(13, 19), 13) == f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    expected = f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    assert _batch(config.run, config.data, Derived(13, 19), 13) == expected
     config, _ = parse_config(["--data_dir=d"])
-    assert _batch(config, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")
+    assert _batch(config.run, config.data, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")

@@ -12,7 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 import train_my_ddp
-from configurator import parse_config, resolve_model
+from configurator import parse_config
 from data_preprocess import sampling
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.jobs import process_corpus
@@ -28,6 +28,7 @@ from tokenizer.base import SPECIAL_TOKENS
 from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
 from tokenizer.long_words import LongWords
 from tokenizer.train_tokenizer import main
+from training.build_model import resolve_model
 
 HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
 
