@@ -8,7 +8,6 @@ training/batch.py fill in.
 """
 
 import dataclasses
-import difflib
 import errno
 import math
 import types
@@ -25,6 +24,7 @@ import parallel.config
 import tasks.config
 import training.config
 from configs import sizes
+from configs.flag_names import check_name
 from optimizer.config import OptimizerConfig
 from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES
@@ -43,39 +43,10 @@ _PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir
 _LONGEST_FILE = 1 << 20
 """Bytes."""
 
-_OTHER_NAMES = {
-    "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
-    "max_steps": "max_iters", "steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
-    "block_size": "max_seq_len", "context_length": "max_seq_len", "fp16": "dtype=float16", "bf16": "dtype=bfloat16",
-    "gpus": "nproc", "num_gpus": "nproc", "devices": "nproc", "nproc_per_node": "nproc", "num_processes": "nproc",
-    "model": "init_from", "model_name_or_path": "init_from", "config": "exp_config_file",
-}  # fmt: skip
-"""What other programs call them -> our flag, where spelling alone would suggest another."""
-
 _ONLY_WITH = (
     *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *parallel.config.ONLY_WITH,
     *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
 )  # fmt: skip
-
-_RENAMED = {
-    "hidden_dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "dropout1": "hidden_dropout",
-    "dropout2": "hidden_dropout",
-}
-_REMOVED = {
-    "grad_div_total_tokens": "leave it out: the loss is always divided by the global batch's supervised tokens",
-    "grad_scaling_before_comm": "leave it out: the loss is always scaled before the backward pass",
-    "reslog_dir": "leave it out: results are always in out_dir/reslog.jsonl",
-    "reslog_run_name": "leave it out: a run's name is its out_dir",
-    "reslog_save_interval": "leave it out: every record is written at once; --log_interval sets how often",
-    "num_cpus": "write --num_threads",
-    "sft_type": "leave it out: each record's format is told from its fields",
-    "ignore_index": "leave it out: what is not supervised never counts",
-    "use_peft": "leave it out: all weights are trained",
-}
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -269,32 +240,18 @@ def _normalize(argv: list[str]) -> list[str]:
             if index < len(argv) and argv[index].lower() in ("true", "false"):
                 value, index = argv[index], index + 1
         elif not equals:
-            _check_name(name, "--")
+            check_name(name, "--", _FIELDS)
             if index == len(argv) or argv[index].startswith("--"):
                 # A flag is no value, as where a variable of the shell was empty: it would be lost.
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
             value, index = argv[index], index + 1
-        _check_name(name, "--")
+        check_name(name, "--", _FIELDS)
         tokens.append(f"--{name}={value}")
     return tokens
 
 
 def _is_bool(name: str) -> bool:
     return name in _FIELDS and _FIELDS[name][1] is bool
-
-
-def _check_name(name: str, prefix: str) -> None:
-    if name in _FIELDS:
-        return
-    if name in _RENAMED:
-        raise ValueError(f"{prefix}{name} is now called {prefix}{_RENAMED[name]}")
-    if name in _REMOVED:
-        raise ValueError(f"{prefix}{name} has no use here: {_REMOVED[name]}")
-    as_usual = {known.lower(): known for known in _FIELDS}
-    close = difflib.get_close_matches(name.lower(), as_usual, n=1)
-    close = [_OTHER_NAMES.get(name) or as_usual[close[0]]] if close or name in _OTHER_NAMES else []
-    hint = f"did you mean {prefix}{close[0]}?" if close else "--help lists all flags"
-    raise ValueError(f"{prefix}{name} is unknown: {hint}")
 
 
 def _read_given(path: Path) -> dict[str, Any]:
@@ -336,7 +293,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         typed = {}
         for name, value in values.items():
             if name != "derived":
-                _check_name(name if isinstance(name, str) else shown(name), "")
+                check_name(name if isinstance(name, str) else shown(name), "", _FIELDS)
                 typed[name] = _coerce(name, value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -240,7 +240,7 @@ def test_build_of_the_gpu_image_begins_from_cuda(only):
         (["--tool", "podman"], "podman is not installed: install it, or leave out --tool."),
         (["--tag"], "--tag needs a value"),
         (["--tag", "--print"], "--tag needs a value"),
-        (["--isolation", "chroot"], "--isolation is no option here"),
+        (["--isolation", "chroot"], "--isolation is not an option here"),
         (["--pip-config", "/nowhere/pip.conf"], "/nowhere/pip.conf cannot be read"),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_signal_reaches_the_command():
 @pytest.mark.parametrize(
     ("args", "env", "sentence"),
     [
-        (["--max_iters=3"], {}, "--max_iters=3 is no command"),
+        (["--max_iters=3"], {}, "--max_iters=3 is not a command"),
         (["true"], {"ZERO2ALL_SSHD": "yes"}, "ZERO2ALL_SSHD is yes: give 1 to start sshd, 0 not to."),
         (["sshd", "-d"], {}, "sshd takes no arguments"),
     ],

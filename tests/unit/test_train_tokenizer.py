@@ -25,8 +25,9 @@ from tests.conftest import TINY_MODEL
 from tests.unit.test_tokenizer import english, random_text, training_texts
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer
 from tokenizer.base import SPECIAL_TOKENS
-from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
+from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.long_words import LongWords
+from tokenizer.split_pattern import split_pattern
 from tokenizer.train_tokenizer import main
 from training.build_model import resolve_model
 
