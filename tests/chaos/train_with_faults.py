@@ -19,8 +19,7 @@ from random import Random
 
 import torch
 
-from checkpoint import folder as checkpoint
-from checkpoint import saving
+from checkpoint import retention, saving
 from checkpoint.folder import MANIFEST, REPLACED
 from checkpoint.saving import CheckpointWriter
 from optimizer.mixed_precision import MixedPrecisionOptimizer, StepResult
@@ -107,7 +106,7 @@ def around_manifest() -> None:
 
 
 def inside_prune() -> None:
-    original = checkpoint._delete
+    original = retention._delete
 
     def _delete(directory: Path, *patterns: str) -> None:
         # At the start of a launch more patterns than that are deleted.
@@ -115,7 +114,7 @@ def inside_prune() -> None:
             strike("in_prune")
         original(directory, *patterns)
 
-    checkpoint._delete = _delete
+    retention._delete = _delete
 
 
 def around_files() -> None:

@@ -32,7 +32,8 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     [(["train_my_ddp.py", "--nproc", "2"], "yaml"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
      (["-m", "tokenizer.train_tokenizer"], "tqdm"), (["-m", "parallel.launch"], "torch"),
      (["-m", "data_preprocess.pretokenize_pretrain_data"], "pyarrow"), (["-m", "dataset.inspect"], "numpy"),
-     (["-m", "utils.checkpoint"], "yaml"), (["-m", "benchmarks.memory"], "torch")],
+     (["-m", "checkpoint"], "yaml"), (["-m", "utils.checkpoint"], "yaml"),
+     (["-m", "benchmarks.memory"], "torch")],
 )  # fmt: skip
 def test_without_the_packages_a_command_says_what_to_do(words: list[str], package: str):
     ended = run(*words)
@@ -41,7 +42,7 @@ def test_without_the_packages_a_command_says_what_to_do(words: list[str], packag
     assert ".venv/bin/activate`" in ended.stderr
 
 
-@pytest.mark.parametrize("path", ["dataset/inspect.py", "checkpoint/folder.py"])
+@pytest.mark.parametrize("path", ["dataset/inspect.py", "utils/checkpoint.py", "checkpoint/__main__.py"])
 def test_a_command_runs_by_its_path_from_anywhere(path: str, tmp_path: Path):
     """Their folders hold files that are called as modules of Python itself: inspect.py, logging.py."""
     ended = subprocess.run([sys.executable, ROOT / path, "--help"], cwd=tmp_path, capture_output=True, text=True)

@@ -54,7 +54,7 @@ ALLOWED_TO_FILE = {
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
     "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling", "runs.layout"},
-    "utils/checkpoint.py": {"checkpoint.folder"},
+    "utils/checkpoint.py": {"checkpoint.command"},
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},
 }

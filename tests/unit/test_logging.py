@@ -9,14 +9,14 @@ import pytest
 
 import train_my_ddp
 import training.trainer as trainer_module
-from checkpoint.folder import Retention
+from checkpoint.retention import Retention
 from configurator import parse_config
 from model import flops
 from runs.layout import RunPaths
 from tests.runs import elsewhere, out_dir, records
 from training.meter import StepMeter
 from training.report import shown
-from training.summary import Ending, summary_lines
+from training.summary import RunEnd, summary_lines
 from utils.logging import add_log_file, log_repeated_warnings, setup_console
 
 logger = logging.getLogger("test")
@@ -205,7 +205,7 @@ def test_a_run_ends_with_where_everything_is(
 
 def test_the_summary_of_a_run_without_validation(tmp_path: Path):
     (tmp_path / "reslog.jsonl").write_text('{"name": "valid", "time": 1, "step": 3, "loss": "nan"}\n')
-    ending = Ending(
+    ending = RunEnd(
         tmp_path, True, 5, 5, 1, 3725.0, 1234567, None, True, "-", Retention()
     )  # fmt: skip
     lines = list(summary_lines(ending))
