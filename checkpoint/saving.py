@@ -28,15 +28,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.folder import MANIFEST, REPLACED, Retention, prune_or_warn, sealed
+from checkpoint.folder import MANIFEST, MODEL_FILE, REPLACED, hook_file, optimizer_file, sealed, step_dir
 from checkpoint.named import NamedState, keyed
-from checkpoint.stores import Place
+from checkpoint.retention import Retention, prune_or_warn
+from checkpoint.stores import StorePlace
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.threads import background_threads
 
 logger = logging.getLogger(__name__)
 
-_MODEL = "model.safetensors"
 _POLL_SECONDS = 0.005
 _CLOSING_SECONDS = 2.0
 """How long a process that is about to end still waits for the parts of other ranks."""
@@ -123,10 +123,10 @@ class CheckpointWriter:
         copies: where tensors are copied to when they are added; None: they are written from where they are.
     """
 
-    def __init__(self, ckpt_dir: Path, step: int, place: Place, save_id: str, copies: HostCopies | None = None):
+    def __init__(self, ckpt_dir: Path, step: int, place: StorePlace, save_id: str, copies: HostCopies | None = None):
         self.step, self.place, self.save_id = step, place, save_id
-        self.directory = ckpt_dir / f".tmp-step-{step}-{save_id}"
-        self._final, self._copies = ckpt_dir / f"step-{step}", copies
+        self.directory = ckpt_dir / f".tmp-{step_dir(step)}-{save_id}"
+        self._final, self._copies = ckpt_dir / step_dir(step), copies
         self._tensors: list[tuple[str, dict[str, Tensor], dict[str, str] | None]] = []
         self._contents: list[tuple[str, bytes]] = []
         self._folders: list[Callable[[Path], None]] = []
@@ -148,7 +148,7 @@ class CheckpointWriter:
                 each writes the pieces that begin in its even part of it. Then each store holds the whole.
         """
         state, self._sharded = list(state), sharded
-        name = f"optim-{self.place.rank}.safetensors"
+        name = optimizer_file(self.place.rank)
         if sharded:
             self.add_tensors(name, {key: t for piece, tensors in state for key, t in keyed(piece, tensors).items()})
             return
@@ -162,7 +162,7 @@ class CheckpointWriter:
 
     def add_hook_state(self, tensors: dict[str, Tensor]) -> None:
         """Add what this rank's comm hook remembers."""
-        self.add_tensors(f"comm_hook-{self.place.rank}.safetensors", tensors)
+        self.add_tensors(hook_file(self.place.rank), tensors)
 
     def add_json(self, name: str, value: object) -> None:
         self._contents.append((name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
@@ -193,7 +193,7 @@ class CheckpointWriter:
         """
         for name, tensors, _ in self._tensors:
             for key, tensor in tensors.items():
-                is_weight = name == _MODEL or key.endswith("/main")
+                is_weight = name == MODEL_FILE or key.endswith("/main")
                 # One pass without a mask: NaN goes through to both.
                 if is_weight and tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):
                     raise NonFiniteWeights(f"{key.partition('@')[0]} is not finite")
@@ -302,7 +302,7 @@ class CheckpointSaver:
     def __init__(
         self,
         ckpt_dir: Path,
-        place: Place,
+        place: StorePlace,
         launch: str,
         device: torch.device,
         retention: Retention,
@@ -422,7 +422,7 @@ class CheckpointSaver:
         if not problems and self._prune_after:
             self.prune(writer.step)
         problem = "; ".join(problems) or None
-        return SaveOutcome(writer.step, f"step-{writer.step}", seconds, self._held_up, problem, poisoned)
+        return SaveOutcome(writer.step, step_dir(writer.step), seconds, self._held_up, problem, poisoned)
 
     def close(self) -> None:
         """Let a save that is in flight finish, unless parts of other ranks are missing and do not come."""

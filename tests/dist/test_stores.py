@@ -177,7 +177,7 @@ def state(run: Run, step: int) -> dict[str, torch.Tensor]:
     for node in run.nodes:
         for file in sorted((node / "ckpt" / f"step-{step}").glob("*.safetensors")):
             # Unlike pieces of the optimizer's state, what the hooks of two ranks remember bears the same names.
-            prefix = f"{file.name} " if ckpt.is_hook_state(file.name) else ""
+            prefix = f"{file.name} " if ckpt.is_hook_file(file.name) else ""
             for key, tensor in load_file(file).items():
                 assert torch.equal(found.setdefault(prefix + key, tensor), tensor), (file, key)
     return found

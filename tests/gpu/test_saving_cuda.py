@@ -1,4 +1,5 @@
-"""Saves from a GPU: the copy runs on a stream of its own while the training goes on, and holds what was there."""
+"""Saves from a GPU: the copy runs on its own stream while training goes on, and holds the values at the time of the
+save."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The hosts file: what it may say, and a sentence for everything else."""
+"""The hosts file: what it may say, and one sentence for everything else."""
 
 import errno
 import os
@@ -56,7 +56,7 @@ def test_the_order_of_the_ranks_is_the_files(tmp_path: Path):
 
 
 def test_one_machine_twice_under_two_ports_is_two_hosts(tmp_path: Path):
-    """Containers of one machine."""
+    """Hosts that are containers of one machine."""
     text = "hosts: [{host: a, workdir: w, port: 1}, {host: a, workdir: w, port: 2}]"
     assert len(read(tmp_path, text).hosts) == 2
 

@@ -1,4 +1,4 @@
-"""What an ending means, and what is done next."""
+"""Classification of endings, and the decision what to do next."""
 
 import itertools
 
@@ -45,22 +45,22 @@ def test_the_first_of_a_run_that_had_one_rank():
 
 @pytest.mark.parametrize("returncode", [0, 1, 75, None])
 def test_the_launchers_own_code_is_no_success(returncode: int | None):
-    """A launcher that ends well without any rank's word did not train."""
+    """A launcher that ends well without a record of any rank did not train."""
     ending = classify([], None, [returncode], None)
     assert ending.code == CRASH
 
 
 def test_an_ending_of_which_nothing_is_known_makes_a_sentence():
-    """An adopted launch that is gone: nobody has its exit code."""
+    """An adopted launch is gone: nobody has its exit code."""
     reason = classify([], None, [None], None).reason
     assert not reason.endswith(("code ", "code")), reason
 
 
 def test_a_command_that_was_refused_before_any_rank_spoke():
-    """Two is what argparse, and torchrun with it, answer to a wrong flag."""
+    """argparse, and torchrun with it, exits with two for a wrong flag."""
     assert classify([], None, [2], None).code == WRONG_INPUT
     assert classify([], None, [None, 2], None).code == WRONG_INPUT
-    # With ranks that began, it says nothing.
+    # With ranks that began, two means nothing.
     assert classify([], 2, [2], None).code == CRASH
     assert classify([record(0, CRASH)], None, [2], None).code == CRASH
 
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_says_where_to_go_on():
     exits = [record(0, CRASH, non_finite_until=64), record(1, CRASH, non_finite_until=64)]
     assert classify(exits, 2, [1], None).non_finite_until == 64
     assert classify([record(0, CRASH)], 1, [1], None).non_finite_until is None
-    # Even where another rank failed before, of something else.
+    # Even if another rank failed before, of something else.
     exits = [record(0, CRASH, time=1.0), record(1, CRASH, time=2.0, non_finite_until=64)]
     assert classify(exits, 2, [1], None).non_finite_until == 64
 
@@ -115,7 +115,7 @@ def test_back_off_doubles_without_progress_and_has_a_limit():
 def test_launches_without_progress_are_given_up():
     policy = Policy(RULES)
     decisions = [policy.decide(CRASHED, 3, False, 0.0) for _ in range(4)]
-    # The first one did steps that were not done before.
+    # The first one made new steps.
     assert [decision.exit_code for decision in decisions] == [None, None, None, CRASH]
     assert decisions[-1].reason == "gave up after 3 launches in a row without a new step: rank 0: OSError: gone"
 
@@ -129,7 +129,7 @@ def test_a_new_step_begins_the_count_again():
     policy = Policy(RULES)
     for step in (3, 3, 3, 4, 4, 4, 5):
         assert policy.decide(CRASHED, step, False, 0.0).exit_code is None
-    # Fewer steps than before are none.
+    # Fewer steps than before are not progress.
     assert policy.decide(CRASHED, 2, False, 0.0).exit_code is None
     assert policy.decide(CRASHED, None, False, 0.0).exit_code is None
     assert policy.decide(CRASHED, 5, False, 0.0).exit_code == CRASH
@@ -160,7 +160,8 @@ def test_going_back_leaves_out_the_samples():
 
 
 def test_what_is_left_out_stays_out_until_there_is_progress():
-    """A crash of another kind before the first new step: the checkpoint may still be the one before the samples."""
+    """After a crash of another kind before the first new step, the checkpoint may still be the one before the
+    samples."""
     policy = Policy(Rules(max_without_progress=9))
     policy.decide(non_finite(64), 5, False, 0.0)
     for step in (None, 4, 5):
@@ -192,7 +193,7 @@ def test_going_back_without_progress_is_given_up_like_any_other():
 def test_a_non_finite_loss_can_be_the_end():
     decision = Policy(Rules(on_nonfinite="stop")).decide(non_finite(64), 5, False, 0.0)
     assert (decision.exit_code, decision.reason) == (CRASH, "rank 0: FloatingPointError: nan")
-    # Other crashes are started again all the same.
+    # Other crashes are restarted all the same.
     assert Policy(Rules(on_nonfinite="stop")).decide(CRASHED, 5, False, 0.0).exit_code is None
 
 
@@ -207,7 +208,8 @@ def test_asked_to_stop_nothing_is_started_again():
 
 
 def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
-    """Launches that do nothing new, with the waits that are decided: the last decision, when, and after how many."""
+    """Launches that do nothing new, with the waits that are decided: the last decision, its time, and the number of
+    launches."""
     policy, now, launches = Policy(rules), 0.0, 0
     while True:
         launches += 1
@@ -219,17 +221,17 @@ def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 1
 
 
 def test_time_counts_as_well_as_tries():
-    """Three launches were seven seconds of waiting: no trouble of the real world is over by then."""
+    """Three launches took seven seconds of waiting: no trouble of the real world is over by then."""
     decision, now, launches = crash_loop(Rules())
     assert decision.exit_code == CRASH and "launches in a row without a new step, in 24." in decision.reason
-    # It comes to one launch each five minutes, the longest wait.
+    # About one launch every five minutes, the longest wait.
     assert 24 * 3600 <= now < 25 * 3600 and 24 * 3600 / 400 < launches < 24 * 3600 / 300
     slow, now, launches = crash_loop(Rules(give_up_after=5.0), launch_seconds=100.0)
     assert (slow.exit_code, launches) == (CRASH, 4), "tries count as well as time"
 
 
 def test_the_wait_stays_a_number():
-    """Whatever the options, the monitor does not die of its own arithmetic."""
+    """Whatever the options, arithmetic does not kill the monitor."""
     policy = Policy(Rules(max_restarts=10_000, backoff=1e-3, max_backoff=0.5))
     delays = [policy.decide(CRASHED, 3, False, 0.0).delay for _ in range(1500)]
     assert delays[-1] == max(delays) == 0.5
@@ -242,7 +244,7 @@ def traceback_of(error: str, line: int = 7) -> str:
 @pytest.mark.parametrize(
     "error, launches",
     [("ModuleNotFoundError: No module named 'x'", 4), ("TypeError: f() takes 1 argument", 4),
-     # The world: a disk, a network, a device, memory that another program took.
+     # External causes: a disk, a network, a device, memory that another program took.
      ("OSError: [Errno 28] No space left on device", None), ("RuntimeError: CUDA error: unspecified", None),
      ("MemoryError", None), ("torch.OutOfMemoryError: CUDA out of memory", None),
      ("RuntimeError: first line\nTypeError in the middle of a message", None)],
@@ -255,7 +257,7 @@ def test_what_the_code_itself_raises_each_time_is_given_up_soon(error: str, laun
 
 
 def test_the_same_line_each_time_means_each_time():
-    """Another line, or a new step in between, and it counts from there."""
+    """The count restarts after another line, or a new step in between."""
     policy = Policy(Rules())
     endings = [Ending(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
     assert [policy.decide(ending, 3, False, 0.0).exit_code for ending in endings] == [None] * 5
@@ -271,7 +273,7 @@ def test_ranks_that_had_saved_all_and_were_cut_short(code: int, said: str):
     assert classify([], 2, [-9], "rank 0 hangs", leaving=both).code == code
     failed = classify([record(0, CRASH), record(1, code)], 2, [1], None, leaving=both)
     assert failed == Ending(code, f"{said}; all was saved before rank 0: OSError: of 0")
-    # One that left its record is settled, too, without a sign of life that says so.
+    # A rank that left its record counts, too, without a heartbeat that says so.
     assert classify([record(1, code)], 2, [-9], None, leaving={0: code}).code == code
 
 
@@ -281,6 +283,6 @@ def test_ranks_that_had_not(leaving: dict[int, int]):
 
 
 def test_a_full_disk_is_no_wrong_command():
-    """Whatever the training makes of it."""
+    """Whatever code the training gives it."""
     full = record(0, WRONG_INPUT) | {"reason": "--out_dir r cannot be written: No space left on device"}
     assert classify([full], 1, [2], None) == Ending(CRASH, full["reason"])
