@@ -25,7 +25,7 @@ from checkpoint.folder import list_checkpoints
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from monitor.remote import RemoteNode
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_runs import run_cases
@@ -262,7 +262,7 @@ def test_a_host_that_refuses_for_a_while(
         hosts = read_hosts(write_hosts(tmp_path / "hosts.yaml", [server], **{server.listen: {"workdir": str(workdir)}}))
         node = RemoteNode(hosts.hosts[0], str(run_dir), 0)
         node.open()
-        options = Options(interval=0.1, unreachable_after=0.5, show_output=False)
+        options = SupervisorOptions(interval=0.1, unreachable_after=0.5, show_output=False)
         supervisor, codes = Supervisor([node], command, run_dir, options, hosts), []
         thread = threading.Thread(target=lambda: codes.append(supervisor.run()), daemon=True)
         thread.start()

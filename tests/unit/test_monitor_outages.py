@@ -16,7 +16,7 @@ from monitor.command import TrainCommand
 from monitor.node import Launch, NodeReport, Obstacle
 from monitor.policy import Rules
 from monitor.status import Status
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.ssh import LoginRefused, Unreachable
@@ -219,7 +219,7 @@ def supervise(
 ) -> Supervisor:
     (run_dir / "monitor").mkdir(exist_ok=True)
     command = TrainCommand.parse(["python", "t.py", f"--out_dir={run_dir}", *flags])
-    options = Options(**{"show_output": False, "interval": 2.0} | how)
+    options = SupervisorOptions(**{"show_output": False, "interval": 2.0} | how)
     supervisor = Supervisor(nodes, command, run_dir, options, None, lambda: world.now)
     supervisor._pool = Inline()
     return supervisor

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from monitor.policy import Decision, Ending, Policy, Rules, classify
+from monitor.policy import Decision, LaunchEnd, Policy, Rules, classify
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 
 RULES = Rules(max_restarts=10, max_without_progress=3, give_up_after=0.0, backoff=1.0, max_backoff=5.0, max_go_back=2)
-CRASHED = Ending(CRASH, "rank 0: OSError: gone")
+CRASHED = LaunchEnd(CRASH, "rank 0: OSError: gone")
 
 
 def record(rank: int, code: int, **more: object) -> dict:
@@ -23,11 +23,11 @@ def test_every_pair_of_records(codes: tuple[int | None, int | None]):
     exits = [record(rank, code) for rank, code in enumerate(codes) if code is not None]
     ending = classify(exits, 2, [1], None)
     if WRONG_INPUT in codes:
-        assert ending == Ending(WRONG_INPUT, f"wrong {codes.index(WRONG_INPUT)}")
+        assert ending == LaunchEnd(WRONG_INPUT, f"wrong {codes.index(WRONG_INPUT)}")
     elif codes == (STOPPED, STOPPED):
-        assert ending == Ending(STOPPED, "stopped on request")
+        assert ending == LaunchEnd(STOPPED, "stopped on request")
     elif codes == (OK, OK):
-        assert ending == Ending(OK, "finished")
+        assert ending == LaunchEnd(OK, "finished")
     else:
         assert ending.code == CRASH
         silent = [rank for rank, code in enumerate(codes) if code is None]
@@ -72,8 +72,8 @@ def test_what_the_ranks_say_beats_the_monitors_cause(code: int):
 
 
 def test_what_the_monitor_ended_is_told_by_its_cause():
-    assert classify([record(0, CRASH)], 2, [-9], "rank 1 hangs") == Ending(CRASH, "rank 1 hangs")
-    assert classify([], None, [None], "rank 1 hangs") == Ending(CRASH, "rank 1 hangs")
+    assert classify([record(0, CRASH)], 2, [-9], "rank 1 hangs") == LaunchEnd(CRASH, "rank 1 hangs")
+    assert classify([], None, [None], "rank 1 hangs") == LaunchEnd(CRASH, "rank 1 hangs")
 
 
 def test_the_rank_that_failed_first_is_quoted():
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_says_where_to_go_on():
 @pytest.mark.parametrize("stop_requested", [False, True])
 def test_only_a_crash_is_started_again(code: int, stop_requested: bool):
     """The original restarted after success."""
-    assert Policy(RULES).decide(Ending(code, "why"), 5, stop_requested, 0.0) == Decision(code, "why")
+    assert Policy(RULES).decide(LaunchEnd(code, "why"), 5, stop_requested, 0.0) == Decision(code, "why")
 
 
 def test_back_off_doubles_without_progress_and_has_a_limit():
@@ -151,8 +151,8 @@ def test_no_restarts_at_all():
     assert Policy(Rules(max_restarts=0)).decide(CRASHED, 5, False, 0.0).exit_code == CRASH
 
 
-def non_finite(until: int) -> Ending:
-    return Ending(CRASH, "rank 0: FloatingPointError: nan", non_finite_until=until)
+def non_finite(until: int) -> LaunchEnd:
+    return LaunchEnd(CRASH, "rank 0: FloatingPointError: nan", non_finite_until=until)
 
 
 def test_going_back_leaves_out_the_samples():
@@ -207,7 +207,7 @@ def test_asked_to_stop_nothing_is_started_again():
     assert Policy(RULES).decide(non_finite(64), 5, True, 0.0).exit_code == CRASH
 
 
-def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
+def crash_loop(rules: Rules, ending: LaunchEnd = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
     """Launches that do nothing new, with the waits that are decided: the last decision, its time, and the number of
     launches."""
     policy, now, launches = Policy(rules), 0.0, 0
@@ -250,7 +250,7 @@ def traceback_of(error: str, line: int = 7) -> str:
      ("RuntimeError: first line\nTypeError in the middle of a message", None)],
 )  # fmt: skip
 def test_what_the_code_itself_raises_each_time_is_given_up_soon(error: str, launches: int | None):
-    ending = Ending(CRASH, f"rank 0: {error}", traceback_of(error))
+    ending = LaunchEnd(CRASH, f"rank 0: {error}", traceback_of(error))
     decision, now, count = crash_loop(Rules(give_up_after=3600.0), ending)
     assert count == launches if launches is not None else now >= 3600
     assert ("each ended by the same line of code" in decision.reason) == (launches is not None)
@@ -259,7 +259,7 @@ def test_what_the_code_itself_raises_each_time_is_given_up_soon(error: str, laun
 def test_the_same_line_each_time_means_each_time():
     """The count restarts after another line, or a new step in between."""
     policy = Policy(Rules())
-    endings = [Ending(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
+    endings = [LaunchEnd(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
     assert [policy.decide(ending, 3, False, 0.0).exit_code for ending in endings] == [None] * 5
     assert policy.decide(endings[-1], 4, False, 0.0).exit_code is None
     assert [policy.decide(endings[-1], 4, False, 0.0).exit_code for _ in range(3)] == [None, None, CRASH]
@@ -269,10 +269,10 @@ def test_the_same_line_each_time_means_each_time():
 def test_ranks_that_had_saved_all_and_were_cut_short(code: int, said: str):
     """A logger takes its time, a launcher kills the others meanwhile, leaving the group fails: nothing is lost."""
     both = {0: code, 1: code}
-    assert classify([record(1, code)], 2, [-9], None, leaving=both) == Ending(code, said)
+    assert classify([record(1, code)], 2, [-9], None, leaving=both) == LaunchEnd(code, said)
     assert classify([], 2, [-9], "rank 0 hangs", leaving=both).code == code
     failed = classify([record(0, CRASH), record(1, code)], 2, [1], None, leaving=both)
-    assert failed == Ending(code, f"{said}; all was saved before rank 0: OSError: of 0")
+    assert failed == LaunchEnd(code, f"{said}; all was saved before rank 0: OSError: of 0")
     # A rank that left its record counts, too, without a heartbeat that says so.
     assert classify([record(1, code)], 2, [-9], None, leaving={0: code}).code == code
 
@@ -285,4 +285,4 @@ def test_ranks_that_had_not(leaving: dict[int, int]):
 def test_a_full_disk_is_no_wrong_command():
     """Whatever code the training gives it."""
     full = record(0, WRONG_INPUT) | {"reason": "--out_dir r cannot be written: No space left on device"}
-    assert classify([full], 1, [2], None) == Ending(CRASH, full["reason"])
+    assert classify([full], 1, [2], None) == LaunchEnd(CRASH, full["reason"])

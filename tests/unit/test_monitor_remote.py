@@ -13,7 +13,7 @@ import pytest
 import monitor.remote
 import monitor_process
 from monitor.claim import Monitor, TakenOver
-from monitor.hosts import Host
+from monitor.hosts import HostEntry
 from monitor.node import LocalNode, serve
 from monitor.remote import RemoteNode
 from monitor.status import Status
@@ -85,7 +85,7 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
 
 @pytest.fixture
 def node(network: Network) -> Iterator[RemoteNode]:
-    node = RemoteNode(Host("far", "/w"), str(network.run_dir), 0, clock=lambda: network.now)
+    node = RemoteNode(HostEntry("far", "/w"), str(network.run_dir), 0, clock=lambda: network.now)
     yield node
     node.close()
 

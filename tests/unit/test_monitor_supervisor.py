@@ -25,7 +25,7 @@ from monitor.command import TrainCommand
 from monitor.node import Launch, LocalNode
 from monitor.policy import Rules
 from monitor.status import Status, describe
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from tests.unit.test_monitor_node import ROOT, is_alive, until
@@ -83,7 +83,7 @@ class Bench:
     def supervisor(
         self, body: str, rules: Rules | None = None, node: LocalNode | None = None, **how: object
     ) -> Supervisor:
-        options = Options(rules or Rules(backoff=0.01), **{"interval": 0.02, "show_output": False} | how)
+        options = SupervisorOptions(rules or Rules(backoff=0.01), **{"interval": 0.02, "show_output": False} | how)
         command = TrainCommand.parse(self.command(body))
         nodes = [node or LocalNode(self.run_dir)]
         self.supervisors.append(Supervisor(nodes, command, self.run_dir, options, None))
