@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint.folder import refuse_other_things
+from checkpoint.opening import refuse_other_things
 from configurator import parse_config
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from runs import exits

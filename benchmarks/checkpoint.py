@@ -49,9 +49,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 
 from benchmarks.ddp import VOCAB_SIZE, LossModule, new_module
-from checkpoint.folder import Retention
-from checkpoint.saving import CheckpointSaver, CheckpointWriter
-from checkpoint.stores import Place
+from checkpoint.retention import Retention
+from checkpoint.saving import CheckpointSaver
+from checkpoint.stores import StorePlace
+from checkpoint.writing import CheckpointWriter
 from model.hf import named_weights
 from optimizer.adamw import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -81,7 +82,7 @@ class Training:
         generator = torch.Generator().manual_seed(context.rank)
         rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator)
         self._rows = rows.to(context.device)
-        self.place = Place(context.rank, context.world_size, tuple(range(context.world_size)))
+        self.place = StorePlace(context.rank, context.world_size, tuple(range(context.world_size)))
 
     def step(self, before_update: Callable[[], float] | None = None) -> tuple[float, float]:
         """Seconds of a step, and the part of them that `before_update` reports as waiting."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import folder as ckpt
+from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
 from model import Llama, hf
 from model.attend import document_starts
@@ -35,7 +35,7 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
     """
     source = resumed_from
     if source is None and run.init_from:
-        source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        source = resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
         own = require_tokenizer_of(source, tokenizer)
         if resumed_from is None and run.task.teaches_chat:

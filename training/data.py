@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import folder as ckpt
-from checkpoint.stores import Place
+from checkpoint.choosing import newest_with, resolve_checkpoint_dir
+from checkpoint.stores import StorePlace
 from configurator import is_open
 from data_preprocess.raw_records import check_options, tokenize_online
 from data_preprocess.record_compiler import CompilerOptions
@@ -56,7 +56,7 @@ def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> Data
         made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
         found, why = made_with, f"as {directory} was pretokenized for that"
     elif run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        weights = resolve_checkpoint_dir(Path(run.init_from))
         known = hf.read_config(weights).max_position_embeddings
         found, why = min(wished, known), f"as the weights in {weights} were trained with no more"
         if run.size and wished < known:
@@ -118,9 +118,9 @@ def _tokenizer_dir(run: RunConfig, given: str) -> Path:
     weights = None
     if run.resume:
         # Any will do: which checkpoint the run goes on from is found out later.
-        weights = ckpt.newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
+        weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        weights = resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
@@ -179,7 +179,7 @@ def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: To
 
 
 def open_data(
-    run: RunConfig, data: DataConfig, dirs: dict[str, Path], context: DistContext, place: Place
+    run: RunConfig, data: DataConfig, dirs: dict[str, Path], context: DistContext, place: StorePlace
 ) -> Data:
     """Open both sets and the tokenizer, and check that they belong together, on all ranks.
 
@@ -228,7 +228,7 @@ def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None
             )
 
 
-def _once_a_store(check: Callable[[], object], context: DistContext, place: Place) -> None:
+def _once_a_store(check: Callable[[], object], context: DistContext, place: StorePlace) -> None:
     context.gather_from(lambda: check() if place.is_first_of_store else None)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import folder as ckpt
+from checkpoint.choosing import resolve_checkpoint_dir
+from checkpoint.folder import read_trainer_state
 from model import hf
 from parallel import DistContext
 from tasks.dpo import DPOTask
@@ -48,7 +49,7 @@ def prepare_reference(
     def fingerprint() -> str:
         return context.decide_on_main(lambda: weights_fingerprint(first_model(), model.config, dtype))
 
-    saved = ckpt.read_trainer_state(run_dir.resumed_from).get("reference") if is_resumed else None
+    saved = read_trainer_state(run_dir.resumed_from).get("reference") if is_resumed else None
     reference = saved or fingerprint()
     has_weights = not is_resumed
     for split, dataset in (("train", data.train), ("valid", data.valid)):
@@ -81,4 +82,4 @@ def _first_model(init_from: str, weights: Path, is_resumed: bool) -> Path:
         return weights
     if not init_from:
         raise ValueError("the log-probabilities of the reference model are missing: give the model with --init_from")
-    return ckpt.resolve_checkpoint_dir(Path(init_from))
+    return resolve_checkpoint_dir(Path(init_from))

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from checkpoint import folder as ckpt
+from checkpoint.retention import abandon_later
 from configurator import changes_since, flatten, to_yaml
 from runs import exits
 from runs.reslog import VERSION, ResLog, count_launches
@@ -30,7 +30,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
     for line in describe(built, counted):
         logger.info(line)
     if run_dir.place.is_first_of_store and not config.run.valid_only:
-        for path in ckpt.abandon_later(run_dir.ckpt_dir, step):
+        for path in abandon_later(run_dir.ckpt_dir, step):
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)

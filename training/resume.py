@@ -3,8 +3,9 @@
 import logging
 from pathlib import Path
 
-from checkpoint import folder as ckpt
+from checkpoint.folder import read_trainer_state
 from checkpoint.named import holds_named_state, load_named_state, read_tensors
+from checkpoint.retention import delete_leftovers
 from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, PowerSGD
 from training.build_parallel import Parallel
@@ -31,7 +32,7 @@ def load_checkpoint(
     Raises:
         ValueError: what decides the run's course was changed.
     """
-    state = ckpt.read_trainer_state(run_dir.resumed_from)
+    state = read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
     run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, optimizer.named_state()))
     load_named_state(run_dir.resume_files.directories, optimizer.named_state())
@@ -46,7 +47,7 @@ def load_checkpoint(
         samples = config.data.resume_at_sample
     context.barrier()
     if run_dir.place.is_first_of_store:
-        ckpt.delete_leftovers(run_dir.ckpt_dir)
+        delete_leftovers(run_dir.ckpt_dir)
     # (Checkpoints that are older than this entry lack it.)
     return Progress(state["step"], samples, state["tokens"], state.get("validation_due", False)), left_out
 

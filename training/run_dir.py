@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from checkpoint import folder as ckpt
+from checkpoint.choosing import Chosen
 from checkpoint.fetching import CheckpointFiles
+from checkpoint.opening import lock_run, open_run, prepare_run
+from checkpoint.retention import Retention, delete_leftovers
 from checkpoint.saving import CheckpointSaver
-from checkpoint.stores import Place, find_place
+from checkpoint.stores import StorePlace, find_place
 from parallel import DistContext
 from parallel.launched import launch_token, launched_node
 from runs.heartbeat import Heartbeat, write_stacks_on_signal
@@ -26,10 +28,10 @@ class RunDir:
     """As this rank sees it."""
 
     path: Path
-    place: Place
+    place: StorePlace
     heartbeat: Heartbeat
     saver: CheckpointSaver
-    chosen: ckpt.Chosen | None
+    chosen: Chosen | None
     """The checkpoint to resume from."""
     resume_files: CheckpointFiles | None
     """Its files."""
@@ -67,21 +69,21 @@ def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> 
 
     def open_store() -> None:
         if place.is_first_of_store:
-            ckpt.prepare_run(path)
-            resources.enter_context(ckpt.lock_run(path))
-            ckpt.delete_leftovers(ckpt_dir)
+            prepare_run(path)
+            resources.enter_context(lock_run(path))
+            delete_leftovers(ckpt_dir)
 
     context.gather_from(open_store)
     _open_log(path, run.log_ranks, context, place)
     heartbeat = Heartbeat(paths.heartbeat_dir, context.rank, context.world_size, launch_token())
     write_stacks_on_signal(paths.heartbeat_dir, context.rank)
     heartbeat.beat("start", 0)
-    chosen, remarks = ckpt.open_run(path, run.resume, run.resume_from, place, context.gather)
+    chosen, remarks = open_run(path, run.resume, run.resume_from, place, context.gather)
     for remark in remarks if context.is_main else ():
         logger.warning(remark)
     saver = CheckpointSaver(
         ckpt_dir, place, context.decide_on_main(lambda: secrets.token_hex(4)), context.device,
-        ckpt.Retention(run.keep_last, run.keep_best, run.keep_every), run.async_save, context.gather,
+        Retention(run.keep_last, run.keep_best, run.keep_every), run.async_save, context.gather,
     )  # fmt: skip
     # Released before the lock: nobody else may have the directory while a save is in flight.
     resources.callback(saver.close)
@@ -95,7 +97,7 @@ def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> 
     return RunDir(path, place, heartbeat, saver, chosen, files, resumed_from)
 
 
-def _open_log(path: Path, log_ranks: str, context: DistContext, place: Place) -> None:
+def _open_log(path: Path, log_ranks: str, context: DistContext, place: StorePlace) -> None:
     """Of this node. The first one of those that see this run directory has the plain name."""
     nodes, chosen = context.gather(launched_node()), parse_log_ranks(log_ranks)
     file = RunPaths(path).log_of_node(nodes[context.rank], nodes[place.store[0]])

@@ -1,7 +1,7 @@
 """What a rank writes of a checkpoint. resume.py reads it."""
 
-from checkpoint import folder as ckpt
-from checkpoint.saving import CheckpointWriter
+from checkpoint.folder import MODEL_FILE, TRAINER_STATE
+from checkpoint.writing import CheckpointWriter
 from model import hf
 from model.generation_config import GENERATION_CONFIG
 from training.build import Built
@@ -16,12 +16,12 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
     if built.run_dir.place.is_first_of_store:
         export = built.export
         config, family = built.model.config, export.family(built.model.config)
-        writer.add_tensors("model.safetensors", hf.named_weights(built.model, family), {"format": "pt"})
+        writer.add_tensors(MODEL_FILE, hf.named_weights(built.model, family), {"format": "pt"})
         ids = export.generation.token_ids
         writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
         writer.add_json(GENERATION_CONFIG, export.generation.to_hf())
         writer.add_folder(export.save_tokenizer)
-        writer.add_json(ckpt.TRAINER_STATE, _trainer_state(built))
+        writer.add_json(TRAINER_STATE, _trainer_state(built))
 
 
 def _trainer_state(built: Built) -> dict:

@@ -194,9 +194,9 @@ def test_a_library_that_is_missing(run: str, monkeypatch: pytest.MonkeyPatch, ca
     assert "libGL.so.1" in said and "is missing: pip" not in said
     assert "apt install libgl1" in said and "draws without" not in said
     # A window lacks it, a picture may not.
-    window = types.ModuleType("viewer.desktop.window")
+    window = types.ModuleType("viewer.desktop.application")
     window.__getattr__ = broken
-    monkeypatch.setitem(sys.modules, "viewer.desktop.window", window)
+    monkeypatch.setitem(sys.modules, "viewer.desktop.application", window)
     assert fails(capsys, run).endswith("apt install libgl1); --png FILE draws without a window")
 
 
@@ -231,6 +231,7 @@ def test_what_qt_lacks_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "of its own; --png" in qt.why_no_window(["something\nof its own"])
 
 
-def test_the_module_can_be_run():
-    done = subprocess.run([sys.executable, "-m", "utils.resplot", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "--png FILE" in done.stdout and not done.stderr
+@pytest.mark.parametrize("module", ["utils.resplot", "viewer", "utils.timeline", "viewer.timeline"])
+def test_the_module_can_be_run(module: str):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--png " in done.stdout and not done.stderr

@@ -20,26 +20,17 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from viewer import panels as panels_module
 from viewer.colours import COLOURS, MARKS, look, on_paper
-from viewer.export import save
-from viewer.layout import fitted_name, text_width, wrapped
-from viewer.panels import (
-    PANELS,
-    X_AXES,
-    DrawnPanel,
-    ShownRun,
-    View,
-    available,
-    chinese_font,
-    choose,
-    draw,
-    duration,
-    restarts,
-    value_text,
-    x_text,
-)
+from viewer.drawing import figure as figure_module
+from viewer.drawing.export import save
+from viewer.drawing.figure import chinese_font, draw
+from viewer.drawing.layout import fitted_name, text_width, wrapped
+from viewer.formats import duration, value_text, x_text
+from viewer.panels import PANELS, available, choose
+from viewer.picture import DrawnPanel
+from viewer.series import restarts
 from viewer.text import translate
+from viewer.view import X_AXES, ShownRun, View, theme_of
 
 SIZE = (360, 260)
 USUAL, LOSS = View(), View(panels=("loss",))
@@ -215,7 +206,7 @@ def test_hostile_runs_are_drawn(what: str):
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("width", [200, 1400])
 def test_what_is_left_out_stands_under_the_panels(width: int, language: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(panels_module, "MOST_PANELS", 3, raising=False)
+    monkeypatch.setattr(figure_module, "MOST_PANELS", 3, raising=False)
     wide = snapshot_of(line("train", step=1, **{f"m{n}": 1.0 for n in range(3000)}), b"{}", line("train", step=2))
     figure, canvas = figure_of([usual(), wide], View(panels=("all",), language=language), width)
     assert len(figure.axes) == 3
@@ -474,7 +465,7 @@ def test_colours_can_be_told_apart(dark: bool, sight: str):
     apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 1e3 * np.eye(len(seen))
     # Those of the matplotlib style "petroff10", made for the purpose, are 13 apart and are ten.
     assert apart.min() > (20 if sight == "ordinary" else 11)
-    paper = linear([panels_module.theme_of(View(dark=dark)).paper]) @ TO_XYZ[1]
+    paper = linear([theme_of(View(dark=dark)).paper]) @ TO_XYZ[1]
     light, dim = np.maximum(colours @ TO_XYZ[1], paper), np.minimum(colours @ TO_XYZ[1], paper)
     assert ((light + 0.05) / (dim + 0.05)).min() > 2.5
 

@@ -26,13 +26,15 @@ from PyQt5.QtGui import QMouseEvent, QWheelEvent
 from PyQt5.QtTest import QTest
 from PyQt5.QtWidgets import QApplication, QInputDialog, QMessageBox
 
-from viewer.desktop import canvas as canvas_module
+from viewer.desktop import draughtsman as draughtsman_module
 from viewer.desktop import window as window_module
-from viewer.desktop.window import Window, remembered_view
-from viewer.panels import DrawnPanel, View
+from viewer.desktop.remembered import remembered_view
+from viewer.desktop.window import Window
+from viewer.picture import DrawnPanel
 from viewer.sources.addresses import RunAddress
 from viewer.sources.local import LocalFiles
 from viewer.sources.source import open_sources
+from viewer.view import View
 
 
 @pytest.fixture(scope="session")
@@ -205,15 +207,15 @@ def test_all_panels(open_window: OpenWindow, tmp_path: Path):
 def test_axes_and_smoothing(open_window: OpenWindow, tmp_path: Path):
     window = open_window(write_run(tmp_path / "mine"))
     measured = picture(window)[0].curves[0].y
-    window.smoothing.setValue(8)
-    assert window._view.smoothing == 0.9 and window.smoothing_label.text().strip() == "0.9"
+    window.tools.smoothing.setValue(8)
+    assert window._view.smoothing == 0.9 and window.tools.smoothing_label.text().strip() == "0.9"
     assert picture(window)[0].curves[0].y[-1] > measured[-1]
     assert picture(window)[1].curves[0].y.tolist() == list(range(1, 21))
-    window.smoothing.setValue(1)
+    window.tools.smoothing.setValue(1)
     for index, first in ((1, 10.0), (2, 1.0), (3, 1001 / 86400), (0, 1.0)):
-        window.x_box.setCurrentIndex(index)
+        window.tools.x_box.setCurrentIndex(index)
         assert picture(window)[0].curves[0].x[0] == pytest.approx(first)
-    window.log_action.setChecked(True)
+    window.tools.log_action.setChecked(True)
     until(lambda: window.canvas._picture.panels[0].log_y)
 
 
@@ -342,10 +344,10 @@ def test_a_panel_has_the_window_for_itself(open_window: OpenWindow, tmp_path: Pa
         lambda: QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, QPoint(200, 200)),
         lambda: QTest.keyClick(window, Qt.Key_Escape),
     ):
-        assert not window.back_action.isVisible()
+        assert not window.tools.back_action.isVisible()
         QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, at(lr, 0.5, 0.5))
         (alone,) = picture(window)
-        assert alone.panel.key == "lr" and window.back_action.isVisible()
+        assert alone.panel.key == "lr" and window.tools.back_action.isVisible()
         assert alone.box[:2] == loss.box[:2] and alone.box[2:] == lr.box[2:]
         back()
         assert [panel.box for panel in picture(window)] == [loss.box, lr.box]
@@ -382,7 +384,7 @@ def test_columns_sort(open_window: OpenWindow, tmp_path: Path):
     window.remember()
     again = open_window()
     again.restore()
-    assert again._sorted_by == (2, True)
+    assert again.header.sorted_by == (2, True)
     assert click(2) == as_named
 
 
@@ -550,12 +552,12 @@ def test_nothing_is_read_drawn_or_written_in_the_windows_thread(
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((LocalFiles, "read"), (LocalFiles, "state"), (LocalFiles, "folders"), (canvas_module, "_draw"),
-                        (canvas_module, "draw"), (window_module, "save")):  # fmt: skip
+    for owner, name in ((LocalFiles, "read"), (LocalFiles, "state"), (LocalFiles, "folders"), (window_module, "save"),
+                        (draughtsman_module, "_draw"), (draughtsman_module, "draw")):  # fmt: skip
         watch(owner, name)
     run = write_run(tmp_path / "out" / "mine")
     window = open_window(run.parent)
-    window.x_box.setCurrentIndex(2)
+    window.tools.x_box.setCurrentIndex(2)
     picture(window)
     window.save(tmp_path / "a.png")
     until(lambda: "saved" in window.statusBar().currentMessage())
@@ -567,11 +569,11 @@ def test_a_run_that_is_added(open_window: OpenWindow, tmp_path: Path, monkeypatc
     window = open_window(write_run(tmp_path / "a"))
     write_run(tmp_path / "b")
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: (f" {tmp_path / 'b'} ", True))
-    window._add()
+    window.add()
     until(lambda: len(window.runs) == 2 and window.header.topLevelItemCount() == 2)
     assert len(window._sources) == 1
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: ("$(id):x", True))
-    window._add()
+    window.add()
     assert "no host name" in window.statusBar().currentMessage() and len(window._sources) == 1
 
 
@@ -599,7 +601,7 @@ def test_a_hostile_run_in_the_window(open_window: OpenWindow, tmp_path: Path):
     tips = [item.toolTip(1)] + [window.panel_list.item(i).toolTip() for i in range(window.panel_list.count())]
     assert any("&lt;img" in tip for tip in tips) and not any("<img" in tip for tip in tips)
     for x in (1, 2, 3):
-        window.x_box.setCurrentIndex(x)
+        window.tools.x_box.setCurrentIndex(x)
         for panel in picture(window):
             move(window, at(panel, 0.5, 0.5))
             window.canvas.grab()
