@@ -50,8 +50,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 
 from benchmarks.ddp import VOCAB_SIZE, LossModule, new_module
 from checkpoint.retention import Retention
-from checkpoint.saving import CheckpointSaver, CheckpointWriter
+from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import StorePlace
+from checkpoint.writing import CheckpointWriter
 from model.hf import named_weights
 from optimizer.adamw import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer

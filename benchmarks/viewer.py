@@ -32,6 +32,7 @@ import threading
 import time
 from pathlib import Path
 
+from runs.layout import RESLOG_NAME
 from runs.reslog import ResLog
 from utils.machine import cpu_name
 from utils.terminal import run_main
@@ -56,7 +57,7 @@ def make_runs(directory: Path, runs: int, steps: int) -> None:
     for number in range(runs):
         random_, path = random.Random(number), directory / f"run-{number}"
         path.mkdir(parents=True)
-        with open(path / "reslog.jsonl", "w") as file:
+        with open(path / RESLOG_NAME, "w") as file:
             for step in range(steps + 1):
                 name = "train" if step else "start"
                 values = train_values(random_, step, steps) if step else {"step": 0, "max_iters": 2 * steps}
@@ -65,7 +66,7 @@ def make_runs(directory: Path, runs: int, steps: int) -> None:
 
 def measure_logging(directory: Path, records: int = 20_000) -> tuple[float, float]:
     """Median and 99th percentile, microseconds a record."""
-    log, random_, times = ResLog(directory / "reslog.jsonl"), random.Random(0), []
+    log, random_, times = ResLog(directory / RESLOG_NAME), random.Random(0), []
     for step in range(1, records + 1):
         values = train_values(random_, step, records)
         started = time.perf_counter()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, ops, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
-        self.checkpoint_options: dict[str, object] | None = None
+        self.checkpoint_options: dict[str, Any] | None = None
         """Given: while it trains, the block is a checkpoint by itself, see `Llama.compile_blocks`."""
 
     def forward(
@@ -93,10 +94,10 @@ def _keep_matmuls(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _checkpoint_options(keeps: str) -> dict[str, object]:
+def _checkpoint_options(keeps: str) -> dict[str, Any]:
     """For torch.utils.checkpoint: which outputs are not computed again."""
     # No generator state to preserve: dropout is a function of its key.
-    options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keeps == "matmuls":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     return options
@@ -148,7 +149,7 @@ class Llama(nn.Module):
         """torch.compile, with its options, for each block; one graph serves them all."""
         # They would be built anew for every other cut of the rows.
         self.attends_by_document = False
-        for block in self.layers:
+        for block in cast("list[Block]", self.layers):
             if self.gradient_checkpointing and self._checkpoint_keeps == "matmuls":
                 # Inside of what is compiled: from outside, a compiled block is one operation, whose matmuls write into
                 # memory of its own, and there is nothing to keep.
@@ -214,9 +215,10 @@ class Llama(nn.Module):
 
     def _blocks(
         self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None
-    ) -> tuple[Tensor, Tensor, DropoutKey | None]:
+    ) -> tuple[Tensor, Tensor | None, DropoutKey | None]:
         """(h, what is to be added to it, the dropout key of that)."""
-        to_add_BTC = key = None
+        to_add_BTC: Tensor | None = None
+        key: DropoutKey | None = None
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
             key_before, key = key, dropout_key.for_layer(index) if dropout_key is not None else None

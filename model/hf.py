@@ -64,13 +64,14 @@ def from_hf_config(values: object) -> LlamaConfig:
     Raises:
         ValueError: an architecture or option that this model does not have, or a value that is none.
     """
-    return _family_in(values).read(values)
+    values = _dictionary(values)
+    return family_named(values.get("model_type")).read(values)
 
 
-def _family_in(values: object) -> Family:
+def _dictionary(values: object) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"it must hold a dictionary, not {shown(values)}")
-    return family_named(values.get("model_type"))
+    return values
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def _read_family(directory: str | Path) -> Family:
     """The family of a folder. Raises: see read_config."""
     values = _read_values(directory)
     with _naming(directory):
-        return _family_in(values)
+        return family_named(_dictionary(values).get("model_type"))
 
 
 def _read_values(directory: str | Path) -> object:

@@ -104,7 +104,8 @@ def _all_parts(parts: list[Path]) -> list[Path]:
     """
     if not parts:
         return []
-    width, count = len(_PART.fullmatch(parts[0].name)[2]), int(_PART.fullmatch(parts[0].name)[2])
+    last = parts[0].stem.rpartition("-of-")[2]
+    width, count = len(last), int(last)
     wanted = [f"model-{number:0{width}d}-of-{count:0{width}d}.safetensors" for number in range(1, count + 1)]
     names = [path.name for path in parts]
     if wrong := sorted(set(wanted) ^ set(names)):

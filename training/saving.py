@@ -1,7 +1,7 @@
 """What a rank writes of a checkpoint. resume.py reads it."""
 
 from checkpoint.folder import MODEL_FILE, TRAINER_STATE
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from model import hf
 from model.generation_config import GENERATION_CONFIG
 from training.build import Built

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class Family:
         check_architectures(values, self.architectures)
         check_keys(values, self.understood | self.harmless, self.harmless_at)
         self.check(values)
-        return LlamaConfig(**self.fields(values)).resolve()  # type: ignore[arg-type]
+        return LlamaConfig(**self.fields(values)).resolve()
 
     def check(self, values: dict) -> None:
         """See that keys which depend on each other describe a model that can be built here.
@@ -105,7 +106,7 @@ class Family:
             ValueError: they do not; the key is named.
         """
 
-    def fields(self, values: dict) -> dict[str, object]:
+    def fields(self, values: dict) -> dict[str, Any]:
         """A configuration's keys as fields of ours.
 
         Raises:

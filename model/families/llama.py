@@ -1,5 +1,7 @@
 """llama: Llama 1 to 3, and all that are built like them."""
 
+from typing import Any
+
 from model.config import LlamaConfig
 from model.families.family import Beside, Family
 from model.families.keys import HARMLESS_AT, require_full_attention
@@ -43,7 +45,7 @@ class LlamaFamily(Family):
             raise ValueError(f"use_sliding_window = {shown(on)} is not supported: only false is")
         require_full_attention(values)
 
-    def fields(self, values: dict) -> dict[str, object]:
+    def fields(self, values: dict) -> dict[str, Any]:
         fields = common_fields(values)
         if not fields["qkv_bias"]:
             return fields
@@ -69,7 +71,7 @@ class LlamaFamily(Family):
         ]  # fmt: skip
 
 
-def common_fields(values: dict) -> dict[str, object]:
+def common_fields(values: dict) -> dict[str, Any]:
     """Fields of ours from the keys of llama and those built like it."""
     fields = read_values(values, KINDS) | rope_fields(values)
     require_positive(fields, "vocab_size", "max_position_embeddings", "intermediate_size")

@@ -5,6 +5,8 @@ Qwen's own rules in the place of the tokenizer's. So a model with `qkv_bias` and
 written as a llama whose fourth bias is zero.
 """
 
+from typing import Any
+
 from model.config import LlamaConfig
 from model.families.keys import require_full_attention
 from model.families.llama import LlamaFamily, common_fields, common_keys
@@ -33,7 +35,7 @@ class Qwen2Family(LlamaFamily):
             # null means as many as query heads; where it is missing, transformers takes 32.
             raise ValueError("num_key_value_heads is missing")
 
-    def fields(self, values: dict) -> dict[str, object]:
+    def fields(self, values: dict) -> dict[str, Any]:
         # A qwen2 has biases where it has them, whatever the key of another family says.
         return common_fields(values) | {"qkv_bias": True, "attention_bias": False}
 

@@ -51,11 +51,13 @@ def rope_fields(values: dict) -> dict[str, object]:
     Raises:
         ValueError: the positions are of a kind that this model does not have, or mean something else to each version.
     """
-    given = {name: values[name] for name in ("rope_scaling", "rope_parameters") if values.get(name) is not None}
+    spellings = ("rope_scaling", "rope_parameters")
+    given: dict[str, dict] = {name: values[name] for name in spellings if values.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be a dictionary, not {shown(value)}")
-    name, rope = next(((name, value) for name, value in given.items() if value), ("rope_parameters", {}))
+    name = next((name for name, rope in given.items() if rope), "rope_parameters")
+    rope = given.get(name, {})
     kind = _kind_of(name, rope)
     fields = {"rope_scaling": "none" if kind == "default" else kind, "rope_theta": _theta(values, given, name)}
     for key, (ours, number, default) in _KINDS[kind].items():

@@ -19,9 +19,9 @@ from random import Random
 
 import torch
 
-from checkpoint import retention, saving
+from checkpoint import retention, writing
 from checkpoint.folder import MANIFEST, REPLACED
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from optimizer.mixed_precision import MixedPrecisionOptimizer, StepResult
 from parallel.launched import launch_token
 from runs import sinks
@@ -93,7 +93,7 @@ def leave_half_a_file() -> None:
 
 
 def around_manifest() -> None:
-    original = saving.atomic_write_json
+    original = writing.atomic_write_json
 
     def atomic_write_json(path: Path, value: object, **options: bool) -> None:
         if path.name == MANIFEST:
@@ -102,7 +102,7 @@ def around_manifest() -> None:
         if path.name == MANIFEST:
             strike("before_rename")
 
-    saving.atomic_write_json = atomic_write_json
+    writing.atomic_write_json = atomic_write_json
 
 
 def inside_prune() -> None:

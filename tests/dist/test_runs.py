@@ -14,7 +14,7 @@ import pytest
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from runs.exits import CRASH, STOPPED, read_exit_records, verdict
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import train_my_ddp
-from checkpoint.saving import HostCopies
+from checkpoint.host_copies import HostCopies
 from tests.runs import elsewhere, final_state, same_bits
 
 pytestmark = [

@@ -19,8 +19,8 @@ from checkpoint.choosing import choose_checkpoint
 from checkpoint.folder import find_problem, list_checkpoints
 from checkpoint.named import Piece, load_named_state
 from checkpoint.retention import Retention
-from checkpoint.saving import CheckpointWriter
 from checkpoint.stores import StorePlace, find_place
+from checkpoint.writing import CheckpointWriter
 from runs.layout import RunPaths
 from runs.reslog import ResLog
 

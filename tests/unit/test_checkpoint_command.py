@@ -13,8 +13,8 @@ from checkpoint import choosing, opening
 from checkpoint import folder as ckpt
 from checkpoint.command import main
 from checkpoint.named import Piece
-from checkpoint.saving import CheckpointWriter
 from checkpoint.stores import StorePlace
+from checkpoint.writing import CheckpointWriter
 
 ALONE = StorePlace(0, 1, (0,))
 

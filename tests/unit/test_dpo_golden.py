@@ -1,8 +1,8 @@
 """DPO's losses, gradients and metrics against figures of TRL, on the same weights and tokens.
 
-The figures are in tests/golden/dpo_trl.json; make_dpo_trl.py beside it makes them anew. Each says which release of TRL
-it is of: 1.16.0 has no kto_pair any more, and no label smoothing of sigmoid. Where it gives no gradient of kto_pair,
-TRL's went through the means, and ours must not (see tests/unit/test_dpo_losses.py).
+The figures are in tests/golden/dpo_trl.json; make_dpo_trl.py beside it renews them. Each figure names its release of
+TRL: 1.16.0 no longer has kto_pair or label smoothing of sigmoid. A gradient of kto_pair is missing where TRL's went
+through the means, which ours must not (see tests/unit/test_dpo_losses.py).
 """
 
 import json

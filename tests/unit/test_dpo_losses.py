@@ -58,7 +58,7 @@ def expected_losses(
 
 
 def differences(function: Callable[[list[list[float]]], float], pairs: list[list[float]]) -> list[list[float]]:
-    """Central differences of a function of the pairs by the policy's log-probabilities."""
+    """Central differences of a function of the pairs, with respect to the policy's log-probabilities."""
     step = 1e-5
 
     def moved(row: int, column: int, by: float) -> float:
@@ -88,7 +88,7 @@ CASES = [
 def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
     pairs, loss = make_pairs(), partial(dpo_losses, DPOConfig(kind, beta, smoothing))
     policy, reference = pairs[:, :2].clone().requires_grad_(), pairs[:, 2:]
-    # Such means that one is clamped and the other is not.
+    # With these means, one is clamped and the other is not.
     kl = torch.tensor([0.8, -0.4], dtype=torch.float64)
 
     def total(numbers: list[list[float]]) -> float:
@@ -107,7 +107,7 @@ def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_log_ratios_stay_finite(kind: str):
-    """A naive log(sigmoid(x)) is -inf from x = -104 on in float32."""
+    """A naive log(sigmoid(x)) is -inf below x = -104 in float32."""
     policy = torch.tensor([[-3000.0, -10.0], [-10.0, -3000.0]], requires_grad=True)
     losses = dpo_losses(DPOConfig(kind, 0.5), policy, torch.full((2, 2), -1500.0), torch.zeros(2))
     losses.sum().backward()
@@ -115,7 +115,7 @@ def test_extreme_log_ratios_stay_finite(kind: str):
 
 
 def test_label_smoothing_swaps_a_share_of_the_pairs():
-    """The meaning of smoothing: a share e of the pairs is swapped."""
+    """Meaning of smoothing: a share e of the pairs is swapped."""
     pairs = make_pairs()
     swapped = pairs[:, [1, 0, 3, 2]]
     plain = partial(dpo_losses, DPOConfig("sigmoid", 0.3))
@@ -128,7 +128,7 @@ def test_label_smoothing_swaps_a_share_of_the_pairs():
     torch.testing.assert_close(noisy, plain(pairs[:, :2], pairs[:, 2:]), rtol=1e-12, atol=1e-12)
 
 
-# A task whose log-probabilities are given: what it makes of them.
+# Tests of the task with given log-probabilities.
 
 
 CONFIG = LlamaConfig(
@@ -144,7 +144,7 @@ def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0) 
 
 
 class GivenTask(DPOTask):
-    """Log-probabilities by sample id, instead of a model's."""
+    """Log-probabilities by sample id, in place of a model's."""
 
     def __init__(self, values: Tensor, options: DPOConfig):
         super().__init__(Llama(CONFIG), 0, options)
@@ -172,7 +172,8 @@ def given_batch(ids: list[int], reference: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[4], [0, 5, 2], [1, 3]]])
 def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
-    """Sums, counts, metrics and gradients of the parts; kto_pair's mean is the whole batch's, without gradient."""
+    """Sums, counts, metrics and gradients of the parts; kto_pair's mean is that of the whole batch, without
+    gradient."""
     beta, pairs = 0.3, make_pairs(seed=10)
     values = pairs[:, :2].clone().requires_grad_()
     task = GivenTask(values, DPOConfig(kind, beta))
@@ -201,7 +202,7 @@ def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
     expected = expected_losses(kind, beta, 0.0, numbers, *kl)
     assert total == pytest.approx(math.fsum(expected), rel=1e-12)
     assert count == len(expected)
-    # The means stay what they are while the policy moves: no gradient goes through them.
+    # The means stay fixed while the policy moves: no gradient goes through them.
     gradient = differences(lambda moved: math.fsum(expected_losses(kind, beta, 0.0, moved, *kl)), numbers)
     lengths = LENGTHS if kind == "ipo" else [(1, 1)] * 6
     for ours, theirs, (n, m) in zip(values.grad.tolist(), gradient, lengths):
@@ -225,7 +226,7 @@ def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
 
 
 def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
-    """Else the split into micro-batches would change the run; here it would, by a lot."""
+    """Otherwise the split into micro-batches would change the run, here by a lot."""
     pairs = make_pairs(seed=10)
     batches = [given_batch(part, pairs[:, 2:]) for part in ([0, 1, 2], [3, 4, 5])]
     task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
@@ -243,7 +244,7 @@ def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
 def test_validation_of_kto_pair_takes_the_mean_of_its_batch():
     pairs = make_pairs(seed=4)
     task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
-    # Left over from training: of no use here.
+    # Left over from training and not used here.
     task.take_prepass(torch.tensor([600.0, 600.0, 6.0], dtype=torch.float64))
     task.model.eval()
     loss_sum, count, _ = task(given_batch([1, 3, 4], pairs[:, 2:]))
@@ -255,7 +256,7 @@ def test_validation_of_kto_pair_takes_the_mean_of_its_batch():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_free_is_a_reference_of_zeros(kind: str):
-    """A reference that is there must not be looked at, and none need be there."""
+    """An existing reference must not be read, and none need exist."""
     pairs = make_pairs(seed=1, size=0.5)
     zeros = torch.zeros(6, 2, dtype=torch.float64)
     results = []
@@ -304,7 +305,7 @@ def make_batch(pairs: list[tuple[list[int], list[int], list[int]]], pad_id: int 
 
 @torch.no_grad()
 def naive_log_prob(model: Llama, prompt: list[int], answer: list[int]) -> float:
-    """Token by token, each from a forward pass of what comes before it."""
+    """Token by token, each from a forward pass over the tokens before it."""
     total = 0.0
     for index, token in enumerate(answer):
         before = torch.tensor([prompt + answer[:index]])
@@ -316,11 +317,11 @@ def naive_log_prob(model: Llama, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_log_probs_are_those_of_the_answers_alone(double: bool, monkeypatch: pytest.MonkeyPatch):
-    """Whatever the padding and the other rows. In float64 only a different formula could make a difference."""
+    """Padding and the other rows do not matter. In float64 only a different formula could make a difference."""
     task, pairs = make_task(), random_sequences()
     if double:
         task.model.double()
-        # Norms, rotations and the cross entropy go through float32, whatever the weights are.
+        # Norms, rotations and the cross entropy go through float32, whatever the weights' dtype.
         monkeypatch.setattr(Tensor, "float", Tensor.double)
     expected = [[naive_log_prob(task.model, prompt, answer) for answer in answers] for prompt, *answers in pairs]
     tolerance = 1e-12 if double else 1e-6
@@ -354,7 +355,7 @@ def test_no_gradient_comes_from_prompt_or_padding(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ipo_takes_the_mean_of_a_token():
-    """Of a real batch: the answers' own lengths, without prompt and padding."""
+    """Lengths in a real batch are the answers' own, without prompt and padding."""
     task, pairs = make_task("ipo", 0.4), random_sequences()
     batch = make_batch(pairs)
     batch["reference"] = torch.from_numpy(np.random.default_rng(1).normal(-20, 3, (4, 2))).float()
@@ -367,7 +368,7 @@ def test_ipo_takes_the_mean_of_a_token():
 
 
 def test_dropout_belongs_to_the_row_not_the_micro_batch():
-    """Both answers of a pair have masks of their own, the same in whichever micro-batch they are."""
+    """The two answers of a pair have separate masks, the same in any micro-batch."""
     config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": 0.3})
     model = Llama(config)
     model.initialize(0)
@@ -394,7 +395,7 @@ def write_pairs_dataset(directory: Path) -> DPODataset:
 
 
 def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
-    """Nodes need not share a file system: what rank 0 finds is summed with the others' zeros."""
+    """Nodes need not share a file system: rank 0's values are summed with the others' zeros."""
     dataset = write_pairs_dataset(tmp_path)
     cache = ReferenceCache(dataset, "train", "weights", tmp_path / "run")
     values = np.linspace(-500, -1, 2 * len(dataset), dtype=np.float32).reshape(-1, 2)
@@ -405,7 +406,7 @@ def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
     def record(rank: int):
         def all_sum(tensor: torch.Tensor) -> torch.Tensor:
             tensors[rank].append(tensor.clone())
-            # Rank 1 hears rank 0's flag and values, as the sum would bring them.
+            # Rank 1 gets rank 0's flag and values, as the sum would give them.
             if rank == 1:
                 tensor += tensors[0][len(tensors[1]) - 1]
             return tensor
@@ -418,7 +419,7 @@ def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
 
 
 def test_a_reference_that_cannot_be_read_now_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A resumed run would ask for the model that it began with."""
+    """A resumed run would otherwise ask for the model that it began with."""
     cache = ReferenceCache(write_pairs_dataset(tmp_path), "train", "weights", tmp_path / "run")
 
     def refuse(self: Path, **_: object) -> None:

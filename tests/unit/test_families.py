@@ -1,4 +1,4 @@
-"""A family by itself: renamed and fused tensors come and go, and every parameter has a role."""
+"""A family by itself: renamed and fused tensors are converted both ways, and every parameter has a role."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 
 
 class PackedFamily(LlamaFamily):
-    """A llama under other names, whose Q, K and V are one tensor, and whose up and gate are halves of another."""
+    """A llama with other names, whose Q, K and V are one tensor, and whose up and gate are halves of another."""
 
     model_type = "packed"
     architectures = ("PackedForCausalLM",)
@@ -61,7 +61,7 @@ def save(directory: Path, model: Llama, family: Family, **changes: torch.Tensor)
 
 
 CHANGES: dict[str, dict[str, object]] = {"qwen2": {"qkv_bias": True}}
-"""Family -> fields of CONFIG that its models have otherwise."""
+"""Family -> fields of CONFIG in which its models differ."""
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -89,7 +89,7 @@ def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Pat
     again = Llama(config)
     hf.load_weights(again, tmp_path)
     assert config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
-    # Without the prefix, too, and over several files.
+    # Also without the prefix, and over several files.
     names = sorted(written)
     for part, number in ((names[::2], 1), (names[1::2], 2)):
         short = {name.removeprefix("transformer."): written[name] for name in part}
@@ -118,7 +118,7 @@ def test_a_fused_tensor_is_checked_as_any_other(packed: PackedFamily, tmp_path: 
 
 
 def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, monkeypatch, tmp_path: Path):
-    """Several tensors of a folder are one parameter of ours, as experts may be."""
+    """Several tensors of a folder are one of our parameters, as experts may be."""
 
     def rules(config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
         rest = LlamaFamily.rules(packed, config, [name for name in names if name != "norm.weight"])

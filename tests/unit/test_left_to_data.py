@@ -1,4 +1,4 @@
-"""What is chosen from data and weights where nobody has said it: the batch of SFT and DPO, and the context."""
+"""Values chosen from data and weights if nobody has given them: the batch of SFT and DPO, and the context."""
 
 import itertools
 import re
@@ -32,7 +32,7 @@ def batch_of(samples: int, world_size: int, *argv: str) -> tuple[int, int]:
 
 
 def test_the_batch_leaves_the_data_enough_steps():
-    """As many samples as can be, up to the usual 64, in a hundred steps."""
+    """As many samples as possible, up to the usual 64, with a hundred steps."""
     for samples in range(1, 20_000, 37):
         batch = batch_for(samples)
         assert batch in (4, 8, 16, 32, 64)
@@ -44,7 +44,7 @@ def test_the_batch_is_the_same_on_one_two_four_and_eight_processes():
     for batch, most, world_size in itertools.product((4, 8, 16, 32, 64), (2, 8), range(1, 17)):
         size, count = split_batch(batch, world_size, most)
         assert 1 <= size <= most and count % world_size == 0
-        # Other numbers of processes share one that is near.
+        # Other numbers of processes share a similar batch.
         assert size * count == batch or world_size > batch or world_size not in (1, 2, 4, 8)
         assert abs(size * count - batch) <= max(batch // 3, world_size)
         if world_size in (1, 2, 4, 8) and world_size <= batch:
@@ -70,17 +70,17 @@ def test_a_batch_that_was_said_stays(monkeypatch: pytest.MonkeyPatch, argv: list
 
 
 def test_a_sizes_batch_is_shared_by_any_number_of_processes():
-    """The same samples a step, where they can be shared."""
+    """A step has the same samples if the processes can share them."""
     assert [batch_of(300, n, "--size=laptop") for n in (1, 2, 4, 8)] == [(2, 4), (2, 4), (2, 4), (1, 8)]
     assert [batch_of(300, n, "--size=gpu") for n in (3, 8, 16)] == [(14, 9), (16, 8), (8, 16)]
-    # Without a size, and what was said, is what it was.
+    # Without a size, and for given values, nothing changes.
     assert batch_of(300, 3) == (8, 8) and batch_of(300, 3, "--size=gpu", "--train_batch_size=2") == (2, 8)
 
 
 def test_a_run_keeps_the_batch_that_was_chosen(
     home: sft.Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Also with so many epochs that another one would be chosen, and on other numbers of processes."""
+    """Even with so many epochs that another batch would be chosen, and on other numbers of processes."""
     monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
     flags = ["--task_type=sft", f"--data_dir={home.raw_sft}", f"--init_from={home.model}", "--dtype=float32",
              "--device=cpu", "--num_threads=1", f"--out_dir={tmp_path / 'run'}", "--sample_texts=0"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which implementation an op uses, and that the model is the same with each that runs here."""
+"""Choice of an op's implementation, and that the model is the same with each one that runs here."""
 
 import dataclasses
 import sys
@@ -130,8 +130,8 @@ def test_recomputation_gives_the_same_bits(attention: str, dropout: float, keeps
 
 
 def test_selective_recomputation_keeps_matmuls():
-    """Counted: with everything recomputed, six of a block's seven matmuls of the forward pass are done twice (nothing
-    needs the last one's output)."""
+    """Counted: with everything recomputed, six of a block's seven forward matmuls run twice (nothing needs the output
+    of the last)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -153,8 +153,8 @@ def test_selective_recomputation_keeps_matmuls():
 
 
 class WritesIntoOwnMemory:
-    """A backend as inductor is, without its half minute in a C++ compiler: its partition of the passes, and matmuls
-    that write into memory of the graph."""
+    """A backend like inductor, without its half minute in a C++ compiler: its partition of the passes, and matmuls that
+    write into the graph's memory."""
 
     def __init__(self):
         self.matmuls = 0
@@ -178,7 +178,7 @@ class WritesIntoOwnMemory:
 
 
 def test_selective_recomputation_keeps_matmuls_of_compiled_blocks():
-    """Counted by the backend: a block has seven matmuls forward and fourteen backward, and no more are done."""
+    """Counted by the backend: a block has seven matmuls forward and fourteen backward, and no others run."""
     torch._dynamo.reset()
     backend = WritesIntoOwnMemory()
     found = run(REFERENCE, backend=backend, gradient_checkpointing=True, checkpoint_keeps="matmuls")
@@ -214,7 +214,7 @@ def test_selective_recomputation_keeps_what_inductor_multiplies(attention: str):
         (torch.ops.aten.mm.default, True), (torch.ops.aten.mm.dtype, True), (torch.ops.aten.addmm.default, True),
         (torch.ops.aten.bmm.default, True), (torch.ops.aten._scaled_mm.default, True),
         (torch.ops.aten._scaled_dot_product_flash_attention.default, True),
-        # What is kept of it would be memory that others write to.
+        # Their kept output would be memory that others write to.
         (torch.ops.aten.mm.out, False), (torch.ops.aten.mm.dtype_out, False), (torch.ops.aten.mul.Tensor, False),
         (torch.ops.higher_order.wrap, False),
     ],
@@ -265,7 +265,7 @@ def test_where_documents_start():
 
 
 def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **options):
-    """A stand-in for FlashAttention's packed function, document by document in plain PyTorch."""
+    """Replaces FlashAttention's packed function with plain PyTorch, document by document."""
     assert options in ({"causal": True}, {"window_size": (-1, 0), "enable_gqa": True}, {"window_size": (-1, 0)})
     rows = []
     for first, last in zip(starts.tolist(), starts.tolist()[1:]):
@@ -276,7 +276,7 @@ def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn"])
 def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
-    """The layouts that the libraries want, against plain attention under the mask."""
+    """Layouts that the libraries need, against plain attention with a mask."""
     fake = types.SimpleNamespace(
         flash_attn_varlen_func=attend_by_tokens, varlen_attn=attend_by_tokens,
         flash_attn_func=lambda q, k, v, causal: attend_by_tokens(

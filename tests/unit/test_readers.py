@@ -39,6 +39,7 @@ from data_preprocess.readers import (
     plan_units,
     read_unit,
 )
+from data_preprocess.readers.registry import READERS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
@@ -1135,3 +1136,10 @@ def test_kind_that_include_names(tmp_path: Path, include: str, chosen: list[str]
         assert texts_of(read(corpus)) == [f"text of {name}" for name in chosen]
     # Records are wanted: no text is one.
     assert list_inputs(replace(corpus, fields=None))[0] == []
+
+
+def test_every_ending_has_one_reader():
+    endings = [ending for reader in READERS for ending in reader.endings]
+    assert len(set(endings)) == len(endings)
+    assert all(ending == ending.lower() and ending.startswith(".") for ending in endings)
+    assert all(set(reader.well_known) <= set(reader.endings) for reader in READERS)

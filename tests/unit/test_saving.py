@@ -21,10 +21,12 @@ import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import saving
 from checkpoint.folder import Checkpoint, find_problem, list_checkpoints
+from checkpoint.host_copies import HostCopies
 from checkpoint.named import Piece, load_named_state
 from checkpoint.retention import Retention, doomed_by
-from checkpoint.saving import CheckpointSaver, CheckpointWriter, HostCopies
+from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import Part, StorePlace
+from checkpoint.writing import CheckpointWriter
 from dataset import audit
 from tests.dist.group import run_ranks
 from tests.dist.test_stores import enter_own_mounts, mount_small_disk, skip_unless_mounting_is_allowed
@@ -162,7 +164,7 @@ def test_every_rank_hears_of_every_failure(tmp_path: Path, monkeypatch: pytest.M
         saver = new_saver(tmp_path, rank, 2, gather)
         begin_and_start(saver, 1)
         # A rank is not done as long as its own thread is, even if it was another that failed.
-        gather(concurrent.futures.wait([saver._future], PATIENCE).done and None)
+        gather(concurrent.futures.wait([saver._save.ended], PATIENCE).done and None)
         outcome = saver.conclude()
         saver.close()
         return outcome.problem
@@ -212,7 +214,7 @@ def test_a_save_that_failed_on_one_node_leaves_nothing_on_the_others(tmp_path: P
         for step in (1, 2, 3, 4):
             begin_and_start(saver, step)
             # Both are done before the ranks look, so that the first one has committed.
-            gather(concurrent.futures.wait([saver._future], PATIENCE).done and None)
+            gather(concurrent.futures.wait([saver._save.ended], PATIENCE).done and None)
             failed.append(saver.conclude().problem is not None)
         saver.close()
         return failed

@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from checkpoint.saving import HostCopies
+from checkpoint.host_copies import HostCopies
 from dataset.loader import TrainLoader
 from utils.threads import background_threads
 
