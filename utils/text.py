@@ -2,8 +2,8 @@
 
 
 def plain(text: object, most: int = 200) -> str:
-    """The text as one printable line. A file may hold escape sequences, line breaks and marks that turn the direction of
-    writing.
+    """The text as one printable line. A file may hold escape sequences, line breaks and marks that turn the
+    direction of writing.
 
     Args:
         most: characters; the rest is cut off.
