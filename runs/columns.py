@@ -13,28 +13,32 @@ from runs.reslog import NON_FINITE, number
 from utils.text import plain
 
 MOST_COLUMNS = 200
-"""A file with more metrics is not ours."""
+"""A file with more metrics was not written by a run."""
 ALWAYS = ("step", "time", "launch")
 _ORDINAL = "\0"
-"""Column with the place of a row among all that were added. No metric has this name: see `plain`."""
+"""Column with the position of a row among all that were added. No metric has this name: see `plain`."""
+
+
+_Cells = tuple[slice | list[int], np.ndarray | list[float]]
+"""(rows, their values) in one column."""
 
 
 class Columns:
-    """Columns of float64, all of one length; a missing value is NaN. Rows are in the order of their steps, those of one
-    step as they came."""
+    """Columns of float64, all of one length; a missing value is NaN. Rows are ordered by step, and within a step by
+    arrival."""
 
     def __init__(self):
         self._columns = {name: np.empty(64) for name in (*ALWAYS, _ORDINAL)}
         self._sorted = True
         self._stride, self._added = 1, 0
         self._seen = 0
-        """So many rows are in snapshots, which must not change."""
+        """Number of rows in snapshots, which must not change."""
         self.rows = 0
         self.numbers = 0
-        """That were put in, in all; of rows that went, a like share is taken off."""
+        """Values that were put in; when rows go, a proportional share is taken off."""
         self.too_many_columns = False
         self.thinned = 0
-        """Rows that went to save memory."""
+        """Number of rows that went to save memory."""
 
     @property
     def cells(self) -> int:
@@ -42,13 +46,14 @@ class Columns:
 
     @property
     def _room(self) -> int:
-        """For more columns."""
+        """Number of columns that may still be added."""
         return MOST_COLUMNS + 1 - len(self._columns)
 
     def add(self, records: Sequence[dict]) -> None:
-        """Append a row a record; of each, the values that are numbers."""
+        """Append one row a record, with the record's numeric values."""
         needed = self.rows + len(records)
-        found = self._dense(records) if len(set(map(tuple, records))) == 1 else self._sparse(records)
+        found: dict[str, _Cells] = {}
+        found |= self._dense(records) if len(set(map(tuple, records))) == 1 else self._sparse(records)
         found[_ORDINAL] = slice(None), np.arange(self._added, self._added + len(records))
         self._added += len(records)
         for name in found:
@@ -72,7 +77,7 @@ class Columns:
         self.rows = needed
 
     def _dense(self, records: Sequence[dict]) -> dict[str, tuple[slice, np.ndarray]]:
-        """Name -> (all rows, values), where all records have the same keys: as a run writes them, and much faster."""
+        """Name -> (all rows, values), for records with the same keys: the usual case, and much faster."""
         found: dict[str, tuple[slice, np.ndarray]] = {}
         room = self._room
         for key, values in zip(records[0], zip(*map(dict.values, records))):
@@ -88,7 +93,7 @@ class Columns:
         return found
 
     def _sparse(self, records: Sequence[dict]) -> dict[str, tuple[list[int], list[float]]]:
-        """Name -> (rows, their values): never a look at each key for each record."""
+        """Name -> (rows, their values), without looking at each key for each record."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         names: dict[str, str] = {}
         room = self._room
@@ -109,7 +114,7 @@ class Columns:
         return found
 
     def drop_after(self, step: float) -> None:
-        """Let the rows of later steps go."""
+        """Drop the rows of later steps."""
         if not self.rows:
             return
         self._sort()
@@ -122,12 +127,11 @@ class Columns:
         self.rows = rows
 
     def thin(self) -> None:
-        """Let a quarter of the rows go, at least, so that those that stay lie evenly over all that were added. The
-        newest stays."""
+        """Drop at least a quarter of the rows; the rest lie evenly over all that were added. The newest stays."""
         self._sort()
         ordinals, before = self._columns[_ORDINAL][: self.rows], self.rows
         stays = np.zeros(before, bool)
-        # First from what came since the last time; if that is little, from all.
+        # First among the rows that came since the last time; if these are few, among all.
         while not stays.any() or 4 * stays.sum() > 3 * before + 4:
             stays = ordinals % self._stride == 0
             stays[-1] = True
@@ -143,7 +147,7 @@ class Columns:
         return {name: column[: self.rows] for name, column in self._columns.items() if name != _ORDINAL}
 
     def _sort(self) -> None:
-        """Steps rise unless somebody else wrote the log."""
+        """Sort by step: steps rise unless something other than a run wrote the log."""
         if not self._sorted:
             self._take(np.argsort(self._columns["step"][: self.rows], kind="stable"))
             self._sorted = True
@@ -155,7 +159,7 @@ class Columns:
 
 
 def _numbers(values: Sequence[object]) -> np.ndarray | None:
-    """As float64, what is no number as NaN; None if none is one."""
+    """Values as float64; non-numbers become NaN. None if there are no numbers."""
     kinds = set(map(type, values))
     if kinds <= {float, int}:
         with suppress(OverflowError):

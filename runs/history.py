@@ -2,8 +2,8 @@
 
 One thread feeds lines; others take snapshots at any time and wait for nothing. A snapshot never changes.
 
-A log may hold anything. What is kept of one is bounded, and Snapshot.left_out says what that leaves out. The work is in
-proportion to the log's size, whatever it holds: so a launch does not look through all that came before it.
+A log may hold anything. The part that is kept is bounded, and Snapshot.left_out names the rest. The work is
+proportional to the log's size, whatever it holds: so a launch does not look through all records before it.
 """
 
 import json
@@ -20,16 +20,17 @@ from utils.text import plain
 try:
     import orjson
 except ImportError:
-    orjson = None
+    orjson = None  # type: ignore[assignment]
 
 _MOST_TABLES = 20
 _MOST_LAUNCHES = 200_000
 _MOST_CELLS = 1 << 25
-"""Numbers, and places of missing ones, in all tables of a run: 256 MiB. A million records of 24 metrics fit."""
+"""Most cells, filled or empty, in all tables of a run: 256 MiB. A million records of 24 metrics fit."""
 _CELLS_A_NUMBER, _FREE_CELLS = 8, 1 << 22
-"""Where most places are empty, a small log could fill a large memory: so many places a number, and 32 MiB for all."""
+"""Where most cells are empty, a small log could fill a large memory: so the limit is this many cells a number, plus
+32 MiB."""
 _BATCH_BYTES = 1 << 20
-"""Of lines whose records are put into the tables together."""
+"""Bytes of lines whose records are put into the tables together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class LaunchStart:
     step: int
     time: float
     max_iters: int | None = None
-    """Steps of the whole run, as its start record says."""
+    """Steps of the whole run, from its start record."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,24 @@ class Snapshot:
     """Name of the records -> metric -> values; "step", "time" and "launch" are among the metrics. Steps never fall."""
     launches: tuple[LaunchStart, ...] = ()
     ended: str = ""
-    """Why, if the newest launch has ended."""
+    """Reason for the end of the newest launch, if it has ended."""
     task: str = ""
-    """What is trained, as the newest launch says: pretrain, sft, dpo."""
+    """The task, from the newest launch's record: pretrain, sft, dpo."""
     last_time: float = 0.0
-    """Of the newest record."""
+    """Time of the newest record."""
     skipped_lines: int = 0
-    """Complete lines that held no record."""
+    """Number of complete lines that held no record."""
     left_out: tuple[tuple[str, tuple], ...] = ()
-    """(sentence, what to put into it) for all that the log holds and this does not; nothing about the line that a
-    crash cut off just before a launch."""
+    """(sentence, its values) for everything that the log holds and the snapshot lacks, except a line that a crash cut
+    off just before a launch."""
     version: int = 0
-    """Changes when anything does."""
+    """Number that changes with each update."""
     kept: dict[tuple, object] = field(default_factory=dict, compare=False, repr=False)
-    """Room for what a reader computes from this snapshot and wants to keep as long."""
+    """A cache for results that a reader computes from this snapshot."""
 
     def active_seconds(self, table: str) -> np.ndarray:
-        """Time that the run had been going for at each row, the launches laid end to end: no pauses between them, and
-        nothing of what was superseded."""
+        """Training time of the run at each row, with the launches laid end to end: without the pauses between them and
+        without the superseded steps."""
         rows = self.tables[table]
         if not self.launches:
             return rows["time"] - rows["time"][:1]
@@ -77,7 +78,7 @@ class Snapshot:
         return rows["time"] - starts[launch] + offsets[launch]
 
     def tokens(self, table: str) -> np.ndarray:
-        """Tokens read so far at each row: of records that do not say, between those of training that do."""
+        """Tokens read so far at each row; interpolated from the train records if the rows do not say."""
         rows, train = self.tables[table], self.tables.get("train", {})
         if "tokens" in rows and table == "train":
             return rows["tokens"]
@@ -87,7 +88,7 @@ class Snapshot:
 
 
 class RunHistory:
-    """What is known of one run."""
+    """The results of one run."""
 
     def __init__(self):
         self._published = Snapshot()
@@ -101,12 +102,12 @@ class RunHistory:
         self._too_many_tables = self._too_many_launches = False
 
     def clear(self) -> None:
-        """Forget all: the file is another one."""
+        """Forget everything: the file was replaced by another one."""
         self._forget()
         self._publish()
 
     def feed(self, lines: Iterable[bytes]) -> None:
-        """Take in complete lines."""
+        """Add complete lines."""
         batch: list[dict] = []
         size = 0
         for line in lines:
@@ -154,8 +155,8 @@ class RunHistory:
             self._too_many_launches = True
 
     def _flush(self, batch: list[dict]) -> None:
-        """Put records into their tables, without those that launches among them supersede; these do that to what is in
-        the tables, too."""
+        """Put records into their tables, and leave out superseded ones: launches in the batch supersede records of the
+        batch and of the tables."""
         standing, lowest = standing_records(batch)
         if lowest < self._greatest_step:
             for table in self._tables.values():
@@ -186,7 +187,7 @@ class RunHistory:
 
     def _left_out(self) -> tuple[tuple[str, tuple], ...]:
         found: list[tuple[str, tuple]] = []
-        # What a crash cut off is made again by the launch that follows.
+        # The launch that follows a crash makes the lost record again.
         if skipped := self._skipped - self._torn:
             found.append(("lines that hold no record ({:,})", (skipped,)))
         if self._too_many_tables:
@@ -209,7 +210,7 @@ class RunHistory:
 
 
 def _decode(line: bytes) -> object:
-    """As json.loads, several times as fast where orjson is installed."""
+    """`json.loads`; with orjson installed, several times as fast."""
     if orjson is not None:
         try:
             return orjson.loads(line)

@@ -12,15 +12,15 @@ _BROKEN = "is broken: it is not whole JSON"
 
 
 class TooLarge(ValueError):
-    """There is more of it than was asked to be read."""
+    """It is larger than the reader allows."""
 
 
 class JSONPieces:
     """
     Args:
-        file: of bytes; UTF-8.
-        longest: characters; a value that is longer is refused.
-        most: bytes; a file that is longer is refused.
+        file: a binary file that holds UTF-8.
+        longest: most characters in a value; a longer value is refused.
+        most: most bytes in the file; a longer file is refused.
     """
 
     def __init__(self, file: BinaryIO, longest: int, most: int):
@@ -30,15 +30,15 @@ class JSONPieces:
         self._text, self._at, self._ended = "", 0, False
 
     def members(self, listed: str) -> Iterator[tuple[str, object]]:
-        """Key and value of each member of the object that the file is; of the list under the key `listed`, each element
-        by itself.
+        """Key and value of each member of the object in the file; the list under the key `listed` comes element by
+        element.
 
         Raises:
-            ValueError: it is no object, or broken, or too large; what is wrong, to stand behind the file's name.
+            ValueError: it is not an object, or broken, or too large; the text follows the file's name in a sentence.
             OSError, EOFError, zlib.error: it cannot be read.
         """
         if not self._skip("{"):
-            raise ValueError("is no JSON object" if self._next() else _BROKEN)
+            raise ValueError("is not a JSON object" if self._next() else _BROKEN)
         if not self._skip("}"):
             while True:
                 key = self._value()
@@ -66,7 +66,7 @@ class JSONPieces:
 
     def _value(self) -> object:
         self._next()
-        # All of it is there then, unless it is too long: a piece of a number would look like a number.
+        # Now the whole value is there, unless it is too long: a piece of a number would look like a number.
         self._fill(self._longest + 1)
         try:
             value, end = self._scan(self._text, self._at)
@@ -91,10 +91,11 @@ class JSONPieces:
         return True
 
     def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
             self._fill(1)
-            self._at = _SPACE.match(self._text, self._at).end()
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
             if self._at < len(self._text):
                 return self._text[self._at]
             if self._ended:
@@ -105,7 +106,7 @@ class JSONPieces:
         if self._ended or len(self._text) - self._at >= wanted:
             return
         pieces, ahead = [self._text[self._at :]], len(self._text) - self._at
-        # Some more, so that what is left over need not be moved for each value.
+        # Some more, so that the rest need not be moved for each value.
         while ahead < wanted + 3 * _PIECE_BYTES and not self._ended:
             data = self._file.read(_PIECE_BYTES)
             self._left -= len(data)

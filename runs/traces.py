@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard, cast
 
 from runs.intervals import Interval, LatestEnd, Union, overlap, union
 from runs.json_pieces import JSONPieces, TooLarge
@@ -31,13 +31,13 @@ from utils.paths import absent
 ABOUT = "zero2all"
 """Key of a trace's own metadata: {"run", "rank", "world_size", "device"}."""
 MOST_BYTES = 256 << 20
-"""Of an unpacked trace."""
+"""Most bytes in an unpacked trace."""
 MOST_EVENTS, MOST_KEPT = 4_000_000, 1_000_000
-"""Events in a trace, and those of them that are needed here: only these stay in memory, about 200 bytes each."""
+"""Most events in a trace, and most events that are needed here: only these stay in memory, about 200 bytes each."""
 _LONGEST_EVENT, _LONGEST_NAME = 1 << 20, 64
 """Characters."""
 _MOST_NAMED = 20
-"""Steps in a sentence."""
+"""Most steps named in a sentence."""
 
 ROWS = ("data", "compute", "optimizer", "wire", "waiting")
 _ROW_OF = {
@@ -55,17 +55,17 @@ _SUMS = ("gloo:all_reduce", "c10d::allreduce_")
 
 
 class StepPart(NamedTuple):
-    """Something that went on: times in milliseconds on the trace's clock."""
+    """A part of a step: times in milliseconds on the trace's clock."""
 
     row: str
     kind: str
-    """Such as "forward", "bucket", "gather bucket"."""
+    """For example "forward", "bucket", "gather bucket"."""
     start: float
     end: float
     number: int | None = None
-    """Of the bucket."""
+    """Number of the bucket."""
     size: str = ""
-    """What this rank sends of it."""
+    """Size of this rank's share on the wire."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Trace:
     path: Path
     about: dict
     steps: dict[int, Interval]
-    """Number -> when it began and ended."""
+    """Step -> its beginning and end."""
     parts: list[StepPart]
 
     def window(self, step: int) -> Interval:
-        """When a step began and ended.
+        """A step's beginning and end.
 
         Raises:
             ValueError: the trace does not hold it.
@@ -95,7 +95,7 @@ class Trace:
 
     @cached_property
     def unions(self) -> "dict[str, Union]":
-        """When what FIGURES are made of went on, of all steps."""
+        """Times in all steps that FIGURES are computed from."""
         names = ("data wait", "forward", "backward", "optimizer", "wire", "waiting")
         unions = {
             name: union((a.start, a.end) for a in self.parts if name in (a.kind, a.row)) for name in names
@@ -112,13 +112,13 @@ class _Event(NamedTuple):
     start: float
     end: float
     correlation: int | None
-    """What a launch and that which runs on the device have in common."""
+    """A number that a launch shares with its work on the device."""
 
 
 def read_trace(path: Path) -> Trace:
     """
     Raises:
-        ValueError: it cannot be read, or is no trace of --profile_steps; one sentence.
+        ValueError: it cannot be read, or is not a trace of --profile_steps; one sentence.
     """
     about, events = _read_events(path)
     ranges = [event for event in events if event.category == "user_annotation"]
@@ -136,7 +136,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _read_events(path: Path) -> tuple[dict, list[_Event]]:
-    """What a trace says of its run, and those of its events that are needed here."""
+    """A trace's description of its run, and the events that are needed here."""
     about: dict = {}
     events: list[_Event] = []
     threads: dict[tuple, tuple] = {}
@@ -168,7 +168,7 @@ def _read_events(path: Path) -> tuple[dict, list[_Event]]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     if not has_events:
-        raise ValueError(f"{path} is no Chrome trace: it has no traceEvents")
+        raise ValueError(f"{path} is not a Chrome trace: it has no traceEvents")
     return about, events
 
 
@@ -176,23 +176,23 @@ def _pieces(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as file:
         is_packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if is_packed else open)(path, "rb") as file:
-        yield from JSONPieces(file, _LONGEST_EVENT, MOST_BYTES).members("traceEvents")
+        yield from JSONPieces(cast(BinaryIO, file), _LONGEST_EVENT, MOST_BYTES).members("traceEvents")
 
 
 def _event(raw: object) -> _Event | None:
-    """A complete event with a duration, of a kind that is needed here; None for what else a trace holds."""
+    """A complete event with a duration, of a kind that is needed here; None for everything else in a trace."""
     if not isinstance(raw, dict) or raw.get("ph") != "X":
         return None
     name, category, start, duration = (raw.get(key) for key in ("name", "cat", "ts", "dur"))
     if not isinstance(name, str) or not isinstance(category, str):
         return None
-    if not all(isinstance(value, (int, float)) and abs(value) < 1e18 for value in (start, duration)):
+    if not _is_time(start) or not _is_time(duration):
         return None
     arguments = raw.get("args")
     correlation = arguments.get("correlation") if isinstance(arguments, dict) else None
     correlation = correlation if isinstance(correlation, int) else None
     if category in _ON_DEVICE or category in _LAUNCHES and correlation is not None:
-        # Known by its number; a kernel's name may be long.
+        # Its number identifies it; a kernel's name may be long.
         name = ""
     elif not (name in _SUMS or category == "user_annotation" and (_described(name, 0, 0) or _STEP.fullmatch(name))):
         return None
@@ -202,8 +202,12 @@ def _event(raw: object) -> _Event | None:
     )
 
 
+def _is_time(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and abs(value) < 1e18
+
+
 def _described(name: str, start: float, end: float) -> StepPart | None:
-    """The part of a range of ours; None for other ranges."""
+    """The part that one of our ranges stands for; None for other ranges."""
     if name in _ROW_OF:
         return StepPart(_ROW_OF[name], name, start, end)
     if name == "gradients":
@@ -216,7 +220,7 @@ def _described(name: str, start: float, end: float) -> StepPart | None:
 
 
 def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event, StepPart]:
-    """Our ranges, as their threads saw them. Of one that only hands gloo a sum: when gloo worked on that."""
+    """Our ranges, as their threads saw them. A range that only hands a sum to gloo lasts as long as gloo's work."""
     found = {event: part for event in ranges if (part := _described(event.name, event.start, event.end)) is not None}
     sums = _gloo_sums(events)
     latest = {thread: LatestEnd([end for _, (_, end) in launched]) for thread, launched in sums.items()}
@@ -232,8 +236,8 @@ def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event
 
 
 def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]]:
-    """Thread -> (when it launched an all-reduce, from when to when gloo worked on it), in order. gloo has threads of
-    its own and takes what comes first: the n-th that begins is the n-th that was launched."""
+    """Thread -> (launch of an all-reduce, interval of gloo's work on it), in order. gloo has threads of its own and
+    takes them in turn: the n-th that begins is the n-th that was launched."""
     begun = sorted((e.start, e.end) for e in events if e.name == "gloo:all_reduce")
     found: dict[tuple, list[tuple[float, Interval]]] = defaultdict(list)
     index = 0
@@ -247,8 +251,8 @@ def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]
 
 
 def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[StepPart]:
-    """Where the GPU did what each range launched. The threads of the backward pass launch for the main thread's range,
-    but for what lies in ranges of their own (the buckets)."""
+    """The parts, each at the time when the GPU did its work. The threads of the backward pass launch for the main
+    thread's range, except inside ranges of their own (the buckets)."""
     forwards = [event for event, part in described.items() if part.kind == "forward"]
     launchers: dict[tuple, list[_Event]] = defaultdict(list)
     for event, part in described.items():
@@ -261,7 +265,8 @@ def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[
     streams: dict[tuple, list[tuple[float, _Event]]] = defaultdict(list)
     is_forward, forward_streams = set(forwards), []
     for work in events:
-        launch = launches.get(work.correlation) if work.category in _ON_DEVICE else None
+        number = work.correlation if work.category in _ON_DEVICE else None
+        launch = launches.get(number) if number is not None else None
         if launch is None:
             continue
         owner = innermost[launch.thread].at(launch.start) if launch.thread in innermost else None
@@ -314,10 +319,10 @@ class _Innermost:
 
 
 def _gap(stream: list[tuple[float, _Event]], wait: _Event) -> Interval:
-    """When a stream had done what was launched before a wait, and not begun what was launched after it.
+    """The interval between a stream's work that was launched before a wait and its work that was launched after it.
 
     Args:
-        stream: (when it was launched, what ran), sorted.
+        stream: (time of the launch, work), sorted.
     """
     before = bisect.bisect_left(stream, wait.start, key=lambda item: item[0])
     after = bisect.bisect_left(stream, wait.end, key=lambda item: item[0])
@@ -330,7 +335,7 @@ FIGURES = ("step", "data wait", "forward", "backward", "optimizer", "wire", "hid
 
 
 def figures_of(trace: Trace, step: int) -> dict[str, float]:
-    """Milliseconds of each of FIGURES within a step.
+    """Length in milliseconds of each of FIGURES within a step.
 
     Raises:
         ValueError: the trace does not hold it.
@@ -342,7 +347,7 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
         "data wait": lengths["data wait"],
         "forward": lengths["forward"],
         "backward": lengths["backward"],
-        # Without ZeRO-1's wait for parameters, which lies inside.
+        # Without the wait for parameters, which ZeRO-1 has inside it.
         "optimizer": lengths["optimizer"] - lengths["waiting in optimizer"],
         "wire": lengths["wire"],
         "hidden": lengths["wire"] - lengths["exposed"],
@@ -351,6 +356,6 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
 
 
 def mean_figures(trace: Trace) -> dict[str, float]:
-    """Of all steps in a trace."""
+    """Mean of the figures over all steps in a trace."""
     each = [figures_of(trace, step) for step in trace.steps]
     return {name: statistics.fmean(figures[name] for figures in each) for name in FIGURES}
