@@ -2,8 +2,8 @@
 
 One thread feeds lines; others take snapshots at any time and wait for nothing. A snapshot never changes.
 
-A log may hold anything. The part that is kept is bounded, and Snapshot.left_out names the rest. The work is
-proportional to the log's size, whatever it holds: so a launch does not look through all records before it.
+A log may hold anything. Memory is bounded, and Snapshot.left_out says what that leaves out. The work is proportional to
+the log's size, whatever it holds: a new launch does not look through everything before it.
 """
 
 import json
@@ -25,46 +25,50 @@ except ImportError:
 _MOST_TABLES = 20
 _MOST_LAUNCHES = 200_000
 _MOST_CELLS = 1 << 25
-"""Most cells, filled or empty, in all tables of a run: 256 MiB. A million records of 24 metrics fit."""
+"""Limit for the cells in all tables of a run, empty ones included: 256 MiB. A million records of 24 metrics fit."""
 _CELLS_A_NUMBER, _FREE_CELLS = 8, 1 << 22
-"""Where most cells are empty, a small log could fill a large memory: so the limit is this many cells a number, plus
-32 MiB."""
+"""Where most cells are empty, a small log could fill a large memory: it may have so many cells for each number, and 32
+MiB in any case."""
 _BATCH_BYTES = 1 << 20
-"""Bytes of lines whose records are put into the tables together."""
+"""Size of the lines whose records are put into the tables together."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchStart:
+    """What a start record says of its launch."""
+
     step: int
     time: float
     max_iters: int | None = None
-    """Steps of the whole run, from its start record."""
+    """Number of steps of the whole run, according to the start record."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
+    """A run's results at one moment."""
+
     tables: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Name of the records -> metric -> values; "step", "time" and "launch" are among the metrics. Steps never fall."""
+    """Kind of record -> metric -> values. "step", "time" and "launch" are among the metrics; steps never fall."""
     launches: tuple[LaunchStart, ...] = ()
     ended: str = ""
-    """Reason for the end of the newest launch, if it has ended."""
+    """Why the newest launch has ended; empty while it goes on."""
     task: str = ""
-    """The task, from the newest launch's record: pretrain, sft, dpo."""
+    """The task of the newest launch: pretrain, sft, dpo."""
     last_time: float = 0.0
     """Time of the newest record."""
     skipped_lines: int = 0
     """Number of complete lines that held no record."""
     left_out: tuple[tuple[str, tuple], ...] = ()
-    """(sentence, its values) for everything that the log holds and the snapshot lacks, except a line that a crash cut
-    off just before a launch."""
+    """(sentence, values for its places) for everything in the log that is missing here. A line that a crash cut off
+    just before a launch does not count."""
     version: int = 0
-    """Number that changes with each update."""
+    """Changes when anything does."""
     kept: dict[tuple, object] = field(default_factory=dict, compare=False, repr=False)
-    """A cache for results that a reader computes from this snapshot."""
+    """Room for what a reader computes from this snapshot and wants to keep as long."""
 
     def active_seconds(self, table: str) -> np.ndarray:
-        """Training time of the run at each row, with the launches laid end to end: without the pauses between them and
-        without the superseded steps."""
+        """Seconds for which the run had been going at each row, with the launches laid end to end: the pauses between
+        them and the superseded steps do not count."""
         rows = self.tables[table]
         if not self.launches:
             return rows["time"] - rows["time"][:1]
@@ -78,7 +82,7 @@ class Snapshot:
         return rows["time"] - starts[launch] + offsets[launch]
 
     def tokens(self, table: str) -> np.ndarray:
-        """Tokens read so far at each row; interpolated from the train records if the rows do not say."""
+        """Tokens read so far at each row. For records that do not say, they are interpolated between train records."""
         rows, train = self.tables[table], self.tables.get("train", {})
         if "tokens" in rows and table == "train":
             return rows["tokens"]
@@ -88,7 +92,7 @@ class Snapshot:
 
 
 class RunHistory:
-    """The results of one run."""
+    """The results of one run, fed line by line."""
 
     def __init__(self):
         self._published = Snapshot()
@@ -102,12 +106,12 @@ class RunHistory:
         self._too_many_tables = self._too_many_launches = False
 
     def clear(self) -> None:
-        """Forget everything: the file was replaced by another one."""
+        """Forget everything: the file has been replaced."""
         self._forget()
         self._publish()
 
     def feed(self, lines: Iterable[bytes]) -> None:
-        """Add complete lines."""
+        """Take in complete lines."""
         batch: list[dict] = []
         size = 0
         for line in lines:
@@ -155,8 +159,8 @@ class RunHistory:
             self._too_many_launches = True
 
     def _flush(self, batch: list[dict]) -> None:
-        """Put records into their tables, and leave out superseded ones: launches in the batch supersede records of the
-        batch and of the tables."""
+        """Put records into their tables. Records that a launch among them supersedes are left out, and rows that it
+        supersedes leave the tables."""
         standing, lowest = standing_records(batch)
         if lowest < self._greatest_step:
             for table in self._tables.values():
@@ -187,7 +191,7 @@ class RunHistory:
 
     def _left_out(self) -> tuple[tuple[str, tuple], ...]:
         found: list[tuple[str, tuple]] = []
-        # The launch that follows a crash makes the lost record again.
+        # The launch after a crash makes the step of the cut-off line again.
         if skipped := self._skipped - self._torn:
             found.append(("lines that hold no record ({:,})", (skipped,)))
         if self._too_many_tables:
@@ -210,7 +214,7 @@ class RunHistory:
 
 
 def _decode(line: bytes) -> object:
-    """`json.loads`; with orjson installed, several times as fast."""
+    """The value of a line, as json.loads gives it; several times as fast where orjson is installed."""
     if orjson is not None:
         try:
             return orjson.loads(line)

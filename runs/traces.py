@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeGuard, cast
+from typing import NamedTuple, TypeGuard
 
 from runs.intervals import Interval, LatestEnd, Union, overlap, union
 from runs.json_pieces import JSONPieces, TooLarge
@@ -31,13 +31,14 @@ from utils.paths import absent
 ABOUT = "zero2all"
 """Key of a trace's own metadata: {"run", "rank", "world_size", "device"}."""
 MOST_BYTES = 256 << 20
-"""Most bytes in an unpacked trace."""
+"""Size limit of an unpacked trace."""
 MOST_EVENTS, MOST_KEPT = 4_000_000, 1_000_000
-"""Most events in a trace, and most events that are needed here: only these stay in memory, about 200 bytes each."""
+"""Limits for the events in a trace, and for those that are needed here: only these stay in memory, about 200 bytes
+each."""
 _LONGEST_EVENT, _LONGEST_NAME = 1 << 20, 64
-"""Characters."""
+"""Limits in characters."""
 _MOST_NAMED = 20
-"""Most steps named in a sentence."""
+"""Steps that one sentence names at most."""
 
 ROWS = ("data", "compute", "optimizer", "wire", "waiting")
 _ROW_OF = {
@@ -55,7 +56,7 @@ _SUMS = ("gloo:all_reduce", "c10d::allreduce_")
 
 
 class StepPart(NamedTuple):
-    """A part of a step: times in milliseconds on the trace's clock."""
+    """One thing that went on during a step; times are milliseconds on the trace's clock."""
 
     row: str
     kind: str
@@ -63,9 +64,9 @@ class StepPart(NamedTuple):
     start: float
     end: float
     number: int | None = None
-    """Number of the bucket."""
+    """The bucket's number."""
     size: str = ""
-    """Size of this rank's share on the wire."""
+    """How much of the bucket this rank sends."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class Trace:
     path: Path
     about: dict
     steps: dict[int, Interval]
-    """Step -> its beginning and end."""
+    """Step number -> when the step began and ended."""
     parts: list[StepPart]
 
     def window(self, step: int) -> Interval:
-        """A step's beginning and end.
+        """When a step began and ended.
 
         Raises:
-            ValueError: the trace does not hold it.
+            ValueError: the trace does not hold the step.
         """
         if step not in self.steps:
             held = [str(number) for number in itertools.islice(self.steps, _MOST_NAMED)]
@@ -95,7 +96,7 @@ class Trace:
 
     @cached_property
     def unions(self) -> "dict[str, Union]":
-        """Times in all steps that FIGURES are computed from."""
+        """The times from which FIGURES are computed, over all steps."""
         names = ("data wait", "forward", "backward", "optimizer", "wire", "waiting")
         unions = {
             name: union((a.start, a.end) for a in self.parts if name in (a.kind, a.row)) for name in names
@@ -112,19 +113,21 @@ class _Event(NamedTuple):
     start: float
     end: float
     correlation: int | None
-    """A number that a launch shares with its work on the device."""
+    """The number that a launch shares with the work it launches on the device."""
 
 
 def read_trace(path: Path) -> Trace:
-    """
+    """The steps of a trace and their parts.
+
     Raises:
-        ValueError: it cannot be read, or is not a trace of --profile_steps; one sentence.
+        ValueError: the file cannot be read, or is not a trace of --profile_steps; one sentence.
+        OSError: the file cannot be read now.
     """
     about, events = _read_events(path)
     ranges = [event for event in events if event.category == "user_annotation"]
     steps = {int(m[1]): (e.start, e.end) for e in ranges if (m := _STEP.fullmatch(e.name))}
     worked = sorted(e.start for e in ranges if e.name == "forward")
-    # The last one may have been broken off before it began.
+    # The last step may have been broken off before its work began.
     steps = {n: (a, b) for n, (a, b) in steps.items() if bisect.bisect(worked, b) > bisect.bisect_left(worked, a)}
     if not steps:
         raise ValueError(f"{path} holds no step of a training run: make a trace with --profile_steps")
@@ -136,7 +139,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _read_events(path: Path) -> tuple[dict, list[_Event]]:
-    """A trace's description of its run, and the events that are needed here."""
+    """The trace's own metadata, and those of its events that are needed here."""
     about: dict = {}
     events: list[_Event] = []
     threads: dict[tuple, tuple] = {}
@@ -176,17 +179,17 @@ def _pieces(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as file:
         is_packed = file.read(2) == b"\x1f\x8b"
     with (gzip.open if is_packed else open)(path, "rb") as file:
-        yield from JSONPieces(cast(BinaryIO, file), _LONGEST_EVENT, MOST_BYTES).members("traceEvents")
+        yield from JSONPieces(file, _LONGEST_EVENT, MOST_BYTES).members("traceEvents")
 
 
 def _event(raw: object) -> _Event | None:
-    """A complete event with a duration, of a kind that is needed here; None for everything else in a trace."""
+    """A complete event with a duration, of a kind that is needed here; None for anything else in a trace."""
     if not isinstance(raw, dict) or raw.get("ph") != "X":
         return None
     name, category, start, duration = (raw.get(key) for key in ("name", "cat", "ts", "dur"))
     if not isinstance(name, str) or not isinstance(category, str):
         return None
-    if not _is_time(start) or not _is_time(duration):
+    if not (_is_time(start) and _is_time(duration)):
         return None
     arguments = raw.get("args")
     correlation = arguments.get("correlation") if isinstance(arguments, dict) else None
@@ -202,7 +205,7 @@ def _event(raw: object) -> _Event | None:
     )
 
 
-def _is_time(value: object) -> TypeGuard[int | float]:
+def _is_time(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and abs(value) < 1e18
 
 
@@ -220,7 +223,8 @@ def _described(name: str, start: float, end: float) -> StepPart | None:
 
 
 def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event, StepPart]:
-    """Our ranges, as their threads saw them. A range that only hands a sum to gloo lasts as long as gloo's work."""
+    """Our ranges as parts, with the times that their threads saw. A range that only hands gloo a sum gets the time in
+    which gloo worked on it."""
     found = {event: part for event in ranges if (part := _described(event.name, event.start, event.end)) is not None}
     sums = _gloo_sums(events)
     latest = {thread: LatestEnd([end for _, (_, end) in launched]) for thread, launched in sums.items()}
@@ -236,8 +240,8 @@ def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event
 
 
 def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]]:
-    """Thread -> (launch of an all-reduce, interval of gloo's work on it), in order. gloo has threads of its own and
-    takes them in turn: the n-th that begins is the n-th that was launched."""
+    """Thread -> its all-reduces in order, as (time of launch, interval in which gloo worked on it). gloo has threads of
+    its own and works in the order of launches: the n-th sum that begins is the n-th that was launched."""
     begun = sorted((e.start, e.end) for e in events if e.name == "gloo:all_reduce")
     found: dict[tuple, list[tuple[float, Interval]]] = defaultdict(list)
     index = 0
@@ -251,8 +255,8 @@ def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]
 
 
 def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[StepPart]:
-    """The parts, each at the time when the GPU did its work. The threads of the backward pass launch for the main
-    thread's range, except inside ranges of their own (the buckets)."""
+    """The parts, each at the time when the GPU did what its range launched. Whatever the threads of the backward pass
+    launch counts for the main thread's range, unless it lies in a range of their own (a bucket)."""
     forwards = [event for event, part in described.items() if part.kind == "forward"]
     launchers: dict[tuple, list[_Event]] = defaultdict(list)
     for event, part in described.items():
@@ -260,13 +264,13 @@ def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[
             launchers[event.thread].append(event)
     innermost = {thread: _Innermost(inside) for thread, inside in launchers.items()}
     main = innermost[forwards[0].thread]
+    launches: dict[int | None, _Event]
     launches = {e.correlation: e for e in events if e.category in _LAUNCHES and e.correlation is not None}
     worked: dict[_Event, Interval] = {}
     streams: dict[tuple, list[tuple[float, _Event]]] = defaultdict(list)
     is_forward, forward_streams = set(forwards), []
     for work in events:
-        number = work.correlation if work.category in _ON_DEVICE else None
-        launch = launches.get(number) if number is not None else None
+        launch = launches.get(work.correlation) if work.category in _ON_DEVICE else None
         if launch is None:
             continue
         owner = innermost[launch.thread].at(launch.start) if launch.thread in innermost else None
@@ -295,7 +299,7 @@ def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[
 
 
 class _Innermost:
-    """Finds the innermost of a thread's ranges at a time; they are nested or apart."""
+    """Finds the innermost of a thread's ranges at any time. The ranges are nested or apart."""
 
     def __init__(self, ranges: Iterable[_Event]):
         changes: list[tuple[float, _Event | None]] = []
@@ -319,10 +323,10 @@ class _Innermost:
 
 
 def _gap(stream: list[tuple[float, _Event]], wait: _Event) -> Interval:
-    """The interval between a stream's work that was launched before a wait and its work that was launched after it.
+    """The time between the end of what was launched before a wait and the beginning of what was launched after it.
 
     Args:
-        stream: (time of the launch, work), sorted.
+        stream: (time of launch, work) of one stream, sorted.
     """
     before = bisect.bisect_left(stream, wait.start, key=lambda item: item[0])
     after = bisect.bisect_left(stream, wait.end, key=lambda item: item[0])
@@ -335,10 +339,10 @@ FIGURES = ("step", "data wait", "forward", "backward", "optimizer", "wire", "hid
 
 
 def figures_of(trace: Trace, step: int) -> dict[str, float]:
-    """Length in milliseconds of each of FIGURES within a step.
+    """Milliseconds of each of FIGURES within a step.
 
     Raises:
-        ValueError: the trace does not hold it.
+        ValueError: the trace does not hold the step.
     """
     window = trace.window(step)
     lengths = {name: union.within(window) for name, union in trace.unions.items()}
@@ -347,7 +351,7 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
         "data wait": lengths["data wait"],
         "forward": lengths["forward"],
         "backward": lengths["backward"],
-        # Without the wait for parameters, which ZeRO-1 has inside it.
+        # ZeRO-1's wait for parameters lies inside the optimizer's range and counts as waiting.
         "optimizer": lengths["optimizer"] - lengths["waiting in optimizer"],
         "wire": lengths["wire"],
         "hidden": lengths["wire"] - lengths["exposed"],
@@ -356,6 +360,6 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
 
 
 def mean_figures(trace: Trace) -> dict[str, float]:
-    """Mean of the figures over all steps in a trace."""
+    """The mean of each of FIGURES over all steps in a trace."""
     each = [figures_of(trace, step) for step in trace.steps]
     return {name: statistics.fmean(figures[name] for figures in each) for name in FIGURES}
