@@ -4,9 +4,9 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
@@ -22,7 +22,7 @@ _MOST_MEMORY = 1 << 28
 
 def is_compressed(name: str) -> bool:
     """Whether a file's name says that it is compressed."""
-    return Path(name).suffix.lower() in COMPRESSION_SUFFIXES
+    return os.path.splitext(name)[1].lower() in COMPRESSION_SUFFIXES
 
 
 def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
@@ -31,7 +31,7 @@ def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
     Args:
         name: of the file; one of COMPRESSION_SUFFIXES ends it.
     """
-    suffix = Path(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix == ".gz":
         read = gzip.GzipFile(fileobj=file).read1
     elif suffix == ".xz":

@@ -1,10 +1,10 @@
 """Pieces: files, or parts of them that can be read each by itself."""
 
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_preprocess.readers.compression import is_compressed
+from data_preprocess.readers.compression import COMPRESSION_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ def identity_of(piece: Piece, content: str) -> bytes:
 
 def ending_of(path: str) -> str:
     """The ending that tells a file's kind, in lower case: ".jsonl" of "a/B.JSONL.gz"."""
-    plain = Path(path.lower())
-    return (plain.with_suffix("") if is_compressed(path) else plain).suffix
+    stem, ending = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if ending in COMPRESSION_SUFFIXES else ending
