@@ -566,7 +566,7 @@ BROKEN_FIRST_LINES = [b'{"text": "cut', b"no JSON", b'"text"', b"5", b'{"text": 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\n\n"])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 def test_broken_first_line(tmp_path: Path, name: str, line: bytes, line_end: bytes):
-    """The lines after it are read: such a file is no object spread over lines."""
+    """The lines after it are read: such a file is not an object spread over lines."""
     content = line_end.join([line, b'{"text": "b"}', b'{"text": "c"}', b'{"text": "d"}'])
     items = read_file(tmp_path, name, compress(content, Path(name).suffix))
     assert texts_of(items) == ["b", "c", "d"]
