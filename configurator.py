@@ -37,7 +37,7 @@ _FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint
 
 _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data", "resume_at_sample",
                "profile_steps")  # fmt: skip
-"""Say what this launch does, not what the run is: not saved."""
+"""Options of a launch, not of the run. They are not saved."""
 
 _PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
 _LONGEST_FILE = 1 << 20
@@ -50,12 +50,12 @@ _ONLY_WITH = (
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Field name -> value, over all groups."""
+    """Values of all fields by name, over all groups."""
     return {name: getattr(getattr(config, group), name) for name, (group, _) in _FIELDS.items()}
 
 
 def replace(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with some fields replaced, by flat names."""
+    """The configuration with some fields replaced, by name."""
     changes = {
         group: dataclasses.replace(
             getattr(config, group), **{n: v for n, v in values.items() if _FIELDS[n][0] == group}
@@ -71,7 +71,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     Returns:
         the configuration, and the names that the command line or the YAML file set.
     Raises:
-        ValueError: an unknown name, a wrong type, an impossible combination; one sentence.
+        ValueError: an unknown name, a wrong type or an impossible combination, in one sentence.
         SystemExit: after --help.
     """
     config_file, argv = _take_config_file(argv)
@@ -87,13 +87,13 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     command |= {name: _expand(f"--{name}", command[name]) for name in _PATHS if name in command}
     config_file = command.pop("exp_config_file", "")
     if config_file and Path(config_file).resolve().parent == sizes.FOLDER:
-        raise ValueError(f"{config_file} is no configuration but a size: write --size={Path(config_file).stem}")
+        raise ValueError(f"{config_file} is a size, not a configuration: write --size={Path(config_file).stem}")
     from_file = _read_given(Path(config_file)) if config_file else {}
     merged = from_file | command
     saved: dict[str, Any] = {}
     if _coerce("resume", merged.get("resume", False)):
         saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
-        # Its paths were expanded when it was written.
+        # The paths in it were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     if saved and "size" in merged:
         _require_size_of(saved, merged)
@@ -123,9 +123,10 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
 
 
 def without_effect(config: Config, given: frozenset[str]) -> list[str]:
-    """A sentence for each reason for which something that was given changes nothing. No reason to refuse it: a
-    configuration file may hold the details of what its user switches on and off."""
-    flat, usual, told, sentences = flatten(config), flatten(Config()), set(), []
+    """Sentences about given options that change nothing, one for each reason. They are not refused: a configuration
+    file may hold the details of a feature that its user switches on and off."""
+    flat, usual, sentences = flatten(config), flatten(Config()), []
+    told: set[str] = set()
     for rule in _ONLY_WITH:
         idle = [n for n in rule.names if n in given - told and flat[n] != usual[n]] if not rule.counts(flat) else []
         told |= set(idle)
@@ -140,8 +141,8 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
 
 
 def is_open(run: RunConfig, given: frozenset[str], *names: str) -> bool:
-    """Whether nobody has said anything of these fields: not the command line, a YAML file, or the saved configuration
-    of a resumed run. So they may be chosen; a size, if there is one, makes a proposal.
+    """Whether none of these fields was set by the command line, a YAML file or the saved configuration of a resumed
+    run. Such fields may be chosen; the values of a size, if there is one, are only a proposal.
 
     Args:
         given: as `parse_config` returns it.
@@ -151,7 +152,7 @@ def is_open(run: RunConfig, given: frozenset[str], *names: str) -> bool:
 
 
 def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
-    """What --size says, by flat names, for a new run of which `told` is given.
+    """Values of --size for a new run, by name; `told`: what else is given for the run.
 
     Raises:
         ValueError: there is no such size.
@@ -165,7 +166,7 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
     values = {name: _coerce(name, value) for name, value in values.items()}
     meant_for = values.get("optimizer", OptimizerConfig.optimizer)
     if told.get("optimizer", meant_for) != meant_for:
-        # Rates of one optimizer would ruin a run with another.
+        # The rates of one optimizer would ruin a run with another.
         optimizers = ("optimizer", "adamw", "muon")
         values = {name: value for name, value in values.items() if _FIELDS[name][0] not in optimizers}
     if has_length:
@@ -174,12 +175,13 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """
+    """Refuse a size other than the one that a resumed run began with.
+
     Args:
         saved: the configuration of the run that is resumed.
         now: names and values that were given.
     Raises:
-        ValueError: the run is of another size.
+        ValueError: the run has another size.
     """
     asked, begun = _coerce("size", now["size"]), saved.get("size", "")
     if begun and asked != begun:
@@ -190,7 +192,7 @@ def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
-    """A newly given --epoch beats an older max_iters: otherwise it would have no effect."""
+    """Drop an older max_iters if --epoch is given now, which would otherwise have no effect."""
     if newer.get("max_iters") not in (None, 0, "0") and "epoch" in newer:
         raise ValueError("max_iters and epoch both say how long to train: give only one")
     if "epoch" in newer and "max_iters" in older:
@@ -207,11 +209,12 @@ def _take_config_file(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _expand(name: str, path: str) -> str:
-    """
+    """The path, with `~` and variables expanded.
+
     Args:
-        name: of what the path was given for.
+        name: flag or key that the path was given for.
     Raises:
-        ValueError: it is none, such as where the shell knew no variable of that name.
+        ValueError: it is empty, as after an unset variable of the shell, or holds an unknown variable or user.
     """
     if not path:
         raise ValueError(f"{name} is empty: give a path, or leave it out")
@@ -242,7 +245,7 @@ def _normalize(argv: list[str]) -> list[str]:
         elif not equals:
             check_name(name, "--", _FIELDS)
             if index == len(argv) or argv[index].startswith("--"):
-                # A flag is no value, as where a variable of the shell was empty: it would be lost.
+                # A flag is not a value: without this, it would be lost after an empty variable of the shell.
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
             value, index = argv[index], index + 1
         check_name(name, "--", _FIELDS)
@@ -255,7 +258,7 @@ def _is_bool(name: str) -> bool:
 
 
 def _read_given(path: Path) -> dict[str, Any]:
-    """`_read_yaml` of a file that somebody wrote: with paths as people write them."""
+    """Keys of a YAML file that a person wrote, see `_read_yaml`, with its paths expanded."""
     values = _read_yaml(path)
     try:
         if "exp_config_file" in values:
@@ -266,17 +269,17 @@ def _read_given(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Flat keys of a YAML file, each of its field's type; without `derived`, which `to_yaml` adds for the reader."""
+    """Flat keys of a YAML file, each value with its field's type, without `derived`, which is there for the reader."""
     try:
-        # Not utils.small_files.read_small: a pipe, as the shell's <(...), is a file like others here.
+        # Not utils.small_files.read_small, which refuses pipes: here the shell's <(...) is a file like any other.
         with path.open("rb") as file:
             text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
-            # A disk or a network file system that may answer later: nothing is wrong with the command.
+            # A disk or a network file system that may answer later: the command is not wrong.
             raise
         if isinstance(error, IsADirectoryError):
-            raise ValueError(f"{path} is a directory and no configuration file: data goes behind --data_dir") from None
+            raise ValueError(f"{path} is a directory, not a configuration file: data goes behind --data_dir") from None
         is_gone = isinstance(error, FileNotFoundError)
         problem = absent(path) if is_gone else f"{path} cannot be read: {error.strerror}"
         raise ValueError(f"the configuration file {problem}") from None
@@ -301,17 +304,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """`value`, from YAML or the command line, as the field's type.
+    """A value from YAML or the command line, as the field's type.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value has another type.
     """
     hint = _FIELDS[name][1]
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in kinds and (value is None or value == "None"):
         return None
     if value is None:
-        # In YAML `~` is nothing, too.
+        # YAML also reads `~` as no value.
         raise ValueError(f"{name} has no value: write one (text in quotes), or leave the line out")
     kind = next(k for k in kinds if k is not type(None))
     if get_origin(kind) is Literal:
@@ -329,12 +332,12 @@ def _coerce(name: str, value: Any) -> Any:
         if type(value) in (str, int):
             return str(value)
         if not isinstance(value, (list, dict)):
-            # `no`, 1.10 or a date would come out as a text that nobody wrote.
+            # `no`, 1.10 or a date would become a text that nobody wrote.
             raise ValueError(f"{name} is a text: put it in quotes, as YAML reads it as {shown(value)}")
     elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = kind(value)
-            # Beyond, neither a file nor a tensor holds it.
+            # Neither a file nor a tensor holds a larger number.
             fits = math.isfinite(number) and (kind is float or -(1 << 63) <= number < 1 << 63)
             if fits and (isinstance(value, str) or number == value):
                 return number
@@ -351,7 +354,7 @@ def _to_tyro(name: str, value: str) -> str:
 
 
 def _check(config: Config) -> None:
-    """Refuse what needs no data to be seen as impossible: each part's values, then what does not go together."""
+    """Refuse values and combinations that cannot work, as far as they tell without the data."""
     groups = {group: getattr(config, group) for group in _GROUPS}
     for group, part in groups.items():
         # A task's own options count for that task alone.
@@ -361,20 +364,20 @@ def _check(config: Config) -> None:
 
 
 def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:
-    """Name -> (saved value, present value) of the settings that differ from a saved configuration."""
+    """Settings that differ from a saved configuration: name -> (saved value, present value)."""
     saved = _read_yaml(saved_path) if saved_path.exists() else {}
     now = flatten(config)
     return {n: (old, now[n]) for n, old in saved.items() if n not in (*_PER_LAUNCH, "out_dir") and now[n] != old}
 
 
 def to_yaml(config: Config, derived: dict[str, Any]) -> str:
-    """The configuration as YAML, None-valued keys included.
+    """The configuration as YAML, with keys whose value is None.
 
-    What was given stays as it was given, so that a resumed run derives it anew where it must (dtype on another machine,
-    steps from epochs); `derived` adds, for the reader, what it came to.
+    Values stay as they were given, so that a resumed run can derive others from them (dtype on another machine, steps
+    from epochs). `derived` is added for the reader: the values that came out this time.
     """
     values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}
-    # Only the one that counts: together they would be refused.
+    # Only the one that counts, as both together would be refused.
     values.pop("epoch" if config.run.max_iters else "max_iters")
     given, came_to = (yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for v in (values, {"derived": derived}))
     return f"{given}# What that came to, for the reader: changes here have no effect.\n{came_to}"

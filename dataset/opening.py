@@ -26,7 +26,7 @@ def open_dataset(
 ) -> TaskDataset:
     """
     Args:
-        kind: "pretrain", "sft" or "dpo"; document_mask is for the first, packing for the second.
+        kind: "pretrain" (which takes document_mask), "sft" (which takes packing) or "dpo".
     Raises:
         ValueError: no data of this kind there, or damaged.
     """

@@ -1,11 +1,13 @@
-"""The tasks and their options. Plain data: importing this loads no torch.
+"""The tasks and their options. Plain data: importing this does not load torch.
 
-A task has an entry in TASK_TYPES, which is what judging a command line and speaking of the task need, and a class in
-tasks/registry.py, which computes. Options of its own are a group of training.config.Config.
+Each task has an entry in TASK_TYPES, by which command lines are judged and messages worded, and a class in
+tasks/registry.py, which computes. A task's own options are a group of training.config.Config.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from utils.options import OnlyWith
 
@@ -20,16 +22,16 @@ class DPOConfig:
     dpo_loss_type: DPOLossType = "sigmoid"
     """Formula of the loss (tasks/dpo.py)."""
     dpo_beta: float = 0.1
-    """How strongly the model is held to the reference."""
+    """Strength with which the model is held to the reference."""
     dpo_label_smoothing: float = 0.0
-    """sigmoid and robust: share of the pairs that are taken to be labelled wrongly."""
+    """sigmoid and robust: share of the pairs that are assumed to be labelled wrongly."""
     reference_free: bool = False
-    """As if the reference model found all answers equally likely."""
+    """Do without a reference model, as if one found all answers equally likely."""
 
     def check(self) -> None:
         """
         Raises:
-            ValueError: a strength or a smoothing that the loss has no meaning for.
+            ValueError: the loss has no meaning for this strength or smoothing.
         """
         if self.dpo_beta <= 0:
             raise ValueError(f"dpo_beta must be positive, got {self.dpo_beta}")
@@ -48,22 +50,22 @@ class TaskType:
     dataset: Literal["pretrain", "sft", "dpo"]
     """Kind of pretokenized data that it reads, see dataset/opening.py."""
     flags: tuple[str, ...]
-    """Flags that count for it, of those that do not count for every task."""
+    """Flags that count for this task, among those that do not count for all."""
     options: str = ""
-    """Group of the configuration that is checked for this task alone."""
+    """Group of the configuration with the task's own options, which is checked for this task alone."""
     reads_records: bool = False
-    """Its data may be raw records, tokenized at the start; so few that the batch is chosen to fit them."""
+    """The data may be raw records, tokenized at the start. As they may be few, the batch is chosen to fit them."""
     teaches_chat: bool = False
     """The model learns to answer: checkpoints carry the chat template and end where an answer ends."""
     needs_weights: bool = False
-    """A new model cannot learn it."""
+    """A new model cannot learn this task."""
     mixes_documents: bool = True
-    """Documents of a sample may see each other."""
+    """Documents that share a sample may see each other, with --no-document_mask."""
     rate_of_large: tuple[float, float] | None = None
     """For a model of 1e9 parameters: the learning rate that undoes what the model knows, and a usual one."""
 
     def unit(self, packing: bool) -> str:
-        """What one sample is called: with packing, a row of several."""
+        """Name of a sample: with packing it is a row, of several sequences."""
         return "rows" if packing and "packing" in self.flags else "samples"
 
 
@@ -82,7 +84,7 @@ TASK_TYPES: dict[TaskName, TaskType] = {
 
 
 def _only_with() -> tuple[OnlyWith, ...]:
-    """Flags that count for some tasks only, those that the same tasks take together."""
+    """Rules for flags that count for some tasks only, one for all flags of the same tasks."""
     groups: dict[tuple[TaskName, ...], list[str]] = {}
     for flag in dict.fromkeys(flag for task in reversed(TASK_TYPES.values()) for flag in task.flags):
         takers = tuple(name for name, task in TASK_TYPES.items() if flag in task.flags)
@@ -92,8 +94,12 @@ def _only_with() -> tuple[OnlyWith, ...]:
         others = [name for name in TASK_TYPES if name not in takers]
         without = f"without --task_type={' or '.join(takers)}"
         otherwise = f"with --task_type={others[0]}" if len(others) == 1 < len(takers) else without
-        rules.append(OnlyWith(tuple(flags), lambda f, takers=takers: f["task_type"] in takers, otherwise))
+        rules.append(OnlyWith(tuple(flags), partial(_is_one_of, takers), otherwise))
     return tuple(rules)
+
+
+def _is_one_of(names: tuple[TaskName, ...], options: Mapping[str, Any]) -> bool:
+    return options["task_type"] in names
 
 
 ONLY_WITH = _only_with()

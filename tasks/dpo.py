@@ -8,7 +8,7 @@ c the chosen answer, r the rejected one.
     sigmoid     -(1 - e) log s(beta h) - e log s(-beta h)                            Rafailov et al., 2023; e: cDPO
     robust      (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e)              Chowdhury et al., 2024
     hinge       max(0, 1 - beta h)                                                   Zhao et al. (SLiC), 2023
-    ipo         (h - 1 / (2 beta))^2, of means a token instead of sums               Azar et al., 2023
+    ipo         (h - 1 / (2 beta))^2, of means over tokens, not sums                 Azar et al., 2023
     kto_pair    1 - s(beta (a - KL_r)),  1 - s(beta (KL_c - b))                      Ethayarajh et al., 2024
     sppo_hard   (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2                          Wu et al., 2024
     nca_pair    -log s(beta a) - (log s(-beta a) + log s(-beta b)) / 2               Chen et al., 2024
@@ -32,7 +32,7 @@ def dpo_losses(options: DPOConfig, policy: Tensor, reference: Tensor, kl: Tensor
     """Losses of the pairs, by the formula that `options` name.
 
     Args:
-        policy, reference: log-probabilities (B, 2) of the chosen and the rejected answer; for ipo means a token.
+        policy, reference: log-probabilities (B, 2) of the chosen and the rejected answer; for ipo means over tokens.
         kl: kto_pair: (2,) means of `policy - reference` over the global batch.
     Returns:
         (B,), kto_pair (B, 2).

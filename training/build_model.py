@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
-"""Model fields that weights depend on: another value needs another model."""
+"""Model fields that the weights depend on: another value needs another model."""
 
 
 def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
-    """Folder of the weights to begin with; None: new ones.
+    """Folder of the weights to begin with; None: new weights.
 
     Args:
-        resumed_from: folder of the model that the run goes on with, if it does.
+        resumed_from: folder of the model that a resumed run goes on with; None for a new run.
         tokenizer: the data's.
     Raises:
-        ValueError: there must be weights and are none, or they go with another tokenizer.
+        ValueError: the run needs weights and there are none, or they belong to another tokenizer.
     """
     source = resumed_from
     if source is None and run.init_from:
@@ -60,13 +60,14 @@ def choose_shape(
         weights: folder of the weights to begin with.
         vocab_size: the tokenizer's.
     Raises:
-        ValueError: a model that cannot be.
+        ValueError: such a model cannot be built.
     """
     stored = hf.read_config(weights) if weights is not None else None
     return resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
 
 
 def warn_of_length(weights: Path, max_seq_len: int) -> None:
+    """Warn if samples are longer than those that the weights were trained with."""
     known = hf.read_config(weights).max_position_embeddings
     if max_seq_len > known:
         logger.warning(
@@ -79,15 +80,15 @@ def resolve_model(
     wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
     is_own: bool = False,
 ) -> LlamaConfig:  # fmt: skip
-    """The model's final shape: from the weights where there are some.
+    """The model's final shape: that of the weights, if there are any.
 
     Args:
         wanted: the configuration's.
         given: names that the command line or the YAML file set.
-        stored: the shape of the weights to start from; the options that no Hugging Face config holds
-            (hidden_dropout, residual_in_fp32) are taken from `wanted`, so are given ones that are no SHAPE_FIELDS.
-        is_own: the weights are a checkpoint of this run, which began with no others: what `wanted` says besides the
-            given fields is what they were made by, unless somebody has changed the run's configuration since.
+        stored: the shape of the weights to start from. Options that no Hugging Face config holds (hidden_dropout,
+            residual_in_fp32) come from `wanted`, and so do given ones that are not SHAPE_FIELDS.
+        is_own: the weights are a checkpoint of this run, which began with new ones. So the fields of `wanted` that were
+            not given also describe them, unless somebody has changed the run's configuration since.
     Raises:
         ValueError: a field contradicts the weights, or the vocabulary is too small for the tokenizer.
     """
@@ -106,7 +107,7 @@ def resolve_model(
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
         if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
-            # Trained on longer samples, the model is meant for them.
+            # A model that is trained on longer samples is meant for them.
             longest = max(wanted.max_position_embeddings, max_seq_len)
             wanted = dataclasses.replace(wanted, max_position_embeddings=longest)
     resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
@@ -119,12 +120,12 @@ def resolve_model(
 
 
 def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
-    """Names of the fields that were given, now or in the run's saved configuration, and do not ask for what the weights
-    or the tokenizer say."""
+    """Names of the fields that have a value of their own, given now or saved with the run, rather than leave it to the
+    weights or the tokenizer."""
     told = set()
     for item in dataclasses.fields(LlamaConfig):
         asked = getattr(wanted, item.name)
-        # In a run that began with others' weights, fields that nobody gave stand at their defaults.
+        # In a run that began with weights from elsewhere, fields that nobody gave have their defaults.
         if item.name in given or is_own or asked != item.default:
             is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
             told |= {item.name} - ({item.name} if is_left_open else set())
@@ -138,10 +139,10 @@ def build_model(
 
     Args:
         seed: key of new weights.
-        weights: folder of the model that this one begins with. A resumed run's main parameters replace what is
-            trained; what is frozen is here alone.
+        weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
+            trained weights; frozen ones come from here alone.
     Raises:
-        ValueError: the weights are not of this shape, or a kernel was asked for and cannot be had.
+        ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
@@ -159,8 +160,8 @@ def build_model(
 
 
 def to_device(batch: Batch, model: Llama, device: torch.device) -> Batch:
-    """A batch where the model is, with what the model wants to know of it."""
+    """A batch on the model's device, with the document starts that some kernels want."""
     if model.wants_document_starts and "document_ids" in batch:
-        # Here, where nothing has to wait for how many there are.
+        # Found before the copy: on a GPU, their number would have to be waited for.
         batch = batch | {"document_starts": document_starts(batch["document_ids"])}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

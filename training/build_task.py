@@ -1,4 +1,4 @@
-"""The task: what turns a batch into a loss."""
+"""The task of the run, which turns a batch into a loss."""
 
 import torch
 
@@ -10,7 +10,7 @@ from training.config import Config
 
 
 def build_task(config: Config, model: Llama, tokenizer: Tokenizer, device: torch.device) -> Task:
-    """Takes the whole configuration, as a task's options may be any group of it."""
+    """The run's task. Its options may be any group of the configuration."""
     # The model may have more rows than the tokenizer has tokens.
     byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     byte_lengths[: tokenizer.vocab_size] = torch.tensor(tokenizer.token_byte_lengths())

@@ -1,4 +1,4 @@
-"""Options of the run and of the machine, and the whole configuration. Plain data: importing this loads no torch.
+"""Options of the run and of the machine, and the whole configuration. Plain data: importing this does not load torch.
 
 Each part's options stand beside the part, in its config.py, with a `check` of what concerns that part alone.
 `check_together` judges what crosses parts.
@@ -18,7 +18,7 @@ from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
 from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
 
 MOST_PROFILED_STEPS = 20
-"""Each takes megabytes of trace a rank, in memory until it is written."""
+"""Most steps in one trace. Each takes megabytes a rank, in memory until the trace is written."""
 
 
 @dataclass(frozen=True)
@@ -26,53 +26,53 @@ class RunConfig:
     """Run."""
 
     size: Literal["", "tiny", "laptop", "gpu", "1b"] = ""
-    """One word for model, batch, learning rate and context, all below what else is given (configs/README.md)."""
+    """Defaults for model, batch, learning rate and context, in one word (configs/README.md)."""
     task_type: TaskName = "pretrain"
-    """Next tokens of a corpus, the answers of conversations, or preferences between answers."""
+    """What to learn: the next tokens of a corpus, the answers of conversations, or preferences between answers."""
     out_dir: str = "out/run"
-    """Run directory: configuration, checkpoints, logs."""
+    """Run directory, for configuration, checkpoints and logs."""
     exp_config_file: str = ""
-    """YAML file with flat keys; may also be the first argument, without a flag."""
+    """YAML file with flat keys. It may also be the first argument, without a flag."""
     resume: bool = False
-    """Go on from a checkpoint in out_dir; where there is none, a command that names its data starts fresh."""
+    """Continue from a checkpoint in out_dir. If there is none, a command that names its data starts fresh."""
     resume_from: Literal["last", "best"] = "last"
-    """Which checkpoint --resume takes: the newest, or the one with the lowest validation loss."""
+    """Checkpoint for --resume: the newest, or the one with the lowest validation loss."""
     init_from: str = ""
     """Start from the weights of a Hugging Face folder, a run or a checkpoint."""
     seed: int = 1337
     """Key of the initial weights, the data order and dropout."""
     max_iters: int = 0
-    """Optimizer steps; 0 takes --epoch."""
+    """Optimizer steps; 0: --epoch decides."""
     epoch: float = 1.0
-    """Passes over the training samples, where max_iters is 0."""
+    """Passes over the training samples, if max_iters is 0."""
     log_interval: int = 1
     """Steps between log lines."""
     save_interval: int = 0
-    """Steps between checkpoints; 0 saves at validations, on request and at the end only."""
+    """Steps between checkpoints; 0: save only at validations, on request and at the end."""
     save_interval_minutes: float = 0.0
-    """Minutes between checkpoints, beside those that save_interval asks for; 0: none."""
+    """Minutes between checkpoints, in addition to those of save_interval; 0: none."""
     async_save: bool = True
-    """Write checkpoints in the background; off: the training waits, and needs no memory for copies of its state."""
+    """Write checkpoints in the background. Off: training waits, and needs no memory for copies of its state."""
     keep_last: int = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 2
-    """Checkpoints with the lowest validation loss that stay."""
+    """Number of checkpoints with the lowest validation loss to keep."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this stay for good; 0: none."""
+    """Keep checkpoints of steps that are a multiple of this for good; 0: none."""
     valid_only: bool = False
     """Validate the weights of --resume or --init_from, then stop."""
     sync_for_true_time: bool = False
-    """Wait for the GPU before reading the clock, so that a step's time is its own."""
+    """Wait for the GPU before reading the clock, so that each step is charged its own time."""
     log_ranks: str = "0"
-    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8"; warnings of all always do."""
+    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8". Warnings always do."""
     profile_steps: str = ""
-    """Steps to trace, FIRST:LAST: out_dir/profile/ gets a trace a rank, and a picture of where a step's time goes."""
+    """Steps to trace, FIRST:LAST. out_dir/profile/ gets one trace a rank and a picture of where the time goes."""
     tensorboard: bool = False
-    """Write results for TensorBoard, too: out_dir/tensorboard."""
+    """Also write results for TensorBoard, to out_dir/tensorboard."""
     wandb_project: str = ""
-    """Send results to this project of Weights & Biases, too."""
+    """Also send results to this project of Weights & Biases."""
     wandb_mode: Literal["online", "offline"] = "online"
-    """Offline keeps them in out_dir/wandb, for `wandb sync`."""
+    """offline: keep them in out_dir/wandb, for `wandb sync`."""
 
     @property
     def task(self) -> TaskType:
@@ -98,33 +98,33 @@ class SystemConfig:
     """System."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs: CUDA where there is one."""
+    """Device of the model; auto: CUDA if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32."""
+    """dtype of the weights; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, otherwise float32."""
     compile: bool = False
     """torch.compile each transformer block."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
-    """Who computes what is not a matmul: our Triton kernels, plain PyTorch, or what is fastest on the device."""
+    """Implementation of everything but matmuls: our Triton kernels, plain PyTorch, or the fastest on the device."""
     rms_norm_kernel: Literal["", "reference", "triton", "liger", "apex"] = ""
-    """For RMSNorm alone; "" takes --kernels."""
+    """Implementation of RMSNorm; "": as --kernels."""
     rope_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For the rotary embedding alone."""
+    """Implementation of the rotary embedding."""
     swiglu_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For SwiGLU alone."""
+    """Implementation of SwiGLU."""
     cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
-    """For the loss alone; chunked and triton never hold all logits."""
+    """Implementation of the loss. chunked and triton never hold all logits."""
     attention_kernel: Literal["", "sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"] = ""
-    """For attention alone; varlen is torch's own for packed rows on GPUs, blocked ours for CPUs."""
+    """Implementation of attention. varlen is torch's, for packed rows on GPUs; blocked is ours, for CPUs."""
     adamw_kernel: Literal["", "torch", "triton"] = ""
-    """For the optimizer's step alone."""
+    """Implementation of the optimizer's step."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     checkpoint_keeps: Literal["nothing", "matmuls"] = "nothing"
-    """With gradient_checkpointing: matmuls keeps their and attention's outputs, and recomputes what is cheap."""
+    """With gradient_checkpointing; matmuls: keep the outputs of matmuls and attention, recompute the rest."""
     deterministic: bool = False
-    """Same bits from run to run on CUDA too (a CPU has them always)."""
+    """The same bits from run to run, on CUDA too. (On a CPU they always are.)"""
     num_threads: int = 0
-    """CPU threads a process; 0 leaves the launcher's choice."""
+    """CPU threads of each process; 0: as the launcher chose."""
 
     def check(self) -> None:
         """
@@ -152,7 +152,7 @@ class Config:
 
 
 def check_together(config: Config) -> None:
-    """Refuse what does not go together across parts, and needs no data to be seen.
+    """Refuse options of different parts that do not go together, as far as they tell without the data.
 
     Raises:
         ValueError: the first such combination.
@@ -182,7 +182,7 @@ def check_together(config: Config) -> None:
 
 
 def _check_gradients(config: Config) -> None:
-    """Refuse hooks and overlaps that do not go with the optimizer or the dtype, with the reason."""
+    """Refuse hooks and overlaps that do not go with the optimizer or the dtype."""
     parallel, is_float16 = config.parallel, config.system.dtype == "float16"
     if config.powersgd.grad_buffer_is_powerSGD_error:
         if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
@@ -212,7 +212,7 @@ def _check_gradients(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from the configuration, the data and the number of ranks."""
+    """Figures that follow from the configuration, the data and the number of ranks."""
 
     global_batch_size: int
     """Samples in a step."""
@@ -223,11 +223,11 @@ class Derived:
 def resolve(
     config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
 ) -> Derived:
-    """What follows from the configuration together with the data and the ranks.
+    """Figures that follow from the configuration, the data and the number of ranks.
 
     Args:
         num_train_samples: samples in an epoch.
-        step, samples_consumed: where a resumed run stands: --epoch counts samples, also if the global batch changed.
+        step, samples_consumed: position of a resumed run. --epoch counts samples, even if the global batch changed.
     Raises:
         ValueError: the global batch cannot be split over the ranks.
     """
@@ -246,7 +246,7 @@ def parse_log_ranks(text: str) -> frozenset[int] | None:
     """The ranks that --log_ranks names; None: all of them.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is neither "all" nor a list of ranks.
     """
     if text == "all":
         return None
@@ -256,10 +256,10 @@ def parse_log_ranks(text: str) -> frozenset[int] | None:
 
 
 def parse_profile_steps(text: str) -> tuple[int, int] | None:
-    """(first, last) of the steps that --profile_steps names; None: it is empty.
+    """First and last of the steps that --profile_steps names; None: none.
 
     Raises:
-        ValueError: it is something else, or so many steps that no viewer could open the trace.
+        ValueError: the text is not a range of steps, or has so many that no viewer could open the trace.
     """
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""Both sets and the tokenizer."""
+"""The training set, the validation set and their tokenizer."""
 
 import logging
 import re
@@ -14,6 +14,7 @@ from data_preprocess.record_compiler import CompilerOptions
 from dataset.config import DataConfig
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
+from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
 from model import hf
 from parallel import DistContext
@@ -26,7 +27,7 @@ from training.config import RunConfig
 logger = logging.getLogger(__name__)
 
 _MOST_PADDING = 20
-"""A model has at most one row in so many, or 64, that its tokenizer has no entry for."""
+"""At most one embedding row in so many, or 64 in all, has no entry in the model's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Data:
 
 
 def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> DataConfig:
-    """Where nobody has said `max_seq_len`: as long as the data was prepared for; of raw records, which can be prepared
-    for any, no longer than the weights were trained with.
+    """The data's options with `max_seq_len` chosen, if nobody has given it: the length that the data was prepared for.
+    Raw records can be prepared for any length; for them, at most the length that the weights were trained with.
 
     Args:
         given: names of the flags that were given.
     Raises:
-        ValueError: the data was prepared for several lengths, and none of them is the one to expect.
+        ValueError: the data was prepared for several lengths, none of them the expected one.
     """
     if not is_open(run, given, "max_seq_len"):
         return data
@@ -70,7 +71,7 @@ def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> Data
 
 
 def _indexed_length(directory: Path, wished: int) -> int:
-    """Tokens of a sample that pretraining data has an index for, rather those that are wished for."""
+    """Tokens of a sample that pretraining data has an index for; the wished number, if it is among several."""
     names = [re.fullmatch(r"train-([1-9][0-9]*)\.ibin", path.name) for path in directory.glob("train-*.ibin")]
     lengths = sorted(int(match[1]) for match in names if match)
     if not lengths or wished in lengths:
@@ -84,13 +85,13 @@ def _indexed_length(directory: Path, wished: int) -> int:
 
 
 def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dict[str, Path]:
-    """Set -> directory of its tokens. Raw records of SFT and DPO are tokenized first: before any process group exists,
-    so that no rank waits in a collective meanwhile.
+    """Directory of the tokens of each set. Raw records of SFT and DPO are tokenized here, before any process group
+    exists, so that no rank waits in a collective meanwhile.
 
     Args:
         given: names of the flags that were given.
     Raises:
-        ValueError: nothing to tokenize, or flags that contradict what was tokenized before.
+        ValueError: there is nothing to tokenize, or flags contradict the tokens that are there.
     """
     dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
     if not run.task.reads_records:
@@ -114,32 +115,33 @@ def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dic
 
 
 def _tokenizer_dir(run: RunConfig, given: str) -> Path:
-    """The tokenizer of the model that is trained; `given`: --tokenizer_dir."""
+    """Folder of the tokenizer for the model that is trained; `given`: --tokenizer_dir."""
     weights = None
     if run.resume:
-        # Any will do: which checkpoint the run goes on from is found out later.
+        # Any checkpoint will do; the one to resume from is found later.
         weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
         weights = resolve_checkpoint_dir(Path(run.init_from))
-    if not given and weights is None:
+    if given:
+        if weights is not None:
+            require_tokenizer_of(weights, load_tokenizer(given))
+        return Path(given)
+    if weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
             "--tokenizer_dir says how)"
         )
-    if given and weights is not None:
-        require_tokenizer_of(weights, load_tokenizer(given))
-    return Path(given) if given else weights
+    return weights
 
 
 def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
-    """
+    """The tokenizer in a model's folder, if it holds one, which must be the data's.
+
     Args:
         weights: folder of a model.
         tokenizer: the data's.
-    Returns:
-        the one that the folder holds, if it does.
     Raises:
-        ValueError: the data's is not the model's; where the folder holds none: the model is of another size.
+        ValueError: the folder holds another tokenizer, or none and the model's vocabulary has another size.
     """
     if has_tokenizer(weights):
         own = load_tokenizer(weights)
@@ -164,7 +166,8 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | Non
 
 
 def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: Tokenizer) -> None:
-    """
+    """Warn if the data was laid out by another chat template than the model's.
+
     Args:
         weights: folder of a model that is fine-tuned.
         own: the tokenizer that it holds.
@@ -202,8 +205,8 @@ def open_data(
     if task.reads_records:
         _require_one_template([dirs[split] for split, one in (("train", train), ("valid", valid)) if one], tokenizer)
     for dataset in datasets:
-        if task.reads_records:
-            # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
+        if not isinstance(dataset, PretrainDataset):
+            # Small enough to be read once before training. For pretraining data there is `dataset.inspect --verify`.
             _once_a_store(dataset.sequences.check_content, context, place)
         elif data.verify_data:
             _once_a_store(dataset.check_content, context, place)
@@ -215,10 +218,10 @@ def open_data(
 
 
 def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None:
-    """Checkpoints carry the tokenizer's chat template: it must be the one that laid out what is learnt.
+    """Refuse data whose conversations another chat template laid out: checkpoints carry the tokenizer's.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a directory's tokenizer has another chat template.
     """
     for directory in directories:
         if template_of(load_tokenizer(directory / "tokenizer")).key != template_of(tokenizer).key:
@@ -233,5 +236,5 @@ def _once_a_store(check: Callable[[], object], context: DistContext, place: Stor
 
 
 def order_of_samples(seed: int, data: Data) -> dict:
-    """What the order of the samples depends on."""
+    """Values that decide the order of the samples."""
     return {"seed": seed, "data": data.train.fingerprint, "max_seq_len": data.train.max_seq_len}

@@ -1,4 +1,4 @@
-"""The lines that say what runs, and how fast it could be."""
+"""Lines at the start of a run: what runs, and how fast it could be."""
 
 import logging
 import math
@@ -32,23 +32,23 @@ _USUAL_MFU = 0.4
 """Share of the peak that a run may reach: on CPUs 0.38 to 0.66 were measured."""
 _LONG_STEP_S = 60.0
 _FEW_STEPS = 20
-"""Of SFT and DPO, below which a model has hardly moved."""
+"""After fewer steps of SFT or DPO, a model has hardly changed."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """What MFU is computed from."""
+    """Figures that MFU is computed from."""
 
     peak: float
     """FLOP/s of all ranks together; NaN if it is unknown."""
     strict: float
     """FLOPs a token, by the strict formula."""
     seed: float
-    """By the original's formula."""
+    """FLOPs a token, by the original's formula."""
 
 
 def count_flops(built: Built) -> Flops:
-    """Collective, and on a CPU a measurement."""
+    """Peak and FLOPs a token of this run. Collective; on a CPU, the peak is measured."""
     context, model = built.context, built.model
     peak = flops.device_peak_flops(context.device, built.dtype)
     return Flops(
@@ -59,7 +59,7 @@ def count_flops(built: Built) -> Flops:
 
 
 def describe(built: Built, counted: Flops) -> list[str]:
-    """What runs, on what, on which data, from where. Collective, as the network's speed is measured."""
+    """Lines about model, machine, data and start of the run. Collective, as the network's speed is measured."""
     config, context, device = built.config, built.context, built.context.device
     sends_gradients = context.world_size > 1 and not config.run.valid_only and config.parallel.ddp_impl != "naive"
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
@@ -110,9 +110,7 @@ def _parallel(flags: ParallelConfig, world_size: int, parallel: Parallel) -> str
 
 
 def _network(context: DistContext, built: Built, tokens_per_step: int, counted: Flops) -> str:
-    """What a step sends, and how long that takes at the speed measured now; warns where no overlap can hide it.
-    Collective.
-    """
+    """Bytes of a step, and their time at the speed measured now; warns if no overlap can hide it. Collective."""
     parallel, rate = built.parallel, 0.0
 
     def measure() -> None:
@@ -148,7 +146,7 @@ def _peak(counted: Flops, device: torch.device) -> str:
 
 
 def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) -> str:
-    """Which implementation each op resolved to."""
+    """Implementation that each op resolved to."""
     return (
         f"ops: {model.ops} adamw={optimizer.kernel}"
         + (", Muon for the matrices of the blocks" if optimizer.muon else "")
@@ -158,8 +156,8 @@ def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) ->
 
 
 def _data(data: Data, task: TaskType) -> list[str]:
-    """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was; and what is
-    odd about the layout of their conversations."""
+    """The data. For SFT and DPO also how many records were taken, shortened, dropped and skipped when it was tokenized,
+    and notes on the layout of their conversations."""
     directories = dict.fromkeys(data.dirs.values()) if task.reads_records else ()
     records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
     notes = template_of(data.tokenizer).notes if task.teaches_chat else []
@@ -178,15 +176,15 @@ def _batch(run: RunConfig, data: DataConfig, derived: Derived, samples_per_epoch
             f"--gradient_accumulation_steps"
         )
     elif run.task.reads_records and steps < _FEW_STEPS:
-        # Below some rows a step, smaller ones teach less.
+        # With very few rows a step, smaller steps teach less.
         smaller = "lower --train_batch_size or --gradient_accumulation_steps, or " if samples > LEAST_ROWS else ""
         text += f"; so few steps teach little: {smaller}raise --{'max_iters' if run.max_iters else 'epoch'}"
     return text
 
 
 def _time(built: Built, counted: Flops) -> list[str]:
-    """How long it will take, guessed before the first step; nothing where the peak is unknown. After some steps, their
-    lines say it better."""
+    """A guess of the run's duration before the first step; nothing if the peak is unknown. The lines of the first steps
+    give better figures."""
     config, derived, data = built.config, built.derived, built.data
     if not math.isfinite(counted.peak) or config.run.valid_only:
         return []
@@ -209,7 +207,7 @@ def _time(built: Built, counted: Flops) -> list[str]:
 
 
 def positions_per_sample(dataset: TaskDataset) -> float:
-    """Positions of the model that a sample takes, on average over some; without padding."""
+    """Positions that a sample takes, without padding: the mean over some samples."""
     some = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(np.int64))
     return sum(len(row) for row in dataset.input_rows(some)) / len(some)
 

@@ -1,4 +1,4 @@
-"""The reference of DPO: what the model that the run began with says of every pair."""
+"""The reference of DPO: log-probabilities of every pair under the model that the run began with."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -29,21 +29,22 @@ def prepare_reference(
     dtype: torch.dtype,
     stop_requested: Callable[[], bool],
 ) -> str:
-    """Read the log-probabilities under the reference model into both sets, or compute them where they are missing.
+    """Read the log-probabilities under the reference model into both sets, or compute missing ones.
 
-    Call it before a resumed run's own weights are loaded: it may load those that the run began with.
+    Call this before a resumed run's own weights are loaded, as it may load those that the run began with.
 
     Args:
-        weights: folder of what the model was built from.
+        batch_size: pairs in a batch.
+        weights: folder of the weights that the model was built from.
         stop_requested: whether this rank was asked to stop.
     Returns:
         fingerprint of the reference model, for the checkpoints.
     Raises:
-        ValueError: they are gone, and the model that the run began with is not given.
+        ValueError: they are gone, and the model that the run began with was not given.
         StopRequested: a rank was asked to stop.
     """
     model, is_resumed = task.model, run_dir.resumed_from is not None
-    # Found once, as its files are verified for that.
+    # Looked up once, as this verifies its files.
     first_model = cache(partial(_first_model, run.init_from, weights, is_resumed))
 
     def fingerprint() -> str:
@@ -60,7 +61,7 @@ def prepare_reference(
         if dataset.reference is not None:
             continue
         if not has_weights:
-            # Of a resumed run: the log-probabilities are gone, and the model that it began with is needed again.
+            # In a resumed run whose log-probabilities are gone, the model that it began with is needed again.
             if fingerprint() != reference:
                 raise ValueError(
                     f"the log-probabilities of the reference model are gone, and {first_model()} is not the model "

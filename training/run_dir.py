@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunDir:
-    """As this rank sees it."""
+    """The run directory as this rank sees it."""
 
     path: Path
     place: StorePlace
     heartbeat: Heartbeat
     saver: CheckpointSaver
     chosen: Chosen | None
-    """The checkpoint to resume from."""
+    """Checkpoint to resume from."""
     resume_files: CheckpointFiles | None
-    """Its files."""
+    """Files of that checkpoint."""
     resumed_from: Path | None
-    """The folder of this node that has its model."""
+    """Folder on this node that holds its model."""
 
     @property
     def paths(self) -> RunPaths:
@@ -56,7 +56,7 @@ class RunDir:
 
 
 def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> RunDir:
-    """Create the run directory, on each file system that the nodes have, and find the checkpoint to resume from.
+    """Create the run directory on each file system of the nodes, and find the checkpoint to resume from.
 
     Args:
         resources: gets what must be released at the end: the lock, and the thread that saves.
@@ -85,7 +85,7 @@ def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> 
         ckpt_dir, place, context.decide_on_main(lambda: secrets.token_hex(4)), context.device,
         Retention(run.keep_last, run.keep_best, run.keep_every), run.async_save, context.gather,
     )  # fmt: skip
-    # Released before the lock: nobody else may have the directory while a save is in flight.
+    # Released before the lock: nobody else may use the directory while a save is in flight.
     resources.callback(saver.close)
     files = resumed_from = None
     if chosen is not None and context.is_main and not paths.config.exists():
@@ -98,7 +98,7 @@ def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> 
 
 
 def _open_log(path: Path, log_ranks: str, context: DistContext, place: StorePlace) -> None:
-    """Of this node. The first one of those that see this run directory has the plain name."""
+    """Open the log of this node. Of the nodes that share this run directory, the first one's has the plain name."""
     nodes, chosen = context.gather(launched_node()), parse_log_ranks(log_ranks)
     file = RunPaths(path).log_of_node(nodes[context.rank], nodes[place.store[0]])
     add_log_file(file, context.rank, info=chosen is None or context.rank in chosen)

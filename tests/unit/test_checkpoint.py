@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; broken ones are named and passed over, unreadable ones kept."""
+"""Checkpoints are whole or absent; broken ones are named and skipped, unreadable ones kept."""
 
 import builtins
 import errno
@@ -50,8 +50,8 @@ Refuse = Callable[..., None]
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """refuse(part of a path, errno, times=None): from now on the system refuses to open, list or look at such paths, so
-    many times. Without arguments: no more."""
+    """refuse(part of a path, errno, times=None): from now on the system refuses to open, list or stat such paths, so
+    many times. Without arguments, it stops refusing."""
     monkeypatch.setattr(ckpt, "_PAUSES", (0.0, 0.0))
     refused: dict[str, list] = {}
 
@@ -125,7 +125,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path
 
 
 def test_a_folder_written_by_one_rank_holds_no_other_ranks_files(tmp_path: Path):
-    """Another rank's done-record, caught in the listing, once made whole checkpoints look broken."""
+    """Another rank's done-record, caught by the listing, once made whole checkpoints look broken."""
     first, second = (CheckpointWriter(tmp_path, 1, place, "x") for place in PLACES)
 
     def write_while_the_other_rank_works(directory: Path) -> None:
@@ -185,7 +185,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
         damaged = bytearray(content)
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        # White space between the values is all that may be another.
+        # Only white space between the values may differ.
         if find_problem(path.parent) is None:
             assert json.loads(damaged) == json.loads(content)
     path.write_bytes(content)
@@ -205,7 +205,7 @@ def test_retention_keeps_two_of_each(tmp_path: Path):
         save(tmp_path, step, loss)
     (tmp_path / ".tmp-step-9-x").mkdir()
     retention.prune(tmp_path, Retention())
-    # A save that is in flight is not touched while the run goes on.
+    # A save in flight is not touched while the run goes on.
     assert (tmp_path / ".tmp-step-9-x").exists()
     retention.delete_leftovers(tmp_path)
     assert [c.step for c in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
@@ -292,7 +292,7 @@ def test_a_read_error_of_a_moment_costs_nothing(tmp_path: Path, refuse: Refuse, 
     opening.prepare_run(tmp_path)
     for step in (1, 2):
         save(tmp_path / "ckpt", step)
-    # Three tries of each, and another look before steps would be done again.
+    # Three tries of each, and another look before steps would be repeated.
     for part, times in (("step-2/optim-0", 2), ("step-2/optim-0", 3), ("step-2/manifest.json", 5), ("/ckpt", 2),
                         *(("manifest.json", times) for times in range(1, 16))):  # fmt: skip
         refuse(part, code, times)
@@ -301,7 +301,7 @@ def test_a_read_error_of_a_moment_costs_nothing(tmp_path: Path, refuse: Refuse, 
 
 
 def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path, refuse: Refuse):
-    """Going back further and further is no answer to a mount that is away."""
+    """Going back further and further does not help with a missing mount."""
     opening.prepare_run(tmp_path)
     home = tmp_path / "ckpt"
     for step in (1, 2, 3):
@@ -309,7 +309,7 @@ def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path
     refuse("step-3/optim-0.safetensors", errno.EIO)
     chosen, (remark,) = open_run(tmp_path, True, "last")
     assert chosen.step == 2 and "step-3 is unreadable and skipped" in remark
-    # Another file of it may well be what is needed.
+    # Another of its files may well be the needed one.
     assert choosing.newest_with(home, "trainer_state.json") == home / "step-3"
     assert choosing.newest_with(home, "optim-0.safetensors") == home / "step-2"
     retention.abandon_later(home, 2)
@@ -375,7 +375,7 @@ def test_a_broken_checkpoint_goes_only_when_newer_ones_are_whole(tmp_path: Path)
 
 
 def test_the_one_just_saved_stays(tmp_path: Path):
-    """Whatever else lies there under greater numbers."""
+    """Even if checkpoints with greater numbers are there."""
     for step in (4, 8, 9):
         save(tmp_path, step)
     retention.prune(tmp_path, Retention(2, 0), just_saved=4)
@@ -394,7 +394,7 @@ def test_what_is_kept_for_good_is_not_deleted_when_it_is_set_aside(tmp_path: Pat
 
 
 def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
-    """A monitor that looks in this moment, or after a death in it, must not take the run for a new one."""
+    """A monitor that looks at this moment, or after a death in it, must not take the run for a new one."""
     path = save(tmp_path, 2)
     path.rename(tmp_path / ".replaced-step-2-x")
     assert [(c.step, c.path.name) for c in list_checkpoints(tmp_path)] == [(2, ".replaced-step-2-x")]
@@ -408,7 +408,7 @@ def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
 
 
 def test_a_lock_that_is_let_go_of_in_time_is_taken(tmp_path: Path):
-    """A prune, or a rank that is dying."""
+    """A prune, or a dying rank."""
     lock = opening.lock_run(tmp_path)
     threading.Timer(0.2, lock.close).start()
     opening.lock_run(tmp_path, patience_s=20).close()
@@ -442,7 +442,7 @@ def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
+def test_a_directory_that_cannot_be_written_now_is_not_a_wrong_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ):
     def refuse_to_make(self: Path, *_: object, **__: object) -> None:
@@ -466,7 +466,7 @@ def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
 def test_resume_in_a_mistyped_directory_names_the_run_that_was_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remark: str
 ):
-    """It still starts fresh: launchers give --resume always."""
+    """It still starts fresh, because launchers always give --resume."""
     for run in ("out/mine", "out/base"):
         (tmp_path / run / "ckpt" / "step-6").mkdir(parents=True)
     (tmp_path / "out" / "mise" / "ckpt").mkdir(parents=True)

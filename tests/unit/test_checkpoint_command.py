@@ -1,4 +1,4 @@
-"""`python -m checkpoint`: what it says of a run's checkpoints, and what it deletes."""
+"""`python -m checkpoint`: its report on a run's checkpoints, and its deletions."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def edit_manifest(path: Path, **values: object) -> None:
 
 
 def test_ls(run: Path, capsys: pytest.CaptureFixture):
-    """A line each, by rising step: name, size, loss, age, ranks."""
+    """One line each, by rising step: name, size, loss, age, ranks."""
     for path, seconds in zip(sorted((run / "ckpt").iterdir()), (2 * 86400, 3 * 3600, 180, 5)):
         edit_manifest(path, saved_at=time.time() - seconds)
     assert main(["ls", str(run)]) == 0
@@ -89,7 +89,7 @@ def test_ls_leaves_out_what_is_no_checkpoint(run: Path, capsys: pytest.CaptureFi
 
 
 def test_manifests_of_earlier_versions(run: Path, capsys: pytest.CaptureFixture):
-    """They lack who wrote them and when; files and losses count as ever."""
+    """They do not say who wrote them and when; files and losses count as usual."""
     for path in (run / "ckpt").iterdir():
         manifest = json.loads((path / ckpt.MANIFEST).read_text())
         old = {key: manifest[key] for key in ("step", "valid_loss", "files")}
@@ -141,13 +141,13 @@ def test_verify_names_what_is_broken(run: Path, capsys: pytest.CaptureFixture, h
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("  ok") for line in lines] == [True, True, False, True]
     assert f"  BROKEN: {DAMAGES[how]}" in lines[2] and lines[2].startswith("step-6 ")
-    # That one is broken is no reason for `ls` to fail.
+    # A broken checkpoint is not a failure of `ls`.
     assert main(["ls", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_prune(run: Path, capsys: pytest.CaptureFixture):
-    """By default two of each; leftovers go too, what was set aside stays."""
+    """Two of each by default; leftovers go, too, and checkpoints that were set aside stay."""
     save(run, 10, 2.5)
     (run / "ckpt" / ".tmp-step-11-x").mkdir()
     (run / "ckpt" / "abandoned-step-5-170").mkdir()
@@ -191,7 +191,7 @@ def test_what_prune_keeps(run: Path, capsys: pytest.CaptureFixture, flags: list[
 
 
 def test_prune_does_not_keep_a_broken_one_for_a_whole_one(run: Path):
-    """The newest has lost its manifest: as the last one to keep, it would be all that is left."""
+    """The newest has lost its manifest: if it were the last one to keep, it would be all that is left."""
     damage(run / "ckpt" / "step-8", "manifest removed")
     assert main(["prune", str(run), "--keep_last=1", "--keep_best=0"]) == 0
     chosen, _ = choosing.choose_checkpoint(run / "ckpt")
@@ -199,7 +199,7 @@ def test_prune_does_not_keep_a_broken_one_for_a_whole_one(run: Path):
 
 
 def test_a_run_that_trains_is_not_pruned(run: Path, capsys: pytest.CaptureFixture):
-    """Nor is anything said to be deleted; looking is allowed."""
+    """Nor does the command claim a deletion; looking is allowed."""
     lock = opening.lock_run(run)
     assert main(["prune", str(run), "--keep_last=1"]) == 2
     captured = capsys.readouterr()
@@ -215,7 +215,7 @@ def test_a_run_that_trains_is_not_pruned(run: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", ["ls", "verify", "prune"])
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, command: str):
-    reasons = {"nothing": "does not exist", "": "is no run directory: it has no ckpt folder"}
+    reasons = {"nothing": "does not exist", "": "is not a run directory: it has no ckpt folder"}
     for name, why in reasons.items():
         assert main([command, str(tmp_path / name)]) == 2
         captured = capsys.readouterr()

@@ -63,7 +63,7 @@ def test_the_pieces_are_what_the_whole_is(piece: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    (b"", "not whole JSON"), (b"[1]", "no JSON object"), (b"x", "no JSON object"), (b"{} {}", "not whole JSON"),
+    (b"", "not whole JSON"), (b"[1]", "not a JSON object"), (b"x", "not a JSON object"), (b"{} {}", "not whole JSON"),
     (b'{"a" 1}', "not whole JSON"), (b"{1: 2}", "not whole JSON"), (b'{"a": 1,}', "not whole JSON"),
     (b'{"events": [1, 2', "not whole JSON"), (b'{"events": [1 2]}', "not whole JSON"),
     (b'{"a": "\xff"}', "not whole JSON"),

@@ -63,7 +63,7 @@ def test_a_later_launch_supersedes_lost_steps(tmp_path: Path):
     assert count_launches(tmp_path / "reslog.jsonl") == 2
 
 
-def test_readers_skip_what_is_no_record(tmp_path: Path):
+def test_readers_skip_lines_that_are_not_records(tmp_path: Path):
     path = tmp_path / "reslog.jsonl"
     path.write_bytes(
         b'[1]\n"x"\n\xff\xfe\n{"no": "name"}\n{"name": "train", "step": 1}\n{"name": "train", "time": 1, "step": "1"}\n'
@@ -88,7 +88,7 @@ def random_log(random_: random.Random, count: int, starts: float) -> list[dict]:
 
 
 def that_stand(records: list[dict]) -> list[dict]:
-    """As the format's description says it, launch by launch."""
+    """As in the description of the format, launch by launch."""
     kept: list[dict] = []
     for record in records:
         if record["name"] == "start":
@@ -110,7 +110,7 @@ def test_records_that_stand(seed: int, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class Counting(dict):
-    """A record that counts how often its values are looked at."""
+    """A record that counts how often its values are read."""
 
     looks = 0
 
@@ -125,7 +125,7 @@ class Counting(dict):
 
 @pytest.mark.parametrize("names", [None, ("valid",)])
 def test_the_work_is_in_proportion_to_the_log(names: tuple | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Thousands of launches do not each look through all that came before."""
+    """Each of thousands of launches must not search all earlier records."""
     parse, path = reslog_module.parse_record, tmp_path / "reslog.jsonl"
     monkeypatch.setattr(reslog_module, "parse_record", lambda line: Counting(parse(line)))
     monkeypatch.setattr(reslog_module, "_READ_BETWEEN_PASSES", 10, raising=False)
@@ -174,7 +174,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capl
 
 
 def test_a_full_disk_under_the_log_and_the_console_does_not_stop_the_run(tmp_path: Path):
-    """The console is a file, too, where the monitor started the run: seen in the chaos campaign."""
+    """The console is a file, too, if the monitor started the run: seen in the chaos campaign."""
     program = """
 import logging, sys
 from pathlib import Path
@@ -213,7 +213,7 @@ READERS = {
 
 
 def use(record: dict) -> None:
-    """As monitors do: they count, compare, show and look for the process."""
+    """Used as monitors do: they count, compare, show and look for the process."""
     for name, value in record.items():
         if name in ("reason", "launch", "phase"):
             assert value + "" == value
@@ -235,7 +235,7 @@ def test_odd_records_count_as_not_there(reader: str, tmp_path: Path):
             for record in read(tmp_path):
                 use(record)
     path.write_text(json.dumps(good))
-    # Beside a good one, whatever lies there.
+    # Beside a good record, whatever else is there.
     (tmp_path / "rank-1.json").write_text(json.dumps(good))
     (tmp_path / "rank-2.json").mkdir()
     (tmp_path / "rank-3.json").symlink_to(tmp_path / "rank-3.json")

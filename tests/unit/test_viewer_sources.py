@@ -1,5 +1,5 @@
-"""Where the viewer's bytes come from: growing and replaced files, here and over a real SSH server; who is let in;
-places, labels, configurations and heartbeats."""
+"""Sources of the viewer's bytes: growing and replaced files, here and over a real SSH server; logins; places, labels,
+configurations and heartbeats."""
 
 import json
 import logging
@@ -130,7 +130,7 @@ def test_only_new_bytes_are_fetched(target: SSHTarget | None, log: Path):
         assert run.log.bytes_fetched <= log.stat().st_size + 2 * 64
 
 
-def test_a_file_that_was_replaced_is_read_anew(target: SSHTarget | None, tmp_path: Path):
+def test_a_replaced_file_is_read_again(target: SSHTarget | None, tmp_path: Path):
     longer, shorter, as_long = steps(31, 70, 2.0), steps(1, 5, 2.0), steps(1, 20, 2.0)
     cases = [(new, in_place) for new in (longer, shorter, as_long, "") for in_place in (True, False)]
     logs = [tmp_path / str(number) / "reslog.jsonl" for number in range(len(cases))]
@@ -217,7 +217,7 @@ def test_one_connection_a_host(server: Sshd, tmp_path: Path):
 
 
 class Answers:
-    """Gives the answers in turn; `questions` is what was asked."""
+    """Gives the answers in turn; `questions` holds the questions."""
 
     def __init__(self, *answers):
         self.answers, self.questions = list(answers), []
@@ -240,9 +240,9 @@ def one_sentence(text: str) -> None:
 
 
 def refused(server: Sshd, host: RunSource) -> str:
-    """Why it was refused; nothing is tried again until somebody says so."""
+    """Reason of a refusal; nothing is tried again until the user asks for it."""
     until(lambda: host.problem)
-    # The attempt's end, in the server's log, may lag behind ours.
+    # The end of the attempt in the server's log may lag behind ours.
     until(lambda: not server._connections())
     attempts = server.log.read_text(errors="replace").count("Connection from ")
     waits = threading.Event()
@@ -315,7 +315,7 @@ def test_a_password_is_asked_for_once(tmp_path: Path, log: Path):
         with following(target, log.parent, questions=answers) as host:
             assert "refuses the login" in refused(server, host)
             assert len(answers.questions) == 3
-            # Of the wrong ones, none is tried again.
+            # None of the wrong passwords is tried again.
             failed = server.log.read_text(errors="replace").count("Failed password")
             host.retry()
             until(lambda: host.runs and seen(host.runs[0]) == [1, 2])
@@ -379,7 +379,7 @@ def test_a_file_without_lines_takes_no_memory(tmp_path: Path):
     b"\n" * 5000, b"\r\n\x00\n" * 100, b"\xef\xbb\xbf" + line("train", step=9).encode(), os.urandom(100_000),
     b"\x7fELF" + b"\0" * 10_000, b"\x80\x05\x95cos\nsystem\n(S'touch owned'\ntR.\n",
 ], ids=["bytes", "utf-16", "utf-32", "newlines", "nul", "bom", "random", "binary", "pickle"])  # fmt: skip
-def test_a_file_that_is_no_log(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_is_not_a_log(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "reslog.jsonl"
     path.write_bytes(content + b"\n")
@@ -474,7 +474,7 @@ def test_a_hostile_configuration(text: str, log: Path, tmp_path: Path, monkeypat
     run = Run(None, str(log.parent))
     run.look_round(LocalFiles())
     assert run.health.config == {} and not (tmp_path / "owned").exists()
-    # Either there is nothing in it that could be shown, or it is said why not.
+    # Either nothing in it could be shown, or the reason is given.
     is_read = text.startswith(("a: &a", "derived: ["))
     assert bool(run.health.config_problem) != is_read and run.health.config_problem.isprintable()
 
@@ -551,7 +551,7 @@ def test_a_local_name_at_home():
     "ssh://node1:0/a", "ssh://node1:x/a", "ssh://-l@node1/a", "a\x1b[2J:b", "[]:a", "::1:a", "a;b:c",
     "node1:~bob/a", "ssh://node1/~bob/a", "node1:$SCRATCH/a", "ssh://node1/$HOME/a", "$NO_SUCH_VARIABLE/a",
 ])  # fmt: skip
-def test_what_is_no_place(text: str):
+def test_text_that_is_not_an_address(text: str):
     with pytest.raises(ValueError) as problem:
         RunAddress.parse(text)
     one_sentence(str(problem.value))
