@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.buffer import ParameterSlice
+from parallel.buffer import SliceWithGrad
 from parallel.context import DistContext
 from parallel.spans import span
 from parallel.waiting import WaitMeter
@@ -60,11 +60,11 @@ class NaiveDDP(nn.Module):
     def nonfinite_parameters(self) -> list[str]:
         return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
 
-    def slices(self) -> list[list[ParameterSlice]]:
+    def slices(self) -> list[list[SliceWithGrad]]:
         """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
         return [
             [
-                ParameterSlice(name, 0, tuple(p.shape), p.detach().view(-1), p.grad.view(-1), p.grad.view(-1))
+                SliceWithGrad(name, 0, tuple(p.shape), p.detach().view(-1), p.grad.view(-1), p.grad.view(-1))
                 for name, p in self.trained.items()
             ]
         ]
