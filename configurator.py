@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import errno
 import math
-import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,12 @@ import tyro
 import yaml
 
 from configs import sizes
+from dataset.config import DataConfig
 from model.config import LlamaConfig, padded_vocab_size
+from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
+from parallel.config import ParallelConfig, PowerSGDConfig
+from tasks.config import DPOConfig
+from training.config import RunConfig, SystemConfig
 from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
 
@@ -27,266 +31,6 @@ CONFIG_NAME = "config.yaml"
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
 """Model fields that weights depend on: another value needs another model."""
-MOST_PROFILED_STEPS = 20
-"""Each takes megabytes of trace a rank, in memory until it is written."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Run."""
-
-    size: Literal["", "tiny", "laptop", "gpu", "1b"] = ""
-    """One word for model, batch, learning rate and context, all below what else is given (configs/README.md)."""
-    task_type: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    """Next tokens of a corpus, the answers of conversations, or preferences between answers."""
-    out_dir: str = "out/run"
-    """Run directory: configuration, checkpoints, logs."""
-    exp_config_file: str = ""
-    """YAML file with flat keys; may also be the first argument, without a flag."""
-    resume: bool = False
-    """Go on from a checkpoint in out_dir; where there is none, a command that names its data starts fresh."""
-    resume_from: Literal["last", "best"] = "last"
-    """Which checkpoint --resume takes: the newest, or the one with the lowest validation loss."""
-    init_from: str = ""
-    """Start from the weights of a Hugging Face folder, a run or a checkpoint."""
-    seed: int = 1337
-    """Key of the initial weights, the data order and dropout."""
-    max_iters: int = 0
-    """Optimizer steps; 0 takes --epoch."""
-    epoch: float = 1.0
-    """Passes over the training samples, where max_iters is 0."""
-    log_interval: int = 1
-    """Steps between log lines."""
-    save_interval: int = 0
-    """Steps between checkpoints; 0 saves at validations, on request and at the end only."""
-    save_interval_minutes: float = 0.0
-    """Minutes between checkpoints, beside those that save_interval asks for; 0: none."""
-    async_save: bool = True
-    """Write checkpoints in the background; off: the training waits, and needs no memory for copies of its state."""
-    keep_last: int = 2
-    """Newest checkpoints that stay."""
-    keep_best: int = 2
-    """Checkpoints with the lowest validation loss that stay."""
-    keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this stay for good; 0: none."""
-    valid_only: bool = False
-    """Validate the weights of --resume or --init_from, then stop."""
-    sync_for_true_time: bool = False
-    """Wait for the GPU before reading the clock, so that a step's time is its own."""
-    log_ranks: str = "0"
-    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8"; warnings of all always do."""
-    profile_steps: str = ""
-    """Steps to trace, FIRST:LAST: out_dir/profile/ gets a trace a rank, and a picture of where a step's time goes."""
-    tensorboard: bool = False
-    """Write results for TensorBoard, too: out_dir/tensorboard."""
-    wandb_project: str = ""
-    """Send results to this project of Weights & Biases, too."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """Offline keeps them in out_dir/wandb, for `wandb sync`."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Data."""
-
-    data_dir: str = ""
-    """Pretokenized directory with train and valid shards; for sft and dpo also one with raw records."""
-    train_data_dir: str = ""
-    """Overrides data_dir for training."""
-    valid_data_dir: str = ""
-    """Overrides data_dir for validation."""
-    tokenizer_dir: str = ""
-    """Tokenizer of the data; default: the one beside the shards."""
-    max_seq_len: int = 1024
-    """Tokens in a sample; left out: what the data was prepared for, or no more than the weights were trained with."""
-    train_batch_size: int = 8
-    """Samples in a micro-batch; SFT and DPO: where neither this nor the next is given, both fit the data."""
-    gradient_accumulation_steps: int = 8
-    """Micro-batches in a step over all ranks together; a multiple of the number of ranks."""
-    valid_interval: int = 0
-    """Steps between validations; 0 validates at the end only."""
-    valid_batch_size: int = 8
-    """Samples in a validation batch."""
-    valid_iters: int = 0
-    """Validation batches over all ranks together; 0 takes the whole set."""
-    sample_texts: int = 2
-    """Texts that the model writes after each validation, for the log; 0: none."""
-    sample_tokens: int = 48
-    """Tokens of each, at most."""
-    sample_prompt: str = ""
-    """What they begin with; default: beginnings from the validation set."""
-    valid_ratio: float | None = None
-    """Share held out of raw records (default: none); else only checked, as it is fixed when data is pretokenized."""
-    document_mask: bool = True
-    """Attention and positions restart at each document of a sample."""
-    num_workers: int = 1
-    """Threads that read ahead; 0 reads when a batch is needed."""
-    use_dataset_with_index: bool = True
-    """Kept for old commands: pretraining always reads through the index."""
-    packing: bool = True
-    """SFT: several sequences share a row, each by itself; off: a row is one sequence, padded as the batch needs."""
-    sft_loss: Literal["all", "last", "split"] = "all"
-    """SFT: learn all answers of a conversation, the last one, or each in a sample of its own."""
-    user_name: str = ""
-    """What raw records call the user, beside the usual names."""
-    assistant_name: str = ""
-    """What raw records call the assistant, beside the usual names."""
-    max_prompt_len: int = 0
-    """DPO: longest prompt in tokens; 0 takes what the longer answer leaves, at least half of max_seq_len."""
-    prompt_truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
-    """DPO: which part of a prompt that is too long stays."""
-    restart_data: bool = False
-    """On --resume: accept other data, seed or max_seq_len, and start its stream anew."""
-    resume_at_sample: int = 0
-    """On --resume: leave out the samples before this position of the stream, which made the loss non-finite."""
-    verify_data: bool = False
-    """Compare the tokens with their checksums before the first step (SFT and DPO: always done)."""
-
-
-@dataclass(frozen=True)
-class DPOConfig:
-    """DPO."""
-
-    dpo_loss_type: Literal["sigmoid", "robust", "hinge", "ipo", "kto_pair", "sppo_hard", "nca_pair"] = "sigmoid"
-    """Formula of the loss (tasks/dpo.py)."""
-    dpo_beta: float = 0.1
-    """How strongly the model is held to the reference."""
-    dpo_label_smoothing: float = 0.0
-    """sigmoid and robust: share of the pairs that are taken to be labelled wrongly."""
-    reference_free: bool = False
-    """As if the reference model found all answers equally likely."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimizer."""
-
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the blocks (optimizer/muon.py); the rest stays with AdamW."""
-    learning_rate: float = 3e-4
-    """Peak learning rate."""
-    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Course of the learning rate after the warmup."""
-    decay_lr: bool = True
-    """Off: the learning rate stays at its peak once it has risen."""
-    warmup_ratio: float = 0.01
-    """Share of the steps over which the learning rate rises."""
-    min_lr_ratio: float = 0.1
-    """Lowest learning rate, as a share of the peak."""
-    wsd_decay_ratio: float = 0.2
-    """Share of the steps over which wsd falls."""
-    weight_decay: float = 0.1
-    """Decay of the matrices, as a share of the learning rate."""
-    beta1: float = 0.9
-    """Adam's decay of the mean gradient."""
-    beta2: float = 0.95
-    """Adam's decay of the mean square."""
-    adam_eps: float = 1e-8
-    """Added to the root of the mean square."""
-    muon_momentum: float = 0.95
-    """Muon: decay of the mean gradient."""
-    muon_lr_ratio: float = 1.0
-    """Muon: its learning rate, as a multiple of learning_rate."""
-    muon_iterations: int = 5
-    """Muon: 1 to 6 of the orthogonalization; on a CPU with small batches 3 are quicker, and nearly as good."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
-    max_skipped_steps: int = 100
-    """Steps in a row with non-finite gradients, each skipped, after which the run ends."""
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Parallel."""
-
-    ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Library for gradient collectives: nccl on CUDA, else gloo."""
-    ddp_impl: Literal["bucketed", "naive"] = "bucketed"
-    """naive: all-reduce every gradient after the backward pass, for comparison."""
-    bucket_size: int = 6_553_600
-    """Elements after which a bucket is closed (25 MiB of float32 gradients)."""
-    disable_bucketing: bool = False
-    """One bucket for everything: no overlap."""
-    overlap_grad_reduce: bool = True
-    """Reduce a bucket while the backward pass goes on."""
-    grad_reduce_in_fp32: bool = True
-    """Accumulate and reduce gradients in float32 whatever the weights' dtype."""
-    use_bf16_compress_hook: bool = False
-    """Gradients travel as bfloat16; with PowerSGD, its factors do."""
-    use_fp16_compress_hook: bool = False
-    """Gradients (with PowerSGD, its factors) travel as float16, scaled by a power of two on which the ranks agree."""
-    use_powerSGD_hook: bool = False
-    """Gradients travel as low-rank factors (parallel/powersgd.py)."""
-    matrix_approximation_rank: int = 16
-    """PowerSGD: columns of a factor."""
-    warm_start: bool = True
-    """PowerSGD: start from the last step's Q; off: a new random one at each step."""
-    use_error_feedback: bool = True
-    """PowerSGD: add what a step left out to the next step's gradient."""
-    start_powerSGD_iter: int = 0
-    """PowerSGD: steps before this one are not compressed."""
-    min_compression_rate: float = 2.0
-    """PowerSGD: matrices that would shrink by less are not compressed."""
-    orthogonalization_epsilon: float = 0.0
-    """PowerSGD: damping of dependent columns."""
-    orthogonalize_in_float32: bool = True
-    """PowerSGD: keep the factors of 16-bit gradients in float32; off: Gram-Schmidt in 16 bits."""
-    use_fixed_Q: bool = False
-    """PowerSGD: Q is random, not learnt: half the collectives, a higher rank needed. Best with --no-warm_start."""
-    grad_buffer_is_powerSGD_error: bool = False
-    """PowerSGD: the residual lives in the gradient buffer: 4 bytes a parameter less (not with float16)."""
-    powerSGD_exclude: str = ""
-    """PowerSGD: parameters whose names contain one of these words, separated by commas, are not compressed."""
-    powerSGD_log_interval: int = 100
-    """PowerSGD: steps between records of the relative error of each matrix; 0: none."""
-    use_distributed_optimizer: bool = False
-    """ZeRO-1: each rank keeps and steps its share of the optimizer state (parallel/zero1.py)."""
-    overlap_param_gather: bool = False
-    """ZeRO-1: gather the parameters under the next forward pass."""
-    overlap_optim_step: bool = False
-    """Step a bucket as soon as it is reduced; needs --grad_clip=0 and no float16."""
-    overlap_zero_grad_buffer: bool = False
-    """Zero a bucket's gradients right after that step."""
-    check_for_nan_in_grad: bool = False
-    """Look into every bucket, and stop with the parameters' names at a non-finite gradient (fp16: the scaler's job)."""
-    replica_check_interval: int = 100
-    """Steps between comparisons of the weights of all ranks, also made before each save; 0: none."""
-    dist_timeout: float = 600.0
-    """Seconds after which a collective that hangs is an error."""
-
-
-@dataclass(frozen=True)
-class SystemConfig:
-    """System."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs: CUDA where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32."""
-    compile: bool = False
-    """torch.compile each transformer block."""
-    kernels: Literal["auto", "reference", "triton"] = "auto"
-    """Who computes what is not a matmul: our Triton kernels, plain PyTorch, or what is fastest on the device."""
-    rms_norm_kernel: Literal["", "reference", "triton", "liger", "apex"] = ""
-    """For RMSNorm alone; "" takes --kernels."""
-    rope_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For the rotary embedding alone."""
-    swiglu_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For SwiGLU alone."""
-    cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
-    """For the loss alone; chunked and triton never hold all logits."""
-    attention_kernel: Literal["", "sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"] = ""
-    """For attention alone; varlen is torch's own for packed rows on GPUs, blocked ours for CPUs."""
-    adamw_kernel: Literal["", "torch", "triton"] = ""
-    """For the optimizer's step alone."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
-    checkpoint_keeps: Literal["nothing", "matmuls"] = "nothing"
-    """With gradient_checkpointing: matmuls keeps their and attention's outputs, and recomputes what is cheap."""
-    deterministic: bool = False
-    """Same bits from run to run on CUDA too (a CPU has them always)."""
-    num_threads: int = 0
-    """CPU threads a process; 0 leaves the launcher's choice."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +42,10 @@ class Config:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     model: LlamaConfig = field(default_factory=LlamaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
@@ -322,12 +69,6 @@ _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restar
 _PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
 _LONGEST_FILE = 1 << 20
 """Bytes."""
-
-_MOST = {
-    "train_batch_size": 1 << 24, "valid_batch_size": 1 << 24, "gradient_accumulation_steps": 1 << 24,
-    "max_seq_len": 1 << 30, "num_workers": 4096, "num_threads": 4096,
-}  # fmt: skip
-"""Far more than anybody wants: a hand's slip, which would end in a crash."""
 
 _OTHER_NAMES = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
@@ -507,7 +248,8 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
     meant_for = values.get("optimizer", OptimizerConfig.optimizer)
     if told.get("optimizer", meant_for) != meant_for:
         # Rates of one optimizer would ruin a run with another.
-        values = {name: value for name, value in values.items() if _FIELDS[name][0] != "optimizer"}
+        optimizers = ("optimizer", "adamw", "muon")
+        values = {name: value for name, value in values.items() if _FIELDS[name][0] not in optimizers}
     if has_length:
         values.pop("max_iters", None)
     return values
@@ -705,34 +447,10 @@ def _to_tyro(name: str, value: str) -> str:
 
 
 def _check(config: Config) -> None:
-    """Refuse combinations that need no data to be seen as impossible."""
-    flat = flatten(config)
-    for name in ("max_seq_len", "train_batch_size", "gradient_accumulation_steps", "valid_batch_size", "log_interval",
-                 "sample_tokens", "dist_timeout", "keep_last", "max_skipped_steps"):  # fmt: skip
-        if flat[name] <= 0:
-            raise ValueError(f"{name} must be positive, got {flat[name]}")
-    for name in ("max_iters", "save_interval", "save_interval_minutes", "keep_best", "keep_every", "valid_interval",
-                 "valid_iters", "num_workers", "grad_clip", "replica_check_interval",
-                 "weight_decay", "learning_rate", "muon_lr_ratio", "adam_eps", "num_threads", "bucket_size", "seed",
-                 "max_prompt_len", "start_powerSGD_iter", "orthogonalization_epsilon", "min_compression_rate",
-                 "powerSGD_log_interval", "resume_at_sample", "sample_texts"):  # fmt: skip
-        if flat[name] < 0:
-            raise ValueError(f"{name} must not be negative, got {flat[name]}")
-    for name, most in _MOST.items():
-        if flat[name] > most:
-            raise ValueError(f"{name} must be at most {most:,}, got {flat[name]:,}")
-    for name in ("warmup_ratio", "min_lr_ratio", "wsd_decay_ratio"):
-        if not 0.0 <= flat[name] <= 1.0:
-            raise ValueError(f"{name} must lie between 0 and 1, got {flat[name]}")
-    if config.data.valid_ratio is not None and not 0.0 <= config.data.valid_ratio <= 1.0:
-        raise ValueError(f"valid_ratio must lie between 0 and 1, got {config.data.valid_ratio}")
-    for name in ("beta1", "beta2", "muon_momentum"):
-        if not 0.0 <= flat[name] < 1.0:
-            raise ValueError(f"{name} must be at least 0 and below 1, got {flat[name]}")
-    if not 1 <= config.optimizer.muon_iterations <= 6:
-        raise ValueError(f"muon_iterations must lie between 1 and 6, got {config.optimizer.muon_iterations}")
-    if not config.run.max_iters and config.run.epoch <= 0:
-        raise ValueError(f"epoch must be positive where max_iters is 0, got {config.run.epoch}")
+    """Refuse what needs no data to be seen as impossible: each part's values, then what does not go together."""
+    for group in _GROUPS:
+        if group not in ("dpo", "model"):
+            getattr(config, group).check()
     data = config.data
     if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
         kind = "the data" if config.run.task_type != "pretrain" else "the pretokenized data"
@@ -740,97 +458,41 @@ def _check(config: Config) -> None:
             given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
             raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
         raise ValueError(f"--data_dir is missing: give the directory of {kind}")
-    if not config.data.use_dataset_with_index:
-        raise ValueError("--use_dataset_with_index=False has no use here: pretraining always reads through the index")
     if config.data.resume_at_sample and not config.run.resume:
         raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
         holds_run = (Path(config.run.out_dir) / CONFIG_NAME).exists()
         to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
         raise ValueError(f"--valid_only needs weights: {to_do}")
-    parse_log_ranks(config.run.log_ranks)
-    parse_profile_steps(config.run.profile_steps)
-    _check_dpo(config)
-    _check_parallel(config)
+    _check_task(config)
+    _check_gradients(config)
     config.model.resolve()
 
 
-def parse_log_ranks(text: str) -> frozenset[int] | None:
-    """The ranks that --log_ranks names; None: all of them.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if text == "all":
-        return None
-    if not re.fullmatch(r"[0-9]+( *, *[0-9]+)*", text):
-        raise ValueError(f'log_ranks must be "all" or ranks separated by commas, such as 0,8; got {text!r}')
-    return frozenset(map(int, text.split(",")))
-
-
-def parse_profile_steps(text: str) -> tuple[int, int] | None:
-    """(first, last) of the steps that --profile_steps names; None: it is empty.
-
-    Raises:
-        ValueError: it is something else, or so many steps that no viewer could open the trace.
-    """
-    if not text:
-        return None
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(
-            f'profile_steps must be FIRST:LAST, such as 6:8 (in a YAML file in quotes: "6:8"); got {text!r}'
-        )
-    first, last = int(match[1]), int(match[2])
-    if last - first >= MOST_PROFILED_STEPS:
-        raise ValueError(
-            f"profile_steps={text} asks for {last - first + 1} steps: a trace holds at most {MOST_PROFILED_STEPS}"
-        )
-    return first, last
-
-
-def _check_dpo(config: Config) -> None:
-    dpo, run = config.dpo, config.run
+def _check_task(config: Config) -> None:
+    run = config.run
     if run.task_type == "sft" and not config.data.document_mask:
         raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
     if run.task_type != "dpo":
         return
-    if dpo.dpo_beta <= 0:
-        raise ValueError(f"dpo_beta must be positive, got {dpo.dpo_beta}")
-    if not 0.0 <= dpo.dpo_label_smoothing < 0.5:
-        raise ValueError(f"dpo_label_smoothing must be at least 0 and below 0.5, got {dpo.dpo_label_smoothing}")
-    if dpo.dpo_label_smoothing and dpo.dpo_loss_type not in ("sigmoid", "robust"):
-        raise ValueError(f"dpo_label_smoothing has no meaning for --dpo_loss_type={dpo.dpo_loss_type}: leave it out")
+    config.dpo.check()
     if not (run.init_from or run.resume):
         raise ValueError("--task_type=dpo needs a model to begin with: give --init_from, best a run of --task_type=sft")
 
 
-def _check_parallel(config: Config) -> None:
-    """Refuse combinations of hooks and overlaps that cannot work, with the reason."""
-    p = config.parallel
-    if p.ddp_impl == "naive":
-        for name in ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
-                     "use_fp16_compress_hook"):  # fmt: skip
-            if getattr(p, name):
-                raise ValueError(f"--{name} needs buckets: leave out --ddp_impl=naive")
-    if p.use_bf16_compress_hook and p.use_fp16_compress_hook:
-        raise ValueError("gradients travel either as bfloat16 or as float16: give only one of the two compress hooks")
-    if p.matrix_approximation_rank < 1:
-        raise ValueError(f"matrix_approximation_rank must be at least 1, got {p.matrix_approximation_rank}")
-    if p.grad_buffer_is_powerSGD_error:
-        if not (p.use_powerSGD_hook and p.use_error_feedback):
+def _check_gradients(config: Config) -> None:
+    """Refuse hooks and overlaps that do not go with the optimizer or the dtype, with the reason."""
+    parallel, is_float16 = config.parallel, config.system.dtype == "float16"
+    if config.powersgd.grad_buffer_is_powerSGD_error:
+        if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
             raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
-        if config.system.dtype == "float16":
+        if is_float16:
             raise ValueError(
                 "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
                 "expects now and then, would destroy the residual"
             )
-    if p.overlap_param_gather and not p.use_distributed_optimizer:
-        raise ValueError("--overlap_param_gather needs --use_distributed_optimizer: otherwise nothing is gathered")
-    if p.overlap_zero_grad_buffer and not p.overlap_optim_step:
-        raise ValueError("--overlap_zero_grad_buffer needs --overlap_optim_step: before the step gradients are in use")
-    if p.overlap_optim_step:
-        if config.optimizer.optimizer == "muon" and p.use_distributed_optimizer:
+    if parallel.overlap_optim_step:
+        if config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer:
             raise ValueError(
                 "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
                 " pass: leave out --overlap_optim_step"
@@ -840,7 +502,7 @@ def _check_parallel(config: Config) -> None:
                 "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
                 "--grad_clip=0, or leave it out"
             )
-        if config.system.dtype == "float16":
+        if is_float16:
             raise ValueError(
                 "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
                 "leave it out"

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         directory = resolve_checkpoint_dir(Path(args.ckpt))
         import torch
 
-        from optimizer import resolve_dtype
+        from optimizer.mixed_precision import resolve_dtype
         from serving import generation
 
         if args.device == "cuda" and not torch.cuda.is_available():

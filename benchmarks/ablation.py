@@ -44,9 +44,9 @@ import torch
 from configurator import Config, parse_config, resolve_model
 from model import Llama, flops
 from model.ops import CHOICES, build_ops, choose_ops
-from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from optimizer.adamw import AdamWConfig, adamw_reference
 from optimizer.clip import clip_factor
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext, DistributedDataParallel
 from parallel.buffer import ParameterSlice, sum_of_squares
 from utils.machine import cpu_name
@@ -120,8 +120,8 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
     if contender.compiled:
         model.compile_blocks()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
-    constants = AdamWConfig(config.optimizer.beta1, config.optimizer.beta2, config.optimizer.adam_eps,
-                            config.optimizer.weight_decay)  # fmt: skip
+    adamw = config.adamw
+    constants = AdamWConfig(adamw.beta1, adamw.beta2, adamw.adam_eps, adamw.weight_decay)
     kernel = choose_kernel("auto", "", device)
     zeroes = kernel == "triton" and contender.adamw == "fused"
     if contender.adamw == "plain":

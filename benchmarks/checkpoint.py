@@ -54,8 +54,8 @@ from checkpoint.folder import Retention
 from checkpoint.saving import CheckpointSaver, CheckpointWriter
 from checkpoint.stores import Place
 from model.hf import named_weights
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
 from utils.machine import cpu_name
 from utils.paths import a_path
@@ -100,7 +100,7 @@ class Training:
         return time.perf_counter() - started, waited
 
     def add_share(self, writer: CheckpointWriter) -> None:
-        writer.add_flat_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+        writer.add_named_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
         if self.context.is_main:
             writer.add_tensors("model.safetensors", named_weights(self.module.model), {"format": "pt"})
 

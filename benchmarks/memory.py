@@ -27,8 +27,8 @@ import torch
 
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     DistributedDataParallel,
     PowerSGD,

@@ -33,8 +33,8 @@ import torch
 from benchmarks.ddp import describe
 from model import Llama, LlamaConfig, flops, hf
 from model.ops import build_ops, choose_ops
-from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from parallel import DistContext, DistributedDataParallel
 from utils.machine import cpu_name, keep_freed_memory
 from utils.terminal import run_main

@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from benchmarks.ddp import VOCAB_SIZE, new_module, timed
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     DistContext,
     DistributedDataParallel,

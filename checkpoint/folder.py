@@ -13,9 +13,8 @@
       trainer_state.json      where the run stands
       manifest.json           every file's size and sha256, written last
 
-They are written by checkpoint/saving.py, and their tensors are read by checkpoint/flat_state.py. What it takes to
-resume where
-nodes share no file system is in `agree_on_checkpoint` and checkpoint/stores.py.
+They are written by checkpoint/saving.py, and their tensors are named in checkpoint/named.py. What it takes to
+resume where nodes share no file system is in `agree_on_checkpoint` and checkpoint/stores.py.
 
 A checkpoint is *broken* if its files can be read and are not what was written: it is named and passed over. It is
 *unreadable* if the system refused to read them (EIO, ESTALE, EACCES: a disk, a network file system, a mount). That may

@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.flat_state import flat_key
 from checkpoint.folder import MANIFEST, REPLACED, Retention, prune_or_warn, sealed
+from checkpoint.named import NamedState, keyed
 from checkpoint.stores import Place
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 from utils.threads import background_threads
@@ -139,27 +139,25 @@ class CheckpointWriter:
             tensors = {key: self._copies.copy(f"{name}:{key}", tensor) for key, tensor in tensors.items()}
         self._tensors.append((name, tensors, metadata))
 
-    def add_flat_state(self, state: Iterable[tuple[str, int, dict[str, Tensor]]], sharded: bool) -> None:
+    def add_named_state(self, state: NamedState, sharded: bool) -> None:
         """Add this rank's pieces of the optimizer state.
 
         Args:
-            state: (parameter name, offset, state name -> flat tensor).
+            state: pieces of parameters with their tensors.
             sharded: the ranks hold different pieces, so each writes all of its own; False: all hold the same list, and
                 each writes the pieces that begin in its even part of it. Then each store holds the whole.
         """
         state, self._sharded = list(state), sharded
         name = f"optim-{self.place.rank}.safetensors"
         if sharded:
-            own = {flat_key(name, offset, key): t for name, offset, tensors in state for key, t in tensors.items()}
-            self.add_tensors(name, own)
+            self.add_tensors(name, {key: t for piece, tensors in state for key, t in keyed(piece, tensors).items()})
             return
         ranks = self.place.store
-        sizes = [len(next(iter(tensors.values()))) for _, _, tensors in state]
-        total, seen, mine = max(sum(sizes), 1), 0, {}
-        for (parameter, offset, tensors), size in zip(state, sizes):
+        total, seen, mine = max(sum(piece.numel for piece, _ in state), 1), 0, {}
+        for piece, tensors in state:
             if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
-                mine |= {flat_key(parameter, offset, key): tensor for key, tensor in tensors.items()}
-            seen += size
+                mine |= keyed(piece, tensors)
+            seen += piece.numel
         self.add_tensors(name, mine)
 
     def add_hook_state(self, tensors: dict[str, Tensor]) -> None:

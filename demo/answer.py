@@ -26,7 +26,7 @@ import torch
 from demo.functions import asked_name, is_asked_function
 from demo.sampling import answer_all
 from demo.scores import describe
-from optimizer import resolve_dtype
+from optimizer.mixed_precision import resolve_dtype
 from serving.generation import load_model
 from utils.paths import a_path, absent
 from utils.terminal import run_main

@@ -30,7 +30,7 @@ from demo.functions import modules_of, tree_of
 from demo.functions import parses as is_python
 from demo.sampling import draw_all
 from demo.scores import Score
-from optimizer import resolve_dtype
+from optimizer.mixed_precision import resolve_dtype
 from serving.generation import Loaded, load_model
 from utils.paths import a_path
 from utils.terminal import run_main

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from checkpoint.named import Piece
 from optimizer import adamw_triton, muon
 from optimizer.adamw import AdamWConfig, adamw_step, within_range
 from optimizer.clip import clip_factor
@@ -307,10 +308,13 @@ class MixedPrecisionOptimizer:
                 if self.zero_grad:
                     piece.grad.zero_()
 
-    def named_state(self) -> list[tuple[str, int, dict[str, Tensor]]]:
-        """(parameter name, offset in it, {"main", "exp_avg", and "exp_avg_sq" but for Muon}) of each slice: flat views,
-        float32."""
-        return [(s.piece.name, s.piece.offset, s.tensors()) for bucket in self._buckets for s in bucket]
+    def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """Each slice with its {"main", "exp_avg", and "exp_avg_sq" but for Muon}: flat views, float32."""
+        return [
+            (Piece.flat(s.piece.name, s.piece.shape, s.piece.offset, len(s.main)), s.tensors())
+            for bucket in self._buckets
+            for s in bucket
+        ]
 
     @torch.no_grad()
     def weights_from_main(self) -> None:

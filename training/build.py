@@ -11,7 +11,7 @@ import torch
 from configurator import Config, Derived, resolve, without_effect
 from dataset.loader import TrainLoader
 from model import Llama
-from optimizer import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import DistContext
 from parallel.context import enable_determinism
 from runs.sinks import check_sinks

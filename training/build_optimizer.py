@@ -4,9 +4,11 @@ import logging
 from collections.abc import Sequence
 
 from configurator import Config
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, choose_kernel, learning_rate_at
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
+from optimizer.muon import MuonConfig
 from optimizer.param_groups import is_hidden_matrix
+from optimizer.schedule import learning_rate_at
 from parallel import DistContext
 from parallel.buffer import Bucket
 from parallel.spans import span
@@ -27,7 +29,9 @@ def build_optimizer(
     Raises:
         ValueError: its kernel was asked for and cannot be had.
     """
-    o, overlap_step = config.optimizer, config.parallel.overlap_optim_step
+    o, adamw, muon = config.optimizer, config.adamw, config.muon
+    constants_of_muon = MuonConfig(muon.muon_momentum, muon.muon_lr_ratio, muon.muon_iterations)
+    overlap_step = config.parallel.overlap_optim_step
     ddp, powersgd, zero1 = parallel.ddp, parallel.powersgd, parallel.zero1
 
     def gather_updates(bucket: int) -> None:
@@ -39,13 +43,13 @@ def build_optimizer(
     holds_all = zero1 is None and powersgd is None
     optimizer = MixedPrecisionOptimizer(
         (zero1 or ddp).slices(),
-        AdamWConfig(o.beta1, o.beta2, o.adam_eps, o.weight_decay),
+        AdamWConfig(adamw.beta1, adamw.beta2, adamw.adam_eps, adamw.weight_decay),
         o.grad_clip,
         scaler,
         sum_over_ranks=context.all_sum if zero1 else None,
         source=powersgd,
         kernel=kernel,
-        muon=MuonConfig(o.muon_momentum, o.muon_lr_ratio, o.muon_iterations) if o.optimizer == "muon" else None,
+        muon=constants_of_muon if o.optimizer == "muon" else None,
         gather_updates=gather_updates if zero1 else None,
         zero_grad=kernel == "triton" and holds_all and not overlap_step,
     )

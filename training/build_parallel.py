@@ -7,7 +7,7 @@ import torch
 
 from configurator import Config
 from model import Llama
-from optimizer import LossScaler
+from optimizer.mixed_precision import LossScaler
 from parallel import (
     DistContext,
     DistributedDataParallel,
@@ -57,7 +57,7 @@ def build_parallel(
 
 
 def _powersgd_config(config: Config, wire_dtype: torch.dtype | None) -> PowerSGDConfig:
-    p = config.parallel
+    p = config.powersgd
     return PowerSGDConfig(
         rank=p.matrix_approximation_rank,
         warm_start=p.warm_start,

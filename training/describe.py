@@ -13,7 +13,7 @@ from data_preprocess.pretokenize_sft_data import summary
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Llama, flops
-from optimizer import MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, measure_bandwidth
 from tokenizer.chat_template import template_of
 from training.batch import LEAST_ROWS

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from checkpoint import folder as ckpt
 from checkpoint.saving import SaveOutcome
-from configurator import RunConfig, parse_profile_steps
 from parallel import DistContext, PowerSGD
 from runs.reslog import ResLog
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from training.build import Built
+from training.config import RunConfig, parse_profile_steps
 from training.describe import Flops
 from training.profile_steps import StepProfile
 from training.progress import Progress, Unlogged

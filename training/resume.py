@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 
 from checkpoint import folder as ckpt
-from checkpoint.flat_state import holds_flat_state, load_flat_state, read_tensors
+from checkpoint.named import holds_named_state, load_named_state, read_tensors
 from configurator import Config
-from optimizer import MixedPrecisionOptimizer
+from optimizer.mixed_precision import MixedPrecisionOptimizer
 from parallel import DistContext, PowerSGD
 from training.build_parallel import Parallel
 from training.data import Data, order_of_samples
@@ -33,8 +33,8 @@ def load_checkpoint(
     """
     state = ckpt.read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
-    run_dir.resume_files.bring_state(lambda folders: holds_flat_state(folders, optimizer.named_state()))
-    load_flat_state(run_dir.resume_files.directories, optimizer.named_state())
+    run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, optimizer.named_state()))
+    load_named_state(run_dir.resume_files.directories, optimizer.named_state())
     optimizer.weights_from_main()
     if parallel.zero1 is not None:
         parallel.zero1.gather_all()

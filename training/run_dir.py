@@ -11,10 +11,11 @@ from checkpoint import folder as ckpt
 from checkpoint.fetching import CheckpointFiles
 from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import Place, find_place
-from configurator import CONFIG_NAME, Config, parse_log_ranks
+from configurator import CONFIG_NAME, Config
 from parallel import DistContext
 from parallel.launched import launch_token, launched_node
 from runs.heartbeat import Heartbeat, write_stacks_on_signal
+from training.config import parse_log_ranks
 from utils.logging import add_log_file, log_file_of
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from training.data import order_of_samples
 
 def add_share(built: Built, writer: CheckpointWriter) -> None:
     powersgd, zero1 = built.parallel.powersgd, built.parallel.zero1
-    writer.add_flat_state(built.optimizer.named_state(), sharded=zero1 is not None)
+    writer.add_named_state(built.optimizer.named_state(), sharded=zero1 is not None)
     if powersgd is not None:
         writer.add_hook_state(powersgd.state_tensors())
     if built.run_dir.place.is_first_of_store:

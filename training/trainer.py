@@ -15,7 +15,7 @@ import torch
 from checkpoint.saving import SaveOutcome
 from configurator import Config
 from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_batches
-from optimizer import StepResult
+from optimizer.mixed_precision import StepResult
 from parallel import DistContext, DistributedDataParallel
 from parallel.replicas import require_same_weights
 from parallel.spans import span
@@ -249,7 +249,7 @@ class Trainer:
         if self.powersgd is not None or parallel.overlap_optim_step:
             self.saver.before_update()
         if self.powersgd is not None:
-            self.powersgd.measure = _is_due(self.progress.step + 1, parallel.powerSGD_log_interval)
+            self.powersgd.measure = _is_due(self.progress.step + 1, self.config.powersgd.powerSGD_log_interval)
 
     def _forward_backward(
         self, micro_batches: list[Batch], count: int, learning_rate: float, is_long: bool
@@ -265,7 +265,7 @@ class Trainer:
         """
         context, parallel, teller = self.context, self.config.parallel, Teller(f"step {self.progress.step + 1}")
         # There, the first micro-batch's gradient is added to what must be saved.
-        is_long &= not parallel.grad_buffer_is_powerSGD_error
+        is_long &= not self.config.powersgd.grad_buffer_is_powerSGD_error
         if self.task.uses_prepass:
             with span("prepass"):
                 sums = sum(self.task.prepass(self._to_device(batch)) for batch in micro_batches)

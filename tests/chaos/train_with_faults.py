@@ -23,7 +23,7 @@ from checkpoint import folder as checkpoint
 from checkpoint import saving
 from checkpoint.folder import MANIFEST, REPLACED
 from checkpoint.saving import CheckpointWriter
-from optimizer import MixedPrecisionOptimizer, StepResult
+from optimizer.mixed_precision import MixedPrecisionOptimizer, StepResult
 from parallel.launched import launch_token
 from runs import sinks
 from runs.heartbeat import Heartbeat
@@ -215,7 +215,7 @@ def spoil_weights() -> None:
 def spoil_weight(optimizer: MixedPrecisionOptimizer, plan: Plan) -> None:
     """In float32 a weight is its own main parameter."""
     random, pieces = Random(plan.seed), optimizer.named_state()
-    weights = random.choice(pieces)[2]["main"].view(-1)
+    weights = random.choice(pieces)[1]["main"].view(-1)
     place = random.randrange(len(weights))
     if plan.what == NAN_WEIGHT:
         weights[place] = math.nan

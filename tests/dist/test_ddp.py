@@ -119,8 +119,8 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
 
 def trajectories() -> dict:
     """Losses of several steps with the real optimizer, for every layout, one micro-batch a rank."""
-    from optimizer import LossScaler, MixedPrecisionOptimizer
     from optimizer.adamw import AdamWConfig
+    from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 
     context = init_context("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     AllReduce,
     CommHook,

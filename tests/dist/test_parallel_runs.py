@@ -25,7 +25,7 @@ import training.trainer as trainer_module
 from checkpoint import folder as ckpt
 from model import flops
 from model.hf import to_hf_name
-from optimizer import LossScaler, MixedPrecisionOptimizer
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import Zero1
 from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records

@@ -8,8 +8,9 @@ import torch
 from torch import Size, Tensor
 
 from model import Llama, LlamaConfig
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.muon import MuonConfig
 from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.low_rank import gram_schmidt, orthonormalize

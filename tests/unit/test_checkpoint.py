@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from checkpoint import folder as ckpt
-from checkpoint.flat_state import load_flat_state
 from checkpoint.folder import Retention, choose_checkpoint, find_problem, list_checkpoints
+from checkpoint.named import Piece, load_named_state
 from checkpoint.saving import CheckpointWriter
 from checkpoint.stores import Place, find_place
 from runs.reslog import ResLog
@@ -28,7 +28,7 @@ def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
     writers = [CheckpointWriter(ckpt_dir, step, place, f"{step}-{valid_loss}") for place in PLACES]
     for rank, writer in enumerate(writers):
         piece = torch.arange(10, dtype=torch.float32).split(5)[rank]
-        writer.add_flat_state([("w", 5 * rank, {"main": piece + step})], sharded=True)
+        writer.add_named_state([(Piece.flat("w", (10,), 5 * rank, 5), {"main": piece + step})], sharded=True)
         if rank == 0:
             writer.add_json(ckpt.TRAINER_STATE, {"step": step})
         writer.make_directory()
@@ -81,7 +81,7 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[ckpt.Chosen | Non
 
 def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
     writer = CheckpointWriter(tmp_path, 3, Place(0, 1, (0,)), "x")
-    writer.add_flat_state([("w", 0, {"main": torch.ones(2)})], sharded=False)
+    writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], sharded=False)
     writer.make_directory()
     writer.write_files()
     assert list_checkpoints(tmp_path) == []
@@ -228,19 +228,19 @@ def test_state_is_read_however_it_was_cut(tmp_path: Path, cuts: list[int]):
     path = save(tmp_path, 2)
     wanted, offset = [], 0
     for cut in cuts:
-        wanted.append(("w", offset, {"main": torch.full((cut,), -1.0)}))
+        wanted.append((Piece.flat("w", (10,), offset, cut), {"main": torch.full((cut,), -1.0)}))
         offset += cut
-    load_flat_state([path], wanted)
-    read = torch.cat([states["main"] for _, _, states in wanted])
+    load_named_state([path], wanted)
+    read = torch.cat([states["main"] for _, states in wanted])
     assert torch.equal(read, torch.arange(10, dtype=torch.float32) + 2)
 
 
 def test_missing_state_is_named(tmp_path: Path):
     path = save(tmp_path, 2)
     with pytest.raises(ValueError, match="10 of 12 elements of w"):
-        load_flat_state([path], [("w", 0, {"main": torch.zeros(12)})])
+        load_named_state([path], [(Piece.flat("w", (12,), 0, 12), {"main": torch.zeros(12)})])
     with pytest.raises(ValueError, match="0 of 3 elements of v"):
-        load_flat_state([path], [("v", 0, {"main": torch.zeros(3)})])
+        load_named_state([path], [(Piece.flat("v", (3,), 0, 3), {"main": torch.zeros(3)})])
 
 
 def test_resolve_checkpoint_dir(tmp_path: Path):

@@ -11,6 +11,7 @@ import torch
 
 from checkpoint import folder as ckpt
 from checkpoint.folder import main
+from checkpoint.named import Piece
 from checkpoint.saving import CheckpointWriter
 from checkpoint.stores import Place
 
@@ -19,7 +20,10 @@ ALONE = Place(0, 1, (0,))
 
 def save(run: Path, step: int, valid_loss: float | None = None, place: Place = ALONE) -> Path:
     writer = CheckpointWriter(run / "ckpt", step, place, f"id-{step}")
-    writer.add_flat_state([("w", 0, {"main": torch.zeros(25_000)})], sharded=len(place.store) < place.world_size)
+    writer.add_named_state(
+        [(Piece.flat("w", (25_000,), 0, 25_000), {"main": torch.zeros(25_000)})],
+        sharded=len(place.store) < place.world_size,
+    )
     writer.add_json("config.json", {})
     writer.make_directory()
     writer.write_files()

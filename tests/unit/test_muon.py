@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import train_my_ddp
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig
 from optimizer.adamw import AdamWConfig
-from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, MuonConfig, orthogonalize, orthogonalize_reference, polynomials
 from optimizer.param_groups import is_hidden_matrix
 from parallel.buffer import ParameterSlice
 from tests.runs import records
@@ -189,7 +189,7 @@ def test_only_matrices_of_blocks_are_muons():
     slices = [one_slice(shape, name) for name, shape in sorts.items()]
     assert [is_hidden_matrix(piece) for piece in slices] == [True, False, False, False, False, False]
     optimizer = MixedPrecisionOptimizer([slices], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig())
-    states = {name: set(tensors) for name, _, tensors in optimizer.named_state()}
+    states = {piece.name: set(tensors) for piece, tensors in optimizer.named_state()}
     assert states.pop(NAME) == {"main", "exp_avg"}
     assert all(state == {"main", "exp_avg", "exp_avg_sq"} for state in states.values())
     assert optimizer.scalar_state()["name"] == "muon"

@@ -18,7 +18,7 @@ from model.dropout import DropoutKey
 from model.kernels.attention import implementation
 from model.linear import merged_linear, merged_linear_reference
 from model.ops import CHOICES, REFERENCE, build_ops, choose_ops
-from optimizer import choose_kernel
+from optimizer.mixed_precision import choose_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = LlamaConfig(

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from optimizer import LossScaler, MixedPrecisionOptimizer, MuonConfig, learning_rate_at
 from optimizer.adamw import AdamWConfig, adamw_reference, adamw_step
 from optimizer.clip import clip_factor
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.muon import MuonConfig
+from optimizer.schedule import learning_rate_at
 from parallel.buffer import ParameterSlice, sum_of_squares
 
 CONFIG = AdamWConfig(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
@@ -70,7 +72,7 @@ def test_main_parameters_keep_what_low_precision_loses(dtype: torch.dtype, grad_
         optimizer.step(1e-6)
     # 50 steps of 1e-6 are below the resolution of most weights, yet the main parameters have moved.
     assert (slices[0].param == before).float().mean() > 0.5
-    main = optimizer.named_state()[0][2]["main"]
+    main = optimizer.named_state()[0][1]["main"]
     assert (main != before.float()).all()
     assert torch.equal(slices[0].param, main.to(dtype))
 
@@ -100,7 +102,7 @@ def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
     scaler = LossScaler(enabled=fp16, initial=8.0)
     optimizer = MixedPrecisionOptimizer([slices], CONFIG, 1.0, scaler)
     optimizer.step(1e-2)
-    state = [t for _, _, tensors in optimizer.named_state() for t in tensors.values()]
+    state = [t for _, tensors in optimizer.named_state() for t in tensors.values()]
     before = [t.clone() for t in [s.param for s in slices] + state]
     slices[1].grad[3] = bad
     result = optimizer.step(1e-2)
@@ -120,7 +122,7 @@ def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, st
     piece = ParameterSlice("layers.0.mlp.up_proj.weight", 0, (4, 6), torch.ones(24), grad, grad)
     optimizer = MixedPrecisionOptimizer([[piece]], CONFIG, clip, LossScaler(enabled=False), muon=muon)
     result = optimizer.step(1e-2)
-    tensors = optimizer.named_state()[0][2]
+    tensors = optimizer.named_state()[0][1]
     assert math.isfinite(result.grad_norm) and result.skipped != steps
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert (piece.param != 1.0).all() if steps else (piece.param == 1.0).all() and optimizer.num_steps == 0
@@ -143,7 +145,7 @@ def test_weights_stay_in_the_range_of_float16():
     optimizer = MixedPrecisionOptimizer([[piece]], CONFIG, 0.0, LossScaler(enabled=False))
     optimizer.step(1e4)
     assert piece.param.tolist() == [-65504.0, 65504.0, -1e4]
-    assert optimizer.named_state()[0][2]["main"].tolist() == pytest.approx([-75e3, 75e3, -9999.0], rel=1e-3)
+    assert optimizer.named_state()[0][1]["main"].tolist() == pytest.approx([-75e3, 75e3, -9999.0], rel=1e-3)
 
 
 def test_without_eps_a_weight_that_never_had_a_gradient_would_become_nan():

@@ -20,8 +20,8 @@ from torch import Tensor
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import saving
-from checkpoint.flat_state import load_flat_state
 from checkpoint.folder import Checkpoint, Retention, doomed_by, find_problem, list_checkpoints
+from checkpoint.named import Piece, load_named_state
 from checkpoint.saving import CheckpointSaver, CheckpointWriter, HostCopies
 from checkpoint.stores import Part, Place
 from dataset import audit
@@ -68,7 +68,8 @@ def new_saver(
 def begin_and_start(saver: CheckpointSaver, step: int, value: float = 0.0) -> None:
     """Begin a save of two elements a rank, all with the same value."""
     writer = saver.begin(step)
-    writer.add_flat_state([("w", 2 * writer.place.rank, {"main": torch.full((2,), value)})], sharded=True)
+    piece = Piece.flat("w", (2 * writer.place.world_size,), 2 * writer.place.rank, 2)
+    writer.add_named_state([(piece, {"main": torch.full((2,), value)})], sharded=True)
     saver.start(writer, None)
 
 
@@ -335,13 +336,14 @@ def test_a_run_reserves_all_that_its_saves_need(
     assert len(seen) == 4 and seen[1:] == seen[:1] * 3
 
 
-def random_pieces(generator: random.Random, count: int) -> list[tuple[str, int, dict[str, Tensor]]]:
+def random_pieces(generator: random.Random, count: int) -> list[tuple[Piece, dict[str, Tensor]]]:
     """Pieces of parameters, one behind the other, that hold their own numbers."""
     pieces, first = [], 0
     for index in range(count):
         size = generator.choice([1, 2, 3, 50, 1000])
         values = torch.arange(first, first + size, dtype=torch.float32)
-        pieces.append((f"p{index // 2}", 1000 * (index % 2), {"main": values, "exp_avg": -values}))
+        piece = Piece.flat(f"p{index // 2}", (2000,), 1000 * (index % 2), size)
+        pieces.append((piece, {"main": values, "exp_avg": -values}))
         first += size
     return pieces
 
@@ -360,7 +362,7 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
             for rank in store:
                 writer = CheckpointWriter(directory, 1, Place(rank, world_size, store), "x")
                 # Dealt out like cards: as unlike what an even split would be as can be.
-                writer.add_flat_state(pieces[rank::world_size] if sharded else pieces, sharded)
+                writer.add_named_state(pieces[rank::world_size] if sharded else pieces, sharded)
                 writer.make_directory()
                 writer.write_files()
                 writer.finish()
@@ -368,10 +370,10 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
         parts = [tmp_path / f"{case}-{number}" / "step-1" for number in range(len(stores))]
         for together in [parts] if sharded else [[part] for part in parts]:
             keys = [key for part in together for file in part.glob("optim-*") for key in load_file(file)]
-            assert sorted(keys) == sorted(f"{name}@{offset}/{key}" for name, offset, t in pieces for key in t)
-            wanted = [(name, offset, {key: torch.zeros_like(v) for key, v in t.items()}) for name, offset, t in pieces]
-            load_flat_state(together, wanted)
-            for (_, _, found), (_, _, expected) in zip(wanted, pieces):
+            assert sorted(keys) == sorted(f"{p.name}@{p.boxes[0].start[0]}/{key}" for p, t in pieces for key in t)
+            wanted = [(piece, {key: torch.zeros_like(v) for key, v in t.items()}) for piece, t in pieces]
+            load_named_state(together, wanted)
+            for (_, found), (_, expected) in zip(wanted, pieces):
                 assert same_bits(found, expected)
 
 

@@ -32,7 +32,7 @@ from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from model import Llama, flops, hf
-from optimizer import LossScaler
+from optimizer.mixed_precision import LossScaler
 from runs.exits import read_exit_records
 from runs.heartbeat import Heartbeat
 from serving.generation import generate as new_tokens
@@ -781,7 +781,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     def poison(self, *arguments: object):
         result = step(self, *arguments)
         if self.progress.step == 3:
-            _, _, states = next(iter(self.optimizer.named_state()))
+            _, states = next(iter(self.optimizer.named_state()))
             (next(self.model.parameters()) if where == "model" else states["main"]).data.view(-1)[7] = value
         return result
 

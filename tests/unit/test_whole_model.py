@@ -25,9 +25,9 @@ from model import Llama, LlamaConfig
 from model.dropout import DropoutKey, dropout
 from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.ops import REFERENCE, Ops, build_ops
-from optimizer import LossScaler, MixedPrecisionOptimizer
 from optimizer.adamw import AdamWConfig, adamw_reference
 from optimizer.clip import clip_factor
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import DistContext, DistributedDataParallel
 from tests.kernel_checks import DEVICE
 
