@@ -22,7 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimizer.adamw import AdamWConfig, adamw_reference, within_range
+from optimizer.adamw import adamw_reference, within_range
+from optimizer.config import AdamWConfig
 
 tl = None
 """triton.language once the kernels are loaded."""
@@ -162,7 +163,7 @@ def adamw_flat_step(
         return
     _kernels()["_adamw_kernel"][(-(-main.numel() // BLOCK),)](
         main, exp_avg, exp_avg_sq, grad, weights, main.numel(), 1.0 / grad_divisor, 1 - config.beta1, 1 - config.beta2,
-        lr * weight_decay, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step), config.eps,
+        lr * weight_decay, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step), config.adam_eps,
         WRITE_WEIGHTS=weights is not None, ZERO_GRAD=zero_grad, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 

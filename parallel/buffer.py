@@ -130,13 +130,6 @@ class SliceWithGrad(ParameterSlice):
     """1-D view of the whole parameter's gradients."""
 
 
-def sum_of_squares(self, bucket: int) -> Tensor:
-        """Of the whole bucket's summed gradients, the same on all ranks: float64 scalar."""
-
-    def load(self, bucket: int) -> None:
-        """Fill the slices' gradients of the bucket. Not called for a step that is skipped."""
-
-
 def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements, float64 scalar on the tensors' device.
 
