@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from model.blocked_attention import blocked_attention
 from torch import Tensor
 
 from benchmarks.ablation import resident_growth
@@ -40,6 +39,7 @@ from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import swiglu as gated
 from model.kernels.attention import plain_attention, sdpa_causal
+from model.kernels.blocked_attention import blocked_attention
 from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
 from optimizer.adamw import AdamWConfig, adamw_step

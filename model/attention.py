@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None
     ) -> Tensor:
         """(B, H, T, D), by what can do what `attend` asks for."""
-        if self.ops.is_plain or (self.config.attention_dropout > 0.0 and key is not None):
+        if self.ops.step_by_step or (self.config.attention_dropout > 0.0 and key is not None):
             mask = attend.mask
             if mask is None:
                 mask = causal_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)

@@ -131,7 +131,7 @@ class Llama(nn.Module):
         self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
         self._checkpoint_keeps, self._checkpoint_options = checkpoint_keeps, _checkpoint_options(checkpoint_keeps)
         # Dropped weights need all of them.
-        self.attends_by_document = not (config.attention_dropout or ops.is_plain)
+        self.attends_by_document = not (config.attention_dropout or ops.step_by_step)
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
         """Rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -14,6 +14,7 @@ from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
 from utils.paths import absent
 from utils.small_files import is_number, is_whole, parse_json, parse_yaml, read_small
+from utils.text import plain
 
 STATUS_FILE = "status.json"
 ENDED_STATES = ("finished", "stopped", "refused", "failed")
@@ -104,15 +105,10 @@ def _check(values: object) -> None:
     if not isinstance(values, dict):
         raise ValueError("it holds no status")
     if odd := sorted(values.keys() ^ _IS_RIGHT.keys()):
-        raise ValueError(f"{_one_line(odd[0])} is {'unknown' if odd[0] in values else 'missing'}")
+        raise ValueError(f"{plain(odd[0])} is {'unknown' if odd[0] in values else 'missing'}")
     for name, is_right in _IS_RIGHT.items():
         if not is_right(values[name]):
-            raise ValueError(f"{name} is {_one_line(repr(values[name]))}")
-
-
-def _one_line(text: str, most: int = 200) -> str:
-    """A text of somebody's, for a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+            raise ValueError(f"{name} is {plain(repr(values[name]))}")
 
 
 def planned_steps(run_dir: Path) -> int | None:
@@ -138,7 +134,7 @@ def describe(status: Status, loss: float | None, now: float) -> list[str]:
         now: time.time().
     """
     ended = status.state in ENDED_STATES
-    state, reason = _one_line(status.state), _one_line(status.last_ending, 1000)
+    state, reason = plain(status.state), plain(status.last_ending, 1000)
     why = f": {reason}" if ended or status.state == "waiting" else ""
     lines = [state if why == f": {state}" else state + why]
     age = max(now - status.updated, 0.0)
@@ -154,8 +150,8 @@ def describe(status: Status, loss: float | None, now: float) -> list[str]:
             lines.append(f"expected to end {_moment(status.updated + left)} ({clock(left)} left)")
     lines.append("no checkpoint yet" if status.checkpoint is None else f"newest checkpoint: step {status.checkpoint}")
     lines.append(
-        f"{status.ranks} ranks{' in phase ' + _one_line(status.phase) if status.phase else ''} on "
-        f"{_one_line(', '.join(status.hosts), 10_000)}; "
+        f"{status.ranks} ranks{' in phase ' + plain(status.phase) if status.phase else ''} on "
+        f"{plain(', '.join(status.hosts), 10_000)}; "
         f"{status.attempt} launch{'es' if status.attempt != 1 else ''}, {status.restarts} "
         f"restart{'s' if status.restarts != 1 else ''} by this monitor"
     )

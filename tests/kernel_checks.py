@@ -12,17 +12,28 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pkgutil
 import sys
+import types
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernels import cross_entropy, launch, rms_norm, rope, swiglu
+from model import kernels
+from model.kernels import launch
 from optimizer import adamw_triton
 
-KERNEL_MODULES = (rms_norm, rope, swiglu, cross_entropy)
+
+def _kernel_modules() -> list[types.ModuleType]:
+    """The files of model/kernels/ that hold Triton kernels."""
+    names = [found.name for found in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"model.kernels.{name}") for name in names]
+    return [module for module in modules if any(isinstance(x, launch.LazyKernel) for x in vars(module).values())]
+
+
+KERNEL_MODULES = _kernel_modules()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,8 +1,8 @@
-"""Results of a run as the viewer's tests make them up."""
+"""Results of a run as tests make them up."""
 
 import json
 
-from viewer.runs import RunData, Snapshot
+from runs.history import RunHistory, Snapshot
 
 
 def line(name: str, **values) -> bytes:
@@ -16,6 +16,6 @@ def text_line(name: str, **values) -> str:
 
 
 def snapshot_of(*lines: bytes) -> Snapshot:
-    data = RunData()
+    data = RunHistory()
     data.feed(lines)
     return data.snapshot()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from runs import traces
 from viewer import timeline
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class StepProfile:
 
     Args:
         span: first and last step; None: none.
-        about: what the trace says of the run, see timeline.ABOUT.
+        about: what the trace says of the run, see traces.ABOUT.
         aside: around what takes long and is no part of the training.
     """
 
@@ -98,7 +99,7 @@ class StepProfile:
                 everywhere = _ExperimentalConfig(profile_all_threads=True)
                 profiler = profile(activities=activities, experimental_config=everywhere, acc_events=True)
                 profiler.start()
-                profiler.add_metadata_json(timeline.ABOUT, json.dumps(self._about))
+                profiler.add_metadata_json(traces.ABOUT, json.dumps(self._about))
                 self._profiler = profiler
             except Exception as error:
                 self._span = None
@@ -114,7 +115,7 @@ class StepProfile:
             return
         logger.info("profile: %s (opens in https://ui.perfetto.dev), one a rank", trace)
         try:
-            timeline.draw([timeline.read_trace(trace)], picture)
+            timeline.draw([traces.read_trace(trace)], picture)
         except ImportError:
             logger.info("for a picture of it: pip install matplotlib, then python -m utils.timeline %s --png %s",
                         trace, picture)  # fmt: skip

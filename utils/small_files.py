@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from utils.text import plain
+
 _BEYOND_FLOATS = 1 << 1023
 _LONGEST_NUMBER = 1000
 """Characters. Longer ones can take quadratic time."""
@@ -146,16 +148,11 @@ def parse_yaml(text: bytes) -> object:
     except yaml.MarkedYAMLError as error:
         problem = error.problem or error.context or "it is no YAML"
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(_plain(problem) + where) from None
+        raise ValueError(plain(problem) + where) from None
     except yaml.YAMLError as error:
-        raise ValueError(_plain(str(error).partition("\n")[0])) from None
+        raise ValueError(plain(str(error).partition("\n")[0])) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # Of values whose form YAML promises more than they keep: `!!int x`, `2000-99-99`, ten thousand digits.
-        raise ValueError(f"it holds a value that cannot be: {_plain(error)}") from None
-
-
-def _plain(text: object) -> str:
-    """One line for a terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:200])
+        raise ValueError(f"it holds a value that cannot be: {plain(error)}") from None

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from utils.arguments import Parser
 from utils.paths import a_path, absent
+from utils.text import plain
 from viewer.desktop.qt import WITHOUT_WINDOW, debian_package
-from viewer.runs import plain
 from viewer.sources import Host, Place, labels, open_hosts
 from viewer.text import LANGUAGES
 

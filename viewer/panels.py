@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib import dates, font_manager, ticker
 from matplotlib.lines import Line2D
 
+from runs.history import Snapshot
 from viewer.colours import on_paper
 from viewer.curves import automatic_weight, band, smooth
 from viewer.layout import Cell, arrange, fitted, fitted_name, text_width, wrapped
-from viewer.runs import Snapshot
 from viewer.text import translate
 
 if TYPE_CHECKING:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from runs.history import RunHistory
 from runs.reslog import LONGEST_LINE
 from utils.paths import expand
 from utils.small_files import parse_yaml
 from utils.ssh import HostKeyRefused, LoginRefused, SSHTarget, connect
-from viewer.runs import RunData, plain
+from utils.text import plain
 
 if TYPE_CHECKING:
     import paramiko
@@ -293,7 +294,7 @@ class Run:
         self.target, self.path = target, path
         self.directory = posixpath.dirname(path) if is_file else path
         self.log = FollowedFile(path if is_file else posixpath.join(path, RESLOG))
-        self.data, self.health = RunData(), Health()
+        self.data, self.health = RunHistory(), Health()
         self._config_state: FileState | None = None
 
     def update(self, files: Files) -> bool:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runs.history import Snapshot
+from utils.text import plain
 from viewer.panels import duration
-from viewer.runs import Snapshot, plain
 from viewer.sources import Run
 from viewer.text import translate
 

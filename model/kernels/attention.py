@@ -12,6 +12,7 @@ Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds
 heads, D head dim, N = B T tokens of all rows, M documents.
 """
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.dropout import DropoutKey, attention_dropout
-from model.kernels.blocked_attention import blocked_attention
+from model.kernels.registry import Implementation, needs_half, needs_package
 
 
 def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]]) -> Tensor:
@@ -63,20 +64,6 @@ def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | N
     )  # fmt: skip
 
 
-def implementation(name: str) -> tuple[Callable, Callable | None]:
-    """(causal, packed) attention of a name, see model/ops.py. Both take q (B, H, T, D), k and v (B, K, T, D) and return
-    (B, H, T, D); packed also takes the starts of `document_starts`."""
-    if name == "varlen":
-        return sdpa_causal, _torch_varlen()
-    if name == "blocked":
-        return blocked_attention, blocked_attention
-    if name == "flash_attn":
-        return _flash_attention()
-    if name == "xformers":
-        return _xformers_attention()
-    return sdpa_causal, None
-
-
 def _by_token(*tensors_BHTD: Tensor) -> tuple[Tensor, ...]:
     """(B, H, T, D) -> (N, H, D) each."""
     return tuple(x.transpose(1, 2).flatten(0, 1) for x in tensors_BHTD)
@@ -86,7 +73,7 @@ def _by_head(out_NHD: Tensor, batch: int) -> Tensor:
     return out_NHD.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _torch_varlen() -> Callable:
+def _torch_varlen() -> dict[str, Callable]:
     from torch.nn.attention.varlen import varlen_attn
 
     # Before torch 2.12 grouped heads need no word.
@@ -100,10 +87,10 @@ def _torch_varlen() -> Callable:
         )
         return _by_head(out_NHD, batch)
 
-    return packed
+    return {"packed": packed}
 
 
-def _flash_attention() -> tuple[Callable, Callable]:
+def _flash_attention() -> dict[str, Callable]:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
@@ -116,10 +103,10 @@ def _flash_attention() -> tuple[Callable, Callable]:
         )
         return _by_head(out_NHD, batch)
 
-    return causal, packed
+    return {"causal": causal, "packed": packed}
 
 
-def _xformers_attention() -> tuple[Callable, Callable]:
+def _xformers_attention() -> dict[str, Callable]:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
@@ -145,7 +132,7 @@ def _xformers_attention() -> tuple[Callable, Callable]:
         out_1NHD = attend(*(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)), bias)
         return _by_head(out_1NHD[0], batch)
 
-    return causal, packed
+    return {"causal": causal, "packed": packed}
 
 
 def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
@@ -162,3 +149,26 @@ def plain_attention(
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     weights_BHTS = attention_dropout(weights_BHTS, dropout_p, key)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
+
+
+def _varlen_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this torch has no torch.nn.attention.varlen"
+    return needs_half("varlen", dtype)
+
+
+def _flash_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    return needs_package("flash_attn", "flash_attn")(device, dtype) or needs_half("flash_attn", dtype)
+
+
+IMPLEMENTATIONS = (
+    Implementation("attention", "sdpa", lambda: {"causal": sdpa_causal}, is_plain=True),
+    Implementation("attention", "plain", lambda: {"step_by_step": True}),
+    Implementation(
+        "attention", "varlen", _torch_varlen, _varlen_why_not, is_fastest=lambda device, dtype: device.type == "cuda"
+    ),
+    Implementation("attention", "flash_attn", _flash_attention, _flash_why_not),
+    Implementation("attention", "xformers", _xformers_attention, needs_package("xformers", "xformers")),
+)

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.kernels.registry import Implementation
+
 BLOCK = 128
 """Queries a block. Of 128, 256 and 512 the fastest, or level with it, at 256 to 1,024 tokens."""
 GROUP_ELEMENTS = 1 << 22
@@ -215,3 +217,12 @@ def blocked_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Te
     batch, heads, width, dim = q_BHTD.shape
     keep = kept_size(batch, heads, width, dim) if torch.is_grad_enabled() else 0
     return _BlockedAttention.apply(q_BHTD, k_BKTD, v_BKTD, starts, keep)
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "attention", "blocked", lambda: {"causal": blocked_attention, "packed": blocked_attention},
+        why_not=lambda device, dtype: None if device.type == "cpu" else "it is for CPUs",
+        is_fastest=lambda device, dtype: device.type == "cpu" and dtype == torch.bfloat16,
+    ),
+)  # fmt: skip

@@ -30,7 +30,8 @@ taken in float32 and brought to the scale that was asked for, hidden's only then
 Shapes: N tokens, C hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,9 @@ from torch import Tensor
 
 from model.kernels.cross_entropy import TritonOps
 from model.kernels.launch import work_dtype
+from model.kernels.registry import Implementation, WhyNot, needs_package, needs_triton, runs_triton
 from model.kernels.support import available
-from model.loss import IGNORE_INDEX
+from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum, head_scores
 
 CHUNK_BYTES = 96 << 20
 """Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
@@ -336,3 +338,57 @@ def linear_token_logprobs(
     hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
     use_triton = available(hidden.device) if use_triton is None else use_triton
     return _LinearTokenLogprobs.apply(hidden_NC, weight, labels_N, ignore_index, chunk_bytes, use_triton)
+
+
+def plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """The sum of the losses from whole logits. The gradient comes with its scale: it is computed when that is known."""
+    return cross_entropy_sum(head_scores(hidden, weight), labels)
+
+
+def plain_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each label from whole logits."""
+    return -cross_entropy(head_scores(hidden, weight), labels)
+
+
+def _in_chunks(use_triton: bool | None = None) -> dict[str, Callable]:
+    def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+        return linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton)
+
+    return {"loss_sum": loss_sum, "token_logprobs": partial(linear_token_logprobs, use_triton=use_triton)}
+
+
+def _liger() -> dict[str, Callable]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+        return liger_fused_linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+    return {"loss_sum": loss_sum, "token_logprobs": linear_token_logprobs}
+
+
+def _no_float16_and(otherwise: WhyNot) -> WhyNot:
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float16:
+            return (
+                "it rounds the logits' gradient to float16 before the loss scale reaches it; use triton, or "
+                "--dtype=bfloat16"
+            )
+        return otherwise(device, dtype)
+
+    return why_not
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "cross_entropy", "reference", lambda: {"loss_sum": plain_loss_sum, "token_logprobs": plain_token_logprobs},
+        is_plain=True,
+    ),
+    Implementation(
+        "cross_entropy", "chunked", partial(_in_chunks, use_triton=False),
+        is_fastest=lambda device, dtype: device.type != "cuda",
+    ),
+    Implementation("cross_entropy", "triton", _in_chunks, needs_triton, runs_triton),
+    Implementation("cross_entropy", "liger", _liger, _no_float16_and(needs_package("liger", "liger_kernel"))),
+)  # fmt: skip

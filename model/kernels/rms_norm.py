@@ -18,6 +18,8 @@ Between the passes only r stays, one a row, as exact as it was computed.
 Shapes: N rows (all but the last dimension), C columns.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from model.kernels.launch import (
     tl,
     work_dtype,
 )
+from model.kernels.registry import Implementation, needs_package, needs_triton, runs_triton
 
 ELEMENTS_PER_WARP = 512
 """Sixteen a thread: two 16-byte loads of bfloat16."""
@@ -372,3 +375,49 @@ def add_rms_norm(
     seed = (key.seed & (2**64 - 1)) - ((key.seed & 2**63) << 1)
     where = (key.forward_id & 0xFFFF) << 16 | site
     return _AddRMSNorm.apply(h, x, weight, eps, dropout_p, key.row_ids.contiguous(), key.layer, seed, where)
+
+
+def _functions(rms_norm: Callable, add_rms_norm: Callable) -> dict[str, Callable]:
+    return {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
+
+
+def _after_addition(rms_norm: Callable[[Tensor, Tensor, float], Tensor]) -> dict[str, Callable]:
+    """The functions of a package that has the norm alone: the addition before it is plain PyTorch."""
+
+    def add_rms_norm(
+        h: Tensor, x: Tensor, weight: Tensor, eps: float, dropout_p: float = 0.0, key: DropoutKey | None = None,
+        site: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        h = h + dropout(x, dropout_p, key, site)
+        return h, rms_norm(h, weight, eps)
+
+    return _functions(rms_norm, add_rms_norm)
+
+
+def _liger() -> dict[str, Callable]:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # No offset, Llama's rounding, and not over the incoming gradient, which others may need.
+        return LigerRMSNormFunction.apply(x.to(weight.dtype), weight, eps, 0.0, "llama", False)
+
+    return _after_addition(rms_norm)
+
+
+def _apex() -> dict[str, Callable]:
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return fused_rms_norm_affine(x.to(weight.dtype), weight, weight.shape, eps)
+
+    return _after_addition(rms_norm)
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "rms_norm", "reference", lambda: _functions(rms_norm_reference, add_rms_norm_reference), is_plain=True
+    ),
+    Implementation("rms_norm", "triton", lambda: _functions(rms_norm, add_rms_norm), needs_triton, runs_triton),
+    Implementation("rms_norm", "liger", _liger, needs_package("liger", "liger_kernel")),
+    Implementation("rms_norm", "apex", _apex, needs_package("apex", "apex")),
+)

@@ -13,10 +13,13 @@ Memory traffic: q and k read once and written once, in either pass.
 Shapes: B batch, H query heads, K key heads, T tokens, D head dim.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from model.kernels.launch import check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl, work_dtype
+from model.kernels.registry import Implementation, needs_package, needs_triton, runs_triton
 from model.rope import apply_rope
 
 PAIRS_PER_WARP = 256
@@ -125,3 +128,21 @@ def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
                 f"{table.dtype} for queries {tuple(q_BHTD.shape)}"
             )
     return _Rope.apply(q_BHTD, k_BKTD, cos, sin)
+
+
+def _liger() -> dict[str, Callable]:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # It takes both halves, (B, T, D).
+        wide_cos, wide_sin = (torch.cat((table, table), dim=-1)[:, 0].to(q_BHTD.dtype) for table in (cos, sin))
+        return LigerRopeFunction.apply(q_BHTD, k_BKTD, wide_cos, wide_sin)
+
+    return {"rope": rope}
+
+
+IMPLEMENTATIONS = (
+    Implementation("rope", "reference", lambda: {"rope": rope_reference}, is_plain=True),
+    Implementation("rope", "triton", lambda: {"rope": rope}, needs_triton, runs_triton),
+    Implementation("rope", "liger", _liger, needs_package("liger", "liger_kernel")),
+)

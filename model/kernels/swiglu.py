@@ -13,11 +13,14 @@ Memory traffic, elements: forward 3 of y's size, backward 5.
 Shapes: N rows, I intermediate size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.launch import as_rows, check_dtypes, constexpr, jit, kernel_op, next_power_of_2, tl, work_dtype
+from model.kernels.registry import Implementation, needs_package, needs_triton, runs_triton
 
 MAX_BLOCK = 1024
 """Columns a program."""
@@ -146,3 +149,21 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"the last dimension holds gates and ups, so it is even, not {gate_up.shape[-1]}")
     return _SwiGLUPacked.apply(gate_up)
+
+
+def _liger() -> dict[str, Callable]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        return LigerSiLUMulFunction.apply(gate, up)
+
+    return {"swiglu": swiglu}
+
+
+IMPLEMENTATIONS = (
+    Implementation("swiglu", "reference", lambda: {"swiglu": swiglu_reference}, is_plain=True),
+    Implementation(
+        "swiglu", "triton", lambda: {"swiglu": swiglu, "swiglu_packed": swiglu_packed}, needs_triton, runs_triton
+    ),
+    Implementation("swiglu", "liger", _liger, needs_package("liger", "liger_kernel")),
+)

@@ -29,13 +29,13 @@ from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import Zero1
 from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
+from runs.traces import StepPart, Trace, figures_of, read_trace
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
 from training import build_model, describe
 from training.meter import StepMeter
-from viewer import timeline
 
 STEPS = 6
 ZERO1, GATHER = "--use_distributed_optimizer", "--overlap_param_gather"
@@ -898,14 +898,14 @@ def test_residuals_that_have_no_place_any_more_are_named(resumed: Plan):
     assert not any("down_proj" in name for name in summed(run, STEPS)[0])
 
 
-def traces(run: list[str]) -> list[timeline.Trace]:
+def traces(run: list[str]) -> list[Trace]:
     """Of both ranks."""
-    return [timeline.read_trace(out_dir(run) / "profile" / f"steps-3-6-rank-{rank}.json.gz") for rank in (0, 1)]
+    return [read_trace(out_dir(run) / "profile" / f"steps-3-6-rank-{rank}.json.gz") for rank in (0, 1)]
 
 
-def within(trace: timeline.Trace, step: int, kind: str) -> list[timeline.Span]:
+def within(trace: Trace, step: int, kind: str) -> list[StepPart]:
     start, end = trace.steps[step]
-    return [span for span in trace.spans if span.kind == kind and start <= span.start <= end]
+    return [span for span in trace.parts if span.kind == kind and start <= span.start <= end]
 
 
 def test_a_trace_shows_whether_communication_is_hidden(runs: Plan):
@@ -919,7 +919,7 @@ def test_a_trace_shows_whether_communication_is_hidden(runs: Plan):
                 assert [bucket.number for bucket in buckets] == [0, 1, 2, 3, 4]
                 assert all(bucket.size for bucket in buckets) and len(within(trace, step, "wait for buckets")) == 1
                 early.append(buckets[0].start < backward.end)
-                figures = timeline.figures_of(trace, step)
+                figures = figures_of(trace, step)
                 assert figures["wire"] == pytest.approx(figures["hidden"] + figures["exposed"]) and figures["wire"] > 0
             # The operating system may let a thread wait; not each time.
             assert any(early) if name == "overlapped" else not any(early), name
@@ -927,7 +927,7 @@ def test_a_trace_shows_whether_communication_is_hidden(runs: Plan):
 
 def test_a_trace_shows_gathers(runs: Plan):
     for trace in traces(runs["overlapped"]):
-        gathers = [span for span in trace.spans if span.kind == "gather bucket"]
+        gathers = [span for span in trace.parts if span.kind == "gather bucket"]
         # Of three steps, and those that go on as the trace begins and ends.
         assert 3 * 5 <= len(gathers) <= 5 * 5 and {span.number for span in gathers} == set(range(5))
         assert all(span.size.endswith(" MB") for span in gathers)

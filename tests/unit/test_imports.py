@@ -42,6 +42,8 @@ ALLOWED = {
         "tasks",
         "tokenizer",
         "utils",
+        # It draws a profiled step. The viewer stands below the training: it imports runs and utils alone, and no torch.
+        "viewer.timeline",
     },  # fmt: skip
     "monitor": {"checkpoint", "runs", "utils"},
     "monitor_process": {"monitor", "runs", "utils"},
@@ -51,7 +53,6 @@ ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
-    "training/profile_steps.py": {"viewer.timeline"},
     "utils/checkpoint.py": {"checkpoint.folder"},
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},
@@ -98,6 +99,18 @@ def test_a_command_line_is_judged_without_torch(capfd: pytest.CaptureFixture):
     judge = "import sys, train_my_ddp as t; n = t.main(sys.argv[1:]); sys.exit(99 if 'torch' in sys.modules else n)"
     assert subprocess.run([sys.executable, "-c", judge, "--hiden_size=3"], cwd=ROOT).returncode == 2
     assert "did you mean --hidden_size?" in capfd.readouterr().out
+
+
+def test_a_desk_and_a_monitor_need_no_torch():
+    """Neither do the rooms below them, whatever these import in turn."""
+    modules = [path.relative_to(ROOT).with_suffix("") for room in ("runs", "viewer", "monitor")
+               for path in (ROOT / room).rglob("*.py") if not path.name.startswith("__")]  # fmt: skip
+    names = sorted(".".join(path.parts) for path in modules if "desktop" not in path.parts)
+    code = f"import importlib, sys\nlist(map(importlib.import_module, {names}))\n"
+    code += "print('torch' in sys.modules, 'PyQt5' in sys.modules)"
+    assert len(names) > 20
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
 
 
 def test_the_environment_is_read_in_one_place():

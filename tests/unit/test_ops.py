@@ -1,7 +1,9 @@
 """Which implementation an op uses, and that the model is the same with each that runs here."""
 
+import dataclasses
 import sys
 import types
+import typing
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +13,13 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils.checkpoint import CheckpointPolicy
 
+from configurator import Config
 from model import Llama, LlamaConfig
 from model.attend import causal_mask, document_starts
 from model.decoder import _keep_matmuls
 from model.dropout import DropoutKey
-from model.kernels.attention import implementation
 from model.linear import merged_linear, merged_linear_reference
-from model.ops import CHOICES, REFERENCE, build_ops, choose_ops
+from model.ops import CHOICES, IMPLEMENTATIONS, REFERENCE, Ops, build_ops, choose_ops
 from optimizer.mixed_precision import choose_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -35,6 +37,18 @@ def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in
     assert choose_ops("auto", {}, CPU, torch.bfloat16) == plain | {"cross_entropy": "chunked", "attention": "blocked"}
     assert choose_ops("auto", {"attention": "sdpa"}, CPU, torch.bfloat16)["attention"] == "sdpa"
     assert choose_kernel("auto", "", CPU) == choose_kernel("reference", "", CPU) == "torch"
+
+
+def test_flags_and_fields_are_those_that_are_declared():
+    flags = typing.get_type_hints(type(Config().system))
+    for op, choices in CHOICES.items():
+        assert set(typing.get_args(flags[f"{op}_kernel"])) == {"", *choices}
+    fields = {field.name for field in dataclasses.fields(Ops)}
+    for named in IMPLEMENTATIONS.values():
+        assert sum(found.is_plain for found in named.values()) == 1
+        for found in named.values():
+            if found.why_not(CPU, torch.float32) is None:
+                assert found.build().keys() <= fields
 
 
 @pytest.mark.parametrize(("kernels", "overrides", "message"), [
@@ -262,14 +276,14 @@ def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
         ).view(q.shape),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, {"varlen": "torch.nn.attention.varlen"}.get(name, name), fake)
-    causal, packed = implementation(name)
+    ops = build_ops(dict(REFERENCE.names) | {"attention": name})
+    causal, packed = ops.causal, ops.packed
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 12, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
     for out, cut in ((packed(q, k, v, document_starts(ids)), ids), (causal(q, k, v), None)):
         mask = causal_mask(12, 12, cut, CPU)
         assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
-    ops = build_ops(dict(REFERENCE.names) | {"attention": name})
     assert_alike(run(ops, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])),
                  run(REFERENCE, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])), 1e-5)  # fmt: skip
 

@@ -15,10 +15,12 @@ import torch
 import train_my_ddp
 from configurator import parse_config
 from model import flops
+from runs import traces
+from runs.intervals import LatestEnd
+from runs.traces import StepPart, Trace, figures_of, mean_figures, read_trace
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
 from training.profile_steps import StepProfile
 from viewer import timeline
-from viewer.timeline import Span, Trace, figures_of, mean_figures, read_trace
 
 MAIN, AUTOGRAD, COMM, GLOO = 10, 11, 12, 13
 
@@ -77,8 +79,8 @@ def test_a_steps_figures_on_a_cpu(on: Path, tmp_path: Path):
     assert figures_of(off, 7) == pytest.approx(
         expected | {"optimizer": 3, "wire": 13.5, "hidden": 0, "exposed": 13.5}
     )
-    bucket = next(span for span in off.spans if span.number == 1)
-    assert bucket == Span("wire", "bucket", 85.5, 95.0, 1, "1.0 MB")
+    bucket = next(part for part in off.parts if part.number == 1)
+    assert bucket == StepPart("wire", "bucket", 85.5, 95.0, 1, "1.0 MB")
 
 
 def test_a_step_that_was_broken_off_is_left_out(tmp_path: Path):
@@ -88,7 +90,7 @@ def test_a_step_that_was_broken_off_is_left_out(tmp_path: Path):
 
 def test_one_process_has_no_wire(tmp_path: Path):
     trace = read_trace(write(tmp_path / "t.json", cpu_step(7, 0, True), world_size=1))
-    assert {span.row for span in trace.spans} == {"data", "compute", "optimizer"}
+    assert {part.row for part in trace.parts} == {"data", "compute", "optimizer"}
     assert figures_of(trace, 7)["wire"] == 0
 
 
@@ -108,11 +110,11 @@ def test_on_cuda_spans_lie_where_the_gpu_worked(tmp_path: Path):
         event("gemm", 1, 2, 7, "kernel", correlation=99), event("range", 1, 80, 7, "gpu_user_annotation"),
     ]  # fmt: skip
     trace = read_trace(write(tmp_path / "t.json", events, device="GPU"))
-    assert set(trace.spans) == {
-        Span("data", "data wait", 0.0, 1.0), Span("compute", "forward", 10.0, 30.0),
-        Span("compute", "backward", 30.0, 60.0), Span("wire", "bucket", 40.0, 52.0, 0, "4.0 MB"),
-        Span("wire", "bucket", 60.0, 72.0, 1, "4.0 MB"), Span("waiting", "wait for buckets", 60.0, 72.0),
-        Span("optimizer", "optimizer", 72.0, 85.0),
+    assert set(trace.parts) == {
+        StepPart("data", "data wait", 0.0, 1.0), StepPart("compute", "forward", 10.0, 30.0),
+        StepPart("compute", "backward", 30.0, 60.0), StepPart("wire", "bucket", 40.0, 52.0, 0, "4.0 MB"),
+        StepPart("wire", "bucket", 60.0, 72.0, 1, "4.0 MB"), StepPart("waiting", "wait for buckets", 60.0, 72.0),
+        StepPart("optimizer", "optimizer", 72.0, 85.0),
     }  # fmt: skip
     figures = figures_of(trace, 3)
     assert (figures["wire"], figures["hidden"], figures["exposed"]) == (24.0, 12.0, 12.0)
@@ -124,7 +126,7 @@ def test_the_command_prints_and_draws(on: Path, tmp_path: Path, capsys: pytest.C
     png = tmp_path / "pictures" / "both.png"
     assert timeline.main([str(on), str(off), "--png", str(png), "--step", "7"]) == 0
     head, first, second, drawn = capsys.readouterr().out.splitlines()
-    assert head.split()[3:] == ["step", "data", "wait", *timeline.FIGURES[2:]]
+    assert head.split()[3:] == ["step", "data", "wait", *traces.FIGURES[2:]]
     assert first.split() == [str(on), "100.0", "4.0", "20.0", "55.0", "13.0", "17.5", "12.5", "5.0"]
     assert second.split()[-2:] == ["0.0", "13.5"] and str(png) in drawn
     assert png.read_bytes().startswith(b"\x89PNG") and 10_000 < png.stat().st_size < 300_000
@@ -159,7 +161,7 @@ def test_without_matplotlib_the_numbers_are_there(on: Path, capsys: pytest.Captu
 def test_bad_traces_are_one_sentence_and_exit_2(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, content: bytes | None, message: str
 ):
-    monkeypatch.setattr(timeline, "MOST_BYTES", 1000 if content == b" " * 2000 else timeline.MOST_BYTES)
+    monkeypatch.setattr(traces, "MOST_BYTES", 1000 if content == b" " * 2000 else traces.MOST_BYTES)
     path = tmp_path / "trace.json"
     if content is not None:
         path.write_bytes(content)
@@ -182,14 +184,14 @@ def test_figures_are_what_counting_milliseconds_says(seed: int):
     """Of ranges that lie anyhow, also beyond their step."""
     random_ = random.Random(seed)
     kinds = ["data wait", "forward", "backward", "optimizer", "bucket 3", "wait for buckets", "gradients", "agree"]
-    spans = []
+    parts = []
     for _ in range(60):
         start = random_.randrange(300)
-        spans.append(timeline._described(random_.choice(kinds), start, start + random_.randrange(25)))
-    trace = Trace(Path("t"), {}, {1: (0.0, 120.0), 2: (100.0, 250.0), 9: (260.0, 260.0)}, spans)
+        parts.append(traces._described(random_.choice(kinds), start, start + random_.randrange(25)))
+    trace = Trace(Path("t"), {}, {1: (0.0, 120.0), 2: (100.0, 250.0), 9: (260.0, 260.0)}, parts)
     for step, (first, last) in trace.steps.items():
         def passed(name: str, first: float = first, last: float = last) -> set[int]:
-            found = {at for s in spans if name in (s.kind, s.row) for at in range(int(s.start), int(s.end))}
+            found = {at for s in parts if name in (s.kind, s.row) for at in range(int(s.start), int(s.end))}
             return {at for at in found if first <= at < last}
 
         wire, waiting = passed("wire"), passed("waiting")
@@ -201,7 +203,7 @@ def test_figures_are_what_counting_milliseconds_says(seed: int):
 
 
 class Counting(list):
-    """Spans that count how often they are looked at."""
+    """Parts that count how often they are looked at."""
 
     looks = 0
 
@@ -212,8 +214,8 @@ class Counting(list):
 
 @pytest.mark.parametrize("count", [50, 200])
 def test_the_mean_of_many_steps_does_not_look_at_all_ranges_for_each(count: int):
-    spans = Counting(timeline._described("forward", n, n + 0.5) for n in range(count))
-    trace = Trace(Path("t"), {}, {n: (n, n + 1.0) for n in range(count)}, spans)
+    parts = Counting(traces._described("forward", n, n + 0.5) for n in range(count))
+    trace = Trace(Path("t"), {}, {n: (n, n + 1.0) for n in range(count)}, parts)
     Counting.looks = 0
     assert mean_figures(trace)["forward"] == pytest.approx(0.5)
     assert Counting.looks <= 8 * count
@@ -223,7 +225,7 @@ def test_the_mean_of_many_steps_does_not_look_at_all_ranges_for_each(count: int)
 def test_the_latest_end_of_a_stretch(seed: int):
     random_ = random.Random(seed)
     ends = [random_.random() for _ in range(100)]
-    latest = timeline._LatestEnd(ends)
+    latest = LatestEnd(ends)
     for last in sorted(random_.randrange(1, 101) for _ in range(80)):
         first = random_.randrange(last)
         assert latest.between(first, last) == max(ends[first:last])
@@ -251,7 +253,7 @@ def test_of_too_many_ranges_the_longest_are_drawn_and_the_title_says_so(
 def test_a_trace_that_holds_too_much_is_refused(
     names: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(timeline, names, most, raising=False)
+    monkeypatch.setattr(traces, names, most, raising=False)
     path = write(tmp_path / "t.json.gz", many_buckets(30))
     assert timeline.main([str(path)]) == 2
     (said,) = capsys.readouterr().err.splitlines()
@@ -265,7 +267,7 @@ def test_only_what_is_needed_of_a_trace_is_kept(tmp_path: Path):
     noise += [event("cudaFree", n, n + 1, category="cuda_runtime") for n in range(500)]
     wordy = kernel("void gemm<" * 1000, 1, 2, 7, 0.5, MAIN, 5)
     path = write(tmp_path / "t.json", [*noise, *wordy, *cpu_step(7, 0, True)])
-    _, events = timeline._read_events(path)
+    _, events = traces._read_events(path)
     assert len(events) == len(cpu_step(7, 0, True)) - 1 + 2
     assert max(len(one.name) for one in events) < 40
 
@@ -291,7 +293,7 @@ def test_a_disk_that_does_not_answer_is_no_wrong_input(
     def fail(_path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(timeline, "_pieces", fail, raising=False)
+    monkeypatch.setattr(traces, "_pieces", fail, raising=False)
     assert timeline.main([str(on)]) == 1
     assert "Input/output error" in capsys.readouterr().err
 
@@ -328,7 +330,7 @@ def test_tracing_changes_no_result_and_ends_with_the_run(
     assert trace.about == {"run": "traced", "rank": 0, "world_size": 1, "device": "cpu"}
     assert list(trace.steps) == [3, 4]
     for window in trace.steps.values():
-        inside = [span.kind for span in trace.spans if window[0] <= span.start and span.end <= window[1]]
+        inside = [part.kind for part in trace.parts if window[0] <= part.start and part.end <= window[1]]
         assert sorted(inside) == sorted(
             ["data wait", "agree", *["forward", "backward"] * 4, "optimizer", "zero gradients"]
         )

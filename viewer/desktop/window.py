@@ -41,6 +41,8 @@ from PyQt5.QtWidgets import (
     QWidget,
 )
 
+from runs.history import Snapshot
+from utils.text import plain
 from viewer.colours import look, on_paper
 from viewer.curves import WEIGHTS
 from viewer.desktop.canvas import Canvas, Draughtsman, Picture, paint_stroke
@@ -59,7 +61,6 @@ from viewer.panels import (
     theme_of,
     without_zoom,
 )
-from viewer.runs import Snapshot, plain
 from viewer.sources import Host, Place, Run, in_order, labels, open_hosts
 from viewer.state import State, differences, state_of
 from viewer.text import translate

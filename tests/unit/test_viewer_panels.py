@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runs.history import RunHistory, Snapshot
 from tests.logs import line, snapshot_of
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -38,7 +39,6 @@ from viewer.panels import (
     value_text,
     x_text,
 )
-from viewer.runs import RunData, Snapshot
 from viewer.text import translate
 
 SIZE = (360, 260)
@@ -138,7 +138,7 @@ def test_what_is_drawn_are_the_measured_values():
 @pytest.mark.parametrize("x", X_AXES)
 def test_every_x_axis_with_every_option(x: str):
     first = usual()
-    resumed = RunData()
+    resumed = RunHistory()
     resumed.feed([line("start", step=0), line("train", step=1, time=1001, loss=2.0, tokens=100)])
     resumed.feed([line("start", step=1, time=9000), line("train", step=2, time=9010, loss="nan", tokens=200)])
     view = View(("loss", "lr"), x, smoothing=0.9, log_y=True, outliers=False, dark=True, language="zh")
@@ -357,7 +357,7 @@ def test_values_beside_the_cursor():
 
 
 def _everything_left_out() -> tuple:
-    data = RunData()
+    data = RunHistory()
     data._skipped, data._too_many_tables, data._too_many_launches = 1, True, True
     data.feed([line("train", step=1)])
     data._tables["train"].too_many_columns, data._tables["train"].thinned = True, 1
@@ -546,7 +546,7 @@ def test_measured_curves_do_not_cover_smoothed_ones(count: int):
 
 @pytest.mark.parametrize("runs", [1, 10])
 def test_marks_do_not_cover_the_axis(runs: int):
-    data = RunData()
+    data = RunHistory()
     for launch in range(100):
         data.feed([line("start", step=10 * launch)] + [
             line(name, step=n, loss=1.0) for n in range(10 * launch + 1, 10 * launch + 11) for name in ("train", "save")

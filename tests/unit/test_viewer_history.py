@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runs import history as history_module
+from runs.columns import Columns
+from runs.history import RunHistory, Snapshot
 from runs.reslog import LONGEST_LINE, parse_record, read_reslog
 from tests.logs import line, snapshot_of
-from viewer import runs as runs_module
+from utils.text import plain
 from viewer.curves import band, smooth
-from viewer.runs import RunData, Snapshot, plain
 from viewer.sources import Health, Run
 from viewer.state import differences, state_of
 
@@ -63,7 +65,7 @@ def test_tokens_of_a_validation_lie_between_those_of_the_training():
 
 
 def test_a_snapshot_stays_as_it_was_when_its_run_goes_on():
-    data = RunData()
+    data = RunHistory()
     data.feed([line("start", step=0), *(line("train", step=step, loss=float(step)) for step in range(1, 60))])
     before = data.snapshot()
     data.feed([line("train", step=step, loss=float(step)) for step in range(60, 200)])
@@ -107,7 +109,7 @@ def test_a_number_that_json_lacks_is_shown_as_what_it_is():
 )  # fmt: skip
 def test_a_line_that_holds_no_record_is_passed_over(text: bytes, decoder: str, monkeypatch: pytest.MonkeyPatch):
     if decoder == "json":
-        monkeypatch.setattr(runs_module, "orjson", None)
+        monkeypatch.setattr(history_module, "orjson", None)
     snapshot = snapshot_of(text, line("train", step=7, loss=1.0))
     assert snapshot.tables["train"]["step"].tolist() == [7]
     assert snapshot.skipped_lines == (1 if text.strip() else 0)
@@ -122,7 +124,7 @@ def test_a_line_that_holds_no_record_is_passed_over(text: bytes, decoder: str, m
 )
 def test_a_metric_that_is_no_number_is_a_gap(value: str, decoder: str, monkeypatch: pytest.MonkeyPatch):
     if decoder == "json":
-        monkeypatch.setattr(runs_module, "orjson", None)
+        monkeypatch.setattr(history_module, "orjson", None)
     record = f'{{"name": "train", "time": 1, "step": 1, "loss": {value}, "lr": 0.5}}'.encode()
     snapshot = snapshot_of(record, line("train", step=2, loss=3.0))
     np.testing.assert_array_equal(snapshot.tables["train"]["loss"], [math.nan, 3.0])
@@ -178,8 +180,8 @@ HOSTILE = {what: (lines, said) for what, lines, said in hostile()}
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_what_a_log_can_fill_is_bounded_and_what_is_left_out_is_said(what: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs_module, "_MOST_LAUNCHES", 30, raising=False)
-    monkeypatch.setattr(runs_module, "_FREE_CELLS", 10_000, raising=False)
+    monkeypatch.setattr(history_module, "_MOST_LAUNCHES", 30, raising=False)
+    monkeypatch.setattr(history_module, "_FREE_CELLS", 10_000, raising=False)
     lines, said = HOSTILE[what]
     snapshot = snapshot_of(*lines)
     assert len(snapshot.launches) <= 30 and len(snapshot.tables) <= 20
@@ -194,8 +196,8 @@ def test_what_a_log_can_fill_is_bounded_and_what_is_left_out_is_said(what: str, 
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_thinning_is_even_and_counted(batch: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs_module, "_MOST_CELLS", 5 * 100, raising=False)
-    data, lines = RunData(), [line("train", step=step, loss=float(step)) for step in range(1, 2001)]
+    monkeypatch.setattr(history_module, "_MOST_CELLS", 5 * 100, raising=False)
+    data, lines = RunHistory(), [line("train", step=step, loss=float(step)) for step in range(1, 2001)]
     for first in range(0, len(lines), batch):
         data.feed(lines[first : first + batch])
     snapshot = data.snapshot()
@@ -228,8 +230,8 @@ class Counting(dict):
 def test_each_record_is_looked_at_a_few_times_however_many_keys_the_others_have(
     count: int, monkeypatch: pytest.MonkeyPatch
 ):
-    parse = runs_module.parse_record
-    monkeypatch.setattr(runs_module, "parse_record", lambda *args: Counting(parse(*args)))
+    parse = history_module.parse_record
+    monkeypatch.setattr(history_module, "parse_record", lambda *args: Counting(parse(*args)))
     Counting.looks = 0
     snapshot_of(*(line("train", step=n, **{f"{n} {m}": 1.0 for m in range(9)}) for n in range(count)))
     assert Counting.looks <= 30 * count
@@ -238,9 +240,9 @@ def test_each_record_is_looked_at_a_few_times_however_many_keys_the_others_have(
 @pytest.mark.parametrize("count", [300, 1200])
 def test_a_launch_moves_no_rows_that_stand(count: int, monkeypatch: pytest.MonkeyPatch):
     """Of a long log, thousands of launches that each go back by one step."""
-    moved, take = [], runs_module.Table._take
-    monkeypatch.setattr(runs_module.Table, "_take", lambda table, rows: moved.append(table.rows) or take(table, rows))
-    monkeypatch.setattr(runs_module, "_BATCH_BYTES", 1000)
+    moved, take = [], Columns._take
+    monkeypatch.setattr(Columns, "_take", lambda table, rows: moved.append(table.rows) or take(table, rows))
+    monkeypatch.setattr(history_module, "_BATCH_BYTES", 1000)
     steps = [line("train", step=n, loss=1.0) for n in range(count)]
     back = [line("start", step=count - 1), line("train", step=count, loss=2.0)]
     snapshot = snapshot_of(*steps, *(back * count))
@@ -252,7 +254,7 @@ def test_a_launch_moves_no_rows_that_stand(count: int, monkeypatch: pytest.Monke
 def test_what_is_shown_is_what_stands(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In batches and polls of any size, as the other reader of logs has it."""
     random_ = random.Random(seed)
-    monkeypatch.setattr(runs_module, "_BATCH_BYTES", random_.choice((1, 300, 5000)))
+    monkeypatch.setattr(history_module, "_BATCH_BYTES", random_.choice((1, 300, 5000)))
     lines, step = [], 0
     for _ in range(250):
         step = max(step + random_.choice((-4, 0, 1, 1, 1, 2)), 0)
@@ -261,7 +263,7 @@ def test_what_is_shown_is_what_stands(seed: int, tmp_path: Path, monkeypatch: py
             lines.append(line("start", step=step))
         metrics = {key: random_.random() for key in random_.sample(("loss", "lr", "x"), random_.randrange(3))}
         lines.append(line(random_.choice(("train", "valid")), step=step, **metrics))
-    data, before = RunData(), []
+    data, before = RunHistory(), []
     rest = list(lines)
     while rest:
         size = random_.randrange(1, 60)
@@ -291,7 +293,7 @@ def test_steps_that_fall_are_put_in_order():
 
 
 def test_a_hundred_thousand_launches():
-    data = RunData()
+    data = RunHistory()
     data.feed(b'{"name": "start", "step": 0, "time": %d}' % number for number in range(100_000))
     data.feed([line("train", step=1, time=100_001.0, loss=1.0)])
     snapshot = data.snapshot()

@@ -1,0 +1,68 @@
+"""How a kernel file declares what it implements; model/ops.py chooses among the declarations.
+
+The file of an operation ends with a tuple `IMPLEMENTATIONS`. Each entry names its operation and itself, says where it
+can be used (and, elsewhere, why not), and builds its functions only once it has been chosen. So a package that may be
+missing is imported only by those who use it.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from model.kernels import support
+
+Where = Callable[[torch.device, torch.dtype], bool]
+WhyNot = Callable[[torch.device, torch.dtype], str | None]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation of the model."""
+
+    op: str
+    """The operation; the flag --OP_kernel chooses among those of one name."""
+    name: str
+    """The flag's value."""
+    build: Callable[[], Mapping[str, object]]
+    """Field of model.ops.Ops -> function. Called once the implementation has been chosen."""
+    why_not: WhyNot = lambda device, dtype: None
+    """Why it cannot be used on a device in a dtype, as a clause of a sentence for the user; None if it can."""
+    is_fastest: Where = lambda device, dtype: False
+    """Whether it was measured to be the fastest there: --kernels=auto takes it wherever it can be used."""
+    is_plain: bool = False
+    """Whether --kernels=reference takes it, and auto where nothing is faster. One implementation of each operation."""
+
+
+def needs_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`why_not` of our Triton kernels."""
+    return support.unavailable_reason(device)
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """`is_fastest` of our Triton kernels."""
+    return support.unavailable_reason(device) is None
+
+
+def needs_package(name: str, package: str) -> WhyNot:
+    """`why_not` of a package's CUDA kernels.
+
+    Args:
+        name: the implementation's.
+        package: what has to be importable.
+    """
+
+    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+        return None if device.type == "cuda" else f"{name} needs a CUDA device"
+
+    return why_not
+
+
+def needs_half(name: str, dtype: torch.dtype) -> str | None:
+    """Why an implementation that takes 16-bit numbers alone cannot be used in a dtype."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"{name} takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"

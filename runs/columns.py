@@ -1,0 +1,168 @@
+"""Numbers of many records as columns, within bounds.
+
+Rows are added while readers hold earlier snapshots, which never change.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from runs.reslog import NON_FINITE, number
+from utils.text import plain
+
+MOST_COLUMNS = 200
+"""A file with more metrics is not ours."""
+ALWAYS = ("step", "time", "launch")
+_ORDINAL = "\0"
+"""Column with the place of a row among all that were added. No metric has this name: see `plain`."""
+
+
+class Columns:
+    """Columns of float64, all of one length; a missing value is NaN. Rows are in the order of their steps, those of one
+    step as they came."""
+
+    def __init__(self):
+        self._columns = {name: np.empty(64) for name in (*ALWAYS, _ORDINAL)}
+        self._sorted = True
+        self._stride, self._added = 1, 0
+        self._seen = 0
+        """So many rows are in snapshots, which must not change."""
+        self.rows = 0
+        self.numbers = 0
+        """That were put in, in all; of rows that went, a like share is taken off."""
+        self.too_many_columns = False
+        self.thinned = 0
+        """Rows that went to save memory."""
+
+    @property
+    def cells(self) -> int:
+        return self.rows * len(self._columns)
+
+    @property
+    def _room(self) -> int:
+        """For more columns."""
+        return MOST_COLUMNS + 1 - len(self._columns)
+
+    def add(self, records: Sequence[dict]) -> None:
+        """Append a row a record; of each, the values that are numbers."""
+        needed = self.rows + len(records)
+        found = self._dense(records) if len(set(map(tuple, records))) == 1 else self._sparse(records)
+        found[_ORDINAL] = slice(None), np.arange(self._added, self._added + len(records))
+        self._added += len(records)
+        for name in found:
+            if name not in self._columns:
+                column = self._columns[name] = np.empty(len(self._columns["step"]))
+                column[: self.rows] = math.nan
+        for name, column in self._columns.items():
+            if len(column) < needed:
+                # Another array, with room: a snapshot may still show the old one.
+                column = np.empty(needed + needed // 2)
+                column[: self.rows] = self._columns[name][: self.rows]
+                self._columns[name] = column
+            added = column[self.rows : needed]
+            added.fill(math.nan)
+            if name in found:
+                rows, values = found[name]
+                added[rows] = values
+                self.numbers += len(values)
+        steps = self._columns["step"][max(self.rows - 1, 0) : needed]
+        self._sorted = self._sorted and not (np.diff(steps) < 0).any()
+        self.rows = needed
+
+    def _dense(self, records: Sequence[dict]) -> dict[str, tuple[slice, np.ndarray]]:
+        """Name -> (all rows, values), where all records have the same keys: as a run writes them, and much faster."""
+        found: dict[str, tuple[slice, np.ndarray]] = {}
+        room = self._room
+        for key, values in zip(records[0], zip(*map(dict.values, records))):
+            name = plain(key)
+            is_new = name not in self._columns and name not in found
+            if key == "name" or (column := _numbers(values)) is None:
+                continue
+            if is_new and not room:
+                self.too_many_columns = True
+                continue
+            room -= is_new
+            found[name] = (slice(None), column)
+        return found
+
+    def _sparse(self, records: Sequence[dict]) -> dict[str, tuple[list[int], list[float]]]:
+        """Name -> (rows, their values): never a look at each key for each record."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        names: dict[str, str] = {}
+        room = self._room
+        for row, record in enumerate(records):
+            for key, value in record.items():
+                if key == "name" or (value := number(value)) is None:
+                    continue
+                name = names.get(key) or names.setdefault(key, plain(key))
+                if name not in found:
+                    is_new = name not in self._columns
+                    if is_new and not room:
+                        self.too_many_columns = True
+                        continue
+                    room -= is_new
+                    found[name] = ([], [])
+                found[name][0].append(row)
+                found[name][1].append(value)
+        return found
+
+    def drop_after(self, step: float) -> None:
+        """Let the rows of later steps go."""
+        if not self.rows:
+            return
+        self._sort()
+        rows = int(np.searchsorted(self._columns["step"][: self.rows], step, "right"))
+        if rows == self.rows:
+            return
+        self.numbers = self.numbers * rows // self.rows
+        if rows < self._seen:
+            self._take(slice(rows))
+        self.rows = rows
+
+    def thin(self) -> None:
+        """Let a quarter of the rows go, at least, so that those that stay lie evenly over all that were added. The
+        newest stays."""
+        self._sort()
+        ordinals, before = self._columns[_ORDINAL][: self.rows], self.rows
+        stays = np.zeros(before, bool)
+        # First from what came since the last time; if that is little, from all.
+        while not stays.any() or 4 * stays.sum() > 3 * before + 4:
+            stays = ordinals % self._stride == 0
+            stays[-1] = True
+            self._stride *= 2
+        self._stride //= 2
+        self._take(np.flatnonzero(stays))
+        self.thinned += before - self.rows
+        self.numbers = self.numbers * self.rows // before
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        self._sort()
+        self._seen = self.rows
+        return {name: column[: self.rows] for name, column in self._columns.items() if name != _ORDINAL}
+
+    def _sort(self) -> None:
+        """Steps rise unless somebody else wrote the log."""
+        if not self._sorted:
+            self._take(np.argsort(self._columns["step"][: self.rows], kind="stable"))
+            self._sorted = True
+
+    def _take(self, rows: slice | np.ndarray) -> None:
+        for name, column in self._columns.items():
+            self._columns[name] = column[: self.rows][rows].copy()
+        self.rows, self._seen = len(self._columns["step"]), 0
+
+
+def _numbers(values: Sequence[object]) -> np.ndarray | None:
+    """As float64, what is no number as NaN; None if none is one."""
+    kinds = set(map(type, values))
+    if kinds <= {float, int}:
+        with suppress(OverflowError):
+            return np.array(values, dtype=np.float64)
+    if kinds == {str} and NON_FINITE.keys().isdisjoint(values):
+        return None
+    found = [number(value) for value in values]
+    if all(one is None for one in found):
+        return None
+    return np.array([math.nan if one is None else one for one in found])
