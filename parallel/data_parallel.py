@@ -140,8 +140,11 @@ class NaiveEngine:
         self.optimizer.weights_from_main()
         self.optimizer.load_scalar_state(scalars)
 
-    def take_local_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int) -> list[str]:
-        return ["the residuals of PowerSGD are dropped: it is not used any more"] if any(True for _ in states) else []
+    def take_local_states(
+        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+    ) -> list[str]:
+        has_any = next(iter(states), None) is not None
+        return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
 
     def describe(self) -> str:
         threads, size = torch.get_num_threads(), self.mesh.world_size
@@ -235,10 +238,12 @@ class BucketedEngine(NaiveEngine):
         if self.zero1 is not None:
             self.zero1.gather_all()
 
-    def take_local_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int) -> list[str]:
+    def take_local_states(
+        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+    ) -> list[str]:
         """Residuals go to the ranks of their numbers, or of those that took their place; Q was the same on all."""
         if self.powersgd is None:
-            return super().take_local_states(states, step)
+            return super().take_local_states(states, step, name)
         self.powersgd.iteration = step
         told = []
         for index, (saved, is_mine) in enumerate(states):

@@ -156,12 +156,15 @@ class Engine(Protocol):
     def take_state(self, scalars: dict) -> None:
         """The tensors of `named_state` were filled: set the model's weights from them. Collective."""
 
-    def take_local_states(self, states: Sequence[tuple[Mapping[str, Tensor], bool]], step: int) -> list[str]:
+    def take_local_states(
+        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+    ) -> list[str]:
         """Take up `local_state` of the ranks that saved.
 
         Args:
             states: of each of them, and whether this rank is to take up its part. Only the first is for all ranks.
             step: completed steps.
+            name: of the checkpoint, for the sentences.
         Returns:
             sentences on what has no place here.
         """
