@@ -22,12 +22,12 @@ from dataset.config import DataConfig
 from model.config import LlamaConfig, padded_vocab_size
 from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
+from runs import layout
 from tasks.config import DPOConfig
 from training.config import RunConfig, SystemConfig
 from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
 
-CONFIG_NAME = "config.yaml"
 SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
 """Model fields that weights depend on: another value needs another model."""
@@ -174,7 +174,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     merged = from_file | command
     saved: dict[str, Any] = {}
     if _coerce("resume", merged.get("resume", False)):
-        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
+        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / layout.CONFIG_NAME
         # Its paths were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     if saved and "size" in merged:
@@ -228,7 +228,7 @@ def is_open(config: Config, given: frozenset[str], *names: str) -> bool:
     Args:
         given: as `parse_config` returns it.
     """
-    is_saved = config.run.resume and (Path(config.run.out_dir) / CONFIG_NAME).exists()
+    is_saved = config.run.resume and (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
     return not is_saved and given.isdisjoint(names)
 
 
@@ -461,7 +461,7 @@ def _check(config: Config) -> None:
     if config.data.resume_at_sample and not config.run.resume:
         raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
     if config.run.valid_only and not (config.run.resume or config.run.init_from):
-        holds_run = (Path(config.run.out_dir) / CONFIG_NAME).exists()
+        holds_run = (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
         to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
         raise ValueError(f"--valid_only needs weights: {to_do}")
     _check_task(config)
@@ -555,8 +555,8 @@ def resolve_model(
                 raise ValueError(
                     f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
                     if name in given else
-                    f"{name} is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or "
-                    f"begin a new run"
+                    f"{name} is {asked} in the run's {layout.CONFIG_NAME}, and {has} in its weights: restore that "
+                    f"line, or begin a new run"
                 )  # fmt: skip
         own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}

@@ -35,13 +35,14 @@ import psutil
 
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
-from monitor.node import MONITOR_DIR, LocalNode
+from monitor.node import LocalNode
 from monitor.policy import Rules
 from monitor.remote import OtherVersion, RemoteNode
 from monitor.status import ENDED_STATES, Status, describe, last_loss
 from monitor.supervisor import Options, Supervisor
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from runs.layout import LOCK, RunPaths
 from utils.arguments import Parser
 from utils.files import is_passing, lock_file
 from utils.paths import a_path, absent, expand
@@ -175,8 +176,8 @@ def claim(run_dir: Path, stop_requested: Callable[[], bool] = lambda: False) -> 
     deadline, told = time.monotonic() + _LOCK_PATIENCE, False
     while True:
         try:
-            (run_dir / MONITOR_DIR).mkdir(parents=True, exist_ok=True)
-            return lock_file(run_dir / MONITOR_DIR / ".lock", taken)
+            RunPaths(run_dir).monitor_dir.mkdir(parents=True, exist_ok=True)
+            return lock_file(RunPaths(run_dir).monitor_dir / LOCK, taken)
         except OSError as error:
             if not is_passing(error):
                 raise ValueError(f"{run_dir} cannot be written: {error.strerror}") from None
@@ -270,7 +271,7 @@ def main(argv: list[str]) -> int:
     if lock is None:
         logger.info("stopped on request before a launch")
         return STOPPED
-    logger.addHandler(SteadyLog(supervisor.run_dir / MONITOR_DIR / "monitor.log"))
+    logger.addHandler(SteadyLog(RunPaths(supervisor.run_dir).monitor_dir / "monitor.log"))
     try:
         return supervisor.run()
     finally:

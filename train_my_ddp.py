@@ -30,6 +30,7 @@ from configurator import Config, parse_config, resolve
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from runs import exits
 from runs.job import run_job
+from runs.layout import RunPaths
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         try:
             config, given = parse_config(argv)
             refuse_folder_of_others(config)
-            exit_dir = exit_dir or Path(config.run.out_dir) / "exit"
+            exit_dir = exit_dir or RunPaths(Path(config.run.out_dir)).exit_dir
             exits.clear_exit_record(exit_dir, rank)
             # All of it imports torch, which takes seconds: what is wrong with the command is said before.
             from parallel import destroy_context, init_context
@@ -146,7 +147,7 @@ def launch(nproc: int, argv: list[str]) -> int:
     refuse_folder_of_others(config)
     if "gradient_accumulation_steps" in given:
         resolve(config, nproc, 1)
-    exit_dir = exit_record_dir() or Path(config.run.out_dir) / "exit"
+    exit_dir = exit_record_dir() or RunPaths(Path(config.run.out_dir)).exit_dir
     for rank in range(nproc):
         exits.clear_exit_record(exit_dir, rank)
     here = Path(__file__).resolve()

@@ -28,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from runs.layout import RunPaths
+
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("hf_bbpe", "sp_bbpe")
 MOST = 48
@@ -71,7 +73,7 @@ def train(kind: str, home: Path) -> Path:
         f"--out_dir={home / 'run'}", "--max_seq_len=192", "--hidden_size=64", "--num_hidden_layers=2",
         "--num_attention_heads=4", "--dtype=float32", "--train_batch_size=4", "--gradient_accumulation_steps=1",
         "--max_iters=200", "--learning_rate=6e-3", "--weight_decay=0")  # fmt: skip
-    return next((home / "run" / "ckpt").glob("step-*"))
+    return next(RunPaths(home / "run").ckpt_dir.glob("step-*"))
 
 
 def lines() -> list[str]:

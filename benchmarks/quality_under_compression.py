@@ -24,6 +24,7 @@ import statistics
 from pathlib import Path
 
 from demo.run import ROOT, data_stages, run
+from runs.layout import RunPaths
 from runs.reslog import read_reslog
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -44,7 +45,7 @@ def contenders(ranks: list[int], start: int) -> dict[str, list[str]]:
 
 
 def records_of(run_dir: Path, name: str) -> list[dict]:
-    path = run_dir / "reslog.jsonl"
+    path = RunPaths(run_dir).reslog
     return [record for record in read_reslog(path) if record["name"] == name] if path.exists() else []
 
 

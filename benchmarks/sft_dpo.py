@@ -31,6 +31,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from runs.layout import RunPaths
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -101,7 +102,7 @@ def run_ours(case: str, args: argparse.Namespace) -> dict:
     ])  # fmt: skip
     if code:
         raise SystemExit(code)
-    records = [json.loads(line) for line in (out_dir / "reslog.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in RunPaths(out_dir).reslog.read_text().splitlines()]
     steps = [record for record in records if record["name"] == "train"][_SKIPPED_STEPS:]
     return {
         "tokens_per_sec": statistics.median(record["tokens_per_sec"] for record in steps),

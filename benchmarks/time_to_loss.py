@@ -48,6 +48,7 @@ from dataset.loader import validation_batches
 from dataset.pretrain import PretrainDataset
 from demo.run import data_stages, records_of, run
 from model.loss import IGNORE_INDEX, cross_entropy_sum
+from runs.layout import RunPaths
 from tokenizer import load_tokenizer
 from utils.machine import cpu_name
 from utils.paths import a_path
@@ -157,7 +158,7 @@ def train_ours(args: argparse.Namespace, home: Path, data: Path) -> list[Point]:
     """Points of a run of train_my_ddp.py, made if it is not there."""
     settings = json.dumps([args.iters, args.points, args.flag, (ROOT / CONFIG).read_text()])
     run_dir = home / f"run-{args.iters}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-    ends = records_of(run_dir, "end") if (run_dir / "reslog.jsonl").exists() else []
+    ends = records_of(run_dir, "end") if RunPaths(run_dir).reslog.exists() else []
     if not any(end["reason"] == "finished" for end in ends):
         interval = max(1, args.iters // args.points)
         run([

@@ -81,16 +81,16 @@ def memory_mib() -> float:
 
 def measure_opening(directory: Path) -> tuple[float, float]:
     """Seconds, and MiB more than before at the highest."""
-    from viewer.sources import Host
+    from viewer.sources.source import RunSource
 
     before, started = memory_mib(), time.perf_counter()
-    host = Host(None, [str(directory)], on_change=lambda: None)
+    host = RunSource(None, [str(directory)], on_change=lambda: None)
     host.start()
     host.loaded.wait()
     seconds = time.perf_counter() - started
     host.stop()
     host.join(5)
-    assert len(host.runs) and all("train" in run.data.snapshot().tables for run in host.runs)
+    assert len(host.runs) and all("train" in run.history.snapshot().tables for run in host.runs)
     return seconds, memory_mib() - before
 
 
@@ -140,7 +140,7 @@ def _script(app, window_module, directory: Path, steps: int, found: dict, note):
     """What happens to the window, with pauses in ms between."""
     shown = [w for w in app.topLevelWidgets() if isinstance(w, window_module.Window)][0]
     started = time.perf_counter()
-    while not (shown.runs and all(host.loaded.is_set() for host in shown._hosts)):
+    while not (shown.runs and all(host.loaded.is_set() for host in shown._sources)):
         yield 20
     found["window opened, s"] = round(time.perf_counter() - started, 2)
     yield 3000

@@ -47,7 +47,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from checkpoint.stores import SEEN_MARK, Gather, Part, Place, missing_ranks
+from checkpoint.stores import Gather, Part, Place, missing_ranks
+from runs.layout import CKPT_DIR, EXIT_DIR, MONITOR_DIR, SEEN_MARK, STOP_FILE, RunPaths
 from runs.reslog import read_reslog
 from utils.arguments import Parser
 from utils.files import is_passing, lock_file, sha256_of_file
@@ -58,9 +59,6 @@ from utils.terminal import run_main
 logger = logging.getLogger(__name__)
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
-RESLOG = "reslog.jsonl"
-RUN_MARK = ".zero2all-run"
-"""An empty file in a run directory, by which ranks find out whether they see the same one."""
 _UNKNOWN = "unknown-"
 """Begins the `save_id` of what has no manifest that says it."""
 REPLACED = ".replaced-"
@@ -75,10 +73,6 @@ _MOST_LOOKS = 5
 _LOCK_PATIENCE = 30.0
 """Seconds to wait for a run directory that another process holds: a `prune`, or a rank that is dying."""
 _RUNS_NAMED = 3
-
-STOP_FILE = "stop"
-"""A file of this name in a run directory asks the run to save and stop."""
-
 
 _Read = TypeVar("_Read")
 
@@ -454,10 +448,10 @@ def lock_run(out_dir: Path, patience_s: float = _LOCK_PATIENCE) -> BinaryIO:
         ValueError: another process, still alive, has it.
     """
     taken = f"another process trains in {out_dir}: stop it first, or choose another --out_dir"
-    return lock_file(out_dir / ".lock", taken, patience_s)
+    return lock_file(RunPaths(out_dir).lock, taken, patience_s)
 
 
-_NOT_OF_A_RUN_YET = ("exit", "monitor", SEEN_MARK, STOP_FILE, "lost+found", ".nfs", ".snapshot")
+_NOT_OF_A_RUN_YET = (EXIT_DIR, MONITOR_DIR, SEEN_MARK, STOP_FILE, "lost+found", ".nfs", ".snapshot")
 """How names begin that a refused launch, the monitor, ranks that look for each other, who asks a run to stop, or a file
 system leave in a directory."""
 
@@ -471,11 +465,11 @@ def prepare_run(out_dir: Path) -> None:
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if not (out_dir / RUN_MARK).exists():
+        if not RunPaths(out_dir).mark.exists():
             refuse_other_things(out_dir)
             # Before anything else: who is killed in between must find his own directory again.
-            (out_dir / RUN_MARK).touch()
-        (out_dir / "ckpt").mkdir(exist_ok=True)
+            RunPaths(out_dir).mark.touch()
+        RunPaths(out_dir).ckpt_dir.mkdir(exist_ok=True)
     except OSError as error:
         if is_passing(error):
             raise
@@ -491,13 +485,13 @@ def refuse_other_things(out_dir: Path) -> None:
     """
     is_empty = not out_dir.is_dir() or all(map(_may_precede_a_run, out_dir.iterdir()))
     # Last: a rank that is ahead may have begun the run meanwhile.
-    if not is_empty and not (out_dir / RUN_MARK).exists():
+    if not is_empty and not RunPaths(out_dir).mark.exists():
         raise ValueError(f"--out_dir {out_dir} holds other things than a run: choose a new or empty directory")
 
 
 def _may_precede_a_run(path: Path) -> bool:
     # Earlier versions made an empty `ckpt` before the mark.
-    return path.name.startswith(_NOT_OF_A_RUN_YET) or (path.name == "ckpt" and path.is_dir() and not os.listdir(path))
+    return path.name.startswith(_NOT_OF_A_RUN_YET) or (path.name == CKPT_DIR and path.is_dir() and not os.listdir(path))
 
 
 def open_run(
@@ -512,17 +506,18 @@ def open_run(
             missing. On all ranks.
         Unreadable: what there is cannot be read now. On all ranks.
     """
-    ckpt_dir = out_dir / "ckpt"
+    paths = RunPaths(out_dir)
+    ckpt_dir = paths.ckpt_dir
     if resume:
         chosen, remarks = agree_on_checkpoint(ckpt_dir, which, place, gather)
         if chosen is not None:
             return chosen, remarks
     elif any(_read_on_all(lambda: bool(list_checkpoints(ckpt_dir)), gather)):
         raise ValueError(f"{out_dir} already holds a run: add --resume to go on, or choose another --out_dir")
-    saved = next(filter(None, _read_on_all(lambda: _last_save(out_dir / RESLOG), gather)), None)
+    saved = next(filter(None, _read_on_all(lambda: _last_save(paths.reslog), gather)), None)
     if saved is not None:
         raise ValueError(
-            f"{ckpt_dir} holds no checkpoint, but {out_dir / RESLOG} says that {saved} was saved: bring it back (is a "
+            f"{ckpt_dir} holds no checkpoint, but {paths.reslog} says that {saved} was saved: bring it back (is a "
             f"disk not mounted?) and give --resume, or choose another --out_dir to begin anew"
         )
     if not resume:
@@ -550,7 +545,7 @@ def _runs_beside(out_dir: Path) -> str:
 
 def _has_checkpoints(run: Path) -> bool:
     try:
-        return any(map(_STEP_DIR.fullmatch, os.listdir(run / "ckpt")))
+        return any(map(_STEP_DIR.fullmatch, os.listdir(RunPaths(run).ckpt_dir)))
     except OSError:
         return False
 
@@ -578,15 +573,15 @@ def resolve_checkpoint_dir(path: Path) -> Path:
         if (path / MANIFEST).exists() and (problem := find_problem(path, weights_only=True)):
             raise ValueError(f"checkpoint {path} is broken: {problem}")
         return path
-    if (path / "ckpt").is_dir():
-        chosen, complaints = choose_checkpoint(path / "ckpt", weights_only=True)
+    if RunPaths(path).ckpt_dir.is_dir():
+        chosen, complaints = choose_checkpoint(RunPaths(path).ckpt_dir, weights_only=True)
         for complaint in complaints:
             logger.warning(complaint)
         if chosen is not None:
             return chosen.path
         raise ValueError("; ".join(complaints) or f"the run {path} has no checkpoint yet: its first save makes one")
     inside = [path / name for name in names_in(path)]
-    if path.name == "ckpt" and (path.parent / RUN_MARK).exists():
+    if path.name == CKPT_DIR and RunPaths(path.parent).mark.exists():
         inside = [path.parent]
     one = next((each for each in inside if _has_checkpoints(each) or (each / "config.json").exists()), None)
     meant = f": did you mean {one}?" if one else ""
@@ -769,8 +764,8 @@ def _prune_command(run: Path, checkpoints: list[Checkpoint], retention: Retentio
     for checkpoint in doomed:
         print(f"{'would delete' if dry_run else 'deleting'} {_line(checkpoint)}")
     if lock is not None:
-        prune(run / "ckpt", retention)
-        delete_leftovers(run / "ckpt")
+        prune(RunPaths(run).ckpt_dir, retention)
+        delete_leftovers(RunPaths(run).ckpt_dir)
         lock.close()
     print(f"{len(checkpoints) - len(doomed)} of {len(checkpoints)} checkpoints stay")
     return 0
@@ -799,8 +794,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run = Path(args.run)
     try:
-        checkpoints = list_checkpoints(run / "ckpt")
-        if not (run / "ckpt").is_dir():
+        checkpoints = list_checkpoints(RunPaths(run).ckpt_dir)
+        if not RunPaths(run).ckpt_dir.is_dir():
             raise ValueError(f"{run} is no run directory: it has no ckpt folder" if run.exists() else absent(run))
         if args.command == "prune":
             for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 0)):

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runs.layout import SEEN_MARK
 from utils.files import is_passing
 
 Gather = Callable[[object], list]
 """Collective: every rank's JSON-like value, in rank order, on every rank."""
-
-SEEN_MARK = ".seen-"
 
 
 @dataclass(frozen=True)

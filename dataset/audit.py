@@ -36,6 +36,7 @@ from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
 from dataset.run_data import read_run_data
+from runs.layout import RESLOG_NAME, RunPaths
 from runs.reslog import count_launches, read_reslog
 from utils.arguments import Parser
 from utils.paths import a_path, absent
@@ -173,11 +174,11 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
 
 
 def _records_of(run_dir: Path) -> list[dict]:
-    path = run_dir / "reslog.jsonl"
+    path = RunPaths(run_dir).reslog
     if not run_dir.exists():
         raise ValueError(absent(run_dir))
     if not path.exists():
-        raise ValueError(f"{run_dir} holds no reslog.jsonl: it is no run directory")
+        raise ValueError(f"{run_dir} holds no {RESLOG_NAME}: it is no run directory")
     records = [record for record in read_reslog(path) if record["name"] in ("start", "train")]
     if not any(record["name"] == "train" for record in records):
         raise ValueError(f"{path} records no step yet")
@@ -196,7 +197,7 @@ def _records_of(run_dir: Path) -> list[dict]:
 
 
 def report(run_dir: Path, audit: Audit, seconds: float) -> Iterator[str]:
-    launches = count_launches(run_dir / "reslog.jsonl")
+    launches = count_launches(RunPaths(run_dir).reslog)
     sizes = ", ".join(map(str, audit.world_sizes))
     yield f"{audit.steps} steps, {audit.samples:,} samples, {launches} launches (processes: {sizes})"
     yield from audit.segments

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from runs.layout import CONFIG_NAME, RunPaths
 from utils.small_files import parse_yaml
-
-CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class RunData:
 
 
 def is_run(path: Path) -> bool:
-    return (path / CONFIG_NAME).exists()
+    return RunPaths(path).config.exists()
 
 
 def read_run_data(run_dir: Path) -> RunData:
@@ -31,7 +30,7 @@ def read_run_data(run_dir: Path) -> RunData:
         ValueError: no run directory.
     """
     try:
-        config = parse_yaml((run_dir / CONFIG_NAME).read_bytes())
+        config = parse_yaml(RunPaths(run_dir).config.read_bytes())
         # Not those that were given: of raw records, where their tokens are.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
         return RunData(

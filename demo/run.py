@@ -31,6 +31,7 @@ from textwrap import indent
 from demo.functions import modules_of
 from demo.scores import Score, describe, difference, read_answers, score_of, verdict
 from runs.exits import STOPPED
+from runs.layout import RunPaths
 from runs.reslog import read_reslog
 from utils.machine import cpu_name
 from utils.paths import a_path
@@ -66,7 +67,7 @@ def run_all(*commands: list[str]) -> None:
 def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
     """Start training, ask it to stop once it has done `stop_step` steps, and check that it saved and said so."""
     show(command)
-    reslog = run_dir / "reslog.jsonl"
+    reslog = RunPaths(run_dir).reslog
     asked = False
     process = subprocess.Popen(_executable(command), cwd=ROOT)
     while process.poll() is None:
@@ -199,7 +200,7 @@ def draw_curves(home: Path, *runs: str) -> None:
 
 
 def records_of(run_dir: Path, name: str) -> list[dict]:
-    return [record for record in read_reslog(run_dir / "reslog.jsonl") if record["name"] == name]
+    return [record for record in read_reslog(RunPaths(run_dir).reslog) if record["name"] == name]
 
 
 def xz_bits_per_byte(corpus: Path) -> float:

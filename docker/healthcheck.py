@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from monitor.watch import Limits, Watch  # noqa: E402
 from runs.heartbeat import read_heartbeats  # noqa: E402
+from runs.layout import HEARTBEAT_DIR, RunPaths, rank_of  # noqa: E402
 from runs.reslog import newest_values  # noqa: E402
 from utils.paths import a_path  # noqa: E402
 from utils.terminal import run_main  # noqa: E402
@@ -39,21 +40,21 @@ def local_ranks() -> dict[Path, dict[int, bool]]:
             # It ended meanwhile, or is another user's.
             continue
         for file in files:
-            if file.parent.name == "heartbeat" and file.name.startswith("rank-") and file.suffix == ".json":
+            if file.parent.name == HEARTBEAT_DIR and rank_of(file) is not None:
                 found.setdefault(file.parent.parent, {})[int(process.name)] = stopped
     return found
 
 
 def seconds_a_step(run_dir: Path) -> float | None:
     """As the newest training record says; None before there is one."""
-    return next(filter(math.isfinite, newest_values(run_dir / "reslog.jsonl", "dt")), None)
+    return next(filter(math.isfinite, newest_values(RunPaths(run_dir).reslog, "dt")), None)
 
 
 def overdue(run_dir: Path, ranks: dict[int, bool], limits: Limits, now: float) -> tuple[str | None, list[dict]]:
     """What is wrong with a run, if anything, and the heartbeats of its ranks here."""
     beats = [
         record | {"age": now - record["monotonic"], "alive": True, "stopped": ranks[record["pid"]]}
-        for record in read_heartbeats(run_dir / "heartbeat")
+        for record in read_heartbeats(RunPaths(run_dir).heartbeat_dir)
         # Helpers that a rank forked hold the file open, too.
         if set(record) >= _KEYS and record["pid"] in ranks
     ]

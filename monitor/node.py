@@ -33,18 +33,17 @@ from pathlib import Path
 
 import psutil
 
-from checkpoint.folder import RUN_MARK, list_checkpoints
+from checkpoint.folder import list_checkpoints
 from monitor.claim import LEASE_SECONDS, Claim, Holder, Monitor, TakenOver
 from monitor.passing import FULL
 from runs.exits import read_exit_records
-from runs.heartbeat import read_heartbeats, stacks_path
+from runs.heartbeat import read_heartbeats
+from runs.layout import RunPaths, stacks_file
 from utils.files import atomic_write_json, is_passing, try_lock
 from utils.paths import a_path, expand
 from utils.small_files import is_whole, parse_json, read_small
 
 PROTOCOL = 2
-MONITOR_DIR = "monitor"
-"""Folder in a run directory for what belongs to its monitor."""
 _LOG_BYTES_AT_ONCE = 1 << 18
 _LOGS_KEPT = 10
 _LONGEST_JSON, _LARGEST_PID = 1 << 20, 1 << 22
@@ -117,7 +116,7 @@ class LocalNode:
 
     def __init__(self, run_dir: Path, index: int = 0, name: str = "this machine"):
         self.run_dir, self.index, self.name = run_dir, index, name
-        self.home = run_dir / MONITOR_DIR
+        self.home = RunPaths(run_dir).monitor_dir
         self._job_file = self.home / f"job-{index}.json"
         self._process: subprocess.Popen | None = None
         self._job: dict | None = None
@@ -319,7 +318,7 @@ class LocalNode:
     def _is_run_locked(self) -> bool:
         """Whether a training, or a command that changes checkpoints, is in the run directory (checkpoint.folder)."""
         try:
-            with open(self.run_dir / ".lock", "rb") as file:
+            with open(RunPaths(self.run_dir).lock, "rb") as file:
                 return not try_lock(file, fcntl.LOCK_SH)
         except OSError:
             # There is none, or no locks are to be had: the training finds out for itself.
@@ -344,7 +343,7 @@ class LocalNode:
     def _heartbeats(self) -> list[dict]:
         """Of this launch's ranks on this node."""
         now, found = time.monotonic(), []
-        for record in read_heartbeats(self.run_dir / "heartbeat"):
+        for record in read_heartbeats(RunPaths(self.run_dir).heartbeat_dir):
             if record.get("launch") != self._job["token"] or not _HEARTBEAT_KEYS <= set(record):
                 continue
             status = _status_of(record["pid"], self._job["token"])
@@ -396,7 +395,7 @@ class LocalNode:
     def _newest_checkpoint(self) -> tuple[int | None, int]:
         """(step, bytes); (None, 0) also where nobody can say."""
         try:
-            checkpoints = list_checkpoints(self.run_dir / "ckpt")
+            checkpoints = list_checkpoints(RunPaths(self.run_dir).ckpt_dir)
         except OSError:
             return None, 0
         if not checkpoints:
@@ -414,7 +413,7 @@ class LocalNode:
         Raises:
             OSError: it cannot be said now.
         """
-        return bool(list_checkpoints(self.run_dir / "ckpt"))
+        return bool(list_checkpoints(RunPaths(self.run_dir).ckpt_dir))
 
     def stacks(self) -> str:
         """The Python stacks of all ranks, which they write themselves on SIGUSR1; ranks that are stopped are let go on
@@ -424,7 +423,7 @@ class LocalNode:
         waiting = []
         for record in self._heartbeats():
             if record["alive"]:
-                path = stacks_path(self.run_dir / "heartbeat", record["rank"])
+                path = RunPaths(self.run_dir).heartbeat_dir / stacks_file(record["rank"])
                 before = path.stat().st_size if path.exists() else 0
                 _send(record["pid"], signal.SIGUSR1)
                 if record["stopped"]:
@@ -554,7 +553,7 @@ _PLAIN = ("adopt", "stacks", "stop", "kill", "clear", "holds_checkpoint", "relea
 def _answer(node: LocalNode, request: dict) -> object:
     do = request["do"]
     if do == "hello":
-        return {"protocol": PROTOCOL, "is_run": (node.run_dir / RUN_MARK).exists()}
+        return {"protocol": PROTOCOL, "is_run": RunPaths(node.run_dir).mark.exists()}
     if do == "claim":
         who = Monitor.read(request["who"])
         if who is None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from monitor.command import TrainCommand
-from monitor.node import MONITOR_DIR, NodeReport
+from monitor.node import NodeReport
+from runs import layout
 
 logger = logging.getLogger("monitor")
 
@@ -79,7 +80,7 @@ class Rewind:
         by = f", by launch {str(note['launch']).partition('-')[0]}" if note.get("launch") else ""
         logger.info(
             "--resume_from=%s was followed once%s: going on from the newest checkpoint; to go back again, delete "
-            "%s/%s/%s.json on %s", self._flag, by, self._run_dir, MONITOR_DIR, _NOTE, self._first.name,
+            "%s/%s/%s.json on %s", self._flag, by, self._run_dir, layout.MONITOR_DIR, _NOTE, self._first.name,
         )  # fmt: skip
 
     def take_over(self, launch: str) -> None:

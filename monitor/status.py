@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from monitor.node import MONITOR_DIR
+from runs.layout import RunPaths
 from runs.reslog import newest_values
 from utils.files import atomic_write_json, is_passing
 from utils.logging import clock
@@ -53,7 +53,7 @@ class Status:
 
     def write(self, run_dir: Path) -> None:
         self.updated = time.time()
-        atomic_write_json(run_dir / MONITOR_DIR / STATUS_FILE, asdict(self), durable=False)
+        atomic_write_json(RunPaths(run_dir).monitor_dir / STATUS_FILE, asdict(self), durable=False)
 
     @staticmethod
     def read(run_dir: Path) -> "Status":
@@ -62,7 +62,7 @@ class Status:
             ValueError: there is none, or none that a monitor wrote.
             OSError: it cannot be read now.
         """
-        path = run_dir / MONITOR_DIR / STATUS_FILE
+        path = RunPaths(run_dir).monitor_dir / STATUS_FILE
         try:
             values = parse_json(read_small(path, _LONGEST_STATUS))
             _check(values)
@@ -114,7 +114,7 @@ def _check(values: object) -> None:
 def planned_steps(run_dir: Path) -> int | None:
     """Steps of the whole run, from the configuration that the training left; None if that says nothing of it."""
     try:
-        content = parse_yaml(read_small(run_dir / "config.yaml", _LONGEST_CONFIG))
+        content = parse_yaml(read_small(RunPaths(run_dir).config, _LONGEST_CONFIG))
     except (OSError, ValueError):
         return None
     derived = content.get("derived") if isinstance(content, dict) else None
@@ -124,7 +124,7 @@ def planned_steps(run_dir: Path) -> int | None:
 
 def last_loss(run_dir: Path) -> float | None:
     """Of the newest complete training record."""
-    return next(newest_values(run_dir / "reslog.jsonl", "loss"), None)
+    return next(newest_values(RunPaths(run_dir).reslog, "loss"), None)
 
 
 def describe(status: Status, loss: float | None, now: float) -> list[str]:

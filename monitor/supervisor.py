@@ -23,13 +23,14 @@ from typing import Protocol, TypeVar
 from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
 from monitor.hosts import Hosts
-from monitor.node import MONITOR_DIR, Launch, NodeReport, Obstacle
+from monitor.node import Launch, NodeReport, Obstacle
 from monitor.passing import is_full, is_of_a_disk
 from monitor.policy import Decision, Ending, Policy, Rules, classify
 from monitor.rewind import Rewind
 from monitor.status import Status, planned_steps
 from monitor.watch import Limits, Silence, Watch
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
+from runs.layout import RunPaths
 from utils.files import is_passing
 from utils.ssh import HostKeyRefused, LoginRefused, SSHProblem
 
@@ -276,7 +277,7 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError):
             numbers.append(Status.read(self.run_dir).attempt)
         with contextlib.suppress(OSError):
-            names = os.listdir(self.run_dir / MONITOR_DIR)
+            names = os.listdir(RunPaths(self.run_dir).monitor_dir)
             numbers += [int(match[1]) for name in names if (match := _LOG_OF_A_LAUNCH.fullmatch(name))]
         return max(numbers)
 
@@ -651,7 +652,7 @@ class Supervisor:
     def _planned_steps(self) -> int | None:
         """Read again only when the file has changed."""
         try:
-            changed = (self.run_dir / "config.yaml").stat().st_mtime_ns
+            changed = RunPaths(self.run_dir).config.stat().st_mtime_ns
         except OSError:
             return None
         if self._plan[0] != changed:

@@ -62,6 +62,7 @@ class NaiveEngine:
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP):
         self.mesh, self.ddp, self._parts = parts.mesh, ddp, parts
+        self._nonfinite: list[str] = []
         self.optimizer = parts.new_optimizer(PlainGradients(ddp.slices(), parts.square))
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
@@ -100,9 +101,15 @@ class NaiveEngine:
 
     def step(self, plan: StepPlan) -> StepResult:
         self.ddp.finish_grad_sync()
+        self._look_for_nonfinite()
         plan.before_update()
         with span("optimizer"):
             return self._step(plan)
+
+    def _look_for_nonfinite(self) -> None:
+        """Before the gradients are zeroed."""
+        if self._parts.config.check_for_nan_in_grad:
+            self._nonfinite = self.ddp.nonfinite_parameters()
 
     def _step(self, plan: StepPlan) -> StepResult:
         return self.optimizer.step(plan.lr)
@@ -122,7 +129,7 @@ class NaiveEngine:
         return self.ddp.observer.waits.take()
 
     def nonfinite_parameters(self) -> list[str]:
-        return self.ddp.observer.nonfinite_parameters
+        return self._nonfinite
 
     def records(self) -> Mapping[str, dict]:
         return {}
@@ -199,6 +206,9 @@ class BucketedEngine(NaiveEngine):
                 # The first micro-batch's gradient is added to what is saved.
                 plan = replace(plan, shall_drop=None)
         return super().forward_backward(micro_batches, task, plan)
+
+    def _look_for_nonfinite(self) -> None:
+        self._nonfinite = self.ddp.observer.nonfinite_parameters
 
     def _before_last(self, plan: StepPlan) -> None:
         if self._parts.config.overlap_optim_step:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from parallel.buffer import SliceWithGrad
 from parallel.context import DistContext
+from parallel.observer import Observer
 from parallel.spans import span
-from parallel.waiting import WaitMeter
 
 
 def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -36,7 +36,7 @@ class NaiveDDP(nn.Module):
         for parameter in self.trained.values():
             parameter.grad_dtype = grad_dtype
             parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
-        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
+        self.observer = Observer(context)
         broadcast_parameters(module, context.grad_group)
 
     def forward(self, *args, **kwargs):
@@ -52,12 +52,12 @@ class NaiveDDP(nn.Module):
 
     def finish_grad_sync(self) -> None:
         if self.context.grad_group is not None:
-            with self.waits.waiting("wait for gradients"), span("gradients"):
+            with self.observer.waiting("wait for gradients"), span("gradients"):
                 for parameter in self.trained.values():
                     dist.all_reduce(parameter.grad, group=self.context.grad_group)
 
-    @property
     def nonfinite_parameters(self) -> list[str]:
+        """Names of the parameters whose gradients are not finite now."""
         return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
 
     def slices(self) -> list[list[SliceWithGrad]]:

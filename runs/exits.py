@@ -1,10 +1,10 @@
 """Exit codes, and the records that survive torchrun, which turns every child's code into 1."""
 
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from runs.layout import RANK_FILES, rank_file, rank_of
 from utils.files import atomic_write_json
 from utils.small_files import is_number, is_whole, parse_json, read_small
 
@@ -28,12 +28,12 @@ def write_exit_record(
     """Leave {rank, code, reason, step, time (seconds since 1970)} and `more` in `directory`/rank-N.json."""
     directory.mkdir(parents=True, exist_ok=True)
     record = {"rank": rank, "code": code, "reason": reason, "step": step, "time": time.time(), **more}
-    atomic_write_json(directory / f"rank-{rank}.json", record)
+    atomic_write_json(directory / rank_file(rank), record)
 
 
 def clear_gone_ranks(directory: Path, world_size: int) -> None:
     """Remove the records of ranks that a launch with more of them had; one process does this for all."""
-    for path in directory.glob("rank-*.json"):
+    for path in directory.glob(RANK_FILES):
         rank = rank_of(path)
         if rank is not None and rank >= world_size:
             path.unlink()
@@ -42,22 +42,16 @@ def clear_gone_ranks(directory: Path, world_size: int) -> None:
 def clear_exit_record(directory: Path, rank: int) -> None:
     """Remove this rank's record of an earlier launch, before anything can go wrong in this one."""
     try:
-        (directory / f"rank-{rank}.json").unlink(missing_ok=True)
+        (directory / rank_file(rank)).unlink(missing_ok=True)
     except OSError:
         # Whatever is wrong with the directory, opening the run will say so.
         return
 
 
-def rank_of(path: Path) -> int | None:
-    """Whose record a file rank-N.json is; None if it has another name."""
-    match = re.fullmatch(r"rank-([0-9]{1,9})\.json", path.name)
-    return int(match[1]) if match else None
-
-
 def read_exit_records(directory: Path, world_size: int | None = None) -> list[dict]:
     """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have. What
     is no whole record counts as not there, as if its rank had died before it could leave one."""
-    records = filter(None, map(_read_record, directory.glob("rank-*.json")))
+    records = filter(None, map(_read_record, directory.glob(RANK_FILES)))
     return sorted((r for r in records if world_size is None or r["rank"] < world_size), key=lambda r: r["rank"])
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from runs.exits import rank_of
+from runs.layout import RANK_FILES, rank_file, rank_of, stacks_file
 from utils.small_files import is_number, is_whole, parse_json, read_small
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Heartbeat:
         self._warned = False
         self._identity = {"rank": rank, "world_size": world_size, "pid": os.getpid(), "launch": launch}
         # Overwritten in place, in blocks that are there already: a full disk must not look like a hang.
-        self._fd = os.open(directory / f"rank-{rank}.json", os.O_RDWR | os.O_CREAT, 0o644)
+        self._fd = os.open(directory / rank_file(rank), os.O_RDWR | os.O_CREAT, 0o644)
 
     def beat(self, phase: str, step: int) -> None:
         """Record that this rank is alive: {rank, world_size, pid, launch, phase, step, time (seconds since 1970),
@@ -61,7 +61,7 @@ class Heartbeat:
 def read_heartbeats(directory: Path) -> list[dict]:
     """The newest record of each rank, in no order; what cannot be read, or is not what it should be, is left out."""
     records = []
-    for path in directory.glob("rank-*.json"):
+    for path in directory.glob(RANK_FILES):
         try:
             record = parse_json(read_small(path, _LONGEST_RECORD))
         except (OSError, ValueError):
@@ -72,12 +72,8 @@ def read_heartbeats(directory: Path) -> list[dict]:
     return records
 
 
-def stacks_path(directory: Path, rank: int) -> Path:
-    return directory / f"rank-{rank}.stacks"
-
-
 def write_stacks_on_signal(directory: Path, rank: int) -> None:
     """On SIGUSR1, append the Python stacks of all threads to `directory`/rank-N.stacks, even if the main thread is
     inside a collective that never ends."""
-    file = open(stacks_path(directory, rank), "w")  # noqa: SIM115
+    file = open(directory / stacks_file(rank), "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

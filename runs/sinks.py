@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from runs.layout import RunPaths
 from runs.reslog import number, read_reslog
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._writer = SummaryWriter(str(RunPaths(run_dir).tensorboard_dir), purge_step=step + 1, flush_secs=10)
 
     def write(self, record: dict) -> None:
         for metric, value in scalars(record).items():
@@ -100,7 +101,7 @@ def open_sinks(
     if tensorboard:
         makers["TensorBoard"] = lambda: TensorBoard(run_dir, step)
     if wandb_project:
-        log = run_dir / "reslog.jsonl"
+        log = RunPaths(run_dir).reslog
         earlier = read_reslog(log) if log.exists() else []
         attempt = 1 + sum(record["name"] == "start" for record in earlier)
         standing = [record for record in earlier if record.get("step", 0) <= step]

@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from, print_left_out
+from runs.layout import CKPT_DIR
 from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer
 from tokenizer.conversion import BYTE_LEVEL, SENTENCE_PIECE
 from tokenizer.hf_bbpe import train_hf_bbpe
@@ -41,7 +42,7 @@ _REPORT_NAME = "report.json"
 _OWN_FILES = frozenset(["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE_NAME])
 _OF_MODELS = (
     *_OWN_FILES, SENTENCE_PIECE, *BYTE_LEVEL, "special_tokens_map.json", "added_tokens.json", "config.json",
-    "*.safetensors", "pytorch_model*.bin", "*.gguf", "ckpt",
+    "*.safetensors", "pytorch_model*.bin", "*.gguf", CKPT_DIR,
 )  # fmt: skip
 """Patterns of what lies in the folder of a tokenizer or a model."""
 _SAMPLE_SEED, _REPORT_SEED = 0, 1

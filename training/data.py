@@ -15,6 +15,7 @@ from dataset.opening import TaskDataset, open_dataset
 from dataset.sequences import read_manifest
 from model import hf
 from parallel import DistContext
+from runs.layout import RunPaths
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
@@ -115,7 +116,7 @@ def _tokenizer_dir(config: Config) -> Path:
     run, given, weights = config.run, config.data.tokenizer_dir, None
     if run.resume:
         # Any will do: which checkpoint the run goes on from is found out later.
-        weights = ckpt.newest_with(Path(run.out_dir) / "ckpt", "tokenizer.json")
+        weights = ckpt.newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
         weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:

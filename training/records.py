@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from checkpoint import folder as ckpt
-from configurator import CONFIG_NAME, Config, changes_since, flatten, to_yaml
+from configurator import Config, changes_since, flatten, to_yaml
 from runs import exits
 from runs.reslog import VERSION, ResLog, count_launches
 from runs.sinks import Sinks, open_sinks
@@ -32,7 +32,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
         for path in ckpt.abandon_later(run_dir.ckpt_dir, step):
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
-        exits.clear_gone_ranks(run_dir.path / "exit", context.world_size)
+        exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)
         _write_start(built, reslog)
     return reslog, counted
 
@@ -47,7 +47,7 @@ def _open_sinks(config: Config, out_dir: Path, step: int) -> Sinks | None:
 
 def _write_start(built: Built, reslog: ResLog | None) -> None:
     config, run_dir, derived, progress = built.config, built.run_dir, built.derived, built.progress
-    changed = changes_since(config, run_dir.path / CONFIG_NAME) if run_dir.resumed_from else {}
+    changed = changes_since(config, run_dir.paths.config) if run_dir.resumed_from else {}
     for name, (before, now) in changed.items():
         logger.info("changed since the last launch: %s %s -> %s", name, before, now)
     dtype, world_size = str(built.dtype).removeprefix("torch."), built.context.world_size
@@ -57,7 +57,7 @@ def _write_start(built: Built, reslog: ResLog | None) -> None:
         | {f"{split}_data": str(path) for split, path in built.data.dirs.items()}
         | built.model.config.__dict__
     )
-    atomic_write(run_dir.path / CONFIG_NAME, to_yaml(config, resolved).encode())
+    atomic_write(run_dir.paths.config, to_yaml(config, resolved).encode())
     if reslog is None:
         return
     reslog.write(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from checkpoint import folder as ckpt
 from checkpoint.saving import SaveOutcome
 from parallel.context import DistContext
+from runs.layout import RunPaths
 from runs.reslog import ResLog
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
@@ -133,7 +134,7 @@ def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> S
         "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
     }
     steps = parse_profile_steps(built.config.run.profile_steps)
-    profile = StepProfile(steps, out_dir / "profile", context.device, about, aside)
+    profile = StepProfile(steps, built.run_dir.paths.profile_dir, context.device, about, aside)
     profile.begin(built.progress.step)
     return profile
 
@@ -168,20 +169,21 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
         context: None if it was not there yet.
     """
     lines, out_dir = [], Path(run.out_dir)
+    paths = RunPaths(out_dir)
     # Gloo's and NCCL's errors are RuntimeErrors; a console that was closed is none.
     lost = ("closed by peer", "reset by peer", "Broken pipe")
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in lost)):
         lines.append(
             f"another process ended first, or the network failed: the cause is in what it printed, or in its record in "
-            f"{out_dir / 'exit'}; one without a record was killed, as by a lack of memory"
+            f"{paths.exit_dir}; one without a record was killed, as by a lack of memory"
         )
     if run.valid_only:
         return lines
     try:
-        saved = ckpt.list_checkpoints(out_dir / "ckpt")
+        saved = ckpt.list_checkpoints(paths.ckpt_dir)
     except OSError as error:
         way_on = _resume_command(context, out_dir)
-        lines.append(f"once {out_dir / 'ckpt'} can be read ({error.strerror}), go on: {way_on}")
+        lines.append(f"once {paths.ckpt_dir} can be read ({error.strerror}), go on: {way_on}")
         return lines
     if saved:
         lines.append(f"go on from step {saved[-1].step}: {_resume_command(context, out_dir)}")

@@ -11,12 +11,13 @@ from checkpoint import folder as ckpt
 from checkpoint.fetching import CheckpointFiles
 from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import Place, find_place
-from configurator import CONFIG_NAME, Config
+from configurator import Config
 from parallel import DistContext
 from parallel.launched import launch_token, launched_node
 from runs.heartbeat import Heartbeat, write_stacks_on_signal
+from runs.layout import RunPaths
 from training.config import parse_log_ranks
-from utils.logging import add_log_file, log_file_of
+from utils.logging import add_log_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +38,20 @@ class RunDir:
     """The folder of this node that has its model."""
 
     @property
+    def paths(self) -> RunPaths:
+        return RunPaths(self.path)
+
+    @property
     def ckpt_dir(self) -> Path:
-        return self.path / "ckpt"
+        return self.paths.ckpt_dir
 
     @property
     def stop_file(self) -> Path:
-        return self.path / ckpt.STOP_FILE
+        return self.paths.stop_file
 
     @property
     def reslog(self) -> Path:
-        return self.path / "reslog.jsonl"
+        return self.paths.reslog
 
 
 def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> RunDir:
@@ -58,7 +63,8 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
         ValueError: the directory cannot be used, or holds no such checkpoint.
     """
     run, path = config.run, Path(config.run.out_dir)
-    place, ckpt_dir = find_place(path, context.rank, context.world_size, context.gather), path / "ckpt"
+    paths = RunPaths(path)
+    place, ckpt_dir = find_place(path, context.rank, context.world_size, context.gather), paths.ckpt_dir
 
     def open_store() -> None:
         if place.is_first_of_store:
@@ -68,9 +74,8 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
 
     context.gather_from(open_store)
     _open_log(path, run.log_ranks, context, place)
-    heartbeats = path / "heartbeat"
-    heartbeat = Heartbeat(heartbeats, context.rank, context.world_size, launch_token())
-    write_stacks_on_signal(heartbeats, context.rank)
+    heartbeat = Heartbeat(paths.heartbeat_dir, context.rank, context.world_size, launch_token())
+    write_stacks_on_signal(paths.heartbeat_dir, context.rank)
     heartbeat.beat("start", 0)
     chosen, remarks = ckpt.open_run(path, run.resume, run.resume_from, place, context.gather)
     for remark in remarks if context.is_main else ():
@@ -82,8 +87,8 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
     # Released before the lock: nobody else may have the directory while a save is in flight.
     resources.callback(saver.close)
     files = resumed_from = None
-    if chosen is not None and context.is_main and not (path / CONFIG_NAME).exists():
-        logger.warning("%s is missing: what this command leaves out takes its default", path / CONFIG_NAME)
+    if chosen is not None and context.is_main and not paths.config.exists():
+        logger.warning("%s is missing: what this command leaves out takes its default", paths.config)
     if chosen is not None:
         send_file = partial(context.send_file, between=lambda: heartbeat.beat("start", 0))
         files = CheckpointFiles(ckpt_dir, chosen, place, context.gather, send_file)
@@ -94,5 +99,5 @@ def open_run_dir(config: Config, context: DistContext, resources: ExitStack) -> 
 def _open_log(path: Path, log_ranks: str, context: DistContext, place: Place) -> None:
     """Of this node. The first one of those that see this run directory has the plain name."""
     nodes, chosen = context.gather(launched_node()), parse_log_ranks(log_ranks)
-    file = log_file_of(path, nodes[context.rank], nodes[place.store[0]])
+    file = RunPaths(path).log_of_node(nodes[context.rank], nodes[place.store[0]])
     add_log_file(file, context.rank, info=chosen is None or context.rank in chosen)

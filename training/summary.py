@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.folder import Retention, best_first, doomed_by, list_checkpoints
+from runs.layout import LOG_NAME, RESLOG_NAME, RunPaths
 from runs.reslog import number, read_reslog
 from utils.logging import clock
 from utils.paths import for_command
@@ -44,13 +45,13 @@ def summary_lines(ending: Ending) -> Iterator[str]:
         f"{steps} in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
     )
     losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in the last step"]
-    losses += _validation(ending.out_dir / "reslog.jsonl")
+    losses += _validation(RunPaths(ending.out_dir).reslog)
     if losses:
         yield f"loss: {', '.join(losses)}"
     checkpoints = list(_checkpoints(ending))
     if checkpoints:
         yield f"checkpoints: {', '.join(checkpoints)}"
-    yield f"results: {run}/reslog.jsonl, log: {run}/train.log"
+    yield f"results: {run}/{RESLOG_NAME}, log: {run}/{LOG_NAME}"
     if not ending.finished:
         yield f"go on: {ending.resume}"
     talk = "--chat" if ending.has_chat else '--prompt "..."'
@@ -79,7 +80,7 @@ def _shown(loss: float, step: int) -> tuple[str, int]:
 
 def _checkpoints(ending: Ending) -> Iterator[str]:
     """The newest checkpoint and the best, of those that stay."""
-    there = list_checkpoints(ending.out_dir / "ckpt")
+    there = list_checkpoints(RunPaths(ending.out_dir).ckpt_dir)
     doomed = {checkpoint.path for checkpoint in doomed_by(ending.retention, there)}
     kept = [checkpoint for checkpoint in there if checkpoint.path not in doomed]
     if not kept:

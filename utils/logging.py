@@ -110,16 +110,6 @@ def _without_source_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def log_file_of(out_dir: Path, node: int, first_node: int) -> Path:
-    """Where a node writes. Nodes that share a file system have a file each, as appending to one from several machines
-    loses lines on a network file system.
-
-    Args:
-        first_node: the first of those that see this `out_dir`.
-    """
-    return out_dir / ("train.log" if node == first_node else f"train-node-{node}.log")
-
-
 def add_log_file(path: Path, rank: int, info: bool = True) -> None:
     """Also write to `path`, with time and rank. The ranks of a node append to one file, a line at a time.
 

@@ -14,7 +14,9 @@ from utils.arguments import Parser
 from utils.paths import a_path, absent
 from utils.text import plain
 from viewer.desktop.qt import WITHOUT_WINDOW, debian_package
-from viewer.sources import Host, Place, labels, open_hosts
+from viewer.sources.addresses import RunAddress
+from viewer.sources.labels import labels
+from viewer.sources.source import RunSource, open_sources
 from viewer.text import LANGUAGES
 
 _EXAMPLES = """examples:
@@ -62,7 +64,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--forget_layout", action="store_true", help="open the window as on the first day")
     args = parser.parse_args(argv)
     try:
-        args.places = [Place.parse(text) for text in args.runs]
+        args.addresses = [RunAddress.parse(text) for text in args.runs]
         args.size = _size(args.size)
     except ValueError as error:
         parser.error(str(error))
@@ -72,7 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--interval is a number of seconds from 0.05 to 3600, got {args.interval}")
     if args.ssh_config and not Path(args.ssh_config).is_file():
         parser.error(f"--ssh_config: {absent(args.ssh_config)}")
-    if (args.png or args.panels == "list") and not args.places:
+    if (args.png or args.panels == "list") and not args.addresses:
         parser.error(f"{'--png' if args.png else '--panels list'} needs a RUN")
     return args
 
@@ -92,8 +94,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if args.png or args.panels == "list":
             # A window waits for it.
-            gone = (place.path for place in args.places if place.target is None and not os.path.exists(place.path))
-            return _fail(plain(absent(path))) if (path := next(gone, None)) else _without_desktop(args)
+            here = [address.path for address in args.addresses if address.target is None]
+            gone = next((path for path in here if not os.path.exists(path)), None)
+            return _fail(plain(absent(gone))) if gone else _without_desktop(args)
         from viewer.desktop.window import show
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
@@ -145,10 +148,10 @@ def _without_desktop(args: argparse.Namespace) -> int:
             return _fail(str(error))
     matplotlib.use("Agg")
     questions = Terminal() if sys.stdin.isatty() else None
-    hosts = open_hosts(args.places, on_change=lambda: None, questions=questions, ssh_config=args.ssh_config)
-    problem = _read_all(hosts)
-    runs = [run for host in hosts for run in host.runs]
-    snapshots = [run.data.snapshot() for run in runs]
+    sources = open_sources(args.addresses, on_change=lambda: None, questions=questions, ssh_config=args.ssh_config)
+    problem = _read_all(sources)
+    runs = [run for source in sources for run in source.runs]
+    snapshots = [run.history.snapshot() for run in runs]
     for run, snapshot in zip(runs, snapshots):
         if not problem and not snapshot.launches and not snapshot.tables:
             nothing = f"{plain(run.log.path)} does not exist or holds no results: name a run's directory"
@@ -194,13 +197,13 @@ def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _read_all(hosts: list[Host]) -> str:
+def _read_all(sources: list[RunSource]) -> str:
     """Read everything that is there now; why that is impossible, or nothing."""
-    for host in hosts:
-        host.start()
-    for host in hosts:
-        host.loaded.wait()
-    for host in hosts:
-        host.stop()
-        host.join(5.0)
-    return next((f"{host.name}: {host.problem}" for host in hosts if host.problem), "")
+    for source in sources:
+        source.start()
+    for source in sources:
+        source.loaded.wait()
+    for source in sources:
+        source.stop()
+        source.join(5.0)
+    return next((f"{source.name}: {source.problem}" for source in sources if source.problem), "")

@@ -8,7 +8,7 @@ import numpy as np
 from runs.history import Snapshot
 from utils.text import plain
 from viewer.panels import duration
-from viewer.sources import Run
+from viewer.sources.run import Run
 from viewer.text import translate
 
 _QUIET_S = 60.0

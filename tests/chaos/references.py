@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint.folder import RUN_MARK
+from runs.layout import RUN_MARK
 from runs.reslog import number, read_reslog
 from tests.chaos.plan import NAN_LOSS, Plan
 from tests.chaos.run import ROOT, SAVE_INTERVAL, Broken, Run, Setup, own_environment, training_command, training_flags

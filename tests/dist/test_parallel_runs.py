@@ -182,9 +182,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             def finish_and_flip(self, *arguments: object) -> object:
                 result = original_finish(self, *arguments)
                 if self.progress.step + 1 == int(number):
-                    if self.zero1 is not None:
-                        self.zero1.wait()
-                    self.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
+                    self.engine.settle()
+                    self.engine.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
                 return result
 
             patch.setattr(trainer, "_finish_step", finish_and_flip)

@@ -18,6 +18,7 @@ from checkpoint.folder import Retention, choose_checkpoint, find_problem, list_c
 from checkpoint.named import Piece, load_named_state
 from checkpoint.saving import CheckpointWriter
 from checkpoint.stores import Place, find_place
+from runs.layout import RunPaths
 from runs.reslog import ResLog
 
 PLACES = [Place(rank, 2, (0, 1)) for rank in range(2)]
@@ -415,7 +416,7 @@ def test_a_directory_that_holds_nothing_of_others_is_taken(tmp_path: Path, befor
     for name in before:
         (tmp_path / name).mkdir()
     ckpt.prepare_run(tmp_path)
-    assert (tmp_path / ckpt.RUN_MARK).exists()
+    assert RunPaths(tmp_path).mark.exists()
 
 
 def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -425,7 +426,7 @@ def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def note(self: Path, *arguments: object, **options: object) -> None:
         made.append(self.name)
-        assert self.name != "ckpt" or (tmp_path / "run" / ckpt.RUN_MARK).exists()
+        assert self.name != "ckpt" or RunPaths(tmp_path / "run").mark.exists()
         mkdir(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", note)
@@ -475,7 +476,7 @@ def test_resume_in_a_mistyped_directory_names_the_run_that_was_meant(
 def test_a_folder_around_a_run_or_in_it_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str):
     (tmp_path / "out" / "empty").mkdir(parents=True)
     (tmp_path / "out" / "mine" / "ckpt" / "step-6").mkdir(parents=True)
-    (tmp_path / "out" / "mine" / ckpt.RUN_MARK).touch()
+    RunPaths(tmp_path / "out" / "mine").mark.touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"nor a Hugging Face folder: did you mean out/mine\?$"):
         ckpt.resolve_checkpoint_dir(Path(given))

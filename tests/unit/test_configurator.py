@@ -11,7 +11,6 @@ import yaml
 from configs import sizes
 from configurator import (
     _FIELDS,
-    CONFIG_NAME,
     changes_since,
     flatten,
     is_open,
@@ -22,6 +21,7 @@ from configurator import (
     without_effect,
 )
 from model.config import LlamaConfig
+from runs.layout import CONFIG_NAME
 
 
 def parse(*argv: str) -> dict:

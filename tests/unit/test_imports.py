@@ -18,7 +18,7 @@ ALLOWED = {
     "runs": {"utils"},
     "checkpoint": {"runs", "utils"},
     "viewer": {"runs", "utils"},
-    "configurator": {"configs", *CONFIGS, "utils.paths", "utils.small_files"},
+    "configurator": {"configs", *CONFIGS, "runs.layout", "utils.paths", "utils.small_files"},
     "configs": {"utils.small_files"},
     "model": set(),
     "dataset": {"runs", "utils"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "optimizer": {"checkpoint.named", "parallel.buffer", "utils.ranges"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
-    "tokenizer": {"utils", "data_preprocess.readers"},
+    "tokenizer": {"runs.layout", "utils", "data_preprocess.readers"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # All but the scripts: with train_my_ddp.py, it is the one place that sees everything.
     "training": {

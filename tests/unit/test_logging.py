@@ -12,11 +12,12 @@ import training.trainer as trainer_module
 from checkpoint.folder import Retention
 from configurator import parse_config
 from model import flops
+from runs.layout import RunPaths
 from tests.runs import elsewhere, out_dir, records
 from training.meter import StepMeter
 from training.report import shown
 from training.summary import Ending, summary_lines
-from utils.logging import add_log_file, log_file_of, log_repeated_warnings, setup_console
+from utils.logging import add_log_file, log_repeated_warnings, setup_console
 
 logger = logging.getLogger("test")
 
@@ -122,10 +123,10 @@ def test_other_ranks_say_who_they_are(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_nodes_that_share_a_directory_have_a_file_each(tmp_path: Path):
-    assert log_file_of(tmp_path, 0, 0) == tmp_path / "train.log"
-    assert log_file_of(tmp_path, 2, 0) == tmp_path / "train-node-2.log"
+    assert RunPaths(tmp_path).log_of_node(0, 0) == tmp_path / "train.log"
+    assert RunPaths(tmp_path).log_of_node(2, 0) == tmp_path / "train-node-2.log"
     # With a file system of its own, a node is the first there.
-    assert log_file_of(tmp_path, 2, 2) == tmp_path / "train.log"
+    assert RunPaths(tmp_path).log_of_node(2, 2) == tmp_path / "train.log"
 
 
 @pytest.mark.parametrize("value", ["", "some", "0,", "-1", "0:3", "1.5", "0,a"])

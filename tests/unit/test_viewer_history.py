@@ -17,7 +17,7 @@ from runs.reslog import LONGEST_LINE, parse_record, read_reslog
 from tests.logs import line, snapshot_of
 from utils.text import plain
 from viewer.curves import band, smooth
-from viewer.sources import Health, Run
+from viewer.sources.run import Health, Run
 from viewer.state import differences, state_of
 
 

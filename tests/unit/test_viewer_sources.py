@@ -18,8 +18,14 @@ from tests.logs import text_line as line
 from tests.sshd import Sshd, empty_home, fingerprint, make_key, missing
 from tests.unit.test_ssh import PASSWORD, server_with_guest
 from utils.ssh import SSHTarget
-from viewer import sources
-from viewer.sources import FollowedFile, Host, LocalFiles, Place, Run, labels, open_hosts
+from viewer.sources import following as following_module
+from viewer.sources import source as source_module
+from viewer.sources.addresses import RunAddress
+from viewer.sources.following import FollowedFile
+from viewer.sources.labels import labels
+from viewer.sources.local import LocalFiles
+from viewer.sources.run import Run
+from viewer.sources.source import RunSource, open_sources
 
 needs_sshd = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
@@ -61,8 +67,8 @@ def until(condition: Callable[[], object], what: object = "") -> None:
 
 
 @contextmanager
-def following(target: SSHTarget | None, *paths: Path, **options) -> Iterator[Host]:
-    host = Host(target, [str(path) for path in paths], lambda: None, interval_s=0.02, **options)
+def following(target: SSHTarget | None, *paths: Path, **options) -> Iterator[RunSource]:
+    host = RunSource(target, [str(path) for path in paths], lambda: None, interval_s=0.02, **options)
     host.start()
     try:
         assert host.loaded.wait(30)
@@ -73,11 +79,11 @@ def following(target: SSHTarget | None, *paths: Path, **options) -> Iterator[Hos
 
 
 def seen(run: Run) -> list[int]:
-    return [int(step) for step in run.data.snapshot().tables.get("train", {}).get("step", ())]
+    return [int(step) for step in run.history.snapshot().tables.get("train", {}).get("step", ())]
 
 
 def losses(run: Run) -> list[float]:
-    return run.data.snapshot().tables["train"]["loss"].tolist()
+    return run.history.snapshot().tables["train"]["loss"].tolist()
 
 
 def logins(server: Sshd) -> int:
@@ -100,12 +106,12 @@ def test_a_run_that_is_being_written(target: SSHTarget | None, log: Path):
         until(lambda: seen(run) == [1, 2])
         append(log, '.0, "step": 3, "loss": 1.0}\n')
         until(lambda: seen(run) == [1, 2, 3])
-        assert run.data.snapshot().skipped_lines == 0
+        assert run.history.snapshot().skipped_lines == 0
         # A crash leaves a torn line, and the next launch ends it first.
         append(log, '{"name": "tr')
         append(log, "\n" + line("start", step=2) + steps(3, 3, loss=7.0))
         until(lambda: seen(run) == [1, 2, 3] and losses(run)[-1] == 7.0)
-        assert run.data.snapshot().skipped_lines == 1
+        assert run.history.snapshot().skipped_lines == 1
 
 
 def test_only_new_bytes_are_fetched(target: SSHTarget | None, log: Path):
@@ -161,7 +167,7 @@ def test_a_file_that_is_deleted_and_comes_back(target: SSHTarget | None, log: Pa
 
 
 def test_runs_that_begin_later(target: SSHTarget | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "_LOOK_ROUND_S", 0.0)
+    monkeypatch.setattr(source_module, "_LOOK_ROUND_S", 0.0)
     folder = tmp_path / "out"
     with following(target, folder) as host:
         assert [run.path for run in host.runs] == [str(folder)] and not host.problem
@@ -199,9 +205,9 @@ def test_one_connection_a_host(server: Sshd, tmp_path: Path):
     for name in "abc":
         (tmp_path / name).mkdir()
         (tmp_path / name / "reslog.jsonl").write_text(steps(1, 2))
-        places.append(Place(server.target(), str(tmp_path / name)))
+        places.append(RunAddress(server.target(), str(tmp_path / name)))
     before = logins(server)
-    (host,) = open_hosts([*places, places[0]], on_change=lambda: None, interval_s=0.02)
+    (host,) = open_sources([*places, places[0]], on_change=lambda: None, interval_s=0.02)
     host.start()
     assert host.loaded.wait(30)
     assert [seen(run) for run in host.runs] == [[1, 2]] * 3
@@ -233,7 +239,7 @@ def one_sentence(text: str) -> None:
     assert not text.endswith("."), text
 
 
-def refused(server: Sshd, host: Host) -> str:
+def refused(server: Sshd, host: RunSource) -> str:
     """Why it was refused; nothing is tried again until somebody says so."""
     until(lambda: host.problem)
     # The attempt's end, in the server's log, may lag behind ours.
@@ -334,7 +340,7 @@ def test_lines_that_are_split_between_two_reads(tmp_path: Path, monkeypatch: pyt
     text = b"".join(b"%d" % number * (number % 5) + b"\n" for number in range(300))
     (tmp_path / "a.jsonl").write_bytes(text)
     for chunk in (1, 2, 7, 64, 65, 1000):
-        monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk)
+        monkeypatch.setattr(following_module, "_CHUNK_BYTES", chunk)
         assert poll_all(tmp_path / "a.jsonl")[1] == text.split(b"\n")[:-1]
 
 
@@ -347,7 +353,7 @@ def test_a_line_of_ten_megabytes_is_passed_over(tmp_path: Path):
     while run.update(files):
         pass
     assert seen(run) == [1, 2, 4]
-    assert run.data.snapshot().skipped_lines == 2
+    assert run.history.snapshot().skipped_lines == 2
 
 
 def test_a_file_without_lines_takes_no_memory(tmp_path: Path):
@@ -365,7 +371,7 @@ def test_a_file_without_lines_takes_no_memory(tmp_path: Path):
     assert peak < 24 << 20 and kept < 4 << 20
     append(path, "\n" + steps(5, 5))
     run.update(files)
-    assert seen(run) == [5] and run.data.snapshot().skipped_lines == 1
+    assert seen(run) == [5] and run.history.snapshot().skipped_lines == 1
 
 
 @pytest.mark.parametrize("content", [
@@ -439,11 +445,11 @@ def test_a_mistake_of_ours_is_logged_and_does_not_end_the_thread(
     log.write_text(steps(1, 1))
     with following(None, log.parent) as host, caplog.at_level(logging.ERROR):
         (run,) = host.runs
-        right = run.data.feed
-        monkeypatch.setattr(run.data, "feed", lambda lines: 1 / 0)
+        right = run.history.feed
+        monkeypatch.setattr(run.history, "feed", lambda lines: 1 / 0)
         append(log, steps(2, 2))
         until(lambda: "tried again" in host.problem)
-        monkeypatch.setattr(run.data, "feed", right)
+        monkeypatch.setattr(run.history, "feed", right)
         append(log, steps(3, 3))
         host.retry()
         until(lambda: seen(run)[-1] == 3)
@@ -506,38 +512,38 @@ def test_a_heartbeat(log: Path, target: SSHTarget | None):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("out/a", Place(None, "out/a")),
-    ("node1:runs/a", Place(SSHTarget("node1"), "runs/a")),
-    ("ada@node1:/runs/a b", Place(SSHTarget("node1", None, "ada"), "/runs/a b")),
-    ("ada@node1:~/a", Place(SSHTarget("node1", None, "ada"), "a")),
-    ("node1:", Place(SSHTarget("node1"), ".")),
-    ("node1:~", Place(SSHTarget("node1"), ".")),
-    ("node1:a$$b", Place(SSHTarget("node1"), "a$b")),
-    ("ssh://ada@node1:2222/runs/a", Place(SSHTarget("node1", 2222, "ada"), "/runs/a")),
-    ("ssh://node1:2222/~/runs/a", Place(SSHTarget("node1", 2222), "runs/a")),
-    ("ssh://node1", Place(SSHTarget("node1"), ".")),
-    ("ssh://node1/~", Place(SSHTarget("node1"), ".")),
-    ("ssh://[::1]:2222/a", Place(SSHTarget("::1", 2222), "/a")),
-    ("[::1]:a", Place(SSHTarget("::1"), "a")),
-    ("ada@[fe80::1%eth0]:a:b", Place(SSHTarget("fe80::1%eth0", None, "ada"), "a:b")),
-    (r"C:\runs\a", Place(None, r"C:\runs\a")),
-    ("./a:b", Place(None, "./a:b")),
-    ("out/a:b", Place(None, "out/a:b")),
-    ("node1:" + "x" * 5000, Place(SSHTarget("node1"), "x" * 5000)),
+    ("out/a", RunAddress(None, "out/a")),
+    ("node1:runs/a", RunAddress(SSHTarget("node1"), "runs/a")),
+    ("ada@node1:/runs/a b", RunAddress(SSHTarget("node1", None, "ada"), "/runs/a b")),
+    ("ada@node1:~/a", RunAddress(SSHTarget("node1", None, "ada"), "a")),
+    ("node1:", RunAddress(SSHTarget("node1"), ".")),
+    ("node1:~", RunAddress(SSHTarget("node1"), ".")),
+    ("node1:a$$b", RunAddress(SSHTarget("node1"), "a$b")),
+    ("ssh://ada@node1:2222/runs/a", RunAddress(SSHTarget("node1", 2222, "ada"), "/runs/a")),
+    ("ssh://node1:2222/~/runs/a", RunAddress(SSHTarget("node1", 2222), "runs/a")),
+    ("ssh://node1", RunAddress(SSHTarget("node1"), ".")),
+    ("ssh://node1/~", RunAddress(SSHTarget("node1"), ".")),
+    ("ssh://[::1]:2222/a", RunAddress(SSHTarget("::1", 2222), "/a")),
+    ("[::1]:a", RunAddress(SSHTarget("::1"), "a")),
+    ("ada@[fe80::1%eth0]:a:b", RunAddress(SSHTarget("fe80::1%eth0", None, "ada"), "a:b")),
+    (r"C:\runs\a", RunAddress(None, r"C:\runs\a")),
+    ("./a:b", RunAddress(None, "./a:b")),
+    ("out/a:b", RunAddress(None, "out/a:b")),
+    ("node1:" + "x" * 5000, RunAddress(SSHTarget("node1"), "x" * 5000)),
 ])  # fmt: skip
-def test_places(text: str, expected: Place):
-    assert Place.parse(text) == expected
+def test_places(text: str, expected: RunAddress):
+    assert RunAddress.parse(text) == expected
 
 
 def test_a_local_name_with_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "node1:a").mkdir()
-    assert Place.parse("node1:a") == Place(None, "node1:a")
-    assert Place.parse("node1:b").target == SSHTarget("node1")
+    assert RunAddress.parse("node1:a") == RunAddress(None, "node1:a")
+    assert RunAddress.parse("node1:b").target == SSHTarget("node1")
 
 
 def test_a_local_name_at_home():
-    assert Place.parse("~/a") == Place(None, f"{Path.home()}/a")
+    assert RunAddress.parse("~/a") == RunAddress(None, f"{Path.home()}/a")
 
 
 @pytest.mark.parametrize("text", [
@@ -547,7 +553,7 @@ def test_a_local_name_at_home():
 ])  # fmt: skip
 def test_what_is_no_place(text: str):
     with pytest.raises(ValueError) as problem:
-        Place.parse(text)
+        RunAddress.parse(text)
     one_sentence(str(problem.value))
 
 

@@ -30,7 +30,9 @@ from viewer.desktop import canvas as canvas_module
 from viewer.desktop import window as window_module
 from viewer.desktop.window import Window, remembered_view
 from viewer.panels import DrawnPanel, View
-from viewer.sources import LocalFiles, Place, open_hosts
+from viewer.sources.addresses import RunAddress
+from viewer.sources.local import LocalFiles
+from viewer.sources.source import open_sources
 
 
 @pytest.fixture(scope="session")
@@ -78,15 +80,15 @@ def open_window(app: QApplication, tmp_path: Path) -> Iterator[OpenWindow]:
     opened = []
 
     def open_window(*paths: Path, view: View = USUAL) -> Window:
-        def open_more(places: list[Place], **options) -> list:
-            return open_hosts(places, interval_s=0.05, **options)
+        def open_more(places: list[RunAddress], **options) -> list:
+            return open_sources(places, interval_s=0.05, **options)
 
         window = Window(view, open_more, QSettings(str(tmp_path / "layout.ini"), QSettings.IniFormat))
         opened.append(window)
         window.resize(500, 420)
         window.show()
-        window.open([Place(None, str(path)) for path in paths])
-        until(lambda: len(window.runs) >= len(paths) and all(run.data.snapshot().version for run in window.runs))
+        window.open([RunAddress(None, str(path)) for path in paths])
+        until(lambda: len(window.runs) >= len(paths) and all(run.history.snapshot().version for run in window.runs))
         window.refresh()
         if paths:
             picture(window)
@@ -95,7 +97,7 @@ def open_window(app: QApplication, tmp_path: Path) -> Iterator[OpenWindow]:
     yield open_window
     for window in opened:
         window.close()
-        for host in window._hosts:
+        for host in window._sources:
             host.join(30)
         window.draughtsman._thread.join(30)
         window.deleteLater()
@@ -567,10 +569,10 @@ def test_a_run_that_is_added(open_window: OpenWindow, tmp_path: Path, monkeypatc
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: (f" {tmp_path / 'b'} ", True))
     window._add()
     until(lambda: len(window.runs) == 2 and window.header.topLevelItemCount() == 2)
-    assert len(window._hosts) == 1
+    assert len(window._sources) == 1
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: ("$(id):x", True))
     window._add()
-    assert "no host name" in window.statusBar().currentMessage() and len(window._hosts) == 1
+    assert "no host name" in window.statusBar().currentMessage() and len(window._sources) == 1
 
 
 def test_a_hostile_run_in_the_window(open_window: OpenWindow, tmp_path: Path):

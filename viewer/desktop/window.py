@@ -61,7 +61,10 @@ from viewer.panels import (
     theme_of,
     without_zoom,
 )
-from viewer.sources import Host, Place, Run, in_order, labels, open_hosts
+from viewer.sources.addresses import RunAddress
+from viewer.sources.labels import in_order, labels
+from viewer.sources.run import Run
+from viewer.sources.source import RunSource, open_sources
 from viewer.state import State, differences, state_of
 from viewer.text import translate
 
@@ -113,16 +116,16 @@ class Window(QMainWindow):
     """
     Args:
         view: how it opens.
-        open_more: places -> hosts, not started yet.
+        open_more: addresses -> sources, not started yet.
         settings: where the layout is remembered.
     """
 
     changed = pyqtSignal()
 
-    def __init__(self, view: View, open_more: Callable[..., list[Host]], settings: QSettings):
+    def __init__(self, view: View, open_more: Callable[..., list[RunSource]], settings: QSettings):
         super().__init__()
         self._view, self._open_more, self._settings = view, open_more, settings
-        self._hosts: list[Host] = []
+        self._sources: list[RunSource] = []
         self._hidden: set[tuple] = set()
         self._looks: dict[tuple, tuple[str, str]] = {}
         """Colour and mark of each run."""
@@ -146,7 +149,7 @@ class Window(QMainWindow):
         self._build()
         self._soon = QTimer(self, singleShot=True, interval=100)
         self._soon.timeout.connect(self.refresh)
-        # Through the event loop: hosts call from threads of their own.
+        # Through the event loop: sources call from threads of their own.
         self.changed.connect(self._soon_if_idle)
         self._clock = QTimer(self, interval=1000)
         self._clock.timeout.connect(self.refresh)
@@ -155,23 +158,23 @@ class Window(QMainWindow):
     def _say(self, text: str) -> str:
         return translate(text, self._view.language)
 
-    def open(self, places: list[Place]) -> None:
+    def open(self, addresses: list[RunAddress]) -> None:
         """Show more runs."""
-        known = {host.target: host for host in self._hosts}
+        known = {source.target: source for source in self._sources}
         new = []
-        for place in places:
-            if place.target in known:
-                known[place.target].add(place.path)
+        for address in addresses:
+            if address.target in known:
+                known[address.target].add(address.path)
             else:
-                new.append(place)
-        hosts = self._open_more(new, on_change=self.changed.emit, questions=self.questions)
-        self._hosts += hosts
-        for host in hosts:
-            host.start()
+                new.append(address)
+        sources = self._open_more(new, on_change=self.changed.emit, questions=self.questions)
+        self._sources += sources
+        for source in sources:
+            source.start()
 
     @property
     def runs(self) -> list[Run]:
-        return [run for host in self._hosts for run in host.runs]
+        return [run for source in self._sources for run in source.runs]
 
     def _build(self) -> None:
         self.setWindowTitle("resplot")
@@ -270,7 +273,7 @@ class Window(QMainWindow):
         bar.addSeparator()
         self._button(bar, "Add…", "", self._add, "Ctrl+O")
         self._button(bar, "Save…", "", self._save, "Ctrl+S")
-        self.reconnect_action = self._button(bar, "Reconnect", "", lambda: [host.retry() for host in self._hosts], "F5")
+        self.reconnect_action = self._button(bar, "Reconnect", "", self._reconnect, "F5")
         self.reconnect_action.setVisible(False)
 
     def _button(self, bar: QToolBar, text: str, tip: str, action: Callable, keys: str = "") -> QAction:
@@ -288,6 +291,10 @@ class Window(QMainWindow):
         button.setChecked(getattr(self._view, name))
         button.toggled.connect(lambda on: self._set_view(replace(self._without_y_zoom(name), **{name: on})))
         return button
+
+    def _reconnect(self) -> None:
+        for source in self._sources:
+            source.retry()
 
     def _show_all_panels(self) -> None:
         self._set_view(replace(self._view, alone=""))
@@ -347,11 +354,11 @@ class Window(QMainWindow):
         names = labels(runs)
         for run in runs:
             self._look(run)
-        snapshots = [run.data.snapshot() for run in runs]
+        snapshots = [run.history.snapshot() for run in runs]
         self._show_header(runs, names, snapshots)
         self._show_panel_list(snapshots)
         self._show_differences()
-        problems = [f"{host.name}: {host.problem}" for host in self._hosts if host.problem]
+        problems = [f"{source.name}: {source.problem}" for source in self._sources if source.problem]
         self.reconnect_action.setVisible(bool(problems))
         if problems:
             self.statusBar().showMessage("   ".join(problems), 3000)
@@ -570,7 +577,7 @@ class Window(QMainWindow):
         for run, name in zip(runs, labels(runs)):
             if self._key(run) not in self._hidden:
                 colour, mark = self._look(run)
-                found.append(ShownRun(name, colour, run.data.snapshot(), mark))
+                found.append(ShownRun(name, colour, run.history.snapshot(), mark))
         return found
 
     def _redraw(self) -> None:
@@ -588,7 +595,7 @@ class Window(QMainWindow):
         )
         if given and text.strip():
             try:
-                self.open([Place.parse(text.strip())])
+                self.open([RunAddress.parse(text.strip())])
             except ValueError as error:
                 self.statusBar().showMessage(str(error), 15000)
 
@@ -660,8 +667,8 @@ class Window(QMainWindow):
         self.remember()
         self._clock.stop()
         self.questions.close()
-        for host in self._hosts:
-            host.stop()
+        for source in self._sources:
+            source.stop()
         self.draughtsman.stop()
         event.accept()
 
@@ -733,8 +740,8 @@ def show(args: argparse.Namespace) -> int:
     if args.forget_layout:
         settings.clear()
 
-    def open_more(places: list[Place], **options) -> list[Host]:
-        return open_hosts(places, interval_s=args.interval, ssh_config=args.ssh_config, **options)
+    def open_more(addresses: list[RunAddress], **options) -> list[RunSource]:
+        return open_sources(addresses, interval_s=args.interval, ssh_config=args.ssh_config, **options)
 
     window = Window(remembered_view(args, settings), open_more, settings)
     window.restore()
@@ -752,7 +759,7 @@ def show(args: argparse.Namespace) -> int:
     gc.disable()
     signal.signal(signal.SIGINT, lambda *_: app.quit())
     app.aboutToQuit.connect(window.close)
-    window.open(args.places)
-    if not args.places:
+    window.open(args.addresses)
+    if not args.addresses:
         QTimer.singleShot(0, window._add)
     return app.exec_()

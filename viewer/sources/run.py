@@ -1,0 +1,102 @@
+"""One run, wherever it lies: its results, settings and heartbeat."""
+
+import posixpath
+import re
+import time
+from dataclasses import dataclass, field
+
+from runs.history import RunHistory
+from utils.small_files import parse_yaml
+from utils.ssh import SSHTarget
+from utils.text import plain
+from viewer.sources.files import Files, FileState
+from viewer.sources.following import FollowedFile
+
+RESLOG = "reslog.jsonl"
+_LONGEST_CONFIG = 1 << 17
+_LONGEST_HEARTBEAT = 1 << 14
+
+
+@dataclass
+class Health:
+    """What is known of a run beside its results."""
+
+    problem: str = ""
+    """Why it cannot be read now."""
+    phase: str = ""
+    """Of rank 0, by its heartbeat."""
+    heartbeat_at: float = 0.0
+    """Seconds since 1970, by the clock of the run's machine, like `clock_ahead + time.time()`."""
+    clock_ahead: float = 0.0
+    config: dict[str, object] = field(default_factory=dict)
+    config_problem: str = ""
+    """Why the configuration cannot be read."""
+
+
+class Run:
+    """One run, wherever it lies.
+
+    Args:
+        path: its directory, or its reslog.jsonl (or a file like that).
+    """
+
+    def __init__(self, target: SSHTarget | None, path: str):
+        is_file = path.endswith(".jsonl")
+        self.target, self.path = target, path
+        self.directory = posixpath.dirname(path) if is_file else path
+        self.log = FollowedFile(path if is_file else posixpath.join(path, RESLOG))
+        self.history, self.health = RunHistory(), Health()
+        self._config_state: FileState | None = None
+
+    def update(self, files: Files) -> bool:
+        """Read what is new of the results; whether there is more."""
+        news = self.log.poll(files)
+        if news.anew:
+            self.history.clear()
+        if news.lines:
+            self.history.feed(news.lines)
+        return news.more
+
+    def look_round(self, files: Files) -> None:
+        """Read what changes seldom, if it did."""
+        path = posixpath.join(self.directory, "config.yaml")
+        state = files.state(path)
+        if state is not None and state != self._config_state:
+            text = files.read(path, 0, _LONGEST_CONFIG + 1)
+            self._config_state, self.health.config, self.health.config_problem = state, {}, ""
+            try:
+                self.health.config = _read_config(text)
+            except ValueError as error:
+                self.health.config_problem = plain(error)
+        path = posixpath.join(self.directory, "heartbeat", "rank-0.json")
+        state = files.state(path)
+        self.health.clock_ahead = files.now() - time.time()
+        if state is not None:
+            self.health.heartbeat_at = state.modified
+            found = re.search(rb'"phase": ?"([a-z_ ]{1,20})"', files.read(path, 0, _LONGEST_HEARTBEAT))
+            self.health.phase = found[1].decode() if found else ""
+
+
+def _read_config(text: bytes) -> dict[str, object]:
+    """The flat configuration of a run: plain values, those that were derived with a dot before their names.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(text) > _LONGEST_CONFIG:
+        raise ValueError(f"it is larger than {_LONGEST_CONFIG >> 10} KiB")
+    found = parse_yaml(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no settings")
+    derived = found.pop("derived", None)
+    config = {plain(key): value for key, value in found.items() if _is_simple(key)}
+    if isinstance(derived, dict):
+        config |= {
+            f"derived.{plain(key)}": value for key, value in derived.items() if _is_simple(key) and key not in found
+        }
+    return {key: value for key, value in config.items() if _is_simple(value)}
+
+
+def _is_simple(value: object) -> bool:
+    """A text, a number, yes, no or nothing. Python refuses to write out integers that are too long."""
+    return isinstance(value, (str, float, type(None))) or isinstance(value, int) and value.bit_length() < 1000
