@@ -1,17 +1,17 @@
-"""Scores of a finished demo by the measure of another: the same held-out modules, questions and temperature.
+"""Scores of a finished demo, on given held-out modules and questions, so that demos can be compared.
 
     python -m benchmarks.demo_scores out/demo --modules out/demo/data [--old_questions]
 
---modules: the corpus, pretokenized with the demo's tokenizer. Its held-out modules are asked about; the demo must have
-held out those, too.
---old_questions asks as the demo did until 2026-11-29, for models that were fine-tuned then. Prints bits per byte, the
-share of completions that parse, and the share of answers that are the function that was asked for after each stage.
+--modules is the corpus, pretokenized with the demo's tokenizer. The questions are about its held-out modules, which the
+demo must have held out, too. --old_questions words them as the demo did until 2026-11-29, for models fine-tuned then.
+Prints bits per byte, the share of completions that parse, and after each stage the share of answers that are the
+requested function.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -41,10 +41,10 @@ from utils.terminal import run_main
 
 @torch.inference_mode()
 def bits_per_byte(loaded: Loaded, data: Path) -> float:
-    """Of all its held-out modules, in rows of 256 tokens with masks, as training validates.
+    """Bits per byte on all held-out modules of `data`, in masked rows of 256 tokens, as in validation.
 
     Raises:
-        ValueError: the tokens are not the model's.
+        ValueError: the tokens are from another tokenizer.
     """
     valid = PretrainDataset(data, "valid", 256)
     if load_tokenizer(data / "tokenizer").fingerprint != loaded.tokenizer.fingerprint:
@@ -67,7 +67,7 @@ def question_of(function: Function, is_old: bool) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.demo_scores", description=__doc__.splitlines()[0])
-    parser.add_argument("home", type=a_path, help="what the demo wrote")
+    parser.add_argument("home", type=a_path, help="directory of the finished demo")
     parser.add_argument("--modules", type=a_path, required=True)
     parser.add_argument("--old_questions", action="store_true")
     parser.add_argument("--samples", type=int, default=4)

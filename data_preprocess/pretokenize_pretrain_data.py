@@ -1,9 +1,9 @@
-"""Tokenize a corpus: text, JSON, Parquet and tables (see readers.py) -> `.bin` shards (format: dataset/format.py).
+"""Tokenize a corpus: text, JSON, Parquet and tables (see readers/) -> `.bin` shards (format: dataset/format.py).
 
     python -m data_preprocess.pretokenize_pretrain_data --data_dir D --tokenizer_dir T [--output_dir O]
 
 Each document goes to the train or the valid set by the hash of its text, so that the same text never lands in both. A
-run that was killed goes on where it stopped (units.py), and the output does not depend on --num_workers.
+run that was killed goes on where it stopped (jobs.py), and the output does not depend on --num_workers.
 """
 
 import sys
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_preprocess.jobs import Job, process_corpus, run_command
 from data_preprocess.readers import (
     BadRecord,
     BadRecords,
@@ -32,7 +33,6 @@ from data_preprocess.readers import (
     read_unit,
 )
 from data_preprocess.shards import PartRecord, PartWriter, print_summary, set_of
-from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import read_bin_header, read_document_table
 from tokenizer import Tokenizer
 from utils.arguments import Parser

@@ -5,7 +5,7 @@
 
 Formats of the records: conversations.py. What is learnt of a conversation, and what becomes of what is too long:
 mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer to a
-question, so that the same question never lands in both. A run that was killed goes on where it stopped (units.py).
+question, so that the same question never lands in both. A run that was killed goes on where it stopped (jobs.py).
 
 Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `tokenize_online`: the same work, into a
 folder of D that is named after the tokenizer and the options, so that it is done once.
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_preprocess.conversations import FIELDS, PlainText, Preference, ReadRecord, Sample, read_record, roles_with
+from data_preprocess.jobs import Job, process_corpus, run_command
 from data_preprocess.mask_compiler import (
     SFTLoss,
     TrainingSample,
@@ -52,9 +53,9 @@ from data_preprocess.readers import (
     find_units,
     place,
     read_unit,
+    well_known_endings,
 )
 from data_preprocess.shards import MOST_UNREAD_FIELDS, NOTHING_READ, PartRecord, print_skipped, set_of, waiting_writer
-from data_preprocess.units import Job, process_corpus, run_command
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, SequenceHeader, SequenceShard, SequenceWriter, read_manifest
 from tokenizer import Tokenizer, load_tokenizer
@@ -415,9 +416,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m data_preprocess.pretokenize_sft_data", description="Tokenize conversations or preferences."
     )
-    parser.add_argument(
-        "--data_dir", type=a_path, required=True, help="directory with .json, .jsonl, .parquet or .csv records"
-    )
+    endings = ", ".join(well_known_endings(of_records=True))
+    parser.add_argument("--data_dir", type=a_path, required=True, help=f"directory with records: {endings}")
     parser.add_argument("--tokenizer_dir", type=a_path, required=True, help="directory of the tokenizer")
     parser.add_argument("--output_dir", type=a_path, required=True, help="where the shards go")
     add_compiling_arguments(parser)

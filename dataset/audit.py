@@ -35,7 +35,7 @@ from tqdm import tqdm
 from dataset.loader import rows_digest
 from dataset.opening import TaskDataset, open_dataset
 from dataset.order import sample_at
-from dataset.run_data import read_run_data
+from dataset.trained_on import read_trained_on
 from runs.layout import RESLOG_NAME, RunPaths
 from runs.reslog import count_launches, read_reslog
 from utils.arguments import Parser
@@ -147,7 +147,7 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
         ValueError: no log, no record in it, or the data of a segment is not there.
     """
     records = _records_of(run_dir)
-    run = read_run_data(run_dir)
+    run = read_trained_on(run_dir)
     starts = [record for record in records if record["name"] == "start"]
     kinds = {(start["task"], start["max_seq_len"], start["packing"]) for start in starts}
     datasets: dict[str, TaskDataset] = {}

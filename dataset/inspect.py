@@ -33,8 +33,8 @@ from dataset.format import (
 )
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
-from dataset.run_data import is_run, read_run_data
 from dataset.sequences import read_manifest
+from dataset.trained_on import is_run, read_trained_on
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.paths import a_path, absent
@@ -192,7 +192,7 @@ def open_inspection(
         ValueError: see Inspection.
     """
     if is_run(path):
-        run = read_run_data(path)
+        run = read_trained_on(path)
         if run.task != "pretrain":
             raise ValueError(
                 f"{path} is a run of {run.task}: look at its data with `python -m dataset.show_mask {path}`"

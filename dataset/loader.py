@@ -1,7 +1,7 @@
 """From positions in the run's stream to micro-batches on a rank.
 
 A step with global batch G takes the next G positions of the stream; they are cut into micro-batches of B, and
-micro-batch m goes to rank m % world_size. So the stream, and the gradient of a step, do not depend on the number of
+micro-batch m goes to data rank m % data_size. So the stream, and the gradient of a step, do not depend on the number of
 ranks. `row_ids` of a batch are the rows' positions in the stream: dropout is keyed by them, for the same reason.
 """
 
@@ -49,8 +49,8 @@ class TrainLoader:
         dataset: what is read.
         seed: key of the order.
         micro_batch_size: B, rows of a micro-batch.
-        accumulation_steps: micro-batches of a step over all ranks; a multiple of world_size.
-        rank, world_size: this process's place.
+        accumulation_steps: micro-batches of a step over all ranks; a multiple of data_size.
+        data_rank, data_size: this process's place among those that read different rows.
         first_position: where in the stream to start (the run's samples_consumed).
         num_workers: threads that read ahead; 0 reads when asked.
         pin_memory: page-lock the tensors for asynchronous copies to a GPU.
@@ -62,17 +62,17 @@ class TrainLoader:
         seed: int,
         micro_batch_size: int,
         accumulation_steps: int,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        data_size: int,
         first_position: int = 0,
         num_workers: int = 1,
         pin_memory: bool = False,
     ):
-        if accumulation_steps % world_size:
-            raise ValueError(f"{accumulation_steps} micro-batches a step do not split evenly over {world_size} ranks")
+        if accumulation_steps % data_size:
+            raise ValueError(f"{accumulation_steps} micro-batches a step do not split evenly over {data_size} ranks")
         self.dataset, self.seed, self.pin_memory = dataset, seed, pin_memory
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
-        self.rank, self.world_size = rank, world_size
+        self.data_rank, self.data_size = data_rank, data_size
         self._next_position = first_position
         self._block_start, self._block = first_position, np.empty(0, np.int64)
         self._pool = background_threads(num_workers, "read-ahead") if num_workers else None
@@ -108,7 +108,7 @@ class TrainLoader:
     def _read_step(self, first: int, sample_ids: np.ndarray) -> Step:
         size = self.micro_batch_size
         micro_batches = []
-        for index in range(self.rank, self.accumulation_steps, self.world_size):
+        for index in range(self.data_rank, self.accumulation_steps, self.data_size):
             within = index * size + np.arange(size, dtype=np.int64)
             batch = self.dataset.collate(sample_ids[within]) | as_tensors({"row_ids": first + within})
             if self.pin_memory:
@@ -118,9 +118,9 @@ class TrainLoader:
 
 
 def validation_batches(
-    dataset: Dataset, batch_size: int, max_batches: int, rank: int, world_size: int
+    dataset: Dataset, batch_size: int, max_batches: int, data_rank: int, data_size: int
 ) -> tuple[int, Iterator[tuple[int, Batch]]]:
-    """The validation set in its own order, cut the same way whatever the world size.
+    """The validation set in its own order, cut the same way whatever the number of ranks.
 
     Args:
         max_batches: how many batches of batch_size to use over all ranks; 0 uses the whole set.
@@ -132,7 +132,7 @@ def validation_batches(
         count = min(count, max_batches)
 
     def batches() -> Iterator[tuple[int, Batch]]:
-        for index in range(rank, count, world_size):
+        for index in range(data_rank, count, data_size):
             ids = np.arange(index * batch_size, min((index + 1) * batch_size, len(dataset)), dtype=np.int64)
             yield index, dataset.collate(ids) | as_tensors({"row_ids": ids})
 

@@ -33,13 +33,13 @@ from data_preprocess.pretokenize_sft_data import (
     options_from,
     record_corpus,
 )
-from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit
+from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit, well_known_endings
 from dataset.format import MANIFEST_NAME, SPLITS
 from dataset.opening import open_dataset
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from dataset.run_data import RunData, is_run, read_run_data
 from dataset.sequences import SequenceSet, read_manifest
+from dataset.trained_on import TrainedOn, is_run, read_trained_on
 from tokenizer import Tokenizer, load_tokenizer
 from utils.arguments import Parser
 from utils.files import atomic_write
@@ -95,7 +95,8 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
     if not path.is_file() or not holds_records(path.name):
         inside = next((one for one in sorted(path.glob("*")) if holds_records(one.name)), None)
         raise ValueError(
-            f"{path} is no file with records (.jsonl, .json, .parquet, .csv), nor a pretokenized directory"
+            f"{path} is no file with records ({', '.join(well_known_endings(of_records=True))}), nor a pretokenized "
+            f"directory"
             + (f": name a file in it, such as {inside}" if inside else "")
         )
     compiler = Compiler(tokenizer, options)
@@ -151,7 +152,7 @@ def _shown(sequences: SequenceSet, number: int) -> Shown:
     return Shown(place(*shard.origin(inside)) + side, ids.tolist(), supervised.astype(bool).tolist())
 
 
-def sequences_at(run: RunData, position: int) -> Iterator[Shown]:
+def sequences_at(run: TrainedOn, position: int) -> Iterator[Shown]:
     """What a run of SFT or DPO was trained on at a position of its stream.
 
     Raises:
@@ -245,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         if not path.exists():
             raise ValueError(absent(path))
         if is_run(path):
-            run = read_run_data(path)
+            run = read_trained_on(path)
             path = run.dirs[args.split]
         if args.position is not None and run is None:
             raise ValueError(f"--position is for a run, and {path} is none")

@@ -1,17 +1,17 @@
-"""Ask a model for functions, several times each, and count which answers are the function that was asked for.
+"""Ask a model for functions, several times each, and count the answers that are the requested function.
 
     python -m demo.answer --ckpt out/demo/sft --questions out/demo/talk/sft_valid/functions.jsonl --output answers.jsonl
 
-An answer counts if it ends by itself, is one function of the asked name, and Python compiles it (`demo.functions`).
-Whether it does what was asked is not looked at: a model of this size does not know.
+An answer counts if it ends by itself, is one function of the requested name, and Python compiles it (`demo.functions`).
+Whether the function does the requested thing is not checked: a model of this size cannot know.
 
-A line of --output: {"question", "answers": [{"text", "tokens", "ends", "good"}, ...]}.
+Each line of --output: {"question", "answers": [{"text", "tokens", "ends", "good"}, ...]}.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -36,7 +36,7 @@ def read_questions(path: Path, count: int) -> list[str]:
     """First messages of a file of conversations, evenly spaced.
 
     Raises:
-        ValueError, OSError: there is none, or the file cannot be read.
+        ValueError, OSError: there are no questions, or the file cannot be read.
     """
     if not path.exists():
         raise ValueError(absent(path))
@@ -44,7 +44,7 @@ def read_questions(path: Path, count: int) -> list[str]:
         questions = [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()]
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{path} holds no conversations: give a file that demo.conversations wrote") from None
-    # Overloaded functions bear one name and one docstring.
+    # Overloaded functions share one name and one docstring.
     questions = list(dict.fromkeys(questions))
     if not questions or count < 1:
         raise ValueError(f"there is no question in {path}")
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--output", type=a_path, help="write questions and answers to this JSONL file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # Batches are drawn side by side.
+    torch.set_num_threads(1)  # Batches are sampled in parallel threads.
     try:
         if args.samples < 1 or args.temperature <= 0:
             raise ValueError("--samples and --temperature must be positive")

@@ -1,15 +1,15 @@
-"""Let the trained model complete functions of modules that it never saw, and count how many completions parse.
+"""Let the trained model complete functions of unseen modules, and count how many completions parse.
 
     python -m demo.complete --ckpt out/demo/run --corpus_dir out/demo/corpus --data_dir out/demo/data
 
-The prompt is the end of the module up to and including a function's header. The completion is cut where the function
-ends (a line indented no deeper than the header), or before the last, unfinished line; header and body must parse.
+The prompt is the end of the module up to and including a function's header. The completion is cut at the end of the
+function (a line indented no deeper than the header) or before an unfinished last line. Header and body must parse.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -50,7 +50,7 @@ class Header:
 
 
 def held_out_headers(corpus_dir: Path, valid_ratio: float) -> Iterator[Header]:
-    """Functions with a body of 2 to 15 lines, in the modules that went to the validation set, in order of names."""
+    """Functions with a body of 2 to 15 lines in the modules of the validation set, sorted by module name."""
     for split, module, text in modules_of(corpus_dir, valid_ratio):
         if split != "valid":
             continue
@@ -90,7 +90,7 @@ def complete_all(loaded: Loaded, headers: list[Header], temperature: float, seed
     context, begin = model.config.max_position_embeddings, tokenizer.begin_ids
     new_tokens = min(96, context // 2)
     room = context - new_tokens - len(begin)
-    # Most modules are longer than that, so most prompts are equally long.
+    # Most modules are longer than the room, so most prompts have the same length.
     prompts = [begin + tokenizer.encode(header.before + header.text)[-room:] for header in headers]
     drawn = draw_all(loaded, prompts, new_tokens, stop_ids, temperature, seed, rows)
     return [
@@ -108,11 +108,11 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--untrained", action="store_true", help="the same with weights as before the first step")
+    parser.add_argument("--untrained", action="store_true", help="use freshly initialized weights instead")
     parser.add_argument("--output", type=a_path, help="write the score to this JSON file")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # Batches are drawn side by side.
+    torch.set_num_threads(1)  # Batches are sampled in parallel threads.
     try:
         if args.temperature <= 0:
             raise ValueError("--temperature must be positive")

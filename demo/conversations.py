@@ -2,16 +2,16 @@
 
 python -m demo.conversations --corpus_dir out/demo/corpus --data_dir out/demo/data --output_dir out/demo/talk
 
-sft, sft_valid    {"messages": [...]}: a function is asked for and given, then what it does
+sft, sft_valid    {"messages": [...]}: a request for a function, the function, and what it does
 
-sft_valid holds functions of the modules that pretraining held out, too; nothing is trained on them. A module gives few
-of them, so that none decides the scores.
+sft_valid holds functions of the modules that pretraining held out; nothing is trained on them. Each module gives only a
+few, so that none dominates the scores.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.conversations", description="Conversations about functions.")
     parser.add_argument("--corpus_dir", type=a_path, required=True)
     parser.add_argument(
-        "--data_dir", type=a_path, required=True, help="pretokenized corpus, for which modules it held out"
+        "--data_dir", type=a_path, required=True, help="pretokenized corpus, which says which modules are held out"
     )
     parser.add_argument("--output_dir", type=a_path, required=True)
     args = parser.parse_args()

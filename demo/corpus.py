@@ -2,13 +2,13 @@
 
     python -m demo.corpus --output_dir out/demo/corpus
 
-Left out: tests (not on every machine), and modules that are tables of characters rather than code.
+It leaves out tests (not installed everywhere) and modules that are tables of characters rather than code.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -27,7 +27,7 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 
 
 def copy_standard_library(output_dir: Path) -> tuple[int, int]:
-    """Copy the modules below `output_dir`; returns how many, and their bytes."""
+    """Copy the modules to `output_dir`; return their number and their total bytes."""
     root = Path(sysconfig.get_paths()["stdlib"])
     count = size = 0
     for path in sorted(root.rglob("*.py")):

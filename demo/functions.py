@@ -1,4 +1,4 @@
-"""Short functions of the standard library, and whether an answer is the function that was asked for."""
+"""Short functions of the standard library, and the check that an answer is the requested function."""
 
 import ast
 import re
@@ -17,16 +17,16 @@ _MOST_CHARACTERS = 320
 @dataclass(frozen=True)
 class Function:
     module: str
-    """Such as "json.decoder"."""
+    """For example "json.decoder"."""
     name: str
     does: str
-    """The first sentence of its docstring, in one line."""
+    """First sentence of its docstring, on one line."""
     source: str
-    """Without decorators and docstring, at column 0."""
+    """Source without decorators and docstring, at column 0."""
 
     @property
     def question(self) -> str:
-        # The name comes last: what is to be copied stands close to where it is needed.
+        # The name comes last: the model must copy it, so it stays close to the answer.
         return f"{self.module}: {self.does.rstrip('.')}. Write the function {self.name}"
 
 
@@ -34,7 +34,7 @@ def asked_name(question: str) -> str:
     """Name of the function that a `Function.question` asks for.
 
     Raises:
-        ValueError: it asks for none.
+        ValueError: it does not ask for a function.
     """
     match = re.search(r"Write the function (\w+)$", question)
     if match is None:
@@ -46,17 +46,17 @@ def tree_of(source: str) -> ast.Module:
     """Syntax tree of a module.
 
     Raises:
-        SyntaxError, ValueError, RecursionError, MemoryError: it is no Python. (ValueError: a null character; the last
-            two: brackets without end.)
+        SyntaxError, ValueError, RecursionError, MemoryError: the source is not Python. (ValueError: it holds a null
+            character; the last two: its brackets are nested too deeply.)
     """
     with warnings.catch_warnings():
-        # Odd escapes and the like: the authors' style, of no use on the screen.
+        # Warnings, such as of odd escapes, concern the authors and only clutter the screen.
         warnings.simplefilter("ignore")
         return ast.parse(source)
 
 
 def parses(source: str) -> bool:
-    """Whether Python compiles it; nothing of it is run."""
+    """Whether Python compiles the source; nothing is run."""
     try:
         tree = tree_of(source)
         with warnings.catch_warnings():
@@ -68,10 +68,10 @@ def parses(source: str) -> bool:
 
 
 def is_asked_function(answer: str, name: str) -> bool:
-    """Whether an answer is one function of that name, which Python compiles and which does something.
+    """Whether an answer is a single function of that name that Python compiles and that does something.
 
-    What it does is not looked at: a body of `pass` or a text alone is refused, so that the shortest way out counts for
-    nothing, and all else is taken.
+    A body of only `pass` or a string is refused, so that the shortest way out does not count. Any other body is
+    accepted, whatever it does.
     """
     if not parses(answer):
         return False
@@ -85,10 +85,10 @@ def is_asked_function(answer: str, name: str) -> bool:
 
 
 def functions_of(text: str, module: str) -> Iterator[Function]:
-    """Short functions with a docstring and more than that.
+    """Short functions that have a docstring and further statements.
 
     Raises:
-        SyntaxError: the text is no Python.
+        SyntaxError: the text is not Python.
     """
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree_of(text)):
@@ -103,13 +103,13 @@ def functions_of(text: str, module: str) -> Iterator[Function]:
 
 
 def module_name(path: Path, corpus: Path) -> str:
-    """As one imports it: json/decoder.py is json.decoder, json/__init__.py is json."""
+    """Name for importing a module: json/decoder.py is json.decoder, json/__init__.py is json."""
     parts = path.relative_to(corpus).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def modules_of(corpus: Path, valid_ratio: float) -> Iterator[tuple[str, str, str]]:
-    """(set, name, text) of each module of the corpus that is Python, by path; sets as pretokenize made them."""
+    """(set, name, text) of each valid Python module of the corpus, by path; the sets are those of pretokenize."""
     for path in sorted(corpus.rglob("*.py")):
         try:
             text = path.read_bytes().decode("utf-8")

@@ -1,18 +1,18 @@
-"""Preferences between a model's own answers: one that is the function that was asked for, against one that is not.
+"""Preferences between a model's own answers: the requested function against something else.
 
     python -m demo.preferences --answers out/demo/answers-train.jsonl --functions out/demo/talk/sft/functions.jsonl \\
         --output out/demo/talk/dpo/functions.jsonl
 
-A line of --output: {"prompt", "chosen", "rejected"}. Paired are answers to one question that differ least in length.
-Otherwise short ones, which are right more often, would be preferred for being short, and the model would learn to write
-nothing else. Where no answer is right and fewer than --least pairs were
-found, the real function takes its place: a model that was hardly trained has to begin somewhere.
+Each line of --output: {"prompt", "chosen", "rejected"}. A pair is two answers to one question whose lengths differ
+least. Otherwise short answers, which are right more often, would be preferred for being short, and the model would
+learn to write nothing else. If fewer than --least pairs are found, questions without a right answer get the real
+function as the chosen answer, so that even a hardly trained model has something to learn from.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -44,10 +44,11 @@ def read_functions(path: Path) -> dict[str, str]:
 
 
 def pairs_of(records: list[dict], most: int) -> Iterator[dict]:
-    """Records as `demo.answer` writes them -> preferences of each question that has answers of both kinds.
+    """Preferences for each question that has good and bad answers.
 
     Args:
-        most: of a question. Each of its answers is in one of them at most.
+        records: as `demo.answer` writes them.
+        most: pairs per question. Each answer is in at most one pair.
     """
     for record in records:
         good, bad = ([a for a in record["answers"] if a["good"] == is_good] for is_good in (True, False))
@@ -59,7 +60,7 @@ def pairs_of(records: list[dict], most: int) -> Iterator[dict]:
 
 
 def pairs_with_real_functions(records: list[dict], functions: dict[str, str]) -> Iterator[dict]:
-    """The same of each question whose answers are all wrong."""
+    """A preference for the real function, for each question whose answers are all wrong."""
     for record in records:
         if record["question"] in functions and not any(answer["good"] for answer in record["answers"]):
             rejected = record["answers"][0]["text"]
@@ -68,10 +69,10 @@ def pairs_with_real_functions(records: list[dict], functions: dict[str, str]) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.preferences", description="Preferences between answers.")
-    parser.add_argument("--answers", type=a_path, required=True, help="what demo.answer wrote")
+    parser.add_argument("--answers", type=a_path, required=True, help="file that demo.answer wrote")
     parser.add_argument("--functions", type=a_path, required=True, help="conversations with the real functions")
-    parser.add_argument("--most", type=int, default=4, help="pairs of a question (default: 4)")
-    parser.add_argument("--least", type=int, default=16, help="pairs to complete with real functions (default: 16)")
+    parser.add_argument("--most", type=int, default=4, help="pairs per question, at most (default: 4)")
+    parser.add_argument("--least", type=int, default=16, help="below this, add real functions (default: 16 pairs)")
     parser.add_argument("--output", type=a_path, required=True)
     args = parser.parse_args()
     try:

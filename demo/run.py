@@ -1,13 +1,12 @@
-"""The main job from end to end, on the Python standard library's own source: `make demo`.
+"""The whole pipeline on the source of Python's own standard library: `make demo`.
 
-Every stage prints the plain command that it runs. Everything lies below --dir, in folders that are
-made anew each time.
+Every stage prints the plain command that it runs. All files go into folders below --dir, which each demo makes anew.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -39,11 +38,11 @@ from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 4096
-"""With 8,192 the head takes half of a step, and a rare name's pieces are seen too seldom to be copied."""
+"""With 8,192 the head takes half of a step's time, and pieces of rare names are seen too seldom to be copied."""
 VALID_RATIO = 0.06
-"""So that some 28 modules are held out."""
+"""Holds out about 28 modules."""
 QUESTIONS_A_STEP = 4
-"""Of DPO, asked of the model eight times each: about half of them give up to four preferences."""
+"""Questions for each DPO step. The model answers each eight times; about half of them give up to four preferences."""
 TITLES = {"run": "before SFT", "sft": "after SFT", "dpo": "after DPO"}
 
 
@@ -52,7 +51,7 @@ def show(command: list[str]) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Run a plain command with this interpreter's own tools; a failure ends the demo."""
+    """Run a plain command with this interpreter; a failure ends the demo."""
     show(command)
     code = subprocess.run(_executable(command), cwd=ROOT).returncode
     if code:
@@ -65,7 +64,7 @@ def run_all(*commands: list[str]) -> None:
 
 
 def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
-    """Start training, ask it to stop once it has done `stop_step` steps, and check that it saved and said so."""
+    """Start training, ask it to stop after `stop_step` steps, and check that it saved and ended with STOPPED."""
     show(command)
     reslog = RunPaths(run_dir).reslog
     asked = False
@@ -81,7 +80,7 @@ def run_until_half(command: list[str], run_dir: Path, stop_step: int) -> None:
 
 
 def _executable(command: list[str]) -> list[str]:
-    """`python` of the environment that runs the demo."""
+    """The command with the interpreter that runs the demo in place of `python`."""
     return [sys.executable, *command[1:]]
 
 
@@ -105,16 +104,16 @@ def data_stages(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo.run", description="The main job, end to end.")
-    parser.add_argument("--dir", type=a_path, default="out/demo", help="where everything goes (default: out/demo)")
+    parser = argparse.ArgumentParser(prog="python -m demo.run", description="The whole pipeline, end to end.")
+    parser.add_argument("--dir", type=a_path, default="out/demo", help="directory for all files (default: out/demo)")
     parser.add_argument("--max_iters", type=int, default=900, help="steps of pretraining (default: 900)")
     parser.add_argument("--sft_iters", type=int, default=240, help="steps of SFT (default: 240)")
     parser.add_argument("--dpo_iters", type=int, default=100, help="steps of DPO (default: 100)")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default: 2)")
     parser.add_argument("--dtype", default="auto", help="train_my_ddp.py's --dtype (default: auto)")
-    parser.add_argument("--seed", type=int, default=1337, help="of training and of what is sampled (default: 1337)")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of training and sampling (default: 1337)")
     parser.add_argument(
-        "--quick", action="store_true", help="a look at every stage: few steps, few questions, and nothing learnt"
+        "--quick", action="store_true", help="show every stage with few steps and questions; the model learns nothing"
     )
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(max_iters=40, sft_iters=8, dpo_iters=4)
@@ -123,7 +122,7 @@ def main() -> int:
     home = Path(args.dir)
     names = ("corpus", "tokenizer", "data", "run", "talk", "sft", "dpo")
     for name in names:
-        # Only what an earlier demo made, whatever else lies there.
+        # Only the folders of an earlier demo; other files there stay.
         shutil.rmtree(ROOT / home / name, ignore_errors=True)
     corpus, tokenizer, data, run_dir, talk, sft_dir, dpo_dir = (str(home / name) for name in names)
     drawn = ["--seed", str(args.seed), "--dtype", args.dtype]
@@ -204,7 +203,7 @@ def records_of(run_dir: Path, name: str) -> list[dict]:
 
 
 def xz_bits_per_byte(corpus: Path) -> float:
-    """What a compressor needs for the held-out modules, one by one: something to compare the model with."""
+    """Bits per byte of the held-out modules under xz, one by one: a baseline for the model."""
     texts = [text.encode() for split, _, text in modules_of(corpus, VALID_RATIO) if split == "valid"]
     packed = sum(len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) for text in texts)
     return 8 * packed / sum(map(len, texts))
@@ -235,7 +234,7 @@ def summarize(times: list[tuple[str, float]], home: Path) -> None:
         Score(json.loads((home / f"completions-{name}.json").read_text())["parts"]) for name in ("untrained", "run")
     )
     scores = {name: score_of(records) for name, records in answers.items()}
-    print("\nwhat each stage did for held-out modules (a difference of more than two standard errors counts):")
+    print("\ngain of each stage on held-out modules (a difference of more than two standard errors counts):")
     print_change("pretraining", "completions of functions that parse", untrained, completed)
     print_change("SFT", "answers that are the function asked for", scores["run"], scores["sft"])
     print_change("DPO", "answers that are the function asked for", scores["sft"], scores["dpo"])
@@ -246,7 +245,7 @@ def summarize(times: list[tuple[str, float]], home: Path) -> None:
 
 
 def show_answers(answers: dict[str, list[dict]], count: int = 3) -> None:
-    """The first answer to some of the questions after each stage; which ones does not depend on the answers."""
+    """Print the first answers to some questions after each stage; the choice does not depend on the answers."""
     total = len(answers["run"])
     for number in range(0, total, max(1, total // count))[:count]:
         print(f"\n--- {answers['run'][number]['question']}")

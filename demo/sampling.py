@@ -1,7 +1,7 @@
-"""Many answers of a model at once.
+"""Sampling of many answers at once.
 
-The rows of a batch are prompts of one length, so nothing is padded: several answers to one question, and to other
-questions that happen to be as long. A row that has ended leaves the batch.
+The prompts of a batch have the same length, so nothing is padded: a batch holds several answers to one question and to
+other questions that happen to be as long. A row that has ended leaves the batch.
 """
 
 import os
@@ -18,15 +18,15 @@ from serving.generation import Loaded
 from tokenizer.chat_template import Message, template_of
 
 _MOST_THREADS = 8
-"""More would wait for Python's lock."""
+"""More threads would wait for Python's lock."""
 
 
 class Answer(NamedTuple):
     text: str
     tokens: int
-    """Its length, without the token that ends it."""
+    """Length without the token that ends it."""
     ends: bool
-    """By itself, before there was no room left."""
+    """Whether the answer ended by itself, before the room ran out."""
 
 
 @torch.inference_mode()
@@ -43,8 +43,8 @@ def sample_rows(
 
     Args:
         prompts_BT: token ids, int64.
-        generator: on the CPU; what is drawn depends on it and on the rows that are drawn together.
-        vocab_size: the tokenizer's; the model's scores beyond it are padding.
+        generator: on the CPU; the tokens depend on it and on which rows share the batch.
+        vocab_size: the tokenizer's size; logits beyond it are padding.
     """
     device, dtype = prompts_BT.device, next(model.parameters()).dtype
     rows, width = prompts_BT.shape
@@ -68,7 +68,7 @@ def sample_rows(
 
 
 def batches_of_one_length(prompts: list[list[int]], rows: int) -> Iterator[list[int]]:
-    """Numbers of prompts that are equally long, at most so many together."""
+    """Indices of prompts that have the same length, at most `rows` in a batch."""
     by_length = defaultdict(list)
     for number, prompt in enumerate(prompts):
         by_length[len(prompt)].append(number)
@@ -81,10 +81,10 @@ def answer_all(
     loaded: Loaded, questions: list[str], samples: int, max_new_tokens: int, temperature: float, seed: int,
     rows: int = 64,
 ) -> list[list[Answer]]:  # fmt: skip
-    """`samples` answers to each question. The same seed draws the same ones, on any number of cores.
+    """`samples` answers to each question. A seed gives the same answers on any number of cores.
 
     Args:
-        rows: of a batch, at most.
+        rows: largest batch.
     Raises:
         ValueError: a question leaves no room for an answer.
     """
@@ -104,8 +104,8 @@ def draw_all(
     loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int], temperature: float,
     seed: int, rows: int = 64,
 ) -> list[list[int]]:  # fmt: skip
-    """New tokens for each prompt, of any lengths. On a CPU, several threads take batches in turn: torch's own would
-    wait for each other in every one of so small products."""
+    """New tokens for prompts of any length. On a CPU, several threads share the batches; torch's own threads would wait
+    for each other in every such small product."""
     device, batches = next(loaded.model.parameters()).device, list(batches_of_one_length(prompts, rows))
 
     def draw(number: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Shares with their standard errors, and whether a stage raised one beyond noise."""
+"""Shares with their standard errors, and the verdict whether a change is more than noise."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Score:
-    """A share, from as many parts as there are independent questions.
+    """A share, as the mean of one part for each independent question.
 
-    Several answers to one question resemble each other, so the error is that of the questions' own shares.
+    Answers to the same question resemble each other, so the error is computed from the questions' shares.
     """
 
     parts: list[float]
@@ -21,7 +21,7 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean; infinite for a single part, of which nothing is known."""
+        """Standard error of the mean; infinite for a single part."""
         count, mean = len(self.parts), self.mean
         if count < 2:
             return math.inf
@@ -32,7 +32,7 @@ class Score:
 
 
 def difference(before: Score, after: Score) -> Score:
-    """Of the same questions, one by one: what is hard for both cancels out.
+    """Difference question by question, so that a question's difficulty cancels out.
 
     Raises:
         ValueError: they are not the same questions.
@@ -43,7 +43,7 @@ def difference(before: Score, after: Score) -> Score:
 
 
 def verdict(change: Score) -> str:
-    """More than two standard errors count as a change."""
+    """The change in words; it counts if it is more than two standard errors."""
     if abs(change.mean) <= 2 * change.error:
         return "not beyond noise"
     return "improved" if change.mean > 0 else "worse"
@@ -68,12 +68,12 @@ def read_answers(path: Path) -> list[dict]:
 
 
 def score_of(records: list[dict], field: str = "good") -> Score:
-    """Share of the answers, from each question's own."""
+    """Share of answers whose `field` is true, from each question's share."""
     return Score([sum(answer[field] for answer in r["answers"]) / len(r["answers"]) for r in records])
 
 
 def describe(records: list[dict]) -> str:
-    """What the answers are like, in a line."""
+    """Summary of the answers in one line."""
     answers = [answer for record in records for answer in record["answers"]]
     good = [answer for answer in answers if answer["good"]]
     length = sum(answer["tokens"] for answer in good) / max(1, len(good))
@@ -86,5 +86,5 @@ def describe(records: list[dict]) -> str:
 
 
 def body_of(text: str) -> str:
-    """What follows the first line: there, answers to different questions differ anyway."""
+    """Text after the first line, in which answers to different questions differ anyway."""
     return text.strip().partition("\n")[2]

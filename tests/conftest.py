@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_preprocess.build_pretrain_sample_index_map import build
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
-from data_preprocess.units import process_corpus
 from demo.corpus import copy_standard_library
 from tokenizer.hf_bbpe import train_hf_bbpe
 

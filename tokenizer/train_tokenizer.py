@@ -24,13 +24,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from, print_left_out
+from data_preprocess.readers import BadRecords, add_corpus_arguments, corpus_from, print_left_out, well_known_endings
+from data_preprocess.sampling import Source, budgets, mixed_texts, sample_texts
 from runs.layout import CKPT_DIR
 from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer
 from tokenizer.conversion import BYTE_LEVEL, SENTENCE_PIECE
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.long_words import LongWords
-from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.sp_bbpe import train_sp_bbpe
 from utils.arguments import Parser
 from utils.files import atomic_write_json
@@ -167,7 +167,9 @@ def print_report(report: dict, seconds: float, bad: BadRecords) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m tokenizer.train_tokenizer", description="Train a tokenizer.")
     parser.add_argument(
-        "--data_dir", type=a_path, help="directory with the text: .txt, .jsonl, .json, .parquet, .csv, source code"
+        "--data_dir",
+        type=a_path,
+        help=f"directory with the text: {', '.join(well_known_endings(of_records=False))}, source code",
     )
     parser.add_argument(
         "--source", action="append", default=[], metavar="NAME=DIR[@WEIGHT]",

@@ -26,7 +26,7 @@ ALLOWED = {
     "optimizer": {"checkpoint.named", "parallel.buffer", "utils.ranges"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
-    "tokenizer": {"runs.layout", "utils", "data_preprocess.readers"},
+    "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # All but the scripts: with train_my_ddp.py, it is the one place that sees everything.
     "training": {
@@ -53,6 +53,7 @@ ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
+    "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling", "runs.layout"},
     "utils/checkpoint.py": {"checkpoint.folder"},
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},

@@ -9,9 +9,9 @@ import pytest
 
 import train_my_ddp
 from data_preprocess.build_pretrain_sample_index_map import build
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
-from data_preprocess.units import process_corpus
 from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
 from dataset.inspect import Inspection
 from dataset.inspect import main as inspect

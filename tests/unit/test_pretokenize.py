@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import pytest
 
-from data_preprocess import build_pretrain_sample_index_map, pretokenize_pretrain_data, readers, units
+from data_preprocess import build_pretrain_sample_index_map, jobs, pretokenize_pretrain_data
+from data_preprocess.jobs import process_corpus, process_unit
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import (
     BadRecord,
@@ -24,13 +25,13 @@ from data_preprocess.readers import (
     Piece,
     TextFields,
     find_units,
+    limits,
     list_inputs,
     plan_units,
     read_piece,
     read_unit,
 )
 from data_preprocess.shards import PartRecord, set_of
-from data_preprocess.units import process_corpus, process_unit
 from dataset.format import map_tokens, read_bin_header, read_document_table, read_index
 from tests.unit.test_readers import Origin, compress, json_lines, random_texts, write, write_mixed_corpus
 from tokenizer import HFBBPETokenizer, load_tokenizer
@@ -281,7 +282,7 @@ def test_unit_longer_than_a_shard_makes_several_parts(
 
 def test_unit_goes_on_after_any_of_its_parts(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also where documents come in parts and records are bad: both count when the first ones are passed over."""
-    monkeypatch.setattr(readers, "LONGEST_PART", 80)
+    monkeypatch.setattr(limits, "LONGEST_PART", 80)
     lines = json_lines(random_texts(0, 150, 200)).splitlines()
     for number in range(0, 150, 7):
         lines[number] = BAD_LINES["cut off"]
@@ -312,7 +313,7 @@ def test_document_in_parts_is_one_document(
 ):
     """One start, one end-of-document token and one set, even if the parts alone would go to both."""
     documents = write_mixed_corpus(tmp_path / "corpus", seed=40, longest=200)
-    monkeypatch.setattr(readers, "LONGEST_PART", longest)
+    monkeypatch.setattr(limits, "LONGEST_PART", longest)
     parts = process_all(make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir))
     found = [
         (document, split)
@@ -338,7 +339,7 @@ def test_parts_of_a_document_have_its_tokens(
     text = random_text(random.Random(5), 2000)
     (tmp_path / "a.txt").write_bytes(text.encode())
     size = len(text.encode())
-    monkeypatch.setattr(readers, "LONGEST_PART", 300)
+    monkeypatch.setattr(limits, "LONGEST_PART", 300)
     parts = [item.text for item in read_piece(Corpus(str(tmp_path)), Piece("a.txt", 0, size, size))]
     assert len(parts) > 20 and "".join(parts) == text
     assert [token for part in parts for token in tokenizer.encode(part)] == tokenizer.encode(text)
@@ -776,7 +777,7 @@ def test_read_error_of_a_worker(tmp_path: Path, tokenizer_dir: Path):
     path.unlink()
     path.mkdir()
     with pytest.raises(IsADirectoryError, match=rf"Is a directory \((in|between) .*{found[0].pieces[0].path}"):
-        units._process_units(job, found, 1, lambda: None)
+        jobs._process_units(job, found, 1, lambda: None)
 
 
 def test_damaged_manifest_of_an_earlier_run(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -959,7 +960,7 @@ def test_tokenizer_that_fails_names_the_record(
         def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
             return [self.encode(text) for text in texts]
 
-    monkeypatch.setattr(units, "_tokenizer", lambda directory: Failing(load_tokenizer(directory)))
+    monkeypatch.setattr(jobs, "_tokenizer", lambda directory: Failing(load_tokenizer(directory)))
     path, counts, record = next(origin for text, *origin in documents if "poison" in text)
     with pytest.raises(ValueError) as caught:
         process_all(make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir))

@@ -24,6 +24,7 @@ import pyarrow.parquet
 import pytest
 
 from data_preprocess import pretokenize_sft_data
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_sft_data import (
     CACHE_DIR,
     Compiler,
@@ -33,7 +34,6 @@ from data_preprocess.pretokenize_sft_data import (
     tokenize_online,
 )
 from data_preprocess.readers import Corpus, place
-from data_preprocess.units import process_corpus
 from dataset.dpo import DPODataset
 from dataset.sequences import SequenceSet, SequenceShard
 from dataset.sft import SFTDataset

@@ -33,6 +33,7 @@ from data_preprocess.readers import (
     add_corpus_arguments,
     corpus_from,
     find_units,
+    limits,
     list_inputs,
     place,
     plan_units,
@@ -397,7 +398,7 @@ def test_place_leads_to_the_record(tmp_path: Path):
 def test_progress_adds_up_to_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Otherwise the bar stops early, or stands at its end for an hour."""
     write_mixed_corpus(tmp_path, count=300)
-    monkeypatch.setattr(readers, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(limits, "BUFFER_BYTES", 1000)
     corpus = Corpus(str(tmp_path))
     for unit in plan_units(corpus.root, list_inputs(corpus)[0], WHOLE):
         reported: list[int] = []
@@ -717,7 +718,7 @@ def test_element_that_is_not_utf8(tmp_path: Path, compression: str):
 @pytest.mark.parametrize("size", [2, 7, 100])
 def test_array_elements_longer_than_what_is_read_at_once(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch):
     """Wherever a read ends: in an escape, a number, a string, between elements."""
-    monkeypatch.setattr(readers, "_BUFFER_BYTES", size)
+    monkeypatch.setattr(limits, "BUFFER_BYTES", size)
     records = [{"n": -1.5e-3, "text": 'é\\"\n\u1234 ' * i, "more": [True, None, {"x": [i]}]} for i in range(1, 9)]
     content = json.dumps(records, indent=1).encode()
     assert texts_of(read_file(tmp_path, "a.json", content)) == [record["text"] for record in records]
@@ -799,7 +800,7 @@ def test_rows_of_the_wrong_length(tmp_path: Path):
 def test_long_documents_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int):
     """They join to the text; characters of several bytes lie across all borders of what is read at once."""
     expected = write_mixed_corpus(tmp_path, seed=5, longest=100)
-    monkeypatch.setattr(readers, "LONGEST_PART", longest)
+    monkeypatch.setattr(limits, "LONGEST_PART", longest)
     for unit_bytes in (500, WHOLE):
         items = read(Corpus(str(tmp_path)), unit_bytes)
         assert bad_of(items) == []
@@ -812,7 +813,7 @@ def test_parts_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Where no token crosses: after a line end that no blank follows, if there is one in the second half."""
     lines = ["word " * 5, "    indented", "", "x", "\ty", "z" * 30, "end of it"] * 40
     text = "\n".join(lines)
-    monkeypatch.setattr(readers, "LONGEST_PART", 120)
+    monkeypatch.setattr(limits, "LONGEST_PART", 120)
     for name, content in (("a.txt", text.encode()), ("a.jsonl", json.dumps({"text": text}).encode())):
         items = read_file(tmp_path, name, content)
         assert texts_of(items) == [text] and len(items) > 10
@@ -823,7 +824,7 @@ def test_parts_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_text_that_turns_out_not_to_be_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """After its first parts are away: the document ends there, and the loss is counted."""
-    monkeypatch.setattr(readers, "LONGEST_PART", 50)
+    monkeypatch.setattr(limits, "LONGEST_PART", 50)
     text = "漢字 and text\n" * 40
     for damage in (b"\xff", "漢".encode()[:2]):
         items = read_file(tmp_path, "a.txt", text.encode() + damage)
@@ -834,7 +835,7 @@ def test_text_that_turns_out_not_to_be_utf8(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_compressed_text_that_turns_out_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readers, "LONGEST_PART", 1000)
+    monkeypatch.setattr(limits, "LONGEST_PART", 1000)
     text = "".join(random.Random(0).choices("abcdefgh \n", k=300_000))
     content = gzip.compress(text.encode())
     items = read_file(tmp_path, "a.txt.gz", content[: len(content) // 2])
@@ -897,8 +898,8 @@ LONG = 1000
 @pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv", ".json object"])
 def test_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str):
     """It is named and counted, however it is spelt; what stands behind it is read where that can be found."""
-    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
-    monkeypatch.setattr(readers, "_BUFFER_BYTES", 64)
+    monkeypatch.setattr(limits, "LONGEST_RECORD", LONG)
+    monkeypatch.setattr(limits, "BUFFER_BYTES", 64)
     nested = '{"a": [1, {"b": "]\\\\\\"}"}], "text": "' + 'x\\"' * 5000 + '"}'
     if kind == ".jsonl":
         content, after = f'{{"text": "a"}}\n{nested}\n{{"text": "b"}}\n', ["a", "b"]
@@ -919,12 +920,12 @@ def test_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_the_longest_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int):
     """To the byte, whatever is read at once."""
-    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
+    monkeypatch.setattr(limits, "LONGEST_RECORD", LONG)
     line = '{"text": "' + "x" * (size - 13) + '"}' + "\n" * (name == "a.jsonl")
     line = line if name == "a.jsonl" else line.replace('"}', 'x"}')
     assert len(line) == size
     for buffer in (7, 64, 1 << 20):
-        monkeypatch.setattr(readers, "_BUFFER_BYTES", buffer)
+        monkeypatch.setattr(limits, "BUFFER_BYTES", buffer)
         items = read_file(tmp_path, name, (line if name == "a.jsonl" else f"[{line}]").encode())
         assert len(bad_of(items)) == (size > LONG and name == "a.json") and len(items) == 1
 
@@ -1033,7 +1034,7 @@ def test_flipped_bits_in_the_footer_of_a_parquet_file(tmp_path: Path):
 
 
 def test_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readers, "LONGEST_RECORD", LONG)
+    monkeypatch.setattr(limits, "LONGEST_RECORD", LONG)
     texts = [text * 40 for text in "abc"] + ["x" * 2000, "after"]
     for column in (pyarrow.array(texts), pyarrow.array(texts).dictionary_encode()):
         items = read_file(tmp_path, "a.parquet", parquet({"text": column}))

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 import train_my_ddp
 from data_preprocess import import_tokens, pretokenize_pretrain_data, pretokenize_sft_data
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
-from data_preprocess.units import process_corpus
 from dataset import show_mask
 from dataset.format import map_tokens, read_bin_header
 from serving.chat import stream_text

@@ -23,9 +23,9 @@ import training.trainer as trainer_module
 from checkpoint.folder import list_checkpoints
 from checkpoint.saving import CheckpointWriter
 from data_preprocess.build_pretrain_sample_index_map import build as build_index
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import Corpus
-from data_preprocess.units import process_corpus
 from dataset import audit
 from dataset.format import BinHeader
 from dataset.loader import batch_digest

@@ -13,19 +13,20 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 import train_my_ddp
 from configurator import parse_config, resolve_model
+from data_preprocess import sampling
 from data_preprocess.build_pretrain_sample_index_map import build
+from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob
 from data_preprocess.readers import BadRecords, Corpus, Document
-from data_preprocess.units import process_corpus
+from data_preprocess.sampling import Source, budgets, mixed_texts, sample_texts
 from dataset.format import read_bin_header
 from model.config import padded_vocab_size
 from tests.conftest import TINY_MODEL
 from tests.unit.test_tokenizer import english, random_text, training_texts
-from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer, sampling
+from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer
 from tokenizer.base import SPECIAL_TOKENS
 from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
 from tokenizer.long_words import LongWords
-from tokenizer.sampling import Source, budgets, mixed_texts, sample_texts
 from tokenizer.train_tokenizer import main
 
 HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"

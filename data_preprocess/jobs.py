@@ -1,6 +1,6 @@
 """Work through a corpus unit by unit, on many processes, so that a killed run goes on where it stopped.
 
-The corpus is cut into units by its files alone (readers.py), and a unit into parts of about `shard_bytes` of text. A
+The corpus is cut into units by its files alone (readers/), and a unit into parts of about `shard_bytes` of text. A
 part's shards are named by the unit's content, the tokenizer and the options, and a record that is written after them
 says that they are whole: the same command skips the parts whose record is there. What a part holds does not depend on
 the number of processes.

@@ -8,7 +8,7 @@ from utils.small_files import parse_yaml
 
 
 @dataclass(frozen=True)
-class RunData:
+class TrainedOn:
     """Paths are as they were given to the run, relative to where it was started."""
 
     dirs: dict[str, Path]
@@ -24,7 +24,7 @@ def is_run(path: Path) -> bool:
     return RunPaths(path).config.exists()
 
 
-def read_run_data(run_dir: Path) -> RunData:
+def read_trained_on(run_dir: Path) -> TrainedOn:
     """
     Raises:
         ValueError: no run directory.
@@ -33,7 +33,7 @@ def read_run_data(run_dir: Path) -> RunData:
         config = parse_yaml(RunPaths(run_dir).config.read_bytes())
         # Not those that were given: of raw records, where their tokens are.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
-        return RunData(
+        return TrainedOn(
             dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
             config["task_type"], config["packing"],
         )  # fmt: skip

@@ -6,25 +6,32 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
 
 COMPRESSION_SUFFIXES = frozenset((".gz", ".xz", ".zst", ".bz2"))
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-"""What reading a damaged file raises."""
+"""Exceptions that reading a damaged file raises."""
 
 _BUFFER_BYTES, _BLOCK_BYTES = 1 << 20, 1 << 16
 _MOST_MEMORY = 1 << 28
 """Bytes that a file may ask for to be decompressed; `xz -9` asks for 65 MiB."""
 
 
-def decompressed(file: BinaryIO, suffix: str) -> io.BufferedReader:
+def is_compressed(name: str) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return Path(name).suffix.lower() in COMPRESSION_SUFFIXES
+
+
+def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
     """The content of a compressed file. Reading raises one of DAMAGE where it is damaged.
 
     Args:
-        suffix: one of COMPRESSION_SUFFIXES.
+        name: of the file; one of COMPRESSION_SUFFIXES ends it.
     """
+    suffix = Path(name).suffix.lower()
     if suffix == ".gz":
         read = gzip.GzipFile(fileobj=file).read1
     elif suffix == ".xz":

@@ -1,0 +1,42 @@
+"""All kinds of files that can be read. A new kind is one line here."""
+
+
+from data_preprocess.readers.compression import is_compressed
+from data_preprocess.readers.corpus import Corpus
+from data_preprocess.readers.json_file import JsonReader
+from data_preprocess.readers.parquet import ParquetReader
+from data_preprocess.readers.pieces import ending_of
+from data_preprocess.readers.reader import Reader
+from data_preprocess.readers.table import TableReader
+from data_preprocess.readers.text import TextReader
+
+_TEXT = TextReader()
+READERS: tuple[Reader, ...] = (_TEXT, JsonReader(), ParquetReader(), TableReader())
+_BY_ENDING = {ending: reader for reader in READERS for ending in reader.endings}
+
+
+def reader_of(path: str) -> Reader:
+    """The reader of a file that is in a corpus, see is_readable. One whose kind is unknown is there as a text."""
+    return _BY_ENDING.get(ending_of(path), _TEXT)
+
+
+def holds_records(name: str) -> bool:
+    """Whether a file of this name is of a kind that holds records."""
+    reader = _BY_ENDING.get(ending_of(name))
+    return reader is not None and reader.holds_records and (reader.may_be_compressed or not is_compressed(name))
+
+
+def is_readable(corpus: Corpus, path: str) -> bool:
+    """Whether a chosen file is of a kind that a corpus takes: records, texts unless records are wanted whole, and files
+    of an unknown kind that are named by it."""
+    if corpus.fields is None or holds_records(path):
+        return holds_records(path)
+    reader = _BY_ENDING.get(ending_of(path))
+    return corpus.names_kind_of(path) if reader is None else not reader.holds_records
+
+
+def well_known_endings(of_records: bool) -> tuple[str, ...]:
+    """Endings for messages and help, of all kinds or of those that hold records."""
+    return tuple(
+        ending for reader in READERS if reader.holds_records or not of_records for ending in reader.well_known
+    )
