@@ -231,7 +231,8 @@ class MixedPrecisionOptimizer:
         """
         step = self._begun()
         step.squares.append(self.gradients.sum_of_squares(bucket))
-        is_zero = self._step_bucket(bucket, step.lr, 1.0)
+        # Not in the kernel, unless asked: names of non-finite gradients are looked for once all buckets are reduced.
+        is_zero = self._step_bucket(bucket, step.lr, 1.0, zero=release)
         if release and not is_zero:
             self.gradients.release(bucket)
         elif not is_zero:
@@ -270,13 +271,13 @@ class MixedPrecisionOptimizer:
         total = self.gradients.over_ranks(torch.as_tensor(sum(squares), dtype=torch.float64).cpu()).item()
         return math.sqrt(total) / self._scale if math.isfinite(total) else math.inf
 
-    def _step_bucket(self, bucket: int, lr: float, grad_divisor: float) -> bool:
-        """Returns whether that has also zeroed the bucket."""
+    def _step_bucket(self, bucket: int, lr: float, grad_divisor: float, zero: bool = True) -> bool:
+        """Returns whether that has also zeroed the bucket, which it may with `zero`."""
         works = [_Work(*pair) for pair in zip(self._buckets[bucket], self.gradients.take(bucket))]
         by_adamw = [work for work in works if work.state.exp_avg_sq is not None]
         by_muon = [work for work in works if work.state.exp_avg_sq is None]
         # At no cost in that kernel's pass; Muon's gradients are still needed.
-        zero = self.kernel == "triton" and self.gradients.is_zeroed_by_step
+        zero = zero and self.kernel == "triton" and self.gradients.is_zeroed_by_step
         for group, weight_decay in zip(split_by_decay(by_adamw), (self.config.weight_decay, 0.0)):
             if self.kernel == "triton":
                 self._step_in_one_pass(group, lr, weight_decay, grad_divisor, zero)
