@@ -1,143 +1,61 @@
-"""Configuration: frozen dataclasses -> flat, typed command line and YAML.
+"""The configuration from the command line and YAML files, and into config.yaml: parse, merge, save.
 
-Precedence: command line > YAML file given now > saved configuration (on --resume) > --size (of a new run) > defaults
-below. Flags bear their fields' names; the groups only order the help. Values that follow from others are computed once,
-in `resolve`; what is left to the data, training/data.py and training/batch.py fill in.
+The options themselves, frozen dataclasses, and their checks stand beside the parts that they configure: */config.py.
+
+Precedence: command line > YAML file given now > saved configuration (on --resume) > --size (of a new run) > defaults.
+Flags bear their fields' names; the groups only order the help. What is left to the data, training/data.py and
+training/batch.py fill in.
 """
 
 import dataclasses
-import difflib
 import errno
 import math
 import types
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
+import dataset.config
+import model.config
+import optimizer.config
+import parallel.config
+import tasks.config
+import training.config
 from configs import sizes
-from dataset.config import DataConfig
-from model.config import LlamaConfig, padded_vocab_size
-from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
-from parallel.config import ParallelConfig, PowerSGDConfig
-from runs import layout
-from tasks.config import DPOConfig
-from training.config import RunConfig, SystemConfig
+from configs.flag_names import check_name
+from optimizer.config import OptimizerConfig
+from runs.layout import CONFIG_NAME
+from tasks.config import TASK_TYPES
+from training.config import Config, RunConfig, check_together
 from utils.paths import absent, expand, near_to
 from utils.small_files import parse_yaml, shown
-
-SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
-"""Model fields that weights depend on: another value needs another model."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Train a llama-style model."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    dpo: DPOConfig = field(default_factory=DPOConfig)
-    model: LlamaConfig = field(default_factory=LlamaConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    adamw: AdamWConfig = field(default_factory=AdamWConfig)
-    muon: MuonConfig = field(default_factory=MuonConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
-    system: SystemConfig = field(default_factory=SystemConfig)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """What follows from the configuration, the data and the number of ranks."""
-
-    global_batch_size: int
-    """Samples in a step."""
-    max_iters: int
-    """Steps of the run."""
-
 
 _GROUPS = get_type_hints(Config)
 _FIELDS = {name: (group, hint) for group, kind in _GROUPS.items() for name, hint in get_type_hints(kind).items()}
 
 _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restart_data", "resume_at_sample",
                "profile_steps")  # fmt: skip
-"""Say what this launch does, not what the run is: not saved."""
+"""Options of a launch, not of the run. They are not saved."""
 
 _PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
 _LONGEST_FILE = 1 << 20
 """Bytes."""
 
-_OTHER_NAMES = {
-    "batch_size": "train_batch_size", "lr": "learning_rate", "epochs": "epoch", "num_epochs": "epoch",
-    "max_steps": "max_iters", "steps": "max_iters", "grad_accum": "gradient_accumulation_steps",
-    "block_size": "max_seq_len", "context_length": "max_seq_len", "fp16": "dtype=float16", "bf16": "dtype=bfloat16",
-    "gpus": "nproc", "num_gpus": "nproc", "devices": "nproc", "nproc_per_node": "nproc", "num_processes": "nproc",
-    "model": "init_from", "model_name_or_path": "init_from", "config": "exp_config_file",
-}  # fmt: skip
-"""What other programs call them -> our flag, where spelling alone would suggest another."""
-
 _ONLY_WITH = (
-    (("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
-    (("data_dir",), lambda f: not (f["train_data_dir"] and f["valid_data_dir"]),
-     "beside --train_data_dir and --valid_data_dir"),
-    (("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
-     "with --rope_scaling_factor=1"),
-    (("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
-     "without --rope_scaling"),
-    (("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
-     lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3"),
-    (("matrix_approximation_rank", "warm_start", "use_error_feedback", "start_powerSGD_iter", "min_compression_rate",
-      "orthogonalization_epsilon", "orthogonalize_in_float32", "use_fixed_Q", "powerSGD_exclude",
-      "powerSGD_log_interval"), lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook"),
-    (("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["ddp_impl"] == "bucketed",
-     "with --ddp_impl=naive"),
-    (("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
-    (("dpo_loss_type", "dpo_beta", "dpo_label_smoothing", "reference_free", "max_prompt_len",
-      "prompt_truncation_mode"), lambda f: f["task_type"] == "dpo", "without --task_type=dpo"),
-    (("packing", "sft_loss"), lambda f: f["task_type"] == "sft", "without --task_type=sft"),
-    (("user_name", "assistant_name"), lambda f: f["task_type"] != "pretrain", "with --task_type=pretrain"),
-    (("document_mask",), lambda f: f["task_type"] != "dpo", "with --task_type=dpo"),
-    (("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
-    (("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
-    (("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
-    (("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
-     "without --optimizer=muon"),
-    (("sample_tokens", "sample_prompt"), lambda f: f["sample_texts"], "with --sample_texts=0"),
-    (("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
+    *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *parallel.config.ONLY_WITH,
+    *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
 )  # fmt: skip
-"""Fields, when they change anything (of the flat configuration), and what is said otherwise."""
-
-_RENAMED = {
-    "hidden_dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "dropout1": "hidden_dropout",
-    "dropout2": "hidden_dropout",
-}
-_REMOVED = {
-    "grad_div_total_tokens": "leave it out: the loss is always divided by the global batch's supervised tokens",
-    "grad_scaling_before_comm": "leave it out: the loss is always scaled before the backward pass",
-    "reslog_dir": "leave it out: results are always in out_dir/reslog.jsonl",
-    "reslog_run_name": "leave it out: a run's name is its out_dir",
-    "reslog_save_interval": "leave it out: every record is written at once; --log_interval sets how often",
-    "num_cpus": "write --num_threads",
-    "sft_type": "leave it out: each record's format is told from its fields",
-    "ignore_index": "leave it out: what is not supervised never counts",
-    "use_peft": "leave it out: all weights are trained",
-}
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Field name -> value, over all groups."""
+    """Values of all fields by name, over all groups."""
     return {name: getattr(getattr(config, group), name) for name, (group, _) in _FIELDS.items()}
 
 
 def replace(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with some fields replaced, by flat names."""
+    """The configuration with some fields replaced, by name."""
     changes = {
         group: dataclasses.replace(
             getattr(config, group), **{n: v for n, v in values.items() if _FIELDS[n][0] == group}
@@ -153,7 +71,7 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     Returns:
         the configuration, and the names that the command line or the YAML file set.
     Raises:
-        ValueError: an unknown name, a wrong type, an impossible combination; one sentence.
+        ValueError: an unknown name, a wrong type or an impossible combination, in one sentence.
         SystemExit: after --help.
     """
     config_file, argv = _take_config_file(argv)
@@ -169,13 +87,13 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
     command |= {name: _expand(f"--{name}", command[name]) for name in _PATHS if name in command}
     config_file = command.pop("exp_config_file", "")
     if config_file and Path(config_file).resolve().parent == sizes.FOLDER:
-        raise ValueError(f"{config_file} is no configuration but a size: write --size={Path(config_file).stem}")
+        raise ValueError(f"{config_file} is a size, not a configuration: write --size={Path(config_file).stem}")
     from_file = _read_given(Path(config_file)) if config_file else {}
     merged = from_file | command
     saved: dict[str, Any] = {}
     if _coerce("resume", merged.get("resume", False)):
-        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / layout.CONFIG_NAME
-        # Its paths were expanded when it was written.
+        saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
+        # The paths in it were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
     if saved and "size" in merged:
         _require_size_of(saved, merged)
@@ -205,15 +123,15 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
 
 
 def without_effect(config: Config, given: frozenset[str]) -> list[str]:
-    """A sentence for each reason for which something that was given changes nothing. No reason to refuse it: a
-    configuration file may hold the details of what its user switches on and off."""
+    """Sentences about given options that change nothing, one for each reason. They are not refused: a configuration
+    file may hold the details of a feature that its user switches on and off."""
     flat, usual, told, sentences = flatten(config), flatten(Config()), set(), []
-    for names, counts, why in _ONLY_WITH:
-        idle = [n for n in names if n in given - told and flat[n] != usual[n]] if not counts(flat) else []
+    for rule in _ONLY_WITH:
+        idle = [n for n in rule.names if n in given - told and flat[n] != usual[n]] if not rule.counts(flat) else []
         told |= set(idle)
         if idle:
             flags = ", ".join(f"--{name}" for name in idle)
-            sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {why}")
+            sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {rule.otherwise}")
     if "size" in given and config.run.resume and not config.run.size:
         sentences.append("--size has no effect on this run, which was begun without one: its values are those saved")
     elif config.run.size and not config.run.resume and given >= set(_values_of_size({n: flat[n] for n in given})):
@@ -221,19 +139,19 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
     return sentences
 
 
-def is_open(config: Config, given: frozenset[str], *names: str) -> bool:
-    """Whether nobody has said anything of these fields: not the command line, a YAML file, or the saved configuration
-    of a resumed run. So they may be chosen; a size, if there is one, makes a proposal.
+def is_open(run: RunConfig, given: frozenset[str], *names: str) -> bool:
+    """Whether none of these fields was set by the command line, a YAML file or the saved configuration of a resumed
+    run. Such fields may be chosen; the values of a size, if there is one, are only a proposal.
 
     Args:
         given: as `parse_config` returns it.
     """
-    is_saved = config.run.resume and (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
+    is_saved = run.resume and (Path(run.out_dir) / CONFIG_NAME).exists()
     return not is_saved and given.isdisjoint(names)
 
 
 def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
-    """What --size says, by flat names, for a new run of which `told` is given.
+    """Values of --size for a new run, by name; `told`: what else is given for the run.
 
     Raises:
         ValueError: there is no such size.
@@ -247,7 +165,7 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
     values = {name: _coerce(name, value) for name, value in values.items()}
     meant_for = values.get("optimizer", OptimizerConfig.optimizer)
     if told.get("optimizer", meant_for) != meant_for:
-        # Rates of one optimizer would ruin a run with another.
+        # The rates of one optimizer would ruin a run with another.
         optimizers = ("optimizer", "adamw", "muon")
         values = {name: value for name, value in values.items() if _FIELDS[name][0] not in optimizers}
     if has_length:
@@ -256,12 +174,13 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """
+    """Refuse a size other than the one that a resumed run began with.
+
     Args:
         saved: the configuration of the run that is resumed.
         now: names and values that were given.
     Raises:
-        ValueError: the run is of another size.
+        ValueError: the run has another size.
     """
     asked, begun = _coerce("size", now["size"]), saved.get("size", "")
     if begun and asked != begun:
@@ -272,7 +191,7 @@ def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _settle_length(older: dict, newer: dict, drop: tuple[dict, ...] | None = None) -> None:
-    """A newly given --epoch beats an older max_iters: otherwise it would have no effect."""
+    """Drop an older max_iters if --epoch is given now, which would otherwise have no effect."""
     if newer.get("max_iters") not in (None, 0, "0") and "epoch" in newer:
         raise ValueError("max_iters and epoch both say how long to train: give only one")
     if "epoch" in newer and "max_iters" in older:
@@ -289,11 +208,12 @@ def _take_config_file(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _expand(name: str, path: str) -> str:
-    """
+    """The path, with `~` and variables expanded.
+
     Args:
-        name: of what the path was given for.
+        name: flag or key that the path was given for.
     Raises:
-        ValueError: it is none, such as where the shell knew no variable of that name.
+        ValueError: it is empty, as after an unset variable of the shell, or holds an unknown variable or user.
     """
     if not path:
         raise ValueError(f"{name} is empty: give a path, or leave it out")
@@ -322,12 +242,12 @@ def _normalize(argv: list[str]) -> list[str]:
             if index < len(argv) and argv[index].lower() in ("true", "false"):
                 value, index = argv[index], index + 1
         elif not equals:
-            _check_name(name, "--")
+            check_name(name, "--", _FIELDS)
             if index == len(argv) or argv[index].startswith("--"):
-                # A flag is no value, as where a variable of the shell was empty: it would be lost.
+                # A flag is not a value: without this, it would be lost after an empty variable of the shell.
                 raise ValueError(f"--{name} needs a value: write --{name}=VALUE")
             value, index = argv[index], index + 1
-        _check_name(name, "--")
+        check_name(name, "--", _FIELDS)
         tokens.append(f"--{name}={value}")
     return tokens
 
@@ -336,22 +256,8 @@ def _is_bool(name: str) -> bool:
     return name in _FIELDS and _FIELDS[name][1] is bool
 
 
-def _check_name(name: str, prefix: str) -> None:
-    if name in _FIELDS:
-        return
-    if name in _RENAMED:
-        raise ValueError(f"{prefix}{name} is now called {prefix}{_RENAMED[name]}")
-    if name in _REMOVED:
-        raise ValueError(f"{prefix}{name} has no use here: {_REMOVED[name]}")
-    as_usual = {known.lower(): known for known in _FIELDS}
-    close = difflib.get_close_matches(name.lower(), as_usual, n=1)
-    close = [_OTHER_NAMES.get(name) or as_usual[close[0]]] if close or name in _OTHER_NAMES else []
-    hint = f"did you mean {prefix}{close[0]}?" if close else "--help lists all flags"
-    raise ValueError(f"{prefix}{name} is unknown: {hint}")
-
-
 def _read_given(path: Path) -> dict[str, Any]:
-    """`_read_yaml` of a file that somebody wrote: with paths as people write them."""
+    """Keys of a YAML file that a person wrote, see `_read_yaml`, with its paths expanded."""
     values = _read_yaml(path)
     try:
         if "exp_config_file" in values:
@@ -362,17 +268,17 @@ def _read_given(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Flat keys of a YAML file, each of its field's type; without `derived`, which `to_yaml` adds for the reader."""
+    """Flat keys of a YAML file, each value with its field's type, without `derived`, which is there for the reader."""
     try:
-        # Not utils.small_files.read_small: a pipe, as the shell's <(...), is a file like others here.
+        # Not utils.small_files.read_small, which refuses pipes: here the shell's <(...) is a file like any other.
         with path.open("rb") as file:
             text = file.read(_LONGEST_FILE + 1)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN):
-            # A disk or a network file system that may answer later: nothing is wrong with the command.
+            # A disk or a network file system that may answer later: the command is not wrong.
             raise
         if isinstance(error, IsADirectoryError):
-            raise ValueError(f"{path} is a directory and no configuration file: data goes behind --data_dir") from None
+            raise ValueError(f"{path} is a directory, not a configuration file: data goes behind --data_dir") from None
         is_gone = isinstance(error, FileNotFoundError)
         problem = absent(path) if is_gone else f"{path} cannot be read: {error.strerror}"
         raise ValueError(f"the configuration file {problem}") from None
@@ -389,7 +295,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         typed = {}
         for name, value in values.items():
             if name != "derived":
-                _check_name(name if isinstance(name, str) else shown(name), "")
+                check_name(name if isinstance(name, str) else shown(name), "", _FIELDS)
                 typed[name] = _coerce(name, value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -397,17 +303,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """`value`, from YAML or the command line, as the field's type.
+    """A value from YAML or the command line, as the field's type.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value has another type.
     """
     hint = _FIELDS[name][1]
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in kinds and (value is None or value == "None"):
         return None
     if value is None:
-        # In YAML `~` is nothing, too.
+        # YAML also reads `~` as no value.
         raise ValueError(f"{name} has no value: write one (text in quotes), or leave the line out")
     kind = next(k for k in kinds if k is not type(None))
     if get_origin(kind) is Literal:
@@ -425,12 +331,12 @@ def _coerce(name: str, value: Any) -> Any:
         if type(value) in (str, int):
             return str(value)
         if not isinstance(value, (list, dict)):
-            # `no`, 1.10 or a date would come out as a text that nobody wrote.
+            # `no`, 1.10 or a date would become a text that nobody wrote.
             raise ValueError(f"{name} is a text: put it in quotes, as YAML reads it as {shown(value)}")
     elif kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = kind(value)
-            # Beyond, neither a file nor a tensor holds it.
+            # Neither a file nor a tensor holds a larger number.
             fits = math.isfinite(number) and (kind is float or -(1 << 63) <= number < 1 << 63)
             if fits and (isinstance(value, str) or number == value):
                 return number
@@ -447,161 +353,30 @@ def _to_tyro(name: str, value: str) -> str:
 
 
 def _check(config: Config) -> None:
-    """Refuse what needs no data to be seen as impossible: each part's values, then what does not go together."""
-    for group in _GROUPS:
-        if group not in ("dpo", "model"):
-            getattr(config, group).check()
-    data = config.data
-    if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
-        kind = "the data" if config.run.task_type != "pretrain" else "the pretokenized data"
-        if data.train_data_dir or data.valid_data_dir:
-            given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
-            raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
-        raise ValueError(f"--data_dir is missing: give the directory of {kind}")
-    if config.data.resume_at_sample and not config.run.resume:
-        raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
-    if config.run.valid_only and not (config.run.resume or config.run.init_from):
-        holds_run = (Path(config.run.out_dir) / layout.CONFIG_NAME).exists()
-        to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
-        raise ValueError(f"--valid_only needs weights: {to_do}")
-    _check_task(config)
-    _check_gradients(config)
-    config.model.resolve()
-
-
-def _check_task(config: Config) -> None:
-    run = config.run
-    if run.task_type == "sft" and not config.data.document_mask:
-        raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
-    if run.task_type != "dpo":
-        return
-    config.dpo.check()
-    if not (run.init_from or run.resume):
-        raise ValueError("--task_type=dpo needs a model to begin with: give --init_from, best a run of --task_type=sft")
-
-
-def _check_gradients(config: Config) -> None:
-    """Refuse hooks and overlaps that do not go with the optimizer or the dtype, with the reason."""
-    parallel, is_float16 = config.parallel, config.system.dtype == "float16"
-    if config.powersgd.grad_buffer_is_powerSGD_error:
-        if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
-            raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
-        if is_float16:
-            raise ValueError(
-                "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
-                "expects now and then, would destroy the residual"
-            )
-    if parallel.overlap_optim_step:
-        if config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer:
-            raise ValueError(
-                "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
-                " pass: leave out --overlap_optim_step"
-            )
-        if config.optimizer.grad_clip > 0:
-            raise ValueError(
-                "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
-                "--grad_clip=0, or leave it out"
-            )
-        if is_float16:
-            raise ValueError(
-                "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
-                "leave it out"
-            )
-
-
-def resolve(
-    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
-) -> Derived:
-    """What follows from the configuration together with the data and the ranks.
-
-    Args:
-        num_train_samples: samples in an epoch.
-        step, samples_consumed: where a resumed run stands: --epoch counts samples, also if the global batch changed.
-    Raises:
-        ValueError: the global batch cannot be split over the ranks.
-    """
-    steps = config.data.gradient_accumulation_steps
-    if steps % world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
-            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
-        )
-    global_batch = config.data.train_batch_size * steps
-    epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
-    return Derived(global_batch, config.run.max_iters or epoch_iters)
-
-
-def resolve_model(
-    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
-    is_own: bool = False,
-) -> LlamaConfig:  # fmt: skip
-    """The model's final shape: from the weights where there are some.
-
-    Args:
-        wanted: the configuration's.
-        given: names that the command line or the YAML file set.
-        stored: the shape of the weights to start from; the options that no Hugging Face config holds
-            (hidden_dropout, residual_in_fp32) are taken from `wanted`, so are given ones that are no SHAPE_FIELDS.
-        is_own: the weights are a checkpoint of this run, which began with no others: what `wanted` says besides the
-            given fields is what they were made by, unless somebody has changed the run's configuration since.
-    Raises:
-        ValueError: a field contradicts the weights, or the vocabulary is too small for the tokenizer.
-    """
-    if stored is not None:
-        told = _told_fields(wanted, given, is_own)
-        for name in SHAPE_FIELDS:
-            asked, has = getattr(wanted, name), getattr(stored, name)
-            if name in told and asked != has:
-                raise ValueError(
-                    f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
-                    if name in given else
-                    f"{name} is {asked} in the run's {layout.CONFIG_NAME}, and {has} in its weights: restore that "
-                    f"line, or begin a new run"
-                )  # fmt: skip
-        own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
-        kept = {name: value for name, value in stored.__dict__.items() if name not in own}
-        wanted = dataclasses.replace(wanted, **kept)
-        if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
-            # Trained on longer samples, the model is meant for them.
-            longest = max(wanted.max_position_embeddings, max_seq_len)
-            wanted = dataclasses.replace(wanted, max_position_embeddings=longest)
-    resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
-    if resolved.vocab_size < tokenizer_vocab_size:
-        raise ValueError(
-            f"the model's vocab_size {resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "
-            f"leave --vocab_size out, and start only from weights that know this tokenizer"
-        )
-    return resolved
-
-
-def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
-    """Names of the fields that were given, now or in the run's saved configuration, and do not ask for what the weights
-    or the tokenizer say."""
-    told = set()
-    for item in dataclasses.fields(LlamaConfig):
-        asked = getattr(wanted, item.name)
-        # In a run that began with others' weights, fields that nobody gave stand at their defaults.
-        if item.name in given or is_own or asked != item.default:
-            is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
-            told |= {item.name} - ({item.name} if is_left_open else set())
-    return told
+    """Refuse values and combinations that cannot work, as far as they tell without the data."""
+    groups = {group: getattr(config, group) for group in _GROUPS}
+    for group, part in groups.items():
+        # A task's own options count for that task alone.
+        if group not in {task.options for task in TASK_TYPES.values()}:
+            part.check()
+    check_together(config)
 
 
 def changes_since(config: Config, saved_path: Path) -> dict[str, tuple[Any, Any]]:
-    """Name -> (saved value, present value) of the settings that differ from a saved configuration."""
+    """Settings that differ from a saved configuration: name -> (saved value, present value)."""
     saved = _read_yaml(saved_path) if saved_path.exists() else {}
     now = flatten(config)
     return {n: (old, now[n]) for n, old in saved.items() if n not in (*_PER_LAUNCH, "out_dir") and now[n] != old}
 
 
 def to_yaml(config: Config, derived: dict[str, Any]) -> str:
-    """The configuration as YAML, None-valued keys included.
+    """The configuration as YAML, with keys whose value is None.
 
-    What was given stays as it was given, so that a resumed run derives it anew where it must (dtype on another machine,
-    steps from epochs); `derived` adds, for the reader, what it came to.
+    Values stay as they were given, so that a resumed run can derive others from them (dtype on another machine, steps
+    from epochs). `derived` is added for the reader: the values that came out this time.
     """
     values = {name: value for name, value in flatten(config).items() if name not in _PER_LAUNCH}
-    # Only the one that counts: together they would be refused.
+    # Only the one that counts, as both together would be refused.
     values.pop("epoch" if config.run.max_iters else "max_iters")
     given, came_to = (yaml.safe_dump(v, sort_keys=False, allow_unicode=True) for v in (values, {"derived": derived}))
     return f"{given}# What that came to, for the reader: changes here have no effect.\n{came_to}"

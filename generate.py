@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint.folder import resolve_checkpoint_dir
+from checkpoint.choosing import resolve_checkpoint_dir
 from serving.chat import Chat, require_utf8, stream_text
 from utils.arguments import Parser
 from utils.paths import a_path

@@ -39,7 +39,7 @@ from monitor.node import LocalNode
 from monitor.policy import Rules
 from monitor.remote import OtherVersion, RemoteNode
 from monitor.status import ENDED_STATES, Status, describe, last_loss
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from runs.layout import LOCK, RunPaths
@@ -59,7 +59,7 @@ _LINES_KEPT = 1000
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The monitor's own options, and the training command behind `--`."""
     split = argv.index("--") if "--" in argv else len(argv)
-    rules, limits, options = Rules(), Limits(), Options()
+    rules, limits, options = Rules(), Limits(), SupervisorOptions()
     parser = Parser(
         prog="monitor_process.py",
         usage="monitor_process.py [options] -- python -m parallel.launch ... train_my_ddp.py ...",
@@ -100,7 +100,7 @@ def _may_be_a_program(word: str) -> bool:
     return not word.startswith("-") and re.search(r"\.py$|^(python|torchrun)[0-9.]*$", Path(word).name) is not None
 
 
-def options_of(args: argparse.Namespace) -> Options:
+def options_of(args: argparse.Namespace) -> SupervisorOptions:
     """
     Raises:
         ValueError: a number that makes no sense.
@@ -117,8 +117,10 @@ def options_of(args: argparse.Namespace) -> Options:
                   args.on_nonfinite, args.max_go_back)  # fmt: skip
     limits = Limits(args.hang_after, args.hang_factor, args.first_step_timeout, args.start_timeout,
                     args.compile_timeout, args.save_timeout)  # fmt: skip
-    return Options(rules, limits, args.interval, stop_timeout=args.save_timeout + limits.end,
-                   unreachable_after=args.unreachable_after, show_output=not args.quiet)  # fmt: skip
+    return SupervisorOptions(
+        rules, limits, args.interval, stop_timeout=args.save_timeout + limits.end,
+        unreachable_after=args.unreachable_after, show_output=not args.quiet,
+    )  # fmt: skip
 
 
 def build(args: argparse.Namespace, words: list[str]) -> Supervisor:

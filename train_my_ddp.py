@@ -23,14 +23,16 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from checkpoint.folder import refuse_other_things
-from configurator import Config, parse_config, resolve
+from checkpoint.opening import refuse_other_things
+from configurator import parse_config
 from parallel.launched import exit_record_dir, launch_token, launched_rank, launched_world_size
 from runs import exits
 from runs.job import run_job
 from runs.layout import RunPaths
+from training.config import Config, resolve
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
 
@@ -75,8 +77,8 @@ def main(argv: list[str]) -> int:
             from training.trainer import StopRequest, Trainer
 
             # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
-            config = fit_context(config, given)
-            data_dirs = prepare_data(config, given)
+            config = replace(config, data=fit_context(config.run, config.data, given))
+            data_dirs = prepare_data(config.run, config.data, given)
             stop = StopRequest(says_so=rank == 0)
             if not config.run.valid_only:
                 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -1,20 +1,20 @@
-"""What each fused operation is worth in a whole training step: none, all, and all but one.
+"""Value of each fused operation in a whole training step: none of them, all, and all but one.
 
     python -m benchmarks.ablation                                     (a GPU: configs/1.1b.yaml, 65,536 tokens a step)
     OMP_NUM_THREADS=2 python -m benchmarks.ablation                   (a CPU: reduced shapes)
     python -m benchmarks.ablation configs/124m.yaml --steps 10 --train_batch_size=8
 
-A step is the training loop's: micro-batches with float32 gradient buffers, clipping, AdamW on float32 main parameters.
-Flags that are not this script's own are train_my_ddp.py's. Tokens are random, one document a row.
+A step is that of the training loop: micro-batches with float32 gradient buffers, clipping, AdamW on float32 main
+parameters. This script also takes the flags of train_my_ddp.py. Tokens are random, one document per row.
 
-naive: plain PyTorch for every op, attention step by step, gate and up as two matmuls, AdamW by its formula tensor by
-tensor. All fused: what --kernels=auto takes. A CPU has no Triton: there, fused means attention in blocks (in float32
-torch's own, sdpa), the loss in chunks, torch's fused AdamW, and compiled blocks, in which the compiler fuses norms,
-rotary embedding and SwiGLU; these three cannot be taken out one by one.
+naive: plain PyTorch for every op, step-by-step attention, gate and up as two matmuls, and AdamW's formula on one tensor
+after another. All fused: the choices of --kernels=auto. A CPU has no Triton. There, fused means attention in blocks (in
+float32 torch's sdpa), the loss in chunks, torch's fused AdamW, and compiled blocks, in which the compiler fuses norms,
+rotary embedding and SwiGLU; these three cannot be removed one by one.
 
-Each contender is a process of its own, so that its peak of memory is its own: on a GPU what the allocator handed out at
-most; on a CPU (Linux) the bytes of weights, gradients and optimizer state, by their formula, and how much the resident
-set grew within a step. On a CPU all processes live at the same time and take turns, step by step; on a GPU they come
+Each contender runs in its own process, so that its peak memory is its own. On a GPU this is the allocator's maximum; on
+a CPU (Linux) it is the bytes of weights, gradients and optimizer state, by their formula, plus the growth of the
+resident set within a step. On a CPU all processes live at the same time and take turns, step by step; on a GPU they run
 one after the other. Losses of the first step must agree. MFU strict and seed: model/flops.py.
 """
 
@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import Config, parse_config, resolve_model
+from configurator import parse_config
 from model import Llama, flops
 from model.ops import CHOICES, build_ops, choose_ops
 from optimizer import adamw_triton
@@ -50,7 +50,9 @@ from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel import BucketGradients, DistContext, DistributedDataParallel
-from parallel.gradients import GradientSource, square
+from parallel.contract import GradientSource
+from parallel.gradients import square
+from training.config import Config
 from utils.machine import cpu_name
 from utils.terminal import run_main
 
@@ -68,9 +70,9 @@ PLAIN = {op: "plain" if op == "attention" else "reference" for op in CHOICES}
 class Contender:
     name: str
     ops: dict[str, str] = field(default_factory=dict)
-    """Op -> implementation; what is left out is as --kernels=auto has it."""
+    """Op -> implementation; missing ops are those of --kernels=auto."""
     adamw: str = "fused"
-    """Or "plain": the formula."""
+    """Implementation of AdamW; "plain" is the formula."""
     compiled: bool = False
 
 
@@ -91,7 +93,7 @@ def contenders(device: torch.device) -> list[Contender]:
 
 
 class PlainAdamW:
-    """optimizer/adamw.py's formula on one slice after the other, each of its operations a pass over memory."""
+    """The formula of optimizer/adamw.py, slice by slice; each operation is a pass over memory."""
 
     def __init__(self, gradients: GradientSource, config: AdamWConfig, grad_clip: float):
         self.gradients, self.config, self.grad_clip, self.num_steps = gradients, config, grad_clip, 0
@@ -119,10 +121,9 @@ class PlainAdamW:
 
 
 def build_step(config: Config, contender: Contender, device: torch.device) -> tuple[Callable[[], float], int]:
-    """A function that does one training step and returns the loss, in nats a token; and the bytes of what stays between
-    steps."""
+    """A function that does one training step and returns the loss in nats per token; bytes kept between steps."""
     dtype = resolve_dtype(config.system.dtype, device)
-    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
     model = Llama(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
@@ -151,19 +152,19 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
         return total.item() / count
 
     num_parameters = sum(p.numel() for p in model.parameters())
-    # Weights, float32 gradients, two moments, and main parameters where the weights are not their own.
+    # Weights, float32 gradients, two moments, and main parameters unless the weights are their own.
     return step, num_parameters * (16 if dtype == torch.float32 else dtype.itemsize + 16)
 
 
 def resident_bytes(field_name: str) -> int:
-    """VmRSS (now) or VmHWM (at the peak so far) of this process."""
+    """VmRSS (now) or VmHWM (peak so far) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field_name))
 
 
 def resident_growth(work: Callable[[], object]) -> int | None:
-    """By how many bytes this process's resident set grows while `work` runs, at its peak; None where the system doesn't
-    say. What malloc keeps of freed memory goes back first, and the kernel's record of the peak begins anew."""
+    """Peak growth of this process's resident set while `work` runs, in bytes; None if the system does not report it.
+    Before that, malloc returns its freed memory and the kernel's record of the peak is reset."""
     if platform.libc_ver()[0] != "glibc":
         return None
     ctypes.CDLL(None).malloc_trim(0)
@@ -174,19 +175,19 @@ def resident_growth(work: Callable[[], object]) -> int | None:
 
 
 def peak_bytes(step: Callable[[], float], device: torch.device, state_bytes: int) -> int | None:
-    """Of memory in a step, with what stays between steps; None where the system doesn't say."""
+    """Peak memory of a step, including bytes kept between steps; None if the system does not report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    # Compiling took memory that is neither the model's nor given back, hence the growth alone.
+    # Compiling took memory that is not the model's and is not given back, so only the growth counts.
     growth = resident_growth(step)
     return None if growth is None else state_bytes + growth
 
 
 def serve(connection: Connection, config: Config, contender: Contender, device: torch.device, threads: int) -> None:
-    """A contender's process: builds, does the first step and sends its loss; then answers "step" with the seconds that
-    one takes, and "end" with the peak of memory."""
+    """Process of a contender: builds the model, does the first step and sends its loss; then answers "step" with the
+    seconds of a step, and "end" with the peak memory."""
     torch.set_num_threads(threads)
     try:
         step, state_bytes = build_step(config, contender, device)
@@ -196,7 +197,7 @@ def serve(connection: Connection, config: Config, contender: Contender, device: 
             step()
             connection.send(time.perf_counter() - started)
         connection.send(peak_bytes(step, device, state_bytes))
-    except Exception as error:  # one that fails (out of memory) must not cost the others' figures
+    except Exception as error:  # a contender that fails (out of memory) must not cost the others' figures
         connection.send(f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error))
 
 
@@ -240,7 +241,7 @@ class Worker:
 
 
 def measure(config: Config, chosen: list[Contender], device: torch.device, steps: int) -> dict[str, Worker]:
-    """The first step is not timed, nor is the second."""
+    """The first two steps are not timed."""
     workers = {}
     for contender in chosen:
         workers[contender.name] = worker = Worker(config, contender, device)
@@ -251,7 +252,7 @@ def measure(config: Config, chosen: list[Contender], device: torch.device, steps
     if device.type != "cuda":
         names = list(workers)
         for number in range(-1, steps):
-            # Each round begins with another one.
+            # Each round begins with another contender.
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 workers[name].step(number >= 0)
         for worker in workers.values():
@@ -281,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=5, help="timed, of each contender")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--only", default="", help="names of contenders, separated by commas")
     parser.add_argument("--on", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     args, flags = parser.parse_known_args()
@@ -299,7 +300,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     chosen = [contender for contender in everyone if not wanted or contender.name in wanted]
-    model_config = resolve_model(config.model, frozenset(), None, config.model.vocab_size, config.data.max_seq_len)
+    model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
     with torch.device("meta"):
         num_parameters = sum(p.numel() for p in Llama(model_config).parameters())
     seq_len, rows = config.data.max_seq_len, config.data.train_batch_size
@@ -309,7 +310,7 @@ def main() -> None:
     peak_flops = flops.device_peak_flops(device, dtype)
     workers = measure(config, chosen, device, args.steps)
     if device.type == "cpu":
-        # A matmul timed before and after: what else the machine does may disturb one of them.
+        # A matmul timed before and after: other work on the machine may disturb one of them.
         peak_flops = max(peak_flops, flops.device_peak_flops(device, dtype))
     check_losses(workers, dtype)
     cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"

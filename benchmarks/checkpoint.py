@@ -1,18 +1,17 @@
-"""How long a save holds the training up, and what it costs while it is written: ours and torch's, alternating.
+"""Time for which a save holds up training, and its cost while it is written: ours and torch's, alternating.
 
     python -m parallel.launch --nproc_per_node=2 -m benchmarks.checkpoint [--directory DISK] [--rounds 12]
 
-All save the same tensors: of each rank, those that our checkpoint takes from it (weights on the first rank, and its
-part of the float32 main parameters and moments, of which the first are the weights' own memory). In its turn, a
-contender first takes some steps without a save, then saves, and trains on until all is on disk and flushed on all
-ranks; the order of turns rotates.
+All contenders save the same tensors: on each rank, those that our checkpoint takes from it (weights on the first rank,
+and the rank's part of the float32 main parameters and moments; the main parameters share memory with the weights). In
+its turn, a contender first takes some steps without a save, then saves, and trains on until everything is on disk and
+flushed on all ranks. The order of turns rotates.
 
-    hold-up         the slowest rank's seconds of the steps in which it waited for the save: the call, and what has to
-                    be waited for before the weights change
-    steps           seconds of a step while the save is written, divided by one without a save
-    memory          growth of the peak of this process's memory by its first save, and the peak of a helper process
+    hold-up         seconds for which the slowest rank waited for the save: in the call, and before the weights change
+    steps           seconds of a step while the save is written, divided by those of a step without a save
+    memory          growth of this process's peak memory through its first save, and the peak of a helper process
 
-Ours also computes a checksum of every file, which torch's does not. Printed: median and quartiles.
+Ours also computes a checksum of every file, which torch's does not. Prints median and quartiles.
 """
 
 import sys
@@ -50,9 +49,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 
 from benchmarks.ddp import VOCAB_SIZE, LossModule, new_module
-from checkpoint.folder import Retention
-from checkpoint.saving import CheckpointSaver, CheckpointWriter
-from checkpoint.stores import Place
+from checkpoint.retention import Retention
+from checkpoint.saving import CheckpointSaver
+from checkpoint.stores import StorePlace
+from checkpoint.writing import CheckpointWriter
 from model.hf import named_weights
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -65,7 +65,7 @@ LEARNING_RATE = 1e-4
 
 
 class Training:
-    """A model that takes steps, and what a checkpoint of it holds."""
+    """A model that takes steps, and the tensors of its checkpoint."""
 
     def __init__(self, context: DistContext, args: argparse.Namespace):
         self.context = context
@@ -80,10 +80,10 @@ class Training:
         generator = torch.Generator().manual_seed(context.rank)
         rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator)
         self._rows = rows.to(context.device)
-        self.place = Place(context.rank, context.world_size, tuple(range(context.world_size)))
+        self.place = StorePlace(context.rank, context.world_size, tuple(range(context.world_size)))
 
     def step(self, before_update: Callable[[], float] | None = None) -> tuple[float, float]:
-        """Seconds of a step, and those of them that `before_update` says it waited."""
+        """Seconds of a step, and the part of them that `before_update` reports as waiting."""
         started, waited = time.perf_counter(), 0.0
         self.ddp(self._rows).backward()
         self.ddp.finish_grad_sync()
@@ -109,7 +109,7 @@ class Training:
 
 
 class _Recorder(CheckpointWriter):
-    """Takes what would be written."""
+    """Takes the tensors that would be written."""
 
     def __init__(self, *arguments: object):
         super().__init__(*arguments)
@@ -121,16 +121,16 @@ class _Recorder(CheckpointWriter):
 
 class Contender(Protocol):
     def begin(self, step: int) -> None:
-        """Save; returns when the training may go on."""
+        """Save; return when training may go on."""
 
     def before_update(self) -> float:
-        """The weights are about to change: seconds that this had to wait."""
+        """Wait until the weights may change; returns the seconds waited."""
 
     def is_done(self) -> bool:
         """Whether this rank's part is on disk."""
 
     def finish(self) -> Path:
-        """All ranks are done: the directory that was written."""
+        """Finish once all ranks are done; returns the written directory."""
 
 
 class Ours:
@@ -172,13 +172,13 @@ class Torch:
     """torch.distributed.checkpoint.async_save.
 
     Args:
-        options: of a stager that is kept, with its memory, from save to save; None: the default, a new one each time.
+        options: of a stager that is kept, with its memory, between saves. None: the default, a new one for each save.
     """
 
     def __init__(self, training: Training, home: Path, kind: AsyncCheckpointerType, options: StagingOptions | None):
         self._training, self._home, self._kind = training, home, kind
         self._stager = DefaultStager(options) if options is not None else None
-        # Its threads issue collectives: on a group that nobody else uses.
+        # Its threads issue collectives, so the group must be its own.
         self._group = dist.new_group(backend="gloo")
         self._staged: Future | None = None
         self._written: Future | None = None
@@ -209,7 +209,7 @@ class Torch:
 
 
 def new_contenders(training: Training, home: Path) -> dict[str, Callable[[Path], Contender]]:
-    """Name -> how to make one that saves below a directory."""
+    """Name -> factory of a contender that saves below a directory."""
     cuda = training.context.device.type == "cuda"
     threads, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
 
@@ -233,13 +233,13 @@ def new_contenders(training: Training, home: Path) -> dict[str, Callable[[Path],
 
 @dataclass
 class Result:
-    """Of one contender: the slowest rank's, a number a round."""
+    """Figures of one contender: one number per round, from the slowest rank."""
 
     hold_ups: list[float] = field(default_factory=list)
     until_written: list[float] = field(default_factory=list)
     slowdowns: list[float] = field(default_factory=list)
     extra: list[float] = field(default_factory=list)
-    """Seconds by which the steps while it was written were longer than as many without a save."""
+    """Extra seconds of the steps during which the save was written."""
     bytes_written: int = 0
     growth: int = 0
     helper: int = 0
@@ -259,7 +259,7 @@ def forget_peak() -> None:
 
 
 def take_turn(training: Training, contender: Contender, result: Result, number: int, quiet_steps: int) -> None:
-    """One save, and the steps before and meanwhile. Collective."""
+    """One save, with the steps before and during it. Collective."""
     gather, first = training.context.gather, number < 0
     training.step()
     forget_peak()
@@ -352,19 +352,19 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rows", type=int, default=1, help="of a rank's batch")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a rank's batch")
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--zero1", action="store_true", help="each rank holds and saves its own shard")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--quiet_steps", type=int, default=4, help="steps without a save, before each")
+    parser.add_argument("--quiet_steps", type=int, default=4, help="steps without a save before each save")
     parser.add_argument("--directory", type=a_path, help="where to write (default: the machine's temporary directory)")
-    parser.add_argument("--only", help="words, separated by commas, of which a contender's name must hold one")
+    parser.add_argument("--only", help="run contenders whose name has one of these words, separated by commas")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     context = init_context(device=args.device)
     if context.world_size == 1 and not dist.is_initialized():
-        # torch's process-based saver wants a group even of one.
+        # torch's process-based saver needs a group, even of one process.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     home = Path(context.decide_on_main(lambda: tempfile.mkdtemp(prefix="checkpoints-", dir=args.directory)))
     training = Training(context, args)
@@ -384,7 +384,7 @@ def main() -> None:
         report(results)
     training.ddp.close()
     context.barrier()
-    # torch's helper process and its groups have no orderly end.
+    # torch's helper process and its groups do not shut down cleanly.
     for child in multiprocessing.active_children():
         child.terminate()
     context.barrier()

@@ -1,15 +1,15 @@
-"""The way of the data, beside what others do: pretokenizing, the sample index, and the training loader.
+"""Our data pipeline against other libraries: pretokenizing, the sample index, and the training loader.
 
     python -m benchmarks.data pretokenize [--mb 100] [--num_workers 2] [--kind hf_bbpe]
     python -m benchmarks.data index [--documents 10000000]
     python -m benchmarks.data loader [--samples 1000000]
 
-`pretokenize` makes a corpus of JSON lines from the standard library's source, and runs our command from start to end
-(processes started, text read, tokens checked, hashed, written and flushed) against the bare `encode_batch` of the same
-tokenizer on text in memory with as many threads, and against Hugging Face `datasets.map` where that is installed.
-`loader` reads the same tokens as nanoGPT does (random offsets into a memory map) and through torch's DataLoader with a
-DistributedSampler. Every contender runs in a process of its own, in turns; memory is the process's peak, with what its
-imports take stated beside it, and its children's largest peak where it has any.
+`pretokenize` makes a corpus of JSON lines from the standard library's source. It runs our command from start to finish
+(starting processes, reading text, checking, hashing, writing and flushing tokens) against the bare `encode_batch` of
+the same tokenizer, on text in memory and with as many threads, and against Hugging Face `datasets.map` if installed.
+`loader` also reads the same tokens as nanoGPT does (random offsets into a memory map) and through torch's DataLoader
+with a DistributedSampler. Contenders run in turns, each in its own process. Memory is the peak of the process, with the
+share of its imports beside it, and the largest peak of its children if it has any.
 """
 
 import sys
@@ -70,8 +70,8 @@ def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
 
 
 def write_corpus(path: Path, megabytes: float) -> None:
-    """JSON lines: the standard library again and again, each document of a copy with lines in another order, so that
-    no two are the same."""
+    """Write JSON lines: many copies of the standard library, with the lines of each document shuffled, so that no two
+    documents are the same."""
     generator = np.random.default_rng(0)
     texts, written = standard_library(), 0
     with open(path, "w", encoding="utf-8") as file:
@@ -103,7 +103,7 @@ def pretokenize_ours(home: Path, workers: int) -> dict:
 
 
 def pretokenize_raw(home: Path, workers: int) -> dict:
-    """The library alone, on as many threads."""
+    """Bare `encode_batch`, on the same number of threads."""
     texts = texts_of(home / "corpus")
     model = home / "tokenizer" / "tokenizer.model"
     if model.exists():
@@ -153,7 +153,7 @@ def index_ours(home: Path, _: int) -> dict:
 
 
 class NanoGPTSampling:
-    """Random offsets into one memory map, as nanoGPT's get_batch."""
+    """Random offsets into one memory map, as in nanoGPT's get_batch."""
 
     def __init__(self, home: Path):
         path = sorted(home.glob("*.bin"))[0]
@@ -182,7 +182,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def time_loader(make: Callable[[int], object], batches: int, middle: int) -> dict:
-    """Samples a second from the beginning, and seconds until the first batch in the middle of the epoch."""
+    """Samples per second from the beginning, and seconds until the first batch from the middle of the epoch."""
     loader = iter(make(0))
     next(loader)
     started = time.perf_counter()
@@ -232,7 +232,7 @@ def loader_torch(home: Path, batches: int) -> dict:
         return loader
 
     result = time_loader(make, batches, 2000 * BATCH_SIZE)
-    # Batches that are passed over cost the same each: from 2,000 of them to the middle of the epoch.
+    # Skipped batches cost the same each: the time of 2,000 is scaled to the middle of the epoch.
     return result | {"seek_s": result["seek_s"] * (len(rows) / 2) / (2000 * BATCH_SIZE)}
 
 
@@ -254,7 +254,7 @@ CONTENDERS = {
 
 
 def in_process(part: str, name: str, home: Path, number: int) -> dict | None:
-    """Run one contender by itself; None if its library is not installed."""
+    """Run one contender in its own process; None if its library is not installed."""
     command = [sys.executable, "-m", "benchmarks.data", part, "--contender", name, "--home", str(home)]
     environment = {**os.environ, "RAYON_NUM_THREADS": str(number), "TOKENIZERS_PARALLELISM": "true"}
     done = subprocess.run([*command, "--number", str(number)], env=environment, capture_output=True, text=True)
@@ -266,7 +266,7 @@ def in_process(part: str, name: str, home: Path, number: int) -> dict | None:
 
 
 def prepare(args: argparse.Namespace, home: Path) -> tuple[int, str]:
-    """Make what the contenders read; returns their number argument and a line about it."""
+    """Make the contenders' input; returns their number argument and a line that describes it."""
     if args.part == "pretokenize":
         (home / "corpus").mkdir()
         write_corpus(home / "corpus" / "a.jsonl", args.mb)

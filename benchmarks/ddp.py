@@ -3,8 +3,8 @@
     python -m parallel.launch --nproc_per_node=2 -m benchmarks.ddp --dtype float32
 
 Both get the same weights, rows, dtype and bucket size; torch's runs with gradient_as_bucket_view. Each round times
-ours, torch's, and ours without communication, in an order that rotates. Printed: median and quartiles of the slowest
-rank's seconds, and the median of the rounds' ratios ours / torch's.
+ours, torch's, and ours without communication, in a rotating order. Prints median and quartiles of the slowest rank's
+seconds, and the median over the rounds of the ratio ours / torch's.
 """
 
 import sys
@@ -35,7 +35,7 @@ VOCAB_SIZE = 8192
 
 
 class LossModule(nn.Module):
-    """torch's DDP wants the loss inside what it wraps."""
+    """Model with its loss, because torch's DDP needs the loss inside the wrapped module."""
 
     def __init__(self, model: Llama):
         super().__init__()
@@ -47,7 +47,7 @@ class LossModule(nn.Module):
 
 
 def new_module(dtype: torch.dtype, args: argparse.Namespace) -> LossModule:
-    """The same model for every contender and rank."""
+    """Model with the same weights for every contender and rank."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 64,
@@ -58,7 +58,7 @@ def new_module(dtype: torch.dtype, args: argparse.Namespace) -> LossModule:
 
 
 def timed(context: DistContext, work: Callable[[], None]) -> float:
-    """Seconds of the slowest rank."""
+    """Seconds that the slowest rank takes."""
     context.barrier()
     start = time.perf_counter()
     work()

@@ -1,12 +1,12 @@
-"""What compression and the optimizer cost on a GPU, and whether the comm stream overlaps with the backward pass.
+"""Cost of compression and the optimizer on a GPU, and overlap of the comm stream with the backward pass.
 
     python -m benchmarks.gpu_parallel [--preset 1.1b] [--rank 32] [--trace trace.json]
 
-One process: the collectives are left out, so these are the costs beside the network. Printed: milliseconds of
-PowerSGD's compression and decompression of all gradients, and of AdamW, beside the time that the bytes they must move
-take at the copy bandwidth; and of forward and backward without a hook, with the hook on the comm stream, and with the
-hook after them, timed with CUDA events. --trace writes a profile for the browser (ui.perfetto.dev). Without a GPU,
-`--preset tiny` runs the same code on a CPU, to see that it works.
+One process runs without collectives, so these costs exclude the network. Prints the milliseconds of AdamW and of
+PowerSGD's compression and decompression of all gradients, beside the time for moving their bytes at the copy bandwidth.
+Also prints those of forward and backward without a hook, with the hook on the comm stream, and with the hook after
+them, timed with CUDA events. --trace writes a profile for the browser (ui.perfetto.dev). Without a GPU, `--preset tiny`
+runs the same code on a CPU, as a check that it works.
 """
 
 import sys
@@ -43,7 +43,7 @@ PRESETS = {
 
 
 def milliseconds(work: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Median, by CUDA events or the clock, after two untimed calls."""
+    """Median time from CUDA events or the clock, after two untimed calls."""
     measured = []
     for repeat in range(-2, repeats):
         if device.type == "cuda":
@@ -63,7 +63,7 @@ def milliseconds(work: Callable[[], None], device: torch.device, repeats: int) -
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
-    """Bytes a second read and written by a copy of 1 GiB (a CPU: 64 MiB)."""
+    """Bytes per second that a copy of 1 GiB reads and writes (on a CPU: 64 MiB)."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.zeros_like(source)
     elapsed = milliseconds(lambda: target.copy_(source), device, repeats)

@@ -1,13 +1,13 @@
-"""A chat model that was trained here, in other programs: the same prompt ids, the same answer, and it stops.
+"""A chat model trained here, run in other programs: same prompt ids, same answer, and it stops.
 
     python -m benchmarks.interop_chat --python ENV4/bin/python ENV5/bin/python ENV_TRL/bin/python \\
         --converter llama.cpp/convert_hf_to_gguf.py --converter_python ENV4/bin/python
 
-Each PYTHON is the interpreter of an environment; what it has of transformers, TRL with its chat (until 0.18) and
-xllamacpp is asked. `--converter` is llama.cpp's own; it runs in the environment that `--converter_python` names (torch,
+Each PYTHON is the interpreter of an environment; those of transformers, TRL with its chat (until 0.18) and xllamacpp
+that it has are tested. `--converter` is llama.cpp's own and runs in the environment of `--converter_python` (torch,
 transformers, sentencepiece, gguf). A model with each kind of tokenizer is fine-tuned on a few conversations until it
-knows them, in two minutes on a CPU. Each reader gets the folder, or the GGUF file made of it, and nothing else: what it
-takes for the end is what it finds there. The exit code is 1 where one differs or goes on.
+knows them, which takes two minutes on a CPU. Each reader gets only the folder, or the GGUF file made from it, and must
+find the end token there. The exit code is 1 if an answer differs or does not stop.
 """
 
 import sys
@@ -33,7 +33,7 @@ from runs.layout import RunPaths
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("hf_bbpe", "sp_bbpe")
 MOST = 48
-"""New tokens: more than any answer has."""
+"""New tokens to allow: more than any answer has."""
 TALKS = [
     [("user", "sky?"), ("assistant", "Blue.")],
     [("system", "Be brief."), ("user", "How many legs has a spider?"), ("assistant", "8")],
@@ -43,20 +43,20 @@ TALKS = [
     [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")],
 ]
 LINES = ("docs/*.md", "docs/*/*.md", "tests/unit/test_tokenizer.py", "utils/*.py")
-"""Files of ours whose lines are tokenized, too; the second has text of many scripts."""
+"""Files of this repository whose lines are tokenized, too; the second has text in many scripts."""
 
 
 class Answer(NamedTuple):
-    """What a reader made of a conversation up to the last answer."""
+    """A reader's tokens and answer for a conversation up to its last answer."""
 
     prompt_ids: list[int] | None
-    """None: it does not show them."""
+    """None if the reader does not show them."""
     text: str
     stopped: bool
 
 
 def train(kind: str, home: Path) -> Path:
-    """A checkpoint of a model that knows TALKS."""
+    """Checkpoint of a model that knows TALKS."""
 
     def run(*command: object) -> None:
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
@@ -77,8 +77,8 @@ def train(kind: str, home: Path) -> Path:
 
 
 def lines() -> list[str]:
-    """Not those with what is text here and something else elsewhere: control strings, and the sign by which
-    SentencePiece writes a blank."""
+    """Lines of LINES, except those with text that other programs treat specially: control strings, and SentencePiece's
+    sign for a blank."""
     files = [path for pattern in LINES for path in sorted(ROOT.glob(pattern))]
     found = [line for path in files for line in path.read_text("utf-8").splitlines(True)]
     return [line for line in found if not any(sign in line for sign in ("<|", "<unk>", "\u2581"))]
@@ -116,7 +116,7 @@ def with_transformers(folder: Path, texts: list[str]) -> tuple[list[Answer], lis
 
 
 def with_trl_chat(folder: Path, texts: list[str]) -> tuple[list[Answer], list[list[int]] | None]:
-    """TRL's chat itself, with someone who types the questions: it knows no end but the tokenizer's `eos_token`."""
+    """TRL's own chat, with typed questions. The tokenizer's `eos_token` is the only end that it knows."""
     return [_typed_into_trl(folder, talk) for talk in TALKS], None
 
 
@@ -166,7 +166,7 @@ def _typed_into_trl(folder: Path, talk: list[tuple[str, str]]) -> Answer:
 
 
 def with_llama_cpp(gguf: Path, texts: list[str]) -> tuple[list[Answer], list[list[int]] | None]:
-    """llama.cpp's server: its template engine, its tokenizer, and its own idea of an end."""
+    """llama.cpp's server, with its own template engine, tokenizer and end tokens."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -193,7 +193,7 @@ def with_llama_cpp(gguf: Path, texts: list[str]) -> tuple[list[Answer], list[lis
 
 
 def read(root: Path) -> int:
-    """Ask what is installed here, and print a line for each reader and kind. Imports nothing of ours."""
+    """Test the installed programs, and print a line for each reader and kind. Imports nothing of this project."""
     import importlib.util
     from importlib.metadata import version
 
@@ -235,8 +235,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters of the readers")
     parser.add_argument("--converter", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
-    parser.add_argument("--converter_python", default=sys.executable, help="the interpreter that runs it")
-    parser.add_argument("--keep", type=Path, help="a new folder for models and GGUF files, which stay")
+    parser.add_argument("--converter_python", default=sys.executable, help="interpreter that runs the converter")
+    parser.add_argument("--keep", type=Path, help="new folder in which models and GGUF files are kept")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read is not None:
@@ -267,7 +267,7 @@ def main() -> int:
                 done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
                 if done.returncode:
                     print(f"{'convert_hf_to_gguf.py':36} {kind}: {done.stderr.strip().splitlines()[-1]}")
-        # -I: the folder of this file, with a kernels.py in it, is no place to import from.
+        # -I keeps this file's folder, with its kernels.py, off the import path.
         for python in options.python:
             done = subprocess.run([python, "-I", __file__, "--read", root], stderr=subprocess.PIPE, text=True)
             failed += done.returncode

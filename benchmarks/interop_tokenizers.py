@@ -1,12 +1,12 @@
-"""Foreign tokenizer folders and what we save of them, in other versions of transformers: the same ids as here.
+"""Foreign tokenizer folders, saved here and opened by other versions of transformers: the ids must agree.
 
     python -m benchmarks.interop_tokenizers --python ENV4/bin/python ENV5/bin/python
 
-Each PYTHON is the interpreter of an environment with some version of transformers. The folders are imitations of twelve
-families' `tokenizer.json`, and of `tokenizer.model` and `vocab.json` with `merges.txt`, which are converted as they are
-opened. Each is loaded here and saved; there, AutoTokenizer opens what was saved and encodes nasty texts, and one text
-with what it puts in front. Characters without a meaning in this Python's Unicode are left out: what they are differs
-between versions of the libraries. The exit code is 1 where ids differ.
+Each PYTHON is the interpreter of an environment with some version of transformers. The folders imitate the
+`tokenizer.json` of twelve families, and `tokenizer.model` and `vocab.json` with `merges.txt`, which are converted when
+they are opened. Each is loaded here and saved; the other version's AutoTokenizer opens the saved folder and encodes
+nasty texts, and one text with the tokenizer's prefix. Characters that this Python's Unicode does not define are left
+out, because versions of the libraries disagree about them. The exit code is 1 if ids differ.
 """
 
 import sys
@@ -47,7 +47,7 @@ sys.exit(wrong > 0)
 
 
 def folders(home: Path) -> list[Path]:
-    """Imitations of what others publish."""
+    """Imitations of published tokenizer folders."""
     from tests.unit.test_tokenizer import FAMILIES
     from tests.unit.test_tokenizer_conversion import MODELS, NAMED, added_tokens, sentence_piece, vocabulary, write
 
@@ -75,7 +75,7 @@ def nasty_texts() -> list[str]:
 
 
 def save_with_ids(folder: Path, target: Path) -> int:
-    """What we save of a folder, and beside it the ids that are expected. The number of texts."""
+    """Save a folder with the expected ids beside it; returns the number of texts."""
     from tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)

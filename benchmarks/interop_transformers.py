@@ -1,11 +1,11 @@
-"""What we export, in other versions of transformers: logits of one folder for each kind of rotary positions.
+"""Exported folders in other versions of transformers: logits for each kind of rotary positions.
 
     python -m benchmarks.interop_transformers --python ENV46/bin/python ENV57/bin/python ENV5/bin/python
 
 Each PYTHON is the interpreter of an environment that has torch, safetensors and some version of transformers. A model
-with large random weights is exported, loaded there by `AutoModelForCausalLM.from_pretrained` alone, and asked for the
-logits of texts within the context and beyond it, in float32. The exit code is 1 where a difference is above 1e-4 of
-the largest logit.
+with large random weights is exported, and a plain `AutoModelForCausalLM.from_pretrained` loads it there. The float32
+logits of texts within the context and beyond it are compared. The exit code is 1 if a difference exceeds 1e-4 of the
+largest logit.
 """
 
 import sys
@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 CONTEXT, BEFORE = 64, 16
-"""Of the model, and of what llama3's stretching started from."""
+"""Context of the model, and of the shorter model that llama3's scaling assumes."""
 LENGTHS = {"within": 12, "stretched": 60, "beyond": 150}
 KINDS = {
     "default": {"rope_theta": 5000.0},
@@ -53,7 +53,7 @@ def text(length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def export(directory: Path, changes: dict) -> None:
-    """A folder of ours, and beside its files the logits that are expected of it."""
+    """Write an exported folder with its expected logits beside it."""
     from model import Llama, LlamaConfig, hf
 
     shape = {
@@ -74,7 +74,7 @@ def export(directory: Path, changes: dict) -> None:
 
 @torch.no_grad()
 def check(root: Path) -> int:
-    """Compare with the installed transformers. Runs in an environment that has nothing of ours."""
+    """Compare with the installed transformers. Runs in an environment without this project."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def check(root: Path) -> int:
     worst = 0.0
     for directory in sorted(root.iterdir()):
         for name, expected in load_file(directory / "expected.safetensors").items():
-            # A new one each time: dynamic scaling remembers the longest text.
+            # A new model each time, because dynamic scaling remembers the longest text.
             model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").float().eval()
             found = model(text(expected.shape[1])).logits
             error = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -101,7 +101,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         for kind, changes in KINDS.items():
             export(Path(root) / kind, changes)
-        # -I: the folder of this file, with a kernels.py in it, is no place to import from.
+        # -I keeps this file's folder, with its kernels.py, off the import path.
         codes = [subprocess.run([python, "-I", __file__, "--check", root]).returncode for python in options.python]
     return max(codes)
 

@@ -1,16 +1,20 @@
-"""Our Triton kernels against plain PyTorch, the same compiled, and Liger's kernels where they are installed.
+"""Our Triton kernels against plain PyTorch, compiled PyTorch, and Liger's kernels if installed.
 
     python -m benchmarks.kernels [--dtype bfloat16] [--tokens 16384] [--no-compile] [--only rope] [--output FILE]
 
-On CUDA at the shapes of the 1.1B model. On a CPU at reduced ones, and of the plain paths only: Triton's interpreter is
-no implementation, so those rows say "not measured". There the inputs are in the caches, or some of them: more than a
-copy of main memory moves is possible.
+On CUDA, shapes are those of the 1.1B model. On a CPU they are reduced, and only the plain paths run: Triton's
+interpreter does not count as an implementation, so its rows say "not measured". There some or all inputs are in the
+caches, so a rate above that of a copy of main memory is possible.
 
-Printed for each operation, forward alone and forward with backward: the median time; bytes moved a second, where the
-bytes are counted by the formula in the table and not measured, and their share of what a copy on the same device in the
-same run moves; the peak of memory beyond the inputs (on a CPU: growth of the resident set in one more repetition; so
-small tensors may fit what malloc has). On a GPU, the caches are overwritten before each repetition. What is bound by
-matrix multiplications has its operations a second instead.
+Printed for each operation, for forward alone and forward with backward:
+
+- the median time;
+- bytes moved per second, from the formula in the table rather than measured, and their share of a copy's rate on the
+  same device in the same run; operations bound by matrix multiplications give operations per second instead;
+- the peak memory beyond the inputs (on a CPU: growth of the resident set in one more repetition, so small tensors may
+  fit into memory that malloc already has).
+
+On a GPU, the caches are overwritten before each repetition.
 """
 
 import sys
@@ -62,26 +66,26 @@ class Shapes:
     kv_heads: int
     head_dim: int
     parameters: int
-    """Of the optimizer's step."""
+    """Parameters that the optimizer steps."""
 
 
 @dataclass
 class Case:
-    """One operation and who implements it."""
+    """One operation and its implementations."""
 
     name: str
     formula: str
-    """Of the bytes, in words; e is the size of an element."""
+    """Formula of the bytes as text; e is the size of an element."""
     inputs: Callable[[], list[Tensor]]
-    """Fresh ones; not timed."""
+    """Makes fresh inputs; not timed."""
     contenders: dict[str, Callable]
     """Name -> function of the inputs. "ours" needs Triton."""
     forward_bytes: float = 0.0
     backward_bytes: float | None = None
-    """None: there is no backward pass."""
+    """None if there is no backward pass."""
     operations: float = 0.0
-    """Multiplications and additions of the forward pass, if that is what takes the time; the backward's are as many
-    again twice."""
+    """Multiplications and additions of the forward pass, if these take most of the time; the backward pass has twice as
+    many."""
     plain: tuple[str, ...] = ("eager",)
     """Contenders that run without Triton."""
     differentiate: tuple[int, ...] = field(default=(0,))
@@ -89,7 +93,7 @@ class Case:
 
 
 def liger(import_path: str, call: Callable) -> dict[str, Callable]:
-    """{"Liger": function} if the package is there."""
+    """{"Liger": function} if the package is installed."""
     module_name, _, name = import_path.rpartition(".")
     try:
         function = getattr(__import__(module_name, fromlist=[name]), name)
@@ -262,7 +266,7 @@ class Timer:
 
 
 def with_backward(function: Callable, differentiate: tuple[int, ...]) -> Callable:
-    """Results, then the gradients of some inputs; upstream gradients are ones."""
+    """Results, then gradients of the named inputs; upstream gradients are ones."""
 
     def both(*inputs: Tensor) -> None:
         results = function(*inputs)
@@ -288,7 +292,7 @@ def rows(case: Case, timer: Timer, copy_speed: float, compile_eager: bool) -> It
             work = with_backward(function, case.differentiate) if has_backward else torch.no_grad()(function)
             try:
                 seconds, peak = timer(case.inputs, work)
-            except Exception as error:  # one that fails must not cost the others' figures
+            except Exception as error:  # a contender that fails must not cost the others' figures
                 yield f"{label} not measured: {type(error).__name__}: {str(error).splitlines()[0][:80]} | | | |"
                 continue
             moved = case.forward_bytes + (case.backward_bytes if has_backward else 0.0)
@@ -301,7 +305,7 @@ def rows(case: Case, timer: Timer, copy_speed: float, compile_eager: bool) -> It
 
 
 def measure_copy(timer: Timer) -> float:
-    """Bytes a second of a copy: read and written."""
+    """Bytes per second that a copy reads and writes."""
     size = 1 << 30 if timer.is_cuda else 1 << 27
     source, target = (torch.empty(size, dtype=torch.uint8, device=timer.device).zero_() for _ in range(2))
     return 2 * size / timer(lambda: [source, target], lambda a, b: b.copy_(a))[0]
@@ -314,7 +318,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--only", default="", help="names of operations, separated by commas")
-    parser.add_argument("--output", type=a_path, help="a file for the table, instead of stdout")
+    parser.add_argument("--output", type=a_path, help="file for the table instead of stdout")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

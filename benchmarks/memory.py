@@ -1,11 +1,10 @@
-"""Bytes a parameter that each mode keeps between steps, measured beside the formula of parallel/README.md.
+"""Bytes per parameter that each mode keeps between steps, measured and by the formula of parallel/README.md.
 
     python -m benchmarks.memory [--nproc 2] [--dtype bfloat16]
 
-Every mode runs in fresh processes: a llama of about 50 M parameters takes three steps on a few tokens, so that
-activations do not count. Measured: the storage of all tensors that are alive after the third step; and, on a CPU, the
-growth of the process's resident memory, which also holds code loaded meanwhile and what the allocator does not give
-back.
+Every mode runs in fresh processes: a llama of about 50 M parameters takes three steps on few tokens, so that
+activations do not count. The benchmark measures the storage of all tensors alive after the third step and, on a CPU,
+the growth of the process's resident memory, which includes code loaded meanwhile and memory that the allocator retains.
 """
 
 import sys
@@ -47,7 +46,7 @@ RANK = 32
 
 
 def tensor_bytes() -> int:
-    """Storage of all living tensors, shared storage once."""
+    """Bytes of all living tensors; shared storage counts once."""
     gc.collect()
     storages = {}
     for value in gc.get_objects():
@@ -63,7 +62,7 @@ def resident_bytes() -> int:
 
 
 def formula(mode: str, dtype: torch.dtype, ranks: int, numel: int, bucket: int, factors: int) -> float:
-    """Bytes a parameter: weights, gradients, optimizer state, residual, and its share of scratch and factors."""
+    """Bytes per parameter: weights, gradients, optimizer state, residual, and its share of scratch and factors."""
     weights = dtype.itemsize
     # float32 weights are their own main parameters.
     state = 8.0 if dtype == torch.float32 else 12.0
@@ -80,7 +79,7 @@ def formula(mode: str, dtype: torch.dtype, ranks: int, numel: int, bucket: int, 
 
 
 def measure(mode: str, dtype: torch.dtype) -> None:
-    """On a rank: three steps, then a line of JSON from rank 0."""
+    """Program of a rank: three steps, then a line of JSON from rank 0."""
     torch.set_num_threads(1)
     context = init_context()
     config = LlamaConfig(
@@ -112,7 +111,7 @@ def measure(mode: str, dtype: torch.dtype) -> None:
             zero1.wait()
     tensors, resident = tensor_bytes() - tensors, resident_bytes() - resident
     numel = sum(p.numel() for p in model.parameters())
-    # P; and four of Q's size: Q, this rank's part of it, the Q to start with, the random one.
+    # P, and four tensors of Q's size: Q, this rank's part of it, the initial Q, the random one.
     factors = sum((m.shape[0] + 4 * m.shape[1]) * RANK for m in model.parameters() if m.dim() == 2)
     expected = formula(mode, dtype, context.world_size, numel, max(len(b.grad) for b in ddp.buckets), factors)
     if context.is_main:

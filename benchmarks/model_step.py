@@ -1,14 +1,14 @@
-"""One training step of the model (forward, backward, clipping, AdamW) against Hugging Face's llama, the same weights.
+"""One training step of the model (forward, backward, clipping, AdamW) against Hugging Face's llama with equal weights.
 
     OMP_NUM_THREADS=2 python -m benchmarks.model_step --dtype float32
     python -m benchmarks.model_step --dtype bfloat16 --layers 12 --hidden_size 768 --rows 16 --seq_len 1024    (a GPU)
 
-Contenders take turns, in an order that rotates: Hugging Face eager and compiled, ours with each of its variants. In
-bfloat16 ours keeps float32 main parameters beside the weights; Hugging Face's model is stepped by torch's fused AdamW
-in bfloat16, which is less work. Printed: median and quartiles, the strict FLOP rate, and the median of the rounds'
-ratios: to the best matmul (on a CPU measured in each round, as the machine's speed may change meanwhile) and to the
-fastest Hugging Face. With --profile, where one more step of each contender spends its time. On a CPU all contenders
-have malloc set as training sets it (utils.machine), unless --plain_malloc is given.
+Contenders take turns, in a rotating order: Hugging Face eager and compiled, ours in each variant. In bfloat16 ours
+keeps float32 main parameters beside the weights; Hugging Face's model is stepped by torch's fused AdamW in bfloat16,
+which is less work. Prints median and quartiles, the strict FLOP rate, and the medians over the rounds of two ratios: to
+the best matmul (measured in each round on a CPU, whose speed may change) and to the fastest Hugging Face. --profile
+also shows where one more step of each contender spends its time. On a CPU, malloc is configured as in training
+(utils.machine), unless --plain_malloc is given.
 """
 
 import sys
@@ -79,7 +79,7 @@ def their_step(
     ours.initialize(0)
     settings = {key: value for key, value in hf.to_hf_config(config, dtype).items() if key != "architectures"}
     theirs = LlamaForCausalLM(TheirConfig(**settings, attn_implementation="sdpa"))
-    theirs.load_state_dict({hf.to_hf_name(name): value for name, value in ours.state_dict().items()}, strict=False)
+    theirs.load_state_dict(hf.named_weights(ours), strict=False)
     theirs.to(device=device, dtype=dtype).train()
     called = torch.compile(theirs) if compiled else theirs
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -103,11 +103,11 @@ KINDS = {
     "optimizer and clipping": ("adamw", "aten::dot", "norm", "_foreach"),
     "compiled elementwise": ("cpp_fused", "triton_"),
 }
-"""What an operation's name contains -> where its time is counted, the first that fits; the rest is "other"."""
+"""Part of an operation's name -> kind that its time counts for. The first match counts; the rest is "other"."""
 
 
 def profile(device: torch.device, step: Callable[[], float]) -> dict[str, float]:
-    """Kind -> share of one step's time in operations themselves."""
+    """Kind -> its share of one step's time inside operations."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -141,8 +141,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--plain_malloc", action="store_true", help="on a CPU: without what training sets for malloc")
-    parser.add_argument("--profile", action="store_true", help="show where the time goes, too")
+    parser.add_argument("--plain_malloc", action="store_true", help="on a CPU: leave malloc as it is")
+    parser.add_argument("--profile", action="store_true", help="also show where the time goes")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if device.type == "cpu" and not args.plain_malloc:
@@ -169,7 +169,7 @@ def main() -> None:
     orders = itertools.cycle(itertools.islice(itertools.permutations(contenders), 0, None, 97))
     for round_number in range(-1, args.rounds):
         if round_number >= 0:
-            # nan: a GPU that the table lacks.
+            # nan: the table lacks this GPU.
             peaks.append(flops.device_peak_flops(device, dtype) or math.nan)
         for name in next(orders):
             elapsed = timed(device, contenders[name])

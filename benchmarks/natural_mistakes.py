@@ -1,12 +1,12 @@
-"""Mistakes that a newcomer makes with the README in hand: is each answered with one sentence, and at once?
+"""Mistakes of a newcomer who follows the README: is each answered at once, with one sentence?
 
     python -m benchmarks.natural_mistakes [--only TEXT] [--playground DIR]
 
-Makes a playground (a corpus of some hundred kB, a tokenizer, a small run, conversations), gives each wrong command
-there, and prints a table: what was typed, what was said last, after how many seconds (and seconds of a CPU, as other
-work makes the first longer), with which exit code. The exit code is 1 if an answer is a traceback, is more than the
-lines allowed, ends with another code than it should, does not say what is expected, or takes longer than its limit:
-2 s where the command line alone shows the mistake.
+Makes a playground (a corpus of some hundred kB, a tokenizer, a small run, conversations), runs each wrong command in
+it, and prints a table of the command, the last line of its answer, the seconds (wall time, and CPU time, which other
+work does not lengthen) and the exit code. This script's exit code is 1 if an answer is a traceback, has more lines than
+allowed, has the wrong exit code, lacks the expected words, or takes longer than its limit: 2 s if the command line
+alone shows the mistake.
 """
 
 import sys
@@ -38,7 +38,7 @@ from utils.terminal import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE, AFTER_A_LOOK = 2.0, 30.0
-"""Seconds: where the command line shows the mistake; where data, a tokenizer or torch must be loaded for it."""
+"""Limits in seconds: if the command line shows the mistake; if data, a tokenizer or torch must be loaded first."""
 SHAPE = "--max_iters=3 --hidden_size=32 --num_hidden_layers=1 --num_attention_heads=2 --train_batch_size=2 " \
     "--gradient_accumulation_steps=2"  # fmt: skip
 TRAIN = f"python train_my_ddp.py --data_dir=O --max_seq_len=64 --out_dir=out/new {SHAPE}"
@@ -52,21 +52,21 @@ SFT_DATA = "python -m data_preprocess.pretokenize_sft_data"
 class Mistake:
     typed: str
     says: str
-    """Pattern that the last line must hold."""
+    """Pattern that the last line must match."""
     limit_s: float = AT_ONCE
     code: int = 2
     lines: int = 1
-    """That may be printed in all: a look at the data may leave a note."""
+    """Most lines that may be printed: reading the data may leave a note."""
 
 
 @dataclass(frozen=True)
 class Answer:
     code: int
     said: tuple[str, ...]
-    """Lines that are not empty."""
+    """Printed lines that are not empty."""
     seconds: float
     cpu_seconds: float
-    """What it takes on a machine with nothing else to do, about."""
+    """About the time on an idle machine."""
 
     @property
     def last(self) -> str:
@@ -74,7 +74,7 @@ class Answer:
 
 
 MISTAKES = [
-    # Outside the environment, or of it.
+    # The environment.
     Mistake("python -S train_my_ddp.py --nproc 2 --data_dir=O", r"package tyro is missing.*\.venv/bin/activate"),
     Mistake("python -S generate.py --ckpt out/mine --chat", r"package \w+ is missing.*\.venv/bin/activate"),
     Mistake("python -S -m tokenizer.train_tokenizer --data_dir D", r"package \w+ is missing.*\.venv/bin/activate"),
@@ -123,7 +123,7 @@ MISTAKES = [
     Mistake("python generate.py --ckpt out/mine", "--prompt is missing"),
     Mistake("python generate.py --ckpt out/mine --prompt a --temperature -1", "temperature must not be negative"),
     Mistake("python generate.py --ckpt out/mine --prompt a --device gpu", "choose from 'auto', 'cpu', 'cuda'"),
-    # What is forgotten.
+    # Forgotten arguments.
     Mistake("python train_my_ddp.py", "--data_dir is missing"),
     Mistake("python generate.py", "required: --ckpt"),
     Mistake(f"{TOKENIZER} --data_dir D", "required: --output_dir"),
@@ -180,7 +180,7 @@ MISTAKES = [
     Mistake("python train_my_ddp.py smal.yml --data_dir=O", "smal.yml does not exist: did you mean small.yaml"),
     Mistake("python train_my_ddp.py tabs.yaml --data_dir=O", "tabs.yaml.*line 2"),
     Mistake("python train_my_ddp.py --config=small.yaml --data_dir=O", "did you mean --exp_config_file"),
-    # What the data shows.
+    # Mistakes that the data shows.
     Mistake(TRAIN.replace("--data_dir=O", "--data_dir=OO"), "OO does not exist", AFTER_A_LOOK),
     Mistake(TRAIN.replace("--data_dir=O", "--data_dir=D"), "D is not pretokenized: run", AFTER_A_LOOK),
     Mistake(TRAIN.replace("--data_dir=O", "--data_dir=no_index"), "build_pretrain_sample_index_map", AFTER_A_LOOK),
@@ -208,7 +208,7 @@ MISTAKES = [
 
 
 def make_playground(where: Path) -> None:
-    """Everything that the commands name, with the commands of the README."""
+    """Make everything that the commands name, with the commands of the README."""
     library = Path(sysconfig.get_paths()["stdlib"])
     (where / "D").mkdir(parents=True)
     for name in ("json", "email"):
@@ -242,9 +242,10 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 
 def succeed(where: Path, typed: str) -> None:
-    """
+    """Run a correct command.
+
     Raises:
-        ValueError: a right command did not end well.
+        ValueError: it failed.
     """
     answer = give(where, typed)
     if answer.code:
@@ -252,7 +253,7 @@ def succeed(where: Path, typed: str) -> None:
 
 
 def give(where: Path, typed: str) -> Answer:
-    """Give a command in the playground, as if that were the repository."""
+    """Run a command in the playground, as if that were the repository."""
     words = shlex.split(typed)
     words = [str(ROOT / word) if word.endswith(".py") and (ROOT / word).exists() else word for word in words]
     words[0] = sys.executable
@@ -266,13 +267,13 @@ def give(where: Path, typed: str) -> Answer:
 
 
 def cpu_seconds() -> float:
-    """Of all commands that have ended."""
+    """CPU seconds of all commands that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def verdict(mistake: Mistake, answer: Answer) -> str:
-    """What is wrong with the answer; empty if nothing is."""
+    """Problems with the answer; empty if there are none."""
     problems = {
         "traceback": any("Traceback (most recent call last)" in line for line in answer.said),
         f"{len(answer.said)} lines": len(answer.said) > mistake.lines,
@@ -285,14 +286,14 @@ def verdict(mistake: Mistake, answer: Answer) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.natural_mistakes", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="give only the commands that hold this text")
-    parser.add_argument("--playground", type=a_path, help="make it there, or take the one there (default: none stays)")
+    parser.add_argument("--only", default="", help="run only the commands that contain this text")
+    parser.add_argument("--playground", type=a_path, help="where to keep the playground; made if missing")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="natural-mistakes-") as temporary:
         where = Path(args.playground or temporary) / "playground"
         if not where.exists():
             make_playground(where)
-        # Once, so that no first row pays for what the disk has to read.
+        # Once, so that the first row does not pay for reading from disk.
         give(where, "python generate.py")
         chosen = [mistake for mistake in MISTAKES if args.only in mistake.typed]
         print("| what was typed | what is said | s | CPU s | code | |\n|---|---|---|---|---|---|")

@@ -1,12 +1,12 @@
-"""What compression costs in quality: the demo's corpus, equal tokens, held-out loss of each hook.
+"""Cost of compression in quality: held-out loss of each hook on the demo's corpus, after equal tokens.
 
     python -m benchmarks.quality_under_compression --dir out/quality [--ranks 4,8,16,32] [--more_seeds 1,2]
 
 Every run is the real command on two processes with the same order and schedule; only the hook differs. PowerSGD sends
-bf16 factors, after a tenth of the steps without compression; one run compresses from the first step on. Two equal runs
-with different seeds lie about 1% apart, and so do, in the end, two that differ in the last bit: give several seeds to
-see less than that. Writes table.md, losses.json and, with matplotlib, losses.png into --dir; a run that has finished
-already is not repeated.
+bf16 factors, after a tenth of the steps without compression; one run compresses from the first step on. Runs that
+differ only in their seed end about 1% apart, and so do runs that differ only in the last bit: use several seeds to see
+smaller differences. Writes table.md, losses.json and, with matplotlib, losses.png into --dir. A finished run is not
+repeated.
 """
 
 import sys
@@ -76,7 +76,7 @@ def table(results: dict[str, dict[int, Points]], ratios: dict[str, float]) -> st
 
 
 def plot(results: dict[str, dict[int, Points]], path: Path) -> None:
-    """Curves of the first seed, and each hook's difference to plain, averaged over the seeds."""
+    """Draw the curves of the first seed, and each hook's difference from plain, averaged over the seeds."""
     try:
         import matplotlib
     except ImportError:
@@ -108,8 +108,8 @@ def main() -> None:
     parser.add_argument("--dir", type=a_path, default="out/quality")
     parser.add_argument("--max_iters", type=int, default=320)
     parser.add_argument("--ranks", default="4,8,16,32")
-    parser.add_argument("--seeds", default="1337", help="of all hooks")
-    parser.add_argument("--more_seeds", default="", help="of plain and of --more_ranks only")
+    parser.add_argument("--seeds", default="1337", help="seeds of all hooks")
+    parser.add_argument("--more_seeds", default="", help="further seeds, of plain and --more_ranks only")
     parser.add_argument("--more_ranks", default="16")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--nproc", type=int, default=2)

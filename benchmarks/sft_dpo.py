@@ -3,13 +3,13 @@
     python -m demo.run                                          (for its tokenizer, conversations and preferences)
     python -m benchmarks.sft_dpo --talk out/demo/talk --tokenizer_dir out/demo/tokenizer --work_dir W/bench
 
-Needs requirements-bench.txt. Each case runs by itself in a new process; the cases take turns, --rounds times. Printed
-for each: real tokens a second (positions that are no padding, prompts included; the median of the steps, the first few
-left out), seconds a step, and by how much the process grew from before training to its peak.
+Needs requirements-bench.txt. Each case runs alone in a new process; the cases take turns, --rounds times. For each it
+prints real tokens per second (without padding, with prompts; the median of the steps, without the first few), seconds
+per step, and the growth of the process from before training to its peak.
 
-TRL runs its trainers with `SFTConfig` and `DPOConfig` as they come, but for the batch size, dtype and no saves; `-gc`
-turns gradient checkpointing off, which TRL turns on by default. A step of ours has as many sequences as TRL's (packed:
-about as many), and clips and steps AdamW as TRL's does.
+TRL's trainers run with the defaults of `SFTConfig` and `DPOConfig`, except for batch size, dtype and saves, which are
+off; `-gc` turns off gradient checkpointing, which TRL uses by default. A step of ours has as many sequences as TRL's
+(packed: about as many), and clips and steps AdamW in the same way.
 """
 
 import sys
@@ -56,7 +56,7 @@ def present_mb() -> float:
 
 
 def make_base(args: argparse.Namespace) -> Path:
-    """A Hugging Face folder with untrained weights, for both."""
+    """Hugging Face folder with untrained weights, used by both."""
     import torch
     from safetensors.torch import save_file
 
@@ -81,7 +81,7 @@ def make_base(args: argparse.Namespace) -> Path:
 
 
 def run_ours(case: str, args: argparse.Namespace) -> dict:
-    """A plain training run, read from its log."""
+    """Figures of a plain training run, from its log."""
     import torch
 
     import train_my_ddp
@@ -117,7 +117,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from data_preprocess.pretokenize_sft_data import Compiler, Options
+    from data_preprocess.record_compiler import Compiler, CompilerOptions
     from tokenizer import load_tokenizer
 
     task, *options = case.split()
@@ -125,7 +125,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     base = Path(args.work_dir) / "base"
     records = [json.loads(line) for line in next((Path(args.talk) / task).glob("*.jsonl")).read_text().splitlines()]
     records = records[: args.steps * args.batch * 4]
-    compiler = Compiler(load_tokenizer(base), Options(task, MAX_SEQ_LEN))
+    compiler = Compiler(load_tokenizer(base), CompilerOptions(task, MAX_SEQ_LEN))
 
     batch = max(1, args.batch // 10) if "packed" in options else args.batch
 
@@ -174,7 +174,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
 
     def counting(examples: list) -> dict:
         batch = collate(examples)
-        # As ours: a sequence of n tokens has n - 1 positions.
+        # As in ours, a sequence of n tokens has n - 1 positions.
         mask = batch.get("attention_mask")
         real = int(mask.sum()) if mask is not None else batch["input_ids"].numel()
         tokens.append(real - len(batch["input_ids"]))
@@ -183,7 +183,7 @@ def run_trl(case: str, args: argparse.Namespace) -> dict:
     trainer.data_collator = counting
     before = present_mb()
     trainer.train()
-    # The loader reads ahead; batches come in the order of the steps.
+    # The loader reads ahead, but batches keep the order of the steps.
     rates = [count / seconds for count, seconds in zip(tokens, clock.seconds)][_SKIPPED_STEPS:]
     return {
         "tokens_per_sec": statistics.median(rates),
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--hidden_size", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=8, help="sequences (DPO: pairs) a step; TRL's default is 8")
+    parser.add_argument("--batch", type=int, default=8, help="sequences (DPO: pairs) per step; TRL's default is 8")
     parser.add_argument("--steps", type=int, default=23)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -1,18 +1,18 @@
-"""A whole training step over a slow network: seconds and bytes sent, for several ways of data parallelism.
+"""A whole training step over a slow network: seconds and bytes sent, for several kinds of data parallelism.
 
     python -m benchmarks.slow_network --rates 1gbit,200mbit --dtypes float32,bfloat16    (as root)
 
-Two "hosts" are network namespaces of this machine, joined by a veth pair whose both ends are throttled:
+The two "hosts" are network namespaces of this machine, joined by a veth pair that is throttled at both ends:
 
     rank 0, 10.77.0.1 | eth0 tbf ======== tbf eth0 | 10.77.0.2, rank 1
 
-A step is forward, backward, gradients summed, clipping at norm 1, AdamW, gradients zeroed. All contenders of one rate
-and dtype live in one process group and take turns, in an order that rotates. What is timed is a few steps of one
-contender in a row, after an untimed one, until nothing of theirs is in flight: the next forward pass may hide
-communication, as in training, but nobody leaves a part to the next contender.
+A step is forward, backward, summing of gradients, clipping at norm 1, AdamW, zeroing of gradients. All contenders of
+one rate and dtype share one process group and take turns, in a rotating order. After an untimed step, a few steps of
+one contender are timed in a row, until none of their communication is in flight: the next forward pass may hide
+communication, as in training, but none is left to the next contender.
 
 Exit codes: 0 finished; 1 a rank failed; 2 the command is wrong, or this machine can't make such hosts; 128 + signal
-when stopped. Whatever the end, the namespaces are gone (after SIGKILL: `ip netns list`, `ip netns del`).
+when stopped. The namespaces are removed in every case except SIGKILL (`ip netns list`, `ip netns del`).
 """
 
 import sys
@@ -67,23 +67,23 @@ GRAD_CLIP = 1.0
 ADAMW = AdamWConfig()
 
 INTERFACE = "eth0"
-"""Of either host, inside its namespace."""
+"""Name of either host's interface, inside its namespace."""
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 BASELINE = "no communication"
 
 
 class Contender:
-    """One way of data parallelism, with a model of its own."""
+    """One kind of data parallelism, with its own model."""
 
     def step(self, rows: Tensor) -> None:
-        """One training step on rows [B, T + 1]; may leave communication to be hidden by the next."""
+        """One training step on rows [B, T + 1]; may leave communication in flight for the next step to hide."""
         raise NotImplementedError
 
     def drain(self) -> None:
-        """Wait for what the last step left in flight."""
+        """Wait for communication that the last step left in flight."""
 
     def describe(self) -> str:
-        """A remark for the report."""
+        """Remark for the report."""
         return ""
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Contender:
 
 
 class Ours(Contender):
-    """DistributedDataParallel with some hook, and the optimizer of the training loop on its slices or shards."""
+    """DistributedDataParallel with a hook, and the training loop's optimizer on its slices or shards."""
 
     def __init__(self, ddp: DistributedDataParallel, communicate: bool = True, zero1: Zero1 | None = None):
         self.ddp, self.communicate, self.zero1 = ddp, communicate, zero1
@@ -100,7 +100,7 @@ class Ours(Contender):
 
     def step(self, rows: Tensor) -> None:
         with nullcontext() if self.communicate else self.ddp.no_sync():
-            # The ranks' gradients are summed: the mean is taken before.
+            # The ranks' gradients are summed, so the mean is taken here.
             (self.ddp(rows) / self.ddp.context.world_size).backward()
         if self.communicate:
             self.ddp.finish_grad_sync()
@@ -124,7 +124,7 @@ class Ours(Contender):
 
 
 class Torch(Contender):
-    """torch's DistributedDataParallel, and an optimizer on its parameters in their own dtype."""
+    """torch's DistributedDataParallel, with an optimizer on its parameters in their own dtype."""
 
     def __init__(
         self, ddp: nn.parallel.DistributedDataParallel, optimizer: torch.optim.Optimizer, communicate: bool = True
@@ -149,7 +149,8 @@ def ours(
     rank: int = 0,
     error_in_grad: bool = True,
 ) -> Builder:
-    """Builds ours: with `rank`, PowerSGD of that rank; with `zero1`, gathered under the next forward pass."""
+    """Builds ours: with `rank`, PowerSGD of that rank; with `zero1`, ZeRO-1 that gathers under the next forward
+    pass."""
 
     def build(context: DistContext, dtype: torch.dtype, args: argparse.Namespace) -> Contender:
         ddp = DistributedDataParallel(new_module(dtype, args), context, bucket_size=args.bucket_size)
@@ -164,7 +165,7 @@ def ours(
 
 
 def torchs(communicate: bool = True, zero1: bool = False) -> Builder:
-    """Builds torch's, in torch's own bucket sizes, with ZeroRedundancyOptimizer or without."""
+    """Builds torch's DDP with its own bucket sizes, with or without ZeroRedundancyOptimizer."""
 
     def build(context: DistContext, dtype: torch.dtype, args: argparse.Namespace) -> Contender:
         ddp = nn.parallel.DistributedDataParallel(new_module(dtype, args), gradient_as_bucket_view=True)
@@ -173,7 +174,7 @@ def torchs(communicate: bool = True, zero1: bool = False) -> Builder:
             fused=True,
         )  # fmt: skip
         if zero1:
-            # Its faster setting: parameters as views of its buckets.
+            # Parameters as views of its buckets: its faster setting.
             optimizer = ZeroRedundancyOptimizer(
                 ddp.parameters(), torch.optim.AdamW, parameters_as_bucket_view=True, **options
             )
@@ -209,13 +210,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def sent_bytes() -> int:
-    """By this host so far: frames, so headers and acknowledgements too, but large frames as they are before the kernel
-    cuts them to the wire's size."""
+    """Bytes sent by this host so far: frames with headers and acknowledgements, counted before the kernel cuts large
+    ones to the wire's size."""
     return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
 
 def measure(context: DistContext, contender: Contender, rows: Tensor, steps: int) -> tuple[float, float]:
-    """Seconds a step of the slowest rank, and bytes a step of the rank that sends most."""
+    """Seconds per step of the slowest rank, and bytes per step of the rank that sends most."""
 
     def unit() -> None:
         for _ in range(steps):
@@ -260,17 +261,17 @@ def work(args: argparse.Namespace) -> None:
         atomic_write_json(Path(args.worker), result)
     for contender in contenders.values():
         contender.close()
-    # No rank leaves while another still talks to it.
+    # No rank leaves while another still communicates with it.
     context.barrier()
     destroy_context(context)
 
 
 class Unusable(Exception):
-    """This machine, or this command, can't do it: the sentence says why."""
+    """This machine can't run the benchmark, or the command is wrong; the sentence says why."""
 
 
 class StopRequest:
-    """Signal handler that only remembers: so nothing is interrupted between starting a thing and noting it."""
+    """Signal handler that only records the signal, so that nothing is interrupted between being started and noted."""
 
     def __init__(self):
         self.signum = 0
@@ -287,7 +288,7 @@ def system(command: str) -> None:
     """Run a command of iproute2, out of reach of the terminal's Ctrl-C.
 
     Raises:
-        Unusable: it failed.
+        Unusable: the command failed.
     """
     done = subprocess.run(command.split(), capture_output=True, text=True, start_new_session=True)
     if done.returncode:
@@ -314,7 +315,7 @@ def two_hosts(rate: str) -> Iterator[list[str]]:
 def start_worker(
     rank: int, host: str, dtype: str, result: Path, output: Path, args: argparse.Namespace
 ) -> subprocess.Popen:
-    """Start a rank on its host, in a process group of its own; all it writes goes to `output`."""
+    """Start a rank on its host, in its own process group; its output goes to `output`."""
     options = ["hidden_size", "layers", "rows", "seq_len", "rounds", "steps_per_round", "bucket_size"]
     command = ["ip", "netns", "exec", host, sys.executable, "-m", "benchmarks.slow_network", "--worker", str(result)]
     command += ["--dtypes", dtype, "--modes", ",".join(args.modes)]
@@ -337,10 +338,10 @@ def start_worker(
 
 
 def run_workers(hosts: list[str], dtype: str, args: argparse.Namespace, stop: StopRequest) -> dict:
-    """Run one rank a host to its end; returns rank 0's result.
+    """Run one rank per host to its end; returns rank 0's result.
 
     Raises:
-        SystemExit: a rank failed (shown, with what it wrote), or a signal asked to stop. No process is left.
+        SystemExit: a rank failed (its output is shown), or a signal asked to stop. No process is left.
     """
     with tempfile.TemporaryDirectory(prefix="slow_network-") as directory:
         result = Path(directory) / "result.json"
@@ -388,7 +389,7 @@ def setting(rate: str, dtype: str, args: argparse.Namespace, result: dict) -> di
 
 
 def table(about: dict, result: dict) -> str:
-    """The report of one rate and dtype, in Markdown."""
+    """Report of one rate and dtype, in Markdown."""
     lines = [
         f"{about['rate']}, {about['dtype']}: {about['parameters'] / 1e6:.1f} M parameters ({about['layers']} layers, "
         f"{about['hidden_size']} wide), {about['rows']}x{about['seq_len']} tokens a rank, 2 ranks of one thread; "
@@ -427,7 +428,7 @@ def launch(args: argparse.Namespace) -> None:
             print(table(about, result), flush=True)
             runs.append(about | result)
             if args.output:
-                # After each, so that a later failure costs only itself.
+                # After each result, so that a later failure costs only its own.
                 atomic_write_json(Path(args.output), {"runs": runs})
 
 
@@ -436,8 +437,8 @@ def parse_arguments() -> argparse.Namespace:
         return [name.strip() for name in text.split(",")]
 
     parser = argparse.ArgumentParser(prog="benchmarks.slow_network", description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=names, default=["1gbit", "200mbit"], help="of the link, as tc spells them")
-    parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="of the weights")
+    parser.add_argument("--rates", type=names, default=["1gbit", "200mbit"], help="rates of the link, as in tc")
+    parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="dtypes of the weights")
     parser.add_argument("--modes", type=names, default=list(CONTENDERS), help=f"among: {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps_per_round", type=int, default=3)
@@ -445,7 +446,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--bucket_size", type=int, default=1_500_000, help="elements of a bucket of ours")
+    parser.add_argument("--bucket_size", type=int, default=1_500_000, help="elements of our buckets")
     parser.add_argument("--output", type=a_path, help="JSON file for all raw figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -458,7 +459,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"{option}: {', '.join(unknown)} is none of {', '.join(known)}")
     if args.rounds < 2 or args.steps_per_round < 1:
         parser.error("quartiles need --rounds of at least 2, and --steps_per_round of at least 1")
-    # Always run: the ratios are to it.
+    # Always run: the ratios refer to it.
     args.modes = list(dict.fromkeys([BASELINE, *args.modes]))
     return args
 

@@ -1,9 +1,9 @@
-"""Bytes a token under several pre-split patterns and kinds of tokenizers, on the same text.
+"""Bytes per token of several pre-split patterns and kinds of tokenizers, on the same text.
 
     python -m benchmarks.split_patterns --source zh=D/zh --source en=D/en --source code=D/code --vocab_size 16384
 
-Each source gives nine tenths of its documents to the training and one tenth, chosen by hash, to the measurement. Every
-tokenizer is trained in a process of its own, so that its peak memory is its own.
+Nine tenths of each source's documents are for training, and one tenth, chosen by hash, for measuring. Every tokenizer
+is trained in its own process, so that its peak memory is its own.
 """
 
 import sys

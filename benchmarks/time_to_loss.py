@@ -10,11 +10,11 @@ context, and have 6 layers of width 384 with 6 heads and tied embeddings. One af
                ends with the time), for --seconds
     ours       train_my_ddp.py with benchmarks/time_to_loss.yaml, for --iters steps; its schedule ends with them
 
-Time is that of the training steps; start-up, compilation of nanoGPT, validation and saves are left out on both sides.
-The held-out modules are scored whole, in the same rows, by the same labels. nanoGPT is float32 on a CPU; with
---nanogpt_dtype=bfloat16 it multiplies under torch.autocast, as it does on a GPU. It takes torch's AdamW as it does on a
-CPU, not fused; ours is fused, and reads its data in a thread. Results stay in --dir: a part that
-is there, with the same settings, is not run again.
+Only training steps are timed; start-up, compilation of nanoGPT, validation and saves are excluded on both sides. The
+held-out modules are scored whole, in the same rows and with the same labels. nanoGPT is float32 on a CPU; with
+--nanogpt_dtype=bfloat16 it multiplies under torch.autocast, as it does on a GPU. It uses torch's unfused AdamW, as it
+does on a CPU; ours is fused, and reads its data in a thread. Results are kept in --dir, and a part with the same
+settings is not run again.
 """
 
 import sys
@@ -64,21 +64,21 @@ def load_nanogpt(directory: Path) -> object:
     """nanoGPT's model.py as a module.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no model.py.
     """
     path = directory / "model.py"
     if not path.exists() or "class GPTConfig" not in path.read_text():
         raise ValueError(f"{directory} is no checkout of nanoGPT: it has no model.py with a GPTConfig")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
-    # Its dataclass looks its module up.
+    # Its dataclass looks up its module.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
 def bits_per_byte(logits_of: Callable[[torch.Tensor], torch.Tensor], data: Path, rows: int = 16) -> float:
-    """Of all held-out modules, as LanguageModelTask counts it; nanoGPT has no document mask."""
+    """Bits per byte of all held-out modules, as LanguageModelTask counts them; nanoGPT has no document mask."""
     valid = PretrainDataset(data, "valid", SEQ_LEN)
     byte_lengths = torch.tensor(load_tokenizer(data / "tokenizer").token_byte_lengths())
     nats = text_bytes = 0.0
@@ -91,7 +91,7 @@ def bits_per_byte(logits_of: Callable[[torch.Tensor], torch.Tensor], data: Path,
 
 
 def random_batches(data: Path, batch: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows at random places of all training tokens, as nanoGPT's get_batch takes them."""
+    """Windows at random places of all training tokens, as in nanoGPT's get_batch."""
     shards = [map_tokens(path, read_bin_header(path)) for path in sorted(data.glob("train*.bin"))]
     tokens = torch.from_numpy(np.concatenate(shards).astype(np.int64))
     while True:
@@ -101,7 +101,7 @@ def random_batches(data: Path, batch: int, generator: torch.Generator) -> Iterat
 
 
 def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
-    """Steps as its train.py takes them until the time is over."""
+    """Train with the steps of nanoGPT's train.py until the time is over."""
     nanogpt = load_nanogpt(Path(args.nanogpt))
     torch.manual_seed(1337)
     vocab_size = PretrainDataset(data, "train", SEQ_LEN).header.vocab_size
@@ -109,7 +109,7 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
     model = nanogpt.GPT(config)
     optimizer = model.configure_optimizers(0.1, args.nanogpt_lr, (0.9, args.nanogpt_beta2), "cpu")
     compiled = torch.compile(model) if args.nanogpt_compile else model
-    # As its train.py does on a GPU; on a CPU it has float32 alone.
+    # As in its train.py on a GPU; on a CPU that has only float32.
     lower = args.nanogpt_dtype != "float32"
     autocast = torch.autocast("cpu", getattr(torch, args.nanogpt_dtype)) if lower else nullcontext()
     batches = random_batches(data, args.nanogpt_batch, torch.Generator().manual_seed(1337))
@@ -122,7 +122,7 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
     def score() -> float:
         model.eval()
         with torch.no_grad():
-            # With targets it gives the scores of all positions.
+            # Given targets, it returns the logits of all positions.
             bits = bits_per_byte(lambda rows: model(rows, rows)[0], data)
         model.train()
         return bits
@@ -131,7 +131,7 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
     warmup_s = 0.05 * args.seconds
     while seconds < args.seconds:
         started = time.perf_counter()
-        # Its schedule by steps, with the steps counted in time: what fits into it need not be known before.
+        # Its schedule by steps, but counted in time, so that the number of steps need not be known beforehand.
         done = (seconds - warmup_s) / (args.seconds - warmup_s)
         cosine = 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * done))
         lr = args.nanogpt_lr * ((seconds + 1.0) / (warmup_s + 1.0) if seconds < warmup_s else cosine)
@@ -155,7 +155,7 @@ def train_nanogpt(args: argparse.Namespace, data: Path) -> list[Point]:
 
 
 def train_ours(args: argparse.Namespace, home: Path, data: Path) -> list[Point]:
-    """Points of a run of train_my_ddp.py, made if it is not there."""
+    """Points of a run of train_my_ddp.py, which is made if missing."""
     settings = json.dumps([args.iters, args.points, args.flag, (ROOT / CONFIG).read_text()])
     run_dir = home / f"run-{args.iters}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
     ends = records_of(run_dir, "end") if RunPaths(run_dir).reslog.exists() else []
@@ -168,7 +168,7 @@ def train_ours(args: argparse.Namespace, home: Path, data: Path) -> list[Point]:
     seconds, step, points = 0.0, 0, []
     trained = {record["step"]: record for record in records_of(run_dir, "train")}
     if "--compile" in args.flag or "compile: true" in (ROOT / CONFIG).read_text():
-        # Compilation is left out, as nanoGPT's is: the first step counts as the second.
+        # As for nanoGPT, compilation is excluded: the first step counts like the second.
         trained[1] = trained[1] | {"dt": trained[2]["dt"]}
     for record in records_of(run_dir, "valid"):
         for at in sorted(at for at in trained if step < at <= record["step"]):
@@ -227,16 +227,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_loss", description=__doc__.splitlines()[0])
     parser.add_argument("--nanogpt", type=a_path, required=True, help="a checkout of nanoGPT, outside this tree")
     parser.add_argument("--dir", type=a_path, default="out/time_to_loss")
-    parser.add_argument("--seconds", type=float, default=480.0, help="of training, for nanoGPT")
-    parser.add_argument("--points", type=int, default=4, help="validations of each")
-    parser.add_argument("--nanogpt_batch", type=int, default=4, help="rows of a step (4: of 4, 8, 16 the best)")
+    parser.add_argument("--seconds", type=float, default=480.0, help="seconds of training, for nanoGPT")
+    parser.add_argument("--points", type=int, default=4, help="validations of each part")
+    parser.add_argument("--nanogpt_batch", type=int, default=4, help="rows of a step (4 is the best of 4, 8, 16)")
     parser.add_argument("--nanogpt_lr", type=float, default=1e-3)
     parser.add_argument("--nanogpt_beta2", type=float, default=0.95)
     parser.add_argument("--nanogpt_dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--nanogpt_compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--iters", type=int, default=140, help="steps of ours (default: 140)")
-    parser.add_argument("--flag", action="append", default=[], help="one more flag of train_my_ddp.py; repeatable")
-    parser.add_argument("--only", choices=["nanogpt", "ours"], help="run this part alone")
+    parser.add_argument("--iters", type=int, default=140, help="our steps (default: 140)")
+    parser.add_argument("--flag", action="append", default=[], help="further flag of train_my_ddp.py; repeatable")
+    parser.add_argument("--only", choices=["nanogpt", "ours"], help="run only this part")
     args = parser.parse_args()
     home = ROOT / args.dir
     data = home / "data"
@@ -258,7 +258,7 @@ def main() -> int:
         kept.write_text(json.dumps(points))
         return 0
     if args.only is None and not kept.exists():
-        # A process of its own, as ours is.
+        # In its own process, like ours.
         subprocess.run([sys.executable, "-m", "benchmarks.time_to_loss", *sys.argv[1:], "--only=nanogpt"], check=True)
     ours = train_ours(args, home, data)
     if args.only is None:

@@ -32,6 +32,7 @@ import threading
 import time
 from pathlib import Path
 
+from runs.layout import RESLOG_NAME
 from runs.reslog import ResLog
 from utils.machine import cpu_name
 from utils.terminal import run_main
@@ -56,7 +57,7 @@ def make_runs(directory: Path, runs: int, steps: int) -> None:
     for number in range(runs):
         random_, path = random.Random(number), directory / f"run-{number}"
         path.mkdir(parents=True)
-        with open(path / "reslog.jsonl", "w") as file:
+        with open(path / RESLOG_NAME, "w") as file:
             for step in range(steps + 1):
                 name = "train" if step else "start"
                 values = train_values(random_, step, steps) if step else {"step": 0, "max_iters": 2 * steps}
@@ -65,7 +66,7 @@ def make_runs(directory: Path, runs: int, steps: int) -> None:
 
 def measure_logging(directory: Path, records: int = 20_000) -> tuple[float, float]:
     """Median and 99th percentile, microseconds a record."""
-    log, random_, times = ResLog(directory / "reslog.jsonl"), random.Random(0), []
+    log, random_, times = ResLog(directory / RESLOG_NAME), random.Random(0), []
     for step in range(1, records + 1):
         values = train_values(random_, step, records)
         started = time.perf_counter()
@@ -84,13 +85,13 @@ def measure_opening(directory: Path) -> tuple[float, float]:
     from viewer.sources.source import RunSource
 
     before, started = memory_mib(), time.perf_counter()
-    host = RunSource(None, [str(directory)], on_change=lambda: None)
-    host.start()
-    host.loaded.wait()
+    source = RunSource(None, [str(directory)], on_change=lambda: None)
+    source.start()
+    source.loaded.wait()
     seconds = time.perf_counter() - started
-    host.stop()
-    host.join(5)
-    assert len(host.runs) and all("train" in run.history.snapshot().tables for run in host.runs)
+    source.stop()
+    source.join(5)
+    assert len(source.runs) and all("train" in run.history.snapshot().tables for run in source.runs)
     return seconds, memory_mib() - before
 
 
@@ -140,7 +141,7 @@ def _script(app, window_module, directory: Path, steps: int, found: dict, note):
     """What happens to the window, with pauses in ms between."""
     shown = [w for w in app.topLevelWidgets() if isinstance(w, window_module.Window)][0]
     started = time.perf_counter()
-    while not (shown.runs and all(host.loaded.is_set() for host in shown._sources)):
+    while not (shown.runs and all(source.loaded.is_set() for source in shown._sources)):
         yield 20
     found["window opened, s"] = round(time.perf_counter() - started, 2)
     yield 3000

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint.folder import Chosen, hook_state_rank, is_hook_state, is_state_of_ranks
-from checkpoint.stores import Gather, Place
+from checkpoint.choosing import Chosen
+from checkpoint.folder import is_file_of_rank, is_hook_file, is_optimizer_file, rank_of_hook_file
+from checkpoint.stores import Gather, StorePlace
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class CheckpointFiles:
         self,
         ckpt_dir: Path,
         chosen: Chosen,
-        place: Place,
+        place: StorePlace,
         gather: Gather,
         send_file: Callable[[Path, int, int], None],
     ):
@@ -45,7 +46,7 @@ class CheckpointFiles:
         if not self._place.shared_by_all:
             holds = self._place.store[0] in self._chosen.holders
             names = self._sources()
-            self._bring(set() if holds else {name for name in names if not is_state_of_ranks(name)}, names)
+            self._bring(set() if holds else {name for name in names if not is_file_of_rank(name)}, names)
         return self.directories[0]
 
     def bring_state(self, is_all_here: Callable[[list[Path]], bool]) -> None:
@@ -61,7 +62,7 @@ class CheckpointFiles:
         if not is_all_here(self.directories):
             # Of stores that each hold the whole, one is enough, and two would be twice the elements.
             enough = None if self._chosen.sharded else self._chosen.holders[0]
-            wanted |= {n for n, source in sources.items() if n.startswith("optim-") and enough in (None, source)}
+            wanted |= {n for n, source in sources.items() if is_optimizer_file(n) and enough in (None, source)}
         self._bring(wanted, sources)
 
     def hook_states(self) -> list[tuple[Path, bool]]:
@@ -75,16 +76,16 @@ class CheckpointFiles:
 
     def lost_hook_states(self) -> list[int]:
         """Ranks whose comm hooks remembered something that no node holds any more."""
-        kept = {hook_state_rank(name) for name in self._sources() if is_hook_state(name)}
+        kept = {rank_of_hook_file(name) for name in self._sources() if is_hook_file(name)}
         return sorted(set(range(self._chosen.world_size)) - kept) if kept else []
 
     def _hook_files(self, names: dict[str, int]) -> list[str]:
         """Of this rank's number, and of every world_size-th after; if there is none, the first."""
-        ordered = sorted(filter(is_hook_state, names), key=hook_state_rank)
+        ordered = sorted(filter(is_hook_file, names), key=rank_of_hook_file)
         return list(filter(self._is_mine, ordered)) or ordered[:1]
 
     def _is_mine(self, name: str) -> bool:
-        return hook_state_rank(name) % self._place.world_size == self._place.rank
+        return rank_of_hook_file(name) % self._place.world_size == self._place.rank
 
     def _sources(self) -> dict[str, int]:
         """Name -> first rank that holds the file in its own part, of all files of the checkpoint."""

@@ -30,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint.folder import OPTIMIZER_FILES
+
 Shape = tuple[int, ...]
 
 
@@ -234,7 +236,7 @@ def _stored_tensors(directories: Sequence[Path]) -> dict[tuple[str, str], list[_
     """
     found: dict[tuple[str, str], list[_Stored]] = {}
     try:
-        for file in sorted(file for directory in directories for file in directory.glob("optim-*.safetensors")):
+        for file in sorted(file for directory in directories for file in directory.glob(OPTIMIZER_FILES)):
             handle = safe_open(file, framework="pt")
             for key in handle.keys():
                 name, _, rest = key.rpartition("@")

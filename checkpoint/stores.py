@@ -20,7 +20,7 @@ Gather = Callable[[object], list]
 
 
 @dataclass(frozen=True)
-class Place:
+class StorePlace:
     """A rank's place among those that write a checkpoint."""
 
     rank: int
@@ -37,7 +37,7 @@ class Place:
         return len(self.store) == self.world_size
 
 
-def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Place:
+def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> StorePlace:
     """Find out which ranks see the same `out_dir`, by files that each leaves there for the others.
 
     Raises:
@@ -59,7 +59,7 @@ def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> Pla
         mark.unlink(missing_ok=True)
     for sentence, passing in filter(None, problems):
         raise OSError(passing, sentence) if passing else ValueError(sentence)
-    return Place(rank, world_size, tuple(seen))
+    return StorePlace(rank, world_size, tuple(seen))
 
 
 @dataclass(frozen=True)

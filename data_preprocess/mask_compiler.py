@@ -26,7 +26,7 @@ from typing import Literal
 
 from data_preprocess.conversations import Conversation, PlainText, Preference
 from tokenizer import Tokenizer
-from tokenizer.chat_template import ChatTemplate, Message, Rendered, Span
+from tokenizer.chat_template import ChatTemplate, Message, MessageSpan, Rendered
 
 SFTLoss = Literal["all", "last", "split"]
 Truncation = Literal["keep_end", "keep_start"]
@@ -41,7 +41,7 @@ class TrainingSample:
     """For each token, whether the model learns to say it. The first one never is: nothing comes before it."""
     messages: tuple[Message, ...] = ()
     """Of which it consists; none for plain text."""
-    spans: tuple[Span, ...] = ()
+    spans: tuple[MessageSpan, ...] = ()
     """Where they are in `ids`."""
     left_out: int = 0
     """Tokens that were too many."""
@@ -126,7 +126,7 @@ def _learnt(rendered: Rendered) -> Rendered:
 def _up_to(rendered: Rendered, end: int) -> Rendered:
     """The first tokens."""
     spans = [
-        Span(span.message, span.begin, min(span.end, end), span.is_header)
+        MessageSpan(span.message, span.begin, min(span.end, end), span.is_header)
         for span in rendered.spans
         if span.begin < end
     ]
@@ -139,7 +139,7 @@ def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
     def moved(position: int) -> int:
         return position - min(max(position - begin, 0), end - begin)
 
-    spans = [Span(span.message, moved(span.begin), moved(span.end), span.is_header) for span in rendered.spans]
+    spans = [MessageSpan(span.message, moved(span.begin), moved(span.end), span.is_header) for span in rendered.spans]
     return Rendered(
         rendered.ids[:begin] + rendered.ids[end:],
         rendered.supervised[:begin] + rendered.supervised[end:],

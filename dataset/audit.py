@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.loader import rows_digest
-from dataset.opening import TaskDataset, open_dataset
+from dataset.opening import TaskDataset, kind_of, open_dataset
 from dataset.order import sample_at
 from dataset.trained_on import read_trained_on
 from runs.layout import RESLOG_NAME, RunPaths
@@ -114,6 +114,7 @@ class _Walk:
     def _take_step(self, record: dict) -> None:
         first, last = record["samples"]
         start, step = self._start, record["step"]
+        assert start is not None  # The first record of a log is a start.
         if first != self._next:
             word = "skipped" if first > self._next else "repeated"
             self._find(
@@ -149,13 +150,13 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
     records = _records_of(run_dir)
     run = read_trained_on(run_dir)
     starts = [record for record in records if record["name"] == "start"]
-    kinds = {(start["task"], start["max_seq_len"], start["packing"]) for start in starts}
+    layouts = {(start["max_seq_len"], start["packing"]) for start in starts}
     datasets: dict[str, TaskDataset] = {}
     problems = []
     for directory in [run.dirs["train"], *data_dirs]:
-        for task, length, packing in kinds:
+        for length, packing in layouts:
             try:
-                dataset = open_dataset(task, directory, "train", length, packing=packing)
+                dataset = open_dataset(kind_of(directory), directory, "train", length, packing=packing)
             except ValueError as error:
                 problems.append(str(error))
             else:

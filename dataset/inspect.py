@@ -31,6 +31,7 @@ from dataset.format import (
     read_index,
     require_pretokenized,
 )
+from dataset.opening import kind_of
 from dataset.order import sample_at
 from dataset.pretrain import IGNORE_INDEX, PretrainDataset
 from dataset.sequences import read_manifest
@@ -44,7 +45,7 @@ _BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class Span:
+class DocumentPart:
     """The part of a document that lies in a sample."""
 
     source: str
@@ -107,11 +108,11 @@ class Inspection:
         )
         yield from _histogram(lengths)
 
-    def spans(self, sample: int) -> list[Span]:
+    def parts(self, sample: int) -> list[DocumentPart]:
         """The documents of a sample's max_seq_len + 1 tokens."""
         file, offset = self.index.rows[sample].tolist()
         position, left = int(self.bounds[file]) + offset, self.index.max_seq_len + 1
-        spans: list[Span] = []
+        parts: list[DocumentPart] = []
         begin = 0
         while left:
             file = int(np.searchsorted(self.bounds, position, side="right")) - 1
@@ -120,9 +121,9 @@ class Inspection:
             ends = [*table.starts[document + 1 : document + 2].tolist(), self.dataset.headers[file].num_tokens]
             length = min(ends[0] - inside, left)
             skipped = inside - int(table.starts[document])
-            spans.append(Span(place_of(table, document), begin, begin + length, skipped))
+            parts.append(DocumentPart(place_of(table, document), begin, begin + length, skipped))
             begin, position, left = begin + length, position + length, left - length
-        return spans
+        return parts
 
     def sample(self, number: int) -> Iterator[str]:
         """Lines about one sample.
@@ -139,10 +140,10 @@ class Inspection:
             f"sample {number}: {self.index.file_names[file]} from token {offset}; "
             f"{int((labels != IGNORE_INDEX).sum())} of {self.index.max_seq_len} positions are supervised"
         )
-        for span in self.spans(number):
-            begins = f", from its token {span.skipped} on" if span.skipped else ""
-            yield f"--- {span.source}{begins}: {span.end - span.begin} tokens"
-            yield self.tokenizer.decode(row[span.begin : span.end].tolist())
+        for part in self.parts(number):
+            begins = f", from its token {part.skipped} on" if part.skipped else ""
+            yield f"--- {part.source}{begins}: {part.end - part.begin} tokens"
+            yield self.tokenizer.decode(row[part.begin : part.end].tolist())
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
@@ -193,7 +194,7 @@ def open_inspection(
     """
     if is_run(path):
         run = read_trained_on(path)
-        if run.task != "pretrain":
+        if kind_of(run.dirs[split]) != "pretrain":
             raise ValueError(
                 f"{path} is a run of {run.task}: look at its data with `python -m dataset.show_mask {path}`"
             )

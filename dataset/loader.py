@@ -141,7 +141,8 @@ def validation_batches(
 
 def batch_digest(batch: Batch) -> int:
     """64-bit digest of what a micro-batch really holds, padding left out."""
-    sample_ids, rows = batch["sample_ids"].numpy(), batch["input_ids"].numpy()
+    sample_ids = batch["sample_ids"].numpy()
+    rows = list(batch["input_ids"].numpy())
     if "lengths" in batch:
         rows = [row[:length] for row, length in zip(rows, batch["lengths"].tolist())]
         # A sample may be several rows.

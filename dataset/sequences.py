@@ -179,7 +179,7 @@ class SequenceShard:
 def _sha256_of_arrays(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for values in arrays:
-        digest.update(values)
+        digest.update(values.data)
     return digest.hexdigest()
 
 
@@ -191,12 +191,19 @@ def _map_arrays(path: Path) -> dict[str, np.ndarray]:
     # One mapping, as each keeps a file open.
     content = np.memmap(path, np.uint8, "r")
     return {
-        name: np.frombuffer(
-            content, _DTYPES[entry["dtype"]], *entry["shape"], 8 + header_bytes + entry["data_offsets"][0]
-        )
-        for name, entry in entries.items()
-        if name != "__metadata__"
+        name: _view(content, entry, 8 + header_bytes) for name, entry in entries.items() if name != "__metadata__"
     }
+
+
+def _view(content: np.memmap, entry: dict, start: int) -> np.ndarray:
+    """One array of a safetensors file.
+
+    Args:
+        entry: what the file's header says of it.
+        start: byte of the file at which the arrays begin.
+    """
+    (length,) = entry["shape"]
+    return np.frombuffer(content, np.dtype(_DTYPES[entry["dtype"]]), length, start + entry["data_offsets"][0])
 
 
 def read_manifest(data_dir: Path) -> dict:

@@ -26,16 +26,16 @@ from itertools import islice
 from pathlib import Path
 
 from data_preprocess.mask_compiler import TrainingSample
-from data_preprocess.pretokenize_sft_data import (
+from data_preprocess.readers import BadRecord, Record, holds_records, place, plan_units, read_unit, well_known_endings
+from data_preprocess.record_compiler import (
     Compiler,
-    Options,
+    CompilerOptions,
     add_compiling_arguments,
-    options_from,
-    record_corpus,
+    compiler_options_from,
 )
-from data_preprocess.readers import BadRecord, holds_records, place, plan_units, read_unit, well_known_endings
+from data_preprocess.sequence_job import record_corpus
 from dataset.format import MANIFEST_NAME, SPLITS
-from dataset.opening import open_dataset
+from dataset.opening import kind_of, open_dataset
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import SequenceSet, read_manifest
@@ -86,7 +86,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iter
         waiting = []
 
 
-def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Iterator[Shown]:
+def records_of_file(path: Path, tokenizer: Tokenizer, options: CompilerOptions) -> Iterator[Shown]:
     """What becomes of each record of a file.
 
     Raises:
@@ -108,6 +108,7 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: Options) -> Itera
             if isinstance(item, BadRecord):
                 yield Shown(f"{item}: skipped", [], [])
                 continue
+            assert isinstance(item, Record)  # Documents come where the texts of records are wanted.
             where = place(item.path, item.counts, item.record)
             try:
                 compiled = compiler.compile(compiler.parse(item.value))
@@ -158,7 +159,7 @@ def sequences_at(run: TrainedOn, position: int) -> Iterator[Shown]:
     Raises:
         ValueError: another task, or no such position.
     """
-    dataset = open_dataset(run.task, run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
+    dataset = open_dataset(kind_of(run.dirs["train"]), run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
     if isinstance(dataset, PretrainDataset):
         raise ValueError("the run was pretrained: look at its samples with `python -m dataset.inspect`")
     sample = int(sample_at(run.seed, position, len(dataset)))
@@ -260,12 +261,12 @@ def main(argv: list[str] | None = None) -> int:
         if not is_directory and not args.tokenizer_dir:
             raise ValueError("raw records need --tokenizer_dir")
         tokenizer = load_tokenizer(args.tokenizer_dir or path / "tokenizer")
-        if args.position is not None:
+        if run is not None and args.position is not None:
             samples = sequences_at(run, args.position)
         elif is_directory:
             samples = sequences_of_directory(path, args.split)
         else:
-            samples = records_of_file(path, tokenizer, options_from(args))
+            samples = records_of_file(path, tokenizer, compiler_options_from(args))
         chosen = list(islice(samples, args.first, args.first + args.num + 1))
         has_more, chosen = len(chosen) > args.num, chosen[: args.num]
         if args.html:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runs.layout import CONFIG_NAME, RunPaths
 from utils.small_files import parse_yaml
@@ -30,7 +31,8 @@ def read_trained_on(run_dir: Path) -> TrainedOn:
         ValueError: no run directory.
     """
     try:
-        config = parse_yaml(RunPaths(run_dir).config.read_bytes())
+        # Whatever is wrong with it shows when it is read, and is caught below.
+        config: Any = parse_yaml(RunPaths(run_dir).config.read_bytes())
         # Not those that were given: of raw records, where their tokens are.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
         return TrainedOn(

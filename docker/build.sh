@@ -1,27 +1,27 @@
 #!/bin/bash
-# Build the image with whichever of docker, podman and buildah is here; --help lists the options.
+# Build the image with whichever of docker, podman and buildah is installed; --help lists the options.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# CUDA 13.0, as PyPI's torch 2.13 is built for. That torch brings its own cuBLAS, cuDNN and NCCL: the small one will do.
+# PyPI's torch 2.13 is built for CUDA 13.0 and brings its own cuBLAS, cuDNN and NCCL, so the small image is enough.
 gpu_base=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
 
 usage() {
     cat <<TEXT
 usage: docker/build.sh [options] [-- options of the tool]
 
-  --target cpu|gpu     what to build (default: cpu)
+  --target cpu|gpu     image to build (default: cpu)
   --tag NAME           the image's name (default: zero2all:cpu or zero2all:gpu)
-  --base IMAGE         what to build on: Debian or Ubuntu, with or without Python 3.11 or 3.12
+  --base IMAGE         image to build on: Debian or Ubuntu, with or without Python 3.11 or 3.12
                        (default: as in docker/Dockerfile; for gpu $gpu_base)
-  --tool NAME          docker, podman or buildah (default: the first of them that is installed)
-  --torch-index URL    the index that has torch's builds for CPUs, or for another CUDA version
-  --extras "WORDS"     more Python packages (default: none; for gpu liger-kernel)
-  --pip-config FILE    a pip.conf for the build, of which nothing stays in the image
+  --tool NAME          docker, podman or buildah (default: the first that is installed)
+  --torch-index URL    index of torch's builds for CPUs, or for another CUDA version
+  --extras "WORDS"     further Python packages (default: none; for gpu liger-kernel)
+  --pip-config FILE    pip.conf for the build; nothing of it stays in the image
   --print              show the command instead of running it
   --help               this text
 
-What follows -- goes to the tool as it is: --network host, --isolation chroot, --volume DIR:DIR:ro, ...
+Options after -- go to the tool unchanged: --network host, --isolation chroot, --volume DIR:DIR:ro, ...
 TEXT
 }
 
@@ -47,7 +47,7 @@ while [[ $# -gt 0 ]]; do
         break
         ;;
     --target | --tag | --base | --tool | --torch-index | --extras | --pip-config) ;;
-    *) fail "$1 is no option here: see docker/build.sh --help; the tool's own options come after --." ;;
+    *) fail "$1 is not an option here: see docker/build.sh --help; the tool's own options come after --." ;;
     esac
     [[ $# -gt 1 && $2 != --* ]] || fail "$1 needs a value: see docker/build.sh --help."
     case $1 in
@@ -75,7 +75,7 @@ if [[ -z $tool ]]; then
 fi
 case $tool in
 docker) command=(docker build) ;;
-# Images of their own default format, OCI's, have no place for HEALTHCHECK.
+# Their default format, OCI, has no place for HEALTHCHECK.
 podman) command=(podman build --format docker --layers) ;;
 buildah) command=(buildah bud --format docker --layers) ;;
 *) fail "--tool is docker, podman or buildah, not $tool." ;;

@@ -1,22 +1,22 @@
 #!/bin/bash
-# What a container runs: the command given, in place of this shell, so that signals reach it; sshd before, if asked for.
+# Entry point of a container: starts sshd if requested, then replaces itself with the command, so that signals reach it.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-zero2all: train a llama-style language model from scratch. A container runs the command that it is given, in /zero2all:
+zero2all: train a llama-style language model from scratch. A container runs the given command in /zero2all:
 
-  python -m demo.run                                        the whole job on a small corpus, about ten minutes
+  python -m demo.run                                        the whole pipeline on a small corpus, about ten minutes
   python train_my_ddp.py --help                             every flag of the training
   python -m parallel.launch --nproc_per_node=2 train_my_ddp.py --data_dir=/data --out_dir=out/mine ...
-  python monitor_process.py -- python -m parallel.launch ...  the same, kept alive; the code is 75 after a stop
+  python monitor_process.py -- python -m parallel.launch ...  the same with a monitor; exit code 75 after a stop
   python generate.py --ckpt out/mine --prompt "Once upon a time"
   bash                                                      look around
-  sshd                                                      an SSH server alone, for monitor_process.py --hosts
+  sshd                                                      only an SSH server, for monitor_process.py --hosts
 
 Volumes: /data (token files), /zero2all/out (runs), /cache (models of Hugging Face, compiled kernels).
-ZERO2ALL_SSHD=1 starts the SSH server beside the command. It lets in those whose keys stand in
-/run/zero2all/authorized_keys, as user zero2all, at port 2222 (ZERO2ALL_SSHD_PORT).
+ZERO2ALL_SSHD=1 starts the SSH server beside the command. It admits the keys in
+/run/zero2all/authorized_keys as user zero2all, at port 2222 (ZERO2ALL_SSHD_PORT).
 docs/docker.md has the rest.
 TEXT
 }
@@ -26,22 +26,22 @@ fail() {
     exit 2
 }
 
-# Write an sshd_config for a server that belongs to this user and can let in nobody else.
+# Write an sshd_config for a server that belongs to this user and admits nobody else.
 prepare_sshd() {
     local keys=${ZERO2ALL_AUTHORIZED_KEYS:-/run/zero2all/authorized_keys} home=${ZERO2ALL_SSHD_DIR:-$HOME/sshd}
     local port=${ZERO2ALL_SSHD_PORT:-2222} user environment="" name
-    [[ $EUID != 0 ]] || fail "sshd is not run as root here: leave out --user."
+    [[ $EUID != 0 ]] || fail "sshd does not run as root here: leave out --user."
     user=$(id --user --name 2>/dev/null) || fail "sshd needs a user with a name: leave out --user."
     [[ -r $keys ]] || fail "sshd needs public keys: mount a file of them at $keys."
     [[ $port =~ ^[0-9]{4,5}$ ]] || fail "ZERO2ALL_SSHD_PORT is $port: give a number above 1023."
     if ! { mkdir -p "$home" && chmod 700 "$home"; }; then
-        fail "$home cannot be made the user's own: ZERO2ALL_SSHD_DIR is where sshd keeps its key."
+        fail "$home cannot be made the user's own: name a directory for sshd's key in ZERO2ALL_SSHD_DIR."
     fi
-    # Copied, as a mounted file has the owner that it has on the host, which sshd would refuse.
+    # Copied, because a mounted file keeps its owner from the host, which sshd would refuse.
     install -m 600 "$keys" "$home/authorized_keys"
-    # Made once for each volume, so that clients see the same host again.
+    # Made once for each volume, so that clients see the same host every time.
     [[ -f $home/ssh_host_ed25519_key ]] || ssh-keygen -q -t ed25519 -N "" -C zero2all -f "$home/ssh_host_ed25519_key"
-    # A session gets none of the container's environment by itself.
+    # A session does not inherit the container's environment.
     for name in PATH LD_LIBRARY_PATH PYTHONUNBUFFERED XDG_CACHE_HOME HF_HOME TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR \
         MPLCONFIGDIR; do
         if [[ -n ${!name:-} ]]; then
@@ -70,7 +70,7 @@ TEXT
     echo "sshd: port $port, user $user, host key $(ssh-keygen -l -f "$home/ssh_host_ed25519_key" | cut -d' ' -f2)" >&2
 }
 
-# A user that only --user knows has no home.
+# A user known only from --user has no home.
 [[ -w ${HOME:-/} ]] || export HOME=/tmp
 
 case ${1:-help} in
@@ -84,7 +84,7 @@ sshd)
     exec /usr/sbin/sshd -D -e -f "$sshd_config"
     ;;
 -*)
-    fail "$1 is no command: begin with one, such as python train_my_ddp.py $1."
+    fail "$1 is not a command: begin with one, such as python train_my_ddp.py $1."
     ;;
 esac
 
@@ -92,7 +92,7 @@ case ${ZERO2ALL_SSHD:-0} in
 0 | "") ;;
 1)
     prepare_sshd
-    # It goes into the background by itself.
+    # sshd goes into the background by itself.
     /usr/sbin/sshd -f "$sshd_config"
     ;;
 *) fail "ZERO2ALL_SSHD is ${ZERO2ALL_SSHD}: give 1 to start sshd, 0 not to." ;;

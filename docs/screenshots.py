@@ -25,6 +25,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from runs.layout import CONFIG_NAME, RESLOG_NAME
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -39,7 +40,7 @@ def make_run(
     random_, of = random.Random(number), of or steps
     moment = time.time() - quiet_s - 1.2 * steps * (1.2 if resumed else 1) - 2
     rate = 1e-3 / (1 + number % 3)
-    with open(directory / "reslog.jsonl", "w") as file:
+    with open(directory / RESLOG_NAME, "w") as file:
 
         def write(name: str, **values: object) -> None:
             file.write(json.dumps({"name": name, "time": round(moment, 3), **values}) + "\n")
@@ -68,7 +69,7 @@ def make_run(
         if steps == of:
             write("end", step=step, reason="finished")
     config = [f"learning_rate: {rate}", f"seed: {number}", f"matrix_approximation_rank: {4 << number % 4}"]
-    (directory / "config.yaml").write_text("\n".join([*config, f"derived:\n  max_iters: {of}\n"]))
+    (directory / CONFIG_NAME).write_text("\n".join([*config, f"derived:\n  max_iters: {of}\n"]))
     return directory
 
 

@@ -150,8 +150,8 @@ def attend_to(
         if documents is not None:
             return Attend(rope, documents=documents, cache=cache)
     if cache is not None and not cache.is_even:
-        mask = causal_mask(num_new, max(cache.lengths) + num_new, None, device, cache.lengths)
-        return Attend(rope, mask, cache=cache)
+        longest = max(cache.lengths)
+        return Attend(rope, causal_mask(num_new, longest + num_new, None, device, cache.lengths), cache=cache)
     past = cache.lengths[0] if cache is not None else 0
     needs_mask = document_ids_BT is not None or (past and num_new > 1)
     mask = causal_mask(num_new, past + num_new, document_ids_BT, device) if needs_mask else None

@@ -53,6 +53,7 @@ class Attention(nn.Module):
                 mask = causal_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
             return plain_attention(q_BHTD, k_BKSD, v_BKSD, mask, self.config.attention_dropout, key)
         if attend.starts is not None:
+            assert self.ops.packed is not None
             return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts)
         if attend.is_plainly_causal:
             return self.ops.causal(q_BHTD, k_BKSD, v_BKSD)

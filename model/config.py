@@ -1,7 +1,9 @@
-"""Shape and numerics of the model. Plain data: importing this loads no torch."""
+"""Shape and numerics of the model. Plain data: importing this does not load torch."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from utils.options import OnlyWith
 
 _RANGES = {
     "vocab_size": (0, 2**31 - 1), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**24),
@@ -10,12 +12,12 @@ _RANGES = {
     "original_max_position_embeddings": (0, 2**31 - 1), "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1.0),
     "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6),
 }  # fmt: skip
-"""What can be computed with: far more than anybody trains, and a hand's slip is told by it. In float32 a theta of 0 or
-1e300 makes numbers that are none."""
+"""Values that can be computed with: far more than anybody trains, so a value outside is a typing error. In float32, a
+theta of 0 or 1e300 gives NaN."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding for so many tokens: the next multiple of 64, which matrix kernels like."""
+    """Rows of the embedding for a vocabulary: the next multiple of 64, which suits matrix kernels."""
     return -(-vocab_size // 64) * 64
 
 
@@ -24,27 +26,27 @@ class LlamaConfig:
     """Model. Fields bear the names of Hugging Face's llama config where it has them."""
 
     vocab_size: int = 0
-    """Entries of the embedding; 0 takes the tokenizer's."""
+    """Rows of the embedding; 0: as many as the tokenizer needs."""
     hidden_size: int = 768
     """Width of the residual stream."""
     intermediate_size: int = 0
-    """Width of the feed-forward layer; 0 takes 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Width of the feed-forward layer; 0: 8/3 of hidden_size, rounded up to a multiple of 64."""
     num_hidden_layers: int = 12
     """Transformer blocks."""
     num_attention_heads: int = 12
     """Query heads."""
     num_key_value_heads: int = 0
-    """Key and value heads (grouped-query attention); 0 takes num_attention_heads."""
+    """Key and value heads (grouped-query attention); 0: num_attention_heads."""
     head_dim: int = 0
-    """Width of a head; 0 takes hidden_size / num_attention_heads."""
+    """Width of a head; 0: hidden_size / num_attention_heads."""
     max_position_embeddings: int = 0
-    """Longest sequence the positions are meant for; 0 takes max_seq_len."""
+    """Longest sequence that the positions are meant for; 0: max_seq_len."""
     rms_norm_eps: float = 1e-5
-    """Added to the mean square before the root."""
+    """Number added to the mean square under the root of RMSNorm."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = False
-    """Input embedding and output head share one matrix."""
+    """Use one matrix for input embedding and output head."""
     attention_bias: bool = False
     """Bias on the Q, K, V and O projections, as in Hugging Face's llama."""
     qkv_bias: bool = False
@@ -52,28 +54,35 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
-    """How longer contexts are reached; dynamic (NTK-aware) acts on sequences beyond max_position_embeddings."""
+    """Method to reach longer contexts. dynamic (NTK-aware) acts on sequences beyond max_position_embeddings."""
     rope_scaling_factor: float = 1.0
-    """By how much the context is stretched."""
+    """Factor by which the context is stretched."""
     rope_low_freq_factor: float = 1.0
-    """llama3 scaling: wavelengths longer than the original context over this are divided by the factor."""
+    """llama3 scaling: wavelengths above the original context divided by this are stretched by the whole factor."""
     rope_high_freq_factor: float = 4.0
-    """llama3 scaling: wavelengths shorter than the original context over this are left alone."""
+    """llama3 scaling: wavelengths below the original context divided by this stay as they are."""
     original_max_position_embeddings: int = 0
-    """llama3 scaling: context before it; 0 takes max_position_embeddings."""
+    """llama3 scaling: context before stretching; 0: max_position_embeddings."""
     hidden_dropout: float = 0.0
     """Probability of dropping an element of each block's attention and feed-forward output."""
     attention_dropout: float = 0.0
-    """Probability of dropping an attention weight; above 0, plain attention is used."""
+    """Probability of dropping an attention weight; above 0, attention is the plain one."""
     residual_in_fp32: bool = True
-    """Keep the residual stream in float32 whatever the weights' dtype."""
+    """Keep the residual stream in float32, whatever the dtype of the weights."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a combination that cannot be built.
+        """
+        self.resolve()
 
     def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "LlamaConfig":
-        """Fill in what is 0 and check that the fields fit together.
+        """The configuration with its zeros filled in, after a check that the fields fit together.
 
         Args:
-            vocab_size: rows of the embedding, for vocab_size = 0 (0: not known yet, stays 0).
-            max_seq_len: for max_position_embeddings = 0.
+            vocab_size: rows of the embedding, if the field is 0 (0: not known yet, stays 0).
+            max_seq_len: max_position_embeddings, if the field is 0.
         Raises:
             ValueError: a combination that cannot be built.
         """
@@ -123,3 +132,20 @@ class LlamaConfig:
             if not low < high:
                 raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
         return LlamaConfig(**values)
+
+
+ONLY_WITH = (
+    # With weights to start from, the others may come from their configuration.
+    OnlyWith(
+        ("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
+        "with --rope_scaling_factor=1",
+    ),
+    OnlyWith(
+        ("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
+        "without --rope_scaling",
+    ),
+    OnlyWith(
+        ("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
+        lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3",
+    ),
+)  # fmt: skip

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,12 @@ from model.attend import Attend, KVCache, attend_to
 from model.attention import Attention
 from model.config import LlamaConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
+from model.families import family_of
 from model.linear import Head
 from model.mlp import SwiGLU
 from model.norm import RMSNorm
 from model.ops import REFERENCE, Ops
+from model.roles import Role
 
 
 class Block(nn.Module):
@@ -43,7 +46,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, ops, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
-        self.checkpoint_options: dict[str, object] | None = None
+        self.checkpoint_options: dict[str, Any] | None = None
         """Given: while it trains, the block is a checkpoint by itself, see `Llama.compile_blocks`."""
 
     def forward(
@@ -91,10 +94,10 @@ def _keep_matmuls(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _checkpoint_options(keeps: str) -> dict[str, object]:
+def _checkpoint_options(keeps: str) -> dict[str, Any]:
     """For torch.utils.checkpoint: which outputs are not computed again."""
     # No generator state to preserve: dropout is a function of its key.
-    options: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keeps == "matmuls":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     return options
@@ -146,7 +149,7 @@ class Llama(nn.Module):
         """torch.compile, with its options, for each block; one graph serves them all."""
         # They would be built anew for every other cut of the rows.
         self.attends_by_document = False
-        for block in self.layers:
+        for block in cast("list[Block]", self.layers):
             if self.gradient_checkpointing and self._checkpoint_keeps == "matmuls":
                 # Inside of what is compiled: from outside, a compiled block is one operation, whose matmuls write into
                 # memory of its own, and there is nothing to keep.
@@ -212,9 +215,10 @@ class Llama(nn.Module):
 
     def _blocks(
         self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None
-    ) -> tuple[Tensor, Tensor, DropoutKey | None]:
+    ) -> tuple[Tensor, Tensor | None, DropoutKey | None]:
         """(h, what is to be added to it, the dropout key of that)."""
-        to_add_BTC = key = None
+        to_add_BTC: Tensor | None = None
+        key: DropoutKey | None = None
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
             key_before, key = key, dropout_key.for_layer(index) if dropout_key is not None else None
@@ -241,24 +245,25 @@ class Llama(nn.Module):
         """Log-probability of each label; see Head.token_logprobs."""
         return self.lm_head.token_logprobs(hidden, labels)
 
+    def roles(self) -> dict[str, Role]:
+        """Name of each parameter -> how those treat it who know nothing of layers: who decays, steps or cuts it."""
+        family = family_of(self.config)
+        return {name: family.role_of(name) for name, _ in self.named_parameters()}
+
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set the initial weights; a weight depends on the seed and its own name alone, not on the order or device.
-
-        | what                                   | initial value                          | why
-        | norms                                  | 1                                      | identity
-        | biases                                 | 0                                      |
-        | o_proj, down_proj (write the residual) | N(0, initializer_range / sqrt(2 L))    | 2 L additions keep h's scale
-        | every other matrix                     | N(0, initializer_range)                | GPT-2 (Radford et al., 2019)
-        """
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its
+        own name alone, not on the order or the device."""
+        std = self.config.initializer_range
+        stds = {"normal": std, "residual": std / math.sqrt(2 * self.config.num_hidden_layers)}
+        roles = self.roles()
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            begins = roles[name].begins
+            if begins == "zero":
                 parameter.zero_()
-            elif parameter.dim() == 1:
+            elif begins == "one":
                 parameter.fill_(1.0)
             else:
-                std = residual_std if ("o_proj" in name or "down_proj" in name) else self.config.initializer_range
                 digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * stds[begins])

@@ -39,6 +39,7 @@ class DropoutKey:
         return replace(self, layer=torch.full((), index, device=self.row_ids.device))
 
     def for_layer_before(self) -> "DropoutKey":
+        assert self.layer is not None
         return replace(self, layer=self.layer - 1)
 
 

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from model.hf_files import read_json
-from model.hf_keys import shown
+from model.hf_files import read_json, shown
 
 GENERATION_CONFIG = "generation_config.json"
 _MARKS = ("_from_model_config", "transformers_version")

@@ -5,8 +5,6 @@ import re
 import shlex
 from pathlib import Path
 
-from model.hf_keys import shown
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
@@ -14,6 +12,12 @@ _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model
 _POINTER = b"version https://git-lfs.github.com/spec/"
 MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 """Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a JSON file, as far as a sentence has room."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def read_json(path: Path) -> object:
@@ -100,7 +104,8 @@ def _all_parts(parts: list[Path]) -> list[Path]:
     """
     if not parts:
         return []
-    width, count = len(_PART.fullmatch(parts[0].name)[2]), int(_PART.fullmatch(parts[0].name)[2])
+    last = parts[0].stem.rpartition("-of-")[2]
+    width, count = len(last), int(last)
     wanted = [f"model-{number:0{width}d}-of-{count:0{width}d}.safetensors" for number in range(1, count + 1)]
     names = [path.name for path in parts]
     if wrong := sorted(set(wanted) ^ set(names)):

@@ -13,6 +13,8 @@ what they were. They are put side by side for each pass: a copy of 2 bytes an el
 Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,9 @@ class Linear(nn.Linear):
 
 def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
     """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
-    if all(type(layer) is Linear and layer.bias is None for layer in layers):
-        return merged_linear(x, *(layer.weight for layer in layers))
+    weights = [cast(Linear, layer).weight for layer in layers if type(layer) is Linear and layer.bias is None]
+    if len(weights) == len(layers):
+        return merged_linear(x, *weights)
     return torch.cat([layer(x) for layer in layers], dim=-1)
 
 

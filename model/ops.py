@@ -14,6 +14,7 @@ one never takes its place in silence.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def _chosen(kernels: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 def build_ops(names: Mapping[str, str]) -> Ops:
     """The functions that names stand for; see `choose_ops`."""
-    functions: dict[str, object] = {}
+    functions: dict[str, Any] = {}
     for op, name in names.items():
         functions |= IMPLEMENTATIONS[op][name].build()
     return Ops(dict(names), **functions)

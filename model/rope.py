@@ -39,8 +39,10 @@ def inverse_frequencies(
     Args:
         lengths: for dynamic alone, int64 (...): of the documents, see `sequence_lengths`.
     """
-    dim, theta, factor = config.head_dim, config.rope_theta, config.rope_scaling_factor
+    dim, factor = config.head_dim, config.rope_scaling_factor
+    theta: float | Tensor = config.rope_theta
     if config.rope_scaling == "dynamic":
+        assert lengths is not None
         context = config.max_position_embeddings
         stretch = factor * lengths.clamp(min=context).double() / context - (factor - 1)
         theta = (theta * stretch ** (dim / (dim - 2))).float()[..., None]

@@ -27,7 +27,7 @@ _LONGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Host:
+class HostEntry:
     host: str
     workdir: str
     user: str | None = None
@@ -51,8 +51,8 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Hosts:
-    hosts: list[Host]
+class HostsFile:
+    hosts: list[HostEntry]
     rendezvous_port: int = 29400
 
 
@@ -65,7 +65,7 @@ _TEXTS = ("workdir", "key_file", "known_hosts", "python", "address")
 """The others are looked at by SSHTarget."""
 
 
-def read_hosts(path: Path) -> Hosts:
+def read_hosts(path: Path) -> HostsFile:
     """
     Raises:
         ValueError: the file says something else than a hosts file may, or is not there; one sentence.
@@ -85,17 +85,17 @@ def read_hosts(path: Path) -> Hosts:
         raise ValueError(f"{path} must hold `hosts:` with a list of hosts")
     if unknown := [_key(key) for key in content if key not in ("hosts", "rendezvous_port")]:
         raise ValueError(f"{path}: unknown: {', '.join(sorted(unknown)[:5])}")
-    port = content.get("rendezvous_port", Hosts.rendezvous_port)
+    port = content.get("rendezvous_port", HostsFile.rendezvous_port)
     if not is_whole(port, 1, 65535):
         raise ValueError(f"{path}: rendezvous_port must be a port number, got {shown(port)}")
     hosts = [_read_host(path, number, entry) for number, entry in enumerate(content["hosts"], 1)]
     names = [(host.host, host.port, host.reached_at) for host in hosts]
     if len(set(names)) != len(names):
         raise ValueError(f"{path}: a host is listed twice")
-    return Hosts(hosts, port)
+    return HostsFile(hosts, port)
 
 
-def _read_host(path: Path, number: int, entry: object) -> Host:
+def _read_host(path: Path, number: int, entry: object) -> HostEntry:
     where = f"{path}: host {number}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must hold `host:` and `workdir:`")
@@ -115,7 +115,7 @@ def _read_host(path: Path, number: int, entry: object) -> Host:
     try:
         # These two lie on this machine, workdir and python on the host, which knows its own home directory.
         own = {name: expand(entry[name]) for name in ("key_file", "known_hosts") if name in entry}
-        host = Host(**{**entry, **own, "env": env})
+        host = HostEntry(**{**entry, **own, "env": env})
         # What is no name, port or fingerprint is refused there.
         _ = host.target
     except ValueError as error:

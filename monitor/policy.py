@@ -8,7 +8,7 @@ from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, verdict
 
 
 @dataclass(frozen=True)
-class Ending:
+class LaunchEnd:
     """How a launch ended, on all nodes together."""
 
     code: int
@@ -31,7 +31,7 @@ def classify(
     cause: str | None,
     ended_by_us: frozenset[int] = frozenset(),
     leaving: Mapping[int, int] | None = None,
-) -> Ending:
+) -> LaunchEnd:
     """What happened, from the records that the ranks left.
 
     Args:
@@ -47,18 +47,18 @@ def classify(
     if code == WRONG_INPUT:
         record = next(record for record in exits if record["code"] == WRONG_INPUT)
         # Whatever the training makes of it: a disk that is full, or away, is nothing that the command says.
-        return Ending(CRASH if is_of_a_disk(record["reason"]) else WRONG_INPUT, record["reason"])
+        return LaunchEnd(CRASH if is_of_a_disk(record["reason"]) else WRONG_INPUT, record["reason"])
     if code in _SAID:
-        return Ending(code, _SAID[code])
+        return LaunchEnd(code, _SAID[code])
     settled = dict(leaving or {}) | {record["rank"]: record["code"] for record in exits if record["code"] in _SAID}
     if (code := verdict(settled.values(), ranks)) in _SAID:
         # Starting again could only lead to the same place.
         late = [f"rank {record['rank']}: {record['reason']}" for record in exits if record["code"] not in _SAID]
-        return Ending(code, "; ".join([_SAID[code], *(["all was saved before " + ", ".join(late)] if late else [])]))
+        return LaunchEnd(code, "; ".join([_SAID[code], *(["all was saved before " + ", ".join(late)] if late else [])]))
     if cause is not None:
-        return Ending(CRASH, cause)
+        return LaunchEnd(CRASH, cause)
     if not exits and world_size is None and WRONG_INPUT in returncodes:
-        return Ending(WRONG_INPUT, "the command was refused before training began: see what it printed")
+        return LaunchEnd(WRONG_INPUT, "the command was refused before training began: see what it printed")
     failed = sorted((record for record in exits if record["code"] == CRASH), key=lambda record: record["time"])
     silent = sorted(set(range(world_size or 0)) - {record["rank"] for record in exits} - ended_by_us)
     non_finite = next((r["non_finite_until"] for r in failed if "non_finite_until" in r), None)
@@ -73,7 +73,7 @@ def classify(
         parts.append(f"the launcher ended with exit code {codes_said}" if codes_said else "it left no exit record")
     # What others say of a rank that was killed is only that it is gone.
     traceback = failed[0].get("traceback", "") if failed and not silent else ""
-    return Ending(CRASH, "; ".join(parts), traceback, non_finite)
+    return LaunchEnd(CRASH, "; ".join(parts), traceback, non_finite)
 
 
 _OF_THE_CODE = (
@@ -84,7 +84,7 @@ _OF_THE_CODE = (
 """Exceptions that say what the code is, not what the world is like at the moment."""
 
 
-def fixed_cause(ending: Ending) -> str | None:
+def fixed_cause(ending: LaunchEnd) -> str | None:
     """What names a crash that will be the same the next time: its exception and the line that raised it; None where it
     may pass."""
     lines = [line.strip() for line in ending.traceback.splitlines() if line.strip()]
@@ -136,7 +136,7 @@ class Policy:
         self._cause: str | None = None
         self._same_cause = 0
 
-    def decide(self, ending: Ending, greatest_step: int | None, stop_requested: bool, now: float) -> Decision:
+    def decide(self, ending: LaunchEnd, greatest_step: int | None, stop_requested: bool, now: float) -> Decision:
         """
         Args:
             greatest_step: highest step that a rank of the launch began; None if none did.
@@ -169,7 +169,7 @@ class Policy:
         delay = min(rules.backoff * 2.0 ** min(self.without_progress, 60), rules.max_backoff)
         return Decision(None, ending.reason, delay, self._flags)
 
-    def _count(self, ending: Ending, new_step: int | None, now: float) -> None:
+    def _count(self, ending: LaunchEnd, new_step: int | None, now: float) -> None:
         if new_step is not None:
             self._greatest_step, self.without_progress, self._progress_at = new_step, 0, now
             self._cause, self._same_cause = None, 0

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from monitor.claim import Holder, Monitor, TakenOver
-from monitor.hosts import Host
+from monitor.hosts import HostEntry
 from monitor.node import PROTOCOL, Launch, NodeReport, Obstacle
 from utils.paths import for_remote_shell
 from utils.ssh import BrokeOff, HostKeyRefused, SSHProblem, Unreachable, connect
@@ -41,7 +41,7 @@ class RemoteNode:
     """
 
     def __init__(
-        self, host: Host, run_dir: str, index: int, timeout_s: float = 10.0,
+        self, host: HostEntry, run_dir: str, index: int, timeout_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.host, self.run_dir, self.index = host, run_dir, index

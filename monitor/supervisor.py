@@ -22,10 +22,10 @@ from typing import Protocol, TypeVar
 
 from monitor.claim import LEASE_SECONDS, Holder, Monitor, TakenOver
 from monitor.command import TrainCommand, shutdown_flags
-from monitor.hosts import Hosts
+from monitor.hosts import HostsFile
 from monitor.node import Launch, NodeReport, Obstacle
 from monitor.passing import is_full, is_of_a_disk
-from monitor.policy import Decision, Ending, Policy, Rules, classify
+from monitor.policy import Decision, LaunchEnd, Policy, Rules, classify
 from monitor.rewind import Rewind
 from monitor.status import Status, planned_steps
 from monitor.watch import Limits, Silence, Watch
@@ -79,7 +79,7 @@ class Node(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class SupervisorOptions:
     rules: Rules = Rules()
     limits: Limits = Limits()
     interval: float = 1.0
@@ -105,8 +105,8 @@ class Supervisor:
     """
 
     def __init__(
-        self, nodes: list[Node], command: TrainCommand, run_dir: Path, options: Options, hosts: Hosts | None,
-        clock: Callable[[], float] = time.monotonic,
+        self, nodes: list[Node], command: TrainCommand, run_dir: Path, options: SupervisorOptions,
+        hosts: HostsFile | None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.nodes, self.command, self.run_dir, self.options, self.hosts = nodes, command, run_dir, options, hosts
         self.policy = Policy(options.rules)
@@ -243,18 +243,18 @@ class Supervisor:
             if self.stop_requested:
                 return self._end(STOPPED, f"stopped on request between two launches{self._left_behind()}")
 
-    def _one_launch(self, flags: list[str]) -> Ending:
+    def _one_launch(self, flags: list[str]) -> LaunchEnd:
         """From the launch, or the adoption, to the end of all that belongs to it."""
         self._is_started = False
         try:
             if self._adopt() or self._launch(flags):
                 ending = self._watch_launch()
             else:
-                ending = Ending(STOPPED, f"stopped on request before a launch{self._left_behind()}")
+                ending = LaunchEnd(STOPPED, f"stopped on request before a launch{self._left_behind()}")
         except (HostKeyRefused, LoginRefused, ValueError) as error:
-            ending = Ending(CRASH if self._is_proved else WRONG_INPUT, str(error))
+            ending = LaunchEnd(CRASH if self._is_proved else WRONG_INPUT, str(error))
         except OSError as error:
-            ending = Ending(CRASH, str(error))
+            ending = LaunchEnd(CRASH, str(error))
         if self._is_started:
             self._each(lambda node: node.kill(), quietly=True)
         return ending
@@ -264,7 +264,7 @@ class Supervisor:
         names = ", ".join(self.nodes[index].name for index in sorted(self._silent))
         return f"; {names} did not answer, and what may still run there goes on" if names else ""
 
-    def _disk_problem(self, ending: Ending) -> str:
+    def _disk_problem(self, ending: LaunchEnd) -> str:
         """What is the matter with a node's disk, if that has ended the launch and is still so."""
         if ending.code != CRASH or self.stop_requested or not is_of_a_disk(ending.reason):
             return ""
@@ -397,7 +397,7 @@ class Supervisor:
         ]  # fmt: skip
         return command.words(host.python, rendezvous, flags), host.env
 
-    def _watch_launch(self) -> Ending:
+    def _watch_launch(self) -> LaunchEnd:
         """Look at the nodes until none of them runs anything of this launch."""
         cause = None
         while True:
@@ -413,7 +413,7 @@ class Supervisor:
                 # What the lost ones still run is looked at, and ended if need be, before the next launch.
                 return self._ending(cause or lost)
             if self.stop_requested and (reason := self._cannot_stop(any(running[index] for index in seen))):
-                return Ending(CRASH, reason)
+                return LaunchEnd(CRASH, reason)
             if cause is None:
                 cause = self._overdue()
                 if cause is not None:
@@ -431,14 +431,14 @@ class Supervisor:
                 self._each(lambda node: node.kill(), quietly=True)
             self._wait(self.options.interval)
 
-    def _ending(self, cause: str | None) -> Ending:
+    def _ending(self, cause: str | None) -> LaunchEnd:
         self._drain_logs()
         returncodes = [report.returncode if report else None for report in self._reports]
         exits = list(self._exits.values())
         ending = classify(exits, self._world_size, returncodes, cause, self._ended_by_us, self._leaving)
         if ending.code == WRONG_INPUT and not exits and self._is_proved:
             # The launcher alone refused, and its command has run before: a network that is not up yet, say.
-            return Ending(CRASH, ending.reason)
+            return LaunchEnd(CRASH, ending.reason)
         return ending
 
     def _look(self) -> None:
@@ -675,7 +675,7 @@ class Supervisor:
         except OSError as error:
             self._warn_once("status", "the status file cannot be written: %s", error)
 
-    def _tell(self, ending: Ending, decision: Decision) -> None:
+    def _tell(self, ending: LaunchEnd, decision: Decision) -> None:
         self._tell_traceback(ending)
         if decision.exit_code is not None:
             self._end(decision.exit_code, decision.reason)
@@ -687,7 +687,7 @@ class Supervisor:
         self._last_ending = ending.reason
         self._set_state("waiting", ending.reason)
 
-    def _tell_traceback(self, ending: Ending) -> None:
+    def _tell_traceback(self, ending: LaunchEnd) -> None:
         for line in _shortened(ending.traceback):
             logger.error("  %s", line)
 

@@ -1,9 +1,9 @@
-"""Options of the optimizers and of the learning rate. Plain data: importing this loads no torch."""
+"""Options of the optimizers and of the learning rate. Plain data: importing this does not load torch."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.ranges import require_between, require_not_negative, require_positive, require_share_below_1
+from utils.options import OnlyWith, require_between, require_not_negative, require_positive, require_share_below_1
 
 SMALLEST_EPS = 2.0**-126
 """float32's smallest normal number."""
@@ -14,23 +14,23 @@ class OptimizerConfig:
     """Optimizer."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the blocks (optimizer/muon.py); the rest stays with AdamW."""
+    """muon steps the matrices of the blocks by Muon (optimizer/muon.py), and the rest by AdamW."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Course of the learning rate after the warmup."""
     decay_lr: bool = True
-    """Off: the learning rate stays at its peak once it has risen."""
+    """Off: the learning rate stays at its peak after the warmup."""
     warmup_ratio: float = 0.01
     """Share of the steps over which the learning rate rises."""
     min_lr_ratio: float = 0.1
     """Lowest learning rate, as a share of the peak."""
     wsd_decay_ratio: float = 0.2
-    """Share of the steps over which wsd falls."""
+    """Share of the steps over which the learning rate of wsd falls."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest global gradient norm; 0: do not clip."""
     max_skipped_steps: int = 100
-    """Steps in a row with non-finite gradients, each skipped, after which the run ends."""
+    """The run ends after so many steps in a row were skipped for non-finite gradients."""
 
     def check(self) -> None:
         """
@@ -47,13 +47,13 @@ class AdamWConfig:
     """AdamW."""
 
     weight_decay: float = 0.1
-    """Decay of the matrices, as a share of the learning rate."""
+    """Decay of the matrices in a step, as a share of the learning rate."""
     beta1: float = 0.9
-    """Adam's decay of the mean gradient."""
+    """Decay of the mean gradient."""
     beta2: float = 0.95
-    """Adam's decay of the mean square."""
+    """Decay of the mean squared gradient."""
     adam_eps: float = 1e-8
-    """Added to the root of the mean square."""
+    """Number added to the root of the mean square."""
 
     def check(self) -> None:
         """
@@ -76,9 +76,9 @@ class MuonConfig:
     muon_momentum: float = 0.95
     """Decay of the mean gradient."""
     muon_lr_ratio: float = 1.0
-    """Its learning rate, as a multiple of learning_rate."""
+    """Learning rate of Muon, as a multiple of learning_rate."""
     muon_iterations: int = 5
-    """1 to 6 of the orthogonalization; on a CPU with small batches 3 are quicker, and nearly as good."""
+    """Iterations of the orthogonalization, 1 to 6. On a CPU with small batches 3 are faster and nearly as good."""
 
     def check(self) -> None:
         """
@@ -88,3 +88,14 @@ class MuonConfig:
         require_not_negative(self, "muon_lr_ratio")
         require_share_below_1(self, "muon_momentum")
         require_between(self, 1, 6, "muon_iterations")
+
+
+ONLY_WITH = (
+    OnlyWith(("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
+    OnlyWith(("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
+    OnlyWith(("min_lr_ratio",), lambda f: f["lr_schedule"] != "constant", "with --lr_schedule=constant"),
+    OnlyWith(
+        ("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
+        "without --optimizer=muon",
+    ),
+)  # fmt: skip

@@ -12,7 +12,7 @@ A step on the slices of a gradient source (all parameters, or under ZeRO-1 this 
 
 From take on it goes bucket by bucket, the last bucket first, so that ZeRO-1's gather can start early. With
 overlap_optim_step a bucket is stepped while others are still reduced; then there is no norm before the step, hence no
-clipping and no check. parallel/gradients.py says what a source does.
+clipping and no check. parallel/contract.py says what a source does.
 """
 
 import math
@@ -30,8 +30,7 @@ from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.param_groups import is_hidden_matrix, split_by_decay
 from parallel.buffer import ParameterSlice
-from parallel.engine import StepResult
-from parallel.gradients import GradientSource
+from parallel.contract import GradientSource, StepResult
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

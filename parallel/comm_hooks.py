@@ -28,7 +28,7 @@ FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
 
 
 class CommHook:
-    """A bucket's way from one backward pass to the next. gradients.py says who calls what; the defaults are those of a
+    """A bucket's way from one backward pass to the next. contract.py says who calls what; the defaults are those of a
     hook that leaves the sum in the bucket."""
 
     takes_in_place = True

@@ -1,9 +1,9 @@
-"""Options of data parallelism. Plain data: importing this loads no torch."""
+"""Options of data parallelism. Plain data: importing this does not load torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from utils.ranges import require_not_negative, require_positive
+from utils.options import OnlyWith, require_not_negative, require_positive
 
 
 @dataclass(frozen=True)
@@ -11,35 +11,35 @@ class ParallelConfig:
     """Parallel."""
 
     ddp_backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Library for gradient collectives: nccl on CUDA, else gloo."""
+    """Library for gradient collectives; auto: nccl on CUDA, otherwise gloo."""
     ddp_impl: Literal["bucketed", "naive"] = "bucketed"
-    """naive: all-reduce every gradient after the backward pass, for comparison."""
+    """naive: all-reduce each gradient after the backward pass, for comparison."""
     bucket_size: int = 6_553_600
-    """Elements after which a bucket is closed (25 MiB of float32 gradients)."""
+    """Elements at which a bucket is full (default: 25 MiB of float32 gradients)."""
     disable_bucketing: bool = False
-    """One bucket for everything: no overlap."""
+    """Use one bucket for everything, without overlap."""
     overlap_grad_reduce: bool = True
-    """Reduce a bucket while the backward pass goes on."""
+    """Reduce each bucket while the backward pass goes on."""
     grad_reduce_in_fp32: bool = True
-    """Accumulate and reduce gradients in float32 whatever the weights' dtype."""
+    """Accumulate and reduce gradients in float32, whatever the dtype of the weights."""
     use_bf16_compress_hook: bool = False
-    """Gradients travel as bfloat16; with PowerSGD, its factors do."""
+    """Send gradients (with PowerSGD, its factors) as bfloat16."""
     use_fp16_compress_hook: bool = False
-    """Gradients (with PowerSGD, its factors) travel as float16, scaled by a power of two on which the ranks agree."""
+    """Send gradients (with PowerSGD, its factors) as float16, scaled by a power of two on which the ranks agree."""
     use_powerSGD_hook: bool = False
-    """Gradients travel as low-rank factors (parallel/powersgd.py)."""
+    """Send gradients as low-rank factors (parallel/powersgd.py)."""
     use_distributed_optimizer: bool = False
     """ZeRO-1: each rank keeps and steps its share of the optimizer state (parallel/zero1.py)."""
     overlap_param_gather: bool = False
-    """ZeRO-1: gather the parameters under the next forward pass."""
+    """ZeRO-1: gather the parameters during the next forward pass."""
     overlap_optim_step: bool = False
-    """Step a bucket as soon as it is reduced; needs --grad_clip=0 and no float16."""
+    """Step each bucket as soon as it is reduced. Needs --grad_clip=0; not with float16."""
     overlap_zero_grad_buffer: bool = False
     """Zero a bucket's gradients right after that step."""
     check_for_nan_in_grad: bool = False
-    """Look into every bucket, and stop with the parameters' names at a non-finite gradient (fp16: the scaler's job)."""
+    """Check every bucket; at a non-finite gradient, stop and name the parameters. (In float16 the loss scaler acts.)"""
     replica_check_interval: int = 100
-    """Steps between comparisons of the weights of all ranks, also made before each save; 0: none."""
+    """Steps between comparisons of the weights of all ranks, which also precede each save; 0: none."""
     dist_timeout: float = 600.0
     """Seconds after which a collective that hangs is an error."""
 
@@ -72,25 +72,25 @@ class PowerSGDConfig:
     """PowerSGD."""
 
     matrix_approximation_rank: int = 16
-    """Columns of a factor."""
+    """Columns of a factor: the rank of the approximation."""
     warm_start: bool = True
-    """Start from the last step's Q; off: a new random one at each step."""
+    """Start from the last step's Q. Off: draw a new random one at each step."""
     use_error_feedback: bool = True
-    """Add what a step left out to the next step's gradient."""
+    """Add the error of a step's compression to the next step's gradient."""
     start_powerSGD_iter: int = 0
-    """Steps before this one are not compressed."""
+    """First step that is compressed."""
     min_compression_rate: float = 2.0
-    """Matrices that would shrink by less are not compressed."""
+    """Leave matrices uncompressed that would shrink by less than this factor."""
     orthogonalization_epsilon: float = 0.0
-    """Damping of dependent columns."""
+    """Damping of linearly dependent columns."""
     orthogonalize_in_float32: bool = True
-    """Keep the factors of 16-bit gradients in float32; off: Gram-Schmidt in 16 bits."""
+    """Keep the factors of 16-bit gradients in float32. Off: Gram-Schmidt in 16 bits."""
     use_fixed_Q: bool = False
-    """Q is random, not learnt: half the collectives, a higher rank needed. Best with --no-warm_start."""
+    """Use a random Q, not a learnt one: half the collectives, but needs a higher rank. Best with --no-warm_start."""
     grad_buffer_is_powerSGD_error: bool = False
-    """The residual lives in the gradient buffer: 4 bytes a parameter less (not with float16)."""
+    """Keep the residual in the gradient buffer, which saves 4 bytes a parameter; not with float16."""
     powerSGD_exclude: str = ""
-    """Parameters whose names contain one of these words, separated by commas, are not compressed."""
+    """Words separated by commas: parameters whose names contain one are not compressed."""
     powerSGD_log_interval: int = 100
     """Steps between records of the relative error of each matrix; 0: none."""
 
@@ -104,3 +104,17 @@ class PowerSGDConfig:
         )
         if self.matrix_approximation_rank < 1:
             raise ValueError(f"matrix_approximation_rank must be at least 1, got {self.matrix_approximation_rank}")
+
+
+ONLY_WITH = (
+    # (grad_buffer_is_powerSGD_error is refused without the hook.)
+    OnlyWith(
+        tuple(item.name for item in fields(PowerSGDConfig) if item.name != "grad_buffer_is_powerSGD_error"),
+        lambda f: f["use_powerSGD_hook"], "without --use_powerSGD_hook",
+    ),
+    OnlyWith(
+        ("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["ddp_impl"] == "bucketed",
+        "with --ddp_impl=naive",
+    ),
+    OnlyWith(("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
+)  # fmt: skip

@@ -14,8 +14,9 @@ from torch import Tensor
 from parallel.buffer import Bucket
 from parallel.collectives import measure_bandwidth
 from parallel.comm_hooks import sum_hook
+from parallel.contract import NamedState, StepResult
 from parallel.ddp import DistributedDataParallel
-from parallel.engine import Batch, EngineParts, NamedState, StepPlan, StepResult, Sums, Task, Traffic
+from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
 from parallel.gradients import BucketGradients, PlainGradients
 from parallel.naive import NaiveDDP
 from parallel.observer import Observer

@@ -3,7 +3,7 @@
 An engine holds the model as its ranks share it, its gradients and its optimizer. A step of the loop:
 
     engine.forward_backward(micro_batches, task, plan)     sums of losses and metrics; None: the step was dropped
-    engine.step(plan)                                      reduce, norm, take, release (gradients.py)
+    engine.step(plan)                                      reduce, norm, take, release (contract.py)
 
 `data_parallel.py` holds the engines of a model that is whole on every rank. `engines.py` opens one by name.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
-from parallel.gradients import GradientSource
+from parallel.contract import GradientSource, NamedState, Optimizer, StepResult
 from parallel.mesh import Mesh
 
 Batch = dict[str, Tensor]
@@ -35,44 +35,6 @@ class Task(Protocol):
     def prepass(self, batch: Batch) -> Tensor: ...
 
     def take_prepass(self, sums: Tensor) -> None: ...
-
-
-class Piece(Protocol):
-    """A part of a parameter (checkpoint/named.py)."""
-
-    name: str
-
-
-NamedState = Iterable[tuple[Piece, dict[str, Tensor]]]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    grad_norm: float
-    """Global norm of the unscaled gradients before clipping; infinite if they overflowed."""
-    skipped: bool
-
-
-class Optimizer(Protocol):
-    """What engines use of optimizer/mixed_precision.py."""
-
-    def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult: ...
-
-    def begin_overlapped_step(self, lr: float) -> None: ...
-
-    def step_bucket(self, bucket: int, release: bool = False) -> None: ...
-
-    def end_overlapped_step(self) -> StepResult: ...
-
-    def needs_gather(self, bucket: int) -> bool: ...
-
-    def named_state(self) -> NamedState: ...
-
-    def weights_from_main(self) -> None: ...
-
-    def scalar_state(self) -> dict: ...
-
-    def load_scalar_state(self, state: dict) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Numbers of many records as columns, within bounds.
+"""The numbers of many records as columns of bounded size.
 
 Rows are added while readers hold earlier snapshots, which never change.
 """
@@ -15,26 +15,28 @@ from utils.text import plain
 MOST_COLUMNS = 200
 """A file with more metrics is not ours."""
 ALWAYS = ("step", "time", "launch")
+Cells = dict[str, tuple[slice | list[int], np.ndarray | list[float]]]
+"""Name of a column -> (rows, their values)."""
 _ORDINAL = "\0"
 """Column with the place of a row among all that were added. No metric has this name: see `plain`."""
 
 
 class Columns:
-    """Columns of float64, all of one length; a missing value is NaN. Rows are in the order of their steps, those of one
-    step as they came."""
+    """Columns of float64, all of one length; a missing value is NaN. Rows are in the order of their steps; rows of the
+    same step stay in the order in which they came."""
 
     def __init__(self):
         self._columns = {name: np.empty(64) for name in (*ALWAYS, _ORDINAL)}
         self._sorted = True
         self._stride, self._added = 1, 0
         self._seen = 0
-        """So many rows are in snapshots, which must not change."""
+        """Number of rows that snapshots hold; these rows must not change."""
         self.rows = 0
         self.numbers = 0
-        """That were put in, in all; of rows that went, a like share is taken off."""
+        """Numbers that were put in; when rows go, a proportional share is subtracted."""
         self.too_many_columns = False
         self.thinned = 0
-        """Rows that went to save memory."""
+        """Number of rows that were dropped to save memory."""
 
     @property
     def cells(self) -> int:
@@ -42,11 +44,11 @@ class Columns:
 
     @property
     def _room(self) -> int:
-        """For more columns."""
+        """How many more columns may be added."""
         return MOST_COLUMNS + 1 - len(self._columns)
 
     def add(self, records: Sequence[dict]) -> None:
-        """Append a row a record; of each, the values that are numbers."""
+        """Append one row for each record, with those of its values that are numbers."""
         needed = self.rows + len(records)
         found = self._dense(records) if len(set(map(tuple, records))) == 1 else self._sparse(records)
         found[_ORDINAL] = slice(None), np.arange(self._added, self._added + len(records))
@@ -57,7 +59,7 @@ class Columns:
                 column[: self.rows] = math.nan
         for name, column in self._columns.items():
             if len(column) < needed:
-                # Another array, with room: a snapshot may still show the old one.
+                # A new array with spare room: a snapshot may still show the old one.
                 column = np.empty(needed + needed // 2)
                 column[: self.rows] = self._columns[name][: self.rows]
                 self._columns[name] = column
@@ -71,9 +73,10 @@ class Columns:
         self._sorted = self._sorted and not (np.diff(steps) < 0).any()
         self.rows = needed
 
-    def _dense(self, records: Sequence[dict]) -> dict[str, tuple[slice, np.ndarray]]:
-        """Name -> (all rows, values), where all records have the same keys: as a run writes them, and much faster."""
-        found: dict[str, tuple[slice, np.ndarray]] = {}
+    def _dense(self, records: Sequence[dict]) -> Cells:
+        """Name -> (all rows, values), for records that all have the same keys. A run writes them so, and this is much
+        faster."""
+        found: Cells = {}
         room = self._room
         for key, values in zip(records[0], zip(*map(dict.values, records))):
             name = plain(key)
@@ -87,8 +90,8 @@ class Columns:
             found[name] = (slice(None), column)
         return found
 
-    def _sparse(self, records: Sequence[dict]) -> dict[str, tuple[list[int], list[float]]]:
-        """Name -> (rows, their values): never a look at each key for each record."""
+    def _sparse(self, records: Sequence[dict]) -> Cells:
+        """Name -> (rows, their values), without a look at every key for every record."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         names: dict[str, str] = {}
         room = self._room
@@ -106,10 +109,10 @@ class Columns:
                     found[name] = ([], [])
                 found[name][0].append(row)
                 found[name][1].append(value)
-        return found
+        return {**found}
 
     def drop_after(self, step: float) -> None:
-        """Let the rows of later steps go."""
+        """Drop the rows of later steps."""
         if not self.rows:
             return
         self._sort()
@@ -122,12 +125,12 @@ class Columns:
         self.rows = rows
 
     def thin(self) -> None:
-        """Let a quarter of the rows go, at least, so that those that stay lie evenly over all that were added. The
-        newest stays."""
+        """Drop at least a quarter of the rows, so that the remaining ones lie evenly among all that were added. The
+        newest row stays."""
         self._sort()
         ordinals, before = self._columns[_ORDINAL][: self.rows], self.rows
         stays = np.zeros(before, bool)
-        # First from what came since the last time; if that is little, from all.
+        # Thin what came since the last time first; if that is too little, thin all.
         while not stays.any() or 4 * stays.sum() > 3 * before + 4:
             stays = ordinals % self._stride == 0
             stays[-1] = True
@@ -143,7 +146,7 @@ class Columns:
         return {name: column[: self.rows] for name, column in self._columns.items() if name != _ORDINAL}
 
     def _sort(self) -> None:
-        """Steps rise unless somebody else wrote the log."""
+        """Sort the rows by step. They are sorted already unless another program wrote the log."""
         if not self._sorted:
             self._take(np.argsort(self._columns["step"][: self.rows], kind="stable"))
             self._sorted = True
@@ -155,7 +158,7 @@ class Columns:
 
 
 def _numbers(values: Sequence[object]) -> np.ndarray | None:
-    """As float64, what is no number as NaN; None if none is one."""
+    """Values as float64; non-numbers become NaN. None if there is no number among them."""
     kinds = set(map(type, values))
     if kinds <= {float, int}:
         with suppress(OverflowError):

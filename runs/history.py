@@ -2,8 +2,8 @@
 
 One thread feeds lines; others take snapshots at any time and wait for nothing. A snapshot never changes.
 
-A log may hold anything. What is kept of one is bounded, and Snapshot.left_out says what that leaves out. The work is in
-proportion to the log's size, whatever it holds: so a launch does not look through all that came before it.
+A log may hold anything. Memory is bounded, and Snapshot.left_out says what that leaves out. The work is proportional to
+the log's size, whatever it holds: a new launch does not look through everything before it.
 """
 
 import json
@@ -20,50 +20,55 @@ from utils.text import plain
 try:
     import orjson
 except ImportError:
-    orjson = None
+    orjson = None  # type: ignore[assignment]
 
 _MOST_TABLES = 20
 _MOST_LAUNCHES = 200_000
 _MOST_CELLS = 1 << 25
-"""Numbers, and places of missing ones, in all tables of a run: 256 MiB. A million records of 24 metrics fit."""
+"""Limit for the cells in all tables of a run, empty ones included: 256 MiB. A million records of 24 metrics fit."""
 _CELLS_A_NUMBER, _FREE_CELLS = 8, 1 << 22
-"""Where most places are empty, a small log could fill a large memory: so many places a number, and 32 MiB for all."""
+"""Where most cells are empty, a small log could fill a large memory: it may have so many cells for each number, and 32
+MiB in any case."""
 _BATCH_BYTES = 1 << 20
-"""Of lines whose records are put into the tables together."""
+"""Size of the lines whose records are put into the tables together."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchStart:
+    """What a start record says of its launch."""
+
     step: int
     time: float
     max_iters: int | None = None
-    """Steps of the whole run, as its start record says."""
+    """Number of steps of the whole run, according to the start record."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
+    """A run's results at one moment."""
+
     tables: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Name of the records -> metric -> values; "step", "time" and "launch" are among the metrics. Steps never fall."""
+    """Kind of record -> metric -> values. "step", "time" and "launch" are among the metrics; steps never fall."""
     launches: tuple[LaunchStart, ...] = ()
     ended: str = ""
-    """Why, if the newest launch has ended."""
+    """Why the newest launch has ended; empty while it goes on."""
     task: str = ""
-    """What is trained, as the newest launch says: pretrain, sft, dpo."""
+    """The task of the newest launch: pretrain, sft, dpo."""
     last_time: float = 0.0
-    """Of the newest record."""
+    """Time of the newest record."""
     skipped_lines: int = 0
-    """Complete lines that held no record."""
+    """Number of complete lines that held no record."""
     left_out: tuple[tuple[str, tuple], ...] = ()
-    """(sentence, what to put into it) for all that the log holds and this does not; nothing about the line that a
-    crash cut off just before a launch."""
+    """(sentence, values for its places) for everything in the log that is missing here. A line that a crash cut off
+    just before a launch does not count."""
     version: int = 0
     """Changes when anything does."""
     kept: dict[tuple, object] = field(default_factory=dict, compare=False, repr=False)
     """Room for what a reader computes from this snapshot and wants to keep as long."""
 
     def active_seconds(self, table: str) -> np.ndarray:
-        """Time that the run had been going for at each row, the launches laid end to end: no pauses between them, and
-        nothing of what was superseded."""
+        """Seconds for which the run had been going at each row, with the launches laid end to end: the pauses between
+        them and the superseded steps do not count."""
         rows = self.tables[table]
         if not self.launches:
             return rows["time"] - rows["time"][:1]
@@ -77,7 +82,7 @@ class Snapshot:
         return rows["time"] - starts[launch] + offsets[launch]
 
     def tokens(self, table: str) -> np.ndarray:
-        """Tokens read so far at each row: of records that do not say, between those of training that do."""
+        """Tokens read so far at each row. For records that do not say, they are interpolated between train records."""
         rows, train = self.tables[table], self.tables.get("train", {})
         if "tokens" in rows and table == "train":
             return rows["tokens"]
@@ -87,7 +92,7 @@ class Snapshot:
 
 
 class RunHistory:
-    """What is known of one run."""
+    """The results of one run, fed line by line."""
 
     def __init__(self):
         self._published = Snapshot()
@@ -101,7 +106,7 @@ class RunHistory:
         self._too_many_tables = self._too_many_launches = False
 
     def clear(self) -> None:
-        """Forget all: the file is another one."""
+        """Forget everything: the file has been replaced."""
         self._forget()
         self._publish()
 
@@ -154,8 +159,8 @@ class RunHistory:
             self._too_many_launches = True
 
     def _flush(self, batch: list[dict]) -> None:
-        """Put records into their tables, without those that launches among them supersede; these do that to what is in
-        the tables, too."""
+        """Put records into their tables. Records that a launch among them supersedes are left out, and rows that it
+        supersedes leave the tables."""
         standing, lowest = standing_records(batch)
         if lowest < self._greatest_step:
             for table in self._tables.values():
@@ -186,7 +191,7 @@ class RunHistory:
 
     def _left_out(self) -> tuple[tuple[str, tuple], ...]:
         found: list[tuple[str, tuple]] = []
-        # What a crash cut off is made again by the launch that follows.
+        # The launch after a crash makes the step of the cut-off line again.
         if skipped := self._skipped - self._torn:
             found.append(("lines that hold no record ({:,})", (skipped,)))
         if self._too_many_tables:
@@ -209,7 +214,7 @@ class RunHistory:
 
 
 def _decode(line: bytes) -> object:
-    """As json.loads, several times as fast where orjson is installed."""
+    """The value of a line, as json.loads gives it; several times as fast where orjson is installed."""
     if orjson is not None:
         try:
             return orjson.loads(line)

@@ -1,10 +1,10 @@
-"""A large JSON file, value by value, so that it takes no more memory than its largest value."""
+"""Reads a large JSON file value by value, so that it takes no more memory than its largest value."""
 
 import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 _PIECE_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -12,33 +12,40 @@ _BROKEN = "is broken: it is not whole JSON"
 
 
 class TooLarge(ValueError):
-    """There is more of it than was asked to be read."""
+    """The file or its list is larger than the reader allows."""
+
+
+class Readable(Protocol):
+    """A binary file, or something like it."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class JSONPieces:
-    """
+    """The values of a JSON file, one after another.
+
     Args:
-        file: of bytes; UTF-8.
-        longest: characters; a value that is longer is refused.
-        most: bytes; a file that is longer is refused.
+        file: a binary file with UTF-8 text.
+        longest: characters; a longer value is refused.
+        most: bytes; a longer file is refused.
     """
 
-    def __init__(self, file: BinaryIO, longest: int, most: int):
+    def __init__(self, file: Readable, longest: int, most: int):
         self._file, self._longest, self._largest, self._left = file, longest, most, most
         self._utf8 = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
 
     def members(self, listed: str) -> Iterator[tuple[str, object]]:
-        """Key and value of each member of the object that the file is; of the list under the key `listed`, each element
-        by itself.
+        """Key and value of each member of the file's object. The list under the key `listed` yields each element by
+        itself.
 
         Raises:
-            ValueError: it is no object, or broken, or too large; what is wrong, to stand behind the file's name.
-            OSError, EOFError, zlib.error: it cannot be read.
+            ValueError: the file is not an object, or is broken or too large; the text belongs behind the file's name.
+            OSError, EOFError, zlib.error: the file cannot be read.
         """
         if not self._skip("{"):
-            raise ValueError("is no JSON object" if self._next() else _BROKEN)
+            raise ValueError("is not a JSON object" if self._next() else _BROKEN)
         if not self._skip("}"):
             while True:
                 key = self._value()
@@ -66,7 +73,7 @@ class JSONPieces:
 
     def _value(self) -> object:
         self._next()
-        # All of it is there then, unless it is too long: a piece of a number would look like a number.
+        # Then the whole value is in memory, unless it is too long: a piece of a number would look like a number.
         self._fill(self._longest + 1)
         try:
             value, end = self._scan(self._text, self._at)
@@ -91,21 +98,23 @@ class JSONPieces:
         return True
 
     def _next(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             self._fill(1)
-            self._at = _SPACE.match(self._text, self._at).end()
+            space = _SPACE.match(self._text, self._at)
+            assert space is not None, "the pattern also matches nothing"
+            self._at = space.end()
             if self._at < len(self._text):
                 return self._text[self._at]
             if self._ended:
                 return ""
 
     def _fill(self, wanted: int) -> None:
-        """See that so many characters lie ahead, unless the file ends before."""
+        """Read until `wanted` characters lie ahead, or the file ends."""
         if self._ended or len(self._text) - self._at >= wanted:
             return
         pieces, ahead = [self._text[self._at :]], len(self._text) - self._at
-        # Some more, so that what is left over need not be moved for each value.
+        # Read some more, so that the rest need not be moved for each value.
         while ahead < wanted + 3 * _PIECE_BYTES and not self._ended:
             data = self._file.read(_PIECE_BYTES)
             self._left -= len(data)

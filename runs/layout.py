@@ -14,7 +14,7 @@
     monitor/              what belongs to the monitor                       (monitor/node.py)
     stop                  made by a user: the run saves and stops
 
-Readers on another machine (viewer/sources.py) join the names themselves; all others use `RunPaths`.
+Readers on another machine (viewer/sources/run.py) join the names themselves; all others use `RunPaths`.
 """
 
 import re

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from runs.intervals import Interval, LatestEnd, Union, overlap, union
 from runs.json_pieces import JSONPieces, TooLarge
@@ -31,13 +31,14 @@ from utils.paths import absent
 ABOUT = "zero2all"
 """Key of a trace's own metadata: {"run", "rank", "world_size", "device"}."""
 MOST_BYTES = 256 << 20
-"""Of an unpacked trace."""
+"""Size limit of an unpacked trace."""
 MOST_EVENTS, MOST_KEPT = 4_000_000, 1_000_000
-"""Events in a trace, and those of them that are needed here: only these stay in memory, about 200 bytes each."""
+"""Limits for the events in a trace, and for those that are needed here: only these stay in memory, about 200 bytes
+each."""
 _LONGEST_EVENT, _LONGEST_NAME = 1 << 20, 64
-"""Characters."""
+"""Limits in characters."""
 _MOST_NAMED = 20
-"""Steps in a sentence."""
+"""Steps that one sentence names at most."""
 
 ROWS = ("data", "compute", "optimizer", "wire", "waiting")
 _ROW_OF = {
@@ -55,17 +56,17 @@ _SUMS = ("gloo:all_reduce", "c10d::allreduce_")
 
 
 class StepPart(NamedTuple):
-    """Something that went on: times in milliseconds on the trace's clock."""
+    """One thing that went on during a step; times are milliseconds on the trace's clock."""
 
     row: str
     kind: str
-    """Such as "forward", "bucket", "gather bucket"."""
+    """For example "forward", "bucket", "gather bucket"."""
     start: float
     end: float
     number: int | None = None
-    """Of the bucket."""
+    """The bucket's number."""
     size: str = ""
-    """What this rank sends of it."""
+    """How much of the bucket this rank sends."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class Trace:
     path: Path
     about: dict
     steps: dict[int, Interval]
-    """Number -> when it began and ended."""
+    """Step number -> when the step began and ended."""
     parts: list[StepPart]
 
     def window(self, step: int) -> Interval:
         """When a step began and ended.
 
         Raises:
-            ValueError: the trace does not hold it.
+            ValueError: the trace does not hold the step.
         """
         if step not in self.steps:
             held = [str(number) for number in itertools.islice(self.steps, _MOST_NAMED)]
@@ -95,7 +96,7 @@ class Trace:
 
     @cached_property
     def unions(self) -> "dict[str, Union]":
-        """When what FIGURES are made of went on, of all steps."""
+        """The times from which FIGURES are computed, over all steps."""
         names = ("data wait", "forward", "backward", "optimizer", "wire", "waiting")
         unions = {
             name: union((a.start, a.end) for a in self.parts if name in (a.kind, a.row)) for name in names
@@ -112,19 +113,21 @@ class _Event(NamedTuple):
     start: float
     end: float
     correlation: int | None
-    """What a launch and that which runs on the device have in common."""
+    """The number that a launch shares with the work it launches on the device."""
 
 
 def read_trace(path: Path) -> Trace:
-    """
+    """The steps of a trace and their parts.
+
     Raises:
-        ValueError: it cannot be read, or is no trace of --profile_steps; one sentence.
+        ValueError: the file cannot be read, or is not a trace of --profile_steps; one sentence.
+        OSError: the file cannot be read now.
     """
     about, events = _read_events(path)
     ranges = [event for event in events if event.category == "user_annotation"]
     steps = {int(m[1]): (e.start, e.end) for e in ranges if (m := _STEP.fullmatch(e.name))}
     worked = sorted(e.start for e in ranges if e.name == "forward")
-    # The last one may have been broken off before it began.
+    # The last step may have been broken off before its work began.
     steps = {n: (a, b) for n, (a, b) in steps.items() if bisect.bisect(worked, b) > bisect.bisect_left(worked, a)}
     if not steps:
         raise ValueError(f"{path} holds no step of a training run: make a trace with --profile_steps")
@@ -136,7 +139,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _read_events(path: Path) -> tuple[dict, list[_Event]]:
-    """What a trace says of its run, and those of its events that are needed here."""
+    """The trace's own metadata, and those of its events that are needed here."""
     about: dict = {}
     events: list[_Event] = []
     threads: dict[tuple, tuple] = {}
@@ -168,7 +171,7 @@ def _read_events(path: Path) -> tuple[dict, list[_Event]]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     if not has_events:
-        raise ValueError(f"{path} is no Chrome trace: it has no traceEvents")
+        raise ValueError(f"{path} is not a Chrome trace: it has no traceEvents")
     return about, events
 
 
@@ -180,19 +183,19 @@ def _pieces(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _event(raw: object) -> _Event | None:
-    """A complete event with a duration, of a kind that is needed here; None for what else a trace holds."""
+    """A complete event with a duration, of a kind that is needed here; None for anything else in a trace."""
     if not isinstance(raw, dict) or raw.get("ph") != "X":
         return None
     name, category, start, duration = (raw.get(key) for key in ("name", "cat", "ts", "dur"))
     if not isinstance(name, str) or not isinstance(category, str):
         return None
-    if not all(isinstance(value, (int, float)) and abs(value) < 1e18 for value in (start, duration)):
+    if not (_is_time(start) and _is_time(duration)):
         return None
     arguments = raw.get("args")
     correlation = arguments.get("correlation") if isinstance(arguments, dict) else None
     correlation = correlation if isinstance(correlation, int) else None
     if category in _ON_DEVICE or category in _LAUNCHES and correlation is not None:
-        # Known by its number; a kernel's name may be long.
+        # Its number identifies it; a kernel's name may be long.
         name = ""
     elif not (name in _SUMS or category == "user_annotation" and (_described(name, 0, 0) or _STEP.fullmatch(name))):
         return None
@@ -202,8 +205,12 @@ def _event(raw: object) -> _Event | None:
     )
 
 
+def _is_time(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) < 1e18
+
+
 def _described(name: str, start: float, end: float) -> StepPart | None:
-    """The part of a range of ours; None for other ranges."""
+    """The part that one of our ranges stands for; None for other ranges."""
     if name in _ROW_OF:
         return StepPart(_ROW_OF[name], name, start, end)
     if name == "gradients":
@@ -216,7 +223,8 @@ def _described(name: str, start: float, end: float) -> StepPart | None:
 
 
 def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event, StepPart]:
-    """Our ranges, as their threads saw them. Of one that only hands gloo a sum: when gloo worked on that."""
+    """Our ranges as parts, with the times that their threads saw. A range that only hands gloo a sum gets the time in
+    which gloo worked on it."""
     found = {event: part for event in ranges if (part := _described(event.name, event.start, event.end)) is not None}
     sums = _gloo_sums(events)
     latest = {thread: LatestEnd([end for _, (_, end) in launched]) for thread, launched in sums.items()}
@@ -232,8 +240,8 @@ def _described_ranges(events: list[_Event], ranges: list[_Event]) -> dict[_Event
 
 
 def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]]:
-    """Thread -> (when it launched an all-reduce, from when to when gloo worked on it), in order. gloo has threads of
-    its own and takes what comes first: the n-th that begins is the n-th that was launched."""
+    """Thread -> its all-reduces in order, as (time of launch, interval in which gloo worked on it). gloo has threads of
+    its own and works in the order of launches: the n-th sum that begins is the n-th that was launched."""
     begun = sorted((e.start, e.end) for e in events if e.name == "gloo:all_reduce")
     found: dict[tuple, list[tuple[float, Interval]]] = defaultdict(list)
     index = 0
@@ -247,8 +255,8 @@ def _gloo_sums(events: list[_Event]) -> dict[tuple, list[tuple[float, Interval]]
 
 
 def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[StepPart]:
-    """Where the GPU did what each range launched. The threads of the backward pass launch for the main thread's range,
-    but for what lies in ranges of their own (the buckets)."""
+    """The parts, each at the time when the GPU did what its range launched. Whatever the threads of the backward pass
+    launch counts for the main thread's range, unless it lies in a range of their own (a bucket)."""
     forwards = [event for event, part in described.items() if part.kind == "forward"]
     launchers: dict[tuple, list[_Event]] = defaultdict(list)
     for event, part in described.items():
@@ -256,6 +264,7 @@ def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[
             launchers[event.thread].append(event)
     innermost = {thread: _Innermost(inside) for thread, inside in launchers.items()}
     main = innermost[forwards[0].thread]
+    launches: dict[int | None, _Event]
     launches = {e.correlation: e for e in events if e.category in _LAUNCHES and e.correlation is not None}
     worked: dict[_Event, Interval] = {}
     streams: dict[tuple, list[tuple[float, _Event]]] = defaultdict(list)
@@ -290,7 +299,7 @@ def _on_device(events: list[_Event], described: dict[_Event, StepPart]) -> list[
 
 
 class _Innermost:
-    """Finds the innermost of a thread's ranges at a time; they are nested or apart."""
+    """Finds the innermost of a thread's ranges at any time. The ranges are nested or apart."""
 
     def __init__(self, ranges: Iterable[_Event]):
         changes: list[tuple[float, _Event | None]] = []
@@ -314,10 +323,10 @@ class _Innermost:
 
 
 def _gap(stream: list[tuple[float, _Event]], wait: _Event) -> Interval:
-    """When a stream had done what was launched before a wait, and not begun what was launched after it.
+    """The time between the end of what was launched before a wait and the beginning of what was launched after it.
 
     Args:
-        stream: (when it was launched, what ran), sorted.
+        stream: (time of launch, work) of one stream, sorted.
     """
     before = bisect.bisect_left(stream, wait.start, key=lambda item: item[0])
     after = bisect.bisect_left(stream, wait.end, key=lambda item: item[0])
@@ -333,7 +342,7 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
     """Milliseconds of each of FIGURES within a step.
 
     Raises:
-        ValueError: the trace does not hold it.
+        ValueError: the trace does not hold the step.
     """
     window = trace.window(step)
     lengths = {name: union.within(window) for name, union in trace.unions.items()}
@@ -342,7 +351,7 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
         "data wait": lengths["data wait"],
         "forward": lengths["forward"],
         "backward": lengths["backward"],
-        # Without ZeRO-1's wait for parameters, which lies inside.
+        # ZeRO-1's wait for parameters lies inside the optimizer's range and counts as waiting.
         "optimizer": lengths["optimizer"] - lengths["waiting in optimizer"],
         "wire": lengths["wire"],
         "hidden": lengths["wire"] - lengths["exposed"],
@@ -351,6 +360,6 @@ def figures_of(trace: Trace, step: int) -> dict[str, float]:
 
 
 def mean_figures(trace: Trace) -> dict[str, float]:
-    """Of all steps in a trace."""
+    """The mean of each of FIGURES over all steps in a trace."""
     each = [figures_of(trace, step) for step in trace.steps]
     return {name: statistics.fmean(figures[name] for figures in each) for name in FIGURES}

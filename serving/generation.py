@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint.folder import resolve_checkpoint_dir
+from checkpoint.choosing import resolve_checkpoint_dir
 from model import KVCache, Llama, hf
 from model.generation_config import read_generation_config
 from tokenizer import Tokenizer, load_tokenizer

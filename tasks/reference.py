@@ -1,9 +1,9 @@
 """Log-probabilities of DPO's answers under the reference model: computed once by all ranks, and kept on disk.
 
-The reference model is the one that training starts from, so its log-probabilities are computed before the first step
-with the model that is there anyway; no second one stays in memory. The file bears the name of what decides its content,
-and lies beside the data, where other runs on the same data and weights find it. A run that is killed meanwhile goes on
-with the blocks that it has written.
+The reference model is the one that training starts from. So its log-probabilities are computed before the first step,
+with the model that is in memory anyway, and no second one is needed. The file's name is a hash of everything that
+decides its content. It lies beside the data, where other runs on the same data and weights find it. A run that is
+killed meanwhile continues after the blocks that it has written.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 REFERENCE_DIR = "reference"
 _BATCHES_A_BLOCK = 16
-"""Of each rank."""
+"""Batches of each rank in a block."""
 _PAIR_BYTES = 8
 _SECONDS_A_LINE = 30.0
 
 
 class ReferenceCache:
-    """Where one set's log-probabilities are, or will be.
+    """File of one set's log-probabilities, there already or not yet.
 
     Args:
         weights: fingerprint of the reference model's weights and dtype.
-        out_dir: the run's directory: for unfinished work, and for the file if the data directory cannot be written to.
+        out_dir: run directory, for unfinished work, and for the file if the data directory cannot be written to.
     """
 
     def __init__(self, dataset: DPODataset, split: str, weights: str, out_dir: Path):
@@ -53,7 +53,7 @@ class ReferenceCache:
         self._unfinished = (out_dir / REFERENCE_DIR / name).with_suffix(".part")
 
     def read_on_main(self, is_main: bool, all_sum: Callable[[Tensor], Tensor]) -> np.ndarray | None:
-        """What `read` returns on rank 0, on every rank: nodes need not share a file system."""
+        """Result of `read` on rank 0, for every rank: nodes need not share a file system."""
         found = self.read() if is_main else None
         if not all_sum(torch.tensor([found is not None], dtype=torch.int64)).item():
             return None
@@ -62,10 +62,10 @@ class ReferenceCache:
         return all_sum(values).numpy()
 
     def read(self) -> np.ndarray | None:
-        """float32 (pairs, 2), or None if there is no whole file.
+        """Log-probabilities, float32 (pairs, 2); None if there is no whole file.
 
         Raises:
-            OSError: a file cannot be read now. (Its values may be all that is left of the reference model.)
+            OSError: a file cannot be read now. (Its values may be all that remains of the reference model.)
         """
         for path in self._places:
             try:
@@ -83,7 +83,7 @@ class ReferenceCache:
         return None
 
     def read_unfinished(self, block: int) -> np.ndarray:
-        """Pairs of the whole blocks that a killed run has written, (n, 2)."""
+        """Log-probabilities of the whole blocks that a killed run has written, (n, 2)."""
         try:
             raw = self._unfinished.read_bytes()
         except FileNotFoundError:
@@ -100,7 +100,7 @@ class ReferenceCache:
             os.fsync(file.fileno())
 
     def write(self, values: np.ndarray) -> Path:
-        """Keep the whole; returns where."""
+        """Write the file; returns its path."""
         values = np.ascontiguousarray(values, "<f4")
         content = save({"log_probs": values}, {"sha256": hashlib.sha256(values.tobytes()).hexdigest()})
         for path in self._places:
@@ -117,14 +117,14 @@ class ReferenceCache:
 
 
 def weights_fingerprint(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> str:
-    """Names what a model of this configuration and dtype computes with the weights of a folder."""
+    """Fingerprint of the function that a model of this configuration and dtype computes with a folder's weights."""
     content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
-    # Nothing is dropped while the reference is computed, and most models can do with any length.
+    # Nothing is dropped while the reference is computed, and most models take any length.
     without = {"hidden_dropout", "attention_dropout"}
     without |= {"max_position_embeddings"} if config.rope_scaling == "none" else set()
     shape = {name: value for name, value in asdict(config).items() if name not in without}
     if config.rope_scaling == "dynamic":
-        # Once it went by a batch's width, and values of that time are not this model's.
+        # It once depended on the width of a batch; values of that time do not belong to this model.
         shape["scaled_by"] = "length"
     return hashlib.sha256(json.dumps([content, shape, str(dtype)]).encode()).hexdigest()
 
@@ -141,14 +141,14 @@ def compute_reference(
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Compute what is missing, on all ranks together; returns float32 (pairs, 2) on each.
+    """Compute missing log-probabilities on all ranks together; returns float32 (pairs, 2) on each.
 
     Args:
         all_sum: sums a CPU tensor over the ranks, in place.
         beat: called once a batch.
         stop_requested: whether this rank was asked to stop.
     Raises:
-        StopRequested: a rank was; what is done so far is kept.
+        StopRequested: a rank was. Finished blocks are kept.
     """
     dataset, is_main = cache.dataset, rank == 0
     block = _BATCHES_A_BLOCK * world_size * batch_size

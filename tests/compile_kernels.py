@@ -1,9 +1,9 @@
-"""Compiles every kernel for a Hopper GPU, without one: what the interpreter lets pass and Triton's compiler does not.
+"""Compile every kernel for a Hopper GPU without one: Triton's compiler refuses code that the interpreter accepts.
 
     python -m tests.compile_kernels
 
-Prints a line a kernel: registers a thread, bytes of stack (spilled registers) and of shared memory. Tensors stay on the
-CPU; nothing is launched.
+Prints for each kernel the registers per thread, and the bytes of stack (spilled registers) and of shared memory.
+Tensors stay on the CPU; nothing is launched.
 """
 
 import os
@@ -27,7 +27,7 @@ CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia",
 
 
 class Hopper:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compiling needs."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

@@ -52,7 +52,7 @@ def tiny_run(data_dir: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _restore_process_state():
-    """Running the training script in-process sets signal handlers, log handlers and the thread count."""
+    """Undo what an in-process training run sets: signal handlers, log handlers and the thread count."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     root, threads = logging.getLogger(), torch.get_num_threads()
     before = root.handlers[:]
@@ -68,7 +68,7 @@ def _restore_process_state():
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the monitor logs; `monitor_process.main` may have switched off that others see it."""
+    """Log of the monitor; `monitor_process.main` may have switched off propagation."""
     logger = logging.getLogger("monitor")
     before, logger.propagate = logger.propagate, True
     caplog.set_level(logging.INFO, "monitor")

@@ -1,9 +1,10 @@
-"""What the tests of Triton kernels share: a device to run them on and the rule for their errors.
+"""Device and error rule shared by the tests of Triton kernels.
 
 With a GPU the kernels are compiled. Without one they run in Triton's interpreter, on CPU tensors. Triton reads
-TRITON_INTERPRET where a function is decorated, its own ones when they are imported; so this module sets the variable,
-imports Triton, loads the kernels, and puts it back: no child process inherits it. It comes too late if something has
-imported Triton already; then the tests that import it are skipped, and tests/unit/test_kernels_support.py fails.
+TRITON_INTERPRET when a function is decorated, for its own functions when they are imported. So this module sets the
+variable, imports Triton, loads the kernels, and restores it: no child process inherits it. If something has imported
+Triton before, that is too late; then the tests that import this module are skipped, and
+tests/unit/test_kernels_support.py fails.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from optimizer import adamw_triton
 
 
 def _kernel_modules() -> list[types.ModuleType]:
-    """The files of model/kernels/ that hold Triton kernels."""
+    """Files of model/kernels/ that hold Triton kernels."""
     names = [found.name for found in pkgutil.iter_modules(kernels.__path__)]
     modules = [importlib.import_module(f"model.kernels.{name}") for name in names]
     return [module for module in modules if any(isinstance(x, launch.LazyKernel) for x in vars(module).values())]
@@ -41,7 +42,7 @@ def _load_interpreted() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        # Triton imports this one at the first launch, and it has to be interpreted as the rest.
+        # Triton imports this module at the first launch, and it must be interpreted like the rest.
         importlib.import_module("triton.experimental.gluon")
         for module in KERNEL_MODULES:
             launch.load_kernels(vars(module))
@@ -55,7 +56,8 @@ def _load_interpreted() -> None:
 
 
 def _round_to_bfloat16() -> None:
-    """Triton's interpreter cuts float32 off where it makes bfloat16 of it; a GPU rounds, and errors are judged here."""
+    """Make Triton's interpreter round from float32 to bfloat16, as a GPU does; it truncates, and errors are judged
+    here."""
     interpreter = sys.modules["triton.runtime.interpreter"]
     convert = interpreter._convert_float
 
@@ -68,18 +70,18 @@ def _round_to_bfloat16() -> None:
 
 
 def _be_quick() -> None:
-    """What Triton's interpreter does again and again, and need not.
+    """Remove repeated work of Triton's interpreter.
 
-    Before each call of a function it goes through all of triton.language to replace what it finds there, a millisecond
-    each time: what it once replaced stays replaced here. For each operation it builds a table of dtypes: kept. And it
-    computes each sum and product of integers twice, to see whether they overflow.
+    Before each call of a function it searches all of triton.language for things to replace, which takes a millisecond:
+    here the replacements stay. For each operation it builds a table of dtypes: here the table is kept. And it computes
+    each sum and product of integers twice, to detect overflow: here once.
     """
     interpreter = sys.modules["triton.runtime.interpreter"]
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     numpy_dtype = interpreter._get_np_dtype
     of_scalar = functools.cache(numpy_dtype)
-    # Types of pointers cannot be looked up.
+    # Pointer types cannot be looked up.
     interpreter._get_np_dtype = lambda kind: (of_scalar if type(kind) is interpreter.tl.dtype else numpy_dtype)(kind)
     patch, patched, known = interpreter._patch_lang, set(), set()
 
@@ -95,7 +97,7 @@ def _be_quick() -> None:
         if not languages <= patched:
             patch(function)
             patched.update(languages)
-            # Triton 3.6 gives int() an array of one dimension, which numpy no longer takes.
+            # Triton 3.6 gives int() a one-dimensional array, which numpy no longer accepts.
             interpreter.tl.tensor.__index__ = lambda self: self.handle.data.item()
         return KeepPatched()
 
@@ -121,19 +123,19 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
 
 
 def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> float:
-    """Of `dtype`, at the largest magnitude in `exact`."""
+    """Unit in the last place of `dtype`, at the largest magnitude in `exact`."""
     limits = torch.finfo(dtype)
     largest = exact.abs().max().clamp(min=limits.smallest_normal)
     return limits.eps * 2.0 ** largest.log2().floor().item()
 
 
 def root_mean_square(ours: Tensor, exact: Tensor) -> float:
-    """Of the errors, in units in the last place of the largest element."""
+    """Root mean square of the errors, in units in the last place of the largest element."""
     return (ours.double() - exact).square().mean().sqrt().item() / unit_in_the_last_place(exact, ours.dtype)
 
 
 def error_ratio(ours: Tensor, eager: Tensor, exact: Tensor) -> float:
-    """Our largest error over what is allowed: twice the eager path's, or one unit in the last place if that is more."""
+    """Our largest error over the allowed one: twice the eager path's, or one unit in the last place if that is more."""
     assert ours.dtype == eager.dtype and ours.shape == eager.shape == exact.shape
     assert ours.isfinite().all()
     if not exact.numel():
@@ -143,7 +145,8 @@ def error_ratio(ours: Tensor, eager: Tensor, exact: Tensor) -> float:
 
 
 def results_and_gradients(function: Callable, leaves: Sequence[Tensor], upstream: Sequence[Tensor] | None):
-    """(results, gradients of the leaves that require them) for given gradients of the results; random ones for None."""
+    """(results, gradients of the leaves that require them) for given gradients of the results; None draws random
+    ones."""
     results = function(*leaves)
     results = [results] if isinstance(results, Tensor) else list(results)
     if upstream is None:
@@ -154,10 +157,10 @@ def results_and_gradients(function: Callable, leaves: Sequence[Tensor], upstream
 
 
 def row_ratios(ours: Tensor, eager: Tensor, exact: Tensor) -> list[float]:
-    """`error_ratio` of each row, as if it were a tensor by itself: hundreds of small tensors for one launch.
+    """`error_ratio` of each row as if it were a tensor by itself: hundreds of small tensors in one launch.
 
-    Of so small ones the eager path's largest error in float32 is luck. It excuses nothing there: allowed is one unit in
-    the last place.
+    In tensors this small the eager path's largest float32 error is luck and excuses nothing, so the allowed error is
+    one unit in the last place.
     """
     tensors = [x.reshape(len(x), -1) for x in (ours, eager, exact)]
     if ours.dtype == torch.float32:
@@ -169,15 +172,15 @@ def compare(
     ours: Callable, eager: Callable, exact: Callable, inputs: Sequence[Tensor],
     upstream: Sequence[Tensor] | None = None, by_row: bool = False,
 ) -> None:  # fmt: skip
-    """Demand of `ours`, results and gradients, an error no larger than allowed.
+    """Require that the error of `ours`, in results and gradients, is not larger than allowed.
 
     Args:
         ours, eager, exact: take the inputs; `exact` gets them in float64.
-        inputs: leaves; functions make views of them if they want some. Gradients are compared of all that are floating.
-        by_row: each row for itself, see `row_ratios`.
+        inputs: leaves, of which the functions may make views. Gradients of all floating ones are compared.
+        by_row: judge each row by itself, see `row_ratios`.
     """
 
-    # The fixture that guards all tests puts it back. On tensors this small, more threads only wait for each other.
+    # The fixture that guards all tests restores it. On tensors this small, further threads only wait for each other.
     torch.set_num_threads(1)
 
     def fresh(wide: bool) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Results of a run as tests make them up."""
+"""Made-up results of a run."""
 
 import json
 
@@ -6,12 +6,12 @@ from runs.history import RunHistory, Snapshot
 
 
 def line(name: str, **values) -> bytes:
-    """A record without the line's end."""
+    """A record without its line end."""
     return json.dumps({"name": name, "time": 1000.0, **values}).encode()
 
 
 def text_line(name: str, **values) -> str:
-    """A record as it is written to a file."""
+    """A record as a line of the file."""
     return line(name, **values).decode() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What tests read from a run directory, given the flags that made it."""
+"""What tests read from a run directory, given the run's flags."""
 
 import math
 from pathlib import Path
@@ -35,7 +35,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def relative_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Relative norm of the weights' difference."""
+    """Norm of the weights' difference, relative to the weights."""
     weights = [name for name in a if name.startswith("model.")]
     difference = math.fsum((a[n].double() - b[n].double()).square().sum().item() for n in weights)
     return math.sqrt(difference / math.fsum(b[n].double().square().sum().item() for n in weights))

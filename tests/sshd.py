@@ -1,4 +1,4 @@
-"""A real OpenSSH server on a free port of this machine, for tests."""
+"""A real OpenSSH server for tests, on a free port of this machine."""
 
 import getpass
 import importlib.util
@@ -18,7 +18,7 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin:/usr/bin")
 
 
 def missing() -> str:
-    """Why tests with an SSH server cannot run here; empty if they can."""
+    """Reason why tests with an SSH server cannot run here; empty if they can."""
     if SSHD is None or shutil.which("ssh-keygen") is None:
         return "needs OpenSSH's sshd and ssh-keygen"
     if importlib.util.find_spec("paramiko") is None:
@@ -27,7 +27,7 @@ def missing() -> str:
 
 
 def make_key(path: Path, key_type: str = "ed25519", passphrase: str = "") -> str:
-    """Write a key pair to `path` and `path`.pub, over an older one; the public key as "type base64"."""
+    """Write a key pair to `path` and `path`.pub, replacing an older one; returns the public key as "type base64"."""
     for old in (path, Path(f"{path}.pub")):
         old.unlink(missing_ok=True)
     # One round of key derivation: tests have no time for more.
@@ -37,7 +37,7 @@ def make_key(path: Path, key_type: str = "ed25519", passphrase: str = "") -> str
 
 
 def fingerprint(path: Path) -> str:
-    """SHA256:... as OpenSSH says it."""
+    """Fingerprint as OpenSSH writes it: SHA256:..."""
     shown = subprocess.run(["ssh-keygen", "-l", "-f", path], check=True, capture_output=True, text=True)
     return shown.stdout.split()[1]
 
@@ -48,7 +48,7 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def empty_home(directory: Path, monkeypatch) -> Path:
-    """A home directory without keys, known hosts and configuration, and no agent."""
+    """A home directory without keys, known hosts and configuration, and no SSH agent."""
     home = directory / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -57,7 +57,7 @@ def empty_home(directory: Path, monkeypatch) -> Path:
 
 
 def _without_penalties() -> list[str]:
-    """From 9.8 on sshd refuses an address for a while after failed logins, of which tests have many."""
+    """Setting that keeps sshd (from 9.8 on) from refusing an address after failed logins, which tests make often."""
     version = re.search(r"OpenSSH_(\d+)\.(\d+)", subprocess.run(["ssh", "-V"], capture_output=True, text=True).stderr)
     return ["PerSourcePenalties no"] if version and (int(version[1]), int(version[2])) >= (9, 8) else []
 
@@ -85,8 +85,8 @@ class Sshd:
         listen: the address to listen on.
         prefix: a command that runs the server, such as ["ip", "netns", "exec", "a"].
         passwords: whether a password is accepted; without PAM, only root's sshd can check one.
-        settings: more lines of sshd_config, which win over the ones here.
-        log_level: of sshd.log.
+        settings: further lines of sshd_config, which override the ones here.
+        log_level: log level of sshd.log.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Sshd:
         return f"{self.known_as} {self.public_keys[key_type or self._host_keys[0]]}\n"
 
     def target(self, **fields) -> SSHTarget:
-        """The way to this server; `fields` replace what it says."""
+        """The way to this server; `fields` override its defaults."""
         usual = dict(host=self.listen, port=self.port, user=self.user)
         usual |= dict(key_file=str(self.client_key), known_hosts=str(self.known_hosts))
         return SSHTarget(**usual | fields)
@@ -154,7 +154,7 @@ class Sshd:
     def start(self) -> None:
         """Start the server and wait until it listens."""
         if os.geteuid() == 0:
-            # Where the part of sshd without privileges lives, compiled in; a running daemon's package makes it.
+            # Directory of sshd's unprivileged part, compiled in; the package of a running daemon makes it.
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         for _ in range(5):
             if self._try_to_start():
@@ -172,7 +172,7 @@ class Sshd:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and self._process.poll() is None:
-            # sshd writes it when it has begun to listen, which cannot be asked from another network namespace.
+            # sshd writes its PID file when it has begun to listen, which cannot be seen from another network namespace.
             if self._pid_file.exists() and self._pid_file.read_text().strip():
                 return True
             time.sleep(0.01)
@@ -181,7 +181,7 @@ class Sshd:
         return False
 
     def _connections(self) -> list[int]:
-        """Processes of sshd that serve connections; not the commands that these have started."""
+        """Processes of sshd that serve connections, without the commands that they have started."""
         found = []
         for pid in _descendants(int(self._pid_file.read_text())):
             try:
@@ -192,7 +192,7 @@ class Sshd:
         return found
 
     def drop_connections(self) -> int:
-        """Cut all connections; the server takes new ones. How many processes that has ended."""
+        """Cut all connections; returns the number of ended processes. The server accepts new ones."""
         pids = self._connections()
         self.signal_connections(signal.SIGKILL)
         deadline = time.monotonic() + 2
@@ -201,7 +201,8 @@ class Sshd:
         return len(pids)
 
     def signal_connections(self, number: signal.Signals) -> None:
-        """Send a signal to what serves the connections: with SIGSTOP the server falls silent, but stays connected."""
+        """Send a signal to the processes that serve connections: after SIGSTOP the server is silent but stays
+        connected."""
         for pid in self._connections():
             try:
                 os.kill(pid, number)
@@ -222,7 +223,8 @@ class Sshd:
         self._process = None
 
     def restart(self, host_keys: Sequence[str] | None = None, new_host_key: bool = True) -> None:
-        """Stop, and start again on the same port, by default with new host keys; `known_hosts` keeps the old ones."""
+        """Stop, and start again on the same port, by default with new host keys, while `known_hosts` keeps the old
+        ones."""
         known = self.known_hosts.read_text()
         port = self.port
         self.stop()

@@ -1,6 +1,13 @@
 """Byte-complete tokenizers, trained here or elsewhere, whose special tokens ordinary text can never produce."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizer.base import Tokenizer
+    from tokenizer.hf_bbpe import HFBBPETokenizer
+    from tokenizer.loading import load_tokenizer
+    from tokenizer.sp_bbpe import SPBBPETokenizer
 
 _ROOM_OF = {
     "HFBBPETokenizer": "hf_bbpe",
@@ -8,7 +15,7 @@ _ROOM_OF = {
     "Tokenizer": "base",
     "load_tokenizer": "loading",
 }
-__all__ = sorted(_ROOM_OF)
+__all__ = ["HFBBPETokenizer", "SPBBPETokenizer", "Tokenizer", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> object:

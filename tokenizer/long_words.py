@@ -36,7 +36,7 @@ class LongWords:
         """The texts, in several parts where they have a word that is too long.
 
         Args:
-            pattern: its matches are the words, see `hf_bbpe.split_pattern`.
+            pattern: its matches are the words, see `split_pattern.split_pattern`.
         """
         words = regex.compile(pattern, regex.V1).finditer
         for text in texts:

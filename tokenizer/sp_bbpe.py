@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
-from tokenizer.chat_template import JINJA
+from tokenizer.usual_layouts import JINJA
 from utils.files import atomic_write
 
 KIND = "sp_bbpe"

@@ -1,12 +1,15 @@
-"""The loop of a run, what is built before it, and what it reports. Only train_my_ddp.py imports this package.
+"""The loop of a run, the parts that are built before it, and its reports. Only train_my_ddp.py imports this package.
+(config.py is for everybody: it is plain data.)
 
-trainer.py          the loop and a step of it
-build.py            all of the following in order, and the dataclass that holds it
+config.py           options of the run and of the machine, and the whole configuration
+trainer.py          the loop and its step
+build.py            builds all of the following in order, and holds it
 run_dir.py          the run directory, and the checkpoint in it to resume from
 data.py             both sets and the tokenizer
+batch.py            the batch, if nobody has given it
 build_model.py      the model with its first weights
-export.py           what a checkpoint tells other programs
-build_task.py       what turns a batch into a loss
+export.py           information for other programs in a checkpoint
+build_task.py       the task, which turns a batch into a loss
 dpo_reference.py    the reference of DPO
 resume.py           a checkpoint's state into what was built
 progress.py         where the run stands

@@ -1,55 +1,55 @@
-"""The batch where nobody has said it: of SFT and DPO as large as leaves the data enough steps, of pretraining the
-size's.
+"""The batch, if nobody has given it: for SFT and DPO so small that the data makes enough steps, for pretraining that of
+the size.
 
-With 200 records, the 64 rows that suit a hundred thousand would be one step, after which a model is what it was.
+64 rows suit a hundred thousand records. With 200 they would be a single step, which hardly changes a model.
 """
 
 import logging
 from dataclasses import replace
 
-from configurator import Config, is_open
+from configurator import is_open
+from dataset.config import DataConfig
+from training.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 _STEPS = 100
-"""Of the run, as far as the data allows."""
+"""Steps that a run should have, if there is enough data."""
 LEAST_ROWS, _MOST_ROWS = 4, 64
-"""Samples in a step: fewer leave too much to chance, more bring little. On 82 packed rows of 200 conversations, three
-times over, a model of 6.9 M parameters learnt less from 2 rows a step than from 4 (held-out loss 4.94 and 4.80; before
-it 5.62)."""
+"""Bounds of the samples in a step: fewer leave too much to chance, more gain little. In three passes over 82 packed
+rows of 200 conversations, a model of 6.9 M parameters learnt less from 2 rows a step than from 4 (held-out loss 4.94
+and 4.80, down from 5.62)."""
 _SHARES = 8
-"""Micro-batches that a step is cut into: 1, 2, 4 and 8 processes can share them, so it is the same run on each."""
+"""Micro-batches of a step. 1, 2, 4 and 8 processes can share them, so the run is the same on each number."""
 
 
-def choose_batch(config: Config, given: frozenset[str], samples: int, world_size: int) -> Config:
-    """
+def choose_batch(run: RunConfig, data: DataConfig, given: frozenset[str], samples: int, world_size: int) -> DataConfig:
+    """The data's options with the batch in them. They are saved, so a run keeps its batch, however it is resumed.
+
     Args:
         given: names of the flags that were given.
-        samples: in an epoch: packed rows, conversations or pairs.
-    Returns:
-        the configuration with the batch in it, which is saved: a run keeps it, however it is resumed.
+        samples: packed rows, conversations or pairs in an epoch.
     """
-    data, task_type = config.data, config.run.task_type
-    if not is_open(config, given, "train_batch_size", "gradient_accumulation_steps"):
-        return config
-    if task_type != "pretrain":
-        passes = 1.0 if config.run.max_iters else config.run.epoch
+    if not is_open(run, given, "train_batch_size", "gradient_accumulation_steps"):
+        return data
+    if run.task.reads_records:
+        passes = 1.0 if run.max_iters else run.epoch
         batch, why = batch_for(samples * passes), f"chosen from the {samples:,} there are"
-    elif config.run.size and data.gradient_accumulation_steps % world_size:
+    elif run.size and data.gradient_accumulation_steps % world_size:
         batch = data.train_batch_size * data.gradient_accumulation_steps
         why = f"which {world_size} processes can share"
     else:
-        return config
+        return data
     size, count = split_batch(batch, world_size, data.train_batch_size)
     logger.info(
         "%d %s a step, %s: --train_batch_size=%d --gradient_accumulation_steps=%d",
-        size * count, "rows" if task_type == "sft" and data.packing else "samples", why, size, count,
+        size * count, run.task.unit(data.packing), why, size, count,
     )  # fmt: skip
-    return replace(config, data=replace(data, train_batch_size=size, gradient_accumulation_steps=count))
+    return replace(data, train_batch_size=size, gradient_accumulation_steps=count)
 
 
 def batch_for(samples: float) -> int:
-    """Samples in a step, a power of two, for so many in the whole run."""
+    """Samples in a step, a power of two, for a run of so many samples in all."""
     batch = LEAST_ROWS
     while batch < _MOST_ROWS and 2 * batch * _STEPS <= samples:
         batch *= 2
@@ -57,11 +57,11 @@ def batch_for(samples: float) -> int:
 
 
 def split_batch(batch: int, world_size: int, most: int) -> tuple[int, int]:
-    """(samples in a micro-batch, micro-batches) of a step; where the processes cannot share it evenly, of another one
-    as near as can be.
+    """Samples in a micro-batch, and micro-batches in a step. If the processes cannot share the batch evenly, it becomes
+    the nearest one that they can.
 
     Args:
-        most: samples in a micro-batch that the memory is meant for.
+        most: largest number of samples in a micro-batch, for the sake of memory.
     """
     count = max(min(batch, _SHARES), -(-batch // most))
     count = -(-count // world_size) * world_size

@@ -3,27 +3,28 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from configurator import Config, Derived, resolve, without_effect
+from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
-from model import Llama
+from model import Llama, LlamaConfig
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel.context import DistContext, enable_determinism
+from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
 from parallel.engines import open_engine
-from parallel.gradients import GradientSource, square
+from parallel.gradients import square
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
-from tasks.dpo import DPOTask
-from tasks.language_model import LanguageModelTask
+from tasks.task import Task
 from training.batch import choose_batch
-from training.build_model import build_model, find_weights, to_device
+from training.build_model import build_model, choose_shape, find_weights, to_device, warn_of_length
 from training.build_task import build_task
+from training.config import Config, Derived, resolve
 from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
@@ -53,7 +54,7 @@ class Built:
     dtype: torch.dtype
     """Of the model's weights."""
     model: Llama
-    task: LanguageModelTask | DPOTask
+    task: Task
     reference: str | None
     """Fingerprint of DPO's reference model."""
     adamw_kernel: str
@@ -92,26 +93,35 @@ def build(
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)
     mesh = Mesh(context.rank, data_size=context.world_size)
-    run_dir = open_run_dir(config, context, resources)
+    run_dir = open_run_dir(config.run, context, resources)
     for sentence in without_effect(config, given) if context.is_main else ():
         logger.warning(sentence)
     is_resumed = run_dir.resumed_from is not None
-    data = open_data(config, data_dirs, context, run_dir.place)
-    config = choose_batch(config, given, len(data.train), context.world_size)
+    data = open_data(config.run, config.data, data_dirs, context, run_dir.place)
+    batch = choose_batch(config.run, config.data, given, len(data.train), context.world_size)
+    config = replace(config, data=batch)
     derived = resolve(config, context.world_size, len(data.train))
 
-    weights = find_weights(config, run_dir.resumed_from, data.tokenizer)
+    weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
     # Now: a checkpoint that a resumed run begins with may be gone when the next one is saved.
-    export = plan_export(config.run.task_type, data.tokenizer, weights)
+    export = plan_export(config.run.task.teaches_chat, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
-    model = build_model(config, given, context, data.tokenizer.vocab_size, dtype, weights)
+    vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
+    shape = choose_shape(config.model, config.run, given, weights, vocab_size, max_seq_len)
+    _require_same_settings(config, context, dtype, shape)
+    if weights is not None and config.run.init_from and context.is_main:
+        warn_of_length(weights, max_seq_len)
+    model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights)
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and context.is_main:
-        warn_of_rate(config, sum(parameter.numel() for parameter in model.parameters()))
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
-    if config.run.task_type == "dpo" and not config.dpo.reference_free:
-        reference = prepare_reference(config, context, run_dir, data, task, weights, dtype, stop_requested)
+    if task.uses_reference:
+        reference = prepare_reference(
+            config.run, config.data.valid_batch_size, context, run_dir, data, task, weights, dtype, stop_requested
+        )
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
@@ -151,6 +161,18 @@ def _open_engine(
             is_fp16=scaler.enabled,
             seed=config.run.seed,
         )
+    )
+
+
+def _require_same_settings(config: Config, context: DistContext, dtype: torch.dtype, shape: LlamaConfig) -> None:
+    """
+    Raises:
+        ValueError: another rank has other settings, or chooses otherwise; on all ranks.
+    """
+    decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
+    context.require_same(
+        [decisive, str(dtype), shape.__dict__],
+        "the ranks have different settings or choose different dtypes: start all with the same flags",
     )
 
 

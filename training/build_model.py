@@ -1,90 +1,156 @@
 """The model with its first weights."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import torch
 
-from checkpoint import folder as ckpt
-from configurator import Config, flatten, resolve_model
+from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
 from model import Llama, hf
 from model.attend import document_starts
+from model.config import LlamaConfig, padded_vocab_size
 from model.ops import CHOICES, build_ops, choose_ops
-from parallel import DistContext
+from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
+from training.config import RunConfig, SystemConfig
 from training.data import require_tokenizer_of, warn_of_another_template
 
 logger = logging.getLogger(__name__)
 
+SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
+"""Model fields that the weights depend on: another value needs another model."""
 
-def find_weights(config: Config, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
-    """Folder of the weights to begin with; None: new ones.
+
+def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
+    """Folder of the weights to begin with; None: new weights.
 
     Args:
-        resumed_from: folder of the model that the run goes on with, if it does.
+        resumed_from: folder of the model that a resumed run goes on with; None for a new run.
         tokenizer: the data's.
     Raises:
-        ValueError: there must be weights and are none, or they go with another tokenizer.
+        ValueError: the run needs weights and there are none, or they belong to another tokenizer.
     """
-    run, source = config.run, resumed_from
+    source = resumed_from
     if source is None and run.init_from:
-        source = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        source = resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
         own = require_tokenizer_of(source, tokenizer)
-        if resumed_from is None and run.task_type != "pretrain":
+        if resumed_from is None and run.task.teaches_chat:
             warn_of_another_template(source, own, tokenizer)
     if run.valid_only and source is None:
         raise ValueError(f"--valid_only: {Path(run.out_dir)} holds no checkpoint to validate")
-    if run.task_type == "dpo" and source is None:
+    if run.task.needs_weights and source is None:
         raise ValueError(
             f"{Path(run.out_dir)} holds no checkpoint to go on from: give a model to begin with --init_from"
         )
     return source
 
 
-def build_model(
-    config: Config,
-    given: frozenset[str],
-    context: DistContext,
-    vocab_size: int,
-    dtype: torch.dtype,
-    weights: Path | None,
-) -> Llama:
-    """The model on its device, in its dtype, the same on all ranks.
+def choose_shape(
+    wanted: LlamaConfig, run: RunConfig, given: frozenset[str], weights: Path | None, vocab_size: int, max_seq_len: int
+) -> LlamaConfig:
+    """The model's final shape.
 
     Args:
+        wanted: the configuration's.
         given: names of the flags that were given.
+        weights: folder of the weights to begin with.
         vocab_size: the tokenizer's.
-        weights: folder of the model that this one begins with. A resumed run's main parameters replace what is
-            trained; what is frozen is here alone.
     Raises:
-        ValueError: a model that cannot be, or another one on another rank.
+        ValueError: such a model cannot be built.
     """
-    system, device = config.system, context.device
     stored = hf.read_config(weights) if weights is not None else None
-    model_config = resolve_model(
-        config.model, given, stored, vocab_size, config.data.max_seq_len, is_own=not config.run.init_from
-    )
-    decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
-    context.require_same(
-        [decisive, str(dtype), model_config.__dict__],
-        "the ranks have different settings or choose different dtypes: start all with the same flags",
-    )
-    is_begun_by_another = stored is not None and config.run.init_from and context.is_main
-    if is_begun_by_another and config.data.max_seq_len > stored.max_position_embeddings:
+    return resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
+
+
+def warn_of_length(weights: Path, max_seq_len: int) -> None:
+    """Warn if samples are longer than those that the weights were trained with."""
+    known = hf.read_config(weights).max_position_embeddings
+    if max_seq_len > known:
         logger.warning(
             "max_seq_len %d is more than the %d positions that the weights were trained with: they have to learn the "
-            "others first (--max_seq_len=%d leaves it at those)",
-            config.data.max_seq_len, stored.max_position_embeddings, stored.max_position_embeddings,
+            "others first (--max_seq_len=%d leaves it at those)", max_seq_len, known, known,
         )  # fmt: skip
+
+
+def resolve_model(
+    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
+    is_own: bool = False,
+) -> LlamaConfig:  # fmt: skip
+    """The model's final shape: that of the weights, if there are any.
+
+    Args:
+        wanted: the configuration's.
+        given: names that the command line or the YAML file set.
+        stored: the shape of the weights to start from. Options that no Hugging Face config holds (hidden_dropout,
+            residual_in_fp32) come from `wanted`, and so do given ones that are not SHAPE_FIELDS.
+        is_own: the weights are a checkpoint of this run, which began with new ones. So the fields of `wanted` that were
+            not given also describe them, unless somebody has changed the run's configuration since.
+    Raises:
+        ValueError: a field contradicts the weights, or the vocabulary is too small for the tokenizer.
+    """
+    if stored is not None:
+        told = _told_fields(wanted, given, is_own)
+        for name in SHAPE_FIELDS:
+            asked, has = getattr(wanted, name), getattr(stored, name)
+            if name in told and asked != has:
+                raise ValueError(
+                    f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
+                    if name in given else
+                    f"{name} is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or "
+                    f"begin a new run"
+                )  # fmt: skip
+        own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
+        kept = {name: value for name, value in stored.__dict__.items() if name not in own}
+        wanted = dataclasses.replace(wanted, **kept)
+        if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
+            # A model that is trained on longer samples is meant for them.
+            longest = max(wanted.max_position_embeddings, max_seq_len)
+            wanted = dataclasses.replace(wanted, max_position_embeddings=longest)
+    resolved = wanted.resolve(padded_vocab_size(tokenizer_vocab_size), max_seq_len)
+    if resolved.vocab_size < tokenizer_vocab_size:
+        raise ValueError(
+            f"the model's vocab_size {resolved.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size}: "
+            f"leave --vocab_size out, and start only from weights that know this tokenizer"
+        )
+    return resolved
+
+
+def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
+    """Names of the fields that have a value of their own, given now or saved with the run, rather than leave it to the
+    weights or the tokenizer."""
+    told = set()
+    for item in dataclasses.fields(LlamaConfig):
+        asked = getattr(wanted, item.name)
+        # In a run that began with weights from elsewhere, fields that nobody gave have their defaults.
+        if item.name in given or is_own or asked != item.default:
+            is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
+            told |= {item.name} - ({item.name} if is_left_open else set())
+    return told
+
+
+def build_model(
+    shape: LlamaConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None
+) -> Llama:
+    """The model on its device, in its dtype.
+
+    Args:
+        seed: key of new weights.
+        weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
+            trained weights; frozen ones come from here alone.
+    Raises:
+        ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
+    """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
     if weights is not None:
-        hf.check_weights(model_config, weights)
-    model = Llama(model_config, system.gradient_checkpointing, system.checkpoint_keeps, ops)
+        hf.check_weights(shape, weights)
+    model = Llama(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
-        model.initialize(config.run.seed)
+        model.initialize(seed)
     else:
         hf.load_weights(model, weights)
     model.to(device=device, dtype=dtype)
@@ -94,8 +160,8 @@ def build_model(
 
 
 def to_device(batch: Batch, model: Llama, device: torch.device) -> Batch:
-    """A batch where the model is, with what the model wants to know of it."""
+    """A batch on the model's device, with the document starts that some kernels want."""
     if model.wants_document_starts and "document_ids" in batch:
-        # Here, where nothing has to wait for how many there are.
+        # Found before the copy: on a GPU, their number would have to be waited for.
         batch = batch | {"document_starts": document_starts(batch["document_ids"])}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,14 +1,24 @@
-"""Options of the run and of the machine that it runs on. Plain data: importing this loads no torch."""
+"""Options of the run and of the machine, and the whole configuration. Plain data: importing this does not load torch.
+
+Each part's options stand beside the part, in its config.py, with a `check` of what concerns that part alone.
+`check_together` judges what crosses parts.
+"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from tasks.config import TaskName
-from utils.ranges import require_at_most, require_not_negative, require_positive
+from dataset.config import DataConfig
+from model.config import LlamaConfig
+from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
+from parallel.config import ParallelConfig, PowerSGDConfig
+from runs.layout import CONFIG_NAME
+from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
+from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
 
 MOST_PROFILED_STEPS = 20
-"""Each takes megabytes of trace a rank, in memory until it is written."""
+"""Most steps in one trace. Each takes megabytes a rank, in memory until the trace is written."""
 
 
 @dataclass(frozen=True)
@@ -16,53 +26,57 @@ class RunConfig:
     """Run."""
 
     size: Literal["", "tiny", "laptop", "gpu", "1b"] = ""
-    """One word for model, batch, learning rate and context, all below what else is given (configs/README.md)."""
+    """Defaults for model, batch, learning rate and context, in one word (configs/README.md)."""
     task_type: TaskName = "pretrain"
-    """Next tokens of a corpus, the answers of conversations, or preferences between answers."""
+    """What to learn: the next tokens of a corpus, the answers of conversations, or preferences between answers."""
     out_dir: str = "out/run"
-    """Run directory: configuration, checkpoints, logs."""
+    """Run directory, for configuration, checkpoints and logs."""
     exp_config_file: str = ""
-    """YAML file with flat keys; may also be the first argument, without a flag."""
+    """YAML file with flat keys. It may also be the first argument, without a flag."""
     resume: bool = False
-    """Go on from a checkpoint in out_dir; where there is none, a command that names its data starts fresh."""
+    """Continue from a checkpoint in out_dir. If there is none, a command that names its data starts fresh."""
     resume_from: Literal["last", "best"] = "last"
-    """Which checkpoint --resume takes: the newest, or the one with the lowest validation loss."""
+    """Checkpoint for --resume: the newest, or the one with the lowest validation loss."""
     init_from: str = ""
     """Start from the weights of a Hugging Face folder, a run or a checkpoint."""
     seed: int = 1337
     """Key of the initial weights, the data order and dropout."""
     max_iters: int = 0
-    """Optimizer steps; 0 takes --epoch."""
+    """Optimizer steps; 0: --epoch decides."""
     epoch: float = 1.0
-    """Passes over the training samples, where max_iters is 0."""
+    """Passes over the training samples, if max_iters is 0."""
     log_interval: int = 1
     """Steps between log lines."""
     save_interval: int = 0
-    """Steps between checkpoints; 0 saves at validations, on request and at the end only."""
+    """Steps between checkpoints; 0: save only at validations, on request and at the end."""
     save_interval_minutes: float = 0.0
-    """Minutes between checkpoints, beside those that save_interval asks for; 0: none."""
+    """Minutes between checkpoints, in addition to those of save_interval; 0: none."""
     async_save: bool = True
-    """Write checkpoints in the background; off: the training waits, and needs no memory for copies of its state."""
+    """Write checkpoints in the background. Off: training waits, and needs no memory for copies of its state."""
     keep_last: int = 2
-    """Newest checkpoints that stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 2
-    """Checkpoints with the lowest validation loss that stay."""
+    """Number of checkpoints with the lowest validation loss to keep."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this stay for good; 0: none."""
+    """Keep checkpoints of steps that are a multiple of this for good; 0: none."""
     valid_only: bool = False
     """Validate the weights of --resume or --init_from, then stop."""
     sync_for_true_time: bool = False
-    """Wait for the GPU before reading the clock, so that a step's time is its own."""
+    """Wait for the GPU before reading the clock, so that each step is charged its own time."""
     log_ranks: str = "0"
-    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8"; warnings of all always do."""
+    """Ranks whose messages go to their node's log file: "all", or numbers such as "0,8". Warnings always do."""
     profile_steps: str = ""
-    """Steps to trace, FIRST:LAST: out_dir/profile/ gets a trace a rank, and a picture of where a step's time goes."""
+    """Steps to trace, FIRST:LAST. out_dir/profile/ gets one trace a rank and a picture of where the time goes."""
     tensorboard: bool = False
-    """Write results for TensorBoard, too: out_dir/tensorboard."""
+    """Also write results for TensorBoard, to out_dir/tensorboard."""
     wandb_project: str = ""
-    """Send results to this project of Weights & Biases, too."""
+    """Also send results to this project of Weights & Biases."""
     wandb_mode: Literal["online", "offline"] = "online"
-    """Offline keeps them in out_dir/wandb, for `wandb sync`."""
+    """offline: keep them in out_dir/wandb, for `wandb sync`."""
+
+    @property
+    def task(self) -> TaskType:
+        return TASK_TYPES[self.task_type]
 
     def check(self) -> None:
         """
@@ -84,33 +98,33 @@ class SystemConfig:
     """System."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs: CUDA where there is one."""
+    """Device of the model; auto: CUDA if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32."""
+    """dtype of the weights; auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, otherwise float32."""
     compile: bool = False
     """torch.compile each transformer block."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
-    """Who computes what is not a matmul: our Triton kernels, plain PyTorch, or what is fastest on the device."""
+    """Implementation of everything but matmuls: our Triton kernels, plain PyTorch, or the fastest on the device."""
     rms_norm_kernel: Literal["", "reference", "triton", "liger", "apex"] = ""
-    """For RMSNorm alone; "" takes --kernels."""
+    """Implementation of RMSNorm; "": as --kernels."""
     rope_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For the rotary embedding alone."""
+    """Implementation of the rotary embedding."""
     swiglu_kernel: Literal["", "reference", "triton", "liger"] = ""
-    """For SwiGLU alone."""
+    """Implementation of SwiGLU."""
     cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
-    """For the loss alone; chunked and triton never hold all logits."""
+    """Implementation of the loss. chunked and triton never hold all logits."""
     attention_kernel: Literal["", "sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"] = ""
-    """For attention alone; varlen is torch's own for packed rows on GPUs, blocked ours for CPUs."""
+    """Implementation of attention. varlen is torch's, for packed rows on GPUs; blocked is ours, for CPUs."""
     adamw_kernel: Literal["", "torch", "triton"] = ""
-    """For the optimizer's step alone."""
+    """Implementation of the optimizer's step."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     checkpoint_keeps: Literal["nothing", "matmuls"] = "nothing"
-    """With gradient_checkpointing: matmuls keeps their and attention's outputs, and recomputes what is cheap."""
+    """With gradient_checkpointing; matmuls: keep the outputs of matmuls and attention, recompute the rest."""
     deterministic: bool = False
-    """Same bits from run to run on CUDA too (a CPU has them always)."""
+    """The same bits from run to run, on CUDA too. (On a CPU they always are.)"""
     num_threads: int = 0
-    """CPU threads a process; 0 leaves the launcher's choice."""
+    """CPU threads of each process; 0: as the launcher chose."""
 
     def check(self) -> None:
         """
@@ -121,11 +135,118 @@ class SystemConfig:
         require_at_most(self, 4096, "num_threads")
 
 
+@dataclass(frozen=True)
+class Config:
+    """Train a llama-style model."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    model: LlamaConfig = field(default_factory=LlamaConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def check_together(config: Config) -> None:
+    """Refuse options of different parts that do not go together, as far as they tell without the data.
+
+    Raises:
+        ValueError: the first such combination.
+    """
+    run, data = config.run, config.data
+    if not data.data_dir and not (data.train_data_dir and data.valid_data_dir):
+        if data.train_data_dir or data.valid_data_dir:
+            given, missing = ("train", "valid") if data.train_data_dir else ("valid", "train")
+            raise ValueError(f"--{missing}_data_dir is missing: --{given}_data_dir is for the {given} set alone")
+        kind = "the data" if run.task.reads_records else "the pretokenized data"
+        raise ValueError(f"--data_dir is missing: give the directory of {kind}")
+    if data.resume_at_sample and not run.resume:
+        raise ValueError("--resume_at_sample goes with --resume: a new run has nothing to leave out")
+    if run.valid_only and not (run.resume or run.init_from):
+        holds_run = (Path(run.out_dir) / CONFIG_NAME).exists()
+        to_do = "add --resume for those of the run in --out_dir" if holds_run else "give --init_from"
+        raise ValueError(f"--valid_only needs weights: {to_do}")
+    if not data.document_mask and not run.task.mixes_documents:
+        raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
+    if run.task.options:
+        getattr(config, run.task.options).check()
+    if run.task.needs_weights and not (run.init_from or run.resume):
+        raise ValueError(
+            f"--task_type={run.task_type} needs a model to begin with: give --init_from, best a run of --task_type=sft"
+        )
+    _check_gradients(config)
+
+
+def _check_gradients(config: Config) -> None:
+    """Refuse hooks and overlaps that do not go with the optimizer or the dtype."""
+    parallel, is_float16 = config.parallel, config.system.dtype == "float16"
+    if config.powersgd.grad_buffer_is_powerSGD_error:
+        if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
+            raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
+        if is_float16:
+            raise ValueError(
+                "--grad_buffer_is_powerSGD_error does not go with --dtype=float16: an overflow, which the loss scaler "
+                "expects now and then, would destroy the residual"
+            )
+    if parallel.overlap_optim_step:
+        if config.optimizer.optimizer == "muon" and parallel.use_distributed_optimizer:
+            raise ValueError(
+                "--optimizer=muon needs whole matrices, and --use_distributed_optimizer gathers them after the backward"
+                " pass: leave out --overlap_optim_step"
+            )
+        if config.optimizer.grad_clip > 0:
+            raise ValueError(
+                "--overlap_optim_step steps a bucket before the global gradient norm is known, so it cannot clip: add "
+                "--grad_clip=0, or leave it out"
+            )
+        if is_float16:
+            raise ValueError(
+                "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Figures that follow from the configuration, the data and the number of ranks."""
+
+    global_batch_size: int
+    """Samples in a step."""
+    max_iters: int
+    """Steps of the run."""
+
+
+def resolve(
+    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
+) -> Derived:
+    """Figures that follow from the configuration, the data and the number of ranks.
+
+    Args:
+        num_train_samples: samples in an epoch.
+        step, samples_consumed: position of a resumed run. --epoch counts samples, even if the global batch changed.
+    Raises:
+        ValueError: the global batch cannot be split over the ranks.
+    """
+    steps = config.data.gradient_accumulation_steps
+    if steps % world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
+            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
+        )
+    global_batch = config.data.train_batch_size * steps
+    epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
+    return Derived(global_batch, config.run.max_iters or epoch_iters)
+
+
 def parse_log_ranks(text: str) -> frozenset[int] | None:
     """The ranks that --log_ranks names; None: all of them.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text is neither "all" nor a list of ranks.
     """
     if text == "all":
         return None
@@ -135,10 +256,10 @@ def parse_log_ranks(text: str) -> frozenset[int] | None:
 
 
 def parse_profile_steps(text: str) -> tuple[int, int] | None:
-    """(first, last) of the steps that --profile_steps names; None: it is empty.
+    """First and last of the steps that --profile_steps names; None: none.
 
     Raises:
-        ValueError: it is something else, or so many steps that no viewer could open the trace.
+        ValueError: the text is not a range of steps, or has so many that no viewer could open the trace.
     """
     if not text:
         return None
@@ -153,3 +274,9 @@ def parse_profile_steps(text: str) -> tuple[int, int] | None:
             f"profile_steps={text} asks for {last - first + 1} steps: a trace holds at most {MOST_PROFILED_STEPS}"
         )
     return first, last
+
+
+ONLY_WITH = (
+    OnlyWith(("resume_from", "restart_data"), lambda f: f["resume"], "without --resume"),
+    OnlyWith(("wandb_mode",), lambda f: f["wandb_project"], "without --wandb_project"),
+)

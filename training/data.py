@@ -1,4 +1,4 @@
-"""Both sets and the tokenizer."""
+"""The training set, the validation set and their tokenizer."""
 
 import logging
 import re
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint import folder as ckpt
-from checkpoint.stores import Place
-from configurator import Config, is_open
-from data_preprocess.pretokenize_sft_data import Options, check_options, tokenize_online
+from checkpoint.choosing import newest_with, resolve_checkpoint_dir
+from checkpoint.stores import StorePlace
+from configurator import is_open
+from data_preprocess.raw_records import check_options, tokenize_online
+from data_preprocess.record_compiler import CompilerOptions
+from dataset.config import DataConfig
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
 from dataset.sequences import read_manifest
@@ -19,11 +21,12 @@ from runs.layout import RunPaths
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
+from training.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
 _MOST_PADDING = 20
-"""A model has at most one row in so many, or 64, that its tokenizer has no entry for."""
+"""At most one embedding row in so many, or 64 in all, has no entry in the model's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -35,39 +38,39 @@ class Data:
     valid: TaskDataset | None
 
 
-def fit_context(config: Config, given: frozenset[str]) -> Config:
-    """Where nobody has said `max_seq_len`: as long as the data was prepared for; of raw records, which can be prepared
-    for any, no longer than the weights were trained with.
+def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> DataConfig:
+    """The data's options with `max_seq_len` chosen, if nobody has given it: the length that the data was prepared for.
+    Raw records can be prepared for any length; for them, at most the length that the weights were trained with.
 
     Args:
         given: names of the flags that were given.
     Raises:
-        ValueError: the data was prepared for several lengths, and none of them is the one to expect.
+        ValueError: the data was prepared for several lengths, none of them the expected one.
     """
-    if not is_open(config, given, "max_seq_len"):
-        return config
-    wished, directory = config.data.max_seq_len, Path(config.data.train_data_dir or config.data.data_dir)
-    if config.run.task_type == "pretrain":
+    if not is_open(run, given, "max_seq_len"):
+        return data
+    wished, directory = data.max_seq_len, Path(data.train_data_dir or data.data_dir)
+    if not run.task.reads_records:
         found, why = _indexed_length(directory, wished), f"as the index in {directory} is for that"
     elif (directory / MANIFEST_NAME).exists():
         made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
         found, why = made_with, f"as {directory} was pretokenized for that"
-    elif config.run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
+    elif run.init_from:
+        weights = resolve_checkpoint_dir(Path(run.init_from))
         known = hf.read_config(weights).max_position_embeddings
         found, why = min(wished, known), f"as the weights in {weights} were trained with no more"
-        if config.run.size and wished < known:
-            logger.info("max_seq_len is %d, as --size=%s wishes; the weights know %d", wished, config.run.size, known)
+        if run.size and wished < known:
+            logger.info("max_seq_len is %d, as --size=%s wishes; the weights know %d", wished, run.size, known)
     else:
-        return config
+        return data
     if found == wished:
-        return config
+        return data
     logger.info("max_seq_len is %d, %s", found, why)
-    return replace(config, data=replace(config.data, max_seq_len=found))
+    return replace(data, max_seq_len=found)
 
 
 def _indexed_length(directory: Path, wished: int) -> int:
-    """Tokens of a sample that pretraining data has an index for, rather those that are wished for."""
+    """Tokens of a sample that pretraining data has an index for; the wished number, if it is among several."""
     names = [re.fullmatch(r"train-([1-9][0-9]*)\.ibin", path.name) for path in directory.glob("train-*.ibin")]
     lengths = sorted(int(match[1]) for match in names if match)
     if not lengths or wished in lengths:
@@ -80,21 +83,20 @@ def _indexed_length(directory: Path, wished: int) -> int:
     return lengths[0]
 
 
-def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
-    """Set -> directory of its tokens. Raw records of SFT and DPO are tokenized first: before any process group exists,
-    so that no rank waits in a collective meanwhile.
+def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dict[str, Path]:
+    """Directory of the tokens of each set. Raw records of SFT and DPO are tokenized here, before any process group
+    exists, so that no rank waits in a collective meanwhile.
 
     Args:
         given: names of the flags that were given.
     Raises:
-        ValueError: nothing to tokenize, or flags that contradict what was tokenized before.
+        ValueError: there is nothing to tokenize, or flags contradict the tokens that are there.
     """
-    data, run = config.data, config.run
     dirs = {"train": Path(data.train_data_dir or data.data_dir), "valid": Path(data.valid_data_dir or data.data_dir)}
-    if run.task_type == "pretrain":
+    if not run.task.reads_records:
         return dirs
-    options = Options(
-        run.task_type, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
+    options = CompilerOptions(
+        run.task.dataset, data.max_seq_len, data.sft_loss, data.max_prompt_len, data.prompt_truncation_mode,
         data.user_name, data.assistant_name,
     )  # fmt: skip
     chosen = {}
@@ -106,19 +108,19 @@ def prepare_data(config: Config, given: frozenset[str]) -> dict[str, Path]:
         else:
             # A directory for validation alone is taken whole.
             ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
-            chosen[split] = tokenize_online(directory, _tokenizer_dir(config), options, ratio)
+            chosen[split] = tokenize_online(directory, _tokenizer_dir(run, data.tokenizer_dir), options, ratio)
         check_options(chosen[split], options, given)
     return chosen
 
 
-def _tokenizer_dir(config: Config) -> Path:
-    """The tokenizer of the model that is trained."""
-    run, given, weights = config.run, config.data.tokenizer_dir, None
+def _tokenizer_dir(run: RunConfig, given: str) -> Path:
+    """Folder of the tokenizer for the model that is trained; `given`: --tokenizer_dir."""
+    weights = None
     if run.resume:
-        # Any will do: which checkpoint the run goes on from is found out later.
-        weights = ckpt.newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
+        # Any checkpoint will do; the one to resume from is found later.
+        weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
-        weights = ckpt.resolve_checkpoint_dir(Path(run.init_from))
+        weights = resolve_checkpoint_dir(Path(run.init_from))
     if not given and weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
@@ -130,14 +132,13 @@ def _tokenizer_dir(config: Config) -> Path:
 
 
 def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
-    """
+    """The tokenizer in a model's folder, if it holds one, which must be the data's.
+
     Args:
         weights: folder of a model.
         tokenizer: the data's.
-    Returns:
-        the one that the folder holds, if it does.
     Raises:
-        ValueError: the data's is not the model's; where the folder holds none: the model is of another size.
+        ValueError: the folder holds another tokenizer, or none and the model's vocabulary has another size.
     """
     if has_tokenizer(weights):
         own = load_tokenizer(weights)
@@ -162,7 +163,8 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | Non
 
 
 def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: Tokenizer) -> None:
-    """
+    """Warn if the data was laid out by another chat template than the model's.
+
     Args:
         weights: folder of a model that is fine-tuned.
         own: the tokenizer that it holds.
@@ -176,7 +178,9 @@ def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: To
         )
 
 
-def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place: Place) -> Data:
+def open_data(
+    run: RunConfig, data: DataConfig, dirs: dict[str, Path], context: DistContext, place: StorePlace
+) -> Data:
     """Open both sets and the tokenizer, and check that they belong together, on all ranks.
 
     Args:
@@ -184,22 +188,22 @@ def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place
     Raises:
         ValueError: they do not belong together, are damaged, or differ from rank to rank.
     """
-    data, task = config.data, config.run.task_type
+    task = run.task
     how = (data.max_seq_len, data.document_mask, data.packing)
-    train, valid = open_dataset(task, dirs["train"], "train", *how), None
+    train, valid = open_dataset(task.dataset, dirs["train"], "train", *how), None
     tokenizer = load_tokenizer(data.tokenizer_dir or dirs["train"] / "tokenizer")
     train.check(tokenizer.fingerprint, data.valid_ratio)
     if train.valid_ratio > 0 or data.valid_data_dir:
-        valid = open_dataset(task, dirs["valid"], "valid", *how)
+        valid = open_dataset(task.dataset, dirs["valid"], "valid", *how)
         valid.check(tokenizer.fingerprint)
-    elif config.run.valid_only:
+    elif run.valid_only:
         raise ValueError(f"{dirs['train']} has no validation set: it was pretokenized with --valid_ratio 0")
     datasets = [dataset for dataset in (train, valid) if dataset is not None]
-    if task != "pretrain":
+    if task.reads_records:
         _require_one_template([dirs[split] for split, one in (("train", train), ("valid", valid)) if one], tokenizer)
     for dataset in datasets:
-        if task != "pretrain":
-            # Small enough to be read once before it is trained on; pretraining data has `dataset.inspect --verify`.
+        if task.reads_records:
+            # Small enough to be read once before training. For pretraining data there is `dataset.inspect --verify`.
             _once_a_store(dataset.sequences.check_content, context, place)
         elif data.verify_data:
             _once_a_store(dataset.check_content, context, place)
@@ -211,10 +215,10 @@ def open_data(config: Config, dirs: dict[str, Path], context: DistContext, place
 
 
 def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None:
-    """Checkpoints carry the tokenizer's chat template: it must be the one that laid out what is learnt.
+    """Refuse data whose conversations another chat template laid out: checkpoints carry the tokenizer's.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a directory's tokenizer has another chat template.
     """
     for directory in directories:
         if template_of(load_tokenizer(directory / "tokenizer")).key != template_of(tokenizer).key:
@@ -224,10 +228,10 @@ def _require_one_template(directories: list[Path], tokenizer: Tokenizer) -> None
             )
 
 
-def _once_a_store(check: Callable[[], object], context: DistContext, place: Place) -> None:
+def _once_a_store(check: Callable[[], object], context: DistContext, place: StorePlace) -> None:
     context.gather_from(lambda: check() if place.is_first_of_store else None)
 
 
-def order_of_samples(config: Config, data: Data) -> dict:
-    """What the order of the samples depends on."""
-    return {"seed": config.run.seed, "data": data.train.fingerprint, "max_seq_len": config.data.max_seq_len}
+def order_of_samples(seed: int, data: Data) -> dict:
+    """Values that decide the order of the samples."""
+    return {"seed": seed, "data": data.train.fingerprint, "max_seq_len": data.train.max_seq_len}

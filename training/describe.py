@@ -1,4 +1,4 @@
-"""The lines that say what runs, and how fast it could be."""
+"""Lines at the start of a run: what runs, and how fast it could be."""
 
 import logging
 import math
@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import Config, Derived
 from data_preprocess.pretokenize_sft_data import summary
+from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Llama, flops
+from parallel.engine import Engine
+from tasks.config import TaskType
 from tokenizer.chat_template import template_of
 from training.batch import LEAST_ROWS
 from training.build import Built
+from training.config import Derived, RunConfig
 from training.data import Data
 from training.progress import Progress
 
@@ -25,23 +28,23 @@ _USUAL_MFU = 0.4
 """Share of the peak that a run may reach: on CPUs 0.38 to 0.66 were measured."""
 _LONG_STEP_S = 60.0
 _FEW_STEPS = 20
-"""Of SFT and DPO, below which a model has hardly moved."""
+"""After fewer steps of SFT or DPO, a model has hardly changed."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """What MFU is computed from."""
+    """Figures that MFU is computed from."""
 
     peak: float
     """FLOP/s of all ranks together; NaN if it is unknown."""
     strict: float
     """FLOPs a token, by the strict formula."""
     seed: float
-    """By the original's formula."""
+    """FLOPs a token, by the original's formula."""
 
 
 def count_flops(built: Built) -> Flops:
-    """Collective, and on a CPU a measurement."""
+    """Peak and FLOPs a token of this run. Collective; on a CPU, the peak is measured."""
     context, model = built.context, built.model
     peak = flops.device_peak_flops(context.device, built.dtype)
     return Flops(
@@ -52,16 +55,17 @@ def count_flops(built: Built) -> Flops:
 
 
 def describe(built: Built, counted: Flops) -> list[str]:
-    """What runs, on what, on which data, from where. Collective, as the network's speed is measured."""
+    """Lines about model, machine, data and start of the run. Collective, as the network's speed is measured."""
     config, device = built.config, built.context.device
+    tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
         _model(built.model, built.dtype, device),
         f"parallel: {built.engine.describe()}",
-        *_network(built, counted),
+        *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
-        _ops(built, config.system.compile),
-        *_data(built.data, config.run.task_type),
-        _batch(config, built.derived, len(built.data.train)),
+        _ops(built.model, built.adamw_kernel, config.optimizer.optimizer == "muon", config.system.compile),
+        *_data(built.data, config.run.task),
+        _batch(config.run, config.data, built.derived, len(built.data.train)),
         *_time(built, counted),
         _start(built.progress, built.weights_from),
     ]
@@ -78,17 +82,15 @@ def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
     )
 
 
-def _network(built: Built, counted: Flops) -> list[str]:
-    """What a step sends, and how long that takes at the speed measured now; warns if no overlap can hide it.
-    Collective."""
-    traffic = None if built.config.run.valid_only else built.engine.traffic()
+def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool) -> list[str]:
+    """Bytes of a step, and their time at the speed measured now; warns if no overlap can hide it. Collective."""
+    traffic = engine.traffic()
     if traffic is None:
         return []
     rate = traffic.bytes_per_s
     sends = " and ".join(f"{sent / 1e6:,.1f} MB of {what} ({sent / rate:.2f} s)" for what, sent in traffic.sent.items())
-    tokens_per_step = built.derived.global_batch_size * built.config.data.max_seq_len
-    advice = built.engine.advice(traffic, tokens_per_step * counted.strict / (0.5 * counted.peak))
-    if advice is not None and built.context.is_main:
+    advice = engine.advice(traffic, tokens_per_step * counted.strict / (0.5 * counted.peak))
+    if advice is not None and is_main:
         logger.warning(advice)
     return [f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {sends} from each rank"]
 
@@ -98,31 +100,29 @@ def _peak(counted: Flops, device: torch.device) -> str:
     return f"peak: {counted.peak / 1e9:,.0f} GFLOP/s in all, {source}; MFU is a share of it"
 
 
-def _ops(built: Built, is_compiled: bool) -> str:
-    """Which implementation each op resolved to."""
+def _ops(model: Llama, adamw_kernel: str, has_muon: bool, is_compiled: bool) -> str:
+    """Implementation that each op resolved to."""
     return (
-        f"ops: {built.model.ops} adamw={built.adamw_kernel}"
-        + (", Muon for the matrices of the blocks" if built.config.optimizer.optimizer == "muon" else "")
-        + (", plain attention for its dropout" if built.model.config.attention_dropout else "")
+        f"ops: {model.ops} adamw={adamw_kernel}"
+        + (", Muon for the matrices of the blocks" if has_muon else "")
+        + (", plain attention for its dropout" if model.config.attention_dropout else "")
         + (" (blocks compiled)" if is_compiled else "")
     )
 
 
-def _data(data: Data, task_type: str) -> list[str]:
-    """Of SFT and DPO also: how many records were taken, shortened, dropped and skipped, whenever that was; and what is
-    odd about the layout of their conversations."""
-    directories = dict.fromkeys(data.dirs.values()) if task_type != "pretrain" else ()
+def _data(data: Data, task: TaskType) -> list[str]:
+    """The data. For SFT and DPO also how many records were taken, shortened, dropped and skipped when it was tokenized,
+    and notes on the layout of their conversations."""
+    directories = dict.fromkeys(data.dirs.values()) if task.reads_records else ()
     records = [f"records of {directory}: {summary(read_manifest(directory))}" for directory in directories]
-    notes = template_of(data.tokenizer).notes if task_type != "pretrain" else []
+    notes = template_of(data.tokenizer).notes if task.teaches_chat else []
     return [*records, f"data: {data.train.description()}", *(f"note: {note}" for note in notes)]
 
 
-def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
-    samples = derived.global_batch_size
-    has_full_rows = config.run.task_type == "pretrain"
-    # A packed row holds several samples.
-    unit = "rows" if config.run.task_type == "sft" and config.data.packing else "samples"
-    tokens = f" ({samples * config.data.max_seq_len:,} tokens)" if has_full_rows else ""
+def _batch(run: RunConfig, data: DataConfig, derived: Derived, samples_per_epoch: int) -> str:
+    samples, unit = derived.global_batch_size, run.task.unit(data.packing)
+    # Samples made from records have any length.
+    tokens = "" if run.task.reads_records else f" ({samples * data.max_seq_len:,} tokens)"
     epochs, steps = derived.max_iters * samples / samples_per_epoch, derived.max_iters
     text = f"batch: {samples} {unit}{tokens} a step, {steps} step{'' if steps == 1 else 's'}, {epochs:.2f} epochs"
     if samples > samples_per_epoch:
@@ -130,16 +130,16 @@ def _batch(config: Config, derived: Derived, samples_per_epoch: int) -> str:
             f"; a step takes more {unit} than there are ({samples_per_epoch}): lower --train_batch_size or "
             f"--gradient_accumulation_steps"
         )
-    elif config.run.task_type != "pretrain" and steps < _FEW_STEPS:
-        # Below some rows a step, smaller ones teach less.
+    elif run.task.reads_records and steps < _FEW_STEPS:
+        # With very few rows a step, smaller steps teach less.
         smaller = "lower --train_batch_size or --gradient_accumulation_steps, or " if samples > LEAST_ROWS else ""
-        text += f"; so few steps teach little: {smaller}raise --{'max_iters' if config.run.max_iters else 'epoch'}"
+        text += f"; so few steps teach little: {smaller}raise --{'max_iters' if run.max_iters else 'epoch'}"
     return text
 
 
 def _time(built: Built, counted: Flops) -> list[str]:
-    """How long it will take, guessed before the first step; nothing where the peak is unknown. After some steps, their
-    lines say it better."""
+    """A guess of the run's duration before the first step; nothing if the peak is unknown. The lines of the first steps
+    give better figures."""
     config, derived, data = built.config, built.derived, built.data
     if not math.isfinite(counted.peak) or config.run.valid_only:
         return []
@@ -162,7 +162,7 @@ def _time(built: Built, counted: Flops) -> list[str]:
 
 
 def positions_per_sample(dataset: TaskDataset) -> float:
-    """Positions of the model that a sample takes, on average over some; without padding."""
+    """Positions that a sample takes, without padding: the mean over some samples."""
     some = np.unique(np.linspace(0, len(dataset) - 1, 64).astype(np.int64))
     return sum(len(row) for row in dataset.input_rows(some)) / len(some)
 

@@ -1,4 +1,4 @@
-"""The reference of DPO: what the model that the run began with says of every pair."""
+"""The reference of DPO: log-probabilities of every pair under the model that the run began with."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -6,19 +6,21 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import folder as ckpt
-from configurator import Config
+from checkpoint.choosing import resolve_checkpoint_dir
+from checkpoint.folder import read_trainer_state
 from model import hf
 from parallel import DistContext
 from tasks.dpo import DPOTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
 from training.build_model import to_device
+from training.config import RunConfig
 from training.data import Data
 from training.run_dir import RunDir
 
 
 def prepare_reference(
-    config: Config,
+    run: RunConfig,
+    batch_size: int,
     context: DistContext,
     run_dir: RunDir,
     data: Data,
@@ -27,38 +29,39 @@ def prepare_reference(
     dtype: torch.dtype,
     stop_requested: Callable[[], bool],
 ) -> str:
-    """Read the log-probabilities under the reference model into both sets, or compute them where they are missing.
+    """Read the log-probabilities under the reference model into both sets, or compute missing ones.
 
-    Call it before a resumed run's own weights are loaded: it may load those that the run began with.
+    Call this before a resumed run's own weights are loaded, as it may load those that the run began with.
 
     Args:
-        weights: folder of what the model was built from.
+        batch_size: pairs in a batch.
+        weights: folder of the weights that the model was built from.
         stop_requested: whether this rank was asked to stop.
     Returns:
         fingerprint of the reference model, for the checkpoints.
     Raises:
-        ValueError: they are gone, and the model that the run began with is not given.
+        ValueError: they are gone, and the model that the run began with was not given.
         StopRequested: a rank was asked to stop.
     """
     model, is_resumed = task.model, run_dir.resumed_from is not None
-    # Found once, as its files are verified for that.
-    first_model = cache(partial(_first_model, config, weights, is_resumed))
+    # Looked up once, as this verifies its files.
+    first_model = cache(partial(_first_model, run.init_from, weights, is_resumed))
 
     def fingerprint() -> str:
         return context.decide_on_main(lambda: weights_fingerprint(first_model(), model.config, dtype))
 
-    saved = ckpt.read_trainer_state(run_dir.resumed_from).get("reference") if is_resumed else None
+    saved = read_trainer_state(run_dir.resumed_from).get("reference") if is_resumed else None
     reference = saved or fingerprint()
     has_weights = not is_resumed
     for split, dataset in (("train", data.train), ("valid", data.valid)):
-        if dataset is None or (config.run.valid_only and split == "train"):
+        if dataset is None or (run.valid_only and split == "train"):
             continue
         kept = ReferenceCache(dataset, split, reference, run_dir.path)
         dataset.reference = kept.read_on_main(context.is_main, context.all_sum)
         if dataset.reference is not None:
             continue
         if not has_weights:
-            # Of a resumed run: the log-probabilities are gone, and the model that it began with is needed again.
+            # In a resumed run whose log-probabilities are gone, the model that it began with is needed again.
             if fingerprint() != reference:
                 raise ValueError(
                     f"the log-probabilities of the reference model are gone, and {first_model()} is not the model "
@@ -67,17 +70,17 @@ def prepare_reference(
             hf.load_weights(model, first_model())
             has_weights = True
         dataset.reference = compute_reference(
-            task, kept, config.data.valid_batch_size, context.rank, context.world_size, context.all_sum,
+            task, kept, batch_size, context.rank, context.world_size, context.all_sum,
             lambda batch: to_device(batch, model, context.device), lambda: run_dir.heartbeat.beat("reference", 0),
             stop_requested,
         )  # fmt: skip
     return reference
 
 
-def _first_model(config: Config, weights: Path, is_resumed: bool) -> Path:
+def _first_model(init_from: str, weights: Path, is_resumed: bool) -> Path:
     """Folder of the model that the run began with."""
     if not is_resumed:
         return weights
-    if not config.run.init_from:
+    if not init_from:
         raise ValueError("the log-probabilities of the reference model are missing: give the model with --init_from")
-    return ckpt.resolve_checkpoint_dir(Path(config.run.init_from))
+    return resolve_checkpoint_dir(Path(init_from))

@@ -3,12 +3,13 @@
 import logging
 from pathlib import Path
 
-from checkpoint import folder as ckpt
-from configurator import Config, changes_since, flatten, to_yaml
+from checkpoint.retention import abandon_later
+from configurator import changes_since, flatten, to_yaml
 from runs import exits
 from runs.reslog import VERSION, ResLog, count_launches
 from runs.sinks import Sinks, open_sinks
 from training.build import Built
+from training.config import Config
 from training.data import order_of_samples
 from training.describe import Flops, count_flops, describe
 from utils.files import atomic_write
@@ -29,7 +30,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
     for line in describe(built, counted):
         logger.info(line)
     if run_dir.place.is_first_of_store and not config.run.valid_only:
-        for path in ckpt.abandon_later(run_dir.ckpt_dir, step):
+        for path in abandon_later(run_dir.ckpt_dir, step):
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)
@@ -71,7 +72,7 @@ def _write_start(built: Built, reslog: ResLog | None) -> None:
         left_out=built.left_out,
         world_size=world_size,
         dtype=dtype,
-        **order_of_samples(config, built.data),
+        **order_of_samples(config.run.seed, built.data),
         global_batch_size=derived.global_batch_size,
         task=config.run.task_type,
         packing=config.data.packing,

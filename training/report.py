@@ -11,20 +11,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint import folder as ckpt
+from checkpoint.folder import list_checkpoints
 from checkpoint.saving import SaveOutcome
 from parallel.context import DistContext
 from runs.layout import RunPaths
 from runs.reslog import ResLog
-from tasks.dpo import DPOTask
-from tasks.language_model import LanguageModelTask
+from tasks.task import Task
 from training.build import Built
 from training.config import RunConfig, parse_profile_steps
 from training.describe import Flops
 from training.profile_steps import StepProfile
 from training.progress import Progress, Unlogged
 from training.samples import Sample
-from training.summary import Ending, summary_lines
+from training.summary import RunEnd, summary_lines
 from utils.logging import clock, log_repeated_warnings
 from utils.paths import for_command
 from utils.terminal import visible
@@ -79,7 +78,7 @@ def report_step(
 def report_validation(
     reslog: ResLog | None,
     step: int,
-    task: LanguageModelTask | DPOTask,
+    task: Task,
     figures: dict[str, float],
     terms: float,
     seconds: float,
@@ -142,14 +141,14 @@ def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> S
 def report_end(
     reslog: ResLog | None, built: Built, finished: bool, steps_now: int, seconds: float, train_loss: float | None
 ) -> None:
-    """Record the end, and say where everything is. The arguments are as in Ending."""
+    """Record the end, and say where everything is. The arguments are as in RunEnd."""
     if reslog is None:
         log_repeated_warnings(logger.warning)
         return
     run_dir, progress = built.run_dir, built.progress
-    ending = Ending(
+    ending = RunEnd(
         run_dir.path, finished, progress.step, built.derived.max_iters, steps_now, seconds, progress.tokens,
-        train_loss, built.config.run.task_type != "pretrain", _resume_command(built.context, run_dir.path),
+        train_loss, built.config.run.task.teaches_chat, _resume_command(built.context, run_dir.path),
         run_dir.saver.retention,
     )  # fmt: skip
     reslog.write("end", step=progress.step, reason="finished" if finished else "stopped on request")
@@ -180,7 +179,7 @@ def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -
     if run.valid_only:
         return lines
     try:
-        saved = ckpt.list_checkpoints(paths.ckpt_dir)
+        saved = list_checkpoints(paths.ckpt_dir)
     except OSError as error:
         way_on = _resume_command(context, out_dir)
         lines.append(f"once {paths.ckpt_dir} can be read ({error.strerror}), go on: {way_on}")

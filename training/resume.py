@@ -3,11 +3,12 @@
 import logging
 from pathlib import Path
 
-from checkpoint import folder as ckpt
+from checkpoint.folder import read_trainer_state
 from checkpoint.named import holds_named_state, load_named_state, read_tensors
-from configurator import Config
+from checkpoint.retention import delete_leftovers
 from parallel.context import DistContext
 from parallel.engine import Engine
+from training.config import Config
 from training.data import Data, order_of_samples
 from training.progress import Progress
 from training.run_dir import RunDir
@@ -29,7 +30,7 @@ def load_checkpoint(
     Raises:
         ValueError: what decides the run's course was changed.
     """
-    state = ckpt.read_trainer_state(run_dir.resumed_from)
+    state = read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
     run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, engine.named_state()))
     load_named_state(run_dir.resume_files.directories, engine.named_state())
@@ -41,14 +42,14 @@ def load_checkpoint(
         samples = config.data.resume_at_sample
     context.barrier()
     if run_dir.place.is_first_of_store:
-        ckpt.delete_leftovers(run_dir.ckpt_dir)
+        delete_leftovers(run_dir.ckpt_dir)
     # (Checkpoints that are older than this entry lack it.)
     return Progress(state["step"], samples, state["tokens"], state.get("validation_due", False)), left_out
 
 
 def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool:
     """Refuse what cannot go on with the state in `path`. Returns whether the samples come in a new order, as asked."""
-    order = order_of_samples(config, data)
+    order = order_of_samples(config.run.seed, data)
     changed = [name for name, value in order.items() if state["stream"][name] != value]
     if changed and not (config.data.restart_data or config.run.valid_only):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the model writes at each validation, so that a log shows more than a loss."""
+"""Texts that the model writes at each validation, so that a log shows more than a loss."""
 
 import time
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from tokenizer.chat_template import template_of
 from training.build import Built
 
 _PROMPT_TOKENS = 32
-"""Of a held-out text, at most."""
+"""Most tokens of a held-out text that begin a sample."""
 _PATIENCE_S = 10.0
-"""For all samples of a validation: other ranks wait meanwhile."""
+"""Time limit for all samples of a validation, as other ranks wait meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,19 @@ class Sample:
     prompt: str
     text: str
     is_cut: bool
-    """It took too long, and ends where it was."""
+    """The time was over before the text ended."""
 
 
 class Samples:
-    """--sample_texts continuations, of --sample_prompt or of beginnings of the validation set; always the same
-    beginnings and random numbers, so that samples of one run can be compared. They change nothing in the run."""
+    """Writes --sample_texts continuations of --sample_prompt, or of beginnings of the validation set. Beginnings and
+    random numbers are always the same, so that samples of one run can be compared. The run itself is not changed."""
 
     def __init__(self, built: Built):
         data, flags = built.data, built.config.data
         self._model, self._seed, self._tokenizer = built.model, built.config.run.seed, data.tokenizer
         self._most, self._prompts = flags.sample_tokens, []
         self._stop_ids = frozenset([data.tokenizer.eod_id])
-        if built.config.run.task_type != "pretrain":
+        if built.config.run.task.teaches_chat:
             self._stop_ids |= template_of(data.tokenizer).stop_ids
         if data.valid is None or not flags.sample_texts:
             return
@@ -48,7 +48,7 @@ class Samples:
 
     @torch.no_grad()
     def write(self) -> Iterator[Sample]:
-        """On one rank, between steps, when all of its weights are there."""
+        """Write the samples, on one rank, between steps, when all of its weights are there."""
         until = time.monotonic() + _PATIENCE_S
         was_training, longest = self._model.training, self._model.config.max_position_embeddings - 1
         self._model.eval()
@@ -71,23 +71,23 @@ class Samples:
 
 
 def beginnings(dataset: TaskDataset, count: int, eod_id: int) -> list[list[int]]:
-    """Prompts from some texts of a set, far from each other: a document's first tokens; of a conversation all up to
-    the first answer."""
+    """Prompts from texts of a set that lie far apart: the first tokens of a document, or a conversation up to its first
+    answer."""
     if isinstance(dataset, PretrainDataset):
         chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64)
         return [_document_of(row, eod_id) for row in dataset.input_rows(chosen)]
     chosen = np.linspace(0, len(dataset.sequences) - 1, min(count, len(dataset.sequences))).astype(np.int64)
     found = (dataset.sequences.sequence(number) for number in chosen.tolist())
     prompts = [ids[: int(np.argmax(supervised))].tolist() for ids, supervised in found]
-    # One that begins with what is learnt has nothing to go on from.
+    # A text that begins with an answer makes no prompt.
     return [prompt for prompt in prompts if prompt]
 
 
 def _document_of(row: np.ndarray, eod_id: int) -> list[int]:
-    """The beginning of the first document that begins in the row, or of the row."""
+    """Beginning of the first document that starts in the row; if none does, of the row."""
     ends = np.flatnonzero(row[: len(row) // 2] == eod_id)
     begin = int(ends[0]) + 1 if len(ends) else 0
-    # Half of the model's positions are for what follows.
+    # Half of the model's positions are left for the continuation.
     text = row[begin : begin + max(1, min(_PROMPT_TOKENS, len(row) // 2))].tolist()
-    # The first token stays, also where documents are empty: without any, nothing can follow.
+    # The first token stays, even if the document is empty: a continuation needs at least one.
     return text[: text.index(eod_id, 1)] if eod_id in text[1:] else text

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.folder import Retention, best_first, doomed_by, list_checkpoints
+from checkpoint.folder import best_first, list_checkpoints
+from checkpoint.retention import Retention, doomed_by
 from runs.layout import LOG_NAME, RESLOG_NAME, RunPaths
 from runs.reslog import number, read_reslog
 from utils.logging import clock
@@ -13,7 +14,7 @@ from utils.paths import for_command
 
 
 @dataclass(frozen=True)
-class Ending:
+class RunEnd:
     """What the launch that ends knows of itself."""
 
     out_dir: Path
@@ -36,26 +37,26 @@ class Ending:
     retention: Retention
 
 
-def summary_lines(ending: Ending) -> Iterator[str]:
+def summary_lines(end: RunEnd) -> Iterator[str]:
     """A few lines."""
-    run = for_command(ending.out_dir)
-    steps = f"{ending.steps_now} step{'' if ending.steps_now == 1 else 's'}"
+    run = for_command(end.out_dir)
+    steps = f"{end.steps_now} step{'' if end.steps_now == 1 else 's'}"
     yield (
-        f"{'finished' if ending.finished else 'stopped on request'} at step {ending.step} of {ending.max_iters}: "
-        f"{steps} in {clock(ending.seconds)}, {ending.tokens:,} tokens in the whole run"
+        f"{'finished' if end.finished else 'stopped on request'} at step {end.step} of {end.max_iters}: "
+        f"{steps} in {clock(end.seconds)}, {end.tokens:,} tokens in the whole run"
     )
-    losses = [] if ending.train_loss is None else [f"{ending.train_loss:.4f} in the last step"]
-    losses += _validation(RunPaths(ending.out_dir).reslog)
+    losses = [] if end.train_loss is None else [f"{end.train_loss:.4f} in the last step"]
+    losses += _validation(RunPaths(end.out_dir).reslog)
     if losses:
         yield f"loss: {', '.join(losses)}"
-    checkpoints = list(_checkpoints(ending))
+    checkpoints = list(_checkpoints(end))
     if checkpoints:
         yield f"checkpoints: {', '.join(checkpoints)}"
     yield f"results: {run}/{RESLOG_NAME}, log: {run}/{LOG_NAME}"
-    if not ending.finished:
-        yield f"go on: {ending.resume}"
-    talk = "--chat" if ending.has_chat else '--prompt "..."'
-    yield f"{'talk to it' if ending.has_chat else 'complete a text'}: python generate.py --ckpt {run} {talk}"
+    if not end.finished:
+        yield f"go on: {end.resume}"
+    talk = "--chat" if end.has_chat else '--prompt "..."'
+    yield f"{'talk to it' if end.has_chat else 'complete a text'}: python generate.py --ckpt {run} {talk}"
     yield f"see its curves: python -m utils.resplot {run}"
 
 
@@ -78,10 +79,10 @@ def _shown(loss: float, step: int) -> tuple[str, int]:
     return (f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.4g}"), step
 
 
-def _checkpoints(ending: Ending) -> Iterator[str]:
+def _checkpoints(end: RunEnd) -> Iterator[str]:
     """The newest checkpoint and the best, of those that stay."""
-    there = list_checkpoints(RunPaths(ending.out_dir).ckpt_dir)
-    doomed = {checkpoint.path for checkpoint in doomed_by(ending.retention, there)}
+    there = list_checkpoints(RunPaths(end.out_dir).ckpt_dir)
+    doomed = {checkpoint.path for checkpoint in doomed_by(end.retention, there)}
     kept = [checkpoint for checkpoint in there if checkpoint.path not in doomed]
     if not kept:
         return

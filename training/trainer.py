@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 
-from configurator import Config
 from dataset.loader import Step, batch_digest, num_tokens, validation_batches
 from optimizer.schedule import learning_rate
 from parallel.context import DistContext
-from parallel.engine import StepPlan, StepResult
+from parallel.contract import StepResult
+from parallel.engine import StepPlan
 from parallel.spans import span
 from runs import exits
 from training import report
 from training.build import build
+from training.config import Config
 from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records

@@ -1,4 +1,4 @@
-"""The old door of checkpoint.folder: `python -m utils.checkpoint`."""
+"""The old door of `python -m checkpoint`: `python -m utils.checkpoint`."""
 
 import sys
 
@@ -9,8 +9,8 @@ if __name__ == "__main__":
 
     environment.check()
 
-from checkpoint.folder import main
+from checkpoint.command import main
 from utils.terminal import run_main
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]), goes_on=True)
+    run_main(main, goes_on=True)

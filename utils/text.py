@@ -2,7 +2,8 @@
 
 
 def plain(text: object, most: int = 200) -> str:
-    """One printable line: a file may hold escape sequences, line breaks and text that changes its direction.
+    """The text as one printable line. A file may hold escape sequences, line breaks and marks that turn the
+    direction of writing.
 
     Args:
         most: characters; the rest is cut off.

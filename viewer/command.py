@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
             here = [address.path for address in args.addresses if address.target is None]
             gone = next((path for path in here if not os.path.exists(path)), None)
             return _fail(plain(absent(gone))) if gone else _without_desktop(args)
-        from viewer.desktop.window import show
+        from viewer.desktop.application import show
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
             # It is installed, but a library of the system that it needs is not.
@@ -137,8 +137,9 @@ def _without_desktop(args: argparse.Namespace) -> int:
     import matplotlib
 
     from viewer.colours import look
-    from viewer.export import check_suffix, save
-    from viewer.panels import ShownRun, View, available, chosen_panels, left_out
+    from viewer.drawing.export import check_suffix, save
+    from viewer.panels import available, chosen_panels, left_out
+    from viewer.view import ShownRun, View
 
     if args.png:
         try:

@@ -7,7 +7,7 @@ import numpy as np
 
 from runs.history import Snapshot
 from utils.text import plain
-from viewer.panels import duration
+from viewer.formats import duration
 from viewer.sources.run import Run
 from viewer.text import translate
 

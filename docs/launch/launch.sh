@@ -1,18 +1,18 @@
 #!/bin/bash
-# Train on several hosts, started by hand. The same command on each of them, in any order, within 10 minutes:
+# Train on several hosts, started by hand. Run the same command on each of them, in any order, within 10 minutes:
 #
 #     HOSTS="10.0.0.1 10.0.0.2" DATA_DIR=/data/tokens OUT_DIR=/runs/mine docs/launch/launch.sh [more training flags]
 #
-# HOSTS            all hosts, the same list everywhere. Give the addresses of the fast network: the traffic takes it;
+# HOSTS            all hosts, the same list everywhere. Give addresses on the fast network: all traffic uses it, and
 #                  nothing listens elsewhere. The first host has rank 0 and the log.
-# DATA_DIR         the tokens. Each host needs them, at the same path or on a common file system.
-# OUT_DIR          the run directory: common or each host's own, both work.
-# NPROC_PER_NODE   processes a host; default: its GPUs, or 1 without any.
-# CONFIG           what is trained; default docs/launch/train.yaml
-# PORT             of the rendezvous, on the first host; default 29400
+# DATA_DIR         the tokens. Each host needs them, at the same path or on a shared file system.
+# OUT_DIR          the run directory, shared or local to each host
+# NPROC_PER_NODE   processes per host; default: its number of GPUs, or 1 without GPUs
+# CONFIG           the training's configuration; default docs/launch/train.yaml
+# PORT             port of the rendezvous on the first host; default 29400
 #
-# Relative paths count from the project's folder. To stop all hosts after a save: touch OUT_DIR/stop, on one of them.
-# After that, or after a crash, the same command goes on from the newest checkpoint.
+# Relative paths start in the project's folder. To stop all hosts after a save, touch OUT_DIR/stop on one of them. After
+# that, or after a crash, the same command goes on from the newest checkpoint.
 
 set -u
 fail() { echo "launch.sh: $1" >&2; exit 2; }
@@ -24,7 +24,7 @@ cd "$(dirname "$0")/../.." || exit 2
 PATH="$PWD/.venv/bin:$PATH"
 command -v python > /dev/null || fail "python is missing: make the environment with \`make setup\`"
 
-# Which of the hosts this one is, and behind which interface it has that address.
+# Find out which of the hosts this one is, and which interface has that address.
 own=$(ip -o address | awk '{ sub("/.*", "", $4); sub("@.*", "", $2); print $4, $2 }')
 node_rank='' interface='' number=0
 for host in $HOSTS; do
@@ -42,20 +42,20 @@ done
 [ "$number" -eq 1 ] || [ "$interface" != lo ] ||
     fail "HOSTS names this host by a loopback address, which no other host reaches: write its address on the network"
 
-# The settings of the libraries that carry the traffic: here, never inside the program. What is set already stays.
-# Both would otherwise take an interface by its name, or by what the host's own name resolves to: on a host with
-# several, or with Docker's, that may be one that the others cannot reach.
+# Settings of the libraries that carry the traffic; variables that are already set stay. By default both libraries
+# choose an interface by its name, or by the address of the host's own name: on a host with several, or with Docker's,
+# the others may not be able to reach it.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
-export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-=$interface}"   # "=" is this one; without, all whose names begin so
-# WARN: silent, but for the cause of an error. INFO shows at start which network NCCL takes, and why.
+export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-=$interface}"   # "=": this one only, not all with this prefix
+# WARN: silent, except for the cause of an error. INFO shows at the start which network NCCL chooses, and why.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# InfiniBand and RoCE: the adapters of this network, on hosts that have others, too.
+# InfiniBand and RoCE: the adapters of this network, on hosts that also have others.
 #export NCCL_IB_HCA==mlx5_0,mlx5_1
-# How long an adapter waits for an answer: 4.096 us x 2^20 = 4.3 s, seven times; 22 (17 s) where a switch needs longer.
+# How long an adapter waits for an answer: 4.096 us x 2^20 = 4.3 s, seven times; 22 (17 s) if a switch needs longer.
 #export NCCL_IB_TIMEOUT=22
 # Ethernet instead, to find out whether InfiniBand is to blame.
 #export NCCL_IB_DISABLE=1
-# SIGTERM to the launcher: how many seconds its ranks may take to save (from torch 2.13 on; before, 30).
+# Seconds that the ranks may take to save after SIGTERM to the launcher (from torch 2.13 on; before, always 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
@@ -63,7 +63,7 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     [ "$NPROC_PER_NODE" -gt 0 ] || NPROC_PER_NODE=1
 fi
 
-# max_restarts=0: what went wrong is shown once, and starting again is left to whoever looks at it, or to the monitor.
+# max_restarts=0: an error is shown once, and restarting is left to you or the monitor.
 exec python -m parallel.launch --nnodes="$number" --node_rank="$node_rank" --nproc_per_node="$NPROC_PER_NODE" \
     --max_restarts=0 --rdzv_endpoint="$first:${PORT:-29400}" --rdzv_conf=timeout=600 \
     train_my_ddp.py "${CONFIG:-docs/launch/train.yaml}" --data_dir="$DATA_DIR" --out_dir="$OUT_DIR" --resume "$@"

@@ -1,19 +1,19 @@
-"""Run one node's launcher, and end with the exit code that its ranks meant: the launcher turns all of them into 1.
+"""Run one node's launcher, and end with the exit code of its ranks, which the launcher turns into 1.
 
     python -m docs.launch.with_exit_code [--retryable_from=128] python -m parallel.launch ... train_my_ddp.py ...
 
-For schedulers that decide by the exit code whether to start a job again. 0 finished; 2 the command or the data is
+It is for schedulers that decide by the exit code whether to restart a job. 0 finished; 2 the command or the data is
 wrong, so trying again cannot help; 75 stopped on request, after saving; 1 anything else. --retryable_from=N adds N to
-the last two: Kubeflow's restart policy ExitCode starts a pod again whose code is 128 or greater.
+the last two: Kubeflow's restart policy ExitCode restarts a pod whose code is 128 or greater.
 
-SIGTERM goes on to the ranks, which save and end. Not to the launcher, which would kill them after 30 seconds
+SIGTERM is passed on to the ranks, which save and end, but not to the launcher, which would kill them after 30 seconds
 (runs/job.py).
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 3)[0]
     from utils import environment
 
@@ -31,7 +31,7 @@ from utils.terminal import run_main
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="with_exit_code", description="Run one node's launcher, and end with the exit code that its ranks meant."
+        prog="with_exit_code", description="Run one node's launcher, and end with the exit code of its ranks."
     )
     parser.add_argument("--retryable_from", type=int, default=0, metavar="N", help="add N to 75 and 1")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="python -m parallel.launch ... train_my_ddp.py ...")

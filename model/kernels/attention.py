@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,11 +79,13 @@ def _torch_varlen() -> dict[str, Callable]:
 
     # Before torch 2.12 grouped heads need no word.
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    # As its arguments depend on torch's version, and its results on its arguments.
+    attend: Any = varlen_attn
 
     def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
         batch, _, width, _ = q_BHTD.shape
         options = {"enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]} if grouped else {}
-        out_NHD = varlen_attn(
+        out_NHD = attend(
             *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(-1, 0), **options
         )
         return _by_head(out_NHD, batch)
@@ -115,7 +118,7 @@ def _xformers_attention() -> dict[str, Callable]:
         per_group = num_heads // x_BTKD.shape[2]
         return x_BTKD[:, :, :, None].expand(-1, -1, -1, per_group, -1)
 
-    def attend(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias: object) -> Tensor:
+    def attend(bias: object, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
         heads, groups = q_BTHD.shape[2], k_BTKD.shape[2]
         if heads == groups:
             return memory_efficient_attention(q_BTHD, k_BTKD, v_BTKD, attn_bias=bias)
@@ -124,12 +127,12 @@ def _xformers_attention() -> dict[str, Callable]:
         return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
 
     def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        return attend(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), LowerTriangularMask()).transpose(1, 2)
+        return attend(LowerTriangularMask(), *(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))).transpose(1, 2)
 
     def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
         batch = q_BHTD.shape[0]
         bias = BlockDiagonalCausalMask.from_seqlens(starts.diff().tolist())
-        out_1NHD = attend(*(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)), bias)
+        out_1NHD = attend(bias, *(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)))
         return _by_head(out_1NHD[0], batch)
 
     return {"causal": causal, "packed": packed}

@@ -162,7 +162,7 @@ def _backward(
     """(dq, dk, dv)."""
     batch, heads, width, dim = q_BHTD.shape
     scale = dim**-0.5
-    gradients = tuple(_by_token(x) for x in (q_BHTD, k_BKTD, v_BKTD))
+    gradients = _by_token(q_BHTD), _by_token(k_BKTD), _by_token(v_BKTD)
     kept, limit = _Kept(memory), _causal_limit(q_BHTD.dtype)
     sum_dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
     for rows, blocks in _groups(batch, heads, width, starts):

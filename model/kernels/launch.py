@@ -8,17 +8,22 @@ operators.
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-tl = None
+tl: Any = None
 """A module that imports it finds triton.language there once its kernels are loaded."""
 
+if TYPE_CHECKING:
+    # Kernels are written in Triton's language, which is not Python's: there is nothing to check their types by.
+    constexpr = Any
+else:
 
-class constexpr:  # noqa: N801
-    """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of that
-    name takes this one's place together with `tl`."""
+    class constexpr:  # noqa: N801
+        """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of
+        that name takes this one's place together with `tl`."""
 
 
 class LazyKernel:
@@ -32,7 +37,7 @@ class LazyKernel:
         return self.function.__globals__[self.function.__name__][grid]
 
 
-def jit(function: Callable | None = None, **options) -> LazyKernel | Callable:
+def jit(function: Callable | None = None, **options: object) -> Any:
     """triton.jit, but at the first launch."""
     return LazyKernel(function, options) if function is not None else lambda function: LazyKernel(function, options)
 

@@ -106,7 +106,8 @@ class TorchOps:
     @staticmethod
     def forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
         parts = [
-            TorchOps._losses(*tile, ignore_index, z_loss)[:2] for tile in TorchOps._tiles(logits_NV, labels_N)
+            TorchOps._losses(logits, labels, ignore_index, z_loss)[:2]
+            for logits, labels in TorchOps._tiles(logits_NV, labels_N)
         ]
         losses, stats = zip(*parts)
         return torch.cat(losses), torch.cat(stats)
@@ -221,11 +222,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 losses[tokens] = ops.forward(logits, labels, ignore_index, z_loss)[0]
                 continue
             losses[tokens] = ops.with_gradient_(logits, labels, logits_scale, ignore_index, z_loss)
-            if needs_dhidden:
+            if dhidden is not None:
                 _write_hidden_gradient(dhidden[tokens], logits, weight_VC, factor)
-            if needs_dweight:
+            if dweight is not None:
                 _add_product_(dweight, logits.T, hidden)
-        if needs_dweight and is_fp16:
+        if dweight is not None and factor is not None:
             dweight.mul_(factor)
             if weight_grad is not None:
                 weight_grad.add_(dweight)

@@ -8,6 +8,7 @@ missing is imported only by those who use it.
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class Implementation:
     """The operation; the flag --OP_kernel chooses among those of one name."""
     name: str
     """The flag's value."""
-    build: Callable[[], Mapping[str, object]]
+    build: Callable[[], Mapping[str, Any]]
     """Field of model.ops.Ops -> function. Called once the implementation has been chosen."""
     why_not: WhyNot = lambda device, dtype: None
     """Why it cannot be used on a device in a dtype, as a clause of a sentence for the user; None if it can."""

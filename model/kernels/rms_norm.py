@@ -212,8 +212,9 @@ def _dropout_arguments(
 ) -> dict[str, object]:
     """The kernels' arguments about dropout; `dropout_p` 0 is none."""
     drops = dropout_p > 0.0
+    tokens_per_row = num_rows // len(row_ids) if drops and row_ids is not None else 1
     return {
-        "row_ids_ptr": row_ids, "layer_ptr": layer, "tokens_per_row": num_rows // len(row_ids) if drops else 1,
+        "row_ids_ptr": row_ids, "layer_ptr": layer, "tokens_per_row": tokens_per_row,
         "seed": seed, "where": where, "threshold": round(dropout_p * 2.0**32), "scale": 1.0 / (1.0 - dropout_p),
         "DROPOUT": drops, "SITES": SITES_PER_LAYER, "HAS_LAYER": drops and layer is not None,
     }  # fmt: skip
@@ -302,7 +303,7 @@ def _backward(
     partial_dw_PC = rstd.new_empty((num_programs, h_new.shape[-1]) if needs_dw else 0)
     _rms_norm_backward_kernel[(num_programs,)](
         h_NC, weight.contiguous(), rstd, dy_NC, dh_new_NC, dh, dx, partial_dw_PC, h_NC.stride(0), dy_NC.stride(0),
-        dh_new_NC.stride(0) if dh_new is not None else 0, len(h_NC),
+        dh_new_NC.stride(0) if dh_new_NC is not None else 0, len(h_NC),
         HAS_DH_NEW=dh_new is not None, WRITE_DX=dx.numel() > 0, WRITE_DW=needs_dw,
         **_dropout_arguments(len(h_NC), dropout_p, row_ids, layer, seed, where), **options,
         maxnreg=BACKWARD_REGISTERS if options["num_warps"] <= BACKWARD_WARPS_PER_MULTIPROCESSOR else None,

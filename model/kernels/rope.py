@@ -80,7 +80,8 @@ def _rope_kernel(
 
 def _empty_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     """(B, H, T, D) views of (B, T, H, D) memory: what the projections' gradients are reshaped from without a copy."""
-    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHTD, k_BKTD))
+    q_out, k_out = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHTD, k_BKTD))
+    return q_out, k_out
 
 
 @kernel_op("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)", _empty_rope)

@@ -1,12 +1,12 @@
-"""Throw faults at training runs, and see that each ends as if nothing had happened.
+"""Inject faults into training runs, and check that each ends as if nothing had happened.
 
     python -m tests.chaos.campaign --seed 1 --faults 300 [--kinds a,b] [--skip c] [--dir D] [--report FILE]
 
-Each round is a run under monitor_process.py that is hit several times. The seed says by what, and when: the first fault
-at a step of the run, each other so many steps after the effect of the one before. In the end the run is compared with
-an undisturbed one of the same flags: the same bits, the same records, a clean audit, nothing left over.
+Each round is a run under monitor_process.py that is hit several times. The seed decides by which faults, and when: the
+first one at a step of the run, each other one so many steps after the effect of the previous one. At the end the run is
+compared with an undisturbed run of the same flags: the same bits, the same records, a clean audit, nothing left over.
 
-Exit codes: 0 all promises were kept; 1 not, see the last lines; the directories of those runs stay.
+Exit codes: 0 all promises were kept; 1 some were not, see the last lines; the directories of those runs are kept.
 """
 
 import argparse
@@ -41,15 +41,15 @@ from tests.chaos.run import SETUPS, Broken, Run, RunOver, Setup
 FAULTS_A_ROUND = 12
 STEPS = 260
 FIRST_FAULT, GAP = (8, 20), (8, 18)
-"""Bounds of the step of the first fault, and of the steps between the effect of one and the next."""
+"""Bounds of the first fault's step, and of the steps between the effect of a fault and the next fault."""
 DISK_BYTES = 340 << 20
-"""More than what the monitor warns below."""
+"""More than the free space below which the monitor warns."""
 ORDER = ("ddp2", "ddp1", "zero1", "ssh1", "ddp2", "powersgd", "ddp1")
-"""Setups of the rounds, over and over."""
+"""Setups of the rounds, repeated."""
 
 
 def deck(kinds: list[Kind], random: Random) -> Iterator[Kind]:
-    """All kinds in random order, each as often as it weighs, again and again."""
+    """All kinds in random order, each as often as its weight, repeated."""
     while True:
         cards = [kind for kind in kinds for _ in range(kind.weight)]
         random.shuffle(cards)
@@ -57,7 +57,7 @@ def deck(kinds: list[Kind], random: Random) -> Iterator[Kind]:
 
 
 def deal(hand: list[Kind], cards: Iterator[Kind], count: int, setup: Setup) -> list[Kind]:
-    """Take the faults of a round from `hand`, which is filled from `cards`; what does not fit stays in it."""
+    """Take the faults of a round from `hand`, which is filled from `cards`; faults that do not fit stay in it."""
     first: list[Kind] = []
     taken: list[Kind] = []
     last: list[Kind] = []
@@ -100,9 +100,10 @@ def may_mount(directory: Path) -> bool:
 
 
 class Campaign:
-    """
+    """Set up the campaign.
+
     Args:
-        steps: of each run.
+        steps: steps of each run.
     """
 
     def __init__(self, seed: int, home: Path, kinds: list[Kind], steps: int = STEPS):
@@ -116,7 +117,7 @@ class Campaign:
         self.references = References(home, self.data_dir, steps)
 
     def _drop_what_cannot_be(self) -> None:
-        """Leave out the kinds that need what this machine lacks."""
+        """Leave out the kinds that this machine cannot run."""
         if any(kind.needs_own_disk for kind in self.kinds) and not may_mount(self.home):
             self._drop(lambda kind: kind.needs_own_disk, "no permission to mount a small disk")
         if any(kind.needs_read_errors for kind in self.kinds):
@@ -133,7 +134,7 @@ class Campaign:
         self.kinds = [kind for kind in self.kinds if not which(kind)]
 
     def throw(self, count: int, order: Sequence[str] = ORDER, a_round: int = FAULTS_A_ROUND) -> None:
-        """Rounds until `count` faults were thrown.
+        """Run rounds until `count` faults were injected.
 
         Raises:
             SystemExit: no kind is left that any of the setups could have.
@@ -152,7 +153,7 @@ class Campaign:
                 hand[:0] = self.round(number, setup, kinds)
 
     def round(self, number: int, setup: Setup, kinds: list[Kind]) -> list[Kind]:
-        """One run; returns the kinds that were not thrown, as it was over too soon or went wrong."""
+        """One run; returns the kinds that were not injected, because it was over too soon or went wrong."""
         home = self.home / f"round-{number:03d}-{setup.name}"
         self.references.of(setup)
         self._say(f"round {number}, {setup.name}: {', '.join(kind.name for kind in kinds)}")
@@ -176,7 +177,7 @@ class Campaign:
         return left
 
     def _disturb(self, run: Run, number: int, left: list[Kind]) -> None:
-        """Throw one fault after the other, and let the run finish; those that come too late stay in `left`."""
+        """Inject one fault after the other, and let the run finish; faults that come too late stay in `left`."""
         random = Random(f"{self.seed} round {number}")
         step = random.randint(*FIRST_FAULT)
         if not left[0].comes_first:
@@ -187,7 +188,7 @@ class Campaign:
                 if not kind.comes_first:
                     run.wait_step(step)
                 del left[0]
-                # What a fault draws depends on what it meets: that must not move those that follow.
+                # A fault's draws depend on what it meets: that must not change the faults that follow.
                 self._throw(run, kind, step, Random(f"{self.seed} round {number} left {len(left)}"))
                 step = max(step, run.step()) + random.randint(*GAP)
         except RunOver:
@@ -195,9 +196,10 @@ class Campaign:
         run.end_monitor(0, "the end of the run")
 
     def _throw(self, run: Run, kind: Kind, step: int, random: Random) -> None:
-        """
+        """Inject a fault.
+
         Raises:
-            Broken: its effect was not what it must be.
+            Broken: the effect was not the promised one.
         """
         self.report.count(kind.name, "thrown")
         since = time.monotonic()
@@ -210,7 +212,7 @@ class Campaign:
         self._say(f"  {kind.name} at step {step}: {effect} ({time.monotonic() - since:.1f} s)")
 
     def _check(self, run: Run, number: int) -> None:
-        """Compare with a run that nothing disturbed, but for what the faults give a reason for."""
+        """Compare with an undisturbed run, except for deviations that the faults explain."""
         apart = deviations(run.out_dir)
         check_announced(run, apart)
         reference = self.references.of(run.setup, apart)
@@ -234,7 +236,7 @@ class Campaign:
 
 
 def chosen_kinds(only: str, skip: str) -> tuple[list[Kind], dict[str, str]]:
-    """The kinds to throw, and why others are not.
+    """Kinds to inject, and the reasons why others are not.
 
     Raises:
         SystemExit: an unknown name.
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", help="where the runs are made; default: a new temporary directory")
     parser.add_argument("--report", help="JSON file to leave the figures in")
     args = parser.parse_args(argv)
-    # Leave no process and no mount behind when asked to end.
+    # Leave no process and no mount behind after SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     kinds, skipped = chosen_kinds(args.kinds, args.skip)
     home = Path(args.dir) if args.dir else Path(tempfile.mkdtemp(prefix="chaos-"))

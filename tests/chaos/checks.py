@@ -1,4 +1,4 @@
-"""What must hold after a run that was disturbed: the same as an undisturbed one, to the bit, and nothing left over."""
+"""Checks after a disturbed run: it is the same as an undisturbed one, to the bit, and nothing is left over."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.runs import same_bits
 
 
 def tensors(out_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """File and key -> tensor, of weights, optimizer state and the memories of hooks."""
+    """File and key -> tensor, of weights, optimizer state and the hooks' memories."""
     files = sorted((out_dir / "ckpt" / f"step-{step}").glob("*.safetensors"))
     return {f"{file.name} {key}": tensor for file in files for key, tensor in load_file(file).items()}
 
@@ -37,7 +37,7 @@ def same_state(run: Run, reference: Path) -> None:
 
 
 def same_records(run: Run, reference: Path) -> None:
-    """Every step's loss, gradient norm, learning rate, samples and digest, and every validation, in order."""
+    """Loss, gradient norm, learning rate, samples and digest of every step, and every validation, in order."""
     keys = {"train": ("step", "loss", "grad_norm", "lr", "samples", "digest", "tokens"), "valid": ("step", "loss")}
     ours, theirs = (
         [(r["name"], *(r[key] for key in keys[r["name"]])) for r in read_reslog(path / "reslog.jsonl")
@@ -86,8 +86,8 @@ CHECKS: dict[str, Callable[[Run, Path], None]] = {
 
 
 def remarks(run: Run) -> list[str]:
-    """What breaks no promise, but is worth a line: small files that a kill left and that nobody removes, and hangs that
-    were noticed without any process having been stopped (a loaded machine)."""
+    """Remarks on things that break no promise: small files that a kill left and nobody removes, and hangs that were
+    noticed without any stopped process (a loaded machine)."""
     found = [p for p in run.out_dir.rglob("*") if ".tmp-" in p.name or p.name.startswith(".seen-")]
     false = run.seen.hangs - len(run.seen.delays)
     lines = [f"{false} hangs noticed where nothing was stopped"] if false > 0 else []

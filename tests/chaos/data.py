@@ -1,4 +1,4 @@
-"""The tests' small corpus, outside pytest."""
+"""The small corpus of the tests, outside pytest."""
 
 import inspect
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests import conftest
 
 
 class _Factory:
-    """What the fixture needs of pytest's tmp_path_factory."""
+    """The part of pytest's tmp_path_factory that the fixture needs."""
 
     def __init__(self, home: Path):
         self._home = home
@@ -19,6 +19,6 @@ class _Factory:
 
 
 def make_data(home: Path) -> Path:
-    """The fixture's pretokenized directory, made below `home` or found there."""
+    """The fixture's pretokenized directory, found below `home` or made there."""
     made = home / "data" / "tokens"
     return made if made.exists() else inspect.unwrap(conftest.data_dir)(_Factory(home))

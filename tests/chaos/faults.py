@@ -1,7 +1,7 @@
-"""The kinds of faults: signals to processes, and processes that die or are slow at a moment of their own.
+"""Kinds of faults: signals to processes, and processes that die or are slow at a chosen moment.
 
-A fault is a function (run, random) -> what its effect was. It throws the fault, waits until the effect shows, and
-raises Broken if that is another than promised.
+A fault is a function (run, random) -> description of its effect. It injects the fault, waits until the effect shows,
+and raises Broken if the effect is not the promised one.
 """
 
 import json
@@ -21,16 +21,16 @@ class Kind:
     name: str
     throw: Throw
     weight: int = 1
-    """How often, compared with the others."""
+    """How often the kind is drawn, relative to the others."""
     needs_two_ranks: bool = False
     needs_own_disk: bool = False
     needs_read_errors: bool = False
     setups: tuple[str, ...] = tuple(SETUPS)
-    """In these alone."""
+    """Setups in which the kind can occur."""
     comes_first: bool = False
-    """It starts the run itself."""
+    """Whether the fault starts the run itself."""
     comes_last: bool = False
-    """Nothing else can follow it in the same run."""
+    """Whether no other fault can follow in the same run."""
 
     def fits(self, setup: Setup) -> bool:
         return setup.name in self.setups and (setup.world_size > 1 or not self.needs_two_ranks)
@@ -69,7 +69,8 @@ def kill_all(run: Run, random: Random) -> str:
 
 @kind("kill_launcher", weight=3)
 def kill_launcher(run: Run, random: Random) -> str:
-    """Its ranks may end, or go on alone; that no two launches are alive at once, the run checks all the time."""
+    """The launcher dies. Its ranks may end or go on alone; the run checks all the time that no two launches are alive
+    at once."""
     old, least = run.launch(), run.newest_step()
     run.kill(run.launchers())
     target = run.step() + 8
@@ -86,10 +87,10 @@ def kill_monitor(run: Run, random: Random) -> str:
 
 
 def new_monitor_takes_over(run: Run, must: bool = True) -> str:
-    """The same command again, while the training is alive.
+    """Run the same command again while the training is alive.
 
     Args:
-        must: the job can be found, so that it is taken over as it is; False: it may also be started anew.
+        must: the job can be found, so that it must be taken over as it is; False: it may also be restarted.
     """
     old, least, since = run.launch(), run.newest_step(), len(run.lines)
     with run.slowed():
@@ -123,7 +124,7 @@ def stop_all(run: Run, random: Random) -> str:
 
 
 def hang(run: Run, pids: list[int]) -> str:
-    """Stop processes, and see that the monitor notices."""
+    """Stop processes, and check that the monitor notices."""
     old, least, since = run.launch(), run.newest_step(), len(run.lines)
     stopped_at = time.time()
     for pid in pids:
@@ -136,7 +137,7 @@ def hang(run: Run, pids: list[int]) -> str:
 
 @kind("pause_rank", weight=2)
 def pause_rank(run: Run, random: Random) -> str:
-    """Shorter than what counts as a hang: nothing may happen."""
+    """Stop them for less time than counts as a hang: nothing may happen."""
     old, pid, before = run.launch(), random.choice(run.ranks())["pid"], run.step()
     send(pid, signal.SIGSTOP)
     time.sleep(HANG_AFTER / 3)
@@ -150,8 +151,8 @@ def pause_rank(run: Run, random: Random) -> str:
 
 @kind("pause_monitor")
 def pause_monitor(run: Run, random: Random) -> str:
-    """Longer than a step may take, and than a host may be silent: whatever it missed, nothing may happen. Over SSH, its
-    connection may be gone when it looks again."""
+    """Stop the monitor for longer than a step may take and a host may be silent: whatever it missed, nothing may
+    happen. Over SSH, its connection may be gone when it looks again."""
     old, since = run.launch(), len(run.lines)
     send(run.monitor.pid, signal.SIGSTOP)
     if run.sshd is not None and random.random() < 0.5:
@@ -163,7 +164,7 @@ def pause_monitor(run: Run, random: Random) -> str:
 
 
 def went_on(run: Run, launch: str, since: int) -> str:
-    """The same launch, and the monitor has nothing to say against it."""
+    """The launch is the same, and the monitor has reported no problem with it."""
     run.wait_progress(launch, 5)
     if found := run.said("^monitor: (hang|launch .* ended|some ranks have ended)", since):
         raise Broken(f"the monitor said without need: {found[1].string}")
@@ -172,7 +173,7 @@ def went_on(run: Run, launch: str, since: int) -> str:
 
 @kind("pause_everything", weight=2)
 def pause_everything(run: Run, random: Random) -> str:
-    """As a laptop that is shut and opened again: monitor and training stand still, also while a launch begins."""
+    """As with a laptop that is shut and opened again, monitor and training stand still, even while a launch begins."""
     launch, where = run.launch(), "at work"
     if random.random() < 0.4:
         where = "at its start"
@@ -193,7 +194,7 @@ def pause_everything(run: Run, random: Random) -> str:
 
 @kind("stop_launcher")
 def stop_launcher(run: Run, random: Random) -> str:
-    """A torchrun that does not react any more when a rank dies."""
+    """A torchrun that no longer reacts when a rank dies."""
     old, least = run.launch(), run.newest_step()
     for pid in run.launchers():
         send(pid, signal.SIGSTOP)
@@ -203,7 +204,7 @@ def stop_launcher(run: Run, random: Random) -> str:
 
 @kind("stop_launcher_to_the_end", comes_last=True)
 def stop_launcher_to_the_end(run: Run, random: Random) -> str:
-    """A torchrun that does not end when its ranks have."""
+    """A torchrun that does not end when its ranks have ended."""
     for pid in run.launchers():
         send(pid, signal.SIGSTOP)
     run.wait(lambda: not any(process.is_rank for process in run.processes()), "the ranks' end", may_end=True)
@@ -224,7 +225,7 @@ def stop_file(run: Run, random: Random) -> str:
 
 
 def stopped_and_on(run: Run, request: str) -> str:
-    """Exit code 75, a checkpoint of the very last step, and on from there."""
+    """Exit code 75 with a checkpoint of the very last step, and a launch that goes on from there."""
     old = run.launch()
     run.end_monitor(75, request)
     if run.processes():
@@ -253,14 +254,14 @@ def double_kill(run: Run, random: Random) -> str:
     whom = random.choice(sorted(victims))
     run.kill(victims[whom] or victims["all"])
     if whom == "the launcher":
-        # Its ranks may go on without it.
+        # The launcher's ranks may go on without it.
         run.wait(lambda: run.launch() not in ("", old), "a launch that makes steps")
         return f"killed {whom} at the start of {second}; {run.launch()} makes steps"
     return f"killed {whom} at the start of {second}; {relaunched(run, second, least)}"
 
 
 def begun(run: Run, old: str, random: Random) -> str:
-    """Wait until a new launch has processes, and a little; returns its name."""
+    """Wait until a new launch has processes, and a little longer; returns its name."""
     def found() -> str:
         return next((process.launch for process in run.processes() if process.launch != old), "")
 
@@ -282,7 +283,7 @@ def double_monitor(run: Run, random: Random) -> str:
 
 @kind("kill_monitor_in_start", setups=LOCAL)
 def kill_monitor_in_start(run: Run, random: Random) -> str:
-    """The monitor dies right after it has started a job, before it can write down which."""
+    """The monitor dies right after it has started a job, before it can record the job."""
     old, least = run.launch(), run.newest_step()
     run.kill_monitor()
     run.kill_all()
@@ -311,7 +312,7 @@ def die_in_save(phase: str, rank: int) -> Throw:
 
 
 def ask(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> None:
-    """Ask for a fault, which strikes at the next such moment."""
+    """Request a fault at the next moment of a phase."""
     (run.home / "fired.json").unlink(missing_ok=True)
     request = run.home / "armed.tmp"
     request.write_text(json.dumps({"phase": phase, "rank": rank, "step": step, "seconds": seconds}))
@@ -319,7 +320,7 @@ def ask(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> None:
 
 
 def struck(run: Run, what: str, may_end: bool = False) -> int:
-    """Wait until what was asked for has struck; returns the step of the last save before."""
+    """Wait until the requested fault has struck; returns the step of the last save before it."""
     fired = run.home / "fired.json"
     try:
         run.wait(fired.exists, what, may_end=may_end)
@@ -330,7 +331,7 @@ def struck(run: Run, what: str, may_end: bool = False) -> int:
 
 
 def arm(run: Run, phase: str, rank: int, step: int, seconds: float = 0) -> int:
-    """Ask for a fault in the next save; returns the step of the save that it struck."""
+    """Request a fault in the next save; returns the step of the save that it hit."""
     ask(run, phase, rank, step, seconds)
     return struck(run, f"{phase} of the next save on rank {rank}")
 
@@ -343,7 +344,7 @@ for _phase in ("make_directory", "write_tensors", "finish", "after_finish"):
 
 @kind("slow_save", weight=2)
 def slow_save(run: Run, random: Random) -> str:
-    """All die while a rank is slow in writing."""
+    """All processes die while a rank is slow in writing."""
     phase = random.choice(("make_directory", "write_tensors", "finish", "before_rename", "before_prune"))
     old, least = run.launch(), run.newest_step()
     saved = arm(run, phase, 0, step=0, seconds=5.0)
@@ -356,7 +357,7 @@ def slow_save(run: Run, random: Random) -> str:
 
 @kind("save_final", comes_last=True)
 def save_final(run: Run, random: Random) -> str:
-    """Dead in the last save of the run."""
+    """A process dies in the last save of the run."""
     phase = random.choice((*UNCOMMITTED, *COMMITTED))
     launches = run.seen.launches
     arm(run, phase, 0, step=run.steps)
@@ -365,12 +366,12 @@ def save_final(run: Run, random: Random) -> str:
 
 
 SLOW_SINK_SECONDS = 17.0
-"""Longer than ranks may usually live on after another has ended."""
+"""Longer than ranks may usually outlive another."""
 
 
 @kind("slow_sink", needs_two_ranks=True, comes_last=True)
 def slow_sink(run: Run, random: Random) -> str:
-    """Where the results go, too, somebody is slow to end: the other ranks have long ended, and the run has finished."""
+    """A service that takes the results is slow to end: the other ranks have long ended, and the run has finished."""
     launches = run.seen.launches
     ask(run, "sink_close", 0, step=0, seconds=SLOW_SINK_SECONDS)
     struck(run, "the end of a slow service", may_end=True)

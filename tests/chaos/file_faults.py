@@ -1,4 +1,4 @@
-"""The kinds of faults in files: damaged checkpoints, data and records, a full disk."""
+"""Kinds of faults in files: damaged checkpoints, data and records, a full disk."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def die_and(run: Run, damage: Callable[[], object]) -> object:
 
 
 def break_newest(damage: Callable[[Path, Random], None]) -> Callable[[Run, Random], str]:
-    """Damage one file of the newest checkpoint: it is named, and the one before it used."""
+    """Damage one file of the newest checkpoint: the message names it, and the previous one is used."""
 
     def throw(run: Run, random: Random) -> str:
         run.wait(lambda: len(run.checkpoints()) > 1, "two checkpoints")
@@ -67,7 +67,8 @@ kind("ckpt_remove", weight=2)(break_newest(remove))
 
 
 def break_data(damage: Callable[[Path, Random], None]) -> Callable[[Run, Random], str]:
-    """Damage a file of tokens: refused once, with one sentence that names it; once it is whole again, on."""
+    """Damage a file of tokens: it is refused once, with one sentence that names it; once it is whole again, the run
+    goes on."""
 
     def throw(run: Run, random: Random) -> str:
         old, least, since = run.launch(), run.newest_step(), len(run.lines)
@@ -92,7 +93,7 @@ kind("data_flip")(break_data(flip_bit))
 
 @kind("torn_reslog", weight=2)
 def torn_reslog(run: Run, random: Random) -> str:
-    """The death comes in the middle of writing a record."""
+    """A process dies in the middle of writing a record."""
     old, least = run.launch(), run.newest_step()
 
     def tear() -> None:
@@ -124,7 +125,7 @@ def damaged_status_and_all(run: Run, random: Random) -> str:
 
 @kind("damaged_job", weight=2)
 def damaged_job(run: Run, random: Random) -> str:
-    """The training is alive, and the file that says which it is, is garbage."""
+    """The training is alive, but the file that identifies it is garbage."""
     run.kill_monitor()
     how = spoil(run.out_dir / "monitor" / "job-0.json", random)
     return f"{how}; {new_monitor_takes_over(run, must=False)}"
@@ -142,7 +143,7 @@ def spoil(path: Path, random: Random) -> str:
 
 
 def fill_disk(run: Run) -> None:
-    """Leave no free byte on the run's disk. Again and again, as checkpoints that are deleted make room."""
+    """Leave no free byte on the run's disk. Repeat this, because deleted checkpoints make room."""
     with open(run.ballast, "ab", buffering=0) as file:
         for piece in (1 << 20, 1 << 12):
             with contextlib.suppress(OSError):
@@ -152,7 +153,7 @@ def fill_disk(run: Run) -> None:
 
 @kind("disk_full", weight=2, needs_own_disk=True)
 def disk_full(run: Run, random: Random) -> str:
-    """Saves fail, and the run lives on; later ones are whole again."""
+    """Saves fail, and the run lives on; later saves are whole again."""
     launch, failed = run.launch(), len(run.records("save_failed"))
     target = run.step() + 2 * SAVE_INTERVAL + random.randrange(4)
     run.wait(lambda: fill_disk(run) or run.step() >= target, f"step {target} on a full disk")
@@ -180,8 +181,8 @@ def disk_full_kill(run: Run, random: Random) -> str:
 
 @kind("disk_full_long", needs_own_disk=True)
 def disk_full_long(run: Run, random: Random) -> str:
-    """The disk is full when the next launch starts, for longer than launches without progress are put up with: these
-    are not the run's fault."""
+    """The disk is full when the next launch starts, for longer than launches without progress are tolerated: those are
+    not the run's fault."""
     old, least = run.launch(), run.newest_step()
     run.kill_monitor()
     run.start("--max_without_progress=3", "--give_up_after=1")

@@ -1,4 +1,4 @@
-"""monitor_process.py as it is, except that it asks a host that refused it again after seconds, not minutes."""
+"""monitor_process.py, changed only to ask a host that refused it again after seconds, not minutes."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""monitor_process.py as it is, except that it dies right after it has started a job."""
+"""monitor_process.py, changed only to die right after it has started a job."""
 
 import os
 import runpy

@@ -1,4 +1,4 @@
-"""What train_with_faults.py is to do to the numbers of one launch, and when."""
+"""What train_with_faults.py does to the numbers of one launch, and when."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,16 +16,16 @@ class Plan:
     """NAN_LOSS: the losses of these steps are not finite, so they are skipped. NAN_WEIGHT, FLIPPED_BIT: once the first
     of these steps is done, a weight is spoiled."""
     launch: str | None
-    """In no other; None: in any."""
+    """Launch for which the plan holds; None: any."""
     ranks: tuple[int, ...]
     first: int
     last: int
     seed: int = 0
-    """Says which weight."""
+    """Chooses the weight."""
     pause: float = 0.0
-    """Seconds that each of these steps takes longer."""
+    """Extra seconds for each of these steps."""
     attempt: int = 0
-    """Of the launch, as its start record has it."""
+    """Number of the launch, from its start record."""
 
     def write(self, home: Path) -> None:
         temporary = home / f"{self.FILE}.new"
@@ -40,12 +40,12 @@ class Plan:
             return None
 
     def note(self, home: Path, rank: int, step: int) -> None:
-        """It was done."""
+        """Record that the plan struck on a rank, at a step."""
         with open(home / f"{self.FILE}.done", "a") as file:
             file.write(f"{self.launch} {self.what} {rank} {step}\n")
 
     def done(self, home: Path) -> list[tuple[int, int]]:
-        """(rank, step) of what was done of it."""
+        """(rank, step) of each strike of this plan."""
         path = home / f"{self.FILE}.done"
         words = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         own = [line for line in words if line[:2] == [str(self.launch), self.what]]

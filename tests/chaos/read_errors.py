@@ -1,4 +1,4 @@
-"""Reads that fail in the processes of a run, by way of read_errors.c."""
+"""Failing reads in the processes of a run, by means of read_errors.c."""
 
 import contextlib
 import shutil
@@ -12,9 +12,10 @@ ERRORS = {"EIO": EIO, "ESTALE": ESTALE, "EACCES": EACCES}
 
 
 def build_library(directory: Path) -> Path:
-    """
+    """Compile read_errors.c.
+
     Raises:
-        OSError, subprocess.CalledProcessError: no compiler, or none that can make it.
+        OSError, subprocess.CalledProcessError: there is no compiler, or none that can build it.
     """
     library = directory / "read_errors.so"
     compiler = shutil.which("cc")
@@ -26,10 +27,11 @@ def build_library(directory: Path) -> Path:
 
 
 class ReadErrors:
-    """
+    """Errors that can be switched on and off.
+
     Args:
         library: from `build_library`.
-        home: gets the control file, and the record of what failed.
+        home: gets the control file, and the record of failed calls.
     """
 
     def __init__(self, library: Path, home: Path):
@@ -38,12 +40,12 @@ class ReadErrors:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of the processes that are to meet the errors."""
+        """Environment of the processes in which reads may fail."""
         return {"LD_PRELOAD": str(self._library), "READ_ERRORS": str(self._control)}
 
     @contextlib.contextmanager
     def armed(self, error: str, *patterns: str, who: str = "all", what: str = "any") -> Iterator[None]:
-        """Within, calls fail on what matches a pattern (of fnmatch, where * also matches a slash).
+        """Within the context, calls fail on paths that match a pattern (of fnmatch, where * also matches a slash).
 
         Args:
             error: one of ERRORS.
@@ -60,5 +62,5 @@ class ReadErrors:
             self._control.unlink()
 
     def hits(self) -> int:
-        """How many calls have failed since they were armed."""
+        """Number of calls that have failed since the errors were armed."""
         return len(self._hits.read_bytes().splitlines()) if self._hits.exists() else 0

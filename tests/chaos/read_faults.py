@@ -1,6 +1,6 @@
-"""The kinds of faults in reading: a disk, a network file system, a mount that says no for a while.
+"""Kinds of faults in reading: a disk, a network file system or a mount that fails for a while.
 
-Whatever cannot be read may be there all the same: nothing of it may be deleted, and no run may start afresh.
+Unreadable files may be there all the same: none may be deleted, and no run may start afresh.
 """
 
 import contextlib
@@ -16,14 +16,15 @@ from tests.chaos.read_errors import ERRORS
 from tests.chaos.run import SAVE_INTERVAL, Broken, Run, send
 
 HOLD = (0.3, 1.5, 5.0)
-"""Seconds; shorter, and longer than whoever reads tries."""
+"""Seconds; shorter and longer than readers keep trying."""
 HOW = ("any", "open", "read")
 
 
 def check_there(run: Run, names: set[str]) -> None:
-    """
+    """Check that checkpoints are kept.
+
     Raises:
-        Broken: a checkpoint was deleted. (Set aside is not deleted.)
+        Broken: a checkpoint was deleted. (It may be set aside.)
     """
     there = [path.name for path in run.ckpt_dir.iterdir()]
     lost = [n for n in names if not any(other == n or other.startswith(f"abandoned-{n}-") for other in there)]
@@ -34,10 +35,10 @@ def check_there(run: Run, names: set[str]) -> None:
 def dead_and_unreadable(
     run: Run, random: Random, patterns: Callable[[list[Checkpoint]], list[str]], who: str, how: str, fresh: bool
 ) -> str:
-    """All die, and the next launch meets reads that fail, for a while that is shorter or longer than it tries.
+    """All processes die, and reads of the next launch fail for a time that is shorter or longer than it keeps trying.
 
     Args:
-        patterns: of what cannot be read, given the checkpoints that are there.
+        patterns: paths that cannot be read, given the existing checkpoints.
         fresh: a launch may go on meanwhile.
     """
     run.wait(lambda: len(run.checkpoints()) > 1, "two checkpoints")
@@ -58,7 +59,7 @@ def dead_and_unreadable(
         if len(run.records("start")) > starts and not fresh:
             raise Broken("a launch began to train, though no checkpoint could be read")
         hits = run.read_errors.hits()
-    # The first to be said to have ended is the one that was killed.
+    # The first process that is reported to have ended is the killed one.
     failed = sum(line.startswith("monitor: launch") and " ended: " in line for _, line in run.lines[since:]) - 1
     least = found[-2].step if fresh else found[-1].step
     return f"{error} on {how} for {who}, {hits} times, {failed} launches failed; {relaunched(run, old, least)}"
@@ -66,7 +67,8 @@ def dead_and_unreadable(
 
 @kind("newest_unreadable", needs_read_errors=True, weight=2)
 def newest_unreadable(run: Run, random: Random) -> str:
-    """A file of the newest checkpoint: the launch goes on from the one before, or from it once it can be read."""
+    """A file of the newest checkpoint is unreadable: the launch goes on from the previous one, or from this one once it
+    can be read."""
     name = random.choice((MANIFEST, "model.safetensors", "optim-0.safetensors", "trainer_state.json", "config.json"))
     how = random.choice(HOW if name == MANIFEST else (*HOW, "stat"))
     said = dead_and_unreadable(
@@ -89,7 +91,7 @@ def ckpt_dir_unreadable(run: Run, random: Random) -> str:
 
 @kind("data_unreadable", needs_read_errors=True, weight=2)
 def data_unreadable(run: Run, random: Random) -> str:
-    """Nothing is wrong with the data, as it would be if it were damaged: the launch fails, and is tried again."""
+    """The data is unreadable but not damaged: the launch fails, and is tried again."""
     name, how = random.choice(("*.bin", "*.ibin")), random.choice(HOW)
     pattern = f"{run.data_dir.resolve()}/{name}"
     said = dead_and_unreadable(run, random, lambda _: [pattern], "ranks", how, fresh=False)
@@ -98,7 +100,7 @@ def data_unreadable(run: Run, random: Random) -> str:
 
 @kind("prune_unreadable", needs_read_errors=True, weight=2)
 def prune_unreadable(run: Run, random: Random) -> str:
-    """Reads fail while checkpoints are saved and older ones deleted: of those from before, or of all."""
+    """Reads fail while checkpoints are saved and older ones deleted: reads of the earlier checkpoints, or of all."""
     run.wait(lambda: len(run.checkpoints()) > 1, "two checkpoints")
     launch, error, how = run.launch(), random.choice(sorted(ERRORS)), random.choice(HOW)
     every = random.random() < 0.4
@@ -107,7 +109,7 @@ def prune_unreadable(run: Run, random: Random) -> str:
         for pid in pids:
             send(pid, signal.SIGSTOP)
         try:
-            # A deletion that has begun leaves these two, and the next one meets the errors.
+            # A deletion that has begun leaves these two, and the next deletion meets the errors.
             names = {checkpoint.path.name for checkpoint in run.checkpoints()[-2:]}
             of_these = [f"*/ckpt/{name}/{MANIFEST}" for name in sorted(names)]
             patterns = [f"*/ckpt/step-*/{MANIFEST}"] if every else of_these
@@ -131,12 +133,12 @@ LOOKED_AT = {
     "the signs of life": ("heartbeat/rank-*.json",),
     "the checkpoints": ("ckpt", "ckpt/*"),
 }
-"""By a monitor, in the run directory."""
+"""Files that a monitor reads in the run directory."""
 
 
 @kind("monitor_cannot_read", needs_read_errors=True, weight=2)
 def monitor_cannot_read(run: Run, random: Random) -> str:
-    """What a new monitor, or the one at work, looks at."""
+    """Files that a new monitor, or the one at work, reads cannot be read."""
     what, error = random.choice(sorted(LOOKED_AT)), random.choice(sorted(ERRORS))
     how = random.choice(("any", "list") if what == "the checkpoints" else HOW)
     old, anew, since = run.launch(), random.random() < 0.7, len(run.lines)
@@ -148,7 +150,7 @@ def monitor_cannot_read(run: Run, random: Random) -> str:
             run.start()
             run.wait(lambda: run.read_errors.hits() or run.said("^monitor: ", since), "the new monitor looks around")
         until = time.monotonic() + 0.5 + 2.0 * random.random()
-        # Whoever has no permission may be told so, and starts it again.
+        # A user without permission may be told so, and starts the monitor again.
         may_refuse = anew and error == "EACCES"
         run.wait(lambda: time.monotonic() > until, "the monitor lives on while reads fail", may_end=may_refuse)
         hits, refused = run.read_errors.hits(), may_refuse and run.monitor.poll() is not None

@@ -1,8 +1,8 @@
-"""What a run is compared with: undisturbed ones of the same flags.
+"""Undisturbed runs of the same flags, for comparison.
 
-A fault may make a run skip steps, whose gradients it made non-finite, or leave out samples, as the monitor does behind
-a loss that is not finite. Both show in the records that stand. The run is then compared with an undisturbed one that
-skips and leaves out the same.
+A fault may make a run skip steps whose gradients it made non-finite, or leave out samples, as the monitor does after a
+loss that is not finite. The records that count show both. The run is then compared with an undisturbed run that skips
+and leaves out the same.
 """
 
 import math
@@ -20,7 +20,7 @@ from tests.chaos.run import ROOT, SAVE_INTERVAL, Broken, Run, Setup, own_environ
 
 @dataclass(frozen=True)
 class LeftOut:
-    """After `step`, the samples before the position `until` were left out."""
+    """The samples before position `until` were left out after `step`."""
 
     step: int
     until: int
@@ -38,7 +38,7 @@ Deviation = LeftOut | Skipped
 
 
 def deviations(out_dir: Path) -> tuple[Deviation, ...]:
-    """What sets a run apart from its plan, in the order of its steps, by its records of every step."""
+    """Deviations of a run from its plan, in the order of its steps, from its records of every step."""
     found: list[Deviation] = []
     due = 0
     for record in read_reslog(out_dir / "reslog.jsonl"):
@@ -58,9 +58,10 @@ def deviations(out_dir: Path) -> tuple[Deviation, ...]:
 
 
 def check_announced(run: Run, found: tuple[Deviation, ...]) -> None:
-    """
+    """Check that every deviation was announced by a fault.
+
     Raises:
-        Broken: samples were left out, or steps skipped, for no fault's sake.
+        Broken: samples were left out, or steps skipped, without a fault as the reason.
     """
     for deviation in found:
         if isinstance(deviation, LeftOut):
@@ -72,7 +73,7 @@ def check_announced(run: Run, found: tuple[Deviation, ...]) -> None:
 
 
 class References:
-    """Makes each when it is asked for first."""
+    """Makes each reference when it is first needed."""
 
     def __init__(self, home: Path, data_dir: Path, steps: int):
         self._home, self._data_dir, self._steps = home, data_dir, steps
@@ -94,12 +95,13 @@ class References:
         return self._made[key]
 
     def forget_apart(self) -> None:
-        """Delete those that only one run will have been compared with."""
+        """Delete references that were made for only one run."""
         for key in [key for key in self._made if key[-1]]:
             shutil.rmtree(self._made.pop(key).parent)
 
     def _begin_apart(self, base: Path, out_dir: Path, setup: Setup, last: Deviation) -> list[str]:
-        """Go on in `out_dir` from where the run in `base` had nothing of the last deviation; the flags for that."""
+        """Go on in `out_dir` from the point of the run in `base` before the last deviation; returns the flags for
+        that."""
         step = last.step if isinstance(last, LeftOut) else (last.first - 1) // SAVE_INTERVAL * SAVE_INTERVAL
         (out_dir / "ckpt").mkdir(parents=True)
         for name in (RUN_MARK, "reslog.jsonl", "config.yaml"):

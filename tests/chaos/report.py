@@ -1,4 +1,4 @@
-"""What a campaign did and found, for people and as JSON."""
+"""Results of a campaign, as text and as JSON."""
 
 import statistics
 import time
@@ -12,10 +12,10 @@ class Report:
     def __init__(self, seed: int):
         self.seed, self._started = seed, time.monotonic()
         self.faults: dict[str, Counter[str]] = {}
-        """Kind -> how often it was thrown, had its effect, failed."""
+        """Kind -> how often it was injected, had its effect, failed."""
         self.skipped: dict[str, str] = {}
         self.passed: Counter[str] = Counter()
-        """Check -> rounds that passed it."""
+        """Check -> number of rounds that passed it."""
         self.failures: list[str] = []
         self.remarks: list[str] = []
         self.rounds = self.launches = self.hangs = 0

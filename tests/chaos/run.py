@@ -1,4 +1,4 @@
-"""One run under monitor_process.py, as the campaign sees it: processes, steps, what the monitor says."""
+"""One run under monitor_process.py, as the campaign sees it: processes, steps, the monitor's messages."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ from tests.sshd import Sshd, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
-"""Seconds within which everything that is waited for must happen, on a loaded machine too."""
+"""Seconds within which everything awaited must happen, even on a loaded machine."""
 HANG_AFTER, FIRST_STEP = 3.0, 20.0
 UNREACHABLE_AFTER = 8.0
 SAVE_INTERVAL, MOST_SKIPPED, REPLICA_CHECK = 5, 12, 10
-"""Steps between saves; skipped steps in a row that are too many; steps between comparisons of the replicas."""
+"""Steps between saves; most skipped steps in a row; steps between comparisons of the replicas."""
 MONITOR_FLAGS = [
     f"--hang_after={HANG_AFTER}", f"--first_step_timeout={FIRST_STEP}", "--start_timeout=120", "--save_timeout=20",
     "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=100", "--interval=0.1",
@@ -48,13 +48,13 @@ class RunOver(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration whose runs are all the same bits."""
+    """A configuration whose undisturbed runs have equal bits."""
 
     name: str
     world_size: int
     flags: tuple[str, ...] = ()
     over_ssh: bool = False
-    """The monitor reaches this machine by --hosts."""
+    """Whether the monitor reaches this machine by --hosts."""
 
 
 SETUPS = {
@@ -70,7 +70,7 @@ SETUPS = {
 
 
 def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> list[str]:
-    """Steps of some tens of milliseconds, a save at every fifth."""
+    """Steps take some tens of milliseconds, and every fifth is saved."""
     return [
         f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
@@ -87,7 +87,7 @@ def training_command(setup: Setup, script: str, flags: list[str]) -> list[str]:
 
 
 def own_environment(home: Path) -> dict[str, str]:
-    """What the processes of a run find in their environment beside the usual."""
+    """Additional environment of a run's processes."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "CHAOS_DIR": str(home), "PYTHONUNBUFFERED": "1"}
 
@@ -101,20 +101,21 @@ class Process:
 
 @dataclass
 class Seen:
-    """What was observed over the whole run."""
+    """Observations over the whole run."""
 
     launches: int = 0
     hangs: int = 0
     first_steps: list[float] = field(default_factory=list)
     """Seconds from each launch to its first step."""
     delays: list[float] = field(default_factory=list)
-    """Of each hang, seconds from the SIGSTOP to the monitor's word, beyond the limit that it names."""
+    """For each hang, seconds from SIGSTOP to the monitor's report, beyond the limit that the report names."""
 
 
 class Run:
-    """
+    """Prepare a run.
+
     Args:
-        home: everything of this run lies here, except that `out_dir` may be on a disk of its own.
+        home: directory of everything in this run, except that `out_dir` may be on its own disk.
         library: see `ReadErrors`; None: reads do not fail.
     """
 
@@ -128,9 +129,9 @@ class Run:
         self.read_errors = ReadErrors(library, home) if library is not None else None
         self.sshd = self._own_host() if setup.over_ssh else None
         self.may_leave_out: set[int] = set()
-        """Positions of the stream, behind stretches that a fault made the monitor leave out."""
+        """Positions in the stream before which a fault made the monitor leave out samples."""
         self.may_skip: set[int] = set()
-        """Steps in which a fault made the gradients not finite."""
+        """Steps whose gradients a fault made non-finite."""
         self.data_dir = home / "data"
         shutil.copytree(data_dir, self.data_dir)
         self.seen, self.lines = Seen(), []
@@ -149,11 +150,12 @@ class Run:
 
     @property
     def workdir(self) -> Path:
-        """Where the hosts file says that the project is."""
+        """The project's directory in the hosts file."""
         return self.home / "workdir"
 
     def _own_host(self) -> Sshd:
-        """This machine as a host of --hosts. What sshd does not hand on comes by way of a script in Python's place."""
+        """This machine as a host of --hosts. A script in place of Python restores the environment that sshd does not
+        pass on."""
         self.workdir.symlink_to(ROOT)
         python = self.home / "python"
         words = [f"{name}={value}" for name, value in self.environment.items()]
@@ -172,7 +174,7 @@ class Run:
         return self.home / "hosts.yaml"
 
     def another_monitor(self, *options: str, script: str = "") -> subprocess.Popen:
-        """Start one with the same command each time, but for its `options`."""
+        """Start a monitor with the same command each time, except for its `options`."""
         script = script or ("tests/chaos/impatient_monitor.py" if self.setup.over_ssh else "monitor_process.py")
         flags = training_flags(self.setup, self.data_dir, self.out_dir, self.steps)
         command = training_command(self.setup, "tests/chaos/train_with_faults.py", flags)
@@ -184,7 +186,7 @@ class Run:
         )  # fmt: skip
 
     def start(self, *options: str, script: str = "") -> None:
-        """Start the monitor that is listened to from now on."""
+        """Start the monitor whose messages are read from now on."""
         self.monitor = self.another_monitor(*options, script=script)
         self._reader = threading.Thread(target=self._read, args=(self.monitor,), daemon=True)
         self._reader.start()
@@ -202,7 +204,7 @@ class Run:
                 self.seen.hangs += line.startswith("monitor: hang:")
 
     def said(self, pattern: str, since: int = 0) -> tuple[float, re.Match] | None:
-        """(when, match) of the first line like that, from line number `since` on."""
+        """(time, match) of the first line that matches, from line number `since` on."""
         for at, line in self.lines[since:]:
             if match := re.search(pattern, line):
                 return at, match
@@ -224,14 +226,14 @@ class Run:
         return [process.pid for process in self.processes() if not process.is_rank]
 
     def ranks(self) -> list[dict]:
-        """The newest signs of life of ranks that live, in their order."""
+        """The newest heartbeats of living ranks, in the order of ranks."""
         beats = [beat for beat in read_heartbeats(self.out_dir / "heartbeat") if psutil.pid_exists(beat["pid"])]
         newest = max(beats, key=lambda beat: beat["monotonic"], default=None)
         beats = [b for b in beats if b["launch"] == newest["launch"] and is_alive(b["pid"])] if newest else []
         return sorted(beats, key=lambda beat: beat["rank"])
 
     def launch(self) -> str:
-        """Name of the launch that all ranks of which are alive and beyond the start; empty if there is none."""
+        """Name of the launch whose ranks are all alive and past the start; empty if there is none."""
         beats = self.ranks()
         well = len(beats) == self.setup.world_size and all(beat["phase"] != "start" for beat in beats)
         return beats[0]["launch"] if well else ""
@@ -246,7 +248,7 @@ class Run:
         return max((checkpoint.step for checkpoint in self.checkpoints()), default=0)
 
     def records(self, name: str) -> list[dict]:
-        """All of this name that were ever written, superseded ones too."""
+        """All records of this name ever written, superseded ones included."""
         found = []
         for line in (self.out_dir / "reslog.jsonl").read_bytes().splitlines():
             try:
@@ -257,7 +259,8 @@ class Run:
         return found
 
     def wait(self, done: Callable[[], object], what: str, seconds: float = PATIENCE, may_end: bool = False) -> object:
-        """
+        """Wait for a condition.
+
         Raises:
             RunOver: the monitor finished the run before.
             Broken: it ended otherwise, or `seconds` passed, or two launches were alive at once.
@@ -302,10 +305,10 @@ class Run:
         self.wait(lambda: self.launch() and self.step() >= step, f"step {step}")
 
     def wait_new_launch(self, old: str, least: int) -> int:
-        """Until a launch other than `old` makes steps; returns the step that it went on from.
+        """Wait until a launch other than `old` makes steps; returns the step that it went on from.
 
         Args:
-            least: a checkpoint of this step was there, so nothing before it may be done again.
+            least: a checkpoint of this step was there, so no step before it may be repeated.
         """
         self.wait(lambda: self.launch() not in ("", old), f"a new launch after {old}")
         start = self.records("start")[-1]["step"]
@@ -314,7 +317,7 @@ class Run:
         return start
 
     def wait_progress(self, launch: str, steps: int = 3) -> None:
-        """Until the same launch has made some more steps."""
+        """Wait until the same launch has made some more steps."""
         target = self.step() + steps
 
         def done() -> bool:
@@ -327,7 +330,7 @@ class Run:
 
     @contextlib.contextmanager
     def slowed(self, seconds: float = 0.2) -> Iterator[None]:
-        """Within, each step takes so much longer, so that a fault that takes its time does not take all of the run."""
+        """Within the context, each step takes longer, so that a slow fault does not take up the whole run."""
         file = self.home / "slow.new"
         file.write_text(str(seconds))
         file.replace(self.home / "slow")
@@ -342,7 +345,7 @@ class Run:
         self.wait(lambda: not any(is_alive(pid) for pid in pids), "the killed processes are gone", 20, may_end=True)
 
     def kill_all(self) -> None:
-        """Every process of the training at once."""
+        """Send a signal to every process of the training at once."""
         while processes := self.processes():
             self.kill([process.pid for process in processes])
 

@@ -1,4 +1,4 @@
-"""The kinds of faults between the monitor and a host of --hosts: connections that are cut, and refused for a while."""
+"""Kinds of faults between the monitor and a host of --hosts: connections that are cut, or refused for a while."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ from tests.chaos.run import UNREACHABLE_AFTER, Broken, Run
 from tests.sshd import make_key
 
 LONGEST = UNREACHABLE_AFTER / 3
-"""Seconds that a host refuses: it does not count as lost yet."""
+"""Seconds for which a host refuses: too few for it to count as lost."""
 NO_LINGERING = struct.pack("ii", 1, 0)
-"""For SO_LINGER: closing a socket resets the connection."""
+"""Value for SO_LINGER: closing a socket resets the connection."""
 
 Refusal = Callable[[Run, Random], AbstractContextManager[None]]
 
@@ -30,7 +30,7 @@ def no_refusal(run: Run, random: Random) -> Iterator[None]:
 
 @contextlib.contextmanager
 def another_key(run: Run, random: Random) -> Iterator[None]:
-    """The host takes another key than ours."""
+    """The host accepts another key than ours."""
     keys = run.sshd.directory / "authorized_keys"
     ours = keys.read_text()
     keys.write_text(make_key(run.home / "another_key") + "\n")
@@ -41,7 +41,7 @@ def another_key(run: Run, random: Random) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_workdir(run: Run, random: Random) -> Iterator[None]:
-    """The project is away, as with a mount."""
+    """The project is gone, as with a mount."""
     away = run.workdir.with_name("workdir-away")
     run.workdir.rename(away)
     run.sshd.drop_connections()
@@ -51,7 +51,7 @@ def no_workdir(run: Run, random: Random) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reset(run: Run, random: Random) -> Iterator[None]:
-    """Something in sshd's place resets each connection: at once, or when we log in (a host that shuts down)."""
+    """A server in sshd's place resets each connection: at once, or at the login (a host that shuts down)."""
     server, at_login = run.sshd, random.random() < 0.6
     port = server.port
     server.stop()
@@ -66,7 +66,7 @@ class Resetting:
     """Listens, and resets connections.
 
     Args:
-        host_key: the file of a host's key, with which to go on to the login; None: at once.
+        host_key: file of a host's key, for continuing to the login; None: reset at once.
     """
 
     def __init__(self, address: str, port: int, host_key: object | None):
@@ -77,7 +77,7 @@ class Resetting:
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
-        # Wakes it up where it accepts.
+        # Wakes the server up in accept().
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._thread.join()
@@ -111,7 +111,7 @@ class Resetting:
 
 
 def refused(refusal: Refusal) -> Callable[[Run, Random], str]:
-    """The monitoring goes on once the host takes us again, and the job is the same."""
+    """Monitoring goes on once the host accepts us again, and the job is the same."""
 
     def throw(run: Run, random: Random) -> str:
         old, seconds = run.launch(), random.uniform(1.0, LONGEST)
@@ -142,7 +142,7 @@ kind("ssh_reset", setups=OVER_SSH)(refused(reset))
 
 @kind("ssh_refused_and_dead", setups=OVER_SSH)
 def ssh_refused_and_dead(run: Run, random: Random) -> str:
-    """All die while the host refuses us: the next launch waits for it."""
+    """All processes die while the host refuses us: the next launch waits for it."""
     old, least = run.launch(), run.newest_step()
     refusal = random.choice((another_key, no_workdir, reset))
     with refusal(run, random):

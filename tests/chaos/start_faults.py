@@ -1,4 +1,4 @@
-"""The kinds of faults while a launch or a monitor begins: locks that others hold, stop files, deaths in between."""
+"""Kinds of faults while a launch or a monitor begins: locks that others hold, stop files, deaths in between."""
 
 import contextlib
 import fcntl
@@ -29,7 +29,7 @@ def has_open(pid: int, path: Path) -> bool:
 
 
 def let_wait(run: Run, lock: Path, since: int, random: Random) -> None:
-    """Until somebody is seen to wait for the lock, or should have come to it, and a moment longer."""
+    """Wait until a process is seen waiting for the lock, or should have come to it, and a moment longer."""
     latest = time.monotonic() + 15.0
 
     def comes_to_it() -> bool:
@@ -44,7 +44,8 @@ def let_wait(run: Run, lock: Path, since: int, random: Random) -> None:
 
 @kind("run_locked", weight=2)
 def run_locked(run: Run, random: Random) -> str:
-    """Somebody holds the run directory when a launch begins: a `prune`, a rank that dies slowly. It waits."""
+    """Another process holds the run directory when a launch begins (a `prune`, a rank that dies slowly): the launch
+    waits."""
     old, least, lock, since = run.launch(), run.newest_step(), run.out_dir / ".lock", len(run.lines)
     with contextlib.ExitStack() as stack:
         die_and(run, lambda: stack.enter_context(held(lock)))
@@ -73,7 +74,7 @@ def monitor_locked(run: Run, random: Random) -> str:
 
 @kind("second_monitor")
 def second_monitor(run: Run, random: Random) -> str:
-    """The same command once more, while the monitor is at work: refused, and nothing happens to the run."""
+    """Run the same command again while the monitor is at work: it is refused, and nothing happens to the run."""
     launch, second = run.launch(), run.another_monitor()
     try:
         with run.slowed():
@@ -89,7 +90,7 @@ def second_monitor(run: Run, random: Random) -> str:
 
 @kind("stop_file_between")
 def stop_file_between(run: Run, random: Random) -> str:
-    """A request to stop that comes while nothing of the training is alive."""
+    """A request to stop arrives while no process of the training is alive."""
     old, least = run.launch(), run.newest_step()
     die_and(run, (run.out_dir / "stop").touch)
     return f"between two launches: {honoured(run, old, least)}"
@@ -97,7 +98,7 @@ def stop_file_between(run: Run, random: Random) -> str:
 
 @kind("stop_file_at_start")
 def stop_file_at_start(run: Run, random: Random) -> str:
-    """... and while a launch begins."""
+    """A request to stop arrives while a launch begins."""
     old, least = run.launch(), run.newest_step()
     run.kill_all()
     begun(run, old, random)
@@ -129,8 +130,8 @@ def kill_between_dir_and_mark(run: Run, random: Random) -> str:
 
 @kind("replaced", weight=2)
 def replaced(run: Run, random: Random) -> str:
-    """As a kill between the two renames of a commit leaves it, when a step is saved again: the older one of this step
-    is there under another name, and the new one not under its own yet."""
+    """The state that a kill between the two renames of a commit leaves when a step is saved again: the step's older
+    checkpoint is there under another name, and the new one not under its own yet."""
     run.wait(lambda: len(run.checkpoints()) > 1, "two checkpoints")
     old, alone = run.launch(), random.random() < 0.5
 

@@ -1,4 +1,4 @@
-"""A run that is killed, hung, stopped and damaged is in the end the same, to the bit, as one that was left alone."""
+"""A run that is killed, hung, stopped and damaged ends the same, to the bit, as one that was left alone."""
 
 import json
 import os
@@ -40,7 +40,7 @@ print([attempt(lambda: open(file).read()), attempt(lambda: os.stat(file)), attem
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_reads_fail_while_they_are_armed_and_only_those(tmp_path: Path):
-    """[reads a file, looks at it, lists its folder, opens it to write], as a rank and as another process."""
+    """[reads a file, stats it, lists its folder, opens it to write], as a rank and as another process."""
     checkpoint = tmp_path / "ckpt" / "step-5"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
@@ -63,7 +63,7 @@ def test_reads_fail_while_they_are_armed_and_only_those(tmp_path: Path):
 
 
 def test_what_sets_a_run_apart_shows_in_its_records(tmp_path: Path):
-    """And needs a fault that gives a reason for it."""
+    """A deviation also needs a fault that gives a reason for it."""
 
     def train(step: int, first: int, norm: object = 1.0) -> dict:
         return {"name": "train", "time": 1.0, "step": step, "samples": [first, first + 7], "grad_norm": norm}
@@ -86,7 +86,7 @@ def test_what_sets_a_run_apart_shows_in_its_records(tmp_path: Path):
 
 @pytest.mark.slow
 def test_one_run_survives_four_kinds_of_faults(tmp_path: Path):
-    """Each once, in an order that the seed gives."""
+    """Each fault once, in an order that the seed gives."""
     campaign = Campaign(1, tmp_path, [replace(KINDS[name], weight=1) for name in SHORT])
     campaign.throw(len(SHORT), order=("ddp2",))
     check(campaign.report, len(SHORT))
@@ -95,8 +95,8 @@ def test_one_run_survives_four_kinds_of_faults(tmp_path: Path):
 @pytest.mark.soak
 def test_every_kind_of_fault_in_every_setup(tmp_path: Path):
     campaign = Campaign(2, tmp_path, [replace(kind, weight=1) for kind in KINDS.values()])
-    # Those that need the hosts find all of them dealt.
+    # Kinds that need hosts must find all of them dealt.
     campaign.throw(84, order=("ddp2", "zero1", "ddp1", "powersgd", "ddp2", "ssh1", "ddp2"))
-    # One that comes in a run's last steps may be too late to show.
+    # A fault in a run's last steps may be too late to show.
     check(campaign.report, 78)
     assert set(campaign.report.faults) | set(campaign.report.skipped) == set(KINDS)

@@ -1,10 +1,10 @@
-"""train_my_ddp.py as it is, except for what the campaign asks for.
+"""train_my_ddp.py with the faults that the campaign requests.
 
-A phase of a save, or another moment, kills or slows this process: the request is `armed.json` in the directory that
-CHAOS_DIR names: {"phase", "rank", "step", "seconds"}; it is taken by the first save of at least that step, and then
-renamed `fired.json`. Half a second or more means: sleep; 0: die.
+A phase of a save, or another moment, kills or slows this process. The request is `armed.json` in the directory that
+CHAOS_DIR names: {"phase", "rank", "step", "seconds"}. The first save of at least that step takes it and renames it
+`fired.json`. Half a second or more means sleep; 0 means die.
 
-And numbers are spoiled, as plan.py says: losses, weights.
+Numbers are spoiled as plan.py says: losses, weights.
 """
 
 import contextlib
@@ -19,10 +19,9 @@ from random import Random
 
 import torch
 
-from checkpoint import folder as checkpoint
-from checkpoint import saving
+from checkpoint import retention, writing
 from checkpoint.folder import MANIFEST, REPLACED
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from optimizer.mixed_precision import MixedPrecisionOptimizer, StepResult
 from parallel.launched import launch_token
 from runs import sinks
@@ -32,12 +31,12 @@ from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
 
 HOME = Path(os.environ["CHAOS_DIR"])
 SLOW = HOME / "slow"
-"""While it is there, each step takes so many seconds longer."""
+"""While this file is there, each step takes as many seconds longer as it says."""
 RANK = int(os.environ.get("RANK", "0"))
 _step = 0
-"""Of the last save."""
+"""Step of the last save."""
 _doing = 0
-"""The step that is being done."""
+"""Step in progress."""
 
 
 def claim(phase: str) -> dict | None:
@@ -64,7 +63,7 @@ def strike(phase: str) -> None:
 
 
 def around(name: str, before: str = "", after: str = "") -> None:
-    """Let a method of CheckpointWriter strike before or after it."""
+    """Make a method of CheckpointWriter strike before or after its work."""
     original = getattr(CheckpointWriter, name)
 
     def disturbed(self: CheckpointWriter, *arguments: object) -> object:
@@ -94,7 +93,7 @@ def leave_half_a_file() -> None:
 
 
 def around_manifest() -> None:
-    original = saving.atomic_write_json
+    original = writing.atomic_write_json
 
     def atomic_write_json(path: Path, value: object, **options: bool) -> None:
         if path.name == MANIFEST:
@@ -103,23 +102,23 @@ def around_manifest() -> None:
         if path.name == MANIFEST:
             strike("before_rename")
 
-    saving.atomic_write_json = atomic_write_json
+    writing.atomic_write_json = atomic_write_json
 
 
 def inside_prune() -> None:
-    original = checkpoint._delete
+    original = retention._delete
 
     def _delete(directory: Path, *patterns: str) -> None:
-        # At the start of a launch more than that is deleted.
+        # At the start of a launch more patterns than that are deleted.
         if ".old-*" in patterns and ".tmp-step-*" not in patterns:
             strike("in_prune")
         original(directory, *patterns)
 
-    checkpoint._delete = _delete
+    retention._delete = _delete
 
 
 def around_files() -> None:
-    """A run directory is made, or a save comes in the place of one of the same step."""
+    """Strike when a run directory is made, or when a save replaces one of the same step."""
     mkdir, os_replace = Path.mkdir, os.replace
 
     def disturbed_mkdir(self: Path, *arguments: object, **options: object) -> None:
@@ -141,7 +140,7 @@ class SlowSink:
     """A service that takes the results and can be slow to end."""
 
     def write(self, record: dict) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def close(self) -> None:
         strike("sink_close")
@@ -158,7 +157,7 @@ def with_a_slow_sink() -> None:
 
 
 def planned(what: str) -> Plan | None:
-    """The plan, if it is for this launch, rank and step; it is noted as done."""
+    """The plan, if it is for this launch, rank and step; it is recorded as done."""
     plan = Plan.read(HOME)
     if plan is None or plan.what != what or plan.launch not in (None, launch_token()):
         return None
@@ -169,7 +168,7 @@ def planned(what: str) -> Plan | None:
 
 
 def follow_steps() -> None:
-    """The training thread says at the beginning of each how many are done. Here it can be held up."""
+    """Hold up the training thread when it reports, at the beginning of a step, how many steps are done."""
     original = Heartbeat.beat
 
     def beat(self: Heartbeat, phase: str, step: int) -> None:
@@ -198,7 +197,7 @@ def spoil_losses() -> None:
 
 
 def spoil_weights() -> None:
-    """After a step, so that a save that is due then meets them."""
+    """Spoil weights after a step, so that a save that is due then meets them."""
     original = MixedPrecisionOptimizer.step
 
     def step(self: MixedPrecisionOptimizer, *arguments: object) -> StepResult:
@@ -220,7 +219,7 @@ def spoil_weight(optimizer: MixedPrecisionOptimizer, plan: Plan) -> None:
     if plan.what == NAN_WEIGHT:
         weights[place] = math.nan
     else:
-        # In the upper half of the mantissa: the weight stays a likely one, and no rounding takes it back.
+        # In the upper half of the mantissa, so that the weight stays plausible and no rounding restores it.
         weights.view(torch.int32)[place] ^= 1 << random.randrange(12, 23)
 
 

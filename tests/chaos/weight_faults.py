@@ -1,4 +1,4 @@
-"""The kinds of faults in numbers: weights and gradients that are not finite, ranks whose weights drift apart."""
+"""Kinds of faults in numbers: weights and gradients that are not finite, ranks whose weights drift apart."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ from tests.chaos.plan import FLIPPED_BIT, NAN_LOSS, NAN_WEIGHT, Plan
 from tests.chaos.run import MOST_SKIPPED, REPLICA_CHECK, SAVE_INTERVAL, SETUPS, Broken, Run, send
 
 AHEAD = 4
-"""Steps: a plan must be there before any rank comes to it."""
+"""Steps of lead: a plan must be there before any rank comes to its step."""
 TRIES = 5
 
 
@@ -21,12 +21,12 @@ def plan_for(run: Run, what: str, ranks: tuple[int, ...], random: Random, steps:
     """Leave a plan, at a step that is not reached yet, until it has struck on all its ranks.
 
     Args:
-        steps: how many it lasts.
+        steps: number of steps that it lasts.
         more: `offset`: its first step is this much beyond a multiple of SAVE_INTERVAL; and fields of the plan.
     """
     offset = more.pop("offset", random.randrange(SAVE_INTERVAL))
     for _ in range(TRIES):
-        # Then the run goes back, if it does, to a step that the undisturbed run has saved, too.
+        # Then, if the run goes back, it goes to a step that the undisturbed run has saved, too.
         run.wait(lambda: run.launch() and run.newest_step() % SAVE_INTERVAL == 0, "a save at a usual step")
         first = -(-(run.step() + AHEAD) // SAVE_INTERVAL) * SAVE_INTERVAL + offset
         if first + steps > run.steps - SAVE_INTERVAL:
@@ -46,9 +46,10 @@ def plan_for(run: Run, what: str, ranks: tuple[int, ...], random: Random, steps:
 
 
 def check_finite(run: Run) -> None:
-    """
+    """Check that committed checkpoints are finite.
+
     Raises:
-        Broken: a checkpoint that was committed holds what is not finite.
+        Broken: a committed checkpoint holds non-finite values.
     """
     for path in run.ckpt_dir.iterdir():
         # It may be deleted meanwhile, when newer ones are there.
@@ -62,15 +63,15 @@ def is_finite(checkpoint: Path) -> bool:
 
 
 def gone_back(run: Run, plan: Plan, least: int) -> str:
-    """The launch ends, and the next one goes on from a good checkpoint, leaving out the samples up to there, or, if it
-    was not the loss that ended it, none."""
+    """The launch ends, and the next one goes on from a good checkpoint. It leaves out the samples up to the failure if
+    the loss ended the launch, and otherwise none."""
 
     def begun() -> list[dict]:
         return [record for record in run.records("start") if record["attempt"] > plan.attempt]
 
     run.wait(lambda: run.launch() not in ("", plan.launch) and begun(), f"a new launch after {plan.launch}")
     check_finite(run)
-    # The first of them: it may have been killed meanwhile, and the next one be on its way.
+    # The first of them: it may have been killed meanwhile, and the next one may be on its way.
     start = begun()[0]
     if not least <= start["step"] <= plan.first:
         raise Broken(f"went on from step {start['step']}; {least} was saved, and {plan.first} spoiled")
@@ -78,7 +79,7 @@ def gone_back(run: Run, plan: Plan, least: int) -> str:
         return f"on from step {start['step']}, nothing left out"
     first, last = start["left_out"]
     before = [r for r in run.records("train") if r["samples"][0] >= first and r["time"] < start["time"]]
-    # The step that was being done when it ended may have no record.
+    # The step in progress when it ended may have no record.
     ends = {r["samples"][1] for r in before[-1:]}
     ends |= {2 * r["samples"][1] - r["samples"][0] + 1 for r in before[-1:]}
     if last not in ends or before[-1]["step"] > plan.first + MOST_SKIPPED + 1:
@@ -89,11 +90,11 @@ def gone_back(run: Run, plan: Plan, least: int) -> str:
 
 @kind("nan_weight", weight=2)
 def nan_weight(run: Run, random: Random) -> str:
-    """On one rank, or on all at once as an overflow would."""
+    """On one rank, or on all at once as in an overflow."""
     ranks = tuple(range(run.setup.world_size))
     if random.random() < 0.5:
         ranks = (random.choice(ranks),)
-    # Half of them right before a save, when no step was skipped yet.
+    # Half of them right before a save, when no step has been skipped yet.
     offset = 0 if random.random() < 0.5 else random.randrange(1, SAVE_INTERVAL)
     run.wait(run.newest_step, "a checkpoint")
     least = run.newest_step()
@@ -104,9 +105,9 @@ def nan_weight(run: Run, random: Random) -> str:
 
 @kind("nan_weight_and_resave", setups=tuple(name for name in SETUPS if name != "zero1"))
 def nan_weight_and_resave(run: Run, random: Random) -> str:
-    """Then a death between the two renames by which the step that the run has gone back to is saved again.
+    """Then a death between the two renames that save again the step to which the run has gone back.
 
-    (Under ZeRO-1 each rank spoils a weight of its own, which may show as a drift first; then nothing is left out.)
+    (Under ZeRO-1 each rank spoils its own weight, which may show as a drift first; then nothing is left out.)
     """
     run.wait(run.newest_step, "a checkpoint")
     least, ranks = run.newest_step(), tuple(range(run.setup.world_size))
@@ -135,7 +136,7 @@ def skipped_at_save(run: Run, random: Random) -> str:
 
 @kind("stop_while_skipping")
 def stop_while_skipping(run: Run, random: Random) -> str:
-    """A request to stop meets weights that may be what is wrong: the last good checkpoint stays the newest."""
+    """A request to stop meets weights that may be spoiled: the last good checkpoint stays the newest."""
     run.wait(run.newest_step, "a checkpoint")
     plan = plan_for(run, NAN_LOSS, tuple(range(run.setup.world_size)), random, MOST_SKIPPED - 1, pause=0.3)
     since = len(run.lines)
@@ -157,7 +158,7 @@ def stop_while_skipping(run: Run, random: Random) -> str:
 
 @kind("drift", setups=("ddp2", "powersgd"), weight=2)
 def drift(run: Run, random: Random) -> str:
-    """A bit of a weight on one rank: noticed, before anything of it is saved."""
+    """A bit of a weight flips on one rank: the ranks notice before any of it is saved."""
     run.wait(run.newest_step, "a checkpoint")
     least = run.newest_step()
     plan = plan_for(run, FLIPPED_BIT, (random.randrange(run.setup.world_size),), random, 1)

@@ -1,4 +1,4 @@
-"""Buckets and gradients without a model, for tests of hooks: every rank can tell what every other rank holds."""
+"""Buckets and gradients without a model, for tests of hooks: every rank can compute the values of every other rank."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -34,7 +34,8 @@ class Chain(nn.Module):
 
 
 def in_groups(world_sizes: Iterable[int], work: Callable[[DistContext], dict]) -> dict[str, dict]:
-    """On the ranks of a large group: call `work` in a group of the first n ranks, for each n; results by n."""
+    """Results by n of calling `work` in a group of the first n ranks, for each n. Runs on the ranks of a large
+    group."""
     context, results = init_context("cpu"), {}
     for size in world_sizes:
         groups = [dist.new_group(range(size)) for _ in range(2)]
@@ -57,14 +58,14 @@ def new_buckets(
 
 
 def draw(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 numbers, a function of the key."""
+    """Standard normal float32 numbers, as a function of the key."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
 
 
 def gradients_of(
     rank: int, step: int, dtype: torch.dtype = torch.float32, shapes: dict[str, tuple[int, ...]] = SHAPES
 ) -> dict[str, Tensor]:
-    """A rank's gradients of a step: something common to all ranks and steps, and noise."""
+    """A rank's gradients of a step: a part common to all ranks and steps, and noise."""
     return {
         name: (draw(name, shape) + draw(f"{rank} {step} {name}", shape)).to(dtype) for name, shape in shapes.items()
     }
@@ -122,7 +123,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def fingerprint(tensors: list[Tensor]) -> int:
-    """Of the tensors' bits."""
+    """Digest of the tensors' bits."""
     crc = 0
     for tensor in tensors:
         crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), crc)

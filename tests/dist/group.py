@@ -1,4 +1,4 @@
-"""Run one function on several gloo ranks of this machine: a group is spawned once and works through many cases."""
+"""Run functions on several gloo ranks of this machine: a group is spawned once and works through many cases."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import torch.multiprocessing
 from parallel.listen import LOOPBACK, bind, serve_store
 
 MAX_JOBS = 16
-"""How often the ranks of a group may meet anew."""
+"""How often the ranks of a group may meet again."""
 
 
 def use_new_port() -> None:
-    """Before another `init_context` in the same processes: the store of the last one still holds its keys."""
+    """Switch to a new port before another `init_context` in the same processes: the last store still holds its keys."""
     ports = os.environ["SPARE_PORTS"].split(",")
     os.environ["MASTER_PORT"], os.environ["SPARE_PORTS"] = ports[0], ",".join(ports[1:])
 
@@ -48,9 +48,10 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
     """
     with tempfile.TemporaryDirectory() as out:
         context = torch.multiprocessing.get_context("forkserver")
-        # Importing takes longer than most of what is tested: once, in the process that the ranks are forked from.
+        # Importing takes longer than most tests, so it is done once, in the process that the ranks are forked from.
         context.set_forkserver_preload(["torch", "torch._dynamo", "train_my_ddp", "tests.dist.group"])
-        # As under torchrun, the stores are there before the ranks: who asks too early is sent away for half a second.
+        # As under torchrun, the stores are there before the ranks: a rank that asks too early has to wait half a
+        # second.
         stores = [serve_store(bind(LOOPBACK, 0), 300.0) for _ in range(MAX_JOBS)]
         ports = [store.port for store in stores]
         processes = [

@@ -1,4 +1,4 @@
-"""The audit of runs on two ranks: resumed on another number of them, and with a loader that is wrong."""
+"""The audit of runs on two ranks: resumed on another number of ranks, and with a wrong loader."""
 
 import train_my_ddp
 from dataset.audit import main as audit
@@ -12,7 +12,7 @@ def train(flags: list[str]) -> int:
 
 
 def train_on_the_same_data(flags: list[str]) -> int:
-    """The original's mistake: every rank reads what rank 0 should."""
+    """The original's mistake: every rank reads rank 0's rows."""
     initialize = TrainLoader.__init__
 
     def wrong(self: TrainLoader, *args: object, **kwargs: object) -> None:

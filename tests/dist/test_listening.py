@@ -1,4 +1,4 @@
-"""What a job listens on while it trains: real processes, as they are started."""
+"""Ports that a job listens on while it trains: real processes, started as usual."""
 
 import json
 import os
@@ -34,7 +34,7 @@ main()
 
 @pytest.mark.parametrize("how, listeners", [("launcher", [3, 3]), ("environment", [3, 2]), ("alone", [0])])
 def test_a_job_on_one_machine_listens_on_loopback_alone(tmp_path: Path, how: str, listeners: list[int]):
-    """Each rank listens once for each of its two groups; beside that there is one store: the launcher's or, without a
+    """Each rank listens once for each of its two groups; there is one further store: the launcher's or, without a
     launcher, rank 0's."""
     script, out = tmp_path / "script.py", tmp_path / "out.json"
     script.write_text(SCRIPT)

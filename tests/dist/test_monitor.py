@@ -1,4 +1,4 @@
-"""monitor_process.py over real trainings: it ends when it should, goes on where it can, and says why."""
+"""monitor_process.py over real trainings: it ends when it should, goes on if it can, and says why."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def until(condition: Callable[[], object], what: str) -> object:
 
 
 class Monitor:
-    """monitor_process.py over a training, with what both print in a file."""
+    """monitor_process.py over a training, with the output of both in a file."""
 
     def __init__(self, launcher: list[str], script: str, flags: list[str], *options: str):
         self.run_dir = out_dir(flags)
@@ -60,12 +60,12 @@ class Monitor:
 
     @property
     def said(self) -> list[str]:
-        """Of what was printed, the monitor's own lines."""
+        """The monitor's own lines of the output."""
         lines = self.output.splitlines()
         return [line.removeprefix("monitor: ") for line in lines if line.startswith("monitor: ")]
 
     def wait(self) -> int:
-        """The exit code. The last line is the monitor's."""
+        """The exit code. The last line must be the monitor's."""
         try:
             code = self.process.wait(150)
         except subprocess.TimeoutExpired:
@@ -74,7 +74,7 @@ class Monitor:
         return code
 
     def ask(self) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM; returns the exit code."""
         self.process.terminate()
         return self.wait()
 
@@ -87,7 +87,7 @@ class Monitor:
         return Status.read(self.run_dir)
 
     def at_step(self, step: int) -> list[dict]:
-        """Wait until the launch under way has begun a step; the heartbeats of all its ranks."""
+        """Wait until the current launch has begun a step; returns the heartbeats of all its ranks."""
         node = LocalNode(self.run_dir)
 
         def beats() -> list[dict] | None:
@@ -105,7 +105,7 @@ class Monitor:
 
 @pytest.fixture
 def monitor() -> Iterator[Callable[..., Monitor]]:
-    """Starts monitors; whatever they left running is ended after the test."""
+    """Starts monitors; processes that they leave running are ended after the test."""
     started: list[Monitor] = []
 
     def start(*arguments: object) -> Monitor:
@@ -122,7 +122,7 @@ def monitor() -> Iterator[Callable[..., Monitor]]:
 
 @pytest.fixture(scope="module")
 def flags(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of a few seconds with a checkpoint at each tenth step."""
+    """A run of a few seconds with a checkpoint at every tenth step."""
     return [
         f"--data_dir={data_dir}", f"--out_dir={tmp_path_factory.mktemp('monitored') / 'default'}",
         f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu", "--train_batch_size=2",
@@ -149,7 +149,7 @@ def logged(run_dir: Path) -> list[tuple[float, str]]:
 
 
 def written_script(path: Path, patch: str) -> str:
-    """A training script that is train_my_ddp.py with something wrong in it."""
+    """A training script that is train_my_ddp.py with a mistake in it."""
     path.write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import train_my_ddp\nfrom training.trainer import Trainer\n"
@@ -161,8 +161,8 @@ def written_script(path: Path, patch: str) -> str:
 
 
 def test_success_and_a_hang_on_the_way_to_the_same(monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path):
-    """A finished run is not started again. A rank that is stopped is noticed, named and ended with the others, their
-    stacks are in the log, and the run ends with the bits of the one that was left alone."""
+    """A finished run is not restarted. A stopped rank is noticed, named and ended with the others, their stacks are in
+    the log, and the run ends with the bits of an undisturbed one."""
     plain = elsewhere(flags, tmp_path / "plain")
     undisturbed = monitor(TWO_RANKS, SCRIPT, plain)
     assert undisturbed.wait() == OK, undisturbed.output
@@ -239,8 +239,8 @@ Trainer._step = crashes_at_step_3
 
 
 def test_killed_taken_over_and_stopped(monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path):
-    """The training outlives its monitor, and the same command takes it over. A second monitor is refused. Asked to
-    stop, the ranks save."""
+    """The training outlives its monitor, and the same command takes it over. A second monitor is refused. On a request
+    to stop, the ranks save."""
     case = [*elsewhere(flags, tmp_path / "my run"), "--max_iters=100000", "--save_interval=1000"]
     first = monitor(TWO_RANKS, SCRIPT, case)
     ranks = {beat["pid"] for beat in first.at_step(3)}
@@ -273,7 +273,7 @@ def test_killed_taken_over_and_stopped(monitor: Callable[..., Monitor], flags: l
 def test_a_job_that_lost_a_rank_while_nobody_watched(
     monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path
 ):
-    """It is ended and started again by the next monitor. (In `make test`, the chaos campaign kills a monitor.)"""
+    """The next monitor ends it and starts it again. (In `make test`, the chaos campaign kills a monitor.)"""
     case = [*elsewhere(flags, tmp_path / "run"), "--max_iters=100000", "--save_interval=20"]
     first = monitor(TWO_RANKS, SCRIPT, case)
     beats = first.at_step(30)
@@ -291,8 +291,8 @@ BAD_SAMPLE = 22
 
 
 def test_a_loss_that_is_not_finite(monitor: Callable[..., Monitor], flags: list[str], tmp_path: Path):
-    """A sample that makes the loss NaN: the end with --on_nonfinite=stop; else it is left out with those since the
-    last checkpoint, and the audit proves that all others were read once."""
+    """A sample makes the loss NaN. --on_nonfinite=stop ends the run; otherwise the sample is left out with those since
+    the last checkpoint, and the audit proves that all others were read once."""
     script = written_script(
         tmp_path / "poisoned.py",
         f"""

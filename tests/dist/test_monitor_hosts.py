@@ -1,5 +1,5 @@
-"""monitor_process.py over SSH. Two hosts are two real sshd of this machine: on two addresses, or in two network
-namespaces with file systems of their own."""
+"""monitor_process.py over SSH. The two hosts are real sshd of this machine: on two addresses, or in two network
+namespaces with their own file systems."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from checkpoint.folder import list_checkpoints
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from monitor.remote import RemoteNode
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.dist.test_runs import run_cases
@@ -66,7 +66,7 @@ def write_hosts(path: Path, servers: list[Sshd], **more: object) -> Path:
 
 
 class Monitored:
-    """The monitor as a process, with what can be seen of its run."""
+    """The monitor as a process, with the visible state of its run."""
 
     def __init__(self, hosts: Path, flags: list[str], log: Path, *options: str):
         self.run_dir, self.log = out_dir(flags), log
@@ -112,7 +112,7 @@ def training(run_dir: Path, attempt: int, step: int = 0) -> bool:
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """Those whose command names the run directory."""
+    """Processes whose command names the run directory."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -122,7 +122,8 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
 
 
 def ends_everywhere(run_dir: Path) -> bool:
-    """Whether nothing of the run is left; what served the monitor needs a moment to see that its connection ended."""
+    """Whether nothing of the run is left; the process that served the monitor needs a moment to see that its connection
+    ended."""
     deadline = time.monotonic() + 10
     while processes_of(run_dir) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -130,7 +131,7 @@ def ends_everywhere(run_dir: Path) -> bool:
 
 
 def kill_node(launch: str) -> int:
-    """SIGKILL everything that a launch has on one node."""
+    """SIGKILL every process of a launch on one node."""
     killed = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -141,7 +142,7 @@ def kill_node(launch: str) -> int:
 
 
 def secrets_in_sight(run_dir: Path, log: Path) -> list[str]:
-    """Where the secret of the hosts file can be read: command lines of all processes, and files of the run."""
+    """Places where the secret of the hosts file can be read: command lines of all processes, and files of the run."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -157,8 +158,8 @@ def secrets_in_sight(run_dir: Path, log: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_two_hosts(reference: list[str], tmp_path: Path):
-    """Started over SSH; the connections drop, which changes nothing; stopped on request; started again; one node is
-    killed; the run finishes with the undisturbed run's bits, and nothing is left running."""
+    """The run is started over SSH; the connections drop, which changes nothing; it is stopped on request and started
+    again; one node is killed; the run finishes with the undisturbed run's bits, and nothing is left running."""
     flags = elsewhere(reference, tmp_path / "run")
     run_dir, log = out_dir(flags), tmp_path / "log"
     with Sshd(tmp_path / "a") as first, Sshd(tmp_path / "b", listen="127.0.0.2") as second:
@@ -190,7 +191,7 @@ def test_two_hosts(reference: list[str], tmp_path: Path):
 
 
 def check_losses(flags: list[str], reference: list[str]) -> None:
-    """Equal, bit for bit, wherever the undisturbed run logged one; a stop adds a record of its own step."""
+    """Equal, bit for bit, where the undisturbed run logged one; a stop adds a record of its own step."""
     seen, expected = ({r["step"]: r["loss"] for r in records(f, "train")} for f in (flags, reference))
     assert {step: seen.get(step) for step in expected} == expected
 
@@ -240,14 +241,14 @@ while not (run / "go").exists():
     time.sleep(0.05)
 write_exit_record(Path(os.environ["ZERO2ALL_EXIT_DIR"]), 0, 0, "finished", step, world_size=1)
 """
-"""A training, as far as a monitor can see."""
+"""A fake training that looks real to a monitor."""
 
 
 def test_a_host_that_refuses_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    """Its logins fail, then its folder is away, for longer than a host may be silent: nobody ends the job, nor gets it
-    meanwhile, and in the end the monitor sees it finish."""
+    """The host's logins fail, then its folder is gone, for longer than a host may be silent. Nobody ends the job or
+    takes it over meanwhile, and in the end the monitor sees it finish."""
     monkeypatch.setattr(monitor.remote, "_LATER", 0.3)
     monkeypatch.setattr(monitor.remote, "_LATER_AT_MOST", 0.3)
     monkeypatch.setattr(logging.getLogger("monitor"), "propagate", True)
@@ -261,7 +262,7 @@ def test_a_host_that_refuses_for_a_while(
         hosts = read_hosts(write_hosts(tmp_path / "hosts.yaml", [server], **{server.listen: {"workdir": str(workdir)}}))
         node = RemoteNode(hosts.hosts[0], str(run_dir), 0)
         node.open()
-        options = Options(interval=0.1, unreachable_after=0.5, show_output=False)
+        options = SupervisorOptions(interval=0.1, unreachable_after=0.5, show_output=False)
         supervisor, codes = Supervisor([node], command, run_dir, options, hosts), []
         thread = threading.Thread(target=lambda: codes.append(supervisor.run()), daemon=True)
         thread.start()
@@ -285,7 +286,7 @@ def test_a_host_that_refuses_for_a_while(
             job, keys = beat(run_dir, 0), server.directory / "authorized_keys"
             ours = keys.read_text()
             refused(lambda: keys.write_text(""), lambda: keys.write_text(ours), "refuses the login")
-            # Another monitor, on the host itself: it cannot even tell that the first is dead, nor is it.
+            # Another monitor, on the host itself: it cannot know that the first is dead, and the first is not.
             other = subprocess.run(
                 [sys.executable, "monitor_process.py", "--", sys.executable, script, f"--out_dir={run_dir}"], cwd=ROOT,
                 capture_output=True, text=True, timeout=60,
@@ -312,7 +313,7 @@ def system(command: str) -> None:
 
 
 def remove_stale_namespaces() -> None:
-    """Of tests that were killed: their addresses would be taken for ours."""
+    """Remove namespaces of killed tests, whose addresses would be taken for ours."""
     for path in Path("/run/netns").glob(f"{NAMESPACE}*"):
         pid = path.name.removeprefix(NAMESPACE)[:-1]
         if not psutil.pid_exists(int(pid)):
@@ -328,7 +329,7 @@ def link_to(namespace: str) -> str:
 
 @contextlib.contextmanager
 def two_namespaces() -> Iterator[list[str]]:
-    """Two hosts that reach each other over a link `data`, and this one over links of their own."""
+    """Two hosts that reach each other over a link `data`, and this host over separate links."""
     remove_stale_namespaces()
     names = [f"{NAMESPACE}{os.getpid()}{end}" for end in "ab"]
     with contextlib.ExitStack() as stack:
@@ -373,8 +374,8 @@ def can_make_namespaces() -> bool:
 
 @pytest.mark.soak
 def test_a_link_is_cut_between_hosts_without_a_common_file_system(reference: list[str], tmp_path: Path):
-    """The ranks hang, as nothing tells them that the link is gone; the monitor notices, ends both hosts, and starts
-    again once they reach each other: the undisturbed run's bits."""
+    """The ranks hang, because nothing tells them that the link is gone. The monitor notices, ends both hosts, and
+    restarts once they reach each other: the undisturbed run's bits."""
     if not can_make_namespaces():
         pytest.skip("needs root and network namespaces")
     flags = elsewhere(reference, tmp_path / "run")
@@ -385,7 +386,7 @@ def test_a_link_is_cut_between_hosts_without_a_common_file_system(reference: lis
         for number, name in enumerate(names):
             disks.append(tmp_path / f"disk-{number}")
             disks[-1].mkdir()
-            # Each host sees a disk of its own under the name of the run directory.
+            # Each host sees its own disk under the name of the run directory.
             own_disk = f"mount --make-rprivate / && mount --bind {disks[-1]} {run_dir} && exec \"$@\""
             prefix = ["ip", "netns", "exec", name, "sh", "-c", own_disk, "sh"]
             servers.append(stack.enter_context(

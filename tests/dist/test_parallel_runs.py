@@ -24,7 +24,7 @@ import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
 from model import flops
-from model.hf import to_hf_name
+from model.families.llama import LLAMA
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import Zero1
 from parallel.listen import LOOPBACK, bind, serve_store
@@ -510,7 +510,9 @@ def test_checkpoints_hold_whole_and_current_weights(runs: Plan):
         is_muon = MUON in runs.jobs[name]["flags"]
         for step in (4, 6):
             weights, state = weights_of(runs[name], step), optimizer_state(runs[name], step)
-            mains = {to_hf_name(key.removesuffix("/main")): t for key, t in state.items() if key.endswith("/main")}
+            mains = {
+                LLAMA.their_name(key.removesuffix("/main")): t for key, t in state.items() if key.endswith("/main")
+            }
             # AdamW has two moments of a parameter, Muon one of a block's matrix.
             by_muon = {key for key, w in weights.items() if w.dim() == 2 and ".layers." in key} if is_muon else set()
             assert mains.keys() == weights.keys() and len(state) == 3 * len(mains) - len(by_muon)

@@ -14,7 +14,7 @@ import pytest
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from runs.exits import CRASH, STOPPED, read_exit_records, verdict
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
@@ -36,7 +36,7 @@ def flags(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 
 def run_cases(cases: list[list[str]]) -> list[int]:
-    """On one rank: several runs one after the other."""
+    """Program of a rank: several runs, one after the other."""
     codes = []
     for case in cases:
         use_new_port()
@@ -75,7 +75,7 @@ def matrix(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[t
 
 
 def test_one_trajectory(matrix: dict[tuple[int, str], list[str]]):
-    """Ranks, buckets and overlap do not change the run: bits on 2 ranks, float32's rounding elsewhere."""
+    """Ranks, buckets and overlap do not change the run: equal bits on 2 ranks, float32's rounding elsewhere."""
     alone = matrix[1, "medium buckets"]
     naive = matrix[2, "naive"]
     for (ranks, layout), run in matrix.items():
@@ -91,7 +91,7 @@ def test_one_trajectory(matrix: dict[tuple[int, str], list[str]]):
 
 
 def test_every_rank_reads_its_own_data(matrix: dict[tuple[int, str], list[str]]):
-    """In the original, all ranks read the same. The digest sums what the ranks really read."""
+    """In the original, all ranks read the same samples. The digest sums those that the ranks really read."""
     digests = [r["digest"] for r in records(matrix[1, "medium buckets"], "train")]
     assert len(set(digests)) == len(digests)
     for ranks in (2, 4):
@@ -164,7 +164,7 @@ def test_killed_in_a_save(flags: list[str], undisturbed: dict[int, list[str]], t
 
 
 def launch(ranks: int, case: list[str]) -> subprocess.Popen:
-    """The real command, in a process group of its own."""
+    """The real command, in its own process group."""
     command = [sys.executable, "-m", "parallel.launch", f"--nproc_per_node={ranks}"]
     command = command if ranks > 1 else [sys.executable]
     return subprocess.Popen(
@@ -184,7 +184,7 @@ def wait_for_step(process: subprocess.Popen, case: list[str], step: int) -> None
 
 
 def test_the_training_starts_its_processes_itself(flags: list[str], tmp_path: Path):
-    """A stop and a mistake end with their exit codes, and with the sentences of the ranks alone."""
+    """A stop and a mistake end with their exit codes, and only with the ranks' sentences."""
     case = elsewhere(flags, tmp_path / "run")
     batch, steps = SPLITS[2]
     sizes = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={steps}", "--max_iters=100000"]
@@ -210,8 +210,8 @@ LONG_STEPS = {
 
 
 def stop_in_long_steps(cases: list[list[list[str]]]) -> list[list[int]]:
-    """On one rank: of each (whole run, interrupted run) the exit codes, the second's before and after it is resumed,
-    and how many micro-batches it had computed here when it stopped. Rank 1 alone is asked, in its sixth."""
+    """Program of a rank. For each (whole run, interrupted run) it returns the exit codes, the second's before and after
+    it is resumed, and the micro-batches computed here before it stopped. Only rank 1 gets the request, in its sixth."""
     original, calls, found = LanguageModelTask.__call__, [0], []
     asked = 6 if int(os.environ["RANK"]) == 1 else -1
 
@@ -233,13 +233,13 @@ def stop_in_long_steps(cases: list[list[list[str]]]) -> list[list[int]]:
 
 
 def test_a_stop_is_seen_between_micro_batches(flags: list[str], tmp_path: Path):
-    """By all ranks at once, before anything of the step has left them: whatever is reduced, and how."""
+    """All ranks see it at once, before anything of the step has left them, for every kind of reduction."""
     sizes = ["--train_batch_size=1", "--gradient_accumulation_steps=8", "--max_iters=3", "--valid_iters=1"]
     cases = []
     for name, more in LONG_STEPS.items():
         cases.append([[*elsewhere(flags, tmp_path / name / part), *sizes, *more] for part in ("whole", "parts")])
     for found in run_ranks(2, stop_in_long_steps, cases):
-        # The residuals in the buffer are of the step that has begun: it is done to its end.
+        # The residuals in the buffer belong to the step that has begun, so it is completed.
         assert found == [[0, STOPPED, 0, 8 if name == "residuals in the buffer" else 6] for name in LONG_STEPS]
     for whole, parts in cases:
         assert losses(parts) == losses(whole)
@@ -254,7 +254,7 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
     wait_for_step(process, case, random.randint(1, 5))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    # The launcher's ranks have sessions of their own.
+    # The launcher's ranks have their own sessions.
     for path in (tmp_path / "run" / "heartbeat").glob("*.json"):
         try:
             os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import folder as ckpt
-from data_preprocess import pretokenize_sft_data
+from data_preprocess import raw_records
 from tests.dist.group import run_ranks
 from tests.dist.test_parallel_runs import Plan
 from tests.dist.test_runs import run_cases
@@ -38,7 +38,7 @@ CASES = {
     "dpo kto_pair": ("dpo", ["--dpo_loss_type=kto_pair", "--dpo_beta=0.5", DROPOUT]),
 }
 SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 4, 2), (2, 2, 4), (4, 2, 4), (4, 1, 8)]
-"""Ranks, samples of a micro-batch, micro-batches of a step."""
+"""(ranks, samples per micro-batch, micro-batches per step)."""
 
 
 class Data:
@@ -72,7 +72,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture(scope="module")
 def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """By "case ranks x batch x steps". Those of DPO with other ranks have data, so also a reference, of their own."""
+    """Runs by "case ranks x batch x steps". DPO runs on other numbers of ranks have their own data, so also their own
+    reference."""
     home = tmp_path_factory.mktemp("runs")
     plan = Plan([], home)
     for name, (task, more) in CASES.items():
@@ -84,7 +85,7 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Plan:
             split = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
             plan.add(f"{name} {ranks}x{batch}x{steps}", ranks, [*split, *more])
         for ranks in (1, 2, 4):
-            # What the first of them is left with, validated by others.
+            # The weights of the first run, validated by others.
             weights = f"--init_from={home / f'{name} 1x8x1'}"
             free = ["--reference_free"] if task == "dpo" else []
             plan.add(f"{name} valid {ranks}", ranks, ["--gradient_accumulation_steps=4", *more, weights, "--valid_only",
@@ -95,8 +96,8 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_trajectory(runs: Plan, name: str):
-    """Ranks, micro-batches and accumulation change neither what is read nor, beyond float32's rounding, what comes of
-    it; each has other padding."""
+    """Ranks, micro-batches and accumulation do not change the samples read or, beyond float32's rounding, the results;
+    the padding differs each time."""
     alone = runs[f"{name} 1x8x1"]
     expected = records(alone, "train")
     assert len({record["digest"] for record in expected}) == STEPS
@@ -116,19 +117,19 @@ def test_one_trajectory(runs: Plan, name: str):
 
 @pytest.mark.parametrize("name", CASES)
 def test_validation_is_the_same_on_any_number_of_ranks(runs: Plan, name: str):
-    """To the bit, also where the last batch is not full."""
+    """Equal to the bit, even if the last batch is not full."""
     seen = []
     for ranks in (1, 2, 4):
         record = records(runs[f"{name} valid {ranks}"], "valid")[0]
         seen.append({key: value for key, value in record.items() if key not in ("time", "dt")})
     assert seen[0] == seen[1] == seen[2] and seen[0]["loss"] > 0
     if "sft" in name:
-        # Of the same weights as the last validation of the run itself.
+        # The same weights as in the run's own last validation.
         assert seen[0]["loss"] == records(runs[f"{name} 1x8x1"], "valid")[-1]["loss"]
 
 
 def test_the_reference_is_the_same_on_any_number_of_ranks(data: Data, runs: Plan):
-    """Each number of ranks computed one, which all its runs read: to the bit the same file."""
+    """Each number of ranks computed one reference, which all its runs read: the files are equal to the bit."""
     assert losses(runs["dpo sigmoid 4x2x4"])
     for split in ("train", "valid"):
         contents = []
@@ -181,9 +182,9 @@ def test_killed_runs_go_on_with_the_same_bits(survivors: dict[str, tuple[list[st
 
 
 def tokenize_slowly(case: list[str]) -> list:
-    """On one rank: a run on raw records, whose tokenizing takes long enough for all ranks to come to it. [exit code,
-    how often this rank did it, whether a group existed by then]."""
-    original, calls, groups = pretokenize_sft_data.process_corpus, [], []
+    """Program of a rank: a run on raw records, whose tokenizing takes long enough for all ranks to come to it. Returns
+    [exit code, how often this rank tokenized, whether a group existed by then]."""
+    original, calls, groups = raw_records.process_corpus, [], []
 
     def slow(*arguments):
         calls.append(1)
@@ -191,7 +192,7 @@ def tokenize_slowly(case: list[str]) -> list:
         time.sleep(1.0)
         return original(*arguments)
 
-    pretokenize_sft_data.process_corpus = slow
+    raw_records.process_corpus = slow
     return [train_my_ddp.main(case), len(calls), any(groups)]
 
 
@@ -203,7 +204,7 @@ def test_two_ranks_tokenize_raw_records_once(data: Data, tmp_path: Path):
     assert sum(calls for _, calls, _ in answers) == 1 and not any(group for _, _, group in answers)
     (made,) = (raw / ".tokenized").iterdir()
     assert (made / "pretokenize.json").exists() and not list(made.glob("*.tmp*"))
-    # The same as on tokens that were made before.
+    # The same as on tokens made beforehand.
     before = elsewhere(data.flags("dpo"), tmp_path / "before")
     assert run_ranks(2, run_cases, [before]) == [[0]] * 2
     assert losses(before) == losses(flags)

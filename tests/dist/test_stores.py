@@ -1,8 +1,8 @@
-"""Nodes without a common file system: each has a store of its own, and resume brings to each rank what it lacks.
+"""Nodes without a shared file system: each has its own store, and resume brings to each rank what it lacks.
 
-A node is a mount namespace: a rank sees the directory of its node where the run directory is. Two groups of processes
-make runs, and go on from copies of them whose nodes were exchanged, lost or damaged meanwhile; the tests look at what
-the nodes then hold.
+A node is a mount namespace: a rank sees its node's directory as the run directory. Two groups of processes make runs,
+and continue copies of them whose nodes were exchanged, lost or damaged meanwhile; the tests then look at the nodes'
+contents.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from tests.runs import elsewhere, same_bits
 from training import describe
 
 STEPS, KEPT = 6, 4
-"""Steps of a run, and the newest checkpoint that a copy of it goes on from."""
+"""Steps of a run, and the newest checkpoint from which a copy of it goes on."""
 MODES = {
     "plain": [],
     "zero1": ["--use_distributed_optimizer", "--overlap_param_gather"],
@@ -47,7 +47,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def enter_own_mounts() -> None:
-    """From here on, what this thread and those it starts mount is seen by no other process."""
+    """From here on, no other process sees mounts of this thread and of those that it starts."""
     _call("unshare", _CLONE_NEWNS)
     _call("mount", b"none", b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None)
 
@@ -81,14 +81,14 @@ class Run:
     """A run on several nodes."""
 
     out_dir: Path
-    """Where each rank sees the directory of its node."""
+    """Path at which each rank sees its node's directory."""
     node_of: list[int]
-    """Rank -> its node; all the same: a shared file system."""
+    """Rank -> its node; all equal: a shared file system."""
     flags: list[str]
     codes: list[int | str] = field(default_factory=list)
 
     def node(self, number: int) -> Path:
-        """The directory of a node, as it is seen from outside."""
+        """Directory of a node, seen from outside."""
         return self.out_dir.with_name(f"{self.out_dir.name} node {number}")
 
     @property
@@ -97,11 +97,11 @@ class Run:
 
     @property
     def first(self) -> Path:
-        """The node that the first rank is on: it has the results."""
+        """Node of the first rank, which has the results."""
         return self.node(self.node_of[0])
 
     def losses(self) -> dict[int, float]:
-        """Step -> loss, of the steps that were recorded on the first rank's node."""
+        """Step -> loss of the steps recorded on the first rank's node."""
         return {r["step"]: r["loss"] for r in read_reslog(self.first / "reslog.jsonl") if r["name"] == "train"}
 
     def parent(self) -> str | None:
@@ -112,7 +112,7 @@ class Run:
 
 
 def do_runs(jobs: list[dict], meeting: str) -> list[int | str]:
-    """On one rank: its part of each run; exit codes, or what it died of."""
+    """Program of a rank: its part of each run; returns exit codes, or causes of death."""
     enter_own_mounts()
     rank, codes = int(os.environ["RANK"]), []
     # These take time and matter to no test here.
@@ -132,7 +132,7 @@ def do_runs(jobs: list[dict], meeting: str) -> list[int | str]:
 
 
 class Plan:
-    """Runs to be made by one group of ranks, then their results: plan[name] is one that went well."""
+    """Runs to be made by one group of ranks, then their results: plan[name] is a run that succeeded."""
 
     def __init__(self, flags: list[str], home: Path, ranks: int):
         self.flags, self.home, self.ranks, self.runs = flags, home, ranks, {}
@@ -145,7 +145,7 @@ class Plan:
         return run
 
     def resume(self, name: str, source: Run, node_of: list[int], mode: str, keep: int = KEPT) -> Run:
-        """Go on with a copy of `source`, as it would be had it been killed after the save of step `keep`."""
+        """Go on with a copy of `source`, as if it had been killed after the save of step `keep`."""
         for node in source.nodes:
             copy = Run(self.home / name, node_of, []).node(int(node.name[-1]))
             shutil.copytree(node, copy)
@@ -172,19 +172,19 @@ class Plan:
 
 
 def state(run: Run, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, from all nodes; what several hold is the same."""
+    """All tensors of a checkpoint, from all nodes; copies on several nodes are equal."""
     found: dict[str, torch.Tensor] = {}
     for node in run.nodes:
         for file in sorted((node / "ckpt" / f"step-{step}").glob("*.safetensors")):
-            # Unlike pieces of the optimizer's state, what the hooks of two ranks remember bears the same names.
-            prefix = f"{file.name} " if ckpt.is_hook_state(file.name) else ""
+            # Unlike pieces of the optimizer's state, the hook states of two ranks have the same names.
+            prefix = f"{file.name} " if ckpt.is_hook_file(file.name) else ""
             for key, tensor in load_file(file).items():
                 assert torch.equal(found.setdefault(prefix + key, tensor), tensor), (file, key)
     return found
 
 
 def check_same(run: Run, whole: Run, since: int = 0) -> None:
-    """The same end as an undisturbed run on a shared file system, and nothing left lying about."""
+    """The same result as an undisturbed run on a shared file system, and no files left over."""
     assert run.losses() == {step: loss for step, loss in whole.losses().items() if step > since}
     assert same_bits(state(run, STEPS), state(whole, STEPS))
     check_tidy(run)
@@ -218,7 +218,7 @@ def flags(data_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Each mode on two ranks: "MODE shared", and "MODE" on a node each."""
+    """Each mode on two ranks: "MODE shared", and "MODE" with a node for each rank."""
     plan = Plan(flags, tmp_path_factory.mktemp("made"), 2)
     for mode in MODES:
         plan.add(f"{mode} shared", [0, 0], mode)
@@ -229,7 +229,7 @@ def made(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.fixture(scope="module")
 def resumed(made: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Two ranks on a node each go on from step 4, or what is left."""
+    """Two ranks per node go on from step 4, or from what is left."""
     plan = Plan(made.flags, tmp_path_factory.mktemp("resumed"), 2)
     for mode in MODES:
         plan.resume(f"{mode} same", made[mode], [0, 1], mode)
@@ -250,7 +250,7 @@ def resumed(made: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_separate_stores_change_no_bit(made: Plan, mode: str):
-    """Each node holds the model and what its ranks wrote, and checks on its own."""
+    """Each node holds the model and its ranks' files, and passes the check alone."""
     run, shared = made[mode], made[f"{mode} shared"]
     check_same(run, shared)
     parts = [{c.step: c.part for c in ckpt.list_checkpoints(node / "ckpt")} for node in run.nodes]
@@ -280,7 +280,7 @@ def test_resumed_on_the_same_nodes(made: Plan, resumed: Plan, mode: str):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resumed_on_exchanged_nodes(made: Plan, resumed: Plan, mode: str):
-    """The first rank is where the second one was: under ZeRO-1 its state, with PowerSGD its residual, is brought."""
+    """The first rank is on the second one's node: under ZeRO-1 its state is brought, with PowerSGD its residual."""
     run = resumed[f"{mode} exchanged"]
     check_same(run, made[f"{mode} shared"], since=KEPT)
     assert run.parent() == "step-4"
@@ -309,7 +309,7 @@ def test_zero1_cannot_do_without_a_lost_node(resumed: Plan):
 
 
 def test_a_lost_residual_of_powersgd_is_warned_of(resumed: Plan):
-    """Weights and moments are whole, but what the lost node's rank had not sent yet is gone."""
+    """Weights and moments are whole, but gradients that the lost node's rank had not sent yet are gone."""
     run = resumed["powersgd replaced"]
     assert run.parent() == "step-4"
     assert [line for node in run.nodes for line in run.log(node).splitlines() if "WARNING" in line and "resid" in line]
@@ -323,7 +323,7 @@ def test_what_only_one_node_committed_is_used_where_it_is_whole(made: Plan, resu
 
 
 def test_what_only_one_node_committed_is_passed_over_under_zero1(made: Plan, resumed: Plan):
-    """The node that has it sets it aside, and both go on from the one before."""
+    """The node that has it sets it aside, and both go on from the previous one."""
     run = resumed["zero1 on one only"]
     check_same(run, made["zero1 shared"])
     assert run.parent() == "step-2"
@@ -385,21 +385,21 @@ def test_four_ranks_on_two_nodes(four: Plan):
 
 
 def test_ranks_dealt_anew_to_the_nodes(four: Plan, four_resumed: Plan):
-    """Of the two ranks of each node, one finds its state there and one has it brought."""
+    """Of the two ranks of each node, one finds its state there and the other has it brought."""
     run = four_resumed["zero1 dealt anew"]
     check_same(run, four["zero1 shared"])
     assert run.parent() == "step-4" and "brought" in run.log()
 
 
 def test_a_replaced_node_where_two_others_hold_the_whole(four: Plan, four_resumed: Plan):
-    """Each of them has every element: the new node must not count them twice."""
+    """Two nodes each have every element: the new node must not count them twice."""
     run = four_resumed["plain replaced"]
     check_same(run, four["plain shared"])
     assert run.parent() == "step-4"
 
 
 def find_places(home: str) -> dict[str, list]:
-    """On one of four ranks: the store that it finds itself in, by directory; then some files are sent."""
+    """Program of one of four ranks: the store that it finds itself in, by directory; then some files are sent."""
     enter_own_mounts()
     context = init_context(device="cpu")
     rank, answer = context.rank, {}
@@ -408,7 +408,7 @@ def find_places(home: str) -> dict[str, list]:
         node.mkdir(exist_ok=True)
         bind(node, Path(home) / name)
         place = find_place(Path(home) / name / "run", rank, 4, context.gather)
-        # Each removes its own mark.
+        # Each rank removes its own mark.
         context.barrier()
         answer[name] = [place.store, place.is_first_of_store, place.shared_by_all, os.listdir(node / "run")]
     file = Path(home) / "file"
@@ -436,7 +436,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_ranks_find_out_who_shares_their_file_system(places: list[dict]):
-    """And leave nothing in the directories by which they did."""
+    """They leave no marks in the directories."""
     assert [answer["shared"] for answer in places] == [[[0, 1, 2, 3], rank == 0, True, []] for rank in range(4)]
     assert [answer["separate"] for answer in places] == [[[rank], True, False, []] for rank in range(4)]
     both = [[rank % 2, rank % 2 + 2] for rank in range(4)]

@@ -1,4 +1,4 @@
-"""docs/launch/launch.sh followed as it is written, on two hosts: namespaces with networks and disks of their own."""
+"""docs/launch/launch.sh used as documented, on two hosts: namespaces with separate networks and disks."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ CONFIG = {
 
 
 class TwoHosts:
-    """Two namespaces in which the run directory of each host is a folder of its own."""
+    """Two namespaces in which each host has its own folder as the run directory."""
 
     def __init__(self, namespaces: list[str], directory: Path, data_dir: Path):
         self.namespaces, self.run_dir = namespaces, directory / "run"
@@ -38,7 +38,7 @@ class TwoHosts:
         for path in (self.run_dir, *self.disks):
             path.mkdir()
         (directory / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-        # The script would keep what is set already.
+        # The script would keep variables that are already set.
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("GLOO_", "NCCL_", "PORT"))
         }
@@ -49,7 +49,7 @@ class TwoHosts:
         }  # fmt: skip
 
     def start(self) -> list[subprocess.Popen]:
-        """The same command on both."""
+        """Run the same command on both."""
         started = []
         for namespace, disk, log in zip(self.namespaces, self.disks, self.logs):
             own_disk = f'mount --make-rprivate / && mount --bind {disk} {self.run_dir} && exec "$@"'
@@ -68,12 +68,12 @@ class TwoHosts:
         return (self.disks[0] / "reslog.jsonl").exists() and any(r["step"] >= step for r in self.records("train"))
 
     def sent_bytes(self, number: int) -> int:
-        """By a host over the link between the two."""
+        """Run a command on a host, over the link between the two."""
         command = ["ip", "netns", "exec", self.namespaces[number], "cat", "/sys/class/net/data/statistics/tx_bytes"]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     def listening(self) -> set[tuple[int, str]]:
-        """(host, address) of all that listens for TCP."""
+        """(host, address) of every TCP listener."""
         found = set()
         for number, namespace in enumerate(self.namespaces):
             command = ["ip", "netns", "exec", namespace, "ss", "--no-header", "--tcp", "--listening", "--numeric"]
@@ -90,8 +90,8 @@ class TwoHosts:
 
 @pytest.mark.slow
 def test_one_command_on_two_hosts(data_dir: Path, tmp_path: Path):
-    """They find each other and train over the link that HOSTS names; one host's processes are killed, and the other
-    follows; the same command again goes on from the checkpoint to the end."""
+    """They find each other and train over the link that HOSTS names. One host's processes are killed, and the other
+    follows; the same command goes on from the checkpoint to the end."""
     if not can_make_namespaces():
         pytest.skip("needs root and network namespaces")
     with two_namespaces() as namespaces, contextlib.ExitStack() as stack:

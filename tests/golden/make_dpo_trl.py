@@ -1,11 +1,11 @@
-"""Write dpo_trl.json: what TRL makes of one batch of preferences, for tests/unit/test_dpo_golden.py.
+"""Write dpo_trl.json: TRL's results for one batch of preferences, for tests/unit/test_dpo_golden.py.
 
     pip install -r requirements-bench.txt
     python -m tests.golden.make_dpo_trl
 
-TRL 1.16.0 is run as it is installed. Losses and options that it has no more are taken from earlier releases, whose
-packages are downloaded: of their files only two pure functions are executed, as the rest needs other libraries of that
-time. Everything in float32 on one CPU thread.
+TRL 1.16.0 runs as installed. Losses and options that it no longer has come from earlier releases, whose packages are
+downloaded: only two pure functions of their files are executed, because the rest needs other libraries of that time.
+Everything is float32 on one CPU thread.
 """
 
 import argparse
@@ -38,8 +38,8 @@ CONFIG = {"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2, "num_att
           "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1}  # fmt: skip
 SEEDS, BATCH_SEED = {"policy": 2, "reference": 1}, 3
 CLAMPED_SEEDS = {"policy": 1, "reference": 2}
-"""With these, both means of kto_pair are negative, so they count as zero. TRL 0.8.6 lets the gradient go through a mean
-that is positive, where the paper does not back-propagate: there, only the losses can be compared."""
+"""With these, both means of kto_pair are negative, so they count as zero. TRL 0.8.6 lets the gradient go through a
+positive mean, where the paper does not back-propagate: there, only the losses can be compared."""
 LENGTHS = [(3, 5, 9), (12, 1, 4), (1, 8, 2), (7, 11, 11), (5, 2, 13)]
 """Tokens of the prompt, the chosen and the rejected answer of each pair."""
 OLD = {"0.9.6": "sigmoid robust hinge ipo sppo_hard nca_pair", "0.8.6": "sigmoid hinge ipo kto_pair"}
@@ -48,7 +48,7 @@ CASES = [
     ("hinge", 0.1, 0.0), ("ipo", 0.1, 0.0), ("ipo", 0.7, 0.0), ("kto_pair", 0.1, 0.0), ("kto_pair", 0.4, 0.0),
     ("sppo_hard", 0.1, 0.0), ("nca_pair", 0.1, 0.0), ("nca_pair", 0.4, 0.0),
 ]  # fmt: skip
-"""Loss, beta, label smoothing."""
+"""(loss, beta, label smoothing)."""
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
            "logps/rejected")  # fmt: skip
 
@@ -66,7 +66,7 @@ def make_pairs() -> list[dict[str, list[int]]]:
 
 
 def hugging_face_model(seed: int, directory: Path) -> torch.nn.Module:
-    """Our initial weights in transformers' model."""
+    """Our initial weights in a model of transformers."""
     model = Llama(LlamaConfig(**CONFIG).resolve())
     model.initialize(seed)
     directory.mkdir()
@@ -76,7 +76,7 @@ def hugging_face_model(seed: int, directory: Path) -> torch.nn.Module:
 
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
-    """Name -> norm of its gradient, computed in float64."""
+    """Name -> norm of the gradient, computed in float64."""
     return {name: parameter.grad.double().norm().item() for name, parameter in model.named_parameters()}
 
 
@@ -88,7 +88,7 @@ def run_new(pairs: list[dict], home: Path, loss: str, beta: float, smoothing: fl
         output_dir=str(home / "out"), loss_type=[loss], beta=beta, label_smoothing=smoothing, use_cpu=True,
         bf16=False, report_to=[], gradient_checkpointing=False, disable_dropout=True,
     )  # fmt: skip
-    # Only to construct the trainer: the batch is made of ids.
+    # Needed only to construct the trainer: the batch consists of ids.
     texts = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = DPOTrainer(model, reference, arguments, train_dataset=texts, processing_class=tokenizer)
     trainer.model.train()
@@ -99,7 +99,7 @@ def run_new(pairs: list[dict], home: Path, loss: str, beta: float, smoothing: fl
 
 
 class Divergence(enum.Enum):
-    """Stands for the enumeration that 0.9.6 compares with."""
+    """Replaces the enumeration that 0.9.6 compares with."""
 
     REVERSE_KL, JS_DIVERGENCE, ALPHA_DIVERGENCE = "reverse_kl", "js_divergence", "alpha_divergence"
 
@@ -124,7 +124,7 @@ def run_old(
     functions: dict[str, Callable], pairs: list[dict], home: Path, loss: str, beta: float, smoothing: float,
     seeds: dict[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Loss and gradients by the formulas of an earlier TRL, on transformers' model."""
+    """Loss and gradients by the formulas of an earlier TRL, on a model of transformers."""
     home.mkdir()
     model, reference = (hugging_face_model(seed, home / name) for name, seed in seeds.items())
     rows = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
@@ -135,7 +135,7 @@ def run_old(
 
     def log_probs(one: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         answers = functions["get_batch_logps"](one(input_ids=ids, attention_mask=mask).logits, labels)
-        # 0.9.6 returns the lengths too; 0.8.6 can average by itself, which comes to the same.
+        # 0.9.6 also returns the lengths; 0.8.6 can average by itself, with the same result.
         sums = answers[0] if isinstance(answers, tuple) else answers
         means = sums / (labels != -100).sum(-1)
         return (means if loss == "ipo" else sums).chunk(2)
@@ -161,7 +161,7 @@ def main() -> None:
         functions = {version: old_functions(version, home) for version in OLD}
         for number, (loss, beta, smoothing) in enumerate(CASES):
             case = {"kind": loss, "beta": beta, "label_smoothing": smoothing, "seeds": SEEDS}
-            # The new one ignores the smoothing of sigmoid.
+            # The new version ignores the smoothing of sigmoid.
             if loss != "kto_pair" and not (loss == "sigmoid" and smoothing):
                 results.append({"trl": NEW, **case, **run_new(pairs, home, loss, beta, smoothing, number)})
             for version, known in OLD.items():

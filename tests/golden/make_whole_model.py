@@ -1,8 +1,8 @@
-"""Write whole_model.json: the losses of tests/unit/test_whole_model.py, for it to compare later ones with.
+"""Write whole_model.json: losses with which tests/unit/test_whole_model.py compares later ones.
 
     python -m tests.golden.make_whole_model
 
-To be run when a run is meant to have other losses, and the reason belongs into the commit. Takes a minute on a CPU.
+Run it when a run's losses are meant to change, and give the reason in the commit. It takes a minute on a CPU.
 """
 
 import json

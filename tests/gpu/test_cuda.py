@@ -1,4 +1,4 @@
-"""What only a GPU can show: the comm stream, CUDA against CPU, bit-exact resume. `pytest -m gpu tests/gpu`."""
+"""Tests that need a GPU: the comm stream, CUDA against CPU, bit-exact resume. `pytest -m gpu tests/gpu`."""
 
 import dataclasses
 import os
@@ -14,7 +14,8 @@ from dataset.sft import SFTDataset
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
 from parallel import CommStream, DistContext, DistributedDataParallel, Eager, PowerSGD, PowerSGDConfig
-from tasks.dpo import DPOLoss, DPOTask
+from tasks.config import DPOConfig
+from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, records, same_bits
@@ -44,7 +45,7 @@ def test_comm_stream_keeps_order_and_waits():
 
     for _ in range(20):
         x.add_(1.0)
-        # Must see the addition just issued, and be seen by the next one.
+        # Must see the addition just issued, and must be seen by the next one.
         stream.submit(double).wait()
     expected = 0.0
     for _ in range(20):
@@ -72,7 +73,7 @@ def test_cuda_equals_cpu(documents: bool):
 
 @pytest.mark.parametrize("kind", ["sft packed", "sft", "dpo", "dpo kto_pair"])
 def test_fine_tuning_on_cuda_equals_cpu(kind: str, tmp_path: Path):
-    """Loss, metrics and gradients of SFT and DPO; packed rows attend by document on a CPU, under a mask on CUDA."""
+    """Loss, metrics and gradients of SFT and DPO; packed rows attend by document on a CPU and under a mask on CUDA."""
     task_name, _, option = kind.partition(" ")
     write_sequences(tmp_path, [random_sequences(0, 16, 60, 512)], task_name, max_seq_len=60)
     if task_name == "sft":
@@ -90,7 +91,7 @@ def test_fine_tuning_on_cuda_equals_cpu(kind: str, tmp_path: Path):
         if task_name == "sft":
             task = LanguageModelTask(model, 0, torch.ones(512, dtype=torch.int64, device=device))
         else:
-            task = DPOTask(model, 0, DPOLoss(option or "sigmoid"))
+            task = DPOTask(model, 0, DPOConfig(option or "sigmoid"))
         there = {name: tensor.to(device) for name, tensor in batch.items()}
         if task.uses_prepass:
             task.take_prepass(task.prepass(there))
@@ -120,7 +121,7 @@ def two_ranks_on_one_gpu(flags: list[str]) -> int:
 
 
 def test_two_gloo_ranks_on_one_gpu(tiny_run: list[str], tmp_path: Path):
-    """The comm stream's path with real collectives, where a machine has only one GPU."""
+    """The comm stream's path with real collectives, on a machine with only one GPU."""
     assert run_ranks(2, two_ranks_on_one_gpu, elsewhere(tiny_run, tmp_path / "two")) == [0, 0]
     assert train_my_ddp.main([*tiny_run, "--device=cuda"]) == 0
     two = elsewhere(tiny_run, tmp_path / "two")
@@ -174,7 +175,7 @@ def test_every_mode_on_one_gpu(tiny_run: list[str], tmp_path: Path):
 
 @pytest.mark.parametrize("rank", [2, 64])
 def test_powersgd_on_cuda_equals_the_cpu(rank: int):
-    """One step of the factors, without a group: the same sums and residuals on both devices."""
+    """One PowerSGD step without a group gives the same sums and residuals on both devices."""
     sums, residuals = [], []
     for device in ("cpu", "cuda"):
         model = Llama(CONFIG)

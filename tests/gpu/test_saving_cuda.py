@@ -1,10 +1,11 @@
-"""Saves from a GPU: the copy runs on a stream of its own while the training goes on, and holds what was there."""
+"""Saves from a GPU: the copy runs on its own stream while training goes on, and holds the values at the time of the
+save."""
 
 import pytest
 import torch
 
 import train_my_ddp
-from checkpoint.saving import HostCopies
+from checkpoint.host_copies import HostCopies
 from tests.runs import elsewhere, final_state, same_bits
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""What the commands say of flags that are wrong."""
+"""Messages of the commands about wrong flags."""
 
 import pytest
 

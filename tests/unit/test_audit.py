@@ -1,4 +1,4 @@
-"""The audit believes a run that read its samples once each, and no other."""
+"""The audit accepts a run only if it read each of its samples once."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def finished(tiny_run: list[str]) -> list[str]:
 
 
 def edit_log(flags: list[str], change: Callable[[list[dict]], object]) -> None:
-    """Rewrite the log after `change` worked on its records."""
+    """Rewrite the log with the records changed by `change`."""
     path = out_dir(flags) / "reslog.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     change(lines)
@@ -51,7 +51,7 @@ def test_steps_between_two_records_are_counted(tiny_run: list[str], capsys):
 
 
 def test_a_crash_and_a_resume(finished: list[str], capsys):
-    """Steps 3 and 4 are lost with their checkpoint, and done again by the next launch."""
+    """Steps 3 and 4 are lost with their checkpoint, and repeated by the next launch."""
     shutil.rmtree(out_dir(finished) / "ckpt" / "step-4")
     assert train_my_ddp.main([*finished, "--resume", "--max_iters=6"]) == 0
     assert [start["step"] for start in records(finished, "start")] == [0, 2]
@@ -61,7 +61,7 @@ def test_a_crash_and_a_resume(finished: list[str], capsys):
 
 
 def test_another_stream_begins_anew(finished: list[str], data_dir: Path, tmp_path: Path, capsys):
-    """--restart_data: two segments, of which each is checked against its own data."""
+    """--restart_data makes two segments, each of which is checked against its own data."""
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     build(copy, SEQ_LEN // 2)
@@ -71,7 +71,7 @@ def test_another_stream_begins_anew(finished: list[str], data_dir: Path, tmp_pat
     capsys.readouterr()
     assert audit([run, "--data_dir", str(data_dir)]) == 0
     assert "from step 4: seed 1337" in capsys.readouterr().out
-    # Both lengths lie in the copy.
+    # The copy has both lengths.
     assert audit([run]) == 0
     (copy / f"train-{SEQ_LEN}.ibin").unlink()
     capsys.readouterr()
@@ -99,7 +99,7 @@ def test_a_loader_that_reads_other_samples(tiny_run: list[str], order: Callable,
 
 
 def test_a_loader_that_reads_other_tokens(tiny_run: list[str], monkeypatch, capsys):
-    """The right samples, but one token of one row is another."""
+    """The samples are right, but one token of one row is not."""
     read_rows = PretrainDataset.read_rows
 
     def damaged(self: PretrainDataset, sample_ids: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_a_log_that_does_not_add_up(finished: list[str], change: Callable, findi
 
 
 def test_a_resume_that_skips(finished: list[str], capsys):
-    """As if the second launch had not gone on where its checkpoint stood."""
+    """As if the second launch had not started at its checkpoint."""
     assert train_my_ddp.main([*finished, "--resume", "--max_iters=6"]) == 0
 
     def change(lines: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""Attention in blocks, for CPUs, against torch's under a mask in float64."""
+"""Attention in blocks, for CPUs, against torch's attention with a mask in float64."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from model.kernels import blocked_attention as blocked
 from model.kernels.attention import plain_attention
 
 GROUPS = [(4, 4), (4, 2), (3, 1)]
-"""Query heads, key and value heads."""
+"""(query heads, key and value heads)."""
 
 
 def draw(batch: int, width: int, heads: tuple[int, int], dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the output's gradient, lying as projections write them."""
+    """q, k, v and the output's gradient, with the strides that projections write."""
     generator = torch.Generator().manual_seed(width)
     counts = heads[0], heads[1], heads[1], heads[0]
     return [
@@ -24,7 +24,7 @@ def draw(batch: int, width: int, heads: tuple[int, int], dim: int, dtype: torch.
 
 
 def documents_of(batch: int, width: int, every: float) -> Tensor:
-    """Ids of documents of random lengths, others in each row."""
+    """Ids of documents of random lengths, different in each row."""
     generator = torch.Generator().manual_seed(int(every))
     return (torch.rand(batch, width, generator=generator) < 1 / every).cumsum(dim=1)
 
@@ -44,8 +44,8 @@ def under_a_mask(documents: Tensor | None, width: int):
 @pytest.mark.parametrize("width, dim", [(1, 8), (127, 16), (128, 16), (129, 32), (300, 8), (300, 64)])
 @pytest.mark.parametrize("every", [None, 1, 3, 60, 200])
 def test_equals_torchs(width: int, dim: int, heads: tuple[int, int], every: float | None):
-    """Rows shorter and longer than a block, weights kept (up to 8 dim tokens) and computed again; documents of one
-    token, of many to a block, of several blocks."""
+    """Rows are shorter and longer than a block; weights are kept (up to 8 dim tokens) or recomputed; documents have one
+    token, several to a block, or several blocks."""
     tensors = draw(3, width, heads, dim, torch.float64)
     documents = documents_of(3, width, every) if every else None
     starts = document_starts(documents) if every else None
@@ -93,7 +93,7 @@ def test_weights_are_kept_for_the_backward_pass_of_short_rows_only():
 
 @pytest.mark.parametrize("every", [None, 20])
 def test_shapes_are_known_without_computing(every: float | None):
-    """What torch.compile goes by."""
+    """torch.compile relies on these shapes."""
     q, k, v, dout = draw(2, 140, (4, 2), 32, torch.float32)
     starts = document_starts(documents_of(2, 140, every)) if every else None
     keep = blocked.kept_size(2, 4, 140, 32)

@@ -1,4 +1,4 @@
-"""generate.py --chat: history, what is forgotten, stopping, and the terminal."""
+"""generate.py --chat: history, forgetting, stopping, and the terminal."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def tokenizer() -> Tokenizer:
 
 
 class Parrot:
-    """Stands for a model: answers are given; remembers what it was asked."""
+    """Replaces a model: gives prepared answers, and remembers the questions."""
 
     def __init__(self, tokenizer: Tokenizer, *answers: str):
         self.tokenizer, self.answers, self.prompts = tokenizer, list(answers), []
@@ -62,7 +62,8 @@ def test_an_answer_that_was_cut_is_known(tokenizer: Tokenizer):
 
 
 def test_oldest_exchanges_are_forgotten(tokenizer: Tokenizer):
-    """Whole ones, and never the system text; a question that alone is too long is refused and leaves no trace."""
+    """Whole exchanges are forgotten, and never the system text; a question that is too long by itself is refused and
+    leaves no trace."""
     parrot = Parrot(tokenizer, *["answer"] * 6)
     room = len(ChatTemplate(tokenizer).prompt([Message("system", "s"), *[Message("user", "question 0")] * 3])) + 40
     chat = Chat(tokenizer, parrot, 10, room, system="s")
@@ -112,7 +113,7 @@ def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, *more: str) -
 
 
 def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Each line is a question; /reset makes the second answer to it the first one's; blank lines are passed over."""
+    """Each line is a question; /reset makes the second answer equal to the first; blank lines are skipped."""
     assert talk(folder, monkeypatch, "hello\n\n/reset\nhello\n/exit\nnever asked\n") == 0
     out = capsys.readouterr().out
     answers = out[: len(out) // 2], out[len(out) // 2 :]
@@ -122,7 +123,7 @@ def test_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """That is said, once; of a model whose folder names the end of a message, nothing is."""
+    """It is said once; for a model whose folder names the end of a message, nothing is said."""
     assert talk(folder, monkeypatch, "quit\n") == 0
     assert not capsys.readouterr().err
     untaught = shutil.copytree(folder, tmp_path / "untaught")
@@ -158,7 +159,7 @@ def test_refusals(folder: Path, capsys: pytest.CaptureFixture[str], arguments: l
 
 
 def complete(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
-    """Exit code, what was printed, and what was said beside it."""
+    """Exit code, standard output and standard error."""
     flags = ["--temperature=0", "--device=cpu", "--dtype=float32", "--max_new_tokens=20"]
     code = generate.main(["--ckpt", str(folder), *flags, *more])
     said = capsys.readouterr()
@@ -166,7 +167,7 @@ def complete(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tu
 
 
 def test_a_prompt_and_the_context(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """Of 128 tokens. What does not fit is said once, and how much does."""
+    """The context has 128 tokens. If the request does not fit, one message says so, and how much fits."""
     assert complete(folder, capsys, "--prompt=" + "漢" * 30)[::2] == (0, "")
     code, out, err = complete(folder, capsys, "--prompt=" + "漢" * 40)
     assert (code, err.count("\n")) == (0, 1) and "120 tokens of prompt leave room for 8 of --max_new_tokens 20" in err
@@ -184,7 +185,7 @@ def test_all_that_the_folder_names_ends_a_text(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str],
     name: str,
 ):  # fmt: skip
-    """Also an answer, besides what the chat template says."""
+    """An answer, too, beyond the ends that the chat template names."""
     said, original = [], generation.generate
 
     def watched(*arguments: object) -> Iterator[int]:

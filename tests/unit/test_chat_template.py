@@ -28,7 +28,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def with_control_tokens(tokenizer: HFBBPETokenizer, names: list[str]) -> HFBBPETokenizer:
-    """The same tokenizer as another project would have made it, with other special tokens."""
+    """The same tokenizer as if made by another project, with other special tokens."""
     definition = json.loads(json.dumps(tokenizer._definition))
     first = min(token["id"] for token in definition["added_tokens"])
     template = definition["added_tokens"][0]
@@ -46,7 +46,7 @@ CONVERSATION = [
 
 
 def test_by_hand(tokenizer: Tokenizer):
-    """Token by token, as one would write it down."""
+    """The expected tokens, one by one."""
     special, encode = tokenizer.special_ids, tokenizer.encode
     start, separator, end = special["<|im_start|>"], special["<|im_sep|>"], special["<|im_end|>"]
     ids, supervised = [], []
@@ -124,7 +124,7 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, seed: int, tmp_path: Path):
-    """For text without control strings; and without U+2581, see docs/data.md."""
+    """For text without control strings; for U+2581, see docs/data.md."""
     tokenizer.save_pretrained(tmp_path)
     theirs, template, rng = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate(tokenizer), random.Random(seed)
     for _ in range(60):
@@ -169,7 +169,7 @@ def test_llama_3s_layout():
 
 
 def test_llama_3_begins_a_conversation():
-    """Once, in training and in a prompt."""
+    """It comes once, in training and in a prompt."""
     names = ["<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     other = with_control_tokens(new_tokenizer("hf_bbpe"), names)
     template = ChatTemplate(other)
@@ -189,7 +189,7 @@ THINKS = (
     "{% for call in m.tool_calls or [] %}{{ '\n<call>' + call.function | tojson + '</call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""Thoughts stay in the last answer alone."""
+"""Only the last answer keeps its thoughts."""
 WITH_TOOLS = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a model.<|im_end|>\n' }}{% endif %}"
     "{% if tools %}{{ '<|im_start|>system\n# Tools' }}{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}"
@@ -211,7 +211,7 @@ BRACKETS = (
     "{{ m.content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-"""Asks for an answer by nothing but the end of the question."""
+"""The end of the question is the only request for an answer."""
 TRIMS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content | trim + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -222,7 +222,7 @@ OPENS = (
     "{{ '<|' + m.role + '|>' + text + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
-"""Begins an answer itself, which an answer that was given does not show."""
+"""Begins the answer itself, which a given answer does not show."""
 NAMES = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|system|>", "<|user|>"]
 NAMES += ["<|assistant|>", "<|tool|>"]
 TOOL = {"type": "function", "function": {"name": "look", "description": 'Look\n"up"', "parameters": {"type": "object"}}}
@@ -230,12 +230,12 @@ CALLS = ({"type": "function", "function": {"name": "look", "arguments": {"what":
 
 
 def with_template(template: str, tmp_path: Path, pipeline: str = "byte level") -> tuple[Tokenizer, Tokenizer]:
-    """(ours, transformers') of a folder with a template."""
+    """(ours, transformers') for a folder with a template."""
     definition = json.loads(json.dumps(with_control_tokens(new_tokenizer("hf_bbpe"), NAMES)._definition))
     for token in definition["added_tokens"]:
         token["rstrip"] = token["content"] == "<|assistant|>"
     if pipeline == "metaspace":
-        # Blanks become part of the words that follow, and the text's first word gets one.
+        # Blanks become part of the following words, and the text's first word gets one.
         definition |= {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}}
         vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "▁a": 258}
         names = {token["content"]: 259 + number for number, token in enumerate(definition["added_tokens"])}
@@ -288,7 +288,8 @@ def as_dicts(messages: list[Message]) -> list[dict]:
 def test_any_template_gives_the_ids_of_transformers(
     template: str, pipeline: str, calls: bool, thoughts: bool, tmp_path: Path
 ):
-    """200 conversations: with and without a system text, tools and several turns. What is learnt ends with an end."""
+    """200 conversations, with and without a system text, tools and several turns. Learnt stretches end with an end
+    token."""
     ours, theirs = with_template(template, tmp_path, pipeline)
     layout, rng = ChatTemplate(ours), random.Random(len(template))
     for number in range(200):
@@ -323,8 +324,8 @@ def test_text_forges_nothing_in_any_template(tmp_path: Path):
 
 @pytest.mark.parametrize("pipeline", ["byte level", "metaspace"])
 def test_tokens_round_messages_are_control_tokens_whatever_the_tokenizer_calls_them(pipeline: str, tmp_path: Path):
-    """DeepSeek's tokens of users and assistants are no special ones; nobody can write them all the same. Line ends that
-    are tokens, as Gemma's, are everybody's."""
+    """DeepSeek's tokens of users and assistants are not special, but nobody can write them. Anybody can write line ends
+    that are tokens, as in Gemma."""
     with_template(TRIMS, tmp_path, pipeline)
     definition = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in definition["added_tokens"]:
@@ -356,12 +357,12 @@ CALLS_ALONE = (
     "{% else %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}{{ '<|end|>' }}{% endif %}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-"""A question has no end of its own, a call no text, a result is JSON, and calls have ids: DeepSeek's, Llama 3.1's and
-Mistral's ways."""
+"""A question has no end of its own, a call has no text, a result is JSON, and calls have ids, as in DeepSeek, Llama 3.1
+and Mistral."""
 
 
 def test_calls_without_a_text(tmp_path: Path):
-    """Nothing is written twice, results stay what they are, and ids come through."""
+    """Nothing is written twice, results stay unchanged, and ids are passed through."""
     ours, theirs = with_template(CALLS_ALONE, tmp_path)
     layout = ChatTemplate(ours)
     calls = ({"id": "call-1", **CALLS[0]},)
@@ -376,10 +377,10 @@ def test_calls_without_a_text(tmp_path: Path):
 @pytest.mark.parametrize(
     "template, answer, learnt, note",
     [
-        # The template strips what looks like the end of the prompt, and the tokenizer does where it is not the end.
+        # The template strips text that looks like the end of the prompt, and the tokenizer does so elsewhere.
         ("{{ '<|assistant|>\n\n' + a.strip() + '<|end|>' }}|<|assistant|>\n\n", "\n\nb", "b<|end|>",
          "becomes other tokens"),
-        # The prompt ends with what the answer begins with.
+        # The prompt ends with the beginning of the answer.
         ("{{ '<|assistant|><think>\n' + a.removeprefix('<think>\n') + '<|end|>' }}|<|assistant|><think>\n",
          "<think>\nb", "b<|end|>", ""),
         # The prompt ends within a token.
@@ -403,7 +404,8 @@ def test_where_an_answer_begins(template: str, answer: str, learnt: str, note: s
 
 @pytest.mark.parametrize("within", ["<|user|>", "</s>", ""])
 def test_answers_that_others_follow_may_end_otherwise(within: str, tmp_path: Path):
-    """With a token of their own (gpt-oss); with none, which is said: what the next message begins with is no end."""
+    """Either with their own token (gpt-oss), or with none, which is reported: the beginning of the next message is not
+    an end."""
     end = f"{{% if loop.last %}}<|end|>{{% else %}}{within if within != '<|user|>' else ''}{{% endif %}}"
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}" + end
@@ -434,7 +436,7 @@ def test_what_a_template_calls_thoughts(tmp_path: Path):
 
 
 def test_special_tokens_that_are_not_found_within_a_text(tmp_path: Path):
-    """Rather than to train on the letters of their names."""
+    """Refused, because otherwise the letters of their names would be learnt."""
     with_template(WITH_TOOLS, tmp_path)
     definition = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in definition["added_tokens"]:
@@ -460,7 +462,7 @@ def test_tokens_that_a_system_text_speaks_of_are_everybodys(tmp_path: Path):
 
 
 def test_thoughts_of_an_earlier_answer(tmp_path: Path):
-    """They are not there to be learnt; which sample they are in is."""
+    """They are not there to be learnt, but they decide which sample they are in."""
     layout = ChatTemplate(with_template(THINKS, tmp_path)[0])
     talk = [Message("user", "a"), Message("assistant", "<think>\nb\n</think>\n\nc")] * 2
     with pytest.raises(ValueError, match="leaves out a part of answer 1.*--sft_loss=split"):
@@ -471,7 +473,8 @@ def test_thoughts_of_an_earlier_answer(tmp_path: Path):
 
 
 def test_an_answer_that_the_prompt_begins(tmp_path: Path):
-    """As it will be asked for: behind the tag. Without thoughts, as the template lays it out, which is said."""
+    """Learnt as it will be requested, after the tag. Without thoughts, as the template lays it out, which is
+    reported."""
     ours, _ = with_template(OPENS, tmp_path)
     layout = ChatTemplate(ours)
     assert "asks for an answer by" in layout.notes[0] and "<think>" in layout.notes[0]
@@ -532,7 +535,7 @@ def test_the_day_does_not_matter(tmp_path: Path):
 
 
 def test_a_template_that_asks_for_nothing(tmp_path: Path):
-    """What it puts before an answer is for the model to say, as nobody else does."""
+    """The model must say the text that the template puts before an answer, because nobody else does."""
     ours, _ = with_template(TRIMS.split("{% if add")[0], tmp_path)
     layout = ChatTemplate(ours)
     rendered = layout.render([Message("user", "a"), Message("assistant", "b")])
@@ -542,7 +545,7 @@ def test_a_template_that_asks_for_nothing(tmp_path: Path):
 
 
 def test_what_tells_two_templates_apart(tmp_path: Path):
-    """The tokens that it writes by name as well; others do not matter."""
+    """The special tokens that it writes by name count as well; others do not."""
     keys = []
     for number, (template, eos) in enumerate(
         [(BRACKETS, "</s>"), (BRACKETS, "<|end|>"), (TRIMS, "</s>"), (TRIMS, "<|end|>")]
@@ -556,7 +559,7 @@ def test_what_tells_two_templates_apart(tmp_path: Path):
 
 
 def test_named_templates(tmp_path: Path):
-    """The default one is taken."""
+    """The default template is used."""
     named = [{"name": "default", "template": TRIMS}, {"name": "tool_use", "template": WITH_TOOLS}]
     assert ChatTemplate(with_template(named, tmp_path)[0]).source == TRIMS
     with pytest.raises(ValueError, match="none of them is the default"):

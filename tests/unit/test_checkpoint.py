@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; broken ones are named and passed over, unreadable ones kept."""
+"""Checkpoints are whole or absent; broken ones are named and skipped, unreadable ones kept."""
 
 import builtins
 import errno
@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import choosing, opening, retention
 from checkpoint import folder as ckpt
-from checkpoint.folder import Retention, choose_checkpoint, find_problem, list_checkpoints
+from checkpoint.choosing import choose_checkpoint
+from checkpoint.folder import find_problem, list_checkpoints
 from checkpoint.named import Piece, load_named_state
-from checkpoint.saving import CheckpointWriter
-from checkpoint.stores import Place, find_place
+from checkpoint.retention import Retention
+from checkpoint.stores import StorePlace, find_place
+from checkpoint.writing import CheckpointWriter
 from runs.layout import RunPaths
 from runs.reslog import ResLog
 
-PLACES = [Place(rank, 2, (0, 1)) for rank in range(2)]
+PLACES = [StorePlace(rank, 2, (0, 1)) for rank in range(2)]
 
 
 def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
@@ -47,8 +50,8 @@ Refuse = Callable[..., None]
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """refuse(part of a path, errno, times=None): from now on the system refuses to open, list or look at such paths, so
-    many times. Without arguments: no more."""
+    """refuse(part of a path, errno, times=None): from now on the system refuses to open, list or stat such paths, so
+    many times. Without arguments, it stops refusing."""
     monkeypatch.setattr(ckpt, "_PAUSES", (0.0, 0.0))
     refused: dict[str, list] = {}
 
@@ -76,12 +79,12 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
 READ_ERRORS = pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 
 
-def open_run(out_dir: Path, resume: bool, which: str) -> tuple[ckpt.Chosen | None, list[str]]:
-    return ckpt.open_run(out_dir, resume, which, Place(0, 1, (0,)), alone)
+def open_run(out_dir: Path, resume: bool, which: str) -> tuple[choosing.Chosen | None, list[str]]:
+    return opening.open_run(out_dir, resume, which, StorePlace(0, 1, (0,)), alone)
 
 
 def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
-    writer = CheckpointWriter(tmp_path, 3, Place(0, 1, (0,)), "x")
+    writer = CheckpointWriter(tmp_path, 3, StorePlace(0, 1, (0,)), "x")
     writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], sharded=False)
     writer.make_directory()
     writer.write_files()
@@ -122,7 +125,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path
 
 
 def test_a_folder_written_by_one_rank_holds_no_other_ranks_files(tmp_path: Path):
-    """Another rank's done-record, caught in the listing, once made whole checkpoints look broken."""
+    """Another rank's done-record, caught by the listing, once made whole checkpoints look broken."""
     first, second = (CheckpointWriter(tmp_path, 1, place, "x") for place in PLACES)
 
     def write_while_the_other_rank_works(directory: Path) -> None:
@@ -151,7 +154,7 @@ def test_last_and_best(tmp_path: Path):
 
 def test_best_without_a_validation_loss_is_refused_not_restarted(tmp_path: Path):
     """Starting fresh would set the whole run aside."""
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     save(tmp_path / "ckpt", 2)
     save(tmp_path / "ckpt", 4, float("nan"))
     with pytest.raises(ValueError, match="resume_from=last"):
@@ -163,7 +166,7 @@ def test_a_nan_validation_loss_is_never_the_best(tmp_path: Path):
     for step, loss in enumerate([float("nan"), 1.0, float("nan"), 3.0, 2.0, float("nan"), float("nan")], 1):
         save(tmp_path, step, loss)
     assert choose_checkpoint(tmp_path, "best")[0].step == 2
-    ckpt.prune(tmp_path, Retention())
+    retention.prune(tmp_path, Retention())
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 5, 6, 7]
 
 
@@ -182,7 +185,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
         damaged = bytearray(content)
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        # White space between the values is all that may be another.
+        # Only white space between the values may differ.
         if find_problem(path.parent) is None:
             assert json.loads(damaged) == json.loads(content)
     path.write_bytes(content)
@@ -190,21 +193,21 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
 
 
 def test_a_run_directory_belongs_to_one_process(tmp_path: Path):
-    lock = ckpt.lock_run(tmp_path)
+    lock = opening.lock_run(tmp_path)
     with pytest.raises(ValueError, match="another process trains in"):
-        ckpt.lock_run(tmp_path, patience_s=0.2)
+        opening.lock_run(tmp_path, patience_s=0.2)
     lock.close()
-    ckpt.lock_run(tmp_path).close()
+    opening.lock_run(tmp_path).close()
 
 
 def test_retention_keeps_two_of_each(tmp_path: Path):
     for step, loss in ((1, 1.0), (2, 5.0), (3, 2.0), (4, 3.0), (5, 4.0), (6, None)):
         save(tmp_path, step, loss)
     (tmp_path / ".tmp-step-9-x").mkdir()
-    ckpt.prune(tmp_path, Retention())
-    # A save that is in flight is not touched while the run goes on.
+    retention.prune(tmp_path, Retention())
+    # A save in flight is not touched while the run goes on.
     assert (tmp_path / ".tmp-step-9-x").exists()
-    ckpt.delete_leftovers(tmp_path)
+    retention.delete_leftovers(tmp_path)
     assert [c.step for c in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3", "step-5", "step-6"]
 
@@ -212,7 +215,7 @@ def test_retention_keeps_two_of_each(tmp_path: Path):
 def test_resuming_sets_later_checkpoints_aside(tmp_path: Path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    renamed = ckpt.abandon_later(tmp_path, 1)
+    renamed = retention.abandon_later(tmp_path, 1)
     assert [c.step for c in list_checkpoints(tmp_path)] == [1]
     assert len(renamed) == 2 and all(p.name.startswith("abandoned-step-") and p.is_dir() for p in renamed)
 
@@ -246,27 +249,27 @@ def test_missing_state_is_named(tmp_path: Path):
 
 def test_resolve_checkpoint_dir(tmp_path: Path):
     with pytest.raises(ValueError, match="neither a run"):
-        ckpt.resolve_checkpoint_dir(tmp_path)
+        choosing.resolve_checkpoint_dir(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
-        ckpt.resolve_checkpoint_dir(tmp_path / "nothing")
+        choosing.resolve_checkpoint_dir(tmp_path / "nothing")
     (tmp_path / "ckpt").mkdir()
     with pytest.raises(ValueError, match="no checkpoint"):
-        ckpt.resolve_checkpoint_dir(tmp_path)
+        choosing.resolve_checkpoint_dir(tmp_path)
     path = save(tmp_path / "ckpt", 5)
-    assert ckpt.resolve_checkpoint_dir(tmp_path) == path
+    assert choosing.resolve_checkpoint_dir(tmp_path) == path
     (path / "config.json").write_text("{}")
-    assert ckpt.resolve_checkpoint_dir(path) == path
+    assert choosing.resolve_checkpoint_dir(path) == path
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["files"]["trainer_state.json"]["sha256"] = "0" * 64
     (path / "manifest.json").write_text(json.dumps(ckpt.sealed(manifest)))
     with pytest.raises(ValueError, match="checksum"):
-        ckpt.resolve_checkpoint_dir(path)
+        choosing.resolve_checkpoint_dir(path)
 
 
 @READ_ERRORS
 def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: Path, refuse: Refuse, code: int):
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     for step in (1, 2, 3):
         save(tmp_path / "ckpt", step, valid_loss=float(step))
     there = sorted(os.listdir(tmp_path / "ckpt"))
@@ -278,7 +281,7 @@ def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: 
         with pytest.raises((ckpt.Unreadable, ValueError), match=f"{os.strerror(code)}|add --resume"):
             open_run(tmp_path, False, "last")
         refuse("manifest.json", code)
-        ckpt.prune_or_warn(tmp_path / "ckpt", Retention(1, 1), just_saved=3)
+        retention.prune_or_warn(tmp_path / "ckpt", Retention(1, 1), just_saved=3)
         refuse()
         assert sorted(os.listdir(tmp_path / "ckpt")) == there
     assert open_run(tmp_path, True, "last")[0].step == 3
@@ -286,10 +289,10 @@ def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: 
 
 @READ_ERRORS
 def test_a_read_error_of_a_moment_costs_nothing(tmp_path: Path, refuse: Refuse, code: int):
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     for step in (1, 2):
         save(tmp_path / "ckpt", step)
-    # Three tries of each, and another look before steps would be done again.
+    # Three tries of each, and another look before steps would be repeated.
     for part, times in (("step-2/optim-0", 2), ("step-2/optim-0", 3), ("step-2/manifest.json", 5), ("/ckpt", 2),
                         *(("manifest.json", times) for times in range(1, 16))):  # fmt: skip
         refuse(part, code, times)
@@ -298,23 +301,23 @@ def test_a_read_error_of_a_moment_costs_nothing(tmp_path: Path, refuse: Refuse, 
 
 
 def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path, refuse: Refuse):
-    """Going back further and further is no answer to a mount that is away."""
-    ckpt.prepare_run(tmp_path)
+    """Going back further and further does not help with a missing mount."""
+    opening.prepare_run(tmp_path)
     home = tmp_path / "ckpt"
     for step in (1, 2, 3):
         save(home, step)
     refuse("step-3/optim-0.safetensors", errno.EIO)
     chosen, (remark,) = open_run(tmp_path, True, "last")
     assert chosen.step == 2 and "step-3 is unreadable and skipped" in remark
-    # Another file of it may well be what is needed.
-    assert ckpt.newest_with(home, "trainer_state.json") == home / "step-3"
-    assert ckpt.newest_with(home, "optim-0.safetensors") == home / "step-2"
-    ckpt.abandon_later(home, 2)
+    # Another of its files may well be the needed one.
+    assert choosing.newest_with(home, "trainer_state.json") == home / "step-3"
+    assert choosing.newest_with(home, "optim-0.safetensors") == home / "step-2"
+    retention.abandon_later(home, 2)
     refuse("abandoned-step-3", errno.EIO)
     for step in (4, 5, 6):
         save(home, step)
-        ckpt.abandon_later(home, 3)
-    ckpt.prune(home, Retention(2, 0))
+        retention.abandon_later(home, 3)
+    retention.prune(home, Retention(2, 0))
     aside = {path.name.rpartition("-")[0] for path in home.glob("abandoned-*")}
     assert aside == {"abandoned-step-3", "abandoned-step-5", "abandoned-step-6"}
     for step in (3, 4):
@@ -326,7 +329,7 @@ def test_one_unreadable_checkpoint_is_passed_over_and_two_are_not(tmp_path: Path
 
 def test_a_read_error_on_one_store_stops_all_ranks(tmp_path: Path, refuse: Refuse):
     for node in ("a", "b"):
-        ckpt.prepare_run(tmp_path / node)
+        opening.prepare_run(tmp_path / node)
     refuse("/b/ckpt", errno.EIO)
     meeting, values = threading.Barrier(2), [None, None]
 
@@ -339,7 +342,7 @@ def test_a_read_error_on_one_store_stops_all_ranks(tmp_path: Path, refuse: Refus
             return gathered
 
         try:
-            ckpt.open_run(tmp_path / "ab"[rank], True, "last", Place(rank, 2, (rank,)), gather)
+            opening.open_run(tmp_path / "ab"[rank], True, "last", StorePlace(rank, 2, (rank,)), gather)
         except ckpt.Unreadable as error:
             return str(error)
         return ""
@@ -350,7 +353,7 @@ def test_a_read_error_on_one_store_stops_all_ranks(tmp_path: Path, refuse: Refus
 
 @pytest.mark.parametrize("resume", [True, False])
 def test_no_fresh_start_where_a_saved_checkpoint_is_missing(tmp_path: Path, resume: bool):
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     log = ResLog(tmp_path / "reslog.jsonl")
     log.write("start", step=0)
     log.write("train", step=1)
@@ -367,31 +370,31 @@ def test_a_broken_checkpoint_goes_only_when_newer_ones_are_whole(tmp_path: Path)
         save(tmp_path, step)
     for step in (1, 3):
         (tmp_path / f"step-{step}" / "manifest.json").write_text("garbage")
-    ckpt.prune(tmp_path, Retention(2, 0))
+    retention.prune(tmp_path, Retention(2, 0))
     assert [c.step for c in list_checkpoints(tmp_path)] == [2, 3, 4]
 
 
 def test_the_one_just_saved_stays(tmp_path: Path):
-    """Whatever else lies there under greater numbers."""
+    """Even if checkpoints with greater numbers are there."""
     for step in (4, 8, 9):
         save(tmp_path, step)
-    ckpt.prune(tmp_path, Retention(2, 0), just_saved=4)
+    retention.prune(tmp_path, Retention(2, 0), just_saved=4)
     assert [c.step for c in list_checkpoints(tmp_path)] == [4, 8, 9]
-    ckpt.prune(tmp_path, Retention(2, 0))
+    retention.prune(tmp_path, Retention(2, 0))
     assert [c.step for c in list_checkpoints(tmp_path)] == [8, 9]
 
 
 def test_what_is_kept_for_good_is_not_deleted_when_it_is_set_aside(tmp_path: Path):
     for step in range(1, 13):
         save(tmp_path, step)
-    ckpt.abandon_later(tmp_path, 3)
-    ckpt.prune(tmp_path, Retention(2, 2, keep_every=5))
+    retention.abandon_later(tmp_path, 3)
+    retention.prune(tmp_path, Retention(2, 2, keep_every=5))
     aside = {path.name.rpartition("-")[0] for path in tmp_path.glob("abandoned-*")}
     assert {"abandoned-step-5", "abandoned-step-10"} < aside and len(aside) == 4
 
 
 def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
-    """A monitor that looks in this moment, or after a death in it, must not take the run for a new one."""
+    """A monitor that looks at this moment, or after a death in it, must not take the run for a new one."""
     path = save(tmp_path, 2)
     path.rename(tmp_path / ".replaced-step-2-x")
     assert [(c.step, c.path.name) for c in list_checkpoints(tmp_path)] == [(2, ".replaced-step-2-x")]
@@ -399,23 +402,23 @@ def test_between_a_commits_two_renames_the_checkpoint_is_there(tmp_path: Path):
     save(tmp_path, 2)
     assert [c.path.name for c in list_checkpoints(tmp_path)] == ["step-2"]
     (tmp_path / "step-2" / "manifest.json").write_text("garbage")
-    ckpt.delete_leftovers(tmp_path)
+    retention.delete_leftovers(tmp_path)
     assert find_problem(tmp_path / "step-2") is None, "the whole one of the two is what stays"
     assert [path.name.rpartition("-")[0] for path in tmp_path.glob("*step-2-*")] == ["abandoned-step-2"]
 
 
 def test_a_lock_that_is_let_go_of_in_time_is_taken(tmp_path: Path):
-    """A prune, or a rank that is dying."""
-    lock = ckpt.lock_run(tmp_path)
+    """A prune, or a dying rank."""
+    lock = opening.lock_run(tmp_path)
     threading.Timer(0.2, lock.close).start()
-    ckpt.lock_run(tmp_path, patience_s=20).close()
+    opening.lock_run(tmp_path, patience_s=20).close()
 
 
 @pytest.mark.parametrize("before", [["lost+found"], ["ckpt"], ["exit", "stop"], [".snapshot", "monitor", ".nfs0001"]])
 def test_a_directory_that_holds_nothing_of_others_is_taken(tmp_path: Path, before: list[str]):
     for name in before:
         (tmp_path / name).mkdir()
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     assert RunPaths(tmp_path).mark.exists()
 
 
@@ -430,12 +433,12 @@ def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         mkdir(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", note)
-    ckpt.prepare_run(tmp_path / "run")
+    opening.prepare_run(tmp_path / "run")
     assert made[-1] == "ckpt"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds other things than a run"):
-        ckpt.prepare_run(tmp_path / "other")
+        opening.prepare_run(tmp_path / "other")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
@@ -448,7 +451,7 @@ def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
     monkeypatch.setattr(Path, "mkdir", refuse_to_make)
     monkeypatch.setattr(Path, "touch", refuse_to_make)
     with pytest.raises(OSError, match=os.strerror(code)):
-        ckpt.prepare_run(tmp_path / "run")
+        opening.prepare_run(tmp_path / "run")
     with pytest.raises(OSError, match=os.strerror(code)):
         find_place(tmp_path / "run", 0, 1, alone)
 
@@ -463,12 +466,12 @@ def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
 def test_resume_in_a_mistyped_directory_names_the_run_that_was_meant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, remark: str
 ):
-    """It still starts fresh: launchers give --resume always."""
+    """It still starts fresh, because launchers always give --resume."""
     for run in ("out/mine", "out/base"):
         (tmp_path / run / "ckpt" / "step-6").mkdir(parents=True)
     (tmp_path / "out" / "mise" / "ckpt").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    ckpt.prepare_run(Path(asked))
+    opening.prepare_run(Path(asked))
     assert open_run(Path(asked), True, "last") == (None, [f"no checkpoint in {asked}: starting fresh{remark}"])
 
 
@@ -479,4 +482,4 @@ def test_a_folder_around_a_run_or_in_it_names_the_run(tmp_path: Path, monkeypatc
     RunPaths(tmp_path / "out" / "mine").mark.touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"nor a Hugging Face folder: did you mean out/mine\?$"):
-        ckpt.resolve_checkpoint_dir(Path(given))
+        choosing.resolve_checkpoint_dir(Path(given))

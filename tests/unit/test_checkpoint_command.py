@@ -1,4 +1,4 @@
-"""`python -m utils.checkpoint`: what it says of a run's checkpoints, and what it deletes."""
+"""`python -m checkpoint`: its report on a run's checkpoints, and its deletions."""
 
 import json
 import os
@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import choosing, opening
 from checkpoint import folder as ckpt
-from checkpoint.folder import main
+from checkpoint.command import main
 from checkpoint.named import Piece
-from checkpoint.saving import CheckpointWriter
-from checkpoint.stores import Place
+from checkpoint.stores import StorePlace
+from checkpoint.writing import CheckpointWriter
 
-ALONE = Place(0, 1, (0,))
+ALONE = StorePlace(0, 1, (0,))
 
 
-def save(run: Path, step: int, valid_loss: float | None = None, place: Place = ALONE) -> Path:
+def save(run: Path, step: int, valid_loss: float | None = None, place: StorePlace = ALONE) -> Path:
     writer = CheckpointWriter(run / "ckpt", step, place, f"id-{step}")
     writer.add_named_state(
         [(Piece.flat("w", (25_000,), 0, 25_000), {"main": torch.zeros(25_000)})],
@@ -35,7 +36,7 @@ def save(run: Path, step: int, valid_loss: float | None = None, place: Place = A
 def run(tmp_path: Path) -> Path:
     """Steps 2 to 8, the second of them the best."""
     home = tmp_path / "run"
-    ckpt.prepare_run(home)
+    opening.prepare_run(home)
     for step, loss in ((2, 3.0), (4, 1.25), (6, None), (8, 2.0)):
         save(home, step, loss)
     return home
@@ -56,7 +57,7 @@ def edit_manifest(path: Path, **values: object) -> None:
 
 
 def test_ls(run: Path, capsys: pytest.CaptureFixture):
-    """A line each, by rising step: name, size, loss, age, ranks."""
+    """One line each, by rising step: name, size, loss, age, ranks."""
     for path, seconds in zip(sorted((run / "ckpt").iterdir()), (2 * 86400, 3 * 3600, 180, 5)):
         edit_manifest(path, saved_at=time.time() - seconds)
     assert main(["ls", str(run)]) == 0
@@ -73,7 +74,7 @@ def test_ls(run: Path, capsys: pytest.CaptureFixture):
 
 def test_ls_says_which_ranks_a_node_holds(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "ckpt").mkdir()
-    save(tmp_path, 1, place=Place(2, 4, (2,)))
+    save(tmp_path, 1, place=StorePlace(2, 4, (2,)))
     save(tmp_path, 2)
     assert main(["ls", str(tmp_path)]) == 0
     assert [line.rsplit("  ", 1)[1] for line in capsys.readouterr().out.splitlines()] == ["1 of 4 ranks", "1 rank"]
@@ -88,7 +89,7 @@ def test_ls_leaves_out_what_is_no_checkpoint(run: Path, capsys: pytest.CaptureFi
 
 
 def test_manifests_of_earlier_versions(run: Path, capsys: pytest.CaptureFixture):
-    """They lack who wrote them and when; files and losses count as ever."""
+    """They do not say who wrote them and when; files and losses count as usual."""
     for path in (run / "ckpt").iterdir():
         manifest = json.loads((path / ckpt.MANIFEST).read_text())
         old = {key: manifest[key] for key in ("step", "valid_loss", "files")}
@@ -140,13 +141,13 @@ def test_verify_names_what_is_broken(run: Path, capsys: pytest.CaptureFixture, h
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("  ok") for line in lines] == [True, True, False, True]
     assert f"  BROKEN: {DAMAGES[how]}" in lines[2] and lines[2].startswith("step-6 ")
-    # That one is broken is no reason for `ls` to fail.
+    # A broken checkpoint is not a failure of `ls`.
     assert main(["ls", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_prune(run: Path, capsys: pytest.CaptureFixture):
-    """By default two of each; leftovers go too, what was set aside stays."""
+    """Two of each by default; leftovers go, too, and checkpoints that were set aside stay."""
     save(run, 10, 2.5)
     (run / "ckpt" / ".tmp-step-11-x").mkdir()
     (run / "ckpt" / "abandoned-step-5-170").mkdir()
@@ -190,16 +191,16 @@ def test_what_prune_keeps(run: Path, capsys: pytest.CaptureFixture, flags: list[
 
 
 def test_prune_does_not_keep_a_broken_one_for_a_whole_one(run: Path):
-    """The newest has lost its manifest: as the last one to keep, it would be all that is left."""
+    """The newest has lost its manifest: if it were the last one to keep, it would be all that is left."""
     damage(run / "ckpt" / "step-8", "manifest removed")
     assert main(["prune", str(run), "--keep_last=1", "--keep_best=0"]) == 0
-    chosen, _ = ckpt.choose_checkpoint(run / "ckpt")
+    chosen, _ = choosing.choose_checkpoint(run / "ckpt")
     assert chosen is not None and chosen.step == 6
 
 
 def test_a_run_that_trains_is_not_pruned(run: Path, capsys: pytest.CaptureFixture):
-    """Nor is anything said to be deleted; looking is allowed."""
-    lock = ckpt.lock_run(run)
+    """Nor does the command claim a deletion; looking is allowed."""
+    lock = opening.lock_run(run)
     assert main(["prune", str(run), "--keep_last=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("checkpoint: another process trains in ") and len(captured.err.splitlines()) == 1
@@ -224,7 +225,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(("command", "code"), [("ls", 2), ("verify", 2), ("prune", 0)])
 def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture, command: str, code: int):
-    ckpt.prepare_run(tmp_path)
+    opening.prepare_run(tmp_path)
     assert main([command, str(tmp_path)]) == code
     captured = capsys.readouterr()
     expected = ("", f"checkpoint: {tmp_path} holds no checkpoint yet\n") if code else ("0 of 0 checkpoints stay\n", "")

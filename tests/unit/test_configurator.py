@@ -1,4 +1,4 @@
-"""The command line, YAML, and what they refuse."""
+"""The command line and YAML, and what they refuse."""
 
 import errno
 import os
@@ -9,19 +9,11 @@ import pytest
 import yaml
 
 from configs import sizes
-from configurator import (
-    _FIELDS,
-    changes_since,
-    flatten,
-    is_open,
-    parse_config,
-    resolve,
-    resolve_model,
-    to_yaml,
-    without_effect,
-)
+from configurator import _FIELDS, changes_since, flatten, is_open, parse_config, to_yaml, without_effect
 from model.config import LlamaConfig
 from runs.layout import CONFIG_NAME
+from training.build_model import resolve_model
+from training.config import resolve
 
 
 def parse(*argv: str) -> dict:
@@ -157,7 +149,7 @@ def test_yaml_of_every_kind_that_means_what_it_says(tmp_path: Path):
 
 
 def test_a_configuration_through_a_pipe(tmp_path: Path):
-    """As the shell's <(...) gives it."""
+    """As from the shell's <(...)."""
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor(1) as pool:
         pool.submit((tmp_path / "pipe").write_text, "seed: 7\n")
@@ -176,7 +168,7 @@ def test_no_path_is_forgotten():
     ("written", "meant"), [("~/a", "HOME/a"), ("$SCRATCH/${SCRATCH}", "/s//s"), ("a/~", "a/~"), ("a$$b", "a$b")]
 )
 def test_paths_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str):
-    """On the command line, where no shell expands what follows the =, and in a file."""
+    """On the command line, where no shell expands the text after the =, and in a file."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SCRATCH", "/s")
     expected = dict.fromkeys(PATHS, meant.replace("HOME", str(tmp_path)))
@@ -184,7 +176,7 @@ def test_paths_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for argv in ([f"--{name}={written}" for name in PATHS], ["~/c.yaml"], ["--exp_config_file", "$HOME/c.yaml"]):
         config, _ = parse_config(argv)
         assert {name: flatten(config)[name] for name in PATHS} == expected
-    # What is saved is what was meant, and is taken as it stands.
+    # The saved path is the expanded one, and is taken literally.
     (tmp_path / CONFIG_NAME).write_text(to_yaml(config, {}))
     again, _ = parse_config(["--resume", f"--out_dir={tmp_path}"])
     assert flatten(again) == flatten(config) | {"resume": True, "out_dir": str(tmp_path), "exp_config_file": ""}
@@ -256,7 +248,7 @@ def saved_run(directory: Path, *argv: str) -> None:
 
 
 def test_on_resume_the_command_line_beats_the_saved_configuration(tmp_path: Path):
-    """The original's saved file silently beat the command line, and lost keys whose value was None."""
+    """The original's saved file silently overrode the command line, and lost keys whose value was None."""
     saved_run(tmp_path, "--learning_rate=1e-3", "--max_seq_len=77", "--max_iters=5")
     assert "valid_ratio" in yaml.safe_load((tmp_path / CONFIG_NAME).read_text())
     flat = flatten(parse_config([f"--out_dir={tmp_path}", "--resume", "--learning_rate=2e-3"])[0])
@@ -277,7 +269,7 @@ SIZES = [name for name in _FIELDS["size"][1].__args__ if name]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_size_is_whole(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What it says is of its field's type, goes together, and is found from anywhere."""
+    """Its values have their fields' types, fit together, and are found from anywhere."""
     monkeypatch.chdir(tmp_path)
     for task, weights in (("pretrain", ""), ("pretrain", "m"), ("sft", "m"), ("dpo", "m")):
         values = sizes.values_of(size, task, has_weights=bool(weights))
@@ -286,7 +278,7 @@ def test_a_size_is_whole(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         flat = flatten(config)
         assert values.items() <= flat.items() and flat["size"] == size
         assert without_effect(config, given) == []
-        # The weights bring their shape; the batch comes from conversations, and from nothing else.
+        # The weights give the shape; the batch comes from conversations, and from nothing else.
         assert weights == "" or config.model == LlamaConfig()
         assert ("gradient_accumulation_steps" in values) == (task == "pretrain")
     assert sorted(path.stem for path in sizes.FOLDER.glob("*.yaml")) == sorted(SIZES)
@@ -315,7 +307,7 @@ def test_a_size_that_changes_nothing_is_said():
 
 
 def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The values of a run are those that it was begun with, whatever a size is by now."""
+    """A run keeps the values that it began with, even if the size has changed."""
     saved_run(tmp_path, "--size=laptop", "--learning_rate=1e-3")
     begun, resume = parse("--size=laptop", "--learning_rate=1e-3"), ["--resume", f"--out_dir={tmp_path}"]
     monkeypatch.setattr(sizes, "values_of", lambda *_, **__: {"hidden_size": 4096, "valid_iters": 3})
@@ -324,12 +316,12 @@ def test_a_resumed_run_keeps_its_size(tmp_path: Path, monkeypatch: pytest.Monkey
         assert flatten(config) == begun | {"resume": True, "out_dir": str(tmp_path)} | (
             {"grad_clip": 2.0} if "--grad_clip=2" in argv else {}
         )
-        assert without_effect(config, given) == [] and not is_open(config, given, "max_seq_len")
+        assert without_effect(config, given) == [] and not is_open(config.run, given, "max_seq_len")
         assert changes_since(config, tmp_path / CONFIG_NAME).keys() == {"grad_clip"} & given
     with pytest.raises(ValueError, match="was begun with --size=laptop.*leave --size out") as caught:
         parse_config([*resume, "--size=gpu"])
     assert "\n" not in str(caught.value)
-    # What the run has come to can begin another one.
+    # A run's resolved values can begin another run.
     again = flatten(parse_config([str(tmp_path / CONFIG_NAME), "--out_dir=o"])[0])
     assert again == begun | {"out_dir": "o", "exp_config_file": str(tmp_path / CONFIG_NAME)}
 
@@ -376,7 +368,7 @@ def test_a_negated_flag_must_not_contradict_the_weights():
 
 
 def test_a_shape_that_was_edited_in_the_runs_configuration_is_refused(tmp_path: Path):
-    """It was passed over, and written back as if the model had it."""
+    """The edit used to be ignored, and was written back as if the model had that shape."""
     shape = ["--hidden_size=64", "--num_attention_heads=4", "--num_hidden_layers=2", "--rope_theta=5e5"]
     saved_run(tmp_path, *shape)
     stored = parse_config(["--data_dir=d", *shape])[0].model.resolve(64, 1024)
@@ -393,11 +385,11 @@ def test_a_shape_that_was_edited_in_the_runs_configuration_is_refused(tmp_path: 
                          ("qkv_bias: false", "qkv_bias: true"), ("head_dim: 0", "head_dim: 32")]:  # fmt: skip
         with pytest.raises(ValueError, match=f"{edited.replace(':', ' is').replace('true', 'True')} in the run's"):
             resumed(line, edited)
-    # In a run that began with others' weights, the shape is theirs, and what nobody gave stands at its default.
+    # In a run that began with other weights, the shape is theirs, and fields that nobody gave have their defaults.
     assert resumed("num_hidden_layers: 2", "num_hidden_layers: 12", is_own=False) == stored
     with pytest.raises(ValueError, match="hidden_size is 128 in the run's"):
         resumed("hidden_size: 64", "hidden_size: 128", is_own=False)
-    # What no weight depends on can be changed, there as on the command line.
+    # Options on which no weight depends can be changed, there as on the command line.
     assert resumed("rope_theta: 500000.0", "rope_theta: 7000.0").rope_theta == 7000.0
 
 
@@ -426,7 +418,7 @@ def test_help_lists_every_field_with_its_docstring(capsys: pytest.CaptureFixture
 
 
 def test_a_read_error_that_may_pass_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The monitor tries again after a crash, and not after a command that is wrong."""
+    """The monitor tries again after a crash, but not after a wrong command."""
     (tmp_path / CONFIG_NAME).write_text("max_iters: 3\n")
 
     def refuse(self: Path, *_: object) -> str:

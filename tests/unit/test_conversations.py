@@ -1,4 +1,4 @@
-"""Every format of conversations, written by hand, and what is wrong with records that are refused."""
+"""Every format of conversations, written by hand, and the problems of refused records."""
 
 import random
 
@@ -17,7 +17,7 @@ from tokenizer.chat_template import Message
 
 
 def talk(*turns: str) -> Conversation:
-    """From "role: text" strings."""
+    """Messages from "role: text" strings."""
     return Conversation(tuple(Message(*turn.split(": ", 1)) for turn in turns))
 
 
@@ -219,7 +219,7 @@ PREFERENCES |= {
 
 @pytest.mark.parametrize("name", [name for name in PREFERENCES if "Alpaca" in name or "messages" in PREFERENCES[name]])
 def test_what_stands_before_the_question_of_a_preference(name: str):
-    """A system text beside it; of a text also the history and the input."""
+    """A system text beside it; for a text also the history and the input."""
     record, system = PREFERENCES[name], Message("system", "s")
     sample = parse_record({**record, "system": "s"})
     assert sample.prompt == (system, *PROMPT)
@@ -302,7 +302,7 @@ WITH_TOOLS = {
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
 def test_tools_and_calls(name: str):
-    # Ids stay where the data has them: Mistral's templates write them.
+    # Ids stay if the data has them: Mistral's templates write them.
     call, id = ({"id": "1", **CALL}, "1") if name == "OpenAI" else (CALL, "")
     expected = (Message("user", "q"), Message("assistant", "", tool_calls=(call,)),
                 Message("tool", "3", name="f", call_id=id), Message("assistant", "r"))  # fmt: skip
@@ -326,7 +326,7 @@ def test_an_answer_goes_on_with_its_calls():
 
 
 def test_preferences_with_tools():
-    """Answers that differ in their calls alone."""
+    """Answers that differ only in their calls."""
     record = {"prompt": "q", "chosen": [calls(CALL, content="I look.")], "tools": [TOOL],
               "rejected": [{"role": "assistant", "content": "I look.", "tool_calls": None}]}  # fmt: skip
     chosen, rejected = Message("assistant", "I look.", tool_calls=(CALL,)), Message("assistant", "I look.")
@@ -344,7 +344,7 @@ def test_reasoning(name: str):
 
 @pytest.mark.parametrize("switch", ["on", "off", "Low", True])
 def test_a_switch_is_no_thought(switch: object):
-    """Nemotron's post-training data says "reasoning": "on" where the model was to think."""
+    """Nemotron's post-training data says "reasoning": "on" if the model was to think."""
     one_turn = {"input": [{"role": "user", "content": "q"}], "output": "<think>t</think>r", "reasoning": switch}
     expected = talk("user: q", "assistant: <think>t</think>r")
     for record in (one_turn, asks({"role": "assistant", "content": "r", "thinking": switch}, reasoning=switch)):
@@ -361,7 +361,7 @@ def test_magpies_knowledge_is_named():
 
 
 def test_what_is_not_read_is_named():
-    """Marks with their values; of messages too. What is empty, or said twice, need not be named."""
+    """Marks are named with their values, also those of messages. Empty or repeated fields need not be named."""
     record = {
         "id": 7, "text": "a formatted", "split": "test", "images": [], "rejected": False, "weight": 1, "label": 3,
         "deleted": False, "type": "chat", "prompt": "a", "answer": "7", "messages": [
@@ -554,7 +554,7 @@ def test_what_is_refused(record: object, complaint: str):
 
 
 class Watched(dict):
-    """Notes which of its fields are asked for."""
+    """Records which of its fields are read."""
 
     asked: set[str] = set()
 
@@ -568,7 +568,7 @@ class Watched(dict):
 
 
 def test_fields_are_all_that_is_looked_at():
-    """Of a table other columns are not read: a format's field that is missing among them would be lost."""
+    """Other columns of a table are not read, so a format's field that is not among FIELDS would be lost."""
     records = [record for record, _ in CONVERSATIONS.values()] + list(PREFERENCES.values())
     for record in records:
         expected = parse_record(record)
@@ -589,7 +589,7 @@ ODD = [
 
 
 def test_records_of_odd_values():
-    """A record is read, or refused in one sentence; nothing in it is another exception."""
+    """A record is read, or refused in one sentence; it never raises another exception."""
     rng = random.Random(0)
     fields = sorted(FIELDS)
 

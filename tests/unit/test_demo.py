@@ -73,7 +73,7 @@ def test_held_out_functions_are_asked_for_and_never_trained_on(tmp_path: Path, m
     assert set(asked["sft"]).isdisjoint(asked["sft_valid"])
     assert set(asked["sft"]) | set(asked["sft_valid"]) == {f"of_{number}" for number in range(40)}
     held_out = {name for split, name, _ in modules_of(corpus.parent, 0.3) if split == "valid"}
-    # The names of modules are those that one imports; a module does not decide the scores alone.
+    # Modules have the names under which they are imported; no module dominates the scores.
     assert held_out == {"package" if n == "of_0" else f"package.m{n.removeprefix('of_')}" for n in asked["sft_valid"]}
     assert {asked["sft"].count(name) for name in asked["sft"]} == {30}
     assert {asked["sft_valid"].count(name) for name in asked["sft_valid"]} == {24}
@@ -92,7 +92,7 @@ def loaded() -> Loaded:
 
 
 def test_rows_drawn_together_are_those_drawn_alone(loaded: Loaded):
-    """Also where some end early and leave the batch."""
+    """Some rows end early and leave the batch."""
     prompts = [[1 + row, 7, 9] for row in range(6)]
     vocab_size = loaded.tokenizer.vocab_size
 
@@ -102,7 +102,7 @@ def test_rows_drawn_together_are_those_drawn_alone(loaded: Loaded):
     stop_ids = frozenset(row[at] for at, row in enumerate(alone(frozenset())[:4], 2))
     expected = alone(stop_ids)
     assert len({len(row) for row in expected}) > 2
-    # So cold that the likeliest token is drawn.
+    # So cold that the most likely token is always drawn.
     drawn = sample_rows(
         loaded.model, torch.tensor(prompts), 12, stop_ids, 1e-5, torch.Generator().manual_seed(0), vocab_size
     )
@@ -151,7 +151,7 @@ def test_a_change_counts_beyond_two_standard_errors_of_the_questions():
     before = score_of(records)
     assert before.parts == [0.5, 1.0, 0.0, 0.5]
     assert before.mean == 0.5 and before.error == pytest.approx(statistics.stdev(before.parts) / 2)
-    # What is hard for both cancels out: one by one, each question gained 0.1 or 0.2.
+    # The questions' difficulty cancels out: one by one, each question gained 0.1 or 0.2.
     after = Score([part + gain for part, gain in zip(before.parts, (0.1, 0.2, 0.1, 0.2))])
     assert verdict(difference(before, after)) == "improved"
     assert verdict(difference(after, before)) == "worse"

@@ -1,4 +1,4 @@
-"""What lies in docker/ fits together and to the project, and its scripts do what they say. No image is built."""
+"""Files in docker/ fit together and fit the project, and the scripts do what they say. No image is built."""
 
 import fnmatch
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash
 
 
 def instructions() -> list[list[str]]:
-    """The Dockerfile's instructions as words; flags such as --mount are left out."""
+    """The Dockerfile's instructions as words, without flags such as --mount."""
     lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
     text = "\n".join(lines).replace("\\\n", " ")
     return [[w for w in line.split() if not w.startswith("--")] for line in text.splitlines() if line.strip()]
@@ -47,7 +47,7 @@ def test_what_is_copied_exists_and_is_not_ignored():
                if line and not line.startswith("#")]  # fmt: skip
     sources = [source for words in instructions() if words[0] == "COPY" for source in words[1:-1]]
     assert "requirements.txt" in sources
-    # What the image needs while it runs comes with "COPY . .".
+    # Files that the image needs at run time come with "COPY . .".
     for source in [*sources, "docker/entrypoint.sh", "docker/healthcheck.py", "train_my_ddp.py", "demo/run.py"]:
         assert (ROOT / source).exists(), source
         assert not any(fnmatch.fnmatch(source, pattern) for pattern in ignored), source
@@ -78,7 +78,7 @@ def test_the_image_ends_without_root_and_starts_through_tini():
 
 
 def command_of(service: dict) -> list[str]:
-    """What a service runs, as words, with the defaults of its variables."""
+    """Command of a service, as words, with the defaults of its variables."""
     shell, option, command = service["command"]
     assert (shell, option) == ("bash", "-c") and command.startswith("exec ")
     usual = {name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for name, value in service["environment"].items()}
@@ -176,7 +176,7 @@ def test_pinned_versions_work_on_both_pythons():
 
 @pytest.fixture
 def only(tmp_path: Path):
-    """A PATH that holds what build.sh needs, and these tools, which do nothing."""
+    """A PATH with the programs that build.sh needs, and these tools, which do nothing."""
 
     def make(*tools: str) -> str:
         for name in ("bash", "cat", "dirname", "env"):
@@ -240,7 +240,7 @@ def test_build_of_the_gpu_image_begins_from_cuda(only):
         (["--tool", "podman"], "podman is not installed: install it, or leave out --tool."),
         (["--tag"], "--tag needs a value"),
         (["--tag", "--print"], "--tag needs a value"),
-        (["--isolation", "chroot"], "--isolation is no option here"),
+        (["--isolation", "chroot"], "--isolation is not an option here"),
         (["--pip-config", "/nowhere/pip.conf"], "/nowhere/pip.conf cannot be read"),
     ],
 )
@@ -288,7 +288,7 @@ def test_a_signal_reaches_the_command():
 @pytest.mark.parametrize(
     ("args", "env", "sentence"),
     [
-        (["--max_iters=3"], {}, "--max_iters=3 is no command"),
+        (["--max_iters=3"], {}, "--max_iters=3 is not a command"),
         (["true"], {"ZERO2ALL_SSHD": "yes"}, "ZERO2ALL_SSHD is yes: give 1 to start sshd, 0 not to."),
         (["sshd", "-d"], {}, "sshd takes no arguments"),
     ],

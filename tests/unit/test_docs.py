@@ -1,6 +1,6 @@
 """The documentation against the code: its commands go through the real parsers, its links and file names exist.
 
-No command is run, but for the one block of README.md that a newcomer copies (`soak`).
+No command is run, except for the one block of README.md that a newcomer copies (`soak`).
 """
 
 import argparse
@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 
 import monitor_process
-from configurator import _FIELDS, parse_config, resolve
+from configurator import _FIELDS, parse_config
 from data_preprocess.shards import set_of
 from demo.corpus import copy_standard_library
 from model import Llama, LlamaConfig
 from monitor.command import TrainCommand
 from parallel.launch import parser_of_flags
 from train_my_ddp import number_of_processes
+from training.config import resolve
 from utils.arguments import Parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -53,7 +54,7 @@ _parse_args = argparse.ArgumentParser.parse_args
 
 def code_of(page: Path) -> tuple[list[str], list[str]]:
     """(lines of its code blocks, joined at backslashes; spans in backticks elsewhere). A YAML file's code is in its
-    comments, two blanks further in."""
+    comments, indented by two more blanks."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".yaml":
         lines = [line[2:] for line in text.splitlines() if line.startswith("#   ")]
@@ -76,10 +77,10 @@ def join_lines(lines: list[str]) -> list[str]:
 
 
 def commands_of(page: Path) -> Iterator[list[str]]:
-    """Words of each command that this file knows how to check, from its first word in COMMANDS on."""
+    """Words of each command that this file can check, from its first word in COMMANDS on."""
     blocks, spans = code_of(page)
     for line in [*blocks, *spans]:
-        # What a page writes beside a command stands after two blanks, or after a hash.
+        # A page's remark beside a command follows two blanks or a hash.
         line = re.split(r"\s{2,}|\s#", line.strip().removeprefix("$ "))[0]
         for part in re.split(r"\s(?:&&|\|\||[|;&])(?:\s|$)", line):
             try:
@@ -89,7 +90,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
                 continue
             names = [Path(word).name for word in words]
             start = next((i for i, name in enumerate(names) if name in COMMANDS), None)
-            # Arrows make a picture of it.
+            # Arrows mean a picture.
             if start is None or {"->", "-->"} & set(words) or len(words) == start + 1:
                 continue
             if names[start] == "make" and start:
@@ -99,9 +100,10 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """
+    """Check a command with its own parser.
+
     Raises:
-        Exception, SystemExit: the command's own parser does not accept it, or what it names is not there.
+        Exception, SystemExit: the parser does not accept it, or a file that it names is missing.
     """
     tool, rest = words[0], words[1:]
     if tool == "make":
@@ -124,7 +126,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_launch(rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows torchrun, or the launcher that takes its flags; the script may be left to the reader."""
+    """Check the words after torchrun, or after the launcher that takes its flags; the script may be missing."""
     is_begun = not any(word.endswith(".py") or word == "-m" for word in rest)
     launcher = parser_of_flags().parse_args([*rest, "train_my_ddp.py"] if is_begun else rest)
     if launcher.module:
@@ -146,7 +148,7 @@ def check_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
     if script == "train_my_ddp.py":
         check_training(argv)
     elif script == "monitor_process.py" and argv[-1] != "--":
-        # (Ending there, it is what another command is to be put behind.)
+        # (If it ends here, another command is to follow.)
         options, words = monitor_process.parse_arguments(argv)
         monitor_process.options_of(options)
         assert words or options.status, "no training command"
@@ -159,12 +161,12 @@ def check_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 DOORS = {"utils.resplot": "viewer.command"}
-"""Package that is run -> the module that reads its command line, where that lies in another room."""
+"""Package that is run -> module that reads its command line, if that is in another room."""
 
 
 def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / name.split(".")[0]).exists() and not (ROOT / f"{name}.py").exists():
-        # Not ours: pytest, say. What it is to work on exists.
+        # Not ours, such as pytest. The files that it works on exist.
         missing = [word for word in argv if "/" in word and not (ROOT / word).exists()]
         assert not missing, missing
         return
@@ -173,14 +175,14 @@ def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         assert (path / "__main__.py").exists(), f"{name} is no command"
         name = DOORS.get(name, f"{name}.command")
     elif name.startswith("tests."):
-        # They may not be imported beside other tests: Triton, once imported, cannot be interpreted any more.
+        # These cannot be imported beside other tests: once imported, Triton cannot be interpreted any more.
         source = path.with_suffix(".py").read_text(encoding="utf-8")
         unknown = [w for w in argv if w.startswith("--") and f'"{w.partition("=")[0]}"' not in source]
         assert not unknown, unknown
         return
     main = importlib.import_module(name).main
     if not argv:
-        # A command that is only named.
+        # The command is only named.
         return
     with monkeypatch.context() as patched, pytest.raises(Parsed):
         patched.setattr(sys, "argv", [name, *argv])
@@ -190,7 +192,7 @@ def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def problems_of(items: list, check: Callable) -> list[str]:
-    """What does not hold, one line each."""
+    """Failed checks, one line each."""
     problems = []
     for item in items:
         try:
@@ -225,7 +227,7 @@ def test_the_checks_find_commands_and_mistakes(tmp_path: Path, monkeypatch: pyte
 
 
 def anchors_of(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """Anchors of the page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -244,8 +246,8 @@ def broken_links(page: Path) -> list[str]:
 
 
 def missing_files(page: Path) -> list[str]:
-    """Of names in backticks that begin in the repository, and bare names of Python and Markdown files. A word in
-    capitals stands for a name."""
+    """Missing files among the names in backticks that begin in the repository, and bare names of Python and Markdown
+    files. A word in capitals stands for a name."""
     top = {entry.name for entry in ROOT.iterdir() if entry.name not in ("out", ".venv")}
     missing = []
     for span in code_of(page)[1]:
@@ -276,7 +278,7 @@ def test_broken_links_and_wrong_names_are_found(tmp_path: Path):
 
 @cache
 def own_flags() -> set[str]:
-    """Of all our commands."""
+    """Flags of all our commands."""
     flags = {"--help"} | {f"--{prefix}{name}" for name in _FIELDS for prefix in ("", "no-")}
     for file in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")):
         if file.relative_to(ROOT).parts[0] not in ("out", "tests"):
@@ -284,10 +286,10 @@ def own_flags() -> set[str]:
     return flags
 
 
-# Those pages speak of other programs' flags.
+# Those pages mention other programs' flags.
 @pytest.mark.parametrize("page", [p for p in PAGES if not p.startswith(("docs/launch/", "docs/docker", "docker/"))])
 def test_flags_that_are_named_exist(page: str):
-    """In backticks, of any of our commands."""
+    """A flag in backticks belongs to one of our commands."""
     named = {flag for span in code_of(ROOT / page)[1] if span.startswith("--")
              for flag in re.findall(r"(?:^| )(--[\w-]+)", span)}  # fmt: skip
     assert not named - own_flags(), f"{page} names {sorted(named - own_flags())}"
@@ -305,7 +307,7 @@ def test_configurations_resolve(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     config, _ = parse_config([name, "--data_dir=O", "--init_from=R"])
     config.model.resolve(vocab_size=64320, max_seq_len=config.data.max_seq_len)
-    # Two processes and, but for the demo, eight.
+    # Two processes and, except for the demo, eight.
     for world_size in (1, 2) if "demo" in name else (1, 2, 8):
         derived = resolve(config, world_size, num_train_samples=1_000_000)
         assert derived.global_batch_size == config.data.train_batch_size * config.data.gradient_accumulation_steps
@@ -321,13 +323,13 @@ def num_parameters(shape: LlamaConfig) -> int:
 
 
 def test_configurations_have_the_size_that_they_are_called_by():
-    """1.7b is the original's: its log names so many."""
+    """1.7b is the original's: its log gives this number."""
     for name, vocab_size, expected in (("124m", 50304, 123_587_328), ("1.7b", 64320, 1_773_668_352),
                                        ("1.1b", 64320, 1_255_499_776)):  # fmt: skip
         config, _ = parse_config([str(ROOT / f"configs/{name}.yaml"), "--data_dir=O"])
         shape = config.model.resolve(vocab_size, config.data.max_seq_len)
         assert num_parameters(shape) == expected
-        # The formula holds: a small model of the same kind has so many.
+        # The formula holds for a small model of the same kind.
         small = replace(shape, vocab_size=64, hidden_size=32, head_dim=8, num_hidden_layers=2, intermediate_size=48)
         assert sum(parameter.numel() for parameter in Llama(small).parameters()) == num_parameters(small)
 
@@ -341,7 +343,7 @@ def test_the_table_of_sizes_says_what_they_are(size: str, vocab_size: int, param
     data, rate = config.data, config.optimizer.learning_rate
     count = num_parameters(config.model.resolve(vocab_size, data.max_seq_len))
     value, unit = parameters.split()
-    # To the last digit that the table has.
+    # To the last digit in the table.
     assert float(value) == round(count / {"M": 1e6, "B": 1e9}[unit], len(value.partition(".")[2]))
     tokens = data.train_batch_size * data.gradient_accumulation_steps * data.max_seq_len
     name = {"muon": "Muon", "adamw": "AdamW"}[config.optimizer.optimizer]
@@ -364,8 +366,8 @@ def test_a_newcomers_block_runs_as_it_stands(tmp_path: Path):
     copy_standard_library(tmp_path / "all")
     corpus = tmp_path / "D"
     corpus.mkdir()
-    # Small, for it is trained on as a whole; yet with words enough for the vocabulary. What falls into the validation
-    # set stays whole, so that it fills a sample.
+    # Small, because all of it is trained on, but with enough words for the vocabulary. Texts of the validation set stay
+    # whole, so that they fill a sample.
     for number, path in enumerate(sorted((tmp_path / "all").rglob("*.py"))):
         content = path.read_bytes()
         kept = content if set_of(content, 0.01) == "valid" else content[:500]

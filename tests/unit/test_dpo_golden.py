@@ -1,8 +1,8 @@
 """DPO's losses, gradients and metrics against figures of TRL, on the same weights and tokens.
 
-The figures are in tests/golden/dpo_trl.json; make_dpo_trl.py beside it makes them anew. Each says which release of TRL
-it is of: 1.16.0 has no kto_pair any more, and no label smoothing of sigmoid. Where it gives no gradient of kto_pair,
-TRL's went through the means, and ours must not (see tests/unit/test_dpo_losses.py).
+The figures are in tests/golden/dpo_trl.json; make_dpo_trl.py beside it renews them. Each figure names its release of
+TRL: 1.16.0 no longer has kto_pair or label smoothing of sigmoid. A gradient of kto_pair is missing where TRL's went
+through the means, which ours must not (see tests/unit/test_dpo_losses.py).
 """
 
 import json
@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from dataset.sft import padded
-from model import Llama, hf
+from model import Llama
 from model.config import LlamaConfig
-from tasks.dpo import DPOLoss, DPOLossType, DPOTask
+from model.families.llama import LLAMA
+from tasks.config import DPOConfig, DPOLossType
+from tasks.dpo import DPOTask
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "dpo_trl.json").read_text())
 RESULTS = {
@@ -43,7 +45,7 @@ def make_batch(reference_seed: int) -> dict[str, torch.Tensor]:
     batch = padded(rows, GOLDEN["config"]["max_position_embeddings"], pad_id=0) | {"sample_ids": ids, "row_ids": ids}
     del batch["document_ids"]
     with torch.no_grad():
-        batch["reference"] = DPOTask(make_model(reference_seed), 0, DPOLoss()).log_probs(batch)
+        batch["reference"] = DPOTask(make_model(reference_seed), 0, DPOConfig()).log_probs(batch)
     return batch
 
 
@@ -60,7 +62,7 @@ def test_every_loss_is_covered():
 def test_as_trl_has_it(name: str):
     expected = RESULTS[name]
     batch, model = make_batch(expected["seeds"]["reference"]), make_model(expected["seeds"]["policy"])
-    task = DPOTask(model, 0, DPOLoss(expected["kind"], expected["beta"], expected["label_smoothing"]))
+    task = DPOTask(model, 0, DPOConfig(expected["kind"], expected["beta"], expected["label_smoothing"]))
     if task.uses_prepass:
         task.take_prepass(task.prepass(batch))
     loss_sum, count, sums = task(batch)
@@ -68,7 +70,7 @@ def test_as_trl_has_it(name: str):
     figures = task.figures(loss_sum.item(), count, {name: value.item() for name, value in sums.items()})
     assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     if "gradient_norms" in expected:
-        norms = {hf.to_hf_name(name): p.grad.double().norm().item() for name, p in model.named_parameters()}
+        norms = {LLAMA.their_name(name): p.grad.double().norm().item() for name, p in model.named_parameters()}
         assert norms == pytest.approx(expected["gradient_norms"], rel=1e-5)
     for metric, value in expected.get("metrics", {}).items():
         assert figures[metric] == pytest.approx(value, rel=1e-5), metric

@@ -3,6 +3,7 @@
 import errno
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +18,8 @@ from model import Llama
 from model.config import LlamaConfig
 from model.loss import IGNORE_INDEX
 from runs.exits import StopRequested
-from tasks.dpo import DPOLoss, DPOLossType, DPOTask
+from tasks.config import DPOConfig, DPOLossType
+from tasks.dpo import DPOTask, dpo_losses
 from tasks.reference import ReferenceCache, compute_reference
 from tests.unit.test_sequences import write_sequences
 
@@ -56,7 +58,7 @@ def expected_losses(
 
 
 def differences(function: Callable[[list[list[float]]], float], pairs: list[list[float]]) -> list[list[float]]:
-    """Central differences of a function of the pairs by the policy's log-probabilities."""
+    """Central differences of a function of the pairs, with respect to the policy's log-probabilities."""
     step = 1e-5
 
     def moved(row: int, column: int, by: float) -> float:
@@ -84,9 +86,9 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "beta", "smoothing"), CASES)
 def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
-    pairs, loss = make_pairs(), DPOLoss(kind, beta, smoothing)
+    pairs, loss = make_pairs(), partial(dpo_losses, DPOConfig(kind, beta, smoothing))
     policy, reference = pairs[:, :2].clone().requires_grad_(), pairs[:, 2:]
-    # Such means that one is clamped and the other is not.
+    # With these means, one is clamped and the other is not.
     kl = torch.tensor([0.8, -0.4], dtype=torch.float64)
 
     def total(numbers: list[list[float]]) -> float:
@@ -105,28 +107,28 @@ def test_a_loss_is_its_formula(kind: str, beta: float, smoothing: float):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_log_ratios_stay_finite(kind: str):
-    """A naive log(sigmoid(x)) is -inf from x = -104 on in float32."""
+    """A naive log(sigmoid(x)) is -inf below x = -104 in float32."""
     policy = torch.tensor([[-3000.0, -10.0], [-10.0, -3000.0]], requires_grad=True)
-    losses = DPOLoss(kind, 0.5)(policy, torch.full((2, 2), -1500.0), torch.zeros(2))
+    losses = dpo_losses(DPOConfig(kind, 0.5), policy, torch.full((2, 2), -1500.0), torch.zeros(2))
     losses.sum().backward()
     assert losses.isfinite().all() and policy.grad.isfinite().all()
 
 
 def test_label_smoothing_swaps_a_share_of_the_pairs():
-    """The meaning of smoothing: a share e of the pairs is swapped."""
+    """Meaning of smoothing: a share e of the pairs is swapped."""
     pairs = make_pairs()
     swapped = pairs[:, [1, 0, 3, 2]]
-    plain = DPOLoss("sigmoid", 0.3)
-    smooth = DPOLoss("sigmoid", 0.3, 0.2)(pairs[:, :2], pairs[:, 2:])
+    plain = partial(dpo_losses, DPOConfig("sigmoid", 0.3))
+    smooth = dpo_losses(DPOConfig("sigmoid", 0.3, 0.2), pairs[:, :2], pairs[:, 2:])
     mixed = 0.8 * plain(pairs[:, :2], pairs[:, 2:]) + 0.2 * plain(swapped[:, :2], swapped[:, 2:])
     torch.testing.assert_close(smooth, mixed, rtol=1e-12, atol=0)
     # robust undoes the noise: its mean over noisy labels is the clean loss.
-    robust = DPOLoss("robust", 0.3, 0.2)
+    robust = partial(dpo_losses, DPOConfig("robust", 0.3, 0.2))
     noisy = 0.8 * robust(pairs[:, :2], pairs[:, 2:]) + 0.2 * robust(swapped[:, :2], swapped[:, 2:])
     torch.testing.assert_close(noisy, plain(pairs[:, :2], pairs[:, 2:]), rtol=1e-12, atol=1e-12)
 
 
-# A task whose log-probabilities are given: what it makes of them.
+# Tests of the task with given log-probabilities.
 
 
 CONFIG = LlamaConfig(
@@ -135,21 +137,24 @@ CONFIG = LlamaConfig(
 ).resolve()  # fmt: skip
 
 
-def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0, **options) -> DPOTask:
+def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0) -> DPOTask:
     model = Llama(CONFIG)
     model.initialize(0)
-    return DPOTask(model, 0, DPOLoss(kind, beta, smoothing), **options)
+    return DPOTask(model, 0, DPOConfig(kind, beta, smoothing))
 
 
 class GivenTask(DPOTask):
-    """Log-probabilities by sample id, instead of a model's."""
+    """Log-probabilities by sample id, in place of a model's."""
 
-    def __init__(self, values: Tensor, *arguments, **options):
-        super().__init__(Llama(CONFIG), 0, *arguments, **options)
+    def __init__(self, values: Tensor, options: DPOConfig):
+        super().__init__(Llama(CONFIG), 0, options)
         self.values = values
 
-    def log_probs(self, batch: dict[str, Tensor]) -> Tensor:
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         return self.values[batch["sample_ids"]]
+
+    def log_probs_from(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return hidden
 
 
 LENGTHS = [(3, 5), (1, 4), (7, 2), (6, 6), (2, 9), (5, 1)]
@@ -167,10 +172,11 @@ def given_batch(ids: list[int], reference: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[4], [0, 5, 2], [1, 3]]])
 def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
-    """Sums, counts, metrics and gradients of the parts; kto_pair's mean is the whole batch's, without gradient."""
+    """Sums, counts, metrics and gradients of the parts; kto_pair's mean is that of the whole batch, without
+    gradient."""
     beta, pairs = 0.3, make_pairs(seed=10)
     values = pairs[:, :2].clone().requires_grad_()
-    task = GivenTask(values, DPOLoss(kind, beta))
+    task = GivenTask(values, DPOConfig(kind, beta))
     batches = [given_batch(part, pairs[:, 2:]) for part in split]
     assert task.uses_prepass == (kind == "kto_pair")
     if task.uses_prepass:
@@ -196,7 +202,7 @@ def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
     expected = expected_losses(kind, beta, 0.0, numbers, *kl)
     assert total == pytest.approx(math.fsum(expected), rel=1e-12)
     assert count == len(expected)
-    # The means stay what they are while the policy moves: no gradient goes through them.
+    # The means stay fixed while the policy moves: no gradient goes through them.
     gradient = differences(lambda moved: math.fsum(expected_losses(kind, beta, 0.0, moved, *kl)), numbers)
     lengths = LENGTHS if kind == "ipo" else [(1, 1)] * 6
     for ours, theirs, (n, m) in zip(values.grad.tolist(), gradient, lengths):
@@ -220,10 +226,10 @@ def test_micro_batches_make_the_global_batch(kind: str, split: list[list[int]]):
 
 
 def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
-    """Else the split into micro-batches would change the run; here it would, by a lot."""
+    """Otherwise the split into micro-batches would change the run, here by a lot."""
     pairs = make_pairs(seed=10)
     batches = [given_batch(part, pairs[:, 2:]) for part in ([0, 1, 2], [3, 4, 5])]
-    task = GivenTask(pairs[:, :2], DPOLoss("kto_pair", 0.3))
+    task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
     sums = [task.prepass(batch) for batch in batches]
     totals = []
     for prepass in (sums, [sum(sums)] * 2):
@@ -237,8 +243,8 @@ def test_the_mean_of_kto_pair_is_not_that_of_a_micro_batch():
 
 def test_validation_of_kto_pair_takes_the_mean_of_its_batch():
     pairs = make_pairs(seed=4)
-    task = GivenTask(pairs[:, :2], DPOLoss("kto_pair", 0.3))
-    # Left over from training: of no use here.
+    task = GivenTask(pairs[:, :2], DPOConfig("kto_pair", 0.3))
+    # Left over from training and not used here.
     task.take_prepass(torch.tensor([600.0, 600.0, 6.0], dtype=torch.float64))
     task.model.eval()
     loss_sum, count, _ = task(given_batch([1, 3, 4], pairs[:, 2:]))
@@ -250,19 +256,19 @@ def test_validation_of_kto_pair_takes_the_mean_of_its_batch():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_free_is_a_reference_of_zeros(kind: str):
-    """A reference that is there must not be looked at, and none need be there."""
+    """An existing reference must not be read, and none need exist."""
     pairs = make_pairs(seed=1, size=0.5)
     zeros = torch.zeros(6, 2, dtype=torch.float64)
     results = []
     for reference, free in ((zeros, False), (None, True), (pairs[:, 2:], True)):
-        task = GivenTask(pairs[:, :2], DPOLoss(kind, 0.05), reference_free=free)
+        task = GivenTask(pairs[:, :2], DPOConfig(kind, 0.05, reference_free=free))
         batch = given_batch([0, 1, 2, 3, 4, 5], reference)
         if task.uses_prepass:
             task.take_prepass(task.prepass(batch))
         loss_sum, _, metrics = task(batch)
         results.append((loss_sum.item(), {name: value.item() for name, value in metrics.items()}))
     assert results[0] == results[1] == results[2]
-    with_reference = GivenTask(pairs[:, :2], DPOLoss(kind, 0.05))
+    with_reference = GivenTask(pairs[:, :2], DPOConfig(kind, 0.05))
     with_reference.take_prepass(torch.tensor([0.0, 0.0, 6.0]))
     assert with_reference(given_batch([0, 1, 2, 3, 4, 5], pairs[:, 2:]))[0].item() != results[0][0]
 
@@ -270,7 +276,7 @@ def test_reference_free_is_a_reference_of_zeros(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_rewards_are_no_success(kind: str):
     values = torch.full((6, 2), -3.0)
-    task = GivenTask(values, DPOLoss(kind))
+    task = GivenTask(values, DPOConfig(kind))
     task.take_prepass(torch.tensor([0.0, 0.0, 6.0], dtype=torch.float64))
     assert task(given_batch([0, 1, 2], values))[2]["rewards/accuracies"].item() == 0
 
@@ -299,7 +305,7 @@ def make_batch(pairs: list[tuple[list[int], list[int], list[int]]], pad_id: int 
 
 @torch.no_grad()
 def naive_log_prob(model: Llama, prompt: list[int], answer: list[int]) -> float:
-    """Token by token, each from a forward pass of what comes before it."""
+    """Token by token, each from a forward pass over the tokens before it."""
     total = 0.0
     for index, token in enumerate(answer):
         before = torch.tensor([prompt + answer[:index]])
@@ -311,11 +317,11 @@ def naive_log_prob(model: Llama, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_log_probs_are_those_of_the_answers_alone(double: bool, monkeypatch: pytest.MonkeyPatch):
-    """Whatever the padding and the other rows. In float64 only a different formula could make a difference."""
+    """Padding and the other rows do not matter. In float64 only a different formula could make a difference."""
     task, pairs = make_task(), random_sequences()
     if double:
         task.model.double()
-        # Norms, rotations and the cross entropy go through float32, whatever the weights are.
+        # Norms, rotations and the cross entropy go through float32, whatever the weights' dtype.
         monkeypatch.setattr(Tensor, "float", Tensor.double)
     expected = [[naive_log_prob(task.model, prompt, answer) for answer in answers] for prompt, *answers in pairs]
     tolerance = 1e-12 if double else 1e-6
@@ -349,7 +355,7 @@ def test_no_gradient_comes_from_prompt_or_padding(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ipo_takes_the_mean_of_a_token():
-    """Of a real batch: the answers' own lengths, without prompt and padding."""
+    """Lengths in a real batch are the answers' own, without prompt and padding."""
     task, pairs = make_task("ipo", 0.4), random_sequences()
     batch = make_batch(pairs)
     batch["reference"] = torch.from_numpy(np.random.default_rng(1).normal(-20, 3, (4, 2))).float()
@@ -362,11 +368,11 @@ def test_ipo_takes_the_mean_of_a_token():
 
 
 def test_dropout_belongs_to_the_row_not_the_micro_batch():
-    """Both answers of a pair have masks of their own, the same in whichever micro-batch they are."""
+    """The two answers of a pair have separate masks, the same in any micro-batch."""
     config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": 0.3})
     model = Llama(config)
     model.initialize(0)
-    task, pairs = DPOTask(model, 5, DPOLoss()), random_sequences()
+    task, pairs = DPOTask(model, 5, DPOConfig()), random_sequences()
     prompt, answer, _ = pairs[0]
     pairs[0] = (prompt, answer, answer)
     whole = task.log_probs(make_batch(pairs))
@@ -389,7 +395,7 @@ def write_pairs_dataset(directory: Path) -> DPODataset:
 
 
 def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
-    """Nodes need not share a file system: what rank 0 finds is summed with the others' zeros."""
+    """Nodes need not share a file system: rank 0's values are summed with the others' zeros."""
     dataset = write_pairs_dataset(tmp_path)
     cache = ReferenceCache(dataset, "train", "weights", tmp_path / "run")
     values = np.linspace(-500, -1, 2 * len(dataset), dtype=np.float32).reshape(-1, 2)
@@ -400,7 +406,7 @@ def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
     def record(rank: int):
         def all_sum(tensor: torch.Tensor) -> torch.Tensor:
             tensors[rank].append(tensor.clone())
-            # Rank 1 hears rank 0's flag and values, as the sum would bring them.
+            # Rank 1 gets rank 0's flag and values, as the sum would give them.
             if rank == 1:
                 tensor += tensors[0][len(tensors[1]) - 1]
             return tensor
@@ -413,7 +419,7 @@ def test_a_reference_on_rank_0_alone_reaches_all(tmp_path: Path):
 
 
 def test_a_reference_that_cannot_be_read_now_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A resumed run would ask for the model that it began with."""
+    """A resumed run would otherwise ask for the model that it began with."""
     cache = ReferenceCache(write_pairs_dataset(tmp_path), "train", "weights", tmp_path / "run")
 
     def refuse(self: Path, **_: object) -> None:

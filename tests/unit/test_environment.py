@@ -22,7 +22,7 @@ COMMANDS = sorted(
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """With a Python that knows no package but its own library."""
+    """Run with a Python that has no packages except its own library."""
     command = [sys.executable, "-S", *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
 
@@ -32,7 +32,8 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     [(["train_my_ddp.py", "--nproc", "2"], "yaml"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
      (["-m", "tokenizer.train_tokenizer"], "tqdm"), (["-m", "parallel.launch"], "torch"),
      (["-m", "data_preprocess.pretokenize_pretrain_data"], "pyarrow"), (["-m", "dataset.inspect"], "numpy"),
-     (["-m", "utils.checkpoint"], "yaml"), (["-m", "benchmarks.memory"], "torch")],
+     (["-m", "checkpoint"], "yaml"), (["-m", "utils.checkpoint"], "yaml"),
+     (["-m", "benchmarks.memory"], "torch")],
 )  # fmt: skip
 def test_without_the_packages_a_command_says_what_to_do(words: list[str], package: str):
     ended = run(*words)
@@ -41,9 +42,9 @@ def test_without_the_packages_a_command_says_what_to_do(words: list[str], packag
     assert ".venv/bin/activate`" in ended.stderr
 
 
-@pytest.mark.parametrize("path", ["dataset/inspect.py", "checkpoint/folder.py"])
+@pytest.mark.parametrize("path", ["dataset/inspect.py", "utils/checkpoint.py", "checkpoint/__main__.py"])
 def test_a_command_runs_by_its_path_from_anywhere(path: str, tmp_path: Path):
-    """Their folders hold files that are called as modules of Python itself: inspect.py, logging.py."""
+    """Their folders hold files with the names of Python's own modules: inspect.py, logging.py."""
     ended = subprocess.run([sys.executable, ROOT / path, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
 
@@ -51,7 +52,7 @@ def test_a_command_runs_by_its_path_from_anywhere(path: str, tmp_path: Path):
 @pytest.mark.parametrize("path", COMMANDS)
 def test_every_command_asks_before_it_imports_anything_else(path: str):
     source = (ROOT / path).read_text(encoding="utf-8")
-    # Read by an old Python, whose user wants to hear of it.
+    # An old Python must be able to read it, so that its user gets the message.
     tree = ast.parse(source, feature_version=(3, 8))
     names = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.If)]
     asks = next(index for index, node in enumerate(names) if isinstance(node, ast.If))
@@ -76,7 +77,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name, is_told", [("asks", True), ("has_a_slip", False), ("asks_a_broken_one", False)])
 def test_only_a_package_that_we_ask_for_is_called_missing(project: Path, name: str, is_told: bool):
-    """What an installed package lacks, or our own code, is shown as itself."""
+    """If an installed package or our own code lacks a module, that error is shown unchanged."""
     with pytest.raises(ModuleNotFoundError) as failed:
         importlib.import_module(f"ours.{name}")
     assert ("the package no_such_package is missing" in environment.what_is_missing(failed.value)) == is_told
@@ -127,7 +128,7 @@ def test_ctrl_c_while_packages_are_imported_is_no_traceback(
 
 
 def test_training_that_lacks_a_package_is_no_crash(tmp_path: Path):
-    """It imports the others once its command line is judged."""
+    """Further commands are imported once the command line is checked."""
     program = """
 import sys, train_my_ddp as train
 parse = train.parse_config

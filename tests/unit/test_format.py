@@ -1,4 +1,4 @@
-"""Token files: what was written comes back, and what is damaged or foreign is refused with a way out."""
+"""Token files: reading gives what was written, and damaged or foreign files are refused with a way out."""
 
 import errno
 import hashlib
@@ -95,7 +95,7 @@ def test_round_trip(tmp_path: Path, vocab_size: int):
 
 
 def test_documents_know_where_they_came_from(tmp_path: Path):
-    """Also in files whose names are no Unicode, and with record numbers beyond 32 bits."""
+    """Includes files whose names are not Unicode, and record numbers beyond 32 bits."""
     path = tmp_path / "train-x.bin"
     sources = [("a.jsonl", "byte"), ("漢/b.txt", ""), (os.fsdecode(b"caf\xe9.csv"), "row")]
     documents = [(sources[0], 0), (sources[1], 0), (sources[0], 2**40), (sources[2], 2**64 - 1), (sources[2], 7)]
@@ -110,7 +110,7 @@ def test_documents_know_where_they_came_from(tmp_path: Path):
 
 
 def test_document_in_parts(tmp_path: Path):
-    """It has one start and one end-of-document token, and the origin of its first part."""
+    """The document has one start and one end-of-document token, and the origin of its first part."""
     path = tmp_path / "train-x.bin"
     with BinWriter(path, header()) as writer:
         for ids, record, continued in [([10, 11], 5, True), ([], 0, True), ([12], 0, False), ([13], 6, False)]:
@@ -123,7 +123,7 @@ def test_document_in_parts(tmp_path: Path):
 
 
 def test_flipped_docs_header_is_refused(tmp_path: Path):
-    """Its magic, version, sizes, and the fingerprint of the .bin that it belongs to."""
+    """The header has magic, version, sizes, and the fingerprint of the .bin that it belongs to."""
     path = tmp_path / "train-0.bin"
     write_bin(path, [[10], [11, 12]])
     whole = docs_path(path).read_bytes()
@@ -166,7 +166,7 @@ def test_empty_file_can_be_read(tmp_path: Path):
 @pytest.mark.parametrize("as_array", [False, True])
 @pytest.mark.parametrize("token", [-1, 512, 70_000])
 def test_token_outside_the_vocabulary_is_refused(tmp_path: Path, token: int, as_array: bool):
-    """uint16 would wrap it around, and the damage would show up in training, if at all."""
+    """uint16 would wrap the token around, and the damage would show up in training, if at all."""
     writer = BinWriter(tmp_path / "train-x.bin", header(vocab_size=512))
     with pytest.raises((ValueError, OverflowError, AssertionError)):
         writer.add_document(np.asarray([10, token]) if as_array else [10, token], 2)
@@ -199,7 +199,7 @@ def test_exception_leaves_the_earlier_file(tmp_path: Path):
 
 
 def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is left behind after each try would fill the disk further."""
+    """Files left behind after each try would fill the disk further."""
 
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -253,13 +253,13 @@ def test_damaged_bin_is_refused(tmp_path: Path, how: str):
         assert complaint_about(caught.value, str(path)) is None
 
 
-# Where the fields of the header end; the rest is padding.
+# End of the header's fields; the rest is padding.
 _FIELD_BYTES = 8 + 4 + 4 + 4 * 8 + 8 + 8 + 8 + 32 + 32
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_flipped_bin_header_is_refused(tmp_path: Path, mask: int):
-    """Whatever byte is hit: the documents (when the index is built) and the data set (in training) don't open."""
+    """Whichever byte is hit, neither the documents (when the index is built) nor the data set (in training) open."""
     path = tmp_path / "train-0.bin"
     write_shards(tmp_path, [400])
     write_index(tmp_path, "train", 16, ["train-0.bin"])
@@ -281,7 +281,8 @@ def test_flipped_bin_header_is_refused(tmp_path: Path, mask: int):
 
 
 def test_header_that_contradicts_itself_is_refused(tmp_path: Path):
-    """The size was checked for 2 bytes a token; a vocabulary that needs 4 would be read past the end of the file."""
+    """The size was checked for 2 bytes per token; with a vocabulary that needs 4, reading would go past the end of the
+    file."""
     path = tmp_path / "train-0.bin"
     write_bin(path, [[10, 11, 12]], header(vocab_size=512))
     raw = path.read_bytes()
@@ -327,7 +328,7 @@ def test_damaged_docs_are_refused(tmp_path: Path):
 
 
 def naive_rows(lengths: list[int], max_seq_len: int) -> list[tuple[int, int]]:
-    """(file, offset) of each token, then every max_seq_len-th of them as long as a whole sample and a label follow."""
+    """(file, offset) of each token, then every max_seq_len-th of them while a whole sample and a label follow."""
     places = [(file, offset) for file, length in enumerate(lengths) for offset in range(length)]
     return [places[start] for start in range(0, len(places) - max_seq_len, max_seq_len)]
 
@@ -359,7 +360,7 @@ def test_shard_without_tokens(tmp_path: Path):
 
 
 def test_index_fingerprint(tmp_path: Path):
-    """It names the data and their cut: training goes on only where it is the same."""
+    """The fingerprint names the data and its cut: training goes on only if it is the same."""
     names = write_shards(tmp_path, [50, 60])
 
     def fingerprint(max_seq_len: int, order: list[str]) -> str:
@@ -409,7 +410,7 @@ def test_damaged_index_is_refused(tmp_path: Path, how: str):
 
 @pytest.mark.parametrize("part", ["header", "rows"])
 def test_flipped_byte_of_the_index_is_refused(tmp_path: Path, part: str):
-    """A wrong row is a wrong sample, or an IndexError in the middle of the night."""
+    """A wrong row would be a wrong sample, or an IndexError in the middle of the night."""
     path = write_index(tmp_path, "train", 16, write_shards(tmp_path, [100, 100]))
     whole = path.read_bytes()
     first_row = len(whole) - read_index(tmp_path, "train", 16).rows.nbytes
@@ -444,7 +445,7 @@ def test_index_under_another_name_is_refused(tmp_path: Path, source: str, target
 
 @pytest.mark.parametrize("lengths", [[100, 100], [100, 90]])
 def test_bin_replaced_after_the_index_was_built_is_refused(tmp_path: Path, lengths: list[int]):
-    """Also by one of the same size: the index holds its fingerprint."""
+    """Even by one of the same size, because the index holds its fingerprint."""
     write_index(tmp_path, "train", 16, write_shards(tmp_path, [100, 100], seed=0))
     assert len(PretrainDataset(tmp_path, "train", 16)) == 12
     write_shards(tmp_path, lengths, seed=1)
@@ -507,7 +508,7 @@ def test_manifest_of_any_other_kind_is_refused(tmp_path: Path, number: int):
 
 @pytest.mark.parametrize("change", ["order", "first", "beyond", "file", "no JSON", "no pairs"])
 def test_document_table_that_cannot_be(tmp_path: Path, change: str):
-    """It has no checksum of its own, so what it says is looked at before it is used."""
+    """The table has no checksum of its own, so its contents are checked before use."""
     path = tmp_path / "train-0.bin"
     write_bin(path, [[11] * 9, [12] * 9])
     table = read_document_table(path)
@@ -545,7 +546,7 @@ def test_index_of_any_other_kind_is_refused(tmp_path: Path, change: dict):
 
 
 def test_token_outside_the_vocabulary(tmp_path: Path):
-    """A flipped bit would be an index error in the embedding, on a GPU without a word about the data."""
+    """A flipped bit would be an index error in the embedding, which on a GPU says nothing about the data."""
     write_index(tmp_path, "train", 16, write_shards(tmp_path, [100]))
     flip(tmp_path / "train-0.bin", HEADER_BYTES + 41, 0x80)
     dataset = PretrainDataset(tmp_path, "train", 16)

@@ -48,7 +48,7 @@ def test_same_seed_same_text(model: Llama):
 
 
 def test_a_text_ends_with_the_context(model: Llama):
-    """However many tokens are asked for; the model would go on, with positions that it has never seen."""
+    """However many tokens are requested; the model would go on, with positions that it has never seen."""
     new = list(generate(model, [7] * 54, 500, frozenset(), temperature=0.0))
     assert new == list(generate(model, [7] * 54, 10, frozenset(), temperature=0.0)) and len(new) == 10
     for count in (64, 65, 1000):
@@ -68,7 +68,7 @@ def test_a_text_ends_with_the_context(model: Llama):
     ],
 )
 def test_top_k_and_top_p(top_k: int, top_p: float, possible: set[int]):
-    """Probabilities 0.5, 0.3, 0.15, 0.05: top-p keeps the fewest whose sum reaches it."""
+    """Probabilities are 0.5, 0.3, 0.15, 0.05; top-p keeps the fewest whose sum reaches it."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
     drawn = {sample_token(logits, 1.0, top_k, top_p, generator) for _ in range(400)}
@@ -95,5 +95,5 @@ def test_streaming_waits_for_whole_characters():
     pieces = list(stream_text(tokenizer, iter(ids)))
     assert "".join(pieces) == text and len(pieces) > 4
     assert not any("\ufffd" in piece for piece in pieces)
-    # A text that ends in the middle of a character still shows what came.
+    # A text that ends in the middle of a character still shows what came before.
     assert "".join(stream_text(tokenizer, iter(ids[:2]))) == "a\ufffd"

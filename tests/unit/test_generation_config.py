@@ -1,4 +1,4 @@
-"""Which tokens end a text, as a folder says it and as a checkpoint passes it on."""
+"""Tokens that end a text: in a folder, and passed on in a checkpoint."""
 
 import json
 from dataclasses import replace
@@ -47,14 +47,14 @@ def test_ends_of_both_files_count(tmp_path: Path, config: dict, generation: dict
     [
         ({"eos_token_id": 7, "bos_token_id": 5, "pad_token_id": -1}, {**QWEN, "eos_token_id": [9, 7]}),
         ({"eos_token_id": 7, "bos_token_id": None}, {"temperature": 0.6, "top_p": 0.9, "_from_model_config": True}),
-        # Before version 4.26 there was one file, from which transformers still takes all of it.
+        # Before version 4.26 there was one file, from which transformers still reads all of it.
         ({"eos_token_id": 7, "temperature": 0.6, "do_sample": True}, None),
     ],
 )
 def test_what_a_checkpoint_says_is_what_the_source_said_and_the_new_ends(
     tmp_path: Path, config: dict, generation: dict | None
 ):
-    """As transformers reads both."""
+    """transformers reads both in this way."""
     source = folder(tmp_path / "source", {"model_type": "llama", **config}, generation)
     again = read_generation_config(source)
     for number in range(3):
@@ -100,7 +100,7 @@ def test_damage_is_one_sentence(tmp_path: Path, name: str, content: bytes, sente
     assert "\n" not in str(caught.value)
 
 
-# ---- what a run says
+# ---- a run's own values
 
 
 def small(kind: str):
@@ -113,9 +113,9 @@ def small(kind: str):
 @pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
 @pytest.mark.parametrize("task", ["pretrain", "sft", "dpo"])
 def test_a_model_of_ours(tmp_path: Path, kind: str, task: str):
-    """Nothing is put in front of a text; of a chat model, all that readers look at ends an answer."""
+    """Nothing precedes a text; in a chat model, every place that readers look at names the end of an answer."""
     tokenizer = small(kind)
-    export = plan_export(task, tokenizer, None)
+    export = plan_export(task != "pretrain", tokenizer, None)
     found = export.generation
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     assert found.eos_ids == ((document,) if task == "pretrain" else (end, document))
@@ -127,9 +127,9 @@ def test_a_model_of_ours(tmp_path: Path, kind: str, task: str):
     assert theirs("one two")["input_ids"] == tokenizer.encode("one two")
     assert (again.eod_id, again.fingerprint) == (tokenizer.eod_id, tokenizer.fingerprint)
     said = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    # Else llama.cpp puts a token and a blank in front of what a SentencePiece model reads.
+    # Otherwise llama.cpp puts a token and a blank in front of a SentencePiece model's text.
     assert said["add_bos_token"] is False and said["add_prefix_space"] is False
-    # Else transformers 4 returns token_type_ids, which `generate` refuses for a llama.
+    # Otherwise transformers 4 returns token_type_ids, which `generate` refuses for a llama.
     assert list(theirs("one two")) == said["model_input_names"] == ["input_ids", "attention_mask"]
 
 
@@ -142,7 +142,8 @@ def with_template(made: Foreign, end: str) -> Foreign:
 
 
 def end_added_as_text(directory: Path) -> Foreign:
-    """As `add_tokens` does, and added_tokens.json of old folders: no special token, until somebody calls it one."""
+    """As `add_tokens` does, and added_tokens.json in old folders: not a special token, until somebody declares it
+    one."""
     made = llama3(directory)
     path = directory / "tokenizer.json"
     definition = json.loads(path.read_text())
@@ -157,17 +158,17 @@ def end_added_as_text(directory: Path) -> Foreign:
     [
         (llama3, "'<|eot_id|>'", "<|eot_id|>"),
         (qwen2, "'<|im_end|>'", "<|im_end|>"),
-        # A template that writes eos_token would lay conversations out differently, were it another one.
+        # A template that writes eos_token would lay conversations out differently if it were another token.
         (llama3, "eos_token", "<|end_of_text|>"),
         (llama3, "'<|eot_id|>' + eos_token", "<|end_of_text|>"),
         (llama2, "'</s>'", "</s>"),
-        # Its name would make another token of it, also where people wrote it.
+        # Its name would make it another token, even in text that people wrote.
         (end_added_as_text, "'<|done|>'", "<|end_of_text|>"),
         (gpt2, "'<|endoftext|>'", "<|endoftext|>"),
     ],
 )
 def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, make, end: str, eos_token: str):
-    """Also where its end of a document had no name but eos_token; and whatever is done to it next."""
+    """Even if eos_token was the only name for its end of a document, and whatever is done to it next."""
     made = with_template(make(tmp_path / "source"), end)
     source, tokenizer = folder(made.folder, {}), load_tokenizer(made.folder)
     before = (tokenizer.eod_id, tokenizer.fingerprint, tokenizer.begin_ids)
@@ -175,7 +176,7 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
     for name, content in beside.items():
         (made.folder / name).write_bytes(content)
     for number, task in enumerate(("sft", "pretrain", "dpo")):
-        export = plan_export(task, tokenizer, source)
+        export = plan_export(task != "pretrain", tokenizer, source)
         source = folder(tmp_path / str(number), export.generation.token_ids)
         export.save_tokenizer(source)
         tokenizer = load_tokenizer(tmp_path / str(number))
@@ -184,17 +185,17 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
         assert theirs.eos_token == eos_token
         assert theirs("one two")["input_ids"] == [*tokenizer.begin_ids, *tokenizer.encode("one two")]
         assert tokenizer.chat_template.startswith("{% for m in messages %}")
-        # From which llama.cpp takes the scores of pieces, and what was added to them.
+        # llama.cpp reads the scores of pieces and the added tokens from these.
         assert {name: (source / name).read_bytes() for name in beside} == beside
 
 
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 def test_what_the_source_said_stays(tmp_path: Path, task: str):
-    """What the run teaches comes first."""
+    """The end that the run teaches comes first."""
     tokenizer = small("hf_bbpe")
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     source = folder(tmp_path, {"eos_token_id": [3, document], "bos_token_id": 4}, {"eos_token_id": 9, **QWEN})
-    found = plan_export(task, tokenizer, source).generation
+    found = plan_export(task != "pretrain", tokenizer, source).generation
     assert found.eos_ids == ((document, 9, 3) if task == "pretrain" else (end, document, 9, 3))
     assert (found.bos_id, found.pad_id, found.settings) == (4, None, QWEN)
     assert found == replace(read_generation_config(source), eos_ids=found.eos_ids)

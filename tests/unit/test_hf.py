@@ -1,4 +1,4 @@
-"""Folders of Hugging Face that people bring: odd ones end with a sentence, old ones load."""
+"""Hugging Face folders that people bring: odd ones end with a sentence, old ones load."""
 
 import json
 import math
@@ -23,7 +23,7 @@ MISSING = object()
 
 
 def write(directory: Path, config: object = CONFIG, **changes: object) -> Path:
-    """A whole folder."""
+    """A complete folder."""
     model = Llama(SMALL)
     model.initialize(0)
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
@@ -41,7 +41,7 @@ def rope(kind: str | None = "linear", **values: object) -> dict:
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 ODD = {
-    # Changes of a good configuration -> what the sentence names.
+    # Changes of a good configuration -> words that the sentence must contain.
     "eps as a string": ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
     "eps null": ({"rms_norm_eps": None}, "rms_norm_eps"),
     "eps missing": ({"rms_norm_eps": MISSING}, "rms_norm_eps"),
@@ -79,7 +79,7 @@ ODD = {
     "range as a string": ({"initializer_range": "0.02"}, "initializer_range"),
     "dropout one": ({"attention_dropout": 1}, "attention_dropout"),
     "dropout as a string": ({"attention_dropout": "0"}, "attention_dropout"),
-    # Would be true.
+    # A string would count as true.
     "tied as a string": ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     "bias as a string": ({"attention_bias": "no"}, "attention_bias"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
@@ -176,7 +176,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path):
 
 
 def save(directory: Path, changes: dict[str, torch.Tensor | object], name: str = "model.safetensors") -> None:
-    """The weights again, some of them changed or taken out."""
+    """The weights again, with some changed or removed."""
     weights = load_file(directory / "model.safetensors") | changes
     kept = {key: weight for key, weight in weights.items() if weight is not MISSING}
     save_file(kept, directory / name, {"format": "pt"})
@@ -207,7 +207,7 @@ ODD_WEIGHTS = {
         {"model.layers.0.attention.bias": torch.ones(4, 4)},
         "attention.bias, which this model",
     ),
-    # Of GPT-2, whose folders have them; a llama's carry something else under such a name.
+    # GPT-2's folders have these; in a llama's, such a name carries something else.
     "a mask": ({"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)}, "masked_bias"),
     "the same twice": ({"norm.weight": torch.ones(16)}, "holds model.norm.weight and norm.weight, the same weight"),
 }
@@ -225,7 +225,7 @@ def test_odd_weights_are_refused_by_name(case: str, tmp_path: Path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtype, tmp_path: Path):
-    """Their text would be the first entry of the vocabulary again and again, or an error of torch's."""
+    """They would generate the vocabulary's first entry over and over, or raise an error in torch."""
     save(write(tmp_path), {NORM: torch.tensor([1.0, value] * 8, dtype=dtype)})
     with pytest.raises(ValueError, match=f"{NORM} in .*model.safetensors holds values that are not finite: "):
         hf.load_weights(Llama(SMALL), tmp_path)
@@ -259,7 +259,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def split(directory: Path, **changes: object) -> dict[str, str]:
-    """The weights in two parts with their index, some of its entries changed or taken out."""
+    """The weights in two parts with their index, with some of its entries changed or removed."""
     whole = directory / "model.safetensors"
     weights = load_file(whole)
     mapping = {name: PARTS[number % 2] for number, name in enumerate(sorted(weights))}
@@ -357,7 +357,7 @@ def test_weights_in_two_files_that_hold_the_same_are_refused(tmp_path: Path):
 
 
 FORMATS = {
-    # What a folder holds instead of model.safetensors -> what the sentence says.
+    # Files in place of model.safetensors -> words that the sentence must contain.
     ("pytorch_model.bin",): ("only pytorch_model.bin", 'M.from_pretrained("DIR", dtype="auto").save_pretrained("DIR")'),
     ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"): (
         "only pytorch_model-00001",
@@ -387,7 +387,7 @@ def test_a_folder_in_another_format_is_told_how_to_convert_it(names: tuple[str, 
     with pytest.raises(ValueError) as caught:
         hf.check_weights(SMALL, tmp_path)
     assert all(part in str(caught.value) for part in says) and "\n" not in str(caught.value)
-    # These come without a config.json.
+    # These folders come without a config.json.
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError) as caught:
         hf.read_config(tmp_path)

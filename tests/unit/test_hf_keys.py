@@ -14,17 +14,17 @@ from transformers import LlamaConfig as TheirLlama
 from transformers import Qwen2Config as TheirQwen2
 
 from model import Llama, hf
-from model.hf_keys import HARMLESS, HARMLESS_AT
+from model.families import FAMILIES
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 LENGTH = 24
-"""Of the text: beyond the context, so that dynamic scaling acts, and any window."""
+"""Length of the text: beyond the context, so that dynamic scaling acts, and beyond any window."""
 
 OTHER: dict[str, list[object]] = {
-    # Of the model.
+    # Keys of the model.
     "vocab_size": [80], "hidden_size": [32], "intermediate_size": [48], "num_hidden_layers": [1, 3],
     "num_attention_heads": [2, 8], "num_key_value_heads": [1, 4, None], "head_dim": [6],
     "hidden_act": ["gelu", "swish"], "max_position_embeddings": [8, 64], "initializer_range": [0.5],
@@ -45,7 +45,7 @@ OTHER: dict[str, list[object]] = {
     ],
     "use_sliding_window": [True], "sliding_window": [4], "max_window_layers": [0, 1],
     "layer_types": [["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]],
-    # Of how transformers computes, and what it returns.
+    # Keys about how transformers computes, and what it returns.
     "use_cache": [False], "return_dict": [False], "output_hidden_states": [True], "output_attentions": [True],
     "dtype": ["bfloat16"], "torch_dtype": ["float16"], "torchscript": [True], "use_bfloat16": [True],
     "tf_legacy_loss": [True], "chunk_size_feed_forward": [4], "gradient_checkpointing": [True], "xla_device": [True],
@@ -54,7 +54,7 @@ OTHER: dict[str, list[object]] = {
     "experts_implementation": ["grouped_mm"], "tie_last_hidden_states": [False], "pruned_heads": [{"0": [1]}, {}],
     "is_encoder_decoder": [True], "is_decoder": [True], "add_cross_attention": [True], "tie_encoder_decoder": [True],
     "cross_attention_hidden_size": [8], "per_layer_config": [{"0": {"intermediate_size": 8}}],
-    # Of the folder, its tokenizer and another head.
+    # Keys about the folder, its tokenizer and another head.
     "model_type": ["qwen3"], "architectures": [["LlamaForSequenceClassification"], ["MistralForCausalLM"], "Llama"],
     "transformers_version": ["4.31.0"],
     "_name_or_path": ["a"], "_model_name_or_path": ["a"], "name_or_path": ["a"], "_commit_hash": ["abc"],
@@ -63,14 +63,15 @@ OTHER: dict[str, list[object]] = {
     "auto_map": [{"AutoModelForCausalLM": "modeling_a.A"}, {"AutoTokenizer": ["a.A", None]}],
     "bos_token_id": [5], "eos_token_id": [5, [5, 6]], "pad_token_id": [5], "sep_token_id": [5],
     "decoder_start_token_id": [5], "unk_token_id": [5], "mask_token_id": [5], "cls_token_id": [5],
-    # Of published folders.
+    # Keys of published folders.
     "_from_model_config": [True], "_flash_attn_2_enabled": [True], "_pre_quantization_dtype": ["float16"],
     "transformers.js_config": [{"kv_cache_dtype": {"fp16": "float16"}}], "unsloth_fixed": [True],
     "unsloth_version": ["2025.1.1"], "max_sequence_length": [2048], "model_max_length": [99], "seq_length": [99],
     "bias": [True], "rope_interleaved": [True, False], "rope_condense_ratio": [8, 1], "use_mrope": [True, False],
-    "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}], "quantization": [{"bits": 4}],
+    "qkv_bias": [True], "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}],
+    "quantization": [{"bits": 4}],
     "compression_config": [{"format": "dense"}],
-    # Of sister families, in which they change the model.
+    # Keys of sister families, in which they change the model.
     "attention_multiplier": [0.1], "embedding_multiplier": [12.0], "logits_scaling": [8.0],
     "residual_multiplier": [0.2],
     "logit_scale": [0.1], "final_logit_softcapping": [30.0], "attn_logit_softcapping": [50.0], "scale_emb": [12],
@@ -78,7 +79,7 @@ OTHER: dict[str, list[object]] = {
     "no_rope_layers": [[1, 0]], "is_causal": [False], "attention_chunk_size": [4], "transformers_weights": ["a.bin"],
     "fusion_config": [{}], "text_config": [{}], "rope_local_base_freq": [1e4], "alibi": [True], "neft": [5],
 }  # fmt: skip
-"""Key -> values that it does not have by itself."""
+"""Key -> values other than its default."""
 
 GENERATION = {
     "do_sample": True, "early_stopping": True, "bad_words_ids": [[5]], "suppress_tokens": [5], "output_scores": True,
@@ -87,9 +88,9 @@ GENERATION = {
 }  # fmt: skip
 DRAWN = sorted(GenerationConfig._get_default_generation_params() | {"max_new_tokens": None})
 OTHER = OTHER | {key: [GENERATION.get(key, 3)] for key in DRAWN if key not in OTHER}
-"""Keys that say how text is drawn are numbers but for those above."""
+"""Keys about sampling are numbers, except those above."""
 VERSION_4 = (
-    # Constructors of 4.46.3 and 4.57.6 that version 5 does not have any more.
+    # Constructors of 4.46.3 and 4.57.6 that version 5 no longer has.
     "rope_theta rope_scaling torch_dtype torchscript use_bfloat16 tf_legacy_loss pruned_heads is_decoder "
     "cross_attention_hidden_size add_cross_attention tie_encoder_decoder finetuning_task num_labels "
     "task_specific_params tokenizer_class prefix bos_token_id pad_token_id eos_token_id sep_token_id "
@@ -100,19 +101,20 @@ VERSION_4 = (
 
 def test_no_key_of_the_classes_is_left_out():
     fields = {field.name for kind in (TheirLlama, TheirQwen2) for field in dataclasses.fields(kind)}
-    assert fields | set(VERSION_4) | HARMLESS | HARMLESS_AT.keys() <= OTHER.keys()
+    told = {key for family in FAMILIES.values() for key in (*family.harmless, *family.harmless_at, *family.understood)}
+    assert fields | set(VERSION_4) | told <= OTHER.keys()
 
 
 @cache
 def numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight, large enough that what stands beside the matmuls counts."""
+    """A weight, large enough that operations other than the matmuls count."""
     generator = torch.Generator().manual_seed(len(name))
     return torch.randn(shape, generator=generator) * 0.4 + (1.0 if "norm" in name else 0.0)
 
 
 @torch.no_grad()
 def scores(directory: Path, config: dict) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Ours and theirs of one folder, or the sentence with which it is refused."""
+    """Our logits and theirs for one folder, or the sentence that refuses it."""
     (directory / "config.json").write_text(json.dumps(config))
     try:
         ours = Llama(hf.read_config(directory))
@@ -120,7 +122,7 @@ def scores(directory: Path, config: dict) -> tuple[torch.Tensor, torch.Tensor] |
         return str(error).split("config.json: ", 1)[1]
     how = {"attn_implementation": "eager", "dtype": torch.float32}
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), **how).eval()
-    theirs.config.return_dict = True  # Its own model of a language cannot be called without.
+    theirs.config.return_dict = True  # Its own language model cannot be called without.
     for name, parameter in theirs.named_parameters():
         parameter.copy_(numbers(name, tuple(parameter.shape)))
     weights = {name: parameter.contiguous() for name, parameter in theirs.named_parameters()}
@@ -157,7 +159,7 @@ BEFORE = "original_max_position_embeddings"
     ("rope", "refused"),
     [
         ({"rope_scaling": LINEAR, "rope_theta": 100.0}, None),
-        # Version 5 takes the older key, too.
+        # Version 5 also accepts the older key.
         ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, None),
         ({"rope_scaling": LINEAR, "rope_parameters": DYNAMIC | {"rope_theta": 50.0}, "rope_theta": 50.0}, None),
         ({"rope_scaling": {}, "rope_parameters": DYNAMIC | {"rope_theta": 50.0}}, None),
@@ -165,7 +167,7 @@ BEFORE = "original_max_position_embeddings"
         ({"rope_scaling": LLAMA3, BEFORE: 8}, None),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 50.0}, BEFORE: 4}, None),
         ({"rope_parameters": DYNAMIC | {"rope_theta": 50.0}, BEFORE: 4}, None),
-        # Versions 4 and 5 would read different numbers, or neither reads what stands there.
+        # Versions 4 and 5 would read different numbers, or neither reads the number there.
         ({"rope_scaling": LINEAR | {"rope_theta": 50.0}}, "rope_theta is 50 in rope_scaling and 10000 for want of"),
         ({"rope_scaling": LINEAR | {"rope_theta": 50.0}, "rope_theta": 60}, "rope_theta is 50 in rope_scaling and 60"),
         ({"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 50.0}}, "rope_theta is 50 in rope_parameters and"),
@@ -195,7 +197,7 @@ def test_either_version_of_transformers_finds_the_rope_in_what_we_write(rope: di
 @pytest.mark.parametrize(
     ("config", "refused"),
     [
-        # The first layers of a qwen2 have no window, and here these are all.
+        # The first layers of a qwen2 have no window, and all layers here are first ones.
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
         ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}, None),

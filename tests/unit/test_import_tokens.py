@@ -30,7 +30,7 @@ def texts() -> list[str]:
 
 
 def imported(output: Path) -> dict[str, list[list[int]]]:
-    """Set -> its documents' ids with the end-of-document token, in the shards' order."""
+    """Set -> ids of its documents with the end-of-document token, in the shards' order."""
     documents: dict[str, list[list[int]]] = {}
     for split, names in json.loads((output / MANIFEST_NAME).read_text())["shards"].items():
         documents[split] = []
@@ -48,7 +48,7 @@ def run(home: Path, data_dir: Path, *arguments: str) -> int:
 
 
 def write_megatron(stem: Path, documents: list[list[list[int]]], code: int, dtype: str) -> None:
-    """Documents of several sequences each, as Megatron-LM's writer lays them out."""
+    """Documents of several sequences each, in the layout of Megatron-LM's writer."""
     sequences = [sequence for document in documents for sequence in document]
     item = np.dtype(dtype).itemsize
     stem.with_suffix(".bin").write_bytes(b"".join(np.asarray(s, dtype).tobytes() for s in sequences))
@@ -63,7 +63,7 @@ def write_megatron(stem: Path, documents: list[list[list[int]]], code: int, dtyp
 
 
 def test_nanogpt(tmp_path: Path, data_dir: Path, tokenizer: Tokenizer, texts: list[str]):
-    """With a file for each set; and the last document has no end."""
+    """There is a file for each set, and the last document has no end."""
     ids = [tokenizer.encode(text) for text in texts]
     for name, part in (("train.bin", ids[:50]), ("val.bin", ids[50:])):
         flat = [token for document in part for token in [*document, tokenizer.eod_id]][:-1]
@@ -108,7 +108,7 @@ def test_llama2c(tmp_path: Path, data_dir: Path, tokenizer: Tokenizer, texts: li
 def test_megatron(
     tmp_path: Path, data_dir: Path, tokenizer: Tokenizer, texts: list[str], code: int, dtype: str, given: str
 ):
-    """Documents of one to three sequences, of which some end with the end-of-document token; one is empty."""
+    """Documents of one to three sequences, some of which end with the end-of-document token; one is empty."""
     ids = [tokenizer.encode(text) for text in texts]
     documents = [ids[i : i + 1 + i % 3] for i in range(0, 40, 3)]
     for number, document in enumerate(documents):

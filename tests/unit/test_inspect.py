@@ -1,4 +1,4 @@
-"""What `dataset.inspect` says of data and samples, against a plain reading of the corpus."""
+"""Descriptions of data and samples by `dataset.inspect`, against a plain reading of the corpus."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def tokenizer(data_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """JSON lines and text files, and what stands at each place of them."""
+    """JSON lines and text files, and the text at each place of them."""
     home, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
     texts: dict[str, str] = {}
     lines = b""
@@ -63,14 +63,14 @@ def inspected(corpus: tuple[Path, dict[str, str]], data_dir: Path, tmp_path_fact
 def test_every_sample_is_traced_to_its_text(
     inspected: Path, corpus: tuple[Path, dict[str, str]], tokenizer: Tokenizer, split: str
 ):
-    """The spans of each sample cover its row, and each holds the tokens that the text at its place has there."""
+    """The spans of each sample cover its row, and each holds the tokens of the text at its place."""
     inspection = Inspection(inspected, split, LENGTH, tokenizer)
     dataset = PretrainDataset(inspected, split, LENGTH)
     assert len(inspection.tables) > 2
     seen = set()
     for number in range(len(dataset)):
         row = dataset.read_rows(np.array([number]))[0].tolist()
-        spans = inspection.spans(number)
+        spans = inspection.parts(number)
         assert spans[0].begin == 0 and spans[-1].end == LENGTH + 1
         assert all(left.end == right.begin for left, right in zip(spans, spans[1:]))
         for span in spans:

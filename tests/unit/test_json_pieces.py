@@ -1,5 +1,5 @@
-"""A JSON file that is read value by value: the same as all at once, however the file is cut, and never more of it in
-memory than its largest value."""
+"""A JSON file read value by value gives the same as all at once, however the file is cut, and memory never holds more
+of it than its largest value."""
 
 import io
 import json
@@ -13,7 +13,8 @@ from runs.json_pieces import JSONPieces, TooLarge
 
 
 def read(data: bytes, longest: int = 10_000, most: int = 1 << 30) -> dict:
-    """What json.loads returns of an object, put together from the pieces; an empty list under "events" is no piece."""
+    """The object as json.loads returns it, put together from the pieces; an empty list under "events" gives no
+    piece."""
     found: dict = {}
     for key, value in JSONPieces(io.BytesIO(data), longest, most).members("events"):
         if key == "events":
@@ -62,7 +63,7 @@ def test_the_pieces_are_what_the_whole_is(piece: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    (b"", "not whole JSON"), (b"[1]", "no JSON object"), (b"x", "no JSON object"), (b"{} {}", "not whole JSON"),
+    (b"", "not whole JSON"), (b"[1]", "not a JSON object"), (b"x", "not a JSON object"), (b"{} {}", "not whole JSON"),
     (b'{"a" 1}', "not whole JSON"), (b"{1: 2}", "not whole JSON"), (b'{"a": 1,}', "not whole JSON"),
     (b'{"events": [1, 2', "not whole JSON"), (b'{"events": [1 2]}', "not whole JSON"),
     (b'{"a": "\xff"}', "not whole JSON"),

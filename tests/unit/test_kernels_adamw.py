@@ -32,13 +32,13 @@ def test_steps_are_as_exact_as_torchs(size: int, grad_dtype: torch.dtype):
     for a, b, c in zip(ours, fused, exact):
         assert error_ratio(a, b, c) <= 1.0
     if size > 1000:
-        # What single elements owe to luck is gone in so many. torch rounds the main parameters twice a step.
+        # Over so many elements the luck of single ones averages out. torch rounds the main parameters twice a step.
         of_ours, of_torch = ([root_mean_square(x, c) for x, c in zip(xs, exact)] for xs in (ours, fused))
         assert all(a <= limit * b for a, b, limit in zip(of_ours, of_torch, (0.8, 1.0, 0.9)))
 
 
 def test_a_step_rounds_each_number_once():
-    """Of tensors of one element, where torch's error may by luck be none and excuses nothing."""
+    """Checked on tensors of one element, where torch's error may by luck be zero and excuses nothing."""
     for seed in range(30):
         start = draw(1, seed=seed)
         ours, exact = ([start.to(dtype), *state(1, dtype)[1:]] for dtype in (torch.float32, torch.float64))

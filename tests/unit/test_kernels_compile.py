@@ -19,7 +19,7 @@ def _forget_compiled_code():
 
 
 def check(function, leaves: list[Tensor], *others) -> None:
-    """The same bits, compiled by the backend that computes as eager does."""
+    """Bits are the same when compiled by the backend that computes as eager does."""
 
     def run(function) -> list[Tensor]:
         inputs = [x.detach().clone().requires_grad_() for x in leaves]

@@ -21,7 +21,7 @@ def exact(logits: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: floa
 
 
 def draw_labels(count: int, vocab_size: int, ignored: float = 0.25) -> Tensor:
-    """The first and the last word are among them, and ignored ones."""
+    """The labels include the first and the last word, and ignored ones."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(0, vocab_size, (count,), generator=generator)
     labels[torch.rand(count, generator=generator) < ignored] = -100
@@ -45,8 +45,8 @@ def test_cross_entropy(shape: tuple[int, int], z_loss: float, dtype: torch.dtype
 
 @pytest.mark.parametrize("vocab_size", [2, 37, 300])
 def test_each_row_for_itself(vocab_size: int):
-    """Half of the labels have the largest logit: their losses are the logarithm of a sum just above 1. Of 16-bit logits
-    the exponentials are float32, and so small a loss is off by a unit or two."""
+    """Half of the labels have the largest logit, so their losses are the logarithm of a sum just above 1. The
+    exponentials of 16-bit logits are float32, and so small a loss is off by a unit or two."""
     logits, labels = draw(64, vocab_size, scale=3, seed=11), draw_labels(64, vocab_size, ignored=0.1)
     labels[2::2] = logits[2::2].float().argmax(dim=-1)
     compare(
@@ -62,7 +62,7 @@ def test_extreme_logits(dtype: torch.dtype, scale: float):
 
 
 def test_logits_of_minus_infinity():
-    """Words that are ruled out, the whole first block of a row among them."""
+    """Some words are ruled out, among them the whole first block of a row."""
     logits = draw(3, 9001)
     logits[:, :4096] = -float("inf")
     labels = torch.tensor([9000, 4096, 5000], device=DEVICE)

@@ -17,12 +17,12 @@ from model.ops import REFERENCE, build_ops
 from tests.kernel_checks import DEVICE, DTYPES, compare, draw, root_mean_square
 
 SHAPES = [(1, 1, 1), (7, 16, 33), (12, 24, 300), (0, 4, 8), (4, 8, 4999)]
-"""N, C, V."""
+"""(N, C, V)."""
 with_and_without_triton = pytest.mark.parametrize("use_triton", [True, False], ids=["triton", "torch"])
 
 
 def case(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight, labels with ignored ones."""
+    """Hidden states, weight, and labels, some of them ignored."""
     tokens, size, vocab_size = shape
     labels = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(5))
     labels[3::4] = -100
@@ -36,7 +36,7 @@ def exact_losses(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float =
 
 
 def three_chunks(tokens: int, weight: Tensor) -> int:
-    """chunk_bytes that cuts the tokens into three."""
+    """chunk_bytes that cuts the tokens into three chunks."""
     return max(-(-tokens // 3), 1) * len(weight) * weight.element_size()
 
 
@@ -47,7 +47,7 @@ def three_chunks(tokens: int, weight: Tensor) -> int:
 def test_sum(
     shape: tuple[int, int, int], z_loss: float, upstream: float, grad_scale: float, dtype: torch.dtype, use_triton: bool
 ):
-    """The upstream gradient that was expected, and one whose ratio to that multiplies without rounding."""
+    """The expected upstream gradient, and one that is an exact multiple of it."""
     hidden, weight, labels = case(shape, dtype)
     options = {"z_loss": z_loss, "chunk_bytes": three_chunks(shape[0], weight), "use_triton": use_triton}
     compare(
@@ -73,8 +73,8 @@ def test_token_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, use_tri
 
 @with_and_without_triton
 def test_errors_over_many_draws(use_triton: bool):
-    """Most of an error comes out of the matrix products, ours and eager's alike; which draw of a few tokens gets the
-    larger one is luck in float32. Over a dozen draws ours are no larger."""
+    """Most of the error comes from the matrix products, ours and eager's alike. For few tokens, luck decides which
+    float32 error is larger; over a dozen draws ours are not larger."""
     squares = torch.zeros(2, 3, dtype=torch.float64)
     for seed in range(12):
         labels = torch.randint(0, 33, (7,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -178,7 +178,7 @@ def test_grad_scale_keeps_small_gradients_in_float16(use_triton: bool):
 
 
 def rare_tokens(num_tokens: int = 96) -> tuple[Tensor, Tensor, Tensor]:
-    """float16 hidden states, weight, labels. All but 8 of the 300 words have probabilities from 1e-10 to 1e-8."""
+    """float16 hidden states, weight and labels. All but 8 of the 300 words have probabilities from 1e-10 to 1e-8."""
     hidden, weight = draw(num_tokens, 24, seed=2), 0.25 * draw(300, 24, seed=3)
     hidden[:, 0], weight[:8, 0], weight[8:, 0] = 4.0, 5.0, 0.0
     labels = torch.randint(0, 8, (num_tokens,), generator=torch.Generator().manual_seed(4))
@@ -201,11 +201,11 @@ def sum_of(kind: str, upstream: float, hidden: Tensor, weight: Tensor, labels: T
 @pytest.mark.parametrize("kind", ["torch", "triton", "plain", "torch logprobs", "triton logprobs", "plain logprobs"])
 @pytest.mark.parametrize("upstream", [0.13, 16.0, 5000.0])
 def test_rows_of_rare_tokens_are_right_in_float16(kind: str, upstream: float):
-    """Against float64: a loss scale of 65,536 over 500,000, 4,096 or 13 tokens. Their rows were zero."""
+    """Against float64, with a loss scale of 65,536 over 500,000, 4,096 or 13 tokens. Their rows were zero."""
     hidden, weight, labels = rare_tokens()
     exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = exact_hidden @ exact_weight.T
-    # What float16 makes of the logits themselves is not in question.
+    # float16's rounding of the logits themselves is not tested here.
     rounded = logits + ((hidden @ weight.T).double() - logits).detach()
     loss = upstream * F.cross_entropy(rounded, labels, reduction="sum")
     *exact, of_logits = torch.autograd.grad(loss, (exact_hidden, exact_weight, rounded))
@@ -215,7 +215,7 @@ def test_rows_of_rare_tokens_are_right_in_float16(kind: str, upstream: float):
     weight.grad_dtype = torch.float32
     sum_of(kind, upstream, *leaves, labels).backward()
     error_of_rows = (weight.grad.double() - exact[1]).norm(dim=1) / exact[1].norm(dim=1)
-    # Four times what rounding a number to float16 costs.
+    # Four times the cost of rounding a number to float16.
     assert error_of_rows.max() <= 2.0**-9
     # The gradient of each logit is rounded, then that of the hidden states.
     allowed = 1.01 * 2.0**-11 * (of_logits.abs() @ exact_weight.abs() + exact[0].abs()) + 2.0**-25
@@ -237,7 +237,8 @@ def test_float16_rows_added_to_a_buffer(use_triton: bool):
 @with_and_without_triton
 @pytest.mark.parametrize("upstream", [[1e-30] * 4, [0.0] * 4, [3e4, 1, 0, 1e38], [1, float("inf"), 1, 0]], ids=str)
 def test_float16_log_probabilities_with_upstream_gradients_of_any_size(upstream: list[float], use_triton: bool):
-    """The last token is ignored, whatever comes for it. Infinities must arrive: the step has to be skipped."""
+    """The last token is ignored, whatever gradient it gets. Infinities must arrive, because the step has to be
+    skipped."""
     hidden, weight = draw(4, 6).half().requires_grad_(), draw(9, 6, seed=1).half().requires_grad_()
     labels, upstream = torch.tensor([1, 2, 3, -100], device=DEVICE), torch.tensor(upstream, device=DEVICE)
     weight.grad_dtype = torch.float32
@@ -254,7 +255,7 @@ def test_float16_log_probabilities_with_upstream_gradients_of_any_size(upstream:
 @pytest.mark.parametrize("function", [linear_cross_entropy_sum, linear_token_logprobs])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiles_of_a_cpu_give_the_same_bits(function: Callable, dtype: torch.dtype, monkeypatch):
-    """Of 2 tokens, where it is otherwise all 7."""
+    """Tiles of 2 tokens instead of all 7."""
     hidden, weight, labels = (x.cpu() for x in case((7, 16, 33), dtype))
     results = []
     for elements in (1 << 18, 80):

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and behind a residual addition with dropout, against float64."""
+"""RMSNorm against float64, alone and after a residual addition with dropout."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 2, 33])
 def test_each_row_for_itself(columns: int, dtype: torch.dtype):
-    """Also one element: its gradient is what is left of g - g n^2, of which float32 keeps a few bits."""
+    """Includes rows of one element, whose gradient is the remainder of g - g n^2, of which float32 keeps a few bits."""
     compare(
         lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_reference(x, w, EPS), exact_norm,
         [draw(64, columns, dtype=dtype, seed=11), draw(columns, dtype=dtype, seed=12)], by_row=True,
@@ -68,7 +68,7 @@ def test_rms_norm_of_extreme_rows(dtype: torch.dtype):
     x[0], x[1], x[2] = 0.0, x[1] * 1e4, x[2] * 1e-4
     weight = draw(40, dtype=dtype, seed=1)
     for row in x[:, None]:
-        # One at a time: a row of zeros has gradients of 1 / sqrt(eps), beside which other rows' errors do not show.
+        # One row at a time: a row of zeros has gradients of 1 / sqrt(eps), beside which other rows' errors do not show.
         compare(
             lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_reference(x, w, EPS), exact_norm, [row, weight]
         )  # fmt: skip
@@ -86,7 +86,7 @@ def test_add_rms_norm(dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], p
 
     def exact(h: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         h = h + dropout(x, probability, key, 1)
-        # What the norm sees is rounded, in the eager path and in ours.
+        # The norm's input is rounded, in the eager path and in ours.
         rounded = h + (h.detach().to(torch.promote_types(*dtypes[:2])).double() - h.detach())
         return h, exact_norm(rounded, w)
 

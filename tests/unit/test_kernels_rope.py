@@ -8,7 +8,7 @@ from model.kernels.rope import rope, rope_reference
 from tests.kernel_checks import DEVICE, DTYPES, compare, draw
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 3, 4, 2, 16), (2, 2, 6, 1, 10), (1, 4, 3, 3, 48), (2, 0, 2, 1, 4), (1, 2, 32, 8, 64)]
-"""B, T, H, K, D."""
+"""(B, T, H, K, D)."""
 
 
 def tables(batch: int, tokens: int, head_dim: int, wide: bool = False) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether kernels can be used, and that their files need no Triton until they are."""
+"""Availability of the kernels, and that their files do not need Triton until they are used."""
 
 import importlib.util
 import os
@@ -49,7 +49,7 @@ def test_everything_but_the_kernels_works_without_triton():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_tests_of_kernels_are_not_skipped():
-    """They would be, without a GPU, if another test file imported Triton before the first of them was collected."""
+    """Without a GPU they would not run, if another test file imported Triton before the first of them was collected."""
     try:
         importlib.import_module("tests.kernel_checks")
     except pytest.skip.Exception as skipped:

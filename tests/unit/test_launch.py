@@ -1,5 +1,5 @@
-"""The files of docs/launch: their scripts run with stand-ins for python, srun and the like, and all must start the
-same training."""
+"""Files of docs/launch: their scripts run with stand-ins for python, srun and others, and all must start the same
+training."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configurator import parse_config, resolve
+from configurator import parse_config
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
 from parallel.launch import find_place, parser_of_flags
@@ -21,6 +21,7 @@ from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
 from runs.job import meaning
 from train_my_ddp import number_of_processes
 from train_my_ddp import run as train_run
+from training.config import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs" / "launch"
@@ -34,7 +35,7 @@ JOB = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST"
 
 class Sandbox:
     """A folder that looks like the project, in which a launch file runs with stand-ins for the programs that it calls.
-    `python` writes its words, one a line, to the file `started`."""
+    `python` writes its words, one per line, to the file `started`."""
 
     def __init__(self, directory: Path):
         self.directory, self.bin = directory, directory / ".venv" / "bin"
@@ -81,7 +82,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 
 def check_launcher(words: list[str], node_rank: int, endpoint: str, nproc: str = "8") -> None:
-    """`words` follow `python`: the launcher with flags that it knows, then the training that all launch files have."""
+    """After `python` come the launcher with flags that it knows, and the training that all launch files have."""
     assert words[:2] == ["-m", "parallel.launch"]
     flags = parser_of_flags().parse_args(words[2:])
     assert (flags.nnodes, flags.node_rank, flags.nproc_per_node) == ("2", node_rank, nproc)
@@ -94,7 +95,7 @@ def check_launcher(words: list[str], node_rank: int, endpoint: str, nproc: str =
 
 
 def monitor_words() -> list[str]:
-    """The command of the README's part on the monitor, from its options on."""
+    """Arguments of the monitor's command in the README."""
     text = (LAUNCH / "README.md").read_text().replace("\\\n", " ")
     line = next(line for line in text.splitlines() if "monitor_process.py --hosts" in line)
     words = shlex.split(line)
@@ -112,7 +113,7 @@ def job(manifests: list[dict]) -> dict:
 
 
 def test_the_common_training_is_accepted(monkeypatch: pytest.MonkeyPatch):
-    """By the configurator, and it can be split over the 16 ranks that the files speak of."""
+    """The configurator accepts it, and it can be split over the 16 ranks that the files mention."""
     monkeypatch.chdir(ROOT)
     config, given = parse_config(TRAINING[1:])
     assert config.run.resume and (config.data.data_dir, config.run.out_dir) == (DATA, RUN)
@@ -129,7 +130,7 @@ def test_scripts_are_bash():
 
 @pytest.mark.parametrize("last", [1, 2])
 def test_launch_script(sandbox: Sandbox, last: int):
-    """The same command on both hosts: each finds its place, and the interface that has its address."""
+    """Both hosts run the same command: each finds its place, and the interface that has its address."""
     sandbox.add("ip", f"printf '{ADDRESSES.format(last=last)}'\n")
     hosts = {"HOSTS": "10.0.0.1 10.0.0.2", "NPROC_PER_NODE": "8"}
     done = sandbox.run("launch.sh", **SETTINGS, **hosts)
@@ -137,7 +138,7 @@ def test_launch_script(sandbox: Sandbox, last: int):
     check_launcher(sandbox.started, last - 1, "10.0.0.1:29400")
     assert sandbox.environment["GLOO_SOCKET_IFNAME"] == "eth1"
     assert sandbox.environment["NCCL_SOCKET_IFNAME"] == "=eth1"
-    # What somebody has set before stays, and flags that follow go on to the training.
+    # Variables that are already set stay, and further flags go to the training.
     mine = {"NCCL_SOCKET_IFNAME": "ib", "CONFIG": "mine.yaml", "PORT": "1234"}
     assert sandbox.run("launch.sh", "--max_iters=5", **SETTINGS, **hosts, **mine).returncode == 0
     assert sandbox.environment["NCCL_SOCKET_IFNAME"] == "ib" and "--rdzv_endpoint=10.0.0.1:1234" in sandbox.started
@@ -215,7 +216,7 @@ def test_sbatch_requeues_what_can_go_on(sandbox: Sandbox, code: int, restarts: i
 
 @pytest.mark.parametrize("signum, requeued", [(signal.SIGTERM, True), (signal.SIGUSR2, False)])
 def test_sbatch_passes_signals_on(sandbox: Sandbox, signum: signal.Signals, requeued: bool):
-    """While the step runs, which then saves and ends with 75: the script waits for that."""
+    """The signal comes while the step runs, which then saves and ends with 75: the script waits for that."""
     sandbox.add("python", f"touch {sandbox.directory}/running\n/bin/sleep 0.5\nexit 75\n")
     script = subprocess.Popen(
         ["bash", "docs/launch/slurm.sbatch"], cwd=sandbox.directory, stdout=subprocess.PIPE, text=True,
@@ -241,7 +242,8 @@ def test_sbatch_refuses(sandbox: Sandbox):
 
 
 def test_manifest(job: dict):
-    """What the operator and our exit codes demand. The file as a whole was checked against the operator's schema."""
+    """Requirements of the operator and of our exit codes. The file as a whole was checked against the operator's
+    schema."""
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert set(replicas) == {"Master", "Worker"} and replicas["Master"]["replicas"] == 1
@@ -256,7 +258,7 @@ def test_manifest(job: dict):
     assert container["args"][:5] == wrapper and "command" not in container, "it would replace the image's entry point"
     nproc = job["spec"]["nprocPerNode"]
     assert nproc == str(container["resources"]["limits"]["nvidia.com/gpu"])
-    # As pkg/controller.v1/pytorch/envvar.go of the operator sets them, on the second pod of two.
+    # As pkg/controller.v1/pytorch/envvar.go of the operator sets them, on the second of two pods.
     operator = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": nproc, "MASTER_PORT": str(port),
                 "MASTER_ADDR": "zero2all-master-0", "POD_IP": "10.0.0.7"}  # fmt: skip
     words = [re.sub(r"\$\((\w+)\)", lambda match: operator[match[1]], word) for word in container["args"][5:]]
@@ -282,7 +284,8 @@ def test_only_the_jobs_own_pods_reach_it(manifests: list[dict]):
 
 
 def test_settings_are_explained(job: dict):
-    """Each that a file sets, in the README's table; and no file sets one that the program would read by itself."""
+    """The README's table explains each variable that a file sets, and no file sets one that the program itself
+    reads."""
     table = [line for line in (LAUNCH / "README.md").read_text().splitlines() if line.startswith("| `")]
     explained = {name for line in table for name in re.findall(r"`([A-Z][A-Z_]+)", line.split("|")[1])}
     files = "\n".join(path.read_text() for path in LAUNCH.iterdir() if path.suffix != ".md" and path.is_file())
@@ -321,7 +324,7 @@ def start_with_exit_code(*words: str) -> subprocess.Popen:
 
 
 def test_exit_code_comes_through(tmp_path: Path):
-    """A launcher that ends with 1, as torchrun does, after its ranks have left their records where they are told to."""
+    """A launcher that ends with 1, as torchrun does, after its ranks have left their records in the given directory."""
     offset = "--retryable_from=128"
     for code, options, expected in ((75, [], 75), (75, [offset], 203), (2, [offset], 2)):
         write_exit_record(tmp_path / str(code), 0, code, "as asked", None)
@@ -331,7 +334,7 @@ def test_exit_code_comes_through(tmp_path: Path):
 
 
 def test_sigterm_goes_to_the_ranks_alone(tmp_path: Path):
-    """Not to the launcher, which would give them 30 seconds."""
+    """The signal does not go to the launcher, which would give the ranks 30 seconds."""
     write_exit_record(tmp_path / "records", 0, STOPPED, "stopped on request", 7)
     rank, launcher = tmp_path / "rank.sh", tmp_path / "launcher.sh"
     rank.write_text(
@@ -357,7 +360,7 @@ def test_sigterm_goes_to_the_ranks_alone(tmp_path: Path):
 def test_what_a_command_shows_is_said_before_its_ranks_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, more: list[str], sentence: str
 ):
-    """Nor is anything left behind, such as an exit record among the files of a corpus."""
+    """Nothing is left behind, such as an exit record among the files of a corpus."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("train_my_ddp.run_job", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "corpus").mkdir()

@@ -38,7 +38,7 @@ def test_properties(seed: int):
         filled = bucket.slots[-1].end - bucket.start
         before_last = bucket.slots[-2].end - bucket.start if len(bucket.slots) > 1 else 0
         if bucket_size:
-            # Closed as soon as it was full, and not before.
+            # A bucket closed as soon as it was full, and not before.
             assert before_last < bucket_size
             assert filled >= bucket_size or index == len(layout.buckets) - 1
         end = bucket.end

@@ -1,4 +1,4 @@
-"""What is chosen from data and weights where nobody has said it: the batch of SFT and DPO, and the context."""
+"""Values chosen from data and weights if nobody has given them: the batch of SFT and DPO, and the context."""
 
 import itertools
 import re
@@ -27,12 +27,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> sft.Home:
 
 def batch_of(samples: int, world_size: int, *argv: str) -> tuple[int, int]:
     config, given = parse_config(["--data_dir=d", "--init_from=m", *argv])
-    data = choose_batch(config, given, samples, world_size).data
+    data = choose_batch(config.run, config.data, given, samples, world_size)
     return data.train_batch_size, data.gradient_accumulation_steps
 
 
 def test_the_batch_leaves_the_data_enough_steps():
-    """As many samples as can be, up to the usual 64, in a hundred steps."""
+    """As many samples as possible, up to the usual 64, with a hundred steps."""
     for samples in range(1, 20_000, 37):
         batch = batch_for(samples)
         assert batch in (4, 8, 16, 32, 64)
@@ -44,7 +44,7 @@ def test_the_batch_is_the_same_on_one_two_four_and_eight_processes():
     for batch, most, world_size in itertools.product((4, 8, 16, 32, 64), (2, 8), range(1, 17)):
         size, count = split_batch(batch, world_size, most)
         assert 1 <= size <= most and count % world_size == 0
-        # Other numbers of processes share one that is near.
+        # Other numbers of processes share a similar batch.
         assert size * count == batch or world_size > batch or world_size not in (1, 2, 4, 8)
         assert abs(size * count - batch) <= max(batch // 3, world_size)
         if world_size in (1, 2, 4, 8) and world_size <= batch:
@@ -64,23 +64,23 @@ def test_a_batch_that_was_said_stays(monkeypatch: pytest.MonkeyPatch, argv: list
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     if argv and argv[0].endswith(".yaml"):
         config, given = parse_config([*argv, "--data_dir=d", "--init_from=m"])
-        assert choose_batch(config, given, 300, 1) == config
+        assert choose_batch(config.run, config.data, given, 300, 1) == config.data
     else:
         assert batch_of(300, 1, *argv) == expected
 
 
 def test_a_sizes_batch_is_shared_by_any_number_of_processes():
-    """The same samples a step, where they can be shared."""
+    """A step has the same samples if the processes can share them."""
     assert [batch_of(300, n, "--size=laptop") for n in (1, 2, 4, 8)] == [(2, 4), (2, 4), (2, 4), (1, 8)]
     assert [batch_of(300, n, "--size=gpu") for n in (3, 8, 16)] == [(14, 9), (16, 8), (8, 16)]
-    # Without a size, and what was said, is what it was.
+    # Without a size, and for given values, nothing changes.
     assert batch_of(300, 3) == (8, 8) and batch_of(300, 3, "--size=gpu", "--train_batch_size=2") == (2, 8)
 
 
 def test_a_run_keeps_the_batch_that_was_chosen(
     home: sft.Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    """Also with so many epochs that another one would be chosen, and on other numbers of processes."""
+    """Even with so many epochs that another batch would be chosen, and on other numbers of processes."""
     monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
     flags = ["--task_type=sft", f"--data_dir={home.raw_sft}", f"--init_from={home.model}", "--dtype=float32",
              "--device=cpu", "--num_threads=1", f"--out_dir={tmp_path / 'run'}", "--sample_texts=0"]  # fmt: skip
@@ -93,10 +93,11 @@ def test_a_run_keeps_the_batch_that_was_chosen(
     assert f"max_seq_len is {sft.SEQ_LEN}, as the weights" in said
     assert records(flags, "start")[0]["global_batch_size"] == 4
     config, given = parse_config(["--resume", f"--out_dir={tmp_path / 'run'}", "--epoch=500"])
-    assert choose_batch(config, given, rows, 4) == fit_context(config, given) == config
+    run, data = config.run, config.data
+    assert choose_batch(run, data, given, rows, 4) == fit_context(run, data, given) == data
     assert values.items() <= flatten(config).items()
     config, given = parse_config([*flags, "--epoch=500"])
-    assert choose_batch(config, given, rows, 4).data.gradient_accumulation_steps == 8
+    assert choose_batch(config.run, config.data, given, rows, 4).gradient_accumulation_steps == 8
 
 
 @pytest.mark.parametrize(("argv", "lengths", "expected"), [
@@ -115,9 +116,9 @@ def test_pretraining_takes_the_context_of_its_index(
     config, given = parse_config([f"--data_dir={tmp_path}", *argv])
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            fit_context(config, given)
+            fit_context(config.run, config.data, given)
     else:
-        assert fit_context(config, given).data.max_seq_len == expected
+        assert fit_context(config.run, config.data, given).max_seq_len == expected
 
 
 def test_fine_tuning_takes_the_context_of_data_and_weights(home: sft.Home):
@@ -126,7 +127,7 @@ def test_fine_tuning_takes_the_context_of_data_and_weights(home: sft.Home):
         (home.raw_sft, ["--max_seq_len=2048"], 2048), (home.raw_sft, ["--size=tiny", "--max_seq_len=60"], 60),
     ):  # fmt: skip
         config, given = parse_config(["--task_type=sft", f"--data_dir={data}", f"--init_from={home.model}", *argv])
-        assert fit_context(config, given).data.max_seq_len == expected
+        assert fit_context(config.run, config.data, given).max_seq_len == expected
 
 
 @pytest.mark.parametrize(("task", "rate", "parameters", "is_warned"), [
@@ -138,5 +139,5 @@ def test_a_rate_that_ruins_a_large_model_is_said(
     caplog: pytest.LogCaptureFixture, task: str, rate: str, parameters: int, is_warned: bool
 ):
     config, _ = parse_config(["--data_dir=d", "--init_from=m", f"--task_type={task}", f"--learning_rate={rate}"])
-    rates.warn_of_rate(config, parameters)
+    rates.warn_of_rate(config.run, config.optimizer.learning_rate, parameters)
     assert ("survive" in caplog.text) == is_warned

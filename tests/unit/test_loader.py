@@ -1,4 +1,4 @@
-"""The loader: one global stream, whatever the ranks, micro-batches and threads that it is split over."""
+"""The loader's global stream is the same for any split over ranks, micro-batches and threads."""
 
 import itertools
 import threading
@@ -36,7 +36,7 @@ class CountingDataset:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PretrainDataset:
-    """A real data set in which no token occurs twice: equal rows are the same sample."""
+    """A real data set in which no token occurs twice, so equal rows are the same sample."""
     directory = tmp_path_factory.mktemp("tokens")
     with BinWriter(directory / "train-0.bin", BinHeader(1024, 0, "ab" * 32, "train", 0.0)) as writer:
         writer.add_document(list(range(10, 10 + NUM_SAMPLES * SEQ_LEN)), 1)
@@ -51,7 +51,7 @@ def take(loader: TrainLoader, count: int) -> list[Step]:
 
 
 def all_ranks(dataset, world_size: int, steps: int, B: int, M: int, **kwargs) -> list[list[Step]]:
-    """Steps of each rank: B rows a micro-batch, M micro-batches a step over all ranks."""
+    """Steps of each rank: B rows per micro-batch, M micro-batches per step over all ranks."""
     return [take(TrainLoader(dataset, 5, B, M, rank, world_size, **kwargs), steps) for rank in range(world_size)]
 
 
@@ -76,7 +76,7 @@ def same(a: Step, b: Step) -> bool:
 @pytest.mark.parametrize("num_samples", [7, 53, 96])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_together_read_one_stream(world_size: int, num_samples: int):
-    """Epochs that end inside a step, and sets smaller than a step, included."""
+    """Includes epochs that end inside a step, and sets smaller than a step."""
     B, M = 2, 12
     ranks = all_ranks(CountingDataset(num_samples), world_size, steps=6, B=B, M=M)
     for step in range(6):
@@ -121,7 +121,7 @@ def test_split_into_micro_batches_does_not_change_the_rows(dataset: PretrainData
         streams = [stream_of(ranks, step) for ranks in splits]
         assert streams[0] == streams[1] == streams[2]
         assert len(streams[0]) == 8
-    # Not only the ids but what is in the rows.
+    # The content of the rows, not only the ids.
     labels = [labels_at_positions(ranks) for ranks in splits]
     assert len(labels[0]) == 15 * 8
     assert labels[0] == labels[1] == labels[2]
@@ -129,7 +129,7 @@ def test_split_into_micro_batches_does_not_change_the_rows(dataset: PretrainData
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_starting_later_equals_skipping(dataset: PretrainDataset, num_workers: int):
-    """What a resumed run does, also in another epoch, and on another number of ranks than before."""
+    """A resumed run starts later, even in another epoch, and on another number of ranks than before."""
     whole = take(TrainLoader(dataset, 5, 2, 4, 1, 2, num_workers=num_workers), 30)
     for skipped in (1, 11, 12, 13, 29):
         loader = TrainLoader(dataset, 5, 2, 4, 1, 2, first_position=8 * skipped, num_workers=num_workers)
@@ -143,7 +143,7 @@ def test_starting_later_equals_skipping(dataset: PretrainDataset, num_workers: i
 
 
 def test_start_far_away(dataset: PretrainDataset):
-    """Position 10**12 is as near as position 0."""
+    """Starting at position 10**12 is as quick as at position 0."""
     step = take(TrainLoader(dataset, 5, 2, 4, 0, 1, first_position=10**12), 1)[0]
     assert (step.first, step.last) == (10**12, 10**12 + 7)
     assert step.micro_batches[1]["row_ids"].tolist() == [10**12 + 2, 10**12 + 3]
@@ -157,7 +157,7 @@ def test_worker_threads_change_nothing(dataset: PretrainDataset, num_workers: in
 
 
 def test_slow_step_keeps_its_place():
-    """The first step is ready only after the second one, and still comes out first."""
+    """The first step is ready only after the second one, but still comes out first."""
     second_was_read = threading.Event()
 
     class Slow(CountingDataset):
@@ -198,7 +198,7 @@ def test_close_ends_the_threads():
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_exception_in_the_dataset_surfaces(num_workers: int):
-    """At the step that it belongs to, with its own type: a read error must not look like the end of the data."""
+    """The exception comes at its own step, with its own type: a read error must not look like the end of the data."""
     bad = int(sample_at(5, 13, 100))
 
     class Broken(CountingDataset):
@@ -299,7 +299,7 @@ def test_validation_of_a_part(dataset: PretrainDataset, world_size: int):
             numbers.append(number)
             samples += batch["sample_ids"].tolist()
     assert sorted(numbers) == [0, 1, 2, 3] and sorted(samples) == list(range(40))
-    # More batches asked for than there are: the whole set, the last batch short.
+    # If more batches are requested than exist: the whole set, with a short last batch.
     count, batches = validation_batches(dataset, 10, 99, 0, 1)
     assert count == 10 and [len(batch["sample_ids"]) for _, batch in batches] == [10] * 9 + [6]
 

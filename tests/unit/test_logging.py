@@ -1,4 +1,4 @@
-"""What the console and the log files show, and what a run says at its end."""
+"""Output of the console and the log files, and a run's summary."""
 
 import logging
 import warnings
@@ -9,14 +9,14 @@ import pytest
 
 import train_my_ddp
 import training.trainer as trainer_module
-from checkpoint.folder import Retention
+from checkpoint.retention import Retention
 from configurator import parse_config
 from model import flops
 from runs.layout import RunPaths
 from tests.runs import elsewhere, out_dir, records
 from training.meter import StepMeter
 from training.report import shown
-from training.summary import Ending, summary_lines
+from training.summary import RunEnd, summary_lines
 from utils.logging import add_log_file, log_repeated_warnings, setup_console
 
 logger = logging.getLogger("test")
@@ -24,7 +24,7 @@ logger = logging.getLogger("test")
 
 @pytest.fixture(autouse=True)
 def _own_warnings() -> Iterator[None]:
-    """`warnings` goes back to pytest, which otherwise finds them taken in the next test."""
+    """Give `warnings` back to pytest, so that the next test does not find them captured."""
     yield
     logging.captureWarnings(False)
 
@@ -54,7 +54,7 @@ def test_a_warning_is_shown_once_and_counted(tmp_path: Path, capsys: pytest.Capt
     ]  # fmt: skip
     assert repeats() == ["3 more warnings like: disk 1 is slow"]
     assert repeats() == []
-    # What was said stays said.
+    # Repeats stay suppressed.
     logger.warning("disk 2 is slow")
     assert capsys.readouterr().out == ""
 
@@ -70,7 +70,7 @@ def test_what_libraries_warn_of_is_a_warning_like_others(capsys: pytest.CaptureF
     setup_console(2)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        # As in a process of its own; here pytest has the module's function.
+        # As in a separate process; pytest replaces the module's function here.
         logging.captureWarnings(False)
         logging.captureWarnings(True)
         for _ in range(2):
@@ -82,9 +82,9 @@ def test_what_libraries_warn_of_is_a_warning_like_others(capsys: pytest.CaptureF
 
 
 def test_torch_has_warnings_for_users_and_nothing_else(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    """At its end a stopped run told of caches of torch's compiler."""
+    """At its end a stopped run used to mention caches of torch's compiler."""
     setup_console(0)
-    # Until torch's own logging is set up, which takes it all.
+    # Torch's own logging, once set up, takes everything.
     monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
     inner = logging.getLogger("torch.inner")
     monkeypatch.setattr(inner, "level", logging.NOTSET)
@@ -125,7 +125,7 @@ def test_other_ranks_say_who_they_are(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_nodes_that_share_a_directory_have_a_file_each(tmp_path: Path):
     assert RunPaths(tmp_path).log_of_node(0, 0) == tmp_path / "train.log"
     assert RunPaths(tmp_path).log_of_node(2, 0) == tmp_path / "train-node-2.log"
-    # With a file system of its own, a node is the first there.
+    # With a separate file system, a node is the first one there.
     assert RunPaths(tmp_path).log_of_node(2, 2) == tmp_path / "train.log"
 
 
@@ -205,7 +205,7 @@ def test_a_run_ends_with_where_everything_is(
 
 def test_the_summary_of_a_run_without_validation(tmp_path: Path):
     (tmp_path / "reslog.jsonl").write_text('{"name": "valid", "time": 1, "step": 3, "loss": "nan"}\n')
-    ending = Ending(
+    ending = RunEnd(
         tmp_path, True, 5, 5, 1, 3725.0, 1234567, None, True, "-", Retention()
     )  # fmt: skip
     lines = list(summary_lines(ending))

@@ -1,4 +1,4 @@
-"""What the machine is told."""
+"""Settings of the machine."""
 
 import ctypes
 import subprocess
@@ -24,7 +24,7 @@ print(faults)
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc")
 def test_a_second_block_gets_the_memory_of_the_first():
-    """Counted in pages that the system had to give."""
+    """Counted in pages that the system had to provide."""
     faults = {}
     for way in ("plain", "kept"):
         result = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)

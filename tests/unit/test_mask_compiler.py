@@ -1,4 +1,4 @@
-"""Which tokens are supervised, for every way to learn from a conversation, and what becomes of what is too long."""
+"""Supervised tokens for every way to learn from a conversation, and the treatment of texts that are too long."""
 
 import random
 
@@ -25,7 +25,7 @@ def template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def talk(*turns: str) -> Conversation:
-    """From "role: text" strings."""
+    """A conversation from "role: text" strings."""
     return Conversation(tuple(Message(*turn.split(": ", 1)) for turn in turns))
 
 
@@ -33,7 +33,7 @@ THREE = talk("system: s", "user: q1", "assistant: a1", "user: q2", "assistant: a
 
 
 def shown(tokenizer: Tokenizer, sample: TrainingSample) -> str:
-    """The sample's text with its supervised stretches in braces, control tokens short."""
+    """The sample's text with its supervised stretches in braces, and control tokens shortened."""
     assert len(sample.ids) == len(sample.supervised)
     text, inside = "", False
     for token_id, is_learnt in zip(sample.ids, sample.supervised):
@@ -85,7 +85,7 @@ def length(template: ChatTemplate, *turns: str) -> int:
 
 
 def test_all_is_cut_at_its_end(tokenizer: Tokenizer, template: ChatTemplate):
-    """An answer that is cut is learnt without its end; later ones are gone."""
+    """A cut answer is learnt without its end; later answers are gone."""
     head = length(template, "system: s", "user: q1", "assistant: a1")
     assert compiled(tokenizer, template, THREE, "all", head) == ["<system:s><user:q1><assistant:{a1>}"]
     assert compiled(tokenizer, template, THREE, "all", head - 1) == ["<system:s><user:q1><assistant:{a1}"]
@@ -130,7 +130,7 @@ def test_what_was_left_out_is_counted(template: ChatTemplate):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_properties(tokenizer: Tokenizer, template: ChatTemplate, seed: int):
-    """Whatever the texts: supervised is exactly what belongs to answers, and `split` learns each answer once."""
+    """Whatever the texts, exactly the answers are supervised, and `split` learns each answer once."""
     rng = random.Random(seed)
     for _ in range(20):
         roles = ["system"] * rng.randint(0, 1)
@@ -159,7 +159,7 @@ def test_properties(tokenizer: Tokenizer, template: ChatTemplate, seed: int):
 
 
 def test_plain_text(tokenizer: Tokenizer):
-    """In pieces, every token but the first is learnt exactly once."""
+    """In pieces, every token except the first is learnt exactly once."""
     text = "the tokens of a text are merged " * 20
     ids = [*tokenizer.encode(text), tokenizer.eod_id]
     for limit in (2, 7, len(ids) - 1, len(ids), NO_LIMIT):

@@ -17,6 +17,7 @@ from dataset.sft import padded
 from model import KVCache, Llama, LlamaConfig, flops, hf
 from model.attend import causal_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
+from model.families.llama import LLAMA
 from model.kernels.attention import attention_by_document, plain_attention
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
@@ -78,19 +79,19 @@ def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
 
     cross_entropy_sum(logits, labels).backward()
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum").backward()
-    ours = {hf.to_hf_name(name): p.grad for name, p in model.named_parameters()}
+    ours = {LLAMA.their_name(name): p.grad for name, p in model.named_parameters()}
     for name, parameter in reference.named_parameters():
         error = (ours[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-5, name
 
 
 def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path):
-    """Rows of one batch, padded; documents of one row; and a prompt with its continuation, token by token."""
+    """Padded rows of one batch, documents of one row, and a prompt with its continuation, token by token."""
     model = build(**VARIANTS["dynamic"]).eval()
     export(model, tmp_path)
 
     def theirs() -> torch.nn.Module:
-        # A new one: it remembers the longest sequence.
+        # A new model each time, because it remembers the longest sequence.
         return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
 
     long, short = tokens(1, 28), tokens(1, 19, seed=5)
@@ -126,11 +127,12 @@ def test_export_and_import_round_trip(variant: str, tmp_path: Path):
 
 
 def test_biases_of_three_as_a_llama(tmp_path: Path):
-    """transformers computes the same; what it saves comes back as it was, unless its fourth bias was trained."""
+    """transformers computes the same; a model that it saves comes back unchanged, unless its fourth bias was
+    trained."""
     model = build(**VARIANTS["qkv_bias"])
-    weights = hf.named_weights(model, as_llama=True)
+    weights = hf.named_weights(model, LLAMA)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, as_llama=True)))
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, family=LLAMA)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert theirs.config.model_type == "llama"
     assert torch.allclose(model.logits(model(tokens())), theirs(tokens()).logits, atol=1e-5)
@@ -173,7 +175,7 @@ def test_import_names_what_does_not_fit(tmp_path: Path):
 
 
 def test_a_slow_start_is_not_the_peak(monkeypatch: pytest.MonkeyPatch):
-    """The first matmul of a process took a second on a busy machine, and the run was said to take weeks."""
+    """The first matmul of a process took a second on a busy machine, and the estimate of the run was weeks."""
     original, calls = torch.mm, []
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -205,7 +207,7 @@ def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: lis
 @pytest.mark.parametrize("attention", ["sdpa", "plain"])
 @pytest.mark.parametrize("lengths", [[3, 7, 1], [5, 5, 2], [4, 4, 4]])
 def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str):
-    """Prompts padded behind in one batch, then tokens for all of them: each row as if it were alone."""
+    """Prompts padded at the end in one batch, then tokens for all of them: each row as if it were alone."""
     model = build(**VARIANTS["gqa"])
     model.ops = build_ops(dict(model.ops.names) | {"attention": attention})
     for block in model.layers:
@@ -295,7 +297,8 @@ def test_dropout_rate(probability: float):
 
 
 def test_attention_dropout_does_not_depend_on_the_width_of_the_row():
-    """A padded row's weights are the upper left of its wider matrix; new queries behind a cache are its last rows."""
+    """A padded row's weights are the upper left part of its wider matrix; new queries after a cache are its last
+    rows."""
 
     def mask(*shape: int, key: DropoutKey) -> torch.Tensor:
         return attention_dropout_mask(torch.Size(shape), 0.3, key)
@@ -307,7 +310,7 @@ def test_attention_dropout_does_not_depend_on_the_width_of_the_row():
     assert torch.equal(wide[1:], mask(1, 3, 61, 61, key=DropoutKey(9, key.row_ids[1:])))
     others = [replace(key, seed=8), replace(key, seed=9 + (1 << 40)), replace(key, forward_id=1), key.for_layer(1)]
     rows = torch.cat([wide, wide.mT, *(mask(2, 3, 61, 61, key=other) for other in others)]).flatten(0, 2)
-    # No row of weights has the mask of another one, whatever names it.
+    # No two rows of weights have the same mask, whatever part of the key differs.
     assert len(rows.unique(dim=0)) == len(rows)
     many = attention_dropout_mask(torch.Size([8, 4, 64, 64]), 0.3, DropoutKey(1, torch.arange(8)))
     # Standard error of the mean of 131,072 draws is 0.0013.
@@ -324,7 +327,7 @@ BY_WIDTH = {
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", BY_WIDTH)
 def test_a_step_does_not_depend_on_how_far_its_rows_are_padded(kind: str, packed: bool):
-    """Rows as SFT and DPO pad them, in one micro-batch or each in its own."""
+    """Rows padded as in SFT and DPO, in one micro-batch or each in its own."""
     generator = torch.Generator().manual_seed(0)
 
     def sequence(length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -410,7 +413,7 @@ def test_loss_is_a_sum_over_supervised_tokens():
 
 
 def test_flops_formula_equals_torchs_count():
-    """FlopCounterMode counts full attention; the strict formula takes half of it."""
+    """FlopCounterMode counts full attention; the strict formula counts half of it."""
     model = build(attention_dropout=1e-9).train()
     ids, length = tokens(2, 32), 32
     with FlopCounterMode(display=False) as counter:
@@ -423,7 +426,7 @@ def test_flops_formula_equals_torchs_count():
 
 
 def test_flops_of_the_originals_1b():
-    """8.64 G against 7.30 G a token, as the design says of the original's shape."""
+    """8.64 G against 7.30 G per token, as the design says for the original's shape."""
     config = LlamaConfig(
         vocab_size=64320, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=2048,
@@ -436,8 +439,8 @@ def test_flops_of_the_originals_1b():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_are_whole_graphs_beside_float32_gradients(checkpointing: bool):
-    """Weights in bfloat16 whose gradients add up in float32, as in training: torch.compile by itself breaks its graphs
-    there. And any number of documents has the same graphs."""
+    """Weights in bfloat16 accumulate gradients in float32, as in training, where torch.compile alone would break its
+    graphs. Any number of documents has the same graphs."""
     config = LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
     model = Llama(
         config.resolve(max_seq_len=32), checkpointing,
@@ -480,14 +483,14 @@ def test_compiled_blocks_give_the_same_with_dropout():
         results.append((hidden, model.layers[0].self_attn.q_proj.weight.grad))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-5)
-    # One graph serves all layers but the first, which has nothing to add: nothing in a block depends on its number.
+    # One graph serves all layers except the first, which has nothing to add: nothing in a block depends on its number.
     assert len(compiled.layers) > 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("cuts", [[[3, 1, 28], [32]], [[1] * 32, [31, 1]], [[8] * 4, [16] * 2]])
 def test_attention_by_document_equals_the_mask(kv_heads: int, cuts: list[list[int]]):
-    """Outputs and gradients, in float64; the cut of rows into documents comes back from their ids."""
+    """Outputs and gradients in float64; the documents' lengths are recovered from their ids."""
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
@@ -504,20 +507,20 @@ def test_attention_by_document_equals_the_mask(kv_heads: int, cuts: list[list[in
         gradients = torch.autograd.grad((out * torch.arange(8)).sum(), (q, k, v))
         results.append((out, *gradients))
     for ours, expected in zip(*results):
-        # plain_attention takes its softmax in float32.
+        # plain_attention computes its softmax in float32.
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_by_document_is_chosen_where_it_is_less_work():
     assert document_lengths(torch.arange(1024).div(100, rounding_mode="floor")[None]) == [[100] * 10 + [24]]
     assert document_lengths(torch.arange(64)[None]) is None
-    # Documents that are equal in number but not the same: padding is one, too.
+    # Rows with equally many documents that are not the same: padding counts as one, too.
     ids = torch.cat([torch.zeros(500), torch.ones(500), torch.full((24,), -1)]).long()
     assert document_lengths(torch.stack([ids, ids * 0])) == [[500, 500, 24], [1024]]
 
 
 def test_model_with_documents_equals_the_model_with_the_mask():
-    """The whole forward and backward pass, packed rows of 512."""
+    """The whole forward and backward pass, on packed rows of 512."""
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     ).resolve(max_seq_len=512)

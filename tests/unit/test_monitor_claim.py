@@ -1,4 +1,5 @@
-"""Whose a run is: claimed by one monitor, kept while it is served or within its lease, taken over when it is over."""
+"""Claims of a run: one monitor claims it, keeps it while served or within its lease, and another may take it over
+afterwards."""
 
 import errno
 import fcntl
@@ -32,13 +33,13 @@ def home(tmp_path: Path) -> Path:
 
 
 def age(home: Path, seconds: float) -> None:
-    """The last contact was so long ago."""
+    """Make the last contact so long ago."""
     os.utime(home / "claim.json", (time.time() - seconds,) * 2)
 
 
 @pytest.fixture
 def served_elsewhere(home: Path) -> Iterator[subprocess.Popen]:
-    """Monitor "first" has the run, by a process of its own."""
+    """Monitor "first" holds the run, in its own process."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import replace; from pathlib import Path; from monitor.claim import *
@@ -54,7 +55,8 @@ print("taken", flush=True); sys.stdin.read()
 
 
 def test_locks_as_nfs_gives_them(home: Path, monkeypatch: pytest.MonkeyPatch):
-    """It shares a lock only of a file that is open for reading, and gives one alone only for writing."""
+    """NFS grants a shared lock only for a file open for reading, and an exclusive one only for a file open for
+    writing."""
     flock = fcntl.flock
 
     def strict(file: BinaryIO, kind: int) -> None:
@@ -78,12 +80,12 @@ def test_without_locks_the_lease_counts(home: Path, monkeypatch: pytest.MonkeyPa
     assert Claim(home).take(monitor("second")).monitor.id == "first"
     age(home, 2 * LEASE_SECONDS)
     assert Claim(home).take(monitor("second")) is None
-    # Whoever trains there is told, and trains.
+    # A process that trains there is told, and trains.
     lock_file(home / ".lock", "taken").close()
 
 
 def test_the_second_is_told_who_has_it(home: Path, served_elsewhere: subprocess.Popen):
-    """Also if the first has not been heard of for long: its server holds the lock."""
+    """The server's lock counts even if the first monitor has not been heard of for long."""
     age(home, 10 * LEASE_SECONDS)
     holder = Claim(home).take(monitor("second"))
     assert holder.is_served and holder.monitor.id == "first" and holder.monitor.pid == served_elsewhere.pid
@@ -92,7 +94,7 @@ def test_the_second_is_told_who_has_it(home: Path, served_elsewhere: subprocess.
 
 
 def test_a_lease_is_kept_for_who_is_out_of_reach(home: Path, served_elsewhere: subprocess.Popen):
-    """Its connection, and with it what served it, is gone: nobody else gets the run, and it gets it again."""
+    """Its connection and the process that served it are gone: nobody else gets the run, and the first gets it again."""
     served_elsewhere.kill()
     served_elsewhere.wait()
     age(home, 0.9 * LEASE_SECONDS)
@@ -101,7 +103,7 @@ def test_a_lease_is_kept_for_who_is_out_of_reach(home: Path, served_elsewhere: s
     again = Claim(home)
     assert again.take(monitor("first")) is None
     again.check()
-    # And is there again: the lease counts from here.
+    # The first monitor is back: the lease counts from here.
     assert time.time() - (home / "claim.json").stat().st_mtime < 60
 
 
@@ -116,7 +118,7 @@ def test_the_run_is_free_again(home: Path, how: str):
         age(home, 1.1 * LEASE_SECONDS if how == "the lease is over" else 1.0)
     assert second.take(monitor("second"), "first" if how == "it is known to be dead" else "") is None
     second.check()
-    # The first, should it come back, finds that out, and does not take it back.
+    # If the first comes back, it notices, and does not take the run back.
     if how != "it has let go":
         with pytest.raises(TakenOver, match="the monitor on .* since"):
             first.check()
@@ -158,7 +160,7 @@ def test_a_damaged_claim_names_nobody(home: Path, content: str):
     claim = Claim(home)
     assert claim.take(monitor("second")) is None
     (home / "claim.json").write_bytes(content.encode("latin-1"))
-    # While it is served, the lock counts.
+    # While the claim is served, the lock counts.
     assert Claim(home).take(monitor("third")).is_served
     claim.check()
 
@@ -183,9 +185,9 @@ def dead_pid() -> int:
     [
         ({}, False),
         ({"pid": dead_pid()}, True),
-        # Its number is another process's now.
+        # Its number now belongs to another process.
         ({"started": 1.0}, True),
-        # Numbers of another container, or another machine, say nothing here.
+        # Numbers from another container or machine mean nothing here.
         ({"pid": dead_pid(), "pid_space": "pid:[1]"}, False),
         ({"pid": dead_pid(), "host": "elsewhere"}, False),
         ({"boot": "of yesterday"}, True),

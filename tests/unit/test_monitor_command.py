@@ -1,4 +1,4 @@
-"""The training command behind `--`: taken apart, where its run is, and put together again with what is added."""
+"""The training command after `--`: taken apart, searched for its run, and put together again with additions."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,8 @@ def test_words_are_never_split_or_joined():
 
 
 def test_the_launcher_runs_in_place_of_torchrun(tmp_path: Path):
-    """By its path, as the working directory may be another; flags for it right behind, the training's at the end."""
+    """The launcher is called by its path, because the working directory may differ; its flags follow it, the training's
+    come last."""
     torchrun = tmp_path / "my venv" / "torchrun"
     torchrun.parent.mkdir()
     torchrun.write_text(f"#!{sys.executable}\n")
@@ -46,7 +47,7 @@ def test_the_launcher_runs_in_place_of_torchrun(tmp_path: Path):
         assert command.words(None, ["--max_restarts=0"], ["--resume"]) == [
             *launcher, "--max_restarts=0", *flags, "--resume",
         ]  # fmt: skip
-    # What is not there cannot be replaced: whoever starts it will say so.
+    # A missing file cannot be replaced: the program that starts it will say so.
     assert parse("no/torchrun", "t.py").words(None, [], []) == ["no/torchrun", "t.py"]
 
 
@@ -61,7 +62,7 @@ def test_the_launcher_runs_in_place_of_torchrun(tmp_path: Path):
 def test_the_python_of_a_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, beside: list[str], expected: str
 ):
-    """The launcher must run in the environment that torchrun would have run in."""
+    """The launcher must run in the environment in which torchrun would have run."""
     places = {"here": tmp_path / "here", "beside": tmp_path / "beside"}
     for path in [places["here"] / "python3.11", *(places["beside"] / name for name in ["torchrun", *beside])]:
         path.parent.mkdir(exist_ok=True)
@@ -87,7 +88,7 @@ def test_torchrun_in_all_its_forms(launcher: list[str]):
 
 
 def test_torchrun_behind_a_flag_of_the_interpreter():
-    """`python -u -m torch.distributed.run` is torchrun too: its --max_restarts would fight the monitor's."""
+    """`python -u -m torch.distributed.run` is torchrun, too: its --max_restarts would fight the monitor's."""
     assert parse("python", "-u", "-m", "torch.distributed.run", "--nproc_per_node=2", "t.py").is_torchrun
 
 
@@ -118,7 +119,7 @@ def test_restarting_is_the_monitors_work(flags: list[str]):
 
 def test_no_restarts_may_be_said():
     assert parse("torchrun", "--max_restarts=0", "t.py").is_torchrun
-    # Behind the script it is a flag of the training, which will complain itself.
+    # After the script it is a flag of the training, which will complain itself.
     assert parse("torchrun", "t.py", "--max_restarts=3").flags == ("--max_restarts=3",)
 
 
@@ -143,7 +144,7 @@ OUT_DIRS = {
 
 @pytest.mark.parametrize("name", OUT_DIRS)
 def test_out_dir_is_the_trainings_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    """As the training itself resolves the same flags, but for `~`, which may be another one on another machine."""
+    """Flags are resolved as in the training, except for `~`, which may differ on another machine."""
     monkeypatch.setenv("HOME", str(tmp_path))
     files = {"yaml": "out_dir: from/yaml\n", "silent": "seed: 3\n", "home": "out_dir: ~/a\n"}
     for stem, text in files.items():
@@ -187,7 +188,7 @@ def test_of_a_foreign_torchrun_nothing_is_known(tmp_path: Path):
 
 @pytest.mark.parametrize("given", [["--nproc", "2"], ["--nproc=2"]])
 def test_several_processes_by_the_training_itself(given: list[str]):
-    """The monitor starts the launcher itself: it holds the ranks by it."""
+    """The monitor starts the launcher itself, because that is how it holds the ranks."""
     command = parse("python", "train_my_ddp.py", *given, "a.yaml", "--seed=1")
     assert command == parse("python", "-m", "parallel.launch", "--standalone", "--nproc_per_node=2", "train_my_ddp.py",
                             "a.yaml", "--seed=1")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The hosts file: what it may say, and a sentence for everything else."""
+"""The hosts file: what it may say, and one sentence for everything else."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from monitor import hosts as hosts_module
-from monitor.hosts import Host, Hosts, read_hosts
+from monitor.hosts import HostEntry, HostsFile, read_hosts
 
 GOOD = """
 hosts:
@@ -27,7 +27,7 @@ rendezvous_port: 29555
 """
 
 
-def read(tmp_path: Path, text: str | bytes) -> Hosts:
+def read(tmp_path: Path, text: str | bytes) -> HostsFile:
     path = tmp_path / "hosts.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     return read_hosts(path)
@@ -35,11 +35,12 @@ def read(tmp_path: Path, text: str | bytes) -> Hosts:
 
 def test_a_good_file(tmp_path: Path):
     hosts = read(tmp_path, GOOD)
-    assert hosts == Hosts(
+    assert hosts == HostsFile(
         [
-            Host("gpu1.example.org", "/home/me/zero 2 all", "me", 2222, f"{Path.home()}/.ssh/id", "/etc/known",
-                 "SHA256:abc", ".venv/bin/python", "10.0.0.1", {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4"}),
-            Host("gpu2", "w"),
+            HostEntry("gpu1.example.org", "/home/me/zero 2 all", "me", 2222, f"{Path.home()}/.ssh/id", "/etc/known",
+                      "SHA256:abc", ".venv/bin/python", "10.0.0.1",
+                      {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "4"}),
+            HostEntry("gpu2", "w"),
         ],
         29555,
     )  # fmt: skip
@@ -56,7 +57,7 @@ def test_the_order_of_the_ranks_is_the_files(tmp_path: Path):
 
 
 def test_one_machine_twice_under_two_ports_is_two_hosts(tmp_path: Path):
-    """Containers of one machine."""
+    """Hosts that are containers of one machine."""
     text = "hosts: [{host: a, workdir: w, port: 1}, {host: a, workdir: w, port: 2}]"
     assert len(read(tmp_path, text).hosts) == 2
 
@@ -158,7 +159,7 @@ def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypat
 
 def test_what_several_hosts_share_can_be_written_once(tmp_path: Path):
     text = "hosts:\n - &first {host: a, workdir: w, env: {A: '1.10'}}\n - {<<: *first, host: b}"
-    assert read(tmp_path, text).hosts[1] == Host("b", "w", env={"A": "1.10"})
+    assert read(tmp_path, text).hosts[1] == HostEntry("b", "w", env={"A": "1.10"})
 
 
 def test_passwords_are_refused_and_not_repeated(tmp_path: Path):

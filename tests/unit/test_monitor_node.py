@@ -24,7 +24,7 @@ from utils.files import lock_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# What a job's script begins with: it is called with the run directory, and with a rank if it has started itself.
+# Beginning of a job's script, which is called with the run directory, and with a rank if it has started itself.
 PRELUDE = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -83,7 +83,7 @@ class Bench:
         return node
 
     def noted(self, name: str) -> str:
-        """What the job wrote down under this name; waits for it."""
+        """Text that the job wrote under this name; waits for it."""
         until((self.run_dir / name).exists, f"the note {name}")
         return (self.run_dir / name).read_text()
 
@@ -102,7 +102,7 @@ def ended(node: LocalNode) -> NodeReport:
 
 
 def whole_log(node: LocalNode) -> tuple[str, list[str]]:
-    """All that an ended job printed, and the pieces in which it came."""
+    """Everything that an ended job printed, and the pieces in which it came."""
     pieces, at = [], 0
     while True:
         report = node.poll(at)
@@ -133,7 +133,8 @@ sys.exit(3)
     bench.noted("ready")
     report = node.poll(0)
     assert report.running and report.launcher_alive and report.returncode is None and report.exits == []
-    # Its own session: Ctrl-C on the monitor's terminal does not reach it. Nothing to read: it cannot wait for a key.
+    # In its own session, Ctrl-C on the monitor's terminal does not reach it. With nothing to read, it cannot wait for a
+    # key.
     assert report.log == "in a = b c True True\n"
     (beat,) = report.heartbeats
     assert (beat["phase"], beat["step"], beat["alive"], beat["stopped"]) == ("step", 4, True, False)
@@ -175,7 +176,7 @@ print("ee", flush=True); note("b")
 
 
 def test_the_last_line_is_not_lost_for_want_of_an_end(bench: Bench):
-    """A process that is killed in the middle of a line, or a library that prints its last words without a newline."""
+    """A process is killed in the middle of a line, or a library prints its last words without a newline."""
     node = bench.start("print('one\\nlast words', end='', flush=True)")
     ended(node)
     assert whole_log(node)[0] == "one\nlast words"
@@ -213,7 +214,7 @@ time.sleep(300)
 
 
 def test_kill_ends_the_whole_tree_and_nothing_else(bench: Bench):
-    """Also grandchildren in sessions of their own, whose parents are gone, and processes that are stopped."""
+    """Orphaned grandchildren in their own sessions, and stopped processes, end, too."""
     node, other = bench.start(TREE), bench.start("note('other', os.getpid())" + SLEEP, index=1)
     notes = until(lambda: len(found := list(bench.run_dir.glob("grandchild-*[0-9]"))) == 2 and found)
     pids = [int(path.read_text()) for path in notes] + [node.poll(0).heartbeats[0]["pid"]]
@@ -256,7 +257,7 @@ if len(sys.argv) == 2:
 
 
 def test_ranks_outlive_their_launcher(bench: Bench):
-    """torchrun was killed: its ranks go on, in sessions of their own, and must be found before another launch."""
+    """torchrun was killed: its ranks go on, in their own sessions, and must be found before another launch."""
     node = bench.start(LAUNCHER + "beat(world_size=2)\nnote(f'ready-{rank}')" + SLEEP)
     for rank in (0, 1):
         bench.noted(f"ready-{rank}")
@@ -280,7 +281,7 @@ def test_ranks_that_have_not_beaten_yet_are_found_too(bench: Bench):
 
 
 def test_a_rank_that_nobody_reaps_is_gone(bench: Bench):
-    """A zombie: its launcher does not look after it."""
+    """The rank is a zombie, because its launcher does not reap it."""
     node = bench.start("if len(sys.argv) == 2:\n    start_rank(0)\n    time.sleep(300)\nbeat()")
     until(lambda: [beat["alive"] for beat in node.poll(0).heartbeats] == [False])
     assert node.poll(0).running
@@ -288,8 +289,8 @@ def test_a_rank_that_nobody_reaps_is_gone(bench: Bench):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_another_monitor_takes_the_job_over(bench: Bench, damaged: bool):
-    """Also if the file that names the job is damaged: its processes know their launch. Else a second launch would be
-    refused by the first, and nobody would watch that (seen in the chaos campaign)."""
+    """Even if the file that names the job is damaged, because its processes know their launch. Otherwise the first
+    launch would refuse a second, and nobody would watch it (seen in the chaos campaign)."""
     first = bench.start("beat(step=6)\nprint('hello', flush=True)\nnote('ready')" + SLEEP)
     bench.noted("ready")
     second = bench.node()
@@ -302,7 +303,7 @@ def test_another_monitor_takes_the_job_over(bench: Bench, damaged: bool):
     assert (report.log, report.heartbeats[0]["step"]) == ("hello\n", 6)
     second.kill()
     assert not second.poll(0).running and not second.poll(0).launcher_alive
-    # Its parent is the first one, which would not be there any more.
+    # Its parent is process 1, which would not be there any more.
     assert first.poll(0).running is False
 
 
@@ -336,7 +337,7 @@ def test_a_job_that_has_ended_is_not_taken_over_but_read(bench: Bench):
 
 
 def test_a_process_that_has_got_the_number_of_the_old_job_is_left_alone(bench: Bench):
-    """After a reboot, the job file still names a number, and some other process has it."""
+    """After a reboot, the job file still names a number, which some other process now has."""
     node = bench.start("beat()\nnote('ready')" + SLEEP)
     bench.noted("ready")
     path = node.home / "job-0.json"
@@ -354,7 +355,7 @@ def test_a_heartbeat_whose_number_another_process_has_is_dead(bench: Bench):
     path = bench.run_dir / "heartbeat" / "rank-0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": os.getpid()}))
     assert [beat["alive"] for beat in node.poll(0).heartbeats] == [False]
-    # And is not signalled: this process would end.
+    # It is not signalled: this process would end.
     assert node.stacks() == ""
 
 
@@ -364,7 +365,7 @@ def test_what_an_older_launch_left_is_not_believed(bench: Bench):
     bench.noted("ready")
     report = node.poll(0)
     assert (report.heartbeats, report.exits, report.log) == ([], [], "")
-    # Two ranks then, one now.
+    # There were two ranks then; now there is one.
     assert not list(node.home.glob("exit-1-*"))
 
 
@@ -390,7 +391,7 @@ sys.exit(75)
 
 
 def test_the_request_to_stop_goes_to_the_ranks(bench: Bench):
-    """Not to torchrun, which before torch 2.13 kills its ranks 30 seconds later."""
+    """The request does not go to torchrun, which before torch 2.13 kills its ranks 30 seconds later."""
     node = bench.start(LAUNCHER + STOPS_WHEN_ASKED)
     for rank in (0, 1):
         bench.noted(f"ready-{rank}")
@@ -409,7 +410,7 @@ def test_the_request_to_stop_reaches_a_run_without_a_launcher(bench: Bench):
 
 
 def test_the_request_to_stop_reaches_a_run_that_has_children(bench: Bench):
-    """`python train_my_ddp.py`, with a helper process: the training is what is asked, not the helper."""
+    """With `python train_my_ddp.py` and a helper process, the request goes to the training, not to the helper."""
     body = "helper = subprocess.Popen(['sleep', '300'])\n" + STOPS_WHEN_ASKED.replace(
         "sys.exit(75)", "note('helper', helper.poll()); helper.kill(); sys.exit(75)"
     )
@@ -441,7 +442,7 @@ def test_a_launcher_without_ranks_is_asked_itself(bench: Bench):
 
 
 def test_the_stacks_of_all_ranks(bench: Bench):
-    """One waits, one is stopped by a signal, one does not answer."""
+    """One rank waits, one is stopped by a signal, one does not answer."""
     body = """
 if len(sys.argv) == 2:
     ranks = [start_rank(rank) for rank in (0, 1, 2)]
@@ -461,7 +462,7 @@ waits_in_a_function_of_its_own()
     os.kill(pids[1], signal.SIGSTOP)
     until(lambda: [beat["stopped"] for beat in node.poll(0).heartbeats] == [False, True, False])
     for _ in range(2):
-        # Each time only what is new.
+        # Only new lines each time.
         parts = node.stacks().split("\nrank ")
         assert len(parts) == 3
         assert [part.count("in waits_in_a_function_of_its_own") for part in parts] == [1, 1, 0]
@@ -524,7 +525,7 @@ def processes_of(token: str) -> list[psutil.Process]:
 
 
 def test_two_nodes_on_one_disk(bench: Bench):
-    """Each sees its own ranks, records, log and job, and ends its own alone."""
+    """Each sees only its own ranks, records, log and job, and ends only its own."""
     body = """
 rank = int(os.environ["MY_RANK"])
 beat(world_size=2)
@@ -544,7 +545,7 @@ time.sleep(300)
         assert bench.node(rank).adopt()["token"] == f"{rank + 1}-{bench.id}-{rank}"
     nodes[0].kill()
     assert not nodes[0].poll(0).running and nodes[1].poll(0).running
-    # Starting again on the first does not clear away what the second has.
+    # Starting again on the first does not clear away files of the second.
     nodes[0].start(bench.launch("pass", 0))
     assert nodes[1].poll(0).exits and nodes[1].poll(0).log
 
@@ -575,7 +576,7 @@ def ask(node: LocalNode, *requests: object) -> list[dict]:
 
 
 def test_serving_a_monitor_elsewhere(bench: Bench):
-    """All that LocalNode does, by lines of JSON."""
+    """All methods of LocalNode, by lines of JSON."""
     node, launch = bench.node(), bench.launch("beat(step=3)\nprint('grün', flush=True)\nnote('ready')" + SLEEP)
     hello, adopted, started = ask(node, {"do": "hello"}, {"do": "adopt"}, {"do": "start", "launch": launch.__dict__})
     assert hello == {"answer": {"protocol": monitor.node.PROTOCOL, "is_run": False}}
@@ -625,14 +626,14 @@ threading.Thread(target=lambda: time.sleep(300)).start()
 note("leader", os.getpid())
 ctypes.CDLL(None).pthread_exit(None)
 """
-"""The first thread ends, so that the process looks like a zombie; another goes on, and with it all locks."""
+"""The first thread ends, so that the process looks like a zombie; another thread goes on, and with it all locks."""
 
 
 def test_a_zombie_whose_threads_live_is_not_gone(bench: Bench):
     node = bench.start(HALF_DEAD)
     leader = psutil.Process(int(bench.noted("leader")))
     until(lambda: leader.status() == psutil.STATUS_ZOMBIE, "the first thread has ended")
-    # (Its parent, which is this process, has not reaped it: it cannot, as threads live.)
+    # (Its parent, which is this process, cannot reap it, because threads live.)
     assert node.poll(0).running
     later = bench.node()
     assert later.adopt() is not None and later.obstacle(False).kind == "processes"
@@ -641,7 +642,7 @@ def test_a_zombie_whose_threads_live_is_not_gone(bench: Bench):
 
 
 def test_no_launch_begins_beside_the_processes_of_any_other(bench: Bench):
-    """Also of one that no file names any more."""
+    """Processes of a launch that no file names any more count, too."""
     node = bench.start("beat()\nnote('ready', os.getpid())" + SLEEP)
     pid = int(bench.noted("ready"))
     path = node.home / "job-0.json"
@@ -691,7 +692,7 @@ def test_a_disk_that_takes_nothing_is_in_the_way(
 
 
 def test_room_for_a_checkpoint_is_asked_for_after_a_full_disk_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """Saves that fail end no run: where it trains on, a small disk is its own affair."""
+    """A run with failing saves goes on, so a small disk is its own affair unless the disk was full before."""
     node, checkpoint = bench.node(), bench.run_dir / "ckpt" / "step-3"
     checkpoint.mkdir(parents=True)
     with open(checkpoint / "model.safetensors", "wb") as file:
@@ -707,7 +708,7 @@ def test_room_for_a_checkpoint_is_asked_for_after_a_full_disk_alone(bench: Bench
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"rank": "x"}', '{"rank": 0, "code": 1}', "\xff"])
 def test_exit_records_that_are_none_are_passed_over(bench: Bench, content: str):
-    """They ended the monitor, and with it a job that was alive."""
+    """Such records ended the monitor, and with it a live job."""
     node = bench.start("write_exit_record(exits, 1, 0, 'finished', 5)\nnote('exits', exits)" + SLEEP)
     (Path(bench.noted("exits")) / "rank-0.json").write_bytes(content.encode("latin-1"))
     assert [record["rank"] for record in node.poll(0).exits] == [1]
@@ -737,8 +738,8 @@ def test_what_is_remembered_is_known_to_the_next(bench: Bench):
 
 
 def test_a_request_that_is_still_at_work_is_not_passed_by(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """A launch on a disk that is slow: its connection drops, and the next one comes to end what is there. It finds the
-    job that begins meanwhile, not nothing."""
+    """A launch on a slow disk: its connection drops, and the next one comes to end what is there. It finds the job that
+    begins meanwhile, not nothing."""
     slow, original = bench.node(), monitor.node.atomic_write_json
     begun = threading.Event()
 
@@ -764,7 +765,7 @@ def who(name: str) -> Monitor:
 
 
 def test_a_claimed_node_lets_nobody_else_touch_its_job(bench: Bench):
-    """In an outage the claim of the first ran out, and a second has taken the job over: the first leaves it alone."""
+    """During an outage the first monitor's claim ran out, and a second took the job over: the first leaves it alone."""
     first, second = bench.node(), bench.node()
     assert first.claim(who("first")) is None
     launch = bench.launch("beat()\nnote('ready')" + SLEEP)
@@ -799,7 +800,7 @@ def test_claims_over_a_connection(bench: Bench):
 
 
 def test_lines_come_in_pieces_and_end_with_a_broken_connection():
-    """Which may stay open on this side for hours: who is silent for long has no claim any more."""
+    """The connection may stay open on this side for hours: a monitor that is silent for long has no claim any more."""
     reading, writing = os.pipe()
     lines = _lines(reading, patience=0.05)
     os.write(writing, b"one\ntw")

@@ -1,5 +1,5 @@
-"""What the monitor does in times of trouble, with nodes and a clock that are made up: hosts that do not answer, pauses
-of its own, full disks, other monitors, ranks that take long to leave."""
+"""The monitor in times of trouble, with made-up nodes and clock: hosts that do not answer, pauses of its own, full
+disks, other monitors, ranks that take long to exit."""
 
 import math
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from monitor.command import TrainCommand
 from monitor.node import Launch, NodeReport, Obstacle
 from monitor.policy import Rules
 from monitor.status import Status
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from utils.ssh import LoginRefused, Unreachable
 
 LONG = 600.0
-"""Seconds; far beyond all limits on how long a host or a rank may be silent."""
+"""Seconds; far beyond all limits for the silence of a host or a rank."""
 
 
 class World:
-    """Time, which passes while the monitor sleeps, and what happens then."""
+    """Time that passes while the monitor sleeps, and the events in it."""
 
     def __init__(self):
         self.now, self.end = 1000.0, 1000.0 + 300 * LONG
@@ -34,7 +34,7 @@ class World:
         self.status: Status | None = None
 
     def at(self, second: float, *actions: Callable[[], object]) -> None:
-        """Seconds from the beginning."""
+        """Seconds since the beginning."""
         self._events += [(1000.0 + second, action) for action in actions]
 
     def sleep(self, seconds: float) -> None:
@@ -50,7 +50,7 @@ class World:
         return self.now - 1000.0
 
     def take_status(self, status: Status) -> None:
-        """In place of a file, thousands of times."""
+        """Replaces the file, which would be written thousands of times."""
         status.updated, self.status = self.now, replace(status)
 
 
@@ -60,13 +60,13 @@ class Rank:
     phase: str = "step"
     alive: bool = True
     lived: float = 0.0
-    """When it gave its last sign of life before it fell silent; NaN: it gives one each second."""
+    """Time of its last heartbeat before it fell silent; NaN: it gives one each second."""
     code: int | None = None
 
 
 @dataclass
 class FakeNode:
-    """One host of a job of `ranks_of` ranks a node, which make a step a second."""
+    """One host of a job with `ranks_of` ranks per node, which make a step per second."""
 
     world: World
     index: int = 0
@@ -219,14 +219,14 @@ def supervise(
 ) -> Supervisor:
     (run_dir / "monitor").mkdir(exist_ok=True)
     command = TrainCommand.parse(["python", "t.py", f"--out_dir={run_dir}", *flags])
-    options = Options(**{"show_output": False, "interval": 2.0} | how)
+    options = SupervisorOptions(**{"show_output": False, "interval": 2.0} | how)
     supervisor = Supervisor(nodes, command, run_dir, options, None, lambda: world.now)
     supervisor._pool = Inline()
     return supervisor
 
 
 class Inline:
-    """In the monitor's own thread: a simulated hour has thousands of looks."""
+    """Run in the monitor's own thread: a simulated hour has thousands of looks."""
 
     map = staticmethod(map)
 
@@ -250,8 +250,8 @@ def lose(world: World, node: FakeNode, begin: float, end: float) -> None:
 
 @pytest.mark.parametrize("lost", [[1], [0, 1]])
 def test_a_job_trains_on_through_an_outage_of_the_connection(world: World, said, tmp_path: Path, lost: list[int]):
-    """Half an hour without an answer from a host, or from all of them: the ranks that can be seen show that the others
-    live, too. Nothing is ended, nothing is started, and all is as before."""
+    """No answer for half an hour from a host, or from all: the ranks that can be seen show that the others live, too.
+    Nothing is ended, nothing is started, and everything is as before."""
     nodes = nodes_of(world, 2)
     for index in lost:
         lose(world, nodes[index], 100, 100 + 2 * LONG)
@@ -259,7 +259,7 @@ def test_a_job_trains_on_through_an_outage_of_the_connection(world: World, said,
     supervisor = supervise(world, nodes, tmp_path)
     assert supervisor.run() == OK
     assert [len(node.launches) for node in nodes] == [1, 1] and supervisor.policy.restarts == 0
-    # (At the very end, what has ended is cleared away.)
+    # (At the very end, ended processes are cleared away.)
     assert all(at >= 3 * LONG for node in nodes for at in node.did("kill"))
     for index in lost:
         assert f"host{index} has not answered for 120 s: the job is left alone" in said.text
@@ -277,8 +277,8 @@ def test_the_status_tells_of_an_outage_and_of_its_end(world: World, tmp_path: Pa
 
 
 def test_a_host_is_lost_and_its_ranks_with_it(world: World, said, tmp_path: Path):
-    """The ranks that can be seen stand still: they are ended, and nothing is launched before all hosts answer. What was
-    left on the lost one is ended first."""
+    """The ranks that can be seen stand still: they are ended, and nothing is launched before all hosts answer. Remains
+    on the lost host are ended first."""
     nodes = nodes_of(world, 2)
     lose(world, nodes[1], 100, 5 * LONG)
     world.at(100, nodes[0].freeze)
@@ -291,13 +291,13 @@ def test_a_host_is_lost_and_its_ranks_with_it(world: World, said, tmp_path: Path
     starts = [node.did("start")[1] for node in nodes]
     assert all(5 * LONG <= start < 5 * LONG + 60 for start in starts)
     assert nodes[1].did("clear")[1] >= 5 * LONG
-    # Waiting is no time without progress.
+    # Waiting does not count as time without progress.
     assert 4 * LONG < supervisor._waited < 5 * LONG
 
 
 def test_look_before_you_kill(world: World, said, tmp_path: Path):
-    """A job stood still for so long that it was to be ended, but its host fell silent just then. When it answers again,
-    the job has gone on: it is left alone."""
+    """A job stood still for so long that it was about to be ended, but its host fell silent just then. When it answers
+    again, the job has gone on: it is left alone."""
     node = FakeNode(world)
     kill = node.kill
 
@@ -318,8 +318,8 @@ def test_look_before_you_kill(world: World, said, tmp_path: Path):
 @pytest.mark.parametrize("ranks_too", [False, True])
 @pytest.mark.parametrize("second", [0.5, 3.3, 100.0, 100.9])
 def test_a_pause_of_the_monitor_judges_nobody(world: World, tmp_path: Path, ranks_too: bool, second: float):
-    """SIGSTOP, a laptop that is shut: ten minutes pass between two looks. The ranks may have stood still, too, and look
-    as old; they go on a little later than the monitor."""
+    """SIGSTOP, or a laptop that is shut: ten minutes pass between two looks. The ranks may have stood still, too, and
+    look equally old; they go on a little later than the monitor."""
     nodes = nodes_of(world, 2)
 
     def pause() -> None:
@@ -336,7 +336,7 @@ def test_a_pause_of_the_monitor_judges_nobody(world: World, tmp_path: Path, rank
 
 
 def test_a_pause_in_the_middle_of_a_look(world: World, tmp_path: Path):
-    """Between the answer of a node and what is made of it."""
+    """The pause falls between a node's answer and its evaluation."""
     node = FakeNode(world)
     poll, paused = node.poll, []
 
@@ -362,7 +362,7 @@ def test_a_hang_that_began_in_a_pause_is_still_one(world: World, said, tmp_path:
 
 
 def test_the_request_to_stop_is_heard_when_the_host_answers_again(world: World, tmp_path: Path):
-    """It was asked once, while nobody could hear it, and waited half an hour for nothing."""
+    """The request went out once, while nobody could hear it, and the monitor waited half an hour for nothing."""
     nodes = nodes_of(world, 2)
     supervisor = supervise(world, nodes, tmp_path)
     lose(world, nodes[1], 100, 400)
@@ -375,7 +375,7 @@ def test_the_request_to_stop_is_heard_when_the_host_answers_again(world: World, 
 
 @pytest.mark.parametrize("again", [None, 160.0])
 def test_a_host_that_never_hears_the_request_to_stop(world: World, said, tmp_path: Path, again: float | None):
-    """The monitor ends all the same, at once when asked a second time, and says what it leaves behind."""
+    """The monitor ends anyway, at once on a second request, and names what it leaves behind."""
     node = FakeNode(world)
     supervisor = supervise(world, [node], tmp_path)
     lose(world, node, 100, 99 * LONG)
@@ -390,7 +390,7 @@ def test_a_host_that_never_hears_the_request_to_stop(world: World, said, tmp_pat
 
 
 def test_a_launch_that_only_some_hosts_got_is_ended_and_tried_again(world: World, tmp_path: Path):
-    """The answer of one was lost."""
+    """The answer of one host was lost."""
     nodes = nodes_of(world, 2)
     nodes[1].start_problem = Unreachable("host1 does not answer")
     world.at(0.5, lambda: setattr(nodes[1], "start_problem", None))
@@ -453,7 +453,7 @@ def test_a_job_found_on_some_hosts_is_stopped_there_though_others_are_silent(wor
 
 
 def test_no_log_of_an_earlier_launch_is_written_over(world: World, tmp_path: Path):
-    """Where the status file is of another version, or cannot be read."""
+    """The status file is of another version, or unreadable."""
     node = FakeNode(world)
     supervisor = supervise(world, [node], tmp_path)
     for name in ("launch-4-0.log", "launch-11-1.log", "launch-x-0.log"):
@@ -475,7 +475,7 @@ def test_a_host_that_is_claimed_hears_of_the_monitor_while_it_waits_for_the_next
 
 
 def test_a_node_that_answers_nonsense_is_no_end(world: World, said, tmp_path: Path):
-    """Damaged files of the run: the job trains on."""
+    """Files of the run are damaged: the job trains on."""
     node = FakeNode(world)
     world.at(50, lambda: setattr(node, "out_of_reach", ValueError("host0: 'rank'")))
     world.at(200, lambda: setattr(node, "out_of_reach", None))
@@ -488,7 +488,8 @@ FULL = "OSError: [Errno 28] No space left on device"
 
 
 def test_a_full_disk_is_waited_for(world: World, said, tmp_path: Path):
-    """On a Friday evening: whoever makes room on Monday finds the run going on; no try is spent."""
+    """The disk fills up on a Friday evening: when somebody makes room on Monday, the run goes on, and no try is
+    spent."""
     no_room = Obstacle("disk", "host0 has 3 MB of disk left for r, and 900 MB are needed, for a checkpoint")
     node = FakeNode(world)
     world.at(100, lambda: (node.end(CRASH, FULL), setattr(node, "obstacle_now", no_room)))
@@ -499,12 +500,12 @@ def test_a_full_disk_is_waited_for(world: World, said, tmp_path: Path):
     assert len(node.launches) == 2 and supervisor.policy.restarts == 0
     assert 4 * LONG <= node.did("start")[1] < 4 * LONG + 60
     assert said.text.count(f"waiting: {no_room.reason}") == 1
-    # Room for a checkpoint is asked for, not only for a line of a log.
+    # Room for a checkpoint is required, not only for a line of a log.
     assert node.did("obstacle after a full disk") and node.did("obstacle")
 
 
 def test_a_full_disk_that_has_room_is_a_crash_like_others(world: World, tmp_path: Path):
-    """Another disk, /tmp say: nothing tells when it is over."""
+    """Another disk is full, such as /tmp: nothing tells when that is over."""
     node = FakeNode(world, on_start=lambda node: node.end(CRASH, FULL))
     supervisor = supervise(world, [node], tmp_path, rules=Rules(give_up_after=4 * LONG))
     assert supervisor.run() == CRASH
@@ -514,8 +515,8 @@ def test_a_full_disk_that_has_room_is_a_crash_like_others(world: World, tmp_path
 @pytest.mark.parametrize("proved", [False, True])
 @pytest.mark.parametrize("kind", ["lock", "processes", "disk"])
 def test_what_stands_in_the_way_is_waited_for(world: World, said, tmp_path: Path, kind: str, proved: bool):
-    """A prune that takes long, a rank that waits inside the kernel. Of a lock in a run that was not ours before, the
-    training may complain in the end."""
+    """A prune takes long, or a rank waits inside the kernel. If a lock in a run was not ours before, the training may
+    complain in the end."""
     node, in_the_way = FakeNode(world), Obstacle(kind, "in the way")
     end = 2 * LONG
     if proved:
@@ -539,7 +540,7 @@ def test_a_crash_loop_has_its_end_after_hours_not_after_seconds(world: World, sa
 
 @pytest.mark.parametrize("code", [OK, STOPPED])
 def test_a_rank_that_takes_long_to_leave_has_its_time(world: World, tmp_path: Path, code: int):
-    """The first rank lets a logger finish: the others have ended long ago."""
+    """The first rank lets a logger finish; the others have ended long ago."""
     nodes = nodes_of(world, 2)
     world.at(100, lambda: setattr(nodes[0].ranks[0], "phase", "end"), nodes[0].freeze, lambda: nodes[1].end(code))
     world.at(150, lambda: nodes[0].end(code))
@@ -549,7 +550,7 @@ def test_a_rank_that_takes_long_to_leave_has_its_time(world: World, tmp_path: Pa
 
 @pytest.mark.parametrize("code", [OK, STOPPED])
 def test_a_rank_that_does_not_leave_at_all_has_finished_all_the_same(world: World, said, tmp_path: Path, code: int):
-    """All was saved: to do it once more could lead nowhere else."""
+    """Everything was saved: repeating it could only lead to the same place."""
     nodes = nodes_of(world, 2)
 
     def leave() -> None:
@@ -566,7 +567,7 @@ def test_a_rank_that_does_not_leave_at_all_has_finished_all_the_same(world: Worl
 
 
 def test_a_save_that_is_in_flight_when_a_rank_fails_has_its_time(world: World, tmp_path: Path):
-    """It has left its record, and lets the save finish: that is what the next launch goes on from."""
+    """The rank has left its record and finishes the save, from which the next launch goes on."""
     node = FakeNode(world)
     rank = lambda: node.ranks[0]  # noqa: E731
     world.at(100, lambda: (node.record(CRASH, "OSError: gone"), setattr(rank(), "phase", "save")), node.freeze)
@@ -580,13 +581,13 @@ BEST = ("--resume_from=best", "--seed=1")
 
 
 def flags_of(node: FakeNode) -> list[list[str]]:
-    """What the monitor added to each launch."""
+    """Flags that the monitor added to each launch."""
     return [[word for word in launch.command if word.startswith("--resume")] for launch in node.launches]
 
 
 def test_to_go_back_to_the_best_is_done_once(world: World, said, tmp_path: Path):
-    """By the first launch that makes steps, whoever comes after it: another launch, another monitor. And again after
-    somebody has deleted the note, or with another command."""
+    """The first launch that makes steps settles it for every later launch or monitor. It happens again after somebody
+    has deleted the note, or with another command."""
     node = FakeNode(world, saved=True)
     world.at(100, lambda: node.end(CRASH, "OSError: gone"))
     world.at(200, lambda: node.end(STOPPED))
@@ -628,7 +629,7 @@ def test_a_launch_that_dies_before_its_first_step_has_not_gone_back(world: World
 
 @pytest.mark.parametrize("phase, goes_back", [("start", True), ("step", False)])
 def test_a_monitor_that_died_before_it_could_note_that(world: World, tmp_path: Path, phase: str, goes_back: bool):
-    """The ranks' own signs of life say whether they had begun; also those of a launch that is over."""
+    """The ranks' own heartbeats say whether they had begun, even those of an ended launch."""
     node = FakeNode(world, saved=True)
     node.remember("went-back", {"flags": [f"--out_dir={tmp_path}", *BEST], "launch": "1-ab", "done": False})
     node.start(Launch("1-ab-0", 1, []))
@@ -649,7 +650,7 @@ def test_a_job_that_is_taken_over_goes_back_no_second_time(world: World, said, t
     world.at(200, lambda: node.end(OK))
     assert supervise(world, [node], tmp_path, BEST).run() == OK
     assert flags_of(node)[-1] == ["--resume_from=best", "--resume", "--resume_from=last"]
-    # One that another command left running is not what was asked for, and that is said.
+    # A launch that another command left running was not asked for, and the monitor says so.
     node.start(Launch("3-cd-0", 3, []))
     world.at(world.second + 100, lambda: node.end(OK))
     assert supervise(world, [node], tmp_path, ("--resume_from=best",)).run() == OK
@@ -671,7 +672,7 @@ def test_a_second_monitor_is_told_whose_the_run_is_and_touches_nothing(world: Wo
 
 
 def test_a_lease_is_waited_for(world: World, said, tmp_path: Path):
-    """Nobody serves the other monitor: its connection is gone, and maybe it is, too."""
+    """Nobody serves the other monitor: its connection is gone, and maybe the monitor is, too."""
     node = FakeNode(world, holder=Holder(other(), False, 100.0))
     world.at(LEASE_SECONDS - 100, lambda: setattr(node, "holder", None))
     world.at(LONG, lambda: node.end(OK))

@@ -1,14 +1,14 @@
-"""What an ending means, and what is done next."""
+"""Classification of endings, and the decision what to do next."""
 
 import itertools
 
 import pytest
 
-from monitor.policy import Decision, Ending, Policy, Rules, classify
+from monitor.policy import Decision, LaunchEnd, Policy, Rules, classify
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 
 RULES = Rules(max_restarts=10, max_without_progress=3, give_up_after=0.0, backoff=1.0, max_backoff=5.0, max_go_back=2)
-CRASHED = Ending(CRASH, "rank 0: OSError: gone")
+CRASHED = LaunchEnd(CRASH, "rank 0: OSError: gone")
 
 
 def record(rank: int, code: int, **more: object) -> dict:
@@ -23,11 +23,11 @@ def test_every_pair_of_records(codes: tuple[int | None, int | None]):
     exits = [record(rank, code) for rank, code in enumerate(codes) if code is not None]
     ending = classify(exits, 2, [1], None)
     if WRONG_INPUT in codes:
-        assert ending == Ending(WRONG_INPUT, f"wrong {codes.index(WRONG_INPUT)}")
+        assert ending == LaunchEnd(WRONG_INPUT, f"wrong {codes.index(WRONG_INPUT)}")
     elif codes == (STOPPED, STOPPED):
-        assert ending == Ending(STOPPED, "stopped on request")
+        assert ending == LaunchEnd(STOPPED, "stopped on request")
     elif codes == (OK, OK):
-        assert ending == Ending(OK, "finished")
+        assert ending == LaunchEnd(OK, "finished")
     else:
         assert ending.code == CRASH
         silent = [rank for rank, code in enumerate(codes) if code is None]
@@ -45,22 +45,22 @@ def test_the_first_of_a_run_that_had_one_rank():
 
 @pytest.mark.parametrize("returncode", [0, 1, 75, None])
 def test_the_launchers_own_code_is_no_success(returncode: int | None):
-    """A launcher that ends well without any rank's word did not train."""
+    """A launcher that ends well without a record of any rank did not train."""
     ending = classify([], None, [returncode], None)
     assert ending.code == CRASH
 
 
 def test_an_ending_of_which_nothing_is_known_makes_a_sentence():
-    """An adopted launch that is gone: nobody has its exit code."""
+    """An adopted launch is gone: nobody has its exit code."""
     reason = classify([], None, [None], None).reason
     assert not reason.endswith(("code ", "code")), reason
 
 
 def test_a_command_that_was_refused_before_any_rank_spoke():
-    """Two is what argparse, and torchrun with it, answer to a wrong flag."""
+    """argparse, and torchrun with it, exits with two for a wrong flag."""
     assert classify([], None, [2], None).code == WRONG_INPUT
     assert classify([], None, [None, 2], None).code == WRONG_INPUT
-    # With ranks that began, it says nothing.
+    # With ranks that began, two means nothing.
     assert classify([], 2, [2], None).code == CRASH
     assert classify([record(0, CRASH)], None, [2], None).code == CRASH
 
@@ -72,8 +72,8 @@ def test_what_the_ranks_say_beats_the_monitors_cause(code: int):
 
 
 def test_what_the_monitor_ended_is_told_by_its_cause():
-    assert classify([record(0, CRASH)], 2, [-9], "rank 1 hangs") == Ending(CRASH, "rank 1 hangs")
-    assert classify([], None, [None], "rank 1 hangs") == Ending(CRASH, "rank 1 hangs")
+    assert classify([record(0, CRASH)], 2, [-9], "rank 1 hangs") == LaunchEnd(CRASH, "rank 1 hangs")
+    assert classify([], None, [None], "rank 1 hangs") == LaunchEnd(CRASH, "rank 1 hangs")
 
 
 def test_the_rank_that_failed_first_is_quoted():
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_says_where_to_go_on():
     exits = [record(0, CRASH, non_finite_until=64), record(1, CRASH, non_finite_until=64)]
     assert classify(exits, 2, [1], None).non_finite_until == 64
     assert classify([record(0, CRASH)], 1, [1], None).non_finite_until is None
-    # Even where another rank failed before, of something else.
+    # Even if another rank failed before, of something else.
     exits = [record(0, CRASH, time=1.0), record(1, CRASH, time=2.0, non_finite_until=64)]
     assert classify(exits, 2, [1], None).non_finite_until == 64
 
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_says_where_to_go_on():
 @pytest.mark.parametrize("stop_requested", [False, True])
 def test_only_a_crash_is_started_again(code: int, stop_requested: bool):
     """The original restarted after success."""
-    assert Policy(RULES).decide(Ending(code, "why"), 5, stop_requested, 0.0) == Decision(code, "why")
+    assert Policy(RULES).decide(LaunchEnd(code, "why"), 5, stop_requested, 0.0) == Decision(code, "why")
 
 
 def test_back_off_doubles_without_progress_and_has_a_limit():
@@ -115,7 +115,7 @@ def test_back_off_doubles_without_progress_and_has_a_limit():
 def test_launches_without_progress_are_given_up():
     policy = Policy(RULES)
     decisions = [policy.decide(CRASHED, 3, False, 0.0) for _ in range(4)]
-    # The first one did steps that were not done before.
+    # The first one made new steps.
     assert [decision.exit_code for decision in decisions] == [None, None, None, CRASH]
     assert decisions[-1].reason == "gave up after 3 launches in a row without a new step: rank 0: OSError: gone"
 
@@ -129,7 +129,7 @@ def test_a_new_step_begins_the_count_again():
     policy = Policy(RULES)
     for step in (3, 3, 3, 4, 4, 4, 5):
         assert policy.decide(CRASHED, step, False, 0.0).exit_code is None
-    # Fewer steps than before are none.
+    # Fewer steps than before are not progress.
     assert policy.decide(CRASHED, 2, False, 0.0).exit_code is None
     assert policy.decide(CRASHED, None, False, 0.0).exit_code is None
     assert policy.decide(CRASHED, 5, False, 0.0).exit_code == CRASH
@@ -151,8 +151,8 @@ def test_no_restarts_at_all():
     assert Policy(Rules(max_restarts=0)).decide(CRASHED, 5, False, 0.0).exit_code == CRASH
 
 
-def non_finite(until: int) -> Ending:
-    return Ending(CRASH, "rank 0: FloatingPointError: nan", non_finite_until=until)
+def non_finite(until: int) -> LaunchEnd:
+    return LaunchEnd(CRASH, "rank 0: FloatingPointError: nan", non_finite_until=until)
 
 
 def test_going_back_leaves_out_the_samples():
@@ -160,7 +160,8 @@ def test_going_back_leaves_out_the_samples():
 
 
 def test_what_is_left_out_stays_out_until_there_is_progress():
-    """A crash of another kind before the first new step: the checkpoint may still be the one before the samples."""
+    """After a crash of another kind before the first new step, the checkpoint may still be the one before the
+    samples."""
     policy = Policy(Rules(max_without_progress=9))
     policy.decide(non_finite(64), 5, False, 0.0)
     for step in (None, 4, 5):
@@ -192,7 +193,7 @@ def test_going_back_without_progress_is_given_up_like_any_other():
 def test_a_non_finite_loss_can_be_the_end():
     decision = Policy(Rules(on_nonfinite="stop")).decide(non_finite(64), 5, False, 0.0)
     assert (decision.exit_code, decision.reason) == (CRASH, "rank 0: FloatingPointError: nan")
-    # Other crashes are started again all the same.
+    # Other crashes are restarted all the same.
     assert Policy(Rules(on_nonfinite="stop")).decide(CRASHED, 5, False, 0.0).exit_code is None
 
 
@@ -206,8 +207,9 @@ def test_asked_to_stop_nothing_is_started_again():
     assert Policy(RULES).decide(non_finite(64), 5, True, 0.0).exit_code == CRASH
 
 
-def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
-    """Launches that do nothing new, with the waits that are decided: the last decision, when, and after how many."""
+def crash_loop(rules: Rules, ending: LaunchEnd = CRASHED, launch_seconds: float = 10.0) -> tuple[Decision, float, int]:
+    """Launches that do nothing new, with the waits that are decided: the last decision, its time, and the number of
+    launches."""
     policy, now, launches = Policy(rules), 0.0, 0
     while True:
         launches += 1
@@ -219,17 +221,17 @@ def crash_loop(rules: Rules, ending: Ending = CRASHED, launch_seconds: float = 1
 
 
 def test_time_counts_as_well_as_tries():
-    """Three launches were seven seconds of waiting: no trouble of the real world is over by then."""
+    """Three launches took seven seconds of waiting: no trouble of the real world is over by then."""
     decision, now, launches = crash_loop(Rules())
     assert decision.exit_code == CRASH and "launches in a row without a new step, in 24." in decision.reason
-    # It comes to one launch each five minutes, the longest wait.
+    # About one launch every five minutes, the longest wait.
     assert 24 * 3600 <= now < 25 * 3600 and 24 * 3600 / 400 < launches < 24 * 3600 / 300
     slow, now, launches = crash_loop(Rules(give_up_after=5.0), launch_seconds=100.0)
     assert (slow.exit_code, launches) == (CRASH, 4), "tries count as well as time"
 
 
 def test_the_wait_stays_a_number():
-    """Whatever the options, the monitor does not die of its own arithmetic."""
+    """Whatever the options, arithmetic does not kill the monitor."""
     policy = Policy(Rules(max_restarts=10_000, backoff=1e-3, max_backoff=0.5))
     delays = [policy.decide(CRASHED, 3, False, 0.0).delay for _ in range(1500)]
     assert delays[-1] == max(delays) == 0.5
@@ -242,22 +244,22 @@ def traceback_of(error: str, line: int = 7) -> str:
 @pytest.mark.parametrize(
     "error, launches",
     [("ModuleNotFoundError: No module named 'x'", 4), ("TypeError: f() takes 1 argument", 4),
-     # The world: a disk, a network, a device, memory that another program took.
+     # External causes: a disk, a network, a device, memory that another program took.
      ("OSError: [Errno 28] No space left on device", None), ("RuntimeError: CUDA error: unspecified", None),
      ("MemoryError", None), ("torch.OutOfMemoryError: CUDA out of memory", None),
      ("RuntimeError: first line\nTypeError in the middle of a message", None)],
 )  # fmt: skip
 def test_what_the_code_itself_raises_each_time_is_given_up_soon(error: str, launches: int | None):
-    ending = Ending(CRASH, f"rank 0: {error}", traceback_of(error))
+    ending = LaunchEnd(CRASH, f"rank 0: {error}", traceback_of(error))
     decision, now, count = crash_loop(Rules(give_up_after=3600.0), ending)
     assert count == launches if launches is not None else now >= 3600
     assert ("each ended by the same line of code" in decision.reason) == (launches is not None)
 
 
 def test_the_same_line_each_time_means_each_time():
-    """Another line, or a new step in between, and it counts from there."""
+    """The count restarts after another line, or a new step in between."""
     policy = Policy(Rules())
-    endings = [Ending(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
+    endings = [LaunchEnd(CRASH, "", traceback_of("KeyError: 'x'", line)) for line in (7, 7, 9, 7, 7)]
     assert [policy.decide(ending, 3, False, 0.0).exit_code for ending in endings] == [None] * 5
     assert policy.decide(endings[-1], 4, False, 0.0).exit_code is None
     assert [policy.decide(endings[-1], 4, False, 0.0).exit_code for _ in range(3)] == [None, None, CRASH]
@@ -267,11 +269,11 @@ def test_the_same_line_each_time_means_each_time():
 def test_ranks_that_had_saved_all_and_were_cut_short(code: int, said: str):
     """A logger takes its time, a launcher kills the others meanwhile, leaving the group fails: nothing is lost."""
     both = {0: code, 1: code}
-    assert classify([record(1, code)], 2, [-9], None, leaving=both) == Ending(code, said)
+    assert classify([record(1, code)], 2, [-9], None, leaving=both) == LaunchEnd(code, said)
     assert classify([], 2, [-9], "rank 0 hangs", leaving=both).code == code
     failed = classify([record(0, CRASH), record(1, code)], 2, [1], None, leaving=both)
-    assert failed == Ending(code, f"{said}; all was saved before rank 0: OSError: of 0")
-    # One that left its record is settled, too, without a sign of life that says so.
+    assert failed == LaunchEnd(code, f"{said}; all was saved before rank 0: OSError: of 0")
+    # A rank that left its record counts, too, without a heartbeat that says so.
     assert classify([record(1, code)], 2, [-9], None, leaving={0: code}).code == code
 
 
@@ -281,6 +283,6 @@ def test_ranks_that_had_not(leaving: dict[int, int]):
 
 
 def test_a_full_disk_is_no_wrong_command():
-    """Whatever the training makes of it."""
+    """Whatever code the training gives it."""
     full = record(0, WRONG_INPUT) | {"reason": "--out_dir r cannot be written: No space left on device"}
-    assert classify([full], 1, [2], None) == Ending(CRASH, full["reason"])
+    assert classify([full], 1, [2], None) == LaunchEnd(CRASH, full["reason"])

@@ -1,5 +1,5 @@
-"""A node behind a connection that fails in every way, with a network that is made up: what that means, and when it is
-tried again."""
+"""A node behind a connection that fails in every way, with a made-up network: the meaning of each failure, and the time
+of the next try."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import pytest
 import monitor.remote
 import monitor_process
 from monitor.claim import Monitor, TakenOver
-from monitor.hosts import Host
+from monitor.hosts import HostEntry
 from monitor.node import LocalNode, serve
 from monitor.remote import RemoteNode
 from monitor.status import Status
@@ -29,7 +29,7 @@ NO_FOLDER = b"sh: 1: cd: can't cd to /w\n"
 
 
 class Channel:
-    """An SSH channel to `python -m monitor.node`; or to a shell that only complains."""
+    """An SSH channel to `python -m monitor.node`, or to a shell that only complains."""
 
     def __init__(self, network: "Network"):
         self._network, self._out = network, b""
@@ -85,7 +85,7 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Network:
 
 @pytest.fixture
 def node(network: Network) -> Iterator[RemoteNode]:
-    node = RemoteNode(Host("far", "/w"), str(network.run_dir), 0, clock=lambda: network.now)
+    node = RemoteNode(HostEntry("far", "/w"), str(network.run_dir), 0, clock=lambda: network.now)
     yield node
     node.close()
 
@@ -104,15 +104,15 @@ def test_the_first_contact_says_what_is_wrong(network: Network, node: RemoteNode
 
 @pytest.mark.parametrize(
     "how, delays",
-    # fail2ban shuts out after five failures in ten minutes.
+    # fail2ban locks out after five failures in ten minutes.
     [(SILENT, [1, 2, 4, 8, 15, 15]), *((how, [60, 120, 240, 300, 300]) for how in (REFUSED, CHANGED, UNKNOWN, CUT)),
      (NO_FOLDER, [60, 120, 240]), (OSError(24, "Too many open files"), [60, 120])],
 )  # fmt: skip
 def test_after_that_it_is_out_of_reach(
     network: Network, node: RemoteNode, said: pytest.LogCaptureFixture, how: Exception | bytes, delays: list[int]
 ):
-    """Whatever it answers: a reboot, an account that the network does not know yet, a folder that is not mounted. It is
-    asked again, the more seldom, the more a host may mind, and taken as it is when it answers."""
+    """Any answer may be due to a reboot: an account that the network does not know yet, a folder that is not mounted.
+    The host is asked again, less often if it may object, and taken as it is when it answers."""
     node.open()
     node.holds_checkpoint()
     node._drop()
@@ -126,14 +126,14 @@ def test_after_that_it_is_out_of_reach(
     assert waits == pytest.approx(delays, abs=0.6)
     within = [sum(at <= other < at + 600 for other in network.attempts) for at in network.attempts]
     assert max(within) < 5 or how is SILENT
-    # One line, not one each time; of a host that is only silent, the monitor tells if it lasts.
+    # One line, not one each time; silence alone is reported only if it lasts.
     assert said.text.count("its job goes on, and it is tried again in") == (0 if how is SILENT else 1)
     assert said.text.count("Nothing is sent to it until its key is the known one") == isinstance(how, HostKeyRefused)
     fail(network, None)
     network.now += 300
     assert node.holds_checkpoint() is False
     assert "far answers again" in said.text
-    # And the next trouble begins from the beginning.
+    # The next trouble starts counting afresh.
     node._drop()
     fail(network, how)
     for _ in range(2):
@@ -165,7 +165,7 @@ def who(name: str) -> Monitor:
 
 
 def test_a_new_connection_claims_what_the_old_one_had(network: Network, node: RemoteNode):
-    """Within the lease, and though the host has not noticed that the old connection is gone."""
+    """Within the lease, even though the host has not noticed that the old connection is gone."""
     node.open()
     assert node.claim(who("first")) is None
     node._drop()
@@ -184,7 +184,7 @@ def test_a_monitor_that_was_displaced_learns_so_with_its_next_connection(network
     node._drop()
     (network.run_dir / "monitor" / "claim.json").unlink()
     other = LocalNode(network.run_dir)
-    # What served the first there, has ended with its connection.
+    # The process that served the first monitor there has ended with its connection.
     (network.run_dir / "monitor" / ".claim-lock").unlink()
     assert other.claim(who("second")) is None
     for touch in (node.holds_checkpoint, node.kill):
@@ -193,7 +193,7 @@ def test_a_monitor_that_was_displaced_learns_so_with_its_next_connection(network
 
 
 def test_failures_keep_their_number(network: Network, node: RemoteNode, monkeypatch: pytest.MonkeyPatch):
-    """By which the monitor tells a full disk from others."""
+    """The number tells the monitor a full disk from other failures."""
     node.open()
 
     def full(self: LocalNode) -> bool:
@@ -215,7 +215,7 @@ def build(home: Path) -> Supervisor:
 def test_a_new_monitor_waits_for_hosts_that_the_last_one_had_reached(
     network: Network, tmp_path: Path, how: Exception | bytes
 ):
-    """The machines have been switched on again, in whatever order. A host that was never reached is wrong."""
+    """The machines have been switched on again, in any order. A host that was never reached is a mistake."""
     fail(network, how)
     (tmp_path / "run" / "monitor").mkdir(parents=True)
     with pytest.raises((ValueError, SSHProblem)):
@@ -241,6 +241,6 @@ def test_the_home_directory_is_the_hosts(network: Network, node: RemoteNode):
     node.host, node.run_dir = replace(node.host, workdir="~/my zero2all", python="~/venv/bin/python"), "~/runs/a"
     node.open()
     assert network.commands[0].startswith("cd ~/'my zero2all' && exec ~/venv/bin/python -m monitor.node ")
-    # Which takes that as any command takes a path.
+    # The option takes a path as any command does.
     assert "--run_dir '~/runs/a'" in network.commands[0]
     node.close()

@@ -1,4 +1,4 @@
-"""The status file and what `--status` says of it."""
+"""The status file, and the answer of `--status` to it."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ NOW = 1_700_000_000.0
 
 
 def status(**values: object) -> Status:
-    """Of a monitor that is alive and wrote just now."""
+    """Status of a monitor that is alive and wrote just now."""
     return Status(**{"monitor_pid": os.getpid(), "hosts": ["this machine"], "updated": NOW} | values)
 
 
@@ -51,7 +51,7 @@ def write(run: Path, content: bytes) -> Path:
 
 
 def refused(run: Path) -> str:
-    """What is said of a status file that is none; one sentence."""
+    """One sentence about an invalid status file."""
     with pytest.raises(ValueError) as caught:
         Status.read(run)
     said = str(caught.value)
@@ -90,7 +90,7 @@ def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypat
     monkeypatch.setattr(status_module, "read_small", fail)
     with pytest.raises(OSError, match="Input/output error"):
         Status.read(tmp_path)
-    # An answer that is missed for once: the supervisor asks again.
+    # An answer that is missed once: the supervisor asks again.
     assert planned_steps(tmp_path) is None
 
 
@@ -122,7 +122,7 @@ def test_the_greatest_values_can_be_shown():
 
 @pytest.mark.parametrize("values", [{"monitor_pid": "x"}, {"step": "five"}, {"hosts": None}, {"attempt": None}])
 def test_a_value_of_another_type_is_damage_too(tmp_path: Path, values: dict):
-    """Read by the next monitor, which counts its launches on from there."""
+    """The next monitor reads it and continues its count of launches."""
     (tmp_path / "monitor").mkdir()
     (tmp_path / "monitor" / "status.json").write_text(json.dumps(status().__dict__ | values))
     with pytest.raises(ValueError, match=r"status.json cannot be read: "):
@@ -174,12 +174,12 @@ def test_an_end_stays_an_end(state: str):
 
 @pytest.mark.parametrize("state", ["starting", "running", "waiting", "stopping"])
 def test_a_monitor_that_is_gone(state: str):
-    """Killed, or on another machine that does not write any more."""
+    """The monitor was killed, or is on another machine that does not write any more."""
     expected = f"no monitor is at work: the last one wrote 0:05 ago, when it was {state}"
     assert describe(status(state=state, monitor_pid=0), None, NOW + 5)[0] == expected
     expected = f"no monitor is at work: the last one wrote 1:30 ago, when it was {state}"
     assert describe(status(state=state), None, NOW + 90)[0] == expected
-    # A look that takes long is none.
+    # A slow look does not count.
     assert describe(status(state=state), None, NOW + 20)[0].startswith(state)
 
 
@@ -195,7 +195,7 @@ def test_the_last_loss(tmp_path: Path):
 
 
 def test_the_last_loss_of_a_long_log(tmp_path: Path):
-    """Read from its end; a line that is cut off at the beginning of what is read is none."""
+    """The file is read from its end, and a line cut off at its beginning is ignored."""
     with open(tmp_path / "reslog.jsonl", "w") as file:
         for step in range(5000):
             file.write(json.dumps({"name": "train", "step": step, "loss": float(step)}) + "\n")

@@ -1,5 +1,5 @@
-"""The monitor's loop and command, with scripts instead of trainings: every way to end, every moment to be asked to
-stop, and what goes wrong around it."""
+"""The monitor's loop and command, with scripts instead of trainings: every way to end, every moment for a request to
+stop, and failures around it."""
 
 import dataclasses
 import json
@@ -25,15 +25,15 @@ from monitor.command import TrainCommand
 from monitor.node import Launch, LocalNode
 from monitor.policy import Rules
 from monitor.status import Status, describe
-from monitor.supervisor import Options, Supervisor
+from monitor.supervisor import Supervisor, SupervisorOptions
 from monitor.watch import Limits
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT
 from tests.unit.test_monitor_node import ROOT, is_alive, until
 from utils.files import lock_file
 from utils.ssh import LoginRefused, Unreachable
 
-# What a script begins with. RUN/launches holds a line for each launch: its flags. A script that calls ranks(2) becomes
-# the launcher of two processes that go on behind the call.
+# Beginning of a script. RUN/launches holds a line for each launch: its flags. A script that calls ranks(2) becomes the
+# launcher of two processes that go on after the call.
 PRELUDE = f"""
 import json, os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -83,14 +83,14 @@ class Bench:
     def supervisor(
         self, body: str, rules: Rules | None = None, node: LocalNode | None = None, **how: object
     ) -> Supervisor:
-        options = Options(rules or Rules(backoff=0.01), **{"interval": 0.02, "show_output": False} | how)
+        options = SupervisorOptions(rules or Rules(backoff=0.01), **{"interval": 0.02, "show_output": False} | how)
         command = TrainCommand.parse(self.command(body))
         nodes = [node or LocalNode(self.run_dir)]
         self.supervisors.append(Supervisor(nodes, command, self.run_dir, options, None))
         return self.supervisors[-1]
 
     def monitor(self, body: str, *options: str, **how: object) -> subprocess.Popen:
-        """The real command, in a process group of its own."""
+        """The real command, in its own process group."""
         command = [sys.executable, str(ROOT / "monitor_process.py"), "--interval=0.05", *options, "--"]
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True} | how
         self.processes.append(subprocess.Popen([*command, *self.command(body)], text=True, **how))
@@ -102,7 +102,7 @@ class Bench:
 
     @property
     def launches(self) -> list[str]:
-        """The flags of each, without --out_dir."""
+        """Flags of each launch, without --out_dir."""
         path = self.run_dir / "launches"
         lines = path.read_text().splitlines() if path.exists() else []
         return [re.sub(r"--out_dir=.*my run *", "", line) for line in lines]
@@ -135,7 +135,7 @@ def test_success_is_not_started_again(bench: Bench, said: pytest.LogCaptureFixtu
 
 
 def test_a_launch_that_ends_between_two_looks_is_seen_whole(bench: Bench):
-    """The first look comes after the end: the steps, the record and the output are there all the same."""
+    """The first look comes after the end: the steps, the record and the output are still found."""
     supervisor = bench.supervisor("print('quick', flush=True)" + FINISH, interval=0.3)
     assert supervisor.run() == OK
     assert bench.status.step == 3
@@ -183,8 +183,8 @@ def test_the_traceback_of_a_crash_is_quoted(bench: Bench, said: pytest.LogCaptur
 
 
 def test_the_traceback_is_quoted_although_the_others_had_to_be_ended(bench: Bench, said: pytest.LogCaptureFixture):
-    """One rank raises; the other waits for it in a collective until the monitor ends it. It was not "killed, or out of
-    memory" before: the first rank is to blame."""
+    """One rank raises; the other waits for it in a collective until the monitor ends it. The first rank is to blame, so
+    the ending must not be "killed, or out of memory"."""
     body = """
 ranks(2)
 beat("step", 1)
@@ -300,14 +300,14 @@ def test_asked_to_stop_while_it_runs(bench: Bench, said: pytest.LogCaptureFixtur
 
 
 def test_asked_to_stop_at_once_does_not_end_an_earlier_monitors_job_without_saving(bench: Bench):
-    """The monitor is started again beside a running job, and the machine goes down at the same moment."""
+    """The monitor is restarted beside a running job, and the machine goes down at the same moment."""
     first = LocalNode(bench.run_dir)
     supervisor = bench.supervisor(STOPS_WHEN_ASKED)
     first.start(Launch(f"1-{secrets.token_hex(4)}-0", 1, bench.command(STOPS_WHEN_ASKED)))
     pid = int(bench.noted("ready-0"))
     supervisor.request_stop()
     assert supervisor.run() == STOPPED
-    # Either it was asked, and has saved, or it was left alone.
+    # Either the job was asked and has saved, or it was left alone.
     assert (bench.run_dir / "ckpt" / "step-3").exists() or is_alive(pid)
 
 
@@ -383,7 +383,7 @@ def test_asked_to_stop_while_it_waits_for_a_host(bench: Bench):
 
 
 def test_a_host_that_refuses_from_the_start_is_a_sentence(bench: Bench):
-    """The key was taken away between the first connection and the first look."""
+    """The key was removed between the first connection and the first look."""
     node = FarNode(bench.run_dir)
     node.problem = LoginRefused("far refuses the login")
     supervisor = bench.supervisor(FINISH, node=node)
@@ -392,7 +392,7 @@ def test_a_host_that_refuses_from_the_start_is_a_sentence(bench: Bench):
 
 
 def test_a_full_disk_at_the_launch_is_no_wrong_command(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """It is told, and tried again: room may be made. Least of all does the monitor die of it."""
+    """The monitor reports it and tries again, since somebody may make room. Above all, it must not die."""
     original, problems = Path.mkdir, [OSError(28, "No space left on device")]
 
     def mkdir(path: Path, *arguments: object, **options: object) -> None:
@@ -407,7 +407,7 @@ def test_a_full_disk_at_the_launch_is_no_wrong_command(bench: Bench, monkeypatch
 
 
 def test_waiting_for_the_next_launch_does_not_look_dead(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    """`--status` calls a monitor dead that has not written for half a minute; it may wait for five."""
+    """`--status` calls a monitor dead that has not written for half a minute, but the monitor may wait for five."""
     monkeypatch.setattr(monitor.status, "_STALE_SECONDS", 1.0)
     monkeypatch.setattr(monitor.supervisor, "_STATUS_SECONDS", 0.1)
     supervisor = bench.supervisor("leave(1, 'OSError: gone')", Rules(backoff=300.0))
@@ -425,7 +425,7 @@ def test_waiting_for_the_next_launch_does_not_look_dead(bench: Bench, monkeypatc
 
 
 def test_the_number_of_steps_is_this_launchs(bench: Bench):
-    """A finished run is made longer: config.yaml is the old one until the training has started."""
+    """A finished run is extended: config.yaml is the old one until the training has started."""
     (bench.run_dir / "config.yaml").write_text("derived: {max_iters: 3}\n")
     body = """
 time.sleep(0.3)
@@ -499,7 +499,7 @@ def test_a_run_directory_given_from_here(bench: Bench):
 
 
 def test_ctrl_c_on_the_terminal_reaches_the_monitor_alone(bench: Bench):
-    """It goes to the whole process group; the ranks are asked once, by the monitor, and save."""
+    """Ctrl-C goes to the whole process group; the monitor asks the ranks once, and they save."""
     body = "signal.signal(signal.SIGINT, lambda *_: note('interrupted'))\n" + STOPS_WHEN_ASKED
     process = bench.monitor(body)
     bench.noted("ready-0")
@@ -512,7 +512,7 @@ def test_ctrl_c_on_the_terminal_reaches_the_monitor_alone(bench: Bench):
 
 
 def test_nohup_is_respected(bench: Bench):
-    """A monitor that was told not to mind its terminal's end goes on when it ends."""
+    """A monitor that ignores the end of its terminal goes on when it ends."""
     body = "beat('step', 3)\nnote('ready')\nwhile not (run / 'go').exists(): time.sleep(0.01)"
     process = bench.monitor(
         "signal.signal(signal.SIGTERM, lambda *_: leave(75, 'stopped'))\n" + body + FINISH,
@@ -530,7 +530,7 @@ def test_nohup_is_respected(bench: Bench):
 
 @pytest.mark.parametrize("what", ["full disk", "closed pipe"])
 def test_a_monitor_that_cannot_print_goes_on(bench: Bench, what: str):
-    """Its output goes to a disk that is full, or to a program that is gone: no reason to leave the run alone."""
+    """Its output goes to a full disk, or to a program that is gone: no reason to abandon the run."""
     body = """
 beat("step", launch)
 print("much\\n" * 10_000, flush=True)
@@ -585,7 +585,7 @@ def test_a_new_monitor_takes_over_after_the_old_one_was_killed(bench: Bench):
 
 
 def test_the_file_of_the_job_names_it(bench: Bench):
-    """What the next monitor needs is there as soon as the job is."""
+    """The next monitor's information is there as soon as the job is."""
     first = bench.monitor(STOPS_WHEN_ASKED)
     pid = int(bench.noted("ready-0"))
     job = json.loads((bench.run_dir / "monitor" / "job-0.json").read_text())
@@ -596,7 +596,7 @@ def test_the_file_of_the_job_names_it(bench: Bench):
 
 @pytest.fixture
 def ending_monitor(bench: Bench) -> Iterator[BinaryIO]:
-    """One that has done its work, and still has the run."""
+    """A monitor that has done its work, but still holds the run."""
     Status("finished", os.getpid()).write(bench.run_dir)
     with lock_file(bench.run_dir / "monitor" / ".lock", "") as lock:
         yield lock
@@ -619,12 +619,12 @@ def test_a_monitor_at_work_is_not(
     with pytest.raises(ValueError, match="^another monitor looks after .*: see monitor_process.py --status"):
         monitor_process.claim(bench.run_dir)
     assert (time.monotonic() - started > 0.4) == waits
-    # Asked to stop meanwhile, it does.
+    # On a request to stop it gives up waiting.
     assert not waits or monitor_process.claim(bench.run_dir, lambda: True) is None
 
 
 def failing(number: int, times: int) -> Callable[..., None]:
-    """In place of Path.mkdir: so often it fails."""
+    """Replaces Path.mkdir, which fails so many times."""
     original, left = Path.mkdir, [number] * times
 
     def mkdir(path: Path, *arguments: object, **options: object) -> None:
@@ -639,7 +639,8 @@ def failing(number: int, times: int) -> Callable[..., None]:
 def test_a_run_directory_that_cannot_be_written_at_first(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
 ):
-    """Full, over its quota, or away: it is tried again. Not permitted, or read-only: that is for the user to change."""
+    """Full, over its quota, or gone: the monitor tries again. If it is not permitted, or read-only, the user must
+    change that."""
     monkeypatch.setattr(Path, "mkdir", failing(number, 2))
     if passes:
         monitor_process.claim(bench.run_dir).close()
@@ -665,7 +666,7 @@ def test_the_log_keeps_what_it_cannot_write(bench: Bench, monkeypatch: pytest.Mo
         logger.info("two")
         logger.info("three")
         monkeypatch.undo()
-        # Whatever became of the file in between.
+        # Even if the file was renamed in between.
         path.rename(path.with_name("old.log"))
         logger.info("four")
     finally:
@@ -678,7 +679,7 @@ def test_the_log_keeps_what_it_cannot_write(bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_a_local_monitor_and_one_behind_ssh_see_each_other(bench: Bench):
-    """The one claims by itself, the other by `python -m monitor.node` on this host."""
+    """One claims by itself, the other through `python -m monitor.node` on this host."""
     first = bench.monitor(STOPS_WHEN_ASKED)
     bench.noted("ready-0")
     second = dataclasses.asdict(dataclasses.replace(Monitor.of_this_process(), id="second"))

@@ -1,4 +1,4 @@
-"""Which heartbeat is overdue: limits by phase, the run's own median, who is named."""
+"""Overdue heartbeats: limits by phase, the run's own median, and the rank that is named."""
 
 import pytest
 
@@ -61,7 +61,7 @@ def test_the_median_needs_a_few_steps():
     for step in range(3):
         watch.take([beat(step=step, at=2.0 * step)])
         assert watch.median_step is None
-    # The same beat seen again teaches nothing.
+    # Seeing the same beat again adds nothing.
     watch.take([beat(step=2, at=4.0)])
     assert watch.median_step is None
     watch.take([beat(step=3, at=6.0)])
@@ -99,7 +99,7 @@ def test_the_median_forgets_what_is_long_ago():
 
 
 def test_clocks_of_different_machines_are_not_compared():
-    """Seconds since a machine's start: each rank's beats are measured against its own."""
+    """Seconds since a machine's start: each rank's beats are measured against its own machine."""
     watch = Watch(LIMITS, 0.0)
     for step in range(4):
         watch.take([beat(0, step=step, at=1000.0 + step), beat(1, step=step, at=5.0 + step)])
@@ -113,13 +113,13 @@ def test_no_rank_ever_beat():
 
 
 def test_a_rank_that_is_gone_is_no_hang():
-    """It crashed or ended; that is found by other means."""
+    """The rank crashed or ended, which is found by other means."""
     watch = Watch(LIMITS, 0.0)
     assert watch.overdue([beat(age=1e6, alive=False), beat(1, age=1.0)], 1e6) is None
 
 
 def test_the_guilty_rank_is_named():
-    """A rank that is stopped keeps the others waiting: both are late, and the stopped one is told."""
+    """A stopped rank keeps the others waiting: both are late, and the stopped one is named."""
     sentence = watch_with_median(0.1).overdue(
         [beat(0, step=7, age=7.0), beat(1, step=7, age=6.9, stopped=True), beat(2, step=7, age=1.0)], 0.0
     )
@@ -130,7 +130,7 @@ def test_the_guilty_rank_is_named():
 
 
 def test_a_rank_of_an_adopted_launch_is_judged_by_its_own_age():
-    """A monitor that took the run over a moment ago knows no median, but how old the beats are."""
+    """A monitor that has just taken the run over knows no median, but knows the age of the beats."""
     watch = Watch(LIMITS, 1000.0)
     assert watch.overdue([beat(age=99.0)], 1000.1) is None
     assert "rank 0 for 500.0 s" in watch.overdue([beat(age=500.0)], 1000.1)
@@ -148,12 +148,12 @@ def silent(rank: int, age: float, at: float) -> dict:
 
 
 def test_silence_is_counted_while_somebody_watches():
-    """Looks of 1 s; then the monitor is stopped for an hour, and the machine's clock with all ranks' ages goes on."""
+    """Looks of 1 s; then the monitor is stopped for an hour, and the machine's clock goes on with all ranks' ages."""
     silence, ages = Silence(is_adopted=False), []
     for age, watched in ((0.4, 1.0), (1.4, 1.0), (2.4, 1.0), (3602.4, 4.0), (3603.4, 1.0)):
         ages += [b["age"] for b in silence.judge([silent(0, age, at=5.0)], watched)]
     assert ages == pytest.approx([0.4, 1.4, 2.4, 6.4, 7.4])
-    # A new sign of life from during the pause is no older than a look.
+    # A new heartbeat from the pause is no older than a look.
     assert [b["age"] for b in silence.judge([silent(0, 1800.0, at=9.0)], 4.0)] == [4.0]
 
 
@@ -165,7 +165,7 @@ def test_silence_counts_a_rank_that_hangs_however_seldom_its_node_answers():
 
 
 def test_silence_before_the_watch_began():
-    """A launch that was taken over: what it did not say before, it did not say. Ranks count for themselves."""
+    """A launch that was taken over: silence before that is known. Ranks count separately."""
     adopted, own = Silence(is_adopted=True), Silence(is_adopted=False)
     beats = [silent(0, 500.0, at=1.0), silent(1, 0.5, at=9.0)]
     assert [b["age"] for b in adopted.judge(beats, 1.0)] == [500.0, 0.5]

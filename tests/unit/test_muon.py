@@ -29,7 +29,7 @@ def with_singular_values(rows: int, columns: int, values: torch.Tensor, seed: in
 
 @pytest.mark.parametrize("iterations", LOWEST)
 def test_each_polynomial_is_the_best_one_on_what_the_last_has_left(iterations: int):
-    """No quintic comes closer to 1 everywhere: the error of the best one reaches its largest size at four points, with
+    """No quintic is closer to 1 everywhere: the error of the best one reaches its maximum at four points, with
     alternating sign (Chebyshev)."""
     x = torch.linspace(LOWEST[iterations], MARGIN, 100_001, dtype=torch.float64)
     last_error = 1.0
@@ -40,7 +40,7 @@ def test_each_polynomial_is_the_best_one_on_what_the_last_has_left(iterations: i
         at_peak = (x - 1.0)[(x - 1.0).abs() > error * (1 - 1e-4)].sign()
         alternations = sum(a != b for a, b in itertools.pairwise(at_peak.tolist()))
         assert alternations == 3
-        # The next polynomial is for the whole interval between the extremes, and a little more.
+        # The next polynomial covers the whole interval between the extremes, and a little more.
         x = torch.linspace(1 - error, (1 + error) * MARGIN, 100_001, dtype=torch.float64)
         last_error = error
     assert last_error < 0.13
@@ -77,7 +77,7 @@ def test_the_usual_five_iterations_come_close_to_the_definition(shape: tuple[int
 @pytest.mark.parametrize("iterations", LOWEST)
 @pytest.mark.parametrize("count", [1, 7, 32])
 def test_rounding_to_bfloat16_lifts_no_singular_value_out_of_the_interval(count: int, iterations: int):
-    """Where all steps are rounded: without the margin, values near the norm grew without bound."""
+    """With every step rounded and no margin, values near the norm grew without bound."""
     matrix = with_singular_values(32, 32, torch.linspace(0.9, 1.0, 32, dtype=torch.float64)[:count], seed=count)
     x = orthogonalize(matrix, iterations, torch.bfloat16)
     assert torch.linalg.svdvals(x.double())[:count].max() < 1.3
@@ -86,7 +86,7 @@ def test_rounding_to_bfloat16_lifts_no_singular_value_out_of_the_interval(count:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (192, 96)])
 def test_several_matrices_at_once_are_each_as_if_alone(shape: tuple[int, int], dtype: torch.dtype):
-    """Also where one of them is zero, and one far larger than the others."""
+    """Includes a zero matrix, and one far larger than the others."""
     matrices = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
     matrices[1] = 0.0
     matrices[2] *= 1e6
@@ -108,7 +108,8 @@ def one_slice(shape: tuple[int, ...], name: str = NAME, seed: int = 0) -> SliceW
 
 
 def test_steps_equal_the_formula():
-    """With exact U V^T, in float64; the gradients' singular values lie where the polynomials are exact to 2%."""
+    """Computed with exact U V^T in float64; the gradients' singular values lie where the polynomials are exact to
+    2%."""
     shape, lr, config = (12, 20), 0.02, MuonConfig(muon_momentum=0.9, muon_lr_ratio=1.5, muon_iterations=4)
     piece = one_slice(shape)
     optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), ADAMW, 0.0, LossScaler(enabled=False), muon=config)
@@ -129,7 +130,7 @@ def test_steps_equal_the_formula():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_buckets_change_no_bit(dtype: torch.dtype):
-    """Matrices that share a bucket may be multiplied together, and a bucket's size is the user's choice."""
+    """Matrices that share a bucket may be multiplied together, and the user chooses the bucket's size."""
     shapes = [(64, 64)] * 3 + [(192, 64)] * 2 + [(64, 192)] * 2
     ends = []
     for per_bucket in (1, 2, len(shapes)):
@@ -147,7 +148,7 @@ def test_the_buckets_change_no_bit(dtype: torch.dtype):
 
 
 def test_scaled_float16_gradients_do_not_vanish():
-    """What underflows without the loss scale must count all the same."""
+    """Values that underflow without the loss scale must still count."""
     gradients = torch.randn(48, generator=torch.Generator().manual_seed(3)) * 3e-8
     moved = []
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
@@ -163,7 +164,7 @@ def test_scaled_float16_gradients_do_not_vanish():
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_float16_gradients_of_any_size_step_as_float32_ones(clip: float, cut: int):
     """After clipping, the momentum of smaller steps is large at the scale of the gradients: beyond float16. Shards of a
-    matrix are stepped each by itself, with the whole that lies in the gradients' memory."""
+    matrix are stepped separately, with the whole matrix in the gradients' memory."""
     ends, scale = [], 2.0**14
     for dtype in (torch.float32, torch.float16):
         param, grad = torch.zeros(48), torch.zeros(48, dtype=dtype)
@@ -175,10 +176,10 @@ def test_float16_gradients_of_any_size_step_as_float32_ones(clip: float, cut: in
         optimizer = MixedPrecisionOptimizer(PlainGradients([shards]), ADAMW, clip, scaler, muon=MuonConfig())
         for step in range(16):
             drawn = torch.randn(48, generator=torch.Generator().manual_seed(step)).clamp(-1.0, 1.0) * 3.0
-            # Most of the momentum in one place; then a gradient as large as float16 can be, everywhere.
+            # Most of the momentum is in one place; then a gradient as large as float16 allows, everywhere.
             grad.copy_((drawn * scale if step == 15 else drawn + 3e4 * (torch.arange(48) == 7)).half())
             assert not optimizer.step(0.1).skipped
-            # As it does after many good steps.
+            # As after many good steps.
             scaler.scale *= 2.0 if step == 14 else 1.0
         ends.append(param)
     assert ends[0].norm() > 0.1 and (ends[1] - ends[0]).norm() < 1e-2 * ends[0].norm()

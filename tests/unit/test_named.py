@@ -15,7 +15,7 @@ Cut = Callable[[random.Random, str, tuple[int, ...]], list[Piece]]
 
 
 def cuts_of(generator: random.Random, size: int, most: int = 4) -> list[int]:
-    """[0, ..., size] with some borders in between, of which some may be equal."""
+    """[0, ..., size] with some borders in between, some of which may be equal."""
     return [0, *sorted(generator.randint(0, size) for _ in range(generator.randrange(most))), size]
 
 
@@ -48,7 +48,7 @@ def expected(piece: Piece, whole: Tensor) -> Tensor:
 
 
 def shaped(piece: Piece, tensor: Tensor, generator: random.Random) -> Tensor:
-    """A flat tensor, or of the only box's shape: contiguous, or a part of something larger."""
+    """A flat tensor, or one in the shape of the only box: contiguous, or part of something larger."""
     if len(piece.boxes) != 1 or generator.random() < 0.4:
         return tensor
     shape = piece.boxes[0].length
@@ -98,7 +98,7 @@ def test_boxes_of_a_flat_slice():
 
 
 def test_keys():
-    """Flat slices keep the form of earlier versions; what lies in one piece is one."""
+    """Flat slices keep the form of earlier versions, and those in one piece stay one."""
     whole = torch.arange(12.0).view(4, 3)
 
     def keys(*boxes: Box) -> list[str]:
@@ -123,7 +123,7 @@ def test_missing_and_doubled_elements_are_counted(tmp_path: Path, is_flat: bool)
     save_file(keyed(Piece("w", (4, 3), (boxes[1],)), {"main": torch.zeros(4, 2)}), tmp_path / "optim-1.safetensors")
     with pytest.raises(ValueError, match=r"holds 16 of 12 elements of w \(main\)"):
         load_named_state([tmp_path], [(whole, {"main": torch.zeros(12)})])
-    # Of a parameter that has another number of dimensions, nothing is taken.
+    # Nothing is taken from a parameter with another number of dimensions.
     assert not holds_named_state([tmp_path], [(Piece.flat("w", (12,), 0, 1), {"main": torch.zeros(1)})])
 
 

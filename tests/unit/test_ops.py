@@ -1,4 +1,4 @@
-"""Which implementation an op uses, and that the model is the same with each that runs here."""
+"""Choice of an op's implementation, and that the model is the same with each one that runs here."""
 
 import dataclasses
 import sys
@@ -42,7 +42,7 @@ def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in
 def test_flags_and_fields_are_those_that_are_declared():
     flags = typing.get_type_hints(type(Config().system))
     for op, choices in CHOICES.items():
-        assert set(typing.get_args(flags[f"{op}_kernel"])) == {"", *choices}
+        assert set(typing.get_args(flags[f"{op}_kernel"])) == {"", *choices}, f"--{op}_kernel offers others"
     fields = {field.name for field in dataclasses.fields(Ops)}
     for named in IMPLEMENTATIONS.values():
         assert sum(found.is_plain for found in named.values()) == 1
@@ -130,8 +130,8 @@ def test_recomputation_gives_the_same_bits(attention: str, dropout: float, keeps
 
 
 def test_selective_recomputation_keeps_matmuls():
-    """Counted: with everything recomputed, six of a block's seven matmuls of the forward pass are done twice (nothing
-    needs the last one's output)."""
+    """Counted: with everything recomputed, six of a block's seven forward matmuls run twice (nothing needs the output
+    of the last)."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -153,8 +153,8 @@ def test_selective_recomputation_keeps_matmuls():
 
 
 class WritesIntoOwnMemory:
-    """A backend as inductor is, without its half minute in a C++ compiler: its partition of the passes, and matmuls
-    that write into memory of the graph."""
+    """A backend like inductor, without its half minute in a C++ compiler: its partition of the passes, and matmuls that
+    write into the graph's memory."""
 
     def __init__(self):
         self.matmuls = 0
@@ -178,7 +178,7 @@ class WritesIntoOwnMemory:
 
 
 def test_selective_recomputation_keeps_matmuls_of_compiled_blocks():
-    """Counted by the backend: a block has seven matmuls forward and fourteen backward, and no more are done."""
+    """Counted by the backend: a block has seven matmuls forward and fourteen backward, and no others run."""
     torch._dynamo.reset()
     backend = WritesIntoOwnMemory()
     found = run(REFERENCE, backend=backend, gradient_checkpointing=True, checkpoint_keeps="matmuls")
@@ -214,7 +214,7 @@ def test_selective_recomputation_keeps_what_inductor_multiplies(attention: str):
         (torch.ops.aten.mm.default, True), (torch.ops.aten.mm.dtype, True), (torch.ops.aten.addmm.default, True),
         (torch.ops.aten.bmm.default, True), (torch.ops.aten._scaled_mm.default, True),
         (torch.ops.aten._scaled_dot_product_flash_attention.default, True),
-        # What is kept of it would be memory that others write to.
+        # Their kept output would be memory that others write to.
         (torch.ops.aten.mm.out, False), (torch.ops.aten.mm.dtype_out, False), (torch.ops.aten.mul.Tensor, False),
         (torch.ops.higher_order.wrap, False),
     ],
@@ -223,9 +223,17 @@ def test_what_selective_recomputation_keeps(operator, kept: bool):
     assert (_keep_matmuls(None, operator) == CheckpointPolicy.MUST_SAVE) == kept
 
 
-def test_losses_in_chunks_equal_whole_ones():
-    chunked = build_ops(dict(REFERENCE.names) | {"cross_entropy": "chunked"})
-    assert_alike(run(REFERENCE), run(chunked), 1e-5)
+HERE = [
+    (op, name)
+    for op, named in IMPLEMENTATIONS.items()
+    for name, found in named.items()
+    if name != REFERENCE.names[op] and found.why_not(CPU, torch.float32) is None
+]
+
+
+@pytest.mark.parametrize(("op", "name"), HERE)
+def test_each_implementation_that_runs_here_trains_the_same_model(op: str, name: str):
+    assert_alike(run(REFERENCE), run(build_ops(dict(REFERENCE.names) | {op: name})), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "blocked"])
@@ -257,7 +265,7 @@ def test_where_documents_start():
 
 
 def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **options):
-    """A stand-in for FlashAttention's packed function, document by document in plain PyTorch."""
+    """Replaces FlashAttention's packed function with plain PyTorch, document by document."""
     assert options in ({"causal": True}, {"window_size": (-1, 0), "enable_gqa": True}, {"window_size": (-1, 0)})
     rows = []
     for first, last in zip(starts.tolist(), starts.tolist()[1:]):
@@ -268,7 +276,7 @@ def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attn"])
 def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
-    """The layouts that the libraries want, against plain attention under the mask."""
+    """Layouts that the libraries need, against plain attention with a mask."""
     fake = types.SimpleNamespace(
         flash_attn_varlen_func=attend_by_tokens, varlen_attn=attend_by_tokens,
         flash_attn_func=lambda q, k, v, causal: attend_by_tokens(

@@ -81,7 +81,7 @@ def test_main_parameters_keep_what_low_precision_loses(dtype: torch.dtype, grad_
 
 
 def test_norm_is_the_same_however_the_gradients_are_cut():
-    """Clipping by a shard's or a bucket's own norm was the original's failure."""
+    """The original clipped by a shard's or a bucket's own norm."""
     grad = torch.randn(1_000_003, generator=torch.Generator().manual_seed(2)) * 1e-3
     whole = math.sqrt(sum_of_squares([grad]).item())
     assert whole == pytest.approx(grad.double().norm().item(), rel=1e-14)
@@ -120,7 +120,7 @@ def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
 @pytest.mark.parametrize(("size", "clip", "steps"), [(1e20, 0.0, False), (1e20, 1.0, True), (3e38, 1.0, False)])
 def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, steps: bool, muon: MuonConfig | None):
     """The norm is finite, but squares of the gradients are not: a second moment that became infinite would stay so, and
-    the weight for ever where it is."""
+    would stop its weight for ever."""
     grad = torch.full((24,), size)
     piece = SliceWithGrad("layers.0.mlp.up_proj.weight", 0, (4, 6), torch.ones(24), grad, grad)
     optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), CONFIG, clip, LossScaler(enabled=False), muon=muon)
@@ -142,7 +142,7 @@ def test_an_overlapped_step_that_float32_cannot_hold_is_an_error():
 
 
 def test_weights_stay_in_the_range_of_float16():
-    """An infinite one would make all activations NaN. The main parameters go on."""
+    """An infinite weight would make all activations NaN. The main parameters go on."""
     grad = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16)
     piece = SliceWithGrad("norm.weight", 0, (3,), torch.tensor([-65e3, 65e3, 1.0], dtype=torch.float16), grad, grad)
     optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), CONFIG, 0.0, LossScaler(enabled=False))

@@ -28,7 +28,7 @@ def test_every_epoch_is_a_permutation(num_samples: int, seed: int):
 def test_epochs_and_seeds_differ(num_samples: int):
     orders = {tuple(epoch(seed, number, num_samples)) for seed in range(6) for number in range(6)}
     assert len(orders) == 36
-    # The identity would be an order that nobody wants.
+    # The identity would not be a useful order.
     assert tuple(range(num_samples)) not in orders
 
 
@@ -68,7 +68,8 @@ def test_no_table_is_built():
 
 
 def test_the_order_is_frozen():
-    """A checkpoint holds a position only: with another order, a resumed run repeats some samples and misses others."""
+    """A checkpoint holds only a position: with another order, a resumed run would repeat some samples and miss
+    others."""
     assert sample_at(1337, np.arange(8), 1000).tolist() == [271, 711, 52, 471, 481, 583, 744, 389]
     assert sample_at(1337, 10**9 + np.arange(4), 10**10).tolist() == [3152852051, 3558812789, 12341701, 4078921412]
 

@@ -1,4 +1,4 @@
-"""The flags of hooks, ZeRO-1 and overlaps: the original's names, and a reason for each combination that cannot work."""
+"""Flags of hooks, ZeRO-1 and overlaps: the original's names, and a reason for each combination that cannot work."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_what_fits_is_accepted(argv: list[str]):
 
 
 def test_nothing_is_compressed_or_overlapped_unless_asked():
-    """One trajectory: what changes it is off by default, and so is what needs clipping off."""
+    """One trajectory: options that change it, or that need clipping off, are off by default."""
     flat = parse()
     for name in ("use_bf16_compress_hook", "use_fp16_compress_hook", "use_powerSGD_hook", "use_distributed_optimizer",
                  "overlap_param_gather", "overlap_optim_step", "overlap_zero_grad_buffer"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Paths with `~` and variables: as a shell takes them, or one sentence; never a folder of that name."""
+"""Paths with `~` and variables are read as in a shell, or refused with one sentence, never taken as a folder's name."""
 
 import argparse
 import os
@@ -101,6 +101,6 @@ def test_what_is_called_alike_is_named(
     (tmp_path / "tabs.yaml").touch()
     monkeypatch.chdir(tmp_path)
     assert absent(path, "give another") == sentence
-    # Of an absolute one, too.
+    # The same for an absolute path.
     whole = absent(tmp_path / path, "give another").replace(f"{tmp_path}/", "")
     assert whole == sentence.removeprefix("./")

@@ -60,13 +60,13 @@ def tokenizer(tokenizer_dir: Path) -> HFBBPETokenizer:
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> None:
-    """Some lines with characters spelled out as UTF-8, some as escapes; no line end after the last."""
+    """Some lines have characters as UTF-8, some as escapes; no line end after the last."""
     lines = [json.dumps({"id": i, key: text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     path.write_bytes("\n".join(lines).encode())
 
 
 def write_corpus(directory: Path) -> list[str]:
-    """A source tree and JSON lines, with empty files, equal documents and things that are no text.
+    """A source tree and JSON lines, with empty files, equal documents and files that are not text.
 
     Returns the documents in the order of their files' sorted paths.
     """
@@ -94,7 +94,7 @@ def write_corpus(directory: Path) -> list[str]:
 def run(
     corpus: Path, output: Path, tokenizer_dir: Path, shard_mb: float = 0.002, num_workers: int = 0, **kwargs
 ) -> dict:
-    """In this process, unless workers are part of the test: starting one takes longer than most of what is tested."""
+    """In this process, unless workers are part of the test: starting one takes longer than most tests."""
     return process_corpus(make_job(corpus, output, tokenizer_dir, shard_mb, **kwargs), num_workers)
 
 
@@ -117,7 +117,7 @@ def read_set(output: Path, split: str) -> list[list[int]]:
 
 
 def read_origins(output: Path, names: list[str], tokenizer: HFBBPETokenizer) -> list[Origin]:
-    """Text of each document of some shards and where it came from, as the .docs say."""
+    """Text of each document of some shards, and its origin from the .docs."""
     documents = []
     for name in names:
         tokens = map_tokens(output / name, read_bin_header(output / name)).tolist()
@@ -131,7 +131,7 @@ def read_origins(output: Path, names: list[str], tokenizer: HFBBPETokenizer) -> 
 
 
 def process_all(job: PretrainJob) -> list[PartRecord]:
-    """All units in this process, where they can be watched; returns the records of their parts."""
+    """Process all units in this process, where they can be watched; returns the records of their parts."""
     (Path(job.output_dir) / ".pretokenize").mkdir(parents=True, exist_ok=True)
     return [part for unit in find_units(job.corpus, job.shard_bytes)[0] for part in process_unit(job, unit)]
 
@@ -141,7 +141,7 @@ def split_of(text: str) -> str:
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    """All files of an output but the temporary ones of a process that was killed."""
+    """All files of an output except temporary ones of a killed process."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -150,13 +150,13 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def identities(directory: Path) -> dict[str, tuple[int, int]]:
-    """Tells a file that was left alone from one that was written again with the same content."""
+    """Distinguishes a file that was left alone from one rewritten with the same content."""
     stats = {path.name: path.stat() for path in directory.glob("*-*.*") if path.suffix in (".bin", ".docs")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def last_line(error_output: str) -> str:
-    """What is said in the end, below the progress bar."""
+    """Final message, below the progress bar."""
     assert "Traceback" not in error_output
     return error_output.splitlines()[-1]
 
@@ -191,7 +191,7 @@ def test_documents_come_back(corpus: tuple[Path, list[str]], output: Path, token
 
 
 def test_no_document_in_both_sets(output: Path):
-    """Also not one that stands in several files."""
+    """Not even one that several files contain."""
     train, valid = ({tuple(ids) for ids in read_set(output, split)} for split in ("train", "valid"))
     assert train and valid
     assert train.isdisjoint(valid)
@@ -256,7 +256,7 @@ def test_number_of_processes_changes_nothing_of_a_mixed_corpus(
 def test_unit_longer_than_a_shard_makes_several_parts(
     tokenizer_dir: Path, tokenizer: HFBBPETokenizer, tmp_path: Path, name: str
 ):
-    """A file that cannot be cut: its parts end with documents, after the first that reaches the size."""
+    """A file that cannot be cut: its parts end after the first document that reaches the size."""
     texts = random_texts(0, 300, 100)
     content = json_lines(texts)
     if name == "a.json":
@@ -281,7 +281,7 @@ def test_unit_longer_than_a_shard_makes_several_parts(
 
 
 def test_unit_goes_on_after_any_of_its_parts(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also where documents come in parts and records are bad: both count when the first ones are passed over."""
+    """Even if documents come in parts and records are bad: both count when the first ones are skipped."""
     monkeypatch.setattr(limits, "LONGEST_PART", 80)
     lines = json_lines(random_texts(0, 150, 200)).splitlines()
     for number in range(0, 150, 7):
@@ -326,7 +326,7 @@ def test_document_in_parts_is_one_document(
     read = Corpus(str(tmp_path / "corpus"))
     items = [item for unit in find_units(read, 10**9)[0] for item in read_unit(read, unit)]
     assert sum(part.items for part in parts) == len(items) > len(documents)
-    # The first part decides, which is the whole document where it is short.
+    # The first part decides; for a short document, that is the whole.
     starts = [(item, before) for before, item in zip([None, *items], items) if not (before and before.continued)]
     splits = {(item.path, item.record): split_of(item.text) for item, _ in starts}
     assert {(path, record): split for (_, path, _, record), split in found} == splits
@@ -335,7 +335,7 @@ def test_document_in_parts_is_one_document(
 def test_parts_of_a_document_have_its_tokens(
     tokenizer: HFBBPETokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Cut at lines, the parts' tokens are those of the whole text."""
+    """The parts, cut at lines, have the tokens of the whole text."""
     text = random_text(random.Random(5), 2000)
     (tmp_path / "a.txt").write_bytes(text.encode())
     size = len(text.encode())
@@ -355,7 +355,7 @@ def test_split_by_hash():
         fraction = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
         assert set_of(text.encode(), 0.3) == ("valid" if fraction < 0.3 else "train")
     assert valid(0.0) == set()
-    # Five standard deviations of the share around what was asked for.
+    # Five standard deviations of the share around the requested one.
     assert abs(len(valid(0.1)) / len(texts) - 0.1) < 5 * (0.1 * 0.9 / len(texts)) ** 0.5
     assert valid(0.01) < valid(0.1) < valid(0.3)
 
@@ -370,7 +370,7 @@ def test_empty_validation_set(tmp_path: Path, tokenizer_dir: Path, capsys: pytes
 
 
 def test_output_beside_the_input(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """--output_dir defaults to --data_dir: our own files are no input of the second run, which writes nothing."""
+    """--output_dir defaults to --data_dir: our own files are not input for the second run, which writes nothing."""
     corpus = tmp_path / "corpus"
     texts = write_corpus(corpus)
     command = ["--data_dir", str(corpus), "--tokenizer_dir", str(tokenizer_dir), "--shard_mb", "0.005"]
@@ -387,7 +387,7 @@ def test_output_beside_the_input(tmp_path: Path, tokenizer_dir: Path, capsys: py
 
 @pytest.fixture(scope="module")
 def many_units(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A corpus that is cut into many units, so that a run takes a while; returns also how many."""
+    """A corpus that is cut into many units, so that a run takes a while; also returns their number."""
     directory, rng = tmp_path_factory.mktemp("many"), random.Random(2)
     for number in range(600):
         (directory / f"{number:03}.txt").write_bytes(random_text(rng, 150).encode())
@@ -413,7 +413,7 @@ def living_processes(group: int) -> list[int]:
 def started_command(
     corpus: Path, output: Path, tokenizer_dir: Path, num_workers: int = 2, stderr: int | BinaryIO = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen]:
-    """The command as a process group of its own, of which nothing is left afterwards."""
+    """The command in its own process group, of which nothing is left afterwards."""
     command = [sys.executable, "-m", "data_preprocess.pretokenize_pretrain_data", "--num_workers", str(num_workers)]
     command += ["--data_dir", str(corpus), "--output_dir", str(output), "--tokenizer_dir", str(tokenizer_dir)]
     command += ["--shard_mb", "0.001", "--valid_ratio", str(VALID_RATIO)]
@@ -428,7 +428,7 @@ def started_command(
 
 @contextmanager
 def ended(process: subprocess.Popen) -> Iterator[None]:
-    """Afterwards the process and all of its session are gone."""
+    """Afterwards the process and its whole session are gone."""
     try:
         yield
     finally:
@@ -439,7 +439,7 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def finished_units(output: Path) -> int:
-    """Units of which at least one part is written."""
+    """Units with at least one written part."""
     return len(list((output / ".pretokenize").glob("*-0.json")))
 
 
@@ -469,7 +469,7 @@ def test_killed_run_goes_on_where_it_stopped(many_units: tuple[Path, int], token
         done = {file: now[file] for name in names for file in (name, name.replace(".bin", ".docs"))}
     run(corpus, killed, tokenizer_dir, shard_mb=0.001, num_workers=2)
     assert snapshot(killed) == snapshot(undisturbed)
-    # No shard that was finished has been written again.
+    # No finished shard has been written again.
     assert done.items() <= identities(killed).items()
 
 
@@ -490,12 +490,12 @@ def test_stopped_run_leaves_no_process(many_units: tuple[Path, int], tokenizer_d
         while living_processes(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert living_processes(process.pid) == []
-        # The units in the workers' hands and queues may be done, not the bulk of the rest.
+        # Units in the workers' hands and queues may be done, but not the bulk of the rest.
         assert finished_units(tmp_path / "out") - finished < (num_units - finished) / 2
 
 
 def workers_of(group: int) -> list[int]:
-    """The processes of the pool, by how `multiprocessing` starts them."""
+    """Processes of the pool, recognised by how `multiprocessing` starts them."""
     found = []
     for pid in living_processes(group):
         with suppress(OSError):
@@ -506,7 +506,7 @@ def workers_of(group: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_killed_worker(many_units: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
-    """As the out-of-memory killer does it: a sentence, no process left, and the same command goes on."""
+    """As by the out-of-memory killer: a sentence, no process left, and the same command goes on."""
     corpus, num_units = many_units
     undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
     with (
@@ -563,7 +563,8 @@ def parts_on_disk(output: Path) -> int:
 def test_run_that_is_killed_many_times(
     long_corpus: tuple[Path, dict[str, bytes], int], tokenizer_dir: Path, tmp_path: Path, num_workers: int, kills: int
 ):
-    """At random moments, sometimes before it has begun, all processes or only the first: the same bytes in the end."""
+    """At random moments, sometimes before it has begun, all processes or only the first are killed: the same bytes in
+    the end."""
     corpus, undisturbed, num_parts = long_corpus
     output, rng = tmp_path / "out", random.Random(num_workers)
     progress = []
@@ -603,12 +604,12 @@ def test_temporary_files_of_a_killed_run_are_removed(
 ):
     """Each is as large as a shard, and nobody else would ever remove it.
 
-    A dead process stands in the table until its parent asks for it: in many containers nobody ever asks.
+    A dead process stays in the table until its parent reaps it, which in many containers never happens.
     """
     output = tmp_path / "out"
     manifest = run(corpus[0], output, tokenizer_dir, shard_mb=1)
     gone = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    # The end of its output is the end of the process, also where it is not waited for.
+    # The end of its output is the end of the process, even if it is not waited for.
     assert gone.stdout.read() == b""
     if reaped:
         gone.wait()
@@ -644,7 +645,7 @@ def test_damaged_shards_are_written_again(
     "change", ["content", "text key", "second text key", "separator", "valid ratio", "tokenizer", "new file"]
 )
 def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, change: str):
-    """Whatever the shards depend on: the earlier run's output must not be taken for this one's."""
+    """Everything that the shards depend on: the earlier run's output must not be reused for this one."""
     corpus, output, rng = tmp_path / "corpus", tmp_path / "out", random.Random(3)
     corpus.mkdir()
     records = [{"text": random_text(rng, 20), "body": random_text(rng, 20)} for _ in range(20)]
@@ -668,7 +669,7 @@ def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, ch
     elif change == "second text key":
         fields = TextFields(("text", "body"))
     elif change == "separator":
-        # Said to be another, though one field has nothing to separate: the record may not know that.
+        # It counts as another, though one field has nothing to separate: the record may not know that.
         fields = TextFields(("text", "body"), " ")
         first = read(output)
         fields = TextFields(("text", "body"), "\t")
@@ -688,7 +689,7 @@ def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, ch
 def test_change_in_the_tail_of_a_line_that_crosses_units(
     tokenizer_dir: Path, tokenizer: HFBBPETokenizer, tmp_path: Path
 ):
-    """A unit reads its last line to the end, beyond its own range: that part too decides whether it is done."""
+    """A unit reads its last line to the end, beyond its own range: that part, too, decides whether it is done."""
     (tmp_path / "corpus").mkdir()
     path = tmp_path / "corpus" / "a.jsonl"
     texts = ["x" * 1500, "y" * 1500]
@@ -769,7 +770,7 @@ def test_other_shards_make_the_old_index_go(tmp_path: Path, tokenizer_dir: Path,
 
 
 def test_read_error_of_a_worker(tmp_path: Path, tokenizer_dir: Path):
-    """It is named, and stays an error of the system: a training that waits for it is tried again."""
+    """The message names it, and it stays a system error: a training that waits for it is tried again."""
     write_corpus(tmp_path / "corpus")
     job = make_job(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1)
     found, _ = find_units(job.corpus, job.shard_bytes)
@@ -781,7 +782,7 @@ def test_read_error_of_a_worker(tmp_path: Path, tokenizer_dir: Path):
 
 
 def test_damaged_manifest_of_an_earlier_run(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """It does not stop the run that would mend it, and is kept. An index may be of any shards then."""
+    """It does not stop the run that would mend it, and is kept. An index may then have any shards."""
     write_corpus(tmp_path / "corpus")
     manifest = run(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, shard_mb=1, valid_ratio=0.0)
     assert build_pretrain_sample_index_map.main(["--data_dir", str(tmp_path / "out"), "--max_seq_len", "16"]) == 0
@@ -797,7 +798,7 @@ def test_damaged_manifest_of_an_earlier_run(tmp_path: Path, tokenizer_dir: Path,
 def test_no_document_for_the_validation_set(
     tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str], ratio: str, suggested: str
 ):
-    """Said before the index is built, not after, with a share that is larger."""
+    """Refused before the index is built, not after, with a larger share as the advice."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "one.txt").write_text("document 8")
@@ -828,7 +829,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("kind", BAD_LINES)
 def test_bad_line_is_counted(tmp_path: Path, kind: str):
-    """One bad line among billions must not end the run, and what is yielded can be encoded."""
+    """One bad line among billions must not end the run, and every yielded text can be encoded."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "first"}\n' + BAD_LINES[kind] + b'\n{"text": "last"}\n')
     size = path.stat().st_size
@@ -847,7 +848,7 @@ def test_empty_texts_are_no_documents_and_no_errors(tmp_path: Path):
 
 @pytest.fixture
 def partly_bad(tmp_path: Path) -> Path:
-    """Two good documents and four records that cannot be read."""
+    """Two good documents and four unreadable records."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "good.txt").write_text("some text")
@@ -865,7 +866,7 @@ def command_line(corpus: Path, output: Path, tokenizer_dir: Path, *flags: str) -
 def test_bad_records_are_counted(
     partly_bad: Path, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Within the limit a sentence each; beyond it the run stops, and goes on when the user allows more."""
+    """Within the limit, one sentence each; beyond it the run stops, and goes on when the user allows more."""
     base = command_line(partly_bad, tmp_path / "out", tokenizer_dir)
     assert pretokenize_pretrain_data.main([*base, "--max_bad_records", "3"]) == 2
     message = last_line(capsys.readouterr().err)
@@ -884,7 +885,7 @@ def test_bad_records_are_counted(
 
 @pytest.fixture
 def seldom_bad(tokenizer_dir: Path, tmp_path: Path) -> tuple[Path, int]:
-    """One unit of many parts with a few bad records each, 40 in all; returns also how many parts."""
+    """One unit of many parts with a few bad records each, 40 in all; also returns the number of parts."""
     lines = json_lines(random_texts(0, 400, 100)).splitlines()
     lines[::10] = [BAD_LINES["no key"]] * 40
     write_lines(tmp_path / "corpus" / "a.jsonl.gz", lines)
@@ -894,7 +895,7 @@ def seldom_bad(tokenizer_dir: Path, tmp_path: Path) -> tuple[Path, int]:
 
 
 def test_limit_of_bad_records_holds_for_all_parts(seldom_bad: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
-    """Each part is within the limit, the file is not. Who allows more finds the work done."""
+    """Each part is within the limit, the file is not. After raising the limit, the finished work is found."""
     corpus, num_parts = seldom_bad
     with pytest.raises(ValueError, match=r"40 records .* more than --max_bad_records 39;.*gz line \d+:"):
         run(corpus, tmp_path / "out", tokenizer_dir, num_workers=1, max_bad_records=39)
@@ -906,7 +907,7 @@ def test_limit_of_bad_records_holds_for_all_parts(seldom_bad: tuple[Path, int], 
 
 
 def test_limit_of_bad_records_stops_a_long_unit(seldom_bad: tuple[Path, int], tokenizer_dir: Path, tmp_path: Path):
-    """Not after hours, when the whole of a file that cannot be cut is tokenized."""
+    """Not only hours later, when the whole of a file that cannot be cut is tokenized."""
     corpus, num_parts = seldom_bad
     job = make_job(corpus, tmp_path / "out", tokenizer_dir, max_bad_records=6)
     with pytest.raises(ValueError, match=r"records could not be read, more than --max_bad_records 6;.*gz line \d+:"):
@@ -935,7 +936,7 @@ def test_limit_of_bad_records_is_noticed_at_once(tokenizer_dir: Path, tmp_path: 
 def test_tokenizer_that_fails_names_the_record(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    """A library's error says nothing of the file, of which there may be thousands."""
+    """A library's error does not mention the file, and there may be thousands of files."""
     texts = ["good", "good too", "poison", "good again"]
     content = json_lines(texts)
     if name == "a.json":
@@ -970,7 +971,7 @@ def test_tokenizer_that_fails_names_the_record(
 
 
 def test_error_of_a_worker_names_the_file(tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """The one at fault, and not its neighbour in the unit; one sentence, nothing half done."""
+    """The file at fault, not its neighbour in the unit; one sentence, nothing half done."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a good one.txt").write_text("some text")

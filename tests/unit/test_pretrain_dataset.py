@@ -37,7 +37,7 @@ def random_shards(seed: int, vocab_size: int = 512) -> list[list[list[int]]]:
 
 
 def naive_batch(stream: list[int], ids: list[int], T: int, document_mask: bool) -> dict[str, list]:
-    """What collate must return, one token at a time."""
+    """Expected result of collate, one token at a time."""
     batch: dict[str, list] = {"input_ids": [], "labels": [], "positions": [], "document_ids": [], "sample_ids": ids}
     for sample_id in ids:
         row: dict[str, list] = {"input_ids": [], "labels": [], "positions": [], "document_ids": []}
@@ -131,7 +131,7 @@ def test_large_vocabulary(tmp_path: Path):
 
 
 def test_batches_own_their_memory(tmp_path: Path):
-    """A batch that is changed in place must change neither the next one nor its own other tensors."""
+    """Changing a batch in place must change neither the next one nor its own other tensors."""
     write_set(tmp_path, random_shards(2), 8)
     dataset, ids = PretrainDataset(tmp_path, "train", 8), np.arange(4)
     first, again = dataset.collate(ids), dataset.collate(ids)

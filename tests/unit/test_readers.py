@@ -39,6 +39,7 @@ from data_preprocess.readers import (
     plan_units,
     read_unit,
 )
+from data_preprocess.readers.registry import READERS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
@@ -46,11 +47,11 @@ WHOLE = 1 << 30
 KINDS = (".txt", ".jsonl", ".json lines", ".json array", ".csv", ".tsv", ".parquet")
 
 Origin = tuple[str, str, str, int]
-"""Text, path, what is counted, number."""
+"""(text, path, unit of the number, number)."""
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    """What separates fields, lines and records somewhere, and characters of all planes."""
+    """Characters that separate fields, lines and records somewhere, and characters of all planes."""
     usual = "abc d,;\"'\\\t\n\r{}[]:<>|\0\x85\u2028\ufeffé漢🧪"
     others = (range(0x20, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000))
     return "".join(
@@ -79,7 +80,7 @@ def compress(content: bytes, suffix: str) -> bytes:
 
 
 def json_lines(texts: list[str], line_end: str = "\n", last_line_end: bool = True) -> bytes:
-    """Some lines with characters spelled out as UTF-8, some as escapes."""
+    """Some lines have characters as UTF-8, some as escapes."""
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     return (line_end.join(lines) + line_end * last_line_end).encode()
 
@@ -115,7 +116,7 @@ def content_of(kind: str, texts: list[str]) -> bytes:
 
 
 def naive_documents(name: str, content: bytes, key: str = "text") -> list[Origin]:
-    """Documents of a file by its uncompressed content, all at once; records without text are left out."""
+    """Documents of a file from its uncompressed content, all at once, without records that have no text."""
     suffixes = [suffix for suffix in Path(name).suffixes if suffix not in COMPRESSIONS]
     records: Iterable[tuple[str, int, dict]]
     if suffixes[-1] == ".parquet":
@@ -143,7 +144,7 @@ def naive_documents(name: str, content: bytes, key: str = "text") -> list[Origin
 
 
 def number_lines(name: str) -> bool:
-    """Whether lines are counted: in compressed files, where a byte's position helps nobody."""
+    """Whether lines are counted, as in compressed files, where a byte's position helps nobody."""
     return Path(name).suffix in COMPRESSIONS
 
 
@@ -176,7 +177,7 @@ def read(corpus: Corpus, unit_bytes: int = WHOLE) -> list[Document | BadRecord]:
 
 
 def read_file(directory: Path, name: str, content: bytes, unit_bytes: int = WHOLE) -> list[Document | BadRecord]:
-    """Everything in a file with just this content."""
+    """Read everything in a file with just this content."""
     path = directory / name
     path.write_bytes(content)
     corpus = Corpus(str(directory))
@@ -184,7 +185,7 @@ def read_file(directory: Path, name: str, content: bytes, unit_bytes: int = WHOL
 
 
 def joined(items: Iterable[Document | BadRecord]) -> list[Origin]:
-    """Documents with their parts put together; bad records are left out."""
+    """Documents with their parts put together, without bad records."""
     documents: list[Origin] = []
     inside = False
     for item in items:
@@ -228,7 +229,7 @@ def test_json_lines(tmp_path: Path, suffix: str, compression: str, line_end: str
 @pytest.mark.parametrize("indent", [None, 0, 2])
 @pytest.mark.parametrize("ensure_ascii", [False, True])
 def test_json_array(tmp_path: Path, compression: str, indent: int | None, ensure_ascii: bool):
-    """However it is spread over lines: it is never taken for JSON lines, nor cut."""
+    """However it is spread over lines, it is never taken for JSON lines, nor cut."""
     for seed in range(3):
         content = b" \n" * seed + json_array(random_texts(seed, 20, 40), indent, ensure_ascii)
         expected = write(tmp_path, f"a.json{compression}", content)
@@ -247,7 +248,7 @@ def test_json_array_after_a_byte_order_mark(tmp_path: Path):
 
 @pytest.mark.parametrize("number", ["18446744073709551616", "-9223372036854775809", "1e999", "1e-999", "0.1"])
 def test_numbers_in_a_json_array(tmp_path: Path, number: str):
-    """Python reads numbers of any size; one that is large must not cost the rest of the file."""
+    """Python reads integers of any size; a large one must not cost the rest of the file."""
     content = f'[{{"text": "a"}}, {{"id": {number}, "text": "b"}}, {{"text": "c"}}]'.encode()
     items = read_file(tmp_path, "a.json", content)
     assert bad_of(items) == []
@@ -257,7 +258,7 @@ def test_numbers_in_a_json_array(tmp_path: Path, number: str):
 @pytest.mark.parametrize("text", ["\\ud83d", "x\\udc00y", "\\ud83d x"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_half_a_surrogate_pair(tmp_path: Path, name: str, text: str):
-    """One bad record, whatever the file is: the text is neither changed nor the end of the run."""
+    """One bad record, in any file: the text is not changed, and the run does not end."""
     records = ['{"text": "before"}', f'{{"text": "{text}"}}', '{"text": "after"}']
     content = "\n".join(records) if name == "a.jsonl" else f"[{', '.join(records)}]"
     items = read_file(tmp_path, name, content.encode())
@@ -266,7 +267,8 @@ def test_half_a_surrogate_pair(tmp_path: Path, name: str, text: str):
 
 
 def test_first_line_that_is_a_list(tmp_path: Path):
-    """A bad line costs itself, also the first: .jsonl holds lines, even if the first of them looks like an array."""
+    """A bad line costs only itself, even the first: .jsonl holds lines, even if the first of them looks like an
+    array."""
     items = read_file(tmp_path, "a.jsonl", b'["text"]\n{"text": "b"}\n{"text": "c"}\n')
     assert joined(items) == [("b", "a.jsonl", "byte", 9), ("c", "a.jsonl", "byte", 23)]
     assert len(bad_of(items)) == 1 and bad_of(items)[0].startswith("a.jsonl at byte 0: ")
@@ -275,7 +277,7 @@ def test_first_line_that_is_a_list(tmp_path: Path):
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
 def test_several_compressed_members(tmp_path: Path, kind: str, compression: str):
-    """As `cat a.gz b.gz > c.gz` and parallel compressors make them; members end anywhere, one is empty."""
+    """As from `cat a.gz b.gz > c.gz` and parallel compressors; members end anywhere, one is empty."""
     content, rng = content_of(kind, random_texts(0, 40, 60)), random.Random(0)
     cuts = [0, *sorted(rng.choices(range(len(content)), k=6)), len(content)]
     members = [content[start:end] for start, end in itertools.pairwise(cuts)]
@@ -290,7 +292,7 @@ def test_several_compressed_members(tmp_path: Path, kind: str, compression: str)
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
 def test_compressed_file_of_several_buffers(tmp_path: Path, kind: str, compression: str):
-    """Large enough that lines, characters and compressed blocks cross the borders of what is read at once."""
+    """Large enough that lines, characters and compressed blocks cross the borders of a single read."""
     texts = random_texts(1, 60, 200) * 30 + random_texts(2, 3, 200_000)
     name = file_name(kind, compression)
     expected = write(tmp_path, name, content_of(kind, texts))
@@ -338,7 +340,7 @@ def test_parquet_types_of_text(tmp_path: Path):
 @pytest.mark.parametrize("separator", [",", "\t"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 def test_tables(tmp_path: Path, separator: str, compression: str, line_end: str):
-    """Quoted line ends and separators; fields longer than the csv module takes by default; a byte order mark."""
+    """Quoted line ends and separators, fields longer than the csv module's default limit, a byte order mark."""
     texts = [*random_texts(0, 200, 40), random_text(random.Random(1), 300_000), "last"]
     texts[5] = ""
     for mark in (b"", codecs.BOM_UTF8):
@@ -354,7 +356,7 @@ def test_tables(tmp_path: Path, separator: str, compression: str, line_end: str)
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".PY", ".cu", ".html"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 def test_text_files(tmp_path: Path, suffix: str, compression: str, mark: bytes):
-    """The file is the document, line ends as they are."""
+    """The file is the document, with its line ends."""
     content = mark + "".join(random_texts(0, 5, 60)).encode() + b"\r\nend\r\n\n"
     expected = write(tmp_path, f"a{suffix}{compression}", content)
     assert expected[0][0] == content.removeprefix(mark).decode() and expected[0][2:] == ("", 0)
@@ -382,7 +384,7 @@ def test_random_line_lengths_and_unit_sizes(tmp_path: Path):
 
 
 def test_place_leads_to_the_record(tmp_path: Path):
-    """What a byte means, checked without the naive reader: the line at this position is the record."""
+    """Meaning of a byte number, checked without the naive reader: the line at this position is the record."""
     texts = random_texts(0, 50, 100)
     write(tmp_path, "a.jsonl", codecs.BOM_UTF8 + json_lines(texts, "\n\n"))
     content = (tmp_path / "a.jsonl").read_bytes()
@@ -396,7 +398,7 @@ def test_place_leads_to_the_record(tmp_path: Path):
 
 
 def test_progress_adds_up_to_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Otherwise the bar stops early, or stands at its end for an hour."""
+    """Otherwise the bar stops early, or waits at its end for an hour."""
     write_mixed_corpus(tmp_path, count=300)
     monkeypatch.setattr(limits, "BUFFER_BYTES", 1000)
     corpus = Corpus(str(tmp_path))
@@ -427,7 +429,7 @@ FIELD_RECORDS = [
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.json"])
 def test_several_text_keys(tmp_path: Path, name: str):
-    """In the order asked for; those that are null, empty or missing leave no separator behind."""
+    """In the given order; null, empty or missing fields leave no separator."""
     records = [record for record, _ in FIELD_RECORDS]
     content = json.dumps(records) if name == "a.json" else "\n".join(map(json.dumps, records))
     (tmp_path / name).write_bytes(compress(content.encode(), Path(name).suffix))
@@ -438,7 +440,7 @@ def test_several_text_keys(tmp_path: Path, name: str):
 
 
 def test_several_text_keys_of_columns(tmp_path: Path):
-    """Columns that a file lacks are left out, as long as it has one; their order in the file is of no matter."""
+    """Columns that a file lacks are left out, as long as it has one; their order in the file does not matter."""
     rows = [("3", "1"), ("", "1"), ("3", ""), ("", ""), ("x\ny", "z")]
     target = io.StringIO(newline="")
     csv.writer(target).writerows([("c", "a"), *rows])
@@ -501,7 +503,7 @@ def test_include_and_exclude(tmp_path: Path):
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv"])
 def test_truncated_compressed_file(tmp_path: Path, kind: str, compression: str):
-    """As a broken download leaves it: what lies before the damage is read, and the loss is counted."""
+    """As after a broken download: the part before the damage is read, and the loss is counted."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnop", k=500)) for _ in range(1000)]
     name = file_name(kind, compression)
@@ -518,7 +520,7 @@ def test_truncated_compressed_file(tmp_path: Path, kind: str, compression: str):
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv"])
 def test_truncated_small_file(tmp_path: Path, kind: str):
-    """The damage is met while the first bytes are looked at to see what the file is."""
+    """The damage is met while the first bytes are inspected for the file's kind."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnop", k=100)) for _ in range(100)]
     content = gzip.compress(content_of(kind, texts))
@@ -531,7 +533,7 @@ def test_truncated_small_file(tmp_path: Path, kind: str):
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
 def test_compressed_file_of_something_else(tmp_path: Path, kind: str, compression: str):
-    """Also when nothing of it can be read, it is one bad record, not the end of the run."""
+    """Even if nothing in it can be read, it is one bad record, not the end of the run."""
     name = file_name(kind, compression)
     for content in (b"hello " * 20, compress(b"", compression)[:3], b"x"):
         items = read_file(tmp_path, name, content)
@@ -542,7 +544,7 @@ def test_compressed_file_of_something_else(tmp_path: Path, kind: str, compressio
 @pytest.mark.parametrize("compression", [".gz", ".xz"])
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".txt"])
 def test_flipped_bytes_in_a_compressed_file(tmp_path: Path, kind: str, compression: str):
-    """Its checksum tells, at the latest at its end: whatever was read before, the damage is counted."""
+    """Its checksum shows the damage, at the latest at its end: whatever was read before, the damage is counted."""
     name, rng = file_name(kind, compression), random.Random(0)
     plain, decompress = content_of(kind, random_texts(0, 100, 50)), {".gz": gzip, ".xz": lzma}[compression].decompress
     content, harmful = compress(plain, compression), 0
@@ -550,7 +552,7 @@ def test_flipped_bytes_in_a_compressed_file(tmp_path: Path, kind: str, compressi
         damaged = bytearray(content)
         damaged[rng.randrange(len(content) // 4, len(content) - 40)] ^= 1 << rng.randrange(8)
         with suppress(EOFError, OSError, zlib.error, lzma.LZMAError):
-            # Some bits of a code are never looked at.
+            # Some bits of a code are never read.
             if decompress(bytes(damaged)) == plain:
                 continue
         harmful += 1
@@ -565,7 +567,7 @@ BROKEN_FIRST_LINES = [b'{"text": "cut', b"no JSON", b'"text"', b"5", b'{"text": 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\n\n"])
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
 def test_broken_first_line(tmp_path: Path, name: str, line: bytes, line_end: bytes):
-    """The lines after it are read: such a file is no object spread over lines."""
+    """The lines after it are read: such a file is not an object spread over lines."""
     content = line_end.join([line, b'{"text": "b"}', b'{"text": "c"}', b'{"text": "d"}'])
     items = read_file(tmp_path, name, compress(content, Path(name).suffix))
     assert texts_of(items) == ["b", "c", "d"]
@@ -574,7 +576,7 @@ def test_broken_first_line(tmp_path: Path, name: str, line: bytes, line_end: byt
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_object_spread_over_lines(tmp_path: Path, compression: str):
-    """Some program's settings: one bad record, not one a line; or one document if it has the text."""
+    """Some program's settings: one bad record for the file, not one per line; or one document if it has the text."""
     settings = {"name": "x", "values": list(range(200)), "nested": {"text": "no text of ours"}}
     name = f"a.json{compression}"
     for unit_bytes in (10, WHOLE):
@@ -588,7 +590,7 @@ def test_object_spread_over_lines(tmp_path: Path, compression: str):
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonl.gz"])
 @pytest.mark.parametrize("indent", [None, 0, 2])
 def test_array_that_is_named_lines(tmp_path: Path, suffix: str, indent: int | None):
-    """Read as what it is, and never cut."""
+    """Read as its real kind, and never cut."""
     texts = random_texts(1, 20, 40)
     for unit_bytes in (1, WHOLE):
         items = read_file(tmp_path, f"a{suffix}", compress(json_array(texts, indent), suffix[6:]), unit_bytes)
@@ -610,7 +612,8 @@ def test_objects_spread_over_lines(tmp_path: Path, name: str, indent: int, betwe
 
 
 def test_numbers_in_an_array_stay_what_they_are(tmp_path: Path):
-    """A record that is wanted whole holds arguments of calls, in which 3 is not 3.0; long numbers cost nothing."""
+    """A record that is wanted whole holds arguments of calls, in which 3 differs from 3.0; long numbers cost
+    nothing."""
     (tmp_path / "a.json").write_text(f'[{{"n": 3, "x": 0.5}}, {{"n": {"9" * 5000}}}, {{"n": -1}}]')
     values = [item.value for item in read(Corpus(str(tmp_path), None))]
     assert json.dumps(values[0]) == '{"n": 3, "x": 0.5}' and json.dumps(values[2]) == '{"n": -1}'
@@ -619,7 +622,7 @@ def test_numbers_in_an_array_stay_what_they_are(tmp_path: Path):
 @pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.jsonl", "a.json", "a.csv", "a.tsv.xz"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_utf16_is_named(tmp_path: Path, name: str, encoding: str):
-    """Once a file, however it would be cut; without a mark, UTF-16 of western text is valid UTF-8 full of zeros."""
+    """Once per file, however it would be cut; without a mark, UTF-16 of western text is valid UTF-8 full of zeros."""
     content = '[{"text": "one"}]' if ".json" in name else 'text,more\none,"two"\n' * 20
     items = read_file(tmp_path, name, compress(content.encode(encoding), Path(name).suffix), 16)
     assert len(items) == 1 and bad_of(items)[0].startswith(f"{name}: UTF-{encoding[4:6]}")
@@ -627,7 +630,7 @@ def test_utf16_is_named(tmp_path: Path, name: str, encoding: str):
 
 
 def test_parquet_gives_no_object_names_that_it_lacked(tmp_path: Path):
-    """Arrow gives each the names of all: a call would have arguments that nobody gave."""
+    """Arrow gives each object the names of all: a call would have arguments that nobody gave."""
     records = [{"m": [{"a": {"city": "Paris"}}, {"a": {"day": 2}}]}, {"m": [None, {"a": {}}]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
     assert [item.value for item in read(Corpus(str(tmp_path), None))] == records
@@ -645,7 +648,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, suffix: str):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv.xz", "a.parquet"])
 def test_record_that_is_not_utf8(tmp_path: Path, name: str):
-    """It alone is refused, by its number."""
+    """Only that record is refused, by its number."""
     texts = [b"first", b"caf\xe9", b"last"]
     if name == "a.parquet":
         content = parquet({"text": pyarrow.array(texts).view(pyarrow.string())})
@@ -661,7 +664,7 @@ def test_record_that_is_not_utf8(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("where", ["at byte", "line", "record", "row"])
 def test_record_without_the_key(tmp_path: Path, where: str):
-    """The sentence says which record it is, and which flag to change."""
+    """The sentence names the record, and the flag to change."""
     name = {"at byte": "a.jsonl", "line": "a.ndjson.gz", "record": "a.json", "row": "a.parquet"}[where]
     records = [{"text": "a"}, {"text": None, "body": "b"}, {"text": "c"}]
     if where == "row":
@@ -685,7 +688,7 @@ def test_array_element_without_text(tmp_path: Path, content: bytes):
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("damage", [b'{"text": "x" "y"}', b"]", b"}", b'{"text": "\n"}', b""])
 def test_array_broken_in_the_middle(tmp_path: Path, damage: bytes, compression: str):
-    """What stands before it is read; what follows cannot be told apart from damage."""
+    """The part before it is read; the rest cannot be told from damage."""
     texts = [f"text {i} " + "x" * 50 for i in range(50)]
     elements = [json.dumps({"text": text}).encode() for text in texts]
     # Nothing at all: the file ends there.
@@ -700,7 +703,7 @@ def test_array_broken_in_the_middle(tmp_path: Path, damage: bytes, compression: 
 
 @pytest.mark.parametrize("tail", [b", ", b" x", b" [1]", b'{"text": "x"}'])
 def test_more_after_an_array(tmp_path: Path, tail: bytes):
-    """Such as two arrays in one file: what follows the first is not lost silently."""
+    """Two arrays in one file, for example: text after the first is not lost silently."""
     items = read_file(tmp_path, "a.json", b'[{"text": "a"}]' + tail + b"\n")
     assert texts_of(items) == ["a"]
     assert bad_of(items) == ["a.json after record 0: damaged, what follows is lost (there is more after the array)"]
@@ -727,7 +730,7 @@ def test_array_elements_longer_than_what_is_read_at_once(tmp_path: Path, size: i
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != ".parquet"])
 def test_empty_files(tmp_path: Path, kind: str, compression: str):
-    """Neither documents nor errors: no bytes, no text in it, or nothing but the frame."""
+    """Neither documents nor errors: no bytes, no text, or only the frame."""
     name = file_name(kind, compression)
     frames = {".json array": [b"[]", b" [\n]\n"], ".csv": [b"text\n", b"id,text"], ".tsv": [b"id\ttext\r\n"]}
     frames[".jsonl"] = frames[".json lines"] = [b"\n", b" \n\r\n"]
@@ -745,7 +748,7 @@ def test_empty_parquet(tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["garbage", "one byte", "cut at the end", "cut in half", "footer"])
 def test_parquet_that_is_none(tmp_path: Path, damage: str):
-    """Its table of contents stands at the end: without it there is nothing to plan, and the sentence names the file."""
+    """Its table of contents is at the end: without it nothing can be planned, and the sentence names the file."""
     whole = parquet({"text": random_texts(0, 100, 50)})
     footer = int.from_bytes(whole[-8:-4], "little") + 8
     content = {
@@ -761,7 +764,7 @@ def test_parquet_that_is_none(tmp_path: Path, damage: str):
 
 
 def test_parquet_with_damaged_pages(tmp_path: Path):
-    """The row groups before it are read, the loss is counted, and the next unit is not concerned."""
+    """The row groups before it are read, the loss is counted, and the next unit is not affected."""
     texts = [text.replace("\0", " ") for text in random_texts(0, 1000, 50)]
     whole = parquet({"text": texts}, rows_a_group=100, compression="zstd")
     (tmp_path / "a.parquet").write_bytes(whole)
@@ -778,7 +781,7 @@ def test_parquet_with_damaged_pages(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.parquet"])
 def test_table_without_the_column(tmp_path: Path, name: str):
-    """Not a bad record a row but one sentence, with the columns there are."""
+    """One sentence with the columns that are there, not a bad record per row."""
     if name == "a.parquet":
         content = parquet({"id": [1], "body": ["x"]})
     else:
@@ -788,7 +791,7 @@ def test_table_without_the_column(tmp_path: Path, name: str):
 
 
 def test_rows_of_the_wrong_length(tmp_path: Path):
-    """What follows a comma that nobody quoted is not lost silently; empty cells are no loss."""
+    """Text after an unquoted comma is not lost silently; empty cells are not a loss."""
     items = read_file(tmp_path, "a.csv", b"id,text\n1,one\n2\n3,three,more\n\n\n4,four,,\n")
     assert joined(items) == [("one", "a.csv", "row", 0), ("four", "a.csv", "row", 3)]
     short, long = bad_of(items)
@@ -798,7 +801,7 @@ def test_rows_of_the_wrong_length(tmp_path: Path):
 
 @pytest.mark.parametrize("longest", [1, 2, 3, 7, 64])
 def test_long_documents_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int):
-    """They join to the text; characters of several bytes lie across all borders of what is read at once."""
+    """The parts join to the text; characters of several bytes cross all borders of single reads."""
     expected = write_mixed_corpus(tmp_path, seed=5, longest=100)
     monkeypatch.setattr(limits, "LONGEST_PART", longest)
     for unit_bytes in (500, WHOLE):
@@ -823,7 +826,7 @@ def test_parts_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_text_that_turns_out_not_to_be_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """After its first parts are away: the document ends there, and the loss is counted."""
+    """After its first parts are gone: the document ends there, and the loss is counted."""
     monkeypatch.setattr(limits, "LONGEST_PART", 50)
     text = "漢字 and text\n" * 40
     for damage in (b"\xff", "漢".encode()[:2]):
@@ -869,7 +872,7 @@ print(len(units), documents, characters, peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory in /proc")
 @pytest.mark.parametrize("compression", ["", ".zst"])
 def test_large_array_is_read_in_bounded_memory(tmp_path: Path, compression: str):
-    """300 MB on a single line. In a process of its own, by VmHWM: ru_maxrss begins with that of the parent."""
+    """300 MB on a single line. In its own process, by VmHWM, because ru_maxrss begins with that of the parent."""
     element = json.dumps({"id": 1, "text": "some text of a document " * 100}).encode()
     count = 300_000_000 // len(element)
     path = tmp_path / f"a.json{compression}"
@@ -877,7 +880,7 @@ def test_large_array_is_read_in_bounded_memory(tmp_path: Path, compression: str)
         for number in range(0, count, 1000):
             batch = b"," * bool(number) + b",".join([element] * min(1000, count - number))
             batch = b"[" * (not number) + batch + b"]" * (number + 1000 >= count)
-            # Frames one after another.
+            # One frame after another.
             file.write(compress(batch, compression))
     command = [sys.executable, "-c", READ_AND_MEASURE, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -887,17 +890,17 @@ def test_large_array_is_read_in_bounded_memory(tmp_path: Path, compression: str)
     assert grown_kib < 100 * 1024
 
 
-# ---- records that cannot be held, and the files that are found
+# ---- records that are too large, and the files that are found
 
 
 LONG = 1000
-"""Stands in for LONGEST_RECORD."""
+"""Replaces LONGEST_RECORD."""
 
 
 @pytest.mark.parametrize("compression", [*COMPRESSIONS, ".bz2"])
 @pytest.mark.parametrize("kind", [".jsonl", ".json array", ".csv", ".json object"])
 def test_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str):
-    """It is named and counted, however it is spelt; what stands behind it is read where that can be found."""
+    """It is named and counted, however it is spelt; records after it are read if they can be found."""
     monkeypatch.setattr(limits, "LONGEST_RECORD", LONG)
     monkeypatch.setattr(limits, "BUFFER_BYTES", 64)
     nested = '{"a": [1, {"b": "]\\\\\\"}"}], "text": "' + 'x\\"' * 5000 + '"}'
@@ -919,7 +922,7 @@ def test_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("size", [LONG, LONG + 1])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_the_longest_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int):
-    """To the byte, whatever is read at once."""
+    """Exact to the byte, whatever the size of a read."""
     monkeypatch.setattr(limits, "LONGEST_RECORD", LONG)
     line = '{"text": "' + "x" * (size - 13) + '"}' + "\n" * (name == "a.jsonl")
     line = line if name == "a.jsonl" else line.replace('"}', 'x"}')
@@ -939,7 +942,7 @@ def test_array_element_that_is_too_deeply_nested(tmp_path: Path, depth: int):
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst", ".bz2"])
 def test_truncated_object(tmp_path: Path, compression: str):
-    """An object spread over lines is read as a whole; its damage is no traceback."""
+    """An object spread over lines is read as a whole; its damage does not give a traceback."""
     rng = random.Random(0)
     text = "".join(rng.choices("abcdefghijklmnop", k=300_000))
     content = compress(json.dumps({"name": 1, "text": text}, indent=1).encode(), compression)
@@ -974,7 +977,7 @@ ODD_COLUMNS = {
 
 @pytest.mark.parametrize("kind", ODD_COLUMNS)
 def test_parquet_value_that_python_cannot_hold(tmp_path: Path, kind: str):
-    """In a column that nobody asks for it is not looked at; in one that is wanted, it costs its own row."""
+    """In a column that nobody needs, it is not read; in a wanted column, it costs its own row."""
     texts = ["one", "two", "three"]
     (tmp_path / "a.parquet").write_bytes(parquet({"text": texts, "odd": ODD_COLUMNS[kind]}))
     items = read(Corpus(str(tmp_path)))
@@ -989,7 +992,7 @@ def test_parquet_value_that_python_cannot_hold(tmp_path: Path, kind: str):
 
 
 def test_parquet_without_a_column_of_any_format(tmp_path: Path):
-    """Its rows are there, with the names that say why they are refused."""
+    """Its rows are there, with the names that explain their refusal."""
     (tmp_path / "a.parquet").write_bytes(parquet({"question": ["a"] * 600, "answer": ["b"] * 600}))
     items = read(Corpus(str(tmp_path), None, columns=frozenset(["messages"])))
     assert [item.value for item in items] == [{"question": None, "answer": None}] * 600
@@ -1024,7 +1027,7 @@ print(refused)
 
 
 def test_flipped_bits_in_the_footer_of_a_parquet_file(tmp_path: Path):
-    """Arrow ends the whole process when it is asked for some of what is damaged there: so, in one of its own."""
+    """Arrow ends the whole process when some of the damaged parts are read, so this runs in another process."""
     table = pyarrow.table({"text": ["a", "b"], "more": [[1], [2, 3]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
     command = [sys.executable, "-c", FLIP_THE_FOOTER, str(tmp_path)]
@@ -1044,7 +1047,7 @@ def test_parquet_row_that_is_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
 def test_two_columns_of_one_name(tmp_path: Path, name: str):
-    """Which of them is the text?"""
+    """Several of them could be the text."""
     table = pyarrow.table([["x"], ["y"]], names=["text", "text"])
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, sink)
@@ -1054,7 +1057,7 @@ def test_two_columns_of_one_name(tmp_path: Path, name: str):
 
 
 def test_linked_folders(tmp_path: Path):
-    """They are followed, also over several links; none is followed for ever, and no file is read twice."""
+    """They are followed, also over several links, but none for ever, and no file is read twice."""
     root, other, third = tmp_path / "root", tmp_path / "other", tmp_path / "third"
     for name, text in {"other/wiki/a": "a", "other/wiki/deep/b": "b", "third/c": "c", "root/own/d": "d"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -1072,7 +1075,7 @@ def test_linked_folders(tmp_path: Path):
         "gone": "links that lead nowhere", "up": "links to a folder that they stand in",
         "wiki/third/up": "links to a folder that they stand in",
     }  # fmt: skip
-    # A name that is excluded does not hide the file's other names.
+    # An excluded name does not hide the file's other names.
     assert list_inputs(Corpus(str(root), exclude=("own/*", "e.txt")))[0][0] == "again/d.txt"
     assert sorted(texts_of(read(Corpus(str(root))))) == ["a", "b", "c", "d"]
 
@@ -1095,7 +1098,7 @@ def test_folders_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.Capt
 def test_what_cannot_be_looked_at_is_not_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ):
-    """The disk's error stays what it is, so that a run is tried again. A folder may be excluded."""
+    """The disk's error keeps its type, so that a run is tried again. A folder may be excluded."""
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed" / "b.txt").write_text("text")
@@ -1123,7 +1126,7 @@ def test_what_cannot_be_looked_at_is_not_left_out(
     ],
 )  # fmt: skip
 def test_kind_that_include_names(tmp_path: Path, include: str, chosen: list[str]):
-    """It is read as text. Who asks for a folder has not asked for its pictures."""
+    """It is read as text. Asking for a folder does not mean asking for its pictures."""
     for name in ["a.pm", "b.pm.gz", "c/Makefile", "d.bin", "e.parquet.gz"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(compress(b"text of " + name.encode(), Path(name).suffix))
@@ -1133,5 +1136,12 @@ def test_kind_that_include_names(tmp_path: Path, include: str, chosen: list[str]
     assert not set(left_out) & set(chosen)
     if chosen:
         assert texts_of(read(corpus)) == [f"text of {name}" for name in chosen]
-    # Records are wanted: no text is one.
+    # Records are wanted, and a text is not one.
     assert list_inputs(replace(corpus, fields=None))[0] == []
+
+
+def test_every_ending_has_one_reader():
+    endings = [ending for reader in READERS for ending in reader.endings]
+    assert len(set(endings)) == len(endings)
+    assert all(ending == ending.lower() and ending.startswith(".") for ending in endings)
+    assert all(set(reader.well_known) <= set(reader.endings) for reader in READERS)

@@ -1,4 +1,5 @@
-"""Where the launcher listens, how nodes meet, and that what strangers write into its store is text, never code."""
+"""Addresses that the launcher listens on, the meeting of nodes, and strangers' text in its store, which never becomes
+code."""
 
 import base64
 import json
@@ -19,7 +20,7 @@ from parallel import launch, listen
 from parallel.launch import Follower, Leader, Place, find_place, parser_of_flags, seats
 from parallel.listen import LOOPBACK, bind, own_address
 
-# Interfaces of a host whose own name means loopback to it, as on Debian, and how it resolves names.
+# Interfaces of a host whose own name means loopback to it, as on Debian, and the names that it resolves.
 INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.1", "fe80::1%eth0"], "ib0": ["10.1.0.1"]}
 NAMES = {"me": ["127.0.1.1"], "me-ib": ["10.1.0.1"], "other": ["10.0.0.2"], "both": ["10.0.0.9", "10.0.0.1"],
          "localhost": ["127.0.0.1"]}  # fmt: skip
@@ -39,7 +40,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def interfaces_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nothing is left in this process' environment."""
+    """So that nothing is left in this process's environment."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
 
@@ -119,7 +120,7 @@ def test_flags_that_cannot_work(flags: list[str], sentence: str, capfd: pytest.C
 def test_the_interface_of_a_node_that_follows(
     host: None, capfd: pytest.CaptureFixture, local_addr: str, interface: str | None
 ):
-    """What it is called may mean nothing to itself: then its way to the first host counts, and it says so."""
+    """Its name may mean nothing to the host itself: then its route to the first host counts, and it says so."""
     place = place_of("--nnodes=2", "--rdzv_endpoint=10.0.0.9:1", f"--local_addr={local_addr}")
     assert (place.interface, place.listening) == (interface, None)
     said = capfd.readouterr().err
@@ -134,7 +135,7 @@ def test_a_port_that_another_has(capfd: pytest.CaptureFixture):
         port = taken.getsockname()[1]
         assert launch.launch([f"--master_port={port}", "t.py"]) == 1
         assert f"launch: cannot listen at 127.0.0.1, port {port}: " in capfd.readouterr().err
-        # Of two launchers on one machine that were not told who leads, the second one follows.
+        # Of two launchers on one machine without a chosen leader, the second one follows.
         assert place_of("--nnodes=2", f"--rdzv_endpoint=127.0.0.1:{port}").listening is None
 
 
@@ -153,7 +154,7 @@ def test_who_gets_which_rank(wishes: dict[int, int | None], nnodes: int, expecte
 
 
 class Nodes:
-    """The nodes of a job, each in a thread; a node's answers are (rank, number of nodes, port of the ranks' store)."""
+    """Nodes of a job, each in a thread; a node's answers are (rank, number of nodes, port of the ranks' store)."""
 
     def __init__(self, nnodes: int, timeout_s: float = 20.0):
         self.nnodes, self.timeout = nnodes, timeout_s
@@ -191,7 +192,7 @@ class Nodes:
 
 
 def test_nodes_meet_once_for_each_attempt():
-    """By rank or by arrival; the ranks of a later attempt get a store in which the last one's keys are not."""
+    """By rank or by arrival; the ranks of a later attempt get a store without the last attempt's keys."""
     nodes = Nodes(3)
     nodes.start("third", node_rank=2, times=2)
     leader = nodes.start("first", leads=True, times=2)
@@ -205,7 +206,7 @@ def test_nodes_meet_once_for_each_attempt():
 
 
 def test_a_node_that_is_not_expected_is_left_out(monkeypatch: pytest.MonkeyPatch):
-    """It came too late, or belongs to another job; and says so."""
+    """It came too late, or belongs to another job, and says so."""
     monkeypatch.setattr(launch, "_CONNECT_S", 1.0)
     nodes = Nodes(2, timeout_s=1.5)
     nodes.start("stranger", run_id="another")
@@ -246,8 +247,8 @@ class Opener:
 
 
 def test_a_pickle_from_outside_is_never_loaded(tmp_path: Path):
-    """Whoever reaches the port while the nodes gather can write into the store, also where torchrun's rendezvous would
-    load it, and where this one reads; the nodes meet all the same."""
+    """Anybody who reaches the port while the nodes gather can write into the store, even under the keys that torchrun's
+    rendezvous would load and this one reads; the nodes meet all the same."""
     hostile = pickle.dumps(Opener(tmp_path / "opened"))
     nodes = Nodes(2)
     nodes.start("leader", leads=True)

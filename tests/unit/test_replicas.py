@@ -1,4 +1,4 @@
-"""The checksum by which replicas are compared."""
+"""Checksum with which replicas are compared."""
 
 import pytest
 import torch

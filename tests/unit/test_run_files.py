@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import utils.logging
-from configurator import Derived, parse_config
+from configurator import parse_config
 from runs import reslog as reslog_module
 from runs.exits import (
     CRASH,
@@ -26,6 +26,7 @@ from runs.exits import (
 )
 from runs.heartbeat import Heartbeat, read_heartbeats
 from runs.reslog import LONGEST_LINE, ResLog, count_launches, read_reslog
+from training.config import Derived
 from training.describe import _batch
 from training.summary import _validation
 
@@ -87,7 +88,7 @@ def random_log(random_: random.Random, count: int, starts: float) -> list[dict]:
 
 
 def that_stand(records: list[dict]) -> list[dict]:
-    """As the format's description says it, launch by launch."""
+    """As in the description of the format, launch by launch."""
     kept: list[dict] = []
     for record in records:
         if record["name"] == "start":
@@ -109,7 +110,7 @@ def test_records_that_stand(seed: int, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class Counting(dict):
-    """A record that counts how often its values are looked at."""
+    """A record that counts how often its values are read."""
 
     looks = 0
 
@@ -124,7 +125,7 @@ class Counting(dict):
 
 @pytest.mark.parametrize("names", [None, ("valid",)])
 def test_the_work_is_in_proportion_to_the_log(names: tuple | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Thousands of launches do not each look through all that came before."""
+    """Each of thousands of launches must not search all earlier records."""
     parse, path = reslog_module.parse_record, tmp_path / "reslog.jsonl"
     monkeypatch.setattr(reslog_module, "parse_record", lambda line: Counting(parse(line)))
     monkeypatch.setattr(reslog_module, "_READ_BETWEEN_PASSES", 10, raising=False)
@@ -173,7 +174,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path: Path, capl
 
 
 def test_a_full_disk_under_the_log_and_the_console_does_not_stop_the_run(tmp_path: Path):
-    """The console is a file, too, where the monitor started the run: seen in the chaos campaign."""
+    """The console is a file, too, if the monitor started the run: seen in the chaos campaign."""
     program = """
 import logging, sys
 from pathlib import Path
@@ -212,7 +213,7 @@ READERS = {
 
 
 def use(record: dict) -> None:
-    """As monitors do: they count, compare, show and look for the process."""
+    """Used as monitors do: they count, compare, show and look for the process."""
     for name, value in record.items():
         if name in ("reason", "launch", "phase"):
             assert value + "" == value
@@ -234,7 +235,7 @@ def test_odd_records_count_as_not_there(reader: str, tmp_path: Path):
             for record in read(tmp_path):
                 use(record)
     path.write_text(json.dumps(good))
-    # Beside a good one, whatever lies there.
+    # Beside a good record, whatever else is there.
     (tmp_path / "rank-1.json").write_text(json.dumps(good))
     (tmp_path / "rank-2.json").mkdir()
     (tmp_path / "rank-3.json").symlink_to(tmp_path / "rank-3.json")
@@ -278,13 +279,14 @@ def test_exit_records(tmp_path: Path):
 
 def test_a_step_that_takes_more_samples_than_there_are_is_said():
     config, _ = parse_config(["--data_dir=d", "--task_type=sft"])
-    assert _batch(config, Derived(64, 1), 13) == (
+    assert _batch(config.run, config.data, Derived(64, 1), 13) == (
         "batch: 64 rows a step, 1 step, 4.92 epochs; a step takes more rows than there are (13): lower "
         "--train_batch_size or --gradient_accumulation_steps"
     )
-    assert _batch(config, Derived(13, 20), 13) == "batch: 13 rows a step, 20 steps, 20.00 epochs"
+    assert _batch(config.run, config.data, Derived(13, 20), 13) == "batch: 13 rows a step, 20 steps, 20.00 epochs"
     config, _ = parse_config(["--data_dir=d", "--task_type=sft", "--no-packing", "--max_iters=19"])
     few = "; so few steps teach little: lower --train_batch_size or --gradient_accumulation_steps, or raise --max_iters"
-    assert _batch(config, Derived(13, 19), 13) == f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    expected = f"batch: 13 samples a step, 19 steps, 19.00 epochs{few}"
+    assert _batch(config.run, config.data, Derived(13, 19), 13) == expected
     config, _ = parse_config(["--data_dir=d"])
-    assert _batch(config, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")
+    assert _batch(config.run, config.data, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")

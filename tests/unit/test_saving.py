@@ -20,10 +20,13 @@ from torch import Tensor
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint import saving
-from checkpoint.folder import Checkpoint, Retention, doomed_by, find_problem, list_checkpoints
+from checkpoint.folder import Checkpoint, find_problem, list_checkpoints
+from checkpoint.host_copies import HostCopies
 from checkpoint.named import Piece, load_named_state
-from checkpoint.saving import CheckpointSaver, CheckpointWriter, HostCopies
-from checkpoint.stores import Part, Place
+from checkpoint.retention import Retention, doomed_by
+from checkpoint.saving import CheckpointSaver
+from checkpoint.stores import Part, StorePlace
+from checkpoint.writing import CheckpointWriter
 from dataset import audit
 from tests.dist.group import run_ranks
 from tests.dist.test_stores import enter_own_mounts, mount_small_disk, skip_unless_mounting_is_allowed
@@ -61,7 +64,7 @@ def new_saver(
     ckpt_dir: Path, rank: int = 0, count: int = 1, gather: Callable[[object], list] = alone, background: bool = True,
     store: tuple[int, ...] | None = None, keep_last: int = 9,
 ) -> CheckpointSaver:  # fmt: skip
-    place = Place(rank, count, store or tuple(range(count)))
+    place = StorePlace(rank, count, store or tuple(range(count)))
     return CheckpointSaver(ckpt_dir, place, "launch", CPU, Retention(keep_last, 0), background, gather)
 
 
@@ -161,7 +164,7 @@ def test_every_rank_hears_of_every_failure(tmp_path: Path, monkeypatch: pytest.M
         saver = new_saver(tmp_path, rank, 2, gather)
         begin_and_start(saver, 1)
         # A rank is not done as long as its own thread is, even if it was another that failed.
-        gather(concurrent.futures.wait([saver._future], PATIENCE).done and None)
+        gather(concurrent.futures.wait([saver._save.ended], PATIENCE).done and None)
         outcome = saver.conclude()
         saver.close()
         return outcome.problem
@@ -211,7 +214,7 @@ def test_a_save_that_failed_on_one_node_leaves_nothing_on_the_others(tmp_path: P
         for step in (1, 2, 3, 4):
             begin_and_start(saver, step)
             # Both are done before the ranks look, so that the first one has committed.
-            gather(concurrent.futures.wait([saver._future], PATIENCE).done and None)
+            gather(concurrent.futures.wait([saver._save.ended], PATIENCE).done and None)
             failed.append(saver.conclude().problem is not None)
         saver.close()
         return failed
@@ -360,13 +363,13 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
         for number, store in enumerate(stores):
             directory = tmp_path / f"{case}-{number}"
             for rank in store:
-                writer = CheckpointWriter(directory, 1, Place(rank, world_size, store), "x")
+                writer = CheckpointWriter(directory, 1, StorePlace(rank, world_size, store), "x")
                 # Dealt out like cards: as unlike what an even split would be as can be.
                 writer.add_named_state(pieces[rank::world_size] if sharded else pieces, sharded)
                 writer.make_directory()
                 writer.write_files()
                 writer.finish()
-            CheckpointWriter(directory, 1, Place(store[0], world_size, store), "x").commit(None, lambda: False)
+            CheckpointWriter(directory, 1, StorePlace(store[0], world_size, store), "x").commit(None, lambda: False)
         parts = [tmp_path / f"{case}-{number}" / "step-1" for number in range(len(stores))]
         for together in [parts] if sharded else [[part] for part in parts]:
             keys = [key for part in together for file in part.glob("optim-*") for key in load_file(file)]
@@ -379,7 +382,7 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
 
 def test_the_first_rank_may_move_the_directory_once_a_ranks_record_is_there(tmp_path: Path, monkeypatch):
     """A rank that flushed the directory after its record found it gone, now and then, and failed the save."""
-    place = Place(0, 1, (0,))
+    place = StorePlace(0, 1, (0,))
     writer, replace = CheckpointWriter(tmp_path, 1, place, "x"), os.replace
     writer.add_json("a.json", 1)
     writer.make_directory()

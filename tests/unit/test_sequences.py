@@ -1,4 +1,4 @@
-"""Sequences on disk: what was written is what is read, and what is not whole is refused."""
+"""Sequences on disk: reading gives what was written, and incomplete files are refused."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def write_sequences(
     vocab_size: int = 512,
     split: str = "train",
 ) -> list[Sequence]:
-    """A directory as pretokenizing leaves it; returns all sequences."""
+    """Fill a directory as pretokenizing does; returns all sequences."""
     names = []
     for number, sequences in enumerate(shards):
         names.append(f"{split}-{number}.safetensors")
@@ -44,12 +44,12 @@ def write_sequences(
 
 
 def random_sequence(rng: np.random.Generator, max_seq_len: int, vocab_size: int) -> Sequence:
-    """Its first and last possible tokens and lengths are not seldom."""
+    """A random sequence; the smallest and largest tokens and lengths are frequent."""
     length = int(rng.choice([2, max_seq_len + 1, rng.integers(2, max_seq_len + 2)]))
     ids = rng.integers(0, vocab_size, length)
     ids[rng.integers(length)] = vocab_size - 1
     supervised = rng.random(length) < rng.choice([0.1, 0.5, 1.0])
-    # The first token is never learnt, and some other one is.
+    # The first token is never learnt, and at least one other is.
     supervised[0] = False
     supervised[rng.integers(1, length)] = True
     return ids.tolist(), supervised.tolist()
@@ -70,7 +70,7 @@ def read_back(sequences: SequenceShard | SequenceSet) -> list[Sequence]:
     [(2, 2), (512, 2), (65436, 2), (65437, 2), (65536, 2), (65537, 4), (200_000, 4), (1 << 24, 4)],
 )
 def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, token_bytes: int):
-    """Also tokens around 65436, as which 16 bits without a sign would hold a label of -100."""
+    """Includes tokens around 65436, the value of a label of -100 in unsigned 16 bits."""
     sequences = random_sequences(0, 40, vocab_size=vocab_size)
     if vocab_size > 65436:
         edges = [id for id in (65435, 65436, 65437, 65535, 65536) if id < vocab_size]
@@ -96,7 +96,7 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, token_bytes: i
 
 
 def test_other_programs_can_read_it(tmp_path: Path):
-    """By the safetensors library alone: our memory maps agree with it."""
+    """The safetensors library reads the same as our memory maps."""
     sequences = write_sequences(tmp_path, [random_sequences(1, 30)])
     arrays = load_file(tmp_path / "train-0.safetensors")
     shard = SequenceShard(tmp_path / "train-0.safetensors")
@@ -125,7 +125,7 @@ def test_a_pair_is_one_sample(tmp_path: Path):
     ],
 )
 def test_what_cannot_be_stored_is_refused(tmp_path: Path, ids: list[int], supervised: list[bool], complaint: str):
-    """Not wrapped around, as -100 in 16 bits would be; and what came before stays whole."""
+    """It does not wrap around, as -100 in 16 bits would, and earlier sequences stay whole."""
     writer = SequenceWriter(make_header())
     writer.add([5, 6, 7], [False, True, True], ("a", ""), 0)
     with pytest.raises(ValueError, match=complaint):
@@ -144,7 +144,7 @@ def test_same_sequences_are_the_same_bytes(tmp_path: Path):
 
 
 def test_source_with_a_name_that_is_no_unicode(tmp_path: Path):
-    """As the system gives names of other encodings: with half surrogate pairs."""
+    """The system gives names in other encodings like this: with half surrogate pairs."""
     writer = SequenceWriter(make_header())
     writer.add([5, 6], [False, True], ("caf\udce9.jsonl", "byte"), 7)
     writer.close(tmp_path / "a.safetensors")
@@ -152,7 +152,7 @@ def test_source_with_a_name_that_is_no_unicode(tmp_path: Path):
 
 
 def assert_refused(path: Path) -> str:
-    """With one sentence that names the file and says what to run; returns it."""
+    """Expect one sentence that names the file and says what to run; returns it."""
     with pytest.raises(ValueError) as caught:
         SequenceShard(path)
     sentence = str(caught.value)
@@ -176,7 +176,7 @@ def header_end(path: Path) -> int:
 
 
 def test_truncated_or_longer(shard_path: Path):
-    """At every length, as a full disk or an interrupted copy leaves it."""
+    """At every length, as after a full disk or an interrupted copy."""
     content = shard_path.read_bytes()
     for length in range(len(content)):
         shard_path.write_bytes(content[:length])
@@ -186,7 +186,7 @@ def test_truncated_or_longer(shard_path: Path):
 
 
 def test_flipped_bit_in_the_header(shard_path: Path):
-    """Each is refused with a sentence, or changes no more than what the header says of the shard."""
+    """Each flip is refused with a sentence, or changes only the header's statements about the shard."""
     content, end = shard_path.read_bytes(), header_end(shard_path)
     sequences, fingerprint = read_back(SequenceShard(shard_path)), SequenceShard(shard_path).header.fingerprint
     failures = []
@@ -197,7 +197,7 @@ def test_flipped_bit_in_the_header(shard_path: Path):
         try:
             shard = SequenceShard(shard_path)
             same = read_back(shard) == sequences and shard.content_is_whole()
-            # Blanks behind the header, and what JSON can spell in two ways, say nothing.
+            # Blanks after the header, and equivalent spellings in JSON, do not matter.
             noticed = not same or shard.header.fingerprint != fingerprint
             if not noticed and content[place : place + 1] not in b" \\":
                 failures.append((place, "not noticed"))
@@ -210,7 +210,7 @@ def test_flipped_bit_in_the_header(shard_path: Path):
 
 
 def test_flipped_bit_in_the_arrays(shard_path: Path):
-    """The checksum covers each of them."""
+    """The checksum covers all arrays."""
     content, end = shard_path.read_bytes(), header_end(shard_path)
     assert SequenceShard(shard_path).content_is_whole()
     for place in range(end, len(content)):
@@ -245,7 +245,7 @@ def test_other_version(shard_path: Path):
 
 @pytest.mark.parametrize("sizes", [[5], [1, 1, 1], [3, 7, 2], [10, 1]])
 def test_set_of_several_shards(tmp_path: Path, sizes: list[int]):
-    """At the borders too, each sequence is the one of its shard."""
+    """Each sequence comes from its shard, at the borders, too."""
     shards = [random_sequences(number, size) for number, size in enumerate(sizes)]
     sequences = write_sequences(tmp_path, shards)
     opened = SequenceSet(tmp_path, "train", "sft", 8)
@@ -260,7 +260,7 @@ def test_set_of_several_shards(tmp_path: Path, sizes: list[int]):
 
 
 def test_records_of_several_files_in_one_shard(tmp_path: Path):
-    """By turns: each sequence knows its own file and what is counted there."""
+    """By turns: each sequence knows its own file and its place there."""
     sources = [("a.jsonl", "byte"), ("b.csv", "row"), ("a.jsonl", "byte"), ("c.json", "record"), ("b.csv", "row")]
     writer = SequenceWriter(make_header())
     for record, source in enumerate(sources):
@@ -272,7 +272,8 @@ def test_records_of_several_files_in_one_shard(tmp_path: Path):
 
 
 def test_fingerprint_of_a_set_is_that_of_its_content(tmp_path: Path):
-    """A checkpoint keeps it: it must change with any token, any mask and the order, and with nothing else."""
+    """A checkpoint keeps the fingerprint: it must change with any token, any mask and the order, and with nothing
+    else."""
     shards = [random_sequences(0, 4), random_sequences(1, 4)]
 
     def fingerprint(name: str, shards: list[list[Sequence]]) -> str:
@@ -320,7 +321,7 @@ def test_set_that_lacks_a_shard(tmp_path: Path):
 
 
 def test_directory_of_token_files_is_no_set(tmp_path: Path):
-    """As pretokenize_pretrain_data leaves it: its manifest names no task."""
+    """As from pretokenize_pretrain_data: its manifest names no task."""
     manifest = {"shards": {"train": ["train-0.bin"], "valid": []}, "valid_ratio": 0.0}
     (tmp_path / "pretokenize.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="was pretokenized for --task_type=pretrain, not sft"):
@@ -328,7 +329,7 @@ def test_directory_of_token_files_is_no_set(tmp_path: Path):
 
 
 def test_check(tmp_path: Path):
-    """Another tokenizer would make other tokens of the same ids; another share held out, another validation."""
+    """Another tokenizer would give the ids another meaning; another held-out share would be another validation."""
     write_sequences(tmp_path, [random_sequences(0, 4)])
     opened = SequenceSet(tmp_path, "train", "sft", 8)
     opened.check("ab" * 32)

@@ -1,4 +1,5 @@
-"""SFT and DPO batches against a plain Python loop, one token at a time, and the digests that prove what was read."""
+"""SFT and DPO batches against a plain Python loop, one token at a time, and the digests that prove which rows were
+read."""
 
 from pathlib import Path
 
@@ -22,14 +23,15 @@ NO_DOCUMENT = -1
 def write_random(
     directory: Path, seed: int, max_seq_len: int, task: str = "sft", vocab_size: int = 512
 ) -> list[Sequence]:
-    """Three shards; of DPO an even number of sequences in each."""
+    """Three shards; for DPO each has an even number of sequences."""
     sizes = [8, 2, 14]
     shards = [random_sequences(10 * seed + number, size, max_seq_len, vocab_size) for number, size in enumerate(sizes)]
     return write_sequences(directory, shards, task, max_seq_len, vocab_size)
 
 
 def naive_batch(rows: list[list[Sequence]], max_seq_len: int) -> dict[str, list]:
-    """What collate must return for rows of sequences, but for document_ids' and sample_ids' own rules."""
+    """Expected result of collate for rows of sequences, except for document_ids and sample_ids, which have their own
+    rules."""
     widest = max(sum(len(ids) - 1 for ids, _ in row) for row in rows)
     while widest % 8 and widest < max_seq_len:
         widest += 1
@@ -77,7 +79,7 @@ def test_packed_batches_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_le
     # Shuffled: the first rows must not be those with the longest sequences.
     rows = [rows[index] for index in sample_at(0, np.arange(len(rows)), len(rows))]
     assert [dataset.members(number).tolist() for number in range(len(dataset))] == rows
-    # Some twice: a batch may hold the end of one epoch and the begin of the next.
+    # Some come twice: a batch may hold the end of one epoch and the beginning of the next.
     order = np.random.default_rng(seed).permutation(len(dataset))
     ids = np.concatenate([order, order[:2]])
     for size in (1, 3, len(ids)):
@@ -107,7 +109,7 @@ def test_unpacked_batches_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_
 @pytest.mark.parametrize("max_seq_len", [7, 40])
 @pytest.mark.parametrize("seed", range(4))
 def test_dpo_batches_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_len: int):
-    """Chosen and rejected by turns, also with a reference, of which each pair gets its own row."""
+    """Chosen and rejected alternate, also with a reference, in which each pair has its own row."""
     sequences = write_random(tmp_path, seed, max_seq_len, "dpo")
     dataset = DPODataset(tmp_path, "train", max_seq_len)
     assert len(dataset) == len(sequences) // 2 == 12
@@ -125,7 +127,7 @@ def test_dpo_batches_equal_a_naive_loop(tmp_path: Path, seed: int, max_seq_len: 
 
 
 def test_by_hand(tmp_path: Path):
-    """Two sequences in one row: no label reaches from one into the other, and padding is nobody's."""
+    """Two sequences in one row: no label reaches from one into the other, and padding belongs to neither."""
     question, answer = ([10, 11, 12, 13], [False, False, True, True]), ([20, 21], [False, True])
     write_sequences(tmp_path, [[question, answer]])
     assert_equal(
@@ -143,7 +145,7 @@ def test_by_hand(tmp_path: Path):
 
 
 def test_padding_is_what_the_batch_needs(tmp_path: Path):
-    """Not what the longest sample of the set or max_seq_len would need."""
+    """The longest sample of the set and max_seq_len do not matter."""
     lengths = [3, 9, 10, 17, 41]
     write_sequences(
         tmp_path, [[([5] * length, [False] + [True] * (length - 1)) for length in lengths]], max_seq_len=100
@@ -156,7 +158,7 @@ def test_padding_is_what_the_batch_needs(tmp_path: Path):
 
 @pytest.mark.parametrize("vocab_size", [65436, 65437, 65536, 65537, 200_000])
 def test_ignored_labels_of_large_vocabularies(tmp_path: Path, vocab_size: int):
-    """-100 kept in 16 bits without a sign is token 65436, and is learnt: the failure of this project's forerunner."""
+    """-100 in unsigned 16 bits is token 65436, and is learnt: the failure of this project's forerunner."""
     ids = [vocab_size - 1, 3, min(65436, vocab_size - 1), vocab_size - 1, 5]
     write_sequences(tmp_path, [[(ids, [False, False, False, True, False])] * 2], vocab_size=vocab_size)
     for dataset in (SFTDataset(tmp_path, "train", 8), SFTDataset(tmp_path, "train", 8, packing=False)):
@@ -186,7 +188,7 @@ def test_supervised_is_the_flat_position_of_every_label(tmp_path: Path):
 
 
 def test_batches_own_their_memory(tmp_path: Path):
-    """A batch that is changed in place must change neither the next one nor the caller's ids."""
+    """Changing a batch in place must change neither the next one nor the caller's ids."""
     write_random(tmp_path, 0, 8)
     dataset, ids = SFTDataset(tmp_path, "train", 8), np.arange(3)
     first, again = dataset.collate(ids), dataset.collate(ids)
@@ -197,7 +199,7 @@ def test_batches_own_their_memory(tmp_path: Path):
 
 
 def test_fingerprint_tells_packed_from_unpacked(tmp_path: Path):
-    """Their samples are others: a run must not go on with the other."""
+    """Their samples differ: a run must not go on with the other."""
     write_random(tmp_path, 0, 8)
     packed, unpacked = (SFTDataset(tmp_path, "train", 8, packing).fingerprint for packing in (True, False))
     assert packed != unpacked
@@ -239,7 +241,7 @@ def test_open_dataset(dataset: SFTDataset | DPODataset, tmp_path: Path):
 
 
 def test_digest_is_that_of_the_audit_however_the_step_is_spread(dataset: SFTDataset | DPODataset):
-    """Micro-batches of 1 to 12, on one to three ranks: each pads its own way, and all hold the same samples."""
+    """Micro-batches of 1 to 12, on one to three ranks: each pads in its own way, and all hold the same samples."""
     seed, size = 11, 12
     for step in range(2):
         first = step * size
@@ -285,7 +287,7 @@ def test_digest_sees_every_token_and_sample(dataset: SFTDataset | DPODataset):
 def test_digest_of_another_stream_differs(dataset: SFTDataset | DPODataset):
     size = min(6, len(dataset))
     digests = [recomputed_digest(dataset, seed, first, first + size - 1) for seed in (0, 1) for first in (0, 1, 30)]
-    # Not by chance the same set of samples: the order is a permutation, and these windows hold different ones.
+    # The sets of samples differ, and not by chance: the order is a permutation, and these windows hold different ones.
     windows = [
         sorted(sample_at(seed, np.arange(first, first + size), len(dataset)).tolist())
         for seed in (0, 1)
@@ -314,7 +316,7 @@ def test_input_rows_are_the_inputs_of_the_batch(dataset: SFTDataset | DPODataset
 
 
 def test_validation_reads_every_sample_once(dataset: SFTDataset | DPODataset):
-    """In its own order, whatever the number of processes; the last batch may be smaller."""
+    """In its own order, for any number of processes; the last batch may be smaller."""
     for ranks in (1, 2, 3):
         seen: dict[int, list[int]] = {}
         for rank in range(ranks):

@@ -1,4 +1,4 @@
-"""SFT and DPO with the training script on one process: what is learnt, what is kept, what is refused."""
+"""SFT and DPO with the training script on one process: learnt tokens, kept files, refusals."""
 
 import gc
 import hashlib
@@ -50,7 +50,7 @@ WORDS = (
 
 
 def conversations(count: int = PAIRS, seed: int = 0) -> list[tuple[str, str]]:
-    """Questions and their answers, of ragged lengths; every question is another."""
+    """Questions and their answers, of ragged lengths; every question is different."""
     generator = random.Random(seed)
 
     def some(most: int) -> str:
@@ -60,7 +60,7 @@ def conversations(count: int = PAIRS, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def damaged(answer: str) -> str:
-    """The answer with its words in another order and one more."""
+    """The answer with its words in another order and one more word."""
     words = answer.rstrip(".").split()
     return " ".join([*reversed(words), WORDS[(WORDS.index(words[0]) + 7) % len(WORDS)]]) + "."
 
@@ -133,7 +133,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(autouse=True)
 def _quick_start(monkeypatch: pytest.MonkeyPatch):
-    """The peak of the machine takes a while to measure, and matters to no test here."""
+    """Measuring the machine's peak takes a while, and matters to no test here."""
     monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
 
 
@@ -152,7 +152,7 @@ def sft_flags(home: Home, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def dpo_flags(home: Home, tmp_path: Path) -> list[str]:
-    """On a copy of the data, as the reference is kept beside it."""
+    """On a copy of the data, because the reference is kept beside it."""
     shutil.copytree(home.dpo, tmp_path / "data")
     return [*base_flags(tmp_path), "--task_type=dpo", f"--data_dir={tmp_path / 'data'}", f"--init_from={home.model}"]
 
@@ -177,7 +177,7 @@ def without(flags: list[str], *names: str) -> list[str]:
 
 
 def refusal(capsys: pytest.CaptureFixture, flags: list[str], *more: str) -> str:
-    """The one sentence with which a command is refused."""
+    """The one sentence that refuses a command."""
     capsys.readouterr()
     assert train(flags, *more) == 2
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
@@ -193,18 +193,18 @@ def crash(*_: object) -> None:
     raise OSError("the machine died")
 
 
-# One set of sequences, packed and not.
+# One set of sequences, packed and unpacked.
 
 
 @pytest.mark.parametrize("double", [False, True])
 def test_packing_changes_neither_loss_nor_gradient(home: Home, double: bool, monkeypatch: pytest.MonkeyPatch):
-    """The same sequences, four a batch, by themselves and in shared rows. In float64 only a leak between neighbours
-    could make a difference."""
+    """The same sequences, four in a batch, alone and in shared rows. In float64 only a leak between neighbours could
+    make a difference."""
     model = Llama(hf.read_config(home.model))
     hf.load_weights(model, home.model)
     if double:
         model.double()
-        # Norms, rotations and the cross entropy go through float32, whatever the weights are.
+        # Norms, rotations and the cross entropy go through float32, whatever the weights' dtype.
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     task = LanguageModelTask(model, 0, torch.empty(0))
     results = []
@@ -298,7 +298,7 @@ def test_samples_answer_held_out_questions(
 
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_raw_records_are_tokenized_once(home: Home, tmp_path: Path, task: str, capsys: pytest.CaptureFixture):
-    """By the run itself, into the same tokens as the command makes; also found again by a resumed run."""
+    """The run itself tokenizes them, into the same tokens as the command; a resumed run finds them again."""
     raw = (write_sft if task == "sft" else write_dpo)(tmp_path / "raw", conversations())
     flags = [*base_flags(tmp_path), f"--task_type={task}", f"--data_dir={raw}", f"--init_from={home.model}",
              "--valid_ratio=0.3"]  # fmt: skip
@@ -313,7 +313,7 @@ def test_raw_records_are_tokenized_once(home: Home, tmp_path: Path, task: str, c
             for one, other in zip(ours.sequence(number), theirs.sequence(number)):
                 assert one.tolist() == other.tolist()
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*.safetensors")}
-    # Neither another run nor a resumed one, which knows its tokenizer by itself, does it again.
+    # Neither another run nor a resumed one, which knows its own tokenizer, tokenizes again.
     assert train(elsewhere(flags, tmp_path / "again")) == 0
     assert train([f"--out_dir={out_dir(flags)}", "--resume", "--max_iters=5"]) == 0
     assert "tokenizing" not in capsys.readouterr().err
@@ -347,7 +347,7 @@ def test_a_directory_for_validation_is_taken_whole(home: Home, sft_flags: list[s
 def test_a_run_killed_before_its_first_checkpoint_starts_again_on_raw_records(
     home: Home, sft_flags: list[str], tmp_path: Path
 ):
-    """--resume with no checkpoint starts fresh; the tokenizer is then the one of --init_from."""
+    """--resume without a checkpoint starts fresh; the tokenizer is then that of --init_from."""
     flags = with_data(sft_flags, write_sft(tmp_path / "raw", conversations(20)))
     with pytest.raises(OSError, match="the machine died"):
         train_until(2, crash, flags)
@@ -356,7 +356,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_on_raw_records(
     assert [r["step"] for r in records(flags, "train")] == [1, 2, 3, 4]
 
 
-# What is refused.
+# Refusals.
 
 
 def test_raw_records_need_a_tokenizer(sft_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -368,7 +368,7 @@ def test_raw_records_need_a_tokenizer(sft_flags: list[str], tmp_path: Path, caps
 def test_dpo_needs_a_model_to_begin_with(dpo_flags: list[str], capsys: pytest.CaptureFixture):
     flags = [*without(dpo_flags, "--init_from"), *TINY_MODEL]
     assert "give --init_from" in refusal(capsys, flags)
-    # With nothing to resume, a fresh start from random weights is no way out.
+    # With nothing to resume, a fresh start from random weights is not an alternative.
     capsys.readouterr()
     assert train(flags, "--resume") == 2
     assert "--init_from" in capsys.readouterr().out.strip().splitlines()[-1]
@@ -406,7 +406,7 @@ def test_a_length_that_was_not_given_is_the_datas(sft_flags: list[str]):
 
 
 def test_options_of_the_other_task_do_not_matter(sft_flags: list[str], dpo_flags: list[str]):
-    """What this task never looks at cannot contradict its data."""
+    """Options that this task never reads cannot contradict its data."""
     assert train(sft_flags, "--max_prompt_len=20", "--dpo_beta=0", "--max_iters=1") == 0
     assert train(elsewhere(dpo_flags, out_dir(dpo_flags).parent / "dpo"), "--sft_loss=last", "--max_iters=1") == 0
 
@@ -446,7 +446,7 @@ def test_another_tokenizer_is_refused(home: Home, sft_flags: list[str], tmp_path
 def test_another_template_is_refused_or_said(
     home: Home, sft_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """What laid the conversations out is what a checkpoint carries."""
+    """A checkpoint carries the template that laid the conversations out."""
     other = shutil.copytree(home.tokenizer, tmp_path / "other")
     template = other / "chat_template.jinja"
     template.write_text(template.read_text().replace("message['content']", "message['content'] | trim"))
@@ -461,20 +461,21 @@ def test_another_template_is_refused_or_said(
 
 def test_raw_records_in_a_directory_that_cannot_be_written(home: Home, sft_flags: list[str], tmp_path: Path, capsys):
     raw = write_sft(tmp_path / "raw", conversations(5))
-    # A file in the place of the folder: in the way of any user, also of root.
+    # A file in place of the folder: in the way of any user, even root.
     (raw / ".tokenized").write_text("")
     assert "cannot be kept beside it" in refusal(
         capsys, with_data(sft_flags, raw), "--tokenizer_dir", str(home.tokenizer)
     )
 
 
-# What a checkpoint tells others.
+# Information that a checkpoint gives to other programs.
 
 
 def test_what_the_first_model_said_comes_with_every_checkpoint(
     home: Home, sft_flags: list[str], dpo_flags: list[str], tmp_path: Path
 ):
-    """How it samples, its BOS, its further ends: also after that model's folder is gone. As transformers reads it."""
+    """Its sampling settings, BOS and further end tokens, as transformers reads them, even after that model's folder is
+    gone."""
     source = shutil.copytree(home.model, tmp_path / "source")
     values = json.loads((source / "config.json").read_text()) | {"bos_token_id": 5, "eos_token_id": 9}
     (source / "config.json").write_text(json.dumps(values))
@@ -506,7 +507,7 @@ def test_a_first_model_that_says_nonsense_is_refused(home: Home, sft_flags: list
     assert "generation_config.json: eos_token_id must be the id of a token" in refusal(capsys, flags)
 
 
-# What is learnt.
+# Learnt answers.
 
 
 @pytest.fixture(scope="module")
@@ -524,7 +525,7 @@ def memorised(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers_of(run: Path) -> Iterator[tuple[str, str, bool]]:
-    """(expected answer, greedy answer, whether it ended by itself) of each conversation."""
+    """(expected answer, greedy answer, whether it ended by itself) for each conversation."""
     model, tokenizer, _ = load_model(run, torch.device("cpu"), torch.float32)
     template = ChatTemplate(tokenizer)
     for question, answer in conversations():
@@ -545,7 +546,7 @@ def test_what_was_learnt_is_said_and_ended(memorised: Path):
 
 @pytest.mark.slow
 def test_dpo_learns_the_preference(home: Home, memorised: Path, dpo_flags: list[str]):
-    """It begins where the policy is the reference, at log 2, and ends with every pair told apart."""
+    """It begins at log 2, where the policy equals the reference, and ends with every pair told apart."""
     # Every step on all pairs: the loss can only fall.
     flags = [*one_epoch(without(dpo_flags, "--init_from"), PAIRS), f"--init_from={memorised}", "--max_iters=30",
              "--learning_rate=3e-4"]  # fmt: skip
@@ -560,7 +561,7 @@ def test_dpo_learns_the_preference(home: Home, memorised: Path, dpo_flags: list[
 
 
 def test_the_first_loss_of_every_kind(dpo_flags: list[str], tmp_path: Path):
-    """Where policy and reference are the same model: the formulas at zero."""
+    """For equal policy and reference models: the formulas at zero."""
     expected = {"sigmoid": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": 25.0, "kto_pair": 0.5,
                 "sppo_hard": 50.0, "nca_pair": 2 * math.log(2)}  # fmt: skip
     for kind, value in expected.items():
@@ -574,7 +575,7 @@ def test_the_first_loss_of_every_kind(dpo_flags: list[str], tmp_path: Path):
 
 
 def test_a_stopped_run_goes_on_with_the_same_bits(any_flags: list[str], tmp_path: Path):
-    """With dropout; the resumed command repeats nothing but the directory."""
+    """With dropout; the resumed command repeats only the directory."""
     flags = [*any_flags, "--hidden_dropout=0.1", "--max_iters=6"]
     assert train(flags) == 0
     parts = elsewhere(flags, tmp_path / "parts")
@@ -587,7 +588,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(any_flags: list[str], tmp_path
 
 
 def test_the_split_into_micro_batches_does_not_matter(any_flags: list[str], tmp_path: Path):
-    """Ragged lengths make other padding in each, and dropout is keyed by rows."""
+    """Ragged lengths pad differently in each, and dropout is keyed by rows."""
     runs = []
     for batch, steps in ((8, 1), (4, 2), (1, 8)):
         flags = [*elsewhere(any_flags, tmp_path / f"{batch}x{steps}"), f"--train_batch_size={batch}",
@@ -620,14 +621,14 @@ def test_valid_only(home: Home, task: str, request: pytest.FixtureRequest, tmp_p
     if task == "sft":
         assert alone["loss"] == measured["loss"]
     else:
-        # The model to begin with is its own reference.
+        # The initial model is its own reference.
         assert alone["loss"] == pytest.approx(math.log(2), rel=1e-6) and measured["loss"] != alone["loss"]
         assert alone["logps/chosen"] == pytest.approx(measured["logps/chosen"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "kto_pair"])
 def test_validation_of_dpo_is_the_formula(home: Home, dpo_flags: list[str], tmp_path: Path, kind: str):
-    """Of the held-out pairs, from the model's and the reference's log-probabilities in the record."""
+    """On the held-out pairs, from the log-probabilities of the model and the reference in the record."""
     data = shutil.copytree(home.dpo_held_out, tmp_path / "held-out")
     flags = [*with_data(dpo_flags, data), f"--dpo_loss_type={kind}", "--dpo_beta=0.3", "--learning_rate=1e-2"]
     assert train(flags) == 0
@@ -645,7 +646,7 @@ def test_validation_of_dpo_is_the_formula(home: Home, dpo_flags: list[str], tmp_
 
 
 def test_the_audit_proves_a_run(any_flags: list[str], capsys: pytest.CaptureFixture):
-    """Also one that was stopped and resumed, over more than one epoch; and it sees what is wrong."""
+    """Even for a run that was stopped and resumed, over more than one epoch; and it finds errors."""
     flags = [*without(any_flags, "--max_iters"), "--epoch=1.2", "--save_interval=5"]
     assert train_until(3, sigterm, flags) == 75
     assert train(flags, "--resume") == 0
@@ -700,12 +701,12 @@ def cache_file(flags: list[str], split: str = "train") -> Path:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of pairs that the reference was computed for, one for each batch."""
+    """Number of pairs for which the reference was computed, per batch."""
     batches: list[int] = []
     original = DPOTask.log_probs
 
     def log_probs(self, batch):
-        # Training has the values already; no test that asks for this validates.
+        # Training has the values already; no test that uses this validates.
         if not self.model.training:
             batches.append(len(batch["sample_ids"]))
         return original(self, batch)
@@ -722,7 +723,7 @@ def test_the_reference_is_computed_once(dpo_flags: list[str], tmp_path: Path, co
     computed.clear()
     again = elsewhere(dpo_flags, tmp_path / "again")
     assert train(again) == 0
-    # Nothing of the loss or the steps decides it.
+    # It depends on nothing in the loss or the steps.
     assert train(elsewhere(dpo_flags, tmp_path / "other"), "--dpo_beta=0.5", "--train_batch_size=4") == 0
     assert not computed and path.stat().st_mtime_ns == before
     assert losses(again) == losses(dpo_flags)
@@ -780,7 +781,7 @@ def cache_file_dir(flags: list[str]) -> Path:
 
 
 def test_a_model_made_otherwise_from_the_same_weights_has_a_reference_of_its_own(dpo_flags: list[str], tmp_path: Path):
-    """--rope_theta and the like may differ from what the folder says; the first loss tells whose reference it is."""
+    """--rope_theta and similar options may differ from the folder; the first loss tells whose reference it is."""
     assert train(dpo_flags) == 0
     flags = elsewhere(dpo_flags, tmp_path / "stretched")
     assert train(flags, "--rope_theta=50") == 0
@@ -795,7 +796,7 @@ def test_no_reference_is_computed_where_there_is_none(dpo_flags: list[str], comp
 
 
 def test_a_reference_that_is_wanted_later_is_that_of_the_first_model(dpo_flags: list[str], computed: list[int]):
-    """A run without a reference is resumed with one: --init_from names it."""
+    """A run without a reference can be resumed with one: --init_from names it."""
     assert train(dpo_flags, "--reference_free") == 0
     assert train(dpo_flags, "--resume", "--no-reference_free", "--max_iters=5") == 0
     assert sum(computed) == PAIRS and [r["step"] for r in records(dpo_flags, "train")] == [1, 2, 3, 4, 5]
@@ -843,7 +844,7 @@ def test_a_damaged_reference_is_computed_anew(dpo_flags: list[str], tmp_path: Pa
 def test_a_killed_computation_goes_on_with_the_same_bits(
     dpo_flags: list[str], tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch, torn: int
 ):
-    """Blocks of 16 pairs; those that were written whole are not computed again."""
+    """Blocks of 16 pairs; blocks written whole are not computed again."""
     flags = [*dpo_flags, "--valid_batch_size=1"]
     assert train(flags) == 0
     expected = cache_file(flags).read_bytes()
@@ -876,7 +877,7 @@ def test_a_killed_computation_goes_on_with_the_same_bits(
 def test_a_reference_that_was_deleted_is_computed_from_the_first_model(
     dpo_flags: list[str], tmp_path: Path, computed: list[int]
 ):
-    """A resumed run has other weights; its reference must not become those."""
+    """A resumed run has other weights, which must not become its reference."""
     flags = [*dpo_flags, "--max_iters=6", "--hidden_dropout=0.1"]
     assert train(flags) == 0
     parts = elsewhere(flags, tmp_path / "parts")
@@ -893,7 +894,8 @@ def test_a_reference_that_was_deleted_is_computed_from_the_first_model(
 def test_a_reference_that_cannot_be_computed_again_is_named(
     home: Home, dpo_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    """Deleted, and the model that the run began with has changed since; given from elsewhere, it goes on."""
+    """The reference was deleted, and the model that the run began with has changed since; with that model from
+    elsewhere, it goes on."""
     model = shutil.copytree(home.model, tmp_path / "first-model")
     flags = [*without(dpo_flags, "--init_from"), f"--init_from={model}"]
     assert train_until(2, sigterm, flags) == 75
@@ -911,7 +913,7 @@ def test_a_reference_that_cannot_be_computed_again_is_named(
 def test_where_the_data_cannot_be_written_the_run_keeps_the_reference(
     dpo_flags: list[str], tmp_path: Path, computed: list[int]
 ):
-    # A file in the place of the folder: in the way of any user, also of root.
+    # A file in place of the folder: in the way of any user, even root.
     cache_file_dir(dpo_flags).write_text("")
     assert train_until(2, sigterm, dpo_flags) == 75
     assert sum(computed) == PAIRS
@@ -920,7 +922,7 @@ def test_where_the_data_cannot_be_written_the_run_keeps_the_reference(
     computed.clear()
     assert train(dpo_flags, "--resume") == 0
     assert not computed
-    # The same as where it can.
+    # The same as if it could be written.
     cache_file_dir(dpo_flags).unlink()
     normal = elsewhere(dpo_flags, tmp_path / "normal")
     assert train(normal) == 0
@@ -928,7 +930,7 @@ def test_where_the_data_cannot_be_written_the_run_keeps_the_reference(
 
 
 def test_what_will_teach_little_is_said(home: Home, sft_flags: list[str], tmp_path: Path, capsys):
-    """Few steps, and more positions than the weights were trained with; the work is done all the same."""
+    """Few steps, and more positions than the weights were trained with; the run finishes all the same."""
     longer = 2 * SEQ_LEN
     tokens = pretokenize(home.raw_sft, home.tokenizer, tmp_path / "long", "sft", "--max_seq_len", str(longer))
     flags = without(with_data(sft_flags, tokens), "--max_seq_len", "--max_iters")

@@ -1,4 +1,4 @@
-"""What show_mask prints and writes: the supervised stretches, and nothing that a terminal or a browser would obey."""
+"""Output of show_mask: the supervised stretches, and nothing that a terminal or a browser would obey."""
 
 import html
 import json
@@ -77,7 +77,7 @@ def test_nothing_but_skipped_records_is_an_error(home: Path, capsys: pytest.Capt
 
 
 def test_color_says_the_same(home: Path, capsys: pytest.CaptureFixture[str]):
-    """Green is what brackets hold; an injected control string has not the colour of a control token."""
+    """Green is the text in brackets; an injected control string does not have the colour of a control token."""
     path = str(home / "talk" / "a.jsonl")
     plain = shown(home, capsys, path, "--num=2", "--max_seq_len=60")
     colored = shown(home, capsys, path, "--num=2", "--max_seq_len=60", "--color=always")
@@ -105,7 +105,7 @@ def test_page(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
 
 
 def test_pretokenized_directory(home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """What is trained on is what the raw records showed."""
+    """Training uses the tokens that the raw records showed."""
     common = ["--tokenizer_dir", str(home / "tokenizer"), "--max_seq_len=60", "--num_workers=1"]
     assert pretokenize(["--data_dir", str(home / "talk"), "--output_dir", str(tmp_path / "sft"), *common]) == 0
     assert (
@@ -122,7 +122,7 @@ def test_pretokenized_directory(home: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_pieces_are_whole_characters(tokenizer: Tokenizer):
-    """And hold every token once, each as it is supervised."""
+    """The pieces hold every token once, with its supervision."""
     text = "a漢字🧪é" * 3
     ids = tokenizer.encode(text)
     for cut in range(len(ids) + 1):

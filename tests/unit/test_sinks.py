@@ -1,4 +1,4 @@
-"""Results in TensorBoard and Weights & Biases, which may fail in any way without harm to the run."""
+"""Results in TensorBoard and Weights & Biases, whose failures must not harm the run."""
 
 import json
 import sys
@@ -105,7 +105,7 @@ def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_lost(tmp_pa
 
 
 def test_each_launch_sends_weights_and_biases_what_stands(tmp_path: Path, monkeypatch):
-    """Against a stand-in: the real one wants a network or seconds to start."""
+    """Uses a stand-in: the real service needs a network, or seconds to start."""
     runs = []
 
     class Run:

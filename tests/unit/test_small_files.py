@@ -1,5 +1,5 @@
-"""Small files from anybody: what is read of them, and one sentence for everything else. Whatever they hold, reading
-them takes no more time or memory than their size is worth."""
+"""Small files from anybody: their content, or one sentence. Whatever they hold, reading takes time and memory in
+proportion to their size."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_bytes_that_are_no_text(text: bytes):
 
 
 def test_references_to_references_cost_nothing():
-    """Written out, they would be 9 to the 39th."""
+    """Written out, there would be 9 to the 39th."""
     found = parse_yaml(bomb(40).encode())
     assert len(found) == 40 and found["a39"][0] is found["a39"][8]
 

@@ -1,4 +1,4 @@
-"""SentencePiece's BPE: what is its own beside the tests of both kinds in test_tokenizer.py."""
+"""SentencePiece's BPE: tests beyond those of both kinds in test_tokenizer.py."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def processor(folder: Path) -> SentencePieceProcessor:
 
 
 def learnt_pieces(tokenizer: SPBBPETokenizer, folder: Path) -> list[str]:
-    """All but the unknown token, the special tokens and the bytes."""
+    """All pieces except the unknown token, the special tokens and the bytes."""
     tokenizer.save_pretrained(folder)
     processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids = range(1 + len(SPECIAL_TOKENS) + 256, processor.vocab_size())
@@ -47,7 +47,7 @@ def test_layout(tokenizer: SPBBPETokenizer, processor: SentencePieceProcessor):
     assert processor.is_unknown(0)
     assert tokenizer.special_ids == {token: 1 + i for i, token in enumerate(SPECIAL_TOKENS)}
     assert [processor.id_to_piece(6 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
-    # Lengths as the pieces spell them.
+    # Lengths from the spelling of the pieces.
     lengths = tokenizer.token_byte_lengths()
     assert lengths[:6] == [0] * 6 and lengths[6:262] == [1] * 256
     pieces = [processor.id_to_piece(i) for i in range(262, SP_VOCAB_SIZE)]
@@ -55,7 +55,7 @@ def test_layout(tokenizer: SPBBPETokenizer, processor: SentencePieceProcessor):
 
 
 def test_blank_sign_is_its_three_bytes(tokenizer: SPBBPETokenizer, processor: SentencePieceProcessor):
-    """The library takes it for a blank; what lies between two of them has the ids of a text of its own."""
+    """The library takes the sign for a blank; text between two signs has the same ids as alone."""
     sign = [6 + byte for byte in BLANK_SIGN.encode("utf-8")]
     assert tokenizer.encode(BLANK_SIGN) == sign
     assert processor.encode(BLANK_SIGN) == processor.encode(" ")
@@ -73,8 +73,8 @@ def test_blank_sign_is_its_three_bytes(tokenizer: SPBBPETokenizer, processor: Se
 
 @pytest.mark.parametrize("seed", range(12))
 def test_merges_are_the_scores(seed: int, tmp_path: Path):
-    """The folder's merges stand for scores: alphabets of few letters, where the same piece has many ways to form and
-    runs of one letter can be cut anywhere, would show another order."""
+    """The folder's merges stand for scores. Alphabets of few letters, where a piece can form in many ways and runs of
+    one letter can be cut anywhere, would reveal another order."""
     rng = random.Random(seed)
     alphabet = rng.choice(["ab", "ab ", "abc", "a ", "ab\n", "a\nb "])
 
@@ -108,7 +108,7 @@ def test_digits_stand_alone(tmp_path: Path):
 
 @pytest.mark.parametrize("junk", ["\0", "\r", BLANK_SIGN, "⁇", "▅", "\ufeff", "<|endoftext|>", "<unk>", "<0x41>"])
 def test_training_text_with_reserved_characters(tmp_path: Path, junk: str):
-    """The trainer passes over a whole sentence for some characters: the rest of it must still count."""
+    """The trainer skips a whole sentence for some characters: the rest of the sentence must still count."""
     text = f"{junk}wonderful elephants {junk} remember everything {junk}\n"
     tokenizer = train_sp_bbpe([text * 100, "plain\n"], 360, show_progress=False)
     pieces = {piece.strip(BLANK_SIGN) for piece in learnt_pieces(tokenizer, tmp_path)}
@@ -140,7 +140,7 @@ def test_vocabulary_too_small(vocab_size: int):
 
 
 def test_vocabulary_too_small_for_the_characters():
-    """The advice must help: not a smaller vocabulary, which is too small already."""
+    """The advice must help: a smaller vocabulary would not, because this one is already too small."""
     text = "".join(map(chr, range(0x4E00, 0x4E80))) * 20
     with pytest.raises(ValueError) as caught:
         train_sp_bbpe([text], 300, show_progress=False)

@@ -1,4 +1,4 @@
-"""SSH connections, against a real sshd: which hosts are trusted, who may log in, and what the user is told."""
+"""SSH connections against a real sshd: trusted hosts, logins, and messages to the user."""
 
 import contextlib
 import importlib
@@ -49,7 +49,7 @@ def password_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
 
 @contextlib.contextmanager
 def server_with_guest(directory: Path, *settings: str) -> Iterator[Sshd]:
-    """One that knows a user "guest" with PASSWORD, in a mount namespace with a passwd and a shadow of its own."""
+    """A server that knows a user "guest" with PASSWORD, in a mount namespace with its own passwd and shadow."""
     if os.geteuid() or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("needs root and mount namespaces, to give sshd a user with a password")
     binds = []
@@ -69,7 +69,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def login(*args, **kwargs) -> str:
-    """Connect, run a command, close; what the command wrote."""
+    """Connect, run a command, close; returns the command's output."""
     with connect(*args, **kwargs) as client:
         return client.exec_command("echo works; whoami")[1].read().decode()
 
@@ -154,7 +154,7 @@ def test_a_confirmed_host_is_remembered(server: Sshd, home: Path):
     assert stat.S_IMODE(known_hosts.stat().st_mode) == 0o600
     assert stat.S_IMODE(known_hosts.parent.stat().st_mode) == 0o700
     assert login(target, refuse_to_answer)
-    # OpenSSH's own client agrees with what was written.
+    # OpenSSH's own client accepts the written file.
     options = ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={known_hosts}", "BatchMode=yes"]
     command = ["ssh", "-F", "none", "-i", server.client_key, "-p", str(server.port), *(f"-o{o}" for o in options)]
     done = subprocess.run([*command, f"{server.user}@{server.listen}", "echo works"], capture_output=True, text=True)
@@ -188,7 +188,7 @@ def test_a_changed_key_is_never_asked_about(tmp_path: Path):
             text = one_sentence(problem)
             assert new in text and server.known_as in text and "only if the change is expected" in text
             assert server.known_hosts.read_text() == before
-        # The advice works as it is printed.
+        # The printed advice works.
         command = re.search("ssh-keygen -R .*", text)[0]
         subprocess.run(command, shell=True, check=True, capture_output=True)
         assert login(server.target(), Answers(True))
@@ -215,7 +215,7 @@ def test_a_host_known_by_one_of_its_key_types(server_of_three_types: Sshd, tmp_p
 
 
 def test_a_host_that_no_longer_shows_a_known_type_has_changed(server: Sshd, tmp_path: Path):
-    """Otherwise somebody in between would only need a key of another type to turn a refusal into a question."""
+    """Otherwise an attacker in between would only need a key of another type to turn a refusal into a question."""
     known_hosts = tmp_path / "known_hosts"
     known_hosts.write_text(f"{server.known_as} {make_key(tmp_path / 'old', 'ecdsa')}\n")
     with pytest.raises(HostKeyRefused, match="has changed"):
@@ -261,7 +261,7 @@ def test_a_key_known_without_a_port_is_good_for_any(server_of_three_types: Sshd,
     known_hosts.write_text(f"{server.listen} {server.public_keys['rsa']}\n")
     target = server.target(known_hosts=str(known_hosts))
     assert login(target, refuse_to_answer)
-    # What is known for the port itself counts alone.
+    # Only an entry for the port itself counts.
     known_hosts.write_text(f"{server.listen} {make_key(tmp_path / 'other')}\n{server.known_hosts_line('rsa')}")
     assert login(target, refuse_to_answer)
 
@@ -312,7 +312,7 @@ def test_keys_in_the_home_directory(server: Sshd, home: Path, key_type: str):
 
 @contextlib.contextmanager
 def authorized(server: Sshd, public_key: str) -> Iterator[None]:
-    """The server takes one more key."""
+    """Let the server accept one more key."""
     file = server.directory / "authorized_keys"
     before = file.read_text()
     file.write_text(f"{before}{public_key}\n")
@@ -339,13 +339,13 @@ def agent_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *keys: Path) -> 
 
 
 def test_the_agent(server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """More keys than the host allows tries: the right one is tried first where it is named."""
+    """There are more keys than the host allows tries: the right one is tried first if it is named."""
     keys = [tmp_path / f"k{i}" for i in range(7)]
     publics = [make_key(key) for key in keys]
     with authorized(server, publics[-1]), agent_with(tmp_path, monkeypatch, *keys):
         for key in keys[:-1]:
             key.unlink()
-        # The agent has it, so its passphrase is not needed.
+        # The agent has the key, so its passphrase is not needed.
         subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", PASSWORD, "-f", keys[-1]], check=True)
         assert login(server.target(key_file=str(keys[-1])), ask_password=refuse_to_answer)
         assert login(server.target(key_file=f"{keys[-1]}.pub"), ask_password=refuse_to_answer)
@@ -396,7 +396,7 @@ def logs_everything(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def no_secret_in(problem: pytest.ExceptionInfo, caplog: pytest.LogCaptureFixture) -> bool:
-    """Neither in the exception, nor in those before it, nor in what was logged at any level."""
+    """Neither in the exception nor in earlier ones, nor in log messages of any level."""
     said, error = caplog.text, problem.value
     assert "paramiko.transport" in said
     while error is not None:
@@ -443,7 +443,8 @@ def test_a_host_that_falls_silent_during_the_login(password_server: Sshd):
 
 
 def test_a_connection_that_is_cut_in_the_login(password_server: Sshd):
-    """Whatever paramiko makes of it, one sentence, and a class of its own: hosts shut out who does this often."""
+    """Whatever paramiko raises becomes one sentence and its own class, because hosts lock out users who do this
+    often."""
     def ask(_) -> str:
         password_server.drop_connections()
         return PASSWORD
@@ -457,7 +458,7 @@ def test_a_connection_that_is_cut_in_the_login(password_server: Sshd):
 def test_a_connection_that_is_cut_after_the_key_exchange(
     server: Sshd, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
-    """What paramiko raises then reached the caller as it was."""
+    """Paramiko's exception used to reach the caller unchanged."""
     monkeypatch.setattr(_Session, "authenticate", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(BrokeOff, match="broke off during the login: ") as problem:
         connect(server.target())
@@ -502,7 +503,7 @@ def test_an_alias(server: Sshd, tmp_path: Path, home: Path):
         connect(SSHTarget("trainer", port=9))
     with pytest.raises(LoginRefused, match=f"nosuchuser@{server.listen}"):
         connect(SSHTarget("trainer", user="nosuchuser"))
-    # Another file, and a name of its own in known_hosts.
+    # Another file, and another name in known_hosts.
     config = tmp_path / "config"
     config.write_text(
         f"{known_hosts}HostKeyAlias Trainer\nPort {server.port}\nGlobalKnownHostsFile {tmp_path / 'global'}\n"
@@ -542,7 +543,7 @@ def proxied(server: Sshd, tmp_path: Path, way: str) -> Path:
     ],
 )
 def test_a_proxy(server: Sshd, tmp_path: Path, way: str):
-    """It carries the connection, and ends with it."""
+    """The proxy carries the connection, and ends with it."""
     way = way.format(user=server.user, host=server.listen, port=server.port, config=tmp_path / "config")
     config = proxied(server, tmp_path, way)
     with connect(SSHTarget("far", port=server.port), refuse_to_answer, config_file=config) as client:
@@ -553,7 +554,7 @@ def test_a_proxy(server: Sshd, tmp_path: Path, way: str):
 
 
 def test_a_jump_host_for_all_hosts(server: Sshd, tmp_path: Path):
-    """Is not the way to the jump host itself; ssh alone would start itself again and again."""
+    """The jump is not the way to the jump host itself; ssh would start itself again and again."""
     config = proxied(server, tmp_path, "ProxyJump jump")
     config.write_text(f"{config.read_text()}  ProxyJump jump\n")
     assert login(SSHTarget("far", port=server.port), config_file=config, timeout_s=3)
@@ -596,7 +597,7 @@ def test_a_name_that_does_not_resolve():
 
 @contextlib.contextmanager
 def port_that_says(answer: bytes, closes: bool = True) -> Iterator[int]:
-    """A port that takes connections and says nothing but that."""
+    """A port that accepts connections and never says anything else."""
     held = []
 
     def serve() -> None:

@@ -1,4 +1,4 @@
-"""Commands whose output nobody reads, or cannot be written: no traceback, and the exit code that is due."""
+"""Commands whose output nobody reads, or cannot be written: no traceback, and the right exit code."""
 
 import os
 import signal
@@ -39,9 +39,10 @@ def main():
 
 
 def run(mode: str, shell: str, goes_on: bool = False, **more) -> subprocess.CompletedProcess:
-    """
+    """Run a command through a shell.
+
     Args:
-        shell: what stands behind the command in a shell.
+        shell: rest of the shell's line, after the command.
     """
     code = f"mode = {mode!r}\n{PRINTS}\nrun_main(main, goes_on={goes_on})"
     words = ["bash", "-c", f'"$@" {shell}', "bash", sys.executable, "-c", code, *more.pop("argv", [])]
@@ -78,7 +79,7 @@ def test_a_character_that_cannot_be_printed_is_escaped(encoding: str):
 
 
 def test_ctrl_c():
-    # Of what runs in the background of a script, a shell has Ctrl-C ignored, and so do its children.
+    # A shell ignores Ctrl-C in background processes of a script, and their children inherit that.
     hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{hears}\nmode = 'wait'\n{PRINTS}\nrun_main(main)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1) as process:
@@ -94,7 +95,7 @@ def test_a_closed_output_is_not_the_next_file_that_is_opened(tmp_path: Path):
 
 
 def test_every_command_ends_so():
-    """But for what speaks to a program, or is copied to where there is no zero2all."""
+    """Exceptions: commands that speak to a program, or are copied to places without zero2all."""
     lacking = [
         path.relative_to(ROOT).as_posix()
         for path in ROOT.rglob("*.py")
@@ -104,6 +105,6 @@ def test_every_command_ends_so():
         and not path.name.startswith("interop_")
     ]
     assert sorted(lacking) == ["docker/make_constraints.py", "monitor/node.py", "train_my_ddp.py"]
-    # Which leaves in a way of its own. Its exit code was 120 once its output was a closed pipe.
+    # train_my_ddp.py exits in its own way. Its exit code was 120 once its output was a closed pipe.
     started = (ROOT / "train_my_ddp.py").read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2]
     assert started.index("set_up_output(goes_on=True)") < started.index("run(sys.argv[1:])")

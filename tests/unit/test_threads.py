@@ -6,7 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from checkpoint.saving import HostCopies
+from checkpoint.host_copies import HostCopies
 from dataset.loader import TrainLoader
 from utils.threads import background_threads
 
@@ -20,7 +20,7 @@ def three_threads():
 
 
 def counts_in(pool: ThreadPoolExecutor, number: int) -> list[int]:
-    """How many threads an operation may take, in each of a pool's threads."""
+    """Number of threads that an operation may take, in each of a pool's threads."""
     together = Barrier(number)
 
     def count() -> int:

@@ -1,4 +1,4 @@
-"""Traces of steps: what is read from them, what is refused, and --profile_steps on one process."""
+"""Traces of steps: reading, refusing, and --profile_steps on one process."""
 
 import errno
 import gzip
@@ -32,7 +32,7 @@ def event(name: str, start: float, end: float, thread: int = MAIN, category: str
 
 
 def kernel(name: str, start: float, end: float, stream: int, launched: float, thread: int, number: int) -> list[dict]:
-    """What runs on the GPU, and its launch."""
+    """Work on the GPU, and its launch."""
     runtime = event("cudaLaunchKernel", launched, launched + 0.01, thread, "cuda_runtime", correlation=number)
     return [runtime, event(name, start, end, stream, "kernel", correlation=number) | {"pid": 0}]
 
@@ -95,8 +95,8 @@ def test_one_process_has_no_wire(tmp_path: Path):
 
 
 def test_on_cuda_spans_lie_where_the_gpu_worked(tmp_path: Path):
-    """Everything is launched within 12 ms, and the GPU works on it for 80. The backward pass is launched by autograd's
-    thread; so are the buckets, whose reductions run on streams of their own."""
+    """Everything is launched within 12 ms, and the GPU works on it for 80. autograd's thread launches the backward pass
+    and the buckets, whose reductions run on separate streams."""
     events = [
         event("step 3", 0, 90), event("data wait", 0, 1), event("forward", 2, 4), event("backward", 4, 10),
         event("bucket 0 (4.0 MB)", 6, 7, AUTOGRAD), event("bucket 1 (4.0 MB)", 9, 9.5, AUTOGRAD),
@@ -148,11 +148,11 @@ def test_without_matplotlib_the_numbers_are_there(on: Path, capsys: pytest.Captu
         (None, "does not exist"),
         (b"", "is not whole JSON"),
         (b'{"traceEvents": [', "is not whole JSON"),
-        (b"[" * 100_000, "is no JSON object"),
+        (b"[" * 100_000, "is not a JSON object"),
         (b'{"a": ' * 100_000, "is not whole JSON"),
         (gzip.compress(b'{"traceEvents": []}' * 100, mtime=0)[:-30], "cannot be read"),
-        (b"[]", "is no JSON object"),
-        (b'{"traceEvents": 3}', "is no Chrome trace"),
+        (b"[]", "is not a JSON object"),
+        (b'{"traceEvents": 3}', "is not a Chrome trace"),
         (b'{"traceEvents": [7, {"ph": "X", "cat": "x", "name": "step 1", "ts": "now", "dur": 1}]}', "holds no step"),
         (json.dumps({"traceEvents": [event("step 1", 0, 2), event("forward", 1, 2)]}).encode(), "not hold step 5"),
         (b" " * 2000, "is larger than"),
@@ -181,7 +181,7 @@ def test_odd_values_in_a_trace_are_passed_over(tmp_path: Path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_figures_are_what_counting_milliseconds_says(seed: int):
-    """Of ranges that lie anyhow, also beyond their step."""
+    """For ranges in any position, even beyond their step."""
     random_ = random.Random(seed)
     kinds = ["data wait", "forward", "backward", "optimizer", "bucket 3", "wait for buckets", "gradients", "agree"]
     parts = []
@@ -203,7 +203,7 @@ def test_figures_are_what_counting_milliseconds_says(seed: int):
 
 
 class Counting(list):
-    """Parts that count how often they are looked at."""
+    """Parts that count how often they are read."""
 
     looks = 0
 
@@ -245,7 +245,7 @@ def test_of_too_many_ranges_the_longest_are_drawn_and_the_title_says_so(
     axes = figure.add_axes((0.1, 0.1, 0.8, 0.8))
     panel.draw(axes, 100.0, is_last=True)
     assert panel.title.endswith("; the longest 40 of 202 ranges are drawn")
-    # Of the buckets, the later ones are longer.
+    # The later buckets are longer.
     assert sorted(bar.get_width() for bar in axes.patches) == pytest.approx([1 + n / 100 for n in range(160, 200)])
 
 
@@ -261,7 +261,7 @@ def test_a_trace_that_holds_too_much_is_refused(
 
 
 def test_only_what_is_needed_of_a_trace_is_kept(tmp_path: Path):
-    """A CPU's trace is nine tenths operators, a kernel's name is a page of C++."""
+    """A CPU's trace is nine tenths operators, and a kernel's name can be a page of C++."""
     noise = [event(f"aten::op{n}", n, n + 1, category="cpu_op") for n in range(500)]
     noise += [event("nothing of ours", n, n + 1) for n in range(500)]
     noise += [event("cudaFree", n, n + 1, category="cuda_runtime") for n in range(500)]
@@ -336,7 +336,7 @@ def test_tracing_changes_no_result_and_ends_with_the_run(
         )
     assert losses(traced) == losses(flags)
     assert same_bits(final_state(traced, 4), final_state(flags, 4))
-    # It is a matter of that launch; behind the last step there is nothing to trace.
+    # The option belongs to the launch; after the last step there is nothing to trace.
     assert train(traced, "--resume", "--max_iters=5", "--profile_steps=3:4") == 0
     assert "nothing is profiled: the run is at step 4, --profile_steps asks for 3 to 4" in capsys.readouterr().out
     assert train(traced, "--resume", "--max_iters=6", "--profile_steps=9:9") == 0

@@ -1,5 +1,5 @@
 """Tokenizers of every kind: any text survives, no text forges a special token, Hugging Face reads the folder the same
-way; and Hugging Face folders that were made elsewhere."""
+way; and Hugging Face folders from elsewhere."""
 
 import errno
 import functools
@@ -35,7 +35,7 @@ KINDS = ("hf_bbpe", "sp_bbpe")
 VOCAB_SIZE = 640
 SP_VOCAB_SIZE = 421
 
-# Ranges of code points from which random texts are drawn; the surrogates are no characters.
+# Ranges of code points for random texts; surrogates are not characters.
 RANGES = {
     "control": (0x00, 0x1F),
     "ascii": (0x20, 0x7E),
@@ -55,7 +55,7 @@ RANGES = {
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    """Runs of characters of one kind, as texts have them, mixed with blanks and line ends."""
+    """Runs of characters of one kind, as in real texts, mixed with blanks and line ends."""
     text = ""
     while len(text) < length:
         low, high = rng.choice(list(RANGES.values()))
@@ -70,13 +70,13 @@ def english(rng: random.Random, words: int) -> str:
 
 
 def control_strings() -> list[str]:
-    """Merging them must not be learnt as one token."""
+    """Their merge must not be learnt as one token."""
     rng = random.Random(1)
     return [joint.join(rng.choice(SPECIAL_TOKENS) for _ in range(20)) for joint in ("", " ") for _ in range(40)]
 
 
 def training_texts() -> list[str]:
-    """Words, some of everything else, and many control strings."""
+    """Words, a little of everything else, and many control strings."""
     rng = random.Random(0)
     texts = [english(rng, 80) for _ in range(40)]
     texts += [random_text(rng, 120) for _ in range(40)]
@@ -122,7 +122,7 @@ def hf_folder(hf: HFBBPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def auto_tokenizer(folder: Path):
-    # Imported here: it takes seconds, and most tests do without.
+    # Imported here, because it takes seconds and most tests do without.
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -134,7 +134,7 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def read_alike(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Those of the texts to which other programs must give the same ids."""
+    """Texts for which other programs must give the same ids."""
     controls = list(tokenizer.special_ids)
     if isinstance(tokenizer, SPBBPETokenizer):
         controls += ["<unk>", "▁"]
@@ -146,7 +146,7 @@ def read_alike(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
 
 def test_vocabulary(hf: HFBBPETokenizer):
     assert hf.vocab_size == VOCAB_SIZE
-    # The last ids, so that a vocabulary that grows does not move the others.
+    # The last ids, so that a growing vocabulary does not move the others.
     assert hf.special_ids == {text: VOCAB_SIZE - len(SPECIAL_TOKENS) + i for i, text in enumerate(SPECIAL_TOKENS)}
     assert hf.eod_id == hf.special_ids[END_OF_DOCUMENT]
 
@@ -189,7 +189,7 @@ def test_round_trip_of_every_kind(tokenizer: Tokenizer, kind: str):
 
 
 def test_round_trip_and_lengths_of_every_character(tokenizer: Tokenizer):
-    """All planes: the first one in its order, the others mixed."""
+    """Characters of all planes: those of the first one in order, the others mixed."""
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     later = characters[0xF800:]
     random.Random(0).shuffle(later)
@@ -215,7 +215,7 @@ AWKWARD = [
 
 @pytest.mark.parametrize("text", AWKWARD)
 def test_round_trip_of_awkward_texts(tokenizer: Tokenizer, text: str):
-    """Nothing is normalised, stripped or merged: what was written comes back."""
+    """Nothing is normalised, stripped or merged: decoding gives the text back."""
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, text]) == [ids, ids]
@@ -235,7 +235,7 @@ def test_threads_do_not_change_the_ids(tokenizer: Tokenizer, num_threads: int):
 
 
 def test_bytes_that_are_no_text_yet(tokenizer: Tokenizer):
-    """Half a character while it streams in, and what is left of it when its start was cut off."""
+    """Half a character while it streams in, and its remainder when its start was cut off."""
     ids = tokenizer.encode("\U0001f9ea")
     assert len(ids) > 1
     for cut in range(1, len(ids)):
@@ -298,7 +298,7 @@ FRAGMENTS += ["<unk>", "<0x3C>", "<0x3C><0x7C>", "<0x00>", "</s>", "▅", "\U000
 
 
 def forgeries(rng: random.Random, count: int, controls: Sequence[str] = SPECIAL_TOKENS) -> list[str]:
-    """Control strings whole, cut, nested, doubled, with look-alikes, invisible characters and blanks in between."""
+    """Control strings whole, cut, nested and doubled, with look-alikes, invisible characters and blanks in between."""
     texts = []
     for _ in range(count):
         parts = []
@@ -378,7 +378,7 @@ def test_decode_of_special_tokens(tokenizer: Tokenizer):
     assert tokenizer.decode(ids) == "<|im_start|>héllo<|im_end|><|endoftext|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "héllo"
     assert tokenizer.decode([]) == ""
-    # Blanks beside a special token are text like others, and text that spells one out is not skipped.
+    # Blanks beside a special token are ordinary text, and text that spells a special token out is not skipped.
     rng = random.Random(5)
     for text in [" ", "  a ", "\n", "<|im_end|>", *(random_text(rng, 20) for _ in range(100))]:
         ids = [start, *tokenizer.encode(text), end, *tokenizer.encode(text)]
@@ -403,7 +403,7 @@ def test_hugging_face_gives_the_same_ids(tokenizer: Tokenizer, folder: Path):
     for text, token_id in tokenizer.special_ids.items():
         assert theirs.convert_tokens_to_ids(text) == token_id
         assert token_id in theirs.all_special_ids
-        # Hugging Face's convention, which ours leaves on purpose.
+        # Hugging Face's convention, from which ours deviates on purpose.
         assert theirs(text)["input_ids"] == [token_id]
 
 
@@ -450,7 +450,7 @@ def test_save_and_load(tokenizer: Tokenizer, folder: Path, tmp_path: Path):
 
 
 def change_definition(folder: Path, target: Path, change: Callable[[dict], object]) -> Path:
-    """A copy of a folder whose `tokenizer.json` was changed."""
+    """A copy of a folder with a changed `tokenizer.json`."""
     shutil.copytree(folder, target)
     path = target / "tokenizer.json"
     definition = json.loads(path.read_text("utf-8"))
@@ -463,7 +463,7 @@ def change_definition(folder: Path, target: Path, change: Callable[[dict], objec
 def test_fingerprint_changes_with_the_ids_that_a_text_gets(
     hf: HFBBPETokenizer, hf_folder: Path, tmp_path: Path, change: str
 ):
-    """Token files carry the fingerprint: an equal one promises equal ids."""
+    """Token files carry the fingerprint: equal fingerprints promise equal ids."""
 
     def edit(definition: dict) -> None:
         if change == "merge":
@@ -500,7 +500,7 @@ def test_broken_definition(tmp_path: Path, content: bytes):
 
 
 def refusal(folder: Path) -> str:
-    """The one sentence with which a folder is refused."""
+    """The one sentence that refuses a folder."""
     with pytest.raises(ValueError) as caught:
         load_tokenizer(folder)
     message = str(caught.value)
@@ -546,7 +546,7 @@ def set_id(position: int, value: object) -> Callable[[dict], object]:
 
 
 def set_entry(value: object) -> Callable[[dict], object]:
-    """Give an id to the token that is the first merge."""
+    """Give the token of the first merge this id."""
     return lambda d: d["model"]["vocab"].update({"".join(d["model"]["merges"][0]): value})
 
 
@@ -585,7 +585,7 @@ HOSTILE: dict[str, Callable[[dict], object]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_definition(hf_folder: Path, tmp_path: Path, name: str):
-    """Neither another exception, nor a tokenizer that gives ids which nothing can hold, or loses text."""
+    """The result is neither another exception, nor a tokenizer that loses text or gives ids that fit nowhere."""
     assert "train" in refusal(change_definition(hf_folder, tmp_path / "changed", HOSTILE[name]))
 
 
@@ -616,7 +616,7 @@ def test_file_beyond_measure(hf_folder: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("method", ["stat", "read_bytes"])
 def test_failing_disk_is_no_broken_tokenizer(hf_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str):
-    """A run that is tried again may find it mended; one that was refused is not tried again."""
+    """A run that is tried again may find the disk mended; a refused one is not tried again."""
     real = getattr(Path, method)
 
     def fail(path: Path, **how) -> object:
@@ -630,7 +630,8 @@ def test_failing_disk_is_no_broken_tokenizer(hf_folder: Path, monkeypatch: pytes
 
 
 def test_panic_at_a_text_is_an_error(hf_folder: Path, tmp_path: Path):
-    """Of the library, which raises it as what no one catches; the record is named then, and the command ends with 2."""
+    """The library raises an error that nobody catches; here the message names the record, and the command ends with
+    2."""
 
     def edit(definition: dict) -> None:
         definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a+)+$"
@@ -673,12 +674,12 @@ def test_too_little_text(texts: list[str]):
         train_hf_bbpe(texts, 512, show_progress=False)
 
 
-# ---- folders made elsewhere
+# ---- folders from elsewhere
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A folder as published models have it, and what is known of it."""
+    """A folder like those of published models, and the facts known about it."""
 
     folder: Path
     eod: str
@@ -686,9 +687,9 @@ class Foreign:
     ordinary: tuple[str, ...] = ()
     """Added tokens that are text."""
     prepended: int = 0
-    """Blanks that are put in front of every text."""
+    """Blanks put in front of every text."""
     lost: str = ""
-    """Pattern of texts that it does not give back, which is a loss to AutoTokenizer, too; "" for none."""
+    """Pattern of texts that it does not reproduce, nor does AutoTokenizer; "" for none."""
 
 
 LLAMA3_SPLIT = (
@@ -700,11 +701,12 @@ LLAMA3_SPLIT = (
 def byte_level(
     size: int = 500, first: Sequence[str] = (), split: Sequence | None = None, missing: str = "", **options: bool
 ) -> LibraryTokenizer:
-    """
+    """Make a byte-level tokenizer.
+
     Args:
         first: special tokens that take the first ids, as entries of the vocabulary.
         split: steps that split a text into words.
-        missing: characters that spell bytes and are no entries.
+        missing: characters that spell bytes and have no entry.
     """
     tokenizer = LibraryTokenizer(models.BPE(**options))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -726,7 +728,7 @@ def with_definition(tokenizer: LibraryTokenizer, change: Callable[[dict], object
 
 
 def add_tokens(tokenizer: LibraryTokenizer, tokens: Sequence[str], ordinary: Sequence[str] = ()) -> None:
-    """In this order, which gives the ids; those in `ordinary` as text."""
+    """Add tokens in this order, which determines their ids; those in `ordinary` as text."""
     for token in tokens:
         if token in ordinary:
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False)])
@@ -759,7 +761,7 @@ def gpt2(folder: Path) -> Foreign:
 
 
 def llama3(folder: Path) -> Foreign:
-    """No <|endoftext|>; words that are entries are taken whole; a text gets a token in front."""
+    """No <|endoftext|>; words with an entry are used whole; a text gets a token in front."""
     tokenizer = with_definition(byte_level(), lambda d: d["model"].update(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -782,7 +784,7 @@ def llama3(folder: Path) -> Foreign:
 
 
 def qwen2(folder: Path, order: Sequence[str] = ()) -> Foreign:
-    """Normalises to NFC; control tokens, then added tokens that are text; a chat ends with another token."""
+    """Normalises to NFC; control tokens come before added tokens that are text; a chat ends with another token."""
     specials, ordinary = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>"), ("    ", "<tool_call>", "</think>")
     tokenizer = byte_level()
     split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT.replace("{1,3}", "")), "isolated")
@@ -802,12 +804,12 @@ def qwen2_mixed(folder: Path) -> Foreign:
 
 _BARE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 """Spells bytes, and splits nothing."""
-# UTF-8 has none of the bytes that are spelt so.
+# UTF-8 does not use the bytes with these spellings.
 DEEPSEEK_ADDED = "ÀÁõö÷øùúûüýþÿ"
 
 
 def deepseek(folder: Path) -> Foreign:
-    """Without entries for the bytes that UTF-8 has not: the characters that would spell them are tokens of text."""
+    """Has no entries for bytes that UTF-8 does not use: the characters that would spell them are tokens of text."""
     patterns = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥]+")
     split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     split += [pre_tokenizers.Digits(True), _BARE]
@@ -823,7 +825,7 @@ def deepseek(folder: Path) -> Foreign:
 
 
 def smollm2(folder: Path) -> Foreign:
-    """Special tokens that are the first entries; every digit by itself."""
+    """Special tokens are the first entries; every digit is split off."""
     specials = (END_OF_DOCUMENT, "<|im_start|>", "<|im_end|>", "<repo_name>")
     digits = pre_tokenizers.Digits(True)
     tokenizer = byte_level(first=specials, split=[digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -832,7 +834,7 @@ def smollm2(folder: Path) -> Foreign:
 
 
 def gpt_neox(folder: Path) -> Foreign:
-    """Runs of blanks as added tokens, looked for in the text as it is normalised. OLMo has the same."""
+    """Runs of blanks as added tokens, found in the normalised text. OLMo has the same."""
     tokenizer = byte_level(first=(END_OF_DOCUMENT, "<|padding|>"))
     tokenizer.normalizer = normalizers.NFC()
     ordinary = tuple(" " * count for count in range(24, 1, -1))
@@ -853,7 +855,7 @@ def falcon(folder: Path) -> Foreign:
 
 
 def bytes_as_pieces(specials: Sequence[str], blank_in_front: bool = True) -> LibraryTokenizer:
-    """SentencePiece's BPE as transformers converts it: rare characters as bytes."""
+    """SentencePiece's BPE as transformers converts it: rare characters become bytes."""
     tokenizer = LibraryTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     if blank_in_front:
@@ -882,7 +884,7 @@ def llama2(folder: Path) -> Foreign:
 
 
 def phi3(folder: Path) -> Foreign:
-    """Special tokens that swallow what follows, and one of Llama 2's that became text."""
+    """Special tokens that swallow following blanks, and one of Llama 2's that became text."""
 
     def edit(definition: dict) -> None:
         definition["added_tokens"][2] |= {"special": False, "rstrip": True}
@@ -921,7 +923,7 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def foreign_texts(foreign: Foreign, seed: int) -> list[str]:
-    """In NFC, to which some folders normalise."""
+    """In NFC, the normal form of some folders."""
     rng = random.Random(seed)
     texts = [random_text(rng, rng.randint(0, 60)) for _ in range(300)] + [english(rng, 40) for _ in range(10)]
     texts += forgeries(rng, 500, foreign.specials + foreign.ordinary)
@@ -945,7 +947,7 @@ def test_foreign_folder_gives_the_ids_of_hugging_face(foreign: Foreign):
 
 
 def test_foreign_control_strings_stay_text(foreign: Foreign):
-    """Also where the model's vocabulary holds them, and beside added tokens that are text."""
+    """Even if the model's vocabulary holds them, and beside added tokens that are text."""
     ours = load_tokenizer(foreign.folder)
     forbidden = set(ours.special_ids.values())
     for text in foreign_texts(foreign, 2):
@@ -964,7 +966,7 @@ def test_foreign_round_trip_and_lengths(foreign: Foreign):
             continue
         ids = ours.encode(text)
         assert ours.decode(ids) == text
-        # The blank that is put in front has a byte too.
+        # The blank put in front has a byte, too.
         added = foreign.prepended if text else 0
         assert sum(lengths[token_id] for token_id in ids) == len(text.encode("utf-8")) + added
         whole = [*ids, ours.eod_id, *ids]
@@ -974,8 +976,8 @@ def test_foreign_round_trip_and_lengths(foreign: Foreign):
 
 
 def test_foreign_folder_is_kept(foreign: Foreign, tmp_path: Path):
-    """What the configuration says of chats and lengths is no business of ours, and stays; what only transformers 5
-    knows is said so that version 4 does, too."""
+    """The configuration of chats and lengths is none of our business, and stays; settings that only transformers 5
+    knows are also written for version 4."""
     changed = tmp_path / "changed"
     shutil.copytree(foreign.folder, changed)
     config = json.loads((changed / "tokenizer_config.json").read_text("utf-8"))
@@ -999,7 +1001,7 @@ def test_foreign_folder_is_kept(foreign: Foreign, tmp_path: Path):
 
 
 def test_foreign_folder_without_a_configuration(tmp_path: Path):
-    """What is written beside it must not name tokens that it does not have: AutoTokenizer would add them."""
+    """Files beside it must not name tokens that it lacks: AutoTokenizer would add them."""
     tokenizer = byte_level()
     add_tokens(tokenizer, [END_OF_DOCUMENT, "<|other|>"])
     (tmp_path / "bare").mkdir()
@@ -1029,7 +1031,7 @@ def test_foreign_settings_for_batches_do_not_change_the_ids(tmp_path: Path, sett
 
 
 def steps_after(name: str, bos: int):
-    """A post-processor that puts a token in front of a text, or none does."""
+    """A post-processor that may put a token in front of a text."""
     template = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A $B", special_tokens=[("<s>", bos), ("</s>", bos + 1)]
     )
@@ -1100,7 +1102,7 @@ FORM = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": Fa
 )
 @pytest.mark.parametrize("name", ODD)
 def test_odd_and_old_folders(tmp_path: Path, name: str, place: str, eos: object):
-    """What is harmless is no reason to refuse them."""
+    """Harmless oddities are accepted."""
     make, edit = ODD[name]
     definition = json.loads(make().to_str())
     if not any(token["content"] == "</s>" for token in definition["added_tokens"]):
@@ -1142,13 +1144,13 @@ def characters_only() -> LibraryTokenizer:
 
 
 def promised_bytes() -> LibraryTokenizer:
-    """Says that it falls back to bytes, but has them not all."""
+    """Claims to fall back to bytes, but lacks some."""
     vocab = {f"<0x{byte:02X}>": byte for byte in range(256) if byte != 0xF4} | {"a": 256, "<unk>": 257}
     return LibraryTokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
 
 
 def bytes_missing() -> LibraryTokenizer:
-    """Byte-level, but only of those bytes that its training text had: the library drops the others."""
+    """Byte-level, but only with the bytes of its training text: the library drops the others."""
     tokenizer = LibraryTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -1162,7 +1164,7 @@ def bytes_missing() -> LibraryTokenizer:
     ids=lambda make: make.__name__,
 )
 def test_tokenizer_of_another_kind_is_refused(tmp_path: Path, make: Callable[[], LibraryTokenizer]):
-    """It would lose text that it doesn't know, and its tokens' lengths are no bytes."""
+    """It would lose text that it does not know, and its tokens' lengths are not bytes."""
     tokenizer = make()
     tokenizer.add_special_tokens([END_OF_DOCUMENT])
     save_foreign(tokenizer, tmp_path, eos_token=END_OF_DOCUMENT)
@@ -1172,7 +1174,7 @@ def test_tokenizer_of_another_kind_is_refused(tmp_path: Path, make: Callable[[],
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"])
 def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path: Path, name: str):
-    """A clone that was made without Git LFS holds such."""
+    """A clone made without Git LFS holds such files."""
     if name == "tokenizer_config.json":
         save_foreign(byte_level(), tmp_path, eos_token="</s>")
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4096\n")
@@ -1190,7 +1192,7 @@ def test_tokenizer_that_ends_no_document_is_refused(tmp_path: Path, tokens: list
 
 @pytest.mark.parametrize("name", [None, "eos_token", "additional_special_tokens"])
 def test_an_end_of_document_that_was_added_as_text(tmp_path: Path, name: str | None):
-    """Any text could end a document with it; unless the configuration names it, so that it is special to transformers,
+    """Any text could end a document with it, unless the configuration names it, so that it is special to transformers,
     too."""
     tokenizer = byte_level(300)
     add_tokens(tokenizer, [END_OF_DOCUMENT], ordinary=[END_OF_DOCUMENT])

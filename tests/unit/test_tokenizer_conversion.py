@@ -1,5 +1,5 @@
-"""Folders without tokenizer.json: what they hold is converted, with the ids of SentencePiece or AutoTokenizer; and what
-cannot be converted is refused in a sentence that spoils nothing."""
+"""Folders without tokenizer.json: their files are converted, with the ids of SentencePiece or AutoTokenizer, or refused
+with a sentence that does no harm."""
 
 import functools
 import io
@@ -43,7 +43,7 @@ def sentence_piece(name: str) -> bytes:
 
 
 def write(folder: Path, **files: object) -> Path:
-    """A folder with files, whose names have "_" for "."; what is no bytes is written as JSON."""
+    """A folder of files, with "_" for "." in their names; values other than bytes are written as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = folder / ".".join(name.rsplit("_", 1))
@@ -62,7 +62,7 @@ def texts() -> list[str]:
 @pytest.mark.parametrize("config", [{}, {"tokenizer_class": "LlamaTokenizer", **NAMED, "add_bos_token": True}], ids=str)
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "unigram"])
 def test_sentencepiece_model(tmp_path: Path, model: str, config: dict):
-    """As it is, or with the class that transformers 5 would treat it by in its own way."""
+    """Alone, or with the class for which transformers 5 would have its own treatment."""
     content = sentence_piece(model)
     folder = write(tmp_path / "source", tokenizer_model=content, tokenizer_config_json=config)
     ours, theirs = load_tokenizer(folder), SentencePieceProcessor(model_proto=content)
@@ -97,7 +97,7 @@ TOKENS = (END_OF_DOCUMENT, "<|im_end|>", "<tool>")
 
 @functools.cache
 def vocabulary() -> tuple[bytes, bytes, int]:
-    """vocab.json, merges.txt, and the first id that is free. A merge begins like a comment, as one of GPT-2's does."""
+    """vocab.json, merges.txt, and the first free id. A merge begins like a comment, as one of GPT-2's does."""
     model = json.loads(byte_level(400).to_str())["model"]
     model["vocab"] |= {"##": len(model["vocab"])}
     merges = [*(" ".join(merge) for merge in model["merges"]), "# #"]
@@ -105,7 +105,7 @@ def vocabulary() -> tuple[bytes, bytes, int]:
 
 
 def added_tokens(how: str) -> dict[str, object]:
-    """The files that say which tokens were added, and under which ids."""
+    """Files that say which tokens were added, and under which ids."""
     first = vocabulary()[2]
     named = {"eos_token": "<|im_end|>", "pad_token": END_OF_DOCUMENT}
     if how == "added_tokens.json":
@@ -122,7 +122,7 @@ def added_tokens(how: str) -> dict[str, object]:
 @pytest.mark.parametrize("how", ["added_tokens.json", "added_tokens_decoder"])
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer", "qwen2"])
 def test_vocabulary_and_merges(tmp_path: Path, kind: str, how: str):
-    """The class by its name, or by that of the model."""
+    """The class comes from its own name, or from that of the model."""
     vocab, merges, first = vocabulary()
     files = added_tokens(how)
     if kind.endswith("Tokenizer"):
@@ -142,7 +142,7 @@ def test_vocabulary_and_merges(tmp_path: Path, kind: str, how: str):
 
 
 def test_class_whose_code_lies_beside_it(tmp_path: Path):
-    """It is not run; a SentencePiece model needs none."""
+    """The code is not run; a SentencePiece model needs none."""
     config = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_our.OurTokenizer", None]}}
     write(tmp_path, tokenizer_model=sentence_piece("llama 2"), tokenizer_config_json=config | NAMED)
     write(tmp_path, tokenization_our_py=b"raise SystemExit(3)")
@@ -167,7 +167,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_converted_here(tmp_path: Path, name: str):
-    """The sentence says what converts, and never to train one into this folder."""
+    """The sentence says what converts it, and never to train a tokenizer into this folder."""
     files, why = REFUSED[name]
     message = refusal(write(tmp_path, **files))
     assert why in message and "save_pretrained" in message
@@ -193,7 +193,7 @@ def test_folder_without_any_tokenizer(tmp_path: Path):
 
 
 def test_weights_of_another_tokenizer(tmp_path: Path):
-    """They are compared, whatever files hold the model's own."""
+    """They are compared, whichever files hold the model's own."""
     vocab, merges, _ = vocabulary()
     files = added_tokens("added_tokens_decoder")
     files["tokenizer_config_json"]["tokenizer_class"] = "GPT2Tokenizer"
@@ -208,7 +208,7 @@ def test_weights_of_another_tokenizer(tmp_path: Path):
 
 @pytest.mark.parametrize(("rows", "fits"), [(1, False), (379, False), (380, True), (444, True), (445, False)])
 def test_weights_without_any_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: int, fits: bool):
-    """Of another size they are refused; else it is said that nobody can tell."""
+    """If the sizes differ, the folder is refused; otherwise a warning says that nobody can tell."""
     tokenizer = load_tokenizer(write(tmp_path / "sp", tokenizer_model=sentence_piece("llama 2")))
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = to_hf_config(LlamaConfig(vocab_size=rows, max_position_embeddings=32, **sizes).resolve(), torch.float32, 2)

@@ -21,7 +21,7 @@ import generate
 import train_my_ddp
 import training.trainer as trainer_module
 from checkpoint.folder import list_checkpoints
-from checkpoint.saving import CheckpointWriter
+from checkpoint.writing import CheckpointWriter
 from data_preprocess.build_pretrain_sample_index_map import build as build_index
 from data_preprocess.jobs import process_corpus
 from data_preprocess.pretokenize_pretrain_data import PretrainJob

@@ -1,4 +1,4 @@
-"""The command that trains a tokenizer: what it reads, how much of it, what it reports and what it refuses."""
+"""The command that trains a tokenizer: its input, the sample, its report, and its refusals."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 import train_my_ddp
-from configurator import parse_config, resolve_model
+from configurator import parse_config
 from data_preprocess import sampling
 from data_preprocess.build_pretrain_sample_index_map import build
 from data_preprocess.jobs import process_corpus
@@ -25,9 +25,11 @@ from tests.conftest import TINY_MODEL
 from tests.unit.test_tokenizer import english, random_text, training_texts
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer
 from tokenizer.base import SPECIAL_TOKENS
-from tokenizer.hf_bbpe import split_pattern, train_hf_bbpe
+from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.long_words import LongWords
+from tokenizer.split_pattern import split_pattern
 from tokenizer.train_tokenizer import main
+from training.build_model import resolve_model
 
 HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
 
@@ -109,7 +111,7 @@ def test_any_vocabulary_size(three_sources: Path, kind: str, vocab_size: int, ca
 
 @pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
 def test_the_same_command_gives_the_same_tokenizer(three_sources: Path, kind: str):
-    """Also with a sample that is a part of the text."""
+    """Even with a sample that is only part of the text."""
     command = ["--data_dir", str(three_sources / "en"), "--kind", kind, "--vocab_size", "320", "--sample_mb", "0.1"]
     files = [path.name for path in three_sources.iterdir()]
     for name in ("first", "second"):
@@ -128,7 +130,7 @@ def test_weights_and_the_budget(three_sources: Path):
     assert list(report["trained_on_bytes"]) == ["zh", "en", "code"] == list(report["sources"])
     for name, wanted in (("zh", 160_000), ("en", 60_000), ("code", 20_000)):
         assert wanted <= report["trained_on_bytes"][name] <= wanted + 2000
-        # Drawn anew for the report, with the same budget.
+        # Drawn again for the report, with the same budget.
         assert wanted <= report["sources"][name]["bytes"] <= wanted + 2000
 
 
@@ -165,7 +167,7 @@ def test_weights_decide_what_is_learnt(three_sources: Path):
 
 @pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
 def test_report(tmp_path: Path, kind: str):
-    """Against counts by hand. All text is within the budget, so that the report is on all of it."""
+    """Against counts by hand. All text is within the budget, so the report covers all of it."""
     rng = random.Random(3)
     texts = {
         "en": [english(rng, 60).replace("é", "e") for _ in range(60)],
@@ -187,7 +189,7 @@ def test_report(tmp_path: Path, kind: str):
         assert report["sources"][name] == {
             "bytes": size, "tokens": len(ids), "bytes_a_token": pytest.approx(size / len(ids), abs=1e-4)
         }  # fmt: skip
-    # What each entry stands for, as the raw library spells it.
+    # Text of each entry, as the raw library spells it.
     if kind == "sp_bbpe":
         processor = SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
         learnt = {i: processor.id_to_piece(i).replace("▁", " ") for i in range(262, 320)}
@@ -204,7 +206,7 @@ def test_report(tmp_path: Path, kind: str):
 
 
 def test_text_keys(tmp_path: Path):
-    """Several fields are joined; the tokenizer sees nothing of the others."""
+    """Several fields are joined; the tokenizer does not see the others."""
     lines = [{"title": "alphaalpha", "body": "betabeta", "text": "gammagamma"}] * 50
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -220,7 +222,7 @@ def test_text_keys(tmp_path: Path):
 
 
 def longest_run(folder: Path, characters: str) -> int:
-    """Of these characters, in any entry."""
+    """Entries that contain these characters."""
     tokenizer = load_tokenizer(folder)
     entries = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids.values()]
     return max((len(run) for text in entries for run in re.findall(f"[{characters}]+", text)), default=0)
@@ -249,7 +251,8 @@ def test_digits_and_chinese_characters_in_an_entry(three_sources: Path):
 
 @pytest.mark.parametrize("max_han", [0, 4])
 def test_a_long_word_is_cut_for_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], max_han: int):
-    """The same tokenizer as of the parts; said once, with the number, and ordinary text is left as it is."""
+    """The tokenizer equals one trained on the parts; the cut is reported once, with the number, and ordinary text is
+    left alone."""
     rng = random.Random(0)
     long = ["".join(rng.choice(letters) for _ in range(length)) for letters, length in (("acgt", 2500), ("天地", 1001))]
     texts = [english(rng, 400), f"a {long[0]} b\n{long[1]}, c", "x" * 1000, english(rng, 400)]
@@ -265,7 +268,7 @@ def test_a_long_word_is_cut_for_the_training(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_only_what_is_too_long_is_cut():
-    """Against a plain look at every word of texts in which long and short ones follow each other anywhere."""
+    """Against a plain look at every word of texts in which long and short words mix freely."""
     rng = random.Random(0)
     cuts = long_words_seen = 0
     for _ in range(60):
@@ -282,7 +285,7 @@ def test_only_what_is_too_long_is_cut():
     assert cuts >= long_words_seen > 20
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize("kind", ["hf_bbpe", "sp_bbpe"])
@@ -324,7 +327,8 @@ def test_folder_of_another_tokenizer_or_model_is_not_overwritten(
 
 
 def test_own_folder_may_be_trained_into_again(three_sources: Path, capsys: pytest.CaptureFixture[str]):
-    """Of the same kind, since a tokenizer.model that is left would be another's; not if a model has moved in."""
+    """Only with the same kind, because a remaining tokenizer.model would be another's; not if a model is in the
+    folder."""
     out = three_sources / "out"
     command = ["--data_dir", str(three_sources / "en"), "--output_dir", str(out), "--sample_mb", "0.1"]
     for vocab_size in ("300", "310"):
@@ -440,7 +444,7 @@ def test_too_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], kin
 
 
 def test_the_advised_vocabulary_is_the_largest_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Any size is allowed, so the advice needs no round number."""
+    """Any size is allowed, so the advice is not rounded."""
     write_lines(tmp_path / "corpus" / "a.jsonl", [english(random.Random(0), 100)])
     command = ["--data_dir", str(tmp_path / "corpus"), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--vocab_size", "5000"]) == 2
@@ -478,7 +482,7 @@ def test_command_on_a_wrong_text_key(corpus: Path, tmp_path: Path, capsys: pytes
 def test_command_skips_a_record_that_is_no_unicode_text(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """JSON can spell half a surrogate pair, which has no UTF-8 form; crawled text does contain them."""
+    """JSON can spell half a surrogate pair, which has no UTF-8 form; crawled text does contain such halves."""
     with open(corpus / "c.jsonl", "a") as file:
         file.write('\n{"text": "half an emoji: \\ud83d"}\n')
     assert main(["--data_dir", str(corpus), "--output_dir", str(tmp_path / "out"), "--vocab_size", "320"]) == 0
@@ -490,7 +494,7 @@ def test_command_skips_a_record_that_is_no_unicode_text(
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a corpus of 2 MB has as many units as one of 200 MB."""
+    """Units so small that a corpus of 2 MB has as many as one of 200 MB."""
     monkeypatch.setattr(sampling, "_UNIT_BYTES", 40_000)
     monkeypatch.setattr(sampling, "_LEAST_FROM_A_UNIT", 5_000)
 
@@ -517,7 +521,7 @@ def test_sample_reads_only_what_it_needs(many_files: Corpus, monkeypatch: pytest
     texts = list(sample_texts(many_files, 100_000, BadRecords()))
     assert [item.text for item in read if isinstance(item, Document)] == texts
     assert 100_000 <= num_bytes(texts) <= 101_000
-    # 20 units, of which each gives its least.
+    # 20 units, each of which gives its minimum.
     files = [text[:3] for text in texts]
     assert len(set(files)) == 20 and max(files.count(name) for name in set(files)) == 5
 
@@ -546,7 +550,7 @@ def test_sample_of_more_than_there_is_is_everything(many_files: Corpus):
 
 
 def test_sample_of_files_of_very_different_sizes(tmp_path: Path, small_units: None):
-    """A compressed file is one unit however large it is: what small files cannot give, it must."""
+    """A compressed file is one unit, however large: it must give what small files cannot."""
     (tmp_path / "corpus").mkdir()
     rng = random.Random(0)
     sizes = {"large.jsonl.gz": 1000, **{f"small-{i}.jsonl": 30 for i in range(4)}}
@@ -568,7 +572,7 @@ def test_sample_counts_bad_records(many_files: Corpus):
 
 
 def test_sources_take_turns(tmp_path: Path):
-    """A trainer that stops early, or keeps the first words it sees, must not see one source first."""
+    """A trainer that stops early, or keeps the first words that it sees, must not see the sources one after another."""
     sources = []
     for name, size, weight in (("a", 1000, 3.0), ("b", 500, 1.0), ("c", 2000, 2.0)):
         write_lines(tmp_path / name / "x.jsonl", [f"{i:04d}".ljust(size, name) for i in range(100)])
@@ -593,7 +597,7 @@ def pieces(text: str, max_digits: int = 3, max_han: int = 0) -> list[str]:
 @pytest.mark.parametrize("max_han", [0, 1, 2, 4])
 @pytest.mark.parametrize("max_digits", [1, 2, 3])
 def test_the_matches_cover_any_text(max_digits: int, max_han: int):
-    """Without the matches nothing is left, in any text."""
+    """The matches cover every text completely."""
     left = pre_tokenizers.Split(Regex(split_pattern(max_digits, max_han)), "removed")
     matched = pre_tokenizers.Split(Regex(split_pattern(max_digits, max_han)), "removed", invert=True)
     rng = random.Random(max_digits * 10 + max_han)
@@ -618,7 +622,7 @@ def test_the_matches_cover_any_text(max_digits: int, max_han: int):
 @pytest.mark.parametrize("max_digits", [1, 2, 3])
 @pytest.mark.parametrize("max_han", [0, 1, 2, 4])
 def test_runs_of_digits_and_chinese_characters(max_digits: int, max_han: int):
-    """By a plain loop: digits and, if asked for, Chinese characters in groups from the left."""
+    """By a plain loop: digits and, if requested, Chinese characters in groups from the left."""
     rng = random.Random(max_digits * 10 + max_han)
     for _ in range(200):
         runs, expected = [], []
@@ -668,7 +672,7 @@ def test_the_model_pads_its_embedding(entries: int, rows: int):
     config, given = parse_config(["--data_dir=d"])
     assert padded_vocab_size(entries) == rows
     assert resolve_model(config.model, given, None, entries, 8).vocab_size == rows
-    # What is asked for is taken as it is, if the tokenizer fits in.
+    # A given size is used as it is, if the tokenizer fits in.
     config, given = parse_config(["--data_dir=d", f"--vocab_size={entries}"])
     assert resolve_model(config.model, given, None, entries, 8).vocab_size == entries
     with pytest.raises(ValueError, match="smaller than the tokenizer's"):

@@ -1,4 +1,4 @@
-"""The viewer's command: pictures without a desktop, and one sentence for whatever cannot be done."""
+"""The viewer's command: pictures without a desktop, and one sentence for anything that cannot be done."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is at the terminal, and no key is at hand."""
+    """Nobody is at the terminal, and no key is available."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> str:
 
 
 def sentence(text: str) -> str:
-    """What a command that could not do its work says: the last line, after the usage if the command line was wrong."""
+    """Message of a failed command: the last line, after the usage if the command line was wrong."""
     last = text.strip().splitlines()[-1]
     assert last.isprintable() and "Traceback" not in text and "Error" not in text, text
     return last
@@ -158,7 +158,7 @@ def test_a_host_that_is_not_there(capsys: pytest.CaptureFixture):
 
 
 def without(*modules: str) -> str:
-    """A program in which modules cannot be imported, and which then is the command."""
+    """A program in which modules cannot be imported, and which then runs the command."""
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in modules)]
     return "\n".join([*lines, "from viewer.command import main", "sys.exit(main(sys.argv[1:]))"])
 
@@ -194,9 +194,9 @@ def test_a_library_that_is_missing(run: str, monkeypatch: pytest.MonkeyPatch, ca
     assert "libGL.so.1" in said and "is missing: pip" not in said
     assert "apt install libgl1" in said and "draws without" not in said
     # A window lacks it, a picture may not.
-    window = types.ModuleType("viewer.desktop.window")
+    window = types.ModuleType("viewer.desktop.application")
     window.__getattr__ = broken
-    monkeypatch.setitem(sys.modules, "viewer.desktop.window", window)
+    monkeypatch.setitem(sys.modules, "viewer.desktop.application", window)
     assert fails(capsys, run).endswith("apt install libgl1); --png FILE draws without a window")
 
 
@@ -231,6 +231,7 @@ def test_what_qt_lacks_is_named(monkeypatch: pytest.MonkeyPatch):
     assert "of its own; --png" in qt.why_no_window(["something\nof its own"])
 
 
-def test_the_module_can_be_run():
-    done = subprocess.run([sys.executable, "-m", "utils.resplot", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "--png FILE" in done.stdout and not done.stderr
+@pytest.mark.parametrize("module", ["utils.resplot", "viewer", "utils.timeline", "viewer.timeline"])
+def test_the_module_can_be_run(module: str):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--png " in done.stdout and not done.stderr

@@ -1,4 +1,4 @@
-"""The viewer's numbers: what it takes from a log and what it passes over, smoothing, thinning, how a run is doing."""
+"""The viewer's numbers: values that it takes from a log or skips, smoothing, thinning, the state of a run."""
 
 import json
 import math
@@ -161,7 +161,7 @@ def test_the_line_that_a_crash_cut_off_is_not_said_to_be_left_out():
 
 
 def hostile() -> Iterator[tuple[str, list[bytes], str]]:
-    """(what, lines, what is said to be left out)."""
+    """(name, lines, what the viewer reports as left out)."""
     names = [f"kind{n}" for n in range(20)]
     yield "kinds", [line(f"kind{n}", step=1, x=1.0) for n in range(50)], "kinds of records but the first 20"
     yield "metrics at once", [line("train", step=1, **{f"m{n}": 1.0 for n in range(500)})], (
@@ -186,10 +186,10 @@ def test_what_a_log_can_fill_is_bounded_and_what_is_left_out_is_said(what: str, 
     snapshot = snapshot_of(*lines)
     assert len(snapshot.launches) <= 30 and len(snapshot.tables) <= 20
     cells = sum(column.size for columns in snapshot.tables.values() for column in columns.values())
-    # Eight a number that the lines hold, and those that are free.
+    # Eight bytes per number in the lines, and in the free ones.
     assert cells <= 10_000 + 8 * sum(max(len(json.loads(text)) - 1, 0) for text in lines if text.startswith(b'{"'))
     assert any(said in text.format(*values) for text, values in snapshot.left_out)
-    # The newest record is there, whatever went.
+    # The newest record is there, whatever was dropped.
     if what == "wide, then thin":
         assert snapshot.tables["kind19"]["step"][-1] == 501
 
@@ -203,13 +203,13 @@ def test_thinning_is_even_and_counted(batch: int, monkeypatch: pytest.MonkeyPatc
     snapshot = data.snapshot()
     kept = snapshot.tables["train"]["loss"]
     assert 25 <= len(kept) <= 100 and kept[-1] == 2000 and snapshot.tables["train"]["step"].tolist() == kept.tolist()
-    # No stretch of the run is gone: of two thousand in a hundred, at worst every eightieth.
+    # No stretch of the run is missing: of two thousand in a hundred, at worst every eightieth.
     assert 1 <= np.diff(kept, prepend=0).min() and np.diff(kept, prepend=0).max() <= 80
     assert snapshot.left_out == (("records of {}, evenly ({:,})", ("train", 2000 - len(kept))),)
 
 
 class Counting(dict):
-    """A record that counts how often its keys and values are looked at."""
+    """A record that counts how often its keys and values are read."""
 
     looks = 0
 
@@ -239,7 +239,7 @@ def test_each_record_is_looked_at_a_few_times_however_many_keys_the_others_have(
 
 @pytest.mark.parametrize("count", [300, 1200])
 def test_a_launch_moves_no_rows_that_stand(count: int, monkeypatch: pytest.MonkeyPatch):
-    """Of a long log, thousands of launches that each go back by one step."""
+    """In a long log, thousands of launches each go back by one step."""
     moved, take = [], Columns._take
     monkeypatch.setattr(Columns, "_take", lambda table, rows: moved.append(table.rows) or take(table, rows))
     monkeypatch.setattr(history_module, "_BATCH_BYTES", 1000)
@@ -252,7 +252,7 @@ def test_a_launch_moves_no_rows_that_stand(count: int, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_shown_is_what_stands(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In batches and polls of any size, as the other reader of logs has it."""
+    """In batches and polls of any size, it equals the other reader of logs."""
     random_ = random.Random(seed)
     monkeypatch.setattr(history_module, "_BATCH_BYTES", random_.choice((1, 300, 5000)))
     lines, step = [], 0
@@ -334,7 +334,7 @@ def test_smoothing_of_nothing():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_thinning_loses_no_spike(seed: int):
-    """Column by column of the screen, what is kept reaches as low and as high as what there was."""
+    """In each column of the screen, the kept points reach as low and as high as all points."""
     random = np.random.default_rng(seed)
     count, columns = int(random.integers(900, 4000)), int(random.integers(1, 200))
     x = np.sort(random.choice(np.linspace(-5, 1e6, 3 * count), count))

@@ -1,4 +1,4 @@
-"""The viewer's pictures: which panels there are, what is drawn of ordinary and of hostile runs, axes, marks, files."""
+"""The viewer's pictures: panels, drawings of ordinary and of hostile runs, axes, marks, files."""
 
 import csv
 import io
@@ -20,26 +20,17 @@ pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from viewer import panels as panels_module
 from viewer.colours import COLOURS, MARKS, look, on_paper
-from viewer.export import save
-from viewer.layout import fitted_name, text_width, wrapped
-from viewer.panels import (
-    PANELS,
-    X_AXES,
-    DrawnPanel,
-    ShownRun,
-    View,
-    available,
-    chinese_font,
-    choose,
-    draw,
-    duration,
-    restarts,
-    value_text,
-    x_text,
-)
+from viewer.drawing import figure as figure_module
+from viewer.drawing.export import save
+from viewer.drawing.figure import chinese_font, draw
+from viewer.drawing.layout import fitted_name, text_width, wrapped
+from viewer.formats import duration, value_text, x_text
+from viewer.panels import PANELS, available, choose
+from viewer.picture import DrawnPanel
+from viewer.series import restarts
 from viewer.text import translate
+from viewer.view import X_AXES, ShownRun, View, theme_of
 
 SIZE = (360, 260)
 USUAL, LOSS = View(), View(panels=("loss",))
@@ -159,7 +150,7 @@ def test_where_restarts_stand():
     assert restarts(snapshot, "time") == [20, 30]
     assert restarts(snapshot, "clock") == [1, 2]
     assert restarts(snapshot, "tokens") == [200, 300]
-    # One that begins before the first logged step.
+    # A run that begins before the first logged step.
     assert restarts(snapshot_of(line("start", step=0), line("start", step=0), line("train", step=1)), "tokens") == [0]
     assert restarts(snapshot_of(line("start", step=0), line("start", step=0)), "step") == []
 
@@ -168,7 +159,7 @@ def test_a_zoom_holds():
     view = View(panels=("loss",), x_range=(5.0, 7.0), y_ranges=(("loss", (0.5, 2.0)),))
     (panel,) = drawn([usual()], view)
     assert (panel.x_range, panel.y_range) == ((5.0, 7.0), (0.5, 2.0))
-    # With a point beyond each edge.
+    # One point beyond each edge is included.
     assert panel.curves[0].x.tolist() == [4, 5, 6, 7, 8]
     (panel,) = drawn([usual()], replace(view, log_y=True, y_ranges=(("loss", (-1.0, 2.0)),)))
     assert panel.y_range[0] > 0
@@ -215,7 +206,7 @@ def test_hostile_runs_are_drawn(what: str):
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("width", [200, 1400])
 def test_what_is_left_out_stands_under_the_panels(width: int, language: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(panels_module, "MOST_PANELS", 3, raising=False)
+    monkeypatch.setattr(figure_module, "MOST_PANELS", 3, raising=False)
     wide = snapshot_of(line("train", step=1, **{f"m{n}": 1.0 for n in range(3000)}), b"{}", line("train", step=2))
     figure, canvas = figure_of([usual(), wide], View(panels=("all",), language=language), width)
     assert len(figure.axes) == 3
@@ -247,7 +238,7 @@ def test_hostile_names_are_drawn_as_they_are():
     (legend,) = figure.legends
     *shown, long, last = [text.get_text() for text in legend.get_texts()]
     assert [*shown, last] == [label for label in LABELS if len(label) < 300]
-    # What does not fit loses its middle.
+    # A text that does not fit loses its middle.
     assert long.strip("x") == "…" and 10 < len(long) < 300
     assert not any(text.get_parse_math() for text in legend.get_texts())
 
@@ -255,7 +246,7 @@ def test_hostile_names_are_drawn_as_they_are():
 ZOOMS = [(x, ends) for x in X_AXES for ends in ((0.0, 1e-3), (-1e5, 1.9e6), (19000.0, 19000.00001), (0.0, 1e15))]
 
 
-# So far out, dates have no names; the window does not zoom there.
+# Dates so far out have no names; the window does not zoom there.
 @pytest.mark.parametrize("x, ends", [zoom for zoom in ZOOMS if zoom != ("clock", (0.0, 1e15))])
 def test_every_zoom_can_be_drawn(x: str, ends: tuple):
     (panel,) = drawn([usual()], View(panels=("loss",), x=x, x_range=ends))
@@ -472,9 +463,9 @@ def test_colours_can_be_told_apart(dark: bool, sight: str):
     colours = linear([on_paper(colour, dark) for colour in COLOURS])
     seen = lab(colours @ np.array(SIGHTS[sight]).T)
     apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 1e3 * np.eye(len(seen))
-    # Those of the matplotlib style "petroff10", made for the purpose, are 13 apart and are ten.
+    # Those of the matplotlib style "petroff10", made for the purpose, are ten colours and 13 apart.
     assert apart.min() > (20 if sight == "ordinary" else 11)
-    paper = linear([panels_module.theme_of(View(dark=dark)).paper]) @ TO_XYZ[1]
+    paper = linear([theme_of(View(dark=dark)).paper]) @ TO_XYZ[1]
     light, dim = np.maximum(colours @ TO_XYZ[1], paper), np.minimum(colours @ TO_XYZ[1], paper)
     assert ((light + 0.05) / (dim + 0.05)).min() > 2.5
 
@@ -496,15 +487,15 @@ def test_each_task_has_a_loss_of_its_own(tmp_path: Path):
     }  # fmt: skip
     assert panels[2].y_range[1] < 3 < panels[0].y_range[0]
     assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["loss, pretraining", "loss, SFT", "loss, DPO"]
-    # One of them alone, in a picture and in a table.
+    # One task alone, in a picture and in a table.
     view = View(("loss", "lr"), alone="loss (sft)")
     assert [panel.panel.key for panel in pictured(runs, view, 400, 300)[1]] == ["loss (sft)"]
     save(tmp_path / "a.csv", runs, view, SIZE)
     rows = list(csv.reader((tmp_path / "a.csv").read_text().splitlines()))
     assert {row[0] for row in rows[1:]} == {"a2"} and rows[0][-1] == "loss"
-    # Of one task, nothing is split; and one that is not there is not shown alone.
+    # With runs of one task, nothing is split; and a task that is not there is not shown alone.
     assert [panel.panel.key for panel in pictured(runs[1::2], view, 400, 300)[1]] == ["loss", "lr"]
-    # What does not say its task says it by its metrics, or is pretraining.
+    # A run that does not name its task reveals it by its metrics, or counts as pretraining.
     silent = [of_task(None, 1.0), of_task(None, 0.1, **{"rewards/margins": 1.0}), of_task("x" * 99, 3.0)]
     assert keys_drawn(silent) == ["loss (pretrain)", "loss (dpo)", f"loss ({'x' * 20})"]
 
@@ -539,7 +530,7 @@ def test_measured_curves_do_not_cover_smoothed_ones(count: int):
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 100]
     faint = [line.get_alpha() for line in lines if line.get_alpha() is not None]
     assert len(faint) == count and len(lines) == 2 * count
-    # All upon each other, they hide less than a half of what is below.
+    # Drawn over each other, they hide less than half of the curves below.
     assert 0.2 < 1 - np.prod([1 - alpha for alpha in faint]) < 0.4
     assert all(curve.measured is not None for curve in panels[0].curves)
 
@@ -559,12 +550,12 @@ def test_marks_do_not_cover_the_axis(runs: int):
     for places, least in ((saves.get_offsets()[:, 0], 13.9), (restarts, 7.9)):
         pixels = axes.transData.transform(np.column_stack([places, np.ones(len(places))]))[:, 0]
         assert np.abs(np.diff(pixels)).min() >= least and len(pixels) > 20
-    # The newest checkpoint is always among them.
+    # The newest checkpoint is always drawn.
     assert max(saves.get_offsets()[:, 0]) == 1000 and max(restarts) == 990
 
 
 def test_a_run_of_one_step_can_be_seen():
-    """A line through one point draws nothing."""
+    """A line through one point would draw nothing."""
     figure = Figure(figsize=(SIZE[0] / 100, SIZE[1] / 100), dpi=100)
     draw(figure, [ShownRun("a", COLOURS[0], usual(1))], LOSS)
     solid = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "-"]

@@ -1,5 +1,5 @@
-"""Where the viewer's bytes come from: growing and replaced files, here and over a real SSH server; who is let in;
-places, labels, configurations and heartbeats."""
+"""Sources of the viewer's bytes: growing and replaced files, here and over a real SSH server; logins; places, labels,
+configurations and heartbeats."""
 
 import json
 import logging
@@ -217,7 +217,7 @@ def test_one_connection_a_host(server: Sshd, tmp_path: Path):
 
 
 class Answers:
-    """Gives the answers in turn; `questions` is what was asked."""
+    """Gives the answers in turn; `questions` holds the questions."""
 
     def __init__(self, *answers):
         self.answers, self.questions = list(answers), []
@@ -240,9 +240,9 @@ def one_sentence(text: str) -> None:
 
 
 def refused(server: Sshd, host: RunSource) -> str:
-    """Why it was refused; nothing is tried again until somebody says so."""
+    """Reason of a refusal; nothing is tried again until the user asks for it."""
     until(lambda: host.problem)
-    # The attempt's end, in the server's log, may lag behind ours.
+    # The end of the attempt in the server's log may lag behind ours.
     until(lambda: not server._connections())
     attempts = server.log.read_text(errors="replace").count("Connection from ")
     waits = threading.Event()
@@ -315,7 +315,7 @@ def test_a_password_is_asked_for_once(tmp_path: Path, log: Path):
         with following(target, log.parent, questions=answers) as host:
             assert "refuses the login" in refused(server, host)
             assert len(answers.questions) == 3
-            # Of the wrong ones, none is tried again.
+            # None of the wrong passwords is tried again.
             failed = server.log.read_text(errors="replace").count("Failed password")
             host.retry()
             until(lambda: host.runs and seen(host.runs[0]) == [1, 2])
@@ -474,7 +474,7 @@ def test_a_hostile_configuration(text: str, log: Path, tmp_path: Path, monkeypat
     run = Run(None, str(log.parent))
     run.look_round(LocalFiles())
     assert run.health.config == {} and not (tmp_path / "owned").exists()
-    # Either there is nothing in it that could be shown, or it is said why not.
+    # Either nothing in it could be shown, or the reason is given.
     is_read = text.startswith(("a: &a", "derived: ["))
     assert bool(run.health.config_problem) != is_read and run.health.config_problem.isprintable()
 

@@ -1,5 +1,5 @@
-"""The viewer's window, on a screen that nobody sees: what mouse and buttons do, what it asks, what it remembers, and
-that nothing slow happens in its thread."""
+"""The viewer's window, on an invisible screen: mouse and buttons, questions, remembered settings, and that nothing slow
+happens in its thread."""
 
 import argparse
 import json
@@ -26,13 +26,15 @@ from PyQt5.QtGui import QMouseEvent, QWheelEvent
 from PyQt5.QtTest import QTest
 from PyQt5.QtWidgets import QApplication, QInputDialog, QMessageBox
 
-from viewer.desktop import canvas as canvas_module
+from viewer.desktop import draughtsman as draughtsman_module
 from viewer.desktop import window as window_module
-from viewer.desktop.window import Window, remembered_view
-from viewer.panels import DrawnPanel, View
+from viewer.desktop.remembered import remembered_view
+from viewer.desktop.window import Window
+from viewer.picture import DrawnPanel
 from viewer.sources.addresses import RunAddress
 from viewer.sources.local import LocalFiles
 from viewer.sources.source import open_sources
+from viewer.view import View
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +46,7 @@ def app() -> QApplication:
 
 @pytest.fixture(autouse=True)
 def mistakes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """PyQt would end the process after an exception in a slot; and what cannot be drawn is logged."""
+    """PyQt would end the process after an exception in a slot; failures in drawing are logged."""
     found = []
     monkeypatch.setattr(sys, "excepthook", lambda *problem: found.append(problem))
     yield
@@ -105,7 +107,7 @@ def open_window(app: QApplication, tmp_path: Path) -> Iterator[OpenWindow]:
 
 
 def picture(window: Window) -> list[DrawnPanel]:
-    """The panels, once they are drawn as they are asked for now."""
+    """The panels, once they are drawn as currently requested."""
 
     def is_there() -> bool:
         found, view = window.canvas._picture, window._view
@@ -205,15 +207,15 @@ def test_all_panels(open_window: OpenWindow, tmp_path: Path):
 def test_axes_and_smoothing(open_window: OpenWindow, tmp_path: Path):
     window = open_window(write_run(tmp_path / "mine"))
     measured = picture(window)[0].curves[0].y
-    window.smoothing.setValue(8)
-    assert window._view.smoothing == 0.9 and window.smoothing_label.text().strip() == "0.9"
+    window.tools.smoothing.setValue(8)
+    assert window._view.smoothing == 0.9 and window.tools.smoothing_label.text().strip() == "0.9"
     assert picture(window)[0].curves[0].y[-1] > measured[-1]
     assert picture(window)[1].curves[0].y.tolist() == list(range(1, 21))
-    window.smoothing.setValue(1)
+    window.tools.smoothing.setValue(1)
     for index, first in ((1, 10.0), (2, 1.0), (3, 1001 / 86400), (0, 1.0)):
-        window.x_box.setCurrentIndex(index)
+        window.tools.x_box.setCurrentIndex(index)
         assert picture(window)[0].curves[0].x[0] == pytest.approx(first)
-    window.log_action.setChecked(True)
+    window.tools.log_action.setChecked(True)
     until(lambda: window.canvas._picture.panels[0].log_y)
 
 
@@ -226,14 +228,14 @@ def test_the_mouse_zooms_and_moves(open_window: OpenWindow, tmp_path: Path, log_
     x0, y1 = canvas.place(panel, at(panel, 0.25, 0.25))
     x1, y0 = canvas.place(panel, at(panel, 0.75, 0.75))
     drag(window, at(panel, 0.75, 0.75), at(panel, 0.25, 0.25))
-    # What is not zoomed stays as it was.
+    # Axes that are not zoomed stay as they were.
     assert (window._view.x, window._view.dark, window._view.log_y) == ("tokens", True, log_y)
     assert window._view.x_range == pytest.approx((x0, x1))
     assert dict(window._view.y_ranges)["loss"] == pytest.approx((y0, y1))
     zoomed = picture(window)
     assert [panel.x_range for panel in zoomed] == [window._view.x_range] * 2
     assert zoomed[0].y_range == pytest.approx((y0, y1))
-    # The right button moves: what was under the mouse stays there.
+    # The right button moves: the point under the mouse stays there.
     before = canvas.place(panel, at(panel, 0.25, 0.25))
     drag(window, at(panel, 0.25, 0.25), at(panel, 0.5, 0.75), Qt.RightButton)
     assert canvas.place(panel, at(panel, 0.5, 0.75)) == pytest.approx(before, rel=0.02)
@@ -249,7 +251,7 @@ def test_a_flat_frame_keeps_the_height(open_window: OpenWindow, tmp_path: Path):
     drag(window, at(panel, 0.5, 0.5), at(panel, 0.9, 0.5))
     assert window._view.x_range[0] > panel.x_range[0] and window._view.y_ranges == ()
     before = window._view
-    # A click frames nothing, and neither does a drag that begins outside of the panels.
+    # A click frames nothing, and neither does a drag that begins outside the panels.
     drag(window, at(panel, 0.5, 0.5), at(panel, 0.5, 0.5))
     drag(window, QPoint(1, 1), at(panel, 0.5, 0.5))
     assert window._view == before
@@ -277,7 +279,7 @@ def test_the_wheel(open_window: OpenWindow, tmp_path: Path, x: str):
     wheel(window, point, 1, Qt.ShiftModifier)
     assert dict(window._view.y_ranges).keys() == {"loss"}
     assert canvas.place(panel, point) == pytest.approx(under)
-    # As far as it goes in both directions, the picture can be drawn and the mouse be followed.
+    # At the farthest zoom in both directions, the picture can be drawn and the mouse followed.
     for notches in (24, -24):
         for _ in range(40):
             wheel(window, point, notches)
@@ -296,7 +298,7 @@ def test_the_crosshair_reads_off_what_was_measured(open_window: OpenWindow, tmp_
     assert window.canvas.read_off(loss, 9.6) == [
         ("a, training", colour[0], "", 10.0, 0.5, None), ("b, training", colour[1], "", 10.0, 0.5, None)
     ]  # fmt: skip
-    # The shorter run ends before.
+    # The shorter run has ended by then.
     assert window.canvas.read_off(lr, 17.4) == [("a", colour[0], "", 17.0, 17.0, None)]
     assert window.canvas.read_off(lr, 1e9) == []
     without = window.canvas.grab().toImage()
@@ -313,13 +315,13 @@ def test_what_stands_beside_the_cursor_is_of_the_curves(open_window: OpenWindow,
     (loss,) = picture(window)
     canvas, smoothed = window.canvas, loss.curves[0].y
     heading, rows = canvas.told(canvas.read_off(loss, 9.7), 9.7)
-    # The step is a point's, not the cursor's; what was measured elsewhere says where; the highest value comes first.
+    # The step is a point's, not the cursor's; values measured elsewhere say where; the highest value comes first.
     assert heading == "step 10   ·   smoothed (measured)"
     assert [(reading.label, text) for reading, text in rows] == [
         ("a, validation", "7.5   at step 9"), ("a, training", f"{smoothed[9]:.5g} (0.5)")
     ]  # fmt: skip
     assert canvas.told([], 9.7) == ("step 10", [])
-    # A point lies where the cursor reads it off.
+    # A point is where the cursor reads it off.
     for place, value in ((10.0, float(smoothed[9])), (9.0, 7.5)):
         assert canvas.place(loss, canvas.point(loss, place, value)) == pytest.approx((place, value))
     assert canvas.point(loss, 1e9, 1.0) is None and canvas.point(loss, 10.0, math.nan) is None
@@ -327,7 +329,7 @@ def test_what_stands_beside_the_cursor_is_of_the_curves(open_window: OpenWindow,
     longer = replace(loss, x_range=(0.0, 2 * loss.x_range[1]))
     assert canvas.place(longer, QPointF(canvas.across(longer, 15.0), 0))[0] == pytest.approx(15.0)
     assert canvas.across(replace(loss, x_range=(0.0, 9.0)), 15.0) is None
-    # Of more than there is room for, those beside the cursor.
+    # If there are more than fit, those next to the cursor.
     move(window, at(loss, 0.5, 0.5))
     height = canvas.place(loss, at(loss, 0.5, 0.5))[1]
     many = [(rows[0][0]._replace(y=height + 10 - n), "") for n in range(21)]
@@ -342,14 +344,14 @@ def test_a_panel_has_the_window_for_itself(open_window: OpenWindow, tmp_path: Pa
         lambda: QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, QPoint(200, 200)),
         lambda: QTest.keyClick(window, Qt.Key_Escape),
     ):
-        assert not window.back_action.isVisible()
+        assert not window.tools.back_action.isVisible()
         QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, at(lr, 0.5, 0.5))
         (alone,) = picture(window)
-        assert alone.panel.key == "lr" and window.back_action.isVisible()
+        assert alone.panel.key == "lr" and window.tools.back_action.isVisible()
         assert alone.box[:2] == loss.box[:2] and alone.box[2:] == lr.box[2:]
         back()
         assert [panel.box for panel in picture(window)] == [loss.box, lr.box]
-    # Another choice of panels is to be seen.
+    # Another choice of panels is shown.
     QTest.mouseDClick(window.canvas, Qt.LeftButton, Qt.NoModifier, at(lr, 0.5, 0.5))
     window.panel_list.item(2).setCheckState(Qt.Checked)
     assert [panel.panel.key for panel in picture(window)] == ["loss", "lr", "extra"]
@@ -357,7 +359,7 @@ def test_a_panel_has_the_window_for_itself(open_window: OpenWindow, tmp_path: Pa
 
 def test_columns_sort(open_window: OpenWindow, tmp_path: Path):
     steps = {"run-2": 30, "run-10": 9, "run-1": 100}
-    # The last has only begun.
+    # The last run has only begun.
     steps["run-3"] = 0
     window = open_window(*(write_run(tmp_path / name, count) for name, count in steps.items()))
 
@@ -373,16 +375,16 @@ def test_columns_sort(open_window: OpenWindow, tmp_path: Path):
     as_named = names()
     assert as_named == ["run-2", "run-10", "run-1", "run-3"]
     assert click(0) == ["run-1", "run-2", "run-3", "run-10"]
-    # By the number, not by its text; what has none comes last, whichever way.
+    # Sorted by the number, not by its text; rows without a number come last in both directions.
     assert click(2) == ["run-10", "run-2", "run-1", "run-3"]
     assert click(2) == ["run-1", "run-2", "run-10", "run-3"]
-    # Rows that moved are still those of their runs, and so are the colours.
+    # Rows that moved still belong to their runs, and so do the colours.
     window.header.topLevelItem(0).setCheckState(0, Qt.Unchecked)
     assert [run.label for run in window.shown_runs()] == ["run-2", "run-10", "run-3"]
     window.remember()
     again = open_window()
     again.restore()
-    assert again._sorted_by == (2, True)
+    assert again.header.sorted_by == (2, True)
     assert click(2) == as_named
 
 
@@ -460,7 +462,7 @@ def test_a_damaged_layout(open_window: OpenWindow, tmp_path: Path, content: byte
 
 
 def answered(window: Window, ask: Callable[[], object], respond: Callable[[object], None]) -> object:
-    """What a host's thread gets for a question, while the window goes on."""
+    """Answer that a host's thread gets to a question, while the window goes on."""
     answers, refreshes = queue.Queue(), []
     thread = threading.Thread(target=lambda: answers.put(ask()))
     thread.start()
@@ -550,12 +552,12 @@ def test_nothing_is_read_drawn_or_written_in_the_windows_thread(
 
         monkeypatch.setattr(owner, name, watched)
 
-    for owner, name in ((LocalFiles, "read"), (LocalFiles, "state"), (LocalFiles, "folders"), (canvas_module, "_draw"),
-                        (canvas_module, "draw"), (window_module, "save")):  # fmt: skip
+    for owner, name in ((LocalFiles, "read"), (LocalFiles, "state"), (LocalFiles, "folders"), (window_module, "save"),
+                        (draughtsman_module, "_draw"), (draughtsman_module, "draw")):  # fmt: skip
         watch(owner, name)
     run = write_run(tmp_path / "out" / "mine")
     window = open_window(run.parent)
-    window.x_box.setCurrentIndex(2)
+    window.tools.x_box.setCurrentIndex(2)
     picture(window)
     window.save(tmp_path / "a.png")
     until(lambda: "saved" in window.statusBar().currentMessage())
@@ -567,11 +569,11 @@ def test_a_run_that_is_added(open_window: OpenWindow, tmp_path: Path, monkeypatc
     window = open_window(write_run(tmp_path / "a"))
     write_run(tmp_path / "b")
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: (f" {tmp_path / 'b'} ", True))
-    window._add()
+    window.add()
     until(lambda: len(window.runs) == 2 and window.header.topLevelItemCount() == 2)
     assert len(window._sources) == 1
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: ("$(id):x", True))
-    window._add()
+    window.add()
     assert "no host name" in window.statusBar().currentMessage() and len(window._sources) == 1
 
 
@@ -599,7 +601,7 @@ def test_a_hostile_run_in_the_window(open_window: OpenWindow, tmp_path: Path):
     tips = [item.toolTip(1)] + [window.panel_list.item(i).toolTip() for i in range(window.panel_list.count())]
     assert any("&lt;img" in tip for tip in tips) and not any("<img" in tip for tip in tips)
     for x in (1, 2, 3):
-        window.x_box.setCurrentIndex(x)
+        window.tools.x_box.setCurrentIndex(x)
         for panel in picture(window):
             move(window, at(panel, 0.5, 0.5))
             window.canvas.grab()

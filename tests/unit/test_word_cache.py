@@ -1,4 +1,4 @@
-"""Encoding word by word gives the ids that the library gives for the whole text."""
+"""Encoding word by word gives the library's ids for the whole text."""
 
 import json
 import random
@@ -18,14 +18,14 @@ CHARACTERS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= c
 
 
 FRAMES = {(3, 0): "1{}\n", (1, 0): "a{}b", (2, 3): " {} "}
-"""Limits of digits and Chinese characters -> where this tokenizer sees every character."""
+"""Limits of digits and Chinese characters -> text in which this tokenizer sees every character."""
 
 
 @pytest.fixture(scope="module", params=[
     (2, 3), *(pytest.param(limits, marks=pytest.mark.soak) for limits in FRAMES if limits != (2, 3)),
 ], ids=str)  # fmt: skip
 def both(request: pytest.FixtureRequest) -> HFBBPETokenizer:
-    """A tokenizer; with one thread it goes through the cache, with many it does not."""
+    """A tokenizer that uses the cache with one thread and not with many."""
     return train_hf_bbpe(
         training_texts(), 700, show_progress=False, max_digits=request.param[0], max_han=request.param[1]
     )
@@ -45,7 +45,7 @@ def test_it_is_in_use(both: HFBBPETokenizer):
 
 @pytest.mark.parametrize("expression", [r"\p{L}", r"\p{M}", r"\p{N}", r"\p{Han}", r"\s"])
 def test_both_engines_know_the_same_characters(expression: str):
-    """All that Python's Unicode knows; the cache leaves the others to the library."""
+    """All characters of Python's Unicode; the cache leaves others to the library."""
     known = [character for character in CHARACTERS if unicodedata.category(character) != "Cn"]
     remove = normalizers.Replace(Regex(expression), "")
     matches = regex.compile(expression, regex.V1).fullmatch
@@ -56,12 +56,12 @@ def test_both_engines_know_the_same_characters(expression: str):
 
 @pytest.mark.parametrize("frame", FRAMES.values())
 def test_every_character(both: HFBBPETokenizer, frame: str, request: pytest.FixtureRequest):
-    """By the hundred, as a text with an unknown one goes to the library whole."""
+    """By the hundred, because a text with an unknown character goes to the library whole."""
     if frame == FRAMES[request.node.callspec.params["both"]]:
         known = [character for character in CHARACTERS if both._word_cache.knows(character)]
         assert set(known) == {character for character in CHARACTERS if unicodedata.category(character) != "Cn"}
     else:
-        # Letters without case and private ones are nineteen of twenty, and are cut alike wherever they stand.
+        # Letters without case and private characters are nineteen of twenty, and are cut alike everywhere.
         others = ("Cn", "Lo", "Co")
         known = [character for character in CHARACTERS if unicodedata.category(character) not in others]
         assert all(map(both._word_cache.knows, known))
@@ -85,7 +85,7 @@ def test_long_words_are_not_kept(both: HFBBPETokenizer):
 
 
 def test_memory_is_bounded(both: HFBBPETokenizer, monkeypatch: pytest.MonkeyPatch):
-    """Forgetting in between changes nothing."""
+    """Forgetting words in between changes nothing."""
     monkeypatch.setattr(tokenizer.word_cache, "_MOST_WORDS", 50)
     rng = random.Random(9)
     for _ in range(20):
@@ -95,7 +95,7 @@ def test_memory_is_bounded(both: HFBBPETokenizer, monkeypatch: pytest.MonkeyPatc
 
 
 def test_others_patterns_go_without():
-    """Of another pattern nobody knows whether both engines read it alike, nor whether it cuts its own matches."""
+    """For another pattern, it is unknown whether both engines read it alike and whether it cuts its own matches."""
     ours = train_hf_bbpe(training_texts(), 700, show_progress=False)
     definition = {**ours._definition}
     split, spelling = definition["pre_tokenizer"]["pretokenizers"]

@@ -5,8 +5,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from runs.layout import RESLOG_NAME
 from utils.text import plain
-from viewer.sources.run import RESLOG, Run
+from viewer.sources.run import Run
 
 
 def in_order(text: str) -> tuple[tuple[bool, int, str], ...]:
@@ -20,7 +21,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run, the end of its path that tells it from the others, with its host if need be."""
     parts = []
     for run in runs:
-        path = run.directory if run.path.endswith("/" + RESLOG) or run.path == RESLOG else run.path
+        path = run.directory if run.path.endswith("/" + RESLOG_NAME) or run.path == RESLOG_NAME else run.path
         absolute = posixpath.abspath(path) if run.target is None else posixpath.normpath(path)
         parts.append([part for part in absolute.split("/") if part] or [absolute])
     names = [found[-1] for found in parts]

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, field
 
 from runs.history import RunHistory
+from runs.layout import CONFIG_NAME, HEARTBEAT_DIR, RESLOG_NAME, rank_file
 from utils.small_files import parse_yaml
 from utils.ssh import SSHTarget
 from utils.text import plain
 from viewer.sources.files import Files, FileState
 from viewer.sources.following import FollowedFile
 
-RESLOG = "reslog.jsonl"
 _LONGEST_CONFIG = 1 << 17
 _LONGEST_HEARTBEAT = 1 << 14
 
@@ -44,7 +44,7 @@ class Run:
         is_file = path.endswith(".jsonl")
         self.target, self.path = target, path
         self.directory = posixpath.dirname(path) if is_file else path
-        self.log = FollowedFile(path if is_file else posixpath.join(path, RESLOG))
+        self.log = FollowedFile(path if is_file else posixpath.join(path, RESLOG_NAME))
         self.history, self.health = RunHistory(), Health()
         self._config_state: FileState | None = None
 
@@ -59,7 +59,7 @@ class Run:
 
     def look_round(self, files: Files) -> None:
         """Read what changes seldom, if it did."""
-        path = posixpath.join(self.directory, "config.yaml")
+        path = posixpath.join(self.directory, CONFIG_NAME)
         state = files.state(path)
         if state is not None and state != self._config_state:
             text = files.read(path, 0, _LONGEST_CONFIG + 1)
@@ -68,7 +68,7 @@ class Run:
                 self.health.config = _read_config(text)
             except ValueError as error:
                 self.health.config_problem = plain(error)
-        path = posixpath.join(self.directory, "heartbeat", "rank-0.json")
+        path = posixpath.join(self.directory, HEARTBEAT_DIR, rank_file(0))
         state = files.state(path)
         self.health.clock_ahead = files.now() - time.time()
         if state is not None:

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from runs.layout import RESLOG_NAME
 from utils.ssh import HostKeyRefused, LoginRefused, SSHTarget
 from utils.text import plain
 from viewer.sources.addresses import RunAddress
 from viewer.sources.files import Files, is_of_one_file, why_unreadable
 from viewer.sources.labels import in_order
 from viewer.sources.local import LocalFiles
-from viewer.sources.run import RESLOG, Run
+from viewer.sources.run import Run
 from viewer.sources.ssh import Questions, RememberedAnswers, open_remote
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class RunSource:
     @staticmethod
     def _holds_run(files: Files, path: str) -> bool:
         try:
-            return files.state(posixpath.join(path, RESLOG)) is not None
+            return files.state(posixpath.join(path, RESLOG_NAME)) is not None
         except OSError as error:
             if not is_of_one_file(error, files):
                 raise

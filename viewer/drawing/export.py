@@ -12,7 +12,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from utils.files import atomic_write
-from viewer.panels import MOST_PANELS, Panel, ShownRun, View, chosen_panels, draw, runs_of
+from viewer.drawing.figure import MOST_PANELS, draw
+from viewer.panels import Panel, chosen_panels, runs_of
+from viewer.view import ShownRun, View
 
 _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCanvasPdf}
 

@@ -1,10 +1,12 @@
-"""Keys in the config.json of a llama or a qwen2, besides those that hf.py reads: which of them cannot change the model.
+"""Keys in the config.json of any causal language model: which of them cannot change it.
 
 What a key means is known, or the folder is refused: transformers passes over keys of other families in silence, and the
-model that comes out is another one than was trained. Plain data and one check; nothing here builds anything.
+model that comes out is another one than was trained. Plain data and checks; nothing here builds anything.
 """
 
-import json
+from collections.abc import Mapping, Set
+
+from model.hf_files import shown
 
 _GENERATION = {
     "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
@@ -40,14 +42,6 @@ HARMLESS = frozenset(_GENERATION | _OUTPUTS | _SAME_MATH | _HEADS | _TOKENIZER |
 
 _ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 HARMLESS_AT: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
-    "bias": (False,),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "rope_condense_ratio": (1,),
-    "use_mrope": (False,),
-    "is_llama_config": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "tie_encoder_decoder": (False,),
@@ -57,57 +51,49 @@ HARMLESS_AT: dict[str, tuple[object, ...]] = {
     "_attn_implementation": _ATTENTION,
     "_attn_implementation_internal": _ATTENTION,
 }
-"""Key -> values, besides null, with which it is this model."""
+"""Key -> values, besides null, with which the model is the same."""
 
-_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
-"""Which of them a model is, model_type says. The last is what conversions of early 2023 wrote."""
 _QUANTIZED = "the weights are quantized, take a folder where they are not"
 _WHY = {"quantization_config": _QUANTIZED, "compression_config": _QUANTIZED, "quantization": _QUANTIZED}
 
 
-def shown(value: object) -> str:
-    """A value as it stands in the file, as far as a sentence has room."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def check_keys(values: dict, read: set[str]) -> None:
+def check_keys(values: dict, seen: Set[str], harmless_at: Mapping[str, tuple[object, ...]]) -> None:
     """See that every key of a configuration is read, or cannot matter at the value it has.
 
     Args:
-        values: content of a config.json whose model_type is llama or qwen2.
-        read: keys that the caller reads itself.
+        values: content of a config.json.
+        seen: keys that are read elsewhere, or cannot matter whatever their value.
+        harmless_at: key -> values with which it cannot matter.
     Raises:
         ValueError: a key that may change the model, which is named.
     """
-    _check_architectures(values)
     _check_code(values)
-    _check_windows(values)
-    seen = read | HARMLESS | {"architectures", "auto_map", *_WINDOWS}
     for name, value in values.items():
-        if name in seen or value is None:
+        if name in seen or name in ("architectures", "auto_map") or value is None:
             continue
-        if name not in HARMLESS_AT:
+        if name not in harmless_at:
             why = _WHY.get(name, "it is not known here, take it out if the model is the same without it")
             raise ValueError(f"{shown(name)} = {shown(value)} is not supported: {why}")
-        require(name, value)
+        require(name, value, harmless_at[name])
 
 
-def require(name: str, value: object) -> None:
+def require(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """
     Raises:
         ValueError: with this value, it is another model.
     """
-    allowed = HARMLESS_AT[name]
     if value is not None and value not in allowed:
         raise ValueError(f"{name} = {shown(value)} is not supported: only {shown(allowed[0])} is")
 
 
-def _check_architectures(values: dict) -> None:
-    """A head for something else than the next token, or another family behind a llama's model_type."""
+def check_architectures(values: dict, allowed: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: a head for something else than the next token, or another family behind this one's model_type.
+    """
     given = values.get("architectures")
-    if given is not None and (not isinstance(given, list) or any(name not in _ARCHITECTURES for name in given)):
-        raise ValueError(f"architectures {shown(given)} cannot be loaded: only {', '.join(_ARCHITECTURES[:2])} can")
+    if given is not None and (not isinstance(given, list) or any(name not in allowed for name in given)):
+        raise ValueError(f"architectures {shown(given)} cannot be loaded: only {allowed[0]} can")
 
 
 def _check_code(values: dict) -> None:
@@ -120,29 +106,13 @@ def _check_code(values: dict) -> None:
         )
 
 
-_WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+def require_full_attention(values: dict) -> None:
+    """See that `layer_types` names no layer that attends within a window.
 
-
-def _check_windows(values: dict) -> None:
-    """Whether every layer sees all that came before. Only in a qwen2 do the keys of windows depend on a switch: in a
-    llama, transformers cuts the cache by sliding_window alone."""
-    on, layers = values.get("use_sliding_window"), values.get("num_hidden_layers")
-    window, first = values.get("sliding_window"), values.get("max_window_layers")
-    if values["model_type"] == "llama":
-        if window is not None:
-            raise ValueError(f"sliding_window = {shown(window)} is not supported: a llama has none")
-        if on not in (None, False):
-            raise ValueError(f"use_sliding_window = {shown(on)} is not supported: only false is")
-    elif on not in (None, False):
-        # In a qwen2, the first so many layers have no window.
-        beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
-        none = "sliding_window" in values and window is None
-        if on is not True or not (beyond or none):
-            raise ValueError(
-                f"use_sliding_window = {shown(on)} is not supported: only false is, or a max_window_layers that "
-                f"leaves no layer with a window"
-            )
-    kinds = values.get("layer_types")
+    Raises:
+        ValueError: it does, or it does not fit the number of layers.
+    """
+    kinds, layers = values.get("layer_types"), values.get("num_hidden_layers")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise ValueError(f"layer_types {shown(kinds)} are not supported: only full_attention is")
     if kinds and len(kinds) != layers:

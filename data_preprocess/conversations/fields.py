@@ -1,8 +1,8 @@
 """What is known of the fields of records and of their messages, whatever the format.
 
     kind      fields                                     what becomes of them
-    said      questions, answers, what belongs before    read by the record's format (conversations.py); one that it
-                                                         does not read may only say again what is read
+    said      questions, answers, what belongs before    read by the record's layout; one that it does not
+                                                         read may only say again what is read
     refused   pictures, sounds, a template's arguments   refused: nothing here can do what they ask
     flags     deleted, valid, label; weight, train,      a record that is not to be learnt is refused, a message becomes
               mask, loss                                 one that is not learnt

@@ -14,6 +14,12 @@ _LEAST = 36
 """Pixels that a panel is high, if that can be; in width, its form times as many."""
 _LEAST_OTHERS = 2
 """With fewer panels beside it, a large one is as large as they are."""
+_LEAST_HEIGHT, _TINY = 50, 18
+"""Pixels of a panel beside a large one, and of any."""
+FOOT = 16.0
+"""Pixels of the line under the panels."""
+TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 9.5, 9, 8
+"""Points of a panel's title, a run's name, and all other text."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +111,88 @@ def wrapped(text: str, size: float, room: float) -> list[str]:
     if not ends:
         return [fitted(text, size, room)]
     return [" ".join(words[: ends[-1]]), fitted(" ".join(words[ends[-1] :]), size, room)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Panels with their titles above; all in pixels."""
+
+    cells: list[Cell]
+    titles: list[list[str]]
+    """Lines."""
+    left: float
+    tops: list[float]
+    """Of the panels in each row."""
+    cell: tuple[float, float]
+    """Width and height of a small panel."""
+    gap: float
+    """Between two columns."""
+
+    def box(self, cell: Cell) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of a panel."""
+        wide, high = self.cell
+        left = self.left + cell.column * (wide + self.gap)
+        right = left + cell.columns * (wide + self.gap) - self.gap
+        return left, self.tops[cell.row], right, self.tops[cell.row + cell.rows - 1] + high
+
+
+def fitting_grid(
+    large: Sequence[bool], titles: Sequence[str], room: tuple[float, float, float], foot: float, unit: float
+) -> Grid:
+    """A grid of as many panels as there is room for, but one at least.
+
+    Args:
+        large: of each panel.
+        titles: of each panel.
+        room: width, height, and what above is taken.
+        foot: taken below, before `unit`, if there is room for all.
+    """
+    for count in range(len(large), 0, -1):
+        grid = _grid(large[:count], titles[:count], (*room, foot * unit), unit)
+        if min(grid.cell[0] / 1.7, grid.cell[1]) > _TINY * unit:
+            break
+        foot = FOOT
+    return grid
+
+
+def _grid(
+    large: Sequence[bool], titles: Sequence[str], room: tuple[float, float, float, float], unit: float
+) -> Grid:
+    """
+    Args:
+        room: width, height, and what above and below is taken.
+    """
+    width, height, top, foot = room
+    left, right, gap_x, gap_y, bottom = (n * unit for n in (58, 24, 66, 34, 42))
+    for is_large in (large, [False] * len(large)):
+        net = (width - left - right) / unit, (height - top - bottom - foot) / unit - 22
+        columns, rows, cells = arrange(is_large, *net, gap_x / unit, gap_y / unit + 22)
+        wide = max((width - left - right - gap_x * (columns - 1)) / columns, 20.0)
+        texts = []
+        for title, cell in zip(titles, cells):
+            beside = right - 4 * unit if cell.column + cell.columns == columns else gap_x - 14 * unit
+            room_of_title = points((cell.columns * (wide + gap_x) - gap_x + beside) / unit)
+            texts.append(wrapped(title, TITLE_SIZE, room_of_title))
+        above = [22.0 * unit] * rows
+        for cell, lines in zip(cells, texts):
+            above[cell.row] = max(above[cell.row], (10 + 12 * len(lines)) * unit)
+        high = (height - top - bottom - foot - sum(above) - gap_y * (rows - 1)) / rows
+        # Where a large panel leaves no room for the others, it is as small as they are.
+        if high >= _LEAST_HEIGHT * unit:
+            break
+    high = max(high, 10.0)
+    tops = [top + sum(above[: row + 1]) + row * (high + gap_y) for row in range(rows)]
+    return Grid(cells, texts, left, tops, (wide, high), gap_x)
+
+
+def is_lowest(cell: Cell, cells: Sequence[Cell]) -> bool:
+    """Whether there is no panel below."""
+    columns = set(range(cell.column, cell.column + cell.columns))
+    return not any(
+        other.row > cell.row and columns & set(range(other.column, other.column + other.columns)) for other in cells
+    )
+
+
+def points(pixels: float) -> float:
+    """As text is measured, before `unit`: a hundred pixels are an inch, of which there are 72."""
+    return 0.72 * pixels

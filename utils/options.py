@@ -1,4 +1,20 @@
-"""Ranges of options, each refused with one sentence that names the option. For the `check` of the */config.py files."""
+"""For the */config.py files: ranges of options, each refused with one sentence that names the option, and options that
+count only beside others."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """Options that change something only beside others."""
+
+    names: tuple[str, ...]
+    counts: Callable[[Mapping[str, Any]], bool]
+    """Whether they change something, from all options by name."""
+    otherwise: str
+    """Why they do not, to stand behind "has no effect"."""
 
 
 def require_positive(config: object, *names: str) -> None:

@@ -1,0 +1,22 @@
+"""Conversations as a list of messages."""
+
+from data_preprocess.conversations.fields import TALK, is_nothing
+from data_preprocess.conversations.messages import read_messages
+from data_preprocess.conversations.pairs import sample_of
+from data_preprocess.conversations.record import OpenRecord
+from data_preprocess.conversations.samples import Sample
+from tokenizer.chat_template import Message
+
+
+def talk(record: OpenRecord) -> tuple[Sample, str] | None:
+    """Layout: ShareGPT's "conversations", OpenAI's "messages"."""
+    name = record.fields.first(TALK)
+    return sample_of(record, talk_in(record, name), name) if name else None
+
+
+def talk_in(record: OpenRecord, name: str) -> list[Message]:
+    """The messages of the field `name`."""
+    if not is_nothing(record.fields.take("answer")):
+        # The result alone, of a task in mathematics, say.
+        record.unread.append("answer")
+    return read_messages(record, record.fields.take(name), name)

@@ -1,0 +1,163 @@
+"""Records -> training samples: their layout is read, their conversation laid out and cut (mask_compiler.py), and their
+set chosen. Options of that, and the flags that give them."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from data_preprocess.conversations import PlainText, Preference, ReadRecord, Sample, read_record, roles_with
+from data_preprocess.mask_compiler import (
+    SFTLoss,
+    TrainingSample,
+    Truncation,
+    compile_conversation,
+    compile_preference,
+    compile_text,
+)
+from data_preprocess.shards import set_of
+from tokenizer import Tokenizer
+from tokenizer.chat_template import Message, template_of
+
+RULES_VERSION = 3
+"""Raised when the same record would become other tokens: what was made before is made again."""
+OF_OTHER_TASK = {
+    "sft": "it is a preference, for --task dpo",
+    "dpo": 'it has no "chosen" and "rejected": conversations are for --task sft',
+}
+"""Why a record is none of this task."""
+
+
+@dataclass(frozen=True)
+class CompilerOptions:
+    """What decides which samples a record becomes. Field names are those of the flags."""
+
+    task: Literal["sft", "dpo"] = "sft"
+    max_seq_len: int = 1024
+    sft_loss: SFTLoss = "all"
+    max_prompt_len: int = 0
+    prompt_truncation_mode: Truncation = "keep_end"
+    user_name: str = ""
+    assistant_name: str = ""
+
+    def check(self) -> None:
+        """Raise ValueError for what makes no sense."""
+        if self.user_name and self.user_name == self.assistant_name:
+            raise ValueError(f"--user_name and --assistant_name are both {self.user_name}")
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max_seq_len must be at least 2, got {self.max_seq_len}")
+        if not 0 <= self.max_prompt_len < self.max_seq_len:
+            raise ValueError(
+                f"--max_prompt_len must leave room for an answer: at least 0 and below --max_seq_len "
+                f"{self.max_seq_len}, got {self.max_prompt_len}"
+            )
+
+    def deciding(self) -> dict:
+        """Those that the task looks at."""
+        names = ["task", "max_seq_len", "user_name", "assistant_name"]
+        names += ["sft_loss"] if self.task == "sft" else ["max_prompt_len", "prompt_truncation_mode"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class CompiledRecord:
+    """What became of a record."""
+
+    split: str
+    samples: list[list[TrainingSample]]
+    """Of SFT lists of one sequence, of DPO of two."""
+    dropped: int
+    text_bytes: int
+    """UTF-8 bytes of the messages."""
+    format: str = ""
+    unread: tuple[str, ...] = ()
+    """As in ReadRecord."""
+
+
+class Compiler:
+    """Records -> training samples."""
+
+    def __init__(self, tokenizer: Tokenizer, options: CompilerOptions, valid_ratio: float = 0.0):
+        options.check()
+        self.tokenizer, self.template = tokenizer, template_of(tokenizer)
+        self._options, self._valid_ratio = options, valid_ratio
+        self._roles = roles_with(options.user_name, options.assistant_name)
+
+    def parse(self, value: object) -> Sample:
+        """The sample of a record, see `read`."""
+        return self.read(value).sample
+
+    def read(self, value: object) -> ReadRecord:
+        """What a record holds.
+
+        Raises:
+            ValueError: no sample for this task; the sentence says what is wrong.
+        """
+        record = read_record(value, self._roles)
+        sample = record.sample
+        if isinstance(sample, Preference) != (self._options.task == "dpo"):
+            raise ValueError(OF_OTHER_TASK[self._options.task])
+        return record
+
+    def compile(self, sample: Sample) -> CompiledRecord:
+        """Its tokens.
+
+        Raises:
+            ValueError: the chat template has no place for something in it.
+        """
+        options, max_tokens = self._options, self._options.max_seq_len + 1
+        if isinstance(sample, Preference):
+            pair = compile_preference(
+                sample, self.template, max_tokens, options.max_prompt_len, options.prompt_truncation_mode
+            )
+            question = _question(sample.prompt)
+            texts = [message.text for message in (*sample.prompt, sample.chosen, sample.rejected)]
+            samples, dropped = [pair] if pair else [], int(pair is None)
+        elif isinstance(sample, PlainText):
+            question = texts = [sample.text]
+            result = compile_text(sample, self.tokenizer, max_tokens)
+            samples, dropped = [[one] for one in result.samples], result.dropped
+        else:
+            question = _question(sample.messages)
+            texts = [message.text for message in sample.messages]
+            result = compile_conversation(sample, self.template, options.sft_loss, max_tokens)
+            samples, dropped = [[one] for one in result.samples], result.dropped
+        split = set_of(json.dumps(question).encode(), self._valid_ratio)
+        return CompiledRecord(split, samples, dropped, sum(len(text.encode("utf-8")) for text in texts))
+
+
+def _question(messages: Sequence[Message]) -> list[str]:
+    """What comes before the first answer; a greeting before any question is none."""
+    texts: list[str] = []
+    asked = False
+    for message in messages:
+        if message.role == "assistant" and asked:
+            return texts
+        asked = asked or message.role == "user"
+        texts.append(message.text)
+    return texts
+
+
+def add_compiling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of CompilerOptions; `compiler_options_from` takes them."""
+    parser.add_argument("--task", choices=["sft", "dpo"], default="sft", help="default: sft")
+    parser.add_argument("--max_seq_len", type=int, default=1024, help="positions of a sample (default: 1024)")
+    parser.add_argument(
+        "--sft_loss", choices=["all", "last", "split"], default="all",
+        help="learn all answers, the last one, or each in a sample of its own (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--user_name", default="", help="what the records call the user, beside the usual names")
+    parser.add_argument("--assistant_name", default="", help="what they call the assistant")
+    parser.add_argument(
+        "--max_prompt_len", type=int, default=0,
+        help="DPO: longest prompt in tokens (default: what the longer answer leaves, at least half of max_seq_len)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt_truncation_mode", choices=["keep_end", "keep_start"], default="keep_end",
+        help="DPO: which part of a prompt that is too long stays (default: keep_end)",
+    )  # fmt: skip
+
+
+def compiler_options_from(args: argparse.Namespace) -> CompilerOptions:
+    return CompilerOptions(**{name: getattr(args, name) for name in CompilerOptions.__dataclass_fields__})

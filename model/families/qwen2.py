@@ -1,0 +1,49 @@
+"""qwen2: Qwen 2 and 2.5, a llama in which Q, K and V have a bias, and O has none.
+
+Its name also tells other programs how texts are split: transformers from 5.8 on, and llama.cpp's converter, then put
+Qwen's own rules in the place of the tokenizer's. So a model with `qkv_bias` and a tokenizer that is not Qwen's is
+written as a llama whose fourth bias is zero.
+"""
+
+from typing import Any
+
+from model.config import LlamaConfig
+from model.families.keys import require_full_attention
+from model.families.llama import LlamaFamily, common_fields, common_keys
+from model.hf_files import shown
+
+
+class Qwen2Family(LlamaFamily):
+    model_type = "qwen2"
+    architectures = ("Qwen2ForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
+    writes_fourth_bias = False
+
+    def check(self, values: dict) -> None:
+        on, layers = values.get("use_sliding_window"), values.get("num_hidden_layers")
+        window, first = values.get("sliding_window"), values.get("max_window_layers")
+        if on not in (None, False):
+            # The first so many layers have no window.
+            beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
+            none = "sliding_window" in values and window is None
+            if on is not True or not (beyond or none):
+                raise ValueError(
+                    f"use_sliding_window = {shown(on)} is not supported: only false is, or a max_window_layers that "
+                    f"leaves no layer with a window"
+                )
+        require_full_attention(values)
+        if "num_key_value_heads" not in values:
+            # null means as many as query heads; where it is missing, transformers takes 32.
+            raise ValueError("num_key_value_heads is missing")
+
+    def fields(self, values: dict) -> dict[str, Any]:
+        # A qwen2 has biases where it has them, whatever the key of another family says.
+        return common_fields(values) | {"qkv_bias": True, "attention_bias": False}
+
+    def keys(self, config: LlamaConfig) -> dict[str, object]:
+        return common_keys(config) | {"use_sliding_window": False}
+
+    def writes(self, config: LlamaConfig, generic_tokenizer: bool) -> bool:
+        return config.qkv_bias and not generic_tokenizer
+
+
+QWEN2 = Qwen2Family()

@@ -1,0 +1,165 @@
+"""A family by itself: renamed and fused tensors are converted both ways, and every parameter has a role."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import Llama, LlamaConfig, hf
+from model.families import FAMILIES, family_of
+from model.families.family import Family, Rule, fused_rows
+from model.families.llama import LlamaFamily
+from model.roles import role_of
+from optimizer.param_groups import is_hidden_matrix
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=32,
+).resolve()  # fmt: skip
+
+
+class PackedFamily(LlamaFamily):
+    """A llama with other names, whose Q, K and V are one tensor, and whose up and gate are halves of another."""
+
+    model_type = "packed"
+    architectures = ("PackedForCausalLM",)
+    prefix = "transformer."
+    harmless = LlamaFamily.harmless | {"brand"}
+
+    def their_name(self, name: str) -> str:
+        return "output.weight" if name == "lm_head.weight" else super().their_name(name)
+
+    def rules(self, config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
+        fused = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        rules = super().rules(config, [name for name in names if not any(f".{part}." in name for part in fused)])
+        query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        for layer in (f"layers.{number}" for number in range(config.num_hidden_layers)):
+            qkv = [f"{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
+            rules.append(fused_rows(f"transformer.{layer}.attn.W_pack.weight", qkv, [query, kv, kv]))
+            halves = [f"{layer}.mlp.{part}_proj.weight" for part in ("up", "gate")]
+            rules.append(fused_rows(f"transformer.{layer}.mlp.in.weight", halves, [config.intermediate_size] * 2))
+        return rules
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> PackedFamily:
+    monkeypatch.setitem(FAMILIES, "packed", PackedFamily())
+    return FAMILIES["packed"]
+
+
+def save(directory: Path, model: Llama, family: Family, **changes: torch.Tensor) -> Path:
+    weights = hf.named_weights(model, family) | changes
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    brand = {"brand": "any"} if family.model_type == "packed" else {}
+    config = hf.to_hf_config(model.config, torch.float32, family=family) | brand
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+CHANGES: dict[str, dict[str, object]] = {"qwen2": {"qkv_bias": True}}
+"""Family -> fields of CONFIG in which its models differ."""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_of_each_family_comes_back(model_type: str, tied: bool, tmp_path: Path):
+    changes = CHANGES.get(model_type, {}) | {"tie_word_embeddings": tied}
+    model = Llama(dataclasses.replace(CONFIG, **changes))
+    model.initialize(1)
+    save(tmp_path, model, FAMILIES[model_type])
+    again = Llama(hf.read_config(tmp_path))
+    hf.load_weights(again, tmp_path)
+    assert again.config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Path):
+    model = Llama(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    model.initialize(1)
+    save(tmp_path, model, packed)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written["transformer.layers.1.attn.W_pack.weight"].shape == (32, 16)
+    assert ("output.weight" in written) == (not tied)
+    config = hf.read_config(tmp_path)
+    hf.check_weights(config, tmp_path)
+    again = Llama(config)
+    hf.load_weights(again, tmp_path)
+    assert config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
+    # Also without the prefix, and over several files.
+    names = sorted(written)
+    for part, number in ((names[::2], 1), (names[1::2], 2)):
+        short = {name.removeprefix("transformer."): written[name] for name in part}
+        save_file(short, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    fresh = Llama(config)
+    hf.load_weights(fresh, tmp_path)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_a_fused_tensor_is_checked_as_any_other(packed: PackedFamily, tmp_path: Path):
+    model, name = Llama(CONFIG), "transformer.layers.0.attn.W_pack.weight"
+    model.initialize(1)
+    for wrong, message in (
+        (torch.ones(31, 16), r"W_pack.weight is \(31, 16\) in .*, \(32, 16\) in the model"),
+        (torch.full((32, 16), torch.nan), "W_pack.weight in .* holds values that are not finite"),
+    ):
+        save(tmp_path, model, packed, **{name: wrong})
+        with pytest.raises(ValueError, match=message):
+            hf.load_weights(Llama(CONFIG), tmp_path)
+    weights = hf.named_weights(model, packed)
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks 1 weights of the model, for example layers.0.attn.W_pack.weight"):
+        hf.check_weights(CONFIG, tmp_path)
+
+
+def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, monkeypatch, tmp_path: Path):
+    """Several tensors of a folder are one of our parameters, as experts may be."""
+
+    def rules(config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
+        rest = LlamaFamily.rules(packed, config, [name for name in names if name != "norm.weight"])
+        halves = ("transformer.norm.a", "transformer.norm.b")
+        join = lambda ours: ours[0].split(8)  # noqa: E731
+        return [*rest, Rule(halves, ("norm.weight",), join, lambda theirs: [torch.cat(theirs)])]
+
+    monkeypatch.setattr(packed, "rules", rules)
+    model, again = Llama(CONFIG), Llama(CONFIG)
+    model.initialize(1)
+    model.norm.weight.data = torch.arange(16.0)
+    save(tmp_path, model, packed)
+    written = load_file(tmp_path / "model.safetensors")
+    save_file({"transformer.norm.b": written.pop("transformer.norm.b")}, tmp_path / "model-00002-of-00002.safetensors")
+    save_file(written, tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    hf.load_weights(again, tmp_path)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"attention_bias": True}])
+def test_one_family_writes_a_model(biases: dict):
+    config = dataclasses.replace(CONFIG, **biases)
+    for generic in (False, True):
+        writing = [name for name, family in FAMILIES.items() if family.writes(config, generic)]
+        assert len(writing) == 1, f"{writing} would all write this model: `writes` must choose"
+        expected = "qwen2" if config.qkv_bias and not generic else "llama"
+        assert family_of(config, generic).model_type == expected
+
+
+@pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"attention_bias": True}])
+def test_every_parameter_has_the_role_that_its_shape_says(biases: dict):
+    model = Llama(dataclasses.replace(CONFIG, **biases))
+    roles = model.roles()
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        assert role.decays == (parameter.dim() == 2) == (role.begins in ("normal", "residual"))
+        named = dataclasses.make_dataclass("Named", ["name", "shape"])(name, tuple(parameter.shape))
+        assert role.is_hidden == is_hidden_matrix(named)
+        assert (role.cut == "vocabulary") == (name in ("embed_tokens.weight", "lm_head.weight"))
+        assert (role.cut == "row") == name.endswith(("o_proj.weight", "down_proj.weight"))
+    assert roles["layers.0.self_attn.q_proj.weight"].cut == "column"
+    with pytest.raises(AssertionError, match="layers.0.mlp.router.weight has no role"):
+        role_of("layers.0.mlp.router.weight")

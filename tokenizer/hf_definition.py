@@ -1,0 +1,210 @@
+"""A Hugging Face tokenizer's definition (`tokenizer.json`, `tokenizer_config.json`): what it says, whether it can be
+used, and the definition that the library gets, in which control strings are ordinary text."""
+
+import json
+from collections.abc import Collection
+from functools import cache
+from itertools import compress, takewhile
+
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import pre_tokenizers
+
+from tokenizer.base import END_OF_DOCUMENT, panics_as_errors
+
+_MOST_GAPS = 1024
+"""Ids without a token, besides as many as have one."""
+BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_NEEDED_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(0xF5) if byte not in (0xC0, 0xC1))
+"""UTF-8 has none of the other bytes, and some tokenizers leave them out."""
+_FORM_OF_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+_SPLIT_BYTE_PIECE = {
+    "type": "Split", "pattern": {"Regex": r"\A<(?=0x[0-9A-F]{2}>\z)"}, "behavior": "Isolated", "invert": False
+}  # fmt: skip
+"""Keeps the text "<0x41>" from being taken for the byte of this name, where a word that is an entry is taken whole."""
+
+
+def byte_spelling(definition: object) -> str:
+    """How a `tokenizer.json` spells bytes: "byte level", or "byte pieces" for what it does not know.
+
+    Raises:
+        ValueError: it is no BPE, or some texts have no ids under it.
+    """
+    model = definition.get("model") if isinstance(definition, dict) else None
+    # The oldest files, such as GPT-2's own, don't name the type.
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise ValueError("only BPE can be used")
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise ValueError("it marks the parts of words, so texts would not come back")
+    if not isinstance(definition.get("added_tokens"), list):
+        raise ValueError("it has no list of added tokens")
+    vocab = set(model["vocab"])
+    steps = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
+    if '"ByteLevel"' in steps and _needed_byte_characters() <= vocab:
+        return "byte level"
+    if model.get("byte_fallback") and _NEEDED_BYTE_PIECES <= vocab:
+        return "byte pieces"
+    raise ValueError("it is neither byte-level nor falls back to bytes, so some texts would be lost")
+
+
+@cache
+def _needed_byte_characters() -> frozenset[str]:
+    """How byte-level BPE spells the bytes that a text can have, see _NEEDED_BYTE_PIECES."""
+    # Every first byte of UTF-8, and every later one.
+    codes = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]
+    spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("".join(map(chr, codes)))
+    return frozenset(spelt[0][0])
+
+
+def as_used(definition: dict, config: dict) -> dict:
+    """A `tokenizer.json` as transformers uses it: what the configuration names for a purpose, such as the end of a
+    sequence, is a special token, even if it was added as text, or is an entry only."""
+    tokens, vocab = named_tokens(config), definition["model"]["vocab"]
+    others = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key)
+        more = list(more.values()) if isinstance(more, dict) else more
+        others += more if isinstance(more, list) else []
+    texts = (token.get("content") if isinstance(token, dict) else token for token in others)
+    named = {*tokens.values(), *(text for text in texts if isinstance(text, str))}
+    added = definition["added_tokens"]
+    added = [{**token, "special": token["special"] or token["content"] in named} for token in added]
+    eos = tokens.get("eos_token")
+    if eos in vocab and not any(token["content"] == eos for token in added):
+        if eos not in BYTE_PIECES and eos not in _needed_byte_characters():
+            added.append({"content": eos, "id": vocab[eos], "special": True} | _FORM_OF_SPECIAL)
+    return {**definition, "added_tokens": added}
+
+
+def begin_ids(definition: object) -> list[int]:
+    """What the post-processor of a `tokenizer.json` puts in front of a text.
+
+    `add_bos_token` of the configuration is not asked: transformers 5 passes over it where there is a `tokenizer.json`.
+
+    Raises:
+        ValueError: the post-processor is none.
+    """
+    step = definition.get("post_processor") if isinstance(definition, dict) else None
+    if step is None:
+        return []
+    # It names its ids itself, so one word is vocabulary enough to see what it does.
+    model = {"type": "WordLevel", "vocab": {"text": 0}, "unk_token": "text"}
+    with panics_as_errors():
+        encoding = LibraryTokenizer.from_str(
+            json.dumps({"version": "1.0", "added_tokens": [], "post_processor": step, "model": model})
+        ).encode("text")
+    return list(compress(encoding.ids, takewhile(bool, encoding.special_tokens_mask)))
+
+
+def end_of_document(special_ids: dict[str, int], config: dict) -> str:
+    """The special token that ends a document: <|endoftext|>, or what the configuration calls the end of a sequence.
+    Of a model that was taught to answer here, that became the end of an answer, and the other has a name of its own."""
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    for token in (END_OF_DOCUMENT, config.get("end_of_document"), eos):
+        if isinstance(token, str) and token in special_ids:
+            return token
+    raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
+
+
+def template_in(config: dict) -> str | None:
+    """The chat template of a tokenizer_config.json: a text, or the default one of a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        if "default" not in named:
+            raise ValueError("its tokenizer_config.json names several chat templates, and none of them is the default")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError("the chat_template of its tokenizer_config.json is no text")
+    return template
+
+
+def named_tokens(config: dict) -> dict[str, str]:
+    """ "bos_token", "eos_token" ... of a tokenizer_config.json -> the token's text."""
+    named = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
+    """A `tokenizer.json` to which control strings are ordinary text, once `encode_special_tokens` is set.
+
+    Args:
+        names: special token -> what it is called instead. They stay, so that all others keep their ids, but under names
+            that no text can become: a blank in the text is spelt otherwise in every kind of BPE that is let in here.
+    """
+    model = definition["model"]
+    if len(set(names.values())) < len(names):
+        raise ValueError("two of its special tokens have the same id")
+    if taken := model["vocab"].keys() & set(names.values()):
+        raise ValueError(f'"{min(taken)}" is a token that no text can become')
+    unknown, splits = model.get("unk_token"), definition.get("pre_tokenizer")
+    if model.get("ignore_merges") and model.get("byte_fallback"):
+        splits = {"type": "Sequence", "pretokenizers": [*([splits] if splits else []), _SPLIT_BYTE_PIECE]}
+    return {
+        **definition,
+        "pre_tokenizer": splits,
+        "added_tokens": [
+            {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
+        ],
+        # Settings for batches and chats would cut texts, fill them up, or put tokens round them.
+        "truncation": None,
+        "padding": None,
+        "post_processor": None,
+        "model": {
+            **model,
+            "vocab": {names.get(token, token): token_id for token, token_id in model["vocab"].items()},
+            "merges": _without_merges_of(names, model["merges"]),
+            "unk_token": names.get(unknown, unknown),
+            "dropout": None,
+        },
+    }
+
+
+def _without_merges_of(tokens: Collection[str], merges: object) -> object:
+    """The merges that neither make nor take one of the tokens: converters of SentencePiece models list such, too."""
+    if not isinstance(merges, list):
+        return merges
+
+    def is_kept(merge: object) -> bool:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            return True
+        return not any(token in tokens for token in (*parts, "".join(parts)))
+
+    return [merge for merge in merges if is_kept(merge)]
+
+
+def check_ids(ids: dict[str, int], definition: dict, special_ids: dict[str, int]) -> None:
+    """
+    Args:
+        ids: token -> id, as the library has it.
+        definition: what it was made from, see plain_text_definition.
+        special_ids: as the user's file has it.
+    Raises:
+        ValueError: a token has another id than the file says, since it was taken, or two tokens have the same one; or
+            the ids leave more places empty than are taken.
+    """
+    added = definition["added_tokens"]
+    stated = [*definition["model"]["vocab"].items(), *((token["content"], token["id"]) for token in added)]
+    names = {f"special {token_id}": token for token, token_id in special_ids.items()}
+
+    def name(token: str) -> str:
+        return names.get(token, token)[:50]
+
+    for token, token_id in stated:
+        if ids.get(token) != token_id:
+            raise ValueError(f'its token "{name(token)}" cannot have the id {token_id}: another has it, or it has two')
+    token_of = {token_id: token for token, token_id in ids.items()}
+    for token, token_id in ids.items():
+        if token_of[token_id] != token:
+            raise ValueError(f'its tokens "{name(token)}" and "{name(token_of[token_id])}" have the same id {token_id}')
+    if max(token_of) >= 2 * len(token_of) + _MOST_GAPS:
+        raise ValueError(f"its ids go up to {max(token_of)}, but it has {len(token_of)} tokens")

@@ -1,0 +1,122 @@
+"""Habits of a chat template: how it asks for an answer and how it ends one, seen in a simple conversation."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tokenizer.base import Tokenizer
+from tokenizer.jinja_template import DAY, JinjaTemplate
+from tokenizer.messages import Message
+from tokenizer.placeholders import MARK, Marked, places_of
+from tokenizer.template_features import tried
+
+TALK = (Message("user", "What?"), Message("assistant", "That."))
+"""The simple conversation."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """
+    A simple conversation, as most templates write it:
+
+        question  <end>  <asks>  <lead>  answer  <end>
+    """
+
+    end: str
+    """Token that ends an answer."""
+    end_within: str
+    """The token that ends an answer which others follow, where it is another one (gpt-oss's); else empty."""
+    asks: str
+    """What it asks for an answer by; empty for nothing but the end of the question."""
+    lead: str
+    """What it writes between that and the answer."""
+    opening: str
+    """How the prompt begins the answer itself, with a tag that thoughts begin with; empty if it does not."""
+    also: frozenset[str]
+    """Added tokens round messages, which are not for people to write, although the tokenizer does not call them
+    special."""
+    notes: tuple[str, ...]
+    """Sentences that a user should read before training."""
+
+
+def habits_of(
+    jinja: JinjaTemplate, tokenizer: Tokenizer, mark: Callable[[Sequence[Message]], Marked], control: re.Pattern[str]
+) -> Habits:
+    """Look at what a template makes of a simple conversation.
+
+    Args:
+        mark: puts placeholders into messages.
+        control: matches special and added tokens.
+    Raises:
+        ValueError: no answer is asked for and ended in it.
+    """
+    marked = mark(TALK)
+    text = jinja.render(marked.messages)
+    asked = jinja.render(marked.messages[:1], add_generation_prompt=True)
+    alone = jinja.render(marked.messages[:1])
+    places = places_of(text, marked)
+    if not all(places):
+        raise ValueError("the chat template leaves out the question or the answer of a simple conversation")
+    begin, end = places[1][0].start(), places[1][-1].end()
+    stop = control.search(text, end)
+    if stop is None:
+        raise ValueError("the chat template ends an answer with no token of its own, so no model could learn to stop")
+    asks = asked[len(alone) :] if asked.startswith(alone) else ""
+    fits = text[:begin].startswith(asked)
+    # Some ask by nothing but the end of the question, and put something between it and the answer.
+    lead = text[len(asked) : begin] if fits else ""
+    # Others begin the answer themselves, with a tag that thoughts begin with.
+    opening = asked[begin:] if asked.startswith(text[:begin]) else ""
+    between = _between_turns(jinja, mark)
+    end_within, notes = _end_within(between, alone, stop[0], control)
+    gaps = text[places[0][-1].end() : begin - len(lead)] + between + stop[0]
+    layout = {found[0] for found in control.finditer(gaps)}
+    if not asks and control.search(lead):
+        notes.append(f"the chat template has nothing by which it asks for an answer: {lead!r} is learnt with it")
+    if not fits:
+        notes.append(_note_of_another_beginning(asked, text[:begin], opening.strip()))
+    if jinja.asks_for_the_date:
+        notes.append(
+            f"the chat template writes today's date: here it is always {DAY:%d %B %Y}, so that the same conversation "
+            f"stays the same tokens"
+        )
+    also = frozenset(layout & tokenizer.added_ids.keys() - set(jinja.looks_for))
+    return Habits(stop[0], end_within, asks, lead, opening, also, tuple(notes))
+
+
+def _between_turns(jinja: JinjaTemplate, mark: Callable[[Sequence[Message]], Marked]) -> str:
+    """What the template writes between an answer and the next question; empty if it refuses."""
+    marked = mark([*TALK, Message("user", "And?")])
+    text = tried(jinja, marked.messages)
+    places = places_of(text, marked)
+    return text[places[1][-1].end() : places[2][0].start()] if all(places) else ""
+
+
+def _end_within(between: str, alone: str, end: str, control: re.Pattern[str]) -> tuple[str, list[str]]:
+    """Habits.end_within, and notes about it.
+
+    Args:
+        between: see _between_turns.
+        alone: a question by itself.
+        end: token that ends the last answer.
+    """
+    stop = control.search(between)
+    if stop is None or end in between:
+        return "", []
+    # It may also be what the next message begins with, behind a token that begins a conversation perhaps.
+    begins = control.findall(alone.partition("\ufdd2")[0])
+    if stop[0] in begins[:2]:
+        return "", [f"the chat template ends no answer but the last one: {end} is learnt there alone"]
+    return stop[0], []
+
+
+def _note_of_another_beginning(asked: str, given: str, opening: str) -> str:
+    """A sentence about a template that lays given answers out behind something else than what asks for one."""
+    served, taught = (MARK.sub("...", one)[-60:] for one in (asked, given))
+    note = (
+        f"the chat template asks for an answer by {served!r}, but lays a given answer out behind {taught!r}: "
+        f"answers are learnt as it lays them out"
+    )
+    if opening:
+        note += f"; the last one of a sample, if it begins with {opening}, behind what asks for it"
+    return note

@@ -1,0 +1,14 @@
+import sys
+
+if __name__ == "__main__":
+    # Also when it is run by its path, or by a Python that lacks the packages.
+    sys.path[0] = __file__.rsplit("/", 2)[0]
+    from utils import environment
+
+    environment.check("requirements-viewer.txt")
+
+from utils.terminal import run_main
+from viewer.command import main
+
+if __name__ == "__main__":
+    run_main(lambda: main(sys.argv[1:]))

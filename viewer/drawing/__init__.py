@@ -1,0 +1,1 @@
+"""Pictures of runs, by matplotlib, with or without a desktop."""
