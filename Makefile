@@ -1,22 +1,22 @@
-# Set-up, demo and tests. PYTHON picks the interpreter (3.11 or 3.12) that the environment is made from.
+# Set-up, demo and tests. PYTHON is the interpreter (3.11 or 3.12) for the environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Each of these tests is several processes by itself, which wait for each other a good part of the time. The longest file
-# goes first, though it has the fewest tests.
+# Each of these tests runs several processes, which often wait for each other. The longest file goes first, though it
+# has the fewest tests.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all test-fast chaos lint clean
 
 help:
-	@echo "make setup      .venv, with what tests and viewer need"
-	@echo "make demo       the main job end to end, on the Python standard library's source: 7 to 10 minutes on two cores"
+	@echo "make setup      .venv, with everything that tests and viewer need"
+	@echo "make demo       the whole pipeline on the Python standard library's source: 7 to 10 minutes on two cores"
 	@echo "                (DEMO=--quick shows every stage in two minutes)"
 	@echo "make test       the tests"
-	@echo "make test-all   the tests, with those that take minutes each"
+	@echo "make test-all   the tests, including those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
-	@echo "make chaos      300 faults, and whether the runs end as if undisturbed"
+	@echo "make chaos      300 faults, and a check that the runs end as if undisturbed"
 	@echo "make lint       ruff"
 	@echo "make clean      remove .venv and out/"
 
@@ -26,7 +26,7 @@ $(READY): requirements.txt requirements-ssh.txt requirements-viewer.txt requirem
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "zero2all needs Python 3.11 or 3.12: run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing packages into $(VENV): some minutes, and 3 GB; pip says nothing meanwhile"
+	@echo "installing packages into $(VENV): some minutes, and 3 GB; pip prints nothing meanwhile"
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	@touch $(READY)
 

@@ -125,7 +125,8 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
 def without_effect(config: Config, given: frozenset[str]) -> list[str]:
     """Sentences about given options that change nothing, one for each reason. They are not refused: a configuration
     file may hold the details of a feature that its user switches on and off."""
-    flat, usual, told, sentences = flatten(config), flatten(Config()), set(), []
+    flat, usual, sentences = flatten(config), flatten(Config()), []
+    told: set[str] = set()
     for rule in _ONLY_WITH:
         idle = [n for n in rule.names if n in given - told and flat[n] != usual[n]] if not rule.counts(flat) else []
         told |= set(idle)

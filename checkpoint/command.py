@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checkpoints = list_checkpoints(ckpt_dir)
         if not ckpt_dir.is_dir():
-            raise ValueError(f"{run} is no run directory: it has no ckpt folder" if run.exists() else absent(run))
+            raise ValueError(f"{run} is not a run directory: it has no ckpt folder" if run.exists() else absent(run))
         if args.command == "prune":
             for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 0)):
                 if getattr(args, name) < least:

@@ -1,6 +1,11 @@
 """The llama-style model. It knows nothing of data files or of other processes."""
 
+from typing import TYPE_CHECKING
+
 from model.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from model.decoder import KVCache, Llama
 
 __all__ = ["KVCache", "Llama", "LlamaConfig"]
 

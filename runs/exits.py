@@ -11,15 +11,15 @@ from utils.small_files import is_number, is_whole, parse_json, read_small
 OK = 0
 CRASH = 1
 WRONG_INPUT = 2
-"""The command or the data is wrong: retrying cannot help."""
+"""The command or the data is wrong; retrying cannot help."""
 STOPPED = 75
 """Stopped on request, after saving."""
 _LONGEST_RECORD = 1 << 20
-"""Bytes."""
+"""Most bytes in a record."""
 
 
 class StopRequested(Exception):
-    """All ranks have agreed to stop before there was anything to save."""
+    """All ranks have agreed to stop, and there was nothing to save yet."""
 
 
 def write_exit_record(
@@ -44,13 +44,13 @@ def clear_exit_record(directory: Path, rank: int) -> None:
     try:
         (directory / rank_file(rank)).unlink(missing_ok=True)
     except OSError:
-        # Whatever is wrong with the directory, opening the run will say so.
+        # If the directory is at fault, opening the run will say so.
         return
 
 
 def read_exit_records(directory: Path, world_size: int | None = None) -> list[dict]:
-    """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have. What
-    is no whole record counts as not there, as if its rank had died before it could leave one."""
+    """The records of the last launch, in rank order; `world_size` leaves out those of ranks that it did not have. An
+    incomplete record counts as missing, as if its rank had died before it could leave one."""
     records = filter(None, map(_read_record, directory.glob(RANK_FILES)))
     return sorted((r for r in records if world_size is None or r["rank"] < world_size), key=lambda r: r["rank"])
 
@@ -70,8 +70,8 @@ def _read_record(path: Path) -> dict | None:
 
 
 def verdict(codes: Iterable[int], world_size: int) -> int:
-    """What the job as a whole did, from the codes that its ranks left: any 2 is 2, all 75 is 75, all 0 is 0, else a
-    crash. A rank that left none crashed."""
+    """Exit code of the whole job, from the codes that its ranks left: any 2 is 2, all 75 is 75, all 0 is 0, anything
+    else is a crash. A rank that left no code crashed."""
     codes = list(codes)
     if WRONG_INPUT in codes:
         return WRONG_INPUT

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from runs.layout import RANK_FILES, rank_file, rank_of, stacks_file
@@ -16,16 +17,17 @@ logger = logging.getLogger(__name__)
 PHASES = ("start", "reference", "compile", "step", "validate", "save", "end")
 RECORD_BYTES = 512
 _LONGEST_RECORD = 1 << 16
-_IS_RIGHT = {
+_IS_RIGHT: dict[str, Callable[[object], bool]] = {
     "rank": is_whole, "world_size": is_whole, "step": is_whole, "time": is_number, "monotonic": is_number,
     "pid": lambda value: is_whole(value, 1, (1 << 31) - 1), "code": is_whole,
     "phase": lambda value: isinstance(value, str), "launch": lambda value: isinstance(value, str),
 }  # fmt: skip
-"""What a reader may rely on, if it is there."""
+"""Key -> check that its value is right; a reader may rely on these."""
 
 
 class Heartbeat:
-    """
+    """One rank's sign of life.
+
     Args:
         launch: the monitor's name for this launch, by which it tells this launch's records from older ones.
     """
@@ -39,7 +41,7 @@ class Heartbeat:
 
     def beat(self, phase: str, step: int) -> None:
         """Record that this rank is alive: {rank, world_size, pid, launch, phase, step, time (seconds since 1970),
-        monotonic (seconds since this machine started)}. A failure to write is warned of, once."""
+        monotonic (seconds since this machine started)}. The first failure to write is a warning."""
         assert phase in PHASES
         now = {"phase": phase, "step": step, "time": time.time(), "monotonic": time.monotonic()}
         record = json.dumps(self._identity | now).encode()
@@ -53,13 +55,13 @@ class Heartbeat:
 
     def end(self, step: int, code: int) -> None:
         """The last beat: everything is saved on all ranks, and this one will end with `code`, which is in the record
-        from now on. Whatever holds it up or ends it after that, the run is where it should be."""
+        from now on. Whatever delays or kills the process after that, the run has reached its goal."""
         self._identity["code"] = code
         self.beat("end", step)
 
 
 def read_heartbeats(directory: Path) -> list[dict]:
-    """The newest record of each rank, in no order; what cannot be read, or is not what it should be, is left out."""
+    """The newest record of each rank, in no order; unreadable and malformed ones are left out."""
     records = []
     for path in directory.glob(RANK_FILES):
         try:

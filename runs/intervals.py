@@ -19,7 +19,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def overlap(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """The times that lie in both of two unions."""
+    """The times that two unions share."""
     found, at = [], 0
     for start, end in a:
         while at < len(b) and b[at][1] <= start:
@@ -33,7 +33,7 @@ def overlap(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 
 class Union:
-    """Measures how much of a union lies within a window, without a look at each of its intervals.
+    """Measures how much of a union lies within a window, without looking at each of its intervals.
 
     Args:
         intervals: a result of `union` or `overlap`.
@@ -55,13 +55,13 @@ class Union:
 
 
 class LatestEnd:
-    """Finds the greatest of ends[first:last], for one query after another whose `last` never falls, without a look at
-    each number for each query."""
+    """Finds the maximum of ends[first:last] for a series of queries whose `last` never falls, without looking at each
+    number for each query."""
 
     def __init__(self, ends: list[float]):
         self._ends, self._added = ends, 0
         self._places: list[int] = []
-        """Rising places of the numbers that no later one reaches, up to the greatest `last` so far."""
+        """Rising indices of the numbers that no later one reaches, up to the greatest `last` so far."""
 
     def between(self, first: int, last: int) -> float:
         for place in range(self._added, last):

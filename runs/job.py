@@ -1,4 +1,4 @@
-"""Run a launcher of several ranks, and end with what they meant: a launcher turns every exit code into 1."""
+"""Run a launcher of several ranks, and end with the ranks' exit code: a launcher turns every code into 1."""
 
 import signal
 import subprocess
@@ -13,11 +13,12 @@ from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, read_exit_records, verdi
 def run_job(command: Sequence[str], exit_dir: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Run it to its end.
 
-    A request to stop (SIGTERM, Ctrl-C, a closed terminal) goes to the ranks, which save and end. Not to the launcher,
-    which would kill them after 30 seconds; it has a session of its own, so that a terminal's Ctrl-C passes it by.
+    A request to stop (SIGTERM, Ctrl-C, a closed terminal) goes to the ranks, which save and end. It does not go to
+    the launcher, which would kill them after 30 seconds; it has a session of its own, so that a terminal's Ctrl-C does
+    not reach it.
 
     Args:
-        exit_dir: where the ranks leave their exit records.
+        exit_dir: the folder of the ranks' exit records.
         env: the command's environment; this process's by default.
     Returns:
         exit code and reason, see meaning.
@@ -32,7 +33,7 @@ def run_job(command: Sequence[str], exit_dir: Path, env: Mapping[str, str] | Non
 
 
 def _hand_on(launcher: subprocess.Popen, signum: int) -> None:
-    """A second Ctrl-C ends a rank at once, so each comes as what it was."""
+    """Send the same signal to the ranks: a second Ctrl-C ends a rank at once."""
     for process in _ranks_of(launcher):
         try:
             process.send_signal(signum)
@@ -52,8 +53,8 @@ def _ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
 def meaning(returncode: int, records: list[dict]) -> tuple[int, str]:
     """(exit code, reason) of this node.
 
-    A rank that was killed leaves no record. It cannot hide behind others that left 75: ranks end with that only after
-    the checkpoint of all of them is whole.
+    A rank that was killed leaves no record. If the others left 75, it does not matter: ranks end with 75 only after the
+    checkpoint of all of them is whole.
     """
     if returncode == OK:
         return OK, "finished"

@@ -6,14 +6,14 @@ completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" 
     start        a launch begins: version (of this format), attempt, step, samples_consumed, max_iters, world_size, ...
     train        one logged step: loss, lr, grad_norm, tokens, tokens_per_sec, mfu, dt, data_wait, comm_wait, ...
     valid        a validation: loss, dt, ...
-    sample       what the model wrote at a validation: prompt, text
-    compression  what PowerSGD left out: ratio, mean_relative_error, relative_error (parameter -> error)
+    sample       a text by the model at a validation: prompt, text
+    compression  the error of PowerSGD's approximation: ratio, mean_relative_error, relative_error (parameter -> error)
     save, save_failed, end
 
-A launch that starts at step s goes on from the state after step s: what earlier launches wrote of later steps is
-superseded, and no reader shows it. A crash may leave a torn line, which readers pass over. Readers take the file for
-what it is, a text from somewhere: `parse_record` lets nothing through that could harm them, and no reader needs more
-time than in proportion to the file's size, whatever it holds.
+A launch that starts at step s goes on from the state after step s: the records of earlier launches about later steps
+are superseded, and no reader shows it. A crash may leave a torn line, which readers pass over. Readers do not
+trust the file: `parse_record` lets nothing through that could harm them, and no reader needs more time than in
+proportion to the file's size, whatever it holds.
 """
 
 import errno
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Of the format; a reader that meets a later one shows what it knows."""
+"""Version of the format; a reader that meets a later one shows the records that it knows."""
 LONGEST_LINE = 1 << 20
-"""Bytes. A longer line is passed over: no record of ours comes near."""
+"""Most bytes in a line. A longer one is passed over: no record of a run comes near."""
 NON_FINITE = {"nan": math.nan, "NaN": math.nan, "inf": math.inf, "-inf": -math.inf}
-"""What stands for numbers that JSON lacks."""
+"""Strings for the numbers that JSON lacks."""
 LARGEST_STEP = 1 << 53
 _TAIL_BYTES = 1 << 16
 _LATEST_TIME = 1e11
@@ -48,10 +48,11 @@ _READ_BETWEEN_PASSES = 10_000
 
 
 class ResLog:
-    """
+    """Appends to a run's results.
+
     Args:
-        path: of the file; a line that a crash cut off gets its newline first, so that the next one stays whole.
-        sinks: get every record too; see runs/sinks.py.
+        path: the file; a line that a crash cut off gets its newline first, so that the next one stays whole.
+        sinks: receive every record, too; see runs/sinks.py.
     """
 
     def __init__(self, path: Path, sinks: "Sinks | None" = None):
@@ -62,7 +63,7 @@ class ResLog:
                 torn = file.read(1) != b"\n"
         self._warned, self._sinks = False, sinks
         self._unwritten: deque[bytes] = deque(maxlen=_MOST_UNWRITTEN)
-        # Unbuffered: what could not be written is kept here, in order.
+        # Unbuffered: lines that could not be written are kept in `_unwritten`, in order.
         self._file = open(path, "ab", buffering=0)
         if torn:
             self._file.write(b"\n")
@@ -70,7 +71,8 @@ class ResLog:
     def write(self, name: str, **values: object) -> None:
         """Append one record at once. If that fails (a full disk), warn once, and write it together with a later one.
         Non-finite floats become strings for JSON's sake."""
-        record = _json_numbers({"name": name, "time": round(time.time(), 3), **values})
+        found = {"name": name, "time": round(time.time(), 3), **values}
+        record = {key: _json_numbers(value) for key, value in found.items()}
         if self._sinks is not None:
             self._sinks.put(record)
         self._unwritten.append(json.dumps(record).encode() + b"\n")
@@ -96,8 +98,7 @@ class ResLog:
 
 
 def parse_record(line: bytes, loads: Callable[[bytes], object] = json.loads) -> dict | None:
-    """The record that a line holds, with a name, a time, and a step if it has one that are what they should be; None if
-    the line holds no such record."""
+    """The record in a line, with a valid name, time and (if it has one) step; None if the line holds no such record."""
     if len(line) > LONGEST_LINE:
         return None
     try:
@@ -112,13 +113,13 @@ def parse_record(line: bytes, loads: Callable[[bytes], object] = json.loads) -> 
             return None
     elif type(step) is not int or not 0 <= step <= LARGEST_STEP:
         return None
-    if type(moment) not in (int, float) or not 0 <= moment <= _LATEST_TIME:
+    if type(moment) is not int and type(moment) is not float:
         return None
-    return record
+    return record if 0 <= moment <= _LATEST_TIME else None
 
 
 def number(value: object) -> float | None:
-    """What a record's value is as a number; None if it is none, or one beyond any float."""
+    """A record's value as a number; None if it is not a number, or beyond any float."""
     if type(value) is float:
         return value
     if type(value) is int:
@@ -127,8 +128,8 @@ def number(value: object) -> float | None:
 
 
 def standing_records(records: list[dict]) -> tuple[list[dict], int]:
-    """What a later start record among them does not supersede, in one pass from the end; and the lowest step that a
-    launch among them began from (the greatest step there can be, if none did)."""
+    """The records that no later start record among them supersedes, found in one pass from the end; and the lowest step
+    that a launch among them began from (LARGEST_STEP if none did)."""
     lowest, kept = LARGEST_STEP, []
     for record in reversed(records):
         step = record.get("step") or 0
@@ -142,7 +143,7 @@ def standing_records(records: list[dict]) -> tuple[list[dict], int]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines without their ends. Of one that is too long only a part, which is too long, too: it may have no end."""
+    """Lines without their newlines. A line that is too long is cut, but stays too long: it may have no end."""
     while line := file.readline(LONGEST_LINE + 2):
         yield line.removesuffix(b"\n")
         while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
@@ -157,8 +158,8 @@ def _records(path: Path) -> Iterator[dict]:
 
 
 def newest_values(path: Path, metric: str) -> Iterator[float]:
-    """What the last train records say of a metric, the newest first; of a torn line nothing, and nothing of records
-    that lie far before the end, so that a long log costs no more than a short one."""
+    """Values of a metric in the last train records, the newest first. Torn lines are passed over. Records far before
+    the end are not read, so that a long log costs no more than a short one."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -177,15 +178,15 @@ def newest_values(path: Path, metric: str) -> Iterator[float]:
 
 
 def count_launches(path: Path) -> int:
-    """How many start records the log holds."""
+    """Number of start records in the log."""
     return sum(record["name"] == "start" for record in _records(path))
 
 
 def read_reslog(path: Path, names: Collection[str] | None = None) -> list[dict]:
-    """The records that stand: torn lines are left out, and so is what a later launch superseded.
+    """The records that stand: torn lines are left out, and so are records that a later launch superseded.
 
     Args:
-        names: of the records that are wanted; None: all. The others take no memory.
+        names: names of the wanted records; None: all. The others take no memory.
     """
     found: list[dict] = []
     looked_through = 0
@@ -193,9 +194,9 @@ def read_reslog(path: Path, names: Collection[str] | None = None) -> list[dict]:
         if names is None or record["name"] in names:
             found.append(record)
         elif record["name"] == "start":
-            # What it supersedes has to go, whether it is wanted itself or not.
+            # The records that it supersedes have to go, whether it is wanted itself or not.
             found.append({"name": "start", "step": record["step"]})
-        # Not at each start record: of those there may be as many as of the others.
+        # Not at each start record: there may be as many of those as of the others.
         if len(found) >= 2 * looked_through + _READ_BETWEEN_PASSES:
             found = _standing_and_wanted(found, names)
             looked_through = len(found)

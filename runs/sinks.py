@@ -1,11 +1,11 @@
 """Other places for a run's results: TensorBoard and Weights & Biases, beside `reslog.jsonl`.
 
-Neither may hold up or end a run, whatever it does: records go through a queue to a thread of their own, the first
-failure of a sink is a warning, and its last.
+Neither may hold up or end a run, whatever it does: records go through a queue to a thread of their own, and the first
+failure of a sink is a warning and the end of that sink.
 
-Steps that a launch lost are superseded there, too. TensorBoard is told so at the start (`purge_step`). Weights & Biases
-cannot take steps back: each launch makes a run of its own there, all in one group, and begins by sending what stands
-of the launches before it. So the newest run of a group is the whole curve.
+Steps that a launch lost are superseded there, too. TensorBoard learns this at the start (`purge_step`). Weights &
+Biases cannot take steps back: each launch makes a run of its own there, all in one group, and first sends the records
+of earlier launches that stand. So the newest run of a group is the whole curve.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,20 +23,22 @@ from runs.reslog import number, read_reslog
 logger = logging.getLogger(__name__)
 
 _MOST_QUEUED = 10_000
-"""Records; if a sink is further behind, it loses some."""
+"""Most records in the queue; a sink that is further behind loses some."""
 _PATIENCE_S = 20.0
-"""How long a sink may take to finish at the end of a run."""
+"""Seconds that a sink may take to finish at the end of a run."""
 LONGEST_CLOSE_S = 2 * _PATIENCE_S
-"""How long `Sinks.close` takes at most: for room in the queue, and for the sinks to finish."""
+"""Most seconds that `Sinks.close` takes: for room in the queue, and for the sinks to finish."""
 
 
 class Sink(Protocol):
+    """A place for results."""
+
     def write(self, record: dict) -> None: ...
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Scalars of each record as `name/metric`, such as train/loss, in RUN/tensorboard."""
+    """Scalars of each record as `name/metric` (train/loss), in RUN/tensorboard."""
 
     def __init__(self, run_dir: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -56,7 +59,7 @@ class WeightsAndBiases:
     Args:
         mode: "online" or "offline".
         settings: the run's configuration.
-        standing: the records that stand of earlier launches.
+        standing: the records of earlier launches that stand.
     """
 
     def __init__(self, run_dir: Path, project: str, mode: str, attempt: int, settings: dict, standing: list[dict]):
@@ -82,9 +85,10 @@ class WeightsAndBiases:
 
 
 def check_sinks(tensorboard: bool, wandb_project: str) -> None:
-    """
+    """Check that the packages of the wanted sinks are installed.
+
     Raises:
-        ValueError: a package that is needed is not installed.
+        ValueError: one is missing.
     """
     needed = {"tensorboard": ("--tensorboard", tensorboard), "wandb": ("--wandb_project", wandb_project)}
     for package, (flag, wanted) in needed.items():
@@ -95,7 +99,7 @@ def check_sinks(tensorboard: bool, wandb_project: str) -> None:
 def open_sinks(
     run_dir: Path, step: int, tensorboard: bool, wandb_project: str, wandb_mode: str, settings: dict[str, object]
 ) -> "Sinks | None":
-    """What a launch that begins after `step` writes to; None: nothing but its log. The log must not hold its start
+    """The sinks of a launch that begins after `step`; None if only its log is wanted. The log must not hold its start
     record yet."""
     makers: dict[str, Callable[[], Sink]] = {}
     if tensorboard:
@@ -112,11 +116,15 @@ def open_sinks(
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """The metrics of a record that has a step."""
+    """The metrics of a record; none if it has no step."""
     if record.get("step") is None or record["name"] in ("start", "sample"):
         return {}
     found = {metric: number(value) for metric, value in record.items() if metric not in ("name", "time", "step")}
     return {metric: value for metric, value in found.items() if value is not None}
+
+
+def _make_into(sinks: dict[str, Sink], name: str, make: Callable[[], Sink]) -> None:
+    sinks[name] = make()
 
 
 class Sinks:
@@ -143,7 +151,7 @@ class Sinks:
                 logger.warning("%s cannot keep up: some of its records are lost", " and ".join(self._makers))
 
     def close(self) -> None:
-        """Let the sinks finish, as long as that takes no more than some seconds."""
+        """Let the sinks finish, within some seconds."""
         try:
             self._queue.put(None, timeout=_PATIENCE_S)
         except queue.Full:
@@ -155,18 +163,18 @@ class Sinks:
     def _work(self) -> None:
         sinks: dict[str, Sink] = {}
         for name, make in self._makers.items():
-            self._attempt(sinks, name, lambda name=name, make=make: sinks.__setitem__(name, make()))
+            self._attempt(sinks, name, partial(_make_into, sinks, name, make))
         while (record := self._queue.get()) is not None:
             for name in list(sinks):
-                self._attempt(sinks, name, lambda name=name, record=record: sinks[name].write(record))
+                self._attempt(sinks, name, partial(sinks[name].write, record))
         for name in list(sinks):
             self._attempt(sinks, name, sinks[name].close)
 
-    def _attempt(self, sinks: dict[str, Sink], name: str, action: Callable[[], None]) -> None:
+    def _attempt(self, sinks: dict[str, Sink], name: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:
-            # Somebody else's code over a network: it can fail in any way, and the run must not.
+            # Foreign code over a network: it can fail in any way, and the run must not.
             sinks.pop(name, None)
             logger.warning(
                 "results go to %s no more, the run and its reslog.jsonl go on: %s: %s",

@@ -4,8 +4,10 @@ Each task has an entry in TASK_TYPES, by which command lines are judged and mess
 tasks/registry.py, which computes. A task's own options are a group of training.config.Config.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from utils.options import OnlyWith
 
@@ -92,8 +94,12 @@ def _only_with() -> tuple[OnlyWith, ...]:
         others = [name for name in TASK_TYPES if name not in takers]
         without = f"without --task_type={' or '.join(takers)}"
         otherwise = f"with --task_type={others[0]}" if len(others) == 1 < len(takers) else without
-        rules.append(OnlyWith(tuple(flags), lambda f, takers=takers: f["task_type"] in takers, otherwise))
+        rules.append(OnlyWith(tuple(flags), partial(_is_one_of, takers), otherwise))
     return tuple(rules)
+
+
+def _is_one_of(names: tuple[TaskName, ...], options: Mapping[str, Any]) -> bool:
+    return options["task_type"] in names
 
 
 ONLY_WITH = _only_with()

@@ -58,7 +58,7 @@ class ReferenceCache:
         if not all_sum(torch.tensor([found is not None], dtype=torch.int64)).item():
             return None
         # The others bring zeros, so the sum is rank 0's.
-        values = torch.from_numpy(found.copy()) if is_main else torch.zeros(self._shape)
+        values = torch.zeros(self._shape) if found is None else torch.from_numpy(found.copy())
         return all_sum(values).numpy()
 
     def read(self) -> np.ndarray | None:

@@ -14,6 +14,7 @@ from data_preprocess.record_compiler import CompilerOptions
 from dataset.config import DataConfig
 from dataset.format import MANIFEST_NAME
 from dataset.opening import TaskDataset, open_dataset
+from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
 from model import hf
 from parallel import DistContext
@@ -121,14 +122,16 @@ def _tokenizer_dir(run: RunConfig, given: str) -> Path:
         weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
     if weights is None and run.init_from:
         weights = resolve_checkpoint_dir(Path(run.init_from))
-    if not given and weights is None:
+    if given:
+        if weights is not None:
+            require_tokenizer_of(weights, load_tokenizer(given))
+        return Path(given)
+    if weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
             "--tokenizer_dir says how)"
         )
-    if given and weights is not None:
-        require_tokenizer_of(weights, load_tokenizer(given))
-    return Path(given) if given else weights
+    return weights
 
 
 def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
@@ -202,7 +205,7 @@ def open_data(
     if task.reads_records:
         _require_one_template([dirs[split] for split, one in (("train", train), ("valid", valid)) if one], tokenizer)
     for dataset in datasets:
-        if task.reads_records:
+        if not isinstance(dataset, PretrainDataset):
             # Small enough to be read once before training. For pretraining data there is `dataset.inspect --verify`.
             _once_a_store(dataset.sequences.check_content, context, place)
         elif data.verify_data:

@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if not _VALUE.match(word) and not any(flag.startswith(name) for flag in known.values()):
                 near = get_close_matches(name.lower().replace("-", "_"), known, 1)
-                self.error(f"{name} is no flag of this command" + (f": did you mean {known[near[0]]}?" if near else ""))
+                meant = f": did you mean {known[near[0]]}?" if near else ""
+                self.error(f"{name} is not a flag of this command{meant}")
 
     def error(self, message: str) -> NoReturn:
         """

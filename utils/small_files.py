@@ -33,7 +33,7 @@ def read_small(path: Path, most: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         with open(descriptor, "rb", closefd=False) as file:
             text = file.read(most + 1)
     finally:
@@ -51,9 +51,9 @@ def parse_json(text: bytes) -> object:
     try:
         return json.loads(text)
     except UnicodeDecodeError:
-        raise ValueError("it is no UTF-8") from None
+        raise ValueError("it is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is no whole JSON: {error.msg}, line {error.lineno}") from None
+        raise ValueError(f"it is not complete JSON: {error.msg}, line {error.lineno}") from None
     except (ValueError, RecursionError):
         raise ValueError("it is nested too deeply, or a number in it is too long") from None
 

@@ -28,6 +28,7 @@ def values_of(size: str, task_type: str, has_weights: bool) -> dict[str, Any]:
         has_weights: whether the run begins with the weights of --init_from.
     """
     said = parse_yaml((FOLDER / f"{size}.yaml").read_bytes())
+    assert isinstance(said, dict)
     parts = [] if has_weights else ["model"]
     parts += ["every_task", task_type]
     parts += [f"{task_type}_continued"] if has_weights else []

@@ -33,7 +33,7 @@ main()
 
 
 @pytest.mark.parametrize("how, listeners", [("launcher", [3, 3]), ("environment", [3, 2]), ("alone", [0])])
-def test_a_job_on_one_machine_listens_on_loopback_alone(tmp_path: Path, how: str, listeners: list[int]):
+def test_a_job_on_one_machine_listens_only_on_loopback(tmp_path: Path, how: str, listeners: list[int]):
     """Each rank listens once for each of its two groups; there is one further store: the launcher's or, without a
     launcher, rank 0's."""
     script, out = tmp_path / "script.py", tmp_path / "out.json"

@@ -267,7 +267,7 @@ def test_sigkill_at_a_random_step(flags: list[str], undisturbed: dict[int, list[
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_and_a_dead_rank_is_no_request(flags: list[str], tmp_path: Path):
+def test_sigterm_to_the_launcher_saves_and_a_dead_rank_is_not_a_request(flags: list[str], tmp_path: Path):
     case = [*elsewhere(flags, tmp_path / "run"), "--save_interval=2", "--max_iters=2000"]
     process = launch(2, case)
     wait_for_step(process, case, 1)

@@ -384,7 +384,7 @@ def test_four_ranks_on_two_nodes(four: Plan):
         assert last.part.ranks == ranks and ckpt.find_problem(last.path) is None
 
 
-def test_ranks_dealt_anew_to_the_nodes(four: Plan, four_resumed: Plan):
+def test_ranks_dealt_again_to_the_nodes(four: Plan, four_resumed: Plan):
     """Of the two ranks of each node, one finds its state there and the other has it brought."""
     run = four_resumed["zero1 dealt anew"]
     check_same(run, four["zero1 shared"])

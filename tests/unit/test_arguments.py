@@ -16,12 +16,12 @@ def parser() -> Parser:
 
 @pytest.mark.parametrize(
     "words, sentence",
-    [(["--data-dir", "D"], "--data-dir is no flag of this command: did you mean --data_dir?"),
-     (["--vocab_sise=3"], "--vocab_sise is no flag of this command: did you mean --vocab_size?"),
-     (["--DATA_DIR", "D"], "--DATA_DIR is no flag of this command: did you mean --data_dir?"),
-     (["-help"], "-help is no flag of this command: did you mean --help?"),
-     (["--data_dir=D", "-n", "2"], "-n is no flag of this command"),
-     (["--data_dir=D", "--bf16"], "--bf16 is no flag of this command"),
+    [(["--data-dir", "D"], "--data-dir is not a flag of this command: did you mean --data_dir?"),
+     (["--vocab_sise=3"], "--vocab_sise is not a flag of this command: did you mean --vocab_size?"),
+     (["--DATA_DIR", "D"], "--DATA_DIR is not a flag of this command: did you mean --data_dir?"),
+     (["-help"], "-help is not a flag of this command: did you mean --help?"),
+     (["--data_dir=D", "-n", "2"], "-n is not a flag of this command"),
+     (["--data_dir=D", "--bf16"], "--bf16 is not a flag of this command"),
      (["--data_dir=D", "a", "b", "c"], "'b c' is left over: flags begin with --, and a value with blanks needs quotes"),
      ([], "the following arguments are required: --data_dir"),
      (["--data_dir=D", "--vocab_size", "8k"], "argument --vocab_size: invalid int value: '8k'"),
@@ -51,4 +51,4 @@ def test_a_command_of_several_knows_the_flags_of_each(capsys: pytest.CaptureFixt
     assert made.parse_args(["prune", "--keep_last=3"]).keep_last == 3
     with pytest.raises(SystemExit):
         made.parse_args(["prune", "--keep-last=3"])
-    assert "prune: --keep-last is no flag of this command: did you mean --keep_last?" in capsys.readouterr().err
+    assert "prune: --keep-last is not a flag of this command: did you mean --keep_last?" in capsys.readouterr().err

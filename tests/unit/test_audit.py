@@ -60,7 +60,7 @@ def test_a_crash_and_a_resume(finished: list[str], capsys):
     assert "6 steps, 24 samples, 2 launches (processes: 1, 1)" in printed
 
 
-def test_another_stream_begins_anew(finished: list[str], data_dir: Path, tmp_path: Path, capsys):
+def test_another_stream_begins_a_segment(finished: list[str], data_dir: Path, tmp_path: Path, capsys):
     """--restart_data makes two segments, each of which is checked against its own data."""
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)

@@ -442,7 +442,7 @@ def test_the_mark_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_a_directory_that_cannot_be_written_now_is_no_wrong_input(
+def test_a_directory_that_cannot_be_written_now_is_not_a_wrong_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ):
     def refuse_to_make(self: Path, *_: object, **__: object) -> None:

@@ -215,7 +215,7 @@ def test_a_run_that_trains_is_not_pruned(run: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("command", ["ls", "verify", "prune"])
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture, command: str):
-    reasons = {"nothing": "does not exist", "": "is no run directory: it has no ckpt folder"}
+    reasons = {"nothing": "does not exist", "": "is not a run directory: it has no ckpt folder"}
     for name, why in reasons.items():
         assert main([command, str(tmp_path / name)]) == 2
         captured = capsys.readouterr()

@@ -417,7 +417,7 @@ def test_help_lists_every_field_with_its_docstring(capsys: pytest.CaptureFixture
         assert group in text
 
 
-def test_a_read_error_that_may_pass_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_error_that_may_pass_is_not_a_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The monitor tries again after a crash, but not after a wrong command."""
     (tmp_path / CONFIG_NAME).write_text("max_iters: 3\n")
 

@@ -274,7 +274,7 @@ def test_reference_free_is_a_reference_of_zeros(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_rewards_are_no_success(kind: str):
+def test_equal_rewards_are_not_a_success(kind: str):
     values = torch.full((6, 2), -3.0)
     task = GivenTask(values, DPOConfig(kind))
     task.take_prepass(torch.tensor([0.0, 0.0, 6.0], dtype=torch.float64))

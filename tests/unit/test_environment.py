@@ -115,7 +115,7 @@ def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert f"this is Python 3.9 ({sys.executable}), and 3.11 or 3.12 is needed: " in said
 
 
-def test_ctrl_c_while_packages_are_imported_is_no_traceback(
+def test_ctrl_c_while_packages_are_imported_gives_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -127,7 +127,7 @@ def test_ctrl_c_while_packages_are_imported_is_no_traceback(
     assert "ValueError: a bug" in capsys.readouterr().err
 
 
-def test_training_that_lacks_a_package_is_no_crash(tmp_path: Path):
+def test_training_that_lacks_a_package_is_not_a_crash(tmp_path: Path):
     """Further commands are imported once the command line is checked."""
     program = """
 import sys, train_my_ddp as train

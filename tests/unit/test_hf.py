@@ -137,7 +137,7 @@ def test_an_odd_configuration_is_refused_by_name(case: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("case", ODD_FILES)
-def test_a_file_that_is_no_configuration_is_refused(case: str, tmp_path: Path):
+def test_a_file_that_is_not_a_configuration_is_refused(case: str, tmp_path: Path):
     content, named = ODD_FILES[case]
     with pytest.raises(ValueError) as caught:
         hf.read_config(write(tmp_path, content))
@@ -224,7 +224,7 @@ def test_odd_weights_are_refused_by_name(case: str, tmp_path: Path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtype, tmp_path: Path):
+def test_weights_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path):
     """They would generate the vocabulary's first entry over and over, or raise an error in torch."""
     save(write(tmp_path), {NORM: torch.tensor([1.0, value] * 8, dtype=dtype)})
     with pytest.raises(ValueError, match=f"{NORM} in .*model.safetensors holds values that are not finite: "):
@@ -319,7 +319,7 @@ def test_odd_sets_of_weights_are_refused(case: str, tmp_path: Path):
         (b'{"weight_map": {"a": "pytorch_model.bin"}}', '"a" is in "pytorch_model.bin": that is no safetensors'),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_index_is_refused(content: bytes, message: str, tmp_path: Path):
+def test_a_file_that_is_not_an_index_is_refused(content: bytes, message: str, tmp_path: Path):
     split(write(tmp_path))
     (tmp_path / INDEX).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:

@@ -333,7 +333,7 @@ def test_exit_code_comes_through(tmp_path: Path):
         assert process.wait(20) == expected, process.stdout.read()
 
 
-def test_sigterm_goes_to_the_ranks_alone(tmp_path: Path):
+def test_sigterm_goes_only_to_the_ranks(tmp_path: Path):
     """The signal does not go to the launcher, which would give the ranks 30 seconds."""
     write_exit_record(tmp_path / "records", 0, STOPPED, "stopped on request", 7)
     rank, launcher = tmp_path / "rank.sh", tmp_path / "launcher.sh"

@@ -391,7 +391,7 @@ def test_residual_dtype(residual_in_fp32: bool):
     assert seen == [torch.float32 if residual_in_fp32 else torch.bfloat16]
 
 
-def test_initial_weights_depend_on_seed_and_name_alone():
+def test_initial_weights_depend_only_on_seed_and_name():
     first, second, other = (Llama(SMALL.resolve()) for _ in range(3))
     first.initialize(1)
     second.initialize(1)

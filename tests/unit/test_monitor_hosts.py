@@ -148,7 +148,7 @@ def test_a_file_that_is_not_there(tmp_path: Path):
         read_hosts(tmp_path / "hots.yaml")
 
 
-def test_a_disk_that_does_not_answer_is_no_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_does_not_answer_is_not_a_wrong_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

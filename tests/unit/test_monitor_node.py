@@ -175,7 +175,7 @@ print("ee", flush=True); note("b")
     assert (node.poll(8).log, node.poll(8).log_end) == ("three\n", 14)
 
 
-def test_the_last_line_is_not_lost_for_want_of_an_end(bench: Bench):
+def test_the_last_line_is_not_lost_without_a_line_end(bench: Bench):
     """A process is killed in the middle of a line, or a library prints its last words without a newline."""
     node = bench.start("print('one\\nlast words', end='', flush=True)")
     ended(node)
@@ -191,7 +191,7 @@ def test_a_huge_log_and_a_huge_line(bench: Bench):
     assert max(map(len, pieces)) <= 1 << 18
 
 
-def test_bytes_that_are_no_text(bench: Bench):
+def test_bytes_that_are_not_text(bench: Bench):
     node = bench.start("os.write(1, b'a\\xff\\xfe\\x00b\\n' + 'grün\\n'.encode())")
     ended(node)
     assert whole_log(node)[0] == "a��\0bgrün\n".replace("b", "b\n", 1)
@@ -691,7 +691,7 @@ def test_a_disk_that_takes_nothing_is_in_the_way(
     assert node.obstacle(False) is None
 
 
-def test_room_for_a_checkpoint_is_asked_for_after_a_full_disk_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_room_for_a_checkpoint_is_required_only_after_a_full_disk(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     """A run with failing saves goes on, so a small disk is its own affair unless the disk was full before."""
     node, checkpoint = bench.node(), bench.run_dir / "ckpt" / "step-3"
     checkpoint.mkdir(parents=True)

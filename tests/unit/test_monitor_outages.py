@@ -474,7 +474,7 @@ def test_a_host_that_is_claimed_hears_of_the_monitor_while_it_waits_for_the_next
     assert max(b - a for a, b in zip(contacts, contacts[1:])) < 60 < LEASE_SECONDS
 
 
-def test_a_node_that_answers_nonsense_is_no_end(world: World, said, tmp_path: Path):
+def test_a_node_that_answers_nonsense_is_not_the_end(world: World, said, tmp_path: Path):
     """Files of the run are damaged: the job trains on."""
     node = FakeNode(world)
     world.at(50, lambda: setattr(node, "out_of_reach", ValueError("host0: 'rank'")))

@@ -44,7 +44,7 @@ def test_the_first_of_a_run_that_had_one_rank():
 
 
 @pytest.mark.parametrize("returncode", [0, 1, 75, None])
-def test_the_launchers_own_code_is_no_success(returncode: int | None):
+def test_the_launchers_own_code_is_not_a_success(returncode: int | None):
     """A launcher that ends well without a record of any rank did not train."""
     ending = classify([], None, [returncode], None)
     assert ending.code == CRASH
@@ -82,7 +82,7 @@ def test_the_rank_that_failed_first_is_quoted():
     assert (ending.reason, ending.traceback) == ("rank 1: OSError: of 1", "first")
 
 
-def test_what_others_say_of_a_rank_that_was_killed_is_no_traceback():
+def test_other_ranks_words_about_a_killed_rank_are_not_a_traceback():
     exits = [record(0, CRASH, traceback="Connection closed by peer"), record(2, CRASH, traceback="the same")]
     ending = classify(exits, 3, [1], None)
     assert ending.traceback == ""
@@ -282,7 +282,7 @@ def test_ranks_that_had_not(leaving: dict[int, int]):
     assert classify([], 2, [-9], None, leaving=leaving).code == CRASH
 
 
-def test_a_full_disk_is_no_wrong_command():
+def test_a_full_disk_is_not_a_wrong_command():
     """Whatever code the training gives it."""
     full = record(0, WRONG_INPUT) | {"reason": "--out_dir r cannot be written: No space left on device"}
     assert classify([full], 1, [2], None) == LaunchEnd(CRASH, full["reason"])

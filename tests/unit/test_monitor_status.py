@@ -69,10 +69,10 @@ def test_a_damaged_file(tmp_path: Path, content: bytes):
 def test_something_else_in_its_place(tmp_path: Path):
     path = tmp_path / "monitor" / "status.json"
     path.mkdir(parents=True)
-    assert "it is no file" in refused(tmp_path)
+    assert "it is not a file" in refused(tmp_path)
     path.rmdir()
     os.mkfifo(path)
-    assert "it is no file" in refused(tmp_path)
+    assert "it is not a file" in refused(tmp_path)
     path.unlink()
     path.symlink_to(path)
     refused(tmp_path)

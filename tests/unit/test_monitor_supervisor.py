@@ -391,7 +391,7 @@ def test_a_host_that_refuses_from_the_start_is_a_sentence(bench: Bench):
     assert (bench.status.state, bench.status.last_ending) == ("refused", "far refuses the login")
 
 
-def test_a_full_disk_at_the_launch_is_no_wrong_command(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_at_the_launch_is_not_a_wrong_command(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     """The monitor reports it and tries again, since somebody may make room. Above all, it must not die."""
     original, problems = Path.mkdir, [OSError(28, "No space left on device")]
 
@@ -498,7 +498,7 @@ def test_a_run_directory_given_from_here(bench: Bench):
     assert Status.read(bench.home / "a b").state == "finished"
 
 
-def test_ctrl_c_on_the_terminal_reaches_the_monitor_alone(bench: Bench):
+def test_ctrl_c_on_the_terminal_reaches_only_the_monitor(bench: Bench):
     """Ctrl-C goes to the whole process group; the monitor asks the ranks once, and they save."""
     body = "signal.signal(signal.SIGINT, lambda *_: note('interrupted'))\n" + STOPS_WHEN_ASKED
     process = bench.monitor(body)

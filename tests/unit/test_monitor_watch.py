@@ -75,7 +75,7 @@ def test_steps_between_two_looks_share_the_time():
     assert watch.median_step == 0.5
 
 
-def test_what_is_no_step_does_not_count_as_one():
+def test_phases_other_than_steps_do_not_count():
     """A validation of 50 s after each step of 1 s."""
     watch = watch_with_median(1.0)
     for step in range(5, 25):
@@ -112,7 +112,7 @@ def test_no_rank_ever_beat():
     assert watch.overdue([], 1021.0) == "no rank gave a sign of life within 20 s of the launch"
 
 
-def test_a_rank_that_is_gone_is_no_hang():
+def test_a_rank_that_is_gone_is_not_a_hang():
     """The rank crashed or ended, which is found by other means."""
     watch = Watch(LIMITS, 0.0)
     assert watch.overdue([beat(age=1e6, alive=False), beat(1, age=1.0)], 1e6) is None

@@ -644,7 +644,7 @@ def test_damaged_shards_are_written_again(
 @pytest.mark.parametrize(
     "change", ["content", "text key", "second text key", "separator", "valid ratio", "tokenizer", "new file"]
 )
-def test_changed_input_is_tokenized_anew(tokenizer_dir: Path, tmp_path: Path, change: str):
+def test_changed_input_is_tokenized_again(tokenizer_dir: Path, tmp_path: Path, change: str):
     """Everything that the shards depend on: the earlier run's output must not be reused for this one."""
     corpus, output, rng = tmp_path / "corpus", tmp_path / "out", random.Random(3)
     corpus.mkdir()
@@ -838,7 +838,7 @@ def test_bad_line_is_counted(tmp_path: Path, kind: str):
     assert len(bad) == 1 and str(bad[0]).startswith("a.jsonl at byte 18: ")
 
 
-def test_empty_texts_are_no_documents_and_no_errors(tmp_path: Path):
+def test_empty_texts_are_neither_documents_nor_errors(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('\n{"text": ""}\n  \n{"text": " "}')
     (tmp_path / "b.txt").write_text("")
     size = (tmp_path / "a.jsonl").stat().st_size

@@ -63,7 +63,7 @@ def test_a_later_launch_supersedes_lost_steps(tmp_path: Path):
     assert count_launches(tmp_path / "reslog.jsonl") == 2
 
 
-def test_readers_skip_what_is_no_record(tmp_path: Path):
+def test_readers_skip_lines_that_are_not_records(tmp_path: Path):
     path = tmp_path / "reslog.jsonl"
     path.write_bytes(
         b'[1]\n"x"\n\xff\xfe\n{"no": "name"}\n{"name": "train", "step": 1}\n{"name": "train", "time": 1, "step": "1"}\n'

@@ -143,7 +143,7 @@ def test_same_sequences_are_the_same_bytes(tmp_path: Path):
     assert [path.name for path in (tmp_path / "a").glob("*.tmp-*")] == []
 
 
-def test_source_with_a_name_that_is_no_unicode(tmp_path: Path):
+def test_source_with_a_name_that_is_not_unicode(tmp_path: Path):
     """The system gives names in other encodings like this: with half surrogate pairs."""
     writer = SequenceWriter(make_header())
     writer.add([5, 6], [False, True], ("caf\udce9.jsonl", "byte"), 7)
@@ -320,7 +320,7 @@ def test_set_that_lacks_a_shard(tmp_path: Path):
         SequenceSet(tmp_path, "train", "sft", 8)
 
 
-def test_directory_of_token_files_is_no_set(tmp_path: Path):
+def test_directory_of_token_files_is_not_a_set(tmp_path: Path):
     """As from pretokenize_pretrain_data: its manifest names no task."""
     manifest = {"shards": {"train": ["train-0.bin"], "valid": []}, "valid_ratio": 0.0}
     (tmp_path / "pretokenize.json").write_text(json.dumps(manifest))

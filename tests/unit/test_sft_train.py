@@ -763,7 +763,7 @@ def test_the_reference_is_what_the_model_says(home: Home, dpo_flags: list[str]):
         assert values[number // 2, number % 2] == pytest.approx(expected, rel=1e-6)
 
 
-def test_another_model_has_a_reference_of_its_own(
+def test_another_model_has_its_own_reference(
     home: Home, dpo_flags: list[str], tmp_path: Path, computed: list[int]
 ):
     assert train(dpo_flags) == 0
@@ -780,7 +780,7 @@ def cache_file_dir(flags: list[str]) -> Path:
     return Path(next(flag.partition("=")[2] for flag in flags if flag.startswith("--data_dir="))) / "reference"
 
 
-def test_a_model_made_otherwise_from_the_same_weights_has_a_reference_of_its_own(dpo_flags: list[str], tmp_path: Path):
+def test_another_model_from_the_same_weights_has_its_own_reference(dpo_flags: list[str], tmp_path: Path):
     """--rope_theta and similar options may differ from the folder; the first loss tells whose reference it is."""
     assert train(dpo_flags) == 0
     flags = elsewhere(dpo_flags, tmp_path / "stretched")
@@ -788,7 +788,7 @@ def test_a_model_made_otherwise_from_the_same_weights_has_a_reference_of_its_own
     assert losses(flags)[0] == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_no_reference_is_computed_where_there_is_none(dpo_flags: list[str], computed: list[int]):
+def test_a_loss_without_a_reference_computes_none(dpo_flags: list[str], computed: list[int]):
     assert train(dpo_flags, "--reference_free") == 0
     assert not computed and not cache_file_dir(dpo_flags).exists()
     first = records(dpo_flags, "train")[0]
@@ -827,7 +827,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_reference_is_computed_anew(dpo_flags: list[str], tmp_path: Path, computed: list[int], damage: str):
+def test_a_damaged_reference_is_computed_again(dpo_flags: list[str], tmp_path: Path, computed: list[int], damage: str):
     assert train(dpo_flags) == 0
     path = cache_file(dpo_flags)
     whole = path.read_bytes()

@@ -85,7 +85,7 @@ def test_what_is_no_small_file(tmp_path: Path):
         read_small(tmp_path / "file", 2)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="it is no file"):
+        with pytest.raises(ValueError, match="it is not a file"):
             read_small(path, 3)
     with pytest.raises(FileNotFoundError):
         read_small(tmp_path / "absent", 3)

@@ -127,7 +127,7 @@ def test_parse_refuses(text: str):
     assert str(problem.value).isprintable()
 
 
-def test_a_fingerprint_of_another_kind_is_no_fingerprint():
+def test_a_fingerprint_of_another_kind_is_not_a_fingerprint():
     with pytest.raises(ValueError, match="SHA256"):
         SSHTarget("node1", fingerprint="MD5:00:11")
 

@@ -30,7 +30,7 @@ def test_an_entry_names_what_there_is(name: TaskName):
 
 
 @pytest.mark.parametrize("name", TASK_TYPES)
-def test_a_flag_of_some_tasks_counts_for_those_alone(name: TaskName):
+def test_a_flag_of_some_tasks_counts_only_for_them(name: TaskName):
     of_some = {flag for task in TASK_TYPES.values() for flag in task.flags}
     idle = [flag for rule in ONLY_WITH if not rule.counts({"task_type": name}) for flag in rule.names]
     assert sorted(idle) == sorted(of_some - set(TASK_TYPES[name].flags))

@@ -234,7 +234,7 @@ def test_threads_do_not_change_the_ids(tokenizer: Tokenizer, num_threads: int):
     assert tokenizer.encode_batch([], num_threads) == []
 
 
-def test_bytes_that_are_no_text_yet(tokenizer: Tokenizer):
+def test_bytes_that_are_not_text_yet(tokenizer: Tokenizer):
     """Half a character while it streams in, and its remainder when its start was cut off."""
     ids = tokenizer.encode("\U0001f9ea")
     assert len(ids) > 1
@@ -615,7 +615,7 @@ def test_file_beyond_measure(hf_folder: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("method", ["stat", "read_bytes"])
-def test_failing_disk_is_no_broken_tokenizer(hf_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str):
+def test_failing_disk_is_not_a_broken_tokenizer(hf_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     """A run that is tried again may find the disk mended; a refused one is not tried again."""
     real = getattr(Path, method)
 

@@ -141,7 +141,7 @@ def test_vocabulary_and_merges(tmp_path: Path, kind: str, how: str):
     assert load_tokenizer(tmp_path / "copy").fingerprint == ours.fingerprint
 
 
-def test_class_whose_code_lies_beside_it(tmp_path: Path):
+def test_class_with_its_code_beside_it(tmp_path: Path):
     """The code is not run; a SentencePiece model needs none."""
     config = {"tokenizer_class": "OurTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_our.OurTokenizer", None]}}
     write(tmp_path, tokenizer_model=sentence_piece("llama 2"), tokenizer_config_json=config | NAMED)
@@ -174,7 +174,7 @@ def test_what_cannot_be_converted_here(tmp_path: Path, name: str):
     assert "train_tokenizer" not in message and "output_dir" not in message
 
 
-def test_unigram_is_no_bpe(tmp_path: Path):
+def test_unigram_is_not_bpe(tmp_path: Path):
     message = refusal(write(tmp_path, tokenizer_model=sentence_piece("unigram")))
     assert "only BPE" in message and "--output_dir" not in message
 

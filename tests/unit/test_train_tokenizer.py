@@ -425,7 +425,7 @@ def test_records_without_the_field_are_the_first_words(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     "flags", [["--max_digits", "4"], ["--kind", "unigram"], ["--vocab_size", "many"], ["--sample_mb", "x"], ["--what"]]
 )
-def test_command_on_what_is_no_flag(corpus: Path, capsys: pytest.CaptureFixture[str], flags: list[str]):
+def test_command_on_words_that_are_not_flags(corpus: Path, capsys: pytest.CaptureFixture[str], flags: list[str]):
     with pytest.raises(SystemExit) as caught:
         main(["--data_dir", str(corpus), "--output_dir", "out", *flags])
     assert caught.value.code == 2
@@ -479,7 +479,7 @@ def test_command_on_a_wrong_text_key(corpus: Path, tmp_path: Path, capsys: pytes
     assert "--text_key" in capsys.readouterr().err
 
 
-def test_command_skips_a_record_that_is_no_unicode_text(
+def test_command_skips_a_record_that_is_not_unicode_text(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """JSON can spell half a surrogate pair, which has no UTF-8 form; crawled text does contain such halves."""

@@ -122,7 +122,7 @@ def test_a_line_that_holds_no_record_is_passed_over(text: bytes, decoder: str, m
     "value", ["[1, 2]", '{"a": 1}', "true", '"text"', "null", "1" + "0" * 400, "-1" + "0" * 4000, '"\\u001b[2J"',
               "[" * 500 + "]" * 500, '"\\ud800"']  # fmt: skip
 )
-def test_a_metric_that_is_no_number_is_a_gap(value: str, decoder: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_metric_that_is_not_a_number_is_a_gap(value: str, decoder: str, monkeypatch: pytest.MonkeyPatch):
     if decoder == "json":
         monkeypatch.setattr(history_module, "orjson", None)
     record = f'{{"name": "train", "time": 1, "step": 1, "loss": {value}, "lr": 0.5}}'.encode()
@@ -409,7 +409,7 @@ def test_figures_of_a_run():
 
 
 @pytest.mark.parametrize("facts", [{"max_iters": [1]}, {"max_iters": 10**300}, {"max_iters": -1}, {"max_iters": True}])
-def test_a_plan_that_is_no_number_of_steps(facts: dict):
+def test_a_plan_that_is_not_a_number_of_steps(facts: dict):
     snapshot = snapshot_of(line("start", step=0, **facts), line("train", step=1, dt="inf", tokens_per_sec="nan"))
     found = state_of(Run(None, "a"), snapshot, 1001.0)
     assert found.max_iters is None and math.isnan(found.seconds_left) and math.isnan(found.tokens_per_sec)

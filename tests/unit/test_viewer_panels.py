@@ -427,7 +427,7 @@ def test_many_names_leave_room_for_the_panels():
         assert shown[0].endswith("number-0")
 
 
-def test_every_run_has_a_look_of_its_own():
+def test_every_run_has_its_own_look():
     assert len({look(n) for n in range(len(COLOURS) * len(MARKS))}) == len(COLOURS) * len(MARKS) >= 72
     assert [look(n)[1] for n in range(len(COLOURS))] == [""] * len(COLOURS) and len(COLOURS) >= 12
     figure, panels, _ = pictured(many_runs(30, usual()), LOSS, 900, 600)
@@ -476,7 +476,7 @@ def of_task(task: str | None, loss: float, **more: float) -> Snapshot:
     return snapshot_of(line("start", step=0, **({"task": task} if task else {})), *train)
 
 
-def test_each_task_has_a_loss_of_its_own(tmp_path: Path):
+def test_each_task_has_its_own_loss(tmp_path: Path):
     tasks = [of_task("dpo", 0.1), of_task("pretrain", 10.0), of_task("sft", 2.0), of_task("pretrain", 8.0)]
     runs = [ShownRun(f"a{n}", COLOURS[n], found) for n, found in enumerate(tasks)]
     figure, panels, _ = pictured(runs, View(("loss", "lr", "grad_norm")), 900, 600)

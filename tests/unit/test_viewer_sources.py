@@ -130,7 +130,7 @@ def test_only_new_bytes_are_fetched(target: SSHTarget | None, log: Path):
         assert run.log.bytes_fetched <= log.stat().st_size + 2 * 64
 
 
-def test_a_file_that_was_replaced_is_read_anew(target: SSHTarget | None, tmp_path: Path):
+def test_a_replaced_file_is_read_again(target: SSHTarget | None, tmp_path: Path):
     longer, shorter, as_long = steps(31, 70, 2.0), steps(1, 5, 2.0), steps(1, 20, 2.0)
     cases = [(new, in_place) for new in (longer, shorter, as_long, "") for in_place in (True, False)]
     logs = [tmp_path / str(number) / "reslog.jsonl" for number in range(len(cases))]
@@ -379,7 +379,7 @@ def test_a_file_without_lines_takes_no_memory(tmp_path: Path):
     b"\n" * 5000, b"\r\n\x00\n" * 100, b"\xef\xbb\xbf" + line("train", step=9).encode(), os.urandom(100_000),
     b"\x7fELF" + b"\0" * 10_000, b"\x80\x05\x95cos\nsystem\n(S'touch owned'\ntR.\n",
 ], ids=["bytes", "utf-16", "utf-32", "newlines", "nul", "bom", "random", "binary", "pickle"])  # fmt: skip
-def test_a_file_that_is_no_log(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_is_not_a_log(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "reslog.jsonl"
     path.write_bytes(content + b"\n")
@@ -551,7 +551,7 @@ def test_a_local_name_at_home():
     "ssh://node1:0/a", "ssh://node1:x/a", "ssh://-l@node1/a", "a\x1b[2J:b", "[]:a", "::1:a", "a;b:c",
     "node1:~bob/a", "ssh://node1/~bob/a", "node1:$SCRATCH/a", "ssh://node1/$HOME/a", "$NO_SUCH_VARIABLE/a",
 ])  # fmt: skip
-def test_what_is_no_place(text: str):
+def test_text_that_is_not_an_address(text: str):
     with pytest.raises(ValueError) as problem:
         RunAddress.parse(text)
     one_sentence(str(problem.value))
