@@ -16,8 +16,8 @@ zeroed), 2 for bfloat16 weights.
 
 import importlib.util
 import math
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from optimizer.adamw import adamw_reference, within_range
 from optimizer.config import AdamWConfig
 
-tl = None
+tl: Any = None
 """triton.language once the kernels are loaded."""
 
 
@@ -65,7 +65,7 @@ def adamw_flat_reference(
 
 def _adamw_kernel(
     main_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, weights_ptr, numel,
-    grad_factor: "fp64", one_minus_beta1: "fp64", one_minus_beta2: "fp64",  # noqa: F821
+    grad_factor: "fp64", one_minus_beta1: "fp64", one_minus_beta2: "fp64",  # type: ignore[name-defined]  # noqa: F821
     decay, step_size, sqrt_correction2, eps, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """BLOCK elements a program."""
@@ -110,7 +110,7 @@ def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
 
 
 @cache
-def _kernels() -> dict[str, Callable]:
+def _kernels() -> dict[str, Any]:
     """The three kernels above by name, for Triton's compiler or its interpreter. Triton is imported here, at the first
     step: a CPU has no use for the second it takes."""
     import triton

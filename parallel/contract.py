@@ -23,15 +23,19 @@ from parallel.buffer import ParameterSlice
 class Named(Protocol):
     """A parameter, or a slice of one."""
 
-    name: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class GradientSource(Protocol):
     """What an optimizer steps, and where its gradients come from. Buckets go by their numbers."""
 
-    slices: Sequence[Sequence[ParameterSlice]]
-    """What this rank steps, one list a bucket."""
+    @property
+    def slices(self) -> Sequence[Sequence[ParameterSlice]]:
+        """What this rank steps, one list a bucket."""
 
     @property
     def keeps_scale(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.buffer import Bucket
 from parallel.collectives import measure_bandwidth
 from parallel.comm_hooks import sum_hook
-from parallel.contract import NamedState, StepResult
+from parallel.contract import GradientSource, NamedState, StepResult
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
 from parallel.gradients import BucketGradients, PlainGradients
@@ -52,19 +52,27 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
     return BucketedEngine(parts, ddp, powersgd, zero1)
 
 
+def one_process() -> str:
+    return f"one process of {torch.get_num_threads()} thread(s)"
+
+
 def _grad_dtype(parts: EngineParts) -> torch.dtype:
     return torch.float32 if parts.config.grad_reduce_in_fp32 else next(parts.model.parameters()).dtype
 
 
-class NaiveEngine:
-    """Sums every gradient after the backward pass. What the bucketed engine does besides, its methods say."""
+class WholeModelEngine:
+    """What both share.
+
+    Args:
+        gradients: of `ddp`, for the optimizer.
+    """
 
     is_sharded = False
 
-    def __init__(self, parts: EngineParts, ddp: NaiveDDP):
-        self.mesh, self.ddp, self._parts = parts.mesh, ddp, parts
+    def __init__(self, parts: EngineParts, ddp: NaiveDDP | DistributedDataParallel, gradients: GradientSource):
+        self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
         self._nonfinite: list[str] = []
-        self.optimizer = parts.new_optimizer(PlainGradients(ddp.slices(), parts.square))
+        self.optimizer = parts.new_optimizer(gradients)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         device = self._parts.context.device
@@ -80,7 +88,7 @@ class NaiveEngine:
             is_last = index == len(micro_batches) - 1
             if is_last:
                 self._before_last(plan)
-            with nullcontext() if is_last else self.ddp.no_sync():
+            with nullcontext() if is_last else self._ddp.no_sync():
                 with span("forward"):
                     loss_sum, _, sums = task(self._parts.to_device(batch))
                 with span("backward"):
@@ -101,16 +109,15 @@ class NaiveEngine:
         """Right before the last micro-batch, under which gradients may be reduced."""
 
     def step(self, plan: StepPlan) -> StepResult:
-        self.ddp.finish_grad_sync()
-        self._look_for_nonfinite()
+        self._ddp.finish_grad_sync()
+        self._nonfinite = self._find_nonfinite()
         plan.before_update()
         with span("optimizer"):
             return self._step(plan)
 
-    def _look_for_nonfinite(self) -> None:
-        """Before the gradients are zeroed."""
-        if self._parts.config.check_for_nan_in_grad:
-            self._nonfinite = self.ddp.nonfinite_parameters()
+    def _find_nonfinite(self) -> list[str]:
+        """`nonfinite_parameters` of this step, before its gradients are zeroed."""
+        raise NotImplementedError
 
     def _step(self, plan: StepPlan) -> StepResult:
         return self.optimizer.step(plan.lr)
@@ -127,7 +134,7 @@ class NaiveEngine:
             require_same_weights(self._parts.context, self._parts.model.parameters(), step)
 
     def communication_s(self) -> float:
-        return self.ddp.observer.waits.take()
+        return self._ddp.observer.waits.take()
 
     def nonfinite_parameters(self) -> list[str]:
         return self._nonfinite
@@ -154,12 +161,6 @@ class NaiveEngine:
         has_any = next(iter(states), None) is not None
         return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
 
-    def describe(self) -> str:
-        threads, size = torch.get_num_threads(), self.mesh.world_size
-        if size == 1:
-            return f"one process of {threads} thread(s)"
-        return f"{size} processes, naive all-reduce; {threads} thread(s) each"
-
     def traffic(self) -> Traffic | None:
         return None
 
@@ -170,7 +171,22 @@ class NaiveEngine:
         pass
 
 
-class BucketedEngine(NaiveEngine):
+class NaiveEngine(WholeModelEngine):
+    """Sums every gradient after the backward pass."""
+
+    def __init__(self, parts: EngineParts, ddp: NaiveDDP):
+        super().__init__(parts, ddp, PlainGradients(ddp.slices(), parts.square))
+        self.ddp = ddp
+
+    def _find_nonfinite(self) -> list[str]:
+        return self.ddp.nonfinite_parameters() if self._parts.config.check_for_nan_in_grad else []
+
+    def describe(self) -> str:
+        threads, size = torch.get_num_threads(), self.mesh.world_size
+        return f"{size} processes, naive all-reduce; {threads} thread(s) each" if size > 1 else one_process()
+
+
+class BucketedEngine(WholeModelEngine):
     """Reduces buckets of gradients under the backward pass.
 
     Args:
@@ -178,15 +194,12 @@ class BucketedEngine(NaiveEngine):
         zero1: shards the optimizer's state.
     """
 
-    ddp: DistributedDataParallel
-
     def __init__(
         self, parts: EngineParts, ddp: DistributedDataParallel, powersgd: PowerSGD | None, zero1: Zero1 | None
     ):
-        self.mesh, self.ddp, self.powersgd, self.zero1, self._parts = parts.mesh, ddp, powersgd, zero1, parts
+        self.ddp, self.powersgd, self.zero1 = ddp, powersgd, zero1
+        super().__init__(parts, ddp, BucketGradients(ddp, zero1, parts.square))
         self.is_sharded = zero1 is not None
-        self.gradients = BucketGradients(ddp, zero1, parts.square)
-        self.optimizer = parts.new_optimizer(self.gradients)
         if parts.config.overlap_optim_step:
             ddp.register_after_reduction(self._step_reduced)
 
@@ -208,8 +221,8 @@ class BucketedEngine(NaiveEngine):
                 plan = replace(plan, shall_drop=None)
         return super().forward_backward(micro_batches, task, plan)
 
-    def _look_for_nonfinite(self) -> None:
-        self._nonfinite = self.ddp.observer.nonfinite_parameters
+    def _find_nonfinite(self) -> list[str]:
+        return self.ddp.observer.nonfinite_parameters
 
     def _before_last(self, plan: StepPlan) -> None:
         if self._parts.config.overlap_optim_step:
@@ -268,7 +281,7 @@ class BucketedEngine(NaiveEngine):
     def describe(self) -> str:
         config, size, count = self._parts.config, self.mesh.world_size, len(self.ddp.buckets)
         if size == 1 and self.powersgd is None and self.zero1 is None:
-            return super().describe()
+            return one_process()
         overlap = "overlapped with" if config.overlap_grad_reduce else "after"
         text = f"{size} processes" if size > 1 else "one process"
         text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"

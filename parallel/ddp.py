@@ -72,8 +72,7 @@ class DistributedDataParallel(nn.Module):
         self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
         self.collectives = Collectives(context.grad_group)
         self.hook: CommHook = AllReduce(self.collectives)
-        self._after_reduction: Callable[[Bucket], None] | None = None
-        self._after_stream: CommStream | None = None
+        self._after: tuple[CommStream, Callable[[Bucket], None]] | None = None
         self._sync_this_backward = True
         self._slot_of = {}
         for slot in self.flat_buffers.layout.slots:
@@ -98,7 +97,7 @@ class DistributedDataParallel(nn.Module):
 
         It runs on a stream (on a CPU: a thread) of its own, bucket after bucket, and must issue no collectives.
         """
-        self._after_reduction, self._after_stream = callback, CommStream(self.context.device)
+        self._after = CommStream(self.context.device), callback
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -109,8 +108,14 @@ class DistributedDataParallel(nn.Module):
         finally:
             self._sync_this_backward = before
 
-    def zero_grad(self) -> None:
-        """Get all buckets ready for the next backward pass."""
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Get all buckets ready for the next backward pass. An optimizer of ours has done so at the end of its step.
+
+        Raises:
+            ValueError: `set_to_none`, as gradients are views into the buffers.
+        """
+        if set_to_none:
+            raise ValueError("gradients are views into flat buffers and cannot be None: leave set_to_none out")
         for bucket in self.buckets:
             self.hook.release(bucket)
         self.flat_buffers.restore_grad_views()
@@ -122,8 +127,8 @@ class DistributedDataParallel(nn.Module):
     def close(self) -> None:
         """End the threads; work that was not waited for is finished first."""
         self.comm_stream.close()
-        if self._after_stream is not None:
-            self._after_stream.close()
+        if self._after is not None:
+            self._after[0].close()
 
     def slices(self) -> list[list[ParameterSlice]]:
         """What the optimizer steps: every parameter whole, one list a bucket."""
@@ -147,7 +152,7 @@ class DistributedDataParallel(nn.Module):
         with self.observer.waiting("wait for buckets"):
             for handle, bucket in zip(self._handles, self.buckets):
                 handle.wait()
-                if self._after_reduction is None:
+                if self._after is None:
                     self.hook.settle(bucket)
         self.observer.synchronised()
         self._begin()
@@ -187,13 +192,14 @@ class DistributedDataParallel(nn.Module):
 
         self.observer.launched(len(self._arrived))
         reduced = self.comm_stream.submit(work)
-        if self._after_reduction is None:
+        if self._after is None:
             self._handles.append(reduced)
         else:
-            self._handles.append(self._after_stream.submit(partial(self._when_reduced, reduced, bucket)))
+            stream, callback = self._after
+            self._handles.append(stream.submit(partial(self._when_reduced, reduced, bucket, callback)))
         self._next_bucket += 1
 
-    def _when_reduced(self, reduced: Handle, bucket: Bucket) -> None:
+    def _when_reduced(self, reduced: Handle, bucket: Bucket, callback: Callable[[Bucket], None]) -> None:
         reduced.wait()
         self.hook.settle(bucket)
-        self._after_reduction(bucket)
+        callback(bucket)
