@@ -24,7 +24,7 @@ _HELP = "/reset forgets what was said, /help says this, /exit or Ctrl-D ends, Ct
 
 
 def talk(chat: Chat) -> None:
-    """A conversation in the terminal, until the input ends."""
+    """Hold a conversation in the terminal until the input ends."""
     interactive = sys.stdin.isatty()
     if interactive:
         print(_HELP, file=sys.stderr)
@@ -33,13 +33,13 @@ def talk(chat: Chat) -> None:
             question = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             return
-        # Who wants to leave should not have to read how.
+        # To leave, nobody should have to look up the command.
         if question.lower() in ("/exit", "/quit", "exit", "quit"):
             return
         if question == "/reset":
             chat.reset()
         elif question.startswith("/") and question[1:].isalpha():
-            print(_HELP if question == "/help" else f"{question} is no command. {_HELP}", file=sys.stderr)
+            print(_HELP if question == "/help" else f"{question} is not a command. {_HELP}", file=sys.stderr)
         elif question and say(chat, question) and chat.was_cut and interactive:
             tell(f"the answer was cut at --max_new_tokens={chat.max_new_tokens}")
 
@@ -60,16 +60,17 @@ def say(chat: Chat, question: str) -> bool:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """
+    """Arguments of the command line.
+
     Raises:
-        SystemExit: no such command, or --help.
+        SystemExit: an unknown argument, or --help.
     """
     parser = Parser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", type=a_path, required=True, help="run directory, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--system", default="", help="with --chat: what the model is told first")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many (default: 200)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="stop after this many (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest; 0: from all (default: 50)")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from this share of probability (default: 1)")
@@ -80,9 +81,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """
+    """Check what can be checked without a model.
+
     Raises:
-        ValueError: a value is impossible, whatever the model.
+        ValueError: a value is impossible.
     """
     if not args.prompt and not args.chat:
         raise ValueError("--prompt is missing: give the model some text to continue, or talk to it with --chat")
@@ -102,7 +104,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def tell(text: str) -> None:
-    """To people: what the model says has standard output for itself."""
+    """Write to standard error: standard output is for the model's text alone."""
     print(f"generate: {text}", file=sys.stderr)
 
 
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         check(args)
-        # torch is imported from here on, which takes seconds: what is wrong with the command is said before.
+        # From here on torch is imported, which takes seconds: mistakes in the command are reported before.
         directory = resolve_checkpoint_dir(Path(args.ckpt))
         import torch
 
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             for note in chat.notes(folder_stops):
                 tell(note)
         else:
-            # As transformers' tokenizer of the same folder does. A chat template writes its own.
+            # Begins as with transformers' tokenizer of the same folder. A chat template writes its own beginning.
             prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
             room = generation.room_for_text(model, prompt)
     except (ValueError, OSError) as error:

@@ -32,7 +32,7 @@ from parallel.launched import exit_record_dir, launch_token, launched_rank, laun
 from runs import exits
 from runs.job import run_job
 from runs.layout import RunPaths
-from training.config import Config, resolve
+from training.config import resolve
 from utils.logging import log_traceback, setup_console
 from utils.terminal import INTERRUPTED, set_up_output
 
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     try:
         try:
             config, given = parse_config(argv)
-            refuse_folder_of_others(config)
+            refuse_folder_of_others(Path(config.run.out_dir))
             exit_dir = exit_dir or RunPaths(Path(config.run.out_dir)).exit_dir
             exits.clear_exit_record(exit_dir, rank)
             # All of it imports torch, which takes seconds: what is wrong with the command is said before.
@@ -128,15 +128,15 @@ def main(argv: list[str]) -> int:
         raise
 
 
-def refuse_folder_of_others(config: Config) -> None:
-    """Before an exit record is left there.
+def refuse_folder_of_others(out_dir: Path) -> None:
+    """Refuse a folder that holds something else than a run, before an exit record is left there.
 
     Raises:
-        ValueError: --out_dir holds something, and no run.
+        ValueError: --out_dir is such a folder.
     """
-    # Of one that cannot be read, opening the run will say more.
+    # If it cannot be read, opening the run will say more.
     with suppress(OSError):
-        refuse_other_things(Path(config.run.out_dir))
+        refuse_other_things(out_dir)
 
 
 def launch(nproc: int, argv: list[str]) -> int:
@@ -146,7 +146,7 @@ def launch(nproc: int, argv: list[str]) -> int:
         ValueError: the command is wrong.
     """
     config, given = parse_config(argv)
-    refuse_folder_of_others(config)
+    refuse_folder_of_others(Path(config.run.out_dir))
     if "gradient_accumulation_steps" in given:
         resolve(config, nproc, 1)
     exit_dir = exit_record_dir() or RunPaths(Path(config.run.out_dir)).exit_dir

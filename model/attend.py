@@ -1,10 +1,10 @@
-"""All that attention must know besides queries, keys and values: built once a forward pass, the same for every layer.
+"""Everything attention must know besides queries, keys and values. Built once a forward pass, the same for every layer.
 
     positions     rotary tables
-    documents     nothing, their lengths, where they start, or a mask: what the implementation of attention can use
+    documents     nothing, their lengths, their starts, or a mask, depending on the implementation of attention
     cache         keys and values of earlier tokens, and how many of them each row has
 
-A new kind of mask or cache changes this file and the implementations in attention.py, and no layer.
+A new kind of mask or cache changes this file and the implementations in model/kernels/, but no layer.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), K key and value heads, D head dim,
 M documents.
@@ -22,10 +22,10 @@ from model.rope import inverse_frequencies, rope_tables, sequence_lengths
 def causal_mask(
     num_new: int, num_all: int, document_ids_BT: Tensor | None, device: torch.device, rows: list[int] | None = None
 ) -> Tensor:
-    """The keys that each query sees, bool (1 or B, 1, T, S): those not after it and in its document.
+    """Mask of the keys that each query sees, bool (1 or B, 1, T, S): those of its document that do not come after it.
 
     Args:
-        rows: tokens that each row's cache holds, where they differ; default: all rows hold S - T.
+        rows: number of tokens in each row's cache, if the rows differ; by default all rows hold S - T.
     """
     starts = torch.tensor(rows if rows is not None else [num_all - num_new], device=device)
     queries = starts[:, None] + torch.arange(num_new, device=device)
@@ -36,8 +36,8 @@ def causal_mask(
 
 
 def document_lengths(document_ids_BT: Tensor) -> list[list[int]] | None:
-    """Lengths of each row's documents, where attending document by document costs less than all T x T weights under a
-    mask; otherwise None. On the CPU.
+    """Lengths of each row's documents if, on a CPU, attending document by document costs less than computing all T x T
+    weights under a mask; otherwise None.
 
     Measured there: a weight under a mask costs as much as 1.4 of plain causal attention, a call as much as 2,500.
     """
@@ -49,8 +49,9 @@ def document_lengths(document_ids_BT: Tensor) -> list[list[int]] | None:
 
 
 def document_starts(document_ids_BT: Tensor) -> Tensor:
-    """Where documents begin among the tokens of all rows, and where the last one ends: int32 (M + 1,). A row's border
-    is a document's, too. On a CPU: on a GPU it would wait for the number of documents."""
+    """Offsets at which documents begin among the tokens of all rows, and the end of the last one: int32 (M + 1,). The
+    border of a row is also the border of a document. Call it on CPU tensors: a GPU would have to wait for the number
+    of documents."""
     begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
     begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     starts = begins.flatten().nonzero()[:, 0]
@@ -60,8 +61,8 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer, for up to `max_length` tokens a row.
 
-    `lengths` says how many tokens each row holds. `Llama.forward` adds the new ones to it. Whoever feeds rows that are
-    padded behind sets it afterwards to what is real, and the padding is overwritten by what comes next.
+    `lengths` is the number of tokens that each row holds; `Llama.forward` adds the new ones. A caller whose rows are
+    padded at the end then sets `lengths` to the real numbers, and later tokens overwrite the padding.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
@@ -72,13 +73,13 @@ class KVCache:
 
     @property
     def is_even(self) -> bool:
-        """Whether all rows hold equally many tokens."""
+        """Whether all rows hold the same number of tokens."""
         return len(set(self.lengths)) == 1
 
     def require_room(self, num_new: int) -> None:
         """
         Raises:
-            ValueError: a row has no room for so many more tokens.
+            ValueError: a row has no room for that many more tokens.
         """
         if max(self.lengths) + num_new > self.max_length:
             raise ValueError(
@@ -86,13 +87,13 @@ class KVCache:
             )
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these, for instance those whose texts have ended."""
+        """Drop all rows but these, for instance when other texts have ended."""
         self.lengths = [self.lengths[row] for row in rows]
         self._keys_LBKSD, self._values_LBKSD = self._keys_LBKSD[:, rows], self._values_LBKSD[:, rows]
 
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new tokens behind those of each row; returns keys and values up to the longest row's end,
-        (B, K, S, D). A shorter row holds zeros or padding behind its own end, which its mask hides."""
+        """Store T new tokens after those of each row; return keys and values up to the end of the longest row,
+        (B, K, S, D). After its own end, a shorter row holds zeros or padding, which the mask hides."""
         num_new, end = k_BKTD.shape[2], max(self.lengths) + k_BKTD.shape[2]
         for all_BKSD, new_BKTD in ((self._keys_LBKSD[layer], k_BKTD), (self._values_LBKSD[layer], v_BKTD)):
             if self.is_even:
@@ -105,7 +106,8 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Attend:
-    """At most one of `mask`, `documents` and `starts` is given; with none, attention is causal over the whole row."""
+    """What the queries of one forward pass attend to. At most one of `mask`, `documents` and `starts` is given; without
+    any, attention is causal over the whole row."""
 
     rope: tuple[Tensor, Tensor]
     """cos and sin of each position's angles, float32, (B, 1, T, D / 2) each."""
@@ -114,12 +116,12 @@ class Attend:
     documents: list[list[int]] | None = None
     """Lengths of each row's documents."""
     starts: Tensor | None = None
-    """Where documents begin among the tokens of all rows; see `document_starts`."""
+    """Offsets of the documents among the tokens of all rows; see `document_starts`."""
     cache: KVCache | None = None
 
     @property
     def is_plainly_causal(self) -> bool:
-        """Whether the new tokens are all there is, each row one document."""
+        """Whether each row is one document without earlier tokens."""
         return self.mask is None and self.documents is None and self.starts is None and self.cache is None
 
 
@@ -133,13 +135,13 @@ def attend_to(
     cache: KVCache | None = None,
     by_document: bool = True,
 ) -> Attend:
-    """What a forward pass over `num_new` tokens a row attends to.
+    """Build the Attend of a forward pass over `num_new` tokens a row.
 
     Args:
-        positions_BT: int64, of the new tokens.
-        document_ids_BT: int64, equal ids side by side; not together with a cache.
-        starts: where those documents begin, for an implementation of attention that takes them.
-        by_document: whether documents may be attended to one by one, where that is less work.
+        positions_BT: positions of the new tokens, int64.
+        document_ids_BT: document of each token, int64, equal ids side by side; not together with a cache.
+        starts: offsets of those documents, for an implementation of attention that takes them.
+        by_document: whether documents may be attended to one by one, if that is less work.
     """
     lengths = sequence_lengths(positions_BT, document_ids_BT) if config.rope_scaling == "dynamic" else None
     rope = rope_tables(inverse_frequencies(config, lengths, device), positions_BT)

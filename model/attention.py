@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotary positions, cache, and whichever implementation does what is asked for.
+"""The attention layer: projections, rotary positions, the cache, and the choice of an implementation.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
 and value heads, D head dim.
@@ -15,8 +15,10 @@ from model.ops import Ops
 
 
 class Attention(nn.Module):
-    """Args:
-        layer: number of the block that it is in, for the cache.
+    """Multi-head attention with grouped keys and values (Ainslie et al., "GQA", 2023).
+
+    Args:
+        layer: number of the layer's block, for the cache.
     """
 
     def __init__(self, config: LlamaConfig, ops: Ops, layer: int):
@@ -31,7 +33,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_BTC: Tensor, attend: Attend, key: DropoutKey | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+        """Attend from each new token: x (B, T, C) -> (B, T, C)."""
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
         q_BHTD, k_BKSD, v_BKSD = (
@@ -46,7 +48,7 @@ class Attention(nn.Module):
     def _attended(
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None
     ) -> Tensor:
-        """(B, H, T, D), by what can do what `attend` asks for."""
+        """Heads' outputs (B, H, T, D), by the implementation that can serve this `attend`."""
         if self.ops.step_by_step or (self.config.attention_dropout > 0.0 and key is not None):
             mask = attend.mask
             if mask is None:

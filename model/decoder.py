@@ -4,11 +4,12 @@
     for each block:   h = h + attention(rms_norm(h));   h = h + w_down(silu(w_gate x) * (w_up x)) of x = rms_norm(h)
     logits = head(rms_norm(h))
 
-Every addition to h is followed by a norm, in the next block if need be: a block returns h and what is still to be
-added, so that a kernel can do both in one pass over memory. Which functions do the work stands in `ops` (model/ops.py).
+Every addition to h is followed by a norm, sometimes in the next block. So a block returns h and a second tensor that is
+still to be added, and a kernel can do both in one pass over memory. `ops` holds the functions that do the work
+(model/ops.py).
 
-Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in the order of their use, which is what
-`parallel` plans its buckets by; their names are Hugging Face's without the leading "model.".
+Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in the order of their use, by which
+`parallel` plans its buckets. Their names are those of Hugging Face's llama without the leading "model.".
 """
 
 import hashlib
@@ -35,8 +36,10 @@ from model.roles import Role
 
 
 class Block(nn.Module):
-    """Args:
-        layer: its number, from 0.
+    """One transformer block.
+
+    Args:
+        layer: number of the block, from 0.
     """
 
     def __init__(self, config: LlamaConfig, ops: Ops, layer: int):
@@ -47,16 +50,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
         self.checkpoint_options: dict[str, Any] | None = None
-        """Given: while it trains, the block is a checkpoint by itself, see `Llama.compile_blocks`."""
+        """If given, the block checkpoints itself while it trains; see `Llama.compile_blocks`."""
 
     def forward(
         self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One block: (h, what is to be added to it). h stays in its own dtype (float32 with residual_in_fp32), the
-        matmuls run in the weights'.
+        """Run the block; return h and the tensor still to be added to it. h keeps its own dtype (float32 with
+        residual_in_fp32), the matmuls run in the weights' dtype.
 
         Args:
-            to_add_BTC: from the block before, not dropped out yet; None: it is in h.
+            to_add_BTC: the previous block's output before dropout; None if h contains it already.
             key: names the block's dropout masks.
         """
         if self.checkpoint_options is not None and self.training and torch.is_grad_enabled():
@@ -84,19 +87,19 @@ _KEPT = frozenset({
     "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
     "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_cutlass",
 })  # fmt: skip
-"""Operators that multiply matrices or attend, by name: the packages of some need not be there."""
+"""Operators that multiply matrices or attend. By name, as some belong to packages that may not be installed."""
 
 
 def _keep_matmuls(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
     name, _, overload = operator.name().partition(".")
-    # A result that is written into somebody else's memory would be found there only the first time.
+    # A result that is written into a caller's memory would only be there the first time.
     kept = name in _KEPT and not overload.endswith("out")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpoint_options(keeps: str) -> dict[str, Any]:
-    """For torch.utils.checkpoint: which outputs are not computed again."""
-    # No generator state to preserve: dropout is a function of its key.
+    """Arguments of torch.utils.checkpoint, by which outputs are kept."""
+    # There is no generator state to preserve: dropout is a function of its key.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keeps == "matmuls":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
@@ -104,7 +107,7 @@ def _checkpoint_options(keeps: str) -> dict[str, Any]:
 
 
 class Llama(nn.Module):
-    """The whole model. Weights are float32 until moved; see `initialize`."""
+    """The whole model. Its weights are float32 until they are moved; `initialize` sets them."""
 
     def __init__(
         self,
@@ -116,9 +119,9 @@ class Llama(nn.Module):
         """
         Args:
             config: resolved (no zeros left), see LlamaConfig.resolve.
-            gradient_checkpointing: keep only what enters each block, and compute the rest again in the backward pass.
-            checkpoint_keeps: "matmuls" keeps the outputs of matrix multiplications and attention, too, and computes
-                again only what is cheap (selective recomputation: Korthikanti et al., MLSys 2023).
+            gradient_checkpointing: keep only each block's inputs, and compute the rest again in the backward pass.
+            checkpoint_keeps: "matmuls" also keeps the outputs of matrix multiplications and attention, and recomputes
+                only cheap operations (selective recomputation: Korthikanti et al., MLSys 2023).
 
         Raises:
             ValueError: the configuration is not resolved, or checkpoint_keeps has nothing to act on.
@@ -133,10 +136,10 @@ class Llama(nn.Module):
             )
         self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
         self._checkpoint_keeps, self._checkpoint_options = checkpoint_keeps, _checkpoint_options(checkpoint_keeps)
-        # Dropped weights need all of them.
+        # Attention dropout needs the full weight matrix.
         self.attends_by_document = not (config.attention_dropout or ops.step_by_step)
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
-        """Rows of several documents should come with `document_starts`."""
+        """Whether rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
@@ -146,21 +149,21 @@ class Llama(nn.Module):
         self._compiled_parameters: list[nn.Parameter] = []
 
     def compile_blocks(self, **options) -> None:
-        """torch.compile, with its options, for each block; one graph serves them all."""
-        # They would be built anew for every other cut of the rows.
+        """Compile each block with these options of torch.compile; one graph serves all blocks."""
+        # Graphs of single documents would be built anew for each division of the rows.
         self.attends_by_document = False
         for block in cast("list[Block]", self.layers):
             if self.gradient_checkpointing and self._checkpoint_keeps == "matmuls":
-                # Inside of what is compiled: from outside, a compiled block is one operation, whose matmuls write into
-                # memory of its own, and there is nothing to keep.
+                # Inside the compiled graph: from outside, a compiled block is one operation whose matmuls write into
+                # memory of its own, so there would be nothing to keep.
                 block.checkpoint_options = self._checkpoint_options
             block.compile(**options)
         self._compiled_parameters = list(self.layers.parameters())
 
     @contextmanager
     def _gradients_aside(self) -> Iterator[None]:
-        """torch.compile leaves everything that touches a parameter uncompiled where the gradient's dtype is another,
-        float32 beside bfloat16: what it cannot see does not keep it from its work."""
+        """Hide the compiled blocks' gradients during the forward pass. torch.compile would leave uncompiled whatever
+        touches a parameter whose gradient has another dtype, such as float32 beside bfloat16."""
         gradients = [parameter.grad for parameter in self._compiled_parameters]
         for parameter in self._compiled_parameters:
             parameter.grad = None
@@ -183,12 +186,12 @@ class Llama(nn.Module):
 
         Args:
             input_ids_BT: token ids, int64.
-            positions_BT: int64; default 0..T-1, or behind the cache. 0 where a row is padded.
+            positions_BT: int64; by default 0..T-1, or the positions after the cache. 0 where a row is padded.
             document_ids_BT: int64; tokens attend only within equal ids, which lie side by side. Not together with a
                 cache.
             cache: read and extended in place.
             dropout_key: names the dropout masks; without it nothing is dropped.
-            document_starts: where the documents of document_ids begin, see attention.document_starts; used where
+            document_starts: offsets of the documents of document_ids, see attend.document_starts; used if
                 `wants_document_starts`.
         """
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
@@ -199,7 +202,7 @@ class Llama(nn.Module):
             positions_BT = (past[:, None] + torch.arange(num_new, device=device)).expand(len(input_ids_BT), -1)
         starts = document_starts if self.wants_document_starts else None
         if starts is not None and self._compiled_parameters:
-            # Otherwise there is a graph for the first number of documents, and another one for all others.
+            # Otherwise there would be one graph for the first number of documents and another one for all others.
             torch._dynamo.maybe_mark_dynamic(starts, 0)
         attend = attend_to(
             self.config, num_new, device, positions_BT, document_ids_BT, starts, cache, self.attends_by_document
@@ -216,7 +219,7 @@ class Llama(nn.Module):
     def _blocks(
         self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None
     ) -> tuple[Tensor, Tensor | None, DropoutKey | None]:
-        """(h, what is to be added to it, the dropout key of that)."""
+        """Run all blocks; return h, the tensor still to be added to it, and that tensor's dropout key."""
         to_add_BTC: Tensor | None = None
         key: DropoutKey | None = None
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -225,7 +228,7 @@ class Llama(nn.Module):
             run = block
             if recomputes:
                 if to_add_BTC is not None:
-                    # One tensor that stays instead of two.
+                    # So that one tensor is kept instead of two.
                     h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
                     to_add_BTC = None
                 if block.checkpoint_options is None:
@@ -234,7 +237,7 @@ class Llama(nn.Module):
         return h_BTC, to_add_BTC, key
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) normed hidden states -> (..., V) scores in the weights' dtype."""
+        """Scores of the vocabulary in the weights' dtype: normed hidden states (..., C) -> (..., V)."""
         return self.lm_head(hidden)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
@@ -246,7 +249,7 @@ class Llama(nn.Module):
         return self.lm_head.token_logprobs(hidden, labels)
 
     def roles(self) -> dict[str, Role]:
-        """Name of each parameter -> how those treat it who know nothing of layers: who decays, steps or cuts it."""
+        """Name of each parameter -> its role: how it begins, and how optimizers and parallelism treat it."""
         family = family_of(self.config)
         return {name: family.role_of(name) for name, _ in self.named_parameters()}
 

@@ -1,11 +1,11 @@
-"""Dropout whose mask is a function of where it is applied, not of a generator's state.
+"""Dropout whose mask is a function of its place, not of a generator's state.
 
 The mask of an element is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of
-(run seed, the row's position in the run, forward pass, site in the model, place of the element in its row). So it is
-the same however a global batch was split into micro-batches and over ranks, it needs no saving, and recomputation
-under gradient checkpointing sees it again. A place must not depend on how far the row is padded, which the other rows
-of its micro-batch decide: of hidden states it is the index in row-major order, since padding comes behind; of attention
-weights it is head, query and key.
+(run seed, the row's position in the run, forward pass, site in the model, place of the element in its row). So the mask
+does not depend on how the global batch was split into micro-batches and over ranks, it need not be saved, and
+recomputation under gradient checkpointing draws the same one. A place must not depend on the row's padding, which the
+other rows of its micro-batch decide: for hidden states it is the index in row-major order, since padding comes last;
+for attention weights it is head, query and key.
 """
 
 import math
@@ -24,14 +24,14 @@ _MASK16, _MASK32 = 0xFFFF, 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """Names the masks of one forward pass."""
+    """Name of the masks of one forward pass."""
 
     seed: int
     """The run's seed; its low 64 bits count."""
     row_ids: Tensor
     """(B,) int64: each row's position in the run."""
     forward_id: int = 0
-    """Tells several forward passes over the same rows apart; below 2**16."""
+    """Number that tells forward passes over the same rows apart; below 2**16."""
     layer: Tensor | None = None
     """Number of the block, as an int64 scalar: a Python number would make torch.compile build every block anew."""
 
@@ -80,7 +80,7 @@ def _seed_words(key: DropoutKey) -> tuple[int, int]:
 
 
 def _is_kept(words: tuple[Tensor, ...], length: int, probability: float) -> Tensor:
-    """(..., n) words of n blocks each -> (..., length): four neighbours are of one block."""
+    """Mask from Philox blocks of four words: words (..., n) each -> (..., length). Four neighbours share a block."""
     uniform = torch.stack(words, dim=-1).flatten(-2)[..., :length]
     return uniform >= round(probability * 2.0**32)
 
@@ -102,8 +102,8 @@ def dropout_mask(shape: torch.Size, probability: float, key: DropoutKey, site: i
 def attention_dropout_mask(shape: torch.Size, probability: float, key: DropoutKey) -> Tensor:
     """Boolean mask of attention weights (B, H, T, S), True where one is kept; the T queries are the last of S tokens.
 
-    Head, query and key need more than the word that a block's number has. So a first Philox makes of row, forward pass,
-    block and head the key of a second one, which counts queries and keys.
+    Head, query and key do not fit into the one word of a block's number. So a first Philox turns row, forward pass,
+    layer and head into the key of a second one, which counts queries and keys.
     """
     batch, heads, num_new, num_all = shape
     rows, device = key.row_ids.reshape(batch, 1), key.row_ids.device
@@ -125,7 +125,7 @@ def dropout(x: Tensor, probability: float, key: DropoutKey | None, site: int) ->
 
 
 def attention_dropout(weights_BHTS: Tensor, probability: float, key: DropoutKey | None) -> Tensor:
-    """The same of attention weights; see `attention_dropout_mask`."""
+    """Drop attention weights in the same way; see `attention_dropout_mask`."""
     if key is None or probability == 0.0:
         return weights_BHTS
     return weights_BHTS * attention_dropout_mask(weights_BHTS.shape, probability, key) * (1.0 / (1.0 - probability))

@@ -1,7 +1,7 @@
-"""Floating-point operations of training, and the peaks that they are compared with.
+"""Floating-point operations of training, and the devices' peaks.
 
 Model FLOPs utilisation (MFU) is FLOPs a token x tokens a second / the devices' dense peak (Chowdhery et al., PaLM,
-2022). Two counts of the FLOPs a token:
+2022). There are two counts of the FLOPs a token:
 
     strict   6 x parameters of the matmuls (the head where it is computed, not the input embedding) + causal attention
              (half of full)
@@ -42,7 +42,7 @@ def _matmul_parameters(config: LlamaConfig) -> int:
 
 
 def _full_attention_flops(config: LlamaConfig, seq_len: float) -> float:
-    """Two matmuls (scores, values) of 2 T D FLOPs a head and token, times 3 for forward and backward."""
+    """FLOPs a token of two matmuls (scores, values) of 2 T D each a head, times 3 for forward and backward."""
     return 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
 
 
@@ -50,7 +50,7 @@ def flops_per_token_strict(config: LlamaConfig, seq_len: float, head_share: floa
     """Forward and backward FLOPs a token, by the strict formula.
 
     Args:
-        seq_len: length of the sequence that a token is in, on average over the tokens.
+        seq_len: length of a token's sequence, averaged over the tokens.
         head_share: share of the tokens that get logits.
     """
     head = config.vocab_size * config.hidden_size
@@ -59,12 +59,16 @@ def flops_per_token_strict(config: LlamaConfig, seq_len: float, head_share: floa
 
 
 def flops_per_token_seed(config: LlamaConfig, seq_len: int, num_parameters: int) -> float:
-    """Forward and backward FLOPs a token by the original's formula. num_parameters: all distinct ones."""
+    """Forward and backward FLOPs a token by the original's formula.
+
+    Args:
+        num_parameters: all distinct parameters.
+    """
     return 6.0 * num_parameters + _full_attention_flops(config, seq_len)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak in FLOP/s: a table for GPUs (None if the model is unknown), a GEMM measured now on a CPU."""
+    """Dense peak in FLOP/s: from a table for GPUs (None if the model is unknown), from a matmul timed now for CPUs."""
     if device.type != "cuda":
         return _measure_gemm(device, dtype)
     name = torch.cuda.get_device_name(device)
@@ -77,9 +81,9 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def _measure_gemm(device: torch.device, dtype: torch.dtype, budget_s: float = 0.5) -> float:
     """Best FLOP/s of square matmuls of growing size with the process's threads, within about `budget_s` seconds.
 
-    Growing, because a dtype without fast instructions (fp16 on most CPUs) would take seconds on a large one. Beyond
-    1024, because up to there one thread does it all where there is AMX (oneDNN 3.x, two threads). Not before 512: the
-    first ones of all start the threads, which takes seconds on a machine that has other things to do.
+    The sizes grow, because a dtype without fast instructions (fp16 on most CPUs) would take seconds for a large one.
+    They pass 1024, because with AMX a single thread does all the work up to there (oneDNN 3.x, two threads). The clock
+    may not stop before 512: the first matmuls start the threads, which takes seconds on a busy machine.
     """
     best, deadline = 0.0, time.perf_counter() + budget_s
     for size in (128, 256, 512, 1024, 1280, 2048):

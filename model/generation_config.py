@@ -1,7 +1,7 @@
-"""What a Hugging Face folder says of generating: which tokens end a text, and how the next one is drawn.
+"""The generation settings of a Hugging Face folder: which tokens end a text, and how the next one is drawn.
 
-It says so in two files. transformers and vLLM take `generation_config.json` where there is one; others know
-`config.json` alone. Here both count: a text ends at each token that either of them names.
+They stand in two files. transformers and vLLM take `generation_config.json` if there is one; other programs read only
+`config.json`. Here both count: a text ends at every token that either of them names.
 """
 
 import json
@@ -13,50 +13,53 @@ from model.hf_files import read_json, shown
 
 GENERATION_CONFIG = "generation_config.json"
 _MARKS = ("_from_model_config", "transformers_version")
-"""What transformers notes about a file that it wrote, which would be untrue of ours."""
+"""Notes of transformers about a file that it wrote; in a file of ours they would be untrue."""
 _SETTINGS = {
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
     "forced_eos_token_id",
 }  # fmt: skip
-"""What folders of before generation_config.json have in their config.json, where transformers still takes it from."""
+"""Settings that stand in the config.json of folders older than generation_config.json. transformers still reads
+them there."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
+    """Which tokens end and begin a text, and all other settings as they were found."""
+
     eos_ids: tuple[int, ...] = ()
     """Tokens that end a text."""
     bos_id: int | None = None
     """The token that begins one."""
     pad_id: int | None = None
     settings: dict[str, object] = field(default_factory=dict)
-    """All else of a generation_config.json, as it stands there: temperature, top_p, repetition_penalty ..."""
+    """The rest of a generation_config.json, unchanged: temperature, top_p, repetition_penalty ..."""
 
     def ending_with(self, ids: Iterable[int]) -> "GenerationConfig":
-        """The same of a model that has learnt to end texts with these tokens. They come first: some readers take one
-        alone."""
+        """The settings of a model that has also learnt to end texts with these tokens. They come first, since some
+        readers take only one."""
         return replace(self, eos_ids=tuple(dict.fromkeys([*ids, *self.eos_ids])))
 
     @property
     def token_ids(self) -> dict[str, int | list[int] | None]:
-        """What a config.json says of it; a null is said, too, where transformers would put in another id."""
+        """Keys of a config.json. A null is written, too: transformers would fill in another id."""
         one_or_more = list(self.eos_ids) if len(self.eos_ids) > 1 else next(iter(self.eos_ids), None)
         return {"eos_token_id": one_or_more, "bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
 
     def to_hf(self) -> dict[str, object]:
         """Content of a generation_config.json."""
         ids = {name: value for name, value in self.token_ids.items() if value is not None}
-        # Its own beginning and padding count, but not its ends, which these include.
+        # The settings' own beginning and padding count; their ends are among eos_ids.
         return ids | self.settings | {"eos_token_id": self.token_ids["eos_token_id"]}
 
 
 def read_generation_config(directory: str | Path) -> GenerationConfig:
-    """What a folder with a config.json says.
+    """The settings of a folder with a config.json.
 
     Raises:
-        ValueError: one of the two files holds something else; file and key are named.
-        OSError: a disk or a network that may be back later.
+        ValueError: a value in one of the two files is wrong; file and key are named.
+        OSError: a disk or a network fails, and may be back later.
     """
     model, settings = Path(directory) / "config.json", Path(directory) / GENERATION_CONFIG
     of_model = _read(model)
@@ -67,7 +70,7 @@ def read_generation_config(directory: str | Path) -> GenerationConfig:
     eos_ids = [*_ids(of_settings, "eos_token_id", settings), *_ids(of_model, "eos_token_id", model)]
     others = {}
     for name in ("bos_token_id", "pad_token_id"):
-        # Checked in both files; a model's own are in its config.json.
+        # Checked in both files; the model's own ids are those in its config.json.
         _id(of_settings, name, settings)
         others[name] = _id(of_model, name, model)
     kept = {key: value for key, value in of_settings.items() if key not in ("eos_token_id", *_MARKS)}
@@ -103,5 +106,5 @@ def _id(values: dict, name: str, path: Path) -> int | None:
 
 
 def _is_id(value: object) -> bool:
-    # Of Llamas of 2023, -1 says that there is none.
+    # In Llamas of 2023, -1 means that there is no such token.
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 31

@@ -26,9 +26,9 @@ _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|SCB)$"
     r"|\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
 )
-"""What stands beside weights that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX made smaller."""
+"""Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
-"""Of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
+"""Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
 
 
 def to_hf_config(
@@ -39,11 +39,11 @@ def to_hf_config(
     pad_token_id: int | None = None,
     family: Family | None = None,
 ) -> dict[str, object]:
-    """Content of a `config.json` that transformers loads as it is. The tokens are as in generation_config.py; null is
-    written where there is none, since a configuration has ids for them otherwise.
+    """Content of a `config.json` that transformers loads as it is. The tokens are as in generation_config.py; a token
+    that does not exist is written as null, since transformers would otherwise fill in an id.
 
     Args:
-        family: the one to write, if not `family_of(config)`; the weights must be written in the same.
+        family: the family to write; `family_of(config)` if None. The weights must be written in the same one.
     """
     family = family or family_of(config)
     number = str(dtype).removeprefix("torch.")
@@ -59,10 +59,10 @@ def to_hf_config(
 
 
 def from_hf_config(values: object) -> LlamaConfig:
-    """The config of a Hugging Face folder, from the content of its config.json.
+    """The configuration that the content of a Hugging Face folder's config.json describes.
 
     Raises:
-        ValueError: an architecture or option that this model does not have, or a value that is none.
+        ValueError: it has an architecture or an option that this model does not have, or an impossible value.
     """
     values = _dictionary(values)
     return family_named(values.get("model_type")).read(values)
@@ -76,7 +76,11 @@ def _dictionary(values: object) -> dict:
 
 @torch.no_grad()
 def named_weights(model: Llama, family: Family | None = None) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names; a tied matrix once, as the embedding. `family`: see to_hf_config."""
+    """The weights under Hugging Face's names; a tied matrix only once, as the embedding.
+
+    Args:
+        family: as in to_hf_config.
+    """
     family = family or family_of(model.config)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     named: dict[str, Tensor] = {}
@@ -87,10 +91,11 @@ def named_weights(model: Llama, family: Family | None = None) -> dict[str, Tenso
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
-    """
+    """The configuration of a Hugging Face folder.
+
     Raises:
-        ValueError: there is none, or not one of a model that can be built here; the file and the key are named.
-        OSError: a disk or a network that may be back later.
+        ValueError: it has no config.json, or one of a model that cannot be built here; file and key are named.
+        OSError: a disk or a network fails, and may be back later.
     """
     values = _read_values(directory)
     with _naming(directory):
@@ -114,7 +119,7 @@ def _read_values(directory: str | Path) -> object:
 
 @contextmanager
 def _naming(directory: str | Path) -> Iterator[None]:
-    """Put the file's name before what is said of its content."""
+    """Put the file's name before a sentence about its content."""
     try:
         yield
     except ValueError as error:
@@ -129,7 +134,7 @@ class _Stored(NamedTuple):
 
 
 class _Folder(NamedTuple):
-    """Where a folder holds a model."""
+    """The places of a model's tensors in a folder."""
 
     weights: list[tuple[Rule, list[_Stored]]]
     """The tensors of each rule."""
@@ -137,13 +142,13 @@ class _Folder(NamedTuple):
 
 
 def _find_weights(directory: str | Path, model: Llama) -> _Folder:
-    """Where the weights are, from the headers of the files alone, and what may be there besides.
+    """Find the weights, and the tensors that may be there besides, by the headers of the files alone.
 
     Raises:
         ValueError: see load_weights.
     """
     family = _read_family(directory)
-    # As a model without values: so that what a rule joins takes neither memory nor time.
+    # Without values, so that joined tensors take neither memory nor time.
     parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
     rules, besides = family.rules(model.config, parameters), family.besides(model.config)
     needed: dict[str, torch.Size] = {}
@@ -161,15 +166,17 @@ def _find_weights(directory: str | Path, model: Llama) -> _Folder:
 
 
 def _short(family: Family, name: str) -> str:
-    """A tensor's name in folders of the part below the head."""
+    """A tensor's name without the prefix, as in folders of the part below the head."""
     return name.removeprefix(family.prefix)
 
 
 def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]) -> dict[str, _Stored]:
-    """Short name -> tensor, of all that a folder's files hold.
+    """Short name -> place of each tensor in a folder's files.
 
     Args:
-        shapes: short name -> shape, of those that may be there.
+        shapes: short name -> shape of each tensor that may be there.
+    Raises:
+        ValueError: a tensor is unknown, there twice, quantized or of another shape, or contradicts the index.
     """
     files, index = weight_files(directory)
     found: dict[str, _Stored] = {}
@@ -197,7 +204,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
 
 
 def _check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
-    """Dtype and shape of a weight, before it is read."""
+    """See that a weight has the right dtype and shape, before it is read."""
     if header.get_dtype() not in _DTYPES:
         raise ValueError(
             f"{hf_name} in {file} is of dtype {header.get_dtype()}: only weights in floating point that are not "
@@ -208,7 +215,7 @@ def _check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
 
 
 def _told_unknown(hf_name: str) -> str:
-    """What a weight is that the model has no place for."""
+    """End of a sentence about a weight for which the model has no place."""
     if _QUANTIZED.search(hf_name):
         return "of weights that are quantized: take a folder where they are not"
     if ".lora_" in hf_name or ".base_layer." in hf_name:
@@ -223,7 +230,7 @@ def _told_index(elsewhere: str | None) -> str:
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
     try:
-        # Its own errors of the system bear no number to tell them apart by.
+        # safetensors' own errors of the system have no number by which to tell them apart.
         open(file, "rb").close()
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -235,8 +242,8 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Modules are built without their first values: for tensors without memory torch imports its compiler to make them,
-    which takes seconds."""
+    """Skip modules' own initial values: to draw them for tensors without memory, torch imports its compiler, which
+    takes seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", "") == "torch.nn.init":
@@ -245,8 +252,8 @@ class _NoInitialValues(TorchFunctionMode):
 
 
 def check_weights(config: LlamaConfig, directory: str | Path) -> None:
-    """See whether a folder's weights are those of a configuration, before there is memory for them: a configuration
-    that is off by a few zeros would ask for more than there is.
+    """See that a folder's weights fit a configuration, before memory is allocated: a configuration that is off by a few
+    zeros would ask for too much.
 
     Raises:
         ValueError: see load_weights.
@@ -262,11 +269,11 @@ def load_weights(model: Llama, directory: str | Path) -> None:
 
     Raises:
         ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
-            not finite; the first such is named.
-        OSError: a disk or a network that may be back later.
+            not finite; the first one is named.
+        OSError: a disk or a network fails, and may be back later.
     """
     parameters, folder = dict(model.named_parameters()), _find_weights(directory, model)
-    # One file after the other, as most rules need one alone.
+    # File by file: the tensors of most rules are in one file.
     by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
         with _opened(file) as tensors:
@@ -288,7 +295,7 @@ def _read_tensor(place: _Stored) -> Tensor:
 def _check_finite(place: _Stored, tensor: Tensor) -> None:
     """
     Raises:
-        ValueError: a value is none, so no score of the model would be.
+        ValueError: a value is infinite or not a number, and the model's scores would be, too.
     """
     # The extremes of a tensor with a NaN are NaN; to find them takes less time than to read it.
     if tensor.numel() and not all(math.isfinite(value) for value in tensor.aminmax()):

@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder hold the weights, and what to do where they are in another format."""
+"""The files of a Hugging Face folder that hold the weights, and what to do with weights in another format."""
 
 import json
 import re
@@ -11,21 +11,22 @@ _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 MISTAKES = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""Of the system's refusals those that another try meets again. Others, of a disk or a network, may pass."""
+"""Errors of the system that another try would meet again. Those of a disk or a network may pass."""
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a JSON file, as far as a sentence has room."""
+    """A value as JSON, cut to what fits into a sentence."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def read_json(path: Path) -> object:
-    """
+    """Content of a JSON file.
+
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: what is there cannot be read, or says something twice.
-        OSError: a disk or a network that may be back later.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or gives a key twice.
+        OSError: a disk or a network fails, and may be back later.
     """
     try:
         content = path.read_bytes()
@@ -36,7 +37,7 @@ def read_json(path: Path) -> object:
     try:
         return json.loads(content, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -49,17 +50,17 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a clone made without Git LFS left a few lines in the place of a large file."""
+    """Whether a file holds only the few lines that a clone without Git LFS leaves in place of a large one."""
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
 
 def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that hold a model's weights, and what an index says of them: name of a weight -> name of its file.
+    """The files that hold a model's weights, and their index: name of a weight -> name of its file.
 
-    As transformers chooses: one file, `model.safetensors`, or those that `model.safetensors.index.json` names and no
-    other. Where there are two sets of weights, it takes one in silence, and this refuses. Parts whose index got lost
-    are read where none of them is missing.
+    The choice is transformers': `model.safetensors` alone, or exactly the files that `model.safetensors.index.json`
+    names. If there are two sets of weights, transformers takes one in silence; here they are refused. Parts without
+    their index are read if none of them is missing.
 
     Raises:
         ValueError: no weights, weights in another format, or two sets of them.
@@ -83,7 +84,7 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Name of a weight -> name of its file; nothing where there is no index."""
+    """Index of the parts: name of a weight -> name of its file; empty if there is no index."""
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -93,14 +94,16 @@ def _read_index(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} must hold a weight_map, a dictionary from weights to files")
     for name, file in mapping.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path} says that {shown(name)} is in {shown(file)}: that is no safetensors beside it")
+            said = f"{path} says that {shown(name)} is in {shown(file)}"
+            raise ValueError(f"{said}: that is not a safetensors file beside it")
     return mapping
 
 
 def _all_parts(parts: list[Path]) -> list[Path]:
-    """
+    """The parts of a model, if all that their names promise are there.
+
     Raises:
-        ValueError: one of as many parts as their names promise is missing.
+        ValueError: one is missing, or belongs to another set.
     """
     if not parts:
         return []
@@ -109,7 +112,7 @@ def _all_parts(parts: list[Path]) -> list[Path]:
     wanted = [f"model-{number:0{width}d}-of-{count:0{width}d}.safetensors" for number in range(1, count + 1)]
     names = [path.name for path in parts]
     if wrong := sorted(set(wanted) ^ set(names)):
-        what = "is missing" if wrong[0] in wanted else f"is none of the {count} parts of {names[0]}"
+        what = "is missing" if wrong[0] in wanted else f"is not one of the {count} parts of {names[0]}"
         raise ValueError(f"{parts[0].with_name(wrong[0])} {what}, and no {INDEX} tells: fetch the whole folder anew")
     return parts
 
@@ -119,7 +122,7 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def without_config(directory: Path) -> str:
-    """What to do with a folder that has no config.json."""
+    """End of a sentence: what to do with a folder that has no config.json."""
     if _is_adapter(directory) or _first(directory, "*.gguf", "consolidated*.pth"):
         return _other_weights(directory)
     weights = _first(directory, "model*.safetensors", "pytorch_model*.bin")
@@ -127,11 +130,11 @@ def without_config(directory: Path) -> str:
 
 
 _TRAINERS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state")
-"""Files of a training run, no weights."""
+"""Beginnings of names of a trainer's own files, which hold no weights."""
 
 
 def _first(directory: Path, *patterns: str) -> str | None:
-    """The first file's name, of the first pattern that finds any."""
+    """Name of the first file that the first successful pattern finds."""
     for pattern in patterns:
         names = (path.name for path in directory.glob(pattern) if not path.name.startswith(_TRAINERS))
         if (name := min(names, default=None)) is not None:
@@ -140,12 +143,12 @@ def _first(directory: Path, *patterns: str) -> str | None:
 
 
 def _python(script: str) -> str:
-    """A command for a shell. The script's strings are in double quotes."""
+    """A shell command that runs a script, whose strings are in double quotes."""
     return f"python -c {shlex.quote(script)}"
 
 
 def _other_weights(directory: Path) -> str:
-    """What a folder without our format holds instead, and the command that converts it."""
+    """End of a sentence: what a folder holds instead of our format, and the command that converts it."""
     here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
     auto = "from transformers import AutoModelForCausalLM as M"
     if _is_adapter(directory):

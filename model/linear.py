@@ -1,14 +1,14 @@
-"""Linear layers. Nothing outside this file multiplies with a layer's weight: so an adapter, four-bit weights or a
-tensor-parallel shard take a layer's place by being one.
+"""Linear layers. Nothing outside this file multiplies with a layer's weight, so an adapter, four-bit weights or a
+tensor-parallel shard can take the place of a layer.
 
 Several projections of one input can be one matrix multiplication:
 
     y = x [W_1; W_2; ...]^T = [x W_1^T, x W_2^T, ...]
 
-A wide multiplication uses a GPU better than several narrow ones, and its backward pass adds the input's gradients in
-the same go. The weights stay parameters of their own, so their names on disk, their buckets and PowerSGD's matrices are
-what they were. They are put side by side for each pass: a copy of 2 bytes an element where the multiplication takes
-2 N operations, for N tokens. They are not kept so for the backward pass.
+A wide multiplication uses a GPU better than several narrow ones, and its backward pass also adds up the input's
+gradients. The weights remain separate parameters, so their names on disk, their buckets and PowerSGD's matrices stay as
+they are. Each pass copies them side by side: 2 bytes an element, while the multiplication takes 2 N operations an
+element for N tokens. The copy is not kept for the backward pass.
 
 Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
 """
@@ -34,7 +34,7 @@ def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 class Head(Linear):
-    """Scores of the vocabulary, and what is computed from them without keeping them."""
+    """The output projection: scores of the vocabulary, and losses and log-probabilities that need not keep them."""
 
     def __init__(self, hidden_size: int, vocab_size: int, ops: Ops):
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -46,7 +46,8 @@ class Head(Linear):
         Args:
             hidden: (..., C) normed hidden states.
             labels: (...) int64.
-            grad_scale: what the sum will be multiplied by before its backward pass; float16 needs to know beforehand.
+            grad_scale: the factor by which the sum will be multiplied before its backward pass; float16 needs to know
+                it beforehand.
         """
         return self.ops.loss_sum(hidden, self.weight, labels, grad_scale=grad_scale)
 
@@ -79,5 +80,5 @@ class _MergedLinear(torch.autograd.Function):
 
 
 def merged_linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """x (..., C), weights (O_i, C) -> (..., sum of O_i)."""
+    """Several projections in one multiplication: x (..., C), weights (O_i, C) -> (..., sum of O_i)."""
     return _MergedLinear.apply(x, *weights)

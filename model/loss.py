@@ -10,8 +10,8 @@ IGNORE_INDEX = -100
 def head_scores(hidden: Tensor, weight: Tensor) -> Tensor:
     """Scores of the vocabulary, float32: (..., C), (V, C) -> (..., V).
 
-    They are rounded to the inputs' dtype, as a linear layer's. In float16 their gradient is not: a rare token's is a
-    probability, of 1e-9 and less, and float16 ends at 6e-8, which a loss scale over many tokens makes little better.
+    They are rounded to the inputs' dtype, as in a linear layer. In float16 their gradient is not rounded: for a rare
+    token it is a probability of 1e-9 or less, float16 ends at 6e-8, and a loss scale over many tokens helps little.
     """
     if hidden.dtype == torch.float16:
         return _HalfHead.apply(hidden, weight)
@@ -19,7 +19,7 @@ def head_scores(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 class _HalfHead(torch.autograd.Function):
-    """A linear layer in float16, whose backward pass takes the scores' gradient in float32 and multiplies it so."""
+    """A linear layer in float16 whose backward pass takes and multiplies the scores' gradient in float32."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from model.ops import REFERENCE, Ops
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019), computed in float32: of a sum, which it returns,
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019) of a sum x, computed in float32. Returns the sum,
     too."""
 
     def __init__(self, size: int, eps: float, ops: Ops = REFERENCE):
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
     def forward(
         self, h_BTC: Tensor, x_BTC: Tensor | None, dropout_p: float, key: DropoutKey | None, site: int
     ) -> tuple[Tensor, Tensor]:
-        """(h + dropout(x), norm of that); x None: nothing is added."""
+        """The pair (h + dropout(x), its norm); with x None nothing is added."""
         if x_BTC is None:
             return h_BTC, self.ops.rms_norm(h_BTC, self.weight, self.eps)
         return self.ops.add_rms_norm(h_BTC, x_BTC, self.weight, self.eps, dropout_p, key, site)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021) and its stretchings to longer contexts."""
+"""Rotary position embedding (Su et al., 2021) and its scalings to longer contexts."""
 
 import math
 
@@ -9,10 +9,10 @@ from model.config import LlamaConfig
 
 
 def sequence_lengths(positions_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    """Length of the document that each token is in, its greatest position and one: int64 (B, T), or (B, 1) where a row
-    is one document.
+    """Length of each token's document, which is its greatest position plus one: int64 (B, T), or (B, 1) if each row is
+    one document.
 
-    Of a row's positions, not its width: padding, which has position 0, is as wide as the other rows of a batch make it.
+    The width of a row does not count: it includes padding, which has position 0 and depends on the batch's other rows.
 
     Args:
         document_ids_BT: equal ids lie side by side.
@@ -32,12 +32,12 @@ def inverse_frequencies(
     """Angle per position of each pair of channels, float32, shape (head_dim / 2,); for dynamic (..., head_dim / 2).
 
     none     theta ** (-2i / D)
-    linear   the same over the factor (Chen et al., "Extending context window ... via positional interpolation", 2023)
+    linear   that over the factor (Chen et al., "Extending context window ... via positional interpolation", 2023)
     dynamic  theta grows with a document's length beyond max_position_embeddings (NTK-aware scaling, bloc97, 2023)
     llama3   long wavelengths over the factor, short ones untouched, a linear blend between (Llama 3.1)
 
     Args:
-        lengths: for dynamic alone, int64 (...): of the documents, see `sequence_lengths`.
+        lengths: of the documents, int64 (...), for dynamic alone; see `sequence_lengths`.
     """
     dim, factor = config.head_dim, config.rope_scaling_factor
     theta: float | Tensor = config.rope_theta
@@ -59,8 +59,11 @@ def inverse_frequencies(
 
 
 def rope_tables(inv_freq: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, float32 whatever the model's dtype, each (B, 1, T, D / 2); inv_freq
-    (D / 2,), (B, 1, D / 2) or (B, T, D / 2)."""
+    """cos and sin of every position's angles, each (B, 1, T, D / 2), float32 whatever the model's dtype.
+
+    Args:
+        inv_freq: (D / 2,), (B, 1, D / 2) or (B, T, D / 2).
+    """
     angles = (positions_BT[..., None].float() * inv_freq)[:, None]
     return angles.cos(), angles.sin()
 

@@ -1,4 +1,4 @@
-"""A conversation with a model, and the text of tokens as they come. Needs no torch."""
+"""A conversation with a model, and the text of its tokens as they arrive. Needs no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from tokenizer.chat_template import Message, template_of
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
-    """Pieces of text as the ids arrive; a character whose bytes are not complete yet waits for the rest."""
+    """Yield pieces of text as the ids arrive; a character waits until its bytes are complete."""
     seen, shown = [], ""
     for token_id in ids:
         seen.append(token_id)
@@ -24,21 +24,21 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 def require_utf8(what: str, text: str) -> None:
     """
     Raises:
-        ValueError: it came from a terminal or a file in another encoding, and has no text to tokenize.
+        ValueError: the text comes from a terminal or a file in another encoding, and cannot be tokenized.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} is no UTF-8: write it in that encoding") from None
+        raise ValueError(f"{what} is not UTF-8: write it in that encoding") from None
 
 
 @dataclass
 class Chat:
-    """A conversation with a model: what was said, and how the next answer is drawn.
+    """A conversation with a model: its messages, and how the next answer is drawn.
 
     Args:
-        sample: `generate` with all but the prompt, max_new_tokens and stop_ids settled.
-        room: longest prompt and answer together, in tokens.
+        sample: `generate` with all arguments but the prompt, max_new_tokens and stop_ids.
+        room: greatest length of prompt and answer together, in tokens.
     """
 
     tokenizer: Tokenizer
@@ -51,15 +51,19 @@ class Chat:
     def __post_init__(self) -> None:
         self._template = template_of(self.tokenizer)
         self.was_cut = False
-        """Whether the last answer ended for want of room."""
+        """Whether the last answer ended because it reached its limit."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget the messages."""
         self.messages[:] = [Message("system", self.system)] if self.system else []
 
     def notes(self, folder_stops: frozenset[int]) -> list[str]:
-        """What is odd about talking to this model. `folder_stops`: the tokens that its folder names as ends."""
+        """Remarks on talking to this model.
+
+        Args:
+            folder_stops: the tokens that its folder names as ends.
+        """
         notes = list(self._template.notes)
         if self._template.end_id not in folder_stops:
             notes.append(
@@ -69,9 +73,9 @@ class Chat:
         return notes
 
     def answer(self, question: str) -> Iterator[str]:
-        """Say something; yields pieces of the answer. It joins the history, as far as the caller has taken it.
+        """Ask, and yield pieces of the answer. The part that the caller has taken joins the history.
 
-        The oldest exchanges are forgotten where the history has become too long.
+        The oldest exchanges are forgotten when the history becomes too long.
 
         Raises:
             ValueError: the question alone is too long.
@@ -93,7 +97,7 @@ class Chat:
         self.was_cut = count >= self.max_new_tokens
 
     def _ask(self, question: str) -> list[int]:
-        """Take a question into the history; returns the prompt."""
+        """Add a question to the history, and return the prompt."""
         require_utf8("the question", question)
         first, room = (1 if self.system else 0), self.room - self.max_new_tokens
         asked = Message("user", question)
@@ -105,6 +109,6 @@ class Chat:
             )
         self.messages.append(asked)
         while len(ids := self._template.prompt(self.messages)) > room:
-            # A question and its answer.
+            # Drop a question and its answer.
             del self.messages[first : first + 2]
         return ids

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, and new text from them, one token after the other."""
+"""Loading a model with its tokenizer, and generating text from it, one token after the other."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +14,19 @@ from tokenizer import Tokenizer, load_tokenizer
 
 
 class Loaded(NamedTuple):
+    """A model that is ready to generate."""
+
     model: Llama
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
-    """Tokens that end a text: of a document, and those that the folder's configuration names."""
+    """Tokens that end a text: the end of a document, and those that the folder's configuration names."""
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate.
 
     Raises:
-        ValueError: one of the two cannot be used, or they do not go together.
+        ValueError: one of the two cannot be used, or they do not belong together.
     """
     directory = resolve_checkpoint_dir(path)
     config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
@@ -41,11 +43,11 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
 
 
 def room_for_text(model: Llama, prompt_ids: list[int]) -> int:
-    """How many tokens may follow a prompt: the model knows `max_position_embeddings` positions, however its rotary
-    positions are scaled.
+    """Number of tokens that may follow a prompt. The model knows `max_position_embeddings` positions, whatever the
+    scaling of its rotary positions.
 
     Raises:
-        ValueError: none, or the prompt is empty.
+        ValueError: there is no room, or the prompt is empty.
     """
     context = model.config.max_position_embeddings
     if not prompt_ids:
@@ -64,8 +66,8 @@ def sample_token(
     """Draw a token id from scores of shape (V,).
 
     Args:
-        temperature: scores are divided by it; 0 takes the highest score.
-        top_k: keep only so many of the highest scores; 0 keeps all.
+        temperature: divides the scores; 0 takes the highest score.
+        top_k: keep only this many of the highest scores; 0 keeps all.
         top_p: keep the fewest tokens whose probability reaches it (Holtzman et al., 2020); 1 keeps all.
     """
     logits_V = logits_V.float().cpu()
@@ -93,7 +95,7 @@ def generate(
     seed: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids one by one, until a stop id (not yielded), max_new_tokens or the end of the model's context.
+    """Yield new token ids one by one, up to a stop id (not yielded), max_new_tokens or the end of the model's context.
 
     Args:
         vocab_size: the tokenizer's; the model's scores beyond it are padding.

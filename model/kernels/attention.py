@@ -1,10 +1,10 @@
-"""Implementations of causal attention with grouped queries; which one a layer takes is said in model/attention.py.
+"""Implementations of causal attention with grouped queries. The layer in model/attention.py chooses among them.
 
-Rows that hold several documents, and how each stays to itself:
+The documents of a row do not see each other:
 
-    on a CPU        blocked: block by block, skipping what lies between documents (blocked_attention.py)
-                    sdpa: document by document where that is less work, else under a mask
-    on a GPU        varlen, flash_attn, xformers: one call that is told where documents begin, and computes nothing
+    on a CPU        blocked: block by block, skipping the weights between documents (blocked_attention.py)
+                    sdpa: document by document if that is less work, otherwise under a mask
+    on a GPU        varlen, flash_attn, xformers: one call that knows where documents begin, and computes nothing
                     between them; grouped heads stay grouped
                     sdpa: under a mask, with keys and values copied for each query head
 
@@ -27,9 +27,9 @@ from model.kernels.registry import Implementation, needs_half, needs_package
 
 
 def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]]) -> Tensor:
-    """Causal attention within each document of each row; what lies between documents is never computed.
+    """Causal attention within each document of each row; weights between documents are never computed.
 
-    The CPU's fused kernel computes every weight that a mask then throws away: of a row of 1,024 packed with ten
+    The CPU's fused kernel computes every weight that a mask then throws away. For a row of 1,024 tokens packed with ten
     documents that is four times the work, in bfloat16 seven times.
     """
     rows = []
@@ -53,11 +53,14 @@ def sdpa_causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention by torch under a mask, or behind a cache: bool (1 or B, 1, T, S); None: all keys, or causal where all
-    of them are new."""
+    """Attention by torch under a mask, or with a cache.
+
+    Args:
+        mask: bool (1 or B, 1, T, S); None: causal if there are several queries, all keys if there is one.
+    """
     if mask is not None and k_BKSD.is_cuda:
-        # No fused CUDA kernel takes grouped heads together with a mask: torch would fall back to the one that stores
-        # all T x S weights.
+        # No fused CUDA kernel takes grouped heads together with a mask: torch would fall back to the kernel that
+        # stores all T x S weights.
         k_BKSD, v_BKSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1,
@@ -77,9 +80,9 @@ def _by_head(out_NHD: Tensor, batch: int) -> Tensor:
 def _torch_varlen() -> dict[str, Callable]:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before torch 2.12 grouped heads need no word.
+    # Before torch 2.12 grouped heads need no argument.
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    # As its arguments depend on torch's version, and its results on its arguments.
+    # Its arguments depend on torch's version, and its results on its arguments.
     attend: Any = varlen_attn
 
     def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def _xformers_attention() -> dict[str, Callable]:
 
 
 def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
-    """Copy each of K heads so often that there are H, side by side: (B, K, S, D) -> (B, H, S, D)."""
+    """Repeat each of K heads H / K times, side by side: (B, K, S, D) -> (B, H, S, D)."""
     return x_BKSD.repeat_interleave(num_heads // x_BKSD.shape[1], dim=1)
 
 

@@ -1,19 +1,19 @@
-"""Causal attention on a CPU, a block of queries at a time, out of ordinary matrix multiplications.
+"""Causal attention on a CPU by ordinary matrix multiplications, one block of queries at a time.
 
     S = q k^T / sqrt(D)     P = softmax(S)              O = P v
     dP = dO v^T             dS = P (dP - rowsum(P dP))  dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D),  dv = P^T dO
 
-A block has 128 queries, and sees the keys from the first document among it to its own end: so half of the T x T weights
-are never computed, nor most of what lies between documents. torch's fused kernel for CPUs ran at a sixth of the matrix
-multiplications' rate in bfloat16 where it was measured, and computes under a mask what it then throws away.
+A block has 128 queries. It sees the keys from the beginning of its first document to its own end, so half of the T x T
+weights are never computed, and neither are most of those between documents. When measured, torch's fused kernel for
+CPUs ran in bfloat16 at a sixth of the matrix multiplications' rate; it computes the weights that a mask throws away.
 
-The weights P are kept for the backward pass where they take no more memory than q, k, v and O do, which is up to
-T = 8 D; for longer rows they are computed again, block by block, and memory grows with T alone.
+The weights P are kept for the backward pass if they take no more memory than q, k, v and O, which is up to T = 8 D. For
+longer rows they are computed again, block by block, and memory grows only with T.
 
 In low precision S, P and dS are rounded to the inputs' dtype, as in eager PyTorch; sums over blocks are float32.
 
-Shapes: B batch, R rows of it that are computed together, T tokens, H query heads, K key and value heads, G = H / K,
-D head dim, n queries of a block, S keys that they see.
+Shapes: B batch, R rows that are computed together, T tokens, H query heads, K key and value heads, G = H / K, D head
+dim, n queries of a block, S keys that they see.
 """
 
 import math
@@ -27,13 +27,13 @@ from torch import Tensor
 from model.kernels.registry import Implementation
 
 BLOCK = 128
-"""Queries a block. Of 128, 256 and 512 the fastest, or level with it, at 256 to 1,024 tokens."""
+"""Queries a block: of 128, 256 and 512 the fastest, or as fast as any, at 256 to 1,024 tokens."""
 GROUP_ELEMENTS = 1 << 22
-"""Weights of a block of all rows that are computed together: 8 MiB in bfloat16."""
+"""Weights of one block of all rows that are computed together: 8 MiB in bfloat16."""
 
 
 class Block(NamedTuple):
-    """Of some rows at once."""
+    """Queries of some rows that are computed together, and the keys that they see."""
 
     first: int
     end: int
@@ -41,21 +41,21 @@ class Block(NamedTuple):
     first_key: int
     """Keys [first_key, end)."""
     borders: list[tuple[int, int]]
-    """(row, where a document of it begins) of documents that begin behind the first key."""
+    """(row, beginning of a document) for documents that begin after the first key."""
 
 
 def _blocks(width: int, borders: list[list[int]]) -> Iterator[Block]:
-    """Of rows whose documents begin at `borders`, ascending, from 0."""
+    """Blocks of rows whose documents begin at `borders`, ascending, from 0."""
     for first in range(0, width, BLOCK):
         end = min(first + BLOCK, width)
-        # Each row's first key, then where documents begin among the queries.
+        # Each row's first key, then the beginnings of documents among the queries.
         needed = [row[bisect_right(row, first) - 1 : bisect_left(row, end)] for row in borders]
         first_key = min(row[0] for row in needed)
         yield Block(first, end, first_key, [(i, b) for i, row in enumerate(needed) for b in row if b > first_key])
 
 
 def _groups(batch: int, heads: int, width: int, starts: Tensor | None) -> Iterator[tuple[slice, list[Block]]]:
-    """Rows that are computed together, and their blocks; `starts` as in attention.document_starts."""
+    """Rows that are computed together, and their blocks; `starts` as in model.attend.document_starts."""
     borders: list[list[int]] = [[] for _ in range(batch)]
     for start in range(0, batch * width, width) if starts is None else starts.tolist()[:-1]:
         borders[start // width].append(start % width)
@@ -66,17 +66,17 @@ def _groups(batch: int, heads: int, width: int, starts: Tensor | None) -> Iterat
 
 
 def kept_size(batch: int, heads: int, width: int, head_dim: int) -> int:
-    """Elements of the kept weights of rows of one document, which need the most; 0 where none are kept."""
+    """Number of weights kept for rows of a single document, which need the most; 0 if none are kept."""
     if width > 8 * head_dim:
         return 0
-    # Without a loop over _blocks: torch.compile cannot look into bisect.
+    # No loop over _blocks: torch.compile cannot look into bisect.
     whole, rest = divmod(width, BLOCK)
     return batch * heads * (BLOCK**2 * whole * (whole + 1) // 2 + rest * width)
 
 
 def _causal_limit(dtype: torch.dtype) -> Tensor:
-    """(BLOCK, BLOCK): the most that a score of a block's queries and its own keys may be, -inf for keys that lie behind
-    a query. A minimum takes half as long as masked_fill_."""
+    """Upper limit (BLOCK, BLOCK) of the scores between a block's queries and its own keys: -inf for keys after the
+    query. A minimum takes half as long as masked_fill_."""
     return torch.full((BLOCK, BLOCK), math.inf, dtype=dtype).masked_fill_(
         torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1), -math.inf
     )
@@ -98,20 +98,20 @@ def _weights(
 
 
 def _by_token(like_BHTD: Tensor) -> Tensor:
-    """Unset memory of a shape (B, H, T, D) that lies as (B, T, H, D): how projections read and write it."""
+    """Uninitialised memory of shape (B, H, T, D) laid out as (B, T, H, D), as projections read and write it."""
     batch, heads, width, dim = like_BHTD.shape
     return like_BHTD.new_empty(batch, width, heads, dim).transpose(1, 2)
 
 
 class _Rows:
-    """Some rows' tensors, heads by the keys that they share, of R rows."""
+    """Tensors of R rows, with query heads grouped by the keys that they share."""
 
     def __init__(self, k_RKTD: Tensor, v_RKTD: Tensor, *of_queries_RHTD: Tensor):
         self.k, self.v = (x.contiguous().flatten(0, 1) for x in (k_RKTD, v_RKTD))
         self.of_queries = of_queries_RHTD
 
     def block(self, block: Block) -> tuple[Tensor, ...]:
-        """k and v (R K, S, D), then what belongs to queries (R K, G n, D)."""
+        """A block's k and v (R K, S, D), then its tensors of queries (R K, G n, D)."""
         keys, shape = slice(block.first_key, block.end), (len(self.k), -1, self.k.shape[-1])
         # Contiguous: each multiplication in bfloat16 would copy it, and a transposed one slowly.
         queries = (x[:, :, block.first : block.end].reshape(shape).contiguous() for x in self.of_queries)
@@ -125,7 +125,7 @@ class _Kept:
         self.memory, self.used = memory, 0
 
     def next(self, *shape: int) -> Tensor | None:
-        """None where none are kept."""
+        """Memory for the next block's weights; None if none are kept."""
         if not self.memory.numel():
             return None
         begin, self.used = self.used, self.used + math.prod(shape)
@@ -211,8 +211,8 @@ def blocked_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Te
     """Causal attention on a CPU, (B, H, T, D); heads of k and v, (B, K, T, D), are not copied.
 
     Args:
-        starts: where documents begin among the tokens of all rows, see attention.document_starts: tokens attend within
-            their document. None: each row is one.
+        starts: offsets of the documents among the tokens of all rows, see model.attend.document_starts; tokens attend
+            within their document. None: each row is one document.
     """
     batch, heads, width, dim = q_BHTD.shape
     keep = kept_size(batch, heads, width, dim) if torch.is_grad_enabled() else 0

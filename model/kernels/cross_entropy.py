@@ -6,12 +6,12 @@
 
 The forward pass reads the logits once, keeping a running maximum and a sum relative to it ("online" softmax: Milakov
 and Gimelshein, 2018), and stores m and s: where logits are large, lse alone would have lost the digits of s. The
-backward pass reads the logits again and writes the gradient over them: that the gradient takes no memory of its own is
-Liger-Kernel's idea (Hsu et al., 2024). So nobody else may need the logits once backward has begun. Autograd is told
-that they changed and raises an error for whoever saved them before; a leaf is copied first.
+backward pass reads the logits again and overwrites them with the gradient, which so takes no memory of its own
+(Liger-Kernel's idea: Hsu et al., 2024). Nothing else may need the logits once backward has begun. Autograd is told that
+they changed, and raises an error if another operation has saved them; a leaf is copied first.
 
-Arithmetic is float32, for float32 logits float64 (see launch.py). Losses are float32 always, so what there is of one a
-row is computed in float64 always: the sum of what the threads have added up, its logarithm, the loss.
+Arithmetic is float32, and float64 for float32 logits (see launch.py). Losses are always float32, so the few numbers a
+row are always computed in float64: the sum of the threads' sums, its logarithm, the loss.
 
 Memory traffic, elements: forward N V, backward 2 N V. `cross_entropy_with_gradient_` does both in one launch; its
 second reading of a row mostly comes out of the cache.
@@ -44,7 +44,7 @@ def cross_entropy_reference(
 
 @jit
 def _row_losses(logits_row_ptr, label, V, z_loss, BLOCK: constexpr):
-    """(loss, m, s) of one row, float64. A label outside the vocabulary makes loss and s NaN: the run notices."""
+    """(loss, m, s) of one row, float64. A label outside the vocabulary makes loss and s NaN, which a run notices."""
     work = tl.float64 if logits_row_ptr.dtype.element_ty == tl.float32 else tl.float32
     maximum = tl.full((), -float("inf"), work)
     sums = tl.zeros((BLOCK,), dtype=work)
@@ -68,7 +68,7 @@ def _row_losses(logits_row_ptr, label, V, z_loss, BLOCK: constexpr):
 
 @jit
 def _write_gradient(logits_row_ptr, start, label, maximum, total, upstream, V, ignore_index, z_loss, BLOCK: constexpr):
-    """Over BLOCK logits of one row, from `start` on."""
+    """Overwrite BLOCK logits of one row, from `start` on, with their gradient."""
     work = tl.float64 if logits_row_ptr.dtype.element_ty == tl.float32 else tl.float32
     maximum, total = maximum.to(work), total.to(work)
     entries = start + tl.arange(0, BLOCK)
@@ -172,7 +172,7 @@ def cross_entropy_forward(
 def cross_entropy_backward_(
     logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int, z_loss: float
 ) -> None:
-    """Overwrite the logits with their gradient, given that of each token's loss, float32 (N,)."""
+    """Overwrite the logits with their gradient, given the gradient of each token's loss, float32 (N,)."""
     vocab_size, options = logits_NV.shape[1], _launch_options(logits_NV.shape[1])
     _cross_entropy_backward_kernel[(len(logits_NV), -(-vocab_size // options["BLOCK"]))](
         logits_NV, labels_N.contiguous(), stats_N2, upstream_N, logits_NV.stride(0), upstream_N.stride(0), vocab_size,
@@ -219,7 +219,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits_NV, labels_N, stats = ctx.saved_tensors
         cross_entropy_backward_(logits_NV, labels_N, stats, upstream_N, *ctx.constants)
         if not torch.compiler.is_compiling():
-            # Whoever else saved the logits, this function on a second backward included, gets an error, not a gradient.
+            # Any other user of the saved logits, a second backward pass included, gets an error and no wrong gradient.
             torch.autograd.graph.increment_version(logits_NV)
         return logits_NV, None, None, None
 
@@ -234,6 +234,6 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_IND
         logits = logits.clone()
     logits_NV = logits.flatten(0, -2)
     if logits_NV.stride(1) != 1 or logits_NV.stride(0) < logits_NV.shape[1]:
-        # Expanded rows share their memory, which cannot hold a gradient each.
+        # Expanded rows share memory, which cannot hold a gradient for each.
         logits_NV = logits_NV.clone(memory_format=torch.contiguous_format)
     return _CrossEntropy.apply(logits_NV, labels.flatten(), ignore_index, z_loss)

@@ -1,8 +1,7 @@
-"""How the kernel files launch Triton, which is imported at the first launch: a CPU has no use for the second it takes.
+"""How the kernel files launch Triton, which is imported at the first launch: on a CPU the second it takes is wasted.
 
-A launch is registered as a torch operator, which torch.compile takes into its graph as one opaque node: no graph
-break, on a CPU under Triton's interpreter just as on a GPU. Gradients are the business of autograd functions around the
-operators.
+A launch is registered as a torch operator, which torch.compile takes into its graph as one opaque node, without a graph
+break, on a GPU and under Triton's interpreter on a CPU. Autograd functions around the operators give the gradients.
 """
 
 import importlib.util
@@ -14,20 +13,20 @@ import torch
 from torch import Tensor
 
 tl: Any = None
-"""A module that imports it finds triton.language there once its kernels are loaded."""
+"""Becomes triton.language in each module that imports it, once the module's kernels are loaded."""
 
 if TYPE_CHECKING:
-    # Kernels are written in Triton's language, which is not Python's: there is nothing to check their types by.
+    # Kernels are written in Triton's language, for which there are no types to check.
     constexpr = Any
 else:
 
     class constexpr:  # noqa: N801
-        """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of
-        that name takes this one's place together with `tl`."""
+        """Annotation of an argument for whose value a kernel is compiled. Triton goes by the annotation's name; its own
+        class of that name replaces this one together with `tl`."""
 
 
 class LazyKernel:
-    """A kernel, or a function that kernels call, until the first launch in its module."""
+    """Placeholder of a kernel, or of a function that kernels call, until the first launch in its module."""
 
     def __init__(self, function: Callable, options: dict):
         self.function, self.options = function, options
@@ -43,7 +42,7 @@ def jit(function: Callable | None = None, **options: object) -> Any:
 
 
 def load_kernels(module: dict[str, object]) -> None:
-    """Put Triton's functions in the place of a module's lazy ones; `module` is its namespace."""
+    """Replace a module's lazy kernels by Triton's functions; `module` is its namespace."""
     import triton
 
     module["tl"], module["constexpr"] = triton.language, triton.language.constexpr
@@ -54,7 +53,7 @@ def load_kernels(module: dict[str, object]) -> None:
 
 @cache
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU, as the environment says at the first launch."""
+    """Whether kernels run in Triton's interpreter, on a CPU, as the environment was at the first launch."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -98,7 +97,7 @@ def kernel_op(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; a small number on a CPU, so that interpreted programs have several rows each."""
+    """Number of a GPU's multiprocessors; a small number for a CPU, so that interpreted programs get several rows."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -113,22 +112,25 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def work_dtype(result: torch.dtype) -> torch.dtype:
-    """In which kernels compute what they return in `result`: float32, and float64 for float32.
+    """Dtype in which kernels compute a result of dtype `result`: float32, and float64 for float32.
 
-    So each number of theirs is rounded once, and is off by half a unit in its last place. In float32 a norm or a SwiGLU
-    is a chain of four to ten roundings, as it is in eager PyTorch; which of two such chains comes out closer is luck,
-    and a factor of two between their largest errors, in a tensor of a few elements, is no rare luck. Under bfloat16 and
+    So each result is rounded once, and is off by at most half a unit in its last place. Computed in float32, a norm or
+    a SwiGLU would be a chain of four to ten roundings, as in eager PyTorch. Which of two such chains comes out closer
+    is luck, and in a tensor of a few elements a factor of two between their largest errors is not rare. In bfloat16 and
     float16 the last rounding hides all others.
 
-    float32 results are those of a run in float32, where matrix products take the time; runs in bfloat16 compute in
-    float32. By the instruction counts a data-center GPU, with half as many float64 units as float32 ones or a quarter,
-    is still bound by memory; one with a 64th takes several times as long (neither measured yet).
+    float32 results belong to runs in float32, where matrix products take the time; runs in bfloat16 compute in float32.
+    By instruction counts, a data-center GPU with half or a quarter as many float64 units as float32 ones is still bound
+    by memory; a GPU with a 64th takes several times as long (neither measured yet).
     """
     return torch.float64 if result == torch.float32 else torch.float32
 
 
 def check_dtypes(*tensors: Tensor) -> None:
-    """Raises: ValueError: a dtype that the kernels would silently round."""
+    """
+    Raises:
+        ValueError: a dtype that the kernels would silently round.
+    """
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}")

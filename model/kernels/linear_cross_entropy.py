@@ -1,15 +1,15 @@
-"""Output projection and cross entropy together, so that the logits are never whole in memory.
+"""Output projection and cross entropy together, so that memory never holds all logits.
 
     logits = hidden W^T,   loss = cross_entropy(logits, labels)
 
-N tokens are cut into chunks of n, and one chunk's logits at a time exist, in a buffer that all share.
+N tokens are cut into chunks of n; the chunks share one buffer, which holds the logits of one chunk at a time.
 
-`linear_cross_entropy_sum` returns the sum of the losses, whose upstream gradient is one number; so it computes the
+`linear_cross_entropy_sum` returns the sum of the losses, whose upstream gradient is one number. So it computes the
 gradients right after each chunk's losses, in the forward pass, and the backward pass multiplies them by that number
-(as Liger-Kernel does, Hsu et al., 2024; the numbers are exactly those of the whole, no approximation).
-`linear_token_logprobs` returns each token's log-probability, whose upstream gradients are only known later: it keeps
-two numbers a token (the maximum of its logits and the sum of their exponentials relative to it) and computes each
-chunk's logits again in the backward pass, a fourth matrix multiplication beside three.
+(as Liger-Kernel does, Hsu et al., 2024; this is exact, not an approximation). `linear_token_logprobs` returns each
+token's log-probability, whose upstream gradients are known only later. It keeps two numbers a token (the maximum of its
+logits and the sum of their exponentials relative to it) and computes each chunk's logits again in the backward pass, a
+fourth matrix multiplication beside three.
 
 Memory beyond inputs and gradients, bytes, with e for the size of an element of the logits:
 
@@ -18,14 +18,15 @@ Memory beyond inputs and gradients, bytes, with e for the size of an element of 
     losses and sums       linear_cross_entropy_sum 4 N + 12 n, linear_token_logprobs 12 N + 12 n (float32 in Triton: 20)
     for comparison       plain: N V (e + 4) forward, N V (2 e + 8) at its peak in backward
 
-Gradients: hidden's N C e; the weight's V C 4, float32, unless it is added to a buffer that exists. Matrix
-multiplications accumulate in float32; on a CPU the bfloat16 weight gradient of a chunk is rounded before it is added,
+Gradients: N C e bytes for hidden; V C 4 bytes (float32) for the weight, unless it is added to an existing buffer.
+Matrix multiplications accumulate in float32; on a CPU a chunk's bfloat16 weight gradient is rounded before it is added,
 as torch has no mixed multiplication there.
 
-float16: the row of a rare token gets its gradient from probabilities, of 1e-9 and less in a large vocabulary, and
+float16: a rare token's row gets its gradient from probabilities, which are 1e-9 or less in a large vocabulary, and
 float16 ends at 6e-8. So the logits' gradient, at most 1 in size, is rounded at a scale of its own, FP16_LOGITS_SCALE,
-whatever the loss scale over the count of tokens comes to: with 500,000 tokens a step that is below 1. Both products are
-taken in float32 and brought to the scale that was asked for, hidden's only then rounded to float16. n C 4 bytes more.
+and not at the loss scale over the count of tokens, which is below 1 with 500,000 tokens a step. Both products are
+computed in float32 and brought to the scale that was asked for; only then is that of hidden rounded to float16. This
+takes n C 4 bytes more.
 
 Shapes: N tokens, C hidden size, V vocabulary.
 """
@@ -44,14 +45,15 @@ from model.kernels.support import available
 from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum, head_scores
 
 CHUNK_BYTES = 96 << 20
-"""Of a chunk's logits: few chunks, as each reads and writes the whole gradient of the weight; below 100 MB in all."""
+"""Size of a chunk's logits. Chunks are few, since each reads and writes the whole gradient of the weight, and take less
+than 100 MB."""
 CHUNK_MULTIPLE = 128
 """Tokens a chunk, where there are enough: the tile of the matrix multiplications."""
 TILE_ELEMENTS = 1 << 20
 """Logits that plain PyTorch takes at a time on a CPU: 4 MiB in float32."""
 FP16_LOGITS_SCALE = 2.0**15
-"""Of float16 logits' largest gradient: half of what float16 holds. Probabilities are normal numbers down to 2e-9, and
-not zero down to 1e-12."""
+"""Size of the largest gradient of float16 logits: half of what float16 holds. Probabilities are normal numbers down to
+2e-9, and not zero down to 1e-12."""
 
 
 def linear_cross_entropy_reference(
@@ -64,12 +66,12 @@ def linear_cross_entropy_reference(
 
 
 class TorchOps:
-    """What the kernels of cross_entropy.py do to a chunk, in plain PyTorch: float32 inside, which the logits' memory
-    holds, or a float32 copy of a tile that a CPU's cache holds. The logits are lost."""
+    """The operations of cross_entropy.py's kernels on a chunk, in plain PyTorch. They compute in float32: in the memory
+    of the logits, or in a float32 copy of a tile that fits into a CPU's cache. The logits are lost."""
 
     @staticmethod
     def _tiles(logits_NV: Tensor, *of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Some rows at a time on a CPU: each of the ten passes over a whole chunk would wait for main memory."""
+        """Rows that a CPU takes at a time: each of ten passes over a whole chunk would wait for main memory."""
         tokens = len(logits_NV) if logits_NV.is_cuda else max(TILE_ELEMENTS // logits_NV.shape[1], 1)
         return zip(*(tensor.split(tokens) for tensor in (logits_NV, *of_tokens)))
 
@@ -145,8 +147,7 @@ def chunk_size(num_tokens: int, vocab_size: int, itemsize: int, chunk_bytes: int
 
 
 def _chunks(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, chunk_bytes: int):
-    """(range of tokens, their hidden states, their labels, their logits) chunk by chunk; the logits' memory is the same
-    for all."""
+    """(range of tokens, their hidden states, labels and logits), chunk by chunk; all logits share one memory."""
     size = chunk_size(len(hidden_NC), len(weight_VC), hidden_NC.element_size(), chunk_bytes)
     buffer = hidden_NC.new_empty(min(size, len(hidden_NC)), len(weight_VC))
     for start in range(0, len(hidden_NC), size):
@@ -169,7 +170,7 @@ def _add_product_(total_VC: Tensor, a_VN: Tensor, b_NC: Tensor) -> None:
 
 
 def _wide_product(a_NV: Tensor, b_VC: Tensor) -> Tensor:
-    """a b of float16 matrices, in float32."""
+    """Product of float16 matrices in float32."""
     if a_NV.is_cuda:
         return torch.mm(a_NV, b_VC, out_dtype=torch.float32)
     total_NC = torch.zeros(len(a_NV), b_VC.shape[1])
@@ -179,7 +180,7 @@ def _wide_product(a_NV: Tensor, b_VC: Tensor) -> Tensor:
 
 
 def _words(matrix: Tensor) -> Iterator[slice]:
-    """Rows of a matrix (V, ...) of which a CPU makes float32 copies at a time, so that they stay small."""
+    """Ranges of rows of a matrix (V, ...) that a CPU copies to float32 one after the other, to keep copies small."""
     step = max(TILE_ELEMENTS // max(matrix.shape[1], 1), 1)
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
@@ -193,8 +194,8 @@ def _write_hidden_gradient(out_NC: Tensor, logits_NV: Tensor, weight_VC: Tensor,
 
 
 def _to_fp16_scale(upstream_N: Tensor) -> Tensor:
-    """The power of two by which upstream gradients are multiplied so that the logits' largest gradient comes close to
-    FP16_LOGITS_SCALE; 1 where all are zero, or one is not finite."""
+    """Power of two by which upstream gradients are multiplied to bring the logits' largest gradient close to
+    FP16_LOGITS_SCALE; 1 if all are zero or one is not finite."""
     largest = upstream_N.abs().amax() if len(upstream_N) else upstream_N.new_zeros(())
     exponent = torch.log2(FP16_LOGITS_SCALE / largest).floor().clamp(-100.0, 100.0)
     return torch.where(torch.isfinite(largest) & (largest > 0.0), torch.exp2(exponent), 1.0)
@@ -239,8 +240,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         dhidden, dweight, grad_scale = ctx.saved_tensors
         factor = upstream / grad_scale
         if ctx.added_to_buffer:
-            # What is in the buffer cannot be scaled any more. To raise would take waiting for the GPU; a NaN shows at
-            # once in the norm of the gradients.
+            # The gradient in the buffer cannot be scaled any more. To raise an error would mean waiting for the GPU;
+            # a NaN shows at once in the norm of the gradients.
             factor = torch.where((factor - 1.0).abs() <= 1e-5, 1.0, float("nan"))
         gradients = [gradient.mul_(factor) if gradient is not None else None for gradient in (dhidden, dweight)]
         return *gradients, *(None for _ in range(8))
@@ -286,7 +287,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
 
 def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C) and (N,).
+    """Hidden states as (N, C) and labels as (N,).
 
     Raises:
         ValueError: the dtypes differ, or there are not as many labels as hidden states.
@@ -304,19 +305,21 @@ def linear_cross_entropy_sum(
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
     use_triton: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """The sum of the supervised tokens' losses, float32 scalar. Its backward pass may run once.
+    """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run only once.
 
     Args:
-        hidden: (..., C). `weight`: (V, C), same dtype. `labels`: int64 (...).
-        weight_grad: float32 (V, C); if given, `grad_scale` times the weight's gradient is added to it in this call and
+        hidden: (..., C).
+        weight: (V, C), same dtype.
+        labels: int64 (...).
+        weight_grad: float32 (V, C); if given, `grad_scale` times the weight's gradient is added to it in this call, and
             autograd gets none. Then the sum must be multiplied by `grad_scale` and by nothing else on its way into the
             loss: any other upstream gradient turns the hidden states' gradient into NaN.
-        grad_scale: what the upstream gradient is expected to be (loss scale over token count). The logits' gradient,
-            in float16 the hidden states', carries it when it is rounded to their dtype, as on the plain path; with
-            another upstream gradient, the hidden states' gradient is multiplied by their ratio, which rounds it once
-            more: in float16, what the loss scale is to save is lost then.
-        chunk_bytes: most memory of a chunk's logits.
-        use_triton: the kernel inside the chunks, or plain PyTorch; None: the kernel wherever it is available.
+        grad_scale: the upstream gradient to expect (loss scale over token count). The logits' gradient (in float16, the
+            hidden states') carries it when it is rounded to their dtype, as on the plain path. With another upstream
+            gradient, the hidden states' gradient is multiplied by the ratio of the two and rounded once more; in
+            float16 that loses what the loss scale was to save.
+        chunk_bytes: largest memory of a chunk's logits.
+        use_triton: whether chunks use the kernel or plain PyTorch; None: the kernel wherever it is available.
     """
     hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
     if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
@@ -342,7 +345,7 @@ def linear_token_logprobs(
 
 
 def plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """The sum of the losses from whole logits. The gradient comes with its scale: it is computed when that is known."""
+    """Sum of the losses from whole logits. `grad_scale` has no effect: the backward pass knows its scale."""
     return cross_entropy_sum(head_scores(hidden, weight), labels)
 
 

@@ -29,11 +29,11 @@ class Implementation:
     build: Callable[[], Mapping[str, Any]]
     """Field of model.ops.Ops -> function. Called once the implementation has been chosen."""
     why_not: WhyNot = lambda device, dtype: None
-    """Why it cannot be used on a device in a dtype, as a clause of a sentence for the user; None if it can."""
+    """Reason why it cannot be used on a device in a dtype, as the end of a sentence for the user; None if it can."""
     is_fastest: Where = lambda device, dtype: False
-    """Whether it was measured to be the fastest there: --kernels=auto takes it wherever it can be used."""
+    """Whether it was measured to be the fastest there, so that --kernels=auto takes it wherever it can be used."""
     is_plain: bool = False
-    """Whether --kernels=reference takes it, and auto where nothing is faster. One implementation of each operation."""
+    """Whether --kernels=reference takes it, and auto if nothing is faster. True for one implementation an operation."""
 
 
 def needs_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -50,7 +50,7 @@ def needs_package(name: str, package: str) -> WhyNot:
     """`why_not` of a package's CUDA kernels.
 
     Args:
-        name: the implementation's.
+        name: name of the implementation.
         package: what has to be importable.
     """
 
@@ -63,7 +63,7 @@ def needs_package(name: str, package: str) -> WhyNot:
 
 
 def needs_half(name: str, dtype: torch.dtype) -> str | None:
-    """Why an implementation that takes 16-bit numbers alone cannot be used in a dtype."""
+    """Reason why an implementation that takes only 16-bit numbers cannot be used in a dtype; None if it can."""
     if dtype in (torch.bfloat16, torch.float16):
         return None
     return f"{name} takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"

@@ -5,15 +5,16 @@
     r = 1 / sqrt(mean(x^2) + eps),   n = r x,   g = w * dy
     dx = r (g - n mean(g * n)),      dw = sum over rows of dy * n
 
-The fused form is h' = h + dropout(x), y = rms_norm(h'): what a pre-norm transformer does between two of its halves
+The fused form is h' = h + dropout(x), y = rms_norm(h'): the step between two halves of a pre-norm transformer's blocks
 (fused as in Apex's and flash-attention's layer norms, by Tri Dao among others). The dropout mask is that of
 model/dropout.py, recomputed in the backward pass.
 
-Arithmetic is float32; float64, rounded once at the end, where the weight is float32 (see launch.py), and for rows of a
-few elements, whose gradient is the small rest of g and n mean(g * n): with one element, g (1 - n^2) with n^2 about 1.
+Arithmetic is float32. It is float64, rounded once at the end, if the weight is float32 (see launch.py), and for rows of
+a few elements, whose gradient is the small difference of g and n mean(g * n): with one element, g (1 - n^2) with n^2
+about 1.
 
 Memory traffic, elements a row of C: forward 2 C (fused 4 C), backward 3 C (fused 4 C, 5 C where dx differs from dh).
-Between the passes only r stays, one a row, as exact as it was computed.
+Between the passes only r is kept, one number a row, in the dtype of the arithmetic.
 
 Shapes: N rows (all but the last dimension), C columns.
 """
@@ -41,18 +42,19 @@ ELEMENTS_PER_WARP = 512
 """Sixteen a thread: two 16-byte loads of bfloat16."""
 MAX_WARPS = 32
 WIDE_BELOW = 8
-"""Rows of fewer columns are computed in float64, whatever their dtype."""
+"""Rows with fewer columns are computed in float64, whatever their dtype."""
 BACKWARD_WARPS_PER_MULTIPROCESSOR = 16
-"""Of a multiprocessor's 64: a backward program keeps the weights and a row of their gradient in registers."""
+"""Warps of backward programs, of the 64 that a multiprocessor can hold: each program keeps the weights and a row of
+their gradient in registers."""
 BACKWARD_REGISTERS = 128
-"""A thread: all 65,536 that a multiprocessor has, for so many warps. With more, not all programs would run at once, and
-the last ones would take as long again. Up to 8,192 columns this is enough, but for 80 bytes a thread with dropout; in
-float64 up to 4,096.
+"""Registers a thread: with that many warps, all 65,536 of a multiprocessor. With more, not all programs would run at
+once, and the last ones would take as long again. This is enough up to 8,192 columns, but for 80 bytes a thread with
+dropout; in float64 up to 4,096.
 """
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, as model.decoder.RMSNorm: x (..., C), weight (C,) -> (..., C) in the weight's dtype."""
+    """The definition: x (..., C), weight (C,) -> (..., C) in the weight's dtype."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
     return weight * normed.to(weight.dtype)
@@ -78,7 +80,7 @@ def _dropout_factor(
     row, row_ids_ptr, layer_ptr, tokens_per_row, seed, where, threshold, scale,
     SITES: constexpr, HAS_LAYER: constexpr, C: constexpr, BLOCK_C: constexpr,
 ):  # fmt: skip
-    """What dropout multiplies one row of x with: `scale` where model.dropout.dropout_mask is True, else 0."""
+    """Factors by which dropout multiplies one row of x: `scale` where model.dropout.dropout_mask is True, else 0."""
     row_id = tl.load(row_ids_ptr + row // tokens_per_row)
     row_low, row_high = (row_id & 0xFFFFFFFF).to(tl.uint32), ((row_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     if HAS_LAYER:
@@ -141,7 +143,7 @@ def _add_rms_norm_forward_kernel(
         x *= _dropout_factor(
             row, row_ids_ptr, layer_ptr, tokens_per_row, seed, where, threshold, scale, SITES, HAS_LAYER, C, BLOCK_C
         )
-    # Normed is what was stored, rounding included: the backward pass has nothing else.
+    # The norm is that of the stored sum, rounding included: the backward pass has nothing else.
     h_new = (h + x).to(tl.float32).to(h_new_ptr.dtype.element_ty)
     tl.store(h_new_ptr + row * C + columns, h_new, mask=inside)
     y, rstd = _normalize(h_new.to(work), weight, eps, C)
@@ -168,7 +170,7 @@ def _rms_norm_backward_kernel(
     dy_next = _load_row(dy_ptr, first, dy_stride, C, BLOCK_C)
     for row in tl.range(first, num_rows, step):
         h, dy = h_next.to(work), dy_next.to(work)
-        # The next row is on its way while this one is computed; behind the last there is only the last again.
+        # The next row is loaded while this one is computed; after the last row, the last is loaded again.
         next_row = tl.minimum(row + step, num_rows - 1)
         h_next = _load_row(h_ptr, next_row, h_stride, C, BLOCK_C)
         dy_next = _load_row(dy_ptr, next_row, dy_stride, C, BLOCK_C)
@@ -177,7 +179,7 @@ def _rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row)
         normed = h * rstd
         if WRITE_DW:
-            # Not rounded as in the forward pass: closer to the exact gradient, and less work.
+            # Without the forward pass's rounding, which is closer to the exact gradient and less work.
             dw += dy * normed
         weighted = dy * weight.to(work)
         dh = rstd * (weighted - normed * (tl.sum(weighted * normed, 0) / C))
@@ -197,12 +199,16 @@ def _rms_norm_backward_kernel(
 
 
 def _work_dtype(weight: Tensor) -> torch.dtype:
-    """Of the arithmetic."""
+    """Dtype of the arithmetic."""
     return torch.float64 if len(weight) < WIDE_BELOW else work_dtype(weight.dtype)
 
 
 def _launch_options(num_columns: int, work: torch.dtype) -> dict[str, int]:
-    """`work`: the dtype of the arithmetic. A float64 takes two registers."""
+    """Launch options of the kernels.
+
+    Args:
+        work: dtype of the arithmetic. A float64 takes two registers.
+    """
     block, elements_per_warp = next_power_of_2(num_columns), ELEMENTS_PER_WARP * 4 // work.itemsize
     return {"C": num_columns, "BLOCK_C": block, "num_warps": min(max(block // elements_per_warp, 1), MAX_WARPS)}
 
@@ -210,7 +216,7 @@ def _launch_options(num_columns: int, work: torch.dtype) -> dict[str, int]:
 def _dropout_arguments(
     num_rows: int, dropout_p: float, row_ids: Tensor | None, layer: Tensor | None, seed: int, where: int
 ) -> dict[str, object]:
-    """The kernels' arguments about dropout; `dropout_p` 0 is none."""
+    """The kernels' arguments about dropout; with `dropout_p` 0 nothing is dropped."""
     drops = dropout_p > 0.0
     tokens_per_row = num_rows // len(row_ids) if drops and row_ids is not None else 1
     return {
@@ -291,7 +297,7 @@ def _backward(
     x_dtype: torch.dtype, needs_dw: bool, dropout_p: float, row_ids: Tensor | None, layer: Tensor | None, seed: int,
     where: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dh, dx or nothing if it equals dh, dw (C,) float32 or nothing). Of plain RMSNorm: h_new is x, dh is dx."""
+    """(dh, dx or nothing if it equals dh, dw (C,) float32 or nothing). For plain RMSNorm, h_new is x and dh is dx."""
     dh, dx, dw = _empty_backward(
         dh_new, dy, h_new, weight, rstd, h_dtype, x_dtype, needs_dw, dropout_p, row_ids, layer, seed, where
     )
@@ -383,7 +389,7 @@ def _functions(rms_norm: Callable, add_rms_norm: Callable) -> dict[str, Callable
 
 
 def _after_addition(rms_norm: Callable[[Tensor, Tensor, float], Tensor]) -> dict[str, Callable]:
-    """The functions of a package that has the norm alone: the addition before it is plain PyTorch."""
+    """The functions for a package that has only the norm: the addition before it is plain PyTorch."""
 
     def add_rms_norm(
         h: Tensor, x: Tensor, weight: Tensor, eps: float, dropout_p: float = 0.0, key: DropoutKey | None = None,
@@ -399,7 +405,7 @@ def _liger() -> dict[str, Callable]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # No offset, Llama's rounding, and not over the incoming gradient, which others may need.
+        # No offset, Llama's rounding, and not in place of the incoming gradient, which others may need.
         return LigerRMSNormFunction.apply(x.to(weight.dtype), weight, eps, 0.0, "llama", False)
 
     return _after_addition(rms_norm)

@@ -5,8 +5,8 @@ With the angle a of a token's position and a channel pair (i, i + D/2), Hugging 
     y_i       = x_i       cos a - x_{i+D/2} sin a
     y_{i+D/2} = x_{i+D/2} cos a + x_i       sin a
 
-A rotation's gradient is the rotation back: the same kernel with -sin. Nothing but the tables is kept. Arithmetic is
-float32, float64 where queries or keys are float32 (see launch.py).
+A rotation's gradient is the rotation back: the same kernel with -sin. Only the tables are kept. Arithmetic is float32,
+and float64 if queries or keys are float32 (see launch.py).
 
 Memory traffic: q and k read once and written once, in either pass.
 
@@ -79,7 +79,7 @@ def _rope_kernel(
 
 
 def _empty_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """(B, H, T, D) views of (B, T, H, D) memory: what the projections' gradients are reshaped from without a copy."""
+    """Views (B, H, T, D) of (B, T, H, D) memory, which is reshaped to the projections' gradients without a copy."""
     q_out, k_out = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHTD, k_BKTD))
     return q_out, k_out
 
@@ -117,7 +117,7 @@ def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     when transposed to (B, T, H, D).
 
     Args:
-        q_BHTD, k_BKTD: of any strides, D even; H and K may differ.
+        q_BHTD, k_BKTD: any strides, D even; H and K may differ.
         cos, sin: float32 (B or 1, 1, T, D / 2), without gradient.
     """
     check_dtypes(q_BHTD, k_BKTD)

@@ -6,7 +6,7 @@ import torch
 
 
 def unavailable_reason(device: torch.device | str) -> str | None:
-    """Why the kernels cannot be used on a device, as a sentence for the user; None if they can."""
+    """Reason why the kernels cannot be used on a device, for the user; None if they can."""
     device = torch.device(device)
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA device, not {device.type}"
@@ -19,5 +19,5 @@ def unavailable_reason(device: torch.device | str) -> str | None:
 
 
 def available(device: torch.device | str) -> bool:
-    """False on a CPU, also where Triton's interpreter could run the kernels: it is for tests, never for use."""
+    """Whether the kernels can be used on a device. Never on a CPU: Triton's interpreter is only for tests."""
     return unavailable_reason(device) is None

@@ -4,9 +4,9 @@
 
     dg = dy u s(g) (1 + g (1 - s(g))),   du = dy silu(g)
 
-The backward pass computes silu again from g: nothing is kept but the inputs. Where gate and up come out of one merged
+The backward pass computes silu again from g, so only the inputs are kept. If gate and up come out of one merged
 projection, `swiglu_packed` takes its output as it is and returns one gradient for it, so that neither pass copies.
-Arithmetic is float32, for float32 tensors float64 (see launch.py).
+Arithmetic is float32, and float64 for float32 tensors (see launch.py).
 
 Memory traffic, elements: forward 3 of y's size, backward 5.
 
@@ -34,7 +34,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_packed_reference(gate_up: Tensor) -> Tensor:
-    """(..., 2 I), gate before up -> (..., I)."""
+    """The definition of the packed form: (..., 2 I), gates before ups -> (..., I)."""
     return swiglu_reference(*gate_up.chunk(2, dim=-1))
 
 
@@ -100,7 +100,7 @@ def _empty_backward(gate: Tensor, up: Tensor, dy: Tensor, packed: bool) -> tuple
 
 @kernel_op("swiglu_backward(Tensor gate, Tensor up, Tensor dy, bool packed) -> (Tensor, Tensor)", _empty_backward)
 def _backward(gate: Tensor, up: Tensor, dy: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-    """(dgate, dup), or if packed (both side by side, nothing)."""
+    """(dgate, dup); if packed, (both side by side, nothing)."""
     gradients = _empty_backward(gate, up, dy, packed)
     gate_NI, up_NI, dy_NI = as_rows(gate), as_rows(up), as_rows(dy)
     grid, options = _grid_and_options(gate_NI)
@@ -144,7 +144,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
-    """(..., 2 I), the gates before the ups -> (..., I); the gradient comes back as one contiguous (..., 2 I)."""
+    """silu(gate) * up of one tensor (..., 2 I), gates before ups -> (..., I). The gradient is contiguous (..., 2 I)."""
     check_dtypes(gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"the last dimension holds gates and ups, so it is even, not {gate_up.shape[-1]}")

@@ -132,7 +132,7 @@ def test_who_was_never_taught_to_answer(folder: Path, monkeypatch, capsys: pytes
     assert talk(untaught, monkeypatch, "/help\n/forget\nexit\nnever asked\n") == 0
     said = capsys.readouterr()
     assert said.err.count("may never have seen a conversation") == 1 and not said.out
-    assert "/forget is no command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
+    assert "/forget is not a command. /reset forgets" in said.err and said.err.count("/exit or Ctrl-D ends") == 2
 
 
 def test_a_question_that_is_too_long_does_not_end_the_talk(
@@ -140,14 +140,14 @@ def test_a_question_that_is_too_long_does_not_end_the_talk(
 ):
     assert talk(folder, monkeypatch, "漢" * 500 + "\na\udcff\nhello\n") == 0
     said = capsys.readouterr()
-    assert "the question has" in said.err and "the question is no UTF-8" in said.err
+    assert "the question has" in said.err and "the question is not UTF-8" in said.err
     assert said.err.count("\n") == 2 and said.out.strip()
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"), [
         ([], "--prompt is missing"), (["--prompt=x", "--system=y"], "--system needs --chat"),
-        (["--prompt=a\udcff"], "--prompt is no UTF-8"), (["--chat", "--system=a\udcff"], "--system is no UTF-8"),
+        (["--prompt=a\udcff"], "--prompt is not UTF-8"), (["--chat", "--system=a\udcff"], "--system is not UTF-8"),
         (["--prompt=x", "--top_k=-1"], "--top_k must not be negative, got -1"),
         (["--prompt=x", f"--seed={1 << 63}"], "--seed must lie between -2^63 and 2^63 - 1, got 9223372036854775808"),
         (["--prompt=x", "--temperature=nan"], "--temperature must not be negative, got nan"),

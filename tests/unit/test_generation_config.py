@@ -76,9 +76,9 @@ def test_what_a_checkpoint_says_is_what_the_source_said_and_the_new_ends(
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        (GENERATION_CONFIG, b"{", "is no valid JSON"),
-        (GENERATION_CONFIG, b"\xff\xfe", "is no valid JSON"),
-        (GENERATION_CONFIG, b"[" * 100_000, "is no valid JSON"),
+        (GENERATION_CONFIG, b"{", "is not valid JSON"),
+        (GENERATION_CONFIG, b"\xff\xfe", "is not valid JSON"),
+        (GENERATION_CONFIG, b"[" * 100_000, "is not valid JSON"),
         (GENERATION_CONFIG, b"[1]", "must hold a dictionary, not [1]"),
         (GENERATION_CONFIG, b'{"top_p": 1, "top_p": 0.5}', '"top_p" is given twice'),
         (GENERATION_CONFIG, b'{"a": "\\ud800"}', "holds text that is not valid Unicode"),

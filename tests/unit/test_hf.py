@@ -312,11 +312,11 @@ def test_odd_sets_of_weights_are_refused(case: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is no valid JSON"), (b"[]", "must hold a weight_map"), (b'{"weight_map": {}}', "must hold a weight"),
+        (b"{", "is not valid JSON"), (b"[]", "must hold a weight_map"), (b'{"weight_map": {}}', "must hold a weight"),
         (b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', '"a" is given twice'),
-        (b'{"weight_map": {"a": "../model.safetensors"}}', '"a" is in "../model.safetensors": that is no safetensors'),
+        (b'{"weight_map": {"a": "../model.safetensors"}}', '"a" is in "../model.safetensors": that is not a'),
         (b'{"weight_map": {"a": 5}}', '"a" is in 5: that is'),
-        (b'{"weight_map": {"a": "pytorch_model.bin"}}', '"a" is in "pytorch_model.bin": that is no safetensors'),
+        (b'{"weight_map": {"a": "pytorch_model.bin"}}', '"a" is in "pytorch_model.bin": that is not a safetensors'),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_an_index_is_refused(content: bytes, message: str, tmp_path: Path):
