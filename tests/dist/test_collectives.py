@@ -187,9 +187,9 @@ def byte_cases(context: DistContext) -> dict:
     for wire, fixed, rate in itertools.product(
         (None, torch.bfloat16, torch.float16), (False, True), (0.0, 2.0)
     ):
-        config = PowerSGDConfig(rank=4, wire_dtype=wire, use_fixed_Q=fixed, min_compression_rate=rate)
+        config = PowerSGDConfig(matrix_approximation_rank=4, use_fixed_Q=fixed, min_compression_rate=rate)
         buckets = new_buckets(context.world_size)
-        measure(f"PowerSGD {wire}, {fixed}, {rate}", PowerSGD(buckets, collectives, config, lazy=True), buckets)
+        measure(f"PowerSGD {wire}, {fixed}, {rate}", PowerSGD(buckets, collectives, config, wire), buckets)
 
     ddp = DistributedDataParallel(TwoLayers(), context, bucket_size=100)
     ddp.use_hook(ReduceScatter(ddp.collectives))

@@ -10,7 +10,16 @@ from torch import nn
 
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from parallel import DistContext, DistributedDataParallel, NaiveDDP, destroy_context, init_context
+from parallel import (
+    BucketGradients,
+    DistContext,
+    DistributedDataParallel,
+    NaiveDDP,
+    Observer,
+    PlainGradients,
+    destroy_context,
+    init_context,
+)
 from tests.dist.group import run_ranks
 
 GLOBAL_BATCH = 8
@@ -82,7 +91,7 @@ def matrix(micro_batch: int) -> dict:
             ddp.zero_grad()
             accumulate(ddp, micro_batches)
         grads = flat_grads(ddp)
-        launched = ddp.last_sync.arrived_before_launch
+        launched = ddp.observer.last_sync.arrived_before_launch
         results[f"{name}, overlap {overlap}"] = [
             relative_error(grads, exact), torch.equal(grads, expected), [launched[0], len(launched)]
         ]  # fmt: skip
@@ -119,18 +128,20 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
 
 def trajectories() -> dict:
     """Losses of several steps with the real optimizer, for every layout, one micro-batch a rank."""
-    from optimizer.adamw import AdamWConfig
+    from optimizer.config import AdamWConfig
     from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 
     context = init_context("cpu")
 
     def train(ddp: nn.Module) -> list:
-        optimizer = MixedPrecisionOptimizer(ddp.slices(), AdamWConfig(), 0.1, LossScaler(enabled=False))
+        optimizer = MixedPrecisionOptimizer(
+            PlainGradients(ddp.slices()) if isinstance(ddp, NaiveDDP) else BucketGradients(ddp),
+            AdamWConfig(), 0.1, LossScaler(enabled=False),
+        )  # fmt: skip
         norms = []
         for _ in range(5):
             accumulate(ddp, rank_rows(context, GLOBAL_BATCH // context.world_size))
             norms.append(optimizer.step(1e-2).grad_norm)
-            ddp.zero_grad()
         return norms + [p.double().sum().item() for p in ddp.parameters()]
 
     results = {"naive": train(NaiveDDP(new_model(), context))}
@@ -160,7 +171,7 @@ def compiled_blocks() -> list:
     model.compile_blocks(backend="aot_eager")
     ddp = DistributedDataParallel(model, context, bucket_size=5_000)
     accumulate(ddp, micro_batches)
-    answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.last_sync.arrived_before_launch]
+    answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.observer.last_sync.arrived_before_launch]
     ddp.close()
     destroy_context(context)
     return answer
@@ -216,21 +227,22 @@ def behaviours() -> dict:
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("parallel.ddp").addHandler(handler)
+    logging.getLogger("parallel.observer").addHandler(handler)
     ddp = DistributedDataParallel(ThreeLayers(reverse_use=True), context, bucket_size=1)
     for _ in range(3):
         ddp(x).sum().backward()
         ddp.finish_grad_sync()
     results["order"] = records
 
-    ddp = DistributedDataParallel(ThreeLayers(), context, bucket_size=1, check_for_nan=True)
+    observer = Observer(context, check_for_nan=True)
+    ddp = DistributedDataParallel(ThreeLayers(), context, bucket_size=1, observer=observer)
     (ddp(x).sum() * (float("nan") if context.rank == 1 else 1.0)).backward()
     ddp.finish_grad_sync()
-    results["nan"] = ddp.nonfinite_parameters
+    results["nan"] = ddp.observer.nonfinite_parameters
     ddp.zero_grad()
     ddp(x).sum().backward()
     ddp.finish_grad_sync()
-    results["no nan"] = ddp.nonfinite_parameters
+    results["no nan"] = ddp.observer.nonfinite_parameters
 
     seen = []
 

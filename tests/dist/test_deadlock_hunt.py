@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     AllReduce,
+    BucketGradients,
     CommHook,
     Compressed,
     DistContext,
@@ -53,17 +54,19 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
     ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
     zero1 = Zero1(ddp, overlap_gather=True) if "zero1" in mode else None
     inner: CommHook = (ReduceScatter if zero1 else AllReduce)(ddp.collectives)
-    source = None
     if mode in ("bf16", "fp16"):
         inner = Compressed(inner, torch.bfloat16 if mode == "bf16" else torch.float16, ddp.collectives)
     if "powersgd" in mode:
         wire = torch.bfloat16 if "bf16" in mode else None
-        inner = source = PowerSGD(
-            ddp.buckets, ddp.collectives, PowerSGDConfig(rank=2, min_compression_rate=1.0, wire_dtype=wire), lazy=True
-        )
+        config = PowerSGDConfig(matrix_approximation_rank=2, min_compression_rate=1.0)
+        inner = PowerSGD(ddp.buckets, ddp.collectives, config, wire)
 
     class Late(CommHook):
         """Another hook, delayed before and after."""
+
+        takes_in_place, knows_norm, keeps_scale = inner.takes_in_place, inner.knows_norm, inner.keeps_scale
+        settle, sum_of_squares = inner.settle, inner.sum_of_squares
+        take, release = inner.take, inner.release
 
         def reduce(self, bucket: Bucket):
             delay()
@@ -71,17 +74,13 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
             delay()
             return handle
 
-        def zero_grad(self, bucket: Bucket) -> None:
-            inner.zero_grad(bucket)
-
     ddp.use_hook(Late())
     gather = ddp.collectives.all_gather
     ddp.collectives.all_gather = lambda tensor: [delay(), gather(tensor), None][-1]
     for parameter in ddp.parameters():
         parameter.register_hook(delay)
     optimizer = MixedPrecisionOptimizer(
-        (zero1 or ddp).slices(), AdamWConfig(), 0.0 if "step" in mode else 0.05, LossScaler(enabled=False),
-        context.all_sum if zero1 else None, source,
+        BucketGradients(ddp, zero1), AdamWConfig(), 0.0 if "step" in mode else 0.05, LossScaler(enabled=False)
     )  # fmt: skip
 
     def step_bucket(bucket: Bucket) -> None:
@@ -104,7 +103,6 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
                 zero1.start_gathers()
         else:
             optimizer.step(1e-2, zero1.gather if zero1 else None)
-        ddp.zero_grad()
     if zero1:
         zero1.wait()
     ddp.close()

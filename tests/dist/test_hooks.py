@@ -13,6 +13,7 @@ from parallel import (
     Compressed,
     DistContext,
     DistributedDataParallel,
+    Eager,
     PowerSGD,
     PowerSGDConfig,
     ReduceScatter,
@@ -25,6 +26,7 @@ from tests.dist.buckets import (
     gradients_of,
     in_groups,
     new_buckets,
+    new_powersgd,
     one_step,
     put,
     reduce_all,
@@ -117,16 +119,16 @@ def round_powersgd(context: DistContext) -> dict:
     collectives, results = Collectives(context.grad_group), {}
     for wire, dtype in [("bfloat16", torch.bfloat16)]:
         buckets = new_buckets(context.world_size)
-        config = PowerSGDConfig(rank=64, min_compression_rate=0.0)
-        hook = Compressed(PowerSGD(buckets, collectives, config), dtype, collectives)
+        config = PowerSGDConfig(matrix_approximation_rank=64, min_compression_rate=0.0)
+        hook = Compressed(Eager(PowerSGD(buckets, collectives, config)), dtype, collectives)
         sums = one_step(hook, buckets, gradients_of(context.rank, 0))
         exact = total([gradients_of(rank, 0) for rank in range(context.world_size)])
         errors = [error(sums[name], exact[name]) for name in exact]
         results[f"{wire} full"] = [max(errors), fingerprint(list(sums.values()))]
 
         buckets = new_buckets(context.world_size)
-        inner = PowerSGD(buckets, collectives, PowerSGDConfig(rank=4))
-        hook, delivered, given = Compressed(inner, dtype, collectives), [], []
+        inner = PowerSGD(buckets, collectives, PowerSGDConfig(matrix_approximation_rank=4))
+        hook, delivered, given = Compressed(Eager(inner), dtype, collectives), [], []
         for step in range(24):
             size = 2.0 ** (4 - step % 8)
             mine = {name: g * size for name, g in gradients_of(context.rank, step).items()}
@@ -236,7 +238,7 @@ def test_what_cannot_be_wrapped_is_refused():
     collectives, buckets = Collectives(None), new_buckets(1)
     for lazy, dtype in ((False, torch.float16), (True, torch.bfloat16)):
         with pytest.raises(ValueError, match="give it wire_dtype"):
-            Compressed(PowerSGD(buckets, collectives, PowerSGDConfig(rank=4), lazy=lazy), dtype, collectives)
+            Compressed(new_powersgd(buckets, collectives, lazy, matrix_approximation_rank=4), dtype, collectives)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         Compressed(AllReduce(collectives), torch.float32, collectives)
 

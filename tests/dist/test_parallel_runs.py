@@ -26,7 +26,7 @@ from checkpoint import folder as ckpt
 from model import flops
 from model.families.llama import LLAMA
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import Zero1
+from parallel import Zero1, data_parallel
 from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
@@ -34,7 +34,7 @@ from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
-from training import build_model, describe
+from training import build_model
 from training.meter import StepMeter
 
 STEPS = 6
@@ -147,9 +147,9 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
                 self.ddp.comm_stream.submit(lambda: time.sleep(0.01))
                 original_gather(self, bucket)
 
-            def step_bucket(self, bucket: int) -> None:
+            def step_bucket(self, bucket: int, release: bool = False) -> None:
                 time.sleep(0.01)
-                original_bucket(self, bucket)
+                original_bucket(self, bucket, release)
 
             patch.setattr(Zero1, "gather", gather)
             patch.setattr(MixedPrecisionOptimizer, "step_bucket", step_bucket)
@@ -182,9 +182,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             def finish_and_flip(self, *arguments: object) -> object:
                 result = original_finish(self, *arguments)
                 if self.progress.step + 1 == int(number):
-                    if self.zero1 is not None:
-                        self.zero1.wait()
-                    self.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
+                    self.engine.settle()
+                    self.engine.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
                 return result
 
             patch.setattr(trainer, "_finish_step", finish_and_flip)
@@ -205,7 +204,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             patch.setattr(trainer, "_step", warn_then_step)
             patch.setenv("GROUP_RANK", str(rank))
         elif kind == "network":
-            patch.setattr(describe, "measure_bandwidth", lambda *_: 10.0 ** int(number))
+            patch.setattr(data_parallel, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
 
 

@@ -2,16 +2,16 @@
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Size, Tensor
 
 from model import Llama, LlamaConfig
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from optimizer.muon import MuonConfig
-from parallel import Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
+from parallel import BucketGradients, Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.low_rank import gram_schmidt, orthonormalize
 from tests.dist.buckets import (
@@ -21,7 +21,9 @@ from tests.dist.buckets import (
     fingerprint,
     gradients_of,
     in_groups,
+    inner,
     new_buckets,
+    new_powersgd,
     one_step,
     put,
     reduce_all,
@@ -49,10 +51,10 @@ class Reference:
 
     def rank_of(self, name: str, shape: torch.Size) -> int:
         """Columns of the factors; 0 for what is not compressed."""
-        if len(shape) < 2 or any(word in name for word in self.config.exclude):
+        if len(shape) < 2 or any(word and word in name for word in self.config.powerSGD_exclude.split(",")):
             return 0
         m, n = shape[0], shape[1:].numel()
-        rank = min(self.config.rank, m, n)
+        rank = min(self.config.matrix_approximation_rank, m, n)
         return rank if m * n / ((m + n) * rank) >= self.config.min_compression_rate else 0
 
     def step(self, gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -60,7 +62,7 @@ class Reference:
         for name, first in gradients[0].items():
             addends = [g[name].double() for g in gradients]
             rank = self.rank_of(name, first.shape)
-            if rank and self.iteration >= self.config.start_iter:
+            if rank and self.iteration >= self.config.start_powerSGD_iter:
                 matrices = [addend.reshape(addend.shape[0], -1) for addend in addends]
                 sums[name] = self.compress(name, rank, matrices).reshape(first.shape)
             else:
@@ -104,47 +106,50 @@ OPTIONS: dict[str, dict] = {
     "cold, no feedback": {"warm_start": False, "use_error_feedback": False},
     "fixed Q": {"use_fixed_Q": True}, "fixed Q drawn anew": {"use_fixed_Q": True, "warm_start": False},
     "fixed Q, no feedback": {"use_fixed_Q": True, "use_error_feedback": False},
-    "late": {"start_iter": 2}, "late, cold": {"start_iter": 2, "warm_start": False},
+    "late": {"start_powerSGD_iter": 2}, "late, cold": {"start_powerSGD_iter": 2, "warm_start": False},
     "everything": {"min_compression_rate": 0.0}, "little": {"min_compression_rate": 2.2},
-    "nothing": {"min_compression_rate": 100.0}, "exclude": {"exclude": ("embed", "up.")},
-    "one column": {"rank": 1}, "more columns than sides": {"rank": 64, "min_compression_rate": 0.0},
-    "clamped": {"rank": 11, "min_compression_rate": 0.0}, "seed": {"seed": 7},
+    "nothing": {"min_compression_rate": 100.0}, "exclude": {"powerSGD_exclude": "embed,up."},
+    "one column": {"matrix_approximation_rank": 1},
+    "more columns than sides": {"matrix_approximation_rank": 64, "min_compression_rate": 0.0},
+    "clamped": {"matrix_approximation_rank": 11, "min_compression_rate": 0.0}, "seed": {"seed": 7},
 }  # fmt: skip
 MODES: dict[str, tuple[bool, dict]] = {
-    "eager": (False, {}), "lazy": (True, {}), "in buffer": (True, {"grad_buffer_is_error": True}),
+    "eager": (False, {}), "lazy": (True, {}), "in buffer": (True, {"grad_buffer_is_powerSGD_error": True}),
 }  # fmt: skip
 
 
-def new_hook(context: DistContext, config: PowerSGDConfig, lazy: bool = True, **buckets: object):
+def new_hook(context: DistContext, options: dict, lazy: bool = True, **buckets: object):
     buckets = new_buckets(context.world_size, bucket_size=800, **buckets)
-    return PowerSGD(buckets, Collectives(context.grad_group), config, lazy=lazy), buckets
+    return new_powersgd(buckets, Collectives(context.grad_group), lazy, **options), buckets
 
 
 def like_reference(
-    context: DistContext, config: PowerSGDConfig, lazy: bool, dtype: torch.dtype, shapes: dict, steps: int = 4
+    context: DistContext, options: dict, lazy: bool, dtype: torch.dtype, shapes: dict, steps: int = 4
 ) -> dict:
     """Largest relative errors over some steps."""
-    hook, buckets = new_hook(context, config, lazy, dtype=dtype, shapes=shapes)
-    reference = Reference(config, context.world_size, hook._random_q)
+    hook, buckets = new_hook(context, options, lazy, dtype=dtype, shapes=shapes)
+    powersgd, config = inner(hook), inner(hook).config
+    reference = Reference(config, context.world_size, powersgd._random_q)
     compressed = [name for name, shape in shapes.items() if reference.rank_of(name, torch.Size(shape))]
-    found = {"sum": 0.0, "residual": 0.0, "q": 0.0, "norm": 0.0, "names": hook.compressed_names() != compressed[::-1]}
+    found = {"sum": 0.0, "residual": 0.0, "q": 0.0, "norm": 0.0}
+    found["names"] = powersgd.compressed_names() != compressed[::-1]
     residuals = 0
     for step in range(steps):
         given = [gradients_of(rank, step, dtype, shapes) for rank in range(context.world_size)]
         expected = reference.step(given)
         # As the optimizer does it: the norm first.
         for bucket in buckets:
-            hook.zero_grad(bucket)
+            hook.release(bucket)
         put(buckets, given[context.rank])
         reduce_all(hook, buckets)
         if lazy:
-            squares = [hook.sum_of_squares(bucket.index) for bucket in buckets]
+            squares = [powersgd.sum_of_squares(bucket) for bucket in buckets]
             assert all(part.dtype == torch.float64 for part in squares)
             norm = torch.stack(squares).sum().sqrt()
             exact = torch.stack([e.norm() for e in expected.values()]).norm()
             found["norm"] = max(found["norm"], error(norm, exact))
         sums = take(hook, buckets)
-        state = hook.state_tensors()
+        state = powersgd.state_tensors()
         for name in shapes:
             found["sum"] = max(found["sum"], error(sums[name], expected[name]))
             if name in compressed and name in reference.q:
@@ -152,7 +157,7 @@ def like_reference(
                 found["q"] = max(found["q"], error(own, theirs / theirs.norm(dim=0)))
             if name in compressed and config.use_error_feedback:
                 residual = reference.residuals[context.rank].get(name, torch.zeros_like(state[f"{name}/residual"]))
-                if step < config.start_iter and config.grad_buffer_is_error:
+                if step < config.start_powerSGD_iter and config.grad_buffer_is_powerSGD_error:
                     # The buffer holds the sum, until it is zeroed.
                     continue
                 residuals += 1
@@ -171,18 +176,18 @@ def against_reference(context: DistContext) -> dict:
         if context.world_size == 3 and number % len(MODES) != number // len(MODES) % len(MODES):
             # Each option in one mode, in turn: all of them together are for two ranks.
             continue
-        options = {"rank": 4, "min_compression_rate": 1.5} | given | more
+        options = {"matrix_approximation_rank": 4, "min_compression_rate": 1.5} | given | more
         if more and not options.get("use_error_feedback", True):
             continue
         dtype = torch.float32 if more else torch.float64
-        found = like_reference(context, PowerSGDConfig(**options), lazy, dtype, SHAPES)
+        found = like_reference(context, options, lazy, dtype, SHAPES)
         results[f"{option}, {mode}, {dtype}"] = found
     llama = {name: tuple(p.shape) for name, p in Llama(LLAMA).named_parameters()}
     for mode, (lazy, more) in MODES.items():
-        config = PowerSGDConfig(rank=2, min_compression_rate=1.0, **more)
+        config = dict(matrix_approximation_rank=2, min_compression_rate=1.0, **more)
         results[f"llama, {mode}, torch.float32"] = like_reference(context, config, lazy, torch.float32, llama)
         for name, narrow in {"float32 factors": {}, "bf16 factors": {"orthogonalize_in_float32": False}}.items():
-            config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **narrow, **more)
+            config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, **narrow, **more)
             results[f"{name}, {mode}, torch.bfloat16"] = like_reference(
                 context, config, lazy, torch.bfloat16, SHAPES, steps=2
             )
@@ -194,7 +199,8 @@ def nothing_is_lost(context: DistContext) -> dict:
     results = {}
     wires = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
     options = {
-        "default": {}, "fixed Q": {"use_fixed_Q": True}, "one column": {"rank": 1}, "late": {"start_iter": 2},
+        "default": {}, "fixed Q": {"use_fixed_Q": True}, "one column": {"matrix_approximation_rank": 1},
+        "late": {"start_powerSGD_iter": 2},
         "fixed Q drawn anew": {"use_fixed_Q": True, "warm_start": False}, "damped": {"orthogonalization_epsilon": 1e-2},
     }  # fmt: skip
     for (wire, wire_dtype), (option, given), (mode, (lazy, more)) in itertools.product(
@@ -202,9 +208,11 @@ def nothing_is_lost(context: DistContext) -> dict:
     ):
         if option != "default" and (mode != "lazy" or context.world_size > 2):
             continue
-        config = PowerSGDConfig(**({"rank": 4, "min_compression_rate": 1.5, "wire_dtype": wire_dtype} | given | more))
+        config = dict(
+            **({"matrix_approximation_rank": 4, "min_compression_rate": 1.5, "wire_dtype": wire_dtype} | given | more)
+        )
         hook, buckets = new_hook(context, config, lazy)
-        names = hook.compressed_names()
+        names = inner(hook).compressed_names()
         each_step, received, delivered = 0.0, 0.0, 0.0
         kept = torch.zeros_like(together(gradients_of(0, 0), names))
         for step in range(6):
@@ -214,8 +222,8 @@ def nothing_is_lost(context: DistContext) -> dict:
             given_now = together(mine, names) + kept
             sums = together(one_step(hook, buckets, mine), names).double()
             received, delivered = received + together(mine, names).double(), delivered + sums
-            if step >= config.start_iter:
-                kept = together(hook.state_tensors(), names, "/residual")
+            if step >= config.get("start_powerSGD_iter", 0):
+                kept = together(inner(hook).state_tensors(), names, "/residual")
                 answer = context.all_sum(torch.stack([given_now.double() - kept.double(), given_now.double().abs()]))
                 each_step = max(each_step, ((answer[0] - sums).norm() / answer[1].norm()).nan_to_num(nan=9e9).item())
         answer = context.all_sum(torch.stack([kept.double(), received]))
@@ -231,16 +239,19 @@ def full_rank(context: DistContext) -> dict:
     results = {}
     exact = [gradients_of(rank, 0) for rank in range(context.world_size)]
     for wire, (mode, (lazy, more)) in itertools.product((None, torch.bfloat16, torch.float16), MODES.items()):
-        config = PowerSGDConfig(rank=64, min_compression_rate=0.0, wire_dtype=wire, **more)
+        config = dict(matrix_approximation_rank=64, min_compression_rate=0.0, wire_dtype=wire, **more)
         hook, buckets = new_hook(context, config, lazy)
         sums = one_step(hook, buckets, exact[context.rank])
         errors = [error(sums[name], sum(each[name].double() for each in exact)) for name in SHAPES]
-        results[f"{mode}, {wire}"] = [max(errors), len(hook.compressed_names()), fingerprint(list(sums.values()))]
+        names = inner(hook).compressed_names()
+        results[f"{mode}, {wire}"] = [max(errors), len(names), fingerprint(list(sums.values()))]
     return results
 
 
-def all_slices(buckets: list[Bucket]) -> list:
-    return [bucket.slices(0, len(bucket.grad)) for bucket in buckets]
+def gradients_in(buckets: list[Bucket], hook: PowerSGD) -> BucketGradients:
+    """What an optimizer takes, of buckets that are no DDP's."""
+    slices = [bucket.slices(0, len(bucket.grad)) for bucket in buckets]
+    return BucketGradients(SimpleNamespace(buckets=buckets, hook=hook, slices=lambda: slices))
 
 
 def train(
@@ -249,11 +260,11 @@ def train(
     """Some steps of the real optimizer. In bad steps (step -> value) a gradient of the last rank is not finite; with
     `skip` False they are left out altogether. Without an initial scale the loss is not scaled."""
     options = {name: value for name, value in more.items() if name != "grad"}
-    config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **options)
+    config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, **options)
     buckets = new_buckets(context.world_size, grad_dtype=more.get("grad"), bucket_size=800)
     scaler = LossScaler(enabled=initial_scale is not None, initial=initial_scale or 1.0)
-    hook = PowerSGD(buckets, Collectives(context.grad_group), config, lazy=True, loss_scale=lambda: scaler.scale)
-    optimizer = MixedPrecisionOptimizer(all_slices(buckets), AdamWConfig(), 1.0, scaler, source=hook)
+    hook = new_powersgd(buckets, Collectives(context.grad_group), loss_scale=lambda: scaler.scale, **config)
+    optimizer = MixedPrecisionOptimizer(gradients_in(buckets, hook), AdamWConfig(), 1.0, scaler)
     traceless, norms, skipped = True, [], []
     for step in range(6):
         if step in bad_steps and not skip:
@@ -272,8 +283,8 @@ def train(
             traceless &= now == before
         else:
             norms.append(result.grad_norm)
-        for bucket in buckets:
-            hook.zero_grad(bucket)
+        # Also after a step that was skipped.
+        assert "grad_buffer_is_powerSGD_error" in more or not any(bucket.grad.any() for bucket in buckets)
     weights = [bucket.param for bucket in buckets]
     return {
         "traceless": traceless, "norms": norms, "skipped": skipped, "weights": fingerprint(weights),
@@ -286,7 +297,7 @@ def skipped_steps(context: DistContext) -> dict:
     results = {}
     for name, more in {
         "default": {}, "bf16 wire": {"wire_dtype": torch.bfloat16}, "fp16 wire": {"wire_dtype": torch.float16},
-        "fixed Q": {"use_fixed_Q": True}, "late": {"start_iter": 2}, "fp16 buffers": {"grad": torch.float16},
+        "fixed Q": {"use_fixed_Q": True}, "late": {"start_powerSGD_iter": 2}, "fp16 buffers": {"grad": torch.float16},
     }.items():  # fmt: skip
         bad = {2: float("inf"), 3: float("nan")}
         results[name] = [
@@ -296,8 +307,8 @@ def skipped_steps(context: DistContext) -> dict:
     # An infinity in the first step of all, which nothing was before.
     results["first"] = [train(context, {0: float("inf")}, scale, {}) for scale in (1024.0, None)]
     results["in buffer"] = [
-        train(context, {2: float("nan")}, None, {"grad_buffer_is_error": True}),
-        train(context, {}, None, {"grad_buffer_is_error": True}),
+        train(context, {2: float("nan")}, None, {"grad_buffer_is_powerSGD_error": True}),
+        train(context, {}, None, {"grad_buffer_is_powerSGD_error": True}),
         train(context, {}, None, {}),
     ]
     return results
@@ -308,11 +319,11 @@ def vanished(context: DistContext) -> dict:
     results = {}
     for wire, mode in ((None, "eager"), (torch.float16, "lazy"), (torch.bfloat16, "in buffer"), (None, "in buffer")):
         lazy, more = MODES[mode]
-        config = PowerSGDConfig(rank=4, min_compression_rate=1.5, wire_dtype=wire, **more)
+        config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, wire_dtype=wire, **more)
         hook, buckets = new_hook(context, config, lazy)
         nothing = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         silent = [one_step(hook, buckets, nothing) for _ in range(2)]
-        norms = torch.cat([t.norm(dim=0) for name, t in hook.state_tensors().items() if name.endswith("/q")])
+        norms = torch.cat([t.norm(dim=0) for name, t in inner(hook).state_tensors().items() if name.endswith("/q")])
         # Then something of rank 1 alone, the same on all ranks, then of full rank.
         thin = {name: draw(name, (shape[0], 1)) @ draw(f"{name} columns", (1, torch.Size(shape[1:]).numel()))
                 for name, shape in SHAPES.items()}  # fmt: skip
@@ -322,7 +333,7 @@ def vanished(context: DistContext) -> dict:
         one_step(hook, buckets, nothing)
         after = one_step(hook, buckets, gradients_of(context.rank, 9))
         ranks = [torch.linalg.matrix_rank(after[name].view(after[name].shape[0], -1).nan_to_num(), rtol=1e-3).item()
-                 for name in hook.compressed_names()]  # fmt: skip
+                 for name in inner(hook).compressed_names()]  # fmt: skip
         results[f"{mode}, {wire}"] = [
             max(s.abs().max().item() for step in silent for s in step.values()) == 0.0,
             [norms.min().item(), norms.max().item()], lines, ranks,
@@ -330,12 +341,12 @@ def vanished(context: DistContext) -> dict:
     return results
 
 
-def work_some(context: DistContext, config: PowerSGDConfig, steps: int = 3, dtype: torch.dtype = torch.float32):
-    hook, buckets = new_hook(context, config, dtype=dtype)
+def work_some(context: DistContext, options: dict, steps: int = 3, dtype: torch.dtype = torch.float32):
+    hook, buckets = new_hook(context, options, dtype=dtype)
     for step in range(steps):
         one_step(hook, buckets, gradients_of(context.rank, step, dtype))
         for bucket in buckets:
-            hook.zero_grad(bucket)
+            hook.release(bucket)
     return hook, buckets
 
 
@@ -346,8 +357,8 @@ def copied(hook: PowerSGD) -> dict[str, Tensor]:
 def states(context: DistContext) -> dict:
     """Saved on this group and taken up on the same group: bit by bit."""
     results = {}
-    for mode, more in {"own": {}, "in buffer": {"grad_buffer_is_error": True}}.items():
-        config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **more)
+    for mode, more in {"own": {}, "in buffer": {"grad_buffer_is_powerSGD_error": True}}.items():
+        config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, **more)
         hook, buckets = work_some(context, config)
         saved = copied(hook)
         fresh, its_buckets = new_hook(context, config)
@@ -363,7 +374,7 @@ def states(context: DistContext) -> dict:
 
         # Another number of columns takes the common ones; what is not compressed now is named.
         for columns in (2, 7):
-            config = PowerSGDConfig(rank=columns, min_compression_rate=0.0, exclude=("embed",), **more)
+            config = dict(matrix_approximation_rank=columns, min_compression_rate=0.0, powerSGD_exclude="embed", **more)
             other, _ = new_hook(context, config)
             random = {name: t.clone() for name, t in other.state_tensors().items()}
             other.take_q(saved)
@@ -383,8 +394,8 @@ def other_world_sizes(context: DistContext) -> dict:
     """States of some ranks taken up by this group's, dealt as train_my_ddp.py does: sums of residuals before, after."""
     results = {}
     for before in (1, 2, 4, 5):
-        for mode, more in {"own": {}, "in buffer": {"grad_buffer_is_error": True}}.items():
-            config = PowerSGDConfig(rank=4, min_compression_rate=1.5, **more)
+        for mode, more in {"own": {}, "in buffer": {"grad_buffer_is_powerSGD_error": True}}.items():
+            config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, **more)
             hook, buckets = new_hook(context, config)
             names = [f"{name}/residual" for name in hook.compressed_names()]
             files = [
@@ -406,7 +417,7 @@ def other_world_sizes(context: DistContext) -> dict:
 
 def against_the_naive_step(context: DistContext) -> float:
     """Largest error of the hook's sums and residuals over some steps."""
-    hook, buckets = new_hook(context, PowerSGDConfig(rank=3, min_compression_rate=1.5))
+    hook, buckets = new_hook(context, dict(matrix_approximation_rank=3, min_compression_rate=1.5))
     names = hook.compressed_names()
     residuals = {name: torch.zeros(SHAPES[name][0], Size(SHAPES[name][1:]).numel()) for name in names}
     qs = {key.removesuffix("/q"): q.clone() for key, q in hook.state_tensors().items() if key.endswith("/q")}
@@ -562,43 +573,47 @@ def test_another_world_size_keeps_the_sum_of_residuals(answers: dict[int, list[d
 HALF = torch.float16
 
 
-def alone(config: PowerSGDConfig, lazy: bool = True, grad: torch.dtype = torch.float32, **more: object) -> PowerSGD:
-    return PowerSGD(new_buckets(1, grad, grad), Collectives(None), config, lazy=lazy, **more)
+def alone(options: dict, lazy: bool = True, grad: torch.dtype = torch.float32, **more: object) -> PowerSGD:
+    return new_powersgd(new_buckets(1, grad, grad), Collectives(None), lazy, **options, **more)
 
 
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="at least 1"):
-        alone(PowerSGDConfig(rank=0))
+        alone(dict(matrix_approximation_rank=0))
     with pytest.raises(ValueError, match="lazy hook"):
-        alone(PowerSGDConfig(grad_buffer_is_error=True), lazy=False)
+        alone(dict(grad_buffer_is_powerSGD_error=True), lazy=False)
     with pytest.raises(ValueError, match="error feedback"):
-        alone(PowerSGDConfig(grad_buffer_is_error=True, use_error_feedback=False))
+        alone(dict(grad_buffer_is_powerSGD_error=True, use_error_feedback=False))
     with pytest.raises(ValueError, match="does not go with float16"):
-        alone(PowerSGDConfig(grad_buffer_is_error=True), grad=HALF)
+        alone(dict(grad_buffer_is_powerSGD_error=True), grad=HALF)
     with pytest.raises(ValueError, match="leave out --no-orthogonalize_in_float32"):
-        alone(PowerSGDConfig(orthogonalize_in_float32=False), grad=HALF)
+        alone(dict(orthogonalize_in_float32=False), grad=HALF)
 
 
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize(
-    "more", [{}, {"use_fixed_Q": True}, {"wire_dtype": torch.bfloat16}, {"start_iter": 1}], ids=str
+    "more", [{}, {"use_fixed_Q": True}, {"wire_dtype": torch.bfloat16}, {"start_powerSGD_iter": 1}], ids=str
 )
 @pytest.mark.parametrize("largest", [6e-4, 100.0])
 def test_float16_buffers_lose_nothing_beside_their_own_rounding(largest: float, more: dict, lazy: bool):
     """Against float64, of gradients that float16 cannot hold without the loss scale. (`largest`: with it.)"""
     scale = 2.0**16
-    hook = alone(PowerSGDConfig(rank=4, min_compression_rate=1.5, **more), lazy, loss_scale=lambda: scale, grad=HALF)
-    reference = Reference(hook.config, 1, hook._random_q)
+    hook = alone(
+        dict(matrix_approximation_rank=4, min_compression_rate=1.5, **more), lazy, loss_scale=lambda: scale, grad=HALF
+    )
+    powersgd = inner(hook)
+    reference = Reference(powersgd.config, 1, powersgd._random_q)
     for step in range(3):
         given = {name: (g * largest / 8).half() for name, g in gradients_of(0, step).items()}
         exact = reference.step([{name: g.double() / scale for name, g in given.items()}])
-        sums = one_step(hook, hook.buckets, given)
+        sums = one_step(hook, powersgd.buckets, given)
         tolerance = 1e-2 if "wire_dtype" in more else 1e-3 if not lazy else 2e-5
-        for name in hook.compressed_names():
+        for name in powersgd.compressed_names():
             assert sums[name].dtype == (torch.float32 if lazy else HALF)
-            assert error(sums[name].double() / scale, exact[name]) <= tolerance
+            # What is taken is unscaled; what is in a bucket is in the bucket's units.
+            assert error(sums[name].double() / (1.0 if lazy else scale), exact[name]) <= tolerance
             if name in reference.residuals[0]:
-                residual = hook.state_tensors()[f"{name}/residual"]
+                residual = powersgd.state_tensors()[f"{name}/residual"]
                 assert error(residual, reference.residuals[0][name]) <= tolerance
 
 
@@ -606,18 +621,19 @@ def test_float16_buffers_lose_nothing_beside_their_own_rounding(largest: float, 
 def test_a_sum_beyond_float16_never_reaches_the_weights(muon: MuonConfig | None):
     """What was left out of some steps comes at once: finite, and more than float16 holds at the loss scale."""
     scaler = LossScaler(enabled=True)
-    hook = alone(PowerSGDConfig(rank=1, min_compression_rate=0.0), loss_scale=lambda: scaler.scale, grad=HALF)
-    optimizer = MixedPrecisionOptimizer(all_slices(hook.buckets), AdamWConfig(), 1.0, scaler, source=hook, muon=muon)
-    given, largest, load = {name: (g.sign() * 6e4).half() for name, g in gradients_of(0, 0).items()}, [], hook.load
+    hook = alone(
+        dict(matrix_approximation_rank=1, min_compression_rate=0.0), loss_scale=lambda: scaler.scale, grad=HALF
+    )
+    optimizer = MixedPrecisionOptimizer(gradients_in(hook.buckets, hook), AdamWConfig(), 1.0, scaler, muon=muon)
+    given, largest, take = {name: (g.sign() * 6e4).half() for name, g in gradients_of(0, 0).items()}, [], hook.take
 
-    def observed(bucket: int) -> None:
-        load(bucket)
-        largest.append(hook.buckets[bucket].reduced.abs().max().item())
+    def observed(bucket: Bucket) -> Tensor:
+        taken = take(bucket)
+        largest.append(taken.abs().max().item() * scaler.scale)
+        return taken
 
-    hook.load = observed
+    hook.take = observed
     for _ in range(6):
-        for bucket in hook.buckets:
-            hook.zero_grad(bucket)
         put(hook.buckets, given)
         reduce_all(hook, hook.buckets)
         assert not optimizer.step(1e-2).skipped
@@ -631,26 +647,27 @@ def test_a_sum_beyond_float16_never_reaches_the_weights(muon: MuonConfig | None)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_does_not_stay_in_the_state(value: float, grad: torch.dtype, lazy: bool):
     """Where nobody asks before the sum is decompressed, too."""
-    hook = alone(PowerSGDConfig(rank=4, min_compression_rate=1.5), lazy, grad=grad)
-    one_step(hook, hook.buckets, {name: g.to(grad) for name, g in gradients_of(0, 0).items()})
-    before = fingerprint(list(hook.state_tensors().values()))
-    for bucket in hook.buckets:
-        hook.zero_grad(bucket)
-    put(hook.buckets, {name: (g * value).to(grad) for name, g in gradients_of(0, 1).items()})
-    reduce_all(hook, hook.buckets)
-    assert all(not torch.isfinite(hook.sum_of_squares(bucket.index)) for bucket in hook.buckets)
-    assert lazy or not any(torch.isfinite(bucket.grad).all() for bucket in hook.buckets)
-    assert fingerprint(list(hook.state_tensors().values())) == before
+    hook = alone(dict(matrix_approximation_rank=4, min_compression_rate=1.5), lazy, grad=grad)
+    powersgd = inner(hook)
+    one_step(hook, powersgd.buckets, {name: g.to(grad) for name, g in gradients_of(0, 0).items()})
+    before = fingerprint(list(powersgd.state_tensors().values()))
+    for bucket in powersgd.buckets:
+        hook.release(bucket)
+    put(powersgd.buckets, {name: (g * value).to(grad) for name, g in gradients_of(0, 1).items()})
+    reduce_all(hook, powersgd.buckets)
+    assert all(not torch.isfinite(inner(hook).sum_of_squares(bucket)) for bucket in powersgd.buckets)
+    assert lazy or not any(torch.isfinite(bucket.grad).all() for bucket in powersgd.buckets)
+    assert fingerprint(list(powersgd.state_tensors().values())) == before
 
 
 def test_sum_of_squares_is_that_of_the_sum():
     """Also before compression starts, with a loss scale, and of sums too large for float32's squares."""
     for size, scale, start in itertools.product((1e-22, 1.0, 1e18), (1.0, 1024.0), (0, 1)):
-        config = PowerSGDConfig(rank=4, min_compression_rate=1.5, start_iter=start)
+        config = dict(matrix_approximation_rank=4, min_compression_rate=1.5, start_powerSGD_iter=start)
         hook = alone(config, loss_scale=lambda scale=scale: scale)
         put(hook.buckets, {name: g * size * scale for name, g in gradients_of(0, 0).items()})
         reduce_all(hook, hook.buckets)
-        found = [hook.sum_of_squares(bucket.index).item() for bucket in hook.buckets]
+        found = [inner(hook).sum_of_squares(bucket).item() for bucket in hook.buckets]
         sums = take(hook, hook.buckets)
         for bucket, value in zip(hook.buckets, found):
             exact = sum_of_squares(sums[slot.parameter.name].view(-1) for slot in bucket.slots).item()
@@ -659,7 +676,7 @@ def test_sum_of_squares_is_that_of_the_sum():
 
 def test_the_relative_error_is_estimated_when_asked():
     """On one rank it is the norm of the residual over that of what was given."""
-    hook, silent = (alone(PowerSGDConfig(rank=4, min_compression_rate=1.5)) for _ in range(2))
+    hook, silent = (alone(dict(matrix_approximation_rank=4, min_compression_rate=1.5)) for _ in range(2))
     one_step(hook, hook.buckets, gradients_of(0, 0))
     assert hook.relative_error == {}
     hook.measure = True
@@ -680,13 +697,13 @@ def test_the_relative_error_is_estimated_when_asked():
 
 
 def test_random_q_is_a_function_of_seed_iteration_and_name():
-    hooks = [alone(PowerSGDConfig(seed=seed)) for seed in (0, 0, 1)]
+    hooks = [alone(dict(seed=seed)) for seed in (0, 0, 1)]
     draws = [hook._random_q(name, 9, 3, iteration) for hook in hooks for name in "ab" for iteration in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(draws[:4], draws[4:8]))
     different = draws[4:]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
     assert all(torch.allclose(q.norm(dim=0), torch.ones(3)) for q in draws)
-    fixed = alone(PowerSGDConfig(use_fixed_Q=True))._random_q("a", 9, 3, 0)
+    fixed = alone(dict(use_fixed_Q=True))._random_q("a", 9, 3, 0)
     assert torch.allclose(fixed.T @ fixed, torch.eye(3), atol=1e-6)
 
 

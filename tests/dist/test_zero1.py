@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.decoder import Block
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
+    BucketGradients,
     DistContext,
     DistributedDataParallel,
     NaiveDDP,
     NaiveZero1,
+    PlainGradients,
     ReduceScatter,
     Zero1,
     destroy_context,
@@ -54,10 +56,9 @@ def train(
     if zero:
         ddp.use_hook(ReduceScatter(ddp.collectives))
         zero1 = Zero1(ddp, gather)
-    slices = (zero1 or ddp).slices()
+    gradients = BucketGradients(ddp, zero1)
     optimizer = MixedPrecisionOptimizer(
-        slices, AdamWConfig(), 0.0 if overlapped_step else clip, LossScaler(enabled=False),
-        context.all_sum if zero else None,
+        gradients, AdamWConfig(), 0.0 if overlapped_step else clip, LossScaler(enabled=False)
     )  # fmt: skip
     if overlapped_step:
         ddp.register_after_reduction(lambda bucket: optimizer.step_bucket(bucket.index))
@@ -66,7 +67,8 @@ def train(
         if overlapped_step:
             optimizer.begin_overlapped_step(LEARNING_RATE)
         accumulate(ddp, rank_rows(context, GLOBAL_BATCH // context.world_size))
-        shard_norms.append(torch.cat([s.grad.double() for bucket in slices for s in bucket]).norm().item())
+        own = [grad.double() for bucket in ddp.buckets for grad in gradients.take(bucket.index)]
+        shard_norms.append(torch.cat(own).norm().item())
         if overlapped_step:
             norms.append(optimizer.end_overlapped_step().grad_norm)
             if zero:
@@ -75,7 +77,7 @@ def train(
             norms.append(optimizer.step(LEARNING_RATE, zero1.gather if zero else None).grad_norm)
         if zero and not gather:
             zero1.wait()
-        ddp.zero_grad()
+        assert not any(bucket.grad.any() for bucket in ddp.buckets)
     if zero:
         zero1.wait()
     ddp.close()
@@ -117,7 +119,7 @@ def naive(context: DistContext) -> dict:
         decays = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
         groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, LEARNING_RATE, (config.beta1, config.beta2), config.eps)
+        return torch.optim.AdamW(groups, LEARNING_RATE, (config.beta1, config.beta2), config.adam_eps)
 
     zero1, norms = NaiveZero1(trained, context, adamw), []
     for _ in range(STEPS):
@@ -145,9 +147,11 @@ def one_step_gradients(context: DistContext) -> float:
     accumulate(ddp, rank_rows(context, 2))
     grads = {name: p.grad.flatten() for name, p in exact.named_parameters()}
     difference = total = 0.0
-    for piece in itertools.chain(*Zero1(ddp).slices()):
-        wanted = grads[piece.name][piece.offset : piece.offset + len(piece.grad)]
-        difference += (piece.grad.double() - wanted).square().sum().item()
+    gradients = BucketGradients(ddp, Zero1(ddp))
+    found = itertools.chain(*(gradients.take(bucket.index) for bucket in ddp.buckets))
+    for piece, grad in zip(itertools.chain(*gradients.slices), found):
+        wanted = grads[piece.name][piece.offset : piece.offset + len(grad)]
+        difference += (grad.double() - wanted).square().sum().item()
         total += wanted.square().sum().item()
     ddp.close()
     return (difference / total) ** 0.5
@@ -159,14 +163,16 @@ def tiles(context: DistContext) -> dict:
     for name, size in BUCKET_SIZES.items():
         ddp = DistributedDataParallel(new_model(), context, bucket_size=size)
         owned = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in ddp.module.named_parameters()}
-        slices, in_place = Zero1(ddp).slices(), True
+        gradients, in_place = BucketGradients(ddp, Zero1(ddp)), True
+        slices = gradients.slices
+        grads = itertools.chain(*(gradients.take(bucket.index) for bucket in ddp.buckets))
         flat = {name: p.detach().view(-1) for name, p in ddp.module.named_parameters()}
         grad = {name: p.grad.view(-1) for name, p in ddp.module.named_parameters()}
-        for piece in itertools.chain(*slices):
+        for piece, taken in zip(itertools.chain(*slices), grads):
             end = piece.offset + len(piece.param)
             owned[piece.name][piece.offset : end] += 1
             in_place &= flat[piece.name][piece.offset : end].data_ptr() == piece.param.data_ptr()
-            in_place &= grad[piece.name][piece.offset : end].data_ptr() == piece.grad.data_ptr()
+            in_place &= grad[piece.name][piece.offset : end].data_ptr() == taken.data_ptr()
         counts = context.all_sum(torch.cat(list(owned.values())))
         mine = sum(len(piece.param) for piece in itertools.chain(*slices))
         padded = len(ddp.flat_buffers.param_data)
@@ -280,8 +286,8 @@ def bad_gradients(context: DistContext) -> dict:
         if zero:
             ddp.use_hook(ReduceScatter(ddp.collectives))
         optimizer = MixedPrecisionOptimizer(
-            (zero1 or ddp).slices(), AdamWConfig(), 0.0, LossScaler(enabled=False), context.all_sum if zero else None
-        )
+            BucketGradients(ddp, zero1), AdamWConfig(), 0.0, LossScaler(enabled=False)
+        )  # fmt: skip
         if overlapped:
             ddp.register_after_reduction(lambda bucket, it=optimizer: it.step_bucket(bucket.index))
             optimizer.begin_overlapped_step(LEARNING_RATE)
@@ -433,7 +439,7 @@ def test_compiled_blocks_wait_too():
 
 def test_what_an_overlapped_step_refuses():
     context = DistContext(0, 1, 0, 1, torch.device("cpu"))
-    slices = NaiveDDP(nn.Linear(3, 2), context).slices()
+    slices = PlainGradients(NaiveDDP(nn.Linear(3, 2), context).slices())
     for clip, fp16 in ((0.1, False), (0.0, True), (1.0, True)):
         optimizer = MixedPrecisionOptimizer(slices, AdamWConfig(), clip, LossScaler(enabled=fp16))
         with pytest.raises(ValueError, match="neither clip nor be skipped"):

@@ -490,7 +490,7 @@ def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> di
     def full_meanwhile(self: trainer_module.Trainer, *arguments: object) -> object:
         step = self.progress.step + 1
         if step in (7, 13, 31):
-            self._settle_save()
+            self.saves.settle()
             if step < 31:
                 fill(Path(disk), ROOM if step == 7 else 0)
             else:

@@ -697,7 +697,7 @@ def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.Mo
 
     def stop_after_step_3(self, *arguments: object):
         if self.progress.step == 2:
-            (self.out_dir / "stop").touch()
+            (self.run_dir.path / "stop").touch()
         return step(self, *arguments)
 
     monkeypatch.setattr(trainer_module.Trainer, "_finish_step", stop_after_step_3)
@@ -781,7 +781,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     def poison(self, *arguments: object):
         result = step(self, *arguments)
         if self.progress.step == 3:
-            _, states = next(iter(self.optimizer.named_state()))
+            _, states = next(iter(self.engine.named_state()))
             (next(self.model.parameters()) if where == "model" else states["main"]).data.view(-1)[7] = value
         return result
 

@@ -25,17 +25,18 @@ from model import Llama, LlamaConfig
 from model.dropout import DropoutKey, dropout
 from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.ops import REFERENCE, Ops, build_ops
-from optimizer.adamw import AdamWConfig, adamw_reference
+from optimizer.adamw import adamw_reference
 from optimizer.clip import clip_factor
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import DistContext, DistributedDataParallel
+from parallel import BucketGradients, DistContext, DistributedDataParallel
 from tests.kernel_checks import DEVICE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "whole_model.json"
 STEPS, WIDTH, VOCAB_SIZE = 20, 4, 16
 """Triton's interpreter takes a tenth of a second for what the model does to a token."""
 LEARNING_RATE, GRAD_CLIP = 1e-2, 1.0
-CONSTANTS = AdamWConfig(eps=1e-2)
+CONSTANTS = AdamWConfig(adam_eps=1e-2)
 """With Adam's usual eps, a gradient of 1e-9 that rounding gives another sign moves its weight by twice the learning
 rate: deviations would be a lottery, as they would not with this one."""
 CONFIG = LlamaConfig(
@@ -76,7 +77,9 @@ def train(config: LlamaConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: 
     model.initialize(seed)
     model.to(device=DEVICE, dtype=dtype).train()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, torch.device(DEVICE)), overlap_grad_reduce=False)
-    optimizer = MixedPrecisionOptimizer(ddp.slices(), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel)
+    optimizer = MixedPrecisionOptimizer(
+        BucketGradients(ddp), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel
+    )
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, batch(step))
