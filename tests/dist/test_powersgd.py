@@ -149,7 +149,7 @@ def like_reference(
             exact = torch.stack([e.norm() for e in expected.values()]).norm()
             found["norm"] = max(found["norm"], error(norm, exact))
         sums = take(hook, buckets)
-        state = powersgd.state_tensors()
+        state = powersgd.saved_state()
         for name in shapes:
             found["sum"] = max(found["sum"], error(sums[name], expected[name]))
             if name in compressed and name in reference.q:
@@ -223,7 +223,7 @@ def nothing_is_lost(context: DistContext) -> dict:
             sums = together(one_step(hook, buckets, mine), names).double()
             received, delivered = received + together(mine, names).double(), delivered + sums
             if step >= config.get("start_powerSGD_iter", 0):
-                kept = together(inner(hook).state_tensors(), names, "/residual")
+                kept = together(inner(hook).saved_state(), names, "/residual")
                 answer = context.all_sum(torch.stack([given_now.double() - kept.double(), given_now.double().abs()]))
                 each_step = max(each_step, ((answer[0] - sums).norm() / answer[1].norm()).nan_to_num(nan=9e9).item())
         answer = context.all_sum(torch.stack([kept.double(), received]))
@@ -273,13 +273,13 @@ def train(
         gradients = {name: g.half() * scaler.scale for name, g in gradients_of(context.rank, step).items()}
         if step in bad_steps and context.rank == context.world_size - 1:
             gradients["up.weight"][3, 5] = bad_steps[step]
-        before = fingerprint([*hook.state_tensors().values(), *(bucket.param for bucket in buckets)])
+        before = fingerprint([*hook.saved_state().values(), *(bucket.param for bucket in buckets)])
         put(buckets, gradients)
         reduce_all(hook, buckets)
         result = optimizer.step(1e-2)
         if result.skipped:
             skipped.append(step)
-            now = fingerprint([*hook.state_tensors().values(), *(bucket.param for bucket in buckets)])
+            now = fingerprint([*hook.saved_state().values(), *(bucket.param for bucket in buckets)])
             traceless &= now == before
         else:
             norms.append(result.grad_norm)
@@ -288,8 +288,8 @@ def train(
     weights = [bucket.param for bucket in buckets]
     return {
         "traceless": traceless, "norms": norms, "skipped": skipped, "weights": fingerprint(weights),
-        "state": fingerprint(list(hook.state_tensors().values())), "scale": scaler.scale,
-        "finite": all(torch.isfinite(t).all().item() for t in [*weights, *hook.state_tensors().values()]),
+        "state": fingerprint(list(hook.saved_state().values())), "scale": scaler.scale,
+        "finite": all(torch.isfinite(t).all().item() for t in [*weights, *hook.saved_state().values()]),
     }  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def vanished(context: DistContext) -> dict:
         hook, buckets = new_hook(context, config, lazy)
         nothing = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         silent = [one_step(hook, buckets, nothing) for _ in range(2)]
-        norms = torch.cat([t.norm(dim=0) for name, t in inner(hook).state_tensors().items() if name.endswith("/q")])
+        norms = torch.cat([t.norm(dim=0) for name, t in inner(hook).saved_state().items() if name.endswith("/q")])
         # Then something of rank 1 alone, the same on all ranks, then of full rank.
         thin = {name: draw(name, (shape[0], 1)) @ draw(f"{name} columns", (1, torch.Size(shape[1:]).numel()))
                 for name, shape in SHAPES.items()}  # fmt: skip
@@ -351,7 +351,7 @@ def work_some(context: DistContext, options: dict, steps: int = 3, dtype: torch.
 
 
 def copied(hook: PowerSGD) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in hook.state_tensors().items()}
+    return {name: tensor.clone() for name, tensor in hook.saved_state().items()}
 
 
 def states(context: DistContext) -> dict:
@@ -365,7 +365,7 @@ def states(context: DistContext) -> dict:
         fresh.iteration = hook.iteration
         fresh.take_q(saved)
         left = fresh.add_residuals(saved)
-        same = fingerprint(list(saved.values())) == fingerprint(list(fresh.state_tensors().values()))
+        same = fingerprint(list(saved.values())) == fingerprint(list(fresh.saved_state().values()))
         go_on = [
             fingerprint(list(one_step(h, b, gradients_of(context.rank, 3)).values()))
             for h, b in ((hook, buckets), (fresh, its_buckets))
@@ -376,10 +376,10 @@ def states(context: DistContext) -> dict:
         for columns in (2, 7):
             config = dict(matrix_approximation_rank=columns, min_compression_rate=0.0, powerSGD_exclude="embed", **more)
             other, _ = new_hook(context, config)
-            random = {name: t.clone() for name, t in other.state_tensors().items()}
+            random = {name: t.clone() for name, t in other.saved_state().items()}
             other.take_q(saved)
             left = other.add_residuals(saved)
-            common, now = min(columns, 4), other.state_tensors()
+            common, now = min(columns, 4), other.saved_state()
             taken = all(
                 torch.equal(now[f"{name}/q"][:, :common], saved[f"{name}/q"][:, :common])
                 and torch.equal(now[f"{name}/q"][:, common:], random[f"{name}/q"][:, common:])
@@ -399,17 +399,17 @@ def other_world_sizes(context: DistContext) -> dict:
             hook, buckets = new_hook(context, config)
             names = [f"{name}/residual" for name in hook.compressed_names()]
             files = [
-                {name: draw(f"{rank} {name}", tuple(hook.state_tensors()[name].shape)) for name in names}
+                {name: draw(f"{rank} {name}", tuple(hook.saved_state()[name].shape)) for name in names}
                 for rank in range(before)
             ]
             for file in files[context.rank :: context.world_size]:
                 assert hook.add_residuals(file) == []
-            after = context.all_sum(together(hook.state_tensors(), names).double())
+            after = context.all_sum(together(hook.saved_state(), names).double())
             kept = error(after, sum(together(file, names).double() for file in files))
             # The next step begins with them.
             zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
             sums = one_step(hook, buckets, zero)
-            left = context.all_sum(together(hook.state_tensors(), names).double())
+            left = context.all_sum(together(hook.saved_state(), names).double())
             told = error(together(sums, hook.compressed_names()).double() + left, after)
             results[f"{before}, {mode}"] = [kept, told, len(names)]
     return results
@@ -420,7 +420,7 @@ def against_the_naive_step(context: DistContext) -> float:
     hook, buckets = new_hook(context, dict(matrix_approximation_rank=3, min_compression_rate=1.5))
     names = hook.compressed_names()
     residuals = {name: torch.zeros(SHAPES[name][0], Size(SHAPES[name][1:]).numel()) for name in names}
-    qs = {key.removesuffix("/q"): q.clone() for key, q in hook.state_tensors().items() if key.endswith("/q")}
+    qs = {key.removesuffix("/q"): q.clone() for key, q in hook.saved_state().items() if key.endswith("/q")}
     errors = []
     for step in range(4):
         gradients = gradients_of(context.rank, step)
@@ -429,7 +429,7 @@ def against_the_naive_step(context: DistContext) -> float:
             matrix = gradients[name].reshape(residuals[name].shape)
             naive, residuals[name], qs[name] = naive_powersgd(matrix, residuals[name], qs[name], context.grad_group)
             errors.append(error(sums[name].reshape(naive.shape), naive))
-            errors.append(error(hook.state_tensors()[f"{name}/residual"], residuals[name]))
+            errors.append(error(hook.saved_state()[f"{name}/residual"], residuals[name]))
     assert len(names) >= 4
     return max(errors)
 
@@ -613,7 +613,7 @@ def test_float16_buffers_lose_nothing_beside_their_own_rounding(largest: float, 
             # What is taken is unscaled; what is in a bucket is in the bucket's units.
             assert error(sums[name].double() / (1.0 if lazy else scale), exact[name]) <= tolerance
             if name in reference.residuals[0]:
-                residual = powersgd.state_tensors()[f"{name}/residual"]
+                residual = powersgd.saved_state()[f"{name}/residual"]
                 assert error(residual, reference.residuals[0][name]) <= tolerance
 
 
@@ -638,7 +638,7 @@ def test_a_sum_beyond_float16_never_reaches_the_weights(muon: MuonConfig | None)
         reduce_all(hook, hook.buckets)
         assert not optimizer.step(1e-2).skipped
     assert max(largest) > 65504
-    tensors = [bucket.param for bucket in hook.buckets] + list(hook.state_tensors().values())
+    tensors = [bucket.param for bucket in hook.buckets] + list(hook.saved_state().values())
     assert all(torch.isfinite(tensor).all() for tensor in tensors)
 
 
@@ -650,14 +650,14 @@ def test_a_gradient_that_is_not_finite_does_not_stay_in_the_state(value: float, 
     hook = alone(dict(matrix_approximation_rank=4, min_compression_rate=1.5), lazy, grad=grad)
     powersgd = inner(hook)
     one_step(hook, powersgd.buckets, {name: g.to(grad) for name, g in gradients_of(0, 0).items()})
-    before = fingerprint(list(powersgd.state_tensors().values()))
+    before = fingerprint(list(powersgd.saved_state().values()))
     for bucket in powersgd.buckets:
         hook.release(bucket)
     put(powersgd.buckets, {name: (g * value).to(grad) for name, g in gradients_of(0, 1).items()})
     reduce_all(hook, powersgd.buckets)
     assert all(not torch.isfinite(inner(hook).sum_of_squares(bucket)) for bucket in powersgd.buckets)
     assert lazy or not any(torch.isfinite(bucket.grad).all() for bucket in powersgd.buckets)
-    assert fingerprint(list(powersgd.state_tensors().values())) == before
+    assert fingerprint(list(powersgd.saved_state().values())) == before
 
 
 def test_sum_of_squares_is_that_of_the_sum():
@@ -685,7 +685,7 @@ def test_the_relative_error_is_estimated_when_asked():
     assert sorted(hook.relative_error) == sorted(hook.compressed_names())
     for name, value in hook.relative_error.items():
         given = before[f"{name}/residual"] + gradients_of(0, 1)[name].view(before[f"{name}/residual"].shape)
-        exact = (hook.state_tensors()[f"{name}/residual"].norm() / given.norm()).item()
+        exact = (hook.saved_state()[f"{name}/residual"].norm() / given.norm()).item()
         assert 0.1 < exact < 0.95 and value == pytest.approx(exact, rel=0.2)
     # Measuring changes nothing.
     for step in range(2):
