@@ -113,7 +113,7 @@ MODES: dict[str, tuple[list[str], str | None]] = {
 
 @contextlib.contextmanager
 def patched(what: str | None, weights: list[int]) -> Iterator[None]:
-    """Program of a rank: patches for the special runs; also collects a checksum of the weights at a run's end.
+    """Patches of the special runs, on one rank; also collects a checksum of the weights at a run's end.
 
     slow          gathers and overlapped bucket steps take their time: code that does not wait reads old weights
     save          trains nothing, but saves what was loaded
@@ -209,7 +209,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
 
 stores: list[dist.TCPStore] = []
-"""Barrier for runs in which the first rank has taken part: others may leave a run after it."""
+"""Stores of the runs in which the first rank took part; they stay open, because other ranks may leave a run later."""
 
 
 def meet(port_file: Path, rank: int) -> None:
