@@ -1,4 +1,4 @@
-"""Build the sample index of pretokenized data: `.bin` shards -> one `.ibin` a set (format: dataset/format.py).
+"""Build the sample index of pretokenized data: from `.bin` shards to one `.ibin` a set (format: dataset/format.py).
 
 python -m data_preprocess.build_pretrain_sample_index_map --data_dir O --max_seq_len 2048
 """
@@ -31,7 +31,7 @@ from utils.terminal import run_main
 
 
 def build(data_dir: Path, max_seq_len: int) -> list[str]:
-    """Write the index of both sets; returns a line about each.
+    """Write the index of both sets and return a line about each.
 
     Raises:
         ValueError: the directory was not pretokenized, or a set is damaged or too small.

@@ -1,4 +1,4 @@
-"""Take over tokens that another program has already made -> `.bin` shards (format: dataset/format.py).
+"""Take over tokens that another program has made, as `.bin` shards (format: dataset/format.py).
 
     python -m data_preprocess.import_tokens --format nanogpt --input train.bin --valid_input val.bin \\
         --tokenizer_dir T --output_dir O
@@ -8,9 +8,9 @@
     llama2c    .bin of uint16 without a header                         begin with the token BOS
     megatron   .bin and .idx (version 1), named with or without .bin   as the .idx says
 
-The tokenizer must be the one that made them: its folder comes from Hugging Face, or was trained here. The token that a
-file has at the end of a document, or the BOS at its beginning, is not taken twice. Without --valid_input, documents go
-to the validation set by the hash of their tokens.
+The tokenizer must be the one that made the tokens: a folder from Hugging Face, or one that was trained here. The token
+that ends a document in the file, or the BOS that begins it, is not taken over, as our own format adds its own. Without
+--valid_input, documents go to the validation set by the hash of their tokens.
 """
 
 import sys
@@ -45,7 +45,7 @@ _SCAN_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens of a foreign file, and where its documents are."""
+    """Tokens of a foreign file, and the bounds of its documents."""
 
     path: Path
     tokens: np.ndarray
@@ -54,7 +54,7 @@ class TokenFile:
 
 
 def open_nanogpt(path: Path, eod_id: int) -> TokenFile:
-    """Raw uint16; a document ends with `eod_id`."""
+    """File of raw uint16, in which a document ends with `eod_id`."""
     tokens = _raw_uint16(path)
     ends = _positions(tokens, eod_id) + 1
     if not len(ends):
@@ -63,7 +63,7 @@ def open_nanogpt(path: Path, eod_id: int) -> TokenFile:
 
 
 def open_llama2c(path: Path, bos_id: int) -> TokenFile:
-    """Raw uint16; a document begins with `bos_id`."""
+    """File of raw uint16, in which a document begins with `bos_id`."""
     tokens = _raw_uint16(path)
     begins = _positions(tokens, bos_id)
     if not len(begins):
@@ -72,11 +72,11 @@ def open_llama2c(path: Path, bos_id: int) -> TokenFile:
 
 
 def open_megatron(path: Path) -> TokenFile:
-    """Megatron-LM's indexed dataset: the .idx holds the tokens' type, the length and the byte of each sequence, and at
-    which sequence each document begins.
+    """Megatron-LM's indexed dataset. The .idx holds the tokens' type, the length and the first byte of each sequence,
+    and the sequence at which each document begins.
 
     Raises:
-        ValueError: no such pair of files, or damaged.
+        ValueError: one of the two files is missing or damaged.
     """
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     bin_path, idx_path = stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
@@ -114,12 +114,12 @@ def _raw_uint16(path: Path) -> np.ndarray:
     _require_file(path)
     size = path.stat().st_size
     if not size or size % 2:
-        raise ValueError(f"{path} holds {size} bytes, which are no uint16 tokens")
+        raise ValueError(f"{path} holds {size} bytes, which are not uint16 tokens")
     return np.memmap(path, dtype="<u2", mode="r")
 
 
 def _positions(tokens: np.ndarray, token_id: int) -> np.ndarray:
-    """Where a token stands, int64; a large file is looked through in parts."""
+    """Positions of a token, int64. A large file is searched in parts."""
     parts = [
         np.flatnonzero(tokens[start : start + _SCAN_TOKENS] == token_id) + start
         for start in range(0, len(tokens), _SCAN_TOKENS)
@@ -128,7 +128,7 @@ def _positions(tokens: np.ndarray, token_id: int) -> np.ndarray:
 
 
 def documents_of(file: TokenFile, eod_id: int, bos_id: int | None) -> Iterator[tuple[int, np.ndarray]]:
-    """(position of its first token, ids) of each document that is not empty, without what only marks its ends."""
+    """Documents that are not empty, as (position of the first token, ids), without the tokens that mark their ends."""
     for begin, end in itertools.pairwise(file.bounds.tolist()):
         ids = np.asarray(file.tokens[begin:end], np.int64)
         if len(ids) and bos_id is not None and ids[0] == bos_id:
@@ -143,11 +143,11 @@ def import_tokens(
     inputs: dict[str, list[TokenFile]], tokenizer: Tokenizer, output: Path, valid_ratio: float, shard_tokens: int,
     bos_id: int | None,
 ) -> dict:  # fmt: skip
-    """Write shards and their manifest into a directory of which this is the sole writer.
+    """Write shards and their manifest into a directory that nobody else writes to, see sole_writer.
 
     Args:
-        inputs: "train" and "valid", or "train" alone to hold out a share of the documents.
-        shard_tokens: tokens after which a shard ends.
+        inputs: set -> files. "train" and "valid", or "train" alone to hold out a share of its documents.
+        shard_tokens: number of tokens after which a shard ends.
     Raises:
         ValueError: tokens outside the vocabulary, special ones inside a document, or a set without documents.
     """
@@ -172,7 +172,7 @@ CheckedDocument = tuple[int, np.ndarray, int]
 def _checked(
     documents: Iterator[tuple[int, np.ndarray]], file: TokenFile, tokenizer: Tokenizer
 ) -> Iterator[CheckedDocument]:
-    """(position, ids, bytes of its text) of each document, all of whose ids stand for text."""
+    """Documents as (position, ids, bytes of text), each checked to hold only ids that stand for text."""
     lengths = np.array(tokenizer.token_byte_lengths())
     special = np.zeros(tokenizer.vocab_size, bool)
     special[list(tokenizer.special_ids.values())] = True
@@ -186,7 +186,7 @@ def _checked(
 
 
 def _parts(documents: Iterator[CheckedDocument], shard_tokens: int) -> Iterator[Iterator[CheckedDocument]]:
-    """The documents in parts that end once they hold `shard_tokens`. Use up each part before the next."""
+    """Documents in parts that end once they hold `shard_tokens`. Each part must be used up before the next."""
 
     def part(first: CheckedDocument) -> Iterator[CheckedDocument]:
         tokens = 0

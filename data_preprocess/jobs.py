@@ -1,9 +1,9 @@
-"""Work through a corpus unit by unit, on many processes, so that a killed run goes on where it stopped.
+"""Jobs: work through a corpus unit by unit, on many processes, so that a killed run goes on where it stopped.
 
 The corpus is cut into units by its files alone (readers/), and a unit into parts of about `shard_bytes` of text. A
-part's shards are named by the unit's content, the tokenizer and the options, and a record that is written after them
-says that they are whole: the same command skips the parts whose record is there. What a part holds does not depend on
-the number of processes.
+part's shards are named after the unit's content, the tokenizer and the options. A record that is written after them
+says that they are whole, and the same command, given again, skips the parts that have one. The content of a part does
+not depend on the number of processes.
 """
 
 import functools
@@ -35,48 +35,51 @@ _SECONDS_A_LINE = 30.0
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """What is done with each unit. Sent to every worker."""
+    """Work to be done with each unit. It is sent to every worker."""
 
     corpus: Corpus
     output_dir: str
     tokenizer_dir: str
     valid_ratio: float = 0.01
     shard_bytes: int = 256_000_000
-    """Text after which a part ends, at the end of a document."""
+    """Bytes of text after which a part ends, at the end of a document."""
     max_bad_records: int = 100
 
     @abstractmethod
     def options(self) -> object:
-        """All that decides a part's content besides the unit and the tokenizer, as JSON has it."""
+        """Everything besides the unit and the tokenizer that decides a part's content, in a form that JSON can hold."""
 
     def key(self, tokenizer: Tokenizer) -> list:
-        """All that decides a part's content besides the unit, as JSON has it."""
+        """Everything besides the unit that decides a part's content, in a form that JSON can hold."""
         return [tokenizer.fingerprint, self.options()]
 
     def begin(self, tokenizer: Tokenizer) -> None:  # noqa: B027 (most jobs have nothing to do)
-        """Called once, before any unit.
+        """Prepare the work; called once, before any unit.
 
         Raises:
-            ValueError: this tokenizer will not do.
+            ValueError: this tokenizer cannot be used.
         """
 
     @abstractmethod
     def items(
         self, unit: Unit, tokenizer: Tokenizer, done: int, num_threads: int, on_bytes: Callable[[int], None]
     ) -> Iterator:
-        """What a unit holds, in its order, from item `done` on."""
+        """Items of a unit, in order, from number `done` on."""
 
     @abstractmethod
     def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator, bad_before: int) -> PartRecord:
-        """Take items up to the end of a part, and write them as shards of this name. `bad_before`: the unit's bad
-        records so far."""
+        """Take items up to the end of a part, and write them as shards of this name.
+
+        Args:
+            bad_before: the unit's bad records so far.
+        """
 
     @abstractmethod
     def check_shard(self, path: Path) -> None:
         """Raise ValueError or OSError if a shard is not whole."""
 
     def manifest(self) -> dict:
-        """What the manifest says besides shards and totals."""
+        """Entries of the manifest besides shards and totals."""
         return {}
 
     def check_bad_records(self, count: int, examples: Sequence[str]) -> None:
@@ -88,12 +91,12 @@ class Job(ABC):
 
 @functools.cache
 def _tokenizer(directory: str) -> Tokenizer:
-    """One tokenizer a process, however many units it works on."""
+    """The process's tokenizer, loaded once, however many units it works on."""
     return load_tokenizer(directory)
 
 
 def _finished_part(job: Job, name: str) -> PartRecord | None:
-    """The record of a part that an earlier run completed: written after its shards, it says that they are whole."""
+    """Record of a part that an earlier run completed; None if there is none, or a shard is not whole."""
     output = Path(job.output_dir)
     try:
         record = PartRecord(**json.loads((output / NOTES_DIR / f"{name}.json").read_text()))
@@ -107,10 +110,10 @@ def _finished_part(job: Job, name: str) -> PartRecord | None:
 def process_unit(
     job: Job, unit: Unit, num_threads: int = 1, on_bytes: Callable[[int], None] = lambda _: None
 ) -> list[PartRecord]:
-    """Do a unit, from where an earlier run stopped; returns the records of all its parts.
+    """Work on a unit from where an earlier run stopped, and return the records of all its parts.
 
     Raises:
-        ValueError: what went wrong, with the file and the record.
+        ValueError: the work failed; the sentence names the file and the record.
     """
     tokenizer = _tokenizer(job.tokenizer_dir)
     key = json.dumps([unit.fingerprint(job.corpus), *job.key(tokenizer)])
@@ -131,16 +134,16 @@ def process_unit(
 
 
 class _Worker:
-    """What a worker process knows besides its units; set when it starts."""
+    """State of a worker process besides its units; set when it starts."""
 
     bytes_read = None
-    """Of all workers together: a multiprocessing.Value."""
+    """Bytes that all workers together have read: a multiprocessing.Value."""
 
 
 def _start_worker(bytes_read: object, num_threads: int) -> None:
-    """A worker ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    """Set up a worker. It ends with its parent, however that ends, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # How many threads the tokenizer takes when it is let.
+    # Number of threads that the tokenizer takes where it may.
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)
     _Worker.bytes_read = bytes_read
     parent = multiprocessing.parent_process()
@@ -153,7 +156,7 @@ def _start_worker(bytes_read: object, num_threads: int) -> None:
 
 
 def _work_on_unit(job: Job, unit: Unit, num_threads: int) -> list[PartRecord]:
-    """In a worker process."""
+    """Work on a unit in a worker process, counting the bytes that are read."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
 
     def count(num_bytes: int) -> None:
@@ -165,8 +168,8 @@ def _work_on_unit(job: Job, unit: Unit, num_threads: int) -> list[PartRecord]:
 
 @contextmanager
 def _ctrl_c_when_asked() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises KeyboardInterrupt if Ctrl-C was pressed: raised inside concurrent.futures, it can
-    leave a lock taken for ever."""
+    """Context with a function that raises KeyboardInterrupt if Ctrl-C was pressed. Raised inside concurrent.futures,
+    the exception could leave a lock taken for ever."""
     pressed = threading.Event()
 
     def ask() -> None:
@@ -184,10 +187,10 @@ def _ctrl_c_when_asked() -> Iterator[Callable[[], None]]:
 def _process_units(
     job: Job, units: list[Unit], num_workers: int, raise_interrupt: Callable[[], None]
 ) -> list[PartRecord]:
-    """Spread the units over processes; returns the records of their parts, in the units' order.
+    """Spread the units over processes, and return the records of their parts, in the order of the units.
 
     Raises:
-        ValueError: a worker's error, with the file it was at, or more unreadable records than allowed.
+        ValueError: a worker failed, with the name of its file; or more records than allowed are unreadable.
         OSError: a file could not be read or written now, with its name.
     """
     context = multiprocessing.get_context("spawn")  # Forking a process that runs the tokenizer's threads can deadlock.
@@ -198,7 +201,7 @@ def _process_units(
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (bytes_read, num_workers))
     try:
-        # A large file that cannot be cut would keep the others waiting: it goes first, and takes all threads.
+        # A large file that cannot be cut would keep the others waiting. So it goes first, and takes all threads.
         largest_first = sorted(range(len(units)), key=lambda index: -units[index].num_bytes)
         futures = {}
         for index in largest_first:
@@ -216,13 +219,13 @@ def _process_units(
                 except ValueError as error:
                     raise ValueError(_with_file(str(error), units[index])) from error
                 except OSError as error:
-                    # No mistake of the user's: a training that tokenizes its records is to be tried again.
+                    # Not a mistake of the user: a training that tokenizes its records should be tried again.
                     raise OSError(error.errno, _with_file(error.strerror or str(error), units[index])) from error
                 bad_records += sum(part.bad_records for part in parts)
                 examples = [example for part in parts for example in part.bad_examples]
                 job.check_bad_records(bad_records, examples)
     except BaseException:
-        # What is whole has its record; the rest would only keep the user waiting.
+        # Finished parts have their records; waiting for the others would only keep the user.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.terminate()
@@ -234,7 +237,7 @@ def _process_units(
 
 
 def _with_file(sentence: str, unit: Unit) -> str:
-    """A failing disk, for one, does not say which file it was."""
+    """The sentence with the name of the file, which a failing disk, for one, does not give."""
     if any(piece.path in sentence for piece in unit.pieces):
         return sentence
     first, last = unit.pieces[0].path, unit.pieces[-1].path
@@ -242,8 +245,8 @@ def _with_file(sentence: str, unit: Unit) -> str:
 
 
 class _Progress:
-    """MB, MB/s and time left: a bar on a terminal, else a line every half minute, at the rate since the line before
-    (what an earlier run completed goes by in a moment)."""
+    """Progress in MB, MB/s and time left: a bar on a terminal, otherwise a line every half minute. The rate is that
+    since the line before, because the parts that an earlier run completed go by in a moment."""
 
     def __init__(self, total_bytes: int):
         self._total, self._last_time, self._last_bytes = total_bytes, time.monotonic(), 0
@@ -267,10 +270,10 @@ class _Progress:
 
 
 def process_corpus(job: Job, num_workers: int = 1) -> dict:
-    """Do the whole job and write its manifest, which lists the shards in the order of their inputs.
+    """Do a whole job and write its manifest, which lists the shards in the order of their inputs.
 
     Args:
-        num_workers: processes; 0 works in this one, for what is too small to be worth starting others.
+        num_workers: number of processes; 0 works in this one, where the work is too small to start others for it.
     Raises:
         ValueError: nothing to read, nothing held out, or more unreadable records than allowed.
     """
@@ -295,11 +298,11 @@ def process_corpus(job: Job, num_workers: int = 1) -> dict:
 
 
 def run_command(name: str, work: Callable[[], dict], print_summary: Callable[[dict, float], None]) -> int:
-    """What a command does around `process_corpus`: sentences instead of tracebacks; returns the exit code.
+    """Run a command's work, with sentences instead of tracebacks, and return the exit code.
 
     Args:
-        work: returns the manifest.
-        print_summary: gets the manifest and the seconds that it took.
+        work: does it and returns the manifest.
+        print_summary: receives the manifest and the seconds that it took.
     """
     started = time.monotonic()
     try:

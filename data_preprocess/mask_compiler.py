@@ -1,23 +1,23 @@
-"""From a conversation to training samples: which tokens, and which of them are supervised. The only place that decides.
+"""Training samples of a conversation: its tokens, and which of them are supervised. No other place decides that.
 
 `--sft_loss` says which answers are learnt, each with the token that ends it:
 
     all     one sample: every answer
     last    one sample: only the last answer
-    split   a sample an answer, with what comes before it; every answer is learnt once, as in `all`, but also fits a
-            sample of its own
+    split   one sample for each answer, with the messages before it; every answer is learnt once, as in `all`, and is
+            the last of its sample
 
-What is too long for `max_tokens`:
+Samples that are too long for `max_tokens`:
 
     all           the end is left out. An answer that is cut is learnt without its end.
     last, split   the oldest exchanges (a question and what follows it up to the next) are left out, the system text
                   stays; if the last exchange alone is too long, its end is left out.
     plain text    cut into several samples, in which every token is learnt.
-    preference    of the prompt, the tokens that do not fit: its beginning (keep_end) or its end (keep_start; the token
-                  that ends its last message stays); then the ends of the answers. The header of the answers stays.
+    preference    the prompt loses its beginning (keep_end) or its end (keep_start; the token that ends its last message
+                  stays), then the answers lose their ends. The header of the answers stays.
 
-A sample in which no answer is left is dropped and counted: trained on, it would teach nothing and weigh nothing. So is
-a preference whose answers are the same as far as they are left.
+A sample in which no answer is left is dropped and counted, since it would teach nothing. So is a preference whose
+shortened answers are the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,22 +38,22 @@ class TrainingSample:
 
     ids: list[int]
     supervised: list[bool]
-    """For each token, whether the model learns to say it. The first one never is: nothing comes before it."""
+    """Whether the model learns to say each token. The first one is never supervised: nothing comes before it."""
     messages: tuple[Message, ...] = ()
-    """Of which it consists; none for plain text."""
+    """Messages of the sample; none for plain text."""
     spans: tuple[MessageSpan, ...] = ()
-    """Where they are in `ids`."""
+    """Places of the messages in `ids`."""
     left_out: int = 0
-    """Tokens that were too many."""
+    """Number of tokens that did not fit."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one record."""
+    """Samples of one record."""
 
     samples: list[TrainingSample]
     dropped: int
-    """Samples that had no answer left."""
+    """Number of samples that had no answer left."""
 
 
 def compile_conversation(
@@ -62,9 +62,9 @@ def compile_conversation(
     """Training samples of a conversation, by the rules above.
 
     Args:
-        max_tokens: of a sample; one more than the model's positions, as the last token is only a label.
+        max_tokens: tokens of a sample: one more than the model's positions, as the last token is only a label.
     Raises:
-        ValueError: the template has no place for something in it.
+        ValueError: the template has no place for something in the conversation.
     """
     sizes: list[int] = []
     if loss != "all":
@@ -78,7 +78,7 @@ def compile_conversation(
 
 
 def compile_text(text: PlainText, tokenizer: Tokenizer, max_tokens: int) -> Compiled:
-    """A text and its end of document, in pieces that overlap by the one token whose successor would be lost."""
+    """Samples of a text and its end of document. They overlap by one token, whose successor would be lost otherwise."""
     ids = [*tokenizer.encode(text.text), tokenizer.eod_id]
     samples = []
     for start in range(0, max(len(ids) - 1, 1), max_tokens - 1):
@@ -90,14 +90,14 @@ def compile_text(text: PlainText, tokenizer: Tokenizer, max_tokens: int) -> Comp
 def compile_preference(
     preference: Preference, template: ChatTemplate, max_tokens: int, max_prompt_len: int, truncation: Truncation
 ) -> list[TrainingSample] | None:
-    """The chosen and the rejected answer, each behind the prompt; None if they are dropped.
+    """The chosen and the rejected answer, each after the prompt; None if they are dropped.
 
     Args:
-        max_prompt_len: most tokens of the prompt, the answer's header among them; 0 for what the longer answer leaves,
-            at least half of the positions.
-        truncation: which part of a prompt that is too long stays.
+        max_prompt_len: largest number of tokens of the prompt and the answer's header; 0 for the room that the longer
+            answer leaves, but at least half of the positions.
+        truncation: which part of a long prompt is kept.
     Raises:
-        ValueError: the template has no place for something in it.
+        ValueError: the template has no place for something in the preference.
     """
     last = len(preference.prompt)
     samples = []
@@ -118,13 +118,13 @@ def compile_preference(
 
 
 def _learnt(rendered: Rendered) -> Rendered:
-    """Without what a template writes behind the last answer, from which nobody learns."""
+    """A conversation without the tokens after its last supervised one, from which nothing is learnt."""
     end = len(rendered.ids) - rendered.supervised[::-1].index(True) if True in rendered.supervised else 0
     return _up_to(rendered, end)
 
 
 def _up_to(rendered: Rendered, end: int) -> Rendered:
-    """The first tokens."""
+    """The first `end` tokens of a conversation."""
     spans = [
         MessageSpan(span.message, span.begin, min(span.end, end), span.is_header)
         for span in rendered.spans
@@ -134,7 +134,7 @@ def _up_to(rendered: Rendered, end: int) -> Rendered:
 
 
 def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
-    """Without the tokens [begin, end)."""
+    """A conversation without its tokens [begin, end)."""
 
     def moved(position: int) -> int:
         return position - min(max(position - begin, 0), end - begin)
@@ -148,7 +148,7 @@ def _without(rendered: Rendered, begin: int, end: int) -> Rendered:
 
 
 def _variants(messages: Sequence[Message], loss: SFTLoss) -> Iterator[tuple[int, frozenset[int]]]:
-    """(messages of a sample, counted from the first; numbers of those that are learnt)."""
+    """Samples to make of a conversation, as (number of messages, numbers of the messages that are learnt)."""
     answers = [number for number, message in enumerate(messages) if message.role == "assistant" and message.learnt]
     if loss == "all":
         yield len(messages), frozenset(answers)
@@ -167,8 +167,11 @@ def _fitted(
     template: ChatTemplate,
     max_tokens: int,
 ) -> TrainingSample:
-    """A sample of the first `end` messages: from the first beginning with which it is not too long, or from the last.
-    `sizes`: see _begins."""
+    """A sample of the first `end` messages. It starts at the first place from which it fits, or else at the last place.
+
+    Args:
+        sizes: see _begins.
+    """
     whole = sum(sizes[:end])
     for begin in _begins(conversation.messages[:end], sizes, max_tokens):
         kept = [n for n in range(end) if n >= begin or conversation.messages[n].role == "system"]
@@ -183,7 +186,7 @@ def _fitted(
 
 
 def _sizes(conversation: Conversation, rendered: Rendered) -> list[int]:
-    """Tokens that each message has, its header among them."""
+    """Number of tokens of each message, its header included."""
     sizes = [0] * len(conversation.messages)
     for span in rendered.spans:
         sizes[span.message] += span.end - span.begin
@@ -191,13 +194,13 @@ def _sizes(conversation: Conversation, rendered: Rendered) -> list[int]:
 
 
 def _begins(messages: Sequence[Message], sizes: Sequence[int], room: int) -> list[int]:
-    """Where a sample may begin: with the first message, or with an exchange, which is a question that follows no other
-    one and what comes after it; system texts stay in any case.
+    """Places where a sample may start: the first message, or the first question of an exchange. System texts are kept
+    in any case.
 
     Args:
-        sizes: tokens of the messages; none if nothing may be left out at the front.
-        room: those before the first one are left out that surely do not fit. What the first message of a sample follows
-            differs from what it followed in the conversation, so that sizes tell about where to try.
+        sizes: tokens of the messages; empty if nothing may be left out at the front.
+        room: tokens of a sample. Places from which it surely does not fit are left out. Sizes are only a guide, since a
+            template may write a message differently at the start of a sample.
     """
     if not sizes:
         return [0]

@@ -1,9 +1,9 @@
-"""Tokenize a corpus: text, JSON, Parquet and tables (see readers/) -> `.bin` shards (format: dataset/format.py).
+"""Tokenize a corpus of text, JSON, Parquet and tables (readers/) into `.bin` shards (format: dataset/format.py).
 
     python -m data_preprocess.pretokenize_pretrain_data --data_dir D --tokenizer_dir T [--output_dir O]
 
-Each document goes to the train or the valid set by the hash of its text, so that the same text never lands in both. A
-run that was killed goes on where it stopped (jobs.py), and the output does not depend on --num_workers.
+Each document goes to the train or the valid set by the hash of its text, so that the same text is never in both. A
+killed run goes on where it stopped (jobs.py), and the output does not depend on --num_workers.
 """
 
 import sys
@@ -45,7 +45,7 @@ _ENCODE_BATCH_ITEMS = 1000
 
 @dataclass(frozen=True)
 class PretrainJob(Job):
-    """Documents -> `.bin` shards."""
+    """Work of tokenizing documents into `.bin` shards."""
 
     def options(self) -> object:
         return [asdict(self.corpus.fields), self.valid_ratio, self.shard_bytes]
@@ -56,7 +56,7 @@ class PretrainJob(Job):
         return _encode(tokenizer, itertools.islice(read_unit(self.corpus, unit, on_bytes), done, None), num_threads)
 
     def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator["Encoded"], bad_before: int) -> PartRecord:
-        """One shard of each set that gets a document."""
+        """Write one shard for each set that gets a document."""
         bad = BadRecords()
         num_items = text_bytes = 0
         is_last, split = True, ""
@@ -67,7 +67,7 @@ class PretrainJob(Job):
                     bad.add(item)
                     self.check_bad_records(bad_before + bad.count, bad.examples)
                     continue
-                # Else it goes on with the document of the item before, and the first part of a document decides.
+                # The first part of a document decides for all its parts.
                 split = split or set_of(item.text.encode("utf-8"), self.valid_ratio)
                 num_bytes = len(item.text.encode("utf-8"))
                 shards.add_document(split, ids, num_bytes, (item.path, item.counts), item.record, item.continued)
@@ -87,13 +87,13 @@ Encoded = tuple[Document | BadRecord, list[int]]
 
 
 def _encode(tokenizer: Tokenizer, items: Iterator[Document | BadRecord], num_threads: int) -> Iterator[Encoded]:
-    """Each item with its token ids (a bad record has none), in the same order."""
+    """Items with their token ids, in the same order; a bad record has no ids."""
     batch: list[Document | BadRecord] = []
     characters = 0
     for item in items:
         batch.append(item)
         characters += len(item.text) if isinstance(item, Document) else 0
-        # Every thread has its share to do.
+        # A batch is large enough to give every thread its share.
         if characters >= _ENCODE_BATCH_CHARACTERS * num_threads or len(batch) >= _ENCODE_BATCH_ITEMS * num_threads:
             yield from _encode_batch(tokenizer, batch, num_threads)
             batch, characters = [], 0
@@ -105,7 +105,7 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Document | BadRecord], num_t
     try:
         ids = iter(tokenizer.encode_batch([document.text for document in documents], num_threads))
     except Exception:
-        # The libraries raise what they like; which document was it?
+        # The libraries raise any exception, without saying which document it was.
         for document in documents:
             try:
                 tokenizer.encode(document.text)

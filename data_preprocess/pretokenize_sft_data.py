@@ -1,14 +1,17 @@
-"""Tokenize conversations for SFT, or preferences for DPO -> shards of sequences (format: dataset/sequences.py).
+"""Tokenize conversations for SFT, or preferences for DPO, into shards of sequences (format: dataset/sequences.py).
 
     python -m data_preprocess.pretokenize_sft_data --data_dir D --tokenizer_dir T --output_dir O --max_seq_len 1024
     python -m data_preprocess.pretokenize_sft_data --task dpo ...
 
-Formats of the records: conversations/. What is learnt of a conversation, and what becomes of what is too long:
-mask_compiler.py. Records go to the train or the valid set by the hash of what comes before the first answer to a
-question, so that the same question never lands in both. A run that was killed goes on where it stopped (jobs.py).
+The layouts of records are described in conversations/; mask_compiler.py says which tokens are learnt, and how long
+samples are shortened. Records go to the train or the valid set by the hash of the messages before the first answer, so
+that the same question is never in both. A killed run goes on where it stopped (jobs.py).
 
-Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) calls `tokenize_online`: the same work, into a
-folder of D that is named after the tokenizer and the options, so that it is done once.
+    pretokenize_sft_data.py -> jobs.py -> sequence_job.py -> readers/ -> record_compiler.py -> conversations/
+    -> mask_compiler.py -> tokenizer/chat_template.py -> dataset/sequences.py
+
+Training on raw records (`train_my_ddp.py --task_type=sft --data_dir=D`) does the same work by itself, see
+raw_records.py.
 """
 
 import sys
@@ -33,7 +36,7 @@ from utils.terminal import run_main
 
 
 def summary(manifest: dict) -> str:
-    """What became of the records, in a line."""
+    """Line about the records and the samples that they became."""
     shards = manifest["shards"]
     return (
         f"{manifest['documents']:,} records -> {manifest['samples']:,} samples, {manifest['tokens']:,} tokens, "

@@ -1,5 +1,5 @@
-"""Tokenizing the raw records of a training, when it starts: once, into a folder beside them that is named after the
-tokenizer and the options."""
+"""Raw records that a training is given: they are tokenized when it starts, once, into a folder beside them that is
+named after the tokenizer and the options."""
 
 import errno
 import hashlib
@@ -21,11 +21,11 @@ from tokenizer.chat_template import template_of
 
 CACHE_DIR = ".tokenized"
 _SMALL_BYTES = 4_000_000
-"""So much is tokenized before another process would have started."""
+"""Size of records that are tokenized faster than another process would start."""
 
 
 def check_options(output: Path, options: CompilerOptions, given: Collection[str]) -> None:
-    """Compare the flags that a user gave with what a directory was pretokenized with.
+    """Compare the flags that a user gave with those that a directory was pretokenized with.
 
     Raises:
         ValueError: they contradict each other.
@@ -43,13 +43,13 @@ def check_options(output: Path, options: CompilerOptions, given: Collection[str]
 
 
 def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOptions, valid_ratio: float) -> Path:
-    """The folder with the tokens of raw records, which are made if they are not there yet. Several processes may call
-    this at once, before they know of each other: one does the work and the others wait for it.
+    """Folder with the tokens of raw records, which are made if they are not there yet. Several processes may call this
+    at once, before they know of each other: one does the work and the others wait for it.
 
     Args:
-        valid_ratio: share of the records held out; 1 makes a validation set of all.
+        valid_ratio: share of the records held out; with 1, all are the validation set.
     Raises:
-        ValueError: as `process_corpus`, or no place to write to.
+        ValueError: see `process_corpus`; or the folder cannot be written.
     """
     options.check()
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -68,7 +68,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOption
         (output / ".turn").touch()
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            # A disk that fails or is full may be better at the next try.
+            # A disk that fails or is full may recover before the next try.
             raise
         raise ValueError(
             f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
@@ -89,7 +89,7 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOption
 
 
 def _for_training(problem: str, data_dir: Path, task: str) -> str:
-    """A sentence of the command as training says it, which has other flags."""
+    """The command's sentence in the words of a training, which has other flags."""
     if OF_OTHER_TASK[task] in problem:
         found, wanted, other = ("preferences", "conversations", "dpo") if task == "sft" else (
             "conversations", 'preferences, records with "chosen" and "rejected"', "sft")  # fmt: skip

@@ -1,5 +1,5 @@
-"""Records -> training samples: their layout is read, their conversation laid out and cut (mask_compiler.py), and their
-set chosen. Options of that, and the flags that give them."""
+"""The way of a record to its training samples: its layout is read (conversations/), its conversation becomes tokens
+(mask_compiler.py), its set is chosen. And the options of that, with their flags."""
 
 import argparse
 import json
@@ -21,17 +21,17 @@ from tokenizer import Tokenizer
 from tokenizer.chat_template import Message, template_of
 
 RULES_VERSION = 3
-"""Raised when the same record would become other tokens: what was made before is made again."""
+"""Number to raise when the same record becomes other tokens, so that older work is done again."""
 OF_OTHER_TASK = {
     "sft": "it is a preference, for --task dpo",
     "dpo": 'it has no "chosen" and "rejected": conversations are for --task sft',
 }
-"""Why a record is none of this task."""
+"""Task -> why a record does not belong to it."""
 
 
 @dataclass(frozen=True)
 class CompilerOptions:
-    """What decides which samples a record becomes. Field names are those of the flags."""
+    """Options that decide which samples a record becomes. The fields are named like the flags."""
 
     task: Literal["sft", "dpo"] = "sft"
     max_seq_len: int = 1024
@@ -42,7 +42,7 @@ class CompilerOptions:
     assistant_name: str = ""
 
     def check(self) -> None:
-        """Raise ValueError for what makes no sense."""
+        """Raise ValueError for options that contradict each other."""
         if self.user_name and self.user_name == self.assistant_name:
             raise ValueError(f"--user_name and --assistant_name are both {self.user_name}")
         if self.max_seq_len < 2:
@@ -54,7 +54,7 @@ class CompilerOptions:
             )
 
     def deciding(self) -> dict:
-        """Those that the task looks at."""
+        """The options that matter for the task."""
         names = ["task", "max_seq_len", "user_name", "assistant_name"]
         names += ["sft_loss"] if self.task == "sft" else ["max_prompt_len", "prompt_truncation_mode"]
         return {name: getattr(self, name) for name in names}
@@ -62,21 +62,21 @@ class CompilerOptions:
 
 @dataclass(frozen=True)
 class CompiledRecord:
-    """What became of a record."""
+    """A record's samples, and the figures for the report."""
 
     split: str
     samples: list[list[TrainingSample]]
-    """Of SFT lists of one sequence, of DPO of two."""
+    """Sequences of each sample: one for SFT, two for DPO."""
     dropped: int
     text_bytes: int
     """UTF-8 bytes of the messages."""
     format: str = ""
     unread: tuple[str, ...] = ()
-    """As in ReadRecord."""
+    """Fields that are not read, as in ReadRecord."""
 
 
 class Compiler:
-    """Records -> training samples."""
+    """Makes training samples of records."""
 
     def __init__(self, tokenizer: Tokenizer, options: CompilerOptions, valid_ratio: float = 0.0):
         options.check()
@@ -85,14 +85,14 @@ class Compiler:
         self._roles = roles_with(options.user_name, options.assistant_name)
 
     def parse(self, value: object) -> Sample:
-        """The sample of a record, see `read`."""
+        """Sample of a record, see `read`."""
         return self.read(value).sample
 
     def read(self, value: object) -> ReadRecord:
-        """What a record holds.
+        """Sample of a record, and how its layout was told.
 
         Raises:
-            ValueError: no sample for this task; the sentence says what is wrong.
+            ValueError: the record holds no sample for this task; the sentence says what is wrong.
         """
         record = read_record(value, self._roles)
         sample = record.sample
@@ -101,10 +101,10 @@ class Compiler:
         return record
 
     def compile(self, sample: Sample) -> CompiledRecord:
-        """Its tokens.
+        """Tokens of a sample.
 
         Raises:
-            ValueError: the chat template has no place for something in it.
+            ValueError: the chat template has no place for something in the sample.
         """
         options, max_tokens = self._options, self._options.max_seq_len + 1
         if isinstance(sample, Preference):
@@ -128,7 +128,7 @@ class Compiler:
 
 
 def _question(messages: Sequence[Message]) -> list[str]:
-    """What comes before the first answer; a greeting before any question is none."""
+    """Texts before the first answer. A greeting that precedes every question does not count as an answer."""
     texts: list[str] = []
     asked = False
     for message in messages:
@@ -140,7 +140,7 @@ def _question(messages: Sequence[Message]) -> list[str]:
 
 
 def add_compiling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of CompilerOptions; `compiler_options_from` takes them."""
+    """Add the flags of CompilerOptions; `compiler_options_from` takes them."""
     parser.add_argument("--task", choices=["sft", "dpo"], default="sft", help="default: sft")
     parser.add_argument("--max_seq_len", type=int, default=1024, help="positions of a sample (default: 1024)")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""A sample of one or several corpora, of a bounded size and in a wanted mixture, for training a tokenizer.
+"""Sample of one or several corpora, of bounded size and in a given mixture, for training a tokenizer.
 
-Only as much is read as is needed: each corpus is cut into small units, which are visited in a random order that is
-always the same; from each a share of what is still missing is taken.
+No more is read than needed: each corpus is cut into small units, which are visited in a fixed random order. Each unit
+gives a share of the text that is still missing.
 """
 
 import os
@@ -18,7 +18,7 @@ _LEAST_FROM_A_UNIT = 256_000
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus, and its part in the mixture."""
+    """A corpus, and its weight in the mixture."""
 
     name: str
     corpus: Corpus
@@ -26,18 +26,18 @@ class Source:
 
 
 def budgets(sources: list[Source], sample_bytes: int) -> list[int]:
-    """How many bytes each source gives, by its weight."""
+    """Number of bytes that each source gives, by its weight."""
     total = sum(source.weight for source in sources)
     return [int(sample_bytes * source.weight / total) for source in sources]
 
 
 def sample_texts(corpus: Corpus, budget: int, bad: BadRecords, seed: int = 0) -> Iterator[str]:
-    """About `budget` bytes of a corpus, or all of it if it is smaller.
+    """Texts of a corpus, about `budget` bytes, or all of them if it is smaller.
 
     Args:
-        bad: takes the records that could not be read, and the files that were left out.
+        bad: receives the records that could not be read, and the files that were left out.
     Raises:
-        ValueError: no such directory, or nothing to read.
+        ValueError: the directory does not exist, or holds nothing to read.
     """
     units, left_out = find_units(corpus, _UNIT_BYTES)
     bad.left_out |= {os.path.join(corpus.root, path): why for path, why in left_out.items()}
@@ -55,7 +55,7 @@ def sample_texts(corpus: Corpus, budget: int, bad: BadRecords, seed: int = 0) ->
             if share <= 0:
                 cut_short.append((unit, count))
                 break
-    # The later units were smaller than their share: what is missing comes from those that have more.
+    # Later units were smaller than their share: the rest comes from those that have more.
     for unit, count in cut_short:
         for item in islice(read_unit(corpus, unit), count, None):
             size = _size(item, bad)
@@ -67,7 +67,7 @@ def sample_texts(corpus: Corpus, budget: int, bad: BadRecords, seed: int = 0) ->
 
 
 def _size(item: Document | BadRecord, bad: BadRecords) -> int:
-    """UTF-8 bytes of a document; 0 for a bad record, which is noted."""
+    """UTF-8 bytes of a document; 0 for a bad record, which is added to `bad`."""
     if isinstance(item, BadRecord):
         bad.add(item)
         return 0
@@ -75,7 +75,7 @@ def _size(item: Document | BadRecord, bad: BadRecords) -> int:
 
 
 def mixed_texts(sources: list[Source], sample_bytes: int, bad: BadRecords) -> Iterator[tuple[str, str]]:
-    """(name of the source, text) of all sources in turns."""
+    """Texts of all sources in turns, as (name of the source, text)."""
     streams = [
         zip(repeat(source.name), sample_texts(source.corpus, budget, bad))
         for source, budget in zip(sources, budgets(sources, sample_bytes))

@@ -1,4 +1,4 @@
-"""Work of tokenizing records: a unit of them becomes shards of sequences (format: dataset/sequences.py)."""
+"""Job of tokenizing records: units of them become shards of sequences (format: dataset/sequences.py)."""
 
 import sys
 from collections import Counter
@@ -17,11 +17,15 @@ from tokenizer import Tokenizer
 from tokenizer.chat_template import template_of
 
 _BYTES_A_TOKEN = 4
-"""About; for how large a shard becomes."""
+"""Approximate size of a token, for the size of a shard."""
 
 
 def record_corpus(root: str, **chosen: tuple[str, ...]) -> Corpus:
-    """A directory with records of conversations or preferences. `chosen`: see `chosen_files`."""
+    """Corpus of conversations or preferences.
+
+    Args:
+        chosen: see `chosen_files`.
+    """
     return Corpus(root, None, columns=FIELDS, **chosen)
 
 
@@ -30,7 +34,7 @@ Item = tuple[Record | BadRecord, CompiledRecord | None]
 
 @dataclass(frozen=True)
 class SequenceJob(Job):
-    """Records -> shards of sequences."""
+    """Work of tokenizing records into shards of sequences."""
 
     shard_bytes: int = 64_000_000
     compiling: CompilerOptions = CompilerOptions()
@@ -61,12 +65,12 @@ class SequenceJob(Job):
                 yield BadRecord(where, str(error)), None
                 continue
             except Exception as error:
-                # The libraries of tokenizers raise what they like; which record was it?
+                # The libraries raise any exception, without saying which record it was.
                 raise ValueError(f"the tokenizer fails on {where} ({type(error).__name__}: {error})") from error
             yield item, replace(compiled, format=record.format, unread=record.unread)
 
     def write_part(self, name: str, tokenizer: Tokenizer, items: Iterator[Item], bad_before: int) -> PartRecord:
-        """One shard of each set that gets a sample."""
+        """Write one shard for each set that gets a sample."""
         bad, dropped_examples, writers = BadRecords(), [], {}
         formats, unread = Counter(), Counter()
         num_items = documents = text_bytes = dropped = shortened = 0
@@ -93,7 +97,7 @@ class SequenceJob(Job):
                         sequence.ids, sequence.supervised, (item.path, item.counts), item.record
                     )
             text_bytes += compiled.text_bytes
-            # --sft_loss=split says the same many times.
+            # With --sft_loss=split, the same text is written many times.
             written = sum(writer.num_tokens for writer in writers.values())
             if max(text_bytes, _BYTES_A_TOKEN * written) >= self.shard_bytes:
                 is_last = False

@@ -20,36 +20,36 @@ from utils.files import atomic_write_json
 NOTES_DIR = ".pretokenize"
 NOTHING_READ = "holds no text that could be read"
 MOST_UNREAD_FIELDS = 100
-"""Names that are kept: where data stands in the names themselves, there is no end of them."""
+"""Number of names that are kept. Some records hold data in the names themselves, which never end."""
 _FIELDS_A_LINE = 12
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What one part of the work made of its inputs."""
+    """Result of one part of the work."""
 
     shards: dict[str, str]
-    """Set -> file name; a set that got nothing is left out."""
+    """Set -> file name of its shard; a set that got nothing is left out."""
     items: int
-    """Items of its unit that this part took: how many to pass over to go on after it."""
+    """Number of items of its unit that this part took, so that the next part knows where to go on."""
     is_last: bool
-    """The unit ends here."""
+    """Whether the unit ends with this part."""
     totals: dict[str, int]
-    """What the shards hold, and what was left out, by name; at least `documents`."""
+    """Name -> number of what the shards hold and what was left out; at least `documents`."""
     bad_records: int = 0
     bad_examples: list[str] = field(default_factory=list)
     dropped_examples: list[str] = field(default_factory=list)
-    """Of samples that were read but not taken, and why."""
+    """Samples that were read but not taken, with the reason."""
     formats: dict[str, int] = field(default_factory=dict)
-    """Of records: the format as which so many were read."""
+    """Layout -> number of records that were read as such."""
     unread_fields: dict[str, int] = field(default_factory=dict)
-    """Of records: the field that is not read in so many."""
+    """Field -> number of records in which it is not read."""
 
 
 class PartWriter:
-    """The shards of one part of the work: one of each set that gets a document, named after it.
+    """Writer of one part's shards: one for each set that gets a document, named after the part.
 
-    As a context manager it completes them, or after an exception leaves none.
+    As a context manager it completes them, or leaves none after an exception.
     """
 
     def __init__(self, output: Path, name: str, tokenizer: Tokenizer, valid_ratio: float):
@@ -99,14 +99,14 @@ class PartWriter:
 
 
 def set_of(content: bytes, valid_ratio: float) -> str:
-    """The set that something belongs to: valid, if its hash as a fraction of 2**64 is below the ratio."""
+    """Set that a content belongs to: valid, if its hash as a fraction of 2**64 is below the ratio."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return "valid" if int.from_bytes(digest, "little") < valid_ratio * 2.0**64 else "train"
 
 
 @contextmanager
 def sole_writer(output: Path) -> Iterator[None]:
-    """Make the directory, keep other runs out of it, and delete the temporary files of those that were killed.
+    """Make the directory, keep other runs out of it, and delete the temporary files of killed ones.
 
     Raises:
         ValueError: another run is writing there.
@@ -135,8 +135,8 @@ def write_manifest(
     """Check that both sets got something, and write the manifest and the tokenizer beside the shards.
 
     Args:
-        source: where the documents came from.
-        more: what else the manifest says.
+        source: origin of the documents, for messages.
+        more: further entries of the manifest.
     Raises:
         ValueError: a set that should hold documents got none.
     """
@@ -146,7 +146,7 @@ def write_manifest(
     unreadable = reasons(sum(part.bad_records for part in parts), [e for part in parts for e in part.bad_examples])
     if not documents:
         raise ValueError(f"{source} {NOTHING_READ}: {unreadable or 'every file is empty'}")
-    # What is asked for below may lie in those that could not be read.
+    # The missing documents may be among the records that could not be read.
     besides = f" ({unreadable})" if unreadable else ""
     if not any(shards.values()):
         dropped = [example for part in parts for example in part.dropped_examples]
@@ -185,10 +185,10 @@ def write_manifest(
 
 
 def reasons(count: int, examples: Sequence[str]) -> str:
-    """How many records could not be read, and the first of each of three reasons; empty if all could.
+    """Sentence on the records that could not be read, with an example of each of three reasons; empty if all could be.
 
     Args:
-        examples: "place: reason"; with another reason only if it differs from those before.
+        examples: texts of the form "place: reason".
     """
     if not count:
         return ""
@@ -199,7 +199,7 @@ def reasons(count: int, examples: Sequence[str]) -> str:
 
 
 def _what_was_read(parts: Sequence[PartRecord]) -> dict:
-    """Formats of the records, and the fields that are not read, the most frequent first; {} if they are no records."""
+    """Layouts of the records, and the fields that are not read, the most frequent first; {} for documents."""
     formats, unread = Counter(), Counter()
     for part in parts:
         formats.update(part.formats)
@@ -208,14 +208,14 @@ def _what_was_read(parts: Sequence[PartRecord]) -> dict:
 
 
 def _replace_manifest(output: Path, manifest: dict) -> None:
-    """Write the manifest. Indexes of other shards than it lists go: training must not read old data through them."""
+    """Write the manifest. Indexes of shards that it does not list are removed, lest a training read old data."""
     path = output / MANIFEST_NAME
     old = manifest
     if path.exists():
         try:
             old = read_manifest_of(output, PRETOKENIZE_COMMAND)
         except ValueError:
-            # What it listed is not known, so that indexes may be of other shards.
+            # Its list is unknown, so that indexes may belong to other shards.
             aside = path.with_name(f"{path.name}.damaged")
             os.replace(path, aside)
             print(f"{path} was damaged: it is kept as {aside.name}", file=sys.stderr)
@@ -238,14 +238,14 @@ def _replace_manifest(output: Path, manifest: dict) -> None:
 
 @contextmanager
 def waiting_writer(output: Path) -> Iterator[None]:
-    """One process at a time is in here; the others wait."""
+    """Context in which one process is at a time; the others wait."""
     with open(output / ".turn", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def print_skipped(manifest: dict) -> None:
-    """Name some of the records and samples that were left out, and what was not read of the others."""
+    """Print some of the records and samples that were left out, and the fields that were not read."""
     for word, examples in (("skipped", manifest["bad_examples"]), ("dropped", manifest["dropped_examples"])):
         for example in examples[:10]:
             print(f"{word} {example}", file=sys.stderr)
@@ -258,7 +258,7 @@ def print_skipped(manifest: dict) -> None:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    """Names with their numbers; not all if there are many."""
+    """Names with their numbers; only some if there are many."""
     names = [f"{name} ({count:,})" for name, count in list(counts.items())[:_FIELDS_A_LINE]]
     line = "; ".join(names) + (f"; and more, see {MANIFEST_NAME}" if len(counts) > _FIELDS_A_LINE else "")
     return line.encode("utf-8", "backslashreplace").decode()

@@ -424,7 +424,7 @@ def require_pretokenized(data_dir: Path, max_seq_len: int = 1024) -> None:
     """
     if not Path(data_dir).is_dir():
         is_there = Path(data_dir).exists()
-        raise ValueError(f"{data_dir} is no directory" if is_there else f"the data directory {absent(data_dir)}")
+        raise ValueError(f"{data_dir} is not a directory" if is_there else f"the data directory {absent(data_dir)}")
     names = [path.name for path in data_dir.iterdir()]
     if MANIFEST_NAME in names or any(name.endswith(".ibin") for name in names):
         return

@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.split != "train":
                 raise ValueError("--position is of the train set's stream: leave out --split, or give --sample")
             if seed is None:
-                raise ValueError(f"--position needs --seed, as {args.path} is no run, which would know its own")
+                raise ValueError(f"--position needs --seed, as {args.path} is not a run, which would know its own")
             chosen = int(sample_at(seed, args.position, len(inspection.dataset)))
         if args.verify:
             lines = list(inspection.verify())

@@ -95,7 +95,7 @@ def records_of_file(path: Path, tokenizer: Tokenizer, options: CompilerOptions) 
     if not path.is_file() or not holds_records(path.name):
         inside = next((one for one in sorted(path.glob("*")) if holds_records(one.name)), None)
         raise ValueError(
-            f"{path} is no file with records ({', '.join(well_known_endings(of_records=True))}), nor a pretokenized "
+            f"{path} is not a file with records ({', '.join(well_known_endings(of_records=True))}), nor a pretokenized "
             f"directory"
             + (f": name a file in it, such as {inside}" if inside else "")
         )

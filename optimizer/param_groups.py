@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from parallel.buffer import ParameterSlice
+from parallel.contract import Named
 
 
 class HasSlice(Protocol):
-    piece: ParameterSlice
+    @property
+    def piece(self) -> ParameterSlice: ...
 
 
 T = TypeVar("T", bound=HasSlice)
@@ -19,13 +21,6 @@ def split_by_decay(states: Sequence[T]) -> tuple[list[T], list[T]]:
     decaying = [state for state in states if state.piece.is_matrix]
     others = [state for state in states if not state.piece.is_matrix]
     return decaying, others
-
-
-class Named(Protocol):
-    """A parameter, or a slice of one."""
-
-    name: str
-    shape: tuple[int, ...]
 
 
 def is_hidden_matrix(parameter: Named) -> bool:

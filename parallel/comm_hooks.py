@@ -28,20 +28,42 @@ FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
 
 
 class CommHook:
-    """What a hook owes."""
+    """A bucket's way from one backward pass to the next. contract.py says who calls what; the defaults are those of a
+    hook that leaves the sum in the bucket."""
+
+    takes_in_place = True
+    """Whether `take` returns the bucket's own gradients, and zeroing them is all that `release` does."""
+    knows_norm = False
+    """Whether `sum_of_squares` can be asked."""
+    keeps_scale = True
+    """Whether the loss scale is still in what `take` returns and in `sum_of_squares`."""
 
     def reduce(self, bucket: Bucket) -> Handle | None:
         """Sum the bucket over the ranks; under ReduceScatter only this rank's shard of it. On the comm stream."""
         raise NotImplementedError
 
+    def settle(self, bucket: Bucket) -> None:
+        """Do what is left to do without other ranks. Called by the thread that has waited for the bucket, while later
+        buckets may still be on their way."""
+
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
+        """Sum of the squares of the whole bucket's sum, float64 scalar, the same on all ranks."""
+        raise NotImplementedError
+
+    def take(self, bucket: Bucket) -> Tensor:
+        """The bucket's summed gradients, for the step that now takes place: 1-D, as long as the bucket; valid until the
+        next call. Not called for a step that is skipped."""
+        return bucket.grad
+
+    def release(self, bucket: Bucket) -> None:
+        """Get the bucket ready for the next backward pass, after its step or a skipped one. A second call changes
+        nothing."""
+        bucket.grad.zero_()
+
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         """Bytes that each rank sends for this bucket in a step; `itemsize` is the wire's, by default the bucket's. 0 if
         the hook does not say."""
         return 0.0
-
-    def zero_grad(self, bucket: Bucket) -> None:
-        """Get the bucket's gradients ready for the next step."""
-        bucket.grad.zero_()
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
         """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
@@ -115,9 +137,6 @@ class Compressed(CommHook):
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
         return sums if bucket.grad.dtype == self.dtype else sums + agreement_bytes(self.dtype, self.collectives)
-
-    def zero_grad(self, bucket: Bucket) -> None:
-        self.inner.zero_grad(bucket)
 
 
 def sum_hook(collectives: Collectives, wire_dtype: torch.dtype | None = None, sharded: bool = False) -> CommHook:

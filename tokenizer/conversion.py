@@ -134,7 +134,7 @@ def _processor(path: Path) -> SentencePieceProcessor:
     try:
         processor = SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError:
-        raise ValueError("it is no SentencePiece model, or damaged") from None
+        raise ValueError("it is not a SentencePiece model, or it is damaged") from None
     if importlib.util.find_spec("google") is None or importlib.util.find_spec("google.protobuf") is None:
         raise ValueError("reading it takes a package that is not installed: `pip install protobuf`")
     return processor

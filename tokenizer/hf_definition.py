@@ -119,7 +119,7 @@ def template_in(config: dict) -> str | None:
             raise ValueError("its tokenizer_config.json names several chat templates, and none of them is the default")
         template = named["default"]
     if template is not None and not isinstance(template, str):
-        raise ValueError("the chat_template of its tokenizer_config.json is no text")
+        raise ValueError("the chat_template of its tokenizer_config.json is not text")
     return template
 
 

@@ -53,7 +53,7 @@ class JinjaTemplate:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
-            raise ValueError(f"the chat template is no valid Jinja: {_line(error)}") from None
+            raise ValueError(f"the chat template is not valid Jinja: {_line(error)}") from None
         self._tokens = dict(tokens)
         self.asks_for_the_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
         self.looks_for = tuple(sorted(set(_sought(tree)), key=lambda text: (-len(text), text)))

@@ -1,8 +1,8 @@
-"""Records of many formats -> conversations and preferences.
+"""Conversations and preferences, read from records of many layouts.
 
-A record is one object of JSON, JSON lines or Parquet; its format is told from its fields, so formats may be mixed:
+A record is an object with fields, from any kind of file. Its layout is told by its fields, so layouts may be mixed:
 
-    fields                                                  format
+    fields                                                  layout
     conversations: [{from, value}]                          ShareGPT, as in FastChat; also pairs [{human, assistant}]
     messages: [{role, content}]                             OpenAI
     instruction, input, output (history, system)            Alpaca; Dolly has context and response
@@ -16,9 +16,10 @@ A record is one object of JSON, JSON lines or Parquet; its format is told from i
     messages, rejected_response                             ms-swift's preferences: the better answer ends the messages
     input, preferred_output, non_preferred_output           OpenAI's preferences
 
-A system text, tools and what was thought before an answer are read wherever they stand. What becomes of every other
-field is said in fields.py. gdGPT's calls of an API become messages of their own: the assistant's thought and
-call, which it learns; then the API's result as a message of a tool, which it does not.
+A system text, tools and the thoughts before an answer are read wherever they stand. fields.py says what becomes of
+every other field. Layouts are tried in the order of layouts.py.
+
+    record -> layouts.py -> a layout -> messages.py, texts.py -> samples.py
 """
 
 from collections.abc import Mapping
@@ -56,10 +57,10 @@ _KNOWN = (
 
 
 def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sample:
-    """The sample of a record, made of roles and texts alone.
+    """Sample of a record, made of roles and texts alone.
 
     Raises:
-        ValueError: as `read_record`, or it holds tools, calls or thoughts, which only a chat template can lay out.
+        ValueError: see `read_record`; or it holds tools, calls or thoughts, which only a chat template can lay out.
     """
     sample = read_record(record, roles).sample
     if not isinstance(sample, PlainText):
@@ -73,14 +74,14 @@ def parse_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Sa
 
 
 def read_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> ReadRecord:
-    """What a record holds.
+    """Sample of a record, its layout, and its fields that are not read.
 
     Raises:
-        ValueError: no known format, an unknown role, something missing or empty, or a field that changes what the
-            record means and is not read; the sentence says what.
+        ValueError: an unknown layout or role, something missing or empty, or an unread field that changes what the
+            record means; the sentence says which.
     """
     if not isinstance(record, dict):
-        raise ValueError("no object with fields")
+        raise ValueError("not an object with fields")
     opened = OpenRecord(record, roles)
     try:
         sample, name = _sample(opened)
@@ -91,7 +92,7 @@ def read_record(record: object, roles: Mapping[str, str] = DEFAULT_ROLES) -> Rea
 
 
 def _sample(record: OpenRecord) -> tuple[Sample, str]:
-    """The sample of a record, and the fields by which its layout was told."""
+    """Sample of a record, and the fields by which its layout was told."""
     for layout in LAYOUTS:
         if found := layout(record):
             return found

@@ -1,16 +1,16 @@
-"""What is known of the fields of records and of their messages, whatever the format.
+"""Fields of records and of their messages, whatever the layout, and what becomes of each.
 
     kind      fields                                     what becomes of them
     said      questions, answers, what belongs before    read by the record's layout; one that it does not
                                                          read may only say again what is read
-    refused   pictures, sounds, a template's arguments   refused: nothing here can do what they ask
-    flags     deleted, valid, label; weight, train,      a record that is not to be learnt is refused, a message becomes
-              mask, loss                                 one that is not learnt
+    refused   pictures, sounds, a template's arguments   refused, since nothing here can do what they ask
+    flags     deleted, valid, label; weight, train,      a record that must not be learnt is refused; a message is kept,
+              mask, loss                                 but not learnt
     marks     split, status, toxic, correct              not read, but named with their values, once a run
     others    id, source, category, score                not read, but named once a run
 
-Where the names come from: the formats of OpenAI's fine-tuning, TRL, LLaMA-Factory, axolotl, ms-swift, XTuner and gdGPT,
-and the data sets Alpaca, Dolly, BELLE, Firefly, HH-RLHF, UltraFeedback, UltraChat, OpenAssistant and WildChat.
+The names come from the formats of OpenAI's fine-tuning, TRL, LLaMA-Factory, axolotl, ms-swift, XTuner and gdGPT, and
+from the data sets Alpaca, Dolly, BELLE, Firefly, HH-RLHF, UltraFeedback, UltraChat, OpenAssistant and WildChat.
 """
 
 import json
@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping
 SYSTEM = ("system", "system_prompt", "system_message")
 QUESTION = ("instruction", "prompt", "question", "query", "input")
 BELOW_QUESTION: Mapping[str, tuple[str, ...]] = {"instruction": ("input", "context"), "prompt": ("input",)}
-"""What follows a question on its own line."""
+"""Field of a question -> fields whose text follows it, on a line of its own."""
 ANSWER = ("output", "completion", "response", "answer", "target")
 THOUGHT = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think", "cot")
-"""What an answer was thought out with; of some data sets a switch, see is_switch."""
+"""Thoughts before an answer; in some data sets only a switch, see is_switch."""
 TALK = ("conversations", "conversation", "messages")
 TOOLS = ("tools", "functions")
 PAIR = ("chosen", "rejected")
@@ -35,9 +35,10 @@ GDGPT = ("type", "text", "instruct", "rounds", "api_desc", "reference")
 BESIDE = (
     "history", "context", "contexts", "knowledge", "documents", "document", "article", "passage", "choices", "options",
 )  # fmt: skip
-"""What belongs to the question, or before it."""
+"""Texts that belong to the question, or before it."""
 _OF_MAGPIE = "knowledge"
-"""Of Magpie, whose records are conversations, it says what an answer takes to be known, and nobody is to see it."""
+"""In Magpie's records, which are conversations, it names the knowledge that an answer needs, and nobody is to see
+it."""
 SAID = frozenset((*SYSTEM, *QUESTION, *ANSWER, *THOUGHT, *TALK, *TOOLS, *REJECTED, *BESIDE))
 
 _PICTURES = "pictures and sounds cannot be learnt here"
@@ -70,7 +71,7 @@ MARKS = frozenset(
 FIELDS = frozenset((
     *SAID, *PAIR, *OUTPUTS, *GDGPT, *REFUSED, *LEARN_IF, *LEARN_UNLESS, *TAKE_IF, *TAKE_UNLESS, *KTO, *MARKS,
 ))  # fmt: skip
-"""All that is looked at, of any format: of a table with other columns, these alone are read."""
+"""Every field that is looked at in any layout. Of a table, only these columns are read."""
 
 _LONGEST_MARK, _MOST_NAMES = 20, 40
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -78,7 +79,7 @@ _SWITCHES = frozenset((*_FLAGS, *"on off none auto minimal low medium high enabl
 
 
 def is_nothing(value: object) -> bool:
-    """Whether a field is there only because others of its kind have it, as in every row of a table."""
+    """Whether a field holds nothing. It may be there only because other records have it, as in the rows of a table."""
     return value is None or (isinstance(value, str | list | dict | tuple) and not value) or _is_blank(value)
 
 
@@ -87,20 +88,20 @@ def _is_blank(value: object) -> bool:
 
 
 def flag(value: object) -> bool | None:
-    """What a field says that may be yes or no; None if it is neither."""
+    """Value of a field that may say yes or no; None if it says neither."""
     if isinstance(value, str):
         return _FLAGS.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
 def is_switch(value: object) -> bool:
-    """Whether a field that may hold thoughts says only whether there were to be any, or how many: Nemotron's
-    "reasoning": "on"."""
+    """Whether a field that may hold thoughts only switches them on or off, or says how many, as Nemotron's
+    "reasoning": "on" does."""
     return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES)
 
 
 def quoted(value: object) -> str:
-    """A value for a sentence: one line, not long, whatever it is."""
+    """Text of any value for a message: one short line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):
@@ -109,41 +110,41 @@ def quoted(value: object) -> str:
 
 
 class Fields:
-    """The fields of a record or of a message, and which of them were read."""
+    """Fields of a record or of a message, which remember that they were read."""
 
     def __init__(self, values: Mapping):
         self._values, self._read = values, set()
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is there and not null."""
+        """Whether a field is there and not null."""
         return self._values.get(name) is not None
 
     def is_null(self, name: str) -> bool:
         return name in self._values and self._values.get(name) is None
 
     def names(self) -> list[str]:
-        """As text, sorted."""
+        """Names of all fields as text, sorted."""
         return sorted(map(str, self._values))
 
     def peek(self, name: str) -> object:
-        """A field's value, which counts as unread."""
+        """Value of a field, which stays unread."""
         return self._values.get(name)
 
     def take(self, name: str) -> object:
-        """A field's value, which is read by that; None if it is not there."""
+        """Value of a field, which counts as read from now on; None if it is not there."""
         self._read.add(name)
         return self._values.get(name)
 
     def first(self, names: Iterable[str]) -> str | None:
-        """The first field that says something, else the first that is there."""
+        """Name of the first field that says something, or else of the first that is there."""
         there = [name for name in names if name in self]
         return next((name for name in there if not is_nothing(self._values.get(name))), there[0] if there else None)
 
     def take_one(self, names: Iterable[str], where: str = "") -> object:
-        """What one of several names of the same thing says; None if none says anything.
+        """Value of something that has several names; None if no field says anything.
 
         Raises:
-            ValueError: two of them say different things.
+            ValueError: two fields say different things.
         """
         said = {name: value for name in names if not is_nothing(value := self.take(name))}
         if any(value != next(iter(said.values())) for value in said.values()):
@@ -161,13 +162,13 @@ def _named(name: str) -> str:
 
 
 def check_record(fields: Fields, format: str, texts: list[str]) -> list[str]:
-    """Look at what a format did not read of a record.
+    """Look at the fields of a record that its layout did not read.
 
     Args:
-        format: the fields that it read.
-        texts: all that was read.
+        format: names of the fields that it read.
+        texts: all texts that it read.
     Returns:
-        Names of the fields that are not read, marks with their values.
+        Names of the unread fields; of marks, with their values.
     Raises:
         ValueError: one of them changes what the record means.
     """
@@ -194,9 +195,9 @@ def check_record(fields: Fields, format: str, texts: list[str]) -> list[str]:
 
 def _check_flags(name: str, value: object) -> None:
     says = flag(value)
-    # Words are classes, such as the answers of a quiz.
+    # Words are class names, such as the answers of a quiz.
     if name in KTO and (name == "kto_tag" or (says is not None and str(value).strip().lower() not in ("yes", "no"))):
-        raise ValueError(f'"{name}" tells good answers from bad ones (KTO), which is no task here')
+        raise ValueError(f'"{name}" tells good answers from bad ones (KTO), which is not a task here')
     if (name in LEARN_IF or name in TAKE_IF) and says is False:
         raise ValueError(f'"{name}" is {quoted(value)}: it is not to be learnt')
     if (name in LEARN_UNLESS or name in TAKE_UNLESS) and says is True:
@@ -209,7 +210,7 @@ def _check_flags(name: str, value: object) -> None:
 
 
 def _shown(name: object) -> str:
-    """A name that an author of records made up, for a sentence."""
+    """Name that the author of a record made up, shortened for a message."""
     return " ".join(str(name).split())[:60]
 
 
@@ -218,7 +219,7 @@ def _is_said(value: object, texts: list[str]) -> bool:
 
 
 def _texts_in(value: object, depth: int = 0) -> Iterator[str]:
-    """Every text of a value, names of roles and kinds left out."""
+    """All texts of a value, except for the names of roles and kinds."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -233,10 +234,10 @@ def _texts_in(value: object, depth: int = 0) -> Iterator[str]:
 
 
 def is_learnt(fields: Fields, where: str) -> bool | None:
-    """What a message says about whether it is learnt; None if nothing.
+    """Whether a message is learnt, by its own flags; None if it has none.
 
     Raises:
-        ValueError: weights other than 0 and 1, or flags that contradict each other.
+        ValueError: a weight other than 0 and 1, or flags that contradict each other.
     """
     says = set()
     for name in (*LEARN_IF, *LEARN_UNLESS):
@@ -254,7 +255,7 @@ def is_learnt(fields: Fields, where: str) -> bool | None:
 
 
 def check_message(fields: Fields, where: str) -> list[str]:
-    """Look at what was not read of a message; returns the names of such fields.
+    """Look at the fields of a message that were not read, and return their names.
 
     Raises:
         ValueError: one of them changes what the message means.

@@ -1,5 +1,8 @@
-"""gdGPT's records, told by their "type". Calls of an API become messages of their own: the assistant's thought and
-call, which it learns; then the API's result as a message of a tool, which it does not."""
+"""gdGPT's records, told by their "type".
+
+A call of an API becomes two messages: the assistant's thought and call, which is learnt, and the API's result as a
+message of a tool, which is not.
+"""
 
 from data_preprocess.conversations.fields import quoted
 from data_preprocess.conversations.one_turn import history_in
@@ -16,17 +19,18 @@ _KINDS = {
     "conver_has_api": ("rounds", "api_desc"),
     "ref_qa": ("rounds", "reference"),
 }
-"""Type -> the field without which a record is of another format, and the one that becomes the system text."""
+"""Type -> the field that the layout cannot do without, and the field that becomes the system text."""
 
 
 def gdgpt(record: OpenRecord) -> tuple[Sample, str] | None:
-    """Layout: a known type, and the field that it needs. The types are words that other data sets use, too."""
+    """Layout: a known type with the field that it needs. The type alone is not enough: other data sets use these
+    words."""
     kind = _kind(record)
     return _read(record, kind) if kind and _KINDS[kind][0] in record.fields else None
 
 
 def gdgpt_without_its_field(record: OpenRecord) -> tuple[Sample, str] | None:
-    """Layout: a known type, once no other layout fits; reading it says what is missing."""
+    """Layout: a known type without its field, if no other layout fits. Reading it fails and says what is missing."""
     kind = _kind(record)
     return _read(record, kind) if kind else None
 
@@ -53,15 +57,16 @@ def _read(record: OpenRecord, kind: str) -> tuple[Sample, str]:
 
 
 def _rounds(record: OpenRecord, context: str) -> list[Message]:
-    """["ask", text], ["ans", text] and ["ans-api", {actions, ans}]; several asks may follow one another."""
+    """Messages of rounds: ["ask", text], ["ans", text] and ["ans-api", {actions, ans}]. Questions may follow one
+    another."""
     messages = [Message("system", text_in(record.fields.take(context), f'"{context}"'))] if context else []
     rounds = record.fields.take("rounds")
     if not isinstance(rounds, list):
-        raise ValueError('"rounds" is no list')
+        raise ValueError('"rounds" is not a list')
     for number, turn in enumerate(rounds):
         where = f"round {number}"
         if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f"{where} is no pair")
+            raise ValueError(f"{where} is not a pair")
         if turn[0] == "ans-api":
             messages += _calls(turn[1], where)
             continue
@@ -79,7 +84,7 @@ def _calls(answer: object, where: str) -> list[Message]:
     for number, action in enumerate(answer["actions"]):
         place = f"action {number} of {where}"
         if not isinstance(action, dict):
-            raise ValueError(f"{place} is no object")
+            raise ValueError(f"{place} is not an object")
         thought = text_in(action.get("inner_thought", ""), f"the thought of {place}", may_be_empty=True)
         call = text_in(action.get("api_name"), f"the API of {place}")
         argument = text_in(action.get("api_param", ""), f"the argument of {place}", may_be_empty=True)

@@ -1,7 +1,8 @@
-"""All layouts of records, in the order in which they are tried. A new one is one line here.
+"""Layouts of records, in the order in which they are tried. A new one is one line here.
 
-A layout takes an open record and returns its sample, with the fields by which it was told; None if the record has
-another layout. It raises ValueError, with a sentence, for a record that is of this layout but wrong.
+A layout is a function. It takes an open record and returns its sample with the names of the fields by which the layout
+was told, or None if the record has another layout. For a record of this layout that is wrong, it raises ValueError with
+a sentence.
 """
 
 from collections.abc import Callable

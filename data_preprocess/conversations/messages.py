@@ -1,4 +1,4 @@
-"""A list of messages, as ShareGPT, OpenAI and others write them."""
+"""Lists of messages, as ShareGPT, OpenAI and others write them."""
 
 from dataclasses import replace
 
@@ -14,10 +14,16 @@ _PAIRS = (("human", "user", "input", "question", "prompt"), ("assistant", "gpt",
 
 
 def read_messages(record: OpenRecord, values: object, name: str) -> list[Message]:
-    """Messages of a list, results of calls in the calls' order."""
+    """Messages of a list. Results of calls must come in the order of the calls.
+
+    Args:
+        name: name of the list in messages.
+    Raises:
+        ValueError: it is not a list of messages, or one of them is wrong.
+    """
     values = loaded(values)
     if not isinstance(values, list) or not values:
-        raise ValueError(f'"{name}" is no list of messages')
+        raise ValueError(f'"{name}" is not a list of messages')
     if all(isinstance(value, str) for value in values):
         raise ValueError(f'"{name}" is a list of texts that do not say whose they are: give each of them a "role"')
     messages: list[Message] = []
@@ -44,7 +50,7 @@ def read_messages(record: OpenRecord, values: object, name: str) -> list[Message
 
 
 def _pair(record: OpenRecord, value: dict, where: str) -> list[Message] | None:
-    """Question and answer in one object, with a system text perhaps; None if it is a message."""
+    """Messages of an object that holds a question, its answer, and perhaps a system text; None if it is one message."""
     if value.get("from") is not None or value.get("role") is not None:
         return None
     fields = Fields(value)
@@ -62,9 +68,9 @@ def _pair(record: OpenRecord, value: dict, where: str) -> list[Message] | None:
 
 
 def _message(record: OpenRecord, value: object, where: str) -> tuple[Message, list[Call], object, bool]:
-    """A message, what it calls, the id of the call that it answers, and whether its text was the call."""
+    """A message, its calls, the id of the call that it answers, and whether its text was the call."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is no message")
+        raise ValueError(f"{where} is not a message")
     fields = Fields(value)
     who = "from" if "from" in fields else "role"
     role = role_of(fields.take(who), where, record.roles)
@@ -106,7 +112,7 @@ def _message(record: OpenRecord, value: object, where: str) -> tuple[Message, li
 
 
 def _calls(fields: Fields, where: str) -> list[Call]:
-    """Of `tool_calls`, or of the old `function_call`."""
+    """Calls in `tool_calls`, or in the old `function_call`."""
     calls = [
         calls_from(value, f'"{name}" of {where}')
         for name in ("tool_calls", "function_call")
@@ -118,7 +124,7 @@ def _calls(fields: Fields, where: str) -> list[Call]:
 
 
 def _joined(parts: list, where: str) -> str:
-    """The text of OpenAI's parts; pictures and sounds cannot be learnt here."""
+    """Text of a message in parts (OpenAI). Pictures and sounds cannot be learnt here."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or part.get("text") is None:

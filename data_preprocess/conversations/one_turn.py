@@ -1,4 +1,4 @@
-"""One question and its answer, each in a field of its own, behind a history perhaps."""
+"""One question and its answer, each in a field of its own, perhaps after a history."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _turn(record: OpenRecord, question: str, answer: str) -> list[Message]:
 
 
 def prompt_in(record: OpenRecord, name: str) -> list[Message]:
-    """Question in the field `name`, behind the history: a text, a dialogue, or messages."""
+    """Messages of the question in the field `name`, after the history. It is a text, a dialogue, or messages."""
     value, history = record.fields.take(name), history_in(record)
     if isinstance(value, list | dict):
         if history:
@@ -56,22 +56,23 @@ def prompt_in(record: OpenRecord, name: str) -> list[Message]:
 
 
 def history_in(record: OpenRecord) -> list[Message]:
+    """Messages of the earlier turns, in the field "history"."""
     history = loaded(record.fields.take("history"))
     if is_nothing(history):
         return []
     if not isinstance(history, list):
-        raise ValueError('"history" is no list')
+        raise ValueError('"history" is not a list')
     if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in history):
         return read_messages(record, history, "history")
     messages = []
     for number, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f'"history" {number} is no pair of question and answer')
+            raise ValueError(f'"history" {number} is not a pair of question and answer')
         messages.append(Message("user", text_in(turn[0], f"question {number} of the history")))
         messages.append(Message("assistant", text_in(turn[1], f"answer {number} of the history")))
     return messages
 
 
 def unlearnt(messages: Sequence[Message]) -> list[Message]:
-    """Messages of a prompt: none is learnt."""
+    """The same messages as a prompt, of which nothing is learnt."""
     return [replace(message, learnt=False) if message.role == "assistant" else message for message in messages]

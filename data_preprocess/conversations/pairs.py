@@ -1,4 +1,4 @@
-"""Two answers to one prompt."""
+"""Pairs: two answers to one prompt, in fields of any layout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tokenizer.chat_template import Message
 
 
 def sample_of(record: OpenRecord, messages: list[Message], name: str) -> tuple[Sample, str]:
-    """A conversation; or a preference, if a worse answer than its last stands beside it (ms-swift).
+    """Sample of some messages: a conversation, or a preference if a worse last answer stands beside them (ms-swift).
 
     Args:
         name: the fields by which the layout was told.
@@ -24,6 +24,11 @@ def sample_of(record: OpenRecord, messages: list[Message], name: str) -> tuple[S
 
 
 def pair_of(record: OpenRecord, prompt: list[Message], chosen: Message, rejected: Message) -> Preference:
+    """Preference of a prompt and two answers.
+
+    Raises:
+        ValueError: no question, the same answer twice, or one that must not be learnt.
+    """
     if not prompt or prompt[-1].role in ("assistant", "system"):
         raise ValueError("the prompt has no question that the answers follow")
     if said(chosen) == said(rejected):
@@ -34,8 +39,8 @@ def pair_of(record: OpenRecord, prompt: list[Message], chosen: Message, rejected
 
 
 def answer_in(record: OpenRecord, value: object, name: str) -> tuple[Message, list[Message]]:
-    """(an answer, messages before it): from a text, a dialogue, a message, or a list of messages that ends with
-    it."""
+    """An answer and the messages before it. The value is a text, a dialogue, a message, or a list of messages that ends
+    with the answer."""
     if turns := dialogue_in(value, "answer"):
         return turns[-1], turns[:-1]
     if isinstance(value, str):
@@ -59,9 +64,10 @@ def _swift_preference(record: OpenRecord, messages: list[Message], worse: str) -
 
 
 def said(message: Message) -> tuple:
+    """Content of a message, to compare it with another one."""
     return message.text, message.reasoning, message.tool_calls
 
 
 def _learnt(messages: Sequence[Message]) -> list[Message]:
-    """Messages of a preference's prompt, in which nothing is learnt whatever they say."""
+    """Messages of a preference's prompt without their flags, as nothing in it is learnt."""
     return [replace(message, learnt=True) for message in messages]

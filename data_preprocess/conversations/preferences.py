@@ -1,4 +1,4 @@
-"""Preferences whose answers stand in fields of their own."""
+"""Layouts of preferences whose answers have fields of their own."""
 
 from data_preprocess.conversations.fields import OUTPUTS, PAIR, QUESTION, TALK, TOOLS, Fields, check_record
 from data_preprocess.conversations.messages import read_messages
@@ -10,7 +10,7 @@ from data_preprocess.conversations.talk import talk_in
 
 
 def chosen_and_rejected(record: OpenRecord) -> tuple[Sample, str] | None:
-    """Layout: both answers in fields of their own; the prompt in one, too, or before each of them."""
+    """Layout: both answers in fields of their own; the prompt in a field, too, or before each answer."""
     if not record.has(PAIR):
         return None
     talk, question = record.fields.first(TALK), record.fields.first(QUESTION)
@@ -37,10 +37,10 @@ def chosen_and_rejected(record: OpenRecord) -> tuple[Sample, str] | None:
 
 
 def half_a_pair(record: OpenRecord) -> None:
-    """Layout: one answer of a pair without the other.
+    """Layout: one answer of a pair without the other, which is refused.
 
     Raises:
-        ValueError: it is that; the sentence says which is missing.
+        ValueError: the record has this layout; the sentence says which answer is missing.
     """
     fields = record.fields
     for one, other in (PAIR, PAIR[::-1], OUTPUTS, OUTPUTS[::-1]):
@@ -49,12 +49,12 @@ def half_a_pair(record: OpenRecord) -> None:
 
 
 def openai_preference(record: OpenRecord) -> tuple[Sample, str] | None:
-    """Layout: OpenAI's, with the messages in "input"."""
+    """Layout: OpenAI's preferences, with the messages in "input"."""
     if not record.has(OUTPUTS):
         return None
     given = record.fields.take("input")
     if not isinstance(given, dict):
-        raise ValueError('"input" is no object with "messages"')
+        raise ValueError('"input" is not an object with "messages"')
     inner = Fields(given)
     prompt = read_messages(record, inner.take("messages"), "messages")
     for name in TOOLS:

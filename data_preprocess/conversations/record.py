@@ -1,4 +1,4 @@
-"""A record while it is read: its fields, and what stands beside the messages."""
+"""A record while it is read: its fields, and the system text, tools and thoughts beside its messages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,8 @@ from tokenizer.chat_template import Message
 
 
 class OpenRecord:
-    """A record while it is read. Layouts take what they need from its fields; check_record looks at the rest."""
+    """A record while it is read. Layouts take fields from it; afterwards, check_record looks at the fields left
+    over."""
 
     def __init__(self, record: Mapping, roles: Mapping[str, str]):
         self.fields, self.roles = Fields(record), roles
@@ -19,10 +20,11 @@ class OpenRecord:
         self._tools: tuple[dict, ...] = ()
 
     def has(self, names: Sequence[str]) -> bool:
+        """Whether all these fields are there and not null."""
         return all(name in self.fields for name in names)
 
     def with_system(self, messages: list[Message]) -> list[Message]:
-        """The messages, behind the system text that stands beside them."""
+        """The messages, after the system text that stands beside them, if there is one."""
         text = self.fields.take_one(SYSTEM)
         if is_nothing(text):
             return messages
@@ -35,10 +37,12 @@ class OpenRecord:
         return messages
 
     def add_tools(self, value: object, where: str) -> None:
-        """Take a value that lists tools, if it does.
+        """Add the tools that a value lists.
 
         Args:
-            where: names it in the sentence.
+            where: name of the value in messages.
+        Raises:
+            ValueError: they are not tools, or others than elsewhere in the record.
         """
         if is_nothing(value) or is_nothing(loaded(value)):
             return
@@ -48,28 +52,28 @@ class OpenRecord:
         self._tools = tools
 
     def tools(self) -> tuple[dict, ...]:
-        """The tools that the record lists, wherever that is."""
+        """Tools that the record lists, wherever they stand."""
         for name in TOOLS:
             self.add_tools(self.fields.take(name), f'"{name}"')
         return self._tools
 
     def reasoning(self) -> str:
-        """What was thought before the answer, where it stands beside it."""
+        """Thoughts before the answer, in a field beside it."""
         return reasoning_in(self.fields)
 
 
 def reasoning_in(fields: Fields, where: str = "") -> str:
-    """What was thought, of a record or of a message; empty if nothing."""
-    # Some say only whether the model was to think, not what.
+    """Thoughts in a field of a record or of a message; empty if there are none."""
+    # Some fields only say whether the model was to think.
     thought = fields.take_one([name for name in THOUGHT if not is_switch(fields.peek(name))], where)
     return "" if thought is None else text_in(thought, f"{where}what was thought")
 
 
 def conversation_of(messages: list[Message], tools: tuple[dict, ...]) -> Conversation:
-    """A conversation without what follows its last answer, from which nothing is learnt.
+    """Conversation up to its last learnt answer, since nothing is learnt from the messages after it.
 
     Raises:
-        ValueError: no answer, or none that is to be learnt.
+        ValueError: there is no answer, or none that is to be learnt.
     """
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not answers:

@@ -1,4 +1,4 @@
-"""Roles: the names that data sets give them, and ours."""
+"""Roles: our names of them, and the names that data sets use."""
 
 from collections.abc import Mapping
 
@@ -27,11 +27,11 @@ DEFAULT_ROLES: Mapping[str, str] = {
     "function_call": CALLS,
     "tool_call": CALLS,
 }
-"""What datasets call the roles -> what we call them."""
+"""Name of a role in data sets -> our name."""
 
 
 def roles_with(user_name: str = "", assistant_name: str = "") -> dict[str, str]:
-    """DEFAULT_ROLES and a dataset's own names."""
+    """DEFAULT_ROLES with a data set's own names."""
     own = {name: role for name, role in ((user_name, "user"), (assistant_name, "assistant")) if name}
     return {**DEFAULT_ROLES, **own}
 
@@ -39,12 +39,14 @@ def roles_with(user_name: str = "", assistant_name: str = "") -> dict[str, str]:
 def role_of(name: object, where: str, roles: Mapping[str, str]) -> str:
     """Our name of a role.
 
+    Args:
+        where: name of the message in the sentence.
     Raises:
-        ValueError: it is unknown; `where` stands in the sentence.
+        ValueError: the role is unknown.
     """
-    # A dataset's own names are told as they are written; the usual ones in any case.
+    # A data set's own names are matched as they are written; the usual ones in upper and lower case.
     if isinstance(name, dict | list):
-        raise ValueError(f"{where} has a role that is no text")
+        raise ValueError(f"{where} has a role that is not text")
     role = roles.get(name) or roles.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         advice = ": say whose it is with --user_name or --assistant_name" if isinstance(name, str) and name else ""

@@ -1,4 +1,4 @@
-"""Samples: what a record comes to, whatever its layout."""
+"""Samples: the content of a record, whatever its layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Conversation:
-    """At least one answer that is learnt; nothing follows the last one."""
+    """Messages with at least one answer that is learnt; nothing follows the last such answer."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict, ...] = ()
-    """What the assistant may call, as {"type": "function", "function": {"name": str, ...}}."""
+    """Tools that the assistant may call, as {"type": "function", "function": {"name": str, ...}}."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Preference:
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
-    """Both the assistant's."""
+    """Both answers are the assistant's."""
     tools: tuple[dict, ...] = ()
     """As in Conversation."""
 
@@ -40,21 +40,22 @@ Sample = PlainText | Conversation | Preference
 
 @dataclass(frozen=True)
 class ReadRecord:
-    """What a record holds, and how that was found out."""
+    """Sample of a record, and how its layout was told."""
 
     sample: Sample
     format: str
-    """The fields by which its format was told."""
+    """Names of the fields by which its layout was told."""
     unread: tuple[str, ...] = ()
-    """Names of fields that say nothing here; of marks, such as "split", with the value."""
+    """Names of fields that are not read; of marks such as "split", with the value."""
 
 
 def messages_of(sample: Conversation | Preference) -> Sequence[Message]:
+    """Messages of a sample, both answers of a preference included."""
     return sample.messages if isinstance(sample, Conversation) else (*sample.prompt, sample.chosen, sample.rejected)
 
 
 def texts_in(sample: Sample) -> list[str]:
-    """All that a sample says."""
+    """All texts of a sample."""
     if isinstance(sample, PlainText):
         return [sample.text]
     texts = list(texts_of(sample.tools))

@@ -17,6 +17,6 @@ def talk(record: OpenRecord) -> tuple[Sample, str] | None:
 def talk_in(record: OpenRecord, name: str) -> list[Message]:
     """The messages of the field `name`."""
     if not is_nothing(record.fields.take("answer")):
-        # The result alone, of a task in mathematics, say.
+        # For example, the bare result of a task in mathematics.
         record.unread.append("answer")
     return read_messages(record, record.fields.take(name), name)

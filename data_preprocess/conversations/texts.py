@@ -1,4 +1,4 @@
-"""Texts of records: checked, and cut into turns where one text holds a dialogue."""
+"""Texts of records: they are checked, and cut into turns where one text holds a dialogue."""
 
 import re
 
@@ -10,18 +10,18 @@ _BELLE = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
 
 
 def text_in(value: object, where: str, may_be_empty: bool = False) -> str:
-    """A field's text.
+    """Text of a field.
 
     Args:
-        where: names the field in the sentence.
+        where: name of the field in messages.
     Raises:
-        ValueError: missing, no text, invalid, or empty.
+        ValueError: it is missing, not text, invalid, or empty.
     """
     if value is None:
         raise ValueError(f"{where} is missing")
     if not isinstance(value, str):
-        raise ValueError(f"{where} is no text")
-    # Half a surrogate pair, which JSON can spell, is no text.
+        raise ValueError(f"{where} is not text")
+    # JSON can spell half a surrogate pair, which is not text.
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -33,12 +33,12 @@ def text_in(value: object, where: str, may_be_empty: bool = False) -> str:
 
 def dialogue_in(text: object, ends_with: str) -> list[Message] | None:
     """Turns of a text such as HH's "\\n\\nHuman: ...\\n\\nAssistant: ..." or BELLE's "Human:...\\nAssistant:"; None if
-    it is none.
+    it is not a dialogue.
 
     Args:
-        ends_with: "answer", or "question" for a text that stops where the answer is due, behind "Assistant:".
+        ends_with: "answer", or "question" for a text that ends after "Assistant:", where the answer is due.
     Raises:
-        ValueError: a turn says nothing.
+        ValueError: a turn is empty.
     """
     if not isinstance(text, str) or not text.lstrip().startswith("Human:"):
         return None

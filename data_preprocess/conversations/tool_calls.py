@@ -1,4 +1,4 @@
-"""Tools and their calls as records spell them -> one spelling, OpenAI's.
+"""Tools and their calls, brought from the spellings of records to one: OpenAI's.
 
 tools        [{"type": "function", "function": {"name", ...}}], bare [{"name", ...}], either as a text of JSON
 tool_calls   [{"id", "type": "function", "function": {"name", "arguments"}}], bare [{"name", "arguments"}]; the
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Call:
+    """A call of a tool."""
+
     id: str
-    """Empty if it has none."""
+    """Empty if the call has none."""
     call: dict
     """{"type": "function", "function": {"name": str, "arguments": dict}}, with the id before it if there is one."""
 
@@ -23,7 +25,7 @@ class Call:
 
 
 def loaded(value: object) -> object:
-    """A list or an object that stands in its field as a text of JSON, as in a table; anything else as it is."""
+    """Value of a field. A list or an object may stand there as JSON text, as in a table; other values are unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -33,14 +35,15 @@ def loaded(value: object) -> object:
 
 
 def tools_from(value: object, where: str) -> tuple[dict, ...]:
-    """
+    """Tools that a value lists.
+
     Raises:
-        ValueError: no list of tools with names.
+        ValueError: it is not a list of tools with names.
     """
     value = loaded(value)
     values = [value] if isinstance(value, dict) else value
     if not isinstance(values, list):
-        raise ValueError(f"{where} is no list of tools")
+        raise ValueError(f"{where} is not a list of tools")
     return tuple(_tool(one, f"tool {number} of {where}") for number, one in enumerate(values))
 
 
@@ -50,21 +53,22 @@ def _tool(value: object, where: str) -> dict:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise ValueError(f'{where} has no "name"')
     if isinstance(value, dict) and inner is not value and value.get("type") not in (None, "function"):
-        raise ValueError(f"{where} is no function, and others are not understood")
+        raise ValueError(f"{where} is not a function, and others are not understood")
     tool = {"type": "function", "function": inner}
     _require_unicode(tool, where)
     return tool
 
 
 def calls_from(value: object, where: str) -> list[Call]:
-    """
+    """Calls that a value lists.
+
     Raises:
-        ValueError: no list of calls.
+        ValueError: it is not a list of calls.
     """
     value = loaded(value)
     values = [value] if isinstance(value, dict) else value
     if not isinstance(values, list) or not values:
-        raise ValueError(f'{where} is no call, or list of calls, with "name" and "arguments"')
+        raise ValueError(f'{where} is not a call, or list of calls, with "name" and "arguments"')
     return [_call(one, f"call {number} of {where}") for number, one in enumerate(values)]
 
 
@@ -74,13 +78,13 @@ def _call(value: object, where: str) -> Call:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise ValueError(f'{where} has no "name"')
     if inner is not value and value.get("type") not in (None, "", "function"):
-        raise ValueError(f"{where} is no call of a function, and others are not understood")
+        raise ValueError(f"{where} is not a call of a function, and others are not understood")
     arguments = inner["arguments"] if inner.get("arguments") is not None else inner.get("parameters")
     if arguments is None or arguments == "":
         arguments = {}
     arguments = loaded(arguments)
     if not isinstance(arguments, dict):
-        raise ValueError(f'{where} has "arguments" that are no object')
+        raise ValueError(f'{where} has "arguments" that are not an object')
     call = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
     _require_unicode(call | {"id": value.get("id")}, where)
     id = value.get("id")
@@ -98,7 +102,7 @@ def _require_unicode(value: dict, where: str) -> None:
 
 
 class Results:
-    """Results of calls, which must come in the calls' order: most templates write no ids."""
+    """Order of the calls' results, which must be that of the calls, since most templates write no ids."""
 
     def __init__(self):
         self._due: list[Call] = []
@@ -110,10 +114,10 @@ class Results:
         self._due += calls
 
     def origin_of(self, id: object, name: str, where: str) -> tuple[str, str]:
-        """Name of the tool whose result comes now, and id of the call; empty if nobody says it.
+        """Name of the tool whose result comes now, and id of its call; empty if they are unknown.
 
         Raises:
-            ValueError: another call's result is due.
+            ValueError: it is the turn of another call.
         """
         own = id if isinstance(id, str) else ""
         if not self._due:
@@ -129,5 +133,5 @@ class Results:
 
 
 def texts_of(values: tuple[dict, ...]) -> Iterator[str]:
-    """What tools or calls say, for looking a text up in it."""
+    """Texts of tools or calls, in which others may be looked up."""
     yield from (json.dumps(value, ensure_ascii=False) for value in values)

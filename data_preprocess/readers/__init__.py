@@ -9,9 +9,10 @@
     .parquet                                a row                 row group                   parquet.py
     .csv .tsv, the first line names them    a row                 file                        table.py
 
-All but Parquet also as .gz, .xz, .bz2 and .zst. A file of another kind is read as text if --include names its kind.
-The input is cut into units of bounded size by the files alone, so that the cut does not depend on how many processes
-work on it. A text may have any length; a record is refused, by its place, from LONGEST_RECORD on (limits.py).
+Except for Parquet, all may be compressed: .gz, .xz, .bz2, .zst. A file of another kind is read as text if --include
+names its kind. The input is cut into units of bounded size by its files alone, so that the cut does not depend on the
+number of processes. A text may have any length; a record longer than LONGEST_RECORD (limits.py) is refused, with its
+place.
 
     folders.py -> listing.py -> units.py -> registry.py -> a reader -> documents.py -> items
 """

@@ -4,9 +4,9 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow
@@ -22,7 +22,7 @@ _MOST_MEMORY = 1 << 28
 
 def is_compressed(name: str) -> bool:
     """Whether a file's name says that it is compressed."""
-    return Path(name).suffix.lower() in COMPRESSION_SUFFIXES
+    return os.path.splitext(name)[1].lower() in COMPRESSION_SUFFIXES
 
 
 def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
@@ -31,7 +31,7 @@ def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
     Args:
         name: of the file; one of COMPRESSION_SUFFIXES ends it.
     """
-    suffix = Path(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if suffix == ".gz":
         read = gzip.GzipFile(fileobj=file).read1
     elif suffix == ".xz":
@@ -46,8 +46,8 @@ def decompressed(file: BinaryIO, name: str) -> io.BufferedReader:
 class _Members:
     """Compressed streams one behind the other, as `cat a.xz b.xz` makes them.
 
-    Python's own readers for .xz and .bz2 take whatever is no stream for the end of the file, so that a stream whose
-    first bytes are damaged would be lost without a word.
+    Python's own readers for .xz and .bz2 take anything that is not a stream for the end of the file, so that a stream
+    with damaged first bytes would be lost without a word.
     """
 
     def __init__(self, file: BinaryIO, start: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]):
@@ -55,7 +55,7 @@ class _Members:
         self._member = start()
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """Next bytes, at most `size` of them; none at the end."""
         while True:
             data = b""
             if self._member.eof:
@@ -75,7 +75,8 @@ class _Members:
 
 
 class _Decompressed(io.RawIOBase):
-    """Gives out little at once, so that what lies before a damaged place is read; damage is an EOFError."""
+    """Raw stream that gives out little at once, so that all content before a damaged place is read. Damage is an
+    EOFError."""
 
     def __init__(self, read: Callable[[int], bytes]):
         self._read = read
@@ -87,7 +88,7 @@ class _Decompressed(io.RawIOBase):
         try:
             data = self._read(min(len(buffer), _BLOCK_BYTES))
         except OSError as error:
-            # What the system reports has a number; the rest is what gzip and Arrow say of damaged content.
+            # An error of the system has a number; gzip and Arrow report damaged content without one.
             raise error if error.errno else EOFError(str(error)) from None
         buffer[: len(data)] = data
         return len(data)

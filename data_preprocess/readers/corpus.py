@@ -13,7 +13,7 @@ class TextFields:
     """Fields of a record that are its text."""
 
     keys: tuple[str, ...] = ("text",)
-    """In the order in which they are joined; those that a record lacks are left out."""
+    """Names of the fields, in the order in which they are joined; a record may lack some of them."""
     separator: str = "\n"
     """Text between two fields."""
 
@@ -25,12 +25,12 @@ class TextFields:
         """
         names = " or ".join(f'"{key}"' for key in self.keys)
         if not isinstance(record, dict):
-            raise ValueError("no object with fields")
+            raise ValueError("not an object with fields")
         values = [value for key in self.keys if (value := record.get(key)) is not None]
         if not values or not all(isinstance(value, str) for value in values):
             raise ValueError(f"no text under the key {names} (choose it with --text_key)")
         text = self.separator.join(value for value in values if value)
-        # Half a surrogate pair, which JSON can spell and a wrong encoding becomes, is not text.
+        # JSON can spell half a surrogate pair, and bytes of another encoding become some: neither is text.
         text.encode("utf-8")
         return text
 
@@ -41,11 +41,11 @@ class Corpus:
 
     root: str
     fields: TextFields | None = TextFields()
-    """None: records are wanted whole, and files without records are left out."""
+    """None if records are wanted whole; files without records are left out then."""
     include: tuple[str, ...] = ("*",)
     """Patterns (as in a shell, "*" also matches "/") of the paths that are read."""
     exclude: tuple[str, ...] = ()
-    """Patterns of the paths that are not, even if they are included."""
+    """Patterns of the paths that are not read, even if they are included."""
     columns: frozenset[str] | None = None
     """Columns of a Parquet file that are read where records are wanted whole; the others stand in them as None. None
     reads all."""
@@ -91,13 +91,13 @@ def _names_a_kind(pattern: str) -> bool:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for which files are read; `chosen_files` takes them."""
+    """Add the flags that choose files; `chosen_files` takes them."""
     parser.add_argument("--include", default="*", metavar="PATTERNS", help="read only these files: '*.jsonl,zh/*'")
     parser.add_argument("--exclude", default="", metavar="PATTERNS", help="leave out these files: '*.csv,test/*'")
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for how documents are read; `corpus_from` takes them."""
+    """Add the flags that say how documents are read; `corpus_from` takes them."""
     parser.add_argument(
         "--text_key", default="text", metavar="KEY[,KEY...]",
         help="field of a record that holds the text, or several that are joined (default: text)",

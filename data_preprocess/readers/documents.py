@@ -1,4 +1,4 @@
-"""Numbered records -> documents, or the records as they are."""
+"""Documents made from numbered records, or the records as they are."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def documents_of(
     """The texts of numbered records (empty ones are passed over), or the records if they are wanted whole.
 
     Args:
-        path: of the file, relative to the data directory.
+        path: path of the file, relative to the data directory.
         counts: what the numbers count, see Document.
         records: each an object, the bytes of a line of JSON, or Unreadable.
         fields: None if records are wanted whole.
@@ -63,8 +63,8 @@ def in_parts(text: str, path: str, counts: str, record: int) -> Iterator[Documen
 
 
 def cut_of(text: str) -> int:
-    """Where a text longer than LONGEST_PART is cut: after a line that is followed by no blank, where no token of
-    byte-level BPE crosses, if there is one in the second half."""
+    """Where a text longer than LONGEST_PART is cut: in its second half after a line whose next character is not blank,
+    since no token of byte-level BPE crosses such a place; otherwise at the limit."""
     end = limits.LONGEST_PART
     while (end := text.rfind("\n", limits.LONGEST_PART // 2, end) + 1) > 0:
         if not text[end].isspace():

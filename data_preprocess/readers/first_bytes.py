@@ -1,4 +1,4 @@
-"""The first bytes of a file, and an encoding other than UTF-8 that they show."""
+"""The first bytes of a file, and the encoding that they show if it is not UTF-8."""
 
 import codecs
 from pathlib import Path
@@ -19,14 +19,14 @@ def start_of(path: Path) -> bytes:
 
 
 def foreign_encoding(start: bytes) -> str:
-    """UTF-16 or UTF-32, if a file that begins so is written in it; empty if not."""
+    """UTF-16 or UTF-32, if a file that begins like this is written in it; empty otherwise."""
     for encoding, marks in (
         ("UTF-32", (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)),
         ("UTF-16", (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)),
     ):
         if start.startswith(marks):
             return encoding
-    # Without a mark: every other byte of western text is 0, and the others hardly ever.
+    # Without a mark: in western text every other byte is 0, and the bytes between them hardly ever are.
     for encoding, zeros, others in (
         ("UTF-16LE", start[1:512:2], start[:512:2]),
         ("UTF-16BE", start[:512:2], start[1:512:2]),

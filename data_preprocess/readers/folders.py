@@ -1,8 +1,8 @@
 """All files below a folder, links followed, each file once.
 
-A link to a folder is followed once, wherever it is met, and not at all if it leads back to a folder that it stands in:
-so every walk ends. A file that several names lead to is found under the one with the fewest links. Whatever cannot be
-followed is told, with the reason; what is passed over without a word is hidden (".name") or a cache.
+A link to a folder is followed once, wherever it is met, and never if it leads back to a folder that it stands in, so
+every walk ends. A file with several names is found under the one with the fewest links. Links that cannot be followed
+are reported with the reason; only hidden names (".name") and caches are passed over in silence.
 """
 
 import errno
@@ -30,7 +30,7 @@ class Found:
     path: str
     """Relative to the root."""
     problem: str = ""
-    """Why nothing of it is read, one of the above; empty for a file that can be."""
+    """Reason why it is not read, one of the above; empty for a file that can be read."""
 
 
 def files_below(
@@ -40,9 +40,9 @@ def files_below(
 
     Args:
         is_chosen: whether a file of this path, relative to the root, is wanted.
-        is_excluded: whether nothing that this path begins is wanted: a folder that cannot be listed is no loss then.
+        is_excluded: whether nothing below this path is wanted, so that a folder there need not be listed.
     Raises:
-        OSError: a folder cannot be listed, or a file not looked at.
+        OSError: a folder cannot be listed, or the state of a file cannot be read.
     """
     found: dict[str, Found] = {}
     names: list[tuple[int, str, str]] = []
@@ -66,11 +66,11 @@ def files_below(
 def _walk(
     root: str, start: str, found: dict[str, Found], links: list[str], is_excluded: Callable[[str], bool]
 ) -> Iterator[tuple[str, str, bool]]:
-    """(path, what it leads to, whether it is a link) of the files in a folder and those below, links to folders apart.
+    """Files in a folder and below it, as (path, real path, whether it is a link). Links to folders are kept apart.
 
     Args:
-        found: takes the problems.
-        links: takes the links to folders.
+        found: receives the problems.
+        links: receives the links to folders.
     """
 
     def tell(path: str, problem: str) -> None:
@@ -79,7 +79,7 @@ def _walk(
 
     def refuse(error: OSError) -> None:
         relative = os.path.relpath(error.filename, root)
-        # That of a file system's root is closed to users, and holds nothing of theirs.
+        # The lost+found of a file system is closed to users, and holds nothing of theirs.
         if is_excluded(f"{relative}/") or relative == "lost+found":
             return
         advice = f" (leave it out with --exclude '{relative}/*')" if isinstance(error, PermissionError) else ""
@@ -87,7 +87,7 @@ def _walk(
 
     for directory, folders, files in os.walk(os.path.join(root, start), onerror=refuse):
         if "tokenizer.json" in files and os.path.relpath(directory, root) != ".":
-            # Those beside our own tokens hold nothing else, and are no news to anyone.
+            # The tokenizer's folder beside our own tokens holds nothing else and is not worth a line.
             if folders or not _TOKENIZER_FILES.issuperset(files):
                 tell(directory, OF_A_TOKENIZER)
             folders.clear()
@@ -112,7 +112,8 @@ def _walk(
 
 
 def _mode(path: str) -> int | None:
-    """Of what a path leads to; None if it leads nowhere. Any other error is the disk's, and no reason to leave out."""
+    """Mode of the file that a path leads to; None if it leads nowhere. Any other error is the disk's, and not a reason
+    to leave the file out."""
     try:
         return os.stat(path).st_mode
     except OSError as error:
@@ -125,9 +126,9 @@ def _is_to_be_followed(root: str, link: str, followed: set[str], targets: list[s
     """Whether to walk through the folder that a link leads to.
 
     Args:
-        followed: links that were followed, by where they really stand; takes this one.
-        targets: folders that are read whole, the root and those that links led to; takes this link's.
-        found: takes the problem.
+        followed: real paths of the links that were followed; receives this one.
+        targets: folders that are read whole, the root and those that links led to; receives this link's.
+        found: receives the problem.
     """
     parent, name = os.path.split(os.path.join(root, link))
     itself = os.path.join(os.path.realpath(parent), name)
@@ -144,5 +145,5 @@ def _is_to_be_followed(root: str, link: str, followed: set[str], targets: list[s
 
 
 def _is_below(path: str, folder: str) -> bool:
-    """Whether a path is that of a folder, or of something in it; both without links."""
+    """Whether a path is a folder or lies in it; both are free of links."""
     return os.path.commonpath([path, folder]) == folder

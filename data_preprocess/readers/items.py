@@ -30,7 +30,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as it stands in its file. Invalid UTF-8 in it may have become half surrogate pairs."""
+    """A record as it stands in its file. Invalid UTF-8 may appear in it as half surrogate pairs."""
 
     value: object
     path: str
@@ -56,12 +56,12 @@ Item = Document | Record | BadRecord
 
 @dataclass
 class BadRecords:
-    """Records that could not be read: how many, and the first of them."""
+    """Number of records that could not be read, and the first of them."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Path -> why of files that were not looked at, see list_inputs."""
+    """Path -> reason, for files that were not looked at; see list_inputs."""
 
     def add(self, bad: BadRecord) -> None:
         self.count += 1
@@ -83,12 +83,12 @@ def too_long() -> Unreadable:
 
 
 def place(path: str, counts: str, record: int) -> str:
-    """ "a.jsonl at byte 17", "a.parquet row 3", or just the path."""
+    """Place of a record for a message: "a.jsonl at byte 17", "a.parquet row 3", or just the path."""
     return {"": path, "byte": f"{path} at byte {record}"}.get(counts, f"{path} {counts} {record}")
 
 
 def one_line(error: Exception) -> str:
-    """An error in a line of a report."""
+    """Text of an error, on one line of a report."""
     if isinstance(error, UnicodeError):
         return "not valid Unicode"
     return " ".join(str(error).split())[:200] or type(error).__name__

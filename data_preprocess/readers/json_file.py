@@ -1,4 +1,4 @@
-"""JSON: records in lines, in one array, or as objects spread over lines. The file's beginning tells which.
+"""JSON: records in lines, in one array, or as objects spread over several lines. The file's beginning tells which.
 
 Lines can be cut at any byte, since a line belongs to the piece in which it begins.
 """
@@ -41,12 +41,12 @@ class JsonReader(StreamReader):
         if is_compressed(piece.path):
             content = sha256_of_file(path)
         else:
-            # Also the byte before, and the last line to its end.
+            # The byte before is looked at, too, and the last line is read to its end.
             content = sha256_of_file(path, max(piece.start - 1, 0), end_of_line(path, piece.end))
         shape = _LINES
         if ending_of(piece.path) != _MAY_BE_ANYTHING and not piece.start:
             shape = _shape(piece.path, start_of(path))
-        # Other shapes were not always understood under these endings: the work of that time is not to be taken over.
+        # Other shapes were not always understood under these endings, and work of that time must not be taken over.
         return identity_of(piece, content) + (shape.encode() if shape != _LINES else b"")
 
     def items(self, opened: OpenPiece) -> Iterator[Item]:
@@ -67,8 +67,8 @@ class JsonReader(StreamReader):
 
 
 def _shape(path: str, start: bytes) -> str:
-    """How the records of a JSON file lie in it: in lines, in one array, or as objects spread over lines, as some
-    programs write their settings."""
+    """Arrangement of the records in a JSON file: in lines, in one array, or as objects spread over several lines, as
+    some programs write their settings."""
     start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     first_line, _, rest = start.partition(b"\n")
     first_line, rest = first_line.rstrip(), rest.strip()
@@ -78,7 +78,7 @@ def _shape(path: str, start: bytes) -> str:
         return _LINES if not may_be_anything and rest and _is_json(first_line) else _ARRAY
     if not rest or first_line.endswith(b"}") or rest.startswith(b"{"):
         return _LINES
-    # Lines inside an object end so; a line that is damaged ends anyhow.
+    # Lines inside an object end like this; a damaged line may end in any way.
     goes_on = first_line.startswith(b"{") and first_line.endswith((b"{", b"[", b","))
     return _OBJECTS if goes_on or may_be_anything else _LINES
 

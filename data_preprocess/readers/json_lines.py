@@ -1,4 +1,4 @@
-"""Lines of JSON, by their number or by the byte at which they begin."""
+"""Lines of JSON, known by their number or by the byte at which they begin."""
 
 import codecs
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from data_preprocess.readers.pieces import Piece
 
 
 def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | Unreadable]]:
-    """Lines of a stream by their number, without blank ones."""
+    """Numbered lines of a stream, without blank ones."""
     number = 0
     while line := _next_line(stream):
         if number == 0 and isinstance(line, bytes):
@@ -22,7 +22,7 @@ def lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | Unreadable]]:
 
 
 def lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes | Unreadable]]:
-    """Lines by the byte at which they begin. A line belongs to the range in which it begins."""
+    """Lines of a piece with the byte at which each begins. A line belongs to the piece in which it begins."""
     if piece.start:
         file.seek(piece.start - 1)
         _pass_line(file)
@@ -37,7 +37,7 @@ def lines_of_range(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes | 
 
 
 def end_of_line(path: Path, position: int) -> int:
-    """Where the line that holds the byte before `position` ends."""
+    """End of the line that holds the byte before `position`."""
     with open(path, "rb") as file:
         file.seek(position - 1)
         _pass_line(file)
@@ -55,6 +55,6 @@ def _next_line(stream: BinaryIO) -> bytes | Unreadable:
 
 
 def _pass_line(stream: BinaryIO) -> None:
-    """Read to the end of a line, in parts: the "line" of a JSON array may be the whole file."""
+    """Read to the end of a line, in parts, since the "line" of a JSON array may be the whole file."""
     while (part := stream.readline(limits.BUFFER_BYTES)) and not part.endswith(b"\n"):
         pass

@@ -1,4 +1,4 @@
-"""JSON values of a stream, parsed one at a time: the elements of an array, or objects one behind another."""
+"""JSON values of a stream, parsed one at a time: the elements of an array, or objects one after another."""
 
 import codecs
 import io
@@ -14,7 +14,7 @@ _OUTSIDE = re.compile(r'[^"\[\]{},]*+')
 
 
 def _number(digits: str) -> int | float:
-    # Python refuses to read thousands of digits. They are no text, and must not cost the rest of the file.
+    # Python refuses to read thousands of digits. They are not text, and must not cost the rest of the file.
     return int(digits) if len(digits) < 1000 else float(digits)
 
 
@@ -23,7 +23,7 @@ class ArrayOfJson:
 
     def __init__(self, stream: io.BufferedReader):
         self._stream = stream
-        # What is not UTF-8 becomes half surrogate pairs, by which only the record that holds them is refused.
+        # Invalid UTF-8 becomes half surrogate pairs, so that only the record that holds them is refused.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._parse = json.JSONDecoder(parse_int=_number).raw_decode
         self._text, self._position, self._end = "", 0, False
@@ -42,7 +42,8 @@ class ArrayOfJson:
             raise self._damage or DamagedFile("there is more after the array")
 
     def _fill(self, characters: int) -> None:
-        """Read until so many lie ahead, or the stream ends. Damage waits until what was read before it is used up."""
+        """Read until so many characters lie ahead, or the stream ends. Damage is reported once all text before it is
+        used up."""
         parts = [self._text[self._position :]]
         ahead = len(parts[0])
         while ahead < characters and not self._end:
@@ -56,7 +57,7 @@ class ArrayOfJson:
         self._text, self._position = "".join(parts), 0
 
     def _next_character(self) -> str:
-        """That is no blank; empty at the end. It stays ahead."""
+        """Next character that is not blank; empty at the end. It is not consumed."""
         while True:
             while self._position < len(self._text) and self._text[self._position] in " \t\r\n":
                 self._position += 1
@@ -77,7 +78,7 @@ class ArrayOfJson:
             try:
                 value, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
-                # Of an element that goes on beyond what was read, the parser complains near the end, or of a string.
+                # If an element goes on beyond the text read so far, the parser complains near the end, or of a string.
                 may_go_on = error.pos >= len(self._text) - 64 or error.msg.startswith("Unterminated string")
                 if self._end or not may_go_on:
                     raise self._damage or DamagedFile(error.msg) from None
@@ -95,11 +96,11 @@ class ArrayOfJson:
             self._fill(max(ahead + 1, min(2 * ahead, limits.LONGEST_RECORD + 1)))
 
     def _pass_element(self) -> None:
-        """Go behind an element by its brackets and strings, without keeping any of it."""
+        """Pass over an element by its brackets and strings, without keeping any of it."""
         depth, in_string = 0, False
         while True:
             self._position = (_IN_STRING if in_string else _OUTSIDE).match(self._text, self._position).end()
-            # A backslash belongs to the character behind it.
+            # A backslash belongs to the character after it.
             if self._position + 1 >= len(self._text) and not self._end:
                 self._fill(2)
                 continue
@@ -120,7 +121,7 @@ class ArrayOfJson:
 
 
 class ObjectsOfJson(ArrayOfJson):
-    """JSON objects one behind another, each spread over lines."""
+    """JSON objects one after another, each spread over several lines."""
 
     def __iter__(self) -> Iterator[object]:
         while self._next_character():

@@ -1,9 +1,9 @@
-"""Limits of what is in memory at once. A test may lower them; readers ask for them when they need them."""
+"""Limits on what is held in memory at once. Readers look them up when they need them, so that a test can lower them."""
 
 LONGEST_PART = 1 << 20
-"""Characters; a longer document comes in several parts."""
+"""Characters in a part of a document; a longer document comes in several parts."""
 LONGEST_RECORD = 1 << 26
-"""Bytes of a line or of a Parquet row, characters of an array's element or of a table's row. A record is in memory as a
-whole, several times over; a longer one is refused."""
+"""Size of the longest record that is read: bytes of a line or of a Parquet row, characters of an array's element or of
+a table's row. A record is held in memory as a whole, several times over."""
 BUFFER_BYTES = 1 << 20
-"""Bytes that a file is read by."""
+"""Bytes that are read from a file at once."""

@@ -1,4 +1,4 @@
-"""The files of a corpus: which are read, and which are left out, and why."""
+"""The files of a corpus: those that are read, and those that are left out, with the reason."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ _OF_OTHER_KINDS = "files of other kinds"
 
 
 def list_inputs(corpus: Corpus) -> tuple[list[str], dict[str, str]]:
-    """Chosen files that can be read, as sorted paths relative to the root; and path -> why of those left out.
+    """Chosen files that can be read, as sorted paths relative to the root; and path -> reason for those left out.
 
     Hidden files and folders and the files that pretokenizing writes are passed over.
 
@@ -29,7 +29,7 @@ def list_inputs(corpus: Corpus) -> tuple[list[str], dict[str, str]]:
 
     for file in files_below(corpus.root, is_chosen, corpus.excludes):
         if file.problem:
-            # Nobody knows whether the files that a link was to lead to are chosen.
+            # The files behind a broken link cannot be known, so they may have been wanted.
             if not corpus.excludes(file.path):
                 left_out[file.path] = file.problem
         elif is_readable(corpus, file.path):
@@ -47,7 +47,7 @@ def _is_ours(path: str) -> bool:
 
 
 def print_left_out(left_out: dict[str, str]) -> None:
-    """A line about each reason why files were left out."""
+    """Print a line for each reason why files were left out."""
     for reason in sorted(set(left_out.values())):
         paths = [path for path in left_out if left_out[path] == reason]
         if reason == _OF_OTHER_KINDS:

@@ -17,7 +17,7 @@ from utils.files import sha256_of_file
 
 _ROWS, _BATCH_BYTES, _DICTIONARY_BYTES = 256, 1 << 24, 1 << 26
 _NO_VALUE = (ArithmeticError, LookupError, TypeError, ValueError, pyarrow.ArrowException)
-"""Exceptions of Arrow for a value that Python cannot hold: a text that is not UTF-8, nanoseconds, a day before year
+"""Exceptions that Arrow raises for a value that Python cannot hold: invalid UTF-8, nanoseconds, a day before the year
 1."""
 
 
@@ -57,12 +57,12 @@ class ParquetReader(Reader):
 
 
 def _contents(path: Path, name: str) -> tuple[pyarrow.parquet.FileMetaData, str]:
-    """A file's table of contents, and its schema as text.
+    """A file's metadata, and its schema as text.
 
     Args:
-        name: of the file, for the sentence.
+        name: name of the file in messages.
     Raises:
-        ValueError: it has none.
+        ValueError: the file is not Parquet.
     """
     try:
         metadata = pyarrow.parquet.read_metadata(path)
@@ -76,7 +76,7 @@ def _contents(path: Path, name: str) -> tuple[pyarrow.parquet.FileMetaData, str]
 def _rows(
     path: Path, piece: Piece, corpus: Corpus, report: Callable[[int], None]
 ) -> Iterator[tuple[int, dict | Unreadable]]:
-    """Rows of a piece's row groups. Only the columns that are wanted are decoded."""
+    """Numbered rows of a piece's row groups."""
     try:
         with _opened(path) as file:
             names = file.schema_arrow.names
@@ -99,21 +99,21 @@ def _rows(
                 report(so_far - reported)
                 reported = so_far
     except OSError as error:
-        # Arrow's word for damaged pages; a failing disk has an errno.
+        # Arrow reports damaged pages as OSError; a failing disk has an errno.
         raise error if error.errno else pyarrow.ArrowException(str(error)) from None
 
 
 def _opened(path: Path) -> pyarrow.parquet.ParquetFile:
-    """A file that is read page by page; by itself, Arrow would take whole columns of a row group into memory."""
+    """A file opened to be read page by page. By default, Arrow takes whole columns of a row group into memory."""
     return pyarrow.parquet.ParquetFile(path, buffer_size=limits.BUFFER_BYTES, pre_buffer=False)
 
 
 def _chunks(
     file: pyarrow.parquet.ParquetFile, group: int, columns: list[str]
 ) -> list[pyarrow.parquet.ColumnChunkMetaData]:
-    """Some columns of a row group, nested ones in their parts; none if they cannot be read."""
+    """Chunks of some columns of a row group, those of all parts of nested ones; none if they cannot be read."""
     try:
-        # Arrow ends the process when it is asked for a column whose description is damaged; its reader raises.
+        # Asked for a column with a damaged description, Arrow's metadata ends the process; its reader raises.
         next(file.iter_batches(1, row_groups=[group], columns=columns), None)
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
@@ -125,8 +125,8 @@ def _chunks(
 
 
 def _rows_at_once(file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list[str]) -> int:
-    """As many as take _BATCH_BYTES on average in each row group, at most _ROWS. A page, however large
-    its writer made it, is in memory as a whole besides."""
+    """Number of rows that take _BATCH_BYTES on average in each row group, at most _ROWS. Besides them, one page is in
+    memory as a whole, however large its writer made it."""
     at_once = _ROWS
     if piece.num_bytes * at_once <= _DICTIONARY_BYTES:
         return at_once
@@ -135,7 +135,7 @@ def _rows_at_once(file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list
         for chunk in _chunks(file, group, columns):
             size += chunk.total_uncompressed_size
             if chunk.has_dictionary_page:
-                # Every row may be the longest of the dictionary's texts, about as long as all of it.
+                # Every row may hold the longest text of the dictionary, which may be almost all of it.
                 share = (chunk.data_page_offset - chunk.dictionary_page_offset) / max(chunk.total_compressed_size, 1)
                 at_once = min(at_once, _DICTIONARY_BYTES // max(int(share * chunk.total_uncompressed_size), 1))
         if num_rows:
@@ -144,7 +144,7 @@ def _rows_at_once(file: pyarrow.parquet.ParquetFile, piece: Piece, columns: list
 
 
 def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Unreadable]:
-    """The rows as Python has them; those that it cannot have are told apart one by one."""
+    """Rows of a batch as Python objects. If Python cannot hold some of them, they are converted one by one."""
     if batch.num_columns and batch.nbytes <= limits.LONGEST_RECORD:
         try:
             return iter(batch.to_pylist())
@@ -154,14 +154,15 @@ def _rows_of(batch: pyarrow.RecordBatch) -> Iterator[dict | Unreadable]:
 
 
 def _without_nulls(value: object) -> object:
-    """A column gives every object all the names that one of them has: arguments of a call that were not in it, say."""
+    """Value without null fields. A column gives every object all the names that any of its objects has, so that a call,
+    for one, shows arguments that it never had."""
     if isinstance(value, dict):
         return {name: _without_nulls(one) for name, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _row_of(batch: pyarrow.RecordBatch) -> dict | Unreadable:
-    """The only row of a batch."""
+    """Row of a batch that has one."""
     row, size = {}, 0
     for name, column in zip(batch.schema.names, batch.columns):
         try:

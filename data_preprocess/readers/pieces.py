@@ -1,36 +1,36 @@
-"""Pieces: files, or parts of them that can be read each by itself."""
+"""Pieces: files, or parts of files that can be read independently."""
 
 import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_preprocess.readers.compression import is_compressed
+from data_preprocess.readers.compression import COMPRESSION_SUFFIXES
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or a part of it that can be read by itself."""
+    """A file, or a part of one that can be read independently."""
 
     path: str
-    """Relative to the data directory."""
+    """Path of the file, relative to the data directory."""
     start: int
     end: int
-    """JSON lines: the bytes [start, end), for the lines that begin there. Parquet: row groups. Others: the whole
-    file."""
+    """Range [start, end) of the file. JSON lines: the bytes in which the lines begin. Parquet: the row groups. Other
+    kinds: the whole file."""
     num_bytes: int
-    """About the size of the work."""
+    """Approximate size of the work."""
 
 
 def identity_of(piece: Piece, content: str) -> bytes:
     """A piece's share of its unit's fingerprint.
 
     Args:
-        content: stands for the bytes that reading the piece looks at.
+        content: checksum of the bytes that reading the piece looks at.
     """
     return json.dumps([piece.path, piece.start, piece.end, content]).encode()
 
 
 def ending_of(path: str) -> str:
     """The ending that tells a file's kind, in lower case: ".jsonl" of "a/B.JSONL.gz"."""
-    plain = Path(path.lower())
-    return (plain.with_suffix("") if is_compressed(path) else plain).suffix
+    stem, ending = os.path.splitext(path.lower())
+    return os.path.splitext(stem)[1] if ending in COMPRESSION_SUFFIXES else ending

@@ -1,5 +1,5 @@
-"""Reader: one kind of file. It names the endings of its files, cuts them where they can be cut, and yields their
-documents or records with their places.
+"""Readers: one for each kind of file. A reader names the endings of its files, cuts them where they can be cut, and
+yields their documents or records with their places.
 
 A new kind is a subclass in a file of its own, and a line in registry.py. Most derive from StreamReader and write
 `records` alone; table.py is the shortest example.
@@ -19,47 +19,46 @@ from data_preprocess.readers.pieces import Piece, identity_of
 from utils.files import sha256_of_file
 
 Numbered = tuple[int, object]
-"""A record and its number: an object, the bytes of a line of JSON, or Unreadable."""
+"""A number and its record: an object, the bytes of a line of JSON, or Unreadable."""
 
 
 class Reader(ABC):
     """One kind of file."""
 
     endings: tuple[str, ...] = ()
-    """Lower case, with the dot; another ending may follow that says how the file is compressed."""
+    """Endings of the files, in lower case, with the dot. Another one may follow that says how a file is compressed."""
     well_known: tuple[str, ...] = ()
-    """Endings that messages and help name as examples."""
+    """Endings that messages and help texts name as examples."""
     holds_records = True
     """Whether a file holds records with fields; otherwise it is one text."""
     may_be_compressed = True
 
     def pieces(self, path: Path, name: str, unit_bytes: int) -> Iterator[Piece]:
-        """Parts of a file that can be read each by itself, about `unit_bytes` large; here the whole file.
+        """Pieces of a file, each about `unit_bytes` large; by default the whole file.
 
         Args:
-            name: of the file, relative to the data directory.
+            name: path of the file, relative to the data directory.
         """
         size = path.stat().st_size
         yield Piece(name, 0, size, size)
 
     def identity(self, path: Path, piece: Piece) -> bytes:
-        """Everything that decides what reading a piece yields: its name, and the checksum of the bytes that are looked
-        at."""
+        """Identity of a piece for fingerprints: its place, and the checksum of the bytes that reading it looks at."""
         return identity_of(piece, sha256_of_file(path))
 
     @abstractmethod
     def read(self, corpus: Corpus, piece: Piece, report: Callable[[int], None]) -> Iterator[Item]:
-        """Everything in a piece, in its order. Damage is an item, never an exception.
+        """All items of a piece, in order. Damage is an item, never an exception.
 
         Args:
-            report: takes the bytes of the file that were read since the last call.
+            report: called with the number of bytes of the file that were read since the last call.
         Raises:
             ValueError: the user must decide something first, such as which column holds the text.
         """
 
 
 class OpenPiece:
-    """A piece that is being read: the stream of its file, decompressed, and how far it was read."""
+    """A piece that is being read: its decompressed stream, and the progress in its file."""
 
     def __init__(self, corpus: Corpus, piece: Piece, start: bytes, file, report: Callable[[int], None]):
         self.corpus, self.piece, self.start = corpus, piece, start
@@ -68,13 +67,13 @@ class OpenPiece:
         self._file, self._last, self._report = file, piece.start, report
 
     def follow(self, records: Iterator[Numbered]) -> Iterator[Numbered]:
-        """The records, with progress reported as they go by."""
+        """The same records; progress is reported as they go by."""
         for record in records:
             self.report()
             yield record
 
     def report(self, at_end: bool = False) -> None:
-        """Tell how far the file was read, whatever decompresses or parses it."""
+        """Report how far the file itself was read, whatever decompresses or parses it."""
         position = self._file.tell()
         if at_end:
             self._report(max(position - self._last, 0))
@@ -84,10 +83,10 @@ class OpenPiece:
 
 
 class StreamReader(Reader):
-    """A kind of file that is UTF-8 and read from front to back."""
+    """A kind of file that holds UTF-8 and is read from front to back."""
 
     counts = "record"
-    """What the numbers of records count: the word stands in messages, `a.csv row 17`."""
+    """Word for what the numbers of records count, as in the message `a.csv row 17`."""
 
     def read(self, corpus: Corpus, piece: Piece, report: Callable[[int], None]) -> Iterator[Item]:
         path = corpus.path(piece)
@@ -108,5 +107,5 @@ class StreamReader(Reader):
         return documents_of(opened.piece.path, self.counts, opened.follow(self.records(opened)), opened.corpus.fields)
 
     def records(self, opened: OpenPiece) -> Iterator[tuple[int, dict | bytes | Unreadable]]:
-        """Numbered records of an open piece. `DamagedFile` says that the rest cannot be read."""
+        """Numbered records of an open piece. Raises DamagedFile if the rest cannot be read."""
         raise NotImplementedError

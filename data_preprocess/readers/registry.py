@@ -1,4 +1,4 @@
-"""All kinds of files that can be read. A new kind is one line here."""
+"""Registry of the readers, one for each kind of file. A new kind is one line here."""
 
 
 from data_preprocess.readers.compression import is_compressed
@@ -16,7 +16,7 @@ _BY_ENDING = {ending: reader for reader in READERS for ending in reader.endings}
 
 
 def reader_of(path: str) -> Reader:
-    """The reader of a file that is in a corpus, see is_readable. One whose kind is unknown is there as a text."""
+    """Reader of a file that a corpus takes, see is_readable. A file of unknown kind is read as text."""
     return _BY_ENDING.get(ending_of(path), _TEXT)
 
 
@@ -27,8 +27,8 @@ def holds_records(name: str) -> bool:
 
 
 def is_readable(corpus: Corpus, path: str) -> bool:
-    """Whether a chosen file is of a kind that a corpus takes: records, texts unless records are wanted whole, and files
-    of an unknown kind that are named by it."""
+    """Whether a corpus takes a chosen file. It takes records; texts, unless it wants records whole; and as texts, files
+    of unknown kind that --include names by their kind."""
     if corpus.fields is None or holds_records(path):
         return holds_records(path)
     reader = _BY_ENDING.get(ending_of(path))
@@ -36,7 +36,7 @@ def is_readable(corpus: Corpus, path: str) -> bool:
 
 
 def well_known_endings(of_records: bool) -> tuple[str, ...]:
-    """Endings for messages and help, of all kinds or of those that hold records."""
+    """Endings that messages and help texts name, of all kinds or only of those that hold records."""
     return tuple(
         ending for reader in READERS if reader.holds_records or not of_records for ending in reader.well_known
     )

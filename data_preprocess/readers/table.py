@@ -19,9 +19,9 @@ class TableReader(StreamReader):
     counts = "row"
 
     def records(self, opened: OpenPiece) -> Iterator[tuple[int, dict | Unreadable]]:
-        # The default limit refuses fields longer than 128 KiB; without any, a lost quote would swallow the file.
+        # The default limit refuses fields longer than 128 KiB; without a limit, a lost quote would swallow the file.
         csv.field_size_limit(limits.LONGEST_RECORD)
-        # Invalid UTF-8 becomes half surrogate pairs, by which only the row that holds them is refused.
+        # Invalid UTF-8 becomes half surrogate pairs, so that only the row that holds them is refused.
         lines = io.TextIOWrapper(opened.stream, "utf-8-sig", errors="surrogateescape", newline="")
         bounded = _LinesOfRows(lines)
         try:
@@ -35,14 +35,14 @@ class TableReader(StreamReader):
         except csv.Error as error:
             raise DamagedFile(str(error)) from None
         finally:
-            # Otherwise the wrapper would close the file that others still ask for its position. A caller that stops in
-            # the middle may have closed it already.
+            # The wrapper must not close the file, whose position is still asked for. A caller that stopped early may
+            # have closed it already.
             with suppress(ValueError):
                 lines.detach()
 
 
 def _too_many_cells(columns: int, more: list[str]) -> Unreadable:
-    # The text behind a comma that nobody quoted would be lost, and the text before it taken for the whole.
+    # The text after an unquoted comma would be lost, and the text before it taken for the whole.
     return Unreadable(
         f"{columns + len(more)} cells for {columns} columns: a text with the separator in it needs quotes"
     )
@@ -61,6 +61,6 @@ class _LinesOfRows:
         while line := self._lines.readline(self._left + 1):
             self._left -= len(line)
             if self._left < 0:
-                # Where the next row begins cannot be told: a quote may have been lost, or be due only now.
+                # Nobody can say where the next row begins: a quote may have been lost, or may come only now.
                 raise DamagedFile(f"the next row is {too_long().why}")
             yield line

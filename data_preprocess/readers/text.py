@@ -1,4 +1,4 @@
-"""Text and source code: a file is a document, as long as it may be."""
+"""Text and source code: a file is a document, of any length."""
 
 import codecs
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from data_preprocess.readers.reader import OpenPiece, StreamReader
 
 
 class TextReader(StreamReader):
-    """Also reads files of no known ending that --include names."""
+    """Reader of texts, and of files with unknown endings that --include names."""
 
     endings = tuple(
         ".txt .md .rst .tex .html .css .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs .rb .php .sh .sql".split()
@@ -19,7 +19,8 @@ class TextReader(StreamReader):
     holds_records = False
 
     def items(self, opened: OpenPiece) -> Iterator[Document | BadRecord]:
-        """One document. If it turns out damaged, it is left out, or ends there if parts of it are away already."""
+        """The file as one document. A damaged file is left out; if parts of it were given away before, the document
+        ends at the damage."""
         path, decode = opened.piece.path, codecs.getincrementaldecoder("utf-8-sig")().decode
         text, position, given_away = "", 0, False
         while True:

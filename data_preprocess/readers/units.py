@@ -1,4 +1,4 @@
-"""A corpus in units of bounded size, by its files alone, and the reading of a unit."""
+"""Units: a corpus cut into work of bounded size, by its files alone. And the reading of a unit."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from utils.paths import absent
 
 @dataclass(frozen=True)
 class Unit:
-    """Work of bounded size, unless it is one large file that cannot be cut; done by one process."""
+    """Work for one process, of bounded size unless it is one large file that cannot be cut."""
 
     pieces: tuple[Piece, ...]
 
@@ -25,7 +25,7 @@ class Unit:
         return sum(piece.num_bytes for piece in self.pieces)
 
     def fingerprint(self, corpus: Corpus) -> str:
-        """Hex sha256 of the unit's content and names."""
+        """Hex sha256 of the unit's content and of its files' names."""
         digest = hashlib.sha256()
         for piece in self.pieces:
             digest.update(reader_of(piece.path).identity(corpus.path(piece), piece))
@@ -33,7 +33,7 @@ class Unit:
 
 
 def plan_units(root: str, paths: list[str], unit_bytes: int) -> list[Unit]:
-    """Cut the files into units of about `unit_bytes`: neighbours together, long files in parts where they can be."""
+    """Cut files into units of about `unit_bytes`: small neighbours share one, long files are cut where they can be."""
     units, current, current_bytes = [], [], 0
     for path in paths:
         for piece in _pieces(Path(root, path), path, unit_bytes):
@@ -54,10 +54,10 @@ def _pieces(path: Path, name: str, unit_bytes: int) -> Iterator[Piece]:
 
 
 def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, str]]:
-    """The units of a corpus, and path -> why of the files that they leave out.
+    """Units of a corpus, and path -> reason for the files that they leave out.
 
     Raises:
-        ValueError: no such directory, or nothing in it that can be read.
+        ValueError: the directory does not exist, or nothing in it can be read.
     """
     if not Path(corpus.root).exists():
         raise ValueError(absent(corpus.root))
@@ -77,7 +77,7 @@ def find_units(corpus: Corpus, unit_bytes: int) -> tuple[list[Unit], dict[str, s
 
 
 def _wanted(corpus: Corpus) -> str:
-    """What to put into a directory in which nothing can be read."""
+    """Advice on what to put into a directory in which nothing can be read."""
     if corpus.fields is None:
         *endings, last = well_known_endings(of_records=True)
         return f"records: put {', '.join(endings)} or {last} files"
@@ -85,10 +85,10 @@ def _wanted(corpus: Corpus) -> str:
 
 
 def read_unit(corpus: Corpus, unit: Unit, on_bytes: Callable[[int], None] | None = None) -> Iterator[Item]:
-    """Everything in a unit, in its order: documents (empty ones are passed over), or records if they are wanted whole.
+    """All items of a unit, in order: documents without the empty ones, or records if they are wanted whole.
 
     Args:
-        on_bytes: called with the bytes of the files that were read since the last call, for progress.
+        on_bytes: called with the number of bytes of the files that were read since the last call, for progress.
     Raises:
         ValueError: a table without the wanted columns, or a file that changed since the units were planned.
     """
@@ -97,5 +97,5 @@ def read_unit(corpus: Corpus, unit: Unit, on_bytes: Callable[[int], None] | None
 
 
 def read_piece(corpus: Corpus, piece: Piece, on_bytes: Callable[[int], None] | None = None) -> Iterator[Item]:
-    """Everything in a piece, see read_unit."""
+    """All items of a piece, see read_unit."""
     yield from reader_of(piece.path).read(corpus, piece, on_bytes or (lambda _: None))

@@ -492,7 +492,7 @@ def test_an_answer_that_the_prompt_begins(tmp_path: Path):
 @pytest.mark.parametrize(
     "template, sentence",
     [
-        ("{% for m in messages %}", "is no valid Jinja"),
+        ("{% for m in messages %}", "is not valid Jinja"),
         ("{{ messages | length }}<|im_end|>", "leaves out the question or the answer"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "ends an answer with no token of its own"),
         ("{{ messages.__class__.__mro__ }}", "is unsafe"),

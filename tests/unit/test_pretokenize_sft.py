@@ -497,7 +497,7 @@ BAD_LINES = [
         "instruction and output; question and answer; query and response; input and target; for DPO chosen and "
         "rejected",
     ),
-    (b'"just a text"', "no object with fields"),
+    (b'"just a text"', "not an object with fields"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', "it holds no answer"),
     (b'{"type": "pretrain", "text": "caf\xe9"}', "not a JSON line (not UTF-8: convert it, for example with iconv)"),
 ]
@@ -515,7 +515,7 @@ def test_bad_records_are_counted_and_named(
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "lines.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "corpus" / "z.json").write_text(json.dumps([{"messages": 5}, GOOD]))
-    bad.append('z.json record 0: "messages" is no list of messages')
+    bad.append('z.json record 0: "messages" is not a list of messages')
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir) == 0
     assert texts_of(tmp_path / "out") == [GOOD_TEXT] * 9
     manifest = json.loads((tmp_path / "out" / "pretokenize.json").read_text())
@@ -581,7 +581,8 @@ def test_reasons_why_nothing_is_left(
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir) == 2
     said = last_line(capsys.readouterr().err)
     assert "holds no text that could be read: 4 records could not be read, for example a.jsonl at byte 0: no kn" in said
-    assert said.count("no known format") == 1 and "; a.jsonl at byte 21: no object with fields; a.jsonl at byte" in said
+    assert said.count("no known format") == 1
+    assert "; a.jsonl at byte 21: not an object with fields; a.jsonl at byte" in said
     write_lines(tmp_path / "corpus" / "a.jsonl", [*bad, GOOD])
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--valid_ratio=0.0001") == 2
     assert "holds one document, which cannot be in both sets" in (said := last_line(capsys.readouterr().err))
@@ -636,7 +637,7 @@ def test_limit_of_bad_records(
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--max_bad_records=3", *flags) == 2
     said = last_line(capsys.readouterr().err)
     assert said.startswith("pretokenize_sft_data: 4 records could not be read, more than --max_bad_records 3; ")
-    assert said.endswith(": it is empty") or said.endswith(": no object with fields")
+    assert said.endswith(": it is empty") or said.endswith(": not an object with fields")
     assert not (tmp_path / "out" / "pretokenize.json").exists()
     assert command(tmp_path / "corpus", tmp_path / "out", tokenizer_dir, "--max_bad_records=4", *flags) == 0
     assert texts_of(tmp_path / "out") == [GOOD_TEXT] * 6

@@ -152,7 +152,7 @@ def test_class_with_its_code_beside_it(tmp_path: Path):
 
 REFUSED = {
     "zeros": ({"tokenizer_model": b"\0" * 2000}, "damaged"),
-    "tiktoken": ({"tokenizer_model": b"IQ== 0\nIg== 1\n"}, "no SentencePiece model"),
+    "tiktoken": ({"tokenizer_model": b"IQ== 0\nIg== 1\n"}, "not a SentencePiece model"),
     "empty vocabulary": ({"vocab_json": {}, "merges_txt": b"#version: 0.2\n"}, "tokenizer_class"),
     "no class": ({"vocab_json": {"a": 0}, "merges_txt": b""}, "tokenizer_class"),
     "a class of other files": (
