@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.buffer import Bucket
 from parallel.collectives import measure_bandwidth
-from parallel.comm_hooks import sum_hook
+from parallel.comm_hooks import CommHook, sum_hook
 from parallel.contract import GradientSource, NamedState, StepResult
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
@@ -31,9 +31,7 @@ def open_naive(parts: EngineParts) -> "NaiveEngine":
 
 
 def open_bucketed(parts: EngineParts) -> "BucketedEngine":
-    config, wire_dtype = parts.config, None
-    if config.use_bf16_compress_hook or config.use_fp16_compress_hook:
-        wire_dtype = torch.bfloat16 if config.use_bf16_compress_hook else torch.float16
+    config = parts.config
     ddp = DistributedDataParallel(
         parts.model,
         parts.context,
@@ -42,14 +40,21 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
         grad_dtype=_grad_dtype(parts),
         observer=Observer(parts.context, config.check_for_nan_in_grad),
     )
-    powersgd = None
+    ddp.use_hook(_new_hook(parts, ddp))
+    zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
+    return BucketedEngine(parts, ddp, zero1)
+
+
+def _new_hook(parts: EngineParts, ddp: DistributedDataParallel) -> CommHook:
+    """The hook that the flags choose."""
+    config, wire_dtype = parts.config, None
+    if config.use_bf16_compress_hook or config.use_fp16_compress_hook:
+        wire_dtype = torch.bfloat16 if config.use_bf16_compress_hook else torch.float16
     if config.use_powerSGD_hook:
-        powersgd = PowerSGD(
+        return PowerSGD(
             ddp.buckets, ddp.collectives, parts.powersgd, wire_dtype, parts.seed, loss_scale=parts.loss_scale
         )
-    ddp.use_hook(powersgd or sum_hook(ddp.collectives, wire_dtype, config.use_distributed_optimizer))
-    zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
-    return BucketedEngine(parts, ddp, powersgd, zero1)
+    return sum_hook(ddp.collectives, wire_dtype, sharded=config.use_distributed_optimizer)
 
 
 def one_process() -> str:
@@ -158,8 +163,7 @@ class WholeModelEngine:
     def take_local_states(
         self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
     ) -> list[str]:
-        has_any = next(iter(states), None) is not None
-        return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
+        return CommHook().take_states(states, step, name)
 
     def traffic(self) -> Traffic | None:
         return None
@@ -190,14 +194,11 @@ class BucketedEngine(WholeModelEngine):
     """Reduces buckets of gradients during the backward pass.
 
     Args:
-        powersgd: the hook of `ddp`, if it is this one.
         zero1: shards the optimizer's state.
     """
 
-    def __init__(
-        self, parts: EngineParts, ddp: DistributedDataParallel, powersgd: PowerSGD | None, zero1: Zero1 | None
-    ):
-        self.ddp, self.powersgd, self.zero1 = ddp, powersgd, zero1
+    def __init__(self, parts: EngineParts, ddp: DistributedDataParallel, zero1: Zero1 | None):
+        self.ddp, self.hook, self.zero1 = ddp, ddp.hook, zero1
         super().__init__(parts, ddp, BucketGradients(ddp, zero1, parts.square))
         self.is_sharded = zero1 is not None
         if parts.config.overlap_optim_step:
@@ -209,16 +210,12 @@ class BucketedEngine(WholeModelEngine):
             self.optimizer.step_bucket(bucket.index, release=self._parts.config.overlap_zero_grad_buffer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
-        powersgd = self._parts.powersgd
-        if self.powersgd is not None or self._parts.config.overlap_optim_step:
+        if self.hook.saved_state() is not None or self._parts.config.overlap_optim_step:
             # What is saved changes while the backward pass goes on.
             plan.before_update()
-        if self.powersgd is not None:
-            interval = powersgd.powerSGD_log_interval
-            self.powersgd.measure = interval > 0 and plan.number % interval == 0
-            if powersgd.grad_buffer_is_powerSGD_error:
-                # The first micro-batch's gradient is added to what is saved.
-                plan = replace(plan, shall_drop=None)
+        self.hook.begin_step(plan.number)
+        if self.hook.saves_gradients:
+            plan = replace(plan, shall_drop=None)
         return super().forward_backward(micro_batches, task, plan)
 
     def _find_nonfinite(self) -> list[str]:
@@ -246,16 +243,10 @@ class BucketedEngine(WholeModelEngine):
                 self.zero1.wait()
 
     def records(self) -> Mapping[str, dict]:
-        """How much of the gradients PowerSGD left for later, in steps that it measures."""
-        errors = self.powersgd.relative_error if self.powersgd is not None and self.powersgd.measure else {}
-        if self.powersgd is None or not errors:
-            return {}
-        mean = sum(errors.values()) / len(errors)
-        ratio = self.powersgd.compression_ratio
-        return {"compression": {"ratio": ratio, "mean_relative_error": mean, "relative_error": errors}}
+        return self.hook.records()
 
     def local_state(self) -> dict[str, Tensor] | None:
-        return self.powersgd.state_tensors() if self.powersgd is not None else None
+        return self.hook.saved_state()
 
     def take_state(self, scalars: dict) -> None:
         super().take_state(scalars)
@@ -265,30 +256,17 @@ class BucketedEngine(WholeModelEngine):
     def take_local_states(
         self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
     ) -> list[str]:
-        """Residuals go to the ranks of their numbers, or of those that took their place; Q was the same on all."""
-        if self.powersgd is None:
-            return super().take_local_states(states, step, name)
-        self.powersgd.iteration = step
-        told = []
-        for index, (saved, is_mine) in enumerate(states):
-            if index == 0:
-                self.powersgd.take_q(saved)
-            dropped = self.powersgd.add_residuals(saved) if is_mine else []
-            if dropped:
-                told.append(f"residuals are dropped, as these are not compressed any more: {', '.join(dropped)}")
-        return told
+        return self.hook.take_states(states, step, name)
 
     def describe(self) -> str:
         config, size, count = self._parts.config, self.mesh.world_size, len(self.ddp.buckets)
-        if size == 1 and self.powersgd is None and self.zero1 is None:
+        hook = self.hook.describe()
+        if size == 1 and self.hook.saved_state() is None and self.zero1 is None:
             return one_process()
         overlap = "overlapped with" if config.overlap_grad_reduce else "after"
         text = f"{size} processes" if size > 1 else "one process"
         text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
-        if self.powersgd is not None:
-            text += f", PowerSGD 1:{self.powersgd.compression_ratio:.1f}"
-        if config.use_bf16_compress_hook or config.use_fp16_compress_hook:
-            text += f", {'bfloat16' if config.use_bf16_compress_hook else 'float16'} on the wire"
+        text += f", {hook}" if hook else ""
         if self.zero1 is not None:
             text += ", ZeRO-1" + (" gathered under the forward pass" if self.zero1.overlap_gather else "")
         if config.overlap_optim_step:

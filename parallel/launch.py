@@ -23,7 +23,7 @@ arrival. A later attempt (--max_restarts) meets again in the same store; its ran
 import sys
 
 if __name__ == "__main__":
-    # This also covers a start by path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 

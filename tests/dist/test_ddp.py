@@ -41,7 +41,7 @@ def global_batch() -> torch.Tensor:
 
 
 def rank_rows(context: DistContext, micro_batch: int) -> list[torch.Tensor]:
-    """This rank's micro-batches of the global batch, dealt as the loader does."""
+    """This rank's micro-batches of the global batch, dealt as by the loader."""
     return list(global_batch().split(micro_batch))[context.rank :: context.world_size]
 
 
@@ -76,7 +76,7 @@ def single_process_grads(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def matrix(micro_batch: int) -> dict:
-    """Every layout's gradients on this group: compared with one process, and bit by bit with the naive ones."""
+    """Gradients of every layout on this group: compared with one process, and bit by bit with the naive ones."""
     context = init_context("cpu")
     exact = single_process_grads(torch.float64)
     micro_batches = rank_rows(context, micro_batch)
@@ -117,7 +117,7 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
         for name, (error, same_bits_as_naive, launches) in results.items():
             assert error <= 1e-6, name
             if world_size == 2 and name != "torch":
-                # Two addends: no order of additions to differ in.
+                # Two addends: there is no order of additions in which to differ.
                 assert same_bits_as_naive, name
             if launches and "overlap True" in name and "one" not in name:
                 parameters = len(list(new_model().parameters()))
@@ -127,7 +127,7 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
 
 
 def trajectories() -> dict:
-    """Losses of several steps with the real optimizer, for every layout, one micro-batch a rank."""
+    """Losses of several steps with the real optimizer, for every layout, one micro-batch per rank."""
     from optimizer.config import AdamWConfig
     from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 
@@ -157,7 +157,7 @@ def test_trajectories_are_bit_identical_on_two_ranks():
     for results in run_ranks(2, trajectories):
         assert len(results) == 7
         for name, trajectory in results.items():
-            # The global norm is summed in another order: equal but for float64's last bits.
+            # The global norm is summed in another order: equal except for float64's last bits.
             assert trajectory[:5] == pytest.approx(results["naive"][:5], rel=1e-13), name
             assert trajectory[5:] == results["naive"][5:], name
 
@@ -200,7 +200,7 @@ class ThreeLayers(nn.Module):
 
 
 def behaviours() -> dict:
-    """Single cases that need a group, one after the other in it."""
+    """Single cases that need a group, run in it one after another."""
     import logging
 
     context = init_context("cpu")
@@ -353,7 +353,7 @@ def test_ranks_start_from_the_first_ones_weights(behaviour: list[dict]):
 
 
 def test_gradients_of_bf16_weights(behaviour: list[dict]):
-    """Accumulated and sent in float32 unless asked otherwise."""
+    """Accumulated and sent in float32 by default."""
     for results in behaviour:
         assert results["bf16 gradients"][0] == "torch.bfloat16" and results["bf16 gradients"][1] < 0.03
         assert results["bf16 weights"][0] == "torch.float32" and results["bf16 weights"][1] < 0.03

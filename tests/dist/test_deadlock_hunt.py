@@ -1,4 +1,4 @@
-"""Many small buckets, every hook, ranks that are late at random: no hang, and the same weights as without delays."""
+"""Many small buckets, every hook, randomly late ranks: no hang, and the same weights as without delays."""
 
 import itertools
 import random
@@ -36,7 +36,7 @@ MODES = ("all_reduce", "zero1", "bf16", "fp16", "powersgd", "powersgd bf16", "po
 
 
 class Delays:
-    """Sleeps for 0 to 2 ms, most often not at all; a sequence of its own on every rank."""
+    """Sleeps for 0 to 2 ms, most often not at all, in a different sequence on every rank."""
 
     def __init__(self, seed: str):
         self.random, self.total = random.Random(seed), 0.0
@@ -62,7 +62,7 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
         inner = PowerSGD(ddp.buckets, ddp.collectives, config, wire)
 
     class Late(CommHook):
-        """Another hook, delayed before and after."""
+        """A hook that is delayed before and after."""
 
         takes_in_place, knows_norm, keeps_scale = inner.takes_in_place, inner.knows_norm, inner.keeps_scale
         settle, sum_of_squares = inner.settle, inner.sum_of_squares
@@ -111,7 +111,7 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
 
 
 def hunt(world_sizes: tuple[int, ...], steps: int) -> dict:
-    """Each mode with delays and without, in groups of the first 2, 3, ... ranks."""
+    """Each mode with and without delays, in groups of the first 2, 3, ... ranks."""
     everyone, results = init_context("cpu", timeout_s=10 * HANG_S), {}
     groups = {n: [dist.new_group(range(n), timeout=timedelta(seconds=HANG_S)) for _ in range(2)] for n in world_sizes}
     for size in world_sizes:
@@ -122,7 +122,7 @@ def hunt(world_sizes: tuple[int, ...], steps: int) -> dict:
             late, clock = Delays(f"{size} {mode} {everyone.rank}"), time.perf_counter()
             delayed = train(context, mode, steps, late)
             middle = time.perf_counter()
-            # On 4 ranks of 2 cores everybody is late anyway.
+            # With 4 ranks on 2 cores everybody is late anyway.
             compare = size == 2 or mode in ("zero1", "powersgd bf16", "step zero1")
             undelayed = train(context, mode, steps, lambda *_: None) if compare else None
             results[f"{size} {mode}"] = [delayed, undelayed, late.total, middle - clock, time.perf_counter() - middle]
@@ -140,19 +140,19 @@ def test_no_mismatch_and_no_hang(steps: int):
     for size, mode in itertools.product(sizes, MODES):
         runs = [results[f"{size} {mode}"] for results in ranks[:size]]
         for delayed, undelayed, total, *_ in runs:
-            # Late often, and each rank at its own times.
+            # Often late, and each rank at its own times.
             assert 0.0015 * steps < total
             assert delayed == runs[0][0], (size, mode)
             assert undelayed in (None, delayed), (size, mode)
         assert len({total for _, _, total, *_ in runs}) == size
-    # The modes did not all do the same.
+    # The modes did different things.
     assert len({ranks[0][f"2 {mode}"][0][0] for mode in MODES}) >= 5
     for exact in (("all_reduce", "zero1"), ("powersgd", "powersgd zero1"), ("step", "step zero1")):
         assert len({ranks[0][f"2 {mode}"][0][0] for mode in exact}) == 1, exact
 
 
 def misordered() -> str:
-    """What a mismatch looks like: rank 1 waits for a bucket that rank 0 never reduces."""
+    """Symptom of a mismatch: rank 1 waits for a bucket that rank 0 never reduces."""
     context = init_context("cpu", timeout_s=3.0)
     ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
 

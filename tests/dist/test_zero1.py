@@ -47,7 +47,7 @@ def train(
     context: DistContext, dtypes: str = "fp32", size: int = 0, zero: bool = False, gather: bool = False,
     overlap: bool = True, overlapped_step: bool = False, clip: float = 0.1,
 ) -> Outcome:  # fmt: skip
-    """Some steps, as train_my_ddp.py takes them."""
+    """Some steps, as in train_my_ddp.py."""
     dtype, grad_dtype = DTYPES[dtypes]
     ddp = DistributedDataParallel(
         new_model(dtype), context, bucket_size=size, overlap_grad_reduce=overlap, grad_dtype=grad_dtype
@@ -86,7 +86,7 @@ def train(
 
 
 def matrix(context: DistContext) -> dict:
-    """Every layout's trajectory, compared with plain DDP's: norms, relative difference of the weights, same bits."""
+    """Trajectory of every layout, compared with plain DDP's: norms, relative difference of the weights, same bits."""
     results = {}
     for dtypes, clip in itertools.product(DTYPES, (0.1, 0.0)):
         plain = train(context, dtypes, clip=clip)
@@ -96,7 +96,7 @@ def matrix(context: DistContext) -> dict:
                 continue
             runs = {"zero": (gather, overlap, False)}
             if clip == 0.0:
-                # A matrix of its own: the overlapped step, with and without ZeRO.
+                # A separate matrix: the overlapped step, with and without ZeRO.
                 runs = {"step zero": (gather, overlap, True), "step": (False, overlap, True)}
             for kind, (gathers, overlaps, overlapped) in runs.items():
                 if kind == "step" and gather:
@@ -158,7 +158,7 @@ def one_step_gradients(context: DistContext) -> float:
 
 
 def tiles(context: DistContext) -> dict:
-    """How often each element of each parameter is owned, over all ranks, and where the slices lie."""
+    """Number of owners of each element of each parameter, over all ranks, and the places of the slices."""
     results = {}
     for name, size in BUCKET_SIZES.items():
         ddp = DistributedDataParallel(new_model(), context, bucket_size=size)
@@ -193,7 +193,7 @@ def slow_down(ddp: DistributedDataParallel) -> None:
 
 
 class HeadOutside(nn.Module):
-    """Its head is applied by the caller, to what forward returns."""
+    """The caller applies its head to the output of forward."""
 
     def __init__(self, compiled: bool):
         super().__init__()
@@ -203,7 +203,7 @@ class HeadOutside(nn.Module):
         self.lm_head = nn.Linear(16, 10, bias=False)
         if compiled:
             for layer in self.layers:
-                # What a code generator would add has no part in the waiting, and takes most of the time.
+                # A code generator has no part in the waiting, and takes most of the time.
                 layer.compile(backend="aot_eager")
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ def slow_gathers(context: DistContext, compiled: bool = False) -> dict:
         "waiting": waiting[::2], "buckets": len(ddp.buckets), "left": len(zero1._gathers),
         "bits": fingerprint(outputs), "weights": fingerprint([p.detach() for p in ddp.module.parameters()]),
     }  # fmt: skip
-    # Without the overlap nothing is hooked: who doesn't wait would see old weights, and gather_all waits.
+    # Without the overlap nothing is hooked: code that doesn't wait would see old weights, and gather_all waits.
     plain = Zero1(ddp)
     for piece in itertools.chain(*plain.slices()):
         piece.param.mul_(2.0)
@@ -253,7 +253,7 @@ def slow_gathers(context: DistContext, compiled: bool = False) -> dict:
 
 
 class BareParameter(nn.Module):
-    """A parameter of the model's own, used first of all."""
+    """A parameter of the model itself, used first of all."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +330,7 @@ def answers() -> dict[int, list[dict]]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_shards_are_stepped_as_whole_parameters_are(answers: dict[int, list[dict]], world_size: int):
-    """By the naive ZeRO-1, on the naive DDP, with torch's own AdamW and clipping."""
+    """Against the naive ZeRO-1, on the naive DDP, with torch's own AdamW and clipping."""
     results = [answer["naive"] for answer in answers[world_size]]
     assert len({result["bits"] for result in results}) == 1
     assert sum(result["states"] for result in results) == len(list(new_model().parameters()))
@@ -340,7 +340,7 @@ def test_shards_are_stepped_as_whole_parameters_are(answers: dict[int, list[dict
 
 
 def test_two_ranks_keep_plain_ddps_bits(answers: dict[int, list[dict]]):
-    """Also under bf16, where sums are rounded once, and with a step that overlaps with the reduction."""
+    """Even under bf16, where sums are rounded once, and with a step that overlaps with the reduction."""
     for results in (answer["matrix"] for answer in answers[2]):
         assert len(results) == (2 + 12 + 18) + 2 * (2 + 2 + 3)
         for name, (norms, difference, same_bits, _, _) in results.items():
@@ -357,7 +357,7 @@ def test_more_ranks_keep_the_trajectory(answers: dict[int, list[dict]]):
         for name, (norms, difference, _, _, _) in results.items():
             dtypes, clip, _ = name.split(", ", 2)
             plain = results[f"{dtypes}, {clip}, plain"][0]
-            # bf16 weights turn the last bit of a float32 sum into one of theirs, here and there.
+            # In places, bf16 weights turn the last bit of a float32 sum into one of theirs.
             assert norms == pytest.approx(plain, rel=1e-5 if dtypes == "fp32" else 1e-2), name
             assert difference <= (1e-5 if dtypes == "fp32" else 5e-3), (name, difference)
     for found in (answer["one_step_gradients"] for size in WORLD_SIZES for answer in answers[size]):
@@ -373,7 +373,8 @@ def test_all_ranks_hold_the_same_weights(answers: dict[int, list[dict]], world_s
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_clipping_is_by_the_global_norm(answers: dict[int, list[dict]], world_size: int):
-    """The original's ZeRO clipped by the shard's. Here norms are far above the limit, and shards have others."""
+    """The original's ZeRO clipped by the shard's norm. Here norms are far above the limit, and shards have other
+    norms."""
     ranks = [answer["matrix"] for answer in answers[world_size]]
     name = "fp32, 0.1, zero, small, gather True, overlap True"
     norms = ranks[0][name][0]
@@ -448,7 +449,7 @@ def test_what_an_overlapped_step_refuses():
 
 
 def test_a_wrapped_model_waits_layer_by_layer_too():
-    """Waiting for the whole model before its first layer would hide nothing of the gather."""
+    """Waiting for the whole model before its first layer would hide no part of the gather."""
 
     class Wrapper(nn.Module):
         def __init__(self):

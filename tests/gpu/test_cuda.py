@@ -188,7 +188,7 @@ def test_powersgd_on_cuda_equals_the_cpu(rank: int):
         cross_entropy_sum(model.logits(ddp(rows[:, :-1])), rows[:, 1:]).backward()
         ddp.finish_grad_sync()
         sums.append(ddp.flat_buffers.grad_data.double().cpu())
-        kept = [t for name, t in powersgd.state_tensors().items() if name.endswith("residual")]
+        kept = [t for name, t in powersgd.saved_state().items() if name.endswith("residual")]
         residuals.append(torch.cat([t.double().flatten().cpu() for t in kept]))
         ddp.close()
     assert (sums[0] - sums[1]).norm() / sums[0].norm() < 1e-2
