@@ -68,13 +68,13 @@ class CommHook:
         """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
 
     def describe(self) -> str:
-        """A few words on the hook for the line that says how ranks share the work; empty: nothing to say."""
+        """A few words on the hook for the line on how ranks share the work; may be empty."""
         return ""
 
     # Hooks that remember something between steps.
 
     saves_gradients = False
-    """Whether the gradient buffers hold something to be saved: then a step that has begun cannot be dropped."""
+    """Whether the gradient buffers hold state to be saved, so that a step cannot be dropped once it has begun."""
 
     def begin_step(self, number: int) -> None:
         """Called before the first backward pass of step `number`, counted from 1."""
@@ -84,22 +84,22 @@ class CommHook:
         return {}
 
     def saved_state(self) -> dict[str, Tensor] | None:
-        """This rank's memory, for a checkpoint: views, by name. They may change from `begin_step` on. None: nothing."""
+        """This rank's memory, for a checkpoint: views, by name. They may change after `begin_step`. None: no memory."""
         return None
 
     def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
         """Take up the memory that ranks have saved.
 
         Args:
-            states: `saved_state` of each rank that saved, and whether this rank is to take up its part. All ranks get
-                the first one, for memory that was the same on all.
+            states: each saved rank's `saved_state`, and whether this rank is to take up its part. All ranks get the
+                first one, for memory that was the same on all.
             step: completed steps.
             name: the checkpoint's, for the sentences.
         Returns:
             sentences on memory that has no place here.
         """
         has_any = next(iter(states), None) is not None
-        return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
+        return [f"PowerSGD's residuals in {name} are dropped: the run no longer uses it"] if has_any else []
 
 
 class FunctionHook(CommHook):

@@ -211,7 +211,7 @@ class BucketedEngine(WholeModelEngine):
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         if self.hook.saved_state() is not None or self._parts.config.overlap_optim_step:
-            # What is saved changes while the backward pass goes on.
+            # Saved state changes while the backward pass goes on.
             plan.before_update()
         self.hook.begin_step(plan.number)
         if self.hook.saves_gradients:

@@ -143,7 +143,7 @@ class PowerSGD(CommHook):
         narrow_factors = grad.itemsize < 4 and not config.orthogonalize_in_float32
         self._factor_dtype = grad.dtype if narrow_factors or grad.itemsize >= 4 else torch.float32
         self._orthonormalize = gram_schmidt if narrow_factors else orthonormalize
-        self._asked_wire, self._wire_dtype = wire_dtype, wire_dtype or self._factor_dtype
+        self._given_wire, self._wire_dtype = wire_dtype, wire_dtype or self._factor_dtype
         narrower = self._wire_dtype.itemsize < grad.itemsize
         self._uncompressed = sum_hook(collectives, self._wire_dtype if narrower else None)
         self._matrix_dtype = torch.float32 if self._is_fp16 else grad.dtype
@@ -350,7 +350,7 @@ class PowerSGD(CommHook):
         return [matrix.slot.parameter.name for state in self._states for matrix in state.matrices]
 
     def describe(self) -> str:
-        wire = f", {str(self._asked_wire).removeprefix('torch.')} on the wire" if self._asked_wire else ""
+        wire = f", {str(self._given_wire).removeprefix('torch.')} on the wire" if self._given_wire else ""
         return f"PowerSGD 1:{self.compression_ratio:.1f}{wire}"
 
     def begin_step(self, number: int) -> None:
@@ -358,7 +358,7 @@ class PowerSGD(CommHook):
         self.measure = interval > 0 and number % interval == 0
 
     def records(self) -> Mapping[str, dict]:
-        """How much of the gradients was left for later, in steps that are measured."""
+        """The share of the gradients that was left for later, in measured steps."""
         errors = self.relative_error if self.measure else {}
         if not errors:
             return {}
@@ -366,7 +366,7 @@ class PowerSGD(CommHook):
         return {"compression": {"ratio": self.compression_ratio, "mean_relative_error": mean, "relative_error": errors}}
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Valid between two steps: "name/residual" of this rank, "name/q" that all ranks share."""
+        """Memory between two steps: "name/residual" of this rank, and "name/q", which all ranks share."""
         tensors = {}
         for state, bucket in zip(self._states, self.buckets):
             for matrix in state.matrices:
@@ -377,15 +377,17 @@ class PowerSGD(CommHook):
         return tensors
 
     def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
-        """Residuals go to the ranks of their numbers, or of those that took their place; Q was the same on all."""
-        self.iteration, told = step, []
+        """Residuals go to the ranks with their numbers, or to those that replace them; Q was the same on all ranks."""
+        self.iteration, sentences = step, []
         for index, (saved, is_mine) in enumerate(states):
             if index == 0:
                 self.take_q(saved)
             dropped = self.add_residuals(saved) if is_mine else []
             if dropped:
-                told.append(f"residuals are dropped, as these are not compressed any more: {', '.join(dropped)}")
-        return told
+                sentences.append(
+                    f"residuals are dropped, as these parameters are no longer compressed: {', '.join(dropped)}"
+                )
+        return sentences
 
     def add_residuals(self, saved: Mapping[str, Tensor]) -> list[str]:
         """Add a saved rank's residuals to this one's. A rank may take up several: only their sum over ranks matters.
