@@ -49,6 +49,7 @@ from optimizer.adamw import adamw_reference
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.param_groups import is_matrix
 from parallel import BucketGradients, DistContext, DistributedDataParallel
 from parallel.contract import GradientSource
 from parallel.gradients import square
@@ -111,7 +112,7 @@ class PlainAdamW:
         for bucket in buckets:
             taken = zip(self.gradients.slices[bucket], self.gradients.take(bucket), self.states[bucket])
             for piece, grad, (main, exp_avg, exp_avg_sq) in taken:
-                decay = self.config.weight_decay if piece.is_matrix else 0.0
+                decay = self.config.weight_decay if is_matrix(piece) else 0.0
                 adamw_reference(
                     main, grad.float() * factor, exp_avg, exp_avg_sq, self.num_steps, lr, decay, self.config
                 )

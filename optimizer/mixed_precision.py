@@ -16,7 +16,7 @@ clipping and no check. parallel/contract.py says what a source does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from optimizer import adamw_triton, muon
 from optimizer.adamw import adamw_step, within_range
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig, MuonConfig
-from optimizer.param_groups import is_hidden_matrix, split_by_decay
+from optimizer.param_groups import ParamGroups, Role
 from parallel.buffer import ParameterSlice
 from parallel.contract import GradientSource, StepResult
 
@@ -169,6 +169,8 @@ class MixedPrecisionOptimizer:
         kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
             in the same pass); see `choose_kernel`.
         muon: step the matrices of the blocks by Muon; None: AdamW steps all.
+        roles: parameter name -> its role, which says whether it decays and whether Muon may step it; None: by name and
+            shape, see param_groups.py.
     """
 
     def __init__(
@@ -179,12 +181,14 @@ class MixedPrecisionOptimizer:
         scaler: LossScaler,
         kernel: str = "torch",
         muon: MuonConfig | None = None,
+        roles: Mapping[str, Role] | None = None,
     ):
+        self.groups = ParamGroups(roles)
         self.gradients, self.kernel, self.muon = gradients, kernel, muon
         self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
         self.num_steps = 0
         self._buckets = [
-            [_State.of(piece, muon is not None and is_hidden_matrix(piece)) for piece in bucket]
+            [_State.of(piece, muon is not None and self.groups.is_hidden(piece)) for piece in bucket]
             for bucket in gradients.slices
         ]
         self._overlapped: _OverlappedStep | None = None
@@ -277,7 +281,9 @@ class MixedPrecisionOptimizer:
         by_muon = [work for work in works if work.state.exp_avg_sq is None]
         # At no cost in that kernel's pass; Muon's gradients are still needed.
         zero = zero and self.kernel == "triton" and self.gradients.is_zeroed_by_step
-        for group, weight_decay in zip(split_by_decay(by_adamw), (self.config.weight_decay, 0.0)):
+        decaying = [work for work in by_adamw if self.groups.decays(work.piece)]
+        others = [work for work in by_adamw if not self.groups.decays(work.piece)]
+        for group, weight_decay in ((decaying, self.config.weight_decay), (others, 0.0)):
             if self.kernel == "triton":
                 self._step_in_one_pass(group, lr, weight_decay, grad_divisor, zero)
             else:
@@ -288,7 +294,7 @@ class MixedPrecisionOptimizer:
 
     def needs_gather(self, bucket: int) -> bool:
         """Whether all ranks together step something of a bucket by Muon, which needs whole matrices."""
-        return self.muon is not None and any(map(is_hidden_matrix, self.gradients.parameters(bucket)))
+        return self.muon is not None and any(map(self.groups.is_hidden, self.gradients.parameters(bucket)))
 
     def _step_in_passes(self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float) -> None:
         states = [work.state for work in works]

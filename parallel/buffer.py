@@ -114,11 +114,6 @@ class ParameterSlice:
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the whole parameter has two dimensions or more: only such decay."""
-        return len(self.shape) >= 2
-
 
 @dataclass(frozen=True)
 class SliceWithGrad(ParameterSlice):

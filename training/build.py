@@ -145,7 +145,9 @@ def _open_engine(
 ) -> Engine:
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
         muon = config.muon if config.optimizer.optimizer == "muon" else None
-        return MixedPrecisionOptimizer(gradients, config.adamw, config.optimizer.grad_clip, scaler, kernel, muon)
+        return MixedPrecisionOptimizer(
+            gradients, config.adamw, config.optimizer.grad_clip, scaler, kernel, muon, model.roles()
+        )
 
     return open_engine(
         EngineParts(

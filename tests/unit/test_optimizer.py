@@ -9,6 +9,7 @@ from optimizer.adamw import adamw_reference, adamw_step
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.param_groups import is_matrix
 from optimizer.schedule import learning_rate_at
 from parallel.buffer import SliceWithGrad, sum_of_squares
 from parallel.gradients import PlainGradients
@@ -46,8 +47,8 @@ def test_optimizer_equals_torchs_adamw_with_clipping():
     slices = slices_of()
     ours = MixedPrecisionOptimizer(PlainGradients([slices]), CONFIG, grad_clip=1.0, scaler=LossScaler(enabled=False))
     theirs = [torch.nn.Parameter(s.param.clone()) for s in slices]
-    decays = [p for p, s in zip(theirs, slices) if s.is_matrix]
-    others = [p for p, s in zip(theirs, slices) if not s.is_matrix]
+    decays = [p for p, s in zip(theirs, slices) if is_matrix(s)]
+    others = [p for p, s in zip(theirs, slices) if not is_matrix(s)]
     reference = torch.optim.AdamW(
         [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95)
     )
