@@ -234,10 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", type=a_path, help="file with raw records, pretokenized directory, or run")
     parser.add_argument("--tokenizer_dir", type=a_path, help="default: the one in a pretokenized directory")
     add_compiling_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of a pretokenized directory")
-    parser.add_argument("--position", type=int, help="of a run: what it took from this position of its stream")
-    parser.add_argument("--first", type=int, default=0, help="pass over so many samples (default: 0)")
-    parser.add_argument("--num", type=int, default=10, help="samples to show (default: 10)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="set of a pretokenized directory")
+    parser.add_argument("--position", type=int, help="show what a run took from this position of its stream")
+    parser.add_argument("--first", type=int, default=0, help="number of samples to pass over (default: 0)")
+    parser.add_argument("--num", type=int, default=10, help="number of samples to show (default: 10)")
     parser.add_argument("--html", type=a_path, metavar="FILE", help="write a page with the same samples")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     args = parser.parse_args(argv)
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             run = read_trained_on(path)
             path = run.dirs[args.split]
         if args.position is not None and run is None:
-            raise ValueError(f"--position is for a run, and {path} is none")
+            raise ValueError(f"--position is for a run, and {path} is not one")
         if args.position is not None and args.split != "train":
             raise ValueError("--position is of the train set's stream: leave out --split")
         if args.first < 0:
