@@ -17,7 +17,7 @@ help:
 	@echo "make test-all   the tests, including those that take minutes each"
 	@echo "make test-fast  the tests without the slow ones"
 	@echo "make chaos      300 faults, and a check that the runs end as if undisturbed"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, and mypy over the rooms that pyproject.toml names"
 	@echo "make clean      remove .venv and out/"
 
 setup: $(READY)
@@ -35,6 +35,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
 	$(BIN)/python -m pytest $(TWO_FILES) -m "not soak" tests/chaos tests/dist tests/gpu
 
@@ -51,6 +52,7 @@ chaos: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) out

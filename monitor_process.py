@@ -1,14 +1,14 @@
-"""Keep a training run alive: start it, watch it, end it when it hangs, start it again where it left off.
+"""Keep a training run alive: start it, watch it, end it when it hangs, and start it again where it left off.
 
     python monitor_process.py -- python -m parallel.launch --nproc_per_node=2 train_my_ddp.py FLAGS
     python monitor_process.py --hosts hosts.yaml -- python -m parallel.launch --nproc_per_node=8 train_my_ddp.py FLAGS
     python monitor_process.py --status RUN
 
-The command after -- is taken as it is; --resume is added where there is a checkpoint. SIGTERM or Ctrl-C to the monitor
-ends the run with a checkpoint; if the monitor itself is killed, the training goes on, and the same command takes it
-over. What happens is printed and kept in RUN/monitor/.
+The command after -- is run as it is; --resume is added if there is a checkpoint. SIGTERM or Ctrl-C to the monitor ends
+the run with a checkpoint. If the monitor itself is killed, the training goes on, and the same command takes it over.
+Messages are printed and kept in RUN/monitor/.
 
-Exit codes, those of the training: 0 finished; 2 the command or the data is wrong, or another monitor has the run; 75
+Exit codes are those of the training: 0 finished; 2 the command or the data is wrong, or another monitor has the run; 75
 stopped on request after saving; 1 given up, with the reason on the last line.
 """
 
@@ -52,12 +52,12 @@ from utils.terminal import run_main
 logger = logging.getLogger("monitor")
 
 _LOCK_PATIENCE = 30.0
-"""Seconds that a monitor which is just ending may still have the run."""
+"""Seconds for which a monitor that is just ending may still have the run."""
 _LINES_KEPT = 1000
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The monitor's own options, and the training command behind `--`."""
+    """The monitor's own options, and the training command after `--`."""
     split = argv.index("--") if "--" in argv else len(argv)
     rules, limits, options = Rules(), Limits(), SupervisorOptions()
     parser = Parser(
@@ -67,9 +67,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--status", type=a_path, metavar="RUN", help="say what a run is doing, and end")
+    add("--status", type=a_path, metavar="RUN", help="print what a run is doing, and end")
     add("--hosts", type=a_path, metavar="FILE", help="YAML file of the hosts to run on, over SSH (docs/robustness.md)")
-    add("--max_restarts", type=int, default=rules.max_restarts, help="restarts in all")
+    add("--max_restarts", type=int, default=rules.max_restarts, help="most restarts in all")
     add("--max_without_progress", type=int, default=rules.max_without_progress,
         help="give up only after as many launches in a row without a new step, ...")  # fmt: skip
     add("--give_up_after", type=float, default=rules.give_up_after,
@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--max_backoff", type=float, default=rules.max_backoff, help="longest wait before a restart")
     add("--on_nonfinite", choices=("go_back", "stop"), default=rules.on_nonfinite,
         help="non-finite loss: resume before it and leave out its samples, or end")  # fmt: skip
-    add("--max_go_back", type=int, default=rules.max_go_back, help="how often to go back")
+    add("--max_go_back", type=int, default=rules.max_go_back, help="how many times to go back")
     add("--hang_after", type=float, default=limits.step_floor,
         help="shortest time in seconds without a step that counts as a hang")  # fmt: skip
     add("--hang_factor", type=float, default=limits.step_factor, help="... and in median steps of this run")
@@ -101,9 +101,10 @@ def _may_be_a_program(word: str) -> bool:
 
 
 def options_of(args: argparse.Namespace) -> SupervisorOptions:
-    """
+    """The options for the supervisor.
+
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number makes no sense.
     """
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 <= value < math.inf:
@@ -124,7 +125,8 @@ def options_of(args: argparse.Namespace) -> SupervisorOptions:
 
 
 def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
-    """
+    """The supervisor, with a connection to each host.
+
     Raises:
         ValueError, SSHProblem: the command, the hosts file or a host is wrong.
         OSError: a file cannot be read now.
@@ -143,18 +145,18 @@ def build(args: argparse.Namespace, words: list[str]) -> Supervisor:
     known = known_hosts_of(run_dir)
     for node in nodes:
         try:
-            # Before the first launch, as only now somebody may be there to answer.
+            # Connect before the first launch: only now somebody may be there to answer.
             node.open(confirm=ask_about_host if sys.stdin.isatty() else None)
         except (OSError, ValueError) as error:
             if node.name not in known or isinstance(error, OtherVersion):
                 raise
-            # After a reboot, say: of this machine, whose network is not there yet, or of the host.
+            # This machine may have just booted and have no network yet, or the host may be booting.
             node.expect(error)
     return Supervisor(nodes, command, run_dir, options, hosts)
 
 
 def known_hosts_of(run_dir: Path) -> list[str]:
-    """Those that an earlier monitor of this run has reached."""
+    """Names of the hosts that an earlier monitor of this run has reached."""
     try:
         return Status.read(run_dir).hosts
     except (OSError, ValueError):
@@ -162,17 +164,17 @@ def known_hosts_of(run_dir: Path) -> list[str]:
 
 
 def ask_about_host(host: str, key_type: str, fingerprint: str) -> bool:
-    """On the first contact."""
+    """Whether the user confirms the key of a host on the first contact."""
     print(f"The host {host} is not known. Its {key_type} key has the fingerprint {fingerprint}.")
     return input("Is that right? (yes/no) ").strip().lower() == "yes"
 
 
 def claim(run_dir: Path, stop_requested: Callable[[], bool] = lambda: False) -> BinaryIO | None:
-    """Have the monitor's own files on this machine; the run itself is claimed where its processes are, by
+    """Lock the monitor's own files on this machine. The run itself is claimed where its processes are, by
     monitor/claim.py. Waits for a monitor that is just ending, and for a disk; None if asked to stop meanwhile.
 
     Raises:
-        ValueError: another monitor, still alive, has it.
+        ValueError: another living monitor has the files.
     """
     taken = f"another monitor looks after {run_dir}: see monitor_process.py --status {run_dir}"
     deadline, told = time.monotonic() + _LOCK_PATIENCE, False
@@ -197,7 +199,7 @@ def claim(run_dir: Path, stop_requested: Callable[[], bool] = lambda: False) -> 
 
 
 def is_at_work(run_dir: Path) -> bool:
-    """Whether the monitor that wrote the status file lives, and has not ended its work."""
+    """Whether the monitor that wrote the status file is alive and has not ended its work."""
     try:
         status = Status.read(run_dir)
         process = psutil.Process(status.monitor_pid)
@@ -215,11 +217,11 @@ def set_up_log() -> None:
 
 
 class SteadyLog(logging.Handler):
-    """Appends to a file; what cannot be written (a full disk, a file system that is away) is kept, and written in order
-    as soon as it can be.
+    """Appends lines to a file. Lines that cannot be written (a full disk, a file system that is away) are kept, and
+    written in order as soon as they can be.
 
     Args:
-        path: opened anew for each line, of which there are few: so it does not matter what happens to it in between.
+        path: opened anew for each of the few lines, so that it does not matter what happens to it in between.
     """
 
     def __init__(self, path: Path):
@@ -259,7 +261,7 @@ def main(argv: list[str]) -> int:
             return OK
         supervisor = build(args, words)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # nohup means that a closed terminal is no request to stop.
+            # nohup means that a closed terminal is not a request to stop.
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, lambda *_: supervisor.request_stop())
         lock = claim(supervisor.run_dir, lambda: supervisor.stop_requested)
@@ -267,7 +269,7 @@ def main(argv: list[str]) -> int:
         logger.error("%s", error)
         return WRONG_INPUT
     except OSError as error:
-        # A disk that does not answer now is nobody's mistake.
+        # Nobody is to blame for a disk that does not answer now.
         logger.error("%s", error)
         return CRASH
     if lock is None:
@@ -282,5 +284,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Whoever reads what it prints may leave: the training is looked after all the same.
+    # The monitor looks after the training even if nobody reads its output any more.
     run_main(lambda: main(sys.argv[1:]), goes_on=True)

@@ -5,10 +5,10 @@
     python -m parallel.launch --nnodes=2 --nproc_per_node=8 ... train_my_ddp.py ... (also torchrun)
     train_my_ddp.py --task_type=sft --init_from=R --data_dir=CONVERSATIONS --out_dir=R2   (then dpo, with preferences)
 
-Exit codes, also left in R/exit/rank-N.json as a launcher hides them (--nproc does not): 0 finished; 2 the command or
+Exit codes, also in R/exit/rank-N.json, because a launcher hides them (--nproc does not): 0 finished; 2 the command or
 the data is wrong; 75 stopped on request (SIGTERM, Ctrl-C, a file R/stop) after saving; anything else is a crash.
 
-The loop is in training/trainer.py; what is built before it, and what is reported, in the other files of that folder.
+The loop is in training/trainer.py; the other files of that folder build its parts and report.
 """
 
 from utils import environment
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
                     exit_dir, rank, code, reason, step, world_size=launched_world_size(), launch=launch_token(), **more
                 )
             except OSError as error:
-                # The reason was just logged, and there is nowhere to write it.
+                # The reason is in the log already, and there is no other place for it.
                 logger.debug("no exit record: %s", error)
         return code
 
@@ -70,13 +70,13 @@ def main(argv: list[str]) -> int:
             refuse_folder_of_others(Path(config.run.out_dir))
             exit_dir = exit_dir or RunPaths(Path(config.run.out_dir)).exit_dir
             exits.clear_exit_record(exit_dir, rank)
-            # All of it imports torch, which takes seconds: what is wrong with the command is said before.
+            # These import torch, which takes seconds: mistakes in the command are told before.
             from parallel import destroy_context, init_context
             from training import report
             from training.data import fit_context, prepare_data
             from training.trainer import StopRequest, Trainer
 
-            # Before a request to stop waits for a step: what is tokenized so far is kept anyway.
+            # Before a request to stop waits for a step: the tokens written so far are kept anyway.
             config = replace(config, data=fit_context(config.run, config.data, given))
             data_dirs = prepare_data(config.run, config.data, given)
             stop = StopRequest(says_so=rank == 0)
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
                 raise
             logger.error("train_my_ddp: %s", problem)
             log_traceback()
-            # The groups are left as they are: to leave NCCL's in order, all ranks would have to come along.
+            # The groups stay as they are: to leave NCCL's in order, all ranks would have to take part.
             return leave(exits.WRONG_INPUT, problem)
         if config.run.valid_only:
             trainer.validate()
@@ -113,15 +113,15 @@ def main(argv: list[str]) -> int:
             log_traceback()
         else:
             logger.error("crashed:\n%s", traceback.format_exc())
-        # With the position to go on from behind what made the loss non-finite, for the monitor.
+        # For the monitor: the position behind the samples that made the loss non-finite.
         non_finite = isinstance(error, FloatingPointError) and trainer is not None
         more = {"non_finite_until": trainer.next_sample} if non_finite else {}
         leave(exits.CRASH, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-8000:], **more)
         if trainer is not None:
-            # Whoever watches gives a save that is in flight its time.
+            # A monitor gives a save that is in flight its time.
             trainer.heartbeat.beat("save", trainer.progress.step)
             trainer.release()
-        # Last: a save that was in flight is there to go on from.
+        # Last: a save that was in flight may be the one to continue from.
         if report is not None and not is_watched:
             for line in report.ways_on(config.run, context, error):
                 logger.error(line)
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
 
 
 def refuse_folder_of_others(out_dir: Path) -> None:
-    """Refuse a folder that holds something else than a run, before an exit record is left there.
+    """Refuse a folder that holds something other than a run, before an exit record is left there.
 
     Raises:
         ValueError: --out_dir is such a folder.
@@ -140,7 +140,7 @@ def refuse_folder_of_others(out_dir: Path) -> None:
 
 
 def launch(nproc: int, argv: list[str]) -> int:
-    """Run the command on several processes of this machine; returns the exit code that they meant, see above.
+    """Run the command on several processes of this machine; returns their exit code, see above.
 
     Raises:
         ValueError: the command is wrong.
@@ -172,10 +172,10 @@ def run(argv: list[str]) -> int:
 
 
 def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:
-    """(value of --nproc, the other words): it is about the command, not about the run.
+    """(value of --nproc, the other words). The flag belongs to the command, not to the run.
 
     Raises:
-        ValueError: its value is no number of processes.
+        ValueError: its value is not a number of processes.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--nproc")
@@ -189,7 +189,7 @@ def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 if __name__ == "__main__":
-    # Nobody has to read what it prints: all of it is in the run's train.log.
+    # Its output may be lost: all of it is in the run's train.log.
     set_up_output(goes_on=True)
     try:
         exit_code = run(sys.argv[1:])
@@ -198,7 +198,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         exit_code = INTERRUPTED
     if exit_code in (exits.CRASH, exits.WRONG_INPUT, INTERRUPTED):
-        # All is logged. Leave at once: a thread that waits for another rank would hold the process back.
+        # Everything is logged. Leave at once: a thread that waits for another rank would hold the process back.
         sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

@@ -33,7 +33,7 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -44,11 +44,15 @@ import torch
 from configurator import parse_config
 from model import Llama, flops
 from model.ops import CHOICES, build_ops, choose_ops
-from optimizer.adamw import AdamWConfig, adamw_reference
+from optimizer import adamw_triton
+from optimizer.adamw import adamw_reference
 from optimizer.clip import clip_factor
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
-from parallel import DistContext, DistributedDataParallel
-from parallel.buffer import ParameterSlice, sum_of_squares
+from optimizer.param_groups import is_matrix
+from parallel import BucketGradients, DistContext, DistributedDataParallel
+from parallel.contract import GradientSource
+from parallel.gradients import square
 from training.config import Config
 from utils.machine import cpu_name
 from utils.terminal import run_main
@@ -92,22 +96,29 @@ def contenders(device: torch.device) -> list[Contender]:
 class PlainAdamW:
     """The formula of optimizer/adamw.py, slice by slice; each operation is a pass over memory."""
 
-    def __init__(self, slices: Sequence[Sequence[ParameterSlice]], config: AdamWConfig, grad_clip: float):
-        self.config, self.grad_clip, self.num_steps = config, grad_clip, 0
-        self.pieces = [piece for bucket in slices for piece in bucket]
-        mains = [p.param if p.param.dtype == torch.float32 else p.param.float() for p in self.pieces]
-        self.states = [(main, torch.zeros_like(main), torch.zeros_like(main)) for main in mains]
+    def __init__(self, gradients: GradientSource, config: AdamWConfig, grad_clip: float):
+        self.gradients, self.config, self.grad_clip, self.num_steps = gradients, config, grad_clip, 0
+        self.states = []
+        for pieces in gradients.slices:
+            mains = [p.param if p.param.dtype == torch.float32 else p.param.float() for p in pieces]
+            self.states.append([(main, torch.zeros_like(main), torch.zeros_like(main)) for main in mains])
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         self.num_steps += 1
-        factor = clip_factor(sum_of_squares(piece.grad for piece in self.pieces).sqrt().item(), self.grad_clip)
-        for piece, (main, exp_avg, exp_avg_sq) in zip(self.pieces, self.states):
-            decay = self.config.weight_decay if piece.is_matrix else 0.0
-            grad = piece.grad.float() * factor
-            adamw_reference(main, grad, exp_avg, exp_avg_sq, self.num_steps, lr, decay, self.config)
-            if main is not piece.param:
-                piece.param.copy_(main)
+        buckets = range(len(self.states))
+        squares = torch.stack([self.gradients.sum_of_squares(bucket) for bucket in buckets])
+        factor = clip_factor(squares.sum().sqrt().item(), self.grad_clip)
+        for bucket in buckets:
+            taken = zip(self.gradients.slices[bucket], self.gradients.take(bucket), self.states[bucket])
+            for piece, grad, (main, exp_avg, exp_avg_sq) in taken:
+                decay = self.config.weight_decay if is_matrix(piece) else 0.0
+                adamw_reference(
+                    main, grad.float() * factor, exp_avg, exp_avg_sq, self.num_steps, lr, decay, self.config
+                )
+                if main is not piece.param:
+                    piece.param.copy_(main)
+            self.gradients.release(bucket)
 
 
 def build_step(config: Config, contender: Contender, device: torch.device) -> tuple[Callable[[], float], int]:
@@ -120,17 +131,12 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
     if contender.compiled:
         model.compile_blocks()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
-    adamw = config.adamw
-    constants = AdamWConfig(adamw.beta1, adamw.beta2, adamw.adam_eps, adamw.weight_decay)
-    kernel = choose_kernel("auto", "", device)
-    zeroes = kernel == "triton" and contender.adamw == "fused"
+    grad_clip, kernel = config.optimizer.grad_clip, choose_kernel("auto", "", device)
     if contender.adamw == "plain":
-        optimizer = PlainAdamW(ddp.slices(), constants, config.optimizer.grad_clip)
+        optimizer = PlainAdamW(BucketGradients(ddp), config.adamw, grad_clip)
     else:
-        optimizer = MixedPrecisionOptimizer(
-            ddp.slices(), constants, config.optimizer.grad_clip, LossScaler(enabled=False), kernel=kernel,
-            zero_grad=zeroes,
-        )  # fmt: skip
+        gradients = BucketGradients(ddp, square=adamw_triton.sum_of_squares if kernel == "triton" else square)
+        optimizer = MixedPrecisionOptimizer(gradients, config.adamw, grad_clip, LossScaler(enabled=False), kernel)
     shape = (config.data.gradient_accumulation_steps, config.data.train_batch_size, config.data.max_seq_len + 1)
     tokens = torch.randint(0, model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     count = tokens[:, :, 1:].numel()
@@ -144,8 +150,6 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
             total += loss_sum.detach()
         ddp.finish_grad_sync()
         optimizer.step(LEARNING_RATE)
-        if not zeroes:
-            ddp.zero_grad()
         return total.item() / count
 
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -54,9 +54,9 @@ from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import StorePlace
 from checkpoint.writing import CheckpointWriter
 from model.hf import named_weights
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
+from parallel import BucketGradients, DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
 from utils.machine import cpu_name
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -75,10 +75,8 @@ class Training:
         if args.zero1:
             self.ddp.use_hook(sum_hook(self.ddp.collectives, None, True))
             self.zero1 = Zero1(self.ddp)
-        self.optimizer = MixedPrecisionOptimizer(
-            (self.zero1 or self.ddp).slices(), AdamWConfig(), 1.0, LossScaler(enabled=False),
-            context.all_sum if self.zero1 else None,
-        )  # fmt: skip
+        gradients = BucketGradients(self.ddp, self.zero1)
+        self.optimizer = MixedPrecisionOptimizer(gradients, AdamWConfig(), 1.0, LossScaler(enabled=False))
         generator = torch.Generator().manual_seed(context.rank)
         rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator)
         self._rows = rows.to(context.device)
@@ -94,7 +92,6 @@ class Training:
         self.optimizer.step(LEARNING_RATE, self.zero1.gather if self.zero1 else None)
         if self.zero1 is not None:
             self.zero1.wait()
-        self.ddp.zero_grad()
         if self.context.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started, waited

@@ -28,9 +28,9 @@ import torch
 
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
+from parallel import BucketGradients, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
 from utils.paths import a_path
 from utils.terminal import run_main
 
@@ -89,10 +89,9 @@ def main() -> None:
     model.initialize(0)
     context = DistContext(0, 1, 0, 1, device)
     ddp = DistributedDataParallel(model.to(device=device, dtype=torch.bfloat16), context)
-    # AdamW is timed on the gradient buffer, so before PowerSGD moves the sums elsewhere.
-    optimizer = MixedPrecisionOptimizer(ddp.slices(), AdamWConfig(), 1.0, LossScaler(enabled=False))
-    options = PowerSGDConfig(rank=args.rank, grad_buffer_is_error=True)
-    powersgd = PowerSGD(ddp.buckets, ddp.collectives, options, lazy=True)
+    optimizer = MixedPrecisionOptimizer(BucketGradients(ddp), AdamWConfig(), 1.0, LossScaler(enabled=False))
+    options = PowerSGDConfig(matrix_approximation_rank=args.rank, grad_buffer_is_powerSGD_error=True)
+    powersgd = PowerSGD(ddp.buckets, ddp.collectives, options)
     rows = torch.randint(0, config.vocab_size, (args.rows, args.seq_len + 1), device=device)
     parameters = sum(p.numel() for p in model.parameters())
     bandwidth = copy_bandwidth(device, args.repeats)
@@ -108,7 +107,8 @@ def main() -> None:
 
     def decompress() -> None:
         for bucket in ddp.buckets:
-            powersgd.load(bucket.index)
+            powersgd.settle(bucket)
+            powersgd.take(bucket)
 
     grad_bytes = ddp.flat_buffers.grad_data.nbytes
     for name, work, passes in (("compress", compress, 2), ("decompress, residual", decompress, 3)):
@@ -117,9 +117,10 @@ def main() -> None:
         print(f"PowerSGD rank {args.rank}, {name}: {elapsed:.2f} ms; {passes} passes over the gradients {floor:.2f} ms")
     ddp.flat_buffers.grad_data.normal_()
     elapsed = milliseconds(lambda: optimizer.step(1e-4), device, args.repeats)
-    # Reads gradient, main parameter and moments; writes the last three and the bf16 weight; the norm reads again.
-    floor = 1e3 * parameters * (16 + 12 + 2 + 4) / bandwidth
-    print(f"norm and AdamW: {elapsed:.2f} ms; at the copy bandwidth {floor:.2f} ms")
+    # Gradient, main parameter and moments are read; the latter three and the bf16 weight written; the norm reads again;
+    # the gradient is zeroed.
+    floor = 1e3 * parameters * (16 + 12 + 2 + 4 + 4) / bandwidth
+    print(f"norm, AdamW and zeroing: {elapsed:.2f} ms; at the copy bandwidth {floor:.2f} ms")
 
     def step(overlap: bool, hook: bool) -> None:
         ddp.overlap_grad_reduce = overlap

@@ -46,7 +46,8 @@ from model.kernels.attention import plain_attention, sdpa_causal
 from model.kernels.blocked_attention import blocked_attention
 from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
-from optimizer.adamw import AdamWConfig, adamw_step
+from optimizer.adamw import adamw_step
+from optimizer.config import AdamWConfig
 from parallel.buffer import sum_of_squares
 from utils.machine import cpu_name
 from utils.paths import a_path

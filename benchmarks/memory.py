@@ -26,9 +26,10 @@ import torch
 
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
+    BucketGradients,
     DistributedDataParallel,
     PowerSGD,
     PowerSGDConfig,
@@ -88,18 +89,16 @@ def measure(mode: str, dtype: torch.dtype) -> None:
     model = Llama(config)
     model.initialize(0)
     ddp = DistributedDataParallel(model.to(device=context.device, dtype=dtype), context)
-    sharded, powersgd = "ZeRO-1" in mode, None
+    sharded = "ZeRO-1" in mode
     if "PowerSGD" in mode:
-        options = PowerSGDConfig(rank=RANK, grad_buffer_is_error="residual in" in mode)
-        powersgd = PowerSGD(ddp.buckets, ddp.collectives, options, lazy=True)
-        ddp.use_hook(powersgd)
+        options = PowerSGDConfig(
+            matrix_approximation_rank=RANK, grad_buffer_is_powerSGD_error="residual in" in mode
+        )
+        ddp.use_hook(PowerSGD(ddp.buckets, ddp.collectives, options))
     else:
         ddp.use_hook(sum_hook(ddp.collectives, torch.bfloat16 if "bf16" in mode else None, sharded))
     zero1 = Zero1(ddp) if sharded else None
-    optimizer = MixedPrecisionOptimizer(
-        (zero1 or ddp).slices(), AdamWConfig(), 1.0, LossScaler(enabled=False),
-        context.all_sum if zero1 else None, powersgd,
-    )  # fmt: skip
+    optimizer = MixedPrecisionOptimizer(BucketGradients(ddp, zero1), AdamWConfig(), 1.0, LossScaler(enabled=False))
     rows = torch.randint(0, config.vocab_size, (1, 17), generator=torch.Generator().manual_seed(context.rank))
     rows = rows.to(context.device)
     for _ in range(3):
@@ -110,7 +109,6 @@ def measure(mode: str, dtype: torch.dtype) -> None:
         optimizer.step(1e-4, zero1.gather if zero1 else None)
         if zero1 is not None:
             zero1.wait()
-        ddp.zero_grad()
     tensors, resident = tensor_bytes() - tensors, resident_bytes() - resident
     numel = sum(p.numel() for p in model.parameters())
     # P, and four tensors of Q's size: Q, this rank's part of it, the initial Q, the random one.

@@ -33,9 +33,11 @@ import torch
 from benchmarks.ddp import describe
 from model import Llama, LlamaConfig, flops, hf
 from model.ops import build_ops, choose_ops
-from optimizer.adamw import AdamWConfig
+from optimizer import adamw_triton
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
-from parallel import DistContext, DistributedDataParallel
+from parallel import BucketGradients, DistContext, DistributedDataParallel
+from parallel.gradients import square
 from utils.machine import cpu_name, keep_freed_memory
 from utils.terminal import run_main
 
@@ -53,16 +55,15 @@ def our_step(
     if compiled:
         model.compile_blocks()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
-    optimizer = MixedPrecisionOptimizer(
-        ddp.slices(), AdamWConfig(), 1.0, LossScaler(enabled=False), kernel=choose_kernel("auto", "", device)
-    )
+    kernel = choose_kernel("auto", "", device)
+    gradients = BucketGradients(ddp, square=adamw_triton.sum_of_squares if kernel == "triton" else square)
+    optimizer = MixedPrecisionOptimizer(gradients, AdamWConfig(), 1.0, LossScaler(enabled=False), kernel)
 
     def step() -> float:
         loss = model.loss_sum(ddp(rows[:, :-1]), rows[:, 1:]) / rows[:, 1:].numel()
         loss.backward()
         ddp.finish_grad_sync()
         optimizer.step(1e-4)
-        ddp.zero_grad()
         return loss.item()
 
     return step

@@ -44,9 +44,10 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from benchmarks.ddp import VOCAB_SIZE, new_module, timed
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
+    BucketGradients,
     DistContext,
     DistributedDataParallel,
     PowerSGD,
@@ -92,18 +93,10 @@ class Contender:
 class Ours(Contender):
     """DistributedDataParallel with a hook, and the training loop's optimizer on its slices or shards."""
 
-    def __init__(
-        self,
-        ddp: DistributedDataParallel,
-        communicate: bool = True,
-        zero1: Zero1 | None = None,
-        powersgd: PowerSGD | None = None,
-    ):
+    def __init__(self, ddp: DistributedDataParallel, communicate: bool = True, zero1: Zero1 | None = None):
         self.ddp, self.communicate, self.zero1 = ddp, communicate, zero1
-        self.optimizer = MixedPrecisionOptimizer(
-            (zero1 or ddp).slices(), ADAMW, GRAD_CLIP, LossScaler(enabled=False),
-            ddp.context.all_sum if zero1 else None, powersgd,
-        )  # fmt: skip
+        gradients = BucketGradients(ddp, zero1)
+        self.optimizer = MixedPrecisionOptimizer(gradients, ADAMW, GRAD_CLIP, LossScaler(enabled=False))
 
     def step(self, rows: Tensor) -> None:
         with nullcontext() if self.communicate else self.ddp.no_sync():
@@ -112,7 +105,6 @@ class Ours(Contender):
         if self.communicate:
             self.ddp.finish_grad_sync()
         self.optimizer.step(LEARNING_RATE, self.zero1.gather if self.zero1 else None)
-        self.ddp.zero_grad()
 
     def drain(self) -> None:
         if self.zero1 is not None:
@@ -162,14 +154,12 @@ def ours(
 
     def build(context: DistContext, dtype: torch.dtype, args: argparse.Namespace) -> Contender:
         ddp = DistributedDataParallel(new_module(dtype, args), context, bucket_size=args.bucket_size)
-        powersgd = None
         if rank:
-            config = PowerSGDConfig(rank=rank, wire_dtype=wire_dtype, grad_buffer_is_error=error_in_grad)
-            powersgd = PowerSGD(ddp.buckets, ddp.collectives, config, lazy=True)
-            ddp.use_hook(powersgd)
+            config = PowerSGDConfig(matrix_approximation_rank=rank, grad_buffer_is_powerSGD_error=error_in_grad)
+            ddp.use_hook(PowerSGD(ddp.buckets, ddp.collectives, config, wire_dtype))
         else:
             ddp.use_hook(sum_hook(ddp.collectives, wire_dtype, zero1))
-        return Ours(ddp, communicate, Zero1(ddp, overlap_gather=True) if zero1 else None, powersgd)
+        return Ours(ddp, communicate, Zero1(ddp, overlap_gather=True) if zero1 else None)
 
     return build
 
@@ -180,7 +170,7 @@ def torchs(communicate: bool = True, zero1: bool = False) -> Builder:
     def build(context: DistContext, dtype: torch.dtype, args: argparse.Namespace) -> Contender:
         ddp = nn.parallel.DistributedDataParallel(new_module(dtype, args), gradient_as_bucket_view=True)
         options = dict(
-            lr=LEARNING_RATE, betas=(ADAMW.beta1, ADAMW.beta2), eps=ADAMW.eps, weight_decay=ADAMW.weight_decay,
+            lr=LEARNING_RATE, betas=(ADAMW.beta1, ADAMW.beta2), eps=ADAMW.adam_eps, weight_decay=ADAMW.weight_decay,
             fused=True,
         )  # fmt: skip
         if zero1:

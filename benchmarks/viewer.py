@@ -1,12 +1,12 @@
-"""What a log record costs the training, and whether the viewer stays smooth.
+"""Measures what a log record costs the training, and whether the viewer stays smooth.
 
     python -m benchmarks.viewer [--runs 10] [--steps 100000]
 
-Four measurements, on logs made here, as long as those of long runs:
+Four measurements, on logs made here that are as long as those of long runs:
   1. microseconds that the training waits for a record;
   2. seconds and memory to open all runs, without a window;
-  3. the longest time that the window's thread was busy, hence deaf, while it opens them, while all runs grow and while
-     somebody zooms: the gaps between the beats of a timer of 2 ms;
+  3. the longest time for which the window's thread was busy, hence deaf, while it opens them, while all runs grow and
+     while somebody zooms: the gaps between the beats of a timer of 2 ms;
   4. seconds from a zoom to its finished picture.
 """
 
@@ -39,7 +39,7 @@ from utils.terminal import run_main
 
 
 def train_values(random_: random.Random, step: int, steps: int) -> dict:
-    """What one train record holds."""
+    """The values of one train record."""
     return {
         "step": step,
         "loss": 2.2 + 6.8 * math.exp(-12 * step / steps) + random_.gauss(0, 0.08) + 3 * (random_.random() < 2e-4),
@@ -81,7 +81,7 @@ def memory_mib() -> float:
 
 
 def measure_opening(directory: Path) -> tuple[float, float]:
-    """Seconds, and MiB more than before at the highest."""
+    """Seconds, and MiB of additional memory at the peak."""
     from viewer.sources.source import RunSource
 
     before, started = memory_mib(), time.perf_counter()
@@ -138,7 +138,7 @@ def measure_window(directory: Path, steps: int) -> dict[str, object]:
 
 
 def _script(app, window_module, directory: Path, steps: int, found: dict, note):
-    """What happens to the window, with pauses in ms between."""
+    """What happens to the window; yields pauses in ms."""
     shown = [w for w in app.topLevelWidgets() if isinstance(w, window_module.Window)][0]
     started = time.perf_counter()
     while not (shown.runs and all(source.loaded.is_set() for source in shown._sources)):

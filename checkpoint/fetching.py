@@ -1,7 +1,7 @@
-"""The files of the checkpoint that a run resumes from, on nodes of which each may hold a part of them.
+"""The files of the checkpoint that a run resumes from; each node may hold a part of them.
 
-What a node lacks is sent by one that has it, into `ckpt/.fetched-step-N/`, which is deleted once all is loaded. Where
-all ranks see one file system, nothing is asked and nothing is sent.
+A node that lacks a file gets it from one that has it, in `ckpt/.fetched-step-N/`, which is deleted once everything is
+loaded. If all ranks see one file system, nothing is asked and nothing is sent.
 """
 
 import logging
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointFiles:
-    """Where the files are for this rank. All methods are collective.
+    """The places of the files for this rank. All methods are collective.
 
     Args:
         send_file: (path, source rank, target rank): copy a file; called on all ranks, in one order.
@@ -35,7 +35,7 @@ class CheckpointFiles:
 
     @property
     def directories(self) -> list[Path]:
-        """Where files may lie on this node: its own part, and what was brought."""
+        """Folders with files on this node: its own part, and the files that were brought."""
         if self._place.shared_by_all:
             return [self._own]
         holds = self._place.store[0] in self._chosen.holders
@@ -50,24 +50,24 @@ class CheckpointFiles:
         return self.directories[0]
 
     def bring_state(self, is_all_here: Callable[[list[Path]], bool]) -> None:
-        """What ranks wrote for themselves, as far as this rank needs it.
+        """Bring the files that ranks wrote for themselves, as far as this rank needs them.
 
         Args:
-            is_all_here: whether folders hold the optimizer state of this rank.
+            is_all_here: says whether folders hold the optimizer state of this rank.
         """
         if self._place.shared_by_all:
             return
         sources = self._sources()
         wanted = set(self._hook_files(sources))
         if not is_all_here(self.directories):
-            # Of stores that each hold the whole, one is enough, and two would be twice the elements.
+            # If each store holds the whole, one is enough, and two would hold each element twice.
             enough = None if self._chosen.sharded else self._chosen.holders[0]
             wanted |= {n for n, source in sources.items() if is_optimizer_file(n) and enough in (None, source)}
         self._bring(wanted, sources)
 
     def hook_states(self) -> list[tuple[Path, bool]]:
-        """What comm hooks remembered, as far as this rank takes it up: (file, whether its residuals are for this rank:
-        else it holds only what all ranks share)."""
+        """Memories of comm hooks that this rank takes up: (file, whether its residuals are for this rank; if not, only
+        the part that all ranks share counts)."""
         names = self._hook_files(self._sources())
         return [
             (next(d / name for d in self.directories if (d / name).exists()), self._is_mine(name))
@@ -75,12 +75,12 @@ class CheckpointFiles:
         ]
 
     def lost_hook_states(self) -> list[int]:
-        """Ranks whose comm hooks remembered something that no node holds any more."""
+        """Ranks whose comm hooks had a memory that no node holds any more."""
         kept = {rank_of_hook_file(name) for name in self._sources() if is_hook_file(name)}
         return sorted(set(range(self._chosen.world_size)) - kept) if kept else []
 
     def _hook_files(self, names: dict[str, int]) -> list[str]:
-        """Of this rank's number, and of every world_size-th after; if there is none, the first."""
+        """Files of this rank's number, and of every world_size-th after it; the first file if there are none."""
         ordered = sorted(filter(is_hook_file, names), key=rank_of_hook_file)
         return list(filter(self._is_mine, ordered)) or ordered[:1]
 
@@ -88,7 +88,7 @@ class CheckpointFiles:
         return rank_of_hook_file(name) % self._place.world_size == self._place.rank
 
     def _sources(self) -> dict[str, int]:
-        """Name -> first rank that holds the file in its own part, of all files of the checkpoint."""
+        """Name of each file of the checkpoint -> first rank that holds it in its own part."""
         holds = self._place.rank in self._chosen.holders
         found: dict[str, int] = {}
         for rank, names in enumerate(self._gather([path.name for path in self._own.iterdir()] if holds else [])):

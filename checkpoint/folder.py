@@ -160,7 +160,7 @@ def _read_manifest(path: Path) -> dict:
 
 
 def find_problem(path: Path, weights_only: bool = False, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint's files, compared with its manifest; None if nothing is.
+    """The first problem of a checkpoint's files, compared with its manifest; None if there is none.
 
     Args:
         weights_only: leave out the files of the optimizer and the comm hook, which are most of the bytes.

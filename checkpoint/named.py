@@ -17,7 +17,7 @@ In a file (`optim-R.safetensors`) the key of a tensor says which part of which p
     NAME@OFFSET/STATE                      1-D: elements [OFFSET, OFFSET + its length) of the flattened parameter
     NAME@START:LENGTH,START:LENGTH/STATE   of this box: one START:LENGTH for each dimension, its shape is the lengths
 
-Whatever lies in one piece in the flattened parameter (a slice, whole rows, all of it) is written the first way.
+A piece that is contiguous in the flattened parameter (a slice, whole rows, all of it) is written the first way.
 """
 
 import math
@@ -55,7 +55,7 @@ class Box:
         return Box(start, length) if all(n > 0 for n in length) else None
 
     def slices_in(self, outer: "Box") -> tuple[slice, ...]:
-        """Where this box lies in a tensor of the box `outer`, which holds all of it."""
+        """Slices of this box in a tensor of the box `outer`, which holds all of it."""
         return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.start, self.length, outer.start))
 
 
@@ -113,7 +113,7 @@ def flat_boxes(shape: Shape, start: int, end: int) -> Iterator[Box]:
 
 
 def flat_offset(shape: Shape, boxes: Sequence[Box]) -> int | None:
-    """Where the boxes begin in the flattened parameter, if they make up one slice of it; None if they do not."""
+    """Offset of the boxes in the flattened parameter if they make up one slice of it; None if they do not."""
     offset = _position(shape, boxes[0].start) if boxes else 0
     end = offset + sum(box.numel for box in boxes)
     return offset if tuple(boxes) == tuple(flat_boxes(shape, offset, end)) else None
@@ -129,7 +129,7 @@ def _strides(shape: Shape) -> Shape:
 
 
 def keyed(piece: Piece, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a piece under their keys in a file: one each if the piece is a flat slice, or else one a box."""
+    """The tensors of a piece under their keys in a file: one each if the piece is a flat slice, or one a box."""
     found: dict[str, Tensor] = {}
     offset = flat_offset(piece.shape, piece.boxes)
     for state, tensor in tensors.items() if piece.numel else ():
@@ -153,7 +153,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file.
 
     Raises:
-        ValueError: the file is not there, or holds no tensors.
+        ValueError: the file does not exist, or holds no tensors.
         OSError: it cannot be read now.
     """
     try:
@@ -163,7 +163,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def holds_named_state(directories: Sequence[Path], wanted: NamedState) -> bool:
-    """Whether `load_named_state` would find all elements there."""
+    """Whether `load_named_state` would find all elements in these folders."""
     try:
         load_named_state(directories, wanted, look_only=True)
     except ValueError:
@@ -177,8 +177,8 @@ def load_named_state(directories: Sequence[Path], wanted: NamedState, look_only:
     Reads the wanted part of a box, and of a flat slice everything from the first wanted element to the last.
 
     Args:
-        directories: the folders that its files are in.
-        look_only: fill nothing, only see that everything is there.
+        directories: folders with its files.
+        look_only: fill nothing, only check that everything is there.
     Raises:
         ValueError: some elements are in no file, or a file cannot be read.
     """
@@ -229,7 +229,7 @@ class _Stored:
 
 
 def _stored_tensors(directories: Sequence[Path]) -> dict[tuple[str, str], list[_Stored]]:
-    """What the files hold: (parameter, state) -> the tensors that are parts of it.
+    """Tensors in the files: (parameter, state) -> the tensors that are parts of it.
 
     Raises:
         ValueError: a file cannot be read.

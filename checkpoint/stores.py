@@ -1,9 +1,9 @@
-"""Nodes that do not share a file system.
+"""Stores: sets of ranks that see the same run directory.
 
-A store is a set of ranks that see the same run directory: all of them where the nodes share it, else those of a node.
-Each store keeps its own checkpoints: what its ranks wrote, with the model, so that a model's weights are on every node.
-Where the ranks hold the same optimizer state, each store has all of it; under ZeRO-1 a checkpoint is spread over the
-stores, and whole only if the parts of one save (its `save_id`) hold those of all ranks.
+If the nodes share a file system, there is one store with all ranks; otherwise each node is a store. Each store keeps
+its own checkpoints: the files of its ranks, and the model, so that the weights are on every node. If all ranks hold the
+same optimizer state, each store has all of it. Under ZeRO-1 a checkpoint is spread over the stores: it is whole only if
+the parts of one save (its `save_id`) together come from all ranks.
 """
 
 import os
@@ -21,7 +21,7 @@ Gather = Callable[[object], list]
 
 @dataclass(frozen=True)
 class StorePlace:
-    """A rank's place among those that write a checkpoint."""
+    """A rank's place among the ranks that write a checkpoint."""
 
     rank: int
     world_size: int
@@ -38,7 +38,7 @@ class StorePlace:
 
 
 def find_place(out_dir: Path, rank: int, world_size: int, gather: Gather) -> StorePlace:
-    """Find out which ranks see the same `out_dir`, by files that each leaves there for the others.
+    """Find out which ranks see the same `out_dir`: each leaves a file there for the others. Collective.
 
     Raises:
         ValueError: `out_dir` cannot be written; on all ranks.
@@ -71,12 +71,13 @@ class Part:
     save_id: str
     world_size: int
     ranks: tuple[int, ...]
-    """Those that wrote this part."""
+    """The ranks that wrote this part."""
     sharded: bool
+    """Whether each rank wrote a share that no other rank has."""
 
 
 def missing_ranks(parts: Iterable[Part]) -> list[int]:
-    """Ranks whose share of the optimizer state is in none of the parts of one save; empty: the save is whole."""
+    """Ranks whose share of the optimizer state is missing from the parts of one save; if empty, the save is whole."""
     parts = list(parts)
     if not parts:
         return [0]

@@ -19,7 +19,7 @@ Exit codes: 0 proven; 1 something is wrong; 2 it cannot be checked.
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 

@@ -1,10 +1,10 @@
-"""Whether the training in this container is alive: the image's HEALTHCHECK.
+"""The image's HEALTHCHECK: whether the training in this container is alive.
 
     python docker/healthcheck.py [--run RUN]
 
-A rank holds its heartbeat file open for as long as it lives, so the runs of this container are found from its
-processes: files that dead ranks, other containers or machines left on the same volume do not count. How long a beat may
-stay out is the monitor's rule (monitor/watch.py), with the run's logged seconds a step in place of the median.
+A rank holds its heartbeat file open as long as it lives, so the runs of this container are found from its processes:
+files of dead ranks, other containers or machines on the same volume do not count. A beat is overdue by the monitor's
+rule (monitor/watch.py), with the run's logged seconds a step in place of the median.
 
 Exit codes: 0 nothing trains here, or all ranks beat; 1 a rank is overdue.
 """
@@ -37,7 +37,7 @@ def local_ranks() -> dict[Path, dict[int, bool]]:
             files = [Path(os.readlink(link)) for link in (process / "fd").iterdir()]
             stopped = process.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "Tt"
         except OSError:
-            # It ended meanwhile, or is another user's.
+            # It has ended meanwhile, or belongs to another user.
             continue
         for file in files:
             if file.parent.name == HEARTBEAT_DIR and rank_of(file) is not None:
@@ -46,16 +46,16 @@ def local_ranks() -> dict[Path, dict[int, bool]]:
 
 
 def seconds_a_step(run_dir: Path) -> float | None:
-    """As the newest training record says; None before there is one."""
+    """Seconds a step from the newest training record; None before there is one."""
     return next(filter(math.isfinite, newest_values(RunPaths(run_dir).reslog, "dt")), None)
 
 
 def overdue(run_dir: Path, ranks: dict[int, bool], limits: Limits, now: float) -> tuple[str | None, list[dict]]:
-    """What is wrong with a run, if anything, and the heartbeats of its ranks here."""
+    """The problem with a run, if there is one, and the heartbeats of its ranks here."""
     beats = [
         record | {"age": now - record["monotonic"], "alive": True, "stopped": ranks[record["pid"]]}
         for record in read_heartbeats(RunPaths(run_dir).heartbeat_dir)
-        # Helpers that a rank forked hold the file open, too.
+        # Processes that a rank has forked hold the file open, too.
         if set(record) >= _KEYS and record["pid"] in ranks
     ]
     seconds = seconds_a_step(run_dir)

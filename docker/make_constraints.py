@@ -1,10 +1,10 @@
-"""Write the versions that an image is built with, one name==version a line: docker/constraints-TARGET.txt.
+"""Write docker/constraints-TARGET.txt: the versions of an image's packages, one name==version a line.
 
     python docker/make_constraints.py cpu --extra-index-url URL      # of torch's builds for CPUs
     python docker/make_constraints.py gpu --python-version 3.11 --only-binary :all: --target unused
 
-Asks pip (22.2 or newer) what it would install now; nothing is installed. What follows the target goes to pip. Run it
-with Python 3.11, or as in the second line: a version for 3.11 is there for 3.12, too, not the other way round.
+Asks pip (22.2 or newer) what it would install now; nothing is installed. Arguments after the target go to pip. Run it
+with Python 3.11, or as in the second line: a version for 3.11 exists for 3.12, too, but not the other way round.
 """
 
 import json
@@ -19,8 +19,8 @@ PACKAGES = {"cpu": [], "gpu": ["liger-kernel"]}
 
 
 def resolve(target: str, options: list[str]) -> dict[str, str]:
-    """Name -> version of all that an image of this target would get. No local part, such as +cpu: a constraint without
-    one admits builds with any."""
+    """Name -> version of each package in an image of this target. The local part (+cpu) is left out: a constraint
+    without one admits builds with any."""
     with tempfile.TemporaryDirectory() as directory:
         report = os.path.join(directory, "report.json")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report",

@@ -1,4 +1,4 @@
-"""The pictures of docs/viewing.md: `python docs/screenshots.py` opens the viewer's window in each of its states.
+"""Takes the pictures of docs/viewing.md: `python docs/screenshots.py` opens the viewer's window in each of its states.
 
 Runs are made up, but for --run, such as the demo's. On a machine without a screen: under Xvfb, or with
 QT_QPA_PLATFORM=offscreen. The remote picture needs an OpenSSH server, see tests/sshd.py.
@@ -7,7 +7,7 @@ QT_QPA_PLATFORM=offscreen. The remote picture needs an OpenSSH server, see tests
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def make_run(
     directory: Path, steps: int, number: int = 0, of: int | None = None, quiet_s: float = 0.0, resumed: bool = False
 ) -> Path:
-    """A run that has done `steps` of `of` steps and was last heard of `quiet_s` ago."""
+    """Directory of a run that has done `steps` of `of` steps and was last heard of `quiet_s` seconds ago."""
     directory.mkdir(parents=True)
     random_, of = random.Random(number), of or steps
     moment = time.time() - quiet_s - 1.2 * steps * (1.2 if resumed else 1) - 2
@@ -74,7 +74,7 @@ def make_run(
 
 
 def picture(path: Path, home: Path, arguments: list[str], seconds: float = 6.0, does: str = "") -> None:
-    """Open the viewer in a process of its own, as its user does in the directory `home`, and save what it shows."""
+    """Open the viewer in a process of its own, as a user in the directory `home` would, and save a picture of it."""
     code = (
         "import sys\nfrom PyQt5.QtCore import QPoint, QTimer, Qt\nfrom PyQt5.QtGui import QFont\n"
         "from PyQt5.QtTest import QTest\nfrom PyQt5.QtWidgets import QApplication\n"
@@ -98,7 +98,7 @@ def picture(path: Path, home: Path, arguments: list[str], seconds: float = 6.0, 
 
 
 def shrink(path: Path) -> None:
-    """Fewer shades than the eye tells apart pack to half the bytes; white stays white."""
+    """Reduce the shades to fewer than the eye tells apart, which halves the file. White stays white."""
     coarse = Image.open(path).convert("RGB").point(lambda value: round(value / 8.5) * 8.5)
     coarse.save(path, optimize=True)
 

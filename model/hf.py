@@ -84,7 +84,7 @@ def named_weights(model: Llama, family: Family | None = None) -> dict[str, Tenso
     family = family or family_of(model.config)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     named: dict[str, Tensor] = {}
-    for rule in family.rules(model.config, weights):
+    for rule in _rules(family, model):
         named |= zip(rule.theirs, rule.join([weights[name] for name in rule.ours]))
     written = [beside for beside in family.besides(model.config) if beside.is_written]
     return named | {beside.theirs: beside.expected(weights[beside.like]) for beside in written}
@@ -126,6 +126,15 @@ def _naming(directory: str | Path) -> Iterator[None]:
         raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from None
 
 
+def _rules(family: Family, model: Llama) -> list[Rule]:
+    """The rules of a family for a model's parameters."""
+    names = [name for name, _ in model.named_parameters()]
+    rules = family.rules(model.config, names)
+    held = sorted(name for rule in rules for name in rule.ours)
+    assert held == sorted(names), f"{family.model_type}: rules must hold each parameter once: {set(held) ^ set(names)}"
+    return rules
+
+
 class _Stored(NamedTuple):
     """A tensor in a file."""
 
@@ -150,7 +159,7 @@ def _find_weights(directory: str | Path, model: Llama) -> _Folder:
     family = _read_family(directory)
     # Without values, so that joined tensors take neither memory nor time.
     parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-    rules, besides = family.rules(model.config, parameters), family.besides(model.config)
+    rules, besides = _rules(family, model), family.besides(model.config)
     needed: dict[str, torch.Size] = {}
     for rule in rules:
         joined = rule.join([parameters[name] for name in rule.ours])

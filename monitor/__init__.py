@@ -1,12 +1,12 @@
-"""Keeps a training run alive: what monitor_process.py is made of.
+"""Keeps a training run alive: the parts of monitor_process.py.
 
-    command.py   the training command: its run directory, and what is added to it
-    node.py      the job's processes on one machine; also `python -m monitor.node`, what runs on a remote host
+    command.py   the training command: its run directory, and the flags that are added
+    node.py      the job's processes on one machine; `python -m monitor.node` runs on remote hosts
     remote.py    a node behind an SSH connection
     hosts.py     the hosts file
-    claim.py     whose a run is
+    claim.py     which monitor has a run
     watch.py     which heartbeat is overdue
-    policy.py    what an ending means, and what to do next
+    policy.py    what the end of a launch means, and what to do next
     passing.py   disks that are full or away
     rewind.py    --resume_from=best, once
     status.py    the status file

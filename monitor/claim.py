@@ -1,10 +1,10 @@
-"""Whose a run is: one monitor's at a time, wherever it runs. The claim lies where the job does, in RUN/monitor/.
+"""Which monitor has a run: one at a time, wherever it runs. The claim lies beside the job, in RUN/monitor/.
 
-    claim.json     who: a random id, host, pid, since. Its time of change is that of the monitor's last contact.
-    .claim-lock    held, shared, by every process that serves this monitor here (LocalNode's own process, or
+    claim.json     the monitor: a random id, host, pid, since. The file changed at the monitor's last contact.
+    .claim-lock    a shared lock of every process that serves this monitor here (LocalNode's own process, or
                    `python -m monitor.node` behind SSH)
 
-A claim is honoured while a server holds the lock, or until LEASE_SECONDS after the last contact: an outage of the
+A claim holds while a server has the lock, and until LEASE_SECONDS after the last contact. So an outage of the
 connection neither hands the job to a second monitor nor locks the first one out.
 """
 
@@ -24,32 +24,32 @@ from utils.files import atomic_write_json, try_lock
 from utils.small_files import is_number, parse_json, read_small
 
 LEASE_SECONDS = 300.0
-"""How long a monitor that is not heard of keeps a run."""
+"""Time for which a silent monitor keeps a run."""
 _CONTACT_SECONDS = 2.0
-"""The time of the last contact is written no more often than this."""
+"""Least time between two writes of the last contact."""
 _SHARE_SECONDS = 2.0
 _LONGEST, _LATEST = 1 << 16, 1e11
-"""Bytes of a claim; seconds since 1970 that a clock can show."""
+"""Largest size of a claim in bytes; latest time that a clock can show, in seconds since 1970."""
 
 
 class TakenOver(Exception):
-    """Another monitor has the run: this one must not touch it."""
+    """Another monitor has the run; this one must not touch it."""
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """A monitor, and what it takes to know from its machine whether it is still alive."""
+    """A monitor, with all that is needed to find out on its machine whether it is still alive."""
 
     id: str
     host: str
     pid: int
     since: float
-    """Seconds since 1970."""
+    """When it claimed the run, in seconds since 1970."""
     machine: str = ""
     boot: str = ""
     pid_space: str = ""
     started: float = 0.0
-    """When the process was, as its machine says."""
+    """When the process was started, by its machine's clock."""
 
     @staticmethod
     def of_this_process() -> "Monitor":
@@ -60,7 +60,7 @@ class Monitor:
 
     @staticmethod
     def read(value: object) -> "Monitor | None":
-        """From JSON; None if it is something else."""
+        """The monitor that a JSON value describes; None if it describes none."""
         kinds = {"id": str, "host": str, "pid": int, "since": (int, float), "machine": str, "boot": str,
                  "pid_space": str, "started": (int, float)}  # fmt: skip
         if not isinstance(value, dict) or not all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
@@ -70,11 +70,12 @@ class Monitor:
         return Monitor(**{name: value[name] for name in kinds})
 
     def is_known_dead(self, here: "Monitor") -> bool:
-        """Whether that can be told from where `here` is: the same machine, and the process, or its boot, is over."""
+        """Whether `here` can tell that this monitor is dead: both are on one machine, and its process or boot is
+        over."""
         if not here.boot or not self.boot or self.host != here.host:
             return False
         if self.boot != here.boot:
-            # A machine boots once at a time. Without a name of its own it could be another one.
+            # A machine has one boot at a time. Without an id it could be another machine.
             return bool(here.machine) and self.machine == here.machine
         if not here.pid_space or self.pid_space != here.pid_space:
             return False
@@ -89,12 +90,12 @@ class Monitor:
 
 @dataclass(frozen=True)
 class Holder:
-    """A monitor that has a run, as found there."""
+    """The monitor that has a run, as its files show it."""
 
     monitor: Monitor | None
-    """None: it cannot be read who."""
+    """None: the claim cannot be read."""
     is_served: bool
-    """A process there holds the lock for it."""
+    """Whether a process there holds the lock for it."""
     silent: float
     """Seconds since its last contact."""
 
@@ -116,7 +117,7 @@ class Holder:
 
 
 class Claim:
-    """This process's hold on a run directory, for the monitor that it is or serves.
+    """The claim of this process on a run directory, for the monitor that it is or serves.
 
     Args:
         home: RUN/monitor.
@@ -129,31 +130,31 @@ class Claim:
         self._touched = -_CONTACT_SECONDS
 
     def take(self, who: Monitor, instead_of: str = "") -> Holder | None:
-        """Claim the run; None if it is ours now, else who has it.
+        """Claim the run. Returns None if it is ours now, otherwise its holder.
 
         Args:
-            instead_of: id of a monitor that is known to be dead: its lease counts no more.
+            instead_of: id of a monitor that is known to be dead, whose lease no longer counts.
         Raises:
-            OSError: it cannot be written here now.
+            OSError: the claim cannot be written now.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # For reading too: NFS shares a lock of such a file alone.
+        # Opened for reading, too: NFS shares only the lock of such a file.
         lock = open(self._lock_path, "a+b")
         try:
             is_free = try_lock(lock, fcntl.LOCK_EX)
             holder = self._read()
             owner = holder.monitor if holder is not None else None
             if owner is not None and owner.id == who.id:
-                # Another server of ours may hold the lock, too: one whose connection is broken, or another node's.
+                # Another server of ours may hold the lock as well: one whose connection broke, or another node's.
                 _share(lock)
             elif not is_free:
                 return Holder(owner, True, holder.silent if holder is not None else 0.0)
             elif owner is not None and holder.silent < LEASE_SECONDS and owner.id != instead_of:
                 return holder
             else:
-                # A damaged file names nobody whose lease could count, and nobody serves it.
+                # A damaged file names no monitor whose lease could count, and no process serves it.
                 atomic_write_json(self._path, asdict(who))
-                # Whoever gets in between reads the file, and finds a lease that has just begun.
+                # A monitor that gets in between reads the file, and finds a lease that has just begun.
                 _share(lock)
             self._let_go()
             self._lock, self._mine, lock = lock, who, None
@@ -164,7 +165,7 @@ class Claim:
                 lock.close()
 
     def _read(self) -> Holder | None:
-        """What the file says; None if there is none."""
+        """The holder that the file names; None if there is no file."""
         try:
             silent = max(time.time() - self._path.stat().st_mtime, 0.0)
             monitor = Monitor.read(parse_json(read_small(self._path, _LONGEST)))
@@ -175,29 +176,30 @@ class Claim:
         return Holder(monitor, False, silent)
 
     def check(self) -> None:
-        """
+        """Check that the run is still ours.
+
         Raises:
-            TakenOver: another monitor has claimed what was ours.
+            TakenOver: another monitor has claimed it.
         """
         if self._mine is None:
             return
         try:
             holder = self._read()
         except OSError:
-            # Nobody else can write there either.
+            # No other monitor can write there either.
             return
         if holder is not None and holder.monitor is not None and holder.monitor.id != self._mine.id:
             raise TakenOver(str(holder))
 
     def touch(self) -> None:
-        """Note that the monitor is there. Takes no room on the disk."""
+        """Record a contact of the monitor, without using room on the disk."""
         if self._mine is None or time.monotonic() - self._touched < _CONTACT_SECONDS:
             return
         self._touched = time.monotonic()
         try:
             os.utime(self._path)
         except FileNotFoundError:
-            # Somebody has cleaned up.
+            # Somebody deleted the file.
             self._write_again()
         except OSError:
             return
@@ -209,7 +211,7 @@ class Claim:
             return
 
     def release(self) -> None:
-        """Leave the run to whoever comes, if it is still ours."""
+        """Give the run up, if it is still ours."""
         if self._mine is None:
             return
         try:
@@ -227,7 +229,7 @@ class Claim:
 
 
 def _share(lock: BinaryIO) -> None:
-    """Hold the lock together with others of the same monitor; who takes it for himself does so for a moment."""
+    """Take the lock together with other processes of the same monitor. An exclusive lock lasts only a moment."""
     deadline = time.monotonic() + _SHARE_SECONDS
     while not try_lock(lock, fcntl.LOCK_SH):
         if time.monotonic() > deadline:
@@ -243,7 +245,7 @@ def _text(path: str) -> str:
 
 
 def _pid_space() -> str:
-    """Numbers of processes mean the same only within it: a container has its own."""
+    """The namespace within which process numbers are unique: a container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

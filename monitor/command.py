@@ -1,6 +1,6 @@
-"""The training command that follows `--`: where its run directory is, and what the monitor adds to it.
+"""The training command after `--`: its run directory, and the flags that the monitor adds.
 
-Where it says torchrun, parallel/launch.py is run with the same flags: torchrun's rendezvous lets whoever reaches its
+A torchrun command is run by parallel/launch.py with the same flags: torchrun's rendezvous lets anybody who reaches its
 port run code.
 """
 
@@ -23,7 +23,7 @@ _LAUNCH = Path(__file__).resolve().parents[1] / "parallel" / "launch.py"
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """`launcher... script.py flags...`; words as given, never split at spaces."""
+    """The parts of `launcher... script.py flags...`; words stay as given and are never split at spaces."""
 
     launcher: tuple[str, ...]
     """Everything before the script: an interpreter, or torchrun or parallel/launch.py with their flags."""
@@ -32,9 +32,10 @@ class TrainCommand:
 
     @staticmethod
     def parse(words: list[str]) -> "TrainCommand":
-        """
+        """The parts of a command.
+
         Raises:
-            ValueError: no training script in it, or a flag that the monitor must set itself.
+            ValueError: the command names no training script, or has a flag that the monitor must set itself.
         """
         scripts = (index for index, word in enumerate(words) if word.endswith(".py") and not _is_launch(word))
         script = next(scripts, None)
@@ -54,7 +55,7 @@ class TrainCommand:
         return self._elastic_words() > 0
 
     def _elastic_words(self) -> int:
-        """How many words name torchrun, or the launcher with its flags; 0 if something else launches."""
+        """Number of words up to the name of torchrun or of our launcher; 0 if the command has neither."""
         if Path(self.launcher[0]).name == "torchrun":
             return 1
         pairs = list(zip(self.launcher[1:], self.launcher[2:]))
@@ -71,17 +72,17 @@ class TrainCommand:
         return "--standalone" in self.launcher
 
     def flag(self, name: str) -> str | None:
-        """Value of one of the training's flags, if it is given on the command line."""
+        """Value of one of the training's flags; None if the command line does not give it."""
         return _flag_value(self.flags, name)
 
     @property
     def out_dir(self) -> str:
-        """As it was given, and the training takes it: the flag, the YAML file, the default. Each machine expands `~` in
-        it to its own home directory.
+        """The run directory as it was given, found as the training does: from the flag, the YAML file or the default.
+        Each machine expands `~` in it to its own home directory.
 
         Raises:
             ValueError: the YAML file cannot be read.
-            OSError: it cannot be read now.
+            OSError: the YAML file cannot be read now.
         """
         value = self.flag("out_dir")
         if value is not None:
@@ -107,10 +108,10 @@ class TrainCommand:
         """The command to run.
 
         Args:
-            python: interpreter of the host, for another machine, where the launcher is a module of the working
-                directory; None: this machine, on which that may be another project's.
-            launcher_flags: added to the launcher's own.
-            flags: added to the training's own.
+            python: interpreter on another machine, where the launcher is a module of the working directory. None:
+                this machine, where the working directory may be another project's.
+            launcher_flags: added to the launcher's flags.
+            flags: added to the training's flags.
         """
         words = self._elastic_words()
         launcher, rest = list(self.launcher[:words]), list(self.launcher[words:])
@@ -125,8 +126,8 @@ class TrainCommand:
 
 
 def _launched(command: TrainCommand) -> TrainCommand:
-    """`python train_my_ddp.py --nproc=N` as the launcher's command that it comes to: who restarts a job holds its ranks
-    by the launcher itself."""
+    """`python train_my_ddp.py --nproc=N` written as a command of the launcher: to restart a job, the monitor must
+    control its ranks through the launcher."""
     nproc = command.flag("nproc")
     if nproc is None or command.is_torchrun:
         return command
@@ -145,7 +146,7 @@ def _is_launch(word: str) -> bool:
 
 
 def interpreter_of(torchrun: str) -> str:
-    """The Python that a torchrun command runs in: its first line says, or it lies beside; else this one."""
+    """The Python of a torchrun command: the one in its first line, or the one beside it, or this one."""
     found = Path(shutil.which(torchrun) or torchrun)
     try:
         with open(found, "rb") as file:
@@ -174,10 +175,10 @@ def _flag_value(words: tuple[str, ...], name: str) -> str | None:
 
 
 def shutdown_flags(launcher: str, seconds: int) -> list[str]:
-    """torchrun's flag for how long its ranks may take to end, if the torchrun that `launcher` starts knows it.
+    """torchrun's flag for the time in which its ranks must end, if the torchrun that `launcher` starts has it.
 
-    torch 2.13 has it; before, 30 seconds were fixed. The monitor therefore asks the ranks themselves to stop, and only
-    a SIGTERM that comes from elsewhere is held to this.
+    torch 2.13 has the flag; before that, the time was 30 seconds. The monitor therefore asks the ranks themselves to
+    stop, and this time applies only to a SIGTERM that comes from elsewhere.
     """
     found = shutil.which(launcher)
     spec = importlib.util.find_spec("torch")

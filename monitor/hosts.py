@@ -1,13 +1,13 @@
-"""The hosts file: which machines a run uses, in the order of their ranks.
+"""The hosts file, which lists the machines of a run in the order of their ranks.
 
     hosts:
       - host: gpu1.example.org      # as for ssh; ~/.ssh/config counts
         user: me                    # optional
         port: 22                    # optional
-        key_file: ~/.ssh/id_ed25519 # optional; else the agent and the usual keys
-        workdir: ~/zero2all         # where train_my_ddp.py is, and from where paths count; ~ is the home there
+        key_file: ~/.ssh/id_ed25519 # optional; otherwise the agent and the usual keys
+        workdir: ~/zero2all         # folder of train_my_ddp.py, where relative paths begin; ~ is the home there
         python: .venv/bin/python    # optional, default python3
-        address: 10.0.0.1           # optional: how the other hosts reach it; default: host
+        address: 10.0.0.1           # optional: the address for the other hosts; default: host
         env: {GLOO_SOCKET_IFNAME: eth0, OMP_NUM_THREADS: 4, FRACTION: "0.90"}   # whole numbers, or texts
       - ...
     rendezvous_port: 29400          # optional; on the first host
@@ -28,15 +28,18 @@ _LONGEST_FILE = 1 << 20
 
 @dataclass(frozen=True)
 class HostEntry:
+    """One entry of the hosts file."""
+
     host: str
     workdir: str
     user: str | None = None
     port: int | None = None
     key_file: str | None = None
     known_hosts: str | None = None
-    """Another known_hosts file than the user's."""
+    """A known_hosts file instead of the user's."""
     fingerprint: str | None = None
-    """SHA256:... of the host's key, confirmed by other means; else an unknown host is asked about, or refused."""
+    """SHA256:... of the host's key, confirmed by other means. Without it, the user is asked about an unknown host, or
+    the host is refused."""
     python: str = "python3"
     address: str | None = None
     env: dict[str, str] = field(default_factory=dict)
@@ -62,14 +65,15 @@ _TYPES = {
 }  # fmt: skip
 
 _TEXTS = ("workdir", "key_file", "known_hosts", "python", "address")
-"""The others are looked at by SSHTarget."""
+"""Keys whose values are checked here; SSHTarget checks the others."""
 
 
 def read_hosts(path: Path) -> HostsFile:
-    """
+    """The content of a hosts file.
+
     Raises:
-        ValueError: the file says something else than a hosts file may, or is not there; one sentence.
-        OSError: it cannot be read now.
+        ValueError: the file is not a valid hosts file, or does not exist; one sentence.
+        OSError: the file cannot be read now.
     """
     try:
         content = parse_yaml(read_small(path, _LONGEST_FILE))
@@ -113,10 +117,10 @@ def _read_host(path: Path, number: int, entry: object) -> HostEntry:
             raise ValueError(f"{where}: {name} must be one line of text, got {shown(value)}")
     env = _read_env(where, entry.get("env", {}))
     try:
-        # These two lie on this machine, workdir and python on the host, which knows its own home directory.
+        # These two are files on this machine. workdir and python are on the host, which knows its own home directory.
         own = {name: expand(entry[name]) for name in ("key_file", "known_hosts") if name in entry}
         host = HostEntry(**{**entry, **own, "env": env})
-        # What is no name, port or fingerprint is refused there.
+        # SSHTarget refuses wrong names, ports and fingerprints.
         _ = host.target
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -124,8 +128,8 @@ def _read_host(path: Path, number: int, entry: object) -> HostEntry:
 
 
 def _read_env(where: str, entry: dict) -> dict[str, str]:
-    """Names and values as a process takes them. What YAML may read as something else than what was written (`on`, 1.10,
-    a date) is not turned into a text that nobody wrote."""
+    """Environment variables as texts. Values that YAML reads as something other than what was written (`on`, 1.10, a
+    date) are refused rather than turned into a text that nobody wrote."""
     for name, value in entry.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{where}: env must hold names of variables, got {shown(name)}")

@@ -1,17 +1,17 @@
-"""The job on one machine: its processes, their signs of life, their ends.
+"""The job on one machine: its processes, their heartbeats and their ends.
 
-    python -m monitor.node --run_dir RUN      serves one monitor over standard input and output, a JSON line each way
+    python -m monitor.node --run_dir RUN      serves one monitor over standard input and output, one JSON line each way
 
-The second form runs on remote hosts behind SSH. The job is started in a session of its own and writes to a file, so it
-outlives the connection and the monitor; whoever comes next finds it again by `RUN/monitor/job-N.json` and by a variable
-in its environment, ZERO2ALL_LAUNCH, that all its processes inherit. N is the node's number, as nodes may share a disk.
-Whose job it is, is said by `RUN/monitor/claim.json` (monitor/claim.py).
+The command runs on remote hosts behind SSH. A job is started in a session of its own and writes to a file, so it
+outlives the connection and the monitor. The next monitor finds it by `RUN/monitor/job-N.json` and by an environment
+variable, ZERO2ALL_LAUNCH, that all its processes inherit. N is the node's number, as nodes may share a disk.
+`RUN/monitor/claim.json` says which monitor has the job (monitor/claim.py).
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -47,23 +47,23 @@ PROTOCOL = 2
 _LOG_BYTES_AT_ONCE = 1 << 18
 _LOGS_KEPT = 10
 _LONGEST_JSON, _LARGEST_PID = 1 << 20, 1 << 22
-"""Bytes of a file that monitors leave; Linux gives no greater number to a process."""
+"""Limit in bytes for a file of a monitor; the greatest number that Linux gives to a process."""
 _STACKS_SECONDS = 3.0
 _KILL_SECONDS = 10.0
 _ALONE_SECONDS = 20.0
 _PROBE_BYTES = 1 << 16
 _LEAST_DISK_BYTES = 1 << 24
-"""Room for logs and records, beside a checkpoint."""
+"""Room for logs and records besides a checkpoint."""
 _HEARTBEAT_KEYS = {"rank", "world_size", "pid", "phase", "step", "monotonic"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What to start on a node. Goes to remote hosts through SSH's standard input, not in argv: `env` may hold
+    """A job to start on a node. It reaches remote hosts through SSH's standard input, not in argv, as `env` may hold
     secrets."""
 
     token: str
-    """Names this launch on this node: no other launch or node has it."""
+    """Name of this launch on this node; no other launch or node has it."""
     attempt: int
     command: list[str]
     env: dict[str, str] = field(default_factory=dict)
@@ -71,32 +71,32 @@ class Launch:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node sees of its job."""
+    """A node's view of its job."""
 
     running: bool
-    """The launcher, or one of its ranks, is alive."""
+    """Whether the launcher or one of its ranks is alive."""
     launcher_alive: bool
     returncode: int | None
-    """Of the launcher; None while it lives, or if it was started by an earlier monitor."""
+    """Exit code of the launcher; None while it lives, or if an earlier monitor started it."""
     heartbeats: list[dict]
-    """Of this launch's ranks here, each with "age" (seconds), "alive" and "stopped" (by a signal)."""
+    """Heartbeats of this launch's ranks here, each with "age" (seconds), "alive" and "stopped" (by a signal)."""
     exits: list[dict]
     """Exit records of this launch's ranks here."""
     log: str
-    """What the job has printed since `log_end` of the last report."""
+    """Output of the job since `log_end` of the last report."""
     log_end: int
     checkpoint: int | None
     """Step of the newest checkpoint."""
     checkpoint_bytes: int
     disk_free: int | None
-    """None: the disk does not say."""
+    """Bytes; None: the disk does not say."""
     memory_available: int
     memory_total: int
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why nothing can be launched on a node now."""
+    """A reason why nothing can be launched on a node now."""
 
     kind: str
     """"processes" of an earlier launch, the "disk", or the "lock" of the run directory."""
@@ -105,13 +105,13 @@ class Obstacle:
 
 
 class LocalNode:
-    """The job on this machine. Once it is claimed for a monitor, all but `claim` and `release` raise TakenOver if
-    another monitor has claimed it meanwhile.
+    """The job on this machine. After a claim for a monitor, all methods but `claim` and `release` raise TakenOver if
+    another monitor has claimed the run since.
 
     Args:
-        run_dir: the run directory, as this machine names it.
+        run_dir: the run directory as this machine names it.
         index: the node's number.
-        name: in messages.
+        name: the node's name in messages.
     """
 
     def __init__(self, run_dir: Path, index: int = 0, name: str = "this machine"):
@@ -127,8 +127,8 @@ class LocalNode:
         """See Claim.take.
 
         Raises:
-            ValueError: the run directory cannot be written, and that does not pass.
-            OSError: it cannot be written now.
+            ValueError: the run directory cannot be written, and that will not pass.
+            OSError: the run directory cannot be written now.
         """
         try:
             return self._claim.take(who, instead_of)
@@ -141,19 +141,19 @@ class LocalNode:
         self._claim.release()
 
     def touch(self) -> None:
-        """A sign that the monitor is there."""
+        """Record that the monitor is there."""
         self._claim.check()
         self._claim.touch()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Around what changes the job. A request whose connection has dropped may still be at work, in a process of
-        its own: the next one must not pass it by."""
+        """Exclude other processes while the job is changed. A request whose connection has dropped may still be at work
+        in a process of its own, and the next request must not overtake it."""
         self._claim.check()
         try:
             file = open(self.home / f".work-{self.index}", "ab")
         except OSError:
-            # Nothing was ever started here, or a full disk: a job must be ended all the same.
+            # Nothing was ever started here, or the disk is full. A job must be ended all the same.
             yield
             return
         with file:
@@ -165,10 +165,11 @@ class LocalNode:
             yield
 
     def start(self, launch: Launch) -> None:
-        """
+        """Start a job.
+
         Raises:
             ValueError: there is no such command.
-            OSError: it cannot be started now (a full disk).
+            OSError: the job cannot be started now, for instance because the disk is full.
         """
         self.home.mkdir(parents=True, exist_ok=True)
         with self._alone():
@@ -180,10 +181,10 @@ class LocalNode:
         exits.mkdir()
         self._process = None
         self._job = {"token": launch.token, "attempt": launch.attempt, "pid": 0, "log": log.name}
-        # Before anything runs: a job that no file names could not be found again.
+        # This comes before anything runs: a job without a file could not be found again.
         atomic_write_json(self._job_file, self._job)
         env = os.environ | launch.env | {"ZERO2ALL_LAUNCH": launch.token, "ZERO2ALL_EXIT_DIR": str(exits.resolve())}
-        # The interpreter of a hosts file, where no shell looks at it.
+        # No shell expands the interpreter of a hosts file.
         words = [expand(launch.command[0]), *launch.command[1:]]
         with open(log, "wb") as output:
             try:
@@ -204,8 +205,8 @@ class LocalNode:
             path.unlink(missing_ok=True)
 
     def adopt(self) -> dict | None:
-        """Take over the job that an earlier monitor or connection left; {"token", "attempt"} if it is still running.
-        Of one that has ended meanwhile, `poll` has the records and the output."""
+        """Take over the job that an earlier monitor or connection left. Returns {"token", "attempt"} if it is still
+        running. If it has ended, `poll` gives its records and output."""
         with self._alone():
             self._job = self._read_job() or self._job_by_environment()
             if self._job is None or not self._processes():
@@ -213,21 +214,21 @@ class LocalNode:
             return {key: self._job[key] for key in ("token", "attempt")}
 
     def _read_job(self) -> dict | None:
-        """What the job file says; None if that is nothing, or no job."""
+        """The job in the job file; None if the file names none."""
         try:
             job = parse_json(read_small(self._job_file, _LONGEST_JSON))
         except (OSError, ValueError):
             return None
         if not isinstance(job, dict) or not isinstance(job.get("token"), str) or not isinstance(job.get("log"), str):
             return None
-        # A log of ours, since it is shown.
+        # The log must be one of ours, since it is shown.
         is_ours = Path(job["log"]).name == job["log"] and is_whole(job.get("attempt")) and is_whole(
             job.get("pid"), 0, _LARGEST_PID
         )
         return {key: job[key] for key in ("token", "attempt", "pid", "log")} if is_ours else None
 
     def _job_by_environment(self) -> dict | None:
-        """What the job file would say of a job of this run that is alive: its processes know their launch."""
+        """The living job of this run, found by its processes' environment, as the job file would describe it."""
         for _, token in self._leftovers():
             number = token.partition("-")[0]
             if not number.isdecimal():
@@ -241,7 +242,7 @@ class LocalNode:
         return None
 
     def _leftovers(self) -> Iterator[tuple[psutil.Process, str]]:
-        """All processes of this node that any launch of this run has left, with the launch's token."""
+        """All processes on this node that a launch of this run has left, with the token of that launch."""
         for process in psutil.process_iter():
             env = _environment(process)
             token, exits = env.get("ZERO2ALL_LAUNCH", ""), Path(env.get("ZERO2ALL_EXIT_DIR", ""))
@@ -251,7 +252,7 @@ class LocalNode:
                 yield process, token
 
     def _processes(self) -> list[psutil.Process]:
-        """All processes of the job, whoever their parent is now."""
+        """All processes of the job, whatever their parent is now."""
         return self._processes_of(self._job["token"]) if self._job is not None else []
 
     def _processes_of(self, token: str) -> list[psutil.Process]:
@@ -261,16 +262,16 @@ class LocalNode:
         ]  # fmt: skip
 
     def clear(self) -> None:
-        """End all that earlier launches left here; `obstacle` says whether something stays."""
+        """End all processes that earlier launches left here. `obstacle` says whether some remain."""
         with self._alone():
             _end(lambda: [process for process, _ in self._leftovers()])
             self._reap()
 
     def obstacle(self, after_full_disk: bool) -> Obstacle | None:
-        """What stands in the way of a launch, if anything does.
+        """The reason why nothing can be launched now, if there is one.
 
         Args:
-            after_full_disk: there must be room for a checkpoint, too.
+            after_full_disk: require room for a checkpoint, too.
         """
         self._claim.check()
         if left := [process.pid for process, _ in self._leftovers()]:
@@ -309,23 +310,23 @@ class LocalNode:
         return None
 
     def _disk_free(self) -> int | None:
-        """Bytes."""
+        """Free bytes for the run; None if that cannot be known."""
         try:
             return psutil.disk_usage(str(_existing(self.run_dir))).free
         except OSError:
             return None
 
     def _is_run_locked(self) -> bool:
-        """Whether a training, or a command that changes checkpoints, is in the run directory (checkpoint.folder)."""
+        """Whether a training, or a command that changes checkpoints, works in the run directory (checkpoint.folder)."""
         try:
             with open(RunPaths(self.run_dir).lock, "rb") as file:
                 return not try_lock(file, fcntl.LOCK_SH)
         except OSError:
-            # There is none, or no locks are to be had: the training finds out for itself.
+            # There is no lock file, or the file system has no locks. The training will find out.
             return False
 
     def recall(self, name: str) -> dict | None:
-        """What was remembered here; None: nothing; empty: it cannot be read."""
+        """A value that `remember` wrote. None: there is none; empty: it cannot be read."""
         try:
             value = parse_json(read_small(self.home / f"{name}.json", _LONGEST_JSON))
         except FileNotFoundError:
@@ -335,13 +336,13 @@ class LocalNode:
         return value if isinstance(value, dict) else {}
 
     def remember(self, name: str, value: dict) -> None:
-        """For later monitors."""
+        """Keep a value for later monitors."""
         self._claim.check()
         self.home.mkdir(parents=True, exist_ok=True)
         atomic_write_json(self.home / f"{name}.json", value)
 
     def _heartbeats(self) -> list[dict]:
-        """Of this launch's ranks on this node."""
+        """Heartbeats of this launch's ranks on this node."""
         now, found = time.monotonic(), []
         for record in read_heartbeats(RunPaths(self.run_dir).heartbeat_dir):
             if record.get("launch") != self._job["token"] or not _HEARTBEAT_KEYS <= set(record):
@@ -353,7 +354,8 @@ class LocalNode:
         return sorted(found, key=lambda record: record["rank"])
 
     def poll(self, log_from: int) -> NodeReport:
-        """
+        """A report on the job.
+
         Args:
             log_from: `log_end` of the last report of this launch; 0 at first.
         """
@@ -366,7 +368,7 @@ class LocalNode:
         heartbeats = self._heartbeats() if self._job is not None else []
         running = launcher_alive or any(record["alive"] for record in heartbeats)
         if self._job is not None and not running:
-            # Ranks that have not beaten yet are only found by a look at all processes.
+            # Ranks without a heartbeat yet are found only among all processes.
             running = bool(self._processes())
         exits = read_exit_records(self.home / f"exit-{self._job['token']}") if self._job is not None else []
         log, log_end = self._read_log(log_from, whole_lines=running)
@@ -386,14 +388,14 @@ class LocalNode:
                 content = file.read(_LOG_BYTES_AT_ONCE)
         except OSError:
             return "", start
-        # Whole lines while more may come, so that no character is cut and lines of several nodes do not mix.
+        # While more may come, only whole lines: no character is cut, and lines of several nodes do not mix.
         end = content.rfind(b"\n") + 1
         if not whole_lines or (not end and len(content) == _LOG_BYTES_AT_ONCE):
             end = len(content)
         return content[:end].decode(errors="replace"), start + end
 
     def _newest_checkpoint(self) -> tuple[int | None, int]:
-        """(step, bytes); (None, 0) also where nobody can say."""
+        """(step, bytes); (None, 0) if there is none, or that cannot be known."""
         try:
             checkpoints = list_checkpoints(RunPaths(self.run_dir).ckpt_dir)
         except OSError:
@@ -409,15 +411,16 @@ class LocalNode:
         return checkpoints[-1].step, self._sizes[path]
 
     def holds_checkpoint(self) -> bool:
-        """
+        """Whether the run has a checkpoint here.
+
         Raises:
-            OSError: it cannot be said now.
+            OSError: this cannot be known now.
         """
         return bool(list_checkpoints(RunPaths(self.run_dir).ckpt_dir))
 
     def stacks(self) -> str:
-        """The Python stacks of all ranks, which they write themselves on SIGUSR1; ranks that are stopped are let go on
-        for that."""
+        """The Python stacks of all ranks, which these write themselves on SIGUSR1. Stopped ranks are continued for
+        that."""
         if self._job is None:
             return ""
         waiting = []
@@ -442,13 +445,13 @@ class LocalNode:
         return "\n".join(texts)
 
     def stop(self) -> None:
-        """Ask the ranks to save and end. Not through torchrun, which before torch 2.13 kills after 30 seconds."""
+        """Ask the ranks to save and end. torchrun is not asked, since before torch 2.13 it kills after 30 seconds."""
         self._claim.check()
         if self._job is None:
             return
         pids = [record["pid"] for record in self._heartbeats() if record["alive"]]
         if not pids:
-            # Ranks that have not beaten yet, as the launcher's children; or the launcher is the only rank.
+            # Ranks without a heartbeat yet are children of the launcher, or the launcher is the only rank.
             processes, launcher = self._processes(), self._job["pid"]
             ranks = [process for process in processes if _parent(process) == launcher]
             pids = [process.pid for process in ranks or processes]
@@ -456,24 +459,24 @@ class LocalNode:
             _send(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all processes of the job at once, and wait until they are gone; not for ever, see `obstacle`."""
+        """End all processes of the job at once, and wait until they are gone, but not for ever: see `obstacle`."""
         with self._alone():
             _end(self._processes)
             self._reap()
 
     def _reap(self) -> None:
         if self._process is not None:
-            # It may wait inside the kernel (a dead disk).
+            # The process may wait inside the kernel for a dead disk.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILL_SECONDS)
 
     def close(self) -> None:
-        """Let go of the claim; the job is ended by `kill` alone."""
+        """Give up the claim. Only `kill` ends the job."""
         self.release()
 
 
 def _end(find: Callable[[], list[psutil.Process]]) -> None:
-    """SIGKILL until nothing is found any more, but not for ever."""
+    """Send SIGKILL until `find` finds no more processes, but not for ever."""
     deadline = time.monotonic() + _KILL_SECONDS
     while (processes := find()) and time.monotonic() < deadline:
         for process in processes:
@@ -482,8 +485,9 @@ def _end(find: Callable[[], list[psutil.Process]]) -> None:
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
-    """Of a process that lives, be it only with a thread: one whose first thread has ended looks like a zombie, and may
-    still compute, write and hold locks. Empty if it is gone, or not ours to see."""
+    """Environment of a living process. A process whose first thread has ended looks like a zombie, but its other
+    threads may still compute, write and hold locks. Empty if the process is gone, or its environment may not be
+    read."""
     try:
         if process.status() != psutil.STATUS_ZOMBIE:
             return process.environ()
@@ -496,7 +500,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
                 pairs = (thread / "environ").read_bytes().decode(errors="surrogateescape").split("\0")
                 return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
     except OSError:
-        # It ended meanwhile.
+        # The process has ended meanwhile.
         return {}
     return {}
 
@@ -506,7 +510,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def _status_of(pid: int, token: str) -> str | None:
-    """A process of the launch: its state; None if it is gone."""
+    """State of a process of the launch; None if it is gone."""
     try:
         process = psutil.Process(pid)
         status = process.status()
@@ -534,7 +538,7 @@ def _send(pid: int, signum: int) -> None:
 
 
 def _has_settled(path: Path, before: int) -> bool:
-    """Whether something was written, and nothing more comes."""
+    """Whether the file has grown and grows no more."""
     size = path.stat().st_size if path.exists() else 0
     if size <= before:
         return False
@@ -576,8 +580,8 @@ def _answer(node: LocalNode, request: dict) -> object:
 
 
 def serve(node: LocalNode, requests: Iterator[str]) -> Iterator[str]:
-    """Answer each request line, until there are no more, with {"answer"}; {"problem"}: the request is wrong;
-    {"failure"}: this machine could not do it now; or {"taken"}: another monitor has the run."""
+    """Answer each request line with {"answer"}, {"problem"} (the request is wrong), {"failure"} (this machine could not
+    do it now) or {"taken"} (another monitor has the run)."""
     for line in requests:
         try:
             yield json.dumps({"answer": _answer(node, json.loads(line))})
@@ -590,7 +594,7 @@ def serve(node: LocalNode, requests: Iterator[str]) -> Iterator[str]:
 
 
 def _lines(fd: int, patience: float) -> Iterator[str]:
-    """Lines that come in, until there are no more, or none for so many seconds: a broken connection may leave its end
+    """Incoming lines, until the input ends or none comes for `patience` seconds: a broken connection may leave its end
     here open for hours, and with it the claim."""
     buffer = b""
     while select.select([fd], [], [], patience)[0] and (piece := os.read(fd, 1 << 16)):
@@ -606,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run_dir", type=a_path, required=True, help="run directory on this machine")
     parser.add_argument("--index", type=int, default=0, help="number of this node")
     args = parser.parse_args(argv)
-    # The job is ended by request alone, not because the connection's terminal is gone.
+    # Only a request ends the job, not the loss of the connection's terminal.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     node = LocalNode(Path(args.run_dir), args.index)
     # The connection may have dropped in the middle of a launch.

@@ -1,4 +1,4 @@
-"""What the ending of a launch means, and what to do next. Plain data in, plain data out."""
+"""Judges how a launch ended, and decides what to do next. Plain data in, plain data out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ class LaunchEnd:
     reason: str
     """A sentence."""
     traceback: str = ""
-    """Of the rank that failed first."""
+    """Traceback of the rank that failed first."""
     non_finite_until: int | None = None
-    """If the loss was not finite: position of the stream behind the samples that made it so."""
+    """If the loss was not finite: position in the data stream after the samples that caused it."""
 
 
 _SAID = {OK: "finished", STOPPED: "stopped on request"}
@@ -32,27 +32,27 @@ def classify(
     ended_by_us: frozenset[int] = frozenset(),
     leaving: Mapping[int, int] | None = None,
 ) -> LaunchEnd:
-    """What happened, from the records that the ranks left.
+    """How a launch ended, according to the records that its ranks left.
 
     Args:
         exits: exit records of all ranks of the launch.
-        world_size: how many ranks there were; None if no rank ever said so.
-        returncodes: of the launchers; torchrun's says little.
+        world_size: number of ranks; None if no rank ever said it.
+        returncodes: exit codes of the launchers; torchrun's says little.
         cause: why the monitor ended the launch, if it did.
-        ended_by_us: ranks that the monitor ended because others had.
-        leaving: rank -> the exit code with which it was about to end, with everything saved.
+        ended_by_us: ranks that the monitor ended because others had ended.
+        leaving: rank -> exit code with which the rank was about to end after it had saved everything.
     """
     ranks = world_size or max(len(exits), 1)
     code = verdict([record["code"] for record in exits], ranks)
     if code == WRONG_INPUT:
         record = next(record for record in exits if record["code"] == WRONG_INPUT)
-        # Whatever the training makes of it: a disk that is full, or away, is nothing that the command says.
+        # Whatever the training concludes, a full or unreachable disk is not a mistake in the command.
         return LaunchEnd(CRASH if is_of_a_disk(record["reason"]) else WRONG_INPUT, record["reason"])
     if code in _SAID:
         return LaunchEnd(code, _SAID[code])
     settled = dict(leaving or {}) | {record["rank"]: record["code"] for record in exits if record["code"] in _SAID}
     if (code := verdict(settled.values(), ranks)) in _SAID:
-        # Starting again could only lead to the same place.
+        # Another launch could only end in the same place.
         late = [f"rank {record['rank']}: {record['reason']}" for record in exits if record["code"] not in _SAID]
         return LaunchEnd(code, "; ".join([_SAID[code], *(["all was saved before " + ", ".join(late)] if late else [])]))
     if cause is not None:
@@ -71,7 +71,7 @@ def classify(
     if not parts:
         codes_said = ", ".join(str(code) for code in returncodes if code is not None)
         parts.append(f"the launcher ended with exit code {codes_said}" if codes_said else "it left no exit record")
-    # What others say of a rank that was killed is only that it is gone.
+    # Of a rank that was killed, the other ranks only know that it is gone.
     traceback = failed[0].get("traceback", "") if failed and not silent else ""
     return LaunchEnd(CRASH, "; ".join(parts), traceback, non_finite)
 
@@ -81,12 +81,12 @@ _OF_THE_CODE = (
     "ModuleNotFoundError", "NameError", "NotImplementedError", "RecursionError", "SyntaxError", "TypeError",
     "UnboundLocalError", "ZeroDivisionError",
 )  # fmt: skip
-"""Exceptions that say what the code is, not what the world is like at the moment."""
+"""Exceptions that come from the code itself, not from its surroundings at the moment."""
 
 
 def fixed_cause(ending: LaunchEnd) -> str | None:
-    """What names a crash that will be the same the next time: its exception and the line that raised it; None where it
-    may pass."""
+    """The cause of a crash that would be the same the next time: its exception and the line that raised it. None if the
+    crash may pass."""
     lines = [line.strip() for line in ending.traceback.splitlines() if line.strip()]
     places = [line for line in lines if line.startswith('File "')]
     if not places or lines[-1].partition(":")[0] not in _OF_THE_CODE:
@@ -96,36 +96,38 @@ def fixed_cause(ending: LaunchEnd) -> str | None:
 
 @dataclass(frozen=True)
 class Rules:
+    """When to launch again, and when to give up."""
+
     max_restarts: int = 1000
-    """In all."""
+    """Most restarts in all."""
     max_without_progress: int = 3
-    """Launches in a row without a step that was not done before, before it is given up; and ..."""
+    """The monitor gives up after so many launches in a row without a new step, if also ..."""
     give_up_after: float = 86400.0
-    """... seconds without one. What an exception of the code itself ends each time, at the same line, is given up
-    without."""
+    """... so many seconds have passed without one. It does not wait for that if an exception of the code itself, at the
+    same line, ends each launch."""
     backoff: float = 1.0
     """Seconds before the first restart; doubled each time without progress."""
     max_backoff: float = 300.0
     on_nonfinite: str = "go_back"
-    """"go_back": resume from the last checkpoint, leaving out the samples up to the failure; "stop": end."""
+    """"go_back": resume from the last checkpoint and leave out the samples up to the failure; "stop": end."""
     max_go_back: int = 3
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do after an ending."""
+    """What to do after a launch has ended."""
 
     exit_code: int | None
-    """End with this; None: launch again."""
+    """Code to end with; None: launch again."""
     reason: str
     delay: float = 0.0
     """Seconds to wait before the next launch."""
     flags: list[str] = field(default_factory=list)
-    """Added to the training's."""
+    """Flags that are added to the training's."""
 
 
 class Policy:
-    """Decides after each ending; remembers what came before."""
+    """Decides what to do after each launch, and remembers the launches before."""
 
     def __init__(self, rules: Rules):
         self._rules = rules
@@ -137,10 +139,11 @@ class Policy:
         self._same_cause = 0
 
     def decide(self, ending: LaunchEnd, greatest_step: int | None, stop_requested: bool, now: float) -> Decision:
-        """
+        """What to do next.
+
         Args:
-            greatest_step: highest step that a rank of the launch began; None if none did.
-            stop_requested: the monitor itself was asked to end.
+            greatest_step: greatest step that a rank of the launch began; None if none began one.
+            stop_requested: whether the monitor itself was asked to end.
             now: seconds, by a clock that stands still while the monitor waits for a host or a disk.
         """
         if ending.code != CRASH:
@@ -159,13 +162,13 @@ class Policy:
             self.went_back += 1
             self._flags = [f"--resume_at_sample={ending.non_finite_until}"]
         elif progressed:
-            # Until then, what was left out may be in no checkpoint yet.
+            # Before this, no checkpoint may have recorded yet which samples were left out.
             self._flags = []
         self._count(ending, greatest_step if progressed else None, now)
         if reason := self._given_up(now):
             return Decision(CRASH, f"gave up after {reason}: {ending.reason}")
         self.restarts += 1
-        # (2.0 to the power of some thousands would be no number any more.)
+        # (2.0 to the power of some thousands would overflow.)
         delay = min(rules.backoff * 2.0 ** min(self.without_progress, 60), rules.max_backoff)
         return Decision(None, ending.reason, delay, self._flags)
 
@@ -181,7 +184,7 @@ class Policy:
         self._cause = cause
 
     def _given_up(self, now: float) -> str:
-        """Why, if so."""
+        """Why to give up; empty if there is no reason to."""
         rules = self._rules
         if self.restarts >= rules.max_restarts:
             return f"{self.restarts} restarts"

@@ -1,9 +1,9 @@
-"""A node behind an SSH connection: `python -m monitor.node` runs there and is asked over its standard input.
+"""A node behind an SSH connection: `python -m monitor.node` runs there and takes requests on its standard input.
 
-The connection may drop at any time: the job goes on, and the next request connects again. Whatever a host answers that
-was reached before (no login, no folder, another key), it is out of reach, and is asked again: soon, if nothing answers
-at the address; else after minutes, since hosts shut out who comes too often. A host whose key has changed is not
-connected to, and nothing is said to it, until its key is the one in known_hosts.
+The connection may drop at any time: the job goes on, and the next request connects again. A host that was reached
+before counts as out of reach whatever it answers now (no login, no folder, another key). It is asked again, soon if
+nothing answers at the address, otherwise after minutes, since hosts shut out those who come too often. Nothing is sent
+to a host whose key has changed until its key is the one in known_hosts.
 """
 
 import json
@@ -24,20 +24,20 @@ logger = logging.getLogger("monitor")
 
 _MOST_BYTES = 1 << 24
 _SOON, _SOON_AT_MOST = 1.0, 15.0
-"""Seconds before the next attempt where nothing answered; doubled each time."""
+"""Seconds before the next attempt if nothing answered; doubled each time."""
 _LATER, _LATER_AT_MOST = 60.0, 300.0
-"""The same where something did. fail2ban, as it comes, shuts out after five failures within ten minutes."""
+"""The same if something answered. fail2ban, by default, shuts out after five failures within ten minutes."""
 
 
 class OtherVersion(ValueError):
-    """The host has another zero2all."""
+    """The host has another version of zero2all."""
 
 
 class RemoteNode:
-    """The job on a host of the hosts file; what LocalNode is for this machine.
+    """The job on a host of the hosts file, with the methods of LocalNode.
 
-    All methods raise SSHProblem where the host cannot be reached, ValueError where the request is wrong, OSError where
-    the host could not do it now, and TakenOver where another monitor has the run.
+    All methods raise SSHProblem if the host cannot be reached, ValueError if the request is wrong, OSError if the host
+    could not do it now, and TakenOver if another monitor has the run.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class RemoteNode:
         """Connect and start the server on the host.
 
         Args:
-            confirm: asked about the key of a host that is not known yet, see utils/ssh.py.
+            confirm: is asked about the key of an unknown host, see utils/ssh.py.
         Raises:
             ValueError: the host has no zero2all of this version where the hosts file says.
-            TakenOver: it was claimed, and another monitor has claimed it since.
+            TakenOver: the run was claimed, and another monitor has claimed it since.
         """
         self._drop()
         self._client = connect(self.host.target, confirm=confirm, timeout_s=self._timeout)
@@ -76,7 +76,7 @@ class RemoteNode:
             self._channel.exec_command(command)
             hello = self._exchange({"do": "hello"}, 3 * self._timeout)["answer"]
         except Exception as error:
-            # paramiko's own errors are many; whichever it was, there is no connection.
+            # paramiko has many errors of its own; after any of them there is no connection.
             complaint = self._complaint()
             self._drop()
             if isinstance(error, ValueError) or complaint:
@@ -95,7 +95,7 @@ class RemoteNode:
         self._was_open = True
 
     def _claim_again(self) -> None:
-        """With the new connection, what was claimed before."""
+        """Renew the claim over the new connection."""
         try:
             holder = self._claim("") if self._who is not None else None
         except (OSError, ValueError) as error:
@@ -106,12 +106,12 @@ class RemoteNode:
             raise TakenOver(f"{self.name}: {holder}")
 
     def expect(self, problem: OSError | ValueError) -> None:
-        """It did not answer as it should, but is known to have done so for an earlier monitor: it is waited for."""
+        """Wait for a host that did not answer as it should, but is known to have answered an earlier monitor."""
         self._was_open = True
         self._out_of_reach(problem)
 
     def _complaint(self) -> str:
-        """Last line that the host's shell or Python wrote to standard error."""
+        """The last line that the host's shell or Python wrote to standard error."""
         try:
             self._channel.settimeout(2.0)
             text = self._channel.makefile_stderr("rb").read(4000).decode(errors="replace")
@@ -138,10 +138,10 @@ class RemoteNode:
         return json.loads(line)
 
     def _connect_again(self, wait: bool) -> None:
-        """Have a connection, made in a thread of its own where there is none.
+        """See that there is a connection; a new one is made in a thread of its own.
 
         Raises:
-            Unreachable: not `wait`, and it is not there yet; or it is too soon to try again.
+            Unreachable: the connection is not there yet and `wait` is false, or it is too soon to try again.
         """
         if self._connecting is None and self._channel is None:
             if self._clock() < self._next_attempt:
@@ -163,7 +163,8 @@ class RemoteNode:
         self._problem, self._next_attempt, self._delay = None, 0.0, 0.0
 
     def _out_of_reach(self, error: OSError | ValueError) -> Unreachable:
-        """What an attempt that failed means for a host that was reached before; says when to try again."""
+        """The problem that a failed attempt means for a host that was reached before. Also sets the time of the next
+        attempt."""
         is_silent = isinstance(error, Unreachable) and not isinstance(error, BrokeOff)
         first, most = (_SOON, _SOON_AT_MOST) if is_silent else (_LATER, _LATER_AT_MOST)
         self._delay = min(max(2 * self._delay, first), most)
@@ -180,11 +181,11 @@ class RemoteNode:
         return self._ask(do, timeout_s or self._timeout, **more)
 
     def _ask(self, do: str, timeout_s: float, **more: object) -> object:
-        """Over the connection that there is."""
+        """Ask over the present connection."""
         try:
             answer = self._exchange({"do": do, **more}, timeout_s)
         except (OSError, EOFError, json.JSONDecodeError) as error:
-            # An answer that comes too late must not be taken for the next one's.
+            # A late answer must not be taken for that of the next request.
             self._drop()
             if isinstance(error, SSHProblem):
                 raise
@@ -199,7 +200,7 @@ class RemoteNode:
         return answer["answer"]
 
     def claim(self, who: Monitor, instead_of: str = "") -> Holder | None:
-        """As LocalNode's; what is claimed is claimed again with each new connection."""
+        """As LocalNode's. Each new connection renews the claim."""
         self._connect_again(wait=True)
         self._who, before = who, self._who
         try:
@@ -216,7 +217,7 @@ class RemoteNode:
         return None if answer is None else Holder.from_json(answer)
 
     def release(self) -> None:
-        """Let others have the run, where the host can be told so; elsewhere the lease runs out."""
+        """Give up the claim if the host can be told; otherwise its lease runs out."""
         if self._who is not None and self._channel is not None:
             self._ask("release", self._timeout)
         self._who = None
@@ -225,7 +226,7 @@ class RemoteNode:
         self._request("touch", wait=False)
 
     def poll(self, log_from: int) -> NodeReport:
-        """As LocalNode's; does not wait for a connection that is gone, but has it made meanwhile."""
+        """As LocalNode's. Does not wait for a lost connection, which is made again meanwhile."""
         return NodeReport(**self._request("poll", min(self._timeout, 5.0), wait=False, log_from=log_from))
 
     def start(self, launch: Launch) -> None:

@@ -1,7 +1,7 @@
-"""--resume_from=best under the monitor: followed once, so that what is trained since stays.
+"""--resume_from=best under the monitor: followed once, so that later training is not lost.
 
-Done is done once ranks have begun their steps, as the later checkpoints are set aside right before. The first node
-remembers it, where the run is: other launches, monitors and machines come after this one.
+It has been followed once ranks have begun their steps, as later checkpoints are set aside right before. The first node
+remembers this in the run directory, for the launches, monitors and machines that come after this one.
 """
 
 import logging
@@ -26,10 +26,11 @@ class _Node(Protocol):
 
 
 class Rewind:
-    """
+    """Follows --resume_from for the launches of one monitor.
+
     Args:
         first: node of rank 0.
-        run_dir: as the node names it.
+        run_dir: the run directory as the node names it.
     """
 
     def __init__(self, first: _Node, command: TrainCommand, run_dir: object):
@@ -43,13 +44,13 @@ class Rewind:
         return self._flag not in (None, "last")
 
     def flags_for(self, launch: str, resume: bool) -> list[str]:
-        """What to add to the training's flags, now that it is launched.
+        """Flags to add to a training that is launched now.
 
         Args:
-            launch: its name; on node N it is LAUNCH-N.
-            resume: there is a checkpoint.
+            launch: name of the launch; on node N it is LAUNCH-N.
+            resume: whether there is a checkpoint.
         Raises:
-            OSError: it cannot be remembered, so it must not be done.
+            OSError: the launch cannot be remembered, so it must not begin.
         """
         if not self._is_asked_for:
             return []
@@ -62,14 +63,15 @@ class Rewind:
         return []
 
     def _is_done(self, note: dict) -> bool:
-        """As far as one knows: to believe a note that cannot be read throws nothing away."""
+        """Whether the flag has been followed, as far as one knows. An unreadable note means yes, which loses
+        nothing."""
         if not {"flags", "launch", "done"} <= set(note):
             return True
         if note["flags"] != self._flags:
             return False
         if note["done"] is not False:
             return True
-        # It may have begun while nobody watched.
+        # The launch may have begun its steps while nobody watched.
         beats = self._first.poll(0).heartbeats
         return _has_begun(beat for beat in beats if str(beat.get("launch")).startswith(f"{note['launch']}-"))
 
@@ -84,7 +86,7 @@ class Rewind:
         )  # fmt: skip
 
     def take_over(self, launch: str) -> None:
-        """A job is watched that was launched before: by this command, or by another."""
+        """Watch a job that was launched before, by this command or by another."""
         self._begun = None
         if not self._is_asked_for:
             return
@@ -95,17 +97,17 @@ class Rewind:
             logger.warning("--resume_from=%s takes effect with the next launch", self._flag)
 
     def see(self, heartbeats: list[dict]) -> None:
-        """Of the launch that is watched: remember when it is done."""
+        """Look at the heartbeats of the launch that is watched, and remember when the flag has been followed."""
         if self._begun is None or not _has_begun(heartbeats):
             return
         try:
             self._first.remember(_NOTE, self._begun | {"done": True})
             self._begun = None
         except (OSError, ValueError):
-            # At the next look; until then, the ranks' own signs of life say so.
+            # The next look tries again; until then, the ranks' own heartbeats show it.
             return
 
 
 def _has_begun(heartbeats: Iterable[dict]) -> bool:
-    """Whether a rank is beyond what comes before the first step."""
+    """Whether a rank has passed the phases before the first step."""
     return any(beat["phase"] not in ("start", "reference") for beat in heartbeats)

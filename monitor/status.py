@@ -1,4 +1,4 @@
-"""The status file `RUN/monitor/status.json`: what the monitor knows, for `monitor_process.py --status RUN`."""
+"""The status file `RUN/monitor/status.json`, which `monitor_process.py --status RUN` prints."""
 
 import math
 import time
@@ -20,36 +20,38 @@ STATUS_FILE = "status.json"
 ENDED_STATES = ("finished", "stopped", "refused", "failed")
 _STALE_SECONDS = 30.0
 _LONGEST_STATUS, _LONGEST_CONFIG = 1 << 20, 1 << 20
-"""Bytes."""
+"""Limits in bytes."""
 _LATEST_TIME = 1e11
 _LONGEST_STEP = 1e9
-"""Seconds."""
+"""Limit in seconds."""
 
 
 @dataclass
 class Status:
+    """What a monitor knows of its run."""
+
     state: str = "starting"
     """starting, running, waiting (for the next launch or a host), stopping; or ended: finished, stopped, refused,
     failed."""
     monitor_pid: int = 0
     hosts: list[str] = field(default_factory=list)
     attempt: int = 0
-    """Launches in all."""
+    """Number of all launches."""
     restarts: int = 0
-    """Restarts by this monitor."""
+    """Number of restarts by this monitor."""
     phase: str = ""
-    """Of the rank that is behind the others."""
+    """Phase of the rank that is behind the others."""
     ranks: int = 0
     step: int | None = None
     max_iters: int | None = None
     seconds_per_step: float | None = None
-    """Median."""
+    """Median over recent steps."""
     checkpoint: int | None = None
-    """Step of the newest one."""
+    """Step of the newest checkpoint."""
     last_ending: str = ""
     """Why the last launch ended."""
     updated: float = 0.0
-    """Seconds since 1970."""
+    """When the file was written, in seconds since 1970."""
 
     def write(self, run_dir: Path) -> None:
         self.updated = time.time()
@@ -57,10 +59,11 @@ class Status:
 
     @staticmethod
     def read(run_dir: Path) -> "Status":
-        """
+        """The status of a run.
+
         Raises:
-            ValueError: there is none, or none that a monitor wrote.
-            OSError: it cannot be read now.
+            ValueError: there is no status file, or no monitor wrote it.
+            OSError: the file cannot be read now.
         """
         path = RunPaths(run_dir).monitor_dir / STATUS_FILE
         try:
@@ -98,9 +101,10 @@ _IS_RIGHT: dict[str, Callable[[object], bool]] = {
 
 
 def _check(values: object) -> None:
-    """
+    """Check the values of a status file.
+
     Raises:
-        ValueError: a monitor writes no such status.
+        ValueError: no monitor writes such values.
     """
     if not isinstance(values, dict):
         raise ValueError("it holds no status")
@@ -112,7 +116,7 @@ def _check(values: object) -> None:
 
 
 def planned_steps(run_dir: Path) -> int | None:
-    """Steps of the whole run, from the configuration that the training left; None if that says nothing of it."""
+    """Number of steps of the whole run, from the configuration that the training left; None if it does not say."""
     try:
         content = parse_yaml(read_small(RunPaths(run_dir).config, _LONGEST_CONFIG))
     except (OSError, ValueError):
@@ -123,12 +127,12 @@ def planned_steps(run_dir: Path) -> int | None:
 
 
 def last_loss(run_dir: Path) -> float | None:
-    """Of the newest complete training record."""
+    """Loss in the newest complete training record."""
     return next(newest_values(RunPaths(run_dir).reslog, "loss"), None)
 
 
 def describe(status: Status, loss: float | None, now: float) -> list[str]:
-    """Lines for people.
+    """The status in lines for the user.
 
     Args:
         now: time.time().
@@ -167,9 +171,10 @@ def _loss(loss: float | None) -> str:
 
 
 def _moment(seconds: float) -> str:
-    """
+    """Date and time for the user.
+
     Args:
-        seconds: since 1970.
+        seconds: seconds since 1970.
     """
     if seconds > _LATEST_TIME:
         return "in thousands of years"

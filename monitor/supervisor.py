@@ -1,10 +1,11 @@
-"""Launch, watch, end, launch again: the loop of monitor_process.py over the nodes of a run.
+"""Launches, watches, ends and launches again: the loop of monitor_process.py over the nodes of a run.
 
-Time is counted as the monitor lives it: from one look to the next, no more passes than a look takes. So whatever stops
-this process, or the whole machine (a laptop that is shut), brings no deadline nearer.
+Only time that the monitor has lived through counts: from one look to the next, no more than a look takes. So nothing
+that stops this process or the whole machine (a laptop that is shut) brings a deadline nearer.
 
-A host that is silent is no reason to end a job: the ranks on the others show what its ranks do, as they stand still
-without them. Before each launch all nodes are looked at, and a job that is alive on all of them is watched further.
+A silent host is not a reason to end a job: the ranks on the other hosts show what its ranks do, as they stand still
+without them. Before each launch the monitor looks at all nodes, and goes on watching a job that is alive on all of
+them.
 """
 
 import contextlib
@@ -41,22 +42,22 @@ _ENDED = {OK: "finished", STOPPED: "stopped", WRONG_INPUT: "refused", CRASH: "fa
 _LOW_MEMORY = 0.05
 _SPARE_DISK_BYTES = 1 << 28
 _STATUS_SECONDS = 5.0
-"""The status file is written at least this often."""
+"""Longest time between two writes of the status file."""
 _TOUCH_SECONDS = 30.0
-"""The nodes hear of the monitor at least this often."""
+"""Longest time without a contact to the nodes."""
 _LOOK_AGAIN_SECONDS = 5.0
-"""Between looks at what stands in the way of a launch."""
+"""Time between two looks at the obstacles of a launch."""
 _LONGEST_LOOK = 2.0
-"""Seconds, beside twice the interval; what is longer counts as so much."""
+"""Seconds that a look may take besides twice the interval; a longer look counts as so much."""
 _MOST_SILENT = 70.0
-"""Seconds after which a monitor that has a run is not at work there: longer than the longest interval."""
+"""Seconds of silence after which a monitor that has a run is not at work: longer than the longest interval."""
 _KILL_PATIENCE = 60.0
 _LOG_OF_A_LAUNCH = re.compile(r"launch-(\d{1,9})-\d+\.log")
 _TRACEBACK_LINES = 30
 
 
 class Node(Protocol):
-    """LocalNode or RemoteNode."""
+    """A LocalNode or a RemoteNode."""
 
     index: int
     name: str
@@ -80,18 +81,20 @@ class Node(Protocol):
 
 @dataclass(frozen=True)
 class SupervisorOptions:
+    """How a run is looked after."""
+
     rules: Rules = Rules()
     limits: Limits = Limits()
     interval: float = 1.0
-    """Seconds between looks."""
+    """Seconds between two looks."""
     leave_grace: float = 15.0
-    """Seconds that ranks may live on after another has died or ended, unless they are about to end, too."""
+    """Seconds for which ranks may live on after another has died or ended, unless they are about to end, too."""
     stop_timeout: float = 1800.0
     """Seconds from the request to stop until the job is killed."""
     unreachable_after: float = 120.0
     """Seconds without an answer after which a host counts as lost."""
     lock_timeout: float = 30.0
-    """Seconds that the first launch waits for another process in the run directory."""
+    """Seconds for which the first launch waits for another process in the run directory."""
     show_output: bool = True
 
 
@@ -99,8 +102,8 @@ class Supervisor:
     """Keeps one run going.
 
     Args:
-        run_dir: where the status file is, on this machine.
-        hosts: of the remote nodes, in their order; None: one node, this machine.
+        run_dir: the run directory on this machine, which has the status file.
+        hosts: the hosts file of the remote nodes, in their order; None: one node, this machine.
         clock: seconds, as time.monotonic.
     """
 
@@ -121,10 +124,10 @@ class Supervisor:
         self._unasked = {node.index for node in nodes}
         self._warned: set[str] = set()
         self._plan: tuple[int, int | None] = (0, None)
-        # Until the run is ours, the status file may be another monitor's.
+        # Until the run is ours, the status file may belong to another monitor.
         self._is_claimed = False
         self._claimed: list[Node] = []
-        # Ranks have come to life: the command is right, and what is wrong may pass.
+        # True once ranks have come to life: the command is right, and a problem may pass.
         self._is_proved = False
         self._waited = self._time = 0.0
         self._looked_at = self._touched_at = clock()
@@ -136,7 +139,7 @@ class Supervisor:
         self._looked_at = self._clock()
         self._reports: list[NodeReport | None] = [None] * len(self.nodes)
         self._beats: list[list[dict]] = [[] for _ in self.nodes]
-        # When each node answered last: by the clock, and in watched time.
+        # The time of each node's last answer, by the clock and in watched time.
         self._answered = [(self._looked_at, self._time)] * len(self.nodes)
         self._silent: set[int] = set()
         self._silence = [Silence(is_adopted) for _ in self.nodes]
@@ -149,23 +152,23 @@ class Supervisor:
         self._ended_by_us: frozenset[int] = frozenset()
 
     def request_stop(self) -> None:
-        """From a signal handler: end the run, with a checkpoint. A second time: at once."""
+        """End the run with a checkpoint; on a second request, at once. Called by a signal handler."""
         if self.stop_requested:
             self._stop_sent = -math.inf
         self.stop_requested = True
 
     def run(self) -> int:
-        """Until the run is finished, stopped, refused or given up; returns the exit code."""
+        """Keep the run going until it is finished, stopped, refused or given up. Returns the exit code."""
         try:
             for node in self.nodes:
                 if not self._claim(node):
                     return STOPPED
-                # While the others are waited for, this one must hear of us.
+                # While we wait for the other nodes, this one must hear from us.
                 self._claimed.append(node)
             self._is_claimed = True
             return self._run()
         except ValueError as error:
-            # Of the claim alone. The status file is left as it is: it may be the other monitor's.
+            # Only a claim raises this. The status file stays as it is: it may belong to the other monitor.
             logger.error("refused: %s", error)
             return WRONG_INPUT
         except TakenOver as error:
@@ -177,16 +180,16 @@ class Supervisor:
 
     def _release(self) -> None:
         for node in self.nodes:
-            # Where it cannot be told, the lease runs out.
+            # If a node cannot be told, the lease runs out.
             with contextlib.suppress(OSError, ValueError, TakenOver):
                 node.release()
 
     def _claim(self, node: Node) -> bool:
-        """Have the run for this monitor on a node; False if asked to stop while it is waited for. One node after the
-        other: of two monitors that begin at once, one gets the first.
+        """Claim the run on a node. False if the monitor is asked to stop while it waits. Nodes are claimed one after
+        the other: of two monitors that begin at once, one gets the first node.
 
         Raises:
-            ValueError: another monitor has it, or the directory cannot be written.
+            ValueError: another monitor has the run, or the directory cannot be written.
         """
         started, told, instead_of = self._clock(), False, ""
         while True:
@@ -198,7 +201,7 @@ class Supervisor:
                 if is_dead and not holder.is_served and instead_of != holder.monitor.id:
                     instead_of = holder.monitor.id
                     continue
-                # What serves a monitor that is gone will notice; a lease runs out.
+                # A process that serves a dead monitor will notice; a lease runs out.
                 may_end = is_dead or not holder.is_served or holder.silent > _MOST_SILENT
                 problem = f"{node.name}: {holder}, looks after {self.run_dir}"
                 if not may_end or self._clock() - started > LEASE_SECONDS + _KILL_PATIENCE:
@@ -224,7 +227,7 @@ class Supervisor:
             ending = self._one_launch(flags)
             self._after_full_disk = ending.code == CRASH and is_full(ending.reason)
             if why := self._disk_problem(ending):
-                # No fault of the run's, and no try: it goes on once the disk does.
+                # The run is not to blame, so this does not count as a try: it goes on once the disk works.
                 not_counted += 1
                 self._tell_traceback(ending)
                 logger.warning("launch %d ended: %s", self.status.attempt, ending.reason)
@@ -244,7 +247,7 @@ class Supervisor:
                 return self._end(STOPPED, f"stopped on request between two launches{self._left_behind()}")
 
     def _one_launch(self, flags: list[str]) -> LaunchEnd:
-        """From the launch, or the adoption, to the end of all that belongs to it."""
+        """One launch or adopted job, from its beginning to the end of all its processes."""
         self._is_started = False
         try:
             if self._adopt() or self._launch(flags):
@@ -260,19 +263,20 @@ class Supervisor:
         return ending
 
     def _left_behind(self) -> str:
-        """What to add to the last words if a host is out of reach."""
+        """A text for the last message if hosts are out of reach."""
         names = ", ".join(self.nodes[index].name for index in sorted(self._silent))
         return f"; {names} did not answer, and what may still run there goes on" if names else ""
 
     def _disk_problem(self, ending: LaunchEnd) -> str:
-        """What is the matter with a node's disk, if that has ended the launch and is still so."""
+        """The problem of a node's disk, if it has ended the launch and still lasts."""
         if ending.code != CRASH or self.stop_requested or not is_of_a_disk(ending.reason):
             return ""
         obstacles = self._each(lambda node: node.obstacle(self._after_full_disk), quietly=True)
         return next((found.reason for found in obstacles if found is not None and found.kind == "disk"), "")
 
     def _launches_before(self) -> int:
-        """By the status file; by the logs, where that cannot be read or is of another version: none is written over."""
+        """Number of earlier launches, by the status file and by the logs. The logs count if the status file cannot be
+        read or has another version: none of them must be overwritten."""
         numbers = [0]
         with contextlib.suppress(OSError, ValueError):
             numbers.append(Status.read(self.run_dir).attempt)
@@ -285,7 +289,7 @@ class Supervisor:
         """Do something on all nodes at once.
 
         Args:
-            quietly: a node that cannot be reached answers None; else the problem is raised, after all have been asked.
+            quietly: a node with a problem answers None; otherwise its problem is raised after all have been asked.
         """
         futures = [self._pool.submit(work, node) for node in self.nodes]
         answers: list[T | None] = []
@@ -301,8 +305,8 @@ class Supervisor:
         return answers
 
     def _until(self, look: Callable[[], str]) -> bool:
-        """Wait for as long as `look` says why, or a node is out of reach, or its disk. That is no time without
-        progress. False if asked to stop meanwhile."""
+        """Wait while `look` gives a reason, or a node or its disk is out of reach. This time does not count as time
+        without progress. False if the monitor is asked to stop meanwhile."""
         told = ""
         while True:
             try:
@@ -315,7 +319,7 @@ class Supervisor:
                 reason = str(error)
             if not reason or self.stop_requested:
                 return not reason
-            # (Numbers change.)
+            # The numbers in it change.
             if re.sub(r"\d", "", reason) != told:
                 told = re.sub(r"\d", "", reason)
                 logger.warning("waiting: %s", reason)
@@ -325,7 +329,7 @@ class Supervisor:
             self._waited += self._clock() - before
 
     def _adopt(self) -> bool:
-        """Take over a job that is alive on all nodes, also if only to stop it: an earlier monitor left it, or it went
+        """Take over a job that is alive on all nodes, even if only to stop it. An earlier monitor left it, or it went
         on while its hosts were out of reach."""
         found: list[dict | None] = []
 
@@ -334,7 +338,7 @@ class Supervisor:
             return ""
 
         if not self._until(look):
-            # Where it runs it has to end, whether the other nodes answer or not.
+            # The job must end where it runs, whether the other nodes answer or not.
             found = [job for job in self._each(lambda node: node.adopt(), quietly=True) if job]
         if not found or not all(found) or len({job["attempt"] for job in found}) != 1:
             return False
@@ -352,7 +356,7 @@ class Supervisor:
         return True
 
     def _launch(self, flags: list[str]) -> bool:
-        """False, and nothing started, if the monitor is asked to stop."""
+        """Start a launch. False, and nothing is started, if the monitor is asked to stop."""
         if self.stop_requested or not self._until(self._look_for_obstacles(self._clock())):
             return False
         self._set_state("starting", self._last_ending)
@@ -372,20 +376,20 @@ class Supervisor:
         return True
 
     def _look_for_obstacles(self, since: float) -> Callable[[], str]:
-        """Ends what earlier launches left, and says why none can begin yet."""
+        """A function that ends the processes of earlier launches, and says why the next one cannot begin yet."""
 
         def look() -> str:
             self._each(lambda node: node.clear())
             found = [each for each in self._each(lambda node: node.obstacle(self._after_full_disk)) if each]
             if all(each.kind == "lock" for each in found) and not self._is_proved:
-                # Nobody of ours: the training says what to do about it, if it stays.
+                # The other process is not ours. If it stays, the training says what to do about it.
                 found = found if self._clock() - since < self.options.lock_timeout else []
             return found[0].reason if found else ""
 
         return look
 
     def _command_of(self, index: int, token: str, flags: list[str]) -> tuple[list[str], dict[str, str]]:
-        """(command, environment) for a node."""
+        """Command and environment for a node."""
         command, seconds = self.command, int(self.options.limits.save)
         if self.hosts is None:
             return command.words(None, ["--max_restarts=0", *shutdown_flags(command.launcher[0], seconds)], flags), {}
@@ -410,7 +414,7 @@ class Supervisor:
             if not any(running):
                 return self._ending(cause)
             if seen and not any(running[index] for index in seen) and (cause or lost):
-                # What the lost ones still run is looked at, and ended if need be, before the next launch.
+                # Before the next launch, the lost nodes are looked at, and what they still run is ended if needed.
                 return self._ending(cause or lost)
             if self.stop_requested and (reason := self._cannot_stop(any(running[index] for index in seen))):
                 return LaunchEnd(CRASH, reason)
@@ -424,7 +428,7 @@ class Supervisor:
                     self._ended_by_us |= {beat["rank"] for beat in self._heartbeats() if beat["alive"]}
                     self._each(lambda node: node.kill(), quietly=True)
             elif self._is_well():
-                # It could not be ended, as its host fell silent, and has gone on meanwhile.
+                # The job could not be ended, as its host fell silent, and has gone on meanwhile.
                 logger.info("launch %d goes on: watching it again", self.status.attempt)
                 cause = None
             else:
@@ -437,19 +441,19 @@ class Supervisor:
         exits = list(self._exits.values())
         ending = classify(exits, self._world_size, returncodes, cause, self._ended_by_us, self._leaving)
         if ending.code == WRONG_INPUT and not exits and self._is_proved:
-            # The launcher alone refused, and its command has run before: a network that is not up yet, say.
+            # Only the launcher refused, and its command has run before: perhaps the network is not up yet.
             return LaunchEnd(CRASH, ending.reason)
         return ending
 
     def _look(self) -> None:
-        """One report from each node that answers; learn from it and pass on what the job printed."""
+        """Get a report from each node that answers, learn from it, and pass on the job's output."""
 
         def poll(index: int) -> NodeReport | None:
             last = self._reports[index]
             try:
                 return self.nodes[index].poll(last.log_end if last else 0)
             except SSHProblem:
-                # It is told of when it lasts.
+                # The user is told if it lasts.
                 return None
             except (OSError, ValueError) as error:
                 self._warn_once(f"poll {index}: {error}", "%s cannot be looked at: %s", self.nodes[index].name, error)
@@ -490,7 +494,7 @@ class Supervisor:
             logger.warning(text, *values)
 
     def _heartbeats(self) -> list[dict]:
-        """Of all ranks; of a node that does not answer, the last ones that are known."""
+        """Heartbeats of all ranks; for a silent node, its last known ones."""
         return [beat for beats in self._beats for beat in beats]
 
     def _pass_on(self, index: int, report: NodeReport) -> None:
@@ -502,11 +506,11 @@ class Supervisor:
         try:
             print(text, end="", flush=True)
         except OSError:
-            # A closed pipe or a full disk behind it is no reason to end a run; all is in RUN/monitor/ anyway.
+            # A closed pipe or a full disk behind it is not a reason to end a run; RUN/monitor/ has the output anyway.
             self._warned.add("output")
 
     def _drain_logs(self) -> None:
-        """The rest of what the job printed before it ended."""
+        """Fetch the rest of the job's output before its end."""
         for index, node in enumerate(self.nodes):
             report = self._reports[index]
             while report is not None:
@@ -538,7 +542,7 @@ class Supervisor:
             (self._warned.add if short else self._warned.discard)(key)
 
     def _lost_hosts(self) -> str | None:
-        """A sentence about those that have been silent for long; told once each time."""
+        """A sentence about hosts that have been silent for long. The user is told once each time."""
         limit = self.options.unreachable_after
         lost = {i for i in self._silent if self._time - self._answered[i][1] > limit}
         for index in range(len(self.nodes)):
@@ -555,21 +559,21 @@ class Supervisor:
         return f"{names} did not answer for {limit:.0f} s" if lost else None
 
     def _overdue(self) -> str | None:
-        """What is wrong, by the ranks that can be seen."""
+        """The problem, judged by the ranks that can be seen."""
         beats = [beat for index, beats in enumerate(self._beats) if index not in self._silent for beat in beats]
         if self._silent and not beats:
             return None
         return self._watch.overdue(beats, self._time)
 
     def _is_well(self) -> bool:
-        """Whether all nodes answer, and all ranks live and are in time."""
+        """Whether all nodes answer, and all ranks are alive and in time."""
         beats = self._heartbeats()
         alive = len(beats) == self._world_size and all(beat["alive"] for beat in beats) and not self._exits
         return alive and not self._silent and self._overdue() is None
 
     def _is_half_dead(self, running: list[bool]) -> bool:
         """Whether some ranks have ended, and others, or the launcher, have not followed for a while. Ranks that are
-        about to end have as long as their phase may take."""
+        about to end may take as long as their phase."""
         beats = self._heartbeats()
         all_alive = all(running) and all(beat["alive"] for beat in beats)
         if (all_alive and not self._exits) or any(map(self._is_about_to_end, beats)):
@@ -580,7 +584,7 @@ class Supervisor:
         return self._time - self._leaving_since > self.options.leave_grace
 
     def _is_about_to_end(self, beat: dict) -> bool:
-        """Loggers take time to finish, and a save that was in flight when a rank failed."""
+        """Whether a rank is about to end: its loggers finish, or a save that was in flight when the rank failed."""
         return beat["alive"] and (beat["phase"] == "end" or (beat["phase"] == "save" and beat["rank"] in self._exits))
 
     def _on_hang(self, cause: str) -> None:
@@ -595,7 +599,7 @@ class Supervisor:
             self._set_state("stopping")
             self._stop_sent = self._time
         self._each(self._ask_to_stop, quietly=True)
-        # Where no rank has begun, there is nothing to save.
+        # If no rank has begun, there is nothing to save.
         patience = self.options.stop_timeout if self._heartbeats() else self.options.leave_grace
         if self._time - self._stop_sent > patience:
             if self._killed_at is None:
@@ -604,13 +608,13 @@ class Supervisor:
             self._each(lambda node: node.kill(), quietly=True)
 
     def _ask_to_stop(self, node: Node) -> None:
-        """Once; again where it could not be heard."""
+        """Ask a node to stop, once; again if it could not be reached."""
         if node.index in self._unasked:
             node.stop()
             self._unasked.discard(node.index)
 
     def _cannot_stop(self, is_seen_running: bool) -> str:
-        """Why the job cannot be ended, if that has been tried for long enough."""
+        """Why the job cannot be ended; empty while that has not been tried for long enough."""
         is_killed = self._killed_at is not None
         if is_seen_running:
             is_stuck = is_killed and self._time - self._killed_at > _KILL_PATIENCE
@@ -626,7 +630,7 @@ class Supervisor:
             if self._is_claimed and time.time() - self.status.updated > _STATUS_SECONDS:
                 self._write_status()
             if self._claimed and self._clock() - self._touched_at > _TOUCH_SECONDS:
-                # While nothing is launched, the claim would run out.
+                # Without this, the claim would run out while nothing is launched.
                 self._touched_at = self._clock()
                 self._each(lambda node: node.touch() if node in self._claimed else None, quietly=True)
             time.sleep(min(left, 0.2))
@@ -645,12 +649,12 @@ class Supervisor:
         steps = [report.checkpoint for report in self._reports if report and report.checkpoint is not None]
         status.checkpoint = max(steps, default=None)
         if beats and min(beat["step"] for beat in beats) > 0 or status.max_iters is None:
-            # The training writes it when it starts: before its first step, the file may be that of the last launch.
+            # The training writes this file when it starts: before its first step, it may be that of the last launch.
             status.max_iters = self._planned_steps()
         self._write_status()
 
     def _planned_steps(self) -> int | None:
-        """Read again only when the file has changed."""
+        """Number of steps of the whole run. The file is read again only when it has changed."""
         try:
             changed = RunPaths(self.run_dir).config.stat().st_mtime_ns
         except OSError:
@@ -694,7 +698,7 @@ class Supervisor:
     def _end(self, code: int, reason: str) -> int:
         log = logger.info if code in (OK, STOPPED) else logger.error
         self._set_state(_ENDED[code], reason)
-        # (A reason may begin with the word.)
+        # A reason may begin with the same word.
         log(reason if reason.partition(";")[0] == _ENDED[code] else f"{_ENDED[code]}: {reason}")
         return code
 

@@ -1,9 +1,9 @@
-"""Hangs: a heartbeat that is overdue.
+"""Recognises hangs by overdue heartbeats.
 
-Ranks beat from the training thread, at the beginning of each step and of each phase that takes long. How long a beat
-may stay out depends on the phase; between two steps, on the run's own median step:
+The training thread of each rank writes a heartbeat at the beginning of each step and of each phase that takes long. How
+old a heartbeat may become depends on the phase and, between two steps, on the run's own median step:
 
-    hang  <=>  seconds since the rank's last beat > limit(phase)
+    hang  <=>  seconds since the rank's last heartbeat > limit(phase)
     limit(step) = max(step_floor, step_factor * median seconds of a step), or `first_step` before a median is known
 """
 
@@ -19,30 +19,30 @@ _FEWEST_SAMPLES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a beat, by phase."""
+    """Longest time without a heartbeat in each phase, in seconds."""
 
     step_floor: float = 60.0
-    """Never less than this between steps: validation batches and data waits count as steps."""
+    """Least limit between steps: validation batches and data waits count as steps."""
     step_factor: float = 10.0
-    """Times the median step."""
+    """Limit between steps, in median steps."""
     first_step: float = 900.0
-    """Until a few steps were seen."""
+    """Limit until a few steps have been seen."""
     start: float = 900.0
-    """From the launch to the first beat, and from there to the first step: imports, data, other nodes."""
+    """From the launch to the first heartbeat, and from there to the first step: imports, data, other nodes."""
     compile: float = 1800.0
     save: float = 1800.0
     end: float = 300.0 + LONGEST_CLOSE_S
-    """From the last save to the end of the process: loggers finish, old checkpoints are deleted, the ranks take leave
-    of each other."""
+    """From the last save to the end of the process: loggers finish, old checkpoints are deleted, the ranks leave their
+    group."""
     validate: float = 300.0
-    """At least, for a batch of a validation or of DPO's reference: the first one may compile."""
+    """Least limit for a batch of a validation or of DPO's reference: the first one may compile."""
 
 
 class Silence:
-    """For how long ranks have been silent, as far as somebody was there to hear them.
+    """The time for which ranks have been silent while somebody listened.
 
-    A beat's age tells nothing where the monitor, the connection or the whole machine stood still meanwhile: the ranks
-    may have stood still, too. So no more is counted from one look to the next than a look takes.
+    A heartbeat's age says nothing if the monitor, the connection or the whole machine stood still meanwhile: the ranks
+    may have stood still, too. So from one look to the next, no more is counted than a look takes.
 
     Args:
         is_adopted: the launch is older than this watch; the first age that is seen counts as it is.
@@ -53,11 +53,11 @@ class Silence:
         self._last: dict[int, tuple[float, float]] = {}
 
     def judge(self, heartbeats: list[dict], watched: float) -> list[dict]:
-        """The heartbeats, with such ages.
+        """The heartbeats, with their ages counted this way.
 
         Args:
-            heartbeats: of all ranks of a node.
-            watched: seconds since the node's last report in which it was watched.
+            heartbeats: heartbeats of all ranks of a node.
+            watched: watched seconds since the node's last report.
         """
         judged = []
         for beat in heartbeats:
@@ -75,7 +75,7 @@ class Watch:
     """Judges the heartbeats of one launch.
 
     Args:
-        started: when it was launched, in seconds.
+        started: time of the launch in seconds.
     """
 
     def __init__(self, limits: Limits, started: float):
@@ -84,7 +84,7 @@ class Watch:
         self._seconds: deque[float] = deque(maxlen=_SAMPLES)
 
     def take(self, heartbeats: list[dict]) -> None:
-        """Learn how long a step takes, from beats at the beginning of different steps."""
+        """Learn how long a step takes from the heartbeats at the beginning of steps."""
         for beat in heartbeats:
             if beat["phase"] != "step":
                 self._last.pop(beat["rank"], None)
@@ -96,11 +96,11 @@ class Watch:
 
     @property
     def median_step(self) -> float | None:
-        """Seconds; None before enough steps were seen."""
+        """Seconds; None before enough steps have been seen."""
         return statistics.median(self._seconds) if len(self._seconds) >= _FEWEST_SAMPLES else None
 
     def limit(self, phase: str) -> float:
-        """Seconds that a beat of this phase may stay out."""
+        """Longest time in seconds without a heartbeat in a phase."""
         limits = self._limits
         others = {"compile": limits.compile, "save": limits.save, "end": limits.end}
         if phase not in ("step", "validate", "reference"):
@@ -110,11 +110,11 @@ class Watch:
         return step if phase == "step" else max(step, limits.validate)
 
     def overdue(self, heartbeats: list[dict], now: float) -> str | None:
-        """What is wrong, in a sentence, if a living rank is overdue.
+        """A sentence about the problem if a living rank is overdue.
 
         Args:
-            heartbeats: of all ranks that have beaten in this launch, with their "age".
-            now: by the clock of `started`.
+            heartbeats: heartbeats of all ranks that have written one in this launch, with their "age".
+            now: time by the clock of `started`.
         """
         if not heartbeats and now - self._started > self._limits.start:
             return f"no rank gave a sign of life within {self._limits.start:.0f} s of the launch"

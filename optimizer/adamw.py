@@ -4,30 +4,11 @@ m <- b1 m + (1 - b1) g          p <- p - lr wd p
 v <- b2 v + (1 - b2) g^2        p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-
-    def __post_init__(self):
-        """
-        Raises:
-            ValueError: in float32, eps is 0.
-        """
-        if self.eps < torch.finfo(torch.float32).tiny:
-            raise ValueError(
-                f"adam_eps must be at least 1.2e-38, float32's smallest normal number, got {self.eps}: the step of a "
-                "weight that has had no gradient yet would be 0 / 0"
-            )
+from optimizer.config import AdamWConfig
 
 
 def within_range(main: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,7 +27,7 @@ def adamw_reference(
     exp_avg_sq.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
     corrected_avg = exp_avg / (1 - config.beta1**step)
     corrected_sq = exp_avg_sq / (1 - config.beta2**step)
-    param.mul_(1 - lr * weight_decay).sub_(lr * corrected_avg / (corrected_sq.sqrt() + config.eps))
+    param.mul_(1 - lr * weight_decay).sub_(lr * corrected_avg / (corrected_sq.sqrt() + config.adam_eps))
 
 
 @torch.no_grad()
@@ -72,6 +53,6 @@ def adamw_step(
         fused=True,
         grad_scale=torch.full((), grad_divisor, dtype=torch.float32, device=device),
         found_inf=torch.zeros((), dtype=torch.float32, device=device),
-        amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=weight_decay, eps=config.eps,
+        amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=weight_decay, eps=config.adam_eps,
         maximize=False,
     )  # fmt: skip

@@ -16,15 +16,16 @@ zeroed), 2 for bfloat16 weights.
 
 import importlib.util
 import math
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimizer.adamw import AdamWConfig, adamw_reference, within_range
+from optimizer.adamw import adamw_reference, within_range
+from optimizer.config import AdamWConfig
 
-tl = None
+tl: Any = None
 """triton.language once the kernels are loaded."""
 
 
@@ -64,7 +65,7 @@ def adamw_flat_reference(
 
 def _adamw_kernel(
     main_ptr, exp_avg_ptr, exp_avg_sq_ptr, grad_ptr, weights_ptr, numel,
-    grad_factor: "fp64", one_minus_beta1: "fp64", one_minus_beta2: "fp64",  # noqa: F821
+    grad_factor: "fp64", one_minus_beta1: "fp64", one_minus_beta2: "fp64",  # type: ignore[name-defined]  # noqa: F821
     decay, step_size, sqrt_correction2, eps, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """BLOCK elements a program."""
@@ -109,7 +110,7 @@ def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
 
 
 @cache
-def _kernels() -> dict[str, Callable]:
+def _kernels() -> dict[str, Any]:
     """The three kernels above by name, for Triton's compiler or its interpreter. Triton is imported here, at the first
     step: a CPU has no use for the second it takes."""
     import triton
@@ -162,7 +163,7 @@ def adamw_flat_step(
         return
     _kernels()["_adamw_kernel"][(-(-main.numel() // BLOCK),)](
         main, exp_avg, exp_avg_sq, grad, weights, main.numel(), 1.0 / grad_divisor, 1 - config.beta1, 1 - config.beta2,
-        lr * weight_decay, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step), config.eps,
+        lr * weight_decay, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step), config.adam_eps,
         WRITE_WEIGHTS=weights is not None, ZERO_GRAD=zero_grad, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 

@@ -5,6 +5,9 @@ from typing import Literal
 
 from utils.options import OnlyWith, require_between, require_not_negative, require_positive, require_share_below_1
 
+SMALLEST_EPS = 2.0**-126
+"""float32's smallest normal number."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -59,6 +62,11 @@ class AdamWConfig:
         """
         require_not_negative(self, "weight_decay", "adam_eps")
         require_share_below_1(self, "beta1", "beta2")
+        if self.adam_eps < SMALLEST_EPS:
+            raise ValueError(
+                f"adam_eps must be at least 1.2e-38, float32's smallest normal number, got {self.adam_eps}: the step "
+                "of a weight that has had no gradient yet would be 0 / 0"
+            )
 
 
 @dataclass(frozen=True)

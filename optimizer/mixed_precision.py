@@ -1,32 +1,36 @@
 """The optimizer of the training loop: float32 main parameters under weights of any dtype.
 
-A step, on the slices it was handed (all of them, or under ZeRO-1 the ones this rank owns):
+A step on the slices of a gradient source (all parameters, or under ZeRO-1 this rank's shards):
 
-    norm     global norm of the gradients, float64, over all ranks if the slices are shards
-    check    a norm that is not finite, or too large for float32: every rank skips the step, all state stays as it was
-    step     AdamW (the blocks' matrices: Muon, on request) on the float32 main parameters, gradients divided by loss
-             scale / clipping factor on the way
-    copy     main parameters -> the model's weights, where those are bf16 or fp16
+    norm      global norm of the gradients, in float64
+    check     a norm that is not finite, or too large for float32: every rank skips the step, all state stays as it was
+    take      the source hands over a bucket's summed gradients
+    step      AdamW (the blocks' matrices: Muon, on request) on the float32 main parameters, gradients divided by loss
+              scale / clipping factor on the way
+    copy      main parameters -> the model's weights, where those are bf16 or fp16
+    release   the bucket is zeroed, also after a skipped step
 
-Step and copy go bucket by bucket, the last bucket first, so that what follows (ZeRO-1's gather) can start early. With
-overlap_optim_step they happen while other buckets are still reduced; then there is no norm before the step, hence no
-clipping and no check.
+From take on it goes bucket by bucket, the last bucket first, so that ZeRO-1's gather can start early. With
+overlap_optim_step a bucket is stepped while others are still reduced; then there is no norm before the step, hence no
+clipping and no check. parallel/contract.py says what a source does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from checkpoint.named import Piece
 from optimizer import adamw_triton, muon
-from optimizer.adamw import AdamWConfig, adamw_step, within_range
+from optimizer.adamw import adamw_step, within_range
 from optimizer.clip import clip_factor
-from optimizer.muon import MuonConfig
-from optimizer.param_groups import is_hidden_matrix, split_by_decay
-from parallel.buffer import GradientSource, ParameterSlice, sum_of_squares
+from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.param_groups import ParamGroups, Role
+from parallel.buffer import ParameterSlice
+from parallel.contract import GradientSource, StepResult
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -99,13 +103,6 @@ def can_be_stepped_with(grad_norm: float, scale: float, clip: float) -> bool:
     return grad_norm * scale <= 1e37 and grad_norm * clip <= 1e18 and scale <= 1e37 * clip
 
 
-@dataclass(frozen=True)
-class StepResult:
-    grad_norm: float
-    """Global norm of the unscaled gradients before clipping; infinite if they overflowed."""
-    skipped: bool
-
-
 @dataclass
 class _State:
     """A slice and its optimizer state: flat float32 tensors of its length."""
@@ -132,14 +129,26 @@ class _State:
             self.piece.param.copy_(within_range(self.main, self.piece.param.dtype))
 
 
-def _multiplied_together(states: Sequence[_State]) -> Iterable[list[_State]]:
-    """Muon's matrices of one shape, in bfloat16 on a CPU. Elsewhere each by itself: its bits would depend on the others
-    that are multiplied with it, so a run on the size of its buckets."""
-    groups: dict[object, list[_State]] = {}
-    for state in states:
-        piece = state.piece
+class _Work(NamedTuple):
+    """A slice to step."""
+
+    state: _State
+    grad: Tensor
+    """1-D view of its gradients."""
+
+    @property
+    def piece(self) -> ParameterSlice:
+        return self.state.piece
+
+
+def _multiplied_together(works: Sequence[_Work]) -> Iterable[list[int]]:
+    """Places in `works` of Muon's matrices of one shape, in bfloat16 on a CPU. Elsewhere each by itself: its bits would
+    depend on the others that are multiplied with it, so a run on the size of its buckets."""
+    groups: dict[object, list[int]] = {}
+    for place, work in enumerate(works):
+        piece = work.state.piece
         at_once = piece.param.dtype == torch.bfloat16 and not piece.param.is_cuda
-        groups.setdefault(piece.shape if at_once else piece.name, []).append(state)
+        groups.setdefault(piece.shape if at_once else piece.name, []).append(place)
     return groups.values()
 
 
@@ -147,67 +156,65 @@ def _multiplied_together(states: Sequence[_State]) -> Iterable[list[_State]]:
 class _OverlappedStep:
     lr: float
     squares: list[Tensor] = field(default_factory=list)
+    unreleased: list[int] = field(default_factory=list)
 
 
 class MixedPrecisionOptimizer:
     """AdamW, and on request Muon, over flat slices.
 
     Args:
-        slices: what to step, one list a bucket. Gradients may have any dtype; float32 ones are used in place.
-        config: AdamW's constants.
+        gradients: what to step, and with which gradients: of any dtype; float32 ones are used in place.
         grad_clip: largest global norm, 0 for none.
         scaler: the loss scale that gradients carry.
-        sum_over_ranks: adds a float64 scalar over all ranks if the slices are this rank's shards; None if every rank
-            holds them all.
-        source: where gradients come from if they are not in the slices yet; its norms are over all ranks already.
         kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
             in the same pass); see `choose_kernel`.
         muon: step the matrices of the blocks by Muon; None: AdamW steps all.
-        gather_updates: with Muon, where slices are shards: makes a bucket's gradients whole again, from what each rank
-            has put in the place of its own (`Zero1.gather_in_gradients`). Called for every bucket, on all ranks.
-        zero_grad: leave the slices' gradients zero after a step, at no cost with the Triton kernel.
+        roles: parameter name -> its role, which says whether it decays and whether Muon may step it; None: by name and
+            shape, see param_groups.py.
     """
 
     def __init__(
         self,
-        slices: Sequence[Sequence[ParameterSlice]],
+        gradients: GradientSource,
         config: AdamWConfig,
         grad_clip: float,
         scaler: LossScaler,
-        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
-        source: GradientSource | None = None,
         kernel: str = "torch",
         muon: MuonConfig | None = None,
-        gather_updates: Callable[[int], None] | None = None,
-        zero_grad: bool = False,
+        roles: Mapping[str, Role] | None = None,
     ):
-        self.kernel, self.muon, self.gather_updates, self.zero_grad = kernel, muon, gather_updates, zero_grad
+        self.groups = ParamGroups(roles)
+        self.gradients, self.kernel, self.muon = gradients, kernel, muon
         self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
-        self.sum_over_ranks, self.source = sum_over_ranks, source
         self.num_steps = 0
         self._buckets = [
-            [_State.of(piece, muon is not None and is_hidden_matrix(piece)) for piece in bucket] for bucket in slices
+            [_State.of(piece, muon is not None and self.groups.is_hidden(piece)) for piece in bucket]
+            for bucket in gradients.slices
         ]
         self._overlapped: _OverlappedStep | None = None
 
     @torch.no_grad()
     def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult:
-        """Step with learning rate `lr`; all ranks return the same.
+        """Step with learning rate `lr`; all ranks return the same. The gradients are zero afterwards.
 
         Args:
             after_bucket: called with each bucket's number once it is stepped, the last bucket first.
         """
-        grad_norm = self._norm(sum(self._sum_of_squares(bucket) for bucket in range(len(self._buckets))))
+        order = range(len(self._buckets))
+        grad_norm = self._norm([self.gradients.sum_of_squares(bucket) for bucket in order])
         factor = clip_factor(grad_norm, self.grad_clip)
-        if not can_be_stepped_with(grad_norm, self.scaler.scale, factor):
+        if not can_be_stepped_with(grad_norm, self._scale, factor):
+            for bucket in order:
+                self.gradients.release(bucket)
             self.scaler.update(overflowed=True)
             return StepResult(grad_norm, skipped=True)
         self.num_steps += 1
-        grad_divisor = self.scaler.scale / factor
-        for bucket in reversed(range(len(self._buckets))):
-            self._step_bucket(bucket, lr, grad_divisor)
+        for bucket in reversed(order):
+            is_zero = self._step_bucket(bucket, lr, self._scale / factor)
             if after_bucket is not None:
                 after_bucket(bucket)
+            if not is_zero:
+                self.gradients.release(bucket)
         self.scaler.update(overflowed=False)
         return StepResult(grad_norm, skipped=False)
 
@@ -219,18 +226,32 @@ class MixedPrecisionOptimizer:
         self._overlapped = _OverlappedStep(lr)
 
     @torch.no_grad()
-    def step_bucket(self, bucket: int) -> None:
-        """Step one bucket, whose gradients are summed, while others still are not."""
-        self._overlapped.squares.append(self._sum_of_squares(bucket))
-        self._step_bucket(bucket, self._overlapped.lr, 1.0)
+    def step_bucket(self, bucket: int, release: bool = False) -> None:
+        """Step one bucket, whose gradients are summed, while others still are not.
 
+        Args:
+            release: zero its gradients right away; otherwise `end_overlapped_step` does.
+        """
+        step = self._begun()
+        step.squares.append(self.gradients.sum_of_squares(bucket))
+        # Not in the kernel, unless asked: names of non-finite gradients are looked for once all buckets are reduced.
+        is_zero = self._step_bucket(bucket, step.lr, 1.0, zero=release)
+        if release and not is_zero:
+            self.gradients.release(bucket)
+        elif not is_zero:
+            step.unreleased.append(bucket)
+
+    @torch.no_grad()
     def end_overlapped_step(self) -> StepResult:
         """All buckets are stepped.
 
         Raises:
             FloatingPointError: the gradients were not finite, or too large for float32; the weights are lost.
         """
-        grad_norm = self._norm(sum(self._overlapped.squares))
+        step = self._begun()
+        grad_norm = self._norm(step.squares)
+        for bucket in step.unreleased:
+            self.gradients.release(bucket)
         self._overlapped = None
         if not can_be_stepped_with(grad_norm, 1.0, 1.0):
             raise FloatingPointError(
@@ -239,74 +260,86 @@ class MixedPrecisionOptimizer:
             )
         return StepResult(grad_norm, skipped=False)
 
-    def _sum_of_squares(self, bucket: int) -> Tensor:
-        """Of a bucket's scaled gradients: float64 scalar."""
-        if self.source is not None:
-            return self.source.sum_of_squares(bucket)
-        if self.kernel == "triton":
-            return sum(adamw_triton.sum_of_squares(state.piece.grad) for state in self._buckets[bucket])
-        return sum_of_squares(state.piece.grad for state in self._buckets[bucket])
+    def _begun(self) -> _OverlappedStep:
+        assert self._overlapped is not None, "begin_overlapped_step comes first"
+        return self._overlapped
 
-    def _norm(self, squares: Tensor) -> float:
+    @property
+    def _scale(self) -> float:
+        """What the gradients that are taken are multiplied by."""
+        return self.scaler.scale if self.gradients.keeps_scale else 1.0
+
+    def _norm(self, squares: list[Tensor]) -> float:
         """The global norm of the unscaled gradients; infinite if anything is not finite."""
-        squares = torch.as_tensor(squares, dtype=torch.float64).cpu()
-        if self.sum_over_ranks is not None and self.source is None:
-            squares = self.sum_over_ranks(squares)
-        return math.sqrt(squares.item()) / self.scaler.scale if math.isfinite(squares.item()) else math.inf
+        total = self.gradients.over_ranks(torch.as_tensor(sum(squares), dtype=torch.float64).cpu()).item()
+        return math.sqrt(total) / self._scale if math.isfinite(total) else math.inf
 
-    def _step_bucket(self, bucket: int, lr: float, grad_divisor: float) -> None:
-        if self.source is not None:
-            self.source.load(bucket)
-        states = self._buckets[bucket]
-        by_adamw = [state for state in states if state.exp_avg_sq is not None]
-        step = self._step_in_one_pass if self.kernel == "triton" else self._step_in_passes
-        for group, weight_decay in zip(split_by_decay(by_adamw), (self.config.weight_decay, 0.0)):
-            step(group, lr, weight_decay, grad_divisor)
+    def _step_bucket(self, bucket: int, lr: float, grad_divisor: float, zero: bool = True) -> bool:
+        """Returns whether that has also zeroed the bucket, which it may with `zero`."""
+        works = [_Work(*pair) for pair in zip(self._buckets[bucket], self.gradients.take(bucket))]
+        by_adamw = [work for work in works if work.state.exp_avg_sq is not None]
+        by_muon = [work for work in works if work.state.exp_avg_sq is None]
+        # At no cost in that kernel's pass; Muon's gradients are still needed.
+        zero = zero and self.kernel == "triton" and self.gradients.is_zeroed_by_step
+        decaying = [work for work in by_adamw if self.groups.decays(work.piece)]
+        others = [work for work in by_adamw if not self.groups.decays(work.piece)]
+        for group, weight_decay in ((decaying, self.config.weight_decay), (others, 0.0)):
+            if self.kernel == "triton":
+                self._step_in_one_pass(group, lr, weight_decay, grad_divisor, zero)
+            else:
+                self._step_in_passes(group, lr, weight_decay, grad_divisor)
         if self.muon is not None:
-            by_muon = [state for state in states if state.exp_avg_sq is None]
-            self._step_matrices(bucket, by_muon, lr * self.muon.lr_ratio, grad_divisor)
+            self._step_matrices(bucket, by_muon, lr * self.muon.muon_lr_ratio, grad_divisor, self.muon)
+        return zero and not by_muon
 
-    def _step_in_passes(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
+    def needs_gather(self, bucket: int) -> bool:
+        """Whether all ranks together step something of a bucket by Muon, which needs whole matrices."""
+        return self.muon is not None and any(map(self.groups.is_hidden, self.gradients.parameters(bucket)))
+
+    def _step_in_passes(self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float) -> None:
+        states = [work.state for work in works]
         adamw_step(
-            [state.main for state in states], [state.piece.grad.float() for state in states],
-            [state.exp_avg for state in states], [state.exp_avg_sq for state in states],
+            [state.main for state in states], [work.grad.float() for work in works],
+            [state.exp_avg for state in states], [_second(state) for state in states],
             self.num_steps, lr, weight_decay, grad_divisor, self.config,
         )  # fmt: skip
         for state in states:
             state.write_weights()
-            if self.zero_grad:
-                state.piece.grad.zero_()
 
-    def _step_in_one_pass(self, states: list[_State], lr: float, weight_decay: float, grad_divisor: float) -> None:
-        for state in states:
+    def _step_in_one_pass(
+        self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float, zero_grad: bool
+    ) -> None:
+        for state, grad in works:
             weights = state.piece.param if state.main is not state.piece.param else None
             adamw_triton.adamw_flat_step(
-                state.main, state.exp_avg, state.exp_avg_sq, state.piece.grad, weights, self.num_steps, lr,
-                weight_decay, grad_divisor, self.config, self.zero_grad,
+                state.main, state.exp_avg, _second(state), grad, weights, self.num_steps, lr, weight_decay,
+                grad_divisor, self.config, zero_grad,
             )  # fmt: skip
 
-    def _step_matrices(self, bucket: int, states: list[_State], lr: float, grad_divisor: float) -> None:
+    def _step_matrices(
+        self, bucket: int, works: list[_Work], lr: float, grad_divisor: float, config: MuonConfig
+    ) -> None:
         """By Muon. Shards of a matrix are updated each by its rank up to the point where all of it is needed."""
-        for state in states:
-            muon.look_ahead(state.exp_avg, state.piece.grad, self.muon.momentum, grad_divisor)
-        if self.gather_updates is not None:
-            self.gather_updates(bucket)
-        for group in _multiplied_together(states):
-            shape, weights = group[0].piece.shape, group[0].piece.param
-            gradients = torch.stack([muon.ahead_in(state.piece.whole_grad).view(shape) for state in group])
+        if not self.needs_gather(bucket):
+            return
+        for state, grad in works:
+            muon.look_ahead(state.exp_avg, grad, config.muon_momentum, grad_divisor)
+        whole = dict(zip((state.piece.name for state in self._buckets[bucket]), self.gradients.gather(bucket)))
+        for group in _multiplied_together(works):
+            states = [works[place].state for place in group]
+            shape, weights = states[0].piece.shape, states[0].piece.param
+            gradients = torch.stack([muon.ahead_in(whole[state.piece.name]).view(shape) for state in states])
             # float32 weights on a CPU: it may not be quick at bfloat16.
             quick = weights.is_cuda or weights.dtype == torch.bfloat16
             updates = muon.orthogonalize(
-                gradients, self.muon.iterations, torch.bfloat16 if quick else torch.float32
+                gradients, config.muon_iterations, torch.bfloat16 if quick else torch.float32
             ).flatten(1)
-            for state, update in zip(group, updates):
+            for state, update in zip(states, updates):
                 piece = state.piece
-                own = update[piece.offset : piece.offset + len(piece.grad)]
+                own = update[piece.offset : piece.offset + len(piece.param)]
                 state.main.mul_(1.0 - lr * self.config.weight_decay)
                 state.main.sub_(own.float(), alpha=muon.step_size(shape, lr))
                 state.write_weights()
-                if self.zero_grad:
-                    piece.grad.zero_()
 
     def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
         """Each slice with its {"main", "exp_avg", and "exp_avg_sq" but for Muon}: flat views, float32."""
@@ -332,3 +365,9 @@ class MixedPrecisionOptimizer:
     def load_scalar_state(self, state: dict) -> None:
         self.num_steps = state["num_steps"]
         self.scaler.load_state_dict(state["scaler"])
+
+
+def _second(state: _State) -> Tensor:
+    """AdamW's mean square."""
+    assert state.exp_avg_sq is not None, state.piece.name
+    return state.exp_avg_sq

@@ -17,7 +17,6 @@ coefficients for each (Amsel et al., Polar Express, 2025) follow from those befo
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -31,16 +30,6 @@ LOWEST = {1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01, 5: 0.003, 6: 0.001}
 leave the others less exact; smaller values are raised, too, but not all the way."""
 MARGIN = 1.01
 """So far above the interval may bfloat16's rounding lift a singular value; beyond, the polynomials grow fast."""
-
-
-@dataclass(frozen=True)
-class MuonConfig:
-    momentum: float = 0.95
-    """b above."""
-    lr_ratio: float = 1.0
-    """Learning rate as a multiple of AdamW's."""
-    iterations: int = 5
-    """Of the orthogonalization."""
 
 
 @cache

@@ -1,33 +1,43 @@
-"""Which parameters are treated how."""
+"""Parameters that decay, and parameters that Muon steps."""
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Protocol
 
-from parallel.buffer import ParameterSlice
-
-
-class HasSlice(Protocol):
-    piece: ParameterSlice
+from parallel.contract import Named
 
 
-T = TypeVar("T", bound=HasSlice)
+class Role(Protocol):
+    """What a model says of one of its parameters (model/roles.py)."""
+
+    @property
+    def decays(self) -> bool: ...
+
+    @property
+    def is_hidden(self) -> bool: ...
 
 
-def split_by_decay(states: Sequence[T]) -> tuple[list[T], list[T]]:
-    """Sort slices' states into (decaying, not decaying): matrices decay. Norm weights and biases have no scale that
-    decay should pull to zero."""
-    decaying = [state for state in states if state.piece.is_matrix]
-    others = [state for state in states if not state.piece.is_matrix]
-    return decaying, others
+class ParamGroups:
+    """
+    Args:
+        roles: parameter name -> its role; None: by `is_matrix` and `is_hidden_matrix`.
+    """
+
+    def __init__(self, roles: Mapping[str, Role] | None = None):
+        self._roles = roles
+
+    def decays(self, parameter: Named) -> bool:
+        return is_matrix(parameter) if self._roles is None else self._roles[parameter.name].decays
+
+    def is_hidden(self, parameter: Named) -> bool:
+        return is_hidden_matrix(parameter) if self._roles is None else self._roles[parameter.name].is_hidden
 
 
-class Named(Protocol):
-    """A parameter, or a slice of one."""
-
-    name: str
-    shape: tuple[int, ...]
+def is_matrix(parameter: Named) -> bool:
+    """Whether the whole parameter has two dimensions or more: only such decay. Norm weights and biases have no scale
+    that decay should pull to zero."""
+    return len(parameter.shape) >= 2
 
 
 def is_hidden_matrix(parameter: Named) -> bool:
-    """Whether it is (of) a matrix inside a block, which Muon can step: not the embedding's or the head's."""
+    """Whether it is a matrix inside a block, or a piece of one, which Muon can step: not the embedding or the head."""
     return len(parameter.shape) == 2 and parameter.name.startswith("layers.")

@@ -3,6 +3,16 @@
 import math
 from typing import Literal
 
+from optimizer.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_iters: int) -> float:
+    """Learning rate of the step that follows `step` completed ones."""
+    return learning_rate_at(
+        step, max_iters, config.learning_rate, config.lr_schedule if config.decay_lr else "constant",
+        config.warmup_ratio, config.min_lr_ratio, config.wsd_decay_ratio,
+    )  # fmt: skip
+
 
 def learning_rate_at(
     step: int,

@@ -9,7 +9,12 @@ _ROOMS = {
     "context": ("DistContext", "destroy_context", "init_context"),
     "ddp": ("DistributedDataParallel",),
     "naive": ("NaiveDDP", "NaiveZero1", "naive_powersgd"),
-    "powersgd": ("PowerSGD", "PowerSGDConfig"),
+    "config": ("ParallelConfig", "PowerSGDConfig"),
+    "engine": ("Engine",),
+    "gradients": ("BucketGradients", "PlainGradients"),
+    "mesh": ("Mesh",),
+    "observer": ("Observer",),
+    "powersgd": ("Eager", "PowerSGD"),
     "zero1": ("Zero1",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

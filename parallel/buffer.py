@@ -8,7 +8,6 @@ without copies, and zeroing all gradients is one call.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +68,6 @@ class Bucket:
         self.grad = grad
         """1-D, padding included (the padding is zero)."""
         self.param = param
-        self.reduced = grad
-        """1-D, same length: where the optimizer finds the sums. A hook that keeps something else in `grad` sets it."""
 
     @staticmethod
     def of(layout: BucketLayout, buffers: FlatBuffers) -> "Bucket":
@@ -81,9 +78,13 @@ class Bucket:
         """The same bucket over other memory for its gradients, such as a narrower copy."""
         return Bucket(self.layout, grad, self.param)
 
+    def place(self, slot: Slot) -> slice:
+        """Where a slot lies in the bucket."""
+        return slice(slot.start - self.layout.start, slot.end - self.layout.start)
+
     def piece(self, flat: Tensor, slot: Slot) -> Tensor:
         """The part of `flat`, a tensor as long as the bucket, that belongs to a slot: 1-D."""
-        return flat[slot.start - self.layout.start : slot.end - self.layout.start]
+        return flat[self.place(slot)]
 
     def views(self) -> list[tuple[str, Tensor]]:
         """(name, gradient in its parameter's shape) of each parameter in the bucket."""
@@ -93,14 +94,11 @@ class Bucket:
         """The pieces of parameters in elements [start, end) of the bucket."""
         found = []
         for slot in self.slots:
-            slot_start = slot.start - self.layout.start
-            first, last = max(start, slot_start), min(end, slot.end - self.layout.start)
+            place, parameter = self.place(slot), slot.parameter
+            first, last = max(start, place.start), min(end, place.stop)
             if first < last:
                 found.append(
-                    ParameterSlice(
-                        slot.parameter.name, first - slot_start, slot.parameter.shape, self.param[first:last],
-                        self.reduced[first:last], self.piece(self.reduced, slot),
-                    )  # fmt: skip
+                    ParameterSlice(parameter.name, first - place.start, parameter.shape, self.param[first:last])
                 )
         return found
 
@@ -112,28 +110,19 @@ class ParameterSlice:
     name: str
     offset: int
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
+
+
+@dataclass(frozen=True)
+class SliceWithGrad(ParameterSlice):
+    """A piece whose gradients lie beside it."""
+
     grad: Tensor
-    """1-D view of the summed gradients, same length."""
+    """1-D view of the summed gradients, as long as the piece."""
     whole_grad: Tensor
-    """1-D view of the whole parameter's gradients. Where the slice is a shard, the rest is not summed."""
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the whole parameter has two dimensions or more: only such decay."""
-        return len(self.shape) >= 2
-
-
-class GradientSource(Protocol):
-    """Gradients that are not in the slices yet: a hook that keeps them packed until the optimizer takes them."""
-
-    def sum_of_squares(self, bucket: int) -> Tensor:
-        """Of the whole bucket's summed gradients, the same on all ranks: float64 scalar."""
-
-    def load(self, bucket: int) -> None:
-        """Fill the slices' gradients of the bucket. Not called for a step that is skipped."""
+    """1-D view of the whole parameter's gradients."""
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:

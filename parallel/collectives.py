@@ -82,8 +82,7 @@ class Collectives:
             source, target = (self.rank - step) % self.world_size, (self.rank + step) % self.world_size
             works.append(dist.irecv(self.shard(tensor, source), group=self.group, group_src=source))
             works.append(dist.isend(own, group=self.group, group_dst=target))
-        for work in works:
-            work.wait()
+        _wait_for(works)
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
         """Send every rank its shard of this rank's `tensor`; returns the others' tensors for this rank's shard."""
@@ -98,8 +97,7 @@ class Collectives:
             source, target = (self.rank - step) % self.world_size, (self.rank + step) % self.world_size
             works.append(dist.irecv(part, group=self.group, group_src=source))
             works.append(dist.isend(self.shard(tensor, target), group=self.group, group_dst=target))
-        for work in works:
-            work.wait()
+        _wait_for(works)
         return list(received.split(size))
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
@@ -107,6 +105,13 @@ class Collectives:
         if tensor.dtype not in self._scratch or len(self._scratch[tensor.dtype]) < len(tensor):
             self._scratch[tensor.dtype] = torch.empty_like(tensor)
         return self._scratch[tensor.dtype][: len(tensor)]
+
+
+def _wait_for(works: list[dist.Work | None]) -> None:
+    """(torch's types allow for ranks outside the group, which have no work.)"""
+    for work in works:
+        assert work is not None
+        work.wait()
 
 
 # torch 2.13 renames these and warns of the old names.

@@ -14,7 +14,7 @@ the gradient buffer; a step sends, from each rank:
     PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and what is not compressed)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,23 +28,79 @@ FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
 
 
 class CommHook:
-    """What a hook owes."""
+    """A bucket's way from one backward pass to the next. contract.py says who calls what; the defaults are those of a
+    hook that leaves the sum in the bucket and remembers nothing."""
+
+    takes_in_place = True
+    """Whether `take` returns the bucket's own gradients, and zeroing them is all that `release` does."""
+    knows_norm = False
+    """Whether `sum_of_squares` can be called."""
+    keeps_scale = True
+    """Whether the loss scale is still in the result of `take` and `sum_of_squares`."""
 
     def reduce(self, bucket: Bucket) -> Handle | None:
         """Sum the bucket over the ranks; under ReduceScatter only this rank's shard of it. On the comm stream."""
         raise NotImplementedError
+
+    def settle(self, bucket: Bucket) -> None:
+        """Finish the work that needs no other rank. Called by the thread that has waited for the bucket, while later
+        buckets may still be on their way."""
+
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
+        """Sum of the squares of the whole bucket's sum, float64 scalar, the same on all ranks."""
+        raise NotImplementedError
+
+    def take(self, bucket: Bucket) -> Tensor:
+        """The bucket's summed gradients, for the step that now takes place: 1-D, as long as the bucket; valid until the
+        next call. Not called for a step that is skipped."""
+        return bucket.grad
+
+    def release(self, bucket: Bucket) -> None:
+        """Get the bucket ready for the next backward pass, after its step or a skipped one. A second call changes
+        nothing."""
+        bucket.grad.zero_()
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         """Bytes that each rank sends for this bucket in a step; `itemsize` is the wire's, by default the bucket's. 0 if
         the hook does not say."""
         return 0.0
 
-    def zero_grad(self, bucket: Bucket) -> None:
-        """Get the bucket's gradients ready for the next step."""
-        bucket.grad.zero_()
-
     def check_wrapped(self, dtype: torch.dtype) -> None:
         """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
+
+    def describe(self) -> str:
+        """A few words on the hook for the line that says how ranks share the work; empty: nothing to say."""
+        return ""
+
+    # Hooks that remember something between steps.
+
+    saves_gradients = False
+    """Whether the gradient buffers hold something to be saved: then a step that has begun cannot be dropped."""
+
+    def begin_step(self, number: int) -> None:
+        """Called before the first backward pass of step `number`, counted from 1."""
+
+    def records(self) -> Mapping[str, dict]:
+        """Records of the last step for the results' file: name -> fields."""
+        return {}
+
+    def saved_state(self) -> dict[str, Tensor] | None:
+        """This rank's memory, for a checkpoint: views, by name. They may change from `begin_step` on. None: nothing."""
+        return None
+
+    def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
+        """Take up the memory that ranks have saved.
+
+        Args:
+            states: `saved_state` of each rank that saved, and whether this rank is to take up its part. All ranks get
+                the first one, for memory that was the same on all.
+            step: completed steps.
+            name: the checkpoint's, for the sentences.
+        Returns:
+            sentences on memory that has no place here.
+        """
+        has_any = next(iter(states), None) is not None
+        return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
 
 
 class FunctionHook(CommHook):
@@ -112,12 +168,12 @@ class Compressed(CommHook):
         widen(on_wire, scale, bucket.grad)
         return None
 
+    def describe(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} on the wire"
+
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
         return sums if bucket.grad.dtype == self.dtype else sums + agreement_bytes(self.dtype, self.collectives)
-
-    def zero_grad(self, bucket: Bucket) -> None:
-        self.inner.zero_grad(bucket)
 
 
 def sum_hook(collectives: Collectives, wire_dtype: torch.dtype | None = None, sharded: bool = False) -> CommHook:

@@ -33,6 +33,7 @@ class CommStream:
         """Run `work` on the stream. If it returns a handle (of an asynchronous collective), that is waited for too."""
         if self._worker is not None:
             return _ThreadHandle(self._worker.submit(work))
+        assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             inner = work()
@@ -42,7 +43,7 @@ class CommStream:
     def close(self) -> None:
         if self._worker is not None:
             self._worker.shutdown()
-        else:
+        if self._stream is not None:
             self._stream.synchronize()
 
 

@@ -100,18 +100,20 @@ class DistContext:
         """
         is_source, is_target = self.rank == source, self.rank == target
         with open(path, "rb" if is_source else "wb") if is_source or is_target else nullcontext() as file:
-            size = self.gather(os.fstat(file.fileno()).st_size if is_source else 0)[source]
+            size = self.gather(os.fstat(file.fileno()).st_size if is_source and file else 0)[source]
             for begin in range(0, size, _SECTION_BYTES):
                 end = min(begin + _SECTION_BYTES, size)
                 for at in range(begin, end, _PIECE_BYTES):
                     length = min(_PIECE_BYTES, end - at)
+                    if file is None:
+                        continue
                     if is_source:
                         piece = torch.frombuffer(bytearray(file.read(length)), dtype=torch.uint8)
                         dist.send(piece, target, group=self.control_group)
-                    elif is_target:
+                    else:
                         piece = torch.empty(length, dtype=torch.uint8)
                         dist.recv(piece, source, group=self.control_group)
-                        file.write(piece.numpy())
+                        file.write(piece.numpy().data)
                 self.barrier()
                 if between is not None:
                     between()

@@ -18,15 +18,12 @@ Both are wrapped round a model in the same way:
     ddp.finish_grad_sync()
 """
 
-import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parallel.buffer import Bucket, FlatBuffers, ParameterSlice
 from parallel.collectives import Collectives
@@ -34,20 +31,7 @@ from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
 from parallel.naive import broadcast_parameters
-from parallel.spans import traffic_span
-from parallel.waiting import WaitMeter
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SyncTrace:
-    """When, in the last synchronised backward pass, each bucket was launched. For tests, warnings and profiles."""
-
-    arrived_before_launch: list[int]
-    """Gradients that had arrived when bucket i was launched."""
-    launched_at: list[float]
-    """time.perf_counter() of the launch of bucket i."""
+from parallel.observer import Observer
 
 
 class DistributedDataParallel(nn.Module):
@@ -63,7 +47,7 @@ class DistributedDataParallel(nn.Module):
         bucket_size: elements after which a bucket is closed; 0 for a single bucket.
         overlap_grad_reduce: launch buckets during the backward pass; off: all of them after it.
         grad_dtype: dtype in which gradients accumulate and, with the default hook, travel.
-        check_for_nan: look for non-finite values in each bucket before it is reduced; see `nonfinite_parameters`.
+        observer: is told what goes on; created here if not given.
     """
 
     def __init__(
@@ -74,14 +58,13 @@ class DistributedDataParallel(nn.Module):
         bucket_size: int = 6_553_600,
         overlap_grad_reduce: bool = True,
         grad_dtype: torch.dtype = torch.float32,
-        check_for_nan: bool = False,
+        observer: Observer | None = None,
     ):
         super().__init__()
         self.module, self.context = module, context
         self.comm_stream = comm_stream or CommStream(context.device)
-        self.overlap_grad_reduce, self.check_for_nan = overlap_grad_reduce, check_for_nan
-        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
-        """Of the main thread, for reduced buckets and gathered parameters."""
+        self.observer = observer or Observer(context)
+        self.overlap_grad_reduce = overlap_grad_reduce
         broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -89,14 +72,8 @@ class DistributedDataParallel(nn.Module):
         self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
         self.collectives = Collectives(context.grad_group)
         self.hook: CommHook = AllReduce(self.collectives)
-        self._after_reduction: Callable[[Bucket], None] | None = None
-        self._after_stream: CommStream | None = None
-        self.nonfinite_parameters: list[str] = []
-        """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
-        self.last_sync = SyncTrace([], [])
-        """Of the last synchronised backward pass."""
+        self._after: tuple[CommStream, Callable[[Bucket], None]] | None = None
         self._sync_this_backward = True
-        self._warned_order = False
         self._slot_of = {}
         for slot in self.flat_buffers.layout.slots:
             parameter = self.flat_buffers.parameters[slot.parameter.name]
@@ -120,7 +97,7 @@ class DistributedDataParallel(nn.Module):
 
         It runs on a stream (on a CPU: a thread) of its own, bucket after bucket, and must issue no collectives.
         """
-        self._after_reduction, self._after_stream = callback, CommStream(self.context.device)
+        self._after = CommStream(self.context.device), callback
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -131,9 +108,16 @@ class DistributedDataParallel(nn.Module):
         finally:
             self._sync_this_backward = before
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Get all buckets ready for the next backward pass. An optimizer of ours has done so at the end of its step.
+
+        Raises:
+            ValueError: `set_to_none`, as gradients are views into the buffers.
+        """
+        if set_to_none:
+            raise ValueError("gradients are views into flat buffers and cannot be None: leave set_to_none out")
         for bucket in self.buckets:
-            self.hook.zero_grad(bucket)
+            self.hook.release(bucket)
         self.flat_buffers.restore_grad_views()
 
     def bytes_sent(self) -> float:
@@ -143,8 +127,8 @@ class DistributedDataParallel(nn.Module):
     def close(self) -> None:
         """End the threads; work that was not waited for is finished first."""
         self.comm_stream.close()
-        if self._after_stream is not None:
-            self._after_stream.close()
+        if self._after is not None:
+            self._after[0].close()
 
     def slices(self) -> list[list[ParameterSlice]]:
         """What the optimizer steps: every parameter whole, one list a bucket."""
@@ -165,23 +149,20 @@ class DistributedDataParallel(nn.Module):
             )
         while self._next_bucket < len(self.buckets):
             self._launch(self.buckets[self._next_bucket])
-        with self.waits.waiting("wait for buckets"):
-            for handle in self._handles:
+        with self.observer.waiting("wait for buckets"):
+            for handle, bucket in zip(self._handles, self.buckets):
                 handle.wait()
-        self.nonfinite_parameters = self._name_nonfinite()
-        self._warn_if_order_differs()
-        self.last_sync = self._trace
+                if self._after is None:
+                    self.hook.settle(bucket)
+        self.observer.synchronised()
         self._begin()
 
     def _begin(self) -> None:
         """Forget the last synchronised backward pass."""
         self._arrived: set[nn.Parameter] = set()
-        self._complete_order: list[int] = []
         self._pending = [len(bucket.slots) for bucket in self.buckets]
         self._next_bucket = 0
         self._handles: list[Handle] = []
-        self._nonfinite_flags: list[Tensor] = []
-        self._trace = SyncTrace([], [])
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Autograd has added this backward pass's gradient of `parameter` to its view."""
@@ -196,7 +177,7 @@ class DistributedDataParallel(nn.Module):
         bucket = self._slot_of[parameter].bucket
         self._pending[bucket] -= 1
         if self._pending[bucket] == 0:
-            self._complete_order.append(bucket)
+            self.observer.completed(bucket)
             while (
                 self.overlap_grad_reduce
                 and self._next_bucket < len(self.buckets)
@@ -206,37 +187,19 @@ class DistributedDataParallel(nn.Module):
 
     def _launch(self, bucket: Bucket) -> None:
         def work() -> Handle | None:
-            if self.check_for_nan:
-                self._nonfinite_flags.append(~torch.isfinite(bucket.grad).all())
-            with traffic_span(f"bucket {bucket.index}", self.hook.bytes_sent(bucket)):
+            with self.observer.reducing(bucket, self.hook.bytes_sent(bucket)):
                 return self.hook.reduce(bucket)
 
-        self._trace.arrived_before_launch.append(len(self._arrived))
-        self._trace.launched_at.append(time.perf_counter())
+        self.observer.launched(len(self._arrived))
         reduced = self.comm_stream.submit(work)
-        if self._after_reduction is None:
+        if self._after is None:
             self._handles.append(reduced)
         else:
-            self._handles.append(self._after_stream.submit(partial(self._when_reduced, reduced, bucket)))
+            stream, callback = self._after
+            self._handles.append(stream.submit(partial(self._when_reduced, reduced, bucket, callback)))
         self._next_bucket += 1
 
-    def _when_reduced(self, reduced: Handle, bucket: Bucket) -> None:
+    def _when_reduced(self, reduced: Handle, bucket: Bucket, callback: Callable[[Bucket], None]) -> None:
         reduced.wait()
-        self._after_reduction(bucket)
-
-    def _name_nonfinite(self) -> list[str]:
-        """Parameters of this rank's flagged buckets that hold a non-finite value after the sum."""
-        if not self._nonfinite_flags or not bool(torch.stack(self._nonfinite_flags).any()):
-            return []
-        flagged = [bucket for bucket, flag in zip(self.buckets, self._nonfinite_flags) if flag]
-        return [name for bucket in flagged for name, grad in bucket.views() if not torch.isfinite(grad).all()]
-
-    def _warn_if_order_differs(self) -> None:
-        """Gradients that arrive in another order than planned cost overlap, not correctness: say so once."""
-        if not self._warned_order and self._complete_order != sorted(self._complete_order):
-            self._warned_order = True
-            logger.warning(
-                "gradients arrive in another order than planned (buckets complete as %s): less communication is "
-                "hidden; define modules in the order of their use",
-                self._complete_order,
-            )
+        self.hook.settle(bucket)
+        callback(bucket)

@@ -23,7 +23,7 @@ of arrival. A later attempt (--max_restarts) meets anew in the same store; its r
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -63,7 +63,7 @@ _POLL_S, _STALE_S, _TELL_AFTER_S, _CONNECT_S, _PART_S = 0.1, 5.0, 5.0, 5.0, 5.0
 
 
 @dataclass
-class Place:
+class MeetingPoint:
     """Where a node meets the others."""
 
     nnodes: int
@@ -79,7 +79,7 @@ class Place:
     listening: socket.socket | None = None
     """The leader's; taken over by its store."""
     rendezvous: "_Rendezvous | None" = None
-    """That was made for it."""
+    """The rendezvous that was made for this point."""
 
     @property
     def where(self) -> str:
@@ -99,7 +99,7 @@ def parser_of_flags() -> ArgumentParser:
     return parser
 
 
-def find_place(args: Namespace) -> Place:
+def find_meeting_point(args: Namespace) -> MeetingPoint:
     """
     Raises:
         ValueError: the flags contradict each other, or the address to listen on is not this machine's.
@@ -116,7 +116,7 @@ def find_place(args: Namespace) -> Place:
     if None not in (conf["is_host"], args.node_rank) and conf["is_host"] != (args.node_rank == 0):
         raise ValueError(f"--node_rank={args.node_rank} contradicts is_host in --rdzv_conf: the host has rank 0")
     host, port = _endpoint(args)
-    place = Place(nnodes, args.node_rank, host, port, conf["timeout"])
+    place = MeetingPoint(nnodes, args.node_rank, host, port, conf["timeout"])
     if nnodes == 1:
         place.host, place.listening = LOOPBACK, bind(LOOPBACK, 0 if args.standalone else port)
         return place
@@ -213,7 +213,7 @@ class _Patience:
 class _Rendezvous(RendezvousHandler):
     """What torchrun's agent asks of a rendezvous: once for each attempt, this node's rank and a store."""
 
-    def __init__(self, place: Place, run_id: str):
+    def __init__(self, place: MeetingPoint, run_id: str):
         self.place, self.run_id = place, run_id
         self._attempt = 0
         self._store: dist.TCPStore
@@ -264,9 +264,10 @@ class _Rendezvous(RendezvousHandler):
 class Leader(_Rendezvous):
     """Has rank 0 and the store."""
 
-    def __init__(self, place: Place, run_id: str):
+    def __init__(self, place: MeetingPoint, run_id: str):
         super().__init__(place, run_id)
         prefer_interface(place.interface or interface_of(place.host))
+        assert place.listening is not None
         self._store = self._of_ranks = serve_store(place.listening, place.timeout_s)
         self._store.set("run_id", run_id)
 
@@ -281,7 +282,7 @@ class Leader(_Rendezvous):
             seated = seats(beats.look(talk), nnodes)
             if seated != plan:
                 plan, planned = seated, time.monotonic()
-            elif None not in plan and beats.all_since(planned, plan[1:]):
+            elif None not in plan and beats.all_since(planned, [ticket for ticket in plan[1:] if ticket is not None]):
                 # Each has beaten since all were there: of two that came, one may be the other, started again.
                 break
             missing = [str(rank) for rank, ticket in enumerate(plan) if ticket is None]
@@ -406,7 +407,7 @@ def launch(argv: list[str]) -> int:
         for name in ("torch.distributed.elastic", "torch.distributed.run"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        place = find_place(args)
+        place = find_meeting_point(args)
         args.rdzv_backend, args.rdzv_conf, args.rdzv_endpoint, args.node_rank = _BACKEND, "", place.where, 0
         if place.nnodes == 1:
             args.rdzv_id = str(uuid.uuid4())
@@ -424,6 +425,7 @@ def launch(argv: list[str]) -> int:
     @record
     def run() -> None:
         elastic_launch(config, command)(*arguments)
+        assert place.rendezvous is not None
         place.rendezvous.part()
 
     try:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.buffer import ParameterSlice
+from parallel.buffer import SliceWithGrad
 from parallel.context import DistContext
+from parallel.observer import Observer
 from parallel.spans import span
-from parallel.waiting import WaitMeter
 
 
 def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -33,18 +33,19 @@ class NaiveDDP(nn.Module):
         super().__init__()
         self.module, self.context = module, context
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        for parameter in self.trained.values():
-            parameter.grad_dtype = grad_dtype
-            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype)
-        self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
+        self.grads = {name: torch.zeros_like(p, dtype=grad_dtype) for name, p in self.trained.items()}
+        for name, parameter in self.trained.items():
+            parameter.grad_dtype, parameter.grad = grad_dtype, self.grads[name]
+        self.observer = Observer(context)
         broadcast_parameters(module, context.grad_group)
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    def zero_grad(self) -> None:
-        for parameter in self.trained.values():
-            parameter.grad.zero_()
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        assert not set_to_none, "the optimizer's slices are views of the gradients"
+        for grad in self.grads.values():
+            grad.zero_()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -52,20 +53,20 @@ class NaiveDDP(nn.Module):
 
     def finish_grad_sync(self) -> None:
         if self.context.grad_group is not None:
-            with self.waits.waiting("wait for gradients"), span("gradients"):
-                for parameter in self.trained.values():
-                    dist.all_reduce(parameter.grad, group=self.context.grad_group)
+            with self.observer.waiting("wait for gradients"), span("gradients"):
+                for grad in self.grads.values():
+                    dist.all_reduce(grad, group=self.context.grad_group)
 
-    @property
     def nonfinite_parameters(self) -> list[str]:
-        return [name for name, p in self.trained.items() if not torch.isfinite(p.grad).all()]
+        """Names of the parameters whose gradients are not finite now."""
+        return [name for name, grad in self.grads.items() if not torch.isfinite(grad).all()]
 
-    def slices(self) -> list[list[ParameterSlice]]:
+    def slices(self) -> list[list[SliceWithGrad]]:
         """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
         return [
             [
-                ParameterSlice(name, 0, tuple(p.shape), p.detach().view(-1), p.grad.view(-1), p.grad.view(-1))
-                for name, p in self.trained.items()
+                SliceWithGrad(name, 0, tuple(p.shape), p.detach().view(-1), grad.view(-1), grad.view(-1))
+                for (name, p), grad in zip(self.trained.items(), self.grads.values())
             ]
         ]
 

@@ -22,8 +22,8 @@ matrices) in one flat buffer, all its Q in another. They run inside the hook, on
     main thread   backward ...                                 | wait | norm | decompress and step bucket 2, 1, 0
     comm stream   [M Q | sum P | orth. | M^T P | sum Q] [bucket 1 ...]
 
-Lazy (what the training loop uses): a bucket stays in factors until the optimizer takes it (`load`), and only then do
-residuals and Q change. So a step that is skipped leaves no trace. Not lazy: `reduce` leaves the sum in the bucket.
+A bucket stays in factors until the optimizer takes it, and only then do residuals and Q change. So a step that is
+skipped leaves no trace. `Eager` takes at once, for a loop that finds its gradients in the buckets.
 
 float16 gradients are only read. Unscaled they would underflow, and a sum that is decompressed and scaled again may
 overflow after the norm of its factors has passed for finite: M, E and D are float32 there.
@@ -31,9 +31,8 @@ overflow after the norm of its factors has passed for finite: M, E and D are flo
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ from parallel.buffer import Bucket, sum_of_squares
 from parallel.collectives import Collectives
 from parallel.comm_hooks import CommHook, agreement_bytes, shared_fraction, sum_hook
 from parallel.comm_stream import Handle
+from parallel.config import PowerSGDConfig
 from parallel.layout import Slot
 from parallel.low_rank import (
     add_residual,
@@ -56,38 +56,6 @@ from parallel.low_rank import (
 
 SKETCH_COLUMNS = 8
 """Random columns by which the relative error is estimated."""
-
-
-@dataclass(frozen=True)
-class PowerSGDConfig:
-    """Options. Names are llm-zero2all's and PyTorch's."""
-
-    rank: int = 16
-    """Columns of a factor (fewer for a matrix with a smaller side)."""
-    warm_start: bool = True
-    """Start from the last step's Q. Off: a new random Q at every step, the same on all ranks."""
-    use_error_feedback: bool = True
-    """Keep what a step left out, and add it to the next step's gradient."""
-    start_iter: int = 0
-    """Steps before this one are reduced without compression."""
-    min_compression_rate: float = 2.0
-    """Matrices that would shrink by less are not compressed."""
-    orthogonalization_epsilon: float = 0.0
-    """Damping of dependent columns, see `orthonormalize`."""
-    orthogonalize_in_float32: bool = True
-    """Keep 16-bit gradients' factors in float32, and orthonormalize them with float64 inside. Off: Gram-Schmidt in the
-    gradients' dtype. float32 gradients always take the former."""
-    use_fixed_Q: bool = False
-    """Q is random and is not learnt: one collective a bucket, no orthonormalization, a higher rank needed. With
-    warm_start it stays for the whole run (what lies outside its span never arrives); without, it is drawn anew."""
-    grad_buffer_is_error: bool = False
-    """The residual stays in the gradient buffer, where the next backward pass adds to it: neither memory of its own nor
-    a pass to add it, but a non-finite gradient takes the bucket's residual with it."""
-    exclude: tuple[str, ...] = ()
-    """Parameters whose names contain one of these are not compressed."""
-    wire_dtype: torch.dtype | None = None
-    """dtype of factors on the wire; None: their own."""
-    seed: int = 0
 
 
 @dataclass
@@ -123,55 +91,48 @@ class _BucketState:
     compressed: bool = False
     """Whether the last step's sum is in the factors."""
     grad_is_residual: bool = False
-    """With grad_buffer_is_error: `grad` holds the residual and nothing else."""
-
-
-@dataclass(frozen=True)
-class _Afterwards:
-    """Work that is left to the thread that waits for a bucket."""
-
-    work: Callable[[], None]
-
-    def wait(self) -> None:
-        self.work()
+    """With grad_buffer_is_powerSGD_error: `grad` holds the residual and nothing else."""
 
 
 class PowerSGD(CommHook):
-    """The hook, and the optimizer's source of gradients.
-
+    """
     Args:
         buckets, collectives: the DDP's.
-        lazy: leave sums in factors until `load`; False: decompress at the end of `reduce`.
-        loss_scale: by how much gradients are scaled at present (fp16); residuals are kept unscaled.
-        iteration: number of the first step; start_iter and random Q depend on it.
+        wire_dtype: dtype of factors on the wire; None: their own.
+        seed: key of the random Q.
+        loss_scale: what gradients are multiplied by at present (float16's loss scale, a power of two).
+        iteration: number of the first step; start_powerSGD_iter and random Q depend on it.
     Raises:
         ValueError: options that exclude each other.
     """
+
+    takes_in_place, knows_norm, keeps_scale = False, True, False
 
     def __init__(
         self,
         buckets: list[Bucket],
         collectives: Collectives,
         config: PowerSGDConfig,
-        lazy: bool = False,
+        wire_dtype: torch.dtype | None = None,
+        seed: int = 0,
         loss_scale: Callable[[], float] = lambda: 1.0,
         iteration: int = 0,
     ):
-        if config.rank < 1:
-            raise ValueError(f"the rank of PowerSGD must be at least 1, got {config.rank}")
-        if config.grad_buffer_is_error and not (lazy and config.use_error_feedback):
-            raise ValueError("a residual in the gradient buffer needs error feedback and a lazy hook")
+        config.check()
         grad = buckets[0].grad
         self._is_fp16 = grad.dtype == torch.float16
-        if self._is_fp16 and config.grad_buffer_is_error:
+        if config.grad_buffer_is_powerSGD_error and not config.use_error_feedback:
+            raise ValueError("a residual in the gradient buffer needs error feedback")
+        if self._is_fp16 and config.grad_buffer_is_powerSGD_error:
             raise ValueError("a residual in the gradient buffer does not go with float16, which unscaled it underflows")
         if self._is_fp16 and not config.orthogonalize_in_float32:
             raise ValueError(
                 "PowerSGD's factors of unscaled gradients underflow in float16: leave out --no-orthogonalize_in_float32"
                 ", or reduce in another dtype"
             )
-        self.buckets, self.collectives, self.config = buckets, collectives, config
-        self.lazy, self.loss_scale, self.iteration = lazy, loss_scale, iteration
+        self.buckets, self.collectives, self.config, self.seed = buckets, collectives, config, seed
+        self.loss_scale, self.iteration = loss_scale, iteration
+        self.saves_gradients = config.grad_buffer_is_powerSGD_error
         self.measure = False
         """Set it on all ranks before a step to get `relative_error` of that step."""
         self.relative_error: dict[str, float] = {}
@@ -180,18 +141,17 @@ class PowerSGD(CommHook):
         narrow_factors = grad.itemsize < 4 and not config.orthogonalize_in_float32
         self._factor_dtype = grad.dtype if narrow_factors or grad.itemsize >= 4 else torch.float32
         self._orthonormalize = gram_schmidt if narrow_factors else orthonormalize
-        self._wire_dtype = config.wire_dtype or self._factor_dtype
+        self._asked_wire, self._wire_dtype = wire_dtype, wire_dtype or self._factor_dtype
         narrower = self._wire_dtype.itemsize < grad.itemsize
         self._uncompressed = sum_hook(collectives, self._wire_dtype if narrower else None)
         self._matrix_dtype = torch.float32 if self._is_fp16 else grad.dtype
+        self._excluded = [word.strip() for word in config.powerSGD_exclude.split(",") if word.strip()]
         self._states = [self._plan(bucket) for bucket in buckets]
         self._scratch: Tensor | None = None
         """For one bucket at a time, in `_matrix_dtype`: its decompressed sum; with float16 M, too, on its way there."""
-        if config.grad_buffer_is_error or self._is_fp16:
+        if config.grad_buffer_is_powerSGD_error or self._is_fp16:
             longest = max((bucket.grad for bucket in buckets), key=len)
             self._scratch = torch.zeros_like(longest, dtype=self._matrix_dtype)
-            for bucket in buckets if lazy else ():
-                bucket.reduced = self._scratch[: len(bucket.grad)]
 
     def _plan(self, bucket: Bucket) -> _BucketState:
         """Choose what is compressed in a bucket, and lay out its factors."""
@@ -200,8 +160,8 @@ class PowerSGD(CommHook):
         for slot in bucket.slots:
             shape = slot.parameter.shape
             m, n = (shape[0], slot.parameter.numel // shape[0]) if len(shape) >= 2 else (0, 0)
-            rank = min(m, n, config.rank)
-            excluded = any(part in slot.parameter.name for part in config.exclude)
+            rank = min(m, n, config.matrix_approximation_rank)
+            excluded = any(word in slot.parameter.name for word in self._excluded)
             if rank and not excluded and m * n >= config.min_compression_rate * (m + n) * rank:
                 chosen.append((slot, m, n, rank))
             else:
@@ -215,7 +175,7 @@ class PowerSGD(CommHook):
         matrices = []
         for (slot, m, n, rank), its_p, its_q, its_own in zip(chosen, ps, qs, owns):
             residual = None
-            if config.use_error_feedback and not config.grad_buffer_is_error:
+            if config.use_error_feedback and not config.grad_buffer_is_powerSGD_error:
                 residual = torch.zeros(m, n, dtype=self._matrix_dtype, device=device)
             random_q = self._random_q(slot.parameter.name, n, rank, 0).to(device)
             matrices.append(
@@ -234,7 +194,7 @@ class PowerSGD(CommHook):
     def _random_q(self, name: str, n: int, rank: int, iteration: int) -> Tensor:
         """[n, r] with unit columns, orthonormal for a fixed Q. A function of seed, name and iteration: the same on all
         ranks, without a word between them."""
-        key = f"{self.config.seed} {iteration} {name}".encode()
+        key = f"{self.seed} {iteration} {name}".encode()
         generator = torch.Generator().manual_seed(zlib.crc32(key))
         q = _columns(torch.randn(n * rank, generator=generator), rank)
         if self.config.use_fixed_Q:
@@ -242,14 +202,14 @@ class PowerSGD(CommHook):
         return (q / q.norm(dim=0)).to(self._factor_dtype)
 
     def reduce(self, bucket: Bucket) -> Handle | None:
-        """Sum the bucket, or under `lazy` its factors. Every rank sends two flat tensors (a fixed Q: one)."""
+        """Sum the bucket's factors. Every rank sends two flat tensors (a fixed Q: one)."""
         state = self._states[bucket.index]
         iteration = self.iteration
         if bucket.index == len(self.buckets) - 1:
             self.iteration += 1
         if bucket.index == 0:
             self.relative_error = {}
-        state.compressed, state.grad_is_residual = iteration >= self.config.start_iter, False
+        state.compressed, state.grad_is_residual = iteration >= self.config.start_powerSGD_iter, False
         if not state.compressed:
             return self._uncompressed.reduce(bucket)
         unscaled = self._unscaled(bucket)
@@ -274,24 +234,27 @@ class PowerSGD(CommHook):
                 sum_over_ranks(state.q, self._wire_dtype, self.collectives, state.own)
         if self.measure and state.matrices:
             self._estimate_errors(state, gradients)
-        if self.config.grad_buffer_is_error:
-            return _Afterwards(partial(self._keep_residual_in_grad, state, bucket))
-        if not self.lazy:
-            self._unpack(state, bucket)
         return None
 
     def _unscaled(self, bucket: Bucket) -> Tensor:
         """The bucket's gradients without the loss scale: in their own memory, float16 ones beside it."""
         scale = self.loss_scale()
-        if scale != 1.0 and self.config.grad_buffer_is_error:
+        if scale != 1.0 and self.config.grad_buffer_is_powerSGD_error:
             raise ValueError("a residual in the gradient buffer does not go with a loss scale")
+        # A power of two: nothing is rounded.
         if self._is_fp16:
-            # A power of two: nothing is rounded.
-            return self._scratch[: len(bucket.grad)].copy_(bucket.grad).mul_(1.0 / scale)
+            return self._room(bucket).copy_(bucket.grad).mul_(1.0 / scale)
         return bucket.grad.mul_(1.0 / scale) if scale != 1.0 else bucket.grad
 
-    def _keep_residual_in_grad(self, state: _BucketState, bucket: Bucket) -> None:
-        """Turn M into E in the gradient buffer: done by whoever waits for the bucket, while the next is on its way."""
+    def _room(self, bucket: Bucket) -> Tensor:
+        """Where the bucket's sum is decompressed: the gradient buffer, or the scratch that stands in for it."""
+        return bucket.grad if self._scratch is None else self._scratch[: len(bucket.grad)]
+
+    def settle(self, bucket: Bucket) -> None:
+        """With the residual in the gradient buffer: turn M into E there."""
+        state = self._states[bucket.index]
+        if not (self.config.grad_buffer_is_powerSGD_error and state.compressed):
+            return
         for matrix in state.matrices:
             gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
             update_residual(gradient, *self._own_factors(matrix))
@@ -309,9 +272,8 @@ class PowerSGD(CommHook):
         for matrix, gradient in zip(state.matrices, gradients):
             z = self._random_q(f"sketch {matrix.slot.parameter.name}", matrix.shape[1], SKETCH_COLUMNS, self.iteration)
             z = z.to(gradient)
-            q = matrix.start_q if self.config.use_fixed_Q else matrix.q
             exact.append((gradient @ z).flatten())
-            approximate.append((matrix.p.to(z) @ (q.to(z).T @ z)).flatten())
+            approximate.append((matrix.p.to(z) @ (self._summed_q(matrix).to(z).T @ z)).flatten())
         sums = self._factors(sum(map(len, exact)), exact[0].device)
         sums[: sum(map(len, exact))] = torch.cat(exact)
         sum_over_ranks(sums, sums.dtype, self.collectives)
@@ -321,68 +283,46 @@ class PowerSGD(CommHook):
             if math.isfinite(error):
                 self.relative_error[matrix.slot.parameter.name] = error
 
-    def load(self, bucket: int) -> None:
-        """Decompress a bucket's sum into `bucket.reduced`, and keep what it left out: the step is taken."""
-        self._unpack(self._states[bucket], self.buckets[bucket])
-
-    def _unpack(self, state: _BucketState, bucket: Bucket) -> None:
+    def take(self, bucket: Bucket) -> Tensor:
+        """Decompress the bucket's sum, and keep what it left out."""
+        state, out = self._states[bucket.index], self._room(bucket)
         if not state.compressed:
-            if bucket.reduced is not bucket.grad:
-                bucket.reduced.copy_(bucket.grad)
-            return
-        out = self._scratch[: len(bucket.grad)] if self._is_fp16 and not self.lazy else bucket.reduced
-        # A lazy hook is asked only once the sum was found to be finite.
-        is_finite = None if self.lazy else torch.isfinite(self.sum_of_squares(bucket.index))
+            return self._unscaled(bucket)
         for matrix in state.matrices:
-            before = [kept.clone() for kept in self._kept(matrix)] if is_finite is not None else []
-            gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
             if matrix.residual is not None:
-                update_residual(self._with_residual(matrix, gradient), *self._own_factors(matrix))
-            decompress(
-                matrix.p, matrix.start_q if self.config.use_fixed_Q else matrix.q,
-                bucket.piece(out, matrix.slot).view(matrix.shape),
-            )  # fmt: skip
+                gradient = bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
+                update_residual(self._with_residual(matrix, matrix.residual, gradient), *self._own_factors(matrix))
+            decompress(matrix.p, self._summed_q(matrix), bucket.piece(out, matrix.slot).view(matrix.shape))
             if self.config.warm_start and not self.config.use_fixed_Q:
                 norms = matrix.q.norm(dim=0)
                 torch.where(norms > 0.0, matrix.q / norms, matrix.random_q, out=matrix.start_q)
-            for now, old in zip(self._kept(matrix), before):
-                now.copy_(torch.where(is_finite, now, old))
         for slot, place in state.others:
             bucket.piece(out, slot).copy_(place)
-        state.grad_is_residual = self.config.grad_buffer_is_error
-        scale = self.loss_scale()
-        if scale != 1.0:
-            out.mul_(scale)
-        if out is not bucket.reduced:
-            bucket.reduced.copy_(out)
+        state.grad_is_residual = self.config.grad_buffer_is_powerSGD_error
+        return out
 
-    def _with_residual(self, matrix: _Matrix, gradient: Tensor) -> Tensor:
+    def _summed_q(self, matrix: _Matrix) -> Tensor:
+        return matrix.start_q if self.config.use_fixed_Q else matrix.q
+
+    def _with_residual(self, matrix: _Matrix, residual: Tensor, gradient: Tensor) -> Tensor:
         """M, in the residual's memory: as `reduce` left it in the gradient, or once more where it only read that."""
         if self._is_fp16:
-            return matrix.residual.add_(gradient, alpha=1.0 / self.loss_scale())
-        return matrix.residual.copy_(gradient)
+            return residual.add_(gradient, alpha=1.0 / self.loss_scale())
+        return residual.copy_(gradient)
 
-    @staticmethod
-    def _kept(matrix: _Matrix) -> list[Tensor]:
-        """What is remembered between steps."""
-        return [matrix.start_q] if matrix.residual is None else [matrix.start_q, matrix.residual]
-
-    def sum_of_squares(self, bucket: int) -> Tensor:
-        """Of the bucket's sum, without decompressing it: |P Q^T|^2 = sum of the elements of (P^T P) * (Q^T Q).
-
-        float64 scalar, in the units of the scaled gradients; not finite if a gradient of any rank was not.
-        """
-        state = self._states[bucket]
+    def sum_of_squares(self, bucket: Bucket) -> Tensor:
+        """Computed without decompressing: |P Q^T|^2 = sum of the elements of (P^T P) * (Q^T Q). Not finite if a
+        gradient of any rank was not."""
+        state = self._states[bucket.index]
         if not state.compressed:
-            return sum_of_squares([self.buckets[bucket].grad])
+            return sum_of_squares([bucket.grad]) / self.loss_scale() ** 2
         total = sum_of_squares(place for _, place in state.others)
         for matrix in state.matrices:
-            p = matrix.p.float()
-            q = (matrix.start_q if self.config.use_fixed_Q else matrix.q).float()
+            p, q = matrix.p.float(), self._summed_q(matrix).float()
             total = total.to(p.device) + ((p.T @ p).double() * (q.T @ q).double()).sum()
-        return total * self.loss_scale() ** 2
+        return total
 
-    def zero_grad(self, bucket: Bucket) -> None:
+    def release(self, bucket: Bucket) -> None:
         # A residual in the gradient buffer stays: the next backward pass adds to it.
         if not self._states[bucket.index].grad_is_residual:
             bucket.grad.zero_()
@@ -394,8 +334,7 @@ class PowerSGD(CommHook):
         return factors + len(sums) * agreement_bytes(self._wire_dtype, self.collectives)
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
-        if self.lazy or dtype == torch.float16:
-            raise ValueError("PowerSGD narrows its factors itself: give it wire_dtype instead of wrapping it")
+        raise ValueError("PowerSGD narrows its factors itself: give it wire_dtype instead of wrapping it")
 
     @property
     def compression_ratio(self) -> float:
@@ -408,8 +347,24 @@ class PowerSGD(CommHook):
         """Parameters that are compressed."""
         return [matrix.slot.parameter.name for state in self._states for matrix in state.matrices]
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, between two steps: "name/residual" of this rank, "name/q" that all ranks share."""
+    def describe(self) -> str:
+        wire = f", {str(self._asked_wire).removeprefix('torch.')} on the wire" if self._asked_wire else ""
+        return f"PowerSGD 1:{self.compression_ratio:.1f}{wire}"
+
+    def begin_step(self, number: int) -> None:
+        interval = self.config.powerSGD_log_interval
+        self.measure = interval > 0 and number % interval == 0
+
+    def records(self) -> Mapping[str, dict]:
+        """How much of the gradients was left for later, in steps that are measured."""
+        errors = self.relative_error if self.measure else {}
+        if not errors:
+            return {}
+        mean = sum(errors.values()) / len(errors)
+        return {"compression": {"ratio": self.compression_ratio, "mean_relative_error": mean, "relative_error": errors}}
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Valid between two steps: "name/residual" of this rank, "name/q" that all ranks share."""
         tensors = {}
         for state, bucket in zip(self._states, self.buckets):
             for matrix in state.matrices:
@@ -418,6 +373,17 @@ class PowerSGD(CommHook):
                     tensors[f"{matrix.slot.parameter.name}/residual"] = residual
                 tensors[f"{matrix.slot.parameter.name}/q"] = matrix.start_q
         return tensors
+
+    def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
+        """Residuals go to the ranks of their numbers, or of those that took their place; Q was the same on all."""
+        self.iteration, told = step, []
+        for index, (saved, is_mine) in enumerate(states):
+            if index == 0:
+                self.take_q(saved)
+            dropped = self.add_residuals(saved) if is_mine else []
+            if dropped:
+                told.append(f"residuals are dropped, as these are not compressed any more: {', '.join(dropped)}")
+        return told
 
     def add_residuals(self, saved: Mapping[str, Tensor]) -> list[str]:
         """Add a saved rank's residuals to this one's. A rank may take up several: only their sum over ranks matters.
@@ -432,7 +398,7 @@ class PowerSGD(CommHook):
                 if residual is not None and name in left:
                     left.remove(name)
                     residual.add_(saved[f"{name}/residual"].to(residual.device).view(matrix.shape))
-            state.grad_is_residual = self.config.grad_buffer_is_error
+            state.grad_is_residual = self.config.grad_buffer_is_powerSGD_error
         return sorted(left)
 
     def take_q(self, saved: Mapping[str, Tensor]) -> None:
@@ -445,9 +411,39 @@ class PowerSGD(CommHook):
                     matrix.start_q[:, :columns] = q[:, :columns].to(matrix.start_q)
 
     def _residual(self, matrix: _Matrix, bucket: Bucket) -> Tensor | None:
-        if self.config.grad_buffer_is_error:
+        if self.config.grad_buffer_is_powerSGD_error:
             return bucket.piece(bucket.grad, matrix.slot).view(matrix.shape)
         return matrix.residual
+
+
+class Eager(CommHook):
+    """PowerSGD whose sums are in the buckets once they are reduced, for a loop that has no use for `take`, such as one
+    around an optimizer of torch. A sum that is not finite arrives as NaN and leaves PowerSGD's state as it was.
+
+    Raises:
+        ValueError: the residual is in the gradient buffer, which then cannot hold the sum.
+    """
+
+    def __init__(self, hook: PowerSGD):
+        if hook.config.grad_buffer_is_powerSGD_error:
+            raise ValueError("a residual in the gradient buffer needs a lazy hook: the sum must be taken elsewhere")
+        self.hook = hook
+
+    def reduce(self, bucket: Bucket) -> None:
+        handle = self.hook.reduce(bucket)
+        if handle is not None:
+            handle.wait()
+        if torch.isfinite(self.hook.sum_of_squares(bucket)):
+            torch.mul(self.hook.take(bucket), self.hook.loss_scale(), out=bucket.grad)
+        else:
+            bucket.grad.fill_(torch.nan)
+
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
+        return self.hook.bytes_sent(bucket, itemsize)
+
+    def check_wrapped(self, dtype: torch.dtype) -> None:
+        if dtype == torch.float16:
+            self.hook.check_wrapped(dtype)
 
 
 def _columns(flat: Tensor, rank: int) -> Tensor:

@@ -51,16 +51,20 @@ class Zero1:
             owned.append(bucket.slices(collectives.rank * size, (collectives.rank + 1) * size))
         return owned
 
-    def gather_in_gradients(self, bucket: int) -> None:
-        """Bring all ranks what each has put in the place of its own shard's gradients: every rank then holds all of it.
-        Waits for that. For an optimizer that must see whole matrices (Muon); as many bytes as the gradients take."""
-        reduced = self.ddp.buckets[bucket].reduced
+    def gather_updates(self, bucket: int, updates: Tensor) -> None:
+        """Bring all ranks what each has put into its own shard of `updates`, and wait: every rank then holds all of it.
+
+        For an optimizer that must see whole matrices (Muon); as many bytes as the gradients take.
+
+        Args:
+            updates: 1-D, as long as the bucket.
+        """
 
         def work() -> None:
-            with traffic_span(f"gather updates of bucket {bucket}", self.bytes_of_updates(self.ddp.buckets[bucket])):
-                self.ddp.collectives.all_gather(reduced)
+            with traffic_span(f"gather updates of bucket {bucket}", self._bytes_to_gather(updates)):
+                self.ddp.collectives.all_gather(updates)
 
-        with self.ddp.waits.waiting("wait for updates"):
+        with self.ddp.observer.waiting("wait for updates"):
             self.ddp.comm_stream.submit(work).wait()
 
     def gather(self, bucket: int) -> None:
@@ -87,13 +91,13 @@ class Zero1:
         """Wait until the parameters of buckets `first_bucket` and later are whole, as the forward pass needs them."""
         due = [index for index in self._gathers if index >= first_bucket]
         if due:
-            with self.ddp.waits.waiting("wait for gathers"):
+            with self.ddp.observer.waiting("wait for gathers"):
                 for bucket in due:
                     self._gathers.pop(bucket).wait()
 
     def bytes_of_updates(self, bucket: Bucket) -> float:
-        """Bytes that each rank sends in `gather_in_gradients`."""
-        return self._bytes_to_gather(bucket.reduced)
+        """Bytes that each rank sends in `gather_updates`, if the updates have the gradients' dtype."""
+        return self._bytes_to_gather(bucket.grad)
 
     def bytes_sent(self) -> float:
         """Bytes that each rank sends to gather the parameters once."""

@@ -1,1 +1,1 @@
-"""The run directory: its files and what they say. Nothing here needs torch."""
+"""The run directory: its layout (layout.py), and readers and writers of its files. Nothing here needs torch."""

@@ -21,7 +21,7 @@ from model.dropout import DropoutKey
 from model.kernels import cross_entropy as ce
 from model.kernels import launch, rms_norm, rope, swiglu
 from optimizer import adamw_triton
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 

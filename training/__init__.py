@@ -11,13 +11,12 @@ build_model.py      the model with its first weights
 export.py           information for other programs in a checkpoint
 build_task.py       the task, which turns a batch into a loss
 dpo_reference.py    the reference of DPO
-build_parallel.py   DDP with its hook, and ZeRO-1
-build_optimizer.py  the optimizer on the slices of these, and its learning rate
 resume.py           a checkpoint's state into what was built
 progress.py         where the run stands
 
 describe.py         the lines that say what runs
 records.py          these lines, config.yaml and the start record
 report.py           lines and records of steps, validations, saves and the end
+saves.py            when the loop saves, and what becomes of it
 saving.py           what a rank writes of a checkpoint
 """

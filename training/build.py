@@ -11,21 +11,25 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Llama, LlamaConfig
+from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
-from parallel import DistContext
-from parallel.context import enable_determinism
+from parallel.context import DistContext, enable_determinism
+from parallel.contract import GradientSource
+from parallel.engine import Engine, EngineParts
+from parallel.engines import open_engine
+from parallel.gradients import square
+from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.batch import choose_batch
-from training.build_model import build_model, choose_shape, find_weights, warn_of_length
-from training.build_optimizer import build_optimizer, warn_of_rate
-from training.build_parallel import Parallel, build_parallel
+from training.build_model import build_model, choose_shape, find_weights, to_device, warn_of_length
 from training.build_task import build_task
 from training.config import Config, Derived, resolve
 from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
+from training.rates import warn_of_rate
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -39,6 +43,7 @@ class Built:
 
     config: Config
     context: DistContext
+    mesh: Mesh
     run_dir: RunDir
     data: Data
     derived: Derived
@@ -52,9 +57,9 @@ class Built:
     task: Task
     reference: str | None
     """Fingerprint of DPO's reference model."""
+    adamw_kernel: str
     scaler: LossScaler
-    parallel: Parallel
-    optimizer: MixedPrecisionOptimizer
+    engine: Engine
     progress: Progress
     """The training loop moves it on."""
     left_out: list[int] | None
@@ -87,6 +92,7 @@ def build(
     if config.system.deterministic:
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)
+    mesh = Mesh(context.rank, data_size=context.world_size)
     run_dir = open_run_dir(config.run, context, resources)
     for sentence in without_effect(config, given) if context.is_main else ():
         logger.warning(sentence)
@@ -106,7 +112,8 @@ def build(
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
     model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights)
-    _require_same_choices(config, context, dtype, model)
+    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
+    _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
@@ -117,21 +124,46 @@ def build(
         )
 
     scaler = LossScaler(enabled=dtype == torch.float16)
-    parallel = build_parallel(config, context, model, scaler, dtype)
-    optimizer = build_optimizer(config, context, parallel, scaler)
+    engine = _open_engine(config, context, mesh, model, scaler, kernel)
     progress, left_out = Progress(), None
     if is_resumed:
-        progress, left_out = load_checkpoint(config, context, run_dir, data, optimizer, parallel)
+        progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
         derived = resolve(config, context.world_size, len(data.train), progress.step, progress.samples_consumed)
     loader = TrainLoader(
         data.train, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
-        context.rank, context.world_size, progress.samples_consumed, config.data.num_workers,
+        mesh.data_rank, mesh.data_size, progress.samples_consumed, config.data.num_workers,
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, run_dir, data, derived, weights, export, dtype, model, task, reference, scaler, parallel,
-        optimizer, progress, left_out, loader,
+        config, context, mesh, run_dir, data, derived, weights, export, dtype, model, task, reference, kernel, scaler,
+        engine, progress, left_out, loader,
     )  # fmt: skip
+
+
+def _open_engine(
+    config: Config, context: DistContext, mesh: Mesh, model: Llama, scaler: LossScaler, kernel: str
+) -> Engine:
+    def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
+        muon = config.muon if config.optimizer.optimizer == "muon" else None
+        return MixedPrecisionOptimizer(
+            gradients, config.adamw, config.optimizer.grad_clip, scaler, kernel, muon, model.roles()
+        )
+
+    return open_engine(
+        EngineParts(
+            config.parallel,
+            config.powersgd,
+            context,
+            mesh,
+            model,
+            to_device=lambda batch: to_device(batch, model, context.device),
+            new_optimizer=new_optimizer,
+            square=sum_of_squares if kernel == "triton" else square,
+            loss_scale=lambda: scaler.scale,
+            is_fp16=scaler.enabled,
+            seed=config.run.seed,
+        )
+    )
 
 
 def _require_same_settings(config: Config, context: DistContext, dtype: torch.dtype, shape: LlamaConfig) -> None:
@@ -146,14 +178,14 @@ def _require_same_settings(config: Config, context: DistContext, dtype: torch.dt
     )
 
 
-def _require_same_choices(config: Config, context: DistContext, dtype: torch.dtype, model: Llama) -> None:
+def _require_same_choices(context: DistContext, chosen: dict[str, str]) -> None:
     """What `auto` chose may differ between hosts, and ranks that compute differently drift apart.
 
+    Args:
+        chosen: what was to choose -> this rank's choice.
     Raises:
         ValueError: it does; on all ranks.
     """
-    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
-    chosen = {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel}
     everyone = context.gather(chosen)
     for name in chosen:
         by_rank = [choices[name] for choices in everyone]

@@ -13,15 +13,11 @@ from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Llama, flops
-from optimizer.mixed_precision import MixedPrecisionOptimizer
-from parallel import DistContext, measure_bandwidth
-from parallel.config import ParallelConfig
+from parallel.engine import Engine
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
 from training.batch import LEAST_ROWS
 from training.build import Built
-from training.build_optimizer import buckets_with_matrices
-from training.build_parallel import Parallel
 from training.config import Derived, RunConfig
 from training.data import Data
 from training.progress import Progress
@@ -60,15 +56,14 @@ def count_flops(built: Built) -> Flops:
 
 def describe(built: Built, counted: Flops) -> list[str]:
     """Lines about model, machine, data and start of the run. Collective, as the network's speed is measured."""
-    config, context, device = built.config, built.context, built.context.device
-    sends_gradients = context.world_size > 1 and not config.run.valid_only and config.parallel.ddp_impl != "naive"
+    config, device = built.config, built.context.device
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
         _model(built.model, built.dtype, device),
-        _parallel(config.parallel, context.world_size, built.parallel),
-        *([_network(context, built, tokens_per_step, counted)] if sends_gradients else []),
+        f"parallel: {built.engine.describe()}",
+        *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
-        _ops(built.model, built.optimizer, config.system.compile),
+        _ops(built.model, built.adamw_kernel, config.optimizer.optimizer == "muon", config.system.compile),
         *_data(built.data, config.run.task),
         _batch(config.run, config.data, built.derived, len(built.data.train)),
         *_time(built, counted),
@@ -87,57 +82,17 @@ def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
     )
 
 
-def _parallel(flags: ParallelConfig, world_size: int, parallel: Parallel) -> str:
-    threads = f"{torch.get_num_threads()} thread(s) each"
-    if world_size == 1 and parallel.powersgd is None and parallel.zero1 is None:
-        return f"parallel: one process of {torch.get_num_threads()} thread(s)"
-    text = f"parallel: {world_size} processes" if world_size > 1 else "parallel: one process"
-    if flags.ddp_impl == "naive":
-        return f"{text}, naive all-reduce; {threads}"
-    overlap = "overlapped with" if flags.overlap_grad_reduce else "after"
-    count = len(parallel.ddp.buckets)
-    text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
-    if parallel.powersgd is not None:
-        text += f", PowerSGD 1:{parallel.powersgd.compression_ratio:.1f}"
-    if flags.use_bf16_compress_hook or flags.use_fp16_compress_hook:
-        text += f", {'bfloat16' if flags.use_bf16_compress_hook else 'float16'} on the wire"
-    if parallel.zero1 is not None:
-        text += ", ZeRO-1"
-        text += " gathered under the forward pass" if parallel.zero1.overlap_gather else ""
-    if flags.overlap_optim_step:
-        text += ", buckets stepped as they arrive"
-    return f"{text}; {threads}"
-
-
-def _network(context: DistContext, built: Built, tokens_per_step: int, counted: Flops) -> str:
+def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool) -> list[str]:
     """Bytes of a step, and their time at the speed measured now; warns if no overlap can hide it. Collective."""
-    parallel, rate = built.parallel, 0.0
-
-    def measure() -> None:
-        nonlocal rate
-        rate = measure_bandwidth(parallel.ddp.collectives, context.device)
-
-    parallel.ddp.comm_stream.submit(measure).wait()
-    rate = min(context.gather(rate))
-    gradients = parallel.ddp.bytes_sent()
-    text = (
-        f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {gradients / 1e6:,.1f} MB of "
-        f"gradients ({gradients / rate:.2f} s)"
-    )
-    if parallel.zero1 is not None:
-        parameters = parallel.zero1.bytes_sent()
-        text += f" and {parameters / 1e6:,.1f} MB of parameters ({parameters / rate:.2f} s)"
-        if built.optimizer.muon:
-            updates = sum(map(parallel.zero1.bytes_of_updates, buckets_with_matrices(parallel.ddp.buckets)))
-            text += f" and {updates / 1e6:,.1f} MB of updates ({updates / rate:.2f} s)"
-        compute = tokens_per_step * counted.strict / (0.5 * counted.peak)
-        if parameters / rate > compute and context.is_main:
-            logger.warning(
-                "ZeRO-1 gathers parameters for %.2f s a step, longer than the compute (%.2f s at half the peak), "
-                "and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, or "
-                "make steps larger", parameters / rate, compute,
-            )  # fmt: skip
-    return text + " from each rank"
+    traffic = engine.traffic()
+    if traffic is None:
+        return []
+    rate = traffic.bytes_per_s
+    sends = " and ".join(f"{sent / 1e6:,.1f} MB of {what} ({sent / rate:.2f} s)" for what, sent in traffic.sent.items())
+    advice = engine.advice(traffic, tokens_per_step * counted.strict / (0.5 * counted.peak))
+    if advice is not None and is_main:
+        logger.warning(advice)
+    return [f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {sends} from each rank"]
 
 
 def _peak(counted: Flops, device: torch.device) -> str:
@@ -145,11 +100,11 @@ def _peak(counted: Flops, device: torch.device) -> str:
     return f"peak: {counted.peak / 1e9:,.0f} GFLOP/s in all, {source}; MFU is a share of it"
 
 
-def _ops(model: Llama, optimizer: MixedPrecisionOptimizer, is_compiled: bool) -> str:
+def _ops(model: Llama, adamw_kernel: str, has_muon: bool, is_compiled: bool) -> str:
     """Implementation that each op resolved to."""
     return (
-        f"ops: {model.ops} adamw={optimizer.kernel}"
-        + (", Muon for the matrices of the blocks" if optimizer.muon else "")
+        f"ops: {model.ops} adamw={adamw_kernel}"
+        + (", Muon for the matrices of the blocks" if has_muon else "")
         + (", plain attention for its dropout" if model.config.attention_dropout else "")
         + (" (blocks compiled)" if is_compiled else "")
     )

@@ -1,4 +1,4 @@
-"""What happened since the last log line."""
+"""Figures about the steps since the last log line."""
 
 import time
 
@@ -7,7 +7,7 @@ class StepMeter:
     """Counts steps, seconds, samples and their digest between two log lines.
 
     Args:
-        first_sample: position in the stream of the next sample.
+        first_sample: position of the next sample in the stream.
     """
 
     def __init__(self, first_sample: int):
@@ -20,8 +20,12 @@ class StepMeter:
         self._first, self._next = first_sample, first_sample
 
     def add_step(self, last_sample: int, tokens: int, digest: int, data_wait: float, comm_wait: float) -> None:
-        """A step ended with the sample at position `last_sample`; `tokens` and `digest` (modulo 2**64) are sums over
-        all ranks; this rank waited so many seconds for data and for communication."""
+        """A step ended with the sample at position `last_sample`.
+
+        Args:
+            tokens, digest: sums over all ranks; the digest modulo 2**64.
+            data_wait, comm_wait: seconds that this rank waited for data and for communication.
+        """
         self._steps += 1
         self._tokens += tokens
         self._next = last_sample + 1
@@ -30,7 +34,7 @@ class StepMeter:
         self._comm_wait += comm_wait
 
     def leave_out(self, seconds: float) -> None:
-        """Validation and saves are not training time."""
+        """Leave seconds out: validation and saves are not training time."""
         self._started += seconds
 
     def read(self) -> dict:

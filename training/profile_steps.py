@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfile:
-    """Traces the steps that were asked for, as they come.
+    """Traces the wanted steps as they come.
 
     Args:
         span: first and last step; None: none.
         about: what the trace says of the run, see traces.ABOUT.
-        aside: around what takes long and is no part of the training.
+        aside: context for long work that is not part of the training.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class StepProfile:
         self._traced: list[int] = []
 
     def begin(self, step: int) -> None:
-        """The run is at `step`: say so if that is behind the steps asked for."""
+        """The run is at `step`: say so if the wanted steps are over."""
         if self._span is not None and step >= self._span[1]:
             if self._rank == 0:
                 logger.info(
@@ -53,7 +53,7 @@ class StepProfile:
             self._span = None
 
     def step(self, number: int, work: Callable[[], bool]) -> bool:
-        """Do `work`, which is step `number`, and return what it does: whether the step was done."""
+        """Do `work`, which is step `number`, and return its result: whether the step was done."""
         if self._span is None or not self._span[0] <= number <= self._span[1]:
             return work()
         if self._profiler is None and not self._start():
@@ -67,7 +67,7 @@ class StepProfile:
         return is_done
 
     def finish(self) -> None:
-        """Write what was traced; at the latest when the run ends."""
+        """Write the traced steps; at the latest when the run ends."""
         if self._span is None:
             return
         (first, last), self._span = self._span, None
@@ -81,21 +81,21 @@ class StepProfile:
                 profiler.stop()
                 if self._traced:
                     self._write(profiler)
-            # Whatever a profiler, a disk or a drawing library does, the training goes on.
+            # The training goes on, whatever a profiler, a disk or a drawing library does.
             except Exception as error:
                 logger.warning("the profile of steps %d to %d is not complete: %s", first, last, error)
 
     def _start(self) -> bool:
-        """False, and no step is traced, if there is no way to."""
+        """Start the profiler. Returns False if that is impossible; then no step is traced."""
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with self._aside():
             try:
-                # A private name: without it there is no profile, but there is a run.
+                # A private name: without it the run goes on without a profile.
                 from torch._C._profiler import _ExperimentalConfig
 
-                # Also the threads that are there already: the comm stream's, the loader's.
+                # Also the threads that exist already: the comm stream's, the loader's.
                 everywhere = _ExperimentalConfig(profile_all_threads=True)
                 profiler = profile(activities=activities, experimental_config=everywhere, acc_events=True)
                 profiler.start()
@@ -124,7 +124,7 @@ class StepProfile:
 
 
 def write_trace(profiler: profile, path: Path) -> None:
-    """Write a Chrome trace, gzipped, whole or not at all.
+    """Write a gzipped Chrome trace, whole or not at all.
 
     Raises:
         OSError: it could not be written.
@@ -134,7 +134,7 @@ def write_trace(profiler: profile, path: Path) -> None:
         profiler.export_chrome_trace(str(plain))
         with open(plain, "rb") as source, gzip.open(packed, "wb", compresslevel=4) as target:
             shutil.copyfileobj(source, target, 1 << 20)
-            # The exporter does not say when the disk is full.
+            # The exporter does not report a full disk.
             source.seek(max(0, source.tell() - 16))
             if not source.read().rstrip().endswith(b"}"):
                 raise OSError(f"{path} was cut off: is the disk full?")

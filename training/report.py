@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from checkpoint.folder import list_checkpoints
 from checkpoint.saving import SaveOutcome
-from parallel import DistContext, PowerSGD
+from parallel.context import DistContext
 from runs.layout import RunPaths
 from runs.reslog import ResLog
 from tasks.task import Task
@@ -102,16 +102,6 @@ def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:
     logger.info("sample at step %d, after: %s\n    | %s", step, given[-_SHOWN_OF_PROMPT:], "\n    | ".join(lines))
     if reslog is not None:
         reslog.write("sample", step=step, prompt=sample.prompt, text=sample.text)
-
-
-def report_compression(reslog: ResLog | None, step: int, powersgd: PowerSGD) -> None:
-    """How much of the gradients PowerSGD left for later in this step."""
-    errors = powersgd.relative_error
-    if reslog is not None and errors:
-        reslog.write(
-            "compression", step=step, ratio=powersgd.compression_ratio,
-            mean_relative_error=sum(errors.values()) / len(errors), relative_error=errors,
-        )  # fmt: skip
 
 
 def report_save(reslog: ResLog | None, ckpt_dir: Path, outcome: SaveOutcome) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from checkpoint.folder import read_trainer_state
 from checkpoint.named import holds_named_state, load_named_state, read_tensors
 from checkpoint.retention import delete_leftovers
-from optimizer.mixed_precision import MixedPrecisionOptimizer
-from parallel import DistContext, PowerSGD
-from training.build_parallel import Parallel
+from parallel.context import DistContext
+from parallel.engine import Engine
 from training.config import Config
 from training.data import Data, order_of_samples
 from training.progress import Progress
@@ -22,8 +21,7 @@ def load_checkpoint(
     context: DistContext,
     run_dir: RunDir,
     data: Data,
-    optimizer: MixedPrecisionOptimizer,
-    parallel: Parallel,
+    engine: Engine,
 ) -> tuple[Progress, list[int] | None]:
     """Restore optimizer and position; weights come from the float32 main parameters.
 
@@ -34,13 +32,10 @@ def load_checkpoint(
     """
     state = read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
-    run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, optimizer.named_state()))
-    load_named_state(run_dir.resume_files.directories, optimizer.named_state())
-    optimizer.weights_from_main()
-    if parallel.zero1 is not None:
-        parallel.zero1.gather_all()
-    optimizer.load_scalar_state(state["optimizer"])
-    _load_hook_state(run_dir, parallel.powersgd, state["step"], context.is_main)
+    run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, engine.named_state()))
+    load_named_state(run_dir.resume_files.directories, engine.named_state())
+    engine.take_state(state["optimizer"])
+    _take_local_states(run_dir, engine, state["step"], context.is_main)
     samples, left_out = 0 if is_new_order else state["samples_consumed"], None
     if config.data.resume_at_sample > samples:
         left_out = [samples, config.data.resume_at_sample - 1]
@@ -70,22 +65,12 @@ def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool
     return bool(changed)
 
 
-def _load_hook_state(run_dir: RunDir, powersgd: PowerSGD | None, step: int, is_main: bool) -> None:
-    """Take up what PowerSGD remembered: the residuals of this rank's number, and the Q that all ranks shared."""
-    states = run_dir.resume_files.hook_states()
-    if powersgd is None:
-        if states:
-            name = run_dir.chosen.name
-            logger.warning("the residuals of PowerSGD in %s are dropped: it is not used any more", name)
-        return
-    powersgd.iteration = step
-    lost = run_dir.resume_files.lost_hook_states()
+def _take_local_states(run_dir: RunDir, engine: Engine, step: int, is_main: bool) -> None:
+    """Take up what the ranks' communication remembered: PowerSGD's residuals, and the Q that all ranks shared."""
+    files = run_dir.resume_files
+    lost = files.lost_hook_states() if engine.local_state() is not None else []
     if lost and is_main:
         logger.warning("the residuals of PowerSGD of ranks %s are on no node: they are lost", lost)
-    for index, (file, is_mine) in enumerate(states):
-        saved = read_tensors(file)
-        if index == 0:
-            powersgd.take_q(saved)
-        dropped = powersgd.add_residuals(saved) if is_mine else []
-        if dropped:
-            logger.warning("residuals are dropped, as these are not compressed any more: %s", ", ".join(dropped))
+    states = ((read_tensors(file), is_mine) for file, is_mine in files.hook_states())
+    for sentence in engine.take_local_states(states, step, run_dir.chosen.name):
+        logger.warning(sentence)

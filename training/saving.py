@@ -9,10 +9,11 @@ from training.data import order_of_samples
 
 
 def add_share(built: Built, writer: CheckpointWriter) -> None:
-    powersgd, zero1 = built.parallel.powersgd, built.parallel.zero1
-    writer.add_named_state(built.optimizer.named_state(), sharded=zero1 is not None)
-    if powersgd is not None:
-        writer.add_hook_state(powersgd.state_tensors())
+    engine = built.engine
+    writer.add_named_state(engine.named_state(), sharded=engine.is_sharded)
+    local_state = engine.local_state()
+    if local_state is not None:
+        writer.add_hook_state(local_state)
     if built.run_dir.place.is_first_of_store:
         export = built.export
         config, family = built.model.config, export.family(built.model.config)
@@ -31,7 +32,7 @@ def _trainer_state(built: Built) -> dict:
         "tokens": built.progress.tokens,
         "validation_due": built.progress.validation_due,
         "stream": order_of_samples(built.config.run.seed, built.data),
-        "optimizer": built.optimizer.scalar_state(),
+        "optimizer": built.engine.scalar_state(),
         "world_size": built.context.world_size,
         "reference": built.reference,
     }

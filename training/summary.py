@@ -1,4 +1,4 @@
-"""What a run says when it ends: where it stands, where everything lies, and what to run next."""
+"""The last lines of a run: its position, its files, and the commands to run next."""
 
 import math
 from collections.abc import Iterator
@@ -15,30 +15,30 @@ from utils.paths import for_command
 
 @dataclass(frozen=True)
 class RunEnd:
-    """What the launch that ends knows of itself."""
+    """Facts about a launch at its end."""
 
     out_dir: Path
     finished: bool
-    """Else stopped on request."""
+    """False: it was stopped on request."""
     step: int
     max_iters: int
     steps_now: int
-    """Of this launch alone."""
+    """Steps of this launch alone."""
     seconds: float
-    """From its first step to its end, validation and saves included."""
+    """Time from its first step to its end, validation and saves included."""
     tokens: int
-    """Read in the whole run."""
+    """Tokens read in the whole run."""
     train_loss: float | None
-    """Of the last step, if this launch did one."""
+    """Loss of the last step, if this launch did one."""
     has_chat: bool
     """Whether the model is trained on conversations."""
     resume: str
-    """The command that goes on, or words that say it."""
+    """The command to continue, or words for it."""
     retention: Retention
 
 
 def summary_lines(end: RunEnd) -> Iterator[str]:
-    """A few lines."""
+    """The lines, one by one."""
     run = for_command(end.out_dir)
     steps = f"{end.steps_now} step{'' if end.steps_now == 1 else 's'}"
     yield (
@@ -61,7 +61,7 @@ def summary_lines(end: RunEnd) -> Iterator[str]:
 
 
 def _validation(reslog: Path) -> list[str]:
-    """Last and lowest validation loss of the whole run."""
+    """Last and lowest validation loss of the whole run; empty if there was none."""
     valid = read_reslog(reslog, names=("valid",))
     found = [
         (loss, r["step"]) for r in valid if r.get("step") is not None and (loss := number(r.get("loss"))) is not None
@@ -80,7 +80,7 @@ def _shown(loss: float, step: int) -> tuple[str, int]:
 
 
 def _checkpoints(end: RunEnd) -> Iterator[str]:
-    """The newest checkpoint and the best, of those that stay."""
+    """The newest and the best of the checkpoints that stay."""
     there = list_checkpoints(RunPaths(end.out_dir).ckpt_dir)
     doomed = {checkpoint.path for checkpoint in doomed_by(end.retention, there)}
     kept = [checkpoint for checkpoint in there if checkpoint.path not in doomed]

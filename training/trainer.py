@@ -4,31 +4,28 @@ reported, is in the other files of this folder."""
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from checkpoint.saving import SaveOutcome
-from dataset.loader import Batch, Step, batch_digest, num_tokens, validation_batches
-from optimizer.mixed_precision import StepResult
-from parallel import DistContext, DistributedDataParallel
-from parallel.replicas import require_same_weights
+from dataset.loader import Step, batch_digest, num_tokens, validation_batches
+from optimizer.schedule import learning_rate
+from parallel.context import DistContext
+from parallel.contract import StepResult
+from parallel.engine import StepPlan
 from parallel.spans import span
 from runs import exits
 from training import report
 from training.build import build
-from training.build_model import to_device
-from training.build_optimizer import learning_rate
 from training.config import Config
 from training.meter import StepMeter
 from training.progress import Unlogged
 from training.records import start_records
 from training.samples import Samples
-from training.saving import add_share
+from training.saves import Saves, is_due
 from training.stopping import LONG_S, Rounds, Stopping, StopRequest, Teller
 
 logger = logging.getLogger("train")
@@ -51,10 +48,7 @@ class Trainer:
         data_dirs: dict[str, Path],
     ):
         self.context = context
-        self.last_save = time.monotonic()
-        self.skipped_in_a_row, self.save_due, self.save_waits = 0, False, False
-        self.poisoned: str | None = None
-        self.compared_at = -1
+        self.skipped_in_a_row, self.compared_at = 0, -1
         self.train_loss: float | None = None
         self.unlogged: Unlogged | None = None
         # Position behind the samples of the step that is being done.
@@ -69,93 +63,99 @@ class Trainer:
             # Released at the end; here, if anything failed.
             self.resources = resources.pop_all()
         # With what was left to the data.
-        self.config = built.config
-        self.data, self.derived, self.loader, self.progress = built.data, built.derived, built.loader, built.progress
-        self.run_dir, self.out_dir = built.run_dir, built.run_dir.path
+        self.config, self.progress, self.run_dir = built.config, built.progress, built.run_dir
+        self.model, self.task, self.engine, self.loader = built.model, built.task, built.engine, built.loader
+        self.heartbeat = built.run_dir.heartbeat
         self.stopping, self.samples = Stopping(stop, built.run_dir, context), Samples(built)
-        self.heartbeat, self.saver = built.run_dir.heartbeat, built.run_dir.saver
-        self.model, self.task, self.scaler, self.optimizer = built.model, built.task, built.scaler, built.optimizer
-        self.ddp, self.powersgd, self.zero1 = built.parallel.ddp, built.parallel.powersgd, built.parallel.zero1
-        # The position that a checkpoint holds is not the run's any more if samples were left out.
-        self.saved_step = self.progress.step if self.run_dir.resumed_from and not built.left_out else -1
-        self.last_good = self.run_dir.chosen.name if self.run_dir.chosen else None
+        self.meter, self.first_step = StepMeter(self.progress.samples_consumed), self.progress.step
+        self.saves = Saves(built, self.reslog, self._aside)
 
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
-        progress, max_iters = self.progress, self.derived.max_iters
-        valid_interval, save_interval = self.config.data.valid_interval, self.config.run.save_interval
+        progress, max_iters, saves = self.progress, self.built.derived.max_iters, self.saves
+        has_valid, valid_interval = self.built.data.valid is not None, self.config.data.valid_interval
         if progress.step >= max_iters and not progress.validation_due:
             logger.info(
                 "nothing left to do: the run is at step %d of %d; to go on, raise --%s",
                 progress.step, max_iters, "max_iters" if self.config.run.max_iters else "epoch",
             )  # fmt: skip
         self.model.train()
-        self.meter, self.first_step = StepMeter(progress.samples_consumed), progress.step
         self.profile = report.open_profile(self.built, self._aside)
-        # Of before the first step, such as for the weights of a resumed run.
-        self.ddp.waits.take()
+        # Discard waits recorded before the first step, such as those for the weights of a resumed run.
+        self.engine.communication_s()
         if self.built.left_out:
             logger.info("left out the samples at positions %d to %d, as asked", *self.built.left_out)
             self._save(valid_loss=None)
         elif progress.step < max_iters or progress.validation_due:
-            self.saver.reserve(partial(add_share, self.built))
+            saves.reserve()
         phase = "compile" if self.config.system.compile else "step"
-        progress.validation_due &= self.data.valid is not None
+        progress.validation_due &= has_valid
         while progress.step < max_iters or progress.validation_due:
-            # It is due from the start where a run was stopped in it.
+            # It is due from the start if a run was stopped in it.
             if not progress.validation_due:
                 self.heartbeat.beat(phase, progress.step)
                 phase = "step"
                 if not self.profile.step(progress.step + 1, self._step):
                     return self._stop()
             finished = progress.step >= max_iters
-            progress.validation_due |= self.data.valid is not None and (
-                finished or _is_due(progress.step, valid_interval)
-            )
+            progress.validation_due |= has_valid and (finished or is_due(progress.step, valid_interval))
             valid_loss = None
             if progress.validation_due:
-                with self.ddp.waits.uncounted():
-                    valid_loss = self.validate()
+                valid_loss = self.validate()
                 if valid_loss is None:
                     return self._stop()
                 progress.validation_due = False
             # In a streak, the weights may be what is wrong: a save waits for the first good step.
-            self.save_waits |= valid_loss is not None or self.save_due or _is_due(progress.step, save_interval)
-            if finished or (self.save_waits and not self.in_streak):
+            if finished or (saves.are_due(validated=valid_loss is not None) and not self.in_streak):
                 self._log_step()
                 self._save(valid_loss, must=finished)
-        self._settle_save(must=True)
+        saves.settle(must=True)
         self._end(finished=True)
         return exits.OK
 
     @property
     def in_streak(self) -> bool:
         """Whether steps are being skipped. In float16, one is how the loss scale is found."""
-        return self.skipped_in_a_row > (1 if self.scaler.enabled else 0)
+        return self.skipped_in_a_row > (1 if self.built.scaler.enabled else 0)
 
     def _stop(self) -> int:
         """All ranks are here, as one was asked to stop: save, and leave."""
         self._log_step()
         try:
-            self._settle_save()
+            self.saves.settle()
             if self.in_streak:
-                self._keep_last_good(f"gradients were not finite in the last steps ({self.skipped_in_a_row} skipped)")
-            elif self.saved_step != self.progress.step:
+                self.saves.say_last_good(
+                    f"gradients were not finite in the last steps ({self.skipped_in_a_row} skipped)"
+                )
+            elif self.saves.saved_step != self.progress.step:
                 self._save(valid_loss=None, must=True)
         except FloatingPointError as error:
-            self._keep_last_good(str(error))
+            self.saves.say_last_good(str(error))
         self._end(finished=False)
         return exits.STOPPED
 
-    def _keep_last_good(self, why: str) -> None:
-        last = f"{self.last_good} stays the newest checkpoint" if self.last_good else "there is no checkpoint yet"
-        logger.warning("step %d is not saved: %s; %s", self.progress.step, why, last)
+    def _save(self, valid_loss: float | None, must: bool = False) -> None:
+        """Save the present state in the background; all ranks take part.
+
+        Args:
+            must: wait for it, and fail with it; see Saves.settle.
+        """
+        self.saves.prepare()
+        if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
+            with self._aside():
+                self._compare_replicas()
+        # The last step of a run may lie in a streak: then it pushes nothing out.
+        self.saves.start(valid_loss, prune=not self.in_streak, must=must)
+
+    def _compare_replicas(self) -> None:
+        self.engine.check_replicas(self.progress.step)
+        self.compared_at = self.progress.step
 
     def _end(self, finished: bool) -> None:
         """All is saved: write what was traced, record the end, and say where everything is."""
         self.profile.finish()
         # Nobody starts a run again that has ended, if only to clean up.
-        self.saver.wait_for_prune()
+        self.run_dir.saver.wait_for_prune()
         self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
         if not finished:
             # Before any rank has said how it ends, a death means another launch, which must hear the request.
@@ -176,7 +176,7 @@ class Trainer:
 
     def _step(self) -> bool:
         """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
-        progress, parallel = self.progress, self.config.parallel
+        progress = self.progress
         started = time.perf_counter()
         with span("data wait"):
             batches = next(self.loader)
@@ -184,152 +184,84 @@ class Trainer:
         count, tokens, digest, stop, is_long = self._agree(batches)
         if stop:
             return False
-        self._refuse_poison()
+        self.saves.refuse_poison()
 
         self.next_sample = batches.last + 1
-        lr = learning_rate(self.config, progress.step, self.derived.max_iters)
-        self._prepare_hooks()
-        sums = self._forward_backward(batches.micro_batches, count, lr, is_long)
+        plan = StepPlan(
+            progress.step + 1,
+            learning_rate(self.config.optimizer, progress.step, self.built.derived.max_iters),
+            count,
+            self.built.scaler.scale,
+            self.run_dir.saver.before_update,
+            self._shall_drop(progress.step + 1) if is_long else None,
+        )
+        sums = self.engine.forward_backward(batches.micro_batches, self.task, plan)
         if sums is None:
             return False
-        loss_sum, metrics = sums
-        self.ddp.finish_grad_sync()
-        self.saver.before_update()
-        with span("optimizer"):
-            result = self._finish_step(lr)
+        result = self._finish_step(plan)
         if result.skipped:
             self._on_skipped_step(result.grad_norm)
         else:
             self.skipped_in_a_row = 0
-        is_zero = self.optimizer.zero_grad and not result.skipped
-        if not (is_zero or parallel.overlap_zero_grad_buffer):
-            with span("zero gradients"):
-                self.ddp.zero_grad()
 
         progress.step += 1
         progress.samples_consumed = batches.last + 1
         progress.tokens += tokens
-        self.meter.add_step(batches.last, tokens, digest, waited, comm_wait=self.ddp.waits.take())
-        self.unlogged = Unlogged(loss_sum, metrics, max(count, 1), lr, result.grad_norm)
-        if self.powersgd is not None and self.powersgd.measure and not result.skipped:
-            report.report_compression(self.reslog, progress.step, self.powersgd)
-        if _is_due(progress.step, parallel.replica_check_interval):
+        self.meter.add_step(batches.last, tokens, digest, waited, comm_wait=self.engine.communication_s())
+        self.unlogged = Unlogged(sums.loss, sums.metrics, max(count, 1), plan.lr, result.grad_norm)
+        if self.reslog is not None and not result.skipped:
+            for name, fields in self.engine.records().items():
+                self.reslog.write(name, step=progress.step, **fields)
+        if is_due(progress.step, self.config.parallel.replica_check_interval):
             self._compare_replicas()
-        if _is_due(progress.step, self.config.run.log_interval):
+        if is_due(progress.step, self.config.run.log_interval):
             self._log_step()
         self.step_seconds = time.perf_counter() - started
         return True
+
+    def _finish_step(self, plan: StepPlan) -> StepResult:
+        """All micro-batches are done: reduce what is not reduced yet, and step."""
+        return self.engine.step(plan)
 
     def _agree(self, batches: Step) -> tuple[int, int, int, bool, bool]:
         """What all ranks must know before a step: how many terms the loss of the whole global batch has, which the
         backward pass needs; its tokens; the digest of its samples; whether any rank was asked to stop; whether the step
         may be a long one. Also whether a save is due, and what became of the one in flight: all in one collective."""
-        digest = sum(batch_digest(batch) for batch in batches.micro_batches)
-        count = sum(self.task.count(batch) for batch in batches.micro_batches)
-        tokens = sum(num_tokens(batch) for batch in batches.micro_batches)
+        # Ranks that share their rows must count them once.
+        rows = batches.micro_batches if self.built.mesh.counts else []
+        digest = sum(batch_digest(batch) for batch in rows)
+        count = sum(self.task.count(batch) for batch in rows)
+        tokens = sum(num_tokens(batch) for batch in rows)
         agreed = torch.tensor(
             [count, tokens, digest & 0xFFFFFFFF, digest >> 32, self.stopping.asked(), self.step_seconds >= LONG_S,
-             self._save_asked(), *self.saver.signs()]
+             *self.saves.signs()]
         )  # fmt: skip
         with span("agree"):
-            count, tokens, low, high, stop, is_long, save, failed, done = self.context.all_sum(agreed).tolist()
-        if failed or done == self.context.world_size:
-            self._report_save(self.saver.conclude())
-        self.save_due = bool(save)
+            count, tokens, low, high, stop, is_long, *signs = self.context.all_sum(agreed).tolist()
+        self.saves.take_signs(signs)
         return count, tokens, (high << 32) + low, bool(stop), bool(is_long)
 
-    def _save_asked(self) -> bool:
-        """By the first rank's clock."""
-        minutes = self.config.run.save_interval_minutes
-        return self.context.is_main and minutes > 0 and time.monotonic() - self.last_save >= 60 * minutes
+    def _shall_drop(self, step: int) -> Callable[[int, int], bool]:
+        """Between micro-batches of a long step: says how far it is, and whether any rank was asked to stop. Nobody will
+        ever read what the micro-batches of a dropped step have added to the gradients."""
+        teller = Teller(f"step {step}")
 
-    def _prepare_hooks(self) -> None:
-        """For what happens to a bucket of gradients while the backward pass goes on."""
-        parallel = self.config.parallel
-        if self.powersgd is not None or parallel.overlap_optim_step:
-            self.saver.before_update()
-        if self.powersgd is not None:
-            self.powersgd.measure = _is_due(self.progress.step + 1, self.config.powersgd.powerSGD_log_interval)
+        def shall_drop(done: int, total: int) -> bool:
+            teller.tell(done, total)
+            return self.stopping.agreed()
 
-    def _forward_backward(
-        self, micro_batches: list[Batch], count: int, learning_rate: float, is_long: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
-        """This rank's micro-batches; gradients are reduced with the last one, and with --overlap_optim_step stepped
-        with.
-
-        Args:
-            is_long: look between micro-batches whether to stop.
-        Returns:
-            sums of losses and of metrics; None if any rank was asked to stop: then nobody will ever read what the
-            micro-batches so far have added to the gradients.
-        """
-        context, parallel, teller = self.context, self.config.parallel, Teller(f"step {self.progress.step + 1}")
-        # There, the first micro-batch's gradient is added to what must be saved.
-        is_long &= not self.config.powersgd.grad_buffer_is_powerSGD_error
-        if self.task.uses_prepass:
-            with span("prepass"):
-                sums = sum(self.task.prepass(self._to_device(batch)) for batch in micro_batches)
-                self.task.take_prepass(context.all_sum(sums.cpu()).to(context.device))
-        loss_scale = self.scaler.scale / max(count, 1)
-        # A fused loss rounds its gradient before it is scaled; float16 alone would lose something by that.
-        self.task.grad_scale = loss_scale if self.scaler.enabled else 1.0
-        loss_total = torch.zeros((), dtype=torch.float64, device=context.device)
-        metrics = {name: torch.zeros_like(loss_total) for name in self.task.metric_names}
-        for index, batch in enumerate(micro_batches):
-            if is_long and index:
-                teller.tell(index, len(micro_batches))
-                if self.stopping.agreed():
-                    return None
-            is_last = index == len(micro_batches) - 1
-            if is_last and parallel.overlap_optim_step:
-                self.optimizer.begin_overlapped_step(learning_rate)
-            with nullcontext() if is_last else self.ddp.no_sync():
-                with span("forward"):
-                    loss_sum, _, sums = self.task(self._to_device(batch))
-                with span("backward"):
-                    (loss_sum * loss_scale).backward()
-            loss_total += loss_sum.detach()
-            for name, value in sums.items():
-                metrics[name] += value
-        return loss_total, metrics
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return to_device(batch, self.model, self.context.device)
-
-    def _finish_step(self, learning_rate: float) -> StepResult:
-        """Gradients are summed (with overlap_optim_step: and stepped with): the rest of the step."""
-        if self.config.parallel.overlap_optim_step:
-            result = self.optimizer.end_overlapped_step()
-            if self.zero1 is not None:
-                self.zero1.start_gathers()
-        else:
-            result = self.optimizer.step(learning_rate, self.zero1.gather if self.zero1 else None)
-        if self.zero1 is not None and not self.zero1.overlap_gather:
-            self.zero1.wait()
-        return result
-
-    def _compare_replicas(self) -> None:
-        """
-        Raises:
-            ReplicaDrift: the ranks' weights differ; on all ranks.
-        """
-        if self.zero1 is not None:
-            with self.ddp.waits.uncounted():
-                self.zero1.wait()
-        with span("compare replicas"):
-            require_same_weights(self.context, self.model.parameters(), self.progress.step)
-        self.compared_at = self.progress.step
+        return shall_drop
 
     def _on_skipped_step(self, grad_norm: float) -> None:
         """All ranks are here together: the norm is of the summed gradients."""
         self.skipped_in_a_row += 1
-        fp16 = self.scaler.enabled
+        fp16 = self.built.scaler.enabled
         logger.warning(
             "step %d skipped: the gradient norm is %s%s", self.progress.step + 1, grad_norm,
-            f"; loss scale lowered to {self.scaler.scale:g}" if fp16 else "",
+            f"; loss scale lowered to {self.built.scaler.scale:g}" if fp16 else "",
         )  # fmt: skip
         if self.config.parallel.check_for_nan_in_grad and not fp16:
-            names = self.ddp.nonfinite_parameters or ["none on this rank"]
+            names = self.engine.nonfinite_parameters() or ["none on this rank"]
             raise FloatingPointError(f"non-finite gradients at step {self.progress.step + 1} in: {', '.join(names)}")
         if self.skipped_in_a_row >= self.config.optimizer.max_skipped_steps:
             raise FloatingPointError(f"gradients were not finite for {self.skipped_in_a_row} steps in a row")
@@ -338,20 +270,23 @@ class Trainer:
     def validate(self) -> float | None:
         """Mean loss over the validation set, bit for bit the same on any number of ranks: the set is always cut into
         the same batches, and their exact sums are added in one order. None if any rank was asked to stop."""
-        context, flags = self.context, self.config.data
+        context, flags, mesh = self.context, self.config.data, self.built.mesh
         started = time.perf_counter()
+        self.engine.settle()
         count, batches = validation_batches(
-            self.data.valid, flags.valid_batch_size, flags.valid_iters, context.rank, context.world_size
+            self.built.data.valid, flags.valid_batch_size, flags.valid_iters, mesh.data_rank, mesh.data_size
         )
         self.model.eval()
         names = self.task.metric_names
         table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
-        rounds = Rounds(self.stopping, context, "validating", -(-count // context.world_size))
+        rounds = Rounds(self.stopping, context, "validating", -(-count // mesh.data_size))
         for _ in range(rounds.total):
             self.heartbeat.beat("validate", self.progress.step)
             # In the last round there may be none for this rank.
             for index, batch in islice(batches, 1):
-                loss_sum, terms, sums = self.task(self._to_device(batch))
+                loss_sum, terms, sums = self.engine.evaluate(batch, self.task)
+                if not mesh.counts:
+                    continue
                 row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
                 table[index] = torch.tensor(row, dtype=torch.float64)
             if rounds.stop_after_round():
@@ -388,71 +323,12 @@ class Trainer:
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
         report.report_step(
-            self.reslog, self.progress, self.derived.max_iters, last, figures, self.meter.read(), self.flops
+            self.reslog, self.progress, self.built.derived.max_iters, last, figures, self.meter.read(), self.flops
         )
-
-    def _save(self, valid_loss: float | None, must: bool = False) -> None:
-        """Save the present state in the background; all ranks take part, each with its share of the optimizer state.
-
-        Args:
-            must: wait for it, and fail with it; see _settle_save.
-        """
-        self.heartbeat.beat("save", self.progress.step)
-        self._settle_save()
-        self.save_waits = False
-        started = time.perf_counter()
-        if self.zero1 is not None:
-            with self.ddp.waits.uncounted():
-                self.zero1.wait()
-        if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
-            self._compare_replicas()
-        writer = self.saver.begin(self.progress.step)
-        add_share(self.built, writer)
-        # The last step of a run may lie in a streak: then it pushes nothing out.
-        self.saver.start(writer, valid_loss, prune=not self.in_streak)
-        self.meter.leave_out(time.perf_counter() - started)
-        self.last_save = time.monotonic()
-        if must or not self.saver.background:
-            self._settle_save(must)
-
-    def _settle_save(self, must: bool = False) -> None:
-        """Wait until the save in flight, if there is one, is whole on all ranks or has failed.
-
-        Raises:
-            OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
-            FloatingPointError: the weights are not finite. Raised on all ranks, and what was there stays.
-        """
-        started = time.perf_counter()
-        if self.saver.in_flight:
-            self.heartbeat.beat("save", self.progress.step)
-        outcome = self.saver.settle()
-        self.meter.leave_out(time.perf_counter() - started)
-        if outcome is not None:
-            self._report_save(outcome)
-            self._refuse_poison()
-            if must and outcome.problem is not None:
-                raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
-
-    def _report_save(self, outcome: SaveOutcome) -> None:
-        """All ranks agree on what became of a save."""
-        if outcome.problem is None:
-            self.saved_step, self.last_good = outcome.step, outcome.name
-        elif outcome.poisoned:
-            self.poisoned = f"the weights of step {outcome.step} are of no use: {outcome.problem}"
-        report.report_save(self.reslog, self.run_dir.ckpt_dir, outcome)
-
-    def _refuse_poison(self) -> None:
-        """
-        Raises:
-            FloatingPointError: a save has found weights that are not finite; on all ranks.
-        """
-        if self.poisoned is not None:
-            raise FloatingPointError(self.poisoned)
 
     def close(self) -> None:
         self.loader.close()
-        if isinstance(self.ddp, DistributedDataParallel):
-            self.ddp.close()
+        self.engine.close()
         if self.reslog is not None:
             self.reslog.close()
         self.release()
@@ -460,7 +336,3 @@ class Trainer:
     def release(self) -> None:
         """Let a save in flight finish, and another process have the run directory."""
         self.resources.close()
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

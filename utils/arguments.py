@@ -1,6 +1,6 @@
-"""Flags of the commands: argparse's, with one sentence where a command is wrong.
+"""Flags of the commands: argparse, with one sentence if a command is wrong.
 
-argparse itself prints the whole list of flags first, and of a flag that it does not know at most that another is
+argparse itself prints the whole list of flags first, and answers an unknown flag at most by naming another one that is
 missing.
 """
 
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 _VALUE = re.compile(r"[^-]|-$|-\.?\d|.*\s", re.DOTALL)
-"""How a word begins that argparse takes for a value: no dash, a negative number, or a text with a blank."""
+"""Beginning of a word that argparse takes for a value: not a dash, or a negative number, or a text with a blank."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,9 +41,10 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        """
+        """Refuse flags that this command does not have.
+
         Raises:
-            SystemExit: one of the words is a flag that this command does not have.
+            SystemExit: one of the words is such a flag.
         """
         known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
         for word in words:
@@ -56,8 +57,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name} is not a flag of this command{meant}")
 
     def error(self, message: str) -> NoReturn:
-        """
+        """End the command with a sentence.
+
         Raises:
-            SystemExit: with code 2, after the sentence.
+            SystemExit: with code 2.
         """
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")

@@ -1,10 +1,10 @@
-"""What every command asks first: whether this Python can run it.
+"""The first question of every command: whether this Python can run it.
 
     if __name__ == "__main__":
         environment.check()
 
-Outside the environment, an import fails for want of a package; that becomes one sentence and exit code 2. An import
-that fails inside an installed package, or of our own code, is shown as itself.
+Outside the environment, an import fails because a package is missing; that becomes one sentence and exit code 2. An
+import that fails inside an installed package, or an import of a module of this project, keeps its traceback.
 
 Older Pythons must be able to read this file and the first lines of each command.
 """
@@ -17,12 +17,12 @@ OLDEST = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 _WRONG, _INTERRUPTED = 2, 130
-"""Exit codes, as in runs/exits.py and utils/terminal.py, which say more than an old Python understands."""
+"""Exit codes, as in runs/exits.py and utils/terminal.py, which an old Python cannot read."""
 
 
 def check(requirements: str = "requirements.txt") -> None:
-    """Refuse a Python that is too old; from now on, an import that fails for want of a package ends the command with a
-    sentence, and Ctrl-C during one with 130.
+    """Refuse a Python that is too old; from now on, an import of a missing package ends the command with a sentence,
+    and Ctrl-C during an import ends it with 130.
 
     Args:
         requirements: file that lists what this command needs.
@@ -45,8 +45,7 @@ def check(requirements: str = "requirements.txt") -> None:
 
 
 def what_is_missing(error: BaseException, requirements: str = "requirements.txt") -> str:
-    """A sentence about the package that our code asked for and this Python does not have; empty if the error is another
-    one."""
+    """A sentence about the package that this project imports and this Python lacks; empty for any other error."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or not name or not _is_asked_for_by_us(error):
         return ""
@@ -56,7 +55,7 @@ def what_is_missing(error: BaseException, requirements: str = "requirements.txt"
 
 
 def _is_asked_for_by_us(error: BaseException) -> bool:
-    """Whether the import stands in our code, not in a package that is installed and lacks something itself."""
+    """Whether the import is in this project, not in an installed package that lacks something itself."""
     asking, frame = "", error.__traceback__
     while frame is not None:
         name = frame.tb_frame.f_code.co_filename
@@ -66,10 +65,10 @@ def _is_asked_for_by_us(error: BaseException) -> bool:
 
 
 def _way_in(requirements: str, setup_option: str = "") -> str:
-    """What to do.
+    """The way to a Python that can run the command.
 
     Args:
-        requirements: what to install where that is enough; empty where it is not.
+        requirements: file of packages to install if that is enough; empty if it is not.
     """
     beside = "" if Path.cwd() == ROOT else f"{ROOT}/"
     is_inside = Path(sys.prefix).resolve() == VENV.resolve()

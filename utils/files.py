@@ -18,13 +18,13 @@ _PASSING = frozenset({
     errno.ENETUNREACH, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 })  # fmt: skip
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What a file system without locks answers."""
+"""Errors of a file system without locks."""
 _LOCK_POLL_S = 0.1
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether the same call may work later without anybody changing the command: a full disk, a network file system
-    that is away. (A missing file or a folder without permission is somebody's mistake.)"""
+    """Whether the same call may work later although the command stays the same: a full disk, a network file system that
+    is away. (A missing file or a folder without permission is a user's mistake.)"""
     return error.errno in _PASSING
 
 
@@ -61,7 +61,7 @@ def atomic_write_json(path: Path, value: object, durable: bool = True) -> None:
 
 
 def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether the lock could be had at once. Where the file system has no locks, it always can."""
+    """Take a lock if it is free; returns whether this worked. On a file system without locks it always does."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
@@ -74,11 +74,11 @@ def try_lock(file: BinaryIO, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
-    """Hold a lock on a file, which is made if need be, until the returned file is closed or the process ends. Where the
-    file system has no locks, a warning takes its place.
+    """Lock a file, which is made if need be, until the returned file is closed or the process ends. On a file system
+    without locks, a warning takes its place.
 
     Args:
-        patience_s: how long to wait while another process holds it: one that is dying may need a moment to let go.
+        patience_s: how long to wait while another process holds it: a dying process may need a moment to let go.
     Raises:
         ValueError: another process, still alive, holds it; `taken` is the message.
     """
@@ -95,7 +95,7 @@ def lock_file(path: Path, taken: str, patience_s: float = 0.0) -> BinaryIO:
             if error.errno not in _NO_LOCKS:
                 file.close()
                 raise
-            logger.warning("%s cannot be locked (%s): see that nothing else works there", path, error.strerror)
+            logger.warning("%s cannot be locked (%s): make sure that nothing else works there", path, error.strerror)
             return file
         if not said:
             logger.warning("%s is held by another process: waiting up to %.0f s for it", path, patience_s)

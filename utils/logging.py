@@ -1,7 +1,8 @@
 """Console and log files of a run.
 
-The first rank speaks on the console. A node's file holds what chosen ranks say and every rank's warnings. A warning is
-shown once a process, whoever gives it; how often it came again is said at the end (`log_repeated_warnings`).
+The first rank speaks on the console. A node's file holds the messages of chosen ranks and every rank's warnings. A
+process shows a warning once, wherever it comes from; the number of repeats is told at the end
+(`log_repeated_warnings`).
 """
 
 import logging
@@ -11,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 _MOST_TEXTS, _LONGEST_TEXT = 1000, 2000
-"""Warnings that are remembered, and characters of one: whatever is beyond that is shown each time."""
+"""Most warnings that are remembered, and most characters of one: others are shown each time."""
 _SHOWN_REPEATS = 3
 
 
 class _RankFilter(logging.Filter):
-    """Warnings and worse, and everything else of ours where `info`; each record learns its rank. (As it ends, torch
-    tells of caches that a run never used.)"""
+    """Lets pass warnings and worse, and with `info` all messages of this project; each record gets its rank. (At exit,
+    torch reports caches that a run never used.)"""
 
     def __init__(self, rank: int, info: bool):
         super().__init__()
@@ -30,18 +31,18 @@ class _RankFilter(logging.Filter):
 
 
 class _Once(logging.Filter):
-    """Lets a warning pass the first time that it is given with these words, and counts the other times."""
+    """Lets a warning pass the first time, and counts the times that the same words come again."""
 
     def __init__(self):
         super().__init__()
         self.counts: dict[str, int] = {}
-        """Text -> how often it was held back."""
+        """Text -> number of times that it was held back."""
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING:
             return True
-        # Console and file ask about the same record.
+        # Console and file each ask about the same record.
         if not hasattr(record, "is_repeat"):
             record.is_repeat = self._is_repeat(record.getMessage())
         return not record.is_repeat
@@ -63,8 +64,8 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 class _Patient:
-    """A handler that loses lines where they cannot be written (a full disk, a closed pipe): a run must not end for want
-    of its log."""
+    """A handler that drops lines that cannot be written (a full disk, a closed pipe): a run must not end because of its
+    log."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -79,7 +80,7 @@ class _Console(_Patient, logging.StreamHandler):
 
 class _LogFile(_Patient, logging.FileHandler):
     def __init__(self, path: Path):
-        # The name of a file may hold what is no UTF-8.
+        # The name of a file may hold bytes that are not UTF-8.
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
 
@@ -88,8 +89,8 @@ def _console() -> _Console | None:
 
 
 def setup_console(rank: int) -> None:
-    """Send the root logger, and what libraries warn of, to standard output: plain lines, as for a file. Ranks other
-    than the first say who they are."""
+    """Send the root logger, and warnings of libraries, to standard output as plain lines. Ranks other than the first
+    give their number."""
     handler = _Console()
     handler.setFormatter(_ConsoleFormatter("%(message)s"))
     handler.addFilter(_RankFilter(rank, info=rank == 0))
@@ -103,7 +104,7 @@ def setup_console(rank: int) -> None:
 
 
 def _without_source_line(record: logging.LogRecord) -> bool:
-    """Of what the module `warnings` hands on, keep place, category and text."""
+    """Keep place, category and text of a message from the module `warnings`, without its source line."""
     text = record.getMessage().rstrip("\n")
     before, _, last = text.rpartition("\n")
     record.msg, record.args = (before if before and last.startswith("  ") else text), ()
@@ -114,7 +115,7 @@ def add_log_file(path: Path, rank: int, info: bool = True) -> None:
     """Also write to `path`, with time and rank. The ranks of a node append to one file, a line at a time.
 
     Args:
-        info: not only warnings and worse.
+        info: write all messages; False: only warnings and worse.
     """
     handler, console = _LogFile(path), _console()
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s %(message)s"))
@@ -125,7 +126,7 @@ def add_log_file(path: Path, rank: int, info: bool = True) -> None:
 
 
 def log_repeated_warnings(say: Callable[[str], object]) -> None:
-    """Call `say` with a line about each of the warnings that came again most often, and forget the counts."""
+    """Call `say` with a line about each of the most repeated warnings, and forget the counts."""
     console = _console()
     if console is None:
         return
@@ -149,7 +150,7 @@ def clock(seconds: float) -> str:
 
 
 def log_traceback() -> None:
-    """Write the traceback of the exception being handled to the log files only: the console has its sentence."""
+    """Write the traceback of the exception being handled to the log files only: the console shows its sentence."""
     record = logging.getLogger().makeRecord("train", logging.ERROR, __file__, 0, "", (), sys.exc_info())
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

@@ -1,11 +1,11 @@
-"""What machine this is."""
+"""Properties of this machine."""
 
 import ctypes
 import platform
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
+"""Parameters of mallopt(3)."""
 
 
 def cpu_name() -> str:
@@ -20,13 +20,13 @@ def cpu_name() -> str:
 def keep_freed_memory() -> bool:
     """Let the C library keep memory that is freed, where it is glibc; returns whether it does.
 
-    It hands blocks of more than 32 MiB back to the system, which gives them out again page by page, each filled with
-    zeros: a step that allocates the same large tensors as the one before spends a tenth of its time on that.
+    By default it returns blocks of more than 32 MiB to the system, which hands them out again page by page, each filled
+    with zeros: a step that allocates the same large tensors as the one before spends a tenth of its time on that.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    # Older ones take no threshold above their default's limit.
+    # Older versions accept no threshold above the default's limit.
     kept = any(mallopt(_M_MMAP_THRESHOLD, size) for size in (1 << 30, 32 << 20))
     return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)) and kept

@@ -1,5 +1,5 @@
-"""For the */config.py files: ranges of options, each refused with one sentence that names the option, and options that
-count only beside others."""
+"""Checks for the */config.py files: ranges of options, each with a sentence that names the option, and options that
+have an effect only beside others."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """Options that change something only beside others."""
+    """Options that have an effect only beside others."""
 
     names: tuple[str, ...]
     counts: Callable[[Mapping[str, Any]], bool]
-    """Whether they change something, from all options by name."""
+    """Whether they have an effect, given all options by name."""
     otherwise: str
-    """Why they do not, to stand behind "has no effect"."""
+    """The reason if they have none; it follows "has no effect" in a sentence."""
 
 
 def require_positive(config: object, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~`, `~user`, `$NAME` and `${NAME}`, also where no shell has looked at them (in a file,
+"""Paths as people write them: `~`, `~user`, `$NAME` and `${NAME}`, also where no shell has expanded them (in a file,
 behind `--name=`, between quotes)."""
 
 import os
@@ -15,10 +15,10 @@ _VARIABLE = re.compile(r"\$(?:(?P<escaped>\$)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)|\
 
 def expand(path: str) -> str:
     """A path for this machine, as a shell would hand it over: `~` at its beginning is a home directory, `$NAME` a
-    variable's value, `$$` a dollar. What is relative stays relative.
+    variable's value, `$$` a dollar. A relative path stays relative.
 
     Raises:
-        ValueError: no such user or variable, or an empty one, which would turn `$SCRATCH/run` into `/run`.
+        ValueError: there is no such user or variable, or it is empty, which would turn `$SCRATCH/run` into `/run`.
     """
     head, slash, rest = path.partition("/")
     if not head.startswith("~"):
@@ -26,7 +26,7 @@ def expand(path: str) -> str:
     home = os.path.expanduser(head + slash)
     if home == head + slash or head == "~" and not os.path.expandvars("$HOME"):
         missing = f"there is no user {head[1:]!r} here" if head != "~" else "this user has no home directory here"
-        raise ValueError(f"{path}: {missing}: write the path in full, and ./{head} for what is really called so")
+        raise ValueError(f"{path}: {missing}: write the path in full, and ./{head} for a file of that name")
     return home + _VARIABLE.sub(lambda match: _value(match, path), rest)
 
 
@@ -46,14 +46,14 @@ def _value(match: re.Match, path: str) -> str:
 
 
 def for_command(path: object) -> str:
-    """A path of this machine as a word of one of our commands, which expand it once more."""
+    """A path of this machine as a word in a command of this project, which expands it once more."""
     escaped = str(path).replace("$", "$$")
     return shlex.quote(f"./{escaped}" if escaped.startswith("~") else escaped)
 
 
 def for_remote_shell(path: str) -> str:
-    """A path for a command line on another machine, where its shell expands it: `~` is the home directory there. It
-    ends with a message where a variable is not set."""
+    """A path for a command line on another machine, where its shell expands it: `~` is the home directory there. The
+    shell ends with a message if a variable is not set."""
     head, slash, rest = path.partition("/")
     home, rest = (head + slash, rest) if re.fullmatch("~[A-Za-z0-9._-]*", head) else ("", path)
     words, begin = [home], 0
@@ -69,14 +69,14 @@ def _quoted(text: str) -> str:
 
 
 _MOST_NAMES = 1000
-"""Of a folder, in which a name is looked for."""
+"""Most names in a folder among which a similar one is looked for."""
 
 
 def absent(path: str | Path, advice: str = "") -> str:
-    """A sentence about what is not there, with what was probably meant.
+    """A sentence about a missing path, with the path that was probably meant.
 
     Args:
-        advice: what to do where nothing is called alike.
+        advice: what to do if no name is similar.
     """
     near = near_to(Path(path))
     meant = f": did you mean {near[0]}?" if near else f": {advice}" if advice else ""
@@ -84,7 +84,7 @@ def absent(path: str | Path, advice: str = "") -> str:
 
 
 def near_to(path: Path) -> list[Path]:
-    """What is there of a name like this one's, the most alike first: the same but for one mistyped part, or in a folder
+    """Existing paths with a similar name, the most similar first: the same except for one mistyped part, or in a folder
     that was left out."""
     parts = [part for part in path.parts if part != "."]
     wrong = next((n for n in range(len(parts)) if not os.path.exists(os.path.join(*parts[: n + 1]))), None)
@@ -94,9 +94,9 @@ def near_to(path: Path) -> list[Path]:
     names = names_in(folder)
     folded = {name.casefold(): name for name in names}
     part = parts[wrong].casefold()
-    # Short names with two letters the wrong way round are less alike than the cutoff asks for.
+    # Short names with two letters the wrong way round are less similar than the cutoff asks for.
     alike = [name for name in folded if sorted(name) == sorted(part)] + get_close_matches(part, folded, 5, cutoff=0.7)
-    # What follows the dot says nothing, unless little stands before it: tabs.yaml is not meant by hots.yaml.
+    # The suffix says little, unless the stem is short: hots.yaml does not mean tabs.yaml.
     stem, suffix = os.path.splitext(part)
     if suffix and len(stem) > 2:
         stems = {name: name.removesuffix(suffix) for name in alike}
@@ -108,15 +108,15 @@ def near_to(path: Path) -> list[Path]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Visible ones, sorted; none of a folder that cannot be listed."""
+    """Visible names in a folder, sorted; none if it cannot be listed."""
     with suppress(OSError), os.scandir(folder) as entries:
         return sorted(entry.name for entry in islice(entries, _MOST_NAMES) if not entry.name.startswith("."))
     return []
 
 
 def a_path(text: str) -> str:
-    """For argparse, as an argument's type: `expand`, with its sentence as argparse wants it. An empty one, as where the
-    shell knew no variable of a name, is refused: it would be the working directory."""
+    """An argument's type for argparse: `expand`, with its sentence as argparse wants it. An empty path, as from
+    an unknown variable in a shell, is refused: it would be the working directory."""
     if not text:
         raise ArgumentTypeError("the path is empty: give one, or leave it out")
     try:

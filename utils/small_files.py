@@ -14,22 +14,22 @@ from utils.text import plain
 
 _BEYOND_FLOATS = 1 << 1023
 _LONGEST_NUMBER = 1000
-"""Characters. Longer ones can take quadratic time."""
+"""Most characters in a number. Longer ones can take quadratic time."""
 _MOST_MERGED = 10_000
-"""Entries that `<<:` copies, in all: a few lines could ask for more than any memory holds."""
+"""Most entries that `<<:` may copy in all: a few lines could ask for more than any memory holds."""
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """What a file holds.
+    """Contents of a file.
 
     Args:
-        most: bytes.
+        most: most bytes.
 
     Raises:
-        ValueError: it is larger, or something else than a file; why, to stand behind its name.
+        ValueError: it is larger, or not a regular file; the message follows its name in a sentence.
         OSError: it cannot be read.
     """
-    # A pipe would be waited for without this.
+    # Without O_NONBLOCK, this would wait for the writer of a pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -44,9 +44,10 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def parse_json(text: bytes) -> object:
-    """
+    """The value of a JSON text.
+
     Raises:
-        ValueError: it is none; why, to stand behind the file's name.
+        ValueError: it is not JSON; the message follows the file's name in a sentence.
     """
     try:
         return json.loads(text)
@@ -59,7 +60,7 @@ def parse_json(text: bytes) -> object:
 
 
 def shown(value: object) -> str:
-    """A value in a sentence. Of a list or mapping only that it is one: with aliases, its text may be longer than any
+    """A value in a sentence. A list or mapping is only called that: with aliases, its text may be longer than any
     memory."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {'mapping' if isinstance(value, dict) else 'list'}"
@@ -68,7 +69,7 @@ def shown(value: object) -> str:
 
 
 def is_number(value: object, least: float = -math.inf, most: float = math.inf) -> bool:
-    """Whether it is a number of JSON or YAML that fits a float, and in a range. True and false are none."""
+    """Whether it is a number of JSON or YAML that fits into a float and lies in a range. Booleans are not numbers."""
     return type(value) in (int, float) and least <= value <= most and abs(value) < _BEYOND_FLOATS
 
 
@@ -77,13 +78,13 @@ def is_whole(value: object, least: int = 0, most: int = 1 << 53) -> bool:
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that is given twice is a mistake, of which YAML's own loader takes the last. Nor is there a number that
-    was not written as one."""
+    """YAML without its traps: a key that is given twice is a mistake (YAML's own loader takes the last one), and only
+    text that looks like a decimal number is a number."""
 
     def construct_yaml_int(self, node: yaml.Node) -> int:
-        """In YAML, 0022 is 18 and 1:30 is 90. Thousands may be set apart: 1_000_000."""
+        """Decimal numbers only: in YAML, 0022 is 18 and 1:30 is 90. Thousands may be set apart: 1_000_000."""
         if not re.fullmatch("[-+]?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)", _short(node).value):
-            raise _mistake(f"{node.value[:80]!r} is no decimal number: write that, or put it in quotes", node)
+            raise _mistake(f"{node.value[:80]!r} is not a decimal number: write one, or put it in quotes", node)
         return int(node.value)
 
     def construct_yaml_float(self, node: yaml.Node) -> float:
@@ -91,7 +92,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         if not isinstance(node, yaml.MappingNode):
-            raise _mistake("it holds no mapping where it says so", node)
+            raise _mistake("it announces a mapping, and holds something else", node)
         own, merged = {}, None
         for key_node, value_node in node.value:
             is_merge = key_node.tag == "tag:yaml.org,2002:merge"
@@ -109,7 +110,7 @@ class _Loader(yaml.SafeLoader):
         return (merged or {}) | own
 
     def _merged(self, node: yaml.Node) -> dict:
-        """What `<<:` brings: of several mappings, the first that has a key counts."""
+        """The entries that `<<:` copies; among several mappings, the first with a key counts."""
         found = self.construct_object(node, deep=True)
         merged: dict = {}
         for mapping in found if isinstance(found, list) else [found]:
@@ -138,15 +139,15 @@ def _mistake(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
 
 
 def parse_yaml(text: bytes) -> object:
-    """The plain value that a text holds. Aliases are one object in several places: who shows a value must bound it.
+    """The plain value of a YAML text. An alias is one object in several places: code that shows a value must bound it.
 
     Raises:
-        ValueError: it is none; why, to stand behind the file's name.
+        ValueError: it is not YAML; the message follows the file's name in a sentence.
     """
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        problem = error.problem or error.context or "it is no YAML"
+        problem = error.problem or error.context or "it is not YAML"
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(plain(problem) + where) from None
     except yaml.YAMLError as error:
@@ -154,5 +155,5 @@ def parse_yaml(text: bytes) -> object:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        # Of values whose form YAML promises more than they keep: `!!int x`, `2000-99-99`, ten thousand digits.
-        raise ValueError(f"it holds a value that cannot be: {plain(error)}") from None
+        # Values that do not keep what their form promises: `!!int x`, `2000-99-99`, ten thousand digits.
+        raise ValueError(f"it holds an impossible value: {plain(error)}") from None

@@ -1,7 +1,7 @@
 """SSH connections that trust only known hosts.
 
-Whether a host is known is decided as OpenSSH does it, from known_hosts, or by the user: with a fingerprint given
-beforehand, or an answer on the first visit. A key that has changed is refused without asking.
+A host is known from known_hosts, by OpenSSH's rules, or from the user: by a fingerprint given beforehand, or an answer
+on the first visit. A key that has changed is refused without asking.
 """
 
 import base64
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 SSH_PORT = 22
 TRIES = 3
-"""How often a password or a passphrase is asked for."""
+"""Number of times that a password or a passphrase is asked for."""
 DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 class SSHProblem(ConnectionError):
-    """No connection: one sentence for the user, without secrets and control characters."""
+    """There is no connection: one sentence for the user, without secrets and control characters."""
 
 
 class HostKeyRefused(SSHProblem):
@@ -44,24 +44,24 @@ class HostKeyRefused(SSHProblem):
 
 
 class LoginRefused(SSHProblem):
-    """The host took none of the keys and passwords."""
+    """The host accepted none of the keys and passwords."""
 
 
 class Unreachable(SSHProblem):
-    """Nothing answers at the address, or nothing that speaks SSH."""
+    """The address does not answer, or does not speak SSH."""
 
 
 class BrokeOff(Unreachable):
-    """Something answers at the address, but the connection ends before or during the login. A host may count these, and
-    shut out whoever comes again too soon."""
+    """The address answers, but the connection ends before or during the login. A host may count such connections, and
+    shut out a client that returns too soon."""
 
 
 @dataclass(frozen=True)
 class SSHTarget:
-    """Where to connect. What is None comes from ~/.ssh/config, then from OpenSSH's defaults.
+    """The host to connect to. A field that is None comes from ~/.ssh/config, then from OpenSSH's defaults.
 
-    `known_hosts` is a file to use instead of the user's and the system's. `fingerprint` ("SHA256:...") is that of the
-    host's key, which the user has confirmed by other means.
+    `known_hosts` is a file to use instead of the user's and the system's. `fingerprint` ("SHA256:...") belongs to the
+    host's key; the user has confirmed it by other means.
     """
 
     host: str
@@ -74,9 +74,9 @@ class SSHTarget:
     def __post_init__(self) -> None:
         # Both may end up in a ProxyCommand, which a shell runs.
         if not re.fullmatch(r"[\w.:][\w.:%-]*", self.host):
-            raise ValueError(f"{self.host!r} is no host name or address: write [user@]host[:port]")
+            raise ValueError(f"{self.host!r} is not a host name or address: write [user@]host[:port]")
         if self.user is not None and not re.fullmatch(r"[\w.][\w.@+-]*", self.user):
-            raise ValueError(f"{self.user!r} is no user name: write [user@]host[:port]")
+            raise ValueError(f"{self.user!r} is not a user name: write [user@]host[:port]")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ValueError(f"a port is a number from 1 to 65535, got {self.port}")
         if self.fingerprint is not None and not self.fingerprint.startswith("SHA256:"):
@@ -96,7 +96,7 @@ class SSHTarget:
         elif address.count(":") == 1:
             host, _, port = address.partition(":")
         if port == "" and address.endswith(":") or port and not re.fullmatch(r"[0-9]{1,5}", port):
-            raise ValueError(f"{text!r} has no number as its port: write [user@]host[:port]")
+            raise ValueError(f"{text!r} has a port that is not a number: write [user@]host[:port]")
         return SSHTarget(host, int(port) if port else None, user if at else None)
 
 
@@ -111,10 +111,10 @@ def connect(
     """Connect and log in.
 
     Args:
-        target: what it says wins over the configuration file.
-        confirm: is asked about an unknown host with its name as in known_hosts ("host", or "[host]:port" where the
-            port is not 22), the key's type and its fingerprint; after True the key is added to known_hosts.
-        ask_password: is given a prompt and returns a password or passphrase, or None to give up.
+        target: takes precedence over the configuration file.
+        confirm: decides about an unknown host, given its name as in known_hosts ("host", or "[host]:port" if the port
+            is not 22), the key's type and its fingerprint; after True the key is added to known_hosts.
+        ask_password: shows a prompt and returns a password or passphrase, or None to give up.
         timeout_s: how long to wait for the connection, for the handshake, and for each answer to a login.
         keepalive_s: seconds of silence after which a sign of life is sent; 0 for never.
         config_file: instead of ~/.ssh/config.
@@ -164,7 +164,7 @@ def _import_paramiko():
         import paramiko
     except ImportError:
         raise SSHProblem("paramiko is missing: pip install paramiko") from None
-    # Its thread logs a traceback of whatever connect() says in one sentence.
+    # Its thread logs a traceback of each error that connect() tells in one sentence.
     transport_logger = logging.getLogger("paramiko.transport")
     if transport_logger.level == logging.NOTSET:
         transport_logger.setLevel(logging.CRITICAL)
@@ -172,12 +172,12 @@ def _import_paramiko():
 
 
 def _plain(text: object) -> str:
-    """One line for a terminal: what a host sends may hold escape sequences."""
+    """One line for a terminal: text from a host may hold escape sequences."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text).strip())[:500]
 
 
 def _config_lines(path: Path, block: str = "Host *", depth: int = 0) -> Iterator[str]:
-    """The lines of a configuration file with those that it includes, which paramiko would pass over."""
+    """The lines of a configuration file and of the files that it includes, which paramiko would pass over."""
     if depth > 16:
         raise ValueError("it includes itself")
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -186,7 +186,7 @@ def _config_lines(path: Path, block: str = "Host *", depth: int = 0) -> Iterator
             for pattern in shlex.split(value[0]):
                 for name in sorted(glob.glob(str(Path.home() / ".ssh" / Path(pattern).expanduser()))):
                     yield from _config_lines(Path(name), block, depth + 1)
-            # What follows belongs to the block that the Include stands in, not to the included file's last.
+            # The next lines belong to the block with the Include, not to the included file's last block.
             yield block
         else:
             if keyword.lower() in ("host", "match"):
@@ -196,7 +196,7 @@ def _config_lines(path: Path, block: str = "Host *", depth: int = 0) -> Iterator
 
 @dataclass(frozen=True)
 class _Route:
-    """What a target means once ~/.ssh/config has been read."""
+    """A target with the values of ~/.ssh/config."""
 
     host: str
     port: int
@@ -217,7 +217,7 @@ class _Route:
     def find(paramiko, target: SSHTarget, config_file: str | Path | None, timeout_s: float) -> "_Route":
         path = Path(config_file or Path.home() / ".ssh" / "config")
         config = paramiko.SSHConfig()
-        # The first value wins, also where a ProxyCommand says %p or %r.
+        # The first value wins, also for %p and %r in a ProxyCommand.
         config.parse([f"Port {target.port}"] * bool(target.port) + [f"User {target.user}"] * bool(target.user))
         try:
             if config_file or path.exists():
@@ -252,16 +252,16 @@ class _Route:
 
 
 def _jump_command(config, jump: str, alias: str, address: str, config_file, timeout_s: float) -> str | None:
-    """An ssh that forwards its standard input and output to the host, as OpenSSH makes one of ProxyJump."""
+    """An ssh that forwards its standard input and output to the host, as OpenSSH does for ProxyJump."""
     *before, last = jump.split(",")
     hop = SSHTarget.parse(last.strip().removeprefix("ssh://"))
     if jump.lower() == "none" or (hop.host == alias and not before):
-        # The second: "Host *" names the jump host, and this is the way to that host itself.
+        # The second condition: "Host *" names the jump host, and the target is that host itself.
         return None
-    # It could ask its questions only on a terminal, which there may not be.
+    # It could ask questions only on a terminal, and there may be none.
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={math.ceil(timeout_s)}", "-W", address]
     if config.lookup(hop.host).get("proxyjump") == jump:
-        # Left to itself, ssh would start one ssh after the other, without end.
+        # Without this, ssh would start one ssh after the other, without end.
         command += ["-o", "ProxyJump=none"]
     for flag, value in (("-F", config_file), ("-J", ",".join(before)), ("-p", hop.port), ("-l", hop.user)):
         command += [flag, str(value)] if value else []
@@ -292,7 +292,7 @@ def _no_answer(route: _Route, timeout_s: float) -> str:
 class _ProxySocket(socket.socket):
     """Our end of a proxy command's standard input and output; closing it ends the command.
 
-    Instead of paramiko.ProxyCommand, which never reports that its command has ended.
+    paramiko.ProxyCommand would never report that its command has ended.
     """
 
     process: subprocess.Popen | None = None
@@ -303,7 +303,7 @@ class _ProxySocket(socket.socket):
         self = cls(fileno=ours.detach())
         self.messages = tempfile.TemporaryFile()
         with theirs:
-            # A session of its own: Ctrl-C must not end a connection that is still needed to stop what runs remotely.
+            # A session of its own: Ctrl-C must not end a connection that is still needed to stop the remote job.
             self.process = subprocess.Popen(
                 f"exec {command}", shell=True, stdin=theirs, stdout=theirs, stderr=self.messages, start_new_session=True
             )
@@ -344,7 +344,7 @@ class _KnownKey:
 
 
 def _matches(patterns: str, name: str) -> bool:
-    """Whether the first field of a known_hosts line means this host."""
+    """Whether the first field of a known_hosts line matches this host."""
     found = False
     for pattern in patterns.split(","):
         if pattern.startswith("|1|"):
@@ -361,8 +361,8 @@ def _matches(patterns: str, name: str) -> bool:
 
 
 def _known_keys(files: list[Path], name: str) -> list[_KnownKey]:
-    """The keys that known_hosts files hold for a host. paramiko's own reader knows neither markers nor patterns, and
-    one key of each type only."""
+    """The keys of a host in known_hosts files. paramiko's own reader knows neither markers nor patterns, and only one
+    key of each type."""
     found = []
     for file in files:
         try:
@@ -382,7 +382,7 @@ def _known_keys(files: list[Path], name: str) -> list[_KnownKey]:
                     blob = base64.b64decode(fields[2], validate=True)
                     found.append(_KnownKey(marker, fields[1], blob, file, number))
             except ValueError:
-                # A broken line: OpenSSH passes over it, too.
+                # A broken line, which OpenSSH ignores, too.
                 continue
     return found
 
@@ -401,7 +401,7 @@ def _remember(file: Path, name: str, key: "paramiko.PKey") -> None:
 
 
 class _Session:
-    """What paramiko asks while it connects: which transport, whether the host's key is right, and who logs in."""
+    """Answers to paramiko's questions while it connects: the transport, the check of the host's key, the login."""
 
     def __init__(self, paramiko, route: _Route, fingerprint, confirm, ask_password, timeout_s: float):
         self._paramiko, self._route, self._timeout_s = paramiko, route, timeout_s
@@ -410,7 +410,7 @@ class _Session:
         keys = _known_keys(route.known_hosts, route.known_as)
         self._expected = [key for key in keys if not key.marker]
         if route.known_as.startswith("["):
-            # As OpenSSH does: a key known for the host without a port is good for any port that has none of its own.
+            # As in OpenSSH: a key for the host without a port is good for any port that has none of its own.
             keys += _known_keys(route.known_hosts, route.host.lower())
         self._accepted = self._expected or [key for key in keys if not key.marker]
         self._revoked = [key for key in keys if key.marker == "@revoked"]
@@ -421,14 +421,14 @@ class _Session:
     def make_transport(self, connection: socket.socket, **options) -> "paramiko.Transport":
         transport = self._paramiko.Transport(connection, **options)
         transport.handshake_timeout = self._timeout_s
-        # The host has keys of several types and shows one: ask for a type that it is known by.
+        # The host has keys of several types and shows one: ask for a type that is known.
         known = {"rsa" if key.type == "ssh-rsa" else key.type for key in self._accepted}
         security = transport.get_security_options()
         security.key_types = sorted(security.key_types, key=lambda t: ("rsa" if "rsa-" in t else t) not in known)
         return transport
 
     def missing_host_key(self, client: "paramiko.SSHClient", hostname: str, key: "paramiko.PKey") -> None:
-        """Every host's key comes here, since the client itself is given no known hosts."""
+        """Check a host's key. Every key comes here, because the client itself has no known hosts."""
         self.handshake_done = True
         name, blob, offered = self._route.known_as, key.asbytes(), f"{key.get_name()} {key.fingerprint}"
         given = self._fingerprint and self._fingerprint.rstrip("=")
@@ -464,13 +464,13 @@ class _Session:
             _remember(self._route.known_hosts[0], name, key)
 
     def authenticate(self, transport: "paramiko.Transport") -> None:
-        """Log in with a key, without questions as far as possible, else with a password."""
+        """Log in with a key, if possible without questions, or else with a password."""
         try:
             agent = self._paramiko.Agent()
         except (self._paramiko.SSHException, OSError, ValueError):
             agent = None
         try:
-            # It is never granted, but tells which methods the host accepts.
+            # The host never grants this, but its answer lists the methods that it accepts.
             if self._attempt(transport, "no credentials", transport.auth_none):
                 return
             self._tried.clear()
@@ -495,11 +495,11 @@ class _Session:
             try:
                 self._attempt(transport, "password", transport.auth_password, password)
             finally:
-                # paramiko would keep it for as long as the connection lives.
+                # paramiko would keep it as long as the connection lives.
                 transport.auth_handler.password = transport.auth_handler.interactive_handler = None
 
     def _attempt(self, transport: "paramiko.Transport", label: str, method: Callable, *credentials) -> bool:
-        """Whether the host accepts the credentials, be it only as the first of several that it wants."""
+        """Whether the host accepts the credentials, perhaps only as the first of several that it demands."""
         try:
             self._methods = set(method(self._route.user, *credentials))
             return True
@@ -520,7 +520,7 @@ class _Session:
         return False
 
     def _keys(self, agent_keys) -> Iterator[tuple[str, "paramiko.PKey"]]:
-        """Keys to try, with what to call them: a host cuts us off after a few, so the likely ones come first."""
+        """Keys to try, with labels. A host ends the connection after a few, so the likely ones come first."""
         agent = {key.blob: (f"ssh-agent's {_plain(key.comment or key.fingerprint)}", key) for key in agent_keys}
         named = [] if self._route.default_keys else list(self._keys_of_files(agent))
         others = [] if self._route.only_these_keys else list(agent.values())
@@ -536,7 +536,7 @@ class _Session:
                 try:
                     key = self._paramiko.PKey.from_path(file, passphrase.encode())
                 except Exception:
-                    # Which one depends on the key's format, on where the wrong bytes lead, and on the versions.
+                    # The kind of error depends on the key's format, on where the wrong bytes lead, and on the versions.
                     continue
                 yield str(file), key
                 break
@@ -561,7 +561,7 @@ class _Session:
                 if not self._route.default_keys:
                     self._tried.append(f"{file} (not found)")
             except TypeError:
-                # What cryptography raises for a key that needs a passphrase.
+                # cryptography raises this for a key that needs a passphrase.
                 self._locked.append(file)
             except Exception:
                 self._tried.append(f"{file} (no private key that paramiko can read)")

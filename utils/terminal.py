@@ -1,10 +1,10 @@
 """The end of every command's file: `run_main(main)`.
 
-Whoever reads a command's output may leave (`| head`), the disk under it may be full, its encoding may lack a character,
-and it may be closed from the start. None of these is a traceback:
+The reader of a command's output may leave (`| head`), the disk under it may be full, its encoding may lack a character,
+or it may be closed from the start. None of these shows a traceback:
 
     a command that only prints     ends as if by SIGPIPE, with 141, as `cat` does; on a full disk with 1 and a sentence
-    one that works (`goes_on`)     does its work to the end without an audience; its exit code says how that went
+    a command that does work       (`goes_on`) finishes its work without an audience; its exit code tells the result
     Ctrl-C                         130
 
 A character that the encoding lacks is printed as its escape (`\\u4e2d`).
@@ -24,10 +24,10 @@ INTERRUPTED, NOBODY_READS = 130, 141
 
 
 class _Output(io.FileIO):
-    """What stands behind standard output or error: a write never fails, it is lost or ends the command.
+    """The file under standard output or error. A write that cannot be done is lost or ends the command; it never fails.
 
     Args:
-        goes_on: lost.
+        goes_on: it is lost.
     """
 
     def __init__(self, descriptor: int, goes_on: bool):
@@ -44,7 +44,7 @@ class _Output(io.FileIO):
                 self._lose(error)
                 break
             if written is None:
-                # Whoever shares it has made it non-blocking.
+                # Another process that shares the file has made it non-blocking.
                 select.select([], [self.fileno()], [])
             left = left[written or 0 :]
         return size
@@ -52,8 +52,8 @@ class _Output(io.FileIO):
     def _lose(self, error: OSError) -> None:
         """
         Raises:
-            SystemExit: the command has nothing to do any more. It passes by what looks for an OSError of the data, and
-                comes once: at exit, Python writes what is left.
+            SystemExit: the command has nothing left to do. Code that expects an OSError from its data does not catch
+                it, and it comes once: at exit, Python writes the rest.
         """
         has_told, self._has_told = self._has_told, True
         if has_told or self.fileno() == 2:
@@ -68,7 +68,7 @@ def run_main(main: Callable[[], int | None], goes_on: bool = False) -> NoReturn:
     """Run a command and end the process with its code.
 
     Args:
-        goes_on: it does work, or its exit code is an answer, that somebody wants who does not read its output.
+        goes_on: its work or its exit code matters even if nobody reads its output.
     """
     set_up_output(goes_on)
     try:
@@ -83,22 +83,22 @@ def run_main(main: Callable[[], int | None], goes_on: bool = False) -> NoReturn:
 
 
 def set_up_output(goes_on: bool) -> None:
-    """Standard output and error that behave as told above."""
+    """Replace standard output and error by streams that behave as described above."""
     for descriptor in range(3):
         with suppress(OSError):
             os.fstat(descriptor)
             continue
-        # Else the next file that is opened would be what a library's messages are written to.
+        # Otherwise the next opened file would take this number, and a library's messages would go into it.
         os.open(os.devnull, os.O_RDWR)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # As Python hands over arguments: whoever wants a text will say so.
+        # As for arguments: code that needs valid text checks it itself.
         sys.stdin.reconfigure(errors="surrogateescape")
     sys.stdout = _stream(sys.stdout, goes_on)
     sys.stderr = _stream(sys.stderr, goes_on=True)
 
 
 def _stream(old: io.TextIOWrapper | None, goes_on: bool) -> io.TextIOWrapper:
-    """Like Python's own stream, which is None where it was closed when Python began."""
+    """A stream like Python's own, which is None if it was closed when Python began."""
     if old is None:
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     old.flush()

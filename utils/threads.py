@@ -13,19 +13,19 @@ def _compute_alone() -> None:
 
 
 def background_threads(number: int, name: str) -> ThreadPoolExecutor:
-    """Threads whose tensor operations are computed by themselves alone.
+    """Threads that compute their tensor operations alone, without OpenMP's threads.
 
-    Elsewhere an operation on a large tensor starts OpenMP's threads, for each thread that does one a set of its own,
-    and keeps them. Where there are more than CPUs, GNU's OpenMP lets all of them sleep between any two operations, also
-    those of the main thread: to wake them up each time made a small training step take half as long again.
+    In any other thread, an operation on a large tensor starts a set of OpenMP threads of its own, which stay. If there
+    are more of these than CPUs, GNU's OpenMP lets all of them sleep between any two operations, also those of the main
+    thread: to wake them each time made a small training step take half as long again.
     """
-    # Not before: its import takes seconds, and dataset.audit, which reads no tensor, imports this file, too.
+    # Not at the top: the import takes seconds, and dataset.audit, which reads no tensors, imports this file, too.
     import torch
 
     of_main, all_begun = torch.get_num_threads(), Barrier(number)
     pool = ThreadPoolExecutor(number, name, initializer=_compute_alone)
     for future in [pool.submit(all_begun.wait) for _ in range(number)]:
         future.result()
-    # What was set there is also the default of threads that are yet to begin.
+    # The setting in those threads is also the default of threads that are yet to begin.
     torch.set_num_threads(of_main)
     return pool

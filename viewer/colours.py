@@ -1,9 +1,10 @@
-"""What tells one run from another: colours for light and for dark paper, and from the thirteenth run on, marks.
+"""Colours that tell runs from each other, on light and on dark paper; from the thirteenth run on, also marks.
 
-The twelve were searched for: on light paper and, 22 steps of CIELAB's lightness higher, on dark, for readers with
-ordinary sight, with protanopia and with deuteranopia (simulated as by Machado, Oliveira and Fernandes, 2009), so that
-the nearest two of them are as far apart as can be by CIEDE2000: 9.6 at least, and 19 for ordinary sight. The form of a
-line says what it is (training, validation, chosen, rejected), so the second mark of a run is a form upon its line.
+The twelve colours were found by a search, on light paper and, 22 steps of CIELAB's lightness higher, on dark paper. It
+made the nearest two of them as different as possible by CIEDE2000 for readers with ordinary sight, with protanopia and
+with deuteranopia (simulated as by Machado, Oliveira and Fernandes, 2009): they are at least 9.6 apart, and 19 for
+ordinary sight. The style of a line says what it is (training, validation, chosen, rejected), so a run's second mark is
+a form upon its line.
 """
 
 COLOURS = (
@@ -19,11 +20,11 @@ MARKS = ("", "s", "D", "v", "P", "*")
 
 
 def look(number: int) -> tuple[str, str]:
-    """Colour and mark of the n-th run."""
+    """Colour and mark of the run with this number, from 0."""
     cycle, place = divmod(number, len(COLOURS))
     return COLOURS[place], MARKS[cycle % len(MARKS)]
 
 
 def on_paper(colour: str, dark: bool) -> str:
-    """The same colour, as it can be seen on the paper."""
+    """The colour as it is drawn on light or dark paper."""
     return _ON_DARK.get(colour, colour) if dark else colour

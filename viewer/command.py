@@ -1,4 +1,4 @@
-"""`python -m utils.resplot`: the command line, and pictures without a desktop."""
+"""`python -m utils.resplot`: the command line of the viewer, and pictures without a desktop."""
 
 import argparse
 import getpass
@@ -43,7 +43,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="draw into a file and end, without a desktop; .svg, .pdf and .csv work too",
     )  # fmt: skip
     parser.add_argument(
-        "--panels", metavar="A,B", help="what to draw: loss, lr, grad_norm, ...; 'all'; 'list' names what the runs have"
+        "--panels", metavar="A,B",
+        help="panels to draw: loss, lr, grad_norm, ...; 'all'; 'list' prints those that the runs have",
     )
     parser.add_argument("--x", choices=("step", "tokens", "time", "clock"), help="x axis; time leaves out the pauses "
                         "between launches (default: step)")  # fmt: skip
@@ -55,13 +56,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--theme", choices=("light", "dark"), help="default: light; the window remembers its last one"
     )
-    parser.add_argument("--language", choices=LANGUAGES, help="default: by the system")
+    parser.add_argument("--language", choices=LANGUAGES, help="default: the system's language")
     parser.add_argument("--size", metavar="WxH", default="1400x900", help="pixels of a --png (default: 1400x900)")
     parser.add_argument(
         "--interval", type=float, default=1.0, metavar="S", help="seconds between two looks at the files (default: 1)"
     )
-    parser.add_argument("--ssh_config", type=a_path, metavar="FILE", help="instead of ~/.ssh/config")
-    parser.add_argument("--forget_layout", action="store_true", help="open the window as on the first day")
+    parser.add_argument("--ssh_config", type=a_path, metavar="FILE", help="used instead of ~/.ssh/config")
+    parser.add_argument("--forget_layout", action="store_true", help="open the window as if for the first time")
     args = parser.parse_args(argv)
     try:
         args.addresses = [RunAddress.parse(text) for text in args.runs]
@@ -87,20 +88,20 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, or 2 if the command or what it names is wrong."""
+    """Run the command and return its exit code: 0, or 2 if the command line or something it names is wrong."""
     args = parse_arguments(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     args.language = args.language or _system_language()
     try:
         if args.png or args.panels == "list":
-            # A window waits for it.
+            # A window would wait for the files.
             here = [address.path for address in args.addresses if address.target is None]
             gone = next((path for path in here if not os.path.exists(path)), None)
             return _fail(plain(absent(gone))) if gone else _without_desktop(args)
         from viewer.desktop.application import show
     except ImportError as error:
         if not isinstance(error, ModuleNotFoundError):
-            # It is installed, but a library of the system that it needs is not.
+            # The package is installed, but it needs a system library that is not.
             library = re.search(r"lib\S+\.so\.\d+", str(error))
             where = f" (on Debian and Ubuntu: apt install {debian_package(library[0])})" if library else ""
             without = "" if args.png else f"; {WITHOUT_WINDOW}"
@@ -120,7 +121,7 @@ def _fail(sentence: str) -> int:
 
 
 class Terminal:
-    """Asks on the terminal what a host asks."""
+    """Asks a host's questions on the terminal."""
 
     def confirm(self, name: str, key_type: str, fingerprint: str) -> bool:
         print(f"{name} is unknown. It shows the key {key_type} {fingerprint}.", file=sys.stderr)
@@ -143,7 +144,7 @@ def _without_desktop(args: argparse.Namespace) -> int:
 
     if args.png:
         try:
-            # Before anything is fetched for it.
+            # This comes before anything is fetched for the picture.
             check_suffix(Path(args.png))
         except ValueError as error:
             return _fail(str(error))
@@ -199,7 +200,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _read_all(sources: list[RunSource]) -> str:
-    """Read everything that is there now; why that is impossible, or nothing."""
+    """Read everything that is there now. Returns why that is impossible; empty if it is not."""
     for source in sources:
         source.start()
     for source in sources:

@@ -3,23 +3,25 @@
 import numpy as np
 
 WEIGHTS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
-"""Of the past, for `smooth`, that can be chosen between."""
+"""Weights for `smooth` that the user can choose from."""
 _AUTOMATIC_SHARE = 1 / 100
 _BLOCK = 128
 
 
 def automatic_weight(count: int) -> float:
-    """For a curve of so many points: the average reaches over a hundredth of them (1 / (1 - weight) is its reach)."""
+    """The weight for a curve of `count` points: the average reaches over a hundredth of them. Its reach is
+    1 / (1 - weight)."""
     return max(weight for weight in WEIGHTS if 1 / (1 - weight) <= max(count * _AUTOMATIC_SHARE, 1.0))
 
 
 def smooth(values: np.ndarray, weight: float) -> np.ndarray:
     """Exponential moving average, without the bias towards its start (as Adam's, and TensorBoard's):
-    s_t = weight s_(t-1) + (1 - weight) y_t, divided by 1 - weight^t. What is not finite is passed over and stays a gap.
+    s_t = weight s_(t-1) + (1 - weight) y_t, divided by 1 - weight^t. Values that are not finite are skipped and become
+    gaps.
 
     Args:
         values: float64 (N,).
-        weight: of the past, 0 <= weight < 1; 0 changes nothing.
+        weight: the weight of the past, 0 <= weight < 1; 0 changes nothing.
     """
     if weight <= 0 or len(values) == 0:
         return values
@@ -28,7 +30,7 @@ def smooth(values: np.ndarray, weight: float) -> np.ndarray:
     count = len(y)
     if not count:
         return values
-    # Within a block by a matrix, from block to block by a loop: a loop over all points would take long.
+    # A matrix smooths within a block, a loop carries on from block to block: a loop over all points would take long.
     blocks = np.zeros((-(-count // _BLOCK), _BLOCK))
     blocks.reshape(-1)[:count] = y
     distance = np.arange(_BLOCK)[None, :] - np.arange(_BLOCK)[:, None]
@@ -45,16 +47,17 @@ def smooth(values: np.ndarray, weight: float) -> np.ndarray:
 
 
 def band(x: np.ndarray, y: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Where more points share a column of the screen than it can show: the middle, the lowest and the highest of each
-    column's. An area between those covers what the line would, keeps every spike, and costs no more with more points.
+    """Middle x, lowest y and highest y of the points in each column of the screen, where a column has more points than
+    it can show. The area between lowest and highest covers what the line would, keeps every spike, and costs no more
+    with more points.
 
     Args:
         x: float64 (N,), finite and never falling.
         y: float64 (N,), NaN for gaps.
-        columns: of the screen, from the first x to the last.
+        columns: number of the screen's columns from the first x to the last.
 
     Returns:
-        three arrays, NaN where a column has gaps only; None if a line will do.
+        three arrays, NaN where a column has only gaps; None if a line will do.
     """
     if len(x) <= 4 * columns or columns < 1:
         return None

@@ -5,7 +5,7 @@ import time
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """A duration for a reader, for example 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     if not math.isfinite(seconds):
         return "?"
     sign, seconds = ("-" if seconds < 0 else ""), abs(seconds)

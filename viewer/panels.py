@@ -1,7 +1,4 @@
-"""The panels that there are, and which of them a view shows of some runs.
-
-A new panel is one entry in one of the tuples below.
-"""
+"""The panels, and which of them a view shows for some runs. To add one, add an entry to one of the tuples below."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,34 +10,45 @@ from viewer.view import ShownRun, View
 
 @dataclass(frozen=True)
 class Curve:
+    """One metric of one kind of record."""
+
     table: str
+    """Kind of the records."""
     metric: str
     name: str = ""
-    """Where a panel has several."""
+    """Name of the curve in a panel that has several."""
     style: str = "-"
+    """matplotlib's line style."""
     factor: float = 1.0
+    """What the metric is multiplied by, for its unit on the axis."""
 
 
 @dataclass(frozen=True)
 class Panel:
+    """A picture of one or several curves."""
+
     key: str
+    """Name on the command line."""
     title: str
     curves: tuple[Curve, ...]
     usual: bool = False
-    """Shown unless others were chosen."""
+    """Shown unless other panels were chosen."""
     large: bool = False
+    """Takes the room of four."""
     by_task: bool = False
-    """What is trained decides what values mean, or how large they are: runs of each task get a panel of their own."""
+    """The task decides what values mean, or how large they are: the runs of each task get a panel of their own."""
     task: str | None = None
-    """Only runs of this one are shown."""
+    """The task whose runs are shown; None: all runs."""
 
 
 def _both(metric: str, title: str, usual: bool = False, key: str = "", **more: bool) -> Panel:
+    """A panel with a metric's values in training and in validation."""
     curves = (Curve("train", metric, "training"), Curve("valid", metric, "validation", "--"))
     return Panel(key or metric, title, curves, usual, **more)
 
 
 def _pair(key: str, title: str, prefix: str, usual: bool = False) -> Panel:
+    """A panel with a metric's values for chosen and for rejected answers."""
     curves = (Curve("train", f"{prefix}/chosen", "chosen"), Curve("train", f"{prefix}/rejected", "rejected", ":"))
     return Panel(key, title, curves, usual)
 
@@ -73,13 +81,13 @@ DPO = (
 )
 SAVING = (Panel("held_up", "saving: training held up, ms", (Curve("save", "held_up", factor=1000),)),)
 PANELS = (*LEARNING, *SPEED, *COMPRESSION, *DPO, *SAVING)
-"""In the order in which they are listed and drawn."""
+"""All known panels, in the order in which they are listed and drawn."""
 _HIDDEN = {"step", "time", "launch", "tokens"}
 _TASKS = {"pretrain": "pretraining", "sft": "SFT", "dpo": "DPO"}
 
 
 def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
-    """The panels that have something to show: the known ones, then one a metric that only these runs have."""
+    """The panels that have something to show: the known ones, then one for each metric that only these runs have."""
     present = {
         (table, metric)
         for snapshot in snapshots
@@ -100,7 +108,7 @@ def available(snapshots: Sequence[Snapshot]) -> list[Panel]:
 
 
 def choose(found: list[Panel], view: View) -> list[Panel]:
-    """Those that the view names, else the usual ones."""
+    """The panels that the view names, or the usual ones if it names none."""
     if not view.panels:
         return [panel for panel in found if panel.usual]
     if view.panels == ("all",):
@@ -109,14 +117,15 @@ def choose(found: list[Panel], view: View) -> list[Panel]:
 
 
 def chosen_panels(runs: Sequence[ShownRun], view: View) -> list[Panel]:
-    """Those that the view shows of these runs: one a task where that matters; one alone, if it is there."""
+    """The panels that the view shows for these runs: one for each task where the task matters; a single one if it has
+    the picture to itself."""
     chosen = choose(available([run.snapshot for run in runs]), view)
     found = [part for panel in chosen for part in _parts(panel, runs)]
     return [panel for panel in found if panel.key == view.alone] or found
 
 
 def runs_of(panel: Panel, runs: Sequence[ShownRun]) -> list[ShownRun]:
-    """Those that have something to show in a panel."""
+    """The runs that have something to show in a panel."""
     return [
         run for run in runs
         if panel.task in (None, _task_of(run.snapshot))
@@ -125,6 +134,7 @@ def runs_of(panel: Panel, runs: Sequence[ShownRun]) -> list[ShownRun]:
 
 
 def _parts(panel: Panel, runs: Sequence[ShownRun]) -> list[Panel]:
+    """The panel, or one panel for each task of its runs."""
     tasks = list(dict.fromkeys(_task_of(run.snapshot) for run in runs_of(panel, runs))) if panel.by_task else []
     if len(tasks) < 2:
         return [panel]
@@ -134,11 +144,12 @@ def _parts(panel: Panel, runs: Sequence[ShownRun]) -> list[Panel]:
 
 
 def _task_of(snapshot: Snapshot) -> str:
-    """What is trained; of a log that does not say, what its metrics tell."""
+    """The run's task. If its log does not name one, the metrics tell."""
     return snapshot.task or ("dpo" if "rewards/margins" in snapshot.tables.get("train", {}) else "pretrain")
 
 
 def title_of(panel: Panel, language: str) -> str:
+    """The panel's title, with the task if the panel is one of several."""
     text = translate(panel.title, language)
     if panel.task is None:
         return text
@@ -146,7 +157,7 @@ def title_of(panel: Panel, language: str) -> str:
 
 
 def left_out(runs: Sequence[ShownRun], num_panels: int, num_drawn: int, language: str) -> list[str]:
-    """All that the runs' logs hold and the drawn ones of these panels do not, a sentence each."""
+    """One sentence for each thing in the runs' logs that the drawn panels do not show."""
     found = [
         (f"{run.label}: " if len(runs) > 1 else "") + text
         for run in runs
@@ -158,4 +169,5 @@ def left_out(runs: Sequence[ShownRun], num_panels: int, num_drawn: int, language
 
 
 def left_out_of(snapshot: Snapshot, language: str) -> list[str]:
+    """One sentence for each thing in a run's log that its snapshot lacks."""
     return [translate(text, language).format(*values) for text, values in snapshot.left_out]

@@ -1,5 +1,5 @@
-"""A drawn picture as somebody with a cursor sees it: where a place on the axes lies, what can be read there, and which
-view a zoom or a move asks for. Places on the picture are pixels from its upper left corner."""
+"""A drawn picture under a cursor: which values lie at a place, what can be read there, and which view a zoom or a move
+asks for. Places on the picture are in pixels from its upper left corner."""
 
 import math
 from collections.abc import Sequence
@@ -15,23 +15,25 @@ from viewer.view import View
 
 Range = tuple[float, float]
 _DAYS = (-200_000, 2_000_000)
-"""Since 1970: what matplotlib can name the dates of, with room to spare."""
+"""First and last day since 1970; matplotlib has names for these dates and some more."""
 
 
 @dataclass(frozen=True)
 class DrawnCurve:
+    """What a cursor can read off a curve."""
+
     label: str
     colour: str
     x: np.ndarray
     y: np.ndarray
     measured: np.ndarray | None = None
-    """What was smoothed to y."""
+    """The values before smoothing."""
     mark: str = ""
 
 
 @dataclass(frozen=True)
 class DrawnPanel:
-    """Where a panel lies on a picture, and what a cursor over it can read."""
+    """A panel's place on a picture, and what a cursor over it can read."""
 
     panel: Panel
     box: tuple[float, float, float, float]
@@ -55,6 +57,7 @@ class Reading(NamedTuple):
 
 
 def panel_at(panels: Sequence[DrawnPanel], right: float, down: float) -> DrawnPanel | None:
+    """The panel at a place on the picture, if there is one."""
     for panel in panels:
         left, top, end, bottom = panel.box
         if left <= right <= end and top <= down <= bottom:
@@ -68,11 +71,12 @@ def ranges(panel: DrawnPanel, view: View) -> tuple[Range, Range]:
 
 
 def scaled(ends: Range, log: bool) -> Range:
-    """Places on the axis: their logarithms, if it has a logarithmic scale."""
+    """The ends as an axis counts them: their logarithms, if it is logarithmic."""
     return (math.log10(ends[0]), math.log10(ends[1])) if log and ends[0] > 0 else ends
 
 
 def unscaled(value: float, log: bool) -> float:
+    """The inverse of `scaled`."""
     return 10 ** min(max(value, -305.0), 305.0) if log else value
 
 
@@ -87,7 +91,7 @@ def values_at(panel: DrawnPanel, view: View, right: float, down: float) -> tuple
 
 
 def across(panel: DrawnPanel, view: View, x: float) -> float | None:
-    """How far right an x lies on the picture, if it lies in the panel; panels of other runs reach over other steps."""
+    """How far right an x lies on the picture; None outside of the panel, as panels of other runs have other ranges."""
     left, _, right, _ = panel.box
     x0, x1 = ranges(panel, view)[0]
     share = (x - x0) / (x1 - x0)
@@ -95,7 +99,7 @@ def across(panel: DrawnPanel, view: View, x: float) -> float | None:
 
 
 def place_of(panel: DrawnPanel, view: View, x: float, y: float) -> tuple[float, float] | None:
-    """Where a point lies on the picture, if it lies in the panel."""
+    """The place of a point on the picture; None outside of the panel."""
     at, y_range = across(panel, view, x), ranges(panel, view)[1]
     if at is None or not math.isfinite(y) or panel.log_y and y <= 0:
         return None
@@ -105,7 +109,7 @@ def place_of(panel: DrawnPanel, view: View, x: float, y: float) -> tuple[float, 
 
 
 def read_off(panel: DrawnPanel, view: View, x: float) -> list[Reading]:
-    """Each curve's point nearest to x, of those curves that reach it."""
+    """The point nearest to x of each curve that reaches it."""
     found = []
     x0, x1 = ranges(panel, view)[0]
     for curve in panel.curves:
@@ -122,8 +126,8 @@ def read_off(panel: DrawnPanel, view: View, x: float) -> list[Reading]:
 
 
 def told(readings: list[Reading], view: View, x: float) -> tuple[str, list[tuple[Reading, str]]]:
-    """What stands beside the cursor: the place of the point nearest to it, and each curve's value there, the highest
-    first. A value that was measured at another place says where."""
+    """The texts beside the cursor: the x of the nearest point, and each curve's value there, the highest first. A value
+    that was measured at another x says at which."""
     language = view.language
     unit = view.x if view.x in ("time", "clock") else translate(view.x, language)
     at = min((reading.x for reading in readings), key=lambda place: abs(place - x), default=x)
@@ -144,7 +148,7 @@ def told(readings: list[Reading], view: View, x: float) -> tuple[str, list[tuple
 def nearest(
     rows: list[tuple[Reading, str]], height: float, most: int
 ) -> tuple[list[tuple[Reading, str]], int]:
-    """The rows of `told` next to the cursor, if there is no room for all; how many there are besides.
+    """The rows of `told` nearest to the cursor if there is no room for all, and the number of the others.
 
     Args:
         height: y at the cursor.
@@ -158,7 +162,7 @@ def nearest(
 
 
 def with_ranges(view: View, panel: DrawnPanel, x: Range | None, y: Range | None) -> View | None:
-    """The view with other ranges; None if these are too narrow or too wide for floats, or reach beyond all dates.
+    """The view with other ranges; None if these are too narrow or too wide for floats, or no calendar has such dates.
 
     Args:
         x, y: None: as before.
@@ -177,7 +181,7 @@ def with_ranges(view: View, panel: DrawnPanel, x: Range | None, y: Range | None)
 
 
 def moved(view: View, panel: DrawnPanel, right: float, down: float) -> View | None:
-    """The view after the panel's content was moved by so many pixels; a small move down or up does not count."""
+    """The view after a panel's content was moved by some pixels. A small move down or up does not count."""
     left, top, end, bottom = panel.box
     x, y = ranges(panel, view)
     by = -right / (end - left) * (x[1] - x[0])
@@ -188,11 +192,11 @@ def moved(view: View, panel: DrawnPanel, right: float, down: float) -> View | No
 
 
 def zoomed_at(view: View, panel: DrawnPanel, place: tuple[float, float], factor: float, along_y: bool) -> View | None:
-    """The view after a zoom that leaves what lies at `place` where it is.
+    """The view after a zoom that keeps the point at `place` where it is.
 
     Args:
-        factor: of the range's length.
-        along_y: instead of along x.
+        factor: new length of the range divided by the old one.
+        along_y: zoom along y instead of along x.
     """
     x, y = values_at(panel, view, *place)
     x_range, y_range = ranges(panel, view)

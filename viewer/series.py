@@ -1,4 +1,4 @@
-"""The numbers of a panel: x and y of its curves, smoothed and measured, and how far its axes reach."""
+"""The numbers of a panel: x and y of its curves, measured and smoothed, and the ranges of its axes."""
 
 import math
 from dataclasses import dataclass
@@ -11,19 +11,23 @@ from viewer.panels import Curve
 from viewer.view import ShownRun, View
 
 GREATEST = 1e300
-"""Axes that reach further overflow."""
+"""Largest absolute value on an axis; beyond it, axes overflow."""
 NEVER_MISSING = ("loss", "grad_norm")
-"""A NaN in these was measured; elsewhere it means that a record did not have the metric."""
+"""Metrics whose NaNs were measured; in other metrics a NaN means that a record lacks the metric."""
 
 
 @dataclass(frozen=True)
 class Series:
+    """A curve of one run."""
+
     run: ShownRun
     curve: Curve
     x: np.ndarray
     y: np.ndarray
     smoothed: np.ndarray
+    """y itself where `weight` is 0."""
     weight: float
+    """Weight for `curves.smooth`."""
 
 
 def series_of(run: ShownRun, curve: Curve, view: View) -> Series:
@@ -33,7 +37,7 @@ def series_of(run: ShownRun, curve: Curve, view: View) -> Series:
 
 
 def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray, weight: float) -> np.ndarray:
-    """Kept with the snapshot: zooming draws the same curves again and again."""
+    """The smoothed values. They are kept with the snapshot, as zooming draws the same curves again and again."""
     if weight <= 0:
         return y
     key = ("smoothed", curve, view.x)
@@ -44,7 +48,7 @@ def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray, weigh
 
 
 def _weight(curve: Curve, view: View, count: int) -> float:
-    """Validation is exact: only what is measured on a batch is noisy."""
+    """The weight of smoothing. Only metrics that are measured on a batch are noisy; validation is exact."""
     if curve.table != "train" or curve.metric == "lr":
         return 0.0
     return automatic_weight(count) if view.smoothing is None else view.smoothing
@@ -68,7 +72,11 @@ def _values(snapshot: Snapshot, curve: Curve, view: View) -> tuple[np.ndarray, n
 
 
 def x_of(snapshot: Snapshot, table: str, x: str) -> np.ndarray:
-    """Of each row of a table. Kept with the snapshot: every panel asks for it several times."""
+    """x of each row of a table. It is kept with the snapshot, as every panel asks for it several times.
+
+    Args:
+        x: one of view.X_AXES.
+    """
     key = ("x", table, x)
     found = snapshot.kept.get(key)
     if found is None:
@@ -87,13 +95,14 @@ def _compute_x(snapshot: Snapshot, table: str, x: str) -> np.ndarray:
 
 
 def in_range(x: np.ndarray, x_range: tuple[float, float]) -> slice:
-    """With one point on each side, so that lines reach the edge."""
+    """The points within a range, and one on each side, so that lines reach the edge."""
     first, last = np.searchsorted(x, x_range[0], "left"), np.searchsorted(x, x_range[1], "right")
     return slice(max(int(first) - 1, 0), int(last) + 1)
 
 
 def x_range_of(runs: list[ShownRun], view: View) -> tuple[float, float]:
-    """All that the runs have, so that what happened at one moment stands one below the other in all panels of a run."""
+    """The range of all that the runs have. So all panels of a run have one range, and the same moment stands at the
+    same place in each."""
     found = [x_of(run.snapshot, table, view.x) for run in runs for table in run.snapshot.tables]
     found = [x[np.abs(x) <= GREATEST] for x in found]
     ends = [(x.min(), x.max()) for x in found if len(x)]
@@ -105,6 +114,7 @@ def x_range_of(runs: list[ShownRun], view: View) -> tuple[float, float]:
 
 
 def y_range_of(shown: list[Series], x_range: tuple[float, float], log_y: bool, view: View) -> tuple[float, float]:
+    """The range of the values within `x_range`, with some room above and below."""
     parts = []
     for found in shown:
         within = in_range(found.x, x_range)
@@ -124,7 +134,7 @@ def y_range_of(shown: list[Series], x_range: tuple[float, float], log_y: bool, v
 
 
 def restarts(snapshot: Snapshot, x: str) -> list[float]:
-    """Where on the x axis each launch but the first begins."""
+    """Places on the x axis where the launches after the first begin."""
     if "train" not in snapshot.tables:
         return []
     key = ("restarts", x)

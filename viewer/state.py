@@ -1,4 +1,4 @@
-"""How a run is doing: running, stalled or ended, how fast, how long still."""
+"""How a run is doing: whether it is running, stalled or ended, how fast it is, and how long it will take."""
 
 import math
 from dataclasses import dataclass
@@ -13,13 +13,15 @@ from viewer.text import translate
 
 _QUIET_S = 60.0
 _QUIET_STEPS = 10
-"""A run is called stalled when nothing was heard of it for so long, whichever is longer."""
+"""A run counts as stalled when nothing was heard of it for so many seconds and for so many steps' time."""
 _RECENT = 20
-"""Records whose median is the present speed."""
+"""Number of records whose median is the present speed."""
 
 
 @dataclass(frozen=True)
 class State:
+    """What the table of runs shows of one."""
+
     kind: str
     """running, stalled, ended, waiting or no connection."""
     detail: str = ""
@@ -32,7 +34,8 @@ class State:
 
 
 def state_of(run: Run, snapshot: Snapshot, now: float, language: str = "en") -> State:
-    """
+    """The state of a run.
+
     Args:
         now: time.time().
     """
@@ -58,7 +61,7 @@ def state_of(run: Run, snapshot: Snapshot, now: float, language: str = "en") -> 
 
 
 def _planned(run: Run, snapshot: Snapshot) -> int | None:
-    """Steps of the whole run."""
+    """Number of steps of the whole run, if it is known."""
     found = snapshot.launches[-1].max_iters if snapshot.launches else None
     if found is None:
         found = run.health.config.get("derived.max_iters")
@@ -76,8 +79,8 @@ def _last(columns: dict[str, np.ndarray], metric: str) -> float | None:
 
 
 def differences(configs: list[dict[str, object]]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) of what is not the same in all; "" where a run has none. What is derived from
-    another setting is left out if that differs under the same name. Of a single run: all its settings."""
+    """(setting, its value in each run) for each setting that is not the same in all runs; "" where a run lacks it. A
+    derived setting is left out if the setting of the same name differs. For a single run, all its settings."""
     if len(configs) == 1:
         return [(key, [_setting(value)]) for key, value in configs[0].items()]
     keys = list(dict.fromkeys(key for config in configs for key in config))

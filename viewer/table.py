@@ -1,4 +1,4 @@
-"""The table of runs: what stands in its columns, and in which order its rows stand."""
+"""The table of runs: the texts in its columns, and the order of its rows."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from viewer.text import translate
 
 COLUMNS = ("run", "state", "step", "loss", "validation", "rate", "time left", "where")
 STATE_COLOURS = {"running": "#10b981", "stalled": "#f59e0b", "no connection": "#e11d48"}
-"""The others have the colour of what is less important."""
+"""Colours of some states; the others are drawn faint."""
 _TEXT_COLUMNS = {COLUMNS.index(name) for name in ("run", "state", "where")}
 
 Sorting = tuple[int, bool]
@@ -22,7 +22,7 @@ Sorting = tuple[int, bool]
 
 
 def texts_of(run: Run, name: str, state: State, language: str) -> tuple[str, ...]:
-    """What stands in each of COLUMNS."""
+    """A run's text for each of COLUMNS."""
     of = f" / {state.max_iters:,}" if state.max_iters is not None else ""
     rate = f"{state.tokens_per_sec:,.0f} tokens/s" if math.isfinite(state.tokens_per_sec) else ""
     where = f"{run.target.host}:{run.path}" if run.target else run.path
@@ -40,7 +40,7 @@ def _figure(value: float | None) -> str:
 
 
 def left_out_text(run: Run, snapshot: Snapshot, language: str) -> str:
-    """What of a run is not shown, in as many lines as it takes; empty if that is nothing."""
+    """What the viewer does not show of a run, in one or several lines; empty if it shows everything."""
     found = left_out_of(snapshot, language)
     lines = [f"{translate('left out', language)}: {'; '.join(found)}"] if found else []
     if run.health.config_problem:
@@ -49,10 +49,10 @@ def left_out_text(run: Run, snapshot: Snapshot, language: str) -> str:
 
 
 def order_of(texts: Sequence[tuple[str, ...]], states: Sequence[State], sorting: Sorting | None) -> list[int]:
-    """Numbers of the rows in the order of a column; those without a value come last.
+    """The rows' numbers, sorted by a column; rows without a value come last.
 
     Args:
-        sorting: None: as the runs were named.
+        sorting: None: in the order in which the runs were named.
     """
     numbers = range(len(texts))
     if sorting is None:
@@ -74,5 +74,5 @@ def order_of(texts: Sequence[tuple[str, ...]], states: Sequence[State], sorting:
 
 
 def next_sorting(before: Sorting | None, column: int) -> Sorting | None:
-    """The order after a click on a column: rising, then falling, then as the runs were named."""
+    """The order after a click on a column: rising, then falling, then the order in which the runs were named."""
     return {(column, False): (column, True), (column, True): None}.get(before, (column, False))

@@ -1,4 +1,4 @@
-"""What the viewer says, in English and in Chinese."""
+"""The viewer's texts, in English and in Chinese."""
 
 LANGUAGES = ("en", "zh")
 
@@ -43,9 +43,9 @@ _CHINESE = {
     "smoothed (measured)": "平滑值（实测值）",
     "at {}": "位于 {}",
     "auto": "自动",
-    "Click to sort: rising, falling, as the runs were named.": "点击排序：升序、降序、原顺序。",
+    "Click to sort: rising, then falling, then as the runs were named.": "点击排序：升序、降序、原顺序。",
     "All panels": "全部图表",
-    "All panels again, as after another double click.": "恢复全部图表（再次双击亦可）。",
+    "Show all panels again, as another double click does.": "恢复全部图表（再次双击亦可）。",
     "Settings": "配置",
     "No settings were found: config.yaml is missing.": "未找到配置：缺少 config.yaml。",
     "restart": "重启",
@@ -77,14 +77,14 @@ _CHINESE = {
     "Save…": "保存…",
     "Add…": "添加…",
     "Reconnect": "重新连接",
-    "Everything is shown: no zoom.": "显示全部，取消缩放。",
+    "Show everything, without zoom.": "显示全部，取消缩放。",
     "Drag to move instead of to zoom. The right mouse button always moves.": "拖动以平移而非缩放；右键始终为平移。",
     "The y axis is logarithmic.": "纵轴取对数。",
-    "Behind smoothed curves, the measured ones stay visible.": "在平滑曲线后保留原始曲线。",
-    "Restarts, checkpoints and values that are not finite are marked.": "标出重启、检查点与非有限值。",
-    "The y axis reaches to the farthest value, not only to where 98 of 100 are.":
+    "Show the measured curves behind the smoothed ones.": "在平滑曲线后保留原始曲线。",
+    "Mark restarts, checkpoints and values that are not finite.": "标出重启、检查点与非有限值。",
+    "The y axis reaches to the farthest value, not only to 98 of 100 values.":
         "纵轴覆盖所有数值，而非仅覆盖其中 98%。",
-    "How much of the past a point holds: exponential moving average.": "指数滑动平均中历史所占的比重。",
+    "Weight of the past in each point: exponential moving average.": "指数滑动平均中历史所占的比重。",
     "All settings of these runs are the same.": "这些运行的配置完全相同。",
     "Pictures and tables (*.png *.svg *.csv)": "图片与表格 (*.png *.svg *.csv)",
     "Save what is shown": "保存当前内容",
@@ -105,5 +105,5 @@ _CHINESE = {
 
 
 def translate(text: str, language: str) -> str:
-    """`text` itself where there is no other."""
+    """The text in a language; unchanged if there is no translation."""
     return _CHINESE.get(text, text) if language == "zh" else text

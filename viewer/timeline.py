@@ -1,23 +1,23 @@
-"""Where a step's time goes, drawn from traces of --profile_steps.
+"""Draws where a step's time goes, from traces of --profile_steps.
 
-    python -m utils.timeline TRACE [TRACE ...] [--png out.png] [--step N]
+    python -m utils.timeline TRACE [TRACE ...] [--png out.png] [--step N]      (or python -m viewer.timeline)
 
-Several traces are drawn under each other on one time axis, each from its step's beginning: overlap on against off, or
-one rank against another. Rows:
+Several traces are drawn below each other on one time axis, each from its step's beginning, to compare overlap on and
+off, or two ranks. Rows:
 
     data        waiting for the loader, and for all ranks to agree on counts
     compute     forward and backward pass of each micro-batch
     optimizer   the step on the summed gradients
-    wire        reduction of each bucket, gathering of its parameters: with the megabytes that this rank sends
+    wire        reduction of each bucket and gathering of its parameters, with the megabytes that this rank sends
     waiting     the main thread (on CUDA: its stream) waits for the wire
 
-What counts as a part of a step, and what is hidden and exposed: runs/traces.py.
+runs/traces.py defines the parts of a step, and which communication is hidden or exposed.
 """
 
 import sys
 
 if __name__ == "__main__":
-    # Also when it is run by its path, or by a Python that lacks the packages.
+    # Works when the file is run by its path, and by a Python that lacks the packages.
     sys.path[0] = __file__.rsplit("/", 2)[0]
     from utils import environment
 
@@ -49,11 +49,11 @@ _WIDTH, _LEFT, _RIGHT = 11.0, 0.85, 0.15
 _LANE, _FONT = 0.27, 7.5
 _MOST_LANES = 5
 _MOST_DRAWN = 2000
-"""Ranges of a step; of more, the longest: each takes a millisecond to draw."""
+"""Most ranges that are drawn of a step, the longest ones: each takes a millisecond."""
 
 
 def draw(traces: list[Trace], png: Path, step: int | None = None) -> None:
-    """Draw a step of each trace, the median one by default, under each other.
+    """Draw a step of each trace below each other; by default, the step of median duration.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -65,7 +65,7 @@ def draw(traces: list[Trace], png: Path, step: int | None = None) -> None:
     from matplotlib.patches import Patch
 
     panels = [_Panel.of(trace, trace.median_step() if step is None else step) for trace in traces]
-    # A step of no duration has room for nothing, but can be drawn.
+    # A step of no duration has no room for anything, but can be drawn.
     longest = max(*(panel.duration for panel in panels), 1e-6)
     heights = [_LANE * panel.lanes + 0.4 for panel in panels]
     height = sum(heights) + 0.85
@@ -91,7 +91,7 @@ def draw(traces: list[Trace], png: Path, step: int | None = None) -> None:
 
 @dataclass
 class _Panel:
-    """A step of one trace, laid out: rows from the top, of which the wire has as many lanes as it needs."""
+    """The layout of one trace's step: rows from the top, each with as many lanes as it needs."""
 
     title: str
     duration: float
@@ -103,7 +103,7 @@ class _Panel:
 
     @property
     def drawn(self) -> list[bool]:
-        """Which of `placed` are drawn."""
+        """Whether each of `placed` is drawn."""
         if len(self.placed) <= _MOST_DRAWN:
             return [True] * len(self.placed)
         longest = sorted(range(len(self.placed)), key=lambda n: self.placed[n][1].start - self.placed[n][1].end)
@@ -142,7 +142,7 @@ class _Panel:
             if not is_drawn:
                 continue
             shade = 0.75 if part.number is not None and part.number % 2 else 1.0
-            # White edges part neighbours; those of its own colour keep what is short from vanishing.
+            # White edges separate neighbours; edges of the same colour keep short ranges visible.
             is_wide = (part.end - part.start) * inches_per_ms > 0.06
             edge = "white" if is_wide else _COLOURS[part.kind]
             look = {"color": _COLOURS[part.kind], "alpha": shade, "edgecolor": edge, "linewidth": 0.7}
@@ -168,7 +168,7 @@ class _Panel:
 
 
 def _lanes(parts: list[StepPart]) -> list[int]:
-    """A lane for each part, so that those in one do not overlap; parts by rising start."""
+    """A lane for each part, so that parts in one lane do not overlap. The parts come by rising start."""
     ends: list[float] = []
     chosen = []
     for part in parts:
@@ -180,7 +180,11 @@ def _lanes(parts: list[StepPart]) -> list[int]:
 
 
 def _labels(part: StepPart, numbered: str) -> Iterator[str]:
-    """Texts for a part, the longest first."""
+    """Texts for a part, the longest first.
+
+    Args:
+        numbered: kind of the part, with its number among parts of that kind if there are several.
+    """
     if part.number is None:
         yield numbered
         yield numbered.partition(" ")[0] if part.kind not in ("forward", "backward") else numbered.rpartition(" ")[2]
@@ -204,7 +208,7 @@ def _title(trace: Trace, step: int) -> str:
     text += f"{figures['step']:.1f} ms"
     if figures["wire"]:
         text += f"; communication: {figures['hidden']:.1f} ms hidden, {figures['exposed']:.1f} ms exposed"
-    # Of a foreign file it may be anything.
+    # A foreign file may hold anything here.
     return text[:160].replace("$", "")
 
 
@@ -227,7 +231,7 @@ def main(argv: list[str]) -> int:
         return 2
     except (ValueError, OSError) as error:
         print(f"timeline: {error}", file=sys.stderr)
-        # 2 says that another attempt cannot help.
+        # Code 2 means that another attempt cannot help.
         return 1 if isinstance(error, OSError) and is_passing(error) else 2
     return 0
 

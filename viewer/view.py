@@ -1,4 +1,4 @@
-"""What is shown, and how: the state of a view, whatever draws it."""
+"""The state of a view: which runs and panels it shows, and how, whatever draws it."""
 
 from dataclasses import dataclass, replace
 
@@ -9,47 +9,52 @@ X_AXES = ("step", "tokens", "time", "clock")
 
 @dataclass(frozen=True)
 class ShownRun:
+    """A run as a view shows it."""
+
     label: str
     colour: str
-    """Of colours.COLOURS; on dark paper it is drawn lighter."""
+    """One of colours.COLOURS; on dark paper it is drawn lighter."""
     snapshot: Snapshot
     mark: str = ""
-    """Of colours.MARKS: stands on its curves."""
+    """One of colours.MARKS; it stands on the run's curves."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What is shown, and how."""
+    """Choices of the user, all in one place."""
 
     panels: tuple[str, ...] = ()
-    """Keys; none: the usual ones; only "all": all."""
+    """Keys of the panels. Empty: the usual ones; only "all": all."""
     x: str = "step"
     """One of X_AXES."""
     log_y: bool = False
     smoothing: float | None = 0.0
-    """Weight of `curves.smooth`; None: by the length of each curve."""
+    """Weight for `curves.smooth`. None: chosen by the length of each curve."""
     raw: bool = True
-    """The measured curve behind a smoothed one."""
+    """Whether the measured curve is shown behind a smoothed one."""
     marks: bool = True
     outliers: bool = True
-    """The y axis reaches to them."""
+    """Whether the y axis reaches to them."""
     dark: bool = False
     language: str = "en"
     legend: bool = True
-    """Names of the runs on top."""
+    """Whether the names of the runs stand on top."""
     x_range: tuple[float, float] | None = None
     y_ranges: tuple[tuple[str, tuple[float, float]], ...] = ()
-    """(panel, range)."""
+    """(key of a panel, its range)."""
     alone: str = ""
-    """The key of the panel that has the whole picture for itself."""
+    """Key of the panel that has the whole picture to itself."""
 
 
 def without_zoom(view: View) -> View:
+    """The view with the ranges that show everything."""
     return replace(view, x_range=None, y_ranges=())
 
 
 @dataclass(frozen=True)
 class Theme:
+    """Colours of everything but the curves."""
+
     paper: str
     ink: str
     faint: str

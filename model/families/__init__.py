@@ -25,6 +25,6 @@ def family_of(config: LlamaConfig, generic_tokenizer: bool = False) -> Family:
     """The family as which a model is saved.
 
     Args:
-        generic_tokenizer: the model's tokenizer is none that other programs know by a family.
+        generic_tokenizer: whether other programs do not associate the model's tokenizer with a family.
     """
     return next(family for family in FAMILIES.values() if family.writes(config, generic_tokenizer))

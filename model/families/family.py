@@ -1,7 +1,7 @@
-"""A family: how models of one `model_type` of Hugging Face are written down, in terms of ours.
+"""The base of families. A family says how Hugging Face writes down the models of one `model_type`, in terms of ours:
+the meaning of its configuration, the names of its tensors and how they are fused, and the role of each parameter.
 
-It says what its configuration means, what its tensors are called and how they are fused, and which role each parameter
-has. It is data and short functions: it builds no layer and reads no file (model/hf.py does).
+A family is data and short functions. It builds no layer, and reads no file: model/hf.py does.
 """
 
 import re
@@ -29,23 +29,23 @@ def _as_they_are(tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors of a folder and the parameters that they hold: mostly one and one; several, where either side fuses."""
+    """Tensors of a folder and the parameters that they hold: usually one and one, several if either side is fused."""
 
     theirs: tuple[str, ...]
     """Names in the folder."""
     ours: tuple[str, ...]
     """Names of parameters."""
     join: Callable[[Tensors], Tensors] = _as_they_are
-    """Parameters -> tensors of the folder. Works on tensors without memory, too, which tell the shapes."""
+    """Parameters -> tensors of the folder. It must also work on tensors without memory, to find the shapes."""
     split: Callable[[Tensors], Tensors] = _as_they_are
     """Tensors of the folder -> parameters; the inverse."""
 
 
 def fused_rows(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """A tensor that holds several of ours below one another, such as the projections of queries, keys and values.
+    """Rule for a tensor that holds several matrices below one another, such as the projections of Q, K and V.
 
     Args:
-        sizes: rows of each.
+        sizes: number of rows of each matrix.
     """
     return Rule((theirs,), tuple(ours), lambda tensors: [torch.cat(list(tensors))], partial(_rows, list(sizes)))
 
@@ -56,43 +56,44 @@ def _rows(sizes: list[int], tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Beside:
-    """A tensor that a folder may hold without a parameter of ours for it: it must say nothing new."""
+    """A tensor that a folder may hold although the model has no parameter for it. Its values must follow from those of
+    another parameter."""
 
     theirs: str
     """Its name in the folder."""
     like: str
     """The parameter that has its shape."""
     expected: Callable[[Tensor], Tensor]
-    """That parameter -> what the tensor must equal."""
+    """That parameter -> the values that the tensor must have."""
     otherwise: str
-    """What is said of another value: "that is not ..., while config.json has ...: do this"."""
+    """End of the sentence that refuses other values: "that is not ..., while config.json has ...: do this"."""
     is_written: bool = False
     """Whether our folders hold it."""
 
 
 class Family:
-    """The base of all families; a family overrides what it does otherwise."""
+    """The base of all families; each overrides what differs."""
 
     model_type: str
-    """Hugging Face's word for it."""
+    """Hugging Face's name of the family."""
     architectures: tuple[str, ...]
-    """Classes of transformers under whose name a folder is this family's; ours are written with the first."""
+    """Classes of transformers that a folder of this family may name; our folders name the first."""
     prefix = "model."
-    """Where transformers keeps all but the head. Folders of the part below the head leave it out."""
+    """Prefix of all tensors but the head's. A folder of the part below the head leaves it out."""
     passed_over: re.Pattern[str] = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-    """Tensors that follow from the configuration: transformers kept these beside the weights until 2023."""
+    """Tensors that follow from the configuration. transformers kept these beside the weights until 2023."""
     understood: frozenset[str] = frozenset()
-    """Keys of a configuration that `check` and `fields` see to."""
+    """Keys of a configuration that `check` and `fields` read."""
     harmless: frozenset[str] = HARMLESS
     """Keys that cannot change the model's scores, whatever their value."""
     harmless_at: dict[str, tuple[object, ...]] = HARMLESS_AT
-    """Key -> values, besides null, with which it is this model."""
+    """Key -> values, besides null, that cannot change the scores either."""
 
     def read(self, values: dict) -> LlamaConfig:
         """The configuration that the content of a config.json describes.
 
         Raises:
-            ValueError: a key may make it another model, or a value is missing or wrong; the key is named.
+            ValueError: a key may change the model, or a value is missing or wrong; the key is named.
         """
         check_architectures(values, self.architectures)
         check_keys(values, self.understood | self.harmless, self.harmless_at)
@@ -107,7 +108,7 @@ class Family:
         """
 
     def fields(self, values: dict) -> dict[str, Any]:
-        """A configuration's keys as fields of ours.
+        """The fields of our configuration, from a folder's keys.
 
         Raises:
             ValueError: a value is missing or is of the wrong kind.
@@ -115,26 +116,26 @@ class Family:
         raise NotImplementedError
 
     def keys(self, config: LlamaConfig) -> dict[str, object]:
-        """A configuration of ours in the family's keys. Tokens and dtype are added in hf.py."""
+        """The family's keys, from our configuration. model/hf.py adds tokens and dtype."""
         raise NotImplementedError
 
     def writes(self, config: LlamaConfig, generic_tokenizer: bool) -> bool:
         """Whether models of a configuration are saved as this family.
 
         Args:
-            generic_tokenizer: the model's tokenizer is none that other programs know by a family.
+            generic_tokenizer: whether other programs do not associate the model's tokenizer with a family.
         """
         return False
 
     def their_name(self, name: str) -> str:
-        """The folder's name of a parameter that is not fused."""
+        """Name in a folder of a parameter that is not fused."""
         return name if name == HEAD else f"{self.prefix}{name}"
 
     def rules(self, config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
-        """How each parameter is written down.
+        """Rules that together hold each parameter once.
 
         Args:
-            names: of all the model's parameters.
+            names: names of all the model's parameters.
         """
         return [Rule((self.their_name(name),), (name,)) for name in names]
 
@@ -149,5 +150,5 @@ class Family:
         return [Beside(self.their_name(HEAD), EMBEDDING, lambda embedding: embedding, otherwise)]
 
     def role_of(self, name: str) -> Role:
-        """What a parameter is for."""
+        """Role of a parameter."""
         return role_of(name)

@@ -1,7 +1,7 @@
-"""Keys in the config.json of any causal language model: which of them cannot change it.
+"""Keys in the config.json of any causal language model that cannot change it.
 
-What a key means is known, or the folder is refused: transformers passes over keys of other families in silence, and the
-model that comes out is another one than was trained. Plain data and checks; nothing here builds anything.
+A key's meaning is known, or the folder is refused. transformers silently ignores keys of other families, and may then
+build another model than was trained. This file is plain data and checks; it builds nothing.
 """
 
 from collections.abc import Mapping, Set
@@ -19,24 +19,24 @@ _GENERATION = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id",
     "cls_token_id", "decoder_start_token_id",
 }  # fmt: skip
-"""How transformers samples from the model's scores, and where a text begins and ends."""
+"""Settings of transformers' sampling, and the tokens that begin and end a text."""
 _OUTPUTS = {
     "use_cache", "output_attentions", "output_hidden_states", "return_dict", "tie_last_hidden_states", "dtype",
     "torch_dtype", "use_bfloat16", "torchscript", "gradient_checkpointing", "chunk_size_feed_forward", "is_decoder",
     "tf_legacy_loss", "xla_device",
 }  # fmt: skip
-"""What transformers returns besides scores, in which numbers it computes, and how it saves memory."""
+"""Settings of what transformers returns besides scores, of its dtypes, and of how it saves memory."""
 _SAME_MATH = {"pretraining_tp"}
-"""Into how many slices transformers 4 cuts its matmuls."""
+"""Number of slices into which transformers 4 cuts its matmuls."""
 _HEADS = {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"}
-"""Of a classifier's head, which no causal language model has."""
+"""Keys of a classifier's head, which no causal language model has."""
 _TOKENIZER = {"tokenizer_class", "prefix", "model_max_length"}
 _ORIGIN = {
     "model_type", "transformers_version", "name_or_path", "_name_or_path", "_model_name_or_path", "_commit_hash",
     "_from_model_config", "_attn_implementation_autoset", "_flash_attn_2_enabled", "_pre_quantization_dtype",
     "transformers.js_config", "unsloth_fixed", "unsloth_version", "max_sequence_length", "seq_length",
 }  # fmt: skip
-"""Who wrote the folder, from what and with what; and lengths that are only said beside max_position_embeddings."""
+"""Notes on who wrote the folder, from what and with what; and lengths that only repeat max_position_embeddings."""
 HARMLESS = frozenset(_GENERATION | _OUTPUTS | _SAME_MATH | _HEADS | _TOKENIZER | _ORIGIN)
 """Keys that cannot change the model's scores, whatever their value."""
 
@@ -65,7 +65,7 @@ def check_keys(values: dict, seen: Set[str], harmless_at: Mapping[str, tuple[obj
         seen: keys that are read elsewhere, or cannot matter whatever their value.
         harmless_at: key -> values with which it cannot matter.
     Raises:
-        ValueError: a key that may change the model, which is named.
+        ValueError: a key may change the model; it is named.
     """
     _check_code(values)
     for name, value in values.items():
@@ -78,18 +78,20 @@ def check_keys(values: dict, seen: Set[str], harmless_at: Mapping[str, tuple[obj
 
 
 def require(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """
+    """See that a key has one of the allowed values, or null.
+
     Raises:
-        ValueError: with this value, it is another model.
+        ValueError: it has another value, with which the model would be another one.
     """
     if value is not None and value not in allowed:
         raise ValueError(f"{name} = {shown(value)} is not supported: only {shown(allowed[0])} is")
 
 
 def check_architectures(values: dict, allowed: tuple[str, ...]) -> None:
-    """
+    """See that `architectures` names only classes of the family.
+
     Raises:
-        ValueError: a head for something else than the next token, or another family behind this one's model_type.
+        ValueError: it names another head than that of the next token, or another family.
     """
     given = values.get("architectures")
     if given is not None and (not isinstance(given, list) or any(name not in allowed for name in given)):
@@ -97,7 +99,7 @@ def check_architectures(values: dict, allowed: tuple[str, ...]) -> None:
 
 
 def _check_code(values: dict) -> None:
-    """Code that the folder brings for its model. What it says of its tokenizer is seen to where that is read."""
+    """Refuse code that the folder brings for its model. Code for its tokenizer is checked where that is read."""
     given = values.get("auto_map")
     if given is not None and (not isinstance(given, dict) or given.keys() - {"AutoTokenizer"}):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""llama: Llama 1 to 3, and all that are built like them."""
+"""llama: Llama 1 to 3, and all models that are built like them."""
 
 from typing import Any
 
@@ -16,19 +16,18 @@ KINDS: dict[str, tuple[type, object]] = {
     "initializer_range": (float, 0.02), "attention_dropout": (float, 0.0), "tie_word_embeddings": (bool, False),
     "attention_bias": (bool, False), "qkv_bias": (bool, False),
 }  # fmt: skip
-"""Key that is a field of ours by the same name -> (kind, value where it is missing or null). LlamaConfig.resolve checks
-the ranges."""
+"""Key that has the name of our field -> (kind, value if it is missing or null). LlamaConfig.resolve checks ranges."""
 _WRITTEN = [name for name in KINDS if name not in ("attention_bias", "qkv_bias")]
 WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 """Keys of attention within a window."""
 
 
 class LlamaFamily(Family):
-    """A llama with `qkv_bias` has a fourth bias that is zero, and that key beside it, by which it comes back as it was:
-    see qwen2.py."""
+    """A model with `qkv_bias` is written with a fourth bias that is zero, and with that key, by which it comes back
+    unchanged; see qwen2.py."""
 
     model_type = "llama"
-    # Which family a model is, model_type says. The last is what conversions of early 2023 wrote.
+    # The family follows from model_type. Conversions of early 2023 wrote the last name.
     architectures = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
     understood = frozenset(KINDS) | ROPE_KEYS | WINDOWS
     harmless_at = HARMLESS_AT | {
@@ -61,7 +60,7 @@ class LlamaFamily(Family):
         return generic_tokenizer or not config.qkv_bias
 
     def besides(self, config: LlamaConfig) -> list[Beside]:
-        """With `qkv_bias`, also the biases that a llama has and the model has not: they must be zero."""
+        """With `qkv_bias`, also the biases that a llama has and the model does not have: they must be zero."""
         otherwise = "that is not zero, while config.json has qkv_bias: take that key out, to have a bias of all four"
         layers = [f"layers.{layer}" for layer in range(config.num_hidden_layers if config.qkv_bias else 0)]
         return super().besides(config) + [
@@ -72,14 +71,14 @@ class LlamaFamily(Family):
 
 
 def common_fields(values: dict) -> dict[str, Any]:
-    """Fields of ours from the keys of llama and those built like it."""
+    """Our fields, from the keys of llama and of families like it."""
     fields = read_values(values, KINDS) | rope_fields(values)
     require_positive(fields, "vocab_size", "max_position_embeddings", "intermediate_size")
     return fields
 
 
 def common_keys(config: LlamaConfig) -> dict[str, object]:
-    """Keys that llama and those built like it write."""
+    """Keys that llama and families like it write."""
     shape: dict[str, object] = {name: getattr(config, name) for name in _WRITTEN}
     return {"hidden_act": "silu"} | rope_keys(config) | shape
 

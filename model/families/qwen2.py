@@ -1,8 +1,8 @@
-"""qwen2: Qwen 2 and 2.5, a llama in which Q, K and V have a bias, and O has none.
+"""qwen2: Qwen 2 and 2.5, a llama with biases on Q, K and V, but not on O.
 
-Its name also tells other programs how texts are split: transformers from 5.8 on, and llama.cpp's converter, then put
-Qwen's own rules in the place of the tokenizer's. So a model with `qkv_bias` and a tokenizer that is not Qwen's is
-written as a llama whose fourth bias is zero.
+Its name also tells other programs how to split texts: transformers from 5.8 on, and llama.cpp's converter, then replace
+the tokenizer's rules by Qwen's own. So a model with `qkv_bias` and a tokenizer that is not Qwen's is written as a llama
+whose fourth bias is zero.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class Qwen2Family(LlamaFamily):
         on, layers = values.get("use_sliding_window"), values.get("num_hidden_layers")
         window, first = values.get("sliding_window"), values.get("max_window_layers")
         if on not in (None, False):
-            # The first so many layers have no window.
+            # The first max_window_layers layers have no window.
             beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
             none = "sliding_window" in values and window is None
             if on is not True or not (beyond or none):
@@ -32,11 +32,11 @@ class Qwen2Family(LlamaFamily):
                 )
         require_full_attention(values)
         if "num_key_value_heads" not in values:
-            # null means as many as query heads; where it is missing, transformers takes 32.
+            # null means as many as query heads; if the key is missing, transformers takes 32.
             raise ValueError("num_key_value_heads is missing")
 
     def fields(self, values: dict) -> dict[str, Any]:
-        # A qwen2 has biases where it has them, whatever the key of another family says.
+        # The biases of a qwen2 are fixed, whatever another family's key says.
         return common_fields(values) | {"qkv_bias": True, "attention_bias": False}
 
     def keys(self, config: LlamaConfig) -> dict[str, object]:

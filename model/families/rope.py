@@ -9,7 +9,7 @@ _BEFORE = "original_max_position_embeddings"
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", _BEFORE})
 """Keys that are read here."""
 _THETA = 10000.0
-"""Where a configuration names none."""
+"""Base of a configuration that names none."""
 _KINDS: dict[str, dict[str, tuple[str, type, object]]] = {
     "default": {},
     "linear": {"factor": ("rope_scaling_factor", float, REQUIRED)},
@@ -21,12 +21,12 @@ _KINDS: dict[str, dict[str, tuple[str, type, object]]] = {
         _BEFORE: (_BEFORE, int, 0),
     },
 }
-"""Kind of rotary positions -> its keys -> (field of ours, kind of value, value where it is missing or null)."""
+"""Kind of rotary positions -> its keys -> (our field, kind of value, value if it is missing or null)."""
 
 
 def rope_keys(config: LlamaConfig) -> dict[str, object]:
-    """Rotary positions in both spellings, which every reader takes for the same: `rope_parameters` is transformers
-    5's, `rope_scaling` and `rope_theta` version 4's. Version 4 has no word for positions that are not scaled."""
+    """Keys for rotary positions in both spellings, which mean the same to every reader: `rope_parameters` is that of
+    transformers 5, `rope_scaling` with `rope_theta` that of version 4, which has no word for unscaled positions."""
     scaling: dict[str, object] = {}
     if config.rope_scaling != "none":
         # Before version 4.43 it was "type", which readers besides transformers still ask for.
@@ -42,11 +42,11 @@ def rope_keys(config: LlamaConfig) -> dict[str, object]:
 
 
 def rope_fields(values: dict) -> dict[str, object]:
-    """Rotary positions of a configuration, as fields of ours.
+    """Our fields for rotary positions, from a folder's keys.
 
     transformers 5 writes `rope_parameters`, with rope_theta inside. Version 4 knows `rope_scaling`, with rope_theta
-    beside it, and 5 takes that before its own (modeling_rope_utils.py, convert_rope_params_to_dict). Where the two
-    versions would read different numbers, nobody can say which the weights were trained with.
+    beside it, which version 5 prefers to its own (modeling_rope_utils.py, convert_rope_params_to_dict). If the two
+    versions would read different numbers, nobody can tell with which the weights were trained.
 
     Raises:
         ValueError: the positions are of a kind that this model does not have, or mean something else to each version.
@@ -66,13 +66,13 @@ def rope_fields(values: dict) -> dict[str, object]:
             raise ValueError(f"{key} is {shown(rope[key])} in {name} and {shown(outer)} beside it: take one out")
         if key == _BEFORE and key in rope and rope[key] is None:
             raise ValueError(f"{name} has {key} null: take it out, or write the context before the stretching")
-        # As in transformers 5: where both have the context of before, the outer one counts.
+        # As in transformers 5: if the original context stands in both places, the outer one counts.
         fields[ours] = read_value(rope if outer is None else values, key, number, default)
     return fields
 
 
 def _kind_of(name: str, rope: dict) -> str:
-    """The kind of rotary positions, all of whose keys are known.
+    """Kind of rotary positions, once all its keys are known.
 
     Args:
         name: the key that holds `rope`.
@@ -91,16 +91,16 @@ def _kind_of(name: str, rope: dict) -> str:
 
 
 def _theta(values: dict, given: dict[str, dict], name: str) -> object:
-    """The base of the rotary positions, which may stand in as many places as there are spellings.
+    """Base of the rotary positions, which may stand in as many places as there are spellings.
 
     Args:
-        given: rope_scaling and rope_parameters, as far as they are there.
-        name: the one of them that counts.
+        given: rope_scaling and rope_parameters, if they are there.
+        name: the spelling that counts.
     """
     places = {f"in {place}": read_value(rope, "rope_theta", float, None) for place, rope in given.items()}
     outer, beside = read_value(values, "rope_theta", float, None), "beside it"
     if name == "rope_scaling" and outer is None:
-        # Neither version looks into rope_parameters then, and version 4 not into rope_scaling either.
+        # Then neither version looks into rope_parameters, and version 4 does not look into rope_scaling either.
         outer, beside = _THETA, "for want of one beside it"
     found = {place: theta for place, theta in (places | {beside: outer}).items() if theta is not None}
     if len(set(found.values())) > 1:

@@ -10,14 +10,14 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def read_value(values: Mapping, name: str, kind: type, default: object) -> object:
-    """The value of a key. Numbers may be written as 32000 or 32000.0, but not as "32000": what else a string might mean
-    is not for us to guess, and transformers refuses it, too.
+    """The value of a key. Numbers may be written as 32000 or 32000.0, but not as "32000": we do not guess what a string
+    means, and transformers refuses it, too.
 
     Args:
         kind: int, float or bool.
         default: the value where the key is missing or null.
     Raises:
-        ValueError: missing, or of another kind.
+        ValueError: it is missing, or of another kind.
     """
     value = values.get(name)
     if value is None:
@@ -25,7 +25,7 @@ def read_value(values: Mapping, name: str, kind: type, default: object) -> objec
             raise ValueError(f"{name} is missing")
         return default
     fits = isinstance(value, bool) if kind is bool else isinstance(value, (int, float)) and not isinstance(value, bool)
-    # As floating point numbers go, 1e999 is infinite; integers may have any number of digits.
+    # As a floating-point number, 1e999 is infinite; integers may have any number of digits.
     fits = fits and (kind is bool or -1e300 < value < 1e300) and (kind is not int or value == int(value))
     if not fits:
         raise ValueError(f"{name} must be {_NAMES[kind]}, not {shown(value)}")
@@ -38,9 +38,10 @@ def read_values(values: Mapping, kinds: Mapping[str, tuple[type, object]]) -> di
 
 
 def require_positive(fields: Mapping[str, object], *names: str) -> None:
-    """
+    """See that numbers are not 0, which in our fields means "fill it in": a folder states its numbers.
+
     Raises:
-        ValueError: a number is 0 that says, in a field of ours, to fill it in: a folder says what it is.
+        ValueError: one is below 1.
     """
     for name in names:
         value = fields[name]

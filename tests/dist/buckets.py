@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from parallel import DistContext, destroy_context, init_context
 from parallel.buffer import Bucket, FlatBuffers
+from parallel.collectives import Collectives
 from parallel.comm_hooks import CommHook
-from parallel.powersgd import PowerSGD
+from parallel.config import PowerSGDConfig
+from parallel.powersgd import Eager, PowerSGD
 
 SHAPES = {
     "embed.weight": (40, 12), "up.weight": (24, 12), "up.bias": (24,), "conv.weight": (10, 3, 4), "thin.weight": (2, 9),
@@ -76,27 +78,38 @@ def put(buckets: list[Bucket], gradients: dict[str, Tensor]) -> None:
             view.add_(gradients[name])
 
 
+def new_powersgd(buckets: list[Bucket], collectives: Collectives, lazy: bool = True, **options: object):
+    """The hook with PowerSGDConfig's options and PowerSGD's own arguments; not `lazy`: with its sums in the buckets."""
+    own = {name: options.pop(name) for name in ("wire_dtype", "seed", "loss_scale", "iteration") if name in options}
+    hook = PowerSGD(buckets, collectives, PowerSGDConfig(**options), **own)
+    return hook if lazy else Eager(hook)
+
+
+def inner(hook: PowerSGD | Eager) -> PowerSGD:
+    return hook.hook if isinstance(hook, Eager) else hook
+
+
 def reduce_all(hook: CommHook, buckets: list[Bucket]) -> None:
     for bucket in buckets:
         handle = hook.reduce(bucket)
         if handle is not None:
             handle.wait()
+        hook.settle(bucket)
 
 
 def take(hook: CommHook, buckets: list[Bucket]) -> dict[str, Tensor]:
-    """Copies of the sums, as the optimizer finds them; a lazy hook is told to load them."""
+    """Copies of the sums, as the optimizer finds them."""
     sums = {}
     for bucket in reversed(buckets):
-        if isinstance(hook, PowerSGD) and hook.lazy:
-            hook.load(bucket.index)
+        taken = hook.take(bucket)
         for slot in bucket.slots:
-            sums[slot.parameter.name] = bucket.piece(bucket.reduced, slot).view(slot.parameter.shape).clone()
+            sums[slot.parameter.name] = bucket.piece(taken, slot).view(slot.parameter.shape).clone()
     return sums
 
 
 def one_step(hook: CommHook, buckets: list[Bucket], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     for bucket in buckets:
-        hook.zero_grad(bucket)
+        hook.release(bucket)
     put(buckets, gradients)
     reduce_all(hook, buckets)
     return take(hook, buckets)

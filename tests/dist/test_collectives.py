@@ -24,11 +24,11 @@ from tests.dist.group import run_ranks
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = (1, 5, 300, 64)
-"""Elements of a shard; not in order, as memory is used again."""
+"""Elements of a shard; not in order, because memory is reused."""
 
 
 def values(rank: int, size: int, dtype: torch.dtype) -> Tensor:
-    """A rank's tensor. 16-bit ones: whole numbers, which float32 adds exactly and 16 bits mostly do not."""
+    """A rank's tensor. 16-bit ones hold whole numbers, which float32 adds exactly and 16 bits mostly do not."""
     generator = torch.Generator().manual_seed(1000 * size + rank)
     if dtype.itemsize >= 4:
         return torch.randn(size, generator=generator, dtype=dtype)
@@ -101,7 +101,7 @@ def test_collectives_against_naive_sums(answers: dict[int, list[dict]], world_si
         assert len(results) == len(DTYPES) * len(SIZES)
         for name, case in results.items():
             narrow = name.split()[0] in ("bfloat16", "float16")
-            # N numbers are added with N - 1 roundings, each at most half an ulp of what is added up so far.
+            # N numbers are added with N - 1 roundings, each at most half an ulp of the partial sum.
             most = world_size - 1 if not narrow else 1
             assert case["total"] <= most and case["shard"] <= most and case["all reduce"] <= most, name
             assert case["others untouched"] and case["gather"] and case["max"], name
@@ -130,7 +130,7 @@ def test_without_a_group_every_sum_is_over_this_rank():
 
 
 class Counter:
-    """Counts what this rank hands to torch.distributed while the context lasts."""
+    """Counts the bytes that this rank hands to torch.distributed while the context lasts."""
 
     def __init__(self, world_size: int):
         self.sent, self.ring = 0, 0
@@ -155,7 +155,7 @@ class Counter:
 
     @property
     def total(self) -> float:
-        """What went through torch's all-reduce counts as its ring sends it."""
+        """Bytes of torch's all-reduce count as its ring sends them."""
         return self.sent + 2 * (self._world_size - 1) / self._world_size * self.ring
 
 
@@ -187,9 +187,9 @@ def byte_cases(context: DistContext) -> dict:
     for wire, fixed, rate in itertools.product(
         (None, torch.bfloat16, torch.float16), (False, True), (0.0, 2.0)
     ):
-        config = PowerSGDConfig(rank=4, wire_dtype=wire, use_fixed_Q=fixed, min_compression_rate=rate)
+        config = PowerSGDConfig(matrix_approximation_rank=4, use_fixed_Q=fixed, min_compression_rate=rate)
         buckets = new_buckets(context.world_size)
-        measure(f"PowerSGD {wire}, {fixed}, {rate}", PowerSGD(buckets, collectives, config, lazy=True), buckets)
+        measure(f"PowerSGD {wire}, {fixed}, {rate}", PowerSGD(buckets, collectives, config, wire), buckets)
 
     ddp = DistributedDataParallel(TwoLayers(), context, bucket_size=100)
     ddp.use_hook(ReduceScatter(ddp.collectives))

@@ -10,7 +10,16 @@ from torch import nn
 
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from parallel import DistContext, DistributedDataParallel, NaiveDDP, destroy_context, init_context
+from parallel import (
+    BucketGradients,
+    DistContext,
+    DistributedDataParallel,
+    NaiveDDP,
+    Observer,
+    PlainGradients,
+    destroy_context,
+    init_context,
+)
 from tests.dist.group import run_ranks
 
 GLOBAL_BATCH = 8
@@ -32,7 +41,7 @@ def global_batch() -> torch.Tensor:
 
 
 def rank_rows(context: DistContext, micro_batch: int) -> list[torch.Tensor]:
-    """This rank's micro-batches of the global batch, dealt as the loader does."""
+    """This rank's micro-batches of the global batch, dealt as by the loader."""
     return list(global_batch().split(micro_batch))[context.rank :: context.world_size]
 
 
@@ -67,7 +76,7 @@ def single_process_grads(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def matrix(micro_batch: int) -> dict:
-    """Every layout's gradients on this group: compared with one process, and bit by bit with the naive ones."""
+    """Gradients of every layout on this group: compared with one process, and bit by bit with the naive ones."""
     context = init_context("cpu")
     exact = single_process_grads(torch.float64)
     micro_batches = rank_rows(context, micro_batch)
@@ -82,7 +91,7 @@ def matrix(micro_batch: int) -> dict:
             ddp.zero_grad()
             accumulate(ddp, micro_batches)
         grads = flat_grads(ddp)
-        launched = ddp.last_sync.arrived_before_launch
+        launched = ddp.observer.last_sync.arrived_before_launch
         results[f"{name}, overlap {overlap}"] = [
             relative_error(grads, exact), torch.equal(grads, expected), [launched[0], len(launched)]
         ]  # fmt: skip
@@ -108,7 +117,7 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
         for name, (error, same_bits_as_naive, launches) in results.items():
             assert error <= 1e-6, name
             if world_size == 2 and name != "torch":
-                # Two addends: no order of additions to differ in.
+                # Two addends: there is no order of additions in which to differ.
                 assert same_bits_as_naive, name
             if launches and "overlap True" in name and "one" not in name:
                 parameters = len(list(new_model().parameters()))
@@ -118,19 +127,21 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
 
 
 def trajectories() -> dict:
-    """Losses of several steps with the real optimizer, for every layout, one micro-batch a rank."""
-    from optimizer.adamw import AdamWConfig
+    """Losses of several steps with the real optimizer, for every layout, one micro-batch per rank."""
+    from optimizer.config import AdamWConfig
     from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 
     context = init_context("cpu")
 
     def train(ddp: nn.Module) -> list:
-        optimizer = MixedPrecisionOptimizer(ddp.slices(), AdamWConfig(), 0.1, LossScaler(enabled=False))
+        optimizer = MixedPrecisionOptimizer(
+            PlainGradients(ddp.slices()) if isinstance(ddp, NaiveDDP) else BucketGradients(ddp),
+            AdamWConfig(), 0.1, LossScaler(enabled=False),
+        )  # fmt: skip
         norms = []
         for _ in range(5):
             accumulate(ddp, rank_rows(context, GLOBAL_BATCH // context.world_size))
             norms.append(optimizer.step(1e-2).grad_norm)
-            ddp.zero_grad()
         return norms + [p.double().sum().item() for p in ddp.parameters()]
 
     results = {"naive": train(NaiveDDP(new_model(), context))}
@@ -146,7 +157,7 @@ def test_trajectories_are_bit_identical_on_two_ranks():
     for results in run_ranks(2, trajectories):
         assert len(results) == 7
         for name, trajectory in results.items():
-            # The global norm is summed in another order: equal but for float64's last bits.
+            # The global norm is summed in another order: equal except for float64's last bits.
             assert trajectory[:5] == pytest.approx(results["naive"][:5], rel=1e-13), name
             assert trajectory[5:] == results["naive"][5:], name
 
@@ -160,7 +171,7 @@ def compiled_blocks() -> list:
     model.compile_blocks(backend="aot_eager")
     ddp = DistributedDataParallel(model, context, bucket_size=5_000)
     accumulate(ddp, micro_batches)
-    answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.last_sync.arrived_before_launch]
+    answer = [relative_error(flat_grads(ddp), flat_grads(naive)), ddp.observer.last_sync.arrived_before_launch]
     ddp.close()
     destroy_context(context)
     return answer
@@ -189,7 +200,7 @@ class ThreeLayers(nn.Module):
 
 
 def behaviours() -> dict:
-    """Single cases that need a group, one after the other in it."""
+    """Single cases that need a group, run in it one after another."""
     import logging
 
     context = init_context("cpu")
@@ -216,21 +227,22 @@ def behaviours() -> dict:
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("parallel.ddp").addHandler(handler)
+    logging.getLogger("parallel.observer").addHandler(handler)
     ddp = DistributedDataParallel(ThreeLayers(reverse_use=True), context, bucket_size=1)
     for _ in range(3):
         ddp(x).sum().backward()
         ddp.finish_grad_sync()
     results["order"] = records
 
-    ddp = DistributedDataParallel(ThreeLayers(), context, bucket_size=1, check_for_nan=True)
+    observer = Observer(context, check_for_nan=True)
+    ddp = DistributedDataParallel(ThreeLayers(), context, bucket_size=1, observer=observer)
     (ddp(x).sum() * (float("nan") if context.rank == 1 else 1.0)).backward()
     ddp.finish_grad_sync()
-    results["nan"] = ddp.nonfinite_parameters
+    results["nan"] = ddp.observer.nonfinite_parameters
     ddp.zero_grad()
     ddp(x).sum().backward()
     ddp.finish_grad_sync()
-    results["no nan"] = ddp.nonfinite_parameters
+    results["no nan"] = ddp.observer.nonfinite_parameters
 
     seen = []
 
@@ -341,7 +353,7 @@ def test_ranks_start_from_the_first_ones_weights(behaviour: list[dict]):
 
 
 def test_gradients_of_bf16_weights(behaviour: list[dict]):
-    """Accumulated and sent in float32 unless asked otherwise."""
+    """Accumulated and sent in float32 by default."""
     for results in behaviour:
         assert results["bf16 gradients"][0] == "torch.bfloat16" and results["bf16 gradients"][1] < 0.03
         assert results["bf16 weights"][0] == "torch.float32" and results["bf16 weights"][1] < 0.03

@@ -1,4 +1,4 @@
-"""Many small buckets, every hook, ranks that are late at random: no hang, and the same weights as without delays."""
+"""Many small buckets, every hook, randomly late ranks: no hang, and the same weights as without delays."""
 
 import itertools
 import random
@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     AllReduce,
+    BucketGradients,
     CommHook,
     Compressed,
     DistContext,
@@ -35,7 +36,7 @@ MODES = ("all_reduce", "zero1", "bf16", "fp16", "powersgd", "powersgd bf16", "po
 
 
 class Delays:
-    """Sleeps for 0 to 2 ms, most often not at all; a sequence of its own on every rank."""
+    """Sleeps for 0 to 2 ms, most often not at all, in a different sequence on every rank."""
 
     def __init__(self, seed: str):
         self.random, self.total = random.Random(seed), 0.0
@@ -53,17 +54,19 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
     ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
     zero1 = Zero1(ddp, overlap_gather=True) if "zero1" in mode else None
     inner: CommHook = (ReduceScatter if zero1 else AllReduce)(ddp.collectives)
-    source = None
     if mode in ("bf16", "fp16"):
         inner = Compressed(inner, torch.bfloat16 if mode == "bf16" else torch.float16, ddp.collectives)
     if "powersgd" in mode:
         wire = torch.bfloat16 if "bf16" in mode else None
-        inner = source = PowerSGD(
-            ddp.buckets, ddp.collectives, PowerSGDConfig(rank=2, min_compression_rate=1.0, wire_dtype=wire), lazy=True
-        )
+        config = PowerSGDConfig(matrix_approximation_rank=2, min_compression_rate=1.0)
+        inner = PowerSGD(ddp.buckets, ddp.collectives, config, wire)
 
     class Late(CommHook):
-        """Another hook, delayed before and after."""
+        """A hook that is delayed before and after."""
+
+        takes_in_place, knows_norm, keeps_scale = inner.takes_in_place, inner.knows_norm, inner.keeps_scale
+        settle, sum_of_squares = inner.settle, inner.sum_of_squares
+        take, release = inner.take, inner.release
 
         def reduce(self, bucket: Bucket):
             delay()
@@ -71,17 +74,13 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
             delay()
             return handle
 
-        def zero_grad(self, bucket: Bucket) -> None:
-            inner.zero_grad(bucket)
-
     ddp.use_hook(Late())
     gather = ddp.collectives.all_gather
     ddp.collectives.all_gather = lambda tensor: [delay(), gather(tensor), None][-1]
     for parameter in ddp.parameters():
         parameter.register_hook(delay)
     optimizer = MixedPrecisionOptimizer(
-        (zero1 or ddp).slices(), AdamWConfig(), 0.0 if "step" in mode else 0.05, LossScaler(enabled=False),
-        context.all_sum if zero1 else None, source,
+        BucketGradients(ddp, zero1), AdamWConfig(), 0.0 if "step" in mode else 0.05, LossScaler(enabled=False)
     )  # fmt: skip
 
     def step_bucket(bucket: Bucket) -> None:
@@ -104,7 +103,6 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
                 zero1.start_gathers()
         else:
             optimizer.step(1e-2, zero1.gather if zero1 else None)
-        ddp.zero_grad()
     if zero1:
         zero1.wait()
     ddp.close()
@@ -113,7 +111,7 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
 
 
 def hunt(world_sizes: tuple[int, ...], steps: int) -> dict:
-    """Each mode with delays and without, in groups of the first 2, 3, ... ranks."""
+    """Each mode with and without delays, in groups of the first 2, 3, ... ranks."""
     everyone, results = init_context("cpu", timeout_s=10 * HANG_S), {}
     groups = {n: [dist.new_group(range(n), timeout=timedelta(seconds=HANG_S)) for _ in range(2)] for n in world_sizes}
     for size in world_sizes:
@@ -124,7 +122,7 @@ def hunt(world_sizes: tuple[int, ...], steps: int) -> dict:
             late, clock = Delays(f"{size} {mode} {everyone.rank}"), time.perf_counter()
             delayed = train(context, mode, steps, late)
             middle = time.perf_counter()
-            # On 4 ranks of 2 cores everybody is late anyway.
+            # With 4 ranks on 2 cores everybody is late anyway.
             compare = size == 2 or mode in ("zero1", "powersgd bf16", "step zero1")
             undelayed = train(context, mode, steps, lambda *_: None) if compare else None
             results[f"{size} {mode}"] = [delayed, undelayed, late.total, middle - clock, time.perf_counter() - middle]
@@ -142,19 +140,19 @@ def test_no_mismatch_and_no_hang(steps: int):
     for size, mode in itertools.product(sizes, MODES):
         runs = [results[f"{size} {mode}"] for results in ranks[:size]]
         for delayed, undelayed, total, *_ in runs:
-            # Late often, and each rank at its own times.
+            # Often late, and each rank at its own times.
             assert 0.0015 * steps < total
             assert delayed == runs[0][0], (size, mode)
             assert undelayed in (None, delayed), (size, mode)
         assert len({total for _, _, total, *_ in runs}) == size
-    # The modes did not all do the same.
+    # The modes did different things.
     assert len({ranks[0][f"2 {mode}"][0][0] for mode in MODES}) >= 5
     for exact in (("all_reduce", "zero1"), ("powersgd", "powersgd zero1"), ("step", "step zero1")):
         assert len({ranks[0][f"2 {mode}"][0][0] for mode in exact}) == 1, exact
 
 
 def misordered() -> str:
-    """What a mismatch looks like: rank 1 waits for a bucket that rank 0 never reduces."""
+    """Symptom of a mismatch: rank 1 waits for a bucket that rank 0 never reduces."""
     context = init_context("cpu", timeout_s=3.0)
     ddp = DistributedDataParallel(Chain(2), context, bucket_size=1)
 

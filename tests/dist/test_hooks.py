@@ -1,4 +1,4 @@
-"""Compression hooks against float64 sums, hooks of the user's own, and what follows a bucket's reduction."""
+"""Compression hooks against float64 sums, the user's own hooks, and the callbacks after a bucket's reduction."""
 
 import itertools
 import threading
@@ -13,6 +13,7 @@ from parallel import (
     Compressed,
     DistContext,
     DistributedDataParallel,
+    Eager,
     PowerSGD,
     PowerSGDConfig,
     ReduceScatter,
@@ -25,6 +26,7 @@ from tests.dist.buckets import (
     gradients_of,
     in_groups,
     new_buckets,
+    new_powersgd,
     one_step,
     put,
     reduce_all,
@@ -36,7 +38,7 @@ WIRES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INNER = {"AllReduce": AllReduce, "ReduceScatter": ReduceScatter}
 ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 SUBNORMAL = {"bfloat16": 2.0**-133, "float16": 2.0**-24}
-"""Smallest positive number of the format: below, rounding is absolute."""
+"""Smallest positive number of the format: below it, rounding is absolute."""
 MAGNITUDES = {
     "ordinary": [1.0, 1.0, 1.0, 1.0], "one large": [1.0, 300.0, 1e-3, 1.0], "huge": [1e30, 1e30, 3e29, 1e27],
     "tiny": [1e-30, 1e-30, 2e-31, 1e-33], "apart": [1e30, 1e-30, 1e-5, 1e5], "nothing": [0.0, 0.0, 0.0, 0.0],
@@ -44,7 +46,7 @@ MAGNITUDES = {
 
 
 def compressed_sums(context: DistContext) -> dict:
-    """Errors of the sums, in units of what the formats' roundings allow."""
+    """Errors of the sums, in units of the formats' allowed roundings."""
     collectives, results = Collectives(context.grad_group), {}
     for (magnitude, factors), (wire, dtype), (inner, kind) in itertools.product(
         MAGNITUDES.items(), WIRES.items(), INNER.items()
@@ -65,7 +67,7 @@ def compressed_sums(context: DistContext) -> dict:
             largest = max(addend.abs().max().item() for addend in addends)
             step = SUBNORMAL[wire]
             if wire == "float16":
-                # The largest value of any rank ends up above 65504 / 4N at least, or the scale is 2^100.
+                # The largest value of any rank is scaled to at least 65504 / 4N, unless the scale is 2^100.
                 step *= max(4 * context.world_size * largest / 65504, 2.0**-100)
             allowed = 1.01 * ROUNDOFF[wire] * (size + exact.abs()) + (context.world_size + 1) * step
             shard = collectives.shard if kind is ReduceScatter else (lambda tensor: tensor)
@@ -77,7 +79,7 @@ def compressed_sums(context: DistContext) -> dict:
 
 
 def edges(context: DistContext) -> dict:
-    """Values at which N times the largest one is almost float16's largest, whatever the power of two."""
+    """Values of which N times the largest is almost float16's largest, for any power of two."""
     collectives, results = Collectives(context.grad_group), {}
     hook = Compressed(AllReduce(collectives), torch.float16, collectives)
     limit = 65504.0 / context.world_size
@@ -92,7 +94,7 @@ def edges(context: DistContext) -> dict:
 
 
 def infinities(context: DistContext) -> dict:
-    """One element of one rank is not finite: what all ranks then see of it."""
+    """One element of one rank is not finite: its effect on all ranks."""
     collectives, results = Collectives(context.grad_group), {}
     for value, (wire, dtype), (inner, kind) in itertools.product(
         (float("inf"), float("-inf"), float("nan")), WIRES.items(), INNER.items()
@@ -113,20 +115,20 @@ def infinities(context: DistContext) -> dict:
 
 
 def round_powersgd(context: DistContext) -> dict:
-    """bf16 round an eager PowerSGD: full rank against the sum; low rank against all sums, after many steps."""
+    """bf16 around an eager PowerSGD: full rank against the sum; low rank against all sums, after many steps."""
     collectives, results = Collectives(context.grad_group), {}
     for wire, dtype in [("bfloat16", torch.bfloat16)]:
         buckets = new_buckets(context.world_size)
-        config = PowerSGDConfig(rank=64, min_compression_rate=0.0)
-        hook = Compressed(PowerSGD(buckets, collectives, config), dtype, collectives)
+        config = PowerSGDConfig(matrix_approximation_rank=64, min_compression_rate=0.0)
+        hook = Compressed(Eager(PowerSGD(buckets, collectives, config)), dtype, collectives)
         sums = one_step(hook, buckets, gradients_of(context.rank, 0))
         exact = total([gradients_of(rank, 0) for rank in range(context.world_size)])
         errors = [error(sums[name], exact[name]) for name in exact]
         results[f"{wire} full"] = [max(errors), fingerprint(list(sums.values()))]
 
         buckets = new_buckets(context.world_size)
-        inner = PowerSGD(buckets, collectives, PowerSGDConfig(rank=4))
-        hook, delivered, given = Compressed(inner, dtype, collectives), [], []
+        inner = PowerSGD(buckets, collectives, PowerSGDConfig(matrix_approximation_rank=4))
+        hook, delivered, given = Compressed(Eager(inner), dtype, collectives), [], []
         for step in range(24):
             size = 2.0 ** (4 - step % 8)
             mine = {name: g * size for name, g in gradients_of(context.rank, step).items()}
@@ -173,7 +175,7 @@ def after_reduction(context: DistContext) -> dict:
 
     ddp.register_after_reduction(callback)
     early = []
-    # The last gradient of the backward pass waits until the first bucket was called back.
+    # The last gradient of the backward pass waits until the first bucket's callback.
     handle = ddp.module.layers[0].weight.register_hook(lambda grad: early.append(first.wait(30.0)))
     results["values"] = all(map(torch.equal, backward(), expected))
     results["seen"], results["early"] = seen, early
@@ -236,7 +238,7 @@ def test_what_cannot_be_wrapped_is_refused():
     collectives, buckets = Collectives(None), new_buckets(1)
     for lazy, dtype in ((False, torch.float16), (True, torch.bfloat16)):
         with pytest.raises(ValueError, match="give it wire_dtype"):
-            Compressed(PowerSGD(buckets, collectives, PowerSGDConfig(rank=4), lazy=lazy), dtype, collectives)
+            Compressed(new_powersgd(buckets, collectives, lazy, matrix_approximation_rank=4), dtype, collectives)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         Compressed(AllReduce(collectives), torch.float32, collectives)
 
@@ -249,7 +251,7 @@ def test_bf16_round_an_eager_powersgd(answers: dict[int, list[dict]], world_size
     for results in ranks:
         assert results[f"{wire} full"][0] <= 8 * ROUNDOFF[wire]
         low, compressed = results[f"{wire} low"]
-        # What 24 steps delivered is what they were given, but for what is still under way.
+        # 24 steps delivered what they were given, except for what is still under way.
         assert compressed == 4 and low <= 0.02, low
 
 
@@ -260,7 +262,7 @@ def test_a_function_is_a_hook(answers: dict[int, list[dict]]):
 
 
 def test_a_callback_follows_each_buckets_reduction(answers: dict[int, list[dict]]):
-    """Once a bucket, in their order, with the sum in place, and while the backward pass goes on."""
+    """Once per bucket, in their order, with the sum in place, and while the backward pass goes on."""
     for results in itertools.chain(*answers.values()):
         found = results["after_reduction"]
         assert found["seen"] == [[index, True] for index in range(found["buckets"])]
@@ -274,7 +276,7 @@ def test_an_error_in_a_callback_surfaces(answers: dict[int, list[dict]]):
 
 @pytest.mark.parametrize("dtype", WIRES.values(), ids=WIRES)
 def test_a_bucket_that_is_in_these_16_bits_goes_as_it_is(dtype: torch.dtype):
-    """Scaled down to make room for a sum, small values of float16 would be lost."""
+    """If scaled down to make room for a sum, small values of float16 would be lost."""
     collectives, bucket = Collectives(None), new_buckets(1, dtype)[0]
     hook = Compressed(AllReduce(collectives), dtype, collectives)
     bucket.grad[:4] = torch.tensor([65504.0, 2.0**-24, 3 * 2.0**-24, 0.0])

@@ -1,6 +1,6 @@
 """Whole runs with every hook, ZeRO-1 and overlap: one trajectory, also after a resume, in another mode, on other ranks.
 
-Four processes are spawned once a fixture and work through many runs, each on the first 1, 2 or 4 of them.
+Four processes are spawned once per fixture and work through many runs, each on the first 1, 2 or 4 of them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from checkpoint import folder as ckpt
 from model import flops
 from model.families.llama import LLAMA
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import Zero1
+from parallel import Zero1, data_parallel
 from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
@@ -34,7 +34,7 @@ from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
-from training import build_model, describe
+from training import build_model
 from training.meter import StepMeter
 
 STEPS = 6
@@ -50,7 +50,7 @@ EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 
 SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4)}
-"""Ranks -> rows of a micro-batch, micro-batches of a step: one each. (3 ranks only load and save.)"""
+"""Ranks -> (rows per micro-batch, micro-batches per step) of each rank. (3 ranks only load and save.)"""
 
 MODES: dict[str, tuple[list[str], str | None]] = {
     "plain": ([], None),
@@ -113,15 +113,15 @@ MODES: dict[str, tuple[list[str], str | None]] = {
 
 @contextlib.contextmanager
 def patched(what: str | None, weights: list[int]) -> Iterator[None]:
-    """On one rank: what is out of the ordinary in a run; also collects a checksum of the weights at its end.
+    """Patches of the special runs, on one rank; also collects a checksum of the weights at a run's end.
 
-    slow          gathers and overlapped bucket steps take their time: who does not wait reads old weights
+    slow          gathers and overlapped bucket steps take their time: code that does not wait reads old weights
     save          trains nothing, but saves what was loaded
     overflow N    the loss of step N is infinite on the last rank
     nan N         the loss of step N is NaN on the last rank, in training
     scale N       fp16's loss scale starts at 2**N
     network N     the network carries 10**N bytes a second
-    nodes         each rank is on a node of its own, and warns of the same at each step
+    nodes         each rank is on its own node, and gives the same warning at each step
     drift N       a bit of a weight flips on the last rank after step N
     choice        the last rank would take another implementation of attention
     """
@@ -147,9 +147,9 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
                 self.ddp.comm_stream.submit(lambda: time.sleep(0.01))
                 original_gather(self, bucket)
 
-            def step_bucket(self, bucket: int) -> None:
+            def step_bucket(self, bucket: int, release: bool = False) -> None:
                 time.sleep(0.01)
-                original_bucket(self, bucket)
+                original_bucket(self, bucket, release)
 
             patch.setattr(Zero1, "gather", gather)
             patch.setattr(MixedPrecisionOptimizer, "step_bucket", step_bucket)
@@ -182,9 +182,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             def finish_and_flip(self, *arguments: object) -> object:
                 result = original_finish(self, *arguments)
                 if self.progress.step + 1 == int(number):
-                    if self.zero1 is not None:
-                        self.zero1.wait()
-                    self.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
+                    self.engine.settle()
+                    self.engine.ddp.flat_buffers.param_data.view(torch.int32)[99] ^= 1
                 return result
 
             patch.setattr(trainer, "_finish_step", finish_and_flip)
@@ -205,12 +204,12 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
             patch.setattr(trainer, "_step", warn_then_step)
             patch.setenv("GROUP_RANK", str(rank))
         elif kind == "network":
-            patch.setattr(describe, "measure_bandwidth", lambda *_: 10.0 ** int(number))
+            patch.setattr(data_parallel, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
 
 
 stores: list[dist.TCPStore] = []
-"""Of the runs that the first rank has taken part in: others may leave a run after it."""
+"""Stores of the runs in which the first rank took part; they stay open, because other ranks may leave a run later."""
 
 
 def meet(port_file: Path, rank: int) -> None:
@@ -226,7 +225,8 @@ def meet(port_file: Path, rank: int) -> None:
 
 
 def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
-    """On one rank: its part of each run. {"code", "weights" (a checksum)} of each; None where it had none."""
+    """Program of a rank: its part of each run. Returns {"code", "weights" (a checksum)} for each, and None for a run
+    that it has no part in."""
     rank, answers = int(os.environ["RANK"]), []
     for index, job in enumerate(jobs):
         if rank >= job["ranks"]:
@@ -249,7 +249,7 @@ def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
 
 
 def copy_run(source: Path, target: Path, keep: int) -> None:
-    """A copy of a run, as it would be had it been killed after the save of step `keep`."""
+    """A copy of a run, as if it had been killed after the save of step `keep`."""
     shutil.copytree(source, target)
     for checkpoint in ckpt.list_checkpoints(target / "ckpt"):
         if checkpoint.step > keep:
@@ -257,7 +257,7 @@ def copy_run(source: Path, target: Path, keep: int) -> None:
 
 
 class Plan:
-    """Runs to be made, then their results: plan[name] is the flags of one that went well."""
+    """Runs to be made, then their results: plan[name] has the flags of a run that succeeded."""
 
     def __init__(self, flags: list[str], home: Path):
         self.flags, self.home = flags, home
@@ -327,7 +327,7 @@ def weights_of(flags: list[str], step: int) -> dict[str, torch.Tensor]:
 
 
 def hook_state_files(path: Path) -> list[Path]:
-    """Of a checkpoint, by rank."""
+    """Hook states of a checkpoint, by rank."""
     return sorted(path.glob("comm_hook-*.safetensors"), key=lambda file: int(file.stem.rpartition("-")[2]))
 
 
@@ -336,7 +336,7 @@ def hook_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
 
 
 def whole_state(flags: list[str], step: int) -> dict[str, torch.Tensor]:
-    """What a checkpoint says, however its files are cut."""
+    """Contents of a checkpoint, however its files are cut."""
     return weights_of(flags, step) | optimizer_state(flags, step) | hook_state(flags, step)
 
 
@@ -386,7 +386,7 @@ PROFILED = {"overlapped": [ZERO1, GATHER], "after": ["--no-overlap_grad_reduce"]
 
 @pytest.fixture(scope="module")
 def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Runs by "ranks mode", and those in which something goes wrong."""
+    """Runs by "ranks mode", including those with failures."""
     plan = Plan(base_flags, tmp_path_factory.mktemp("runs"))
     for name, (mode, _) in MODES.items():
         plan.add(f"2 {name}", 2, mode, "slow" if name in SLOW else None)
@@ -423,7 +423,7 @@ def check_close(run: list[str], expected: list[str], loss: float = 1e-5, weights
 
 
 def check_same(run: list[str], expected: list[str]) -> None:
-    """The same bits in all that a run leaves, but for how the optimizer's files are cut."""
+    """Equal bits in everything that a run leaves, except for how the optimizer's files are cut."""
     assert losses(run) == losses(expected) and len(losses(run)) == STEPS
     assert [r["loss"] for r in records(run, "valid")] == [r["loss"] for r in records(expected, "valid")]
     assert [r["digest"] for r in records(run, "train")] == [r["digest"] for r in records(expected, "train")]
@@ -433,7 +433,7 @@ def check_same(run: list[str], expected: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (_, base) in MODES.items() if base])
 def test_the_same_bits_on_two_ranks(runs: Plan, name: str):
-    """ZeRO-1, overlaps and where the residual lies change no bit, whatever the hook."""
+    """ZeRO-1, overlaps and the place of the residual change no bit, with any hook."""
     check_same(runs[f"2 {name}"], runs[f"2 {MODES[name][1]}"])
 
 
@@ -448,13 +448,13 @@ def test_every_mode_reads_the_same_data_and_learns(runs: Plan):
     assert len(set(digests)) == STEPS
     for name in [f"2 {mode}" for mode in MODES] + [f"{n} {mode}" for n, modes in ELSEWHERE.items() for mode in modes]:
         assert [r["digest"] for r in records(runs[name], "train")] == digests, name
-        # 6.24 at the start; the worst, a fixed Q of rank 4, comes to 5.93.
+        # 6.24 at the start; the worst mode, a fixed Q of rank 4, reaches 5.93.
         assert losses(runs[name])[-1] < losses(runs[name])[0] - 0.25, name
 
 
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in ELSEWHERE.items() for name in names])
 def test_other_ranks_take_the_same_trajectory(runs: Plan, ranks: int, name: str):
-    """Also with low-rank factors: what the weights are told depends only on the sum over the ranks."""
+    """Even with low-rank factors, the weights' update depends only on the sum over the ranks."""
     tolerance = (1e-3, 5e-2) if "bf16" in name else (1e-5, 1e-3)
     check_close(runs[f"{ranks} {name}"], runs[f"2 {name}"], *tolerance)
 
@@ -479,14 +479,14 @@ def test_other_ranks_take_the_same_trajectory(runs: Plan, ranks: int, name: str)
     ],
 )
 def test_close_but_not_the_same(runs: Plan, name: str, base: str, loss: float, weights: float):
-    """Each does what it says (so bits differ), and stays close."""
+    """Each option has its effect (so bits differ), and stays close."""
     check_close(runs[f"2 {name}"], runs[f"2 {base}"], loss, weights)
     assert not same_bits(weights_of(runs[f"2 {name}"], STEPS), weights_of(runs[f"2 {base}"], STEPS))
 
 
 def test_the_options_of_powersgd_are_not_overlooked(runs: Plan):
-    """No two of them lead to the same weights; another split into micro-batches is no option of it, and may. (Losses
-    may agree by chance: at full rank only rounding tells PowerSGD from plain.)"""
+    """No two of them give the same weights, except that another split into micro-batches is not an option of PowerSGD.
+    (Losses may agree by chance: at full rank only rounding tells PowerSGD from plain.)"""
     names = [name for name, (_, base) in MODES.items() if "powersgd" in name and base is None]
     names = [name for name in names if not name.startswith("accumulated")] + ["plain", "full rank"]
     weights = {name: weights_of(runs[f"2 {name}"], STEPS) for name in names}
@@ -495,18 +495,18 @@ def test_the_options_of_powersgd_are_not_overlooked(runs: Plan):
 
 
 def test_powersgd_starts_when_told(runs: Plan):
-    """Steps before start_powerSGD_iter are not compressed: as many losses, and the one after them, are plain's."""
+    """Steps before start_powerSGD_iter are not compressed: their losses, and the next one, are plain's."""
     plain, late = losses(runs["2 plain"]), losses(runs["2 powersgd from 3"])
     assert late[:4] == plain[:4] and late[4:] != plain[4:]
     assert [r["step"] for r in compression(runs["2 powersgd from 3"])] == [4, 6]
     bf16, later = losses(runs["2 bf16"]), losses(runs["2 powersgd from 5"])
-    # Before it starts, the wire's dtype counts already.
+    # Before compression starts, the wire's dtype already counts.
     assert later == bf16 and later != plain
     assert not same_bits(weights_of(runs["2 powersgd from 5"], STEPS), weights_of(runs["2 bf16"], STEPS))
 
 
 def test_checkpoints_hold_whole_and_current_weights(runs: Plan):
-    """Also when the parameters were still being gathered as the save began (at step 4, where nothing validates)."""
+    """Even if the parameters were still being gathered when the save began (at step 4, without a validation)."""
     for name in [name for name in runs.jobs if name[0].isdigit()]:
         is_muon = MUON in runs.jobs[name]["flags"]
         for step in (4, 6):
@@ -514,7 +514,7 @@ def test_checkpoints_hold_whole_and_current_weights(runs: Plan):
             mains = {
                 LLAMA.their_name(key.removesuffix("/main")): t for key, t in state.items() if key.endswith("/main")
             }
-            # AdamW has two moments of a parameter, Muon one of a block's matrix.
+            # AdamW has two moments per parameter, Muon one per matrix of a block.
             by_muon = {key for key, w in weights.items() if w.dim() == 2 and ".layers." in key} if is_muon else set()
             assert mains.keys() == weights.keys() and len(state) == 3 * len(mains) - len(by_muon)
             for key, weight in weights.items():
@@ -524,14 +524,14 @@ def test_checkpoints_hold_whole_and_current_weights(runs: Plan):
 @pytest.mark.parametrize("name", ["1 zero1 gather", "2 plain", "2 zero1", "2 everything", "2 bf16 weights zero1",
                                   "4 everything", "4 powersgd zero1"])  # fmt: skip
 def test_every_rank_writes_its_share(runs: Plan, name: str):
-    """optimizer_state() asserts that each element is there once; here: that the shares are even."""
+    """optimizer_state() asserts that each element is there once; here, that the shares are even."""
     files = sorted(checkpoint(runs[name], STEPS).glob("optim-*.safetensors"))
     assert len(files) == int(name[0])
     sizes = [sum(tensor.numel() for tensor in load_file(file).values()) for file in files]
     elements = 3 * sum(weight.numel() for weight in weights_of(runs[name], STEPS).values())
     assert sum(sizes) == elements == sum(tensor.numel() for tensor in optimizer_state(runs[name], STEPS).values())
     if "plain" not in name:
-        # Buckets are padded to a multiple of 64 elements a rank: only in the last shard of each of five buckets.
+        # Buckets are padded to a multiple of 64 elements per rank: only in the last shard of each of five buckets.
         assert max(sizes) <= elements / len(files) + 3 * 5 * 64 * len(files)
 
 
@@ -568,8 +568,8 @@ def test_compression_is_recorded(runs: Plan):
 
     excluded = compression(runs["2 powersgd without embedding"])[0]["relative_error"].keys()
     assert excluded == {name for name in compressed if "down_proj" not in name and "embed_tokens" not in name}
-    # At full rank nothing is left where the factor has as many columns as the matrix has rows. (In a taller matrix,
-    # what the ranks leave adds up to zero, see below.)
+    # At full rank nothing is left over if the factor has as many columns as the matrix has rows. (In a taller matrix,
+    # the ranks' residuals add up to zero, see below.)
     full = compression(runs["2 full rank"])
     for record in full:
         assert max(record["relative_error"][f"layers.0.self_attn.{kind}_proj.weight"] for kind in "qkvo") < 1e-2
@@ -600,7 +600,7 @@ def test_the_start_says_what_runs(runs: Plan):
 
 
 def test_the_start_says_what_is_sent(runs: Plan):
-    """Megabytes a rank sends in a step, by the formulas of comm_hooks.py, powersgd.py and zero1.py."""
+    """Megabytes that a rank sends per step, by the formulas of comm_hooks.py, powersgd.py and zero1.py."""
     plain = 4e-6 * sum(weight.numel() for weight in weights_of(runs["2 plain"], STEPS).values())
     factors = plain / compression(runs["2 powersgd"])[0]["ratio"]
     expected = {
@@ -635,7 +635,7 @@ def test_a_gather_that_no_overlap_can_hide_is_warned_of(runs: Plan):
 
 @pytest.mark.parametrize("name", SKIPS)
 def test_a_step_that_overflows_on_one_rank_is_skipped_by_all_and_leaves_no_trace(runs: Plan, name: str):
-    """Weights, moments, residuals and Q are after step 6 what they were after step 5."""
+    """Weights, moments, residuals and Q are the same after step 6 as after step 5."""
     run = runs[f"skip {name}"]
     norms = [float(record["grad_norm"]) for record in records(run, "train")]
     assert [math.isfinite(norm) for norm in norms] == 5 * [True] + [False]
@@ -666,7 +666,7 @@ def test_fp16_with_powersgd_recovers_from_overflows(runs: Plan):
     assert state["optimizer"]["num_steps"] == 30 - skipped
     assert state["optimizer"]["scaler"]["scale"] == 2.0 ** (32 - skipped)
     assert losses(run)[-1] < losses(run)[0] - 0.5
-    # As long as all steps are skipped, nothing is left over for later, not even in the residuals.
+    # While all steps are skipped, nothing is left over for later, not even in the residuals.
     only = runs["only overflows"]
     assert same_bits(every_file(only, 1), every_file(only, 2))
     moments = {key: tensor for key, tensor in optimizer_state(only, 2).items() if not key.endswith("/main")}
@@ -715,7 +715,7 @@ RESUMED = (
     "powersgd fixed Q", "powersgd fresh Q", "bf16 weights zero1", "narrow powersgd 16", "fp16 weights powersgd zero1",
     "muon zero1", "muon powersgd in buffer zero1", "muon narrow zero1",
 )  # fmt: skip
-"""Modes of two ranks in which all kinds of state are saved; the others take a minute more."""
+"""Modes of two ranks that together save all kinds of state; the others take a minute more."""
 RESUMED_ON_FOUR = ("everything", "powersgd zero1", "powersgd in buffer everything")
 RESAVED = {
     (4, 2): POWERSGD,
@@ -725,7 +725,7 @@ RESAVED = {
     (2, 1): POWERSGD,
     (1, 4): [*POWERSGD, IN_BUFFER, ZERO1],
 }
-"""(ranks before, ranks after) -> the mode in which the checkpoint of a PowerSGD run is loaded and saved at once."""
+"""(ranks before, ranks after) -> mode in which the checkpoint of a PowerSGD run is loaded and saved at once."""
 
 
 @pytest.fixture(scope="module")
@@ -819,7 +819,7 @@ def test_another_mode_takes_over_with_the_same_bits(
 def test_other_ranks_take_over(
     runs: Plan, resumed: Plan, name: str, whole: str, ranks: list[int]
 ):
-    """With PowerSGD too, since the sum of the residuals is kept."""
+    """Also with PowerSGD, because the sum of the residuals is kept."""
     assert [r["world_size"] for r in records(resumed[name], "start")] == ranks
     check_close(resumed[name], runs[whole])
     optimizer_state(resumed[name], STEPS)
@@ -831,7 +831,7 @@ def test_powersgd_can_be_switched_off_and_on(runs: Plan, resumed: Plan):
     assert len(start_lines(off, warning)) == 2 and start_lines(on, warning) == []
     assert start_lines(resumed["2 powersgd"], "are dropped") == []
     for run, before in ((off, runs["2 powersgd"]), (on, runs["2 plain"])):
-        # The fifth loss comes from the weights as they were saved; the sixth from a step of the other kind.
+        # The fifth loss comes from the saved weights; the sixth from a step of the other kind.
         assert losses(run)[:5] == losses(before)[:5] and losses(run)[5] != losses(before)[5]
         assert losses(run)[5] == pytest.approx(losses(before)[5], rel=2e-2)
     assert [r["step"] for r in compression(off)] == [2, 4] and [r["step"] for r in compression(on)] == [6]
@@ -839,7 +839,7 @@ def test_powersgd_can_be_switched_off_and_on(runs: Plan, resumed: Plan):
 
 
 def summed(run: list[str], step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Parameter -> the sum of its residuals over the ranks, and parameter -> Q, of which all ranks have the same."""
+    """Parameter -> the sum of its residuals over the ranks, and parameter -> Q, which is the same on all ranks."""
     residuals: dict[str, torch.Tensor] = {}
     qs: dict[str, torch.Tensor] = {}
     for file in hook_state_files(checkpoint(run, step)):
@@ -853,7 +853,7 @@ def summed(run: list[str], step: int) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def test_at_full_rank_the_residuals_cancel(runs: Plan):
-    """Each rank keeps what lies outside the common factor, but of the sum over the ranks that is nothing."""
+    """Each rank keeps the part outside the common factor, but over the ranks these parts add up to nothing."""
     full, low = summed(runs["2 full rank"], STEPS)[0], summed(runs["2 powersgd"], STEPS)[0]
     for name in low:
         assert full[name].norm() < 1e-4 * low[name].norm(), name
@@ -870,7 +870,7 @@ def test_the_sum_of_the_residuals_survives_another_number_of_ranks(
     expected, expected_qs = summed(runs[f"{before} powersgd"], STEPS)
     assert residuals.keys() == expected.keys() and len(residuals) == 15 and same_bits(qs, expected_qs)
     for name, residual in residuals.items():
-        # The ranks' residuals largely cancel: the rounding is that of the single ones, not of their sum.
+        # The ranks' residuals largely cancel: the rounding is that of single residuals, not of their sum.
         assert expected[name].norm() > 0
         assert (residual - expected[name]).norm() < 1e-6 * expected[name].norm(), name
     assert same_bits(weights_of(run, STEPS), weights_of(runs[f"{before} powersgd"], STEPS))
@@ -901,7 +901,7 @@ def test_residuals_that_have_no_place_any_more_are_named(resumed: Plan):
 
 
 def traces(run: list[str]) -> list[Trace]:
-    """Of both ranks."""
+    """Traces of both ranks."""
     return [read_trace(out_dir(run) / "profile" / f"steps-3-6-rank-{rank}.json.gz") for rank in (0, 1)]
 
 
@@ -923,17 +923,17 @@ def test_a_trace_shows_whether_communication_is_hidden(runs: Plan):
                 early.append(buckets[0].start < backward.end)
                 figures = figures_of(trace, step)
                 assert figures["wire"] == pytest.approx(figures["hidden"] + figures["exposed"]) and figures["wire"] > 0
-            # The operating system may let a thread wait; not each time.
+            # The operating system may let a thread wait, but not each time.
             assert any(early) if name == "overlapped" else not any(early), name
 
 
 def test_a_trace_shows_gathers(runs: Plan):
     for trace in traces(runs["overlapped"]):
         gathers = [span for span in trace.parts if span.kind == "gather bucket"]
-        # Of three steps, and those that go on as the trace begins and ends.
+        # Gathers of three steps, and those under way when the trace begins and ends.
         assert 3 * 5 <= len(gathers) <= 5 * 5 and {span.number for span in gathers} == set(range(5))
         assert all(span.size.endswith(" MB") for span in gathers)
-        # Of the step before; the save after step 4 had waited itself.
+        # It waits for gathers of the step before; the save after step 4 had waited itself.
         assert within(trace, 4, "wait for gathers") and not within(trace, 5, "wait for gathers")
 
 
@@ -955,6 +955,6 @@ def test_each_node_has_a_log_file_with_the_chosen_ranks_in_it(runs: Plan):
         assert f" rank {rank} INFO model: " in log and f" rank {1 - rank} " not in log
         assert log.count(" WARNING a strange noise\n") == 1
         assert f" rank {rank} {level} 1 more warning like: a strange noise\n" in log
-    # Unless asked, only the first rank's messages, and everyone's warnings.
+    # By default, only the first rank's messages, and all warnings.
     assert " rank 1 INFO " not in (out_dir(runs["2 plain"]) / "train.log").read_text()
     assert not (out_dir(runs["2 plain"]) / "train-node-1.log").exists()

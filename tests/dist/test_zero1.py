@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.decoder import Block
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
+    BucketGradients,
     DistContext,
     DistributedDataParallel,
     NaiveDDP,
     NaiveZero1,
+    PlainGradients,
     ReduceScatter,
     Zero1,
     destroy_context,
@@ -45,7 +47,7 @@ def train(
     context: DistContext, dtypes: str = "fp32", size: int = 0, zero: bool = False, gather: bool = False,
     overlap: bool = True, overlapped_step: bool = False, clip: float = 0.1,
 ) -> Outcome:  # fmt: skip
-    """Some steps, as train_my_ddp.py takes them."""
+    """Some steps, as in train_my_ddp.py."""
     dtype, grad_dtype = DTYPES[dtypes]
     ddp = DistributedDataParallel(
         new_model(dtype), context, bucket_size=size, overlap_grad_reduce=overlap, grad_dtype=grad_dtype
@@ -54,10 +56,9 @@ def train(
     if zero:
         ddp.use_hook(ReduceScatter(ddp.collectives))
         zero1 = Zero1(ddp, gather)
-    slices = (zero1 or ddp).slices()
+    gradients = BucketGradients(ddp, zero1)
     optimizer = MixedPrecisionOptimizer(
-        slices, AdamWConfig(), 0.0 if overlapped_step else clip, LossScaler(enabled=False),
-        context.all_sum if zero else None,
+        gradients, AdamWConfig(), 0.0 if overlapped_step else clip, LossScaler(enabled=False)
     )  # fmt: skip
     if overlapped_step:
         ddp.register_after_reduction(lambda bucket: optimizer.step_bucket(bucket.index))
@@ -66,7 +67,8 @@ def train(
         if overlapped_step:
             optimizer.begin_overlapped_step(LEARNING_RATE)
         accumulate(ddp, rank_rows(context, GLOBAL_BATCH // context.world_size))
-        shard_norms.append(torch.cat([s.grad.double() for bucket in slices for s in bucket]).norm().item())
+        own = [grad.double() for bucket in ddp.buckets for grad in gradients.take(bucket.index)]
+        shard_norms.append(torch.cat(own).norm().item())
         if overlapped_step:
             norms.append(optimizer.end_overlapped_step().grad_norm)
             if zero:
@@ -75,7 +77,7 @@ def train(
             norms.append(optimizer.step(LEARNING_RATE, zero1.gather if zero else None).grad_norm)
         if zero and not gather:
             zero1.wait()
-        ddp.zero_grad()
+        assert not any(bucket.grad.any() for bucket in ddp.buckets)
     if zero:
         zero1.wait()
     ddp.close()
@@ -84,7 +86,7 @@ def train(
 
 
 def matrix(context: DistContext) -> dict:
-    """Every layout's trajectory, compared with plain DDP's: norms, relative difference of the weights, same bits."""
+    """Trajectory of every layout, compared with plain DDP's: norms, relative difference of the weights, same bits."""
     results = {}
     for dtypes, clip in itertools.product(DTYPES, (0.1, 0.0)):
         plain = train(context, dtypes, clip=clip)
@@ -94,7 +96,7 @@ def matrix(context: DistContext) -> dict:
                 continue
             runs = {"zero": (gather, overlap, False)}
             if clip == 0.0:
-                # A matrix of its own: the overlapped step, with and without ZeRO.
+                # A separate matrix: the overlapped step, with and without ZeRO.
                 runs = {"step zero": (gather, overlap, True), "step": (False, overlap, True)}
             for kind, (gathers, overlaps, overlapped) in runs.items():
                 if kind == "step" and gather:
@@ -117,7 +119,7 @@ def naive(context: DistContext) -> dict:
         decays = [p for p in parameters if p.dim() >= 2]
         others = [p for p in parameters if p.dim() < 2]
         groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, LEARNING_RATE, (config.beta1, config.beta2), config.eps)
+        return torch.optim.AdamW(groups, LEARNING_RATE, (config.beta1, config.beta2), config.adam_eps)
 
     zero1, norms = NaiveZero1(trained, context, adamw), []
     for _ in range(STEPS):
@@ -145,28 +147,32 @@ def one_step_gradients(context: DistContext) -> float:
     accumulate(ddp, rank_rows(context, 2))
     grads = {name: p.grad.flatten() for name, p in exact.named_parameters()}
     difference = total = 0.0
-    for piece in itertools.chain(*Zero1(ddp).slices()):
-        wanted = grads[piece.name][piece.offset : piece.offset + len(piece.grad)]
-        difference += (piece.grad.double() - wanted).square().sum().item()
+    gradients = BucketGradients(ddp, Zero1(ddp))
+    found = itertools.chain(*(gradients.take(bucket.index) for bucket in ddp.buckets))
+    for piece, grad in zip(itertools.chain(*gradients.slices), found):
+        wanted = grads[piece.name][piece.offset : piece.offset + len(grad)]
+        difference += (grad.double() - wanted).square().sum().item()
         total += wanted.square().sum().item()
     ddp.close()
     return (difference / total) ** 0.5
 
 
 def tiles(context: DistContext) -> dict:
-    """How often each element of each parameter is owned, over all ranks, and where the slices lie."""
+    """Number of owners of each element of each parameter, over all ranks, and the places of the slices."""
     results = {}
     for name, size in BUCKET_SIZES.items():
         ddp = DistributedDataParallel(new_model(), context, bucket_size=size)
         owned = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in ddp.module.named_parameters()}
-        slices, in_place = Zero1(ddp).slices(), True
+        gradients, in_place = BucketGradients(ddp, Zero1(ddp)), True
+        slices = gradients.slices
+        grads = itertools.chain(*(gradients.take(bucket.index) for bucket in ddp.buckets))
         flat = {name: p.detach().view(-1) for name, p in ddp.module.named_parameters()}
         grad = {name: p.grad.view(-1) for name, p in ddp.module.named_parameters()}
-        for piece in itertools.chain(*slices):
+        for piece, taken in zip(itertools.chain(*slices), grads):
             end = piece.offset + len(piece.param)
             owned[piece.name][piece.offset : end] += 1
             in_place &= flat[piece.name][piece.offset : end].data_ptr() == piece.param.data_ptr()
-            in_place &= grad[piece.name][piece.offset : end].data_ptr() == piece.grad.data_ptr()
+            in_place &= grad[piece.name][piece.offset : end].data_ptr() == taken.data_ptr()
         counts = context.all_sum(torch.cat(list(owned.values())))
         mine = sum(len(piece.param) for piece in itertools.chain(*slices))
         padded = len(ddp.flat_buffers.param_data)
@@ -187,7 +193,7 @@ def slow_down(ddp: DistributedDataParallel) -> None:
 
 
 class HeadOutside(nn.Module):
-    """Its head is applied by the caller, to what forward returns."""
+    """The caller applies its head to the output of forward."""
 
     def __init__(self, compiled: bool):
         super().__init__()
@@ -197,7 +203,7 @@ class HeadOutside(nn.Module):
         self.lm_head = nn.Linear(16, 10, bias=False)
         if compiled:
             for layer in self.layers:
-                # What a code generator would add has no part in the waiting, and takes most of the time.
+                # A code generator has no part in the waiting, and takes most of the time.
                 layer.compile(backend="aot_eager")
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def slow_gathers(context: DistContext, compiled: bool = False) -> dict:
         "waiting": waiting[::2], "buckets": len(ddp.buckets), "left": len(zero1._gathers),
         "bits": fingerprint(outputs), "weights": fingerprint([p.detach() for p in ddp.module.parameters()]),
     }  # fmt: skip
-    # Without the overlap nothing is hooked: who doesn't wait would see old weights, and gather_all waits.
+    # Without the overlap nothing is hooked: code that doesn't wait would see old weights, and gather_all waits.
     plain = Zero1(ddp)
     for piece in itertools.chain(*plain.slices()):
         piece.param.mul_(2.0)
@@ -247,7 +253,7 @@ def slow_gathers(context: DistContext, compiled: bool = False) -> dict:
 
 
 class BareParameter(nn.Module):
-    """A parameter of the model's own, used first of all."""
+    """A parameter of the model itself, used first of all."""
 
     def __init__(self):
         super().__init__()
@@ -280,8 +286,8 @@ def bad_gradients(context: DistContext) -> dict:
         if zero:
             ddp.use_hook(ReduceScatter(ddp.collectives))
         optimizer = MixedPrecisionOptimizer(
-            (zero1 or ddp).slices(), AdamWConfig(), 0.0, LossScaler(enabled=False), context.all_sum if zero else None
-        )
+            BucketGradients(ddp, zero1), AdamWConfig(), 0.0, LossScaler(enabled=False)
+        )  # fmt: skip
         if overlapped:
             ddp.register_after_reduction(lambda bucket, it=optimizer: it.step_bucket(bucket.index))
             optimizer.begin_overlapped_step(LEARNING_RATE)
@@ -324,7 +330,7 @@ def answers() -> dict[int, list[dict]]:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_shards_are_stepped_as_whole_parameters_are(answers: dict[int, list[dict]], world_size: int):
-    """By the naive ZeRO-1, on the naive DDP, with torch's own AdamW and clipping."""
+    """Against the naive ZeRO-1, on the naive DDP, with torch's own AdamW and clipping."""
     results = [answer["naive"] for answer in answers[world_size]]
     assert len({result["bits"] for result in results}) == 1
     assert sum(result["states"] for result in results) == len(list(new_model().parameters()))
@@ -334,7 +340,7 @@ def test_shards_are_stepped_as_whole_parameters_are(answers: dict[int, list[dict
 
 
 def test_two_ranks_keep_plain_ddps_bits(answers: dict[int, list[dict]]):
-    """Also under bf16, where sums are rounded once, and with a step that overlaps with the reduction."""
+    """Even under bf16, where sums are rounded once, and with a step that overlaps with the reduction."""
     for results in (answer["matrix"] for answer in answers[2]):
         assert len(results) == (2 + 12 + 18) + 2 * (2 + 2 + 3)
         for name, (norms, difference, same_bits, _, _) in results.items():
@@ -351,7 +357,7 @@ def test_more_ranks_keep_the_trajectory(answers: dict[int, list[dict]]):
         for name, (norms, difference, _, _, _) in results.items():
             dtypes, clip, _ = name.split(", ", 2)
             plain = results[f"{dtypes}, {clip}, plain"][0]
-            # bf16 weights turn the last bit of a float32 sum into one of theirs, here and there.
+            # In places, bf16 weights turn the last bit of a float32 sum into one of theirs.
             assert norms == pytest.approx(plain, rel=1e-5 if dtypes == "fp32" else 1e-2), name
             assert difference <= (1e-5 if dtypes == "fp32" else 5e-3), (name, difference)
     for found in (answer["one_step_gradients"] for size in WORLD_SIZES for answer in answers[size]):
@@ -367,7 +373,8 @@ def test_all_ranks_hold_the_same_weights(answers: dict[int, list[dict]], world_s
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_clipping_is_by_the_global_norm(answers: dict[int, list[dict]], world_size: int):
-    """The original's ZeRO clipped by the shard's. Here norms are far above the limit, and shards have others."""
+    """The original's ZeRO clipped by the shard's norm. Here norms are far above the limit, and shards have other
+    norms."""
     ranks = [answer["matrix"] for answer in answers[world_size]]
     name = "fp32, 0.1, zero, small, gather True, overlap True"
     norms = ranks[0][name][0]
@@ -433,7 +440,7 @@ def test_compiled_blocks_wait_too():
 
 def test_what_an_overlapped_step_refuses():
     context = DistContext(0, 1, 0, 1, torch.device("cpu"))
-    slices = NaiveDDP(nn.Linear(3, 2), context).slices()
+    slices = PlainGradients(NaiveDDP(nn.Linear(3, 2), context).slices())
     for clip, fp16 in ((0.1, False), (0.0, True), (1.0, True)):
         optimizer = MixedPrecisionOptimizer(slices, AdamWConfig(), clip, LossScaler(enabled=fp16))
         with pytest.raises(ValueError, match="neither clip nor be skipped"):
@@ -442,7 +449,7 @@ def test_what_an_overlapped_step_refuses():
 
 
 def test_a_wrapped_model_waits_layer_by_layer_too():
-    """Waiting for the whole model before its first layer would hide nothing of the gather."""
+    """Waiting for the whole model before its first layer would hide no part of the gather."""
 
     class Wrapper(nn.Module):
         def __init__(self):

@@ -13,7 +13,7 @@ from dataset.dpo import DPODataset
 from dataset.sft import SFTDataset
 from model import Llama, LlamaConfig
 from model.loss import cross_entropy_sum
-from parallel import CommStream, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
+from parallel import CommStream, DistContext, DistributedDataParallel, Eager, PowerSGD, PowerSGDConfig
 from tasks.config import DPOConfig
 from tasks.dpo import DPOTask
 from tasks.language_model import LanguageModelTask
@@ -181,13 +181,14 @@ def test_powersgd_on_cuda_equals_the_cpu(rank: int):
         model = Llama(CONFIG)
         model.initialize(0)
         ddp = DistributedDataParallel(model.to(device), alone(device), bucket_size=20_000)
-        powersgd = PowerSGD(ddp.buckets, ddp.collectives, PowerSGDConfig(rank=rank, min_compression_rate=1.0))
-        ddp.use_hook(powersgd)
+        config = PowerSGDConfig(matrix_approximation_rank=rank, min_compression_rate=1.0)
+        powersgd = PowerSGD(ddp.buckets, ddp.collectives, config)
+        ddp.use_hook(Eager(powersgd))
         rows = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(0)).to(device)
         cross_entropy_sum(model.logits(ddp(rows[:, :-1])), rows[:, 1:]).backward()
         ddp.finish_grad_sync()
         sums.append(ddp.flat_buffers.grad_data.double().cpu())
-        kept = [t for name, t in powersgd.state_tensors().items() if name.endswith("residual")]
+        kept = [t for name, t in powersgd.saved_state().items() if name.endswith("residual")]
         residuals.append(torch.cat([t.double().flatten().cpu() for t in kept]))
         ddp.close()
     assert (sums[0] - sums[1]).norm() / sums[0].norm() < 1e-2

@@ -118,7 +118,7 @@ def test_yaml_lies_between_the_defaults_and_the_command_line(tmp_path: Path):
     ("learning_rate:", "has no value"), ("out_dir: ~", "has no value"), ("compile: 'yes'", "true or false"),
     ("compile: 1", "true or false"), ("compile: 'True '", "true or false"), ("out_dir: no", "in quotes"),
     ("out_dir: 1.10", "in quotes"), ("wandb_project: on", "in quotes"), ("out_dir: 2026-01-02", "in quotes"),
-    ("seed: 0022", "no decimal number"), ("profile_steps: 6:8", "in quotes"), ("max_iters: 1e3", "of type int"),
+    ("seed: 0022", "not a decimal number"), ("profile_steps: 6:8", "in quotes"), ("max_iters: 1e3", "of type int"),
     ("max_iters: 2.5", "of type int"), ("learning_rate: .nan", "of type float"), ("on: 3", "True is unknown"),
     ("{lr: 1}", "did you mean learning_rate"), ("Learning_Rate: 1", "did you mean learning_rate"),
     ("model: {hidden_size: 3}", "model is unknown"), ("exp_config_file: b.yaml", "names no other"),

@@ -31,7 +31,7 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     "words, package",
     [(["train_my_ddp.py", "--nproc", "2"], "yaml"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
      (["-m", "tokenizer.train_tokenizer"], "tqdm"), (["-m", "parallel.launch"], "torch"),
-     (["-m", "data_preprocess.pretokenize_pretrain_data"], "pyarrow"), (["-m", "dataset.inspect"], "numpy"),
+     (["-m", "data_preprocess.pretokenize_pretrain_data"], "tqdm"), (["-m", "dataset.inspect"], "numpy"),
      (["-m", "checkpoint"], "yaml"), (["-m", "utils.checkpoint"], "yaml"),
      (["-m", "benchmarks.memory"], "torch")],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from model.families.llama import LlamaFamily
 from model.roles import role_of
 from optimizer.param_groups import is_hidden_matrix
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32,
@@ -137,6 +139,14 @@ def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, 
     (tmp_path / "model.safetensors").unlink()
     hf.load_weights(again, tmp_path)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_family_is_named_in_its_own_room_alone():
+    rooms = [ROOT / name for name in ("model", "training", "tasks", "serving", "optimizer", "parallel")]
+    for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]:
+        if path.parent != ROOT / "model" / "families":
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"""model_type\b[^\n]{0,3}(==|!=| in )|["']qwen2["']""", text), path
 
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"attention_bias": True}])

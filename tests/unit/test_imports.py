@@ -23,7 +23,7 @@ ALLOWED = {
     "model": {"utils.options"},
     "dataset": {"runs", "utils"},
     "parallel": {"utils.options"},
-    "optimizer": {"checkpoint.named", "parallel.buffer", "utils.options"},
+    "optimizer": {"checkpoint.named", "parallel.buffer", "parallel.contract", "utils.options"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
     "tokenizer": {"utils"},
@@ -58,6 +58,8 @@ ALLOWED_TO_FILE = {
     "utils/resplot/__main__.py": {"viewer.command"},
     "utils/timeline.py": {"viewer.timeline"},
 }
+
+
 def imports_of(path: Path) -> set[str]:
     """Modules of the project that a file imports, anywhere in it."""
     found = set()

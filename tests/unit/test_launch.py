@@ -16,7 +16,7 @@ import yaml
 from configurator import parse_config
 from monitor.command import TrainCommand
 from monitor.hosts import read_hosts
-from parallel.launch import find_place, parser_of_flags
+from parallel.launch import find_meeting_point, parser_of_flags
 from runs.exits import CRASH, OK, STOPPED, WRONG_INPUT, write_exit_record
 from runs.job import meaning
 from train_my_ddp import number_of_processes
@@ -89,7 +89,7 @@ def check_launcher(words: list[str], node_rank: int, endpoint: str, nproc: str =
     assert (flags.rdzv_endpoint, flags.max_restarts) == (endpoint, 0)
     if node_rank:
         flags.local_addr = flags.local_addr and "127.0.0.1"
-        place = find_place(flags)
+        place = find_meeting_point(flags)
         assert (f"{place.host}:{place.port}", place.listening, place.timeout_s) == (endpoint, None, 600)
     assert [flags.training_script, *flags.training_script_args] == TRAINING
 

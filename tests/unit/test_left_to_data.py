@@ -15,7 +15,7 @@ from runs.layout import CONFIG_NAME
 from tests.conftest import SEQ_LEN
 from tests.runs import records
 from tests.unit import test_sft_train as sft
-from training import build_optimizer
+from training import rates
 from training.batch import batch_for, choose_batch, split_batch
 from training.data import fit_context
 
@@ -139,5 +139,5 @@ def test_a_rate_that_ruins_a_large_model_is_said(
     caplog: pytest.LogCaptureFixture, task: str, rate: str, parameters: int, is_warned: bool
 ):
     config, _ = parse_config(["--data_dir=d", "--init_from=m", f"--task_type={task}", f"--learning_rate={rate}"])
-    build_optimizer.warn_of_rate(config.run, config.optimizer.learning_rate, parameters)
+    rates.warn_of_rate(config.run, config.optimizer.learning_rate, parameters)
     assert ("survive" in caplog.text) == is_warned

@@ -88,7 +88,7 @@ BAD = {
     "rendezvous too high": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: 65536", "a port number, got 65536"),
     "rendezvous is true": ("hosts: [{host: a, workdir: w}]\nrendezvous_port: true", "a port number, got True"),
     "a port too high": ("hosts: [{host: a, workdir: w, port: 99999}]", "host 1: a port is a number from 1 to 65535"),
-    "an empty host": ("hosts: [{host: '', workdir: w}]", "host 1: '' is no host name"),
+    "an empty host": ("hosts: [{host: '', workdir: w}]", "host 1: '' is not a host name"),
     "keys of several kinds": ("1: a\nb: c\n2.5: d\n[]: e", "cannot be read: a key is a list"),
     "keys of several kinds 2": ("hosts: [{host: a, workdir: w}]\n1: a\nb: c\nnull: d", "unknown: 1, None, b"),
     "a list in the list": ("hosts: [[{host: a, workdir: w}]]", "host 1 must hold `host:` and `workdir:`"),
@@ -98,9 +98,9 @@ BAD = {
     "two documents": ("hosts: [{host: a, workdir: w}]\n---\nhosts: []", "document, line 2"),
     "a number as a key": ("hosts: [{1: b, host: a, workdir: w}]", "host 1: 1 is unknown: host"),
     "control characters": ('hosts: [{"\\e[2J": b, host: a, workdir: w}]', r"host 1: '\x1b[2J' is unknown"),
-    "a host in two lines": ('hosts: [{host: "a\\nb", workdir: w}]', r"'a\nb' is no host name"),
-    "an octal port": ("hosts: [{host: a, workdir: w, port: 0022}]", "'0022' is no decimal number"),
-    "a port of base 60": ("hosts: [{host: a, workdir: w, port: 22:22}]", "'22:22' is no decimal number"),
+    "a host in two lines": ('hosts: [{host: "a\\nb", workdir: w}]', r"'a\nb' is not a host name"),
+    "an octal port": ("hosts: [{host: a, workdir: w, port: 0022}]", "'0022' is not a decimal number"),
+    "a port of base 60": ("hosts: [{host: a, workdir: w, port: 22:22}]", "'22:22' is not a decimal number"),
     "port 0": ("hosts: [{host: a, workdir: w, port: 0}]", "host 1: a port is a number from 1 to 65535"),
     "a huge port": ("hosts: [{host: a, workdir: w, port: " + "9" * 900 + "}]", "host 1: a port is a number"),
     "rendezvous of nothing": ("hosts: [{host: a, workdir: w}]\nrendezvous_port:", "a port number, got None"),
@@ -126,8 +126,8 @@ BAD = {
         + "}, host: a, workdir: w}]", "env: a must be a whole number or a text in quotes, got a list"),
     "too deep": ("hosts: " + "[" * 600, "nested too deeply"),
     "too large": ("#" * (2 << 20), "larger than 1024 KiB"),
-    "a moment that cannot be": ("hosts: 2000-99-99", "cannot be: month must be in 1..12"),
-    "a tag": ("hosts: !!timestamp x", "a value that cannot be"),
+    "a moment that cannot be": ("hosts: 2000-99-99", "impossible value: month must be in 1..12"),
+    "a tag": ("hosts: !!timestamp x", "an impossible value"),
 }  # fmt: skip
 
 

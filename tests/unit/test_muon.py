@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import train_my_ddp
-from optimizer.adamw import AdamWConfig
+from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, MuonConfig, orthogonalize, orthogonalize_reference, polynomials
+from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
 from optimizer.param_groups import is_hidden_matrix
-from parallel.buffer import ParameterSlice
+from parallel.buffer import SliceWithGrad
+from parallel.gradients import PlainGradients
 from tests.runs import records
 
 NAME = "layers.0.mlp.up_proj.weight"
@@ -100,18 +101,18 @@ def test_a_gradient_of_zero_moves_nothing():
     assert torch.equal(orthogonalize(torch.zeros(4, 6), 5), torch.zeros(4, 6))
 
 
-def one_slice(shape: tuple[int, ...], name: str = NAME, seed: int = 0) -> ParameterSlice:
+def one_slice(shape: tuple[int, ...], name: str = NAME, seed: int = 0) -> SliceWithGrad:
     generator = torch.Generator().manual_seed(seed)
     param, grad = (torch.randn(shape, generator=generator).flatten() for _ in range(2))
-    return ParameterSlice(name, 0, shape, param, grad, grad)
+    return SliceWithGrad(name, 0, shape, param, grad, grad)
 
 
 def test_steps_equal_the_formula():
     """Computed with exact U V^T in float64; the gradients' singular values lie where the polynomials are exact to
     2%."""
-    shape, lr, config = (12, 20), 0.02, MuonConfig(momentum=0.9, lr_ratio=1.5, iterations=4)
+    shape, lr, config = (12, 20), 0.02, MuonConfig(muon_momentum=0.9, muon_lr_ratio=1.5, muon_iterations=4)
     piece = one_slice(shape)
-    optimizer = MixedPrecisionOptimizer([[piece]], ADAMW, 0.0, LossScaler(enabled=False), muon=config)
+    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), ADAMW, 0.0, LossScaler(enabled=False), muon=config)
     weights, mean = piece.param.double().view(shape), torch.zeros(shape, dtype=torch.float64)
     start = weights.clone()
     for step in range(4):
@@ -135,11 +136,13 @@ def test_the_buckets_change_no_bit(dtype: torch.dtype):
     for per_bucket in (1, 2, len(shapes)):
         slices = [one_slice(shape, f"layers.{i}.mlp.up_proj.weight", seed=i) for i, shape in enumerate(shapes)]
         slices = [
-            ParameterSlice(piece.name, 0, piece.shape, piece.param.to(dtype), piece.grad, piece.grad)
+            SliceWithGrad(piece.name, 0, piece.shape, piece.param.to(dtype), piece.grad, piece.grad)
             for piece in slices
         ]  # fmt: skip
         buckets = [slices[start : start + per_bucket] for start in range(0, len(slices), per_bucket)]
-        MixedPrecisionOptimizer(buckets, ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()).step(0.1)
+        MixedPrecisionOptimizer(
+            PlainGradients(buckets), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()).step(0.1
+        )
         ends.append(torch.cat([piece.param for piece in slices]))
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
@@ -150,9 +153,9 @@ def test_scaled_float16_gradients_do_not_vanish():
     moved = []
     for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
         grad = (gradients * scale).to(dtype)
-        piece = ParameterSlice(NAME, 0, (6, 8), torch.zeros(48, dtype=torch.float32), grad, grad)
+        piece = SliceWithGrad(NAME, 0, (6, 8), torch.zeros(48, dtype=torch.float32), grad, grad)
         scaler = LossScaler(enabled=scale > 1.0, initial=scale)
-        MixedPrecisionOptimizer([[piece]], ADAMW, 0.0, scaler, muon=MuonConfig()).step(0.1)
+        MixedPrecisionOptimizer(PlainGradients([[piece]]), ADAMW, 0.0, scaler, muon=MuonConfig()).step(0.1)
         moved.append(piece.param)
     assert moved[0].norm() > 0.01 and (moved[1] - moved[0]).norm() < 2e-2 * moved[0].norm()
 
@@ -166,11 +169,11 @@ def test_float16_gradients_of_any_size_step_as_float32_ones(clip: float, cut: in
     for dtype in (torch.float32, torch.float16):
         param, grad = torch.zeros(48), torch.zeros(48, dtype=dtype)
         shards = [
-            ParameterSlice(NAME, start, (6, 8), param[start:end], grad[start:end], grad)
+            SliceWithGrad(NAME, start, (6, 8), param[start:end], grad[start:end], grad)
             for start, end in ((0, cut), (cut, 48)) if start < end
         ]  # fmt: skip
         scaler = LossScaler(enabled=True, initial=scale)
-        optimizer = MixedPrecisionOptimizer([shards], ADAMW, clip, scaler, muon=MuonConfig())
+        optimizer = MixedPrecisionOptimizer(PlainGradients([shards]), ADAMW, clip, scaler, muon=MuonConfig())
         for step in range(16):
             drawn = torch.randn(48, generator=torch.Generator().manual_seed(step)).clamp(-1.0, 1.0) * 3.0
             # Most of the momentum is in one place; then a gradient as large as float16 allows, everywhere.
@@ -189,24 +192,26 @@ def test_only_matrices_of_blocks_are_muons():
     }  # fmt: skip
     slices = [one_slice(shape, name) for name, shape in sorts.items()]
     assert [is_hidden_matrix(piece) for piece in slices] == [True, False, False, False, False, False]
-    optimizer = MixedPrecisionOptimizer([slices], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig())
+    optimizer = MixedPrecisionOptimizer(
+        PlainGradients([slices]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()
+    )
     states = {piece.name: set(tensors) for piece, tensors in optimizer.named_state()}
     assert states.pop(NAME) == {"main", "exp_avg"}
     assert all(state == {"main", "exp_avg", "exp_avg_sq"} for state in states.values())
     assert optimizer.scalar_state()["name"] == "muon"
     without = [one_slice(shape, name) for name, shape in sorts.items()]
-    MixedPrecisionOptimizer([without], ADAMW, 0.0, LossScaler(enabled=False)).step(1e-2)
+    MixedPrecisionOptimizer(PlainGradients([without]), ADAMW, 0.0, LossScaler(enabled=False)).step(1e-2)
     optimizer.step(1e-2)
     same = [torch.equal(a.param, b.param) for a, b in zip(slices, without)]
     assert same == [False, True, True, True, True, True]
 
 
-def test_gradients_are_left_zero_on_request():
+def test_gradients_are_zero_after_a_step():
     pieces = [one_slice((4, 6), NAME), one_slice((8, 4), "embed_tokens.weight"), one_slice((4,), "norm.weight")]
     before = [piece.param.clone() for piece in pieces]
     optimizer = MixedPrecisionOptimizer(
-        [pieces], ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig(), zero_grad=True
-    )
+        PlainGradients([pieces]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()
+    )  # fmt: skip
     optimizer.step(0.1)
     assert not any(piece.grad.any() for piece in pieces)
     assert not any(torch.equal(piece.param, old) for piece, old in zip(pieces, before))

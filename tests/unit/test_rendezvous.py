@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from parallel import launch, listen
-from parallel.launch import Follower, Leader, Place, find_place, parser_of_flags, seats
+from parallel.launch import Follower, Leader, MeetingPoint, find_meeting_point, parser_of_flags, seats
 from parallel.listen import LOOPBACK, bind, own_address
 
 # Interfaces of a host whose own name means loopback to it, as on Debian, and the names that it resolves.
@@ -68,8 +68,8 @@ def test_the_address_to_listen_on(host: None, wanted: str, local_addr: str, inte
         )
 
 
-def place_of(*flags: str) -> Place:
-    place = find_place(parser_of_flags().parse_args([*flags, "t.py"]))
+def place_of(*flags: str) -> MeetingPoint:
+    place = find_meeting_point(parser_of_flags().parse_args([*flags, "t.py"]))
     if place.listening is not None:
         place.listening.close()
     return place
@@ -166,7 +166,7 @@ class Nodes:
         """The leader's store lives as long as the leader."""
 
     def start(self, name: str, node_rank: int | None = None, leads: bool = False, run_id: str = "job", times: int = 1):
-        place = Place(self.nnodes, node_rank, LOOPBACK, self.port, self.timeout)
+        place = MeetingPoint(self.nnodes, node_rank, LOOPBACK, self.port, self.timeout)
         place.listening = self.listening if leads else None
         node = (Leader if leads else Follower)(place, run_id)
         self.kept.append(node)

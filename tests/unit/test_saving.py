@@ -1,4 +1,4 @@
-"""Saves in the background: what is copied and when, what a failure on one rank does to the others, and a full disk."""
+"""Saves in the background: what is copied and when, the effect of one rank's failure on the others, and a full disk."""
 
 import concurrent.futures
 import contextlib
@@ -38,7 +38,8 @@ PATIENCE = 60
 
 
 def on_ranks(count: int, work: Callable[[int, Callable[[object], list]], object]) -> list:
-    """Call `work(rank, gather)` on a thread for each rank; all results, or the first rank's exception."""
+    """Call `work(rank, gather)` on a thread for each rank; returns all results, or raises the first rank's
+    exception."""
     meeting, values = threading.Barrier(count), [None] * count
 
     def gather_as(rank: int) -> Callable[[object], list]:
@@ -69,7 +70,7 @@ def new_saver(
 
 
 def begin_and_start(saver: CheckpointSaver, step: int, value: float = 0.0) -> None:
-    """Begin a save of two elements a rank, all with the same value."""
+    """Begin a save of two elements per rank, all with the same value."""
     writer = saver.begin(step)
     piece = Piece.flat("w", (2 * writer.place.world_size,), 2 * writer.place.rank, 2)
     writer.add_named_state([(piece, {"main": torch.full((2,), value)})], sharded=True)
@@ -86,7 +87,7 @@ def steps_of(ckpt_dir: Path) -> list[int]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Save threads write nothing until it is set."""
+    """Save threads write nothing until this is set."""
     event, write_files = threading.Event(), CheckpointWriter.write_files
 
     def gated(self: CheckpointWriter) -> None:
@@ -109,7 +110,7 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, phase: str, rank: int, step: int, e
 
 
 def test_one_save_at_a_time(tmp_path: Path, gate: threading.Event):
-    """`begin` refuses while one is in flight; what it will say is known when it is done, and not before."""
+    """`begin` refuses while a save is in flight; its outcome is known when it is done, and not before."""
     saver = new_saver(tmp_path)
     assert not saver.in_flight and saver.settle() is None and saver.signs() == (False, False)
     begin_and_start(saver, 1, 1.0)
@@ -134,7 +135,7 @@ def test_one_save_at_a_time(tmp_path: Path, gate: threading.Event):
 def test_a_failure_on_one_rank_ends_the_save_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, failing: int
 ):
-    """The store's first rank gives up waiting for a record that does not come; the checkpoint before stays whole, and
+    """The store's first rank gives up waiting for a record that does not come; the previous checkpoint stays whole, and
     the next one is written."""
     fail_on(monkeypatch, phase, failing, 2, OSError(28, "No space left on device"))
 
@@ -163,7 +164,7 @@ def test_every_rank_hears_of_every_failure(tmp_path: Path, monkeypatch: pytest.M
     def work(rank: int, gather: Callable[[object], list]) -> str | None:
         saver = new_saver(tmp_path, rank, 2, gather)
         begin_and_start(saver, 1)
-        # A rank is not done as long as its own thread is, even if it was another that failed.
+        # A rank is not done before its own thread is, even if another one failed.
         gather(concurrent.futures.wait([saver._save.ended], PATIENCE).done and None)
         outcome = saver.conclude()
         saver.close()
@@ -173,7 +174,7 @@ def test_every_rank_hears_of_every_failure(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_bug_in_the_save_thread_is_raised_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The other ranks hear of it like of a full disk, and nobody waits for it."""
+    """The other ranks hear of it as of a full disk, and nobody waits for it."""
     fail_on(monkeypatch, "write_tensors", 1, 1, TypeError("a bug"))
 
     def work(rank: int, gather: Callable[[object], list]) -> str | None:
@@ -191,7 +192,7 @@ def test_a_bug_in_the_save_thread_is_raised_where_it_is(tmp_path: Path, monkeypa
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path):
-    """A file is in its way; when that is gone, the next save goes well."""
+    """A file is in its way; when that is gone, the next save succeeds."""
     (tmp_path / "ckpt").touch()
     saver = new_saver(tmp_path / "ckpt")
     begin_and_start(saver, 1)
@@ -204,8 +205,8 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path):
 
 
 def test_a_save_that_failed_on_one_node_leaves_nothing_on_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The other node may have committed its part already. Kept as one of its newest, it would push out a checkpoint
-    that is whole."""
+    """The other node may have committed its part already. Kept as one of its newest, it would push out a whole
+    checkpoint."""
     for step in (2, 3):
         fail_on(monkeypatch, "finish", 1, step, OSError(28, "No space left on device"))
 
@@ -278,8 +279,8 @@ def test_shared_memory_is_copied_once():
 
 
 def test_tensors_that_are_not_contiguous(tmp_path: Path):
-    """Transposed and strided ones, in one file and in several: what makes one contiguous is gone when the next comes,
-    and its memory may be that one's."""
+    """Transposed and strided tensors, in one file and in several: a contiguous copy is gone when the next comes, and
+    the next may get its memory."""
     saver, base = new_saver(tmp_path), torch.arange(4096.0).view(64, 64)
     tensors = {f"t{i}": (base + i).t() for i in range(4)} | {f"s{i}": (base + i)[::2, ::2] for i in range(4)}
     writer = saver.begin(1)
@@ -327,7 +328,7 @@ def test_the_first_save_takes_no_memory_once_it_is_reserved(tmp_path: Path, monk
 def test_a_run_reserves_all_that_its_saves_need(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, mode: list[str]
 ):
-    """Also for what PowerSGD has to remember only after its first step."""
+    """Includes memory that PowerSGD needs only after its first step."""
     seen, end = [], HostCopies.end
 
     def watched(self: HostCopies) -> None:
@@ -340,7 +341,7 @@ def test_a_run_reserves_all_that_its_saves_need(
 
 
 def random_pieces(generator: random.Random, count: int) -> list[tuple[Piece, dict[str, Tensor]]]:
-    """Pieces of parameters, one behind the other, that hold their own numbers."""
+    """Consecutive pieces of parameters that hold their own numbers."""
     pieces, first = [], 0
     for index in range(count):
         size = generator.choice([1, 2, 3, 50, 1000])
@@ -353,7 +354,7 @@ def random_pieces(generator: random.Random, count: int) -> list[tuple[Piece, dic
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
-    """Whatever the numbers of ranks and pieces: sharded, each rank writes its own; else each store has all, once."""
+    """For any numbers of ranks and pieces: if sharded, each rank writes its own; otherwise each store has all, once."""
     generator = random.Random(seed)
     for case in range(4):
         world_size, sharded = generator.choice([1, 2, 3, 5, 7]), bool(case % 2)
@@ -364,7 +365,7 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
             directory = tmp_path / f"{case}-{number}"
             for rank in store:
                 writer = CheckpointWriter(directory, 1, StorePlace(rank, world_size, store), "x")
-                # Dealt out like cards: as unlike what an even split would be as can be.
+                # Dealt out like cards: as unlike an even split as possible.
                 writer.add_named_state(pieces[rank::world_size] if sharded else pieces, sharded)
                 writer.make_directory()
                 writer.write_files()
@@ -381,7 +382,7 @@ def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
 
 
 def test_the_first_rank_may_move_the_directory_once_a_ranks_record_is_there(tmp_path: Path, monkeypatch):
-    """A rank that flushed the directory after its record found it gone, now and then, and failed the save."""
+    """A rank that flushed the directory after its record sometimes found it gone, and failed the save."""
     place = StorePlace(0, 1, (0,))
     writer, replace = CheckpointWriter(tmp_path, 1, place, "x"), os.replace
     writer.add_json("a.json", 1)
@@ -400,7 +401,7 @@ def test_the_first_rank_may_move_the_directory_once_a_ranks_record_is_there(tmp_
 
 
 def needed(retention: Retention, steps: list[int], scores: list[float | None]) -> set[int]:
-    """Steps to keep, by the definition: with how few others before it each one is."""
+    """Steps to keep, by definition: each has few enough others before it."""
     scored = [(score, -step) for step, score in zip(steps, scores) if score is not None and abs(score) < float("inf")]
     kept = set()
     for step, score in zip(steps, scores):
@@ -414,7 +415,7 @@ def needed(retention: Retention, steps: list[int], scores: list[float | None]) -
 
 
 def test_what_stays_by_a_plain_definition():
-    """Of equal scores the later one is the better; NaN and infinity are none."""
+    """Of equal scores the later one is better; NaN and infinity do not count."""
     generator = random.Random(0)
     values = [None, float("nan"), float("inf"), 1.0, 1.0, 2.0, 2.5, 3.0]
     for _ in range(2000):
@@ -430,7 +431,7 @@ def test_what_stays_by_a_plain_definition():
 
 
 def test_retention_is_applied_after_each_save(tmp_path: Path):
-    """By the save thread, before it writes the next one."""
+    """The save thread does it before it writes the next one."""
     saver = new_saver(tmp_path, keep_last=2)
     for step in range(1, 6):
         begin_and_start(saver, step)
@@ -465,12 +466,12 @@ def test_closing_does_not_wait_for_a_rank_that_is_gone(tmp_path: Path, monkeypat
 
 
 DISK, ROOM = 48 << 20, 200 << 10
-"""Bytes of the disk that gets full, and of what is left of it the second time: more than the small files of a
-checkpoint, less than its tensors."""
+"""Bytes of the disk that gets full, and of its remainder the second time: more than the small files of a checkpoint,
+less than its tensors."""
 
 
 def fill(disk: Path, leave: int) -> None:
-    """Fill a disk but for some bytes, by a file of its own."""
+    """Fill a disk except for some bytes, with a separate file."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     with open(filler, "wb", buffering=0) as file:
@@ -481,8 +482,8 @@ def fill(disk: Path, leave: int) -> None:
 
 
 def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> dict:
-    """On one rank: a run of 36 steps that saves at each sixth. From step 7 on there is no room for tensors, from step
-    13 on for nothing, from step 31 on for all again."""
+    """Program of a rank: a run of 36 steps that saves at each sixth. From step 7 on there is no room for tensors, from
+    step 13 on for nothing, from step 31 on for everything again."""
     enter_own_mounts()
     mount_small_disk(Path(disk), DISK)
     finish_step = trainer_module.Trainer._finish_step
@@ -490,7 +491,7 @@ def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> di
     def full_meanwhile(self: trainer_module.Trainer, *arguments: object) -> object:
         step = self.progress.step + 1
         if step in (7, 13, 31):
-            self._settle_save()
+            self.saves.settle()
             if step < 31:
                 fill(Path(disk), ROOM if step == 7 else 0)
             else:
@@ -509,8 +510,8 @@ def train_on_a_disk_that_gets_full(flags: list[str], disk: str, copy: str) -> di
 
 @pytest.mark.parametrize("how", ["--async_save", "--no-async_save"])
 def test_a_run_survives_a_disk_that_is_full_for_a_while(tiny_run: list[str], tmp_path: Path, how: str):
-    """Each save that fails is warned of once, and so is the log; its records come later, in order, and prove the run.
-    In the end all is as if nothing had been."""
+    """Each failed save gives one warning, and so does the log; its records come later, in order, and prove the run. In
+    the end everything is as if nothing had happened."""
     skip_unless_mounting_is_allowed()
     flags = [*tiny_run, "--save_interval=6", "--max_iters=36", "--keep_every=6", how]
     assert train_my_ddp.main(elsewhere(flags, tmp_path / "undisturbed")) == 0
@@ -536,7 +537,7 @@ def test_a_run_survives_a_disk_that_is_full_for_a_while(tiny_run: list[str], tmp
 
 
 def test_a_save_with_no_step_left_to_do_is_waited_for(tiny_run: list[str]):
-    """Samples are left out of a run that is at its last step: that is saved, and said, before the run ends."""
+    """Samples are left out of a run that is at its last step: that is saved, and reported, before the run ends."""
     assert train_my_ddp.main(tiny_run) == 0
     assert train_my_ddp.main([*tiny_run, "--resume", "--resume_at_sample=24", "--lr_schedule=constant"]) == 0
     assert [r["step"] for r in records(tiny_run, "save")] == [4, 4]

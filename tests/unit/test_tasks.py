@@ -38,7 +38,7 @@ def test_a_flag_of_some_tasks_counts_only_for_them(name: TaskName):
 
 @pytest.mark.parametrize("name", TASK_TYPES)
 def test_a_call_is_the_forward_pass_and_then_the_loss(name: TaskName):
-    """To the bit: a pipeline computes them on different ranks."""
+    """They agree to the bit; a pipeline computes them on different ranks."""
     model = Llama(SHAPE)
     model.initialize(0)
     options = getattr(Config(), TASK_TYPES[name].options) if TASK_TYPES[name].options else None

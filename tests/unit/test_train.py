@@ -1,4 +1,4 @@
-"""The training script with one process: what it leaves, what it refuses, how it goes on."""
+"""The training script with one process: its files, its refusals, and how it goes on."""
 
 import json
 import math
@@ -49,7 +49,7 @@ MUON = ["--optimizer=muon", "--muon_iterations=3"]
 
 @pytest.fixture(autouse=True)
 def _quick_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """The peak of the machine takes a while to measure, and matters to one test here."""
+    """Measuring the machine's peak takes a while, and matters to one test here."""
     if request.function is not test_a_run_leaves_what_it_promises:
         monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e11)
 
@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
 
 
 def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
-    """As a qwen2, transformers would put Qwen's splitting in the place of ours."""
+    """With a qwen2, transformers would replace our splitting with Qwen's."""
     assert train(tiny_run, "--qkv_bias", "--max_iters=1") == 0
     path = list_checkpoints(out_dir(tiny_run) / "ckpt")[-1].path
     theirs, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
@@ -101,7 +101,7 @@ def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
 
 
 def test_the_start_says_how_long_it_will_take(tiny_run: list[str], monkeypatch, capsys: pytest.CaptureFixture):
-    """In proportion to what there is to do: of a step three times that of the whole validation, as many rows."""
+    """In proportion to the work: a step has three times as many rows as the whole validation."""
     monkeypatch.setattr(flops, "device_peak_flops", lambda *_: 1e6)
     flags = [*tiny_run, "--valid_batch_size=2", "--valid_iters=2", "--max_iters=100", "--valid_interval=50"]
     with pytest.raises(OSError, match="the machine died"):
@@ -109,7 +109,7 @@ def test_the_start_says_how_long_it_will_take(tiny_run: list[str], monkeypatch, 
     pattern = r"step in about (.+?), a validation in about (.+?), the run in about (.+?), if 40%"
     line = re.search(pattern, capsys.readouterr().out)
     step, valid, run = (float(t.split()[0]) * {"s": 1, "min": 60, "hours": 3600}[t.split()[1]] for t in line.groups())
-    # Of words like 9 min.
+    # From words like 9 min.
     assert step == pytest.approx(3 * valid, rel=0.05) and run == pytest.approx(100 * step + 2 * valid, rel=0.1)
 
 
@@ -161,7 +161,7 @@ def test_samples_are_what_the_checkpoint_writes_and_disturb_nothing(tiny_run: li
 
 @pytest.mark.parametrize("row", [[0, 0, 5, 6, 7, 8], [5, 0, 0, 0, 6, 7], [0] * 6, [5, 6, 7, 8, 9, 0], [5]])
 def test_a_sample_has_something_to_begin_with(row: list[int]):
-    """Also among empty documents, as token files of other programs may hold them: 0 ends one."""
+    """Even among empty documents, which token files of other programs may hold: 0 ends one."""
     assert samples._document_of(np.array(row), 0)
 
 
@@ -189,7 +189,8 @@ def sigterm() -> None:
 
 @contextmanager
 def asked_at(call: int, training: bool) -> Iterator[list[int]]:
-    """This process gets a SIGTERM in the model's `call`-th batch; yields the numbers of all that it computes."""
+    """This process gets a SIGTERM in the model's `call`-th batch; yields the numbers of all batches that it
+    computes."""
     original, calls = LanguageModelTask.__call__, []
 
     def compute(self: LanguageModelTask, batch: dict) -> tuple:
@@ -214,7 +215,7 @@ def asked_at(call: int, training: bool) -> Iterator[list[int]]:
 def test_a_stop_in_the_middle_of_something_long_loses_nothing(
     tiny_run: list[str], tmp_path: Path, call: int, in_training: bool, more: list[str]
 ):
-    """The begun step is dropped, the state before it saved; a validation is done again, for the same checkpoint."""
+    """The begun step is dropped, and the state before it saved; a validation is repeated, for the same checkpoint."""
     sizes = ["--max_iters=3", "--gradient_accumulation_steps=4", "--valid_interval=2", "--valid_iters=5"]
     flags = [*tiny_run, *sizes, *more]
     assert train(flags) == 0
@@ -236,7 +237,7 @@ def test_a_stop_in_the_middle_of_something_long_loses_nothing(
 
 
 def test_frozen_weights_come_back_with_a_resumed_run(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    """They are in no optimizer's state."""
+    """No optimizer state holds them."""
     original, frozen = build.build_model, "layers.0.mlp.down_proj.weight"
 
     def freeze(*arguments: object) -> Llama:
@@ -325,7 +326,7 @@ def test_stop_on_request_and_resume(tiny_run: list[str], tmp_path: Path, capsys:
     assert same_bits(final_state(parts, 4), final_state(tiny_run, 4))
     starts = [(r["attempt"], r["step"], r["parent_ckpt"]) for r in records(parts, "start")]
     assert starts == [(1, 0, None), (2, 2, "step-2")]
-    # A run that is complete has nothing left to do.
+    # A complete run has nothing left to do.
     capsys.readouterr()
     assert train(parts, "--resume") == 0
     assert len(records(parts, "train")) == 4
@@ -391,7 +392,7 @@ def test_clipping_works_on_one_process(tiny_run: list[str], tmp_path: Path):
     free, clipped = (elsewhere(tiny_run, tmp_path / name) for name in ("free", "clipped"))
     assert train(free, "--grad_clip=0") == 0
     assert train(clipped, "--grad_clip=1e-9") == 0
-    # AdamW divides the size of gradients out, but not where they fall below its epsilon.
+    # AdamW divides out the size of gradients, except where they fall below its epsilon.
     assert losses(free)[-1] < losses(clipped)[-1] - 0.1
 
 
@@ -434,7 +435,7 @@ def test_log_interval_covers_all_samples(tiny_run: list[str]):
 
 
 def test_the_records_of_a_crashed_run_cover_every_sample(tiny_run: list[str]):
-    """A save between two log lines: what its checkpoint has consumed must not be missing from the log."""
+    """A save between two log lines: samples that its checkpoint has consumed must not be missing from the log."""
     flags = [*tiny_run, "--log_interval=5", "--save_interval=2", "--max_iters=7"]
     original = trainer_module.Trainer._step
 
@@ -526,7 +527,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], 
     state = json.loads((out_dir(tiny_run) / "ckpt" / "step-40" / "trainer_state.json").read_text())
     assert state["optimizer"]["num_steps"] == 40 - len(skipped)
     assert losses(tiny_run)[-1] < losses(tiny_run)[0] - 0.5
-    # The loss, which rounds its gradient, was told what it would be multiplied by.
+    # The loss, which rounds its gradient, was told the factor that would multiply it.
     assert factors == pytest.approx(told, rel=1e-7) and len(set(told)) > 1
 
 
@@ -624,7 +625,7 @@ def disk_full(self, name: str, *_: object) -> None:
 def test_a_save_that_fails_is_warned_of_and_the_run_goes_on(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A full disk: the checkpoint before stays whole, and the next one is written when there is room again."""
+    """A full disk: the previous checkpoint stays whole, and the next one is written when there is room again."""
     assert train(tiny_run, "--save_interval=2", "--max_iters=8", f"--out_dir={tmp_path / 'undisturbed'}") == 0
     original = CheckpointWriter.write_tensors
 
@@ -671,13 +672,13 @@ def test_an_error_of_the_save_thread_that_is_no_disk_ends_the_run(tiny_run: list
 def test_saved_in_the_background_is_what_was_there_at_that_step(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The training goes on while the file is written: what is written must not move with it."""
+    """Training goes on while the file is written, and the written values must not change with it."""
     now = elsewhere(tiny_run, tmp_path / "now")
     assert train(now, "--max_iters=4", "--save_interval=1", "--keep_last=9", "--no-async_save") == 0
     original, steps = CheckpointWriter.write_files, []
 
     def late(self) -> None:
-        # One step later, or at the end, where the training waits.
+        # One step later, or at the end, where training waits.
         deadline = time.monotonic() + 1.0
         while self.step < 3 and not any(r["step"] >= self.step + 1 for r in records(tiny_run, "train")):
             assert time.monotonic() < deadline
@@ -697,18 +698,18 @@ def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.Mo
 
     def stop_after_step_3(self, *arguments: object):
         if self.progress.step == 2:
-            (self.out_dir / "stop").touch()
+            (self.run_dir.path / "stop").touch()
         return step(self, *arguments)
 
     monkeypatch.setattr(trainer_module.Trainer, "_finish_step", stop_after_step_3)
     assert train(tiny_run, "--max_iters=9") == 75
     assert [path.name for path in (out_dir(tiny_run) / "ckpt").iterdir()] == ["step-3"]
     assert not (out_dir(tiny_run) / "stop").exists()
-    # Asked for while nothing runs: the next launch is the one that can hear it.
+    # Requested while nothing runs: the next launch is the one that can obey it.
     (out_dir(tiny_run) / "stop").touch()
     assert train(tiny_run, "--max_iters=9", "--resume") == 75
     assert records(tiny_run, "end")[-1]["step"] == 3 and not (out_dir(tiny_run) / "stop").exists()
-    # One that came too late is no request to a later launch.
+    # A request that came too late does not count for a later launch.
     (out_dir(tiny_run) / "stop").touch()
     assert train(tiny_run, "--max_iters=3", "--resume") == 0
     assert train(tiny_run, "--max_iters=4", "--resume") == 0
@@ -749,7 +750,7 @@ def test_a_run_that_ends_in_a_streak_pushes_nothing_out(tiny_run: list[str], mon
 
 
 def test_a_stop_request_outlives_a_death_before_the_end_is_told(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
-    """Else the next launch would train on."""
+    """Otherwise the next launch would train on."""
     (out_dir(tiny_run)).mkdir(parents=True, exist_ok=True)
     (out_dir(tiny_run) / "stop").touch()
     monkeypatch.setattr(Heartbeat, "end", lambda *_: crash())
@@ -775,13 +776,13 @@ def test_a_stop_in_a_streak_keeps_the_last_good_checkpoint(
 def test_weights_that_are_not_finite_are_never_saved(
     tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, background: str, value: float, where: str
 ):
-    """Also where no gradient shows it: the save looks."""
+    """Even if no gradient shows it, because the save checks."""
     step = trainer_module.Trainer._finish_step
 
     def poison(self, *arguments: object):
         result = step(self, *arguments)
         if self.progress.step == 3:
-            _, states = next(iter(self.optimizer.named_state()))
+            _, states = next(iter(self.engine.named_state()))
             (next(self.model.parameters()) if where == "model" else states["main"]).data.view(-1)[7] = value
         return result
 
@@ -790,7 +791,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     with pytest.raises(FloatingPointError, match="the weights of step 4 are of no use: rank 0: .* is not finite"):
         train(flags)
     assert steps_saved(tiny_run) == [2]
-    # Where to go on: behind the samples of the steps that were done until the save had looked.
+    # Place to go on: after the samples of the steps that were done until the save had checked.
     until = read_exit_records(out_dir(tiny_run) / "exit")[0]["non_finite_until"]
     assert 16 <= until <= 32
     monkeypatch.undo()
@@ -831,7 +832,7 @@ def test_samples_that_made_the_loss_non_finite_can_be_left_out(tiny_run: list[st
     assert records(tiny_run, "start")[-1]["left_out"] == [16, 23]
     assert audit.main([str(out_dir(tiny_run))]) == 0
     assert "left out on request: positions 16 to 23" in capsys.readouterr().out
-    # It is in the checkpoint from the beginning: a later launch need not be told again.
+    # The checkpoint holds it from the beginning: a later launch need not be told again.
     assert train(tiny_run, "--max_iters=7", "--resume") == 0
     assert [r["samples"] for r in records(tiny_run, "train")][6:] == [[32, 35]]
     assert train(tiny_run, "--resume_at_sample=5") == 2

@@ -1,12 +1,12 @@
 """A whole model trained for 20 steps: on the plain ops, on the Triton kernels, and in float64.
 
-The losses are held to those of float64, so that the tolerance is no guess: the fused run may deviate from them by no
-more than twice as much as the plain run of the same dtype does, over the steps' root mean square (or by one unit in the
-loss's last place as float32, if that is more). A step's deviation alone is luck, its root mean square over 20 steps
-hardly: for three seeds of the weights it was 0.7 to 1.1 of the plain run's in float32, 0.8 to 1.2 in bfloat16.
+The losses are compared with those of float64, so that the tolerance is not a guess: the root mean square, over the
+steps, of the fused run's deviation may be at most twice that of the plain run in the same dtype (or one unit in the
+loss's last place as float32, if that is more). A single step's deviation is luck, but the root mean square over 20
+steps hardly is: for three seeds of the weights it was 0.7 to 1.1 of the plain run's in float32, 0.8 to 1.2 in bfloat16.
 
 Both runs train as train_my_ddp.py does: flat buffers, gradients in float32, clipping, AdamW on float32 main parameters.
-Rows hold two documents; float32 drops, bfloat16 steps with the Triton AdamW. The losses themselves are kept in
+Rows hold two documents; float32 uses dropout, bfloat16 the Triton AdamW. The losses themselves are kept in
 tests/golden/whole_model.json.
 """
 
@@ -25,19 +25,20 @@ from model import Llama, LlamaConfig
 from model.dropout import DropoutKey, dropout
 from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.ops import REFERENCE, Ops, build_ops
-from optimizer.adamw import AdamWConfig, adamw_reference
+from optimizer.adamw import adamw_reference
 from optimizer.clip import clip_factor
+from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import DistContext, DistributedDataParallel
+from parallel import BucketGradients, DistContext, DistributedDataParallel
 from tests.kernel_checks import DEVICE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "whole_model.json"
 STEPS, WIDTH, VOCAB_SIZE = 20, 4, 16
-"""Triton's interpreter takes a tenth of a second for what the model does to a token."""
+"""Triton's interpreter takes a tenth of a second for each token of the model."""
 LEARNING_RATE, GRAD_CLIP = 1e-2, 1.0
-CONSTANTS = AdamWConfig(eps=1e-2)
-"""With Adam's usual eps, a gradient of 1e-9 that rounding gives another sign moves its weight by twice the learning
-rate: deviations would be a lottery, as they would not with this one."""
+CONSTANTS = AdamWConfig(adam_eps=1e-2)
+"""With Adam's usual eps, a gradient of 1e-9 whose sign changes by rounding moves its weight by twice the learning rate:
+deviations would be a lottery. With this eps they are not."""
 CONFIG = LlamaConfig(
     vocab_size=VOCAB_SIZE, hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, initializer_range=0.1,
@@ -51,11 +52,11 @@ FUSED = {"rms_norm": "triton", "rope": "triton", "swiglu": "triton", "cross_entr
 
 
 def batch(step: int) -> dict[str, Tensor]:
-    """A row of two documents; the same four rows over and over."""
+    """A row of two documents; the same four rows, repeated."""
     generator = torch.Generator().manual_seed(100 + step % 4)
     tokens = torch.randint(0, VOCAB_SIZE, (1, WIDTH + 1), generator=generator)
     labels = tokens[:, 1:].clone()
-    # The last token of the first document has nothing to tell.
+    # The last token of the first document has no label.
     labels[0, 2] = -100
     made = {"input_ids": tokens[:, :-1], "labels": labels, "document_ids": torch.tensor([[0, 0, 0, 1]]),
             "positions": torch.tensor([[0, 1, 2, 0]]), "row_ids": torch.tensor([step])}  # fmt: skip
@@ -76,7 +77,9 @@ def train(config: LlamaConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: 
     model.initialize(seed)
     model.to(device=DEVICE, dtype=dtype).train()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, torch.device(DEVICE)), overlap_grad_reduce=False)
-    optimizer = MixedPrecisionOptimizer(ddp.slices(), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel)
+    optimizer = MixedPrecisionOptimizer(
+        BucketGradients(ddp), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel
+    )
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, batch(step))
@@ -95,7 +98,7 @@ def train_plain(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[
 
 def train_fused(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
     loss_sum = functools.partial(linear_cross_entropy_sum, use_triton=True)
-    # float32 weights are their own main parameters; the step that has more to do is the other one.
+    # float32 weights are their own main parameters; the other step has more to do.
     kernel = "torch" if dtype == torch.float32 else "triton"
     return train(config, dtype, replace(build_ops(FUSED), loss_sum=loss_sum), kernel, seed)
 
@@ -117,7 +120,7 @@ def exact_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tupl
 
 
 def train_exact(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
-    """The run in float64, from the weights that a run in `dtype` begins with; every op by its formula."""
+    """The float64 run, from the weights with which a run in `dtype` begins; every op by its formula."""
     torch.set_num_threads(1)
     ops = replace(
         REFERENCE, rms_norm=exact_norm, add_rms_norm=exact_add_norm, rope=exact_rope,
@@ -149,15 +152,15 @@ def deviation(losses: list[float], exact: list[float]) -> float:
 
 
 def unit(exact: list[float]) -> float:
-    """In the last place of the largest loss, as a float32."""
+    """Unit in the last place of the largest loss, as a float32."""
     return torch.finfo(torch.float32).eps * 2.0 ** math.floor(math.log2(max(exact)))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_are_those_of_before(name: str):
-    """Float64 to nine digits: no change of the model, the optimizer or dropout passes unseen. A run in 16 or 32 bits on
-    another CPU rounds elsewhere, and then is about as far from its former losses as those were from float64; twice the
-    largest of 20 such steps is ten times the root mean square, rounded up."""
+    """Float64 to nine digits: no change of the model, the optimizer or dropout goes unnoticed. A run in 16 or 32 bits
+    on another CPU rounds differently, and is then about as far from its former losses as those were from float64; twice
+    the largest of 20 such steps is ten times the root mean square, rounded up."""
     golden, (dtype, config) = json.loads(GOLDEN.read_text())["losses"][name], CASES[name]
     assert train_exact(config, dtype) == pytest.approx(golden["float64"], rel=1e-9)
     for kind in ("plain", "fused"):
@@ -172,7 +175,7 @@ def test_the_losses_are_those_of_before(name: str):
 def test_the_fused_run_is_as_close_to_float64_as_the_plain_one(name: str):
     dtype, config = CASES[name]
     exact, plain, fused = (run(config, dtype) for run in (train_exact, train_plain, train_fused))
-    # A model that learns: a step that did nothing would pass otherwise.
+    # The model learns: otherwise a step that did nothing would pass.
     assert sum(exact[-5:]) < 0.8 * sum(exact[:5])
     assert deviation(fused, exact) <= max(2.0 * deviation(plain, exact), unit(exact))
     golden = json.loads(GOLDEN.read_text())["losses"][name]

@@ -1,4 +1,4 @@
-"""The process of the window: Qt's application, its threads and its end."""
+"""The window's process: Qt's application, threads, the end."""
 
 import argparse
 import gc
@@ -35,10 +35,10 @@ def show(args: argparse.Namespace) -> int:
     prepare_matplotlib()
     if args.language == "zh" and chinese_font() is None:
         logger.warning("no font with Chinese characters is installed: install Noto Sans CJK, for instance")
-    # Without it, PyQt ends the process after a mistake in a slot.
+    # Without a hook, PyQt ends the process after a mistake in a slot.
     sys.excepthook = lambda *problem: logger.error("this went wrong", exc_info=problem)
-    # Threads that read and draw give way to Qt's often. Python's own search for garbage stops them all for 100 ms; the
-    # draughtsman looks through what is new after each picture instead.
+    # Threads that read and draw often give way to Qt's. Python's own search for garbage would stop all of them for 100
+    # ms; the draughtsman searches new objects after each picture instead.
     sys.setswitchinterval(0.001)
     gc.collect()
     gc.freeze()

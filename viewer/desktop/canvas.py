@@ -31,11 +31,11 @@ from viewer.text import translate
 from viewer.view import View, theme_of, without_zoom
 
 _LEAST_DRAG = 6
-"""Pixels; less is a click."""
+"""Pixels; a shorter movement is a click."""
 
 
 class Canvas(QWidget):
-    """Shows a picture; zoom, pan and crosshair."""
+    """Shows a picture, with zoom, pan and crosshair."""
 
     zoomed = pyqtSignal(object)
     """A View with other ranges."""
@@ -47,7 +47,7 @@ class Canvas(QWidget):
         self.setMinimumSize(320, 240)
         self.setAttribute(Qt.WA_OpaquePaintEvent)
         self.pans = False
-        """The left button moves."""
+        """Whether the left button moves."""
         self._picture: Picture | None = None
         self._view = View()
         self._mouse: QPoint | None = None
@@ -60,7 +60,7 @@ class Canvas(QWidget):
         self.update()
 
     def set_view(self, view: View) -> None:
-        """What is asked for, though its picture may still be on its way."""
+        """Set the view that is asked for; its picture may come later."""
         self._view = view
         self.update()
 
@@ -88,7 +88,7 @@ class Canvas(QWidget):
         self._paint_crosshair(painter)
 
     def _stretch(self, painter: QPainter, panel: DrawnPanel) -> None:
-        """Where the ranges asked for are not those of the picture, show that part of it as large as it will be."""
+        """Show the part of the picture that was asked for, as large as it will be, until its own picture is there."""
         x, y = self.ranges(panel)
         if x == panel.x_range and y == panel.y_range:
             return
@@ -118,7 +118,7 @@ class Canvas(QWidget):
             painter.drawRect(rect)
 
     def _banded(self) -> QRectF | None:
-        """What is framed; a flat frame means the whole height, a thin one the whole width."""
+        """The frame that the mouse draws. A flat one means the whole height, a thin one the whole width."""
         left, top, right, bottom = self._panel.box
         x0, x1 = sorted(min(max(p.x(), left), right) for p in (self._from, self._mouse))
         y0, y1 = sorted(min(max(p.y(), top), bottom) for p in (self._from, self._mouse))
@@ -150,7 +150,7 @@ class Canvas(QWidget):
         self._paint_values(painter, readings, x)
 
     def _paint_level(self, painter: QPainter, panel: DrawnPanel, y: float) -> None:
-        """The cursor's own height, on the axis."""
+        """Paint the cursor's own y on the axis."""
         theme, metrics, text = theme_of(self._view), painter.fontMetrics(), value_text(y)
         width, height = metrics.horizontalAdvance(text) + 6, metrics.height()
         box = QRectF(max(panel.box[0] - width - 2, 0), self._mouse.y() - height / 2, width, height)
@@ -159,7 +159,7 @@ class Canvas(QWidget):
         painter.drawText(box, Qt.AlignCenter, text)
 
     def _paint_points(self, painter: QPainter, panel: DrawnPanel, readings: list[Reading]) -> None:
-        """Which points the values are of."""
+        """Paint dots on the points whose values are shown."""
         painter.save()
         painter.setClipRect(QRectF(*panel.box[:2], panel.box[2] - panel.box[0], panel.box[3] - panel.box[1]))
         painter.setRenderHint(QPainter.Antialiasing)
@@ -172,11 +172,11 @@ class Canvas(QWidget):
         painter.restore()
 
     def across(self, panel: DrawnPanel, x: float) -> float | None:
-        """Where a place on the x axis lies on the screen, if it does."""
+        """How far right an x lies on the screen; None outside of the panel."""
         return across(panel, self._view, x)
 
     def point(self, panel: DrawnPanel, x: float, y: float) -> QPointF | None:
-        """Where a value lies on the screen, if it does."""
+        """The place of a point on the screen; None outside of the panel."""
         place = place_of(panel, self._view, x, y)
         return None if place is None else QPointF(*place)
 
@@ -218,7 +218,7 @@ class Canvas(QWidget):
             painter.drawText(QPointF(left + 24, base + (len(rows) + 1) * line), text)
 
     def _nearest(self, rows: list[tuple[Reading, str]], most: int) -> tuple[list[tuple[Reading, str]], int]:
-        """The rows next to the cursor's height, if there is no room for all; how many there are besides."""
+        """The rows nearest to the cursor if there is no room for all, and the number of the others."""
         panel = self.panel_at(self._mouse)
         return nearest(rows, self.place(panel, self._mouse)[1], most)
 
@@ -254,7 +254,7 @@ class Canvas(QWidget):
         self.update()
 
     def mouseDoubleClickEvent(self, event) -> None:
-        """A panel gets all the room, or gives it back; beside the panels: no zoom."""
+        """On a panel, give it all the room or take that back; beside the panels, undo the zoom."""
         panel = self.panel_at(event.pos())
         if panel is None:
             self.zoomed.emit(without_zoom(self._view))

@@ -1,4 +1,4 @@
-"""matplotlib draws in a thread of its own, so that Qt's never waits."""
+"""Lets matplotlib draw in a thread of its own, so that Qt's thread never waits."""
 
 import gc
 import logging
@@ -21,20 +21,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Picture:
+    """A drawn view."""
+
     image: QImage
     panels: list[DrawnPanel]
     view: View
     seconds: float
-    """That it took."""
+    """Time that drawing took."""
 
 
 class Draughtsman(QObject):
-    """Draws in a thread of its own, always the newest request only."""
+    """Draws the newest request in a thread of its own; older ones are dropped."""
 
     drawn = pyqtSignal(object)
     """A Picture."""
     done = pyqtSignal(str)
-    """What `later` has to say."""
+    """The text that an action of `later` returned."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +52,7 @@ class Draughtsman(QObject):
             self._condition.notify()
 
     def later(self, action: Callable[[], str]) -> None:
-        """Run something long beside all; what it returns comes back as `done`."""
+        """Run a long action in another thread; `done` brings the text that it returns."""
         threading.Thread(target=lambda: self.done.emit(action()), daemon=True).start()
 
     def stop(self) -> None:
@@ -70,7 +72,7 @@ class Draughtsman(QObject):
             try:
                 picture = _draw(*request)
             except Exception:
-                # What one file holds must not end the view of the others; the picture before stays.
+                # A file with strange contents must not end the view of the others; the last picture stays.
                 logger.exception("this cannot be drawn")
                 continue
             self.drawn.emit(picture)

@@ -1,4 +1,4 @@
-"""Qt's beginning. Where it cannot open a window, it would end the process with SIGABRT and a page of its own words."""
+"""Starts Qt. If it cannot open a window, Qt by itself would end the process with SIGABRT and a page of messages."""
 
 import os
 import re
@@ -15,7 +15,7 @@ WITHOUT_WINDOW = "--png FILE draws without a window"
 
 
 def open_application() -> "QApplication":
-    """The process's QApplication. If Qt gives up, a sentence that says why, and exit code 2."""
+    """The process's QApplication. If Qt gives up, print a sentence that says why, and end with exit code 2."""
     from PyQt5.QtCore import QtFatalMsg, qInstallMessageHandler
     from PyQt5.QtWidgets import QApplication
 
@@ -26,8 +26,8 @@ def open_application() -> "QApplication":
     def listen(kind: int, _context: object, message: str) -> None:
         said.append(message)
         if kind == QtFatalMsg:
-            # When this returns, Qt aborts; an exception that leaves it does the same. No host is being read yet, so
-            # there is nothing else to end.
+            # When this function returns or raises, Qt aborts. No source is being read yet, so there is nothing else to
+            # end.
             print(f"resplot: {why_no_window(said)}", file=sys.stderr, flush=True)
             os._exit(2)
 
@@ -42,9 +42,10 @@ def open_application() -> "QApplication":
 
 
 def why_no_window(said: Sequence[str]) -> str:
-    """
+    """A sentence for the user.
+
     Args:
-        said: what Qt said before it gave up.
+        said: messages of Qt before it gave up.
     """
     text = "\n".join(said)
     if "could not connect to display" in text or "Failed to create wl_display" in text:
@@ -59,8 +60,8 @@ def why_no_window(said: Sequence[str]) -> str:
 
 
 def _missing_libraries(platform: str) -> str:
-    """The libraries of the system that a platform's plugin lacks, and where they come from; nothing if that is not the
-    matter or cannot be known."""
+    """A text that names the system libraries which a platform's plugin lacks, and their packages; empty if it lacks
+    none or that cannot be known."""
     from PyQt5.QtCore import QLibraryInfo
 
     plugin = os.path.join(QLibraryInfo.location(QLibraryInfo.PluginsPath), "platforms", f"libq{platform}.so")
@@ -75,12 +76,13 @@ def _missing_libraries(platform: str) -> str:
 
 
 def lacking(ldd: str) -> list[str]:
-    """Names of libraries that `ldd` did not find."""
+    """Names of the libraries that `ldd` did not find, from its output."""
     return sorted(set(re.findall(r"^\s*(\S+) => not found", ldd, re.MULTILINE)))
 
 
 def debian_package(library: str) -> str:
-    """By Debian's rule (Policy, 8.1): libfoo.so.4 is in libfoo4, libfoo1.so.4 in libfoo1-4."""
+    """Name of the package of a library by Debian's rule (Policy, 8.1): libfoo.so.4 is in libfoo4, libfoo1.so.4 in
+    libfoo1-4."""
     name, _, version = library.lower().partition(".so.")
     version = version.partition(".")[0]
     return f"{name}{'-' if name[-1:].isdigit() else ''}{version}"

@@ -1,4 +1,4 @@
-"""What a host asks on the way in: whether its key is known, a password."""
+"""Questions of a host at login: whether its key is right, and a password."""
 
 import queue
 import threading
@@ -11,10 +11,10 @@ from viewer.text import translate
 
 
 class WindowQuestions(QObject):
-    """Brings what a host asks from its thread before the user, and the answer back."""
+    """Brings questions from a source's thread to the user, and the answers back."""
 
     asked = pyqtSignal(str, tuple, object)
-    """Kind, values, and the queue for the answer."""
+    """(kind, values, queue for the answer)."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class WindowQuestions(QObject):
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Nobody answers any more."""
+        """Answer all questions with None from now on: nobody is there."""
         self._closed.set()
 
     def _ask(self, kind: str, values: tuple) -> object:
@@ -46,7 +46,7 @@ class WindowQuestions(QObject):
 
 
 def ask_user(parent: QWidget, kind: str, values: tuple, language: str) -> bool | str | None:
-    """Ask in a dialog.
+    """The answer from a dialog; None if the user gives none.
 
     Args:
         kind: "confirm" or "password".

@@ -1,4 +1,4 @@
-"""What the window was like when it was closed."""
+"""The choices that the window remembers from one time to the next."""
 
 import argparse
 from contextlib import suppress
@@ -9,7 +9,7 @@ from viewer.view import X_AXES, View
 
 
 def kept(settings: QSettings, name: str, default):
-    """What was remembered, if it is of the default's type; else the default."""
+    """The remembered value, if it is of the default's type; otherwise the default."""
     found = settings.value(name, default)
     if isinstance(default, bool):
         return found in (True, "true")
@@ -21,7 +21,7 @@ def kept(settings: QSettings, name: str, default):
 
 
 def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
-    """What the command line says, else what the window was like when it was closed."""
+    """The view of the command line; what that does not say is as it was when the window was closed."""
     x = kept(settings, "x", "step")
     panels = args.panels if args.panels is not None else kept(settings, "panels", "")
     smoothing = kept(settings, "smoothing", -1.0) if args.smoothing is None else args.smoothing
@@ -39,7 +39,7 @@ def remembered_view(args: argparse.Namespace, settings: QSettings) -> View:
 
 
 def remember_view(view: View, settings: QSettings) -> None:
-    """Leave all of a view for the next time but its panels and its zoom."""
+    """Remember all of a view but its panels and its zoom."""
     smoothing = -1.0 if view.smoothing is None else view.smoothing
     for name in ("x", "log_y", "raw", "marks", "outliers", "dark"):
         settings.setValue(name, getattr(view, name))

@@ -20,21 +20,23 @@ _MOST_COLUMN_WIDTH = 340
 
 
 def key_of(run: Run) -> tuple:
+    """What identifies a run while the window is open."""
     return (run.target, run.path)
 
 
 class RunTable(QTreeWidget):
-    """A row a run; its box hides it, a double click shows it alone, a click on the head of a column sorts."""
+    """One row for each run. Its box hides the run, a double click shows it alone, a click on the head of a column
+    sorts."""
 
     hid = pyqtSignal()
-    """Other runs are hidden than before."""
+    """The set of hidden runs has changed."""
     reordered = pyqtSignal()
-    """The rows are to be in another order."""
+    """Another order was asked for."""
 
     def __init__(self, language: str):
         super().__init__()
         self.hidden: set[tuple] = set()
-        """Keys of runs."""
+        """Keys of the hidden runs."""
         self.sorted_by: Sorting | None = None
         self._looks: dict[tuple, tuple[str, str]] = {}
         """Colour and mark of each run."""
@@ -52,19 +54,21 @@ class RunTable(QTreeWidget):
             self.resizeColumnToContents(column)
         self.header().setSectionsClickable(True)
         self.header().sectionClicked.connect(self._sort)
-        self.header().setToolTip(translate("Click to sort: rising, falling, as the runs were named.", language))
+        about_sorting = "Click to sort: rising, then falling, then as the runs were named."
+        self.header().setToolTip(translate(about_sorting, language))
         self.itemChanged.connect(self._toggle)
         self.itemDoubleClicked.connect(self._show_only)
 
     def look(self, run: Run) -> tuple[str, str]:
-        """A run keeps its colour and its mark as long as the window is open."""
+        """Colour and mark of a run, which it keeps as long as the window is open."""
         return self._looks.setdefault(key_of(run), look(len(self._looks)))
 
     def is_hidden(self, run: Run) -> bool:
         return key_of(run) in self.hidden
 
     def show_runs(self, runs: list[Run], names: list[str], snapshots: list[Snapshot], view: View) -> bool:
-        """Show only what has changed: with many runs, Qt would spend its time on this. Whether anything has."""
+        """Show the runs, and return whether anything has changed. Only changes are shown: with many runs, Qt would
+        spend its time on the rest."""
         for run in runs:
             self.look(run)
         now, language = time.time(), view.language
@@ -80,7 +84,7 @@ class RunTable(QTreeWidget):
         if rows != before:
             self._fill(rows, before)
         bar = self.horizontalScrollBar()
-        # It would cover the last row.
+        # The bar would cover the last row.
         self.setFixedHeight(self._least_height + (bar.sizeHint().height() if bar.maximum() > 0 else 0))
         return rows != before
 
@@ -125,7 +129,8 @@ class RunTable(QTreeWidget):
         return self.fontMetrics().horizontalAdvance(text) + (64 if column == 0 else 18)
 
     def _widen(self, column: int, text: str) -> None:
-        """Within bounds: a long name would push all figures out of the window. The last column has what is left."""
+        """Widen a column for a text, up to a limit: a long name would push all figures out of the window. The last
+        column takes the remaining width."""
         width = min(self._needed_width(column, text), _MOST_COLUMN_WIDTH)
         if width > self.columnWidth(column) and column < len(COLUMNS) - 1:
             self.setColumnWidth(column, width)
@@ -148,14 +153,14 @@ class RunTable(QTreeWidget):
             self.hid.emit()
 
     def _show_only(self, item: QTreeWidgetItem, _column: int) -> None:
-        """The run alone; once more: all."""
+        """Show the run alone; if it is alone, show all."""
         others = {row[0] for row in self._rows} - {item.data(0, Qt.UserRole)}
         self.hidden = set() if self.hidden == others and others else others
         self.hid.emit()
 
 
 def _stroke(colour: str, mark: str) -> QIcon:
-    """A piece of a run's curve."""
+    """An icon with a piece of a run's curve."""
     picture = QPixmap(QSize(16, 16))
     picture.fill(Qt.transparent)
     painter = QPainter(picture)

@@ -1,4 +1,4 @@
-"""What docks at the window's sides: the list of panels, and the settings that differ."""
+"""The lists at the window's sides: panels, and settings that differ."""
 
 from PyQt5.QtCore import Qt, pyqtSignal
 from PyQt5.QtWidgets import QListWidget, QListWidgetItem, QTableWidget, QTableWidgetItem
@@ -14,7 +14,7 @@ class PanelList(QListWidget):
     """The panels that the runs have, each with a box."""
 
     chosen = pyqtSignal(set, set)
-    """Keys of all that are listed, and of those that are checked."""
+    """(keys of all listed panels, keys of the checked ones)."""
 
     def __init__(self, language: str):
         super().__init__()
@@ -27,9 +27,10 @@ class PanelList(QListWidget):
         return listed, {item.data(Qt.UserRole) for item in items if item.checkState() == Qt.Checked}
 
     def show_panels(self, panels: list[Panel], shown: set[str]) -> None:
-        """
+        """List the panels, if they are others than before.
+
         Args:
-            shown: keys of those that are checked, if the list is another one than before.
+            shown: keys of the panels to check.
         """
         if [panel.key for panel in panels] == [self.item(n).data(Qt.UserRole) for n in range(self.count())]:
             return
@@ -46,7 +47,7 @@ class PanelList(QListWidget):
 
 
 class DifferenceTable(QTableWidget):
-    """The settings that are not the same in all runs; of a single run, all its settings."""
+    """The settings that are not the same in all runs; for a single run, all its settings."""
 
     def __init__(self, language: str):
         super().__init__()
@@ -56,10 +57,10 @@ class DifferenceTable(QTableWidget):
         self.verticalHeader().hide()
 
     def show_settings(self, runs: list[tuple[Run, str]]) -> bool:
-        """Show them, if they are others than before; whether they are.
+        """Show the settings if they have changed, and return whether they have.
 
         Args:
-            runs: with their names.
+            runs: runs with their names.
         """
         rows = differences([run.health.config for run, _ in runs])
         unreadable = f" ({self._say('settings cannot be read')})"

@@ -1,4 +1,4 @@
-"""A piece of a run's curve with its mark, painted by Qt."""
+"""Pieces of curves with their marks, painted by Qt."""
 
 import math
 
@@ -7,7 +7,7 @@ from PyQt5.QtGui import QColor, QPainter, QPolygonF
 
 
 def paint_stroke(painter: QPainter, left: float, middle: float, width: float, colour: str, mark: str) -> None:
-    """A piece of a run's curve, with its mark."""
+    """Paint a piece of a run's curve with its mark."""
     painter.save()
     painter.setRenderHint(QPainter.Antialiasing)
     painter.setPen(Qt.NoPen)
@@ -20,7 +20,7 @@ def paint_stroke(painter: QPainter, left: float, middle: float, width: float, co
 
 
 def _star(points: int, inner: float, turned: float = 0.0) -> list[tuple[float, float]]:
-    """Corners around a centre, by turns at 1 and at `inner` from it."""
+    """Corners of a star around the origin, alternately at distance 1 and `inner`."""
     return [
         ((1, inner)[n % 2] * math.sin(turned + math.pi * n / points),
          -(1, inner)[n % 2] * math.cos(turned + math.pi * n / points)) for n in range(2 * points)
@@ -31,4 +31,4 @@ _FORMS = {
     "s": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)], "D": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
     "v": [(-1.1, -0.8), (1.1, -0.8), (0, 1.1)], "P": _star(4, 0.45), "*": _star(5, 0.4),
 }  # fmt: skip
-"""Of colours.MARKS, as matplotlib draws them, about."""
+"""Corners of colours.MARKS, about as matplotlib draws them."""

@@ -1,4 +1,4 @@
-"""Qt's own colours, light or dark as the paper of the panels."""
+"""Colours of Qt's own widgets, light or dark as the paper of the panels."""
 
 from PyQt5.QtGui import QColor, QPalette
 from PyQt5.QtWidgets import QApplication, QWidget
@@ -24,7 +24,7 @@ def put_on_theme(window: QWidget, view: View) -> None:
         for role in (QPalette.Text, QPalette.ButtonText, QPalette.WindowText):
             palette.setColor(QPalette.Disabled, role, QColor(theme.faint))
     QApplication.instance().setPalette(palette)
-    # The style's own boxes cannot be seen on dark paper.
+    # The boxes of Qt's style cannot be seen on dark paper.
     window.setStyleSheet(
         f"QAbstractItemView::indicator {{ width: 11px; height: 11px; border: 1px solid {theme.faint}; }}"
         f"QAbstractItemView::indicator:checked {{ background: {_CHOSEN}; border-color: {_CHOSEN}; }}"

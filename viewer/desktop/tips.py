@@ -1,8 +1,8 @@
-"""Texts that appear beside the mouse."""
+"""Texts of tool tips."""
 
 import html
 
 
 def tip(text: str) -> str:
-    """Qt would take what looks like HTML for HTML, and load its pictures."""
+    """A tool tip with this text. Qt would take a text that looks like HTML for HTML, and load its pictures."""
     return f"<span>{html.escape(text)}</span>"

@@ -1,4 +1,4 @@
-"""The row of tools over the table."""
+"""The row of tools above the table."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,18 +11,19 @@ from viewer.text import translate
 from viewer.view import X_AXES, View, without_zoom
 
 _SMOOTHINGS = (None, *WEIGHTS)
-"""Of the slider. None: by the length of each curve."""
+"""Weights on the slider. None: chosen by the length of each curve."""
 
 
 class Tools(QToolBar):
-    """
+    """Switches and buttons, most of which change the view.
+
     Args:
-        view: how the window opens.
+        view: the view with which the window opens.
         differs: shows and hides the table of settings that differ.
     """
 
     changes = pyqtSignal(object)
-    """A function from the view that there is to the one that is asked for."""
+    """A function that makes the new view from the present one."""
     adds, saves, reconnects = pyqtSignal(), pyqtSignal(), pyqtSignal()
     pans = pyqtSignal(bool)
 
@@ -55,16 +56,16 @@ class Tools(QToolBar):
         self.log_action = self._add_switch("Log", "The y axis is logarithmic.", "log_y")
         self.addWidget(QLabel(f"  {self._say('Smoothing')} "))
         self._add_smoothing()
-        self._add_switch("Raw", "Behind smoothed curves, the measured ones stay visible.", "raw")
-        self._add_switch("Marks", "Restarts, checkpoints and values that are not finite are marked.", "marks")
-        self._add_switch("Outliers", "The y axis reaches to the farthest value, not only to where 98 of 100 are.",
+        self._add_switch("Raw", "Show the measured curves behind the smoothed ones.", "raw")
+        self._add_switch("Marks", "Mark restarts, checkpoints and values that are not finite.", "marks")
+        self._add_switch("Outliers", "The y axis reaches to the farthest value, not only to 98 of 100 values.",
                          "outliers")  # fmt: skip
 
     def _add_smoothing(self) -> None:
         self.smoothing = QSlider(Qt.Horizontal)
         self.smoothing.setRange(0, len(_SMOOTHINGS) - 1)
         self.smoothing.setFixedWidth(130)
-        self.smoothing.setToolTip(self._say("How much of the past a point holds: exponential moving average."))
+        self.smoothing.setToolTip(self._say("Weight of the past in each point: exponential moving average."))
         self.smoothing.setValue(_nearest_smoothing(self._view.smoothing))
         self.smoothing_label = QLabel(self._smoothing_text(self._view.smoothing))
         widest = max((self._smoothing_text(weight) for weight in (None, 0.999)), key=len)
@@ -75,9 +76,9 @@ class Tools(QToolBar):
 
     def _add_zoom(self) -> None:
         self.addSeparator()
-        self._add_button("All", "Everything is shown: no zoom.", lambda: self.changes.emit(without_zoom), "Home")
+        self._add_button("All", "Show everything, without zoom.", lambda: self.changes.emit(without_zoom), "Home")
         self.back_action = self._add_button(
-            "All panels", "All panels again, as after another double click.",
+            "All panels", "Show all panels again, as another double click does.",
             lambda: self.changes.emit(lambda view: replace(view, alone="")), "Esc",
         )  # fmt: skip
         self.back_action.setVisible(False)
@@ -96,11 +97,11 @@ class Tools(QToolBar):
         return button
 
     def _add_switch(self, text: str, tip: str, name: str) -> QAction:
-        """A button that turns a yes-or-no of the view on and off."""
+        """A button that turns a field of the view on and off."""
         button = self._add_button(text, tip, lambda: None)
         button.setCheckable(True)
         button.setChecked(getattr(self._view, name))
-        # The range along y was chosen for the values as they were shown.
+        # A zoom along y was chosen for the axis as it was.
         zoom = {"y_ranges": ()} if name in ("log_y", "outliers") else {}
         button.toggled.connect(lambda on: self.changes.emit(lambda view: replace(view, **{name: on}, **zoom)))
         return button
@@ -117,7 +118,7 @@ class Tools(QToolBar):
 
 
 def _nearest_smoothing(weight: float | None) -> int:
-    """The place on the slider."""
+    """The slider's position nearest to a weight."""
     if weight is None:
         return 0
     return 1 + min(range(len(WEIGHTS)), key=lambda index: abs(WEIGHTS[index] - weight))

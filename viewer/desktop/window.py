@@ -1,4 +1,4 @@
-"""The desktop window: puts the parts together, and asks for another picture when there is something new."""
+"""The desktop window: puts its parts together, and asks for another picture when there is something new."""
 
 import queue
 import time
@@ -29,14 +29,16 @@ from viewer.view import ShownRun, View
 
 
 class Window(QMainWindow):
-    """
+    """The viewer's window.
+
     Args:
-        view: how it opens.
-        open_more: addresses -> sources, not started yet.
-        settings: where the layout is remembered.
+        view: the view with which the window opens.
+        open_more: from addresses to sources that are not started yet.
+        settings: remember the layout.
     """
 
     changed = pyqtSignal()
+    """A source has something new."""
 
     def __init__(self, view: View, open_more: Callable[..., list[RunSource]], settings: QSettings):
         super().__init__()
@@ -53,7 +55,7 @@ class Window(QMainWindow):
         self._build()
         self._soon = QTimer(self, singleShot=True, interval=100)
         self._soon.timeout.connect(self.refresh)
-        # Through the event loop: sources call from threads of their own.
+        # The signal passes through the event loop: sources call from threads of their own.
         self.changed.connect(self._soon_if_idle)
         self._clock = QTimer(self, interval=1000)
         self._clock.timeout.connect(self.refresh)
@@ -146,7 +148,7 @@ class Window(QMainWindow):
             self._soon.start()
 
     def refresh(self) -> None:
-        """Bring table, lists and, if there is something new, the picture up to date."""
+        """Bring the table, the lists and, if there is something new, the picture up to date."""
         runs = self.runs
         names = labels(runs)
         snapshots = [run.history.snapshot() for run in runs]
@@ -176,13 +178,13 @@ class Window(QMainWindow):
         self._redraw()
 
     def _choose_panels(self, listed: set[str], checked: set[str]) -> None:
-        # What other runs have stays chosen for when they are shown again.
+        # Panels of hidden runs stay chosen until these are shown again.
         self._chosen = (self._chosen - listed) | checked
-        # Nothing chosen is not the same as the usual ones.
+        # A view without panels would show the usual ones.
         self._set_view(replace(self._view, panels=tuple(self._chosen) or ("",), alone=""))
 
     def _named_runs(self) -> list[tuple[Run, str]]:
-        """Those that are not hidden, with their names among all."""
+        """The runs that are not hidden, with their names among all runs."""
         runs = self.runs
         return [(run, name) for run, name in zip(runs, labels(runs)) if not self.header.is_hidden(run)]
 
@@ -190,7 +192,7 @@ class Window(QMainWindow):
         if self.difference_dock.isVisible():
             shown = self._named_runs()
             if self.difference_table.show_settings(shown):
-                # One run differs from nothing: all its settings are shown.
+                # A single run differs from none: all its settings are shown.
                 self.difference_dock.setWindowTitle(self._say("Settings" if len(shown) == 1 else "What differs"))
 
     def shown_runs(self) -> list[ShownRun]:
@@ -205,7 +207,7 @@ class Window(QMainWindow):
         self.draughtsman.request(self.shown_runs(), view, self.canvas.size(), self.canvas.devicePixelRatioF())
 
     def _show_picture(self, picture: Picture) -> None:
-        # Where drawing takes long, reading must come first.
+        # If drawing takes long, reading must come first.
         self._rests_until = time.monotonic() + min(3 * picture.seconds, 2.0)
         self.canvas.show_picture(picture)
 
@@ -228,7 +230,7 @@ class Window(QMainWindow):
             self.save(Path(name))
 
     def save(self, path: Path) -> None:
-        """Write what is shown; the status bar says what became of it."""
+        """Write what is shown into a file; the status bar reports the result."""
         path = path if path.suffix else path.with_suffix(".png")
         runs, view, size = self.shown_runs(), replace(self._view, legend=True), self.canvas.size()
 
@@ -246,7 +248,7 @@ class Window(QMainWindow):
             answer.put(ask_user(self, kind, values, self._view.language))
 
     def remember(self) -> None:
-        """Leave the layout for the next time."""
+        """Remember the layout for the next time."""
         sorting = self.header.sorted_by
         for name, value in (
             ("geometry", self.saveGeometry()), ("docks", self.saveState()), ("panels", ",".join(sorted(self._chosen))),
@@ -257,9 +259,9 @@ class Window(QMainWindow):
         self._settings.sync()
 
     def restore(self) -> None:
-        """Take up the layout of the last time."""
+        """Restore the layout of the last time."""
         geometry, docks = self._settings.value("geometry"), self._settings.value("docks")
-        # Of another type, it is from a damaged file.
+        # A value of another type comes from a damaged file.
         if isinstance(geometry, QByteArray):
             self.restoreGeometry(geometry)
         if isinstance(docks, QByteArray):

@@ -1,4 +1,4 @@
-"""A panel's axes: ticks, their labels, grid."""
+"""A panel's axes: ticks, labels, grid."""
 
 import math
 from collections.abc import Sequence
@@ -54,13 +54,13 @@ def dress(axes: "Axes", view: View, names_x: bool, y: tuple, x_range: tuple[floa
 
 
 def inches(axes: "Axes") -> tuple[float, float]:
-    """Width and height of a panel."""
+    """Width and height of a panel in inches."""
     box = axes.get_position()
     return tuple(share * size for share, size in zip((box.width, box.height), axes.figure.get_size_inches()))
 
 
 class _Numbers(ticker.Formatter):
-    """Labels of an axis, as short as they can be told apart: 1.25, 20k, 3e-4."""
+    """Labels of an axis, as short as they can be while they differ: 1.25, 20k, 3e-4."""
 
     def __init__(self, log: bool = False):
         self._log, self._places = log, []
@@ -86,9 +86,10 @@ def _is_whole(value: float) -> bool:
 
 
 def _x_ticks(x: str, x_range: tuple[float, float], most: int) -> tuple[ticker.Locator, ticker.Formatter]:
-    """
+    """Ticks of the x axis and their labels.
+
     Args:
-        most: ticks that have room, about.
+        most: about how many ticks have room.
     """
     span = x_range[1] - x_range[0]
     if x == "clock":
@@ -100,7 +101,7 @@ def _x_ticks(x: str, x_range: tuple[float, float], most: int) -> tuple[ticker.Lo
         step = next((s for s in steps if span / s <= most), 86400 * max(1, math.ceil(span / most / 86400)))
         step = step if span >= 3 else span / min(4, most) or 1.0
         return ticker.MultipleLocator(step), ticker.FuncFormatter(lambda seconds, _: duration(seconds))
-    # Of a single step one tick: two would be fractions of steps, with the same number.
+    # A single step gets one tick: two would stand at fractions of steps, with the same label.
     locator = ticker.MaxNLocator(most, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
     return locator, _Numbers() if x == "tokens" else ticker.FuncFormatter(_whole)
 

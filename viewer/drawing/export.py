@@ -1,4 +1,4 @@
-"""What is shown, as a file."""
+"""Pictures and tables of what is shown, as files."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ _CANVASES = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG, ".pdf": FigureCan
 
 
 def check_suffix(path: Path) -> str:
-    """What the file is to be, by its name.
+    """The suffix of the file, which is its format.
 
     Raises:
         ValueError: there is no such format.
@@ -32,17 +32,17 @@ def check_suffix(path: Path) -> str:
 
 
 def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int], scale: float = 1.0) -> int:
-    """Write a picture, or with .csv the numbers of the shown panels.
+    """Write a picture, or, with .csv, the numbers of the shown panels.
 
     Args:
         size: width and height in pixels, before `scale`.
 
     Returns:
-        how many panels it holds.
+        the number of panels in it.
 
     Raises:
         ValueError: another suffix.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     suffix = check_suffix(path)
     if suffix == ".csv":
@@ -59,7 +59,7 @@ def save(path: Path, runs: Sequence[ShownRun], view: View, size: tuple[int, int]
 
 
 def _table(runs: Sequence[ShownRun], panels: Sequence[Panel]) -> str:
-    """A row a record: run, kind of record, step, time, tokens, then the metrics of the shown panels."""
+    """One row for each record: run, kind of record, step, time, tokens, then the metrics of the shown panels."""
     wanted: dict[str, dict[str, None]] = {}
     for panel in panels:
         for curve in panel.curves:
@@ -85,5 +85,5 @@ def _table(runs: Sequence[ShownRun], panels: Sequence[Panel]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A spreadsheet would run what begins like a formula."""
+    """A spreadsheet would run a text that begins like a formula."""
     return f"'{text}" if text[:1] in "=+-@" else text

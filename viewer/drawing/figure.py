@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 60
-"""In a picture; more could not be told apart, and drawing them would take all memory."""
+"""Limit for one picture: more panels could not be told apart, and drawing them would take all memory."""
 _LEGEND_SHARE = 0.3
-"""Of the height, at most, for the names of the runs."""
+"""Largest share of the height for the names of the runs."""
 _CHINESE_FONTS = (
     "Noto Sans CJK SC", "Source Han Sans SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "SimHei", "Droid Sans Fallback", "Arial Unicode MS",
@@ -44,19 +44,19 @@ _CHINESE_FONTS = (
 
 @cache
 def chinese_font() -> str | None:
-    """An installed font that has Chinese characters."""
+    """Name of an installed font that has Chinese characters."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return next((name for name in _CHINESE_FONTS if name in installed), None)
 
 
 @cache
 def prepare_matplotlib() -> None:
-    """Once, before the first picture."""
+    """Set fonts and other options, once, before the first picture."""
     matplotlib.rcParams["font.family"] = ["DejaVu Sans", *filter(None, [chinese_font()])]
-    # A dollar in a run's name is no formula.
+    # A dollar in a run's name does not begin a formula.
     matplotlib.rcParams["text.parse_math"] = False
     matplotlib.rcParams["path.simplify"] = True
-    # It then takes steps that do, too.
+    # Then it takes other steps, which do as well.
     warnings.filterwarnings("ignore", "AutoDateLocator was unable to pick an appropriate interval")
     # Text stays text, which can be searched and edited.
     matplotlib.rcParams["svg.fonttype"] = "none"
@@ -66,7 +66,7 @@ def draw(figure: "Figure", runs: Sequence[ShownRun], view: View) -> list[DrawnPa
     """Draw the chosen panels of the runs into an empty figure.
 
     Returns:
-        where each panel lies. The picture itself comes from the figure's canvas.
+        the panels with their places. The picture itself comes from the figure's canvas.
     """
     prepare_matplotlib()
     theme = theme_of(view)
@@ -98,7 +98,7 @@ def draw(figure: "Figure", runs: Sequence[ShownRun], view: View) -> list[DrawnPa
 def _draw_what_is_left_out(
     figure: "Figure", runs: Sequence[ShownRun], num_panels: int, num_drawn: int, view: View, unit: float
 ) -> None:
-    """A line under the panels, as long as there is room."""
+    """Draw a line under the panels, as long as there is room for."""
     found = left_out(runs, num_panels, num_drawn, view.language)
     if not found:
         return
@@ -110,7 +110,7 @@ def _draw_what_is_left_out(
 
 
 def _draw_legend(figure: "Figure", runs: Sequence[ShownRun], view: View, unit: float) -> float:
-    """The runs' names over the panels; the pixels that they take."""
+    """Draw the names of the runs above the panels, and return the height in pixels that they take."""
     if not runs:
         return 8 * unit
     width, height = figure.get_size_inches() * figure.dpi
@@ -119,7 +119,7 @@ def _draw_legend(figure: "Figure", runs: Sequence[ShownRun], view: View, unit: f
     labels = [fitted_name(run.label, NAME_SIZE, longest) for run in runs]
     longest = max(text_width(label, NAME_SIZE) for label in labels) / 0.72
     columns = max(1, min(len(runs), int((room + 20) / (60 + longest))))
-    # matplotlib's lines: the font's height and half of its size.
+    # A line of matplotlib's is as high as the font and half of its size.
     line = 1.65 * NAME_SIZE / 0.72
     lines = max(1, int(_LEGEND_SHARE * height / unit / line))
     stroke = {"linewidth": 2.5, "markersize": 6, "markeredgewidth": 0}

@@ -1,4 +1,4 @@
-"""Where panels lie, and how much text fits: plain numbers, nothing is drawn."""
+"""The places of panels, and how much text fits: plain numbers, nothing is drawn."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
 _WIDE = 1.7
-"""A panel is about so many times as wide as high."""
+"""Width of a panel divided by its height, about."""
 _LEAST = 36
-"""Pixels that a panel is high, if that can be; in width, its form times as many."""
+"""Least height of a panel in pixels, if there is room; the least width is its form times as much."""
 _LEAST_OTHERS = 2
-"""With fewer panels beside it, a large one is as large as they are."""
+"""With fewer small panels beside it, a large panel is as small as they are."""
 _LEAST_HEIGHT, _TINY = 50, 18
-"""Pixels of a panel beside a large one, and of any."""
+"""Least height in pixels of a panel beside a large one, and of any panel."""
 FOOT = 16.0
-"""Pixels of the line under the panels."""
+"""Height in pixels of the line under the panels."""
 TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 9.5, 9, 8
-"""Points of a panel's title, a run's name, and all other text."""
+"""Sizes in points of a panel's title, of a run's name, and of all other text."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ class Cell:
 def arrange(
     large: Sequence[bool], width: float, height: float, gap_x: float, gap_y: float
 ) -> tuple[int, int, list[Cell]]:
-    """Lay panels out in reading order; a large one takes two rows and two columns.
+    """The grid whose panels have the best form and leave the least room empty. Panels lie in reading order; a large one
+    takes two rows and two columns.
 
     Args:
-        large: of each panel, at least one.
-        width, height: of all together, pixels.
-        gap_x, gap_y: between two panels.
+        large: whether each panel is large; there is at least one panel.
+        width, height: size of all panels together in pixels.
+        gap_x, gap_y: pixels between two panels.
 
     Returns:
-        columns, rows and the cells of each panel: the grid whose panels have the best form and leave least room empty.
+        columns, rows, and the cells of each panel.
     """
     if large.count(False) < _LEAST_OTHERS:
         large = [False] * len(large)
@@ -57,9 +58,10 @@ def arrange(
 
 
 def _packed(large: Sequence[bool], columns: int) -> tuple[int, int, list[Cell]]:
+    """The grid with so many columns, filled from the top, as `arrange` returns it."""
     taken: set[tuple[int, int]] = set()
     cells = []
-    # Before these places there is no room, for small panels and for large ones.
+    # Before these places there is no room for small panels and for large ones.
     tried = {False: 0, True: 0}
     for is_large in large:
         high, wide = (2, min(2, columns)) if is_large else (1, 1)
@@ -78,17 +80,17 @@ def _packed(large: Sequence[bool], columns: int) -> tuple[int, int, list[Cell]]:
 
 @lru_cache(maxsize=8192)
 def text_width(text: str, size: float) -> float:
-    """In points, of one line without formulas, in the font that pictures are written in."""
+    """Width in points of one line without formulas, in the font of the pictures."""
     return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0])
 
 
 def fitted(text: str, size: float, room: float) -> str:
-    """`text`, or as much of its beginning as fits into `room` points, with an ellipsis."""
+    """The text, or as much of its beginning as fits into `room` points, with an ellipsis."""
     return _shortened(text, size, room, lambda kept: f"{text[:kept].rstrip()}…")
 
 
 def fitted_name(name: str, size: float, room: float) -> str:
-    """`name` without its middle where it is too long: names of runs often differ at their ends only."""
+    """The name, without its middle if it is too long: names of runs often differ only at their ends."""
     return _shortened(name, size, room, lambda kept: f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}")
 
 
@@ -103,7 +105,7 @@ def _shortened(text: str, size: float, room: float, shorten) -> str:
 
 
 def wrapped(text: str, size: float, room: float) -> list[str]:
-    """One line, or two that are broken between words; what does not fit into these goes."""
+    """One line, or two that are broken between words; text that does not fit into these is cut off."""
     if text_width(text, size) <= room:
         return [text]
     words = text.split(" ")
@@ -115,18 +117,18 @@ def wrapped(text: str, size: float, room: float) -> list[str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Panels with their titles above; all in pixels."""
+    """The places of panels with their titles above, in pixels."""
 
     cells: list[Cell]
     titles: list[list[str]]
-    """Lines."""
+    """Lines of each title."""
     left: float
     tops: list[float]
-    """Of the panels in each row."""
+    """Top of the panels in each row."""
     cell: tuple[float, float]
     """Width and height of a small panel."""
     gap: float
-    """Between two columns."""
+    """Pixels between two columns."""
 
     def box(self, cell: Cell) -> tuple[float, float, float, float]:
         """Left, top, right, bottom of a panel."""
@@ -142,10 +144,10 @@ def fitting_grid(
     """A grid of as many panels as there is room for, but one at least.
 
     Args:
-        large: of each panel.
-        titles: of each panel.
-        room: width, height, and what above is taken.
-        foot: taken below, before `unit`, if there is room for all.
+        large: whether each panel is large.
+        titles: title of each panel.
+        room: width, height, and the height that is taken above.
+        foot: height that is taken below, before `unit`, if there is room for all panels.
     """
     for count in range(len(large), 0, -1):
         grid = _grid(large[:count], titles[:count], (*room, foot * unit), unit)
@@ -158,9 +160,10 @@ def fitting_grid(
 def _grid(
     large: Sequence[bool], titles: Sequence[str], room: tuple[float, float, float, float], unit: float
 ) -> Grid:
-    """
+    """The grid of all these panels.
+
     Args:
-        room: width, height, and what above and below is taken.
+        room: width, height, and the heights that are taken above and below.
     """
     width, height, top, foot = room
     left, right, gap_x, gap_y, bottom = (n * unit for n in (58, 24, 66, 34, 42))
@@ -194,5 +197,5 @@ def is_lowest(cell: Cell, cells: Sequence[Cell]) -> bool:
 
 
 def points(pixels: float) -> float:
-    """As text is measured, before `unit`: a hundred pixels are an inch, of which there are 72."""
+    """The same length in points, before `unit`: a hundred pixels are an inch, as are 72 points."""
     return 0.72 * pixels

@@ -1,5 +1,5 @@
-"""What stands on a panel besides its curves: restarts, checkpoints, validations, values that are not finite; and what
-lines and marks mean."""
+"""Marks on a panel for restarts, checkpoints, validations and values that are not finite; the legend of lines and
+marks."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MOST_CROSSES = 20
 _BETWEEN_RESTARTS, _BETWEEN_SAVES, _BETWEEN_TICKS = 8, 14, 6
-"""Pixels between two marks, at least. What lies closer together appears when one zooms."""
+"""Least number of pixels between two marks. Marks that lie closer together appear when one zooms."""
 
 
 def mark_non_finite(axes: "Axes", run: ShownRun, x: np.ndarray, y: np.ndarray) -> None:
@@ -35,8 +35,8 @@ def mark_non_finite(axes: "Axes", run: ShownRun, x: np.ndarray, y: np.ndarray) -
 def mark_events(
     axes: "Axes", runs: Sequence[ShownRun], view: View, x_range: tuple[float, float], pixel: float
 ) -> None:
-    """Restarts as lines, checkpoints and validations as ticks on the x axis; of all runs in one piece each, as each
-    piece costs time."""
+    """Draw restarts as lines, checkpoints and validations as ticks on the x axis. Each kind is one piece for all runs,
+    as each piece costs time."""
     transform = axes.get_xaxis_transform()
     found = ((run, restarts(run.snapshot, view.x)) for run in runs)
     places, colours = _apart(x_range, found, _BETWEEN_RESTARTS * pixel)
@@ -59,8 +59,8 @@ def mark_events(
 def _apart(
     x_range: tuple[float, float], found: Iterable[tuple[ShownRun, Sequence[float]]], least: float
 ) -> tuple[np.ndarray, list[str]]:
-    """The places that are shown, those of all runs so far apart that each can be seen, and the colour of each. The last
-    one is always among them."""
+    """The places to mark, so far apart that each can be seen, and the colour of each. The last place is always among
+    them."""
     places, owners, colours = [np.empty(0)], [np.empty(0, int)], []
     for run, at in found:
         at = np.asarray(at, dtype=float)
@@ -81,7 +81,7 @@ def _apart(
 def explain(
     axes: "Axes", kinds: dict[str, str], runs: Sequence[ShownRun], view: View, marks: bool, drawn: DrawnPanel
 ) -> None:
-    """What the line styles mean; in the first panel, the marks too."""
+    """Draw the legend of the line styles; in the first panel, also that of the marks."""
     ink = theme_of(view).faint
     handles = {
         name: Line2D([], [], color=ink, linestyle=style, linewidth=1.3, marker="o" * (style == "--"), markersize=3.5)
@@ -98,7 +98,7 @@ def explain(
     if not handles:
         return
     labels = [translate(name, view.language) for name in handles]
-    # Beside the title, where no curve is; inside if the panel is too narrow for that.
+    # It stands beside the title, where no curve is, or inside if the panel is too narrow for that.
     widths = [text_width(text, SMALL_SIZE) + 23 for text in labels]
     wide, high = (72 * size for size in inches(axes))
     title = max(text_width(line, TITLE_SIZE) for line in axes.get_title(loc="left").split("\n"))
@@ -115,8 +115,8 @@ def explain(
 
 
 def _emptiest_corner(drawn: DrawnPanel, width: float, height: float) -> str:
-    """Where the curves pass least through a box of these shares of the panel. matplotlib's own search, loc="best", is
-    slow and does not see the bands of dense curves."""
+    """The corner in which a box of these shares of the panel covers the least of the curves. matplotlib's own search,
+    loc="best", is slow and does not see the bands of dense curves."""
     grid = np.linspace(0.0, 1.0, 65)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.log10 if drawn.log_y else np.asarray

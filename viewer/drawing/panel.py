@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BETWEEN_POINTS = 12
-"""Pixels between two points of a curve, at least, that are marked each."""
+"""Least number of pixels between two points if each is to be marked."""
 _MARKS_ON_A_CURVE = 6
 _RAW_ALPHA = 0.3
 
@@ -41,7 +41,7 @@ def draw_panel(
         y_range = y_range_of(shown, x_range, log_y, view)
     drawn = DrawnPanel(panel, box, x_range, y_range, log_y)
     pixel = (x_range[1] - x_range[0]) / max(columns, 1) * axes.figure.dpi / 100
-    # Many together no darker than one: those of ten runs would cover the smoothed curves.
+    # Many curves together are no darker than one: those of ten runs would cover the smoothed curves.
     alpha = _RAW_ALPHA / max(1.0, sum(found.weight > 0 for found in shown) / 1.4)
     for found in shown:
         within = in_range(found.x, x_range)
@@ -64,9 +64,10 @@ def draw_panel(
 
 
 def _draw_main_curve(axes: "Axes", found: Series, x: np.ndarray, y: np.ndarray, columns: int, pixel: float) -> None:
-    """
+    """Draw the curve that counts: the smoothed one, if there is one.
+
     Args:
-        pixel: of 100 to an inch, along x.
+        pixel: length along x of a hundredth of an inch.
     """
     style = {"color": found.run.colour, "linewidth": 1.3, "linestyle": found.curve.style, "zorder": 3}
     # A line through one point cannot be seen.
@@ -83,7 +84,7 @@ def _draw_main_curve(axes: "Axes", found: Series, x: np.ndarray, y: np.ndarray, 
 
 
 def _evenly(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
-    """Which points of a curve to mark, so that those of several do not lie on top of each other."""
+    """The points of a curve to mark, chosen so that the marks of several curves do not lie on top of each other."""
     finite = np.flatnonzero(np.isfinite(y))
     if not len(finite):
         return finite
@@ -96,9 +97,10 @@ def _evenly(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
 def _draw_curve(
     axes: "Axes", x: np.ndarray, y: np.ndarray, columns: int, as_line: bool = False, **style: object
 ) -> None:
-    """
+    """Draw a line, or the area that the line would cover where points are dense.
+
     Args:
-        as_line: of dense points the middle only, instead of all that they cover.
+        as_line: draw only the middle of dense points.
     """
     y = _clipped(y)
     dense = band(x, y, columns)

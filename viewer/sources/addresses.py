@@ -1,4 +1,4 @@
-"""What somebody calls a run, or a folder of runs, on the command line or in the window."""
+"""Addresses of runs and folders of runs, as users write them on the command line or in the window."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from utils.text import plain
 
 @dataclass(frozen=True)
 class RunAddress:
-    """Where somebody says that runs lie."""
+    """A place with one or several runs."""
 
     target: SSHTarget | None
     """None: this machine."""
@@ -19,10 +19,11 @@ class RunAddress:
 
     @staticmethod
     def parse(text: str) -> "RunAddress":
-        """A local path, [user@]host:path, or ssh://[user@]host[:port]/path (there, /~/ is the home directory).
+        """The address that a text stands for: a local path, [user@]host:path, or ssh://[user@]host[:port]/path, where
+        /~/ is the home directory.
 
         Raises:
-            ValueError: with a sentence for the user.
+            ValueError: the text is not an address; one sentence for the user.
         """
         if match := re.fullmatch(r"ssh://([^/]+)(/.*)?", text):
             path = match[2] or ""
@@ -32,19 +33,19 @@ class RunAddress:
         host, colon, path = text.partition(":")
         if match := re.fullmatch(r"((?:[^@/]+@)?\[[^]]*\]):(.*)", text):
             host, colon, path = match[1], ":", match[2]
-        # As scp does: a colon after a slash, or in something that exists here, belongs to a local name. C:\ is a drive.
+        # As for scp, a colon after a slash, or in the name of a local file, does not end a host. C:\ is a drive.
         if not colon or "/" in host or re.match(r"[A-Za-z]:\\", text) or os.path.exists(text):
             return RunAddress(None, expand(text))
         if not host or re.fullmatch(r"\d{1,5}(/.*|:.*)", path):
-            raise ValueError(f"{plain(text)!r} is no run: write RUN, [user@]host:RUN or ssh://[user@]host:port/RUN")
+            raise ValueError(f"{plain(text)!r} is not a run: write RUN, [user@]host:RUN or ssh://[user@]host:port/RUN")
         return RunAddress(SSHTarget.parse(host), _remote(text, path))
 
 
 def _remote(text: str, path: str) -> str:
-    """A path on another machine, for SFTP: relative ones begin at the home directory, and nothing else is expanded.
+    """A path on another machine, for SFTP. Relative paths begin at the home directory; nothing else is expanded.
 
     Raises:
-        ValueError: it would have to be.
+        ValueError: the path holds something that only a shell would expand.
     """
     path = re.sub("^~(/|$)", "", path) or "."
     if match := re.match(r"~[^/]*|.*?(\$[A-Za-z_{][A-Za-z0-9_}]*)", path.replace("$$", "")):

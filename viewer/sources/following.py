@@ -1,4 +1,4 @@
-"""The new lines of a file that grows. A file that was replaced, or cut, is read anew."""
+"""New lines of a file that grows. A file that was replaced or cut is read from its beginning."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,18 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class News:
+    """What one look at a file has found."""
+
     lines: list[bytes]
-    """Complete, without their ends."""
+    """Complete lines without their ends."""
     anew: bool = False
-    """The file is another one: what was read before is void."""
+    """The file has been replaced: everything read before is void."""
     more: bool = False
     """There is more to read at once."""
 
 
 class FollowedFile:
-    """Reads what is new in a growing file of lines."""
+    """Reads the new lines of a growing file."""
 
     def __init__(self, path: str):
         self.path = path
@@ -47,8 +49,8 @@ class FollowedFile:
         return self._read(data, state, anew)
 
     def _fetch(self, files: Files, state: FileState) -> bytes | None:
-        """What comes after our place, in one read with the bytes before it; None if these are not those that we read: a
-        file that was replaced by a longer one would look like one that grew."""
+        """The bytes after our place, read together with some bytes before it. None if the latter differ from those that
+        we read: a file that was replaced by a longer one would look like one that grew."""
         before = len(self._tail)
         size = before + min(state.size - self._offset, _CHUNK_BYTES)
         data = files.read(self.path, self._offset - before, size) if size else b""
@@ -62,7 +64,7 @@ class FollowedFile:
         if lines and self._too_long:
             lines[0], self._too_long = b"", False
         if len(self._line) > LONGEST_LINE:
-            # Shown once as a line that is too long; what follows of it is not kept.
+            # A line that is too long is handed over once, cut off; the rest of it is dropped.
             if not self._too_long:
                 lines.append(self._line[: LONGEST_LINE + 1])
             self._line, self._too_long = b"", True

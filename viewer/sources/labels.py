@@ -11,14 +11,14 @@ from viewer.sources.run import Run
 
 
 def in_order(text: str) -> tuple[tuple[bool, int, str], ...]:
-    """What to sort names by: run-2 before run-10."""
-    # Every second part is a number, no longer than int() takes.
+    """A key to sort names by, which puts run-2 before run-10."""
+    # Every second part is a number of no more digits than int() takes.
     parts = enumerate(re.split(r"([0-9]{1,300})", text))
     return tuple((place % 2 == 1, int(part) if place % 2 else 0, part) for place, part in parts if part)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A name for each run, the end of its path that tells it from the others, with its host if need be."""
+    """A name for each run: the end of its path that tells it from the others, with its host if needed."""
     parts = []
     for run in runs:
         path = run.directory if run.path.endswith("/" + RESLOG_NAME) or run.path == RESLOG_NAME else run.path
@@ -36,7 +36,7 @@ def labels(runs: Sequence[Run]) -> list[str]:
         plain(f"{host}: {name}" if host and (several or counts[name] > 1) else name, 80)
         for name, host in zip(names, hosts)
     ]
-    # Another port or user of a host, or the same run by two ways.
+    # The same name twice: other ports or users of a host, or one run at two addresses.
     seen, counts = Counter(), Counter(found)
     for index, name in enumerate(found):
         if counts[name] > 1:

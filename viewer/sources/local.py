@@ -9,6 +9,8 @@ from viewer.sources.files import FileState
 
 
 class LocalFiles:
+    """Answers to `Files` on this machine."""
+
     def state(self, path: str) -> FileState | None:
         try:
             found = os.stat(path)
@@ -23,7 +25,7 @@ class LocalFiles:
 
     def folders(self, path: str) -> list[str]:
         try:
-            # Not DirEntry.is_dir, which raises for a link into a folder that may not be read.
+            # DirEntry.is_dir would raise for a link into a folder that may not be read.
             return sorted(name for name in os.listdir(path) if os.path.isdir(posixpath.join(path, name)))
         except OSError:
             return []

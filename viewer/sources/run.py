@@ -19,25 +19,25 @@ _LONGEST_HEARTBEAT = 1 << 14
 
 @dataclass
 class Health:
-    """What is known of a run beside its results."""
+    """What the viewer knows of a run besides its results."""
 
     problem: str = ""
-    """Why it cannot be read now."""
+    """Why the run cannot be read now; empty if it can."""
     phase: str = ""
-    """Of rank 0, by its heartbeat."""
+    """Phase of rank 0, from its heartbeat."""
     heartbeat_at: float = 0.0
-    """Seconds since 1970, by the clock of the run's machine, like `clock_ahead + time.time()`."""
+    """Seconds since 1970 by the clock of the run's machine, which shows `clock_ahead + time.time()`."""
     clock_ahead: float = 0.0
     config: dict[str, object] = field(default_factory=dict)
     config_problem: str = ""
-    """Why the configuration cannot be read."""
+    """Why the configuration cannot be read; empty if it can."""
 
 
 class Run:
-    """One run, wherever it lies.
+    """A run on any machine.
 
     Args:
-        path: its directory, or its reslog.jsonl (or a file like that).
+        path: the run's directory, its reslog.jsonl, or a file of that kind.
     """
 
     def __init__(self, target: SSHTarget | None, path: str):
@@ -49,7 +49,7 @@ class Run:
         self._config_state: FileState | None = None
 
     def update(self, files: Files) -> bool:
-        """Read what is new of the results; whether there is more."""
+        """Read new results, and return whether there are more."""
         news = self.log.poll(files)
         if news.anew:
             self.history.clear()
@@ -58,7 +58,7 @@ class Run:
         return news.more
 
     def look_round(self, files: Files) -> None:
-        """Read what changes seldom, if it did."""
+        """Read the configuration, if it has changed, and the heartbeat."""
         path = posixpath.join(self.directory, CONFIG_NAME)
         state = files.state(path)
         if state is not None and state != self._config_state:
@@ -78,10 +78,10 @@ class Run:
 
 
 def _read_config(text: bytes) -> dict[str, object]:
-    """The flat configuration of a run: plain values, those that were derived with a dot before their names.
+    """The flat configuration of a run: plain values by name; derived values are named "derived.NAME".
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a configuration.
     """
     if len(text) > _LONGEST_CONFIG:
         raise ValueError(f"it is larger than {_LONGEST_CONFIG >> 10} KiB")
@@ -98,5 +98,5 @@ def _read_config(text: bytes) -> dict[str, object]:
 
 
 def _is_simple(value: object) -> bool:
-    """A text, a number, yes, no or nothing. Python refuses to write out integers that are too long."""
+    """Whether a value is a text, a number, true, false or null. Python refuses to print integers that are too long."""
     return isinstance(value, (str, float, type(None))) or isinstance(value, int) and value.bit_length() < 1000

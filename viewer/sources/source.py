@@ -19,21 +19,21 @@ from viewer.sources.ssh import Questions, RememberedAnswers, open_remote
 logger = logging.getLogger(__name__)
 
 _LOOK_ROUND_S = 5.0
-"""How often configurations, heartbeats and new runs are looked for."""
+"""Time between two looks for configurations, heartbeats and new runs."""
 _LONGEST_WAIT_S = 30.0
-"""Between two attempts to connect."""
+"""Longest time between two attempts to connect."""
 
 
 class RunSource:
-    """The runs on one machine, kept up to date by one thread over one connection, which is made again when it breaks.
+    """The runs on one machine, kept up to date by one thread over one connection, which is renewed when it breaks.
 
     Args:
-        target: None for this machine.
-        paths: what somebody asked for: a run, a file like reslog.jsonl, or a folder of runs.
-        on_change: is called from the thread when something is new; must not block.
-        questions: None: nobody is there to ask.
-        interval_s: between two looks at the files.
-        ssh_config: instead of ~/.ssh/config.
+        target: None: this machine.
+        paths: each a run, a file like reslog.jsonl, or a folder of runs.
+        on_change: called from the thread when something is new; it must not block.
+        questions: None: nobody is there to answer.
+        interval_s: seconds between two looks at the files.
+        ssh_config: used instead of ~/.ssh/config.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class RunSource:
         self._answers = RememberedAnswers(questions) if questions else None
         self.runs: tuple[Run, ...] = ()
         self.problem = ""
-        """Why there is no connection, or nothing at a place."""
+        """Why there is no connection; empty if there is one."""
         self.loaded = threading.Event()
-        """All that was there has been read once, or cannot be."""
+        """Set once everything that was there has been read, or cannot be."""
         self._stop, self._wake = threading.Event(), threading.Event()
         self._files: Files | None = None
         self._looked_round = 0.0
@@ -75,7 +75,7 @@ class RunSource:
         self._wake.set()
 
     def stop(self) -> None:
-        """Ask the thread to end; it does within a second unless it waits for the network."""
+        """Ask the thread to end. It ends within a second unless it waits for the network."""
         self._stop.set()
         self._wake.set()
 
@@ -92,13 +92,13 @@ class RunSource:
                 more = self._round(self._files)
                 wait_s, pause_s = 1.0, 0.0 if more else self._interval_s
             except (HostKeyRefused, LoginRefused) as error:
-                # Another attempt would end the same way, and too many lock an account.
+                # Another attempt would end the same way, and too many of them lock an account.
                 if self._answers:
                     self._answers.forget()
                 self._lost(str(error))
                 pause_s = None
             except Exception as error:
-                # paramiko has many kinds; and if the mistake is ours, the other hosts' runs can still be watched.
+                # paramiko raises many kinds; and after a mistake of ours, the other hosts' runs can still be watched.
                 of_network = isinstance(error, (OSError, EOFError)) or type(error).__module__.startswith("paramiko")
                 if not of_network:
                     logger.exception("reading the runs of %s failed", self.name)
@@ -129,7 +129,7 @@ class RunSource:
         self.loaded.set()
 
     def _round(self, files: Files) -> bool:
-        """Look at every run once; whether some has more to read at once."""
+        """Look at every run once, and return whether one has more to read at once."""
         looks_round = time.monotonic() - self._looked_round > _LOOK_ROUND_S or tuple(self._paths) != self._known_paths
         if looks_round:
             self._looked_round, self._known_paths = time.monotonic(), tuple(self._paths)
@@ -160,7 +160,7 @@ class RunSource:
                 found[path] = None
                 continue
             inside = [posixpath.join(path, name) for name in sorted(files.folders(path), key=in_order)]
-            # What holds no run may become one.
+            # A folder without runs may become a run.
             found |= dict.fromkeys([folder for folder in inside if self._holds_run(files, folder)] or [path])
         self.runs = tuple(known.get(path) or Run(self.target, path) for path in found)
 
@@ -175,7 +175,7 @@ class RunSource:
 
 
 def open_sources(addresses: Sequence[RunAddress], **options) -> list[RunSource]:
-    """One RunSource a machine, not started yet; options as RunSource's."""
+    """One RunSource for each machine, not started yet. The options are RunSource's."""
     paths: dict[SSHTarget | None, list[str]] = {}
     for address in addresses:
         paths.setdefault(address.target, []).append(address.path)

@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class Questions(Protocol):
-    """Who answers when a host asks; called from the host's thread."""
+    """Somebody who answers when a host asks; called from the source's thread."""
 
     def confirm(self, name: str, key_type: str, fingerprint: str) -> bool: ...
     def password(self, prompt: str) -> str | None: ...
 
 
 class RememberedAnswers:
-    """Answers what was answered before, once an attempt: after a lost connection, nobody is asked again."""
+    """Gives the same answers again, each once an attempt, so that nobody is asked again after a lost connection."""
 
     def __init__(self, questions: Questions):
         self._questions = questions
@@ -31,11 +31,11 @@ class RememberedAnswers:
         self._used: set[str] = set()
 
     def begin(self) -> None:
-        """Another attempt to connect."""
+        """Begin another attempt to connect."""
         self._used.clear()
 
     def forget(self) -> None:
-        """What was answered was wrong: it must not count as another wrong attempt."""
+        """Forget answers that were wrong: they must not be tried again."""
         self._answers.clear()
 
     def confirm(self, name: str, key_type: str, fingerprint: str) -> bool:
@@ -56,8 +56,8 @@ def open_remote(target: SSHTarget, answers: RememberedAnswers | None, ssh_config
     """Connect to a machine.
 
     Args:
-        answers: None: nobody is there to ask.
-        ssh_config: instead of ~/.ssh/config.
+        answers: None: nobody is there to answer.
+        ssh_config: used instead of ~/.ssh/config.
     Raises:
         HostKeyRefused, LoginRefused: another attempt would end the same way.
         OSError, EOFError, SSHException: the machine cannot be reached now.
@@ -75,7 +75,7 @@ def open_remote(target: SSHTarget, answers: RememberedAnswers | None, ssh_config
 
 
 class RemoteFiles:
-    """Over SFTP."""
+    """Answers to `Files` over SFTP."""
 
     def __init__(self, client: "paramiko.SSHClient"):
         self._client = client
@@ -85,19 +85,19 @@ class RemoteFiles:
         self._ahead = self._clock_ahead()
 
     def _lenient_request(self, *args) -> tuple:
-        """paramiko could not list a folder where a single name is not UTF-8."""
+        """paramiko cannot list a folder in which a single name is not UTF-8."""
         kind, message = self._request(*args)
         message.get_text = lambda: message.get_string().decode("utf-8", "replace")
         return kind, message
 
     def _clock_ahead(self) -> float:
-        """Seconds by which the host's clock is ahead of ours; 0 where it only serves files."""
+        """Seconds by which the host's clock is ahead of ours; 0 if the host only serves files."""
         try:
             _, output, _ = self._client.exec_command("date +%s", timeout=5.0)
             ahead = float(output.read(32)) - time.time()
             return ahead if math.isfinite(ahead) else 0.0
         except Exception as error:
-            # Of no consequence, and a host that serves files only refuses in ways of its own.
+            # This does not matter, and each host that only serves files refuses in its own way.
             logger.debug("the host does not tell the time: %s", error)
             return 0.0
 
@@ -112,7 +112,7 @@ class RemoteFiles:
     def read(self, path: str, offset: int, size: int) -> bytes:
         with self._sftp.open(path, "rb") as file:
             file.seek(offset)
-            # Asks for all of it at once, else each 32 KiB would cost a round trip.
+            # Ask for all bytes at once: otherwise each 32 KiB would cost a round trip.
             file.prefetch(offset + size)
             return file.read(size)
 

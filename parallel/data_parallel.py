@@ -1,0 +1,304 @@
+"""Engines of a model that is whole on every rank: naive, or in buckets with hooks, ZeRO-1 and overlaps.
+
+    forward_backward   micro-batch | micro-batch | ... | the last one, under which buckets are reduced
+    step               wait for the buckets | norm | step and, under ZeRO-1, gather bucket after bucket
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from parallel.buffer import Bucket
+from parallel.collectives import measure_bandwidth
+from parallel.comm_hooks import CommHook, sum_hook
+from parallel.contract import GradientSource, NamedState, StepResult
+from parallel.ddp import DistributedDataParallel
+from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
+from parallel.gradients import BucketGradients, PlainGradients
+from parallel.naive import NaiveDDP
+from parallel.observer import Observer
+from parallel.powersgd import PowerSGD
+from parallel.replicas import require_same_weights
+from parallel.spans import span
+from parallel.zero1 import Zero1
+
+
+def open_naive(parts: EngineParts) -> "NaiveEngine":
+    return NaiveEngine(parts, NaiveDDP(parts.model, parts.context, _grad_dtype(parts)))
+
+
+def open_bucketed(parts: EngineParts) -> "BucketedEngine":
+    config = parts.config
+    ddp = DistributedDataParallel(
+        parts.model,
+        parts.context,
+        bucket_size=0 if config.disable_bucketing else config.bucket_size,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        grad_dtype=_grad_dtype(parts),
+        observer=Observer(parts.context, config.check_for_nan_in_grad),
+    )
+    ddp.use_hook(_new_hook(parts, ddp))
+    zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
+    return BucketedEngine(parts, ddp, zero1)
+
+
+def _new_hook(parts: EngineParts, ddp: DistributedDataParallel) -> CommHook:
+    """The hook that the flags choose."""
+    config, wire_dtype = parts.config, None
+    if config.use_bf16_compress_hook or config.use_fp16_compress_hook:
+        wire_dtype = torch.bfloat16 if config.use_bf16_compress_hook else torch.float16
+    if config.use_powerSGD_hook:
+        return PowerSGD(
+            ddp.buckets, ddp.collectives, parts.powersgd, wire_dtype, parts.seed, loss_scale=parts.loss_scale
+        )
+    return sum_hook(ddp.collectives, wire_dtype, sharded=config.use_distributed_optimizer)
+
+
+def one_process() -> str:
+    return f"one process of {torch.get_num_threads()} thread(s)"
+
+
+def _grad_dtype(parts: EngineParts) -> torch.dtype:
+    return torch.float32 if parts.config.grad_reduce_in_fp32 else next(parts.model.parameters()).dtype
+
+
+class WholeModelEngine:
+    """What both share.
+
+    Args:
+        gradients: of `ddp`, for the optimizer.
+    """
+
+    is_sharded = False
+
+    def __init__(self, parts: EngineParts, ddp: NaiveDDP | DistributedDataParallel, gradients: GradientSource):
+        self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
+        self._nonfinite: list[str] = []
+        self.optimizer = parts.new_optimizer(gradients)
+
+    def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
+        device = self._parts.context.device
+        self._run_prepass(micro_batches, task)
+        factor = plan.loss_scale / max(plan.count, 1)
+        # A fused loss rounds its gradient before it is scaled; float16 alone would lose something by that.
+        task.grad_scale = factor if self._parts.is_fp16 else 1.0
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        metrics = {name: torch.zeros_like(loss) for name in task.metric_names}
+        for index, batch in enumerate(micro_batches):
+            if index and plan.shall_drop is not None and plan.shall_drop(index, len(micro_batches)):
+                return None
+            is_last = index == len(micro_batches) - 1
+            if is_last:
+                self._before_last(plan)
+            with nullcontext() if is_last else self._ddp.no_sync():
+                with span("forward"):
+                    loss_sum, _, sums = task(self._parts.to_device(batch))
+                with span("backward"):
+                    (loss_sum * factor).backward()
+            loss += loss_sum.detach()
+            for name, value in sums.items():
+                metrics[name] += value
+        return Sums(loss, metrics)
+
+    def _run_prepass(self, micro_batches: Sequence[Batch], task: Task) -> None:
+        if task.uses_prepass:
+            with span("prepass"):
+                sums = [task.prepass(self._parts.to_device(batch)) for batch in micro_batches]
+                context = self._parts.context
+                task.take_prepass(context.all_sum(sum(sums[1:], sums[0]).cpu()).to(context.device))
+
+    def _before_last(self, plan: StepPlan) -> None:
+        """Right before the last micro-batch, under which gradients may be reduced."""
+
+    def step(self, plan: StepPlan) -> StepResult:
+        self._ddp.finish_grad_sync()
+        self._nonfinite = self._find_nonfinite()
+        plan.before_update()
+        with span("optimizer"):
+            return self._step(plan)
+
+    def _find_nonfinite(self) -> list[str]:
+        """`nonfinite_parameters` of this step, before its gradients are zeroed."""
+        raise NotImplementedError
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        return self.optimizer.step(plan.lr)
+
+    def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+        return task(self._parts.to_device(batch))
+
+    def settle(self) -> None:
+        """The weights are whole after every step."""
+
+    def check_replicas(self, step: int) -> None:
+        self.settle()
+        with span("compare replicas"):
+            require_same_weights(self._parts.context, self._parts.model.parameters(), step)
+
+    def communication_s(self) -> float:
+        return self._ddp.observer.waits.take()
+
+    def nonfinite_parameters(self) -> list[str]:
+        return self._nonfinite
+
+    def records(self) -> Mapping[str, dict]:
+        return {}
+
+    def named_state(self) -> NamedState:
+        return self.optimizer.named_state()
+
+    def scalar_state(self) -> dict:
+        return self.optimizer.scalar_state()
+
+    def local_state(self) -> dict[str, Tensor] | None:
+        return None
+
+    def take_state(self, scalars: dict) -> None:
+        self.optimizer.weights_from_main()
+        self.optimizer.load_scalar_state(scalars)
+
+    def take_local_states(
+        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+    ) -> list[str]:
+        return CommHook().take_states(states, step, name)
+
+    def traffic(self) -> Traffic | None:
+        return None
+
+    def advice(self, traffic: Traffic, compute_s: float) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+class NaiveEngine(WholeModelEngine):
+    """Sums every gradient after the backward pass."""
+
+    def __init__(self, parts: EngineParts, ddp: NaiveDDP):
+        super().__init__(parts, ddp, PlainGradients(ddp.slices(), parts.square))
+        self.ddp = ddp
+
+    def _find_nonfinite(self) -> list[str]:
+        return self.ddp.nonfinite_parameters() if self._parts.config.check_for_nan_in_grad else []
+
+    def describe(self) -> str:
+        threads, size = torch.get_num_threads(), self.mesh.world_size
+        return f"{size} processes, naive all-reduce; {threads} thread(s) each" if size > 1 else one_process()
+
+
+class BucketedEngine(WholeModelEngine):
+    """Reduces buckets of gradients under the backward pass.
+
+    Args:
+        zero1: shards the optimizer's state.
+    """
+
+    def __init__(self, parts: EngineParts, ddp: DistributedDataParallel, zero1: Zero1 | None):
+        self.ddp, self.hook, self.zero1 = ddp, ddp.hook, zero1
+        super().__init__(parts, ddp, BucketGradients(ddp, zero1, parts.square))
+        self.is_sharded = zero1 is not None
+        if parts.config.overlap_optim_step:
+            ddp.register_after_reduction(self._step_reduced)
+
+    def _step_reduced(self, bucket: Bucket) -> None:
+        """What follows a bucket's reduction under overlap_optim_step, while the backward pass goes on."""
+        with span(f"step bucket {bucket.index}"):
+            self.optimizer.step_bucket(bucket.index, release=self._parts.config.overlap_zero_grad_buffer)
+
+    def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
+        if self.hook.saved_state() is not None or self._parts.config.overlap_optim_step:
+            # What is saved changes while the backward pass goes on.
+            plan.before_update()
+        self.hook.begin_step(plan.number)
+        if self.hook.saves_gradients:
+            plan = replace(plan, shall_drop=None)
+        return super().forward_backward(micro_batches, task, plan)
+
+    def _find_nonfinite(self) -> list[str]:
+        return self.ddp.observer.nonfinite_parameters
+
+    def _before_last(self, plan: StepPlan) -> None:
+        if self._parts.config.overlap_optim_step:
+            self.optimizer.begin_overlapped_step(plan.lr)
+
+    def _step(self, plan: StepPlan) -> StepResult:
+        zero1 = self.zero1
+        if self._parts.config.overlap_optim_step:
+            result = self.optimizer.end_overlapped_step()
+            if zero1 is not None:
+                zero1.start_gathers()
+        else:
+            result = self.optimizer.step(plan.lr, zero1.gather if zero1 is not None else None)
+        if zero1 is not None and not zero1.overlap_gather:
+            zero1.wait()
+        return result
+
+    def settle(self) -> None:
+        if self.zero1 is not None:
+            with self.ddp.observer.waits.uncounted():
+                self.zero1.wait()
+
+    def records(self) -> Mapping[str, dict]:
+        return self.hook.records()
+
+    def local_state(self) -> dict[str, Tensor] | None:
+        return self.hook.saved_state()
+
+    def take_state(self, scalars: dict) -> None:
+        super().take_state(scalars)
+        if self.zero1 is not None:
+            self.zero1.gather_all()
+
+    def take_local_states(
+        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+    ) -> list[str]:
+        return self.hook.take_states(states, step, name)
+
+    def describe(self) -> str:
+        config, size, count = self._parts.config, self.mesh.world_size, len(self.ddp.buckets)
+        hook = self.hook.describe()
+        if size == 1 and self.hook.saved_state() is None and self.zero1 is None:
+            return one_process()
+        overlap = "overlapped with" if config.overlap_grad_reduce else "after"
+        text = f"{size} processes" if size > 1 else "one process"
+        text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
+        text += f", {hook}" if hook else ""
+        if self.zero1 is not None:
+            text += ", ZeRO-1" + (" gathered under the forward pass" if self.zero1.overlap_gather else "")
+        if config.overlap_optim_step:
+            text += ", buckets stepped as they arrive"
+        return f"{text}; {torch.get_num_threads()} thread(s) each"
+
+    def traffic(self) -> Traffic | None:
+        context, rates = self._parts.context, [0.0]
+        if context.world_size == 1:
+            return None
+
+        def measure() -> None:
+            rates[0] = measure_bandwidth(self.ddp.collectives, context.device)
+
+        self.ddp.comm_stream.submit(measure).wait()
+        sent = {"gradients": self.ddp.bytes_sent()}
+        if self.zero1 is not None:
+            sent["parameters"] = self.zero1.bytes_sent()
+            updates = sum(self.zero1.bytes_of_updates(bucket) for bucket in self.ddp.buckets
+                          if self.optimizer.needs_gather(bucket.index))  # fmt: skip
+            sent |= {"updates": updates} if updates else {}
+        return Traffic(min(context.gather(rates[0])), sent)
+
+    def advice(self, traffic: Traffic, compute_s: float) -> str | None:
+        seconds = traffic.sent.get("parameters", 0.0) / traffic.bytes_per_s
+        if seconds <= compute_s:
+            return None
+        return (
+            f"ZeRO-1 gathers parameters for {seconds:.2f} s a step, longer than the compute ({compute_s:.2f} s at half "
+            f"the peak), and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, "
+            f"or make steps larger"
+        )
+
+    def close(self) -> None:
+        self.ddp.close()

@@ -1,0 +1,16 @@
+"""Engines by name. A new one is a module that opens it, and a line here."""
+
+from collections.abc import Callable
+
+from parallel import data_parallel
+from parallel.engine import Engine, EngineParts
+
+ENGINES: dict[str, Callable[[EngineParts], Engine]] = {
+    "naive": data_parallel.open_naive,
+    "bucketed": data_parallel.open_bucketed,
+}
+"""--ddp_impl -> what opens it."""
+
+
+def open_engine(parts: EngineParts) -> Engine:
+    return ENGINES[parts.config.ddp_impl](parts)

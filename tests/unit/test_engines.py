@@ -1,0 +1,107 @@
+"""Every engine alone against torch's own AdamW, and the mesh that tells ranks what they share."""
+
+import itertools
+
+import pytest
+import torch
+
+from model import Llama, LlamaConfig
+from optimizer.config import AdamWConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from parallel.config import ParallelConfig, PowerSGDConfig
+from parallel.context import DistContext
+from parallel.engine import Engine, EngineParts, StepPlan
+from parallel.engines import ENGINES, open_engine
+from parallel.gradients import square
+from parallel.mesh import Mesh
+from tasks.language_model import LanguageModelTask
+
+CONFIG = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=8,
+).resolve()  # fmt: skip
+LR, CLIP, ADAMW = 1e-2, 0.5, AdamWConfig(weight_decay=0.0)
+
+
+def new_model() -> Llama:
+    model = Llama(CONFIG)
+    model.initialize(0)
+    return model.train()
+
+
+def batches(step: int) -> list[dict[str, torch.Tensor]]:
+    """Two micro-batches of two rows."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(0, 32, (2, 2, 9), generator=generator)
+    positions = torch.arange(8).expand(2, 8)
+    return [
+        {"input_ids": r[:, :-1], "labels": r[:, 1:], "positions": positions, "row_ids": torch.arange(2)} for r in rows
+    ]
+
+
+def open_alone(name: str, model: Llama) -> Engine:
+    scaler = LossScaler(enabled=False)
+    return open_engine(
+        EngineParts(
+            ParallelConfig(ddp_impl=name),
+            PowerSGDConfig(),
+            DistContext(0, 1, 0, 1, torch.device("cpu")),
+            Mesh(0),
+            model,
+            to_device=lambda batch: batch,
+            new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, ADAMW, CLIP, scaler),
+            square=square,
+            loss_scale=lambda: scaler.scale,
+            is_fp16=False,
+            seed=0,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_an_engine_takes_the_steps_of_torchs_own_loop(name: str):
+    ours, theirs = new_model(), new_model()
+    engine, task, plain = open_alone(name, ours), LanguageModelTask(ours, 0, torch.ones(32)), LanguageModelTask(
+        theirs, 0, torch.ones(32)
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(theirs.parameters(), LR, (ADAMW.beta1, ADAMW.beta2), ADAMW.adam_eps, weight_decay=0.0)
+    told = []
+    for step in range(3):
+        plan = StepPlan(step + 1, LR, 32, 1.0, lambda: told.append("update"))
+        sums = engine.forward_backward(batches(step), task, plan)
+        result = engine.step(plan)
+        loss = sum(plain(batch)[0] for batch in batches(step)) / 32
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
+        adamw.step()
+        adamw.zero_grad()
+        assert sums.loss.item() / 32 == pytest.approx(loss.item(), rel=1e-6)
+        assert not result.skipped and result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    engine.settle()
+    for mine, other in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+    assert told and engine.describe() and engine.traffic() is None
+    assert {piece.name for piece, _ in engine.named_state()} == {name for name, _ in ours.named_parameters()}
+    engine.close()
+
+
+@pytest.mark.parametrize("name", sorted(ENGINES))
+def test_a_dropped_step_leaves_all_but_the_gradients(name: str):
+    model = new_model()
+    engine, task = open_alone(name, model), LanguageModelTask(model, 0, torch.ones(32))
+    before = [p.detach().clone() for p in model.parameters()]
+    plan = StepPlan(1, LR, 32, 1.0, lambda: None, shall_drop=lambda done, total: (done, total) == (1, 2))
+    assert engine.forward_backward(batches(0), task, plan) is None
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all((tensors["exp_avg"] == 0).all() for _, tensors in engine.named_state())
+    engine.close()
+
+
+def test_ranks_of_a_mesh():
+    """Every rank has its own coordinates, those of one data rank count once, and tensor ranks are neighbours."""
+    for pipe, data, context, tensor in itertools.product((1, 2), (1, 3), (1, 2), (1, 2)):
+        size = pipe * data * context * tensor
+        ranks = [Mesh(rank, pipe, data, context, tensor) for rank in range(size)]
+        places = [(m.pipe_rank, m.data_rank, m.context_rank, m.tensor_rank) for m in ranks]
+        assert places == list(itertools.product(range(pipe), range(data), range(context), range(tensor)))
+        assert sorted(m.data_rank for m in ranks if m.counts) == list(range(data))

@@ -1,0 +1,121 @@
+"""When the loop saves, and what becomes of it. What a rank writes is in saving.py, how it is written in checkpoint/."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from checkpoint.saving import SaveOutcome
+from runs.reslog import ResLog
+from training import report
+from training.build import Built
+from training.saving import add_share
+
+logger = logging.getLogger("train")
+
+
+class Saves:
+    """One save is in flight at a time. All ranks call everything here alike.
+
+    Args:
+        reslog: the results' file, on the first rank alone.
+        aside: around what takes long and is not training time.
+    """
+
+    def __init__(self, built: Built, reslog: ResLog | None, aside: Callable[[], AbstractContextManager[None]]):
+        self._built, self._saver, self._reslog, self._aside = built, built.run_dir.saver, reslog, aside
+        # The position that a checkpoint holds is not the run's any more if samples were left out.
+        is_saved = built.run_dir.resumed_from is not None and not built.left_out
+        self.saved_step = built.progress.step if is_saved else -1
+        """Step of the newest whole checkpoint of this launch; -1: none."""
+        self._last_good = built.run_dir.chosen.name if built.run_dir.chosen else None
+        self._asked, self._waiting, self._last_save = False, False, time.monotonic()
+        self._poisoned: str | None = None
+
+    def reserve(self) -> None:
+        """Set memory aside before the first step."""
+        self._saver.reserve(partial(add_share, self._built))
+
+    def signs(self) -> list[int]:
+        """What this rank adds to what all ranks agree on at each step; `take_signs` takes the sums."""
+        minutes = self._built.config.run.save_interval_minutes
+        # By the first rank's clock.
+        asks = self._built.context.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+        return [int(asks), *map(int, self._saver.signs())]
+
+    def take_signs(self, sums: Sequence[int]) -> None:
+        asked, failed, done = sums
+        if failed or done == self._built.context.world_size:
+            self._report(self._saver.conclude())
+        self._asked = bool(asked)
+
+    def are_due(self, validated: bool) -> bool:
+        """After a step: whether to save, now or, after a call that was not followed by `start`, at last."""
+        interval = self._built.config.run.save_interval
+        self._waiting |= validated or self._asked or is_due(self._built.progress.step, interval)
+        return self._waiting
+
+    def prepare(self) -> None:
+        """Wait for the save in flight, and for whole weights."""
+        self.settle()
+        self._waiting = False
+        with self._aside():
+            self._built.engine.settle()
+
+    def start(self, valid_loss: float | None, prune: bool, must: bool) -> None:
+        """Begin to save the present state, each rank its share.
+
+        Args:
+            prune: older checkpoints may go.
+            must: wait for it, and fail with it; see `settle`.
+        """
+        with self._aside():
+            writer = self._saver.begin(self._built.progress.step)
+            add_share(self._built, writer)
+            self._saver.start(writer, valid_loss, prune=prune)
+        self._last_save = time.monotonic()
+        if must or not self._saver.background:
+            self.settle(must)
+
+    def settle(self, must: bool = False) -> None:
+        """Wait until the save in flight, if there is one, is whole on all ranks or has failed.
+
+        Raises:
+            OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
+            FloatingPointError: the weights are not finite. Raised on all ranks, and what was there stays.
+        """
+        if not self._saver.in_flight:
+            return
+        with self._aside():
+            outcome = self._saver.settle()
+        if outcome is not None:
+            self._report(outcome)
+            self.refuse_poison()
+            if must and outcome.problem is not None:
+                raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
+
+    def _report(self, outcome: SaveOutcome) -> None:
+        """All ranks agree on what became of a save."""
+        if outcome.problem is None:
+            self.saved_step, self._last_good = outcome.step, outcome.name
+        elif outcome.poisoned:
+            self._poisoned = f"the weights of step {outcome.step} are of no use: {outcome.problem}"
+        report.report_save(self._reslog, self._built.run_dir.ckpt_dir, outcome)
+
+    def refuse_poison(self) -> None:
+        """
+        Raises:
+            FloatingPointError: a save has found weights that are not finite; on all ranks.
+        """
+        if self._poisoned is not None:
+            raise FloatingPointError(self._poisoned)
+
+    def say_last_good(self, why: str) -> None:
+        """The present step is not saved."""
+        last = f"{self._last_good} stays the newest checkpoint" if self._last_good else "there is no checkpoint yet"
+        logger.warning("step %d is not saved: %s; %s", self._built.progress.step, why, last)
+
+
+def is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
