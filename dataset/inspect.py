@@ -216,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")
     parser.add_argument("--verify", action="store_true", help="compare all tokens with the shards' checksums")
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--max_seq_len", type=int, default=0, help="length of the index (default: the run's, or the only)")
+    parser.add_argument(
+        "--max_seq_len", type=int, default=0, help="length of the index (default: the run's, or that of the only one)"
+    )
     parser.add_argument("--tokenizer_dir", type=a_path, help="default: the run's, or the one beside the data")
     parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
     args = parser.parse_args(argv)
