@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shard_mb", type=float, default=256.0, help="MB of text in a shard (default: 256, about 100 MB of tokens)"
     )
-    parser.add_argument("--max_bad_records", type=int, default=100, help="stop beyond so many (default: 100)")
+    parser.add_argument("--max_bad_records", type=int, default=100, help="stop if more are unreadable (default: 100)")
     args = parser.parse_args(argv)
 
     def work() -> dict:

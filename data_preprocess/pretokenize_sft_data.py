@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--valid_ratio", type=float, default=0.0, help="share of records held out (default: 0; 1: all)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--shard_mb", type=float, default=64.0, help="MB of text in a shard (default: 64)")
-    parser.add_argument("--max_bad_records", type=int, default=100, help="stop beyond so many (default: 100)")
+    parser.add_argument("--max_bad_records", type=int, default=100, help="stop if more are unreadable (default: 100)")
     args = parser.parse_args(argv)
 
     def work() -> dict:

@@ -147,15 +147,15 @@ def add_compiling_arguments(parser: argparse.ArgumentParser) -> None:
         "--sft_loss", choices=["all", "last", "split"], default="all",
         help="learn all answers, the last one, or each in a sample of its own (default: all)",
     )  # fmt: skip
-    parser.add_argument("--user_name", default="", help="what the records call the user, beside the usual names")
-    parser.add_argument("--assistant_name", default="", help="what they call the assistant")
+    parser.add_argument("--user_name", default="", help="name of the user in the records, besides the usual names")
+    parser.add_argument("--assistant_name", default="", help="name of the assistant in the records")
     parser.add_argument(
         "--max_prompt_len", type=int, default=0,
-        help="DPO: longest prompt in tokens (default: what the longer answer leaves, at least half of max_seq_len)",
+        help="DPO: longest prompt in tokens (default: the room that the longer answer leaves, at least half)",
     )  # fmt: skip
     parser.add_argument(
         "--prompt_truncation_mode", choices=["keep_end", "keep_start"], default="keep_end",
-        help="DPO: which part of a prompt that is too long stays (default: keep_end)",
+        help="DPO: which part of a prompt that is too long is kept (default: keep_end)",
     )  # fmt: skip
 
 

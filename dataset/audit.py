@@ -2,15 +2,16 @@
 
     python -m dataset.audit RUN
 
-Each step recorded which positions of the stream it took, and a digest, summed over all ranks, of the sample ids and
-tokens that really were in its micro-batches. The audit walks through the records that stand (those of steps that a
-later launch did again are superseded), across crashes, resumes and changes of world size. It checks that
+Each step recorded the positions of the stream that it took, and a digest of the sample ids and tokens that were really
+in its micro-batches, summed over all ranks. The audit walks through the valid records (those of steps that a later
+launch repeated are superseded), across crashes, resumes and changes of world size. It checks that
 
-- the positions follow one another without gap or overlap, from 0 to the last step, as many a step as were due;
-- each launch began exactly where its checkpoint was;
-- every digest is what the order (seed, position) -> sample and the `.bin` files give, computed anew.
+- the positions follow one another without gap or overlap, from 0 to the last step, with the due number in each step;
+- each launch began exactly at its checkpoint;
+- every digest equals the one that follows from the order, (seed, position) -> sample, and the `.bin` files.
 
-The order visits every sample once an epoch, so positions taken once are samples taken once an epoch.
+The order visits every sample once per epoch. So if each position was taken once, each sample was taken once per
+epoch.
 
 Exit codes: 0 proven; 1 something is wrong; 2 it cannot be checked.
 """
@@ -48,21 +49,21 @@ _MOST_FINDINGS = 10
 
 @dataclass
 class Audit:
-    """What was found so far."""
+    """Findings so far."""
 
     steps: int = 0
     records: int = 0
     samples: int = 0
     segments: list[str] = field(default_factory=list)
-    """A line for each stream (seed and data) that the run used."""
+    """Lines about the streams (seed and data) that the run used, one for each."""
     world_sizes: list[int] = field(default_factory=list)
     left_out: list[tuple[int, int]] = field(default_factory=list)
-    """First and last position of each stretch that a launch was asked to leave out (--resume_at_sample)."""
+    """First and last position of each stretch that a launch left out on request (--resume_at_sample)."""
     findings: list[str] = field(default_factory=list)
 
 
 def recomputed_digest(dataset: TaskDataset, seed: int, first: int, last: int) -> int:
-    """Of the positions first..last of the stream, by the order and the files."""
+    """Digest of the positions first..last of the stream, computed from the order and the files."""
     total = 0
     for start in range(first, last + 1, _ROWS_AT_ONCE):
         positions = np.arange(start, min(start + _ROWS_AT_ONCE, last + 1), dtype=np.int64)
@@ -72,7 +73,7 @@ def recomputed_digest(dataset: TaskDataset, seed: int, first: int, last: int) ->
 
 
 class _Walk:
-    """Goes through the standing records in their order."""
+    """Walk through the valid records, in order."""
 
     def __init__(self, datasets: dict[str, TaskDataset]):
         self._datasets, self.audit = datasets, Audit()
@@ -93,7 +94,7 @@ class _Walk:
                 f"launch {start['attempt']} begins after step {start['step']}, but the records that stand end with "
                 f"step {self._step}"
             )
-        # Another stream, which --restart_data allows, is taken from its beginning.
+        # --restart_data allows another stream, which is taken from its beginning.
         due = self._next if same_stream else 0
         if start.get("left_out") and start["left_out"][0] == due:
             due = start["left_out"][1] + 1
@@ -143,9 +144,9 @@ def audit_run(run_dir: Path, data_dirs: list[Path], show_progress: bool = False)
     """Walk through a run's log.
 
     Args:
-        data_dirs: where else than in the run's own data directory to look for the data of its segments.
+        data_dirs: directories besides the run's own in which the data of its segments may lie.
     Raises:
-        ValueError: no log, no record in it, or the data of a segment is not there.
+        ValueError: there is no log or no record in it, or the data of a segment is missing.
     """
     records = _records_of(run_dir)
     run = read_trained_on(run_dir)
@@ -179,7 +180,7 @@ def _records_of(run_dir: Path) -> list[dict]:
     if not run_dir.exists():
         raise ValueError(absent(run_dir))
     if not path.exists():
-        raise ValueError(f"{run_dir} holds no {RESLOG_NAME}: it is no run directory")
+        raise ValueError(f"{run_dir} holds no {RESLOG_NAME}: it is not a run directory")
     records = [record for record in read_reslog(path) if record["name"] in ("start", "train")]
     if not any(record["name"] == "train" for record in records):
         raise ValueError(f"{path} records no step yet")

@@ -1,6 +1,6 @@
 """DPO samples: a prompt with a chosen and a rejected answer.
 
-Shapes: B pairs of a batch, so 2 B rows: chosen and rejected by turns. T as in sft.py.
+Shapes: B pairs in a batch, hence 2 B rows: chosen and rejected in turns. T as in sft.py.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ class DPODataset:
         return len(self.sequences) // 2
 
     def members(self, sample_id: int) -> np.ndarray:
-        """Numbers of the sequences of a sample: the chosen and the rejected one."""
+        """Numbers of a sample's two sequences, the chosen and the rejected one."""
         return 2 * sample_id + np.arange(2)
 
     def context_and_supervised_share(self) -> tuple[float, float]:
@@ -49,11 +49,11 @@ class DPODataset:
         )
 
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
-        """Input tokens of some pairs: the chosen row's, then the rejected one's."""
+        """Input tokens of some pairs, each the chosen row's followed by the rejected one's."""
         return [self.sequences.inputs(self.members(pair)) for pair in sample_ids.tolist()]
 
     def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
-        """A batch of the given pairs.
+        """Batch of the given pairs.
 
         Returns:
             input_ids, labels, positions (2 B, T), supervised (N,), lengths (2 B,) as SFTDataset.collate has them;

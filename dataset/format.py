@@ -1,12 +1,12 @@
-"""The token files on disk.
+"""Token files on disk.
 
 `.bin`   a 256-byte header, then raw little-endian tokens (uint16 while the vocabulary fits, else uint32). Every
          document ends with one end-of-document token, which ordinary text can never produce.
-`.docs`  beside each `.bin`: the position of each document's first token, int64, and where it came from: its number
-         in its file, uint64, and the file, uint32, an entry of the table of [path, what is counted] at the end.
-`.ibin`  the sample index of one set (train or valid) and one max_seq_len: which `.bin` files it maps, then one row
-         (file, offset) a sample. Sample i starts at token i * max_seq_len of the concatenated files and reads
-         max_seq_len + 1 tokens, so that its last input has a label; it may cross into the next file.
+`.docs`  beside each `.bin`: for each document the position of its first token, int64, and its origin: its number in
+         its file, uint64, and the file, uint32, as an entry of the table of [path, what is counted] at the end.
+`.ibin`  the sample index of one set (train or valid) and one max_seq_len: the `.bin` files that it maps, then one row
+         (file, offset) for each sample. Sample i starts at token i * max_seq_len of the concatenated files and reads
+         max_seq_len + 1 tokens, so that its last input has a label. It may cross into the next file.
 
 A file's fingerprint is the sha256 of its header, which holds the sha256 of its tokens: computed once, when written.
 """
@@ -43,13 +43,13 @@ BUILD_INDEX_COMMAND = "python -m data_preprocess.build_pretrain_sample_index_map
 
 
 def read_manifest_of(data_dir: Path, command: str) -> dict:
-    """The manifest of a pretokenized directory: at least `shards`, the file names of each set, and `valid_ratio`; of
-    SFT and DPO also `task` and `options`.
+    """Manifest of a pretokenized directory. It has at least `shards`, the file names of each set, and `valid_ratio`;
+    for SFT and DPO also `task` and `options`.
 
     Args:
-        command: makes the directory anew.
+        command: command that makes the directory again.
     Raises:
-        ValueError: missing or damaged.
+        ValueError: it is missing or damaged.
     """
     path = data_dir / MANIFEST_NAME
     try:
@@ -64,7 +64,7 @@ def read_manifest_of(data_dir: Path, command: str) -> dict:
 
 
 def _is_manifest(value: object) -> bool:
-    """Whether a value has what is looked at later, and of the right kinds."""
+    """Whether a value has the entries that are used later, with the right types."""
     if not isinstance(value, dict) or not isinstance(value.get("shards"), dict):
         return False
     sets = [value["shards"].get(split) for split in SPLITS]
@@ -80,7 +80,7 @@ def _is_manifest(value: object) -> bool:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a value names a file in a directory, and none outside it."""
+    """Whether a value names a file inside a directory."""
     return isinstance(value, str) and value != ".." and Path(value).name == value and "\0" not in value
 
 
@@ -90,7 +90,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class BinHeader:
-    """What a `.bin` file says of itself."""
+    """Header of a `.bin` file."""
 
     vocab_size: int
     eod_id: int
@@ -127,15 +127,15 @@ class BinHeader:
 def require_made_with(
     what: object, command: str, tokenizers: tuple[str, str], valid_ratio: float, expected_ratio: float | None
 ) -> None:
-    """Compare a pretokenized set with what goes with it.
+    """Check that a pretokenized set was made with a tokenizer and a share of documents held out.
 
     Args:
-        what: names the set in the sentence.
-        command: makes it anew.
-        tokenizers: fingerprints of the one that made it, and of the one that it is used with.
+        what: name of the set in messages.
+        command: command that makes it again.
+        tokenizers: fingerprints of the tokenizer that made it, and of the one that it is used with.
         expected_ratio: share of the documents held out that the user expects; None expects nothing.
     Raises:
-        ValueError: the set was made by another tokenizer, or with another share held out.
+        ValueError: the set was made with another tokenizer, or with another share held out.
     """
     if tokenizers[0] != tokenizers[1]:
         raise ValueError(
@@ -176,7 +176,7 @@ def read_bin_header(path: Path) -> BinHeader:
             f"{path} holds {size} bytes where its header promises {expected}: "
             f"it is damaged, delete it and run `{PRETOKENIZE_COMMAND}` again"
         )
-    # The tokens' size stands there by itself, so that a damaged vocabulary size cannot change how they are read.
+    # The header holds the tokens' size, too, so that a damaged vocabulary size cannot change how they are read.
     if split.rstrip(b"\0") not in map(str.encode, SPLITS) or token_bytes != token_dtype(vocab_size).itemsize:
         raise ValueError(f"{path} has a damaged header: delete it and run `{PRETOKENIZE_COMMAND}` again")
     return BinHeader(
@@ -194,7 +194,7 @@ def map_tokens(path: Path, header: BinHeader) -> np.ndarray:
 
 
 class BinWriter:
-    """Writes one `.bin` and its `.docs`. The files appear under their names when `close()` returns, or never.
+    """Writer of one `.bin` and its `.docs`. The files appear under their names when `close()` returns, or never.
 
     As a context manager it closes on success and removes its temporary file on an exception.
     """
@@ -218,12 +218,12 @@ class BinWriter:
         record: int = 0,
         continued: bool = False,
     ) -> None:
-        """Append a document's tokens (without end-of-document token, which is added here).
+        """Append a document's tokens. Its end-of-document token is added here.
 
         Args:
-            source: the file that it came from, and what `record` counts there, such as "byte" or "row".
-            record: which document of the file it is.
-            continued: more of the same document follows in the next call.
+            source: the file of its origin, and what `record` counts in it, such as "byte" or "row".
+            record: number of the document in that file.
+            continued: whether the next call brings more of the same document.
         Raises:
             ValueError: a token is outside the vocabulary.
         """
@@ -292,22 +292,22 @@ def _docs_lead(header: BinHeader, table_bytes: int) -> bytes:
 
 @dataclass(frozen=True)
 class DocumentTable:
-    """Where the documents of a `.bin` lie and came from. All arrays have the shape (num_documents,)."""
+    """Places and origins of the documents of a `.bin`. All arrays have the shape (num_documents,)."""
 
     starts: np.ndarray
     """Position of the first token, int64."""
     records: np.ndarray
     """Number of the document in its file, uint64."""
     files: np.ndarray
-    """Which entry of `sources`, uint32."""
+    """Index of the document's file in `sources`, uint32."""
     sources: tuple[tuple[str, str], ...]
-    """(path below the corpus, what a record number counts in this file; "" if the file is the document)."""
+    """(path below the corpus, what a record number counts in the file, "" if the file is the document)."""
 
     def check_content(self, bin_path: Path, num_tokens: int) -> None:
-        """Read all of it.
+        """Read and check the whole table.
 
         Raises:
-            ValueError: documents of a `.bin` of so many tokens cannot lie so, or come from files that are not named.
+            ValueError: the documents do not fill a `.bin` of so many tokens, or come from files that are not named.
         """
         begins = np.concatenate([self.starts, [num_tokens]])
         in_order = begins[0] == 0 and (np.diff(begins) > 0).all() if len(self.starts) else not num_tokens
@@ -323,10 +323,10 @@ def _damaged_docs(bin_path: Path) -> str:
 
 
 def read_document_table(bin_path: Path) -> DocumentTable:
-    """The `.docs` of a `.bin`, as memory maps.
+    """Table of the documents of a `.bin`, as memory maps of its `.docs`.
 
     Raises:
-        ValueError: missing, damaged, or of another `.bin`; the sentence says what to run.
+        ValueError: the `.docs` is missing, damaged, or of another `.bin`; the sentence says what to run.
     """
     header, path = read_bin_header(bin_path), docs_path(bin_path)
     count = header.num_documents
@@ -360,7 +360,7 @@ def index_path(data_dir: Path, split: str, max_seq_len: int) -> Path:
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """A sample index, opened: `rows` is a read-only memory map of INDEX_ROW, one a sample."""
+    """An open sample index. `rows` is a read-only memory map with one INDEX_ROW for each sample."""
 
     max_seq_len: int
     split: str
@@ -368,7 +368,7 @@ class SampleIndex:
     file_fingerprints: tuple[str, ...]
     rows: np.ndarray
     fingerprint: str
-    """Hex sha256 of the header: names the data and their cut into samples."""
+    """Hex sha256 of the header, which identifies the data and their cut into samples."""
 
 
 def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) -> Path:
@@ -416,11 +416,12 @@ def write_index(data_dir: Path, split: str, max_seq_len: int, names: list[str]) 
 
 
 def require_pretokenized(data_dir: Path, max_seq_len: int = 1024) -> None:
-    """
+    """Check that a directory was pretokenized.
+
     Args:
-        max_seq_len: for the command that makes an index.
+        max_seq_len: length in the advised command that builds an index.
     Raises:
-        ValueError: there are no tokens in the directory, or not all; the sentence gives the commands that make them.
+        ValueError: tokens are missing; the sentence gives the commands that make them.
     """
     if not Path(data_dir).is_dir():
         is_there = Path(data_dir).exists()
@@ -441,7 +442,7 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
     """Open the `.ibin` of one set.
 
     Raises:
-        ValueError: missing, damaged or foreign; the sentence gives the command that makes it.
+        ValueError: it is missing, damaged or foreign; the sentence gives the command that makes it.
     """
     require_pretokenized(data_dir, max_seq_len)
     path = index_path(data_dir, split, max_seq_len)
@@ -468,10 +469,11 @@ def read_index(data_dir: Path, split: str, max_seq_len: int) -> SampleIndex:
 def _opened_index(
     path: Path, start: int, meta: dict, raw_meta: bytes, wanted: tuple[str, int], rebuild: str
 ) -> SampleIndex:
-    """
+    """Sample index of a file whose header was read.
+
     Args:
         start: byte at which the rows begin.
-        wanted: split and max_seq_len.
+        wanted: the expected split and max_seq_len.
     """
     if (meta["split"], meta["max_seq_len"]) != wanted:
         raise ValueError(f"{path} was built for another set or length: run {rebuild}")

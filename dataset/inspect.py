@@ -1,4 +1,4 @@
-"""Look at pretokenized data: what is in it, and what a sample really holds.
+"""Look at pretokenized data: statistics, and the real content of a sample.
 
 python -m dataset.inspect RUN_OR_DIR                  statistics
 python -m dataset.inspect RUN_OR_DIR --sample N       also sample N, decoded, with its documents and their files
@@ -46,28 +46,28 @@ _BAR_WIDTH = 40
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """The part of a document that lies in a sample."""
+    """Part of a document that lies in a sample."""
 
     source: str
-    """Where the document came from, as text."""
+    """Origin of the document, as text."""
     begin: int
     end: int
     """Tokens [begin, end) of the sample's row."""
     skipped: int
-    """Tokens of the document before the sample."""
+    """Number of the document's tokens before the sample."""
 
 
 def place_of(table: DocumentTable, document: int) -> str:
-    """ "a.jsonl, byte 17", "a.parquet, row 3", or just the path."""
+    """Origin of a document: "a.jsonl, byte 17", "a.parquet, row 3", or just the path."""
     path, counts = table.sources[table.files[document]]
     return f"{path}, {counts} {table.records[document]}" if counts else path or "unknown"
 
 
 class Inspection:
-    """One set of a data directory.
+    """One set of a data directory, opened to be looked at.
 
     Raises:
-        ValueError: files missing, damaged, or of another tokenizer.
+        ValueError: files are missing, damaged, or of another tokenizer.
     """
 
     def __init__(self, data_dir: Path, split: str, max_seq_len: int, tokenizer: Tokenizer):
@@ -81,10 +81,10 @@ class Inspection:
         self.bounds = np.cumsum([0, *(header.num_tokens for header in self.dataset.headers)], dtype=np.int64)
 
     def verify(self) -> Iterator[str]:
-        """Read every shard of the set.
+        """Read and check every shard of the set.
 
         Raises:
-            ValueError: tokens are not those that were written.
+            ValueError: the tokens are not those that were written.
         """
         self.dataset.check_content()
         yield f"{self.split}: the tokens of all {len(self.dataset.headers)} shards are those that were written"
@@ -109,7 +109,7 @@ class Inspection:
         yield from _histogram(lengths)
 
     def parts(self, sample: int) -> list[DocumentPart]:
-        """The documents of a sample's max_seq_len + 1 tokens."""
+        """Parts of documents that make up a sample's max_seq_len + 1 tokens."""
         file, offset = self.index.rows[sample].tolist()
         position, left = int(self.bounds[file]) + offset, self.index.max_seq_len + 1
         parts: list[DocumentPart] = []
@@ -147,7 +147,7 @@ class Inspection:
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
-    """Documents by length, in powers of two, and the share of all tokens that they hold."""
+    """Histogram of the documents' lengths, in powers of two, with the share of all tokens in each class."""
     exponents = np.floor(np.log2(lengths)).astype(np.int64)
     counts, tokens = np.bincount(exponents), np.bincount(exponents, weights=lengths)
     yield f"{'tokens':>22s} {'documents':>12s}  share of all tokens"
@@ -159,10 +159,10 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def _only_length(data_dir: Path) -> int:
-    """The max_seq_len of the one index in a directory.
+    """The max_seq_len of the only index in a directory.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is no index, or more than one.
     """
     require_pretokenized(data_dir)
     pattern = index_path(data_dir, "train", 0).name.replace("0", "*")
@@ -187,7 +187,7 @@ def _require_pretraining(data_dir: Path) -> None:
 def open_inspection(
     path: Path, split: str, max_seq_len: int, tokenizer_dir: str | None
 ) -> tuple[Inspection, int | None]:
-    """The set that a run or a data directory holds, and the run's seed.
+    """Set of a run or of a data directory, and the run's seed.
 
     Raises:
         ValueError: see Inspection.
@@ -216,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--position", type=int, help="show the sample at this position of the run's stream")
     parser.add_argument("--verify", action="store_true", help="compare all tokens with the shards' checksums")
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--max_seq_len", type=int, default=0, help="which index (default: the run's, or the only one)")
+    parser.add_argument(
+        "--max_seq_len", type=int, default=0, help="length of the index (default: the run's, or that of the only one)"
+    )
     parser.add_argument("--tokenizer_dir", type=a_path, help="default: the run's, or the one beside the data")
     parser.add_argument("--seed", type=int, help="key of the order, for --position in a data directory")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""From positions in the run's stream to micro-batches on a rank.
+"""Loader: from positions in the run's stream to micro-batches on a rank.
 
-A step with global batch G takes the next G positions of the stream; they are cut into micro-batches of B, and
-micro-batch m goes to data rank m % data_size. So the stream, and the gradient of a step, do not depend on the number of
-ranks. `row_ids` of a batch are the rows' positions in the stream: dropout is keyed by them, for the same reason.
+A step with global batch G takes the next G positions of the stream. They are cut into micro-batches of B rows, and
+micro-batch m goes to data rank m % data_size. So the stream and the gradient of a step do not depend on the number of
+ranks. `row_ids` of a batch are the rows' positions in the stream; dropout is keyed by them, for the same reason.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of one step."""
+    """A data rank's share of one step."""
 
     first: int
     """First position of the step's global batch in the stream."""
@@ -43,17 +43,17 @@ class Step:
 
 
 class TrainLoader:
-    """Endless iterator over steps, starting anywhere in constant time.
+    """Endless iterator over steps, which starts anywhere in constant time.
 
     Args:
-        dataset: what is read.
+        dataset: set that is read.
         seed: key of the order.
-        micro_batch_size: B, rows of a micro-batch.
-        accumulation_steps: micro-batches of a step over all ranks; a multiple of data_size.
-        data_rank, data_size: this process's place among those that read different rows.
-        first_position: where in the stream to start (the run's samples_consumed).
-        num_workers: threads that read ahead; 0 reads when asked.
-        pin_memory: page-lock the tensors for asynchronous copies to a GPU.
+        micro_batch_size: B, the rows of a micro-batch.
+        accumulation_steps: micro-batches of a step over all data ranks; a multiple of data_size.
+        data_rank, data_size: number of this process among those that read different rows, and how many they are.
+        first_position: position in the stream to start from (the run's samples_consumed).
+        num_workers: threads that read ahead; with 0, reading happens on demand.
+        pin_memory: whether tensors are page-locked, for asynchronous copies to a GPU.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TrainLoader:
         self._next_position += size
         begin = first - self._block_start
         if begin + size > len(self._block):
-            # Many at once: for a few, the order costs more than reading them.
+            # Many positions at once: for a few, computing the order costs more than reading the rows.
             positions = first + np.arange(max(size, _ORDER_BLOCK), dtype=np.int64)
             self._block_start, self._block = first, sample_at(self.seed, positions, len(self.dataset))
             begin = 0
@@ -120,12 +120,13 @@ class TrainLoader:
 def validation_batches(
     dataset: Dataset, batch_size: int, max_batches: int, data_rank: int, data_size: int
 ) -> tuple[int, Iterator[tuple[int, Batch]]]:
-    """The validation set in its own order, cut the same way whatever the number of ranks.
+    """Batches of the validation set in its own order, the same on any number of ranks.
 
     Args:
-        max_batches: how many batches of batch_size to use over all ranks; 0 uses the whole set.
+        max_batches: number of batches of batch_size to use over all data ranks; 0 uses the whole set.
+        data_rank, data_size: see TrainLoader.
     Returns:
-        the number of batches over all ranks, and an iterator over this rank's (batch number, batch).
+        the number of batches over all data ranks, and an iterator over this one's (batch number, batch).
     """
     count = -(-len(dataset) // batch_size)
     if max_batches:
@@ -140,31 +141,31 @@ def validation_batches(
 
 
 def batch_digest(batch: Batch) -> int:
-    """64-bit digest of what a micro-batch really holds, padding left out."""
+    """64-bit digest of the real content of a micro-batch, without padding."""
     sample_ids = batch["sample_ids"].numpy()
     rows = list(batch["input_ids"].numpy())
     if "lengths" in batch:
         rows = [row[:length] for row, length in zip(rows, batch["lengths"].tolist())]
-        # A sample may be several rows.
+        # A sample may have several rows.
         each = len(rows) // len(sample_ids)
         rows = [np.concatenate(rows[begin : begin + each]) for begin in range(0, len(rows), each)]
     return rows_digest(sample_ids, rows)
 
 
 def num_tokens(batch: Batch) -> int:
-    """Positions of a batch that are no padding."""
+    """Number of positions of a batch, without padding."""
     return int(batch["lengths"].sum()) if "lengths" in batch else batch["input_ids"].numel()
 
 
 def rows_digest(sample_ids: np.ndarray, rows: Iterable[np.ndarray]) -> int:
     """64-bit digest of rows: the sum, modulo 2**64, of blake2b(sample id, input tokens as little-endian uint32).
 
-    A sum, so that it does not depend on how rows were spread over micro-batches and ranks, yet a row used twice or left
-    out changes it.
+    A sum does not depend on how rows were spread over micro-batches and ranks, yet it changes if a row is used twice or
+    left out.
 
     Args:
         sample_ids: (B,)
-        rows: the tokens of each sample.
+        rows: tokens of each sample.
     """
     total = 0
     for sample_id, row in zip(sample_ids, rows):

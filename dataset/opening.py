@@ -12,7 +12,7 @@ TaskDataset = PretrainDataset | SFTDataset | DPODataset
 
 
 def kind_of(data_dir: Path) -> str:
-    """The kind of data in a pretokenized directory.
+    """Kind of the data in a pretokenized directory.
 
     Raises:
         ValueError: its manifest is damaged.
@@ -24,11 +24,12 @@ def kind_of(data_dir: Path) -> str:
 def open_dataset(
     kind: str, data_dir: str | Path, split: str, max_seq_len: int, document_mask: bool = True, packing: bool = True
 ) -> TaskDataset:
-    """
+    """Open one set of a pretokenized directory.
+
     Args:
         kind: "pretrain" (which takes document_mask), "sft" (which takes packing) or "dpo".
     Raises:
-        ValueError: no data of this kind there, or damaged.
+        ValueError: there is no data of this kind, or it is damaged.
     """
     if kind == "sft":
         return SFTDataset(data_dir, split, max_seq_len, packing)

@@ -1,4 +1,4 @@
-"""Which sample is the n-th of the run: a pure function of (seed, n).
+"""Order of the samples: the n-th sample of a run is a pure function of (seed, n).
 
 Each epoch visits every sample once, in an order given by a keyed permutation of [0, num_samples): a balanced
 Feistel network over the smallest power of four that is large enough, with cycle walking (values outside the
@@ -12,11 +12,11 @@ _ROUNDS = 8
 
 
 def sample_at(seed: int, n: int | np.ndarray, num_samples: int) -> np.ndarray:
-    """Sample id at position `n` of the run's endless stream.
+    """Ids of the samples at positions `n` of the run's endless stream.
 
     Args:
         seed: the run's data seed.
-        n: position(s) >= 0, any shape.
+        n: positions >= 0, of any shape.
         num_samples: samples in an epoch, 1 <= num_samples <= 2**62.
     Returns:
         int64 array of n's shape, each value in [0, num_samples).

@@ -1,20 +1,21 @@
-"""Which sequences share a row: best-fit decreasing.
+"""Packing of sequences into rows: best-fit decreasing.
 
-The longest sequence goes first; each goes into the row with the least room that still takes it (Johnson's best fit, as
-used for language models by Ding et al., "Fewer Truncations Improve Language Modeling", 2024). No sequence is cut.
+Sequences are placed from the longest to the shortest, each into the row with the least room that still takes it
+(Johnson's best fit, as used for language models by Ding et al., "Fewer Truncations Improve Language Modeling", 2024).
+No sequence is cut.
 """
 
 import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Rows of sequences.
+    """Rows, each as the numbers of its sequences.
 
     Args:
         lengths: positions that each sequence takes, int, 1 to capacity, shape (N,).
         capacity: positions of a row.
     Returns:
-        the numbers of the sequences in each row; rows by their first (longest) sequence, in a fixed order.
+        rows in the order of their first sequence, which is the longest of the row.
     Raises:
         ValueError: a sequence is longer than a row.
     """
@@ -24,8 +25,8 @@ def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
             f"sequences of 1 to {capacity} positions can be packed, not {lengths.min()} to {lengths.max()}"
         )
     rows: list[list[int]] = []
-    # rows_with[room] are rows with so much room; bit `room` of `rooms` says that there are some. The lowest bit that is
-    # set from `length` on is the best fit, found without a search.
+    # rows_with[room] are the rows with that much room; bit `room` of `rooms` says that there are some. The lowest set
+    # bit from `length` on is the best fit, found without a search.
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
     order = np.argsort(-lengths, kind="stable")

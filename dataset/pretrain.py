@@ -1,6 +1,6 @@
 """Pretraining samples: rows of max_seq_len + 1 consecutive tokens, read through memory maps.
 
-Shapes: B rows of a batch, T = max_seq_len.
+Shapes: B rows in a batch, T = max_seq_len.
 """
 
 from collections.abc import Mapping
@@ -29,8 +29,8 @@ IGNORE_INDEX = -100
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> "dict[str, torch.Tensor]":
-    """The same memory as tensors. Only here does a data set need torch, whose import takes seconds: who looks at data
-    without training on it need not wait."""
+    """The same memory as tensors. Only here does a data set need torch, whose import takes seconds, so that commands
+    which look at data without training start at once."""
     import torch
 
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
@@ -40,13 +40,13 @@ class PretrainDataset:
     """One set (train or valid) of a pretokenized directory.
 
     Args:
-        data_dir: where the `.bin` and `.ibin` files lie.
+        data_dir: directory with the `.bin` and `.ibin` files.
         split: "train" or "valid".
         max_seq_len: T; an index for it must have been built.
-        document_mask: positions and attention restart at each document, and the token after an end-of-document
-            token is not supervised. Off: a row is one text.
+        document_mask: whether positions and attention restart at each document, and the token after an end-of-document
+            token is not supervised. Without it, a row is one text.
     Raises:
-        ValueError: files missing, damaged, or not the ones that the index maps.
+        ValueError: files are missing, damaged, or not the ones that the index maps.
     """
 
     def __init__(self, data_dir: str | Path, split: str, max_seq_len: int, document_mask: bool = True):
@@ -72,7 +72,7 @@ class PretrainDataset:
 
     @property
     def header(self) -> BinHeader:
-        """Vocabulary, end-of-document id and tokenizer, the same in all files of the set."""
+        """Header of the first file; vocabulary, end-of-document id and tokenizer are the same in all files."""
         return self.headers[0]
 
     @property
@@ -80,24 +80,25 @@ class PretrainDataset:
         return self.header.valid_ratio
 
     def description(self) -> str:
-        """What a sample is, for people."""
+        """Sentence on the samples, for people."""
         return f"{len(self):,} samples of {self.max_seq_len} tokens"
 
     def context_and_supervised_share(self) -> tuple[float, float]:
-        """For FLOPs: the length that a token may attend to, document masks aside, and the share that get logits."""
+        """Figures for FLOPs: the length that a token may attend to, ignoring document masks, and the share of tokens
+        that get logits."""
         return self.max_seq_len, 1.0
 
     def input_rows(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Input tokens of some samples, (B, T) int64."""
+        """Input tokens of the given samples, (B, T) int64."""
         return self.read_rows(sample_ids)[:, :-1]
 
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
-        """Compare the set with what goes with it, see require_made_with."""
+        """Check that the set was made with this tokenizer and ratio, see require_made_with."""
         tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)
         require_made_with("the data", PRETOKENIZE_COMMAND, tokenizers, self.valid_ratio, valid_ratio)
 
     def check_content(self) -> None:
-        """Read all tokens.
+        """Read and check all tokens.
 
         Raises:
             ValueError: they are not those that were written.
@@ -107,7 +108,7 @@ class PretrainDataset:
                 raise ValueError(f"{path} is damaged: delete it and run `{PRETOKENIZE_COMMAND}` again")
 
     def read_rows(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Tokens of some samples with the next one each: (B,) ids -> (B, T + 1) int64."""
+        """Tokens of the given samples, each with the token that follows it: (B,) ids -> (B, T + 1) int64."""
         length = self.max_seq_len + 1
         out = np.empty((len(sample_ids), length), np.int64)
         for row, (file, offset) in zip(out, self.rows[sample_ids].tolist()):
@@ -125,7 +126,7 @@ class PretrainDataset:
         return out
 
     def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
-        """A batch of the given samples.
+        """Batch of the given samples.
 
         Returns:
             input_ids (B, T) int64; labels (B, T) int64, IGNORE_INDEX where not supervised; positions (B, T) int64;

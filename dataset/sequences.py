@@ -1,14 +1,14 @@
-"""Token sequences with supervised stretches on disk: what SFT and DPO train on.
+"""Token sequences with supervised stretches on disk, for SFT and DPO.
 
 A shard, `SET-NAME.safetensors`, holds flat arrays in the safetensors format, and is read through memory maps:
 
-    tokens       uint16 or uint32 (num_tokens,)    all sequences, one behind the other
+    tokens       uint16 or uint32 (num_tokens,)    all sequences, one after another
     supervised   uint8 (num_tokens,)               1 where the model learns to say the token
-    starts       int64 (num_sequences + 1,)        where each sequence begins, and the end
+    starts       int64 (num_sequences + 1,)        first token of each sequence, and the end
     records      uint64 (num_sequences,)           number of the record in its file
-    files        uint32 (num_sequences,)           which of the header's sources the record came from
+    files        uint32 (num_sequences,)           file of the record, as an index of the header's sources
 
-A sample of SFT is one sequence. A sample of DPO is two: the chosen answer behind its prompt, then the rejected one.
+A sample of SFT is one sequence. A sample of DPO is two: the prompt with the chosen answer, then with the rejected one.
 The fingerprint of a shard is the sha256 of its header, which holds the sha256 of the arrays.
 """
 
@@ -37,7 +37,7 @@ _DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
 
 @dataclass(frozen=True)
 class SequenceHeader:
-    """What a shard says of itself."""
+    """Header of a shard."""
 
     task: str
     """One of SEQUENCES_PER_SAMPLE."""
@@ -50,7 +50,7 @@ class SequenceHeader:
     tokenizer_fingerprint: str
     """Hex sha256."""
     options: dict
-    """What else decided the content."""
+    """Further options that decided the content."""
     sources: list[list[str]] = field(default_factory=list)
     """[path below the data directory, what a record number counts in this file]."""
     content_sha256: str = ""
@@ -62,7 +62,7 @@ class SequenceHeader:
 
 
 class SequenceWriter:
-    """Collects a shard's sequences in memory; `close` writes it, whole or not at all."""
+    """Writer of a shard. It collects the sequences in memory; `close` writes the file, whole or not at all."""
 
     def __init__(self, header: SequenceHeader):
         self.header = header
@@ -74,7 +74,7 @@ class SequenceWriter:
         """Append a sequence.
 
         Args:
-            source: the file that it came from, and what `record` counts there.
+            source: the file of its origin, and what `record` counts in it.
         Raises:
             ValueError: a token is outside the vocabulary, or the sequence has the wrong length.
         """
@@ -107,17 +107,17 @@ class SequenceWriter:
             "records": np.array(self._records, "<u8"),
             "files": np.array(self._files, "<u4"),
         }
-        # A file's name may be no valid Unicode, which JSON can spell and safetensors' own strings cannot.
+        # A file's name may be invalid Unicode, which JSON can spell and safetensors' own strings cannot.
         sources = [list(source) for source in self._sources]
         header = replace(self.header, sources=sources, content_sha256=_sha256_of_arrays(arrays.values()))
         atomic_write(path, save(arrays, {_HEADER_KEY: json.dumps(asdict(header))}))
 
 
 class SequenceShard:
-    """A shard, opened.
+    """An open shard.
 
     Raises:
-        ValueError: missing, damaged or foreign; the sentence says what to run.
+        ValueError: it is missing, damaged or foreign; the sentence says what to run.
     """
 
     def __init__(self, path: Path):
@@ -155,12 +155,12 @@ class SequenceShard:
         return self.tokens[begin:end], self.supervised[begin:end]
 
     def origin(self, number: int) -> tuple[str, str, int]:
-        """(file, what is counted in it, record) of a sequence."""
+        """Origin of a sequence, as (file, what is counted in it, record)."""
         path, counts = self.header.sources[self.files[number]]
         return path, counts, int(self.records[number])
 
     def check_content(self) -> None:
-        """Read all of it.
+        """Read and check the whole shard.
 
         Raises:
             ValueError: the arrays do not match their checksum.
@@ -188,7 +188,7 @@ def _map_arrays(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(header_bytes))
-    # One mapping, as each keeps a file open.
+    # One mapping for all arrays, as each mapping keeps a file open.
     content = np.memmap(path, np.uint8, "r")
     return {
         name: _view(content, entry, 8 + header_bytes) for name, entry in entries.items() if name != "__metadata__"
@@ -196,10 +196,10 @@ def _map_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _view(content: np.memmap, entry: dict, start: int) -> np.ndarray:
-    """One array of a safetensors file.
+    """Array of a safetensors file, as a view of its memory map.
 
     Args:
-        entry: what the file's header says of it.
+        entry: the array's entry in the file's header.
         start: byte of the file at which the arrays begin.
     """
     (length,) = entry["shape"]
@@ -207,7 +207,7 @@ def _view(content: np.memmap, entry: dict, start: int) -> np.ndarray:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """The manifest of a pretokenized directory, see dataset/format.py."""
+    """Manifest of a pretokenized directory, see dataset/format.py."""
     return read_manifest_of(data_dir, PRETOKENIZE_SFT_COMMAND)
 
 
@@ -217,7 +217,9 @@ class SequenceSet:
     Args:
         task: "sft" or "dpo".
     Raises:
-        ValueError: not pretokenized for this task or length, files missing or damaged, or nothing in it.
+        ValueError: the directory was not pretokenized for this task and length, files are missing or damaged, or the
+        set
+            is empty.
     """
 
     def __init__(self, data_dir: str | Path, split: str, task: str, max_seq_len: int):
@@ -243,12 +245,12 @@ class SequenceSet:
 
     @property
     def header(self) -> SequenceHeader:
-        """Of the first shard; all have the same but for their content."""
+        """Header of the first shard; the others differ only in what concerns their content."""
         return self.shards[0].header
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sequence, int64."""
+        """Number of tokens of each sequence, int64."""
         return np.concatenate([np.diff(shard.starts) for shard in self.shards])
 
     @cached_property
@@ -261,7 +263,8 @@ class SequenceSet:
             shard.check_content()
 
     def context_and_supervised_share(self) -> tuple[float, float]:
-        """The length of the sequence that a position is in, on average, and the share of supervised positions."""
+        """Figures for FLOPs: the average, over positions, of the length of their sequence, and the share of supervised
+        positions."""
         positions = (self.lengths - 1).astype(np.float64)
         return float((positions**2).sum() / positions.sum()), self.supervised_tokens / float(positions.sum())
 
@@ -279,10 +282,10 @@ class SequenceSet:
         return shard.sequence(inside)
 
     def inputs(self, numbers: Iterable[int]) -> np.ndarray:
-        """Input tokens of some sequences, one behind the other: all but the last of each."""
+        """Input tokens of some sequences, one after another: all tokens but the last of each."""
         return np.concatenate([self.sequence(number)[0][:-1] for number in numbers])
 
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
-        """Compare the set with what goes with it, see require_made_with."""
+        """Check that the set was made with this tokenizer and ratio, see require_made_with."""
         tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)
         require_made_with(self.data_dir, PRETOKENIZE_SFT_COMMAND, tokenizers, self.valid_ratio, valid_ratio)

@@ -1,8 +1,8 @@
 """SFT samples: sequences with supervised stretches, packed into rows or one a row.
 
-Shapes: B rows of a batch; T positions, those of the batch's longest row, rounded up.
+Shapes: B rows in a batch; T positions: those of the batch's longest row, rounded up.
 
-A sequence of n tokens takes n - 1 positions: its tokens but the last are inputs, its tokens but the first are labels
+A sequence of n tokens takes n - 1 positions. All tokens but the last are inputs; all tokens but the first are labels
 where they are supervised. So no label ever comes from another sequence.
 """
 
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     import torch
 
 ROUND_UP = 8
-"""Kernels for attention want rows of such lengths."""
+"""Factor of the rows' lengths, which attention kernels need."""
 PADDING = -1
-"""Document of the positions behind a packed row's last sequence."""
+"""Document id of the positions after a packed row's last sequence."""
 
 
 class SFTDataset:
     """One set (train or valid) of a directory that was pretokenized for SFT.
 
     Args:
-        packing: a sample is a row of several sequences, fixed by their lengths; attention and positions restart at
-            each. Off: a sample is one sequence.
+        packing: whether a sample is a row of several sequences, fixed by their lengths, in which attention and
+        positions
+            restart at each sequence. Without it, a sample is one sequence.
     Raises:
         ValueError: see SequenceSet.
     """
@@ -44,7 +45,7 @@ class SFTDataset:
         self._rows, self.fingerprint = None, self.sequences.fingerprint
         if packing:
             rows = pack(lengths, max_seq_len)
-            # Else the first rows, all that --valid_iters may look at, would hold the longest sequences.
+            # Unshuffled, the first rows would hold the longest sequences, and --valid_iters may look at those alone.
             self._rows = [rows[index] for index in sample_at(0, np.arange(len(rows)), len(rows))]
             self.fingerprint = hashlib.sha256(f"packed {self.fingerprint}".encode()).hexdigest()
 
@@ -59,7 +60,7 @@ class SFTDataset:
         return self.sequences.context_and_supervised_share()
 
     def description(self) -> str:
-        """What a sample is and how full, for people."""
+        """Sentence on the samples and how full they are, for people."""
         count, tokens = len(self.sequences), int(self.sequences.lengths.sum())
         share = f"{self.sequences.supervised_tokens / tokens:.0%} of the tokens supervised"
         if self._rows is None:
@@ -69,28 +70,28 @@ class SFTDataset:
         return f"{count:,} sequences packed into {rows}, {share}"
 
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
-        """Input tokens of some samples, of each as many as it has."""
+        """Input tokens of the given samples, each of its own length."""
         return [self.sequences.inputs(self.members(sample_id)) for sample_id in sample_ids.tolist()]
 
     def collate(self, sample_ids: np.ndarray) -> "dict[str, torch.Tensor]":
-        """A batch of the given samples.
+        """Batch of the given samples.
 
         Returns:
             input_ids (B, T) int64; labels (B, T) int64, IGNORE_INDEX where not supervised; positions (B, T) int64; if
             packed, document_ids (B, T) int64, equal where two tokens share a sequence; supervised (N,) int64, the
-            flat positions b * T + t of the N supervised ones; lengths (B,) int64, positions that are no padding;
+            flat positions b * T + t of the N supervised ones; lengths (B,) int64, positions without padding;
             sample_ids (B,) int64.
         """
         rows = [[self.sequences.sequence(number) for number in self.members(i)] for i in sample_ids.tolist()]
         batch = padded(rows, self.max_seq_len, self.sequences.header.pad_id)
         if self._rows is None:
-            # Padding comes last, so causal attention needs no mask against it.
+            # Padding comes last, so that causal attention needs no mask against it.
             del batch["document_ids"]
         return batch | as_tensors({"sample_ids": sample_ids.copy()})
 
 
 def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pad_id: int) -> "dict[str, torch.Tensor]":
-    """Rows of (tokens, supervised) sequences as a batch of the longest one's length; see SFTDataset.collate."""
+    """Batch of rows of (tokens, supervised) sequences, as long as the longest row; see SFTDataset.collate."""
     lengths = np.array([sum(len(ids) - 1 for ids, _ in row) for row in rows], np.int64)
     width = min(-(-int(lengths.max()) // ROUND_UP) * ROUND_UP, max_seq_len)
     input_ids = np.full((len(rows), width), pad_id, np.int64)

@@ -4,10 +4,10 @@
     python -m dataset.show_mask DIR
     python -m dataset.show_mask RUN [--position 1000]
 
-FILE holds raw records, which go through the same code as in pretokenizing; DIR was pretokenized, and what it holds is
-shown; of RUN what it was trained on, at one position of its stream all that shares the row. Supervised tokens, those
-that the model learns to say, are green; with --color never they stand in brackets. Control tokens are blue, so that
-text which spells one out can be told from it.
+FILE holds raw records, which go through the same code as in pretokenizing. DIR was pretokenized, and its samples are
+shown. Of RUN, the data that it was trained on are shown; at one position of its stream, all sequences that share the
+row. Supervised tokens, which the model learns to say, are green; with --color never they stand in brackets. Control
+tokens are blue, so that they can be told from text that spells one out.
 """
 
 import sys
@@ -53,18 +53,18 @@ _SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Shown:
-    """A sequence and where it came from; without tokens, a record of which nothing is trained on, and why."""
+    """A sequence and its origin; without tokens, a record from which nothing is learnt, and the reason."""
 
     title: str
     ids: list[int]
     supervised: list[bool]
     parts: tuple[tuple[int, str], ...] = ()
-    """Of raw records: (first token, which message it belongs to), in their order."""
+    """Parts of a raw record, in order, as (first token, the message to which it belongs)."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The fewest tokens that are whole characters."""
+    """The smallest group of tokens that makes whole characters."""
 
     text: str
     ids: tuple[int, ...]
@@ -73,7 +73,7 @@ class Piece:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iterator[Piece]:
-    """Cut a sequence for showing; all tokens of a piece are supervised, or none is."""
+    """Pieces of a sequence for showing. The tokens of a piece are all supervised, or none is."""
     control = set(tokenizer.special_ids.values())
     waiting: list[int] = []
     for index, (token_id, learnt) in enumerate(zip(ids, supervised)):
@@ -87,10 +87,10 @@ def pieces(tokenizer: Tokenizer, ids: list[int], supervised: list[bool]) -> Iter
 
 
 def records_of_file(path: Path, tokenizer: Tokenizer, options: CompilerOptions) -> Iterator[Shown]:
-    """What becomes of each record of a file.
+    """Sequences that the records of a file become.
 
     Raises:
-        ValueError: no such file, or not one of records.
+        ValueError: there is no such file, or it holds no records.
     """
     if not path.is_file() or not holds_records(path.name):
         inside = next((one for one in sorted(path.glob("*")) if holds_records(one.name)), None)
@@ -133,7 +133,7 @@ def _parts(sample: TrainingSample) -> tuple[tuple[int, str], ...]:
 
 
 def sequences_of_directory(path: Path, split: str) -> Iterator[Shown]:
-    """What a pretokenized directory holds.
+    """Sequences of a pretokenized directory.
 
     Raises:
         ValueError: see SequenceSet.
@@ -154,10 +154,10 @@ def _shown(sequences: SequenceSet, number: int) -> Shown:
 
 
 def sequences_at(run: TrainedOn, position: int) -> Iterator[Shown]:
-    """What a run of SFT or DPO was trained on at a position of its stream.
+    """Sequences that a run of SFT or DPO was trained on at a position of its stream.
 
     Raises:
-        ValueError: another task, or no such position.
+        ValueError: the run has another task, or there is no such position.
     """
     dataset = open_dataset(kind_of(run.dirs["train"]), run.dirs["train"], "train", run.max_seq_len, packing=run.packing)
     if isinstance(dataset, PretrainDataset):
@@ -172,7 +172,7 @@ def _summary(shown: Shown) -> str:
 
 
 def as_text(shown: Shown, tokenizer: Tokenizer, color: bool) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Lines that show a sequence in a terminal."""
     yield (f"{_DIM}--- {visible(_summary(shown))}{_RESET}" if color else f"--- {visible(_summary(shown))}")
     text, inside = "", False
     for piece in pieces(tokenizer, shown.ids, shown.supervised):
@@ -234,10 +234,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("path", type=a_path, help="file with raw records, pretokenized directory, or run")
     parser.add_argument("--tokenizer_dir", type=a_path, help="default: the one in a pretokenized directory")
     add_compiling_arguments(parser)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of a pretokenized directory")
-    parser.add_argument("--position", type=int, help="of a run: what it took from this position of its stream")
-    parser.add_argument("--first", type=int, default=0, help="pass over so many samples (default: 0)")
-    parser.add_argument("--num", type=int, default=10, help="samples to show (default: 10)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="set of a pretokenized directory")
+    parser.add_argument("--position", type=int, help="show what a run took from this position of its stream")
+    parser.add_argument("--first", type=int, default=0, help="number of samples to pass over (default: 0)")
+    parser.add_argument("--num", type=int, default=10, help="number of samples to show (default: 10)")
     parser.add_argument("--html", type=a_path, metavar="FILE", help="write a page with the same samples")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
     args = parser.parse_args(argv)
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             run = read_trained_on(path)
             path = run.dirs[args.split]
         if args.position is not None and run is None:
-            raise ValueError(f"--position is for a run, and {path} is none")
+            raise ValueError(f"--position is for a run, and {path} is not one")
         if args.position is not None and args.split != "train":
             raise ValueError("--position is of the train set's stream: leave out --split")
         if args.first < 0:
@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     if has_more:
         print(f"show_mask: there are more than these {len(chosen)}: --num and --first show others", file=sys.stderr)
     if chosen and not any(shown.ids for shown in chosen):
-        # The reason of a record that was skipped names the task that it is for.
+        # The reason why a record was skipped names its task.
         needs_dpo = any(shown.title.endswith("for --task dpo") for shown in chosen)
         hint = "; records of pairs (chosen, rejected) need --task dpo" if needs_dpo else ""
         print(f"show_mask: nothing to show: every record was skipped or dropped{hint}", file=sys.stderr)

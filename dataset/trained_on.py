@@ -1,4 +1,4 @@
-"""Which data a run was trained on, from the configuration that it left behind."""
+"""The data that a run was trained on, by the configuration that it left behind."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.small_files import parse_yaml
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """Paths are as they were given to the run, relative to where it was started."""
+    """Data and order of a run. Paths are as they were given, relative to the directory in which the run was started."""
 
     dirs: dict[str, Path]
     """Set -> its directory."""
@@ -26,18 +26,19 @@ def is_run(path: Path) -> bool:
 
 
 def read_trained_on(run_dir: Path) -> TrainedOn:
-    """
+    """Data of a run.
+
     Raises:
-        ValueError: no run directory.
+        ValueError: it is not a run directory.
     """
     try:
-        # Whatever is wrong with it shows when it is read, and is caught below.
+        # Untyped: anything wrong with it raises an exception that is caught below.
         config: Any = parse_yaml(RunPaths(run_dir).config.read_bytes())
-        # Not those that were given: of raw records, where their tokens are.
+        # These are the directories of the tokens, which lie elsewhere if raw records were given.
         dirs = {split: Path(config["derived"][f"{split}_data"]) for split in ("train", "valid")}
         return TrainedOn(
             dirs, config["max_seq_len"], Path(config["tokenizer_dir"] or dirs["train"] / "tokenizer"), config["seed"],
             config["task_type"], config["packing"],
         )  # fmt: skip
     except (FileNotFoundError, NotADirectoryError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{run_dir} is no run directory: {CONFIG_NAME} cannot be read ({error})") from None
+        raise ValueError(f"{run_dir} is not a run directory: {CONFIG_NAME} cannot be read ({error})") from None

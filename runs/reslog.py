@@ -25,10 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    from runs.sinks import Sinks
+from typing import BinaryIO, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +44,14 @@ _READ_BETWEEN_PASSES = 10_000
 """Records, at least, before superseded ones are looked for again."""
 
 
+class Receiver(Protocol):
+    """Another place for records (runs/sinks.py)."""
+
+    def put(self, record: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class ResLog:
     """Appends to a run's results.
 
@@ -55,7 +60,7 @@ class ResLog:
         sinks: receive every record, too; see runs/sinks.py.
     """
 
-    def __init__(self, path: Path, sinks: "Sinks | None" = None):
+    def __init__(self, path: Path, sinks: Receiver | None = None):
         torn = False
         if path.exists() and path.stat().st_size:
             with open(path, "rb") as file:

@@ -19,7 +19,8 @@ __all__ = ["HFBBPETokenizer", "SPBBPETokenizer", "Tokenizer", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> object:
-    """From its room, when somebody asks for it: a command of this package begins without any other package."""
+    """Name of the package, imported from its file when somebody asks for it, so that a command of this package starts
+    without the others."""
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"tokenizer.{_ROOM_OF[name]}"), name)

@@ -1,4 +1,4 @@
-"""What every tokenizer offers."""
+"""Interface of every tokenizer."""
 
 import json
 import re
@@ -11,50 +11,51 @@ from pathlib import Path
 END_OF_DOCUMENT, PAD = "<|endoftext|>", "<|pad|>"
 MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END = "<|im_start|>", "<|im_sep|>", "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_DOCUMENT, PAD, MESSAGE_START, MESSAGE_SEPARATOR, MESSAGE_END)
-"""Of the tokenizers trained here."""
+"""Special tokens of the tokenizers trained here."""
 MODEL_INPUT_NAMES = ["input_ids", "attention_mask"]
-"""What transformers' tokenizers are to return."""
+"""Names of the values that transformers' tokenizers shall return."""
 GENERAL_CLASS = "PreTrainedTokenizerFast"
-"""Of transformers, for tokenizers that are as their tokenizer.json says."""
+"""Class of transformers for tokenizers that need nothing besides their tokenizer.json."""
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-"""Where transformers looks for the template of a tokenizer folder."""
+"""File in which transformers looks for the chat template of a tokenizer folder."""
 LARGEST_VOCAB_SIZE = 1 << 24
-"""Far beyond what a model can use; the libraries' trainers end the process for want of memory instead of refusing."""
-
+"""Limit far beyond what a model can use. The libraries' trainers do not refuse: they end the process for want of
+memory."""
 
 _REMEMBERED = 1_000_000
-"""Characters of text whose ids are kept at hand."""
+"""Characters of text whose ids are remembered."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Special tokens enter a sequence by id only: text that spells one out stays text."""
+    """Converter of text to ids and back. Special tokens enter a sequence by id only: text that spells one stays
+    text."""
 
     special_ids: dict[str, int]
     """Special token -> id."""
     vocab_size: int
-    """Entries, special tokens included: one more than the largest id."""
+    """Number of entries, special tokens included: one more than the largest id."""
     eod_id: int
     """Id of the token that ends a document."""
     fingerprint: str
-    """Hex sha256 of all that decides which ids a text gets."""
+    """Hex sha256 of everything that decides the ids of a text."""
     class_name: str = GENERAL_CLASS
-    """What transformers calls it."""
+    """Name of its class in transformers."""
     chat_template: str | None = None
-    """The folder's own program that lays out a conversation, in Jinja; see chat_template.py."""
+    """Program in Jinja, from the folder, that lays out a conversation; see chat_template.py."""
     _recent: tuple[dict[str, list[int]], int] = ({}, _REMEMBERED + 1)
-    """Texts that were encoded lately -> their ids, and how many characters that is."""
+    """Recently encoded texts -> their ids, and the number of their characters."""
     template_tokens: dict[str, str] = {}
-    """What such a program may write by name: "bos_token", "eos_token" ... -> the token's text."""
+    """Names that such a program may use: "bos_token", "eos_token" ... -> the token's text."""
 
     @property
     def pad_id(self) -> int:
-        """Fills short rows; the end of a document where there is no token of its own."""
+        """Id that fills short rows; the end of a document where there is no token for padding."""
         return self.special_ids.get(PAD, self.eod_id)
 
     @property
     def begin_ids(self) -> list[int]:
-        """Ids that Hugging Face's tokenizer of the same folder puts in front of a text, such as a model's BOS; the
-        tokenizers trained here put none."""
+        """Ids that Hugging Face's tokenizer of the same folder puts in front of a text, such as a model's BOS. There
+        are none for the tokenizers trained here."""
         return []
 
     def encode(self, text: str) -> list[int]:
@@ -63,7 +64,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
-        """Ids of several texts. `num_threads`: 0 for as many as there are cores."""
+        """Ids of several texts.
+
+        Args:
+            num_threads: threads to use; 0 for as many as there are cores.
+        """
 
     def encode_pieces(
         self, pieces: Sequence[tuple[str, bool]], also: frozenset[str] = frozenset()
@@ -71,11 +76,11 @@ class Tokenizer(ABC):
         """Ids of a text that a chat template laid out.
 
         Args:
-            pieces: its parts in their order: (text, whether special tokens that it spells out are meant as such). The
-                others are what people wrote, which stays text.
-            also: added tokens that count as special ones.
+            pieces: parts of the text, in order, as (text, whether the special tokens that it spells are meant as such).
+                Parts that people wrote stay text.
+            also: added tokens that count as special.
         Returns:
-            The ids, and how many of them end in each piece.
+            The ids, and the number of them that end in each piece.
         """
         parts = self._parts(pieces, also)
         texts = iter(self._remembered([text for _, text, token_id in parts if token_id is None]))
@@ -88,7 +93,8 @@ class Tokenizer(ABC):
         return ids, counts
 
     def _remembered(self, texts: list[str]) -> list[list[int]]:
-        """As encode_batch. Roles come again in every conversation, and texts in every sample of one."""
+        """Ids of texts, as from encode_batch, remembered: every conversation repeats the roles, and every sample of a
+        conversation its texts."""
         known, size = self._recent
         if size > _REMEMBERED:
             known, size = {}, 0
@@ -98,7 +104,7 @@ class Tokenizer(ABC):
         return [known[text] for text in texts]
 
     def _parts(self, pieces: Sequence[tuple[str, bool]], also: frozenset[str]) -> list[tuple[int, str, int | None]]:
-        """Pieces cut at the special tokens that are meant: (number of the piece, text, id of a special token)."""
+        """Pieces cut at their special tokens, as (number of the piece, text, id if it is a special token)."""
         found: list[tuple[int, str, int | None]] = []
         ids = self.special_ids | {token: self.added_ids[token] for token in also} if also else self.special_ids
         pattern = self._pattern_of(also)
@@ -109,7 +115,7 @@ class Tokenizer(ABC):
         return found
 
     def _pattern_of(self, also: frozenset[str]) -> re.Pattern[str]:
-        """Matches special tokens, and those of `also`."""
+        """Pattern that matches special tokens and those of `also`."""
         if also not in self._patterns:
             self._patterns[also] = any_of([*self.special_ids, *also])
         return self._patterns[also]
@@ -120,11 +126,11 @@ class Tokenizer(ABC):
 
     @property
     def added_ids(self) -> dict[str, int]:
-        """Added tokens that are no special ones, nor blanks, and that text may spell out -> id."""
+        """Added token -> id, for those that are neither special nor blank. Text may spell them out."""
         return {}
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        """Text of some ids; invalid UTF-8 becomes U+FFFD."""
         special_texts = {token_id: text for text, token_id in self.special_ids.items()}
         parts: list[str] = []
         plain: list[int] = []
@@ -140,11 +146,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _decode_plain(self, ids: list[int]) -> str:
-        """Text of ids that are no special tokens."""
+        """Text of some ids, none of which is special."""
 
     @abstractmethod
     def token_byte_lengths(self) -> list[int]:
-        """How many bytes of text each id stands for; 0 for special tokens. For losses per byte of text."""
+        """Number of bytes of text that each id stands for, 0 for special tokens; for losses per byte of text."""
 
     @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
@@ -152,14 +158,14 @@ class Tokenizer(ABC):
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches each of some texts, in a group; the longest where several begin at the same place."""
+    """Pattern that matches any of some texts, in a group; the longest one where several match."""
     return re.compile("(" + "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) + ")")
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Make an error of a panic in a library that is written in Rust: it comes as a BaseException, which nobody catches,
-    for some definitions and for some texts.
+    """Context that turns a panic of a Rust library into an ordinary error. Some definitions and some texts cause one,
+    and it comes as a BaseException, which nobody catches.
 
     Raises:
         ValueError: the library panicked.
@@ -174,16 +180,16 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def parsed(name: str, text: str) -> object:
-    """The value of a JSON file.
+    """Value of a JSON file.
 
     Args:
-        name: of the file, for the sentence.
+        name: name of the file in messages.
     Raises:
-        ValueError: it is none, or could not be written again.
+        ValueError: it is not JSON, or could not be written again.
     """
     try:
         value = json.loads(text)
-        # JSON can spell half a surrogate pair, which no file can hold: a checkpoint could not be saved.
+        # JSON can spell half a surrogate pair, which no file can hold, so that a checkpoint could not be saved.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{name} holds text that is not valid Unicode") from None
@@ -197,9 +203,9 @@ def parsed(name: str, text: str) -> object:
 def hugging_face_config(special_tokens: Collection[str]) -> dict:
     """`tokenizer_config.json` of a tokenizer with these special tokens.
 
-    Nothing stands in front of a text, neither a token nor a blank: that is said for llama.cpp, which adds both to the
-    texts of a SentencePiece model otherwise. And transformers 4 would add `token_type_ids` to what a tokenizer of this
-    class returns, which `generate` refuses for a llama.
+    It says that neither a token nor a blank stands in front of a text, since llama.cpp adds both for a SentencePiece
+    model otherwise. It names the inputs of the model, since transformers 4 would add `token_type_ids`, which `generate`
+    refuses for a llama.
     """
     pad = {"pad_token": PAD} if PAD in special_tokens else {}
     return {
@@ -215,7 +221,7 @@ def hugging_face_config(special_tokens: Collection[str]) -> dict:
 
 
 def readable_by_version_4(config: dict) -> dict:
-    """A `tokenizer_config.json` of transformers 5 in words that mean the same, and that version 4 knows, too."""
+    """A `tokenizer_config.json` of transformers 5, in words of the same meaning that version 4 knows, too."""
     config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = GENERAL_CLASS

@@ -1,21 +1,24 @@
-"""How a conversation becomes tokens, and which of them an assistant is to learn.
+"""Chat templates: how a conversation becomes tokens, and which of them an assistant learns.
 
     <|im_start|> user <|im_sep|> text <|im_end|> <|im_start|> assistant <|im_sep|> text <|im_end|>
                                                                                    ^^^^^^^^^^^^^^^ supervised
 
-This is the layout of the tokenizers trained here. Other models keep their own: what lays a conversation out is the
-folder's chat template, a program in Jinja, run in a sandbox (jinja_template.py). So what is trained on is what
-transformers, vLLM and others put before the model later. A folder without a template, but with the control tokens of
-ChatML or Llama 3, gets the usual one of these.
+This is the layout of the tokenizers trained here (usual_layouts.py). Other models keep their own: the folder's chat
+template lays a conversation out. It is a program in Jinja, which runs in a sandbox (jinja_template.py). So a model is
+trained on the same text that transformers, vLLM and others give it later. A folder without a template, but with the
+control tokens of ChatML or Llama 3, gets the usual template of these.
 
-**Text stays text.** The template is given placeholders instead of what people wrote. Its output is cut at them: control
-tokens count in what the template wrote, and nowhere else, so no text can begin or end a message. Ids are those of
-transformers' `apply_chat_template` for every conversation that spells no control token. What a template does to texts
-(strip outer blanks, leave out old thoughts) happens to the placeholders as well; it also gets the texts themselves, and
-if that comes to something else, the conversation is refused.
+**Text stays text.** The template gets placeholders in place of the texts that people wrote (placeholders.py), and its
+output is cut at them. Control tokens count only in the text that the template itself wrote, so that no text can begin
+or end a message. The ids are those of transformers' `apply_chat_template` for every conversation that spells no control
+token. Whatever a template does to texts (strip outer blanks, leave out old thoughts) happens to the placeholders as
+well. It is also given the texts themselves, and if the result differs, the conversation is refused.
 
-**What is learnt of an answer** begins where the prompt ends with which the model is asked for it
-(`add_generation_prompt`), and ends with the first control token behind its text, by which the model learns to stop.
+**The learnt part of an answer** begins at the end of the prompt that asks the model for it (`add_generation_prompt`),
+and ends with the first control token after its text, by which the model learns to stop (template_habits.py,
+regions.py).
+
+    messages -> placeholders.py -> jinja_template.py -> regions.py -> ids, supervised or not
 """
 
 import json
@@ -36,20 +39,23 @@ __all__ = ["JINJA", "ROLES", "ChatTemplate", "Message", "MessageSpan", "Rendered
 
 
 class _Piece(NamedTuple):
+    """A stretch of the laid-out text."""
+
     text: str
     is_layout: bool
-    """The template wrote it."""
+    """Whether the template itself wrote it."""
     message: int
     is_header: bool
     is_learnt: bool
 
 
 class ChatTemplate:
-    """
+    """Chat template of a tokenizer.
+
     Args:
         tokenizer: has a chat template, or the control tokens of a usual layout.
     Raises:
-        ValueError: it has not, or one by which no model could learn to stop.
+        ValueError: it has neither, or no model could learn to stop by its template.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -83,7 +89,7 @@ class ChatTemplate:
         self._compare_prompt()
 
     def _compare_prompt(self) -> None:
-        """See whether what is trained on begins with the tokens that ask for it."""
+        """Note it if the tokens that ask for an answer change once the answer follows."""
         asked = self.prompt(TALK[:1])
         if not self._habits.opening and self.render(TALK).ids[: len(asked)] != asked:
             self.notes.append(
@@ -105,10 +111,10 @@ class ChatTemplate:
         """Tokens of a conversation, as transformers' `apply_chat_template` gives them.
 
         Args:
-            is_supervised: whether the answer that is the message of this number is to be learnt.
-            tools: that the assistant may call.
+            is_supervised: whether the answer in the message of this number is learnt.
+            tools: tools that the assistant may call.
         Raises:
-            ValueError: an unknown role, or something that the template has no place for.
+            ValueError: a role is unknown, or the template has no place for something.
         """
         learnt = {n for n, message in enumerate(messages) if message.role == "assistant" and is_supervised(n)}
         goes_on = len(messages) - 1 in learnt and self._goes_on(messages[-1])
@@ -122,7 +128,7 @@ class ChatTemplate:
         return self._encode(self._pieces(text, marked, regions, learnt))
 
     def _goes_on(self, answer: Message) -> Message | None:
-        """The rest of an answer which the prompt that asks for it begins; None where it does not."""
+        """Rest of an answer, if the prompt that asks for it already begins it; None otherwise."""
         tag = self._habits.opening.strip()
         if not tag or answer.tool_calls:
             return None
@@ -143,12 +149,12 @@ class ChatTemplate:
         return self._encode(self._pieces(text, marked, regions, set())).ids
 
     def _write(self, marked: Marked, tools: Sequence[dict], upto: int | None) -> str:
-        """What the template writes of the placeholders; the same as of the texts themselves.
+        """Text that the template writes with the placeholders, checked against the one with the texts themselves.
 
         Args:
-            upto: number of the message that is asked for; None if none is.
+            upto: number of the message that is asked for; None if no message is.
         Raises:
-            ValueError: it is not, or the tools leave no trace.
+            ValueError: the two differ, or the tools leave no trace.
         """
         if tools:
             check_no_control(tools, "a description of a tool", self._control)
@@ -167,8 +173,8 @@ class ChatTemplate:
 
     @staticmethod
     def _pieces(text: str, marked: Marked, regions: list[Region], learnt: set[int]) -> Iterator[_Piece]:
-        """The text cut where what it is changes. What stands before a region is its header; what stands behind the last
-        one belongs to it, but nobody learns it."""
+        """Pieces of the laid-out text. The text before a region is its header. The text after the last region belongs
+        to that, but is not learnt."""
         position = 0
         for index, region in enumerate(regions):
             is_last = index + 1 == len(regions)
@@ -199,7 +205,7 @@ class ChatTemplate:
 
 @lru_cache(maxsize=4)
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template of a tokenizer, which is looked at once.
+    """Chat template of a tokenizer, which is examined only once.
 
     Raises:
         ValueError: see ChatTemplate.

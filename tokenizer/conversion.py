@@ -1,10 +1,10 @@
-"""Folders from before there was `tokenizer.json`: transformers' own converters make one of what they hold, in memory.
+"""Folders older than `tokenizer.json`: transformers' own converters make one from their files, in memory.
 
-Two kinds are told apart: `tokenizer.model`, a SentencePiece model (Llama 2, Yi, InternLM, Baichuan), and `vocab.json`
-with `merges.txt`, byte-level BPE (GPT-2, Qwen). A SentencePiece model says itself how it treats text, and is converted
-by that, whatever class the folder names: transformers 5's LlamaTokenizer gives other ids than SentencePiece, llama.cpp
-and transformers 4 to a text that begins with a blank. Byte-level BPE does not say how it splits text into words, so the
-folder has to name a class that knows.
+There are two kinds: `tokenizer.model`, a SentencePiece model (Llama 2, Yi, InternLM, Baichuan), and `vocab.json` with
+`merges.txt`, byte-level BPE (GPT-2, Qwen). A SentencePiece model itself says how it treats text. It is converted by
+that, whatever class the folder names: for a text that begins with a blank, transformers 5's LlamaTokenizer gives other
+ids than SentencePiece, llama.cpp and transformers 4. Byte-level BPE does not say how it splits text into words, so the
+folder must name a class that knows.
 """
 
 import importlib.util
@@ -20,32 +20,32 @@ _OTHERS = (
     "tekken.json", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model",
     "vocab.txt", *BYTE_LEVEL,
 )  # fmt: skip
-"""Patterns of what other tokenizers consist of."""
+"""Patterns of the files of other tokenizers."""
 _OF_OTHER_FILES = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "sp_model_kwargs")
-"""Keys of a `tokenizer_config.json` that mean files which a folder with a `tokenizer.json` does not need."""
+"""Keys of a `tokenizer_config.json` for files that a folder with a `tokenizer.json` does not need."""
 _HERE = {"local_files_only": True, "trust_remote_code": False}
 _PROBES = ("Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend", "x", "the  end ", "\nнет 天地\r\n")
 
 
 class NotConverted(ValueError):
-    """A sentence on a folder whose files transformers cannot convert here, and what to do."""
+    """Sentence on a folder that transformers cannot convert here, with advice."""
 
 
 def files_to_convert(directory: Path) -> list[str]:
-    """Names of the files that a tokenizer can be made of; empty if there is none."""
+    """Names of the files from which a tokenizer can be made; empty if there are none."""
     if (directory / SENTENCE_PIECE).exists():
         return [SENTENCE_PIECE]
     return list(BYTE_LEVEL) if all((directory / name).exists() for name in BYTE_LEVEL) else []
 
 
 def other_file(directory: Path) -> str | None:
-    """Name of a file in which another kind of tokenizer is kept; None if there is none."""
+    """Name of a file that belongs to another kind of tokenizer; None if there is none."""
     found = sorted(path.name for pattern in _OTHERS for path in directory.glob(pattern))
     return found[0] if found else None
 
 
 def advice(directory: Path) -> str:
-    """How to convert a folder elsewhere."""
+    """Advice on converting a folder elsewhere."""
     return (
         f'convert it with `AutoTokenizer.from_pretrained("{directory}").save_pretrained("D")` of transformers, in an '
         f"environment in which that works, and give D"
@@ -58,7 +58,7 @@ def convert(directory: Path, config: dict) -> tuple[str, dict]:
     Args:
         config: content of its tokenizer_config.json.
     Raises:
-        NotConverted: transformers cannot do it, or would give other ids; one sentence.
+        NotConverted: transformers cannot convert it, or would give other ids; one sentence.
         OSError: a file cannot be read now.
     """
     try:
@@ -66,7 +66,7 @@ def convert(directory: Path, config: dict) -> tuple[str, dict]:
     except MemoryError:
         raise
     except Exception as error:
-        # transformers raises whatever it likes, OSError where it finds no tokenizer; only the disk's has a number.
+        # transformers raises any exception; OSError if it finds no tokenizer, but only the disk's OSError has a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         what = " and ".join(files_to_convert(directory))
@@ -77,7 +77,7 @@ def convert(directory: Path, config: dict) -> tuple[str, dict]:
 
 
 def _converted(directory: Path, config: dict) -> tuple[str, dict]:
-    """See convert."""
+    """Result of convert; any exception may escape."""
     if (directory / SENTENCE_PIECE).exists():
         made = _of_sentence_piece(directory, config)
     else:
@@ -98,7 +98,7 @@ def _of_sentence_piece(directory: Path, config: dict):
 
     begins_with_blank = processor.encode("x", out_type=str)[0].startswith("▁")
     if config.get("add_prefix_space") not in (None, begins_with_blank):
-        # The folder wants something else than the model says, and its class knows how.
+        # The folder contradicts the model, and its class knows how to do that.
         return AutoTokenizer.from_pretrained(str(directory), **_HERE)
     made = PreTrainedTokenizerFast.from_pretrained(str(directory), **_HERE)
     for text in _PROBES:
@@ -127,9 +127,10 @@ def _of_byte_level(directory: Path):
 
 
 def _processor(path: Path) -> SentencePieceProcessor:
-    """
+    """SentencePiece model of a file.
+
     Raises:
-        ValueError: the file is no SentencePiece model, or cannot be read here.
+        ValueError: the file is not such a model, or cannot be read here.
     """
     try:
         processor = SentencePieceProcessor(model_proto=path.read_bytes())

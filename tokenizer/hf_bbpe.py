@@ -1,9 +1,9 @@
-"""Byte-level BPE on the `tokenizers` library; also any other byte-complete BPE in a Hugging Face folder.
+"""Byte-level BPE on the `tokenizers` library, and any other byte-complete BPE in a Hugging Face folder.
 
-The folder that `save_pretrained` writes is a Hugging Face tokenizer: `AutoTokenizer.from_pretrained(folder)` gives the
-same ids for any text without control strings. For text that spells one out, such as "<|im_end|>", AutoTokenizer
-follows Hugging Face's convention and returns the control id; this class encodes it as the plain characters it is, so
-that no user text can forge a control token. Special tokens enter a sequence by id only.
+`save_pretrained` writes a Hugging Face tokenizer: `AutoTokenizer.from_pretrained(folder)` gives the same ids for any
+text without control strings. For text that spells one, such as "<|im_end|>", AutoTokenizer follows Hugging Face's
+convention and returns the control id. This class encodes it as plain characters, so that no user text can forge a
+control token. Special tokens enter a sequence by id only.
 """
 
 import hashlib
@@ -48,16 +48,16 @@ _NAME_BEGINS = "\ufdd0"
 
 
 class HFBBPETokenizer(Tokenizer):
-    """A `tokenizer.json`. Of the tokenizers trained here the special tokens have the last ids."""
+    """Tokenizer of a `tokenizer.json`. In those trained here, the special tokens have the last ids."""
 
     def __init__(self, definition: str, config: dict | None = None, chat_template: str | None = None):
         """
         Args:
             definition: content of a `tokenizer.json`.
-            config: content of its `tokenizer_config.json`; kept, and asked for the end-of-document token.
+            config: content of its `tokenizer_config.json`, which names the end-of-document token; kept.
             chat_template: content of its `chat_template.jinja`; kept.
         Raises:
-            ValueError: of a kind that this class cannot stand for.
+            ValueError: this class cannot represent a tokenizer of this kind.
         """
         self._definition = parsed("tokenizer.json", definition)
         self._config, self._chat_template = config, chat_template
@@ -86,7 +86,7 @@ class HFBBPETokenizer(Tokenizer):
         return list(self._begin_ids)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 0) -> list[list[int]]:
-        """See the base class; the library takes its number of threads from RAYON_NUM_THREADS instead."""
+        """Ids of several texts. The library takes its number of threads from RAYON_NUM_THREADS instead."""
         texts = list(texts)
         with panics_as_errors():
             if self._word_cache is None or not 1 <= num_threads < _THREADS_THAT_BEAT_THE_CACHE:
@@ -98,24 +98,25 @@ class HFBBPETokenizer(Tokenizer):
 
     @property
     def chat_template(self) -> str | None:
-        """See the base class.
+        """Program that lays out a conversation, see the base class.
 
         Raises:
-            ValueError: the folder names none that could be taken.
+            ValueError: the folder's chat template cannot be used.
         """
         return template_in(self._config or {}) if self._chat_template is None else self._chat_template
 
     def encode_pieces(
         self, pieces: Sequence[tuple[str, bool]], also: frozenset[str] = frozenset()
     ) -> tuple[list[int], list[int]]:
-        """See the base class; ids are those that transformers gives the whole text, unless people wrote special tokens.
+        """Ids of a laid-out text, see the base class. Unless people wrote special tokens, they are those that
+        transformers gives the whole text.
 
         Raises:
-            ValueError: what people wrote holds U+FDD0.
+            ValueError: a text that people wrote holds U+FDD0.
         """
         parts = self._parts(pieces, also)
         plain = [token_id is None for _, _, token_id in parts]
-        # Between special tokens a tokenizer made here knows nothing of what is around.
+        # In a tokenizer made here, the ids between special tokens do not depend on the text around.
         if self._word_cache is not None and not any(plain[i] and plain[i - 1] for i in range(1, len(plain))):
             return super().encode_pieces(pieces, also)
         if any(_NAME_BEGINS in text for _, text, token_id in parts if token_id is None):
@@ -128,14 +129,15 @@ class HFBBPETokenizer(Tokenizer):
             raise ValueError("the tokenizer does not find its own special tokens within a text")
         ends, counts, place = list(accumulate(map(len, texts))), [0] * len(pieces), 0
         for begin, end in encoding.offsets:
-            # (Of a sign that the tokenizer puts in front of a text, both are 0.)
+            # (For a sign that the tokenizer puts in front of a text, both are 0.)
             while ends[place] < end or ends[place] <= begin:
                 place += 1
             counts[parts[place][0]] += 1
         return encoding.ids, counts
 
     def _of_layouts(self, also: frozenset[str]) -> LibraryTokenizer:
-        """As `_plain`, but special tokens are such, and so are those of `also`, under names that nobody writes."""
+        """Library tokenizer in which special tokens and those of `also` count as special, under names that nobody
+        writes."""
         if also not in self._layouts:
             ids = self.special_ids | {token: self.added_ids[token] for token in also}
             names = {token: _layout_name(token_id) for token, token_id in ids.items()}
@@ -167,8 +169,8 @@ class HFBBPETokenizer(Tokenizer):
 
     @cached_property
     def _added_texts(self) -> dict[int, str]:
-        """Id -> text of the added tokens that are no special ones. The library would take their characters for the
-        spelling of bytes: DeepSeek's "ü" for the byte 0xFC."""
+        """Id -> text, for added tokens that are not special. The library would take their characters for the spelling
+        of bytes: DeepSeek's "ü" for the byte 0xFC."""
         if self._spelling != "byte level":
             return {}
         return {token["id"]: token["content"] for token in self._used["added_tokens"] if not token["special"]}
@@ -177,7 +179,7 @@ class HFBBPETokenizer(Tokenizer):
         lengths = [0] * self.vocab_size
         for token, token_id in self._definition["model"]["vocab"].items():
             if self._spelling == "byte level":
-                # Every byte is spelt as one character.
+                # Each byte is spelt as one character.
                 lengths[token_id] = len(token)
             else:
                 lengths[token_id] = 1 if token in BYTE_PIECES else len(token.replace("▁", " ").encode("utf-8"))
@@ -196,7 +198,7 @@ class HFBBPETokenizer(Tokenizer):
 
 
 def _layout_name(token_id: int) -> str:
-    """What a special token is called in a text that a chat template laid out, so that none is meant by accident."""
+    """Name of a special token in a laid-out text, which nobody writes by accident."""
     return f"{_NAME_BEGINS}{token_id}\ufdd1"
 
 
@@ -212,9 +214,9 @@ def train_hf_bbpe(
 
     Args:
         max_digits, max_han: see `split_pattern`.
-        long_words: takes the number of words that were cut for the training.
+        long_words: counts the words that are cut for the training.
     Raises:
-        ValueError: the vocabulary is too small, or the text too little to fill it.
+        ValueError: the vocabulary is too small, or the text is too little to fill it.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -234,6 +236,6 @@ def train_hf_bbpe(
         raise ValueError(
             f"the corpus yields only {entries} entries: use more text or a smaller --vocab_size, at most {entries}"
         )
-    # Added after training, so that they take the last ids and are no part of the merges.
+    # Added after training, so that they take the last ids and stay out of the merges.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return HFBBPETokenizer(tokenizer.to_str(), hugging_face_config(SPECIAL_TOKENS), JINJA)

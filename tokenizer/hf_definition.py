@@ -1,5 +1,5 @@
-"""A Hugging Face tokenizer's definition (`tokenizer.json`, `tokenizer_config.json`): what it says, whether it can be
-used, and the definition that the library gets, in which control strings are ordinary text."""
+"""Definition of a Hugging Face tokenizer (`tokenizer.json`, `tokenizer_config.json`): its special tokens, whether it
+can be used, and the definition that the library gets, in which control strings are ordinary text."""
 
 import json
 from collections.abc import Collection
@@ -12,25 +12,25 @@ from tokenizers import pre_tokenizers
 from tokenizer.base import END_OF_DOCUMENT, panics_as_errors
 
 _MOST_GAPS = 1024
-"""Ids without a token, besides as many as have one."""
+"""Ids without a token that are allowed in addition to the number of ids with one."""
 BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _NEEDED_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(0xF5) if byte not in (0xC0, 0xC1))
-"""UTF-8 has none of the other bytes, and some tokenizers leave them out."""
+"""Pieces of the bytes that occur in UTF-8. Some tokenizers leave out the others."""
 _FORM_OF_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 _SPLIT_BYTE_PIECE = {
     "type": "Split", "pattern": {"Regex": r"\A<(?=0x[0-9A-F]{2}>\z)"}, "behavior": "Isolated", "invert": False
 }  # fmt: skip
-"""Keeps the text "<0x41>" from being taken for the byte of this name, where a word that is an entry is taken whole."""
+"""Step that keeps the text "<0x41>" from becoming the byte of this name, where whole words are looked up first."""
 
 
 def byte_spelling(definition: object) -> str:
-    """How a `tokenizer.json` spells bytes: "byte level", or "byte pieces" for what it does not know.
+    """Way in which a `tokenizer.json` spells bytes: "byte level", or "byte pieces" for unknown characters only.
 
     Raises:
-        ValueError: it is no BPE, or some texts have no ids under it.
+        ValueError: it is not BPE, or some texts have no ids.
     """
     model = definition.get("model") if isinstance(definition, dict) else None
-    # The oldest files, such as GPT-2's own, don't name the type.
+    # The oldest files, such as GPT-2's own, do not name the type.
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError("only BPE can be used")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -48,16 +48,16 @@ def byte_spelling(definition: object) -> str:
 
 @cache
 def _needed_byte_characters() -> frozenset[str]:
-    """How byte-level BPE spells the bytes that a text can have, see _NEEDED_BYTE_PIECES."""
-    # Every first byte of UTF-8, and every later one.
+    """Characters by which byte-level BPE spells the bytes that occur in UTF-8."""
+    # Code points with every first byte of UTF-8, and every later one.
     codes = [*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x40)]
     spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("".join(map(chr, codes)))
     return frozenset(spelt[0][0])
 
 
 def as_used(definition: dict, config: dict) -> dict:
-    """A `tokenizer.json` as transformers uses it: what the configuration names for a purpose, such as the end of a
-    sequence, is a special token, even if it was added as text, or is an entry only."""
+    """A `tokenizer.json` as transformers uses it: a token that the configuration names for a purpose, such as the end
+    of a sequence, is special, even if it was added as text or is only an entry."""
     tokens, vocab = named_tokens(config), definition["model"]["vocab"]
     others = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -76,17 +76,17 @@ def as_used(definition: dict, config: dict) -> dict:
 
 
 def begin_ids(definition: object) -> list[int]:
-    """What the post-processor of a `tokenizer.json` puts in front of a text.
+    """Ids that the post-processor of a `tokenizer.json` puts in front of a text.
 
-    `add_bos_token` of the configuration is not asked: transformers 5 passes over it where there is a `tokenizer.json`.
+    `add_bos_token` of the configuration does not count: transformers 5 ignores it where there is a `tokenizer.json`.
 
     Raises:
-        ValueError: the post-processor is none.
+        ValueError: the post-processor is invalid.
     """
     step = definition.get("post_processor") if isinstance(definition, dict) else None
     if step is None:
         return []
-    # It names its ids itself, so one word is vocabulary enough to see what it does.
+    # It names its ids itself, so that a vocabulary of one word is enough to see what it does.
     model = {"type": "WordLevel", "vocab": {"text": 0}, "unk_token": "text"}
     with panics_as_errors():
         encoding = LibraryTokenizer.from_str(
@@ -96,8 +96,8 @@ def begin_ids(definition: object) -> list[int]:
 
 
 def end_of_document(special_ids: dict[str, int], config: dict) -> str:
-    """The special token that ends a document: <|endoftext|>, or what the configuration calls the end of a sequence.
-    Of a model that was taught to answer here, that became the end of an answer, and the other has a name of its own."""
+    """Special token that ends a document: <|endoftext|>, or the configuration's end of a sequence. For a model that was
+    taught to answer here, the latter became the end of an answer, and `end_of_document` names the former."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     for token in (END_OF_DOCUMENT, config.get("end_of_document"), eos):
@@ -107,7 +107,7 @@ def end_of_document(special_ids: dict[str, int], config: dict) -> str:
 
 
 def template_in(config: dict) -> str | None:
-    """The chat template of a tokenizer_config.json: a text, or the default one of a list.
+    """Chat template in a tokenizer_config.json: a text, or the default of a list.
 
     Raises:
         ValueError: it is neither.
@@ -124,7 +124,7 @@ def template_in(config: dict) -> str | None:
 
 
 def named_tokens(config: dict) -> dict[str, str]:
-    """ "bos_token", "eos_token" ... of a tokenizer_config.json -> the token's text."""
+    """Named tokens of a tokenizer_config.json: "bos_token", "eos_token" ... -> the token's text."""
     named = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -134,11 +134,12 @@ def named_tokens(config: dict) -> dict[str, str]:
 
 
 def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
-    """A `tokenizer.json` to which control strings are ordinary text, once `encode_special_tokens` is set.
+    """A `tokenizer.json` in which control strings are ordinary text, once `encode_special_tokens` is set.
 
     Args:
-        names: special token -> what it is called instead. They stay, so that all others keep their ids, but under names
-            that no text can become: a blank in the text is spelt otherwise in every kind of BPE that is let in here.
+        names: special token -> its new name. The tokens stay, so that all others keep their ids, but under names that
+        no
+            text can become: every kind of BPE that is accepted here spells a blank in the text in another way.
     """
     model = definition["model"]
     if len(set(names.values())) < len(names):
@@ -154,7 +155,7 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
         "added_tokens": [
             {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
         ],
-        # Settings for batches and chats would cut texts, fill them up, or put tokens round them.
+        # Settings for batches and chats would cut texts, pad them, or put tokens around them.
         "truncation": None,
         "padding": None,
         "post_processor": None,
@@ -169,7 +170,7 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
 
 
 def _without_merges_of(tokens: Collection[str], merges: object) -> object:
-    """The merges that neither make nor take one of the tokens: converters of SentencePiece models list such, too."""
+    """Merges that neither make nor take one of the tokens. Converters of SentencePiece models list such merges, too."""
     if not isinstance(merges, list):
         return merges
 
@@ -183,14 +184,15 @@ def _without_merges_of(tokens: Collection[str], merges: object) -> object:
 
 
 def check_ids(ids: dict[str, int], definition: dict, special_ids: dict[str, int]) -> None:
-    """
+    """Check that the library uses the ids of the file.
+
     Args:
-        ids: token -> id, as the library has it.
-        definition: what it was made from, see plain_text_definition.
-        special_ids: as the user's file has it.
+        ids: token -> id, in the library.
+        definition: definition that the library got, see plain_text_definition.
+        special_ids: special token -> id, in the user's file.
     Raises:
-        ValueError: a token has another id than the file says, since it was taken, or two tokens have the same one; or
-            the ids leave more places empty than are taken.
+        ValueError: a token has another id than in the file, where that was taken; two tokens share an id; or more ids
+            are unused than used.
     """
     added = definition["added_tokens"]
     stated = [*definition["model"]["vocab"].items(), *((token["content"], token["id"]) for token in added)]

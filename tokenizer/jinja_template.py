@@ -1,8 +1,8 @@
-"""Run the chat template of a tokenizer folder: a small program in Jinja that somebody else wrote.
+"""Chat template of a tokenizer folder as a program: a small one in Jinja, which somebody else wrote.
 
-It runs in Jinja's sandbox, with the filters, functions and variables that transformers gives to it, so that it writes
-here what it writes there. One thing differs: it is never told today's date, or the same conversation would become other
-tokens tomorrow.
+It runs in Jinja's sandbox, with the filters, functions and variables that transformers gives it, so that it writes the
+same text here. One thing differs: it never learns today's date, or the same conversation would become other tokens
+tomorrow.
 """
 
 import datetime
@@ -16,16 +16,16 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 DAY = datetime.datetime(2024, 7, 26)
-"""What it is told when it asks for the date: the one that Llama 3's templates write where nobody tells them."""
+"""Date that a template gets: the one that Llama 3's templates write where they are not told."""
 
 
 class _Refusal(Exception):
-    """What a template says by `raise_exception`."""
+    """Sentence of a template's `raise_exception`."""
 
 
 class _Generation(Extension):
-    """`{% generation %}`, by which some templates mark what is learnt: its content counts, the mark does not. Here the
-    same is found for every template, see chat_template.py."""
+    """The tag `{% generation %}`, by which some templates mark the learnt text. Its content is written and the mark is
+    ignored, since the learnt text is found for every template here, see regions.py."""
 
     tags = {"generation"}
 
@@ -35,12 +35,13 @@ class _Generation(Extension):
 
 
 class JinjaTemplate:
-    """
+    """A program in Jinja that lays out conversations.
+
     Args:
         source: the program.
         tokens: variables such as "bos_token" -> the token's text.
     Raises:
-        ValueError: it is no Jinja.
+        ValueError: it is not valid Jinja.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]):
@@ -57,10 +58,10 @@ class JinjaTemplate:
         self._tokens = dict(tokens)
         self.asks_for_the_date = any(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
         self.looks_for = tuple(sorted(set(_sought(tree)), key=lambda text: (-len(text), text)))
-        """Strings that it looks for in the texts of messages, such as "</think>"; longest first."""
+        """Strings that it looks for in the texts of messages, such as "</think>", the longest first."""
 
     def render(self, messages: Sequence[dict], tools: Sequence[dict] = (), add_generation_prompt: bool = False) -> str:
-        """What it writes.
+        """Text that the program writes.
 
         Raises:
             ValueError: it refuses these messages, or fails on them.
@@ -76,7 +77,7 @@ class JinjaTemplate:
         except _Refusal as error:
             raise ValueError(f"the chat template refuses it: {_line(error)}") from None
         except Exception as error:
-            # A program of somebody else can fail in any way.
+            # A program that somebody else wrote can fail in any way.
             raise ValueError(f"the chat template fails on it ({type(error).__name__}: {_line(error)})") from None
 
 
@@ -91,7 +92,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes what HTML would take for a tag.
+    # Jinja's own filter escapes text that HTML would take for a tag.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -100,7 +101,7 @@ def _line(error: Exception) -> str:
 
 
 def _sought(tree: nodes.Template) -> Iterator[str]:
-    """String constants that are looked for in something (`in`), or given to a method (`split`, `startswith`)."""
+    """String constants that are searched for in something (`in`), or given to a method (`split`, `startswith`)."""
     for node in tree.find_all((nodes.Compare, nodes.Call)):
         if isinstance(node, nodes.Compare):
             operands = [node.expr] if node.ops[0].op in ("in", "notin") else []

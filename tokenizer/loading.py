@@ -1,4 +1,4 @@
-"""Open a tokenizer folder, whatever its kind, and whatever somebody put into it."""
+"""Opening a tokenizer folder, whatever its kind and whatever it holds."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -12,15 +12,15 @@ from utils.paths import absent
 
 TRAIN_COMMAND = "python -m tokenizer.train_tokenizer"
 _LARGEST_FILE = 1 << 28
-"""Bytes; the tokenizer of the largest vocabulary in use is a tenth of it."""
+"""Bytes of the largest file that is read; the tokenizer with the largest vocabulary in use has a tenth of that."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
-"""What a clone that was made without Git LFS has in the place of a large file begins with it."""
+"""Beginning of the small file that a clone without Git LFS has in place of a large one."""
 _PROBE = "Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend"
-"""Comes back from every tokenizer that loses nothing; normalised forms of Unicode leave it as it is."""
+"""Text that comes back from every tokenizer that loses nothing. Normal forms of Unicode leave it unchanged."""
 
 
 def has_tokenizer(directory: str | Path) -> bool:
-    """Whether a folder holds a tokenizer, of a kind that can be used or not."""
+    """Whether a folder holds a tokenizer, usable or not."""
     directory = Path(directory)
     return (directory / "tokenizer.json").exists() or bool(files_to_convert(directory) or other_file(directory))
 
@@ -31,7 +31,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     A folder without `tokenizer.json` is converted, see conversion.py; that takes seconds.
 
     Raises:
-        ValueError: no tokenizer there, or not one of a kind that can be used; one sentence, whatever the files hold.
+        ValueError: there is no tokenizer, or it cannot be used; one sentence, whatever the files hold.
         OSError: a file cannot be read now (a failing disk).
     """
     directory = Path(directory)
@@ -45,7 +45,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except (MemoryError, NotConverted):
         raise
     except Exception as error:
-        # The libraries raise whatever they like on a damaged file. What the disk says is not about the file.
+        # On a damaged file, the libraries raise any exception. An error of the disk does not concern the content.
         if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
             raise
         raise ValueError(
@@ -55,9 +55,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _refuse_without(directory: Path) -> NoReturn:
-    """
+    """Refuse a folder that holds neither a tokenizer.json nor the files to make one from.
+
     Raises:
-        ValueError: always; a folder without tokenizer.json, and without what could be made one.
+        ValueError: always.
     """
     if not directory.exists():
         raise ValueError(absent(directory, f"train a tokenizer with `{TRAIN_COMMAND} --data_dir D --output_dir T`"))
@@ -90,7 +91,8 @@ def _open(directory: Path) -> Tokenizer:
 
 
 def _with_special_tokens_map(directory: Path, config: dict | None) -> dict | None:
-    """The configuration with what older folders say in a file of its own; transformers takes it so, too."""
+    """The configuration together with the special tokens that older folders keep in a separate file, as transformers
+    reads it."""
     text = _read(directory / "special_tokens_map.json")
     if text is None or "added_tokens_decoder" in (config or {}):
         return config
@@ -101,15 +103,15 @@ def _with_special_tokens_map(directory: Path, config: dict | None) -> dict | Non
 
 
 def _as_in_config(value: object) -> object:
-    """A token of a special_tokens_map.json as a tokenizer_config.json spells it: there, transformers refuses one that
-    does not say what it is."""
+    """A token of a special_tokens_map.json in the spelling of a tokenizer_config.json, where transformers refuses an
+    object without its type."""
     if isinstance(value, list):
         return [_as_in_config(one) for one in value]
     return {"__type": "AddedToken"} | value if isinstance(value, dict) and "content" in value else value
 
 
 def _content(path: Path) -> bytes:
-    """Of a file that is not beyond measure."""
+    """Content of a file, unless it is too large."""
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path.name} is larger than {_LARGEST_FILE >> 20} MiB")
     content = path.read_bytes()
@@ -119,7 +121,7 @@ def _content(path: Path) -> bytes:
 
 
 def _read(path: Path) -> str | None:
-    """Text of a file; None if there is none."""
+    """Text of a file; None if there is no such file."""
     if not path.exists():
         return None
     try:
@@ -129,15 +131,15 @@ def _read(path: Path) -> str | None:
 
 
 def _check_use(tokenizer: Tokenizer) -> None:
-    """Try it out.
+    """Try a tokenizer out.
 
     Raises:
-        ValueError: a text does not come back, or its ids are beyond measure.
+        ValueError: a text does not come back, or the ids are too large.
     """
     if tokenizer.vocab_size > LARGEST_VOCAB_SIZE:
         raise ValueError(f"its largest id is {tokenizer.vocab_size - 1}, and {LARGEST_VOCAB_SIZE} entries are the most")
     back = tokenizer.decode(tokenizer.encode(_PROBE))
-    # Some put a blank in front.
+    # Some tokenizers put a blank in front.
     if back.removeprefix(" ") != _PROBE:
         raise ValueError(f"it does not give back what was written: {_PROBE!r} becomes {back[:100]!r}")
 

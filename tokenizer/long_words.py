@@ -1,8 +1,8 @@
 """Cutting the longest words for the training of BPE.
 
-The library's trainer takes time in proportion to the square of a word's length: 300,000 Chinese characters without a
-mark between them, or a genome, take minutes. What is beyond LONGEST_WORD is cut, for the training only. Merges within
-the parts are learnt as ever; encoding takes n log n and cuts nothing.
+The time of the library's trainer grows with the square of a word's length: 300,000 Chinese characters without a mark
+between them, or a genome, take minutes. Words beyond LONGEST_WORD are cut, for the training only. Merges within the
+parts are learnt as usual. Encoding takes n log n and cuts nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import regex
 
 LONGEST_WORD = 1000
-"""Characters. Beyond it the training of a text that is one word takes longer and longer; below, no less."""
+"""Characters of the longest word that is not cut. Longer ones slow the training more and more; a smaller limit would
+not make it faster."""
 _STEP = LONGEST_WORD // 2
 _ENDS_OF_RUNS = [
     regex.compile(ends, regex.V1).search
@@ -19,7 +20,7 @@ _ENDS_OF_RUNS = [
 
 
 class LongWords:
-    """Cuts, and counts what it cut."""
+    """Cuts long words and counts them."""
 
     def __init__(self):
         self.count = 0
@@ -33,7 +34,7 @@ class LongWords:
         )
 
     def cut(self, texts: Iterable[str], pattern: str) -> Iterator[str]:
-        """The texts, in several parts where they have a word that is too long.
+        """Texts, in several parts where a word is too long.
 
         Args:
             pattern: its matches are the words, see `split_pattern.split_pattern`.
@@ -56,8 +57,8 @@ class LongWords:
 
 
 def may_have_long_word(text: str) -> bool:
-    """Whether to look closer: a word that is too long fills one of the steps with characters of one kind. Most texts
-    have another kind within the first few characters of each step, so that this takes next to no time."""
+    """Whether a text may have a word that is too long, which would fill one of the steps with characters of one kind.
+    Most texts have another kind among the first few characters of each step, so that the check takes almost no time."""
     if len(text) <= LONGEST_WORD:
         return False
     for begin in range(0, len(text) - _STEP + 1, _STEP):

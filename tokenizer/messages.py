@@ -1,4 +1,4 @@
-"""Messages of a conversation, and what they are as tokens."""
+"""Messages of a conversation, and their tokens."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,26 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
+    """A message of a conversation."""
+
     role: str
     """One of ROLES."""
     text: str
     reasoning: str = ""
-    """What an assistant thought before it answered, where the data keeps it apart from the text."""
+    """Thoughts of an assistant before its answer, where the data keep them apart from the text."""
     tool_calls: tuple[dict, ...] = ()
-    """What an assistant asks of tools, as {"type": "function", "function": {"name": str, "arguments": dict}}."""
+    """Calls of tools by an assistant, as {"type": "function", "function": {"name": str, "arguments": dict}}."""
     name: str = ""
-    """Of the tool that answers, or of the speaker."""
+    """Name of the tool that answers, or of the speaker."""
     call_id: str = ""
-    """Of the call that a tool answers, where the data has ids: few templates write them."""
+    """Id of the call that a tool answers, where the data have ids. Few templates write them."""
     learnt: bool = True
-    """Of an assistant's message: whether the record wants it learnt. Others never are."""
+    """Whether the record wants an assistant's message learnt. Other messages never are."""
 
 
 @dataclass(frozen=True)
 class MessageSpan:
-    """What a stretch of tokens is."""
+    """Tokens of a message's header, or of its text."""
 
     message: int
     """Number of the message."""
@@ -32,7 +34,7 @@ class MessageSpan:
     end: int
     """Tokens [begin, end)."""
     is_header: bool
-    """What the template wrote before the text, or the text with the token that ends it."""
+    """Whether these are the tokens before the text; otherwise, the text and the token that ends it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,6 @@ class Rendered:
 
     ids: list[int]
     supervised: list[bool]
-    """For each token, whether the model is to learn to say it."""
+    """Whether the model learns to say each token."""
     spans: list[MessageSpan]
-    """Headers and texts in their order, without gaps."""
+    """Headers and texts, in order and without gaps."""

@@ -1,4 +1,4 @@
-"""Placeholders: they stand for what people wrote while a chat template lays a conversation out."""
+"""Placeholders, which stand for people's texts while a chat template lays a conversation out."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from tokenizer.messages import ROLES, Message
 from tokenizer.template_features import REASONING_KEYS, Features
 
 MARK = re.compile("\ufdd2([0-9]+)\ufdd3")
-"""A placeholder: noncharacters, which Unicode keeps for a program's own use, round a number."""
+"""Pattern of a placeholder: a number between noncharacters, which Unicode reserves for a program's own use."""
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 
 
@@ -19,11 +19,11 @@ class Marked(NamedTuple):
 
     messages: list[dict]
     texts: list[str]
-    """Of the placeholders, by number."""
+    """Texts of the placeholders, by number."""
     written: list[str]
-    """What the template writes of them: the same, or as JSON."""
+    """Texts as the template writes them: the same, or as JSON."""
     owners: list[int]
-    """For each the number of its message."""
+    """Number of each placeholder's message."""
 
 
 class Placeholders:
@@ -39,13 +39,13 @@ class Placeholders:
         self._kept = any_of(sought) if sought else None
 
     def mark(self, messages: Sequence[Message], control: re.Pattern[str]) -> Marked:
-        """The messages for the template. Outer blanks stay outside of the placeholders, for it to strip, and so do the
-        strings that it looks for.
+        """Messages for the template, with placeholders as texts. Outer blanks stay outside of the placeholders, so that
+        the template can strip them, and so do the strings that it looks for.
 
         Args:
             control: matches control tokens, which only the template may write.
         Raises:
-            ValueError: an unknown role, or something that cannot be told from what the template writes.
+            ValueError: a role is unknown, or something could be mistaken for text that the template writes.
         """
         marked = Marked([], [], [], [])
         for number, message in enumerate(messages):
@@ -67,17 +67,17 @@ class Placeholders:
         return marked
 
     def _of_text(self, text: str, message: int, marked: Marked, is_quoted: bool = False) -> str:
-        """A text's placeholders, with what stays outside of them.
+        """A text with its parts replaced by placeholders, except for the parts that stay outside.
 
         Args:
-            is_quoted: the template writes this text as JSON.
+            is_quoted: whether the template writes this text as JSON.
         """
         if _NONCHARACTERS.search(text):
             raise ValueError("it holds U+FDD0 to U+FDD3, which Unicode keeps for programs")
         written = ""
         only = self._kept and self._kept.fullmatch(text.strip())
         for part in self._kept.split(text) if self._kept and not only else [text]:
-            # Of a known layout it is certain that nothing is stripped, and that empty texts are texts.
+            # A known layout certainly strips nothing, and takes empty texts for texts.
             core = part if self._is_known else part.strip()
             if self._is_known or only or (core and not (self._kept and self._kept.fullmatch(part))):
                 before, _, after = part.partition(core) if core else ("", "", "")
@@ -90,7 +90,7 @@ class Placeholders:
         return written
 
     def _call(self, call: dict) -> dict:
-        """As the template takes it."""
+        """A call in the form that the template takes."""
         if not self._features.joins_arguments:
             return call
         function = call["function"]
@@ -98,9 +98,12 @@ class Placeholders:
 
 
 def check_no_control(value: object, what: str, control: re.Pattern[str]) -> None:
-    """
+    """Check that a value spells no control token.
+
+    Args:
+        what: name of the value in messages.
     Raises:
-        ValueError: a value spells a control token, or what placeholders are made of; `what` names it in the sentence.
+        ValueError: it does, or it holds characters of placeholders.
     """
     text = json.dumps(value, ensure_ascii=False)
     if found := control.search(text):
@@ -110,15 +113,15 @@ def check_no_control(value: object, what: str, control: re.Pattern[str]) -> None
 
 
 def filled(text: str, texts: Sequence[str]) -> str:
-    """A text with the placeholders' own texts put in."""
+    """A text in which placeholders are replaced by their texts."""
     return MARK.sub(lambda mark: texts[int(mark[1])], text)
 
 
 def places_of(text: str, marked: Marked) -> list[list[re.Match]]:
-    """For each message, its placeholders in their order in a text.
+    """Placeholders of each message, in the order of a text.
 
     Raises:
-        ValueError: one is there twice.
+        ValueError: a placeholder occurs twice.
     """
     places: list[list[re.Match]] = [[] for _ in marked.messages]
     seen: set[str] = set()
@@ -132,7 +135,7 @@ def places_of(text: str, marked: Marked) -> list[list[re.Match]]:
 
 
 def parts_of(text: str, marked: Marked) -> Iterator[tuple[str, bool]]:
-    """The parts of what a template wrote, in their order: (text, whether the template itself wrote it)."""
+    """Parts of a template's output, in order, as (text, whether the template itself wrote it)."""
     for index, part in enumerate(MARK.split(text)):
         is_layout = index % 2 == 0
         if text_of_part := part if is_layout else marked.written[int(part)]:

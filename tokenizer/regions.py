@@ -1,4 +1,4 @@
-"""Where the messages of a conversation stand in what a chat template wrote."""
+"""Regions: the places of a conversation's messages in the output of a chat template."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from tokenizer.template_habits import Habits
 
 
 class Region(NamedTuple):
-    """Where a message's text stands in what the template wrote."""
+    """Place of a message's text in the output."""
 
     begin: int
     end: int
@@ -21,7 +21,7 @@ class Region(NamedTuple):
 
 
 class RegionFinder:
-    """Finds the messages in what one template wrote.
+    """Finder of messages in the output of one template.
 
     Args:
         control: matches control tokens.
@@ -38,10 +38,10 @@ class RegionFinder:
         learnt: set[int],
         tools: Sequence[dict],
     ) -> list[Region]:
-        """Where the messages stand, in the order of the text.
+        """Regions of the messages, in the order of the text.
 
         Raises:
-            ValueError: the template left out something that counts.
+            ValueError: the template left out something that matters.
         """
         places = places_of(text, marked)
         calls = {
@@ -85,13 +85,13 @@ class RegionFinder:
             if self._features.keeps_thoughts and (message.reasoning or "</think>" in message.text):
                 told += ", such as thoughts of an earlier one: --sft_loss=split makes every answer the last of a sample"
             raise ValueError(told)
-        # A thought may go once the answer is given.
+        # A template may drop thoughts once the answer is given.
         if message.role != "assistant" or not (marks or message.tool_calls):
             raise ValueError(f"the chat template leaves out message {number} ({message.role}) or a part of it")
 
     @staticmethod
     def _around(text: str, marks: list[re.Match], message: dict) -> tuple[int, int]:
-        """Where the text of a message begins and ends, with what of it was left as it is round the placeholders."""
+        """Bounds of a message's text, including the parts around the placeholders that the template left unchanged."""
         before, *_, after = MARK.split(message["content"])
         first, last = marks[0].start(), marks[-1].end()
         before = before if text.endswith(before, 0, first) else before.lstrip()
@@ -100,18 +100,19 @@ class RegionFinder:
         return begin, last + len(after) if text.startswith(after, last) else last
 
     def _end_of(self, text: str, low: int, high: int, role: str) -> int:
-        """Where a message ends whose text ends at `low`: behind the token that ends answers."""
+        """End of a message whose text ends at `low`: after the token that ends answers."""
         place, end = text.find(self._habits.end, low, high), self._habits.end
         if place < 0 and role == "assistant" and self._habits.end_within:
             place, end = text.find(self._habits.end_within, low, high), self._habits.end_within
         return low if place < 0 else place + len(end)
 
     def _begin(self, text: str, low: int, high: int, mark: int) -> int:
-        """Where an answer begins whose text begins at `high` and whose first placeholder is at `mark`: behind the
-        prompt that asks for one."""
+        """Beginning of an answer, after the prompt that asks for it. Its text begins at `high`, and its first
+        placeholder is at `mark`."""
         if self._habits.asks:
             place = text.rfind(self._habits.asks, low, high)
-            # What the template stripped, or what the prompt gives away, may look like the text's own beginning.
+            # Text that the template stripped, or that the prompt already gives, may look like the beginning of the
+            # text.
             place = text.rfind(self._habits.asks, low, mark) if place < 0 else place
             return high if place < 0 else place + len(self._habits.asks)
         return high - len(self._habits.lead) if text[low:high].endswith(self._habits.lead) else high
@@ -119,10 +120,10 @@ class RegionFinder:
     def _region_of_calls(
         self, text: str, number: int, message: Message, marked: Marked, tools: Sequence[dict]
     ) -> Region:
-        """Where an answer stands that calls tools, by what the template writes before it and up to it.
+        """Region of an answer that calls tools, found by the template's output before it and up to it.
 
         Raises:
-            ValueError: the template has no place for calls, or what it writes depends on what follows.
+            ValueError: the template has no place for calls, or its output depends on later messages.
         """
         asked = self._jinja.render(marked.messages[:number], tools, add_generation_prompt=True)
         if not text.startswith(asked):

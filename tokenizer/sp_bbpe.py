@@ -1,10 +1,10 @@
 """BPE on the `sentencepiece` library (Kudo and Richardson, 2018), falling back to bytes for rare characters.
 
-No normalisation, no blank added in front, blanks kept: what was written comes back. SentencePiece writes a blank as "▁"
-(U+2581), so that a "▁" in the text could not be told from a blank: it is encoded here as its three bytes. For text
-without it, this class, the raw library and `AutoTokenizer.from_pretrained(folder)` give the same ids; the folder holds
-`tokenizer.model` for the one and the same pieces and merges as a `tokenizer.json` for the other. As in hf_bbpe.py,
-control strings in text become control ids only in AutoTokenizer.
+Text comes back as it was written: it is not normalised, no blank is added in front, and blanks are kept. SentencePiece
+writes a blank as "▁" (U+2581), so that a "▁" in the text could be mistaken for a blank: here it is encoded as its three
+bytes. For text without it, this class, the raw library and `AutoTokenizer.from_pretrained(folder)` give the same ids.
+The folder holds `tokenizer.model` for the library, and the same pieces and merges as a `tokenizer.json` for
+AutoTokenizer. As in hf_bbpe.py, control strings in text become control ids only in AutoTokenizer.
 """
 
 import hashlib
@@ -90,18 +90,17 @@ class SPBBPETokenizer(Tokenizer):
         atomic_write(directory / "tokenizer.model", self._model)
         atomic_write(directory / "tokenizer.json", self._as_hugging_face().to_str().encode())
         atomic_write(directory / CHAT_TEMPLATE_NAME, JINJA.encode())
-        # Last: it says what the folder is.
+        # Last, because it says what the folder is.
         atomic_write(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
 
     def _as_hugging_face(self) -> LibraryTokenizer:
-        """The same BPE for the `tokenizers` library.
+        """Tokenizer of the `tokenizers` library with the same BPE.
 
-        SentencePiece keeps no merges: it joins the neighbours whose piece has the best score. So each way to split a
-        piece into two others is a merge, in the order of the pieces' scores.
-        """
+        SentencePiece has no list of merges: it joins the neighbours whose piece has the best score. So each way to
+        split a piece into two others is a merge, in the order of the pieces' scores. """
         p = self._processor
         vocab = {p.id_to_piece(i): i for i in range(self.vocab_size)}
-        # Byte pieces are texts of their own, and no parts of others.
+        # Byte pieces stand alone and are not parts of others.
         scores = {
             piece: p.get_score(i)
             for piece, i in vocab.items()
@@ -122,10 +121,10 @@ class SPBBPETokenizer(Tokenizer):
 def train_sp_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = True) -> SPBBPETokenizer:
     """Train SentencePiece's BPE with `vocab_size` entries, special tokens and bytes included.
 
-    Every digit is a piece of its own. Characters that make up the rarest 0.05% of the text are left to the bytes.
+    Each digit is a piece of its own. Characters that make up the rarest 0.05% of the text are spelt in bytes.
 
     Raises:
-        ValueError: the vocabulary is too small, or the text too little to fill it.
+        ValueError: the vocabulary is too small, or the text is too little to fill it.
     """
     if vocab_size <= _FIXED_ENTRIES:
         raise ValueError(f"--vocab_size must be more than {_FIXED_ENTRIES} (256 bytes and the special tokens)")
@@ -139,7 +138,7 @@ def train_sp_bbpe(texts: Iterable[str], vocab_size: int, show_progress: bool = T
             eos_id=-1, pad_id=-1, train_extremely_large_corpus=True, minloglevel=0 if show_progress else 2,
         )  # fmt: skip
     except RuntimeError as error:
-        # Not enough room for the text's characters, or not enough text for the room.
+        # Either the vocabulary has no room for the text's characters, or the text cannot fill the vocabulary.
         advice = "a larger --vocab_size" if "required_chars" in str(error) else "more text or a smaller --vocab_size"
         raise ValueError(
             f"SentencePiece cannot train {vocab_size} entries on this text ({_last_line(error)}): use {advice}"
@@ -152,8 +151,8 @@ def _last_line(error: RuntimeError) -> str:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in pieces of about _LINE_BYTES, cut after a line end or at a blank: the trainer keeps all of them in
-    memory and leaves out those that are too long, or that hold NUL or the sign by which it marks unknown characters."""
+    """Texts in pieces of about _LINE_BYTES, cut after a line end or at a blank, without NUL and the trainer's sign for
+    unknown characters. The trainer leaves out pieces that hold one of these, or that are too long."""
     for text in texts:
         text = text.replace("\0", "").replace(_UNKNOWN_SIGN, "")
         start = 0

@@ -1,4 +1,4 @@
-"""How byte-level BPE cuts a text into words, each of which is merged by itself."""
+"""Pattern by which byte-level BPE cuts a text into words, each of which is merged by itself."""
 
 import json
 import re
@@ -8,16 +8,18 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 
 def split_pattern(max_digits: int = 3, max_han: int = 0, ascii_only: bool = False) -> str:
-    """The regular expression whose matches are merged each by itself, after the scheme of GPT-2 (Radford et al., 2019)
-    with the changes for code of later models.
+    """Regular expression whose matches are the words. It follows GPT-2 (Radford et al., 2019), with the changes that
+    later models made for code.
 
-    Words with at most one leading character that is none of a word; digits in groups; punctuation with its line ends;
-    line ends with the blanks before them; blanks, of which the last stays with the word that follows.
+    Its alternatives: a word with at most one leading character that does not belong in a word; a group of digits;
+    punctuation with its line ends; line ends with the blanks before them; blanks, of which the last stays with the word
+    that follows.
 
     Args:
-        max_digits: of a group.
-        max_han: Chinese characters of a group, apart from other letters; 0 for words of any letters and any length.
-        ascii_only: what it comes to in a text of ASCII characters, for engines that know no Unicode properties.
+        max_digits: largest number of digits in a group.
+        max_han: largest number of Chinese characters in a group, apart from other letters; 0 for words of any letters
+            and any length.
+        ascii_only: whether it shall mean the same in ASCII text only, for engines without Unicode properties.
     """
     letter, mark, digit = ("A-Za-z", "", "0-9") if ascii_only else (r"\p{L}", r"\p{M}", r"\p{N}")
     han = ""
@@ -45,7 +47,7 @@ def untrained(pattern: str) -> LibraryTokenizer:
 
 
 def own_split_options(definition: dict) -> tuple[int, int] | None:
-    """max_digits and max_han of a tokenizer that `train_hf_bbpe` made; None for others."""
+    """The max_digits and max_han of a tokenizer that `train_hf_bbpe` made; None for other tokenizers."""
     steps = (definition["pre_tokenizer"] or {}).get("pretokenizers") or [{}]
     pattern = steps[0].get("pattern", {}).get("Regex", "")
     max_digits = re.search(r"\[\\p{N}\]{1,(\d)}", pattern)

@@ -6,18 +6,18 @@ from functools import cached_property
 from tokenizer.jinja_template import JinjaTemplate
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""What templates call the thoughts that stand apart from an answer's text."""
+"""Names that templates use for thoughts which stand apart from an answer's text."""
 
 
 class Features:
-    """Features of one template, each found out when it is first asked for."""
+    """Features of one template. Each is found out when it is first needed."""
 
     def __init__(self, jinja: JinjaTemplate):
         self._jinja = jinja
 
     @cached_property
     def joins_arguments(self) -> bool:
-        """Whether it takes the arguments of a call as a text of JSON, as OpenAI does, instead of as a dictionary."""
+        """Whether it takes the arguments of a call as JSON text, as OpenAI does, instead of a dictionary."""
 
         def works(arguments: object) -> bool:
             return "one" in self._tried(_calling(arguments))
@@ -33,17 +33,17 @@ class Features:
 
     @cached_property
     def reasoning_key(self) -> str:
-        """What the template calls thoughts that stand apart from the text; empty if it shows none."""
+        """Name that it uses for thoughts which stand apart from the text; empty if it shows none."""
         shown = (key for key in REASONING_KEYS if self._keeps({"content": "\ufdd20\ufdd3", key: "\ufdd21\ufdd3"}))
         return next(shown, "")
 
     @cached_property
     def keeps_thoughts(self) -> bool:
-        """Whether it leaves thoughts within the text in the last answer."""
+        """Whether it keeps thoughts that stand within the text of the last answer."""
         return self._keeps({"content": "<think>\n\ufdd20\ufdd3\n</think>\n\n\ufdd21\ufdd3"})
 
     def _keeps(self, answer: dict[str, str]) -> bool:
-        """Whether both placeholders of a last answer are in what it writes."""
+        """Whether it writes both placeholders of a last answer."""
         text = self._tried([{"role": "user", "content": "What?"}, {"role": "assistant", **answer}])
         return text.count("\ufdd20\ufdd3") == 1 and text.count("\ufdd21\ufdd3") == 1
 
@@ -52,7 +52,7 @@ class Features:
 
 
 def tried(jinja: JinjaTemplate, messages: Sequence[dict]) -> str:
-    """What a template writes; nothing where it refuses."""
+    """Output of a template; empty where it refuses."""
     try:
         return jinja.render(messages)
     except ValueError:
@@ -60,6 +60,6 @@ def tried(jinja: JinjaTemplate, messages: Sequence[dict]) -> str:
 
 
 def _calling(arguments: object) -> list[dict]:
-    """A question whose answer is a call, to see what a template makes of it."""
+    """Messages of a question whose answer is a call, to see how a template writes it."""
     call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
     return [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

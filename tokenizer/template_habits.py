@@ -16,8 +16,7 @@ TALK = (Message("user", "What?"), Message("assistant", "That."))
 
 @dataclass(frozen=True)
 class Habits:
-    """
-    A simple conversation, as most templates write it:
+    """Habits of one template. Most templates write a simple conversation as
 
         question  <end>  <asks>  <lead>  answer  <end>
     """
@@ -25,16 +24,15 @@ class Habits:
     end: str
     """Token that ends an answer."""
     end_within: str
-    """The token that ends an answer which others follow, where it is another one (gpt-oss's); else empty."""
+    """Token that ends an answer before further messages, if it is another one (gpt-oss's); empty otherwise."""
     asks: str
-    """What it asks for an answer by; empty for nothing but the end of the question."""
+    """Text that asks for an answer; empty if the end of the question does that."""
     lead: str
-    """What it writes between that and the answer."""
+    """Text between that and the answer."""
     opening: str
-    """How the prompt begins the answer itself, with a tag that thoughts begin with; empty if it does not."""
+    """Tag by which the prompt already begins the answer, as thoughts do; empty if there is none."""
     also: frozenset[str]
-    """Added tokens round messages, which are not for people to write, although the tokenizer does not call them
-    special."""
+    """Added tokens around messages. People may not write them, although the tokenizer does not call them special."""
     notes: tuple[str, ...]
     """Sentences that a user should read before training."""
 
@@ -42,13 +40,13 @@ class Habits:
 def habits_of(
     jinja: JinjaTemplate, tokenizer: Tokenizer, mark: Callable[[Sequence[Message]], Marked], control: re.Pattern[str]
 ) -> Habits:
-    """Look at what a template makes of a simple conversation.
+    """Habits of a template, seen in a simple conversation.
 
     Args:
         mark: puts placeholders into messages.
         control: matches special and added tokens.
     Raises:
-        ValueError: no answer is asked for and ended in it.
+        ValueError: the template leaves out a message, or ends an answer with no token of its own.
     """
     marked = mark(TALK)
     text = jinja.render(marked.messages)
@@ -63,9 +61,9 @@ def habits_of(
         raise ValueError("the chat template ends an answer with no token of its own, so no model could learn to stop")
     asks = asked[len(alone) :] if asked.startswith(alone) else ""
     fits = text[:begin].startswith(asked)
-    # Some ask by nothing but the end of the question, and put something between it and the answer.
+    # Some ask by the end of the question alone, and put something between it and the answer.
     lead = text[len(asked) : begin] if fits else ""
-    # Others begin the answer themselves, with a tag that thoughts begin with.
+    # Others begin the answer themselves, with the tag at the beginning of thoughts.
     opening = asked[begin:] if asked.startswith(text[:begin]) else ""
     between = _between_turns(jinja, mark)
     end_within, notes = _end_within(between, alone, stop[0], control)
@@ -85,7 +83,7 @@ def habits_of(
 
 
 def _between_turns(jinja: JinjaTemplate, mark: Callable[[Sequence[Message]], Marked]) -> str:
-    """What the template writes between an answer and the next question; empty if it refuses."""
+    """Text between an answer and the next question; empty if the template refuses."""
     marked = mark([*TALK, Message("user", "And?")])
     text = tried(jinja, marked.messages)
     places = places_of(text, marked)
@@ -103,7 +101,7 @@ def _end_within(between: str, alone: str, end: str, control: re.Pattern[str]) ->
     stop = control.search(between)
     if stop is None or end in between:
         return "", []
-    # It may also be what the next message begins with, behind a token that begins a conversation perhaps.
+    # It may instead be the token at the beginning of the next message, perhaps after one that begins a conversation.
     begins = control.findall(alone.partition("\ufdd2")[0])
     if stop[0] in begins[:2]:
         return "", [f"the chat template ends no answer but the last one: {end} is learnt there alone"]
@@ -111,7 +109,7 @@ def _end_within(between: str, alone: str, end: str, control: re.Pattern[str]) ->
 
 
 def _note_of_another_beginning(asked: str, given: str, opening: str) -> str:
-    """A sentence about a template that lays given answers out behind something else than what asks for one."""
+    """Note on a template that puts another text before a given answer than before one that it asks for."""
     served, taught = (MARK.sub("...", one)[-60:] for one in (asked, given))
     note = (
         f"the chat template asks for an answer by {served!r}, but lays a given answer out behind {taught!r}: "

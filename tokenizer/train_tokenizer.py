@@ -3,7 +3,7 @@
     python -m tokenizer.train_tokenizer --data_dir D --output_dir T --vocab_size 8192 --kind hf_bbpe
     python -m tokenizer.train_tokenizer --source zh=D/zh@4 --source en=D/en@4 --source code=D/code@2 --output_dir T
 
-Memory and time are bounded by --sample_mb, whatever the size of the corpus.
+--sample_mb bounds memory and time, whatever the size of the corpus.
 """
 
 import sys
@@ -44,12 +44,12 @@ _OF_MODELS = (
     *_OWN_FILES, SENTENCE_PIECE, *BYTE_LEVEL, "special_tokens_map.json", "added_tokens.json", "config.json",
     "*.safetensors", "pytorch_model*.bin", "*.gguf", CKPT_DIR,
 )  # fmt: skip
-"""Patterns of what lies in the folder of a tokenizer or a model."""
+"""Patterns of the files in the folder of a tokenizer or a model."""
 _SAMPLE_SEED, _REPORT_SEED = 0, 1
 
 
 def parse_source(text: str, args: argparse.Namespace) -> Source:
-    """NAME=DIR or NAME=DIR@WEIGHT.
+    """Source of a flag's value, NAME=DIR or NAME=DIR@WEIGHT.
 
     Raises:
         ValueError: it is neither.
@@ -68,10 +68,10 @@ def parse_source(text: str, args: argparse.Namespace) -> Source:
 
 
 def sources_from(args: argparse.Namespace) -> list[Source]:
-    """Where the text comes from.
+    """Sources of the text.
 
     Raises:
-        ValueError: neither or both of --data_dir and --source, or a name twice.
+        ValueError: neither --data_dir nor --source is given, or both are, or a name occurs twice.
     """
     if args.data_dir and args.source:
         raise ValueError("--data_dir and --source both say where the text is: give only one")
@@ -86,13 +86,14 @@ def sources_from(args: argparse.Namespace) -> list[Source]:
 
 
 def check_output_dir(directory: Path, kind: str) -> None:
-    """
+    """Check that nothing of value would be overwritten.
+
     Raises:
-        ValueError: it holds a tokenizer that this command did not train, or a model: they would be spoilt.
+        ValueError: the directory holds a tokenizer that this command did not train, or a model.
     """
     found = sorted({path.name for pattern in _OF_MODELS for path in directory.glob(pattern)})
     written = _OWN_FILES if kind == "hf_bbpe" else _OWN_FILES | {SENTENCE_PIECE}
-    # The report says who wrote the rest.
+    # A report shows that this command wrote the rest.
     own = written if (directory / _REPORT_NAME).exists() else frozenset()
     foreign = [name for name in found if name not in own]
     if foreign:
@@ -102,7 +103,7 @@ def check_output_dir(directory: Path, kind: str) -> None:
 
 
 class Sample:
-    """The texts to train on, counted and shown as they go by."""
+    """Texts to train on. They are counted, and progress is shown, as they go by."""
 
     def __init__(self, sources: list[Source], sample_bytes: int, bad: BadRecords):
         self._sources, self._sample_bytes, self._bad = sources, sample_bytes, bad
@@ -120,8 +121,7 @@ class Sample:
 
 
 def report_on(tokenizer: Tokenizer, sources: list[Source], sample_bytes: int) -> dict:
-    """How well a tokenizer does on text of each source, drawn anew: bytes a token, entries that no text used, and the
-    longest ones."""
+    """Report on a tokenizer, from another sample of each source: bytes per token, unused entries, longest entries."""
     used: Counter[int] = Counter()
     of_sources = {}
     for source, budget in zip(sources, budgets(sources, sample_bytes)):
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         report = report_on(tokenizer, sources, min(_REPORT_BYTES, int(args.sample_mb * 1e6)))
         report["trained_on_bytes"] = dict(sample.text_bytes)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        # First, so that what is left of a command that was killed counts as its own.
+        # Written first, so that the files of a killed command count as its own.
         atomic_write_json(Path(args.output_dir) / _REPORT_NAME, report)
         tokenizer.save_pretrained(args.output_dir)
     except (ValueError, OSError) as error:
@@ -235,6 +235,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The libraries train without a look at Python's signals: Ctrl-C ends the process where it is.
+    # The libraries' training ignores Python's signals. So Ctrl-C ends the process at once.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_main(main, goes_on=True)

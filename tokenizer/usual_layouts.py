@@ -1,4 +1,4 @@
-"""Layouts of conversations that are known by their control tokens, each as a program in Jinja."""
+"""Usual layouts of conversations, known by their control tokens, each as a program in Jinja."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,7 +13,7 @@ JINJA = (
     f"{{{{ '{MESSAGE_START}assistant{MESSAGE_SEPARATOR}' }}}}"
     "{% endif %}"
 )
-"""The layout of the tokenizers trained here, for transformers' `apply_chat_template` and for us."""
+"""Layout of the tokenizers trained here, for transformers' `apply_chat_template` and for us."""
 _CHATML = (
     "{% for message in messages %}"
     f"{{{{ '{MESSAGE_START}' + message['role'] + '\\n' + message['content'] + '{MESSAGE_END}\\n' }}}}"
@@ -30,13 +30,13 @@ _LLAMA3 = (
 
 
 class UsualLayout(NamedTuple):
-    """A layout that is known by its control tokens."""
+    """A layout, and the control tokens by which it is known."""
 
     name: str
     tokens: tuple[str, ...]
     template: str
     first: str = ""
-    """Control token that begins a conversation, if the tokenizer has it."""
+    """Control token that begins a conversation where the tokenizer has it."""
 
 
 _USUAL = (
@@ -47,10 +47,10 @@ _USUAL = (
 
 
 def usual_layout(special_ids: Mapping[str, int]) -> UsualLayout:
-    """The layout of a tokenizer that has no chat template.
+    """Usual layout for a tokenizer without a chat template.
 
     Raises:
-        ValueError: its control tokens belong to none that is known.
+        ValueError: its control tokens are not those of a known layout.
     """
     usual = next((one for one in _USUAL if special_ids.keys() >= set(one.tokens)), None)
     if usual is None:

@@ -9,8 +9,6 @@ if __name__ == "__main__":
 
     environment.check()
 
-from checkpoint.command import main
-from utils.terminal import run_main
+    import runpy
 
-if __name__ == "__main__":
-    run_main(main, goes_on=True)
+    runpy.run_module("checkpoint", run_name="__main__")

@@ -1,4 +1,4 @@
-"""The old door of viewer.timeline: `python -m utils.timeline`."""
+"""The old door of `python -m viewer.timeline`: `python -m utils.timeline`."""
 
 import sys
 
@@ -9,8 +9,6 @@ if __name__ == "__main__":
 
     environment.check("requirements-viewer.txt")
 
-from utils.terminal import run_main
-from viewer.timeline import main
+    import runpy
 
-if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]), goes_on=True)
+    runpy.run_module("viewer.timeline", run_name="__main__")

@@ -105,7 +105,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text_separator",
         default="\\n",
-        help="between several fields; \\n and \\t are understood (default: a line end)",
+        help="text between several fields; \\n and \\t are understood (default: a line end)",
     )
     add_file_arguments(parser)
 

@@ -160,8 +160,10 @@ def check_script(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) 
         check_module(script.removesuffix(".py"), argv, monkeypatch)
 
 
-DOORS = {"utils.resplot": "viewer.command"}
-"""Package that is run -> module that reads its command line, if that is in another room."""
+DOORS = {
+    "utils.checkpoint": "checkpoint.command", "utils.resplot": "viewer.command", "utils.timeline": "viewer.timeline",
+}  # fmt: skip
+"""Old name of a command -> module that reads its command line."""
 
 
 def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +172,11 @@ def check_module(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) ->
         missing = [word for word in argv if "/" in word and not (ROOT / word).exists()]
         assert not missing, missing
         return
+    name = DOORS.get(name, name)
     path = ROOT / name.replace(".", "/")
     if path.is_dir():
         assert (path / "__main__.py").exists(), f"{name} is no command"
-        name = DOORS.get(name, f"{name}.command")
+        name = f"{name}.command"
     elif name.startswith("tests."):
         # These cannot be imported beside other tests: once imported, Triton cannot be interpreted any more.
         source = path.with_suffix(".py").read_text(encoding="utf-8")

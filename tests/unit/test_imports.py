@@ -48,15 +48,12 @@ ALLOWED = {
     "monitor": {"checkpoint", "runs", "utils"},
     "monitor_process": {"monitor", "runs", "utils"},
 }
-# Commands for the reader, and old doors of commands that moved; nothing imports them.
+# Commands for the reader; nothing imports them.
 ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
     "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling", "runs.layout"},
-    "utils/checkpoint.py": {"checkpoint.command"},
-    "utils/resplot/__main__.py": {"viewer.command"},
-    "utils/timeline.py": {"viewer.timeline"},
 }
 
 

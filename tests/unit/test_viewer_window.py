@@ -574,7 +574,7 @@ def test_a_run_that_is_added(open_window: OpenWindow, tmp_path: Path, monkeypatc
     assert len(window._sources) == 1
     monkeypatch.setattr(QInputDialog, "getText", lambda *_: ("$(id):x", True))
     window.add()
-    assert "no host name" in window.statusBar().currentMessage() and len(window._sources) == 1
+    assert "not a host name" in window.statusBar().currentMessage() and len(window._sources) == 1
 
 
 def test_a_hostile_run_in_the_window(open_window: OpenWindow, tmp_path: Path):

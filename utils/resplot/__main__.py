@@ -1,3 +1,5 @@
+"""The door of the viewer: `python -m utils.resplot`."""
+
 import sys
 
 if __name__ == "__main__":
@@ -7,8 +9,6 @@ if __name__ == "__main__":
 
     environment.check("requirements-viewer.txt")
 
+    import runpy
 
-from utils.terminal import run_main
-from viewer.command import main
-
-run_main(lambda: main(sys.argv[1:]))
+    runpy.run_module("viewer", run_name="__main__")

@@ -37,7 +37,7 @@ class RunAddress:
         if not colon or "/" in host or re.match(r"[A-Za-z]:\\", text) or os.path.exists(text):
             return RunAddress(None, expand(text))
         if not host or re.fullmatch(r"\d{1,5}(/.*|:.*)", path):
-            raise ValueError(f"{plain(text)!r} is no run: write RUN, [user@]host:RUN or ssh://[user@]host:port/RUN")
+            raise ValueError(f"{plain(text)!r} is not a run: write RUN, [user@]host:RUN or ssh://[user@]host:port/RUN")
         return RunAddress(SSHTarget.parse(host), _remote(text, path))
 
 
