@@ -12,8 +12,8 @@ from optimizer.config import AdamWConfig
 
 
 def within_range(main: Tensor, dtype: torch.dtype) -> Tensor:
-    """Main parameters before they are rounded to weights of `dtype`: those beyond float16's range become its largest
-    number, as an infinite weight would spoil every activation. The main parameters themselves stay as they are."""
+    """Main parameters, clamped for rounding to weights of `dtype`: values beyond float16's range become its largest
+    number, as an infinite weight would spoil every activation. The main parameters themselves do not change."""
     largest = torch.finfo(torch.float16).max
     return main.clamp(-largest, largest) if dtype == torch.float16 else main
 
@@ -22,7 +22,7 @@ def adamw_reference(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float, weight_decay: float,
     config: AdamWConfig,
 ) -> None:  # fmt: skip
-    """The plain formula, in place, for one tensor; `step` counts from 1. The fused step is tested against it."""
+    """The plain formula, in place, for one tensor; `step` counts from 1. Tests compare the fused step with it."""
     exp_avg.mul_(config.beta1).add_(grad, alpha=1 - config.beta1)
     exp_avg_sq.mul_(config.beta2).addcmul_(grad, grad, value=1 - config.beta2)
     corrected_avg = exp_avg / (1 - config.beta1**step)
@@ -39,16 +39,16 @@ def adamw_step(
 
     Args:
         step: number of this step, from 1.
-        grad_divisor: gradients are divided by it first (loss scale over clipping factor). The division happens in
-            the kernel, which writes the quotient back into `grads`.
+        grad_divisor: divisor of the gradients (loss scale over clipping factor). The kernel divides first, and writes
+            the quotient back into `grads`.
     """
     if not params:
         return
-    # Scalars are filled in on the device: copying them there would wait for it.
+    # Scalars are filled in on the device, as copying them there would wait for it.
     device = params[0].device
     torch_adamw(
         params, grads, exp_avgs, exp_avg_sqs, [],
-        # The kernel adds 1 to the step itself, each tensor's own.
+        # The kernel itself adds 1 to each tensor's step.
         list(torch.full((len(params),), float(step - 1), device=device).unbind()),
         fused=True,
         grad_scale=torch.full((), grad_divisor, dtype=torch.float32, device=device),

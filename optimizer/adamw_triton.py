@@ -1,16 +1,17 @@
-"""AdamW (Loshchilov and Hutter, 2019) on flat tensors, one launch a tensor, and the gradient's sum of squares.
+"""AdamW (Loshchilov and Hutter, 2019) on flat tensors, with one launch per tensor, and the gradient's sum of squares.
 
     g <- g / grad_divisor       m <- m + (1 - b1) (g - m)
                                 v <- v + (1 - b2) (g^2 - v)
                                 p <- p - (lr wd p + (lr / c1) m / (sqrt(v) / sqrt(c2) + eps))
 
-with c1 = 1 - b1^t and c2 = 1 - b2^t: optimizer/adamw.py's step, whose separate passes (gradient to float32, main
-parameters to the model's weights, gradient to zero) are done on the way. Constants that depend on the step are computed
+with c1 = 1 - b1^t and c2 = 1 - b2^t. This is optimizer/adamw.py's step in a single pass, which also converts the
+gradient to float32, writes the model's weights and zeroes the gradient. Constants that depend on the step are computed
 in float64 and rounded once; square root and division are rounded correctly. A step rounds p, m and v once each: the
-moments are computed in float64 (some ten such operations for 30 bytes of memory: free, by the count, on every GPU), and
-what p loses is added up first. torch's fused AdamW rounds p twice, after the decay and after the update.
+moments are computed in float64 (about ten such operations for 30 bytes of memory traffic: by count, free on every GPU),
+and the terms to subtract from p are added first. torch's fused AdamW rounds p twice, after the decay and after the
+update.
 
-Memory traffic, bytes a parameter: 24 for main parameter and moments, the gradient's 2 or 4 (twice that where it is
+Memory traffic, bytes a parameter: 24 for main parameter and moments, the gradient's 2 or 4 (twice that if it is
 zeroed), 2 for bfloat16 weights.
 """
 
@@ -30,18 +31,18 @@ tl: Any = None
 
 
 class constexpr:  # noqa: N801
-    """Marks an argument that a kernel is compiled for. Triton goes by the name of the annotation; its own class of that
-    name takes this one's place together with `tl`."""
+    """Marks a compile-time argument of a kernel. Triton looks at the annotation's name; its own class of that name
+    replaces this one when `tl` is loaded."""
 
 
 BLOCK, NUM_WARPS = 1024, 4
-"""Eight elements a thread: two 16-byte loads of float32 of each tensor."""
+"""Eight elements a thread: two 16-byte float32 loads per tensor."""
 SQUARES_BLOCK, SQUARES_PROGRAMS = 2048, 1024
-"""At most so many programs, each adding up its blocks; the same number on every GPU, hence the same bits."""
+"""Block size, and largest number of programs, each of which adds up its blocks. Equal on every GPU, for equal bits."""
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device, as a sentence; None if they can."""
+    """Reason why the kernels cannot be used on a device, as a sentence; None if they can."""
     if device.type != "cuda":
         return f"the Triton AdamW needs a CUDA device, not {device.type}"
     return None if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
@@ -60,7 +61,7 @@ def adamw_flat_reference(
         grad.zero_()
 
 
-# The three kernels: Python's functions, until `_kernels` has Triton take them.
+# The three kernels: plain Python functions until `_kernels` passes them to Triton.
 
 
 def _adamw_kernel(
@@ -68,7 +69,7 @@ def _adamw_kernel(
     grad_factor: "fp64", one_minus_beta1: "fp64", one_minus_beta2: "fp64",  # type: ignore[name-defined]  # noqa: F821
     decay, step_size, sqrt_correction2, eps, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
-    """BLOCK elements a program."""
+    """One AdamW step; BLOCK elements per program."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -86,7 +87,7 @@ def _adamw_kernel(
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
     if WRITE_WEIGHTS:
         if weights_ptr.dtype.element_ty == tl.float16:
-            # As `within_range`.
+            # Same as `within_range`.
             main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
         tl.store(weights_ptr + offsets, main, mask=inside)
     if ZERO_GRAD:
@@ -94,7 +95,7 @@ def _adamw_kernel(
 
 
 def _sum_of_squares_kernel(x_ptr, partial_ptr, numel, BLOCK: constexpr):
-    """Every P-th block of P programs, in float64."""
+    """Partial sums in float64: each of P programs adds up every P-th block."""
     program, step = tl.program_id(0), tl.num_programs(0).to(tl.int64) * BLOCK
     sums = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in tl.range(program.to(tl.int64) * BLOCK, numel, step):
@@ -112,7 +113,7 @@ def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
 @cache
 def _kernels() -> dict[str, Any]:
     """The three kernels above by name, for Triton's compiler or its interpreter. Triton is imported here, at the first
-    step: a CPU has no use for the second it takes."""
+    step: a CPU need not spend the second that this takes."""
     import triton
 
     globals().update(tl=triton.language, constexpr=triton.language.constexpr)
@@ -121,7 +122,7 @@ def _kernels() -> dict[str, Any]:
 
 @cache
 def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU, as the environment says at the first step: for tests."""
+    """Whether kernels run in Triton's interpreter on a CPU, for tests. The environment decides, at the first step."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -130,7 +131,7 @@ def _interpreted() -> bool:
 
 
 def _check(tensors: dict[str, Tensor]) -> None:
-    """Raises: ValueError: the kernels cannot run on these tensors, or would silently compute something else."""
+    """Raise ValueError if the kernels cannot run on these tensors, or would silently compute something else."""
     first = next(iter(tensors.values()))
     if (reason := unavailable_reason(first.device)) and not (first.device.type == "cpu" and _interpreted()):
         raise ValueError(f"{reason}: use optimizer.adamw.adamw_step")
@@ -146,14 +147,14 @@ def adamw_flat_step(
     main: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weights: Tensor | None, step: int, lr: float,
     weight_decay: float, grad_divisor: float, config: AdamWConfig, zero_grad: bool = False,
 ) -> None:  # fmt: skip
-    """One step in place on tensors of n elements, contiguous, on one CUDA device.
+    """One step, in place, on contiguous tensors of n elements on one CUDA device.
 
     Args:
         main, exp_avg, exp_avg_sq: float32.
-        grad: float32, bfloat16 or float16; read, and set to 0 with `zero_grad`. The unscaled one is not written back.
-        weights: low-precision copy of `main` to write, if there is one.
+        grad: float32, bfloat16 or float16; read, and zeroed if `zero_grad`. The quotient is not written back.
+        weights: low-precision copy of `main` to write; None: there is none.
         step: number of this step, from 1.
-        grad_divisor: gradients are divided by it first (loss scale over clipping factor).
+        grad_divisor: divisor of the gradients (loss scale over clipping factor).
     """
     tensors = {"main": main, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
     _check(tensors if weights is None else tensors | {"weights": weights})
@@ -170,8 +171,8 @@ def adamw_flat_step(
 
 @torch.no_grad()
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Of all elements of a contiguous float32, bfloat16 or float16 tensor: float64 scalar on its device, the same bits
-    every time."""
+    """Sum of the squares of a contiguous float32, bfloat16 or float16 tensor's elements: float64 scalar on its device,
+    with the same bits every time."""
     _check({"tensor": tensor})
     num_programs = min(-(-tensor.numel() // SQUARES_BLOCK), SQUARES_PROGRAMS)
     partial = torch.empty(num_programs, dtype=torch.float64, device=tensor.device)

@@ -1,18 +1,18 @@
-"""The optimizer of the training loop: float32 main parameters under weights of any dtype.
+"""The optimizer of the training loop: float32 main parameters with weights of any dtype.
 
-A step on the slices of a gradient source (all parameters, or under ZeRO-1 this rank's shards):
+A step on the slices of a gradient source (all parameters, or with ZeRO-1 this rank's shards):
 
     norm      global norm of the gradients, in float64
-    check     a norm that is not finite, or too large for float32: every rank skips the step, all state stays as it was
+    check     if the norm is not finite, or too large for float32, every rank skips the step and keeps all its state
     take      the source hands over a bucket's summed gradients
-    step      AdamW (the blocks' matrices: Muon, on request) on the float32 main parameters, gradients divided by loss
-              scale / clipping factor on the way
-    copy      main parameters -> the model's weights, where those are bf16 or fp16
+    step      AdamW (for the blocks' matrices Muon, if chosen) on the float32 main parameters, with the gradients
+              divided by loss scale / clipping factor
+    copy      main parameters -> the model's weights, if those are bf16 or fp16
     release   the bucket is zeroed, also after a skipped step
 
-From take on it goes bucket by bucket, the last bucket first, so that ZeRO-1's gather can start early. With
-overlap_optim_step a bucket is stepped while others are still reduced; then there is no norm before the step, hence no
-clipping and no check. parallel/contract.py says what a source does.
+From take on, the step goes bucket by bucket, the last bucket first, so that ZeRO-1's gather can start early. With
+overlap_optim_step, a bucket is stepped while others are still being reduced; there is then no norm before the step, and
+so no clipping and no check. parallel/contract.py describes the source.
 """
 
 import math
@@ -34,17 +34,17 @@ from parallel.contract import GradientSource, StepResult
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """torch dtype of a --dtype; "auto" is bfloat16 where the hardware multiplies it, else float32.
+    """torch dtype for --dtype; "auto" means bfloat16 if the hardware can multiply it, otherwise float32.
 
     Raises:
-        ValueError: bfloat16 on a GPU that lacks it.
+        ValueError: bfloat16 is requested, but this GPU lacks it.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if name == "bfloat16" and not has_bf16:
             raise ValueError("this GPU has no bfloat16: use --dtype=float16")
     else:
-        # Private names, so looked up with care: without them the answer is float32, which is always right.
+        # Private names of torch: without them the answer is float32, which is always right.
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         has_bf16 = any(hasattr(torch.cpu, probe) and getattr(torch.cpu, probe)() for probe in probes)
     if name == "auto":
@@ -53,14 +53,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_kernel(kernels: str, wanted: str, device: torch.device) -> str:
-    """Of the optimizer's step, by --kernels and --adamw_kernel.
+    """Kernel for the optimizer's step, from --kernels and --adamw_kernel.
 
     Raises:
-        ValueError: Triton was asked for and cannot be had.
+        ValueError: Triton is requested but not available.
     """
     reason = adamw_triton.unavailable_reason(device)
-    asked = wanted == "triton" or (not wanted and kernels == "triton")
-    if asked and reason:
+    needs_triton = wanted == "triton" or (not wanted and kernels == "triton")
+    if needs_triton and reason:
         raise ValueError(f"--{'adamw_kernel' if wanted else 'kernels'}=triton cannot be used: {reason}")
     if wanted:
         return wanted
@@ -69,7 +69,7 @@ def choose_kernel(kernels: str, wanted: str, device: torch.device) -> str:
 
 class LossScaler:
     """Dynamic loss scale for fp16 (Micikevicius et al., 2018): halved when gradients overflow, doubled after
-    `growth_interval` good steps. With enabled=False the scale is 1 for ever (bf16, fp32)."""
+    `growth_interval` good steps. With enabled=False (bf16, fp32) the scale is always 1."""
 
     def __init__(self, enabled: bool, initial: float = 2.0**16, growth_interval: int = 1000):
         self.enabled, self.growth_interval = enabled, growth_interval
@@ -95,10 +95,10 @@ class LossScaler:
 
 
 def can_be_stepped_with(grad_norm: float, scale: float, clip: float) -> bool:
-    """Whether float32 holds all that a step makes of gradients with this global norm (unscaled, before clipping).
+    """Whether a step on gradients with this global norm (unscaled, before clipping) stays within float32's range.
 
-    Sums of their squares, which both AdamW and Muon take after clipping, overflow beyond 1.8e19; the scaled gradients
-    themselves, and what they are divided by, beyond 3.4e38. A moment that became infinite would stay so for ever.
+    Sums of squares, which both AdamW and Muon compute after clipping, overflow for gradients beyond 1.8e19; the scaled
+    gradients themselves, and their divisor, overflow beyond 3.4e38. An infinite moment would stay infinite for ever.
     """
     return grad_norm * scale <= 1e37 and grad_norm * clip <= 1e18 and scale <= 1e37 * clip
 
@@ -112,11 +112,11 @@ class _State:
     exp_avg: Tensor
     """AdamW's mean gradient, or Muon's momentum."""
     exp_avg_sq: Tensor | None
-    """None: Muon steps it."""
+    """None if Muon steps the slice."""
 
     @staticmethod
     def of(piece: ParameterSlice, by_muon: bool) -> "_State":
-        # float32 weights are their own main parameters
+        # float32 weights are their own main parameters.
         main = piece.param if piece.param.dtype == torch.float32 else piece.param.float()
         return _State(piece, main, torch.zeros_like(main), None if by_muon else torch.zeros_like(main))
 
@@ -141,9 +141,9 @@ class _Work(NamedTuple):
         return self.state.piece
 
 
-def _multiplied_together(works: Sequence[_Work]) -> Iterable[list[int]]:
-    """Places in `works` of Muon's matrices of one shape, in bfloat16 on a CPU. Elsewhere each by itself: its bits would
-    depend on the others that are multiplied with it, so a run on the size of its buckets."""
+def _groups_to_multiply(works: Sequence[_Work]) -> Iterable[list[int]]:
+    """Groups of places in `works` whose matrices Muon multiplies at once: bfloat16 matrices of one shape on a CPU. All
+    others stay alone, as their bits would depend on the rest of the group, and the run on the size of its buckets."""
     groups: dict[object, list[int]] = {}
     for place, work in enumerate(works):
         piece = work.state.piece
@@ -163,14 +163,14 @@ class MixedPrecisionOptimizer:
     """AdamW, and on request Muon, over flat slices.
 
     Args:
-        gradients: what to step, and with which gradients: of any dtype; float32 ones are used in place.
-        grad_clip: largest global norm, 0 for none.
-        scaler: the loss scale that gradients carry.
+        gradients: source of the slices and of their gradients, of any dtype; float32 gradients are used in place.
+        grad_clip: largest global norm; 0 for no clipping.
+        scaler: the loss scale of the gradients.
         kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
             in the same pass); see `choose_kernel`.
-        muon: step the matrices of the blocks by Muon; None: AdamW steps all.
-        roles: parameter name -> its role, which says whether it decays and whether Muon may step it; None: by name and
-            shape, see param_groups.py.
+        muon: use Muon for the matrices of the blocks; None: AdamW steps all parameters.
+        roles: parameter name -> its role, which says whether it decays and whether Muon may step it; None: decide by
+            name and shape, see param_groups.py.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult:
-        """Step with learning rate `lr`; all ranks return the same. The gradients are zero afterwards.
+        """Step with learning rate `lr`. All ranks return the same result; the gradients are zero afterwards.
 
         Args:
             after_bucket: called with each bucket's number once it is stepped, the last bucket first.
@@ -219,7 +219,7 @@ class MixedPrecisionOptimizer:
         return StepResult(grad_norm, skipped=False)
 
     def begin_overlapped_step(self, lr: float) -> None:
-        """From here on `step_bucket` may be called, for each bucket once, in any thread; then `end_overlapped_step`."""
+        """Begin a step: call `step_bucket` once for each bucket, from any thread, and then `end_overlapped_step`."""
         if self.grad_clip or self.scaler.enabled:
             raise ValueError("a step that overlaps with the reduction can neither clip nor be skipped (fp16)")
         self.num_steps += 1
@@ -227,14 +227,14 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step_bucket(self, bucket: int, release: bool = False) -> None:
-        """Step one bucket, whose gradients are summed, while others still are not.
+        """Step one bucket, whose gradients are already summed, while others are not.
 
         Args:
             release: zero its gradients right away; otherwise `end_overlapped_step` does.
         """
-        step = self._begun()
+        step = self._overlapped_step()
         step.squares.append(self.gradients.sum_of_squares(bucket))
-        # Not in the kernel, unless asked: names of non-finite gradients are looked for once all buckets are reduced.
+        # Zero in the kernel only with `release`: non-finite gradients are named once all buckets are reduced.
         is_zero = self._step_bucket(bucket, step.lr, 1.0, zero=release)
         if release and not is_zero:
             self.gradients.release(bucket)
@@ -243,12 +243,12 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def end_overlapped_step(self) -> StepResult:
-        """All buckets are stepped.
+        """End the step, once all buckets are stepped.
 
         Raises:
             FloatingPointError: the gradients were not finite, or too large for float32; the weights are lost.
         """
-        step = self._begun()
+        step = self._overlapped_step()
         grad_norm = self._norm(step.squares)
         for bucket in step.unreleased:
             self.gradients.release(bucket)
@@ -260,26 +260,26 @@ class MixedPrecisionOptimizer:
             )
         return StepResult(grad_norm, skipped=False)
 
-    def _begun(self) -> _OverlappedStep:
+    def _overlapped_step(self) -> _OverlappedStep:
         assert self._overlapped is not None, "begin_overlapped_step comes first"
         return self._overlapped
 
     @property
     def _scale(self) -> float:
-        """What the gradients that are taken are multiplied by."""
+        """Factor on the gradients that `take` returns."""
         return self.scaler.scale if self.gradients.keeps_scale else 1.0
 
     def _norm(self, squares: list[Tensor]) -> float:
-        """The global norm of the unscaled gradients; infinite if anything is not finite."""
+        """Global norm of the unscaled gradients; infinite if any value is not finite."""
         total = self.gradients.over_ranks(torch.as_tensor(sum(squares), dtype=torch.float64).cpu()).item()
         return math.sqrt(total) / self._scale if math.isfinite(total) else math.inf
 
     def _step_bucket(self, bucket: int, lr: float, grad_divisor: float, zero: bool = True) -> bool:
-        """Returns whether that has also zeroed the bucket, which it may with `zero`."""
+        """Step a bucket; may zero its gradients if `zero`. Returns whether it has zeroed them all."""
         works = [_Work(*pair) for pair in zip(self._buckets[bucket], self.gradients.take(bucket))]
         by_adamw = [work for work in works if work.state.exp_avg_sq is not None]
         by_muon = [work for work in works if work.state.exp_avg_sq is None]
-        # At no cost in that kernel's pass; Muon's gradients are still needed.
+        # The Triton kernel zeroes at no cost in its pass; Muon's gradients are still needed.
         zero = zero and self.kernel == "triton" and self.gradients.is_zeroed_by_step
         decaying = [work for work in by_adamw if self.groups.decays(work.piece)]
         others = [work for work in by_adamw if not self.groups.decays(work.piece)]
@@ -293,14 +293,14 @@ class MixedPrecisionOptimizer:
         return zero and not by_muon
 
     def needs_gather(self, bucket: int) -> bool:
-        """Whether all ranks together step something of a bucket by Muon, which needs whole matrices."""
+        """Whether any rank steps part of a bucket by Muon, which needs whole matrices."""
         return self.muon is not None and any(map(self.groups.is_hidden, self.gradients.parameters(bucket)))
 
     def _step_in_passes(self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float) -> None:
         states = [work.state for work in works]
         adamw_step(
             [state.main for state in states], [work.grad.float() for work in works],
-            [state.exp_avg for state in states], [_second(state) for state in states],
+            [state.exp_avg for state in states], [_mean_square(state) for state in states],
             self.num_steps, lr, weight_decay, grad_divisor, self.config,
         )  # fmt: skip
         for state in states:
@@ -312,24 +312,24 @@ class MixedPrecisionOptimizer:
         for state, grad in works:
             weights = state.piece.param if state.main is not state.piece.param else None
             adamw_triton.adamw_flat_step(
-                state.main, state.exp_avg, _second(state), grad, weights, self.num_steps, lr, weight_decay,
+                state.main, state.exp_avg, _mean_square(state), grad, weights, self.num_steps, lr, weight_decay,
                 grad_divisor, self.config, zero_grad,
             )  # fmt: skip
 
     def _step_matrices(
         self, bucket: int, works: list[_Work], lr: float, grad_divisor: float, config: MuonConfig
     ) -> None:
-        """By Muon. Shards of a matrix are updated each by its rank up to the point where all of it is needed."""
+        """Step matrices by Muon. Each rank updates its own shard until the update needs the whole matrix."""
         if not self.needs_gather(bucket):
             return
         for state, grad in works:
             muon.look_ahead(state.exp_avg, grad, config.muon_momentum, grad_divisor)
         whole = dict(zip((state.piece.name for state in self._buckets[bucket]), self.gradients.gather(bucket)))
-        for group in _multiplied_together(works):
+        for group in _groups_to_multiply(works):
             states = [works[place].state for place in group]
             shape, weights = states[0].piece.shape, states[0].piece.param
             gradients = torch.stack([muon.ahead_in(whole[state.piece.name]).view(shape) for state in states])
-            # float32 weights on a CPU: it may not be quick at bfloat16.
+            # With float32 weights on a CPU, bfloat16 may be slow.
             quick = weights.is_cuda or weights.dtype == torch.bfloat16
             updates = muon.orthogonalize(
                 gradients, config.muon_iterations, torch.bfloat16 if quick else torch.float32
@@ -342,7 +342,7 @@ class MixedPrecisionOptimizer:
                 state.write_weights()
 
     def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
-        """Each slice with its {"main", "exp_avg", and "exp_avg_sq" but for Muon}: flat views, float32."""
+        """Each slice with its "main", "exp_avg" and (unless Muon steps it) "exp_avg_sq": flat float32 views."""
         return [
             (Piece.flat(s.piece.name, s.piece.shape, s.piece.offset, len(s.main)), s.tensors())
             for bucket in self._buckets
@@ -351,7 +351,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def weights_from_main(self) -> None:
-        """Set the model's weights from the main parameters, after those were loaded."""
+        """Set the model's weights from the main parameters, once those are loaded."""
         for bucket in self._buckets:
             for state in bucket:
                 state.write_weights()
@@ -367,7 +367,7 @@ class MixedPrecisionOptimizer:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def _second(state: _State) -> Tensor:
+def _mean_square(state: _State) -> Tensor:
     """AdamW's mean square."""
     assert state.exp_avg_sq is not None, state.piece.name
     return state.exp_avg_sq

@@ -7,13 +7,13 @@
 
 A gradient matrix has a few large singular values and many small ones; setting them equal lets the rare directions
 learn as fast as the common ones. The factor 0.2 sqrt(max) gives the step AdamW's usual root mean square (Liu et al.,
-Moonlight, 2025), so that one learning rate serves both. Embedding, head, norms and biases stay with AdamW: for a row
-that is looked up by token the spectrum of the whole says nothing. Memory: 8 bytes a parameter (main parameter and m) to
-AdamW's 12.
+Moonlight, 2025), so one learning rate serves both. Embedding, head, norms and biases stay with AdamW: the spectrum of
+the whole matrix says nothing about rows that are looked up by token. Memory: 8 bytes a parameter (main parameter and
+m), compared with AdamW's 12.
 
-U V^T without a singular value decomposition: an odd polynomial in u acts on the singular values alone,
-(a + b u u^T + c (u u^T)^2) u, and a few of them in a row bring every value of [LOWEST, 1] close to 1. The best
-coefficients for each (Amsel et al., Polar Express, 2025) follow from those before it: `polynomials` computes them.
+U V^T takes no singular value decomposition. An odd polynomial in u, (a + b u u^T + c (u u^T)^2) u, acts on the singular
+values alone, and a few of them in a row bring every value in [LOWEST, 1] close to 1. The best coefficients of each
+(Amsel et al., Polar Express, 2025) follow from those before it: `polynomials` computes them.
 """
 
 import math
@@ -26,21 +26,21 @@ from torch import Tensor
 UPDATE_RMS = 0.2
 """Root mean square of a step at learning rate 1."""
 LOWEST = {1: 0.3, 2: 0.1, 3: 0.03, 4: 0.01, 5: 0.003, 6: 0.001}
-"""Iterations -> smallest singular value, as a share of the Frobenius norm, that is to end near 1. A lower one would
-leave the others less exact; smaller values are raised, too, but not all the way."""
+"""Iterations -> smallest singular value, as a share of the Frobenius norm, that ends near 1. A lower bound would leave
+the others less exact. Values below it are raised, too, but not all the way."""
 MARGIN = 1.01
-"""So far above the interval may bfloat16's rounding lift a singular value; beyond, the polynomials grow fast."""
+"""Margin above the interval for bfloat16's rounding of singular values; beyond it, the polynomials grow fast."""
 
 
 @cache
 def polynomials(iterations: int) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients (a, b, c) of a x + b x^3 + c x^5, applied one after the other.
+    """Coefficients (a, b, c) of a x + b x^3 + c x^5 for each iteration.
 
-    Each is the best approximation of 1 (smallest largest error) on the interval that the values then lie in, which the
-    one before it has narrowed: found by Remez' algorithm, as the error of the best one alternates at four points.
+    Each polynomial is the best approximation of 1 (smallest largest error) on the interval to which the one before it
+    has narrowed the values. Remez' algorithm finds it, as the error of the best one alternates at four points.
 
     Raises:
-        ValueError: a number of iterations that is not foreseen.
+        ValueError: the number of iterations is not in LOWEST.
     """
     if iterations not in LOWEST:
         raise ValueError(f"Muon takes {min(LOWEST)} to {max(LOWEST)} iterations, not {iterations}")
@@ -50,7 +50,7 @@ def polynomials(iterations: int) -> tuple[tuple[float, float, float], ...]:
         for _ in range(50):
             powers = np.stack((points, points**3, points**5, (-1.0) ** np.arange(4)), axis=1)
             a, b, c, error = np.linalg.solve(powers, np.ones(4))
-            # Where a + 3 b x^2 + 5 c x^4 = 0: the extrema inside.
+            # The extrema inside the interval: a + 3 b x^2 + 5 c x^4 = 0.
             inner = np.sort(np.sqrt(np.roots((5 * c, 3 * b, a)).real))
             moved = np.array((low, *inner, high))
             if np.allclose(moved, points, rtol=1e-13, atol=0.0):
@@ -68,16 +68,17 @@ def orthogonalize_reference(matrix: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(..., rows, columns) of any float dtype -> about U V^T of each matrix, in `dtype`, which it computes in.
+    """Approximately U V^T of each matrix, computed and returned in `dtype`.
 
     Args:
-        matrices: six of 384 x 384 in bfloat16 on a CPU took 12 ms at once, 22 one after the other. The bits of each do
-            not depend on the others there; in float32 they may.
-        iterations: see LOWEST; each is two products of the smaller side's Gram matrix and one with the matrix.
+        matrices: (..., rows, columns) of any float dtype. Six of 384 x 384 in bfloat16 on a CPU took 12 ms at once, 22
+            one after the other. The bits of each do not depend on the others there; in float32 they may.
+        iterations: see LOWEST; each takes two products of the smaller side's Gram matrix and one with the matrix.
         dtype: bfloat16 is exact enough (Jordan et al.).
     """
     x = matrices.reshape(-1, *matrices.shape[-2:])
-    # One by one, and wide ones contiguous: a sum's order, and so its bits, would depend on how many there are.
+    # Norms one by one, and transposes contiguous: otherwise the order of sums, and so their bits, would depend on the
+    # number of matrices.
     norms = torch.stack([matrix.float().norm() for matrix in x])
     x = x.to(dtype, copy=True).div_(norms[:, None, None] + 1e-30)
     is_tall = x.shape[1] > x.shape[2]
@@ -90,14 +91,14 @@ def orthogonalize(matrices: Tensor, iterations: int, dtype: torch.dtype = torch.
 
 
 def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float = 1.0) -> None:
-    """m <- b m + (1 - b) g, then u <- b m + (1 - b) g of the new m, for g = grad / grad_divisor: in place.
+    """Update, in place, m <- b m + (1 - b) g, and then u <- b m + (1 - b) g with the new m; g = grad / grad_divisor.
 
     Args:
-        momentum: float32, any shape.
-        grad: of that shape; then u times a number from 1 to 2, as only its direction matters, in `ahead_in` of it.
+        momentum: m: float32, any shape.
+        grad: same shape. Afterwards its `ahead_in` holds u times a number from 1 to 2, as only the direction matters.
     """
     ahead = grad if grad.dtype == torch.float32 else grad.float()
-    # So large a power of two that nothing overflows, and nothing is rounded by it.
+    # A power of two, which rounds nothing, and large enough that nothing overflows.
     unit = 2.0 ** math.floor(math.log2(grad_divisor))
     momentum.mul_(beta).add_(ahead, alpha=(1.0 - beta) / grad_divisor)
     ahead.mul_((1.0 - beta) / unit).add_(momentum, alpha=beta * (grad_divisor / unit))
@@ -106,11 +107,11 @@ def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float 
 
 
 def ahead_in(grad: Tensor) -> Tensor:
-    """Where `look_ahead` leaves u, in the gradient's memory. The loss scale keeps gradients in float16's range, but not
-    u, so bfloat16 takes its place."""
+    """View of the gradient's memory in which `look_ahead` leaves u: bfloat16 instead of float16, because the loss scale
+    keeps gradients in float16's range, but not u."""
     return grad.view(torch.bfloat16) if grad.dtype == torch.float16 else grad
 
 
 def step_size(shape: tuple[int, ...], lr: float) -> float:
-    """What the orthogonal matrix is multiplied by."""
+    """Factor on the orthogonal matrix."""
     return lr * UPDATE_RMS * max(shape[0], shape[1]) ** 0.5

@@ -7,7 +7,7 @@ from parallel.contract import Named
 
 
 class Role(Protocol):
-    """What a model says of one of its parameters (model/roles.py)."""
+    """A parameter's role in its model (model/roles.py)."""
 
     @property
     def decays(self) -> bool: ...
@@ -17,9 +17,10 @@ class Role(Protocol):
 
 
 class ParamGroups:
-    """
+    """Decides which parameters decay, and which Muon may step.
+
     Args:
-        roles: parameter name -> its role; None: by `is_matrix` and `is_hidden_matrix`.
+        roles: parameter name -> its role; None: decide by `is_matrix` and `is_hidden_matrix`.
     """
 
     def __init__(self, roles: Mapping[str, Role] | None = None):
@@ -33,11 +34,12 @@ class ParamGroups:
 
 
 def is_matrix(parameter: Named) -> bool:
-    """Whether the whole parameter has two dimensions or more: only such decay. Norm weights and biases have no scale
+    """Whether the whole parameter has two dimensions or more. Only these decay: norm weights and biases have no scale
     that decay should pull to zero."""
     return len(parameter.shape) >= 2
 
 
 def is_hidden_matrix(parameter: Named) -> bool:
-    """Whether it is a matrix inside a block, or a piece of one, which Muon can step: not the embedding or the head."""
+    """Whether the parameter is a matrix inside a block (or a piece of one), which Muon can step; the embedding and the
+    head are not."""
     return len(parameter.shape) == 2 and parameter.name.startswith("layers.")

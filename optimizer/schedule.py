@@ -23,9 +23,9 @@ def learning_rate_at(
     min_ratio: float = 0.1,
     decay_ratio: float = 0.2,
 ) -> float:
-    """Learning rate of step `step` (0 is the first) of `max_iters`.
+    """Learning rate of step `step` (the first is 0) of `max_iters`.
 
-    All schedules rise linearly to `peak` over the first warmup_ratio of the steps. Then
+    All schedules rise linearly to `peak` over the first warmup_ratio of the steps. After that,
     cosine    falls along half a cosine to min_ratio * peak at 0.9 * max_iters and stays there (llm-zero2all)
     wsd       stays at peak, and falls linearly to min_ratio * peak over the last decay_ratio of the steps
               (warmup-stable-decay, Hu et al., MiniCPM, 2024)
