@@ -6,17 +6,17 @@ trainer.py          the loop and its step
 build.py            builds all of the following in order, and holds it
 run_dir.py          the run directory, and the checkpoint in it to resume from
 data.py             both sets and the tokenizer
-batch.py            the batch, if nobody has given it
+batch.py            the batch size, if no flag gives it
 build_model.py      the model with its first weights
 export.py           information for other programs in a checkpoint
 build_task.py       the task, which turns a batch into a loss
 dpo_reference.py    the reference of DPO
-resume.py           a checkpoint's state into what was built
-progress.py         where the run stands
+resume.py           restores a checkpoint's state
+progress.py         the run's position
 
-describe.py         the lines that say what runs
+describe.py         the lines that describe the run at its start
 records.py          these lines, config.yaml and the start record
 report.py           lines and records of steps, validations, saves and the end
-saves.py            when the loop saves, and what becomes of it
-saving.py           what a rank writes of a checkpoint
+saves.py            the loop's saves and their outcome
+saving.py           a rank's share of a checkpoint
 """

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """What a run consists of."""
+    """The parts of a run."""
 
     config: Config
     context: DistContext
@@ -50,9 +50,9 @@ class Built:
     weights_from: Path | None
     """The folder that the model was built from."""
     export: Export
-    """What its checkpoints tell other programs."""
+    """Information for other programs in its checkpoints."""
     dtype: torch.dtype
-    """Of the model's weights."""
+    """dtype of the model's weights."""
     model: Llama
     task: Task
     reference: str | None
@@ -61,9 +61,9 @@ class Built:
     scaler: LossScaler
     engine: Engine
     progress: Progress
-    """The training loop moves it on."""
+    """The run's position, which the training loop updates."""
     left_out: list[int] | None
-    """First and last position of the samples that a resumed run leaves out, as asked."""
+    """First and last position of the samples that a resumed run leaves out on request."""
     loader: TrainLoader
 
 
@@ -75,15 +75,16 @@ def build(
     stop_requested: Callable[[], bool],
     resources: ExitStack,
 ) -> Built:
-    """
+    """Build the parts of a run, in order.
+
     Args:
         given: names of the flags that were given.
         data_dirs: set -> its pretokenized directory.
-        stop_requested: whether this rank was asked to stop.
-        resources: gets what must be released at the end.
+        stop_requested: whether a stop of this rank was requested.
+        resources: receives everything that must be released at the end.
     Raises:
         ValueError: the command or the data is wrong.
-        StopRequested: a rank was asked to stop.
+        StopRequested: a stop of any rank was requested.
     """
     if config.system.num_threads:
         torch.set_num_threads(config.system.num_threads)
@@ -103,7 +104,7 @@ def build(
     derived = resolve(config, context.world_size, len(data.train))
 
     weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
-    # Now: a checkpoint that a resumed run begins with may be gone when the next one is saved.
+    # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
     export = plan_export(config.run.task.teaches_chat, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
@@ -167,9 +168,10 @@ def _open_engine(
 
 
 def _require_same_settings(config: Config, context: DistContext, dtype: torch.dtype, shape: LlamaConfig) -> None:
-    """
+    """Refuse to run with settings that differ between ranks.
+
     Raises:
-        ValueError: another rank has other settings, or chooses otherwise; on all ranks.
+        ValueError: the settings, or the choices from them, differ; on all ranks.
     """
     decisive = {name: value for name, value in flatten(config).items() if not name.endswith(("_dir", "_file"))}
     context.require_same(
@@ -179,12 +181,12 @@ def _require_same_settings(config: Config, context: DistContext, dtype: torch.dt
 
 
 def _require_same_choices(context: DistContext, chosen: dict[str, str]) -> None:
-    """What `auto` chose may differ between hosts, and ranks that compute differently drift apart.
+    """Refuse to run if `auto` has chosen differently on different hosts: ranks that compute differently drift apart.
 
     Args:
-        chosen: what was to choose -> this rank's choice.
+        chosen: option -> this rank's choice.
     Raises:
-        ValueError: it does; on all ranks.
+        ValueError: the choices differ; on all ranks.
     """
     everyone = context.gather(chosen)
     for name in chosen:

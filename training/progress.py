@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""A run's position, and the figures of its last step."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass
 class Progress:
-    """What a checkpoint stores besides tensors."""
+    """The run's position, as a checkpoint stores it."""
 
     step: int = 0
     """Completed optimizer steps."""
@@ -15,7 +15,7 @@ class Progress:
     tokens: int = 0
     """Input tokens read so far."""
     validation_due: bool = False
-    """The run was stopped in the validation after this step: it comes first."""
+    """Whether the run was stopped in the validation after this step, which then comes first."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ class Unlogged:
     metrics: dict[str, torch.Tensor]
     """This rank's part of the task's other sums."""
     count: int
-    """What the losses of the whole global batch are divided by: supervised tokens, or pairs."""
+    """Divisor of the loss over the whole global batch: supervised tokens, or pairs."""
     learning_rate: float
     grad_norm: float

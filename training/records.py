@@ -1,4 +1,4 @@
-"""What a launch leaves in the run directory before its first step: config.yaml and the start record."""
+"""Files that a launch writes to the run directory before its first step: config.yaml and the start record."""
 
 import logging
 from pathlib import Path
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def start_records(built: Built) -> tuple[ResLog | None, Flops]:
-    """Say what runs, set aside what this launch supersedes, and leave the configuration and the start record.
+    """Describe the run, set superseded checkpoints aside, and write the configuration and the start record.
 
     Returns:
-        the results' file, on the first rank alone; what MFU is computed from.
+        the results' file, on the first rank alone; the basis of MFU.
     """
     config, context, run_dir, step = built.config, built.context, built.run_dir, built.progress.step
     context.barrier()
@@ -39,7 +39,7 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
 
 
 def _open_sinks(config: Config, out_dir: Path, step: int) -> Sinks | None:
-    """Other places that the results go to."""
+    """Open further destinations of the results."""
     run = config.run
     if run.valid_only:
         return None

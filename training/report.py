@@ -31,8 +31,8 @@ from utils.terminal import visible
 logger = logging.getLogger(__name__)
 
 _LONG_STEP_S, _POOR_MFU = 10.0, 0.08
-"""A step of so many seconds is worth a word if it reaches no more of the peak than that: on a busy machine two threads
-wait for each other all the time."""
+"""A step at least this long that reaches less of the peak is worth a warning: on a busy machine, two threads wait for
+each other all the time."""
 _SHOWN_OF_PROMPT = 100
 """Characters."""
 
@@ -46,10 +46,11 @@ def report_step(
     reading: dict,
     counted: Flops,
 ) -> None:
-    """
+    """Log and record the last step.
+
     Args:
-        figures: of the last step, over all ranks.
-        reading: StepMeter.read(), of the steps since the last report.
+        figures: the last step's, over all ranks.
+        reading: StepMeter.read() for the steps since the last report.
     """
     if reslog is None:
         return
@@ -63,8 +64,8 @@ def report_step(
     seconds_left = reading["dt"] * (max_iters - progress.step)
     if reading["dt"] >= _LONG_STEP_S and mfu < _POOR_MFU and torch.get_num_threads() > 1:
         logger.warning(
-            "steps take several times as long as this machine needs for them, as if other programs wanted its cores: "
-            "then --num_threads=1 may be faster (stop, and go on with --resume)"
+            "steps take several times as long as this machine should need, as if other programs were using its cores: "
+            "--num_threads=1 may then be faster (stop, and go on with --resume)"
         )
     starved = reading["data_wait"] / reading["dt"]
     logger.info(
@@ -83,9 +84,10 @@ def report_validation(
     terms: float,
     seconds: float,
 ) -> None:
-    """
+    """Log and record a validation.
+
     Args:
-        terms: what the loss was divided by.
+        terms: divisor of the loss.
     """
     logger.info(
         "valid at step %d | %s | %d %s | %.1f s", step, shown(figures), task.units(terms), task.count_name, seconds
@@ -96,7 +98,7 @@ def report_validation(
 
 
 def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:
-    """What the model wrote, after the end of what it was given."""
+    """Log and record a text of the model, after the end of its prompt."""
     lines = visible(sample.text + (" [cut: it took too long]" if sample.is_cut else "")).splitlines() or [""]
     given = visible(" ".join(sample.prompt.split()))
     logger.info("sample at step %d, after: %s\n    | %s", step, given[-_SHOWN_OF_PROMPT:], "\n    | ".join(lines))
@@ -105,7 +107,7 @@ def report_sample(reslog: ResLog | None, step: int, sample: Sample) -> None:
 
 
 def report_save(reslog: ResLog | None, ckpt_dir: Path, outcome: SaveOutcome) -> None:
-    """A full disk does not end the run: earlier checkpoints are whole."""
+    """Log and record a save. A full disk does not end the run, as earlier checkpoints are whole."""
     if reslog is None:
         return
     if outcome.problem is not None:
@@ -123,8 +125,8 @@ def report_save(reslog: ResLog | None, ckpt_dir: Path, outcome: SaveOutcome) -> 
     )
 
 
-def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> StepProfile:
-    """Of the steps that --profile_steps asks for; `aside` is around what takes long and is no part of the training."""
+def open_profile(built: Built, untimed: Callable[[], AbstractContextManager]) -> StepProfile:
+    """Profile of the steps in --profile_steps; `untimed` is a context for long work that is not part of training."""
     context, out_dir = built.context, built.run_dir.path
     about = {
         "run": out_dir.name,
@@ -133,7 +135,7 @@ def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> S
         "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
     }
     steps = parse_profile_steps(built.config.run.profile_steps)
-    profile = StepProfile(steps, built.run_dir.paths.profile_dir, context.device, about, aside)
+    profile = StepProfile(steps, built.run_dir.paths.profile_dir, context.device, about, untimed)
     profile.begin(built.progress.step)
     return profile
 
@@ -141,7 +143,7 @@ def open_profile(built: Built, aside: Callable[[], AbstractContextManager]) -> S
 def report_end(
     reslog: ResLog | None, built: Built, finished: bool, steps_now: int, seconds: float, train_loss: float | None
 ) -> None:
-    """Record the end, and say where everything is. The arguments are as in RunEnd."""
+    """Record the end, and show where everything is. The arguments are those of RunEnd."""
     if reslog is None:
         log_repeated_warnings(logger.warning)
         return
@@ -156,25 +158,25 @@ def report_end(
         for line in summary_lines(ending):
             logger.info(line)
     except OSError as error:
-        # The run is over and saved, whatever can be said of it now.
-        logger.warning("what is in %s cannot be read: %s", run_dir.path, error)
+        # The run is over and saved, even if its summary fails.
+        logger.warning("the run directory %s cannot be read: %s", run_dir.path, error)
     log_repeated_warnings(logger.info)
 
 
 def ways_on(run: RunConfig, context: DistContext | None, error: BaseException) -> list[str]:
-    """What to do after a crash that nobody watches over.
+    """Advice after a crash without a monitor.
 
     Args:
-        context: None if it was not there yet.
+        context: None if the crash came before it existed.
     """
     lines, out_dir = [], Path(run.out_dir)
     paths = RunPaths(out_dir)
-    # Gloo's and NCCL's errors are RuntimeErrors; a console that was closed is none.
+    # Gloo's and NCCL's errors are RuntimeErrors; that of a closed console is not.
     lost = ("closed by peer", "reset by peer", "Broken pipe")
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in lost)):
         lines.append(
             f"another process ended first, or the network failed: the cause is in what it printed, or in its record in "
-            f"{paths.exit_dir}; one without a record was killed, as by a lack of memory"
+            f"{paths.exit_dir}; a process without a record was killed, perhaps for lack of memory"
         )
     if run.valid_only:
         return lines
@@ -203,7 +205,7 @@ def _resume_command(context: DistContext | None, out_dir: Path) -> str:
 
 
 def shown(figures: dict[str, float]) -> str:
-    """Of a task's figures, those that fit a line."""
+    """A task's main figures, on one line."""
     formats = {
         "loss": "loss {:.4f}",
         "bits_per_byte": "bits per byte {:.4f}",

@@ -1,4 +1,4 @@
-"""A checkpoint's state into what was built."""
+"""Restores a checkpoint's state into a built run."""
 
 import logging
 from pathlib import Path
@@ -26,9 +26,9 @@ def load_checkpoint(
     """Restore optimizer and position; weights come from the float32 main parameters.
 
     Returns:
-        where the run stands, and the first and last position of the samples that are left out on request.
+        the run's position, and the first and last position of the samples that are left out on request.
     Raises:
-        ValueError: what decides the run's course was changed.
+        ValueError: a setting that determines the run's course was changed.
     """
     state = read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
@@ -43,12 +43,13 @@ def load_checkpoint(
     context.barrier()
     if run_dir.place.is_first_of_store:
         delete_leftovers(run_dir.ckpt_dir)
-    # (Checkpoints that are older than this entry lack it.)
+    # (Older checkpoints have no "validation_due".)
     return Progress(state["step"], samples, state["tokens"], state.get("validation_due", False)), left_out
 
 
 def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool:
-    """Refuse what cannot go on with the state in `path`. Returns whether the samples come in a new order, as asked."""
+    """Refuse settings that do not fit the state in `path`. Returns whether the samples come in a new order, as
+    requested."""
     order = order_of_samples(config.run.seed, data)
     changed = [name for name, value in order.items() if state["stream"][name] != value]
     if changed and not (config.data.restart_data or config.run.valid_only):
@@ -60,17 +61,17 @@ def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool
     if trained_with != config.optimizer.optimizer:
         raise ValueError(
             f"the run was trained with --optimizer={trained_with}, whose state {config.optimizer.optimizer} cannot "
-            f"go on from: give that, or begin a new run with --init_from={path}"
+            f"go on from: give that optimizer, or begin a new run with --init_from={path}"
         )
     return bool(changed)
 
 
 def _take_local_states(run_dir: RunDir, engine: Engine, step: int, is_main: bool) -> None:
-    """Take up what the ranks' communication remembered: PowerSGD's residuals, and the Q that all ranks shared."""
+    """Restore the state of the ranks' communication: PowerSGD's residuals, and the Q that all ranks shared."""
     files = run_dir.resume_files
     lost = files.lost_hook_states() if engine.local_state() is not None else []
     if lost and is_main:
-        logger.warning("the residuals of PowerSGD of ranks %s are on no node: they are lost", lost)
+        logger.warning("PowerSGD's residuals of ranks %s were found on no node: they are lost", lost)
     states = ((read_tensors(file), is_mine) for file, is_mine in files.hook_states())
     for sentence in engine.take_local_states(states, step, run_dir.chosen.name):
         logger.warning(sentence)

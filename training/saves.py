@@ -1,4 +1,4 @@
-"""When the loop saves, and what becomes of it. What a rank writes is in saving.py, how it is written in checkpoint/."""
+"""The loop's saves: when they are due, and their outcome. saving.py holds a rank's share; checkpoint/ writes it."""
 
 import logging
 import time
@@ -16,61 +16,61 @@ logger = logging.getLogger("train")
 
 
 class Saves:
-    """One save is in flight at a time. All ranks call everything here alike.
+    """Saves of a run, one in flight at a time. All ranks make the same calls in the same order.
 
     Args:
         reslog: the results' file, on the first rank alone.
-        aside: around what takes long and is not training time.
+        untimed: context for long work that is not training time.
     """
 
-    def __init__(self, built: Built, reslog: ResLog | None, aside: Callable[[], AbstractContextManager[None]]):
-        self._built, self._saver, self._reslog, self._aside = built, built.run_dir.saver, reslog, aside
-        # The position that a checkpoint holds is not the run's any more if samples were left out.
+    def __init__(self, built: Built, reslog: ResLog | None, untimed: Callable[[], AbstractContextManager[None]]):
+        self._built, self._saver, self._reslog, self._untimed = built, built.run_dir.saver, reslog, untimed
+        # If samples were left out, the checkpoint's position is no longer the run's.
         is_saved = built.run_dir.resumed_from is not None and not built.left_out
         self.saved_step = built.progress.step if is_saved else -1
         """Step of the newest whole checkpoint of this launch; -1: none."""
         self._last_good = built.run_dir.chosen.name if built.run_dir.chosen else None
-        self._asked, self._waiting, self._last_save = False, False, time.monotonic()
+        self._is_time, self._waiting, self._last_save = False, False, time.monotonic()
         self._poisoned: str | None = None
 
     def reserve(self) -> None:
-        """Set memory aside before the first step."""
+        """Reserve memory before the first step."""
         self._saver.reserve(partial(add_share, self._built))
 
     def signs(self) -> list[int]:
-        """What this rank adds to what all ranks agree on at each step; `take_signs` takes the sums."""
+        """This rank's terms of the sums on which all ranks agree at each step; `take_signs` takes the sums."""
         minutes = self._built.config.run.save_interval_minutes
-        # By the first rank's clock.
-        asks = self._built.context.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
-        return [int(asks), *map(int, self._saver.signs())]
+        # Only the first rank's clock counts.
+        is_time = self._built.context.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes
+        return [int(is_time), *map(int, self._saver.signs())]
 
     def take_signs(self, sums: Sequence[int]) -> None:
-        asked, failed, done = sums
+        is_time, failed, done = sums
         if failed or done == self._built.context.world_size:
             self._report(self._saver.conclude())
-        self._asked = bool(asked)
+        self._is_time = bool(is_time)
 
     def are_due(self, validated: bool) -> bool:
-        """After a step: whether to save, now or, after a call that was not followed by `start`, at last."""
+        """Whether to save after this step; stays true until `prepare`, in case a save has to wait."""
         interval = self._built.config.run.save_interval
-        self._waiting |= validated or self._asked or is_due(self._built.progress.step, interval)
+        self._waiting |= validated or self._is_time or is_due(self._built.progress.step, interval)
         return self._waiting
 
     def prepare(self) -> None:
         """Wait for the save in flight, and for whole weights."""
         self.settle()
         self._waiting = False
-        with self._aside():
+        with self._untimed():
             self._built.engine.settle()
 
     def start(self, valid_loss: float | None, prune: bool, must: bool) -> None:
         """Begin to save the present state, each rank its share.
 
         Args:
-            prune: older checkpoints may go.
-            must: wait for it, and fail with it; see `settle`.
+            prune: whether older checkpoints may be deleted.
+            must: wait for the save, and raise if it fails; see `settle`.
         """
-        with self._aside():
+        with self._untimed():
             writer = self._saver.begin(self._built.progress.step)
             add_share(self._built, writer)
             self._saver.start(writer, valid_loss, prune=prune)
@@ -79,15 +79,15 @@ class Saves:
             self.settle(must)
 
     def settle(self, must: bool = False) -> None:
-        """Wait until the save in flight, if there is one, is whole on all ranks or has failed.
+        """Wait until the save in flight, if any, is whole on all ranks or has failed.
 
         Raises:
-            OSError: with `must`: it failed (a full disk). Raised on all ranks, and what was there stays.
-            FloatingPointError: the weights are not finite. Raised on all ranks, and what was there stays.
+            OSError: with `must`: the save failed (a full disk). Raised on all ranks; earlier checkpoints stay.
+            FloatingPointError: the weights are not finite. Raised on all ranks; earlier checkpoints stay.
         """
         if not self._saver.in_flight:
             return
-        with self._aside():
+        with self._untimed():
             outcome = self._saver.settle()
         if outcome is not None:
             self._report(outcome)
@@ -96,7 +96,7 @@ class Saves:
                 raise OSError(f"the checkpoint of step {outcome.step} could not be written: {outcome.problem}")
 
     def _report(self, outcome: SaveOutcome) -> None:
-        """All ranks agree on what became of a save."""
+        """Report a save's outcome, on which all ranks agree."""
         if outcome.problem is None:
             self.saved_step, self._last_good = outcome.step, outcome.name
         elif outcome.poisoned:
@@ -104,15 +104,16 @@ class Saves:
         report.report_save(self._reslog, self._built.run_dir.ckpt_dir, outcome)
 
     def refuse_poison(self) -> None:
-        """
+        """Stop the run if a save has found non-finite weights.
+
         Raises:
-            FloatingPointError: a save has found weights that are not finite; on all ranks.
+            FloatingPointError: it has; on all ranks.
         """
         if self._poisoned is not None:
             raise FloatingPointError(self._poisoned)
 
     def say_last_good(self, why: str) -> None:
-        """The present step is not saved."""
+        """Warn that the present step is not saved, and name the newest checkpoint."""
         last = f"{self._last_good} stays the newest checkpoint" if self._last_good else "there is no checkpoint yet"
         logger.warning("step %d is not saved: %s; %s", self._built.progress.step, why, last)
 

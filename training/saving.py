@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint. resume.py reads it."""
+"""A rank's share of a checkpoint. resume.py reads it back."""
 
 from checkpoint.folder import MODEL_FILE, TRAINER_STATE
 from checkpoint.writing import CheckpointWriter

@@ -1,14 +1,14 @@
-"""Requests to stop: who may make one, and when all ranks look.
+"""Requests to stop: their sources, and the moments at which all ranks look for one.
 
-Ranks can only stop together, so each look is a collective. One comes with what ranks agree on before every step. That
-is often enough while steps are short; torchrun, a scheduler or an impatient hand kill a process half a minute after
-they have asked it to stop. So within what takes long they look in between, too:
+Ranks can only stop together, so each look is a collective. Before every step, it is part of the agreement between
+ranks. That is often enough while steps are short; but torchrun, a scheduler or an impatient user kills a process half a
+minute after the request. So ranks also look within long steps and validations:
 
     step            | micro-batch | look | micro-batch | look | micro-batch, whose gradients are reduced | update |
     validation      | batches for 5 s    | look | batches for 5 s    | look | ...
 
-A step in which a request is found is dropped: nothing of it has left its rank, no weight has changed, and its samples
-are those of the next step of the resumed run.
+A step in which a request is found is dropped: nothing of it has left its rank, no weight has changed, and the resumed
+run's next step takes its samples.
 """
 
 import logging
@@ -24,18 +24,18 @@ from training.run_dir import RunDir
 
 logger = logging.getLogger("train")
 
-_ASKED = b"\nstopping: the run saves once it has computed what it is at; a second Ctrl-C ends it without saving\n"
+_NOTICE = b"\nstopping: the run saves after the work in progress; a second Ctrl-C ends it without saving\n"
 LONG_S = 5.0
-"""A step that lasts so long is looked into; a validation is, so often."""
+"""Ranks look within steps that last at least this long, and after this much of a validation."""
 _TELL_EVERY_S = 20.0
-"""Between lines that say how far something long is."""
+"""Time between lines on the progress of long work."""
 
 
 class StopRequest:
-    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers that this rank was asked to stop.
+    """Handler of SIGTERM, Ctrl-C and a closed terminal: remembers a request to stop this rank.
 
     Args:
-        says_so: at once, on the terminal, as the end may be a while away.
+        says_so: print a notice at once, as the end may be a while away.
     """
 
     def __init__(self, says_so: bool = False):
@@ -45,38 +45,38 @@ class StopRequest:
         if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         if self._says_so and not self.requested:
-            # Past Python's own buffer, in which this handler may have interrupted somebody.
+            # Bypass Python's own buffer: this handler may have interrupted a write to it.
             with suppress(OSError):
-                os.write(1, _ASKED)
+                os.write(1, _NOTICE)
         self.requested = True
 
 
 class Stopping:
-    """Whether to stop, as this rank was asked and as all ranks agree."""
+    """Requests to stop, on this rank and on all ranks."""
 
     def __init__(self, request: StopRequest, run_dir: RunDir, context: DistContext):
         self.request, self._context = request, context
-        # Of a store that nodes share, one rank looks.
+        # If nodes share a store, only one rank looks there.
         self._file = run_dir.stop_file if run_dir.place.is_first_of_store else None
 
     def asked(self) -> bool:
-        """By a signal to this rank, or a file in the run directory."""
-        # (Path.exists would end the run where the file cannot be looked at.)
+        """Whether a signal to this rank, or a file in the run directory, requests a stop."""
+        # (Path.exists would end the run if the file's status cannot be read.)
         return self.request.requested or (self._file is not None and os.path.exists(self._file))
 
     def agreed(self) -> bool:
-        """Whether any rank was asked. Collective."""
+        """Whether any rank has a request. Collective."""
         return bool(self._context.all_sum(torch.tensor(int(self.asked()))).item())
 
 
 class Rounds:
-    """The looks within a validation, of which every rank does as many rounds of work, one or none in the last.
+    """Looks for a request within a validation. Every rank does as many rounds; the last may hold no work for it.
 
-    How many rounds lie between two looks is agreed on after the first one, from the time that it took.
+    The number of rounds between two looks is agreed on after the first round, from its duration.
 
     Args:
-        what: is going on, for people.
-        total: rounds.
+        what: name of the work, for people.
+        total: number of rounds.
     """
 
     def __init__(self, stopping: Stopping, context: DistContext, what: str, total: int):
@@ -84,7 +84,7 @@ class Rounds:
         self._started, self._done, self._every = time.perf_counter(), 0, 1
 
     def stop_after_round(self) -> bool:
-        """After each round, on every rank: whether to stop now. Collective."""
+        """Whether to stop now; call it after each round, on every rank. Collective."""
         self._done += 1
         self._teller.tell(self._done, self.total)
         if self._done == self.total or self._done % self._every:
@@ -97,14 +97,14 @@ class Rounds:
 
 
 class Teller:
-    """Says from time to time how far something long is."""
+    """Logs the progress of long work from time to time."""
 
     def __init__(self, what: str):
         self._what, self._started = what, time.perf_counter()
-        self._told = self._started
+        self._last = self._started
 
     def tell(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        if done < total and now - self._told > _TELL_EVERY_S:
-            self._told = now
+        if done < total and now - self._last > _TELL_EVERY_S:
+            self._last = now
             logger.info("%s: %.0f%% after %.0f s", self._what, 100 * done / total, now - self._started)

@@ -1,5 +1,5 @@
-"""The loop of a run. Trainer.train is the loop and Trainer._step a step of it; what is built before, and what is
-reported, is in the other files of this folder."""
+"""The loop of a run. Trainer.train is the loop, and Trainer._step is one step of it. The other files of this folder
+build the parts beforehand and write the reports."""
 
 import logging
 import math
@@ -32,11 +32,13 @@ logger = logging.getLogger("train")
 
 
 class Trainer:
-    """Everything built, in order. A ValueError out of the constructor means that the command or the data is wrong.
+    """A run, from its first step to its end. The constructor builds the parts, in order.
 
     Args:
         given: names of the flags that were given.
         data_dirs: set -> its pretokenized directory.
+    Raises:
+        ValueError: the command or the data is wrong.
     """
 
     def __init__(
@@ -51,24 +53,24 @@ class Trainer:
         self.skipped_in_a_row, self.compared_at = 0, -1
         self.train_loss: float | None = None
         self.unlogged: Unlogged | None = None
-        # Position behind the samples of the step that is being done.
+        # Position after the samples of the current step.
         self.next_sample = 0
-        # Of the last step: nobody knows of the first how long it will be.
+        # Duration of the last step; before the first step it is unknown, and assumed to be long.
         self.step_seconds = math.inf
         with ExitStack() as resources:
             built = self.built = build(config, given, context, data_dirs, lambda: stop.requested, resources)
             self.reslog, self.flops = start_records(built)
-            # Data and DPO's reference are read or made: what follows is training.
+            # Data and DPO's reference are ready: training begins here.
             self.launched = time.perf_counter()
-            # Released at the end; here, if anything failed.
+            # From now on, released at the end; before, by the ExitStack if anything fails.
             self.resources = resources.pop_all()
-        # With what was left to the data.
+        # The built configuration includes the settings that were left to the data.
         self.config, self.progress, self.run_dir = built.config, built.progress, built.run_dir
         self.model, self.task, self.engine, self.loader = built.model, built.task, built.engine, built.loader
         self.heartbeat = built.run_dir.heartbeat
         self.stopping, self.samples = Stopping(stop, built.run_dir, context), Samples(built)
         self.meter, self.first_step = StepMeter(self.progress.samples_consumed), self.progress.step
-        self.saves = Saves(built, self.reslog, self._aside)
+        self.saves = Saves(built, self.reslog, self._untimed)
 
     def train(self) -> int:
         """Run to the last step, or until a stop is requested; returns the exit code."""
@@ -80,18 +82,18 @@ class Trainer:
                 progress.step, max_iters, "max_iters" if self.config.run.max_iters else "epoch",
             )  # fmt: skip
         self.model.train()
-        self.profile = report.open_profile(self.built, self._aside)
+        self.profile = report.open_profile(self.built, self._untimed)
         # Discard waits recorded before the first step, such as those for the weights of a resumed run.
         self.engine.communication_s()
         if self.built.left_out:
-            logger.info("left out the samples at positions %d to %d, as asked", *self.built.left_out)
+            logger.info("left out the samples at positions %d to %d, as requested", *self.built.left_out)
             self._save(valid_loss=None)
         elif progress.step < max_iters or progress.validation_due:
             saves.reserve()
         phase = "compile" if self.config.system.compile else "step"
         progress.validation_due &= has_valid
         while progress.step < max_iters or progress.validation_due:
-            # It is due from the start if a run was stopped in it.
+            # If the run was stopped in a validation, it is due from the start.
             if not progress.validation_due:
                 self.heartbeat.beat(phase, progress.step)
                 phase = "step"
@@ -105,7 +107,7 @@ class Trainer:
                 if valid_loss is None:
                     return self._stop()
                 progress.validation_due = False
-            # In a streak, the weights may be what is wrong: a save waits for the first good step.
+            # In a streak, the weights themselves may be wrong, so a save waits for the first good step.
             if finished or (saves.are_due(validated=valid_loss is not None) and not self.in_streak):
                 self._log_step()
                 self._save(valid_loss, must=finished)
@@ -115,11 +117,11 @@ class Trainer:
 
     @property
     def in_streak(self) -> bool:
-        """Whether steps are being skipped. In float16, one is how the loss scale is found."""
+        """Whether steps are being skipped. In float16, a single skip is normal: it finds the loss scale."""
         return self.skipped_in_a_row > (1 if self.built.scaler.enabled else 0)
 
     def _stop(self) -> int:
-        """All ranks are here, as one was asked to stop: save, and leave."""
+        """Save and end the run on request; all ranks take part."""
         self._log_step()
         try:
             self.saves.settle()
@@ -138,13 +140,13 @@ class Trainer:
         """Save the present state in the background; all ranks take part.
 
         Args:
-            must: wait for it, and fail with it; see Saves.settle.
+            must: wait for the save, and raise if it fails; see Saves.settle.
         """
         self.saves.prepare()
         if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
-            with self._aside():
+            with self._untimed():
                 self._compare_replicas()
-        # The last step of a run may lie in a streak: then it pushes nothing out.
+        # If a run's last step lies in a streak, its save must not replace earlier checkpoints.
         self.saves.start(valid_loss, prune=not self.in_streak, must=must)
 
     def _compare_replicas(self) -> None:
@@ -152,13 +154,13 @@ class Trainer:
         self.compared_at = self.progress.step
 
     def _end(self, finished: bool) -> None:
-        """All is saved: write what was traced, record the end, and say where everything is."""
+        """Write the traces, record the end, and show where everything is. Everything is already saved."""
         self.profile.finish()
-        # Nobody starts a run again that has ended, if only to clean up.
+        # Finish cleaning up: nobody restarts an ended run just for that.
         self.run_dir.saver.wait_for_prune()
         self.heartbeat.end(self.progress.step, exits.OK if finished else exits.STOPPED)
         if not finished:
-            # Before any rank has said how it ends, a death means another launch, which must hear the request.
+            # If a rank dies before any has recorded its end, a new launch follows, which must find the request.
             self.context.barrier()
         if self.run_dir.place.is_first_of_store:
             with suppress(OSError):
@@ -167,15 +169,15 @@ class Trainer:
         report.report_end(self.reslog, self.built, finished, steps_now, seconds, self.train_loss)
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Around what takes long and is not training time."""
+    def _untimed(self) -> Iterator[None]:
+        """Context for long work that is not training time."""
         self.heartbeat.beat("save", self.progress.step)
         started = time.perf_counter()
         yield
         self.meter.leave_out(time.perf_counter() - started)
 
     def _step(self) -> bool:
-        """One optimizer step on the next global batch. False, and nothing done, if any rank was asked to stop."""
+        """Do one optimizer step on the next global batch. Returns False, with nothing done, if any rank must stop."""
         progress = self.progress
         started = time.perf_counter()
         with span("data wait"):
@@ -220,13 +222,18 @@ class Trainer:
         return True
 
     def _finish_step(self, plan: StepPlan) -> StepResult:
-        """All micro-batches are done: reduce what is not reduced yet, and step."""
+        """Reduce the remaining gradients and step, once all micro-batches are done."""
         return self.engine.step(plan)
 
     def _agree(self, batches: Step) -> tuple[int, int, int, bool, bool]:
-        """What all ranks must know before a step: how many terms the loss of the whole global batch has, which the
-        backward pass needs; its tokens; the digest of its samples; whether any rank was asked to stop; whether the step
-        may be a long one. Also whether a save is due, and what became of the one in flight: all in one collective."""
+        """Exchange everything that all ranks must know before a step, in one collective.
+
+        Also shares whether a save is due, and the outcome of the save in flight.
+
+        Returns:
+            terms of the loss in the whole global batch, for the backward pass; its tokens; the digest of its samples;
+            whether any rank must stop; whether the step may be a long one.
+        """
         # Ranks that share their rows must count them once.
         rows = batches.micro_batches if self.built.mesh.counts else []
         digest = sum(batch_digest(batch) for batch in rows)
@@ -242,8 +249,8 @@ class Trainer:
         return count, tokens, (high << 32) + low, bool(stop), bool(is_long)
 
     def _shall_drop(self, step: int) -> Callable[[int, int], bool]:
-        """Between micro-batches of a long step: says how far it is, and whether any rank was asked to stop. Nobody will
-        ever read what the micro-batches of a dropped step have added to the gradients."""
+        """A function to call between micro-batches of a long step: logs progress, and returns whether any rank must
+        stop. Gradients of a dropped step's micro-batches are never read."""
         teller = Teller(f"step {step}")
 
         def shall_drop(done: int, total: int) -> bool:
@@ -253,7 +260,7 @@ class Trainer:
         return shall_drop
 
     def _on_skipped_step(self, grad_norm: float) -> None:
-        """All ranks are here together: the norm is of the summed gradients."""
+        """Count a skipped step, and end the run after too many. All ranks agree, as the norm is of summed gradients."""
         self.skipped_in_a_row += 1
         fp16 = self.built.scaler.enabled
         logger.warning(
@@ -269,7 +276,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float | None:
         """Mean loss over the validation set, bit for bit the same on any number of ranks: the set is always cut into
-        the same batches, and their exact sums are added in one order. None if any rank was asked to stop."""
+        the same batches, and their exact sums are added in one order. None if any rank must stop."""
         context, flags, mesh = self.context, self.config.data, self.built.mesh
         started = time.perf_counter()
         self.engine.settle()
@@ -282,7 +289,7 @@ class Trainer:
         rounds = Rounds(self.stopping, context, "validating", -(-count // mesh.data_size))
         for _ in range(rounds.total):
             self.heartbeat.beat("validate", self.progress.step)
-            # In the last round there may be none for this rank.
+            # The last round may have no batch for this rank.
             for index, batch in islice(batches, 1):
                 loss_sum, terms, sums = self.engine.evaluate(batch, self.task)
                 if not mesh.counts:
@@ -304,7 +311,7 @@ class Trainer:
         return figures["loss"]
 
     def _write_samples(self) -> None:
-        """What the model writes by now, for people to read."""
+        """Write samples of the model's text, for people to read."""
         started = time.perf_counter()
         for sample in self.samples.write():
             report.report_sample(self.reslog, self.progress.step, sample)
@@ -312,8 +319,8 @@ class Trainer:
             self.meter.leave_out(time.perf_counter() - started)
 
     def _log_step(self) -> None:
-        """Log the last step, and what was read since the last record. Also before a save, whatever the log interval, so
-        that the records of a run that is killed later cover every sample that its checkpoint has consumed."""
+        """Log the last step, and the meter's readings since the last record. Called before each save, too, whatever the
+        log interval: if the run is killed later, its records cover every sample that its checkpoint has consumed."""
         if self.unlogged is None:
             return
         last, self.unlogged = self.unlogged, None
@@ -334,5 +341,5 @@ class Trainer:
         self.release()
 
     def release(self) -> None:
-        """Let a save in flight finish, and another process have the run directory."""
+        """Let a save in flight finish, and give up the run directory."""
         self.resources.close()
