@@ -362,7 +362,7 @@ def test_what_a_command_shows_is_said_before_its_ranks_begin(
 ):
     """Nothing is left behind, such as an exit record among the files of a corpus."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train_my_ddp.run_job", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("training.launching.run_job", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
     assert train_run(["--nproc=3", "--data_dir=corpus", "--out_dir=new", *more]) == 2
