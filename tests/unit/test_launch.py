@@ -355,6 +355,7 @@ def test_sigterm_goes_only_to_the_ranks(tmp_path: Path):
     ("more", "sentence"),
     [(["--gradient_accumulation_steps=2"], "must be a multiple of their number, 3: use 3"),
      (["--out_dir=corpus"], "--out_dir corpus holds other things than a run: choose a new or empty directory"),
+     (["--out_dir=corpus/a.txt"], "--out_dir corpus/a.txt is a file: choose a new or empty directory"),
      (["--hiden_size=8"], "did you mean --hidden_size?")],
 )  # fmt: skip
 def test_what_a_command_shows_is_said_before_its_ranks_begin(
