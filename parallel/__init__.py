@@ -22,7 +22,7 @@ __all__ = sorted(_ROOM_OF)
 
 
 def __getattr__(name: str) -> object:
-    """From its room, when somebody asks for it: what a launcher told this process is known without torch."""
+    """Import a name from its module at first use: launched.py then needs no torch."""
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"parallel.{_ROOM_OF[name]}"), name)

@@ -1,9 +1,8 @@
 """The flat buffers behind a model's parameters and gradients.
 
 After construction, every `parameter.data` is a view into one buffer of the model's dtype and every `parameter.grad` a
-view into another, float32 unless asked otherwise. Autograd then accumulates into the right place by itself
-(`parameter.grad_dtype` lets a gradient be wider than its parameter), a bucket is a slice that goes onto the wire
-without copies, and zeroing all gradients is one call.
+view into another, in float32 by default. Autograd then accumulates in place (`parameter.grad_dtype` lets a gradient be
+wider than its parameter), a bucket is a slice that can be sent without a copy, and one call zeroes all gradients.
 """
 
 from collections.abc import Iterable
@@ -53,14 +52,14 @@ class FlatBuffers:
         self.restore_grad_views()
 
     def restore_grad_views(self) -> None:
-        """Put the views back where somebody set a `grad` to None."""
+        """Restore the view of every parameter whose `grad` was set to None."""
         for parameter, view in self._grad_views:
             if parameter.grad is not view:
                 parameter.grad = view
 
 
 class Bucket:
-    """One bucket's slice of the buffers, as a hook sees it."""
+    """A bucket's slice of the buffers, as a hook sees it."""
 
     def __init__(self, layout: BucketLayout, grad: Tensor, param: Tensor):
         self.layout = layout
@@ -75,15 +74,15 @@ class Bucket:
         return Bucket(layout, buffers.grad_data[start:end], buffers.param_data[start:end])
 
     def with_grad(self, grad: Tensor) -> "Bucket":
-        """The same bucket over other memory for its gradients, such as a narrower copy."""
+        """The same bucket with its gradients in other memory, such as a narrower copy."""
         return Bucket(self.layout, grad, self.param)
 
     def place(self, slot: Slot) -> slice:
-        """Where a slot lies in the bucket."""
+        """Elements of the bucket that a slot takes up."""
         return slice(slot.start - self.layout.start, slot.end - self.layout.start)
 
     def piece(self, flat: Tensor, slot: Slot) -> Tensor:
-        """The part of `flat`, a tensor as long as the bucket, that belongs to a slot: 1-D."""
+        """A slot's part of `flat`, a tensor as long as the bucket: 1-D."""
         return flat[self.place(slot)]
 
     def views(self) -> list[tuple[str, Tensor]]:
@@ -117,10 +116,10 @@ class ParameterSlice:
 
 @dataclass(frozen=True)
 class SliceWithGrad(ParameterSlice):
-    """A piece whose gradients lie beside it."""
+    """A slice together with its gradients."""
 
     grad: Tensor
-    """1-D view of the summed gradients, as long as the piece."""
+    """1-D view of the summed gradients, as long as the slice."""
     whole_grad: Tensor
     """1-D view of the whole parameter's gradients."""
 
@@ -128,9 +127,9 @@ class SliceWithGrad(ParameterSlice):
 def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """Sum of the squares of all elements, float64 scalar on the tensors' device.
 
-    float64 makes it independent, to far below float32's resolution, of how gradients are cut into slices: so the
-    clipping factor, rounded to float32, is the same bits for every layout of the buffers (all but surely: two float64
-    values would have to lie on both sides of a float32 rounding border).
+    In float64 the sum depends on how gradients are cut into slices only far below float32's resolution. So the clipping
+    factor, rounded to float32, has the same bits for every layout of the buffers (almost surely: two float64 values
+    would have to lie on either side of a rounding boundary of float32).
     """
     total: Tensor | None = None
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""The collectives that hooks are made of, on flat tensors that split evenly over the ranks.
+"""Collectives for hooks, on flat tensors that split evenly over the ranks.
 
 Bytes sent by each of N ranks, for a tensor of B bytes:
 
@@ -6,9 +6,9 @@ Bytes sent by each of N ranks, for a tensor of B bytes:
     all_gather       (N - 1) / N x B       afterwards every rank holds every shard
     all_reduce       2 (N - 1) / N x B     = reduce_scatter + all_gather
 
-16-bit tensors are added in float32: a sum over many ranks is rounded once, not N - 1 times. gloo has no reduce-scatter
-of its own (it runs an all-reduce, twice the bytes) and its all-gather is slow over a network; there, on a CPU, both are
-pairwise exchanges written here.
+16-bit tensors are added in float32: a sum over many ranks is rounded once, not N - 1 times. On a CPU, reduce-scatter
+and all-gather are pairwise exchanges written here: gloo has no reduce-scatter of its own (it runs an all-reduce, twice
+the bytes), and its all-gather is slow over a network.
 """
 
 import time
@@ -21,7 +21,7 @@ from parallel.comm_stream import Handle
 
 
 class Collectives:
-    """One group's collectives, for one thread: the comm stream's. Without a group every sum is over this rank alone."""
+    """Collectives of one group, for the comm stream's thread only. Without a group, sums are over this rank alone."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
@@ -31,13 +31,13 @@ class Collectives:
         self._scratch: dict[torch.dtype, Tensor] = {}
 
     def shard(self, tensor: Tensor, rank: int | None = None) -> Tensor:
-        """View of a rank's even part (this one's by default) of a flat tensor."""
+        """View of a rank's equal part of a flat tensor; by default this rank's."""
         size = len(tensor) // self.world_size
         start = (self.rank if rank is None else rank) * size
         return tensor[start : start + size]
 
     def all_reduce(self, tensor: Tensor) -> Handle | None:
-        """Sum in place. 32-bit and wider sums go on after this returns, until the handle is waited for."""
+        """Sum in place. Sums of 32 bits and wider are complete only after waiting for the handle."""
         if self.group is None:
             return None
         if tensor.itemsize >= 4:
@@ -54,7 +54,7 @@ class Collectives:
         """Sum in place into this rank's shard; the rest of `tensor` keeps this rank's own values.
 
         Returns:
-            the shard's sum in float32 (wider if `tensor` is), before it was rounded to the dtype of `tensor`.
+            the shard's sum in float32 (wider if `tensor` is), before rounding to the dtype of `tensor`.
         """
         own = self.shard(tensor)
         if self.group is None:
@@ -70,7 +70,7 @@ class Collectives:
         return total
 
     def all_gather(self, tensor: Tensor) -> None:
-        """Fill `tensor` with every rank's shard of it, in place."""
+        """Fill `tensor` in place with every rank's shard."""
         if self.group is None:
             return
         if tensor.device.type == "cuda":
@@ -85,7 +85,7 @@ class Collectives:
         _wait_for(works)
 
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
-        """Send every rank its shard of this rank's `tensor`; returns the others' tensors for this rank's shard."""
+        """Send every other rank its shard of `tensor`; return their values for this rank's shard."""
         size = len(tensor) // self.world_size
         if tensor.device.type == "cuda":
             received = self._empty_like(tensor)
@@ -101,14 +101,14 @@ class Collectives:
         return list(received.split(size))
 
     def _empty_like(self, tensor: Tensor) -> Tensor:
-        """Memory that is used again: fresh memory costs more, in page faults, than what is done with it."""
+        """Reused memory: page faults in fresh memory would cost more than the work on it."""
         if tensor.dtype not in self._scratch or len(self._scratch[tensor.dtype]) < len(tensor):
             self._scratch[tensor.dtype] = torch.empty_like(tensor)
         return self._scratch[tensor.dtype][: len(tensor)]
 
 
 def _wait_for(works: list[dist.Work | None]) -> None:
-    """(torch's types allow for ranks outside the group, which have no work.)"""
+    """Wait for all of them. (torch's types allow None, for ranks outside the group.)"""
     for work in works:
         assert work is not None
         work.wait()
@@ -120,7 +120,7 @@ _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_ten
 
 
 def measure_bandwidth(collectives: Collectives, device: torch.device, megabytes: float = 4.0) -> float:
-    """Bytes a second that this rank sends while all ranks gather, measured now; run it on the comm stream."""
+    """Measure the bytes a second that this rank sends while all ranks gather. Run it on the comm stream."""
     size = int(megabytes * 2**20) // (4 * collectives.world_size) * collectives.world_size
     tensor = torch.zeros(size, device=device)
     seconds = []
@@ -130,5 +130,5 @@ def measure_bandwidth(collectives: Collectives, device: torch.device, megabytes:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    # The first one also sets up connections.
+    # The first gather also sets up connections.
     return 4 * (size - len(collectives.shard(tensor))) / seconds[-1]

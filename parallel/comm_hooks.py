@@ -1,17 +1,17 @@
-"""What happens to a bucket of gradients on its way to the other ranks.
+"""Hooks that reduce a bucket of gradients over the ranks.
 
 A hook runs on the comm stream. It leaves in `bucket.grad` the **sum** over all ranks (the loss was already divided by
-the count of the whole global batch), at the latest when the handle that it returns was waited for. `ddp.use_hook` takes
-one of these; `ddp.register_comm_hook` takes any function `(state, bucket) -> handle or None`.
+the count of the whole global batch), at the latest when the caller has waited for the returned handle. `ddp.use_hook`
+takes one of these; `ddp.register_comm_hook` takes any function `(state, bucket) -> handle or None`.
 
-Each hook here states what it sends. B is the bucket's size in elements, N the number of ranks, s bytes an element of
-the gradient buffer; a step sends, from each rank:
+Each hook states its traffic. B is the bucket's size in elements, N the number of ranks, s the bytes of an element of
+the gradient buffer; in a step, each rank sends:
 
     AllReduce                              2 (N - 1) / N x B s
     ReduceScatter                            (N - 1) / N x B s
     Compressed(AllReduce, bfloat16)        2 (N - 1) / N x B 2      with float16 also 2 (N - 1) / N x 4
     Compressed(ReduceScatter, bfloat16)      (N - 1) / N x B 2
-    PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and what is not compressed)
+    PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and uncompressed parameters)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ from parallel.collectives import Collectives
 from parallel.comm_stream import Handle
 
 FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
-"""Below float16's largest value by the rounding of the addends."""
+"""float16's largest value, less the rounding of the addends."""
 
 
 class CommHook:
@@ -51,31 +51,30 @@ class CommHook:
         raise NotImplementedError
 
     def take(self, bucket: Bucket) -> Tensor:
-        """The bucket's summed gradients, for the step that now takes place: 1-D, as long as the bucket; valid until the
-        next call. Not called for a step that is skipped."""
+        """The bucket's summed gradients for this step: 1-D, as long as the bucket; valid until the next call. Not
+        called for a skipped step."""
         return bucket.grad
 
     def release(self, bucket: Bucket) -> None:
-        """Get the bucket ready for the next backward pass, after its step or a skipped one. A second call changes
-        nothing."""
+        """Get the bucket ready for the next backward pass, also after a skipped step. A second call changes nothing."""
         bucket.grad.zero_()
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        """Bytes that each rank sends for this bucket in a step; `itemsize` is the wire's, by default the bucket's. 0 if
-        the hook does not say."""
+        """Bytes that each rank sends for this bucket in a step; 0 if unknown. `itemsize` is the wire's, by default the
+        bucket's."""
         return 0.0
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
         """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
 
     def describe(self) -> str:
-        """A few words on the hook for the line that says how ranks share the work; empty: nothing to say."""
+        """A few words on the hook for the line on how ranks share the work; may be empty."""
         return ""
 
     # Hooks that remember something between steps.
 
     saves_gradients = False
-    """Whether the gradient buffers hold something to be saved: then a step that has begun cannot be dropped."""
+    """Whether the gradient buffers hold state to be saved, so that a step cannot be dropped once it has begun."""
 
     def begin_step(self, number: int) -> None:
         """Called before the first backward pass of step `number`, counted from 1."""
@@ -85,26 +84,26 @@ class CommHook:
         return {}
 
     def saved_state(self) -> dict[str, Tensor] | None:
-        """This rank's memory, for a checkpoint: views, by name. They may change from `begin_step` on. None: nothing."""
+        """This rank's memory, for a checkpoint: views, by name. They may change after `begin_step`. None: no memory."""
         return None
 
     def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
         """Take up the memory that ranks have saved.
 
         Args:
-            states: `saved_state` of each rank that saved, and whether this rank is to take up its part. All ranks get
-                the first one, for memory that was the same on all.
+            states: each saved rank's `saved_state`, and whether this rank is to take up its part. All ranks get the
+                first one, for memory that was the same on all.
             step: completed steps.
             name: the checkpoint's, for the sentences.
         Returns:
             sentences on memory that has no place here.
         """
         has_any = next(iter(states), None) is not None
-        return [f"the residuals of PowerSGD in {name} are dropped: it is not used any more"] if has_any else []
+        return [f"PowerSGD's residuals in {name} are dropped: the run no longer uses it"] if has_any else []
 
 
 class FunctionHook(CommHook):
-    """A plain function `(state, bucket) -> handle or None`; it does not say what it sends."""
+    """A plain function `(state, bucket) -> handle or None`; its traffic is unknown."""
 
     def __init__(self, state: object, function: Callable[[object, Bucket], Handle | None]):
         self.state, self.function = state, function
@@ -114,7 +113,7 @@ class FunctionHook(CommHook):
 
 
 class AllReduce(CommHook):
-    """Sum in the bucket's own dtype, on every rank."""
+    """Sum the whole bucket on every rank, in its own dtype."""
 
     def __init__(self, collectives: Collectives):
         self.collectives = collectives
@@ -127,7 +126,7 @@ class AllReduce(CommHook):
 
 
 class ReduceScatter(CommHook):
-    """Sum in the bucket's own dtype, each rank its shard: half the bytes, for an optimizer that steps shards."""
+    """Sum this rank's shard of the bucket, in its own dtype: half the bytes, for an optimizer that steps shards."""
 
     def __init__(self, collectives: Collectives):
         self.collectives = collectives
@@ -140,12 +139,12 @@ class ReduceScatter(CommHook):
 
 
 class Compressed(CommHook):
-    """Another hook, given the bucket in 16 bits.
+    """Narrows buckets to 16 bits for another hook.
 
-    bfloat16 has float32's range. float16 has not: each bucket is scaled by a power of two on which the ranks agree, the
-    largest with which the sum of N gradients cannot overflow. Infinities stay infinities, for the loss scaler to find.
-    A bucket that is in these 16 bits already goes as it is: float16 could not hold the scale, and the sum must fit the
-    bucket anyway.
+    bfloat16 has float32's range. float16 does not: each bucket is scaled by a power of two on which the ranks agree,
+    the largest with which the sum of N gradients cannot overflow. Infinities stay infinities, for the loss scaler to
+    find. A bucket that already has this dtype is sent unchanged: float16 has no room for the scale, and the sum must
+    fit the bucket anyway.
     """
 
     def __init__(self, inner: CommHook, dtype: torch.dtype, collectives: Collectives):
@@ -177,16 +176,16 @@ class Compressed(CommHook):
 
 
 def sum_hook(collectives: Collectives, wire_dtype: torch.dtype | None = None, sharded: bool = False) -> CommHook:
-    """The hook that sums every bucket whole, or `sharded` each rank its shard; in `wire_dtype` if that is given."""
+    """A hook that sums whole buckets or, if `sharded`, on each rank its shard; in `wire_dtype` if given."""
     hook = (ReduceScatter if sharded else AllReduce)(collectives)
     return hook if wire_dtype is None else Compressed(hook, wire_dtype, collectives)
 
 
 def narrow(tensor: Tensor, out: Tensor, collectives: Collectives) -> Tensor | None:
-    """Copy `tensor` into `out`, of a 16-bit dtype and as long; float16 times `agreed_scale`.
+    """Copy `tensor` into `out`, which is as long and has a 16-bit dtype; with float16, multiply by `agreed_scale`.
 
     Returns:
-        the scale, for `widen`; None where there is none.
+        the scale, for `widen`; None if `out` is not float16.
     """
     if out.dtype != torch.float16:
         out.copy_(tensor)
@@ -197,17 +196,17 @@ def narrow(tensor: Tensor, out: Tensor, collectives: Collectives) -> Tensor | No
 
 
 def widen(tensor: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """Undo `narrow`: copy a sum of narrowed tensors into `out`, in the units before."""
+    """Undo `narrow`: copy a sum of narrowed tensors into `out`, in the original units."""
     out.copy_(tensor)
     if scale is not None:
         out.div_(scale)
 
 
 def agreed_scale(tensor: Tensor, collectives: Collectives) -> Tensor:
-    """The power of two by which every rank multiplies its `tensor` before it becomes float16.
+    """The power of two by which every rank multiplies its `tensor` before narrowing it to float16.
 
     2^floor(log2(65440 / (N x largest absolute value on any rank))): the sum over N ranks stays finite, and small values
-    move up, away from float16's coarse low end. 1 where a rank holds infinity or NaN, or all ranks hold zeros. float32
+    move up, away from float16's coarse low end. 1 if any rank holds infinity or NaN, or all ranks hold zeros. float32
     scalar on the device.
     """
     low, high = tensor.aminmax()
@@ -223,5 +222,5 @@ def agreement_bytes(dtype: torch.dtype, collectives: Collectives) -> float:
 
 
 def shared_fraction(collectives: Collectives) -> float:
-    """(N - 1) / N: what a rank sends of a tensor that is scattered or gathered."""
+    """(N - 1) / N: the share of a scattered or gathered tensor that a rank sends."""
     return (collectives.world_size - 1) / collectives.world_size

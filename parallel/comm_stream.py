@@ -1,13 +1,13 @@
-"""Where communication runs: beside the backward pass, in one order.
+"""A stream for communication, which runs beside the backward pass in a fixed order.
 
-One interface, two machines underneath:
+One interface, two implementations:
 
-    CUDA   a side stream. `submit` makes it wait for what the main stream has issued so far, then issues the work on
-           it without blocking the host; `wait` makes the main stream wait for it.
+    CUDA   a side stream. `submit` makes it wait for all work issued so far on the main stream, then issues the new work
+           without blocking the host; `wait` makes the main stream wait for it.
     CPU    one worker thread. `submit` queues the work; `wait` blocks until it is done.
 
-Work starts in the order of submission, so if all ranks submit alike, their collectives meet. That holds also for work
-that computes between two collectives, which is why such hooks may use it freely.
+Work starts in the order of submission, so the collectives match if all ranks submit in the same order. This also holds
+for work that computes between two collectives, so hooks may do that freely.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Handle(Protocol):
 
 
 class CommStream:
-    """Call `close` at the end; work not waited for is finished first."""
+    """Runs work in order. Call `close` at the end; it finishes all submitted work."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -30,7 +30,7 @@ class CommStream:
         self._worker = ThreadPoolExecutor(1, "comm-stream") if device.type != "cuda" else None
 
     def submit(self, work: Callable[[], Handle | None]) -> Handle:
-        """Run `work` on the stream. If it returns a handle (of an asynchronous collective), that is waited for too."""
+        """Run `work` on the stream. If it returns a handle (of an asynchronous collective), `wait` covers that too."""
         if self._worker is not None:
             return _ThreadHandle(self._worker.submit(work))
         assert self._stream is not None
@@ -52,7 +52,7 @@ class _ThreadHandle:
         self._future = future
 
     def wait(self) -> None:
-        """Raises what the work raised."""
+        """Wait until the work is done; re-raises its exception."""
         inner = self._future.result()
         if inner is not None:
             inner.wait()

@@ -1,7 +1,7 @@
-"""Which process this is, and how it reaches the others.
+"""This process's place among the ranks, and its process groups.
 
-With launched.py the only place that reads the environment. Two process groups, each used by one thread, so that the
-order of collectives on a group is the same on all ranks:
+Only this module and launched.py read the environment. There are two process groups, each used by one thread, so that
+the order of collectives on a group is the same on all ranks:
 
     grad_group      NCCL or gloo; belongs to the comm stream (gradients, later also parameters)
     control_group   gloo; belongs to the main thread (token counts, norms, validation, saves)
@@ -35,7 +35,7 @@ _PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process's place. The groups are None when it is alone."""
+    """This process's rank, device and groups. The groups are None if it is the only process."""
 
     rank: int
     world_size: int
@@ -56,7 +56,7 @@ class DistContext:
         return values
 
     def gather(self, value: object) -> list:
-        """Every rank's value, in rank order, on every rank. Values that JSON can hold; main thread only."""
+        """Every rank's value, in rank order, on every rank. Values must fit JSON; main thread only."""
         if self.control_group is None:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -69,7 +69,7 @@ class DistContext:
         return [json.loads(g[: int(size)].numpy().tobytes()) for g, size in zip(gathered, sizes)]
 
     def gather_from(self, work: Callable[[], object]) -> list:
-        """Let every rank do its work; every rank returns all results, or raises the first ValueError of them."""
+        """Do the work on every rank; every rank returns all results, or raises the first rank's ValueError."""
         answer = {}
         try:
             answer = {"result": work()}
@@ -91,11 +91,11 @@ class DistContext:
             raise ValueError(message)
 
     def send_file(self, path: Path, source: int, target: int, between: Callable[[], object] | None = None) -> None:
-        """Copy a file from one rank to another. Collective: the others wait, but never for longer than a section takes,
-        as a slow network can need more than the groups' timeout for the whole. Main thread only.
+        """Copy a file from one rank to another. Collective; main thread only. The other ranks wait, but only for one
+        section at a time, as the whole file can take longer than the groups' timeout on a slow network.
 
         Args:
-            path: on the source the file, on the target where it shall be.
+            path: the file on the source, and its copy on the target.
             between: called after each section of 256 MiB.
         """
         is_source, is_target = self.rank == source, self.rank == target
@@ -124,32 +124,32 @@ class DistContext:
 
 
 def asked_interface() -> str | None:
-    """The network interface that the environment names for gloo; the first, if it names several."""
+    """Network interface that the environment names for gloo; the first, if it names several."""
     return os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0] or None
 
 
 def prefer_interface(name: str | None) -> None:
-    """Have gloo and NCCL use a network interface, in this process and its children, where nothing else is asked for."""
+    """Make gloo and NCCL use a network interface, here and in child processes, unless the environment names one."""
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        # Without "=", NCCL takes all interfaces whose names begin so.
+        # Without "=", NCCL takes all interfaces whose names begin with this one.
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 def _interface(host: str, all_here: bool) -> str | None:
-    """Network interface for the ranks to listen on; None: not known, and gloo takes that of the host's own name."""
+    """Network interface for the ranks to listen on. None: unknown; gloo then takes the one of the host's own name."""
     if all_here or host in ("localhost", LOOPBACK):
         return interface_of(LOOPBACK)
     address = own_address_towards(host)
-    # Not the loopback interface, to which a host may resolve its own name: other hosts do not reach that.
+    # A host may resolve its own name to loopback, which other hosts cannot reach.
     return interface_of(address) if address is not None and not is_loopback(address) else None
 
 
 def _store(rank: int, timeout_s: float) -> dist.Store | None:
-    """Where the ranks meet, if no launcher keeps a store: rank 0's, on one address. None: torch connects by itself.
+    """Rank 0's store, on one address, through which the ranks meet. None: the launcher has one, or torch makes its own.
 
     Raises:
-        ValueError: MASTER_ADDR is no address of rank 0's machine.
+        ValueError: MASTER_ADDR is not an address of rank 0's machine.
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not host or not port.isdecimal():
@@ -160,14 +160,14 @@ def _store(rank: int, timeout_s: float) -> dist.Store | None:
 
 
 def init_context(device: str = "auto", backend: str = "auto", timeout_s: float = 600.0) -> DistContext:
-    """Find out this process's place from torchrun's variables and create the groups.
+    """Read this process's rank from torchrun's variables, choose its device and create the groups.
 
     Args:
-        device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        backend: "auto" (NCCL on CUDA, else gloo), "nccl" or "gloo": for gradients. Control always takes gloo.
+        device: "auto" (CUDA if available), "cpu" or "cuda".
+        backend: "auto" (NCCL on CUDA, otherwise gloo), "nccl" or "gloo", for gradients. Control always uses gloo.
         timeout_s: a collective that takes longer is an error.
     Raises:
-        ValueError: CUDA was asked for and is missing, or there are more local processes than GPUs under NCCL.
+        ValueError: CUDA was requested but is missing, or there are more local processes than GPUs under NCCL.
     """
     rank, world_size = launched_rank(), launched_world_size()
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -201,12 +201,12 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
 
 
 def enable_determinism() -> None:
-    """Ask torch for the same bits from run to run on CUDA; before its first use there."""
+    """Make torch compute the same bits in every run on CUDA. Call it before the first use of CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def destroy_context(context: DistContext) -> None:
-    """Leave the process groups; call once, after the comm stream was closed."""
+    """Leave the process groups. Call it once, after closing the comm stream."""
     if context.grad_group is not None and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,14 +1,15 @@
 """The contract between parallelism and the optimizer: gradients from the backward pass to the step.
 
     reduce     the comm hook sums a bucket over the ranks            comm stream, under the backward pass
-    settle     it does what it still owes without other ranks        whoever has waited for the bucket
-    norm       sums of squares of the buckets -> the global norm     the optimizer asks, before it changes anything
-    take       the hook hands over a bucket's sums                   the optimizer asks, for a step that takes place
-    gather     all ranks get what each put into its own shard        the optimizer asks, for Muon under ZeRO-1
-    release    the bucket is zeroed for the next backward pass       the optimizer asks, also after a skipped step
+    settle     the hook finishes its local part                      the thread that has waited for the bucket
+    norm       sums of squares of the buckets -> the global norm     called by the optimizer, before it changes anything
+    take       the hook hands over a bucket's sums                   called by the optimizer, unless it skips the step
+    gather     every rank gets all ranks' shards                     called by the optimizer, for Muon under ZeRO-1
+    release    the bucket is zeroed for the next backward pass       called by the optimizer, also after a skipped step
 
-Units: the backward pass is of the loss times a scale (float16's loss scale; else 1). Plain hooks leave it in the sums;
-PowerSGD takes it out, since its residuals outlive it. A source says which by `keeps_scale`; the optimizer divides.
+Units: the backward pass differentiates the loss times a scale (float16's loss scale, otherwise 1). Plain hooks leave
+the scale in the sums; PowerSGD divides by it, since its residuals outlive it. `keeps_scale` of a source says which; the
+optimizer divides where the scale is left.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,36 +32,36 @@ class Named(Protocol):
 
 
 class GradientSource(Protocol):
-    """What an optimizer steps, and where its gradients come from. Buckets go by their numbers."""
+    """The slices that an optimizer steps, and their gradients. Buckets are given by number."""
 
     @property
     def slices(self) -> Sequence[Sequence[ParameterSlice]]:
-        """What this rank steps, one list a bucket."""
+        """Slices that this rank steps, one list a bucket."""
 
     @property
     def keeps_scale(self) -> bool:
-        """Whether the sums still bear the loss scale."""
+        """Whether the sums still include the loss scale."""
 
     @property
     def is_zeroed_by_step(self) -> bool:
-        """Whether `release` has nothing left to do once every slice's gradients were zeroed."""
+        """Whether zeroing the gradients of every slice makes `release` unnecessary."""
 
     def parameters(self, bucket: int) -> Sequence[Named]:
-        """The parameters of a bucket, whichever rank steps them."""
+        """Parameters of a bucket, whichever rank steps them."""
 
     def sum_of_squares(self, bucket: int) -> Tensor:
         """Sum of the squares of a bucket's sums, or of this rank's shard of them: float64 scalar. Before `take`."""
 
     def over_ranks(self, squares: Tensor) -> Tensor:
-        """`sum_of_squares` of all buckets together, a float64 scalar on the CPU -> that of all gradients. Collective
-        where slices are shards."""
+        """Sum of the squares of all gradients, from this rank's `sum_of_squares` over all buckets: float64 scalars on
+        the CPU. Collective if slices are shards."""
 
     def take(self, bucket: int) -> list[Tensor]:
-        """Summed gradients of the bucket's slices, 1-D each. They may be written over until `release`."""
+        """Summed gradients of the bucket's slices, 1-D each. The caller may overwrite them until `release`."""
 
     def gather(self, bucket: int) -> list[Tensor]:
-        """After `take`: for each slice the gradients of its whole parameter, 1-D, with what every rank has written over
-        its own. Collective where slices are shards."""
+        """For each slice the gradients of its whole parameter, 1-D, as every rank has overwritten its own since `take`.
+        Collective if slices are shards."""
 
     def release(self, bucket: int) -> None:
         """Get the bucket ready for the next backward pass."""
@@ -83,7 +84,7 @@ class StepResult:
 
 
 class Optimizer(Protocol):
-    """What engines use of optimizer/mixed_precision.py."""
+    """The part of optimizer/mixed_precision.py that engines use."""
 
     def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult: ...
 

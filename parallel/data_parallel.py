@@ -1,7 +1,7 @@
-"""Engines of a model that is whole on every rank: naive, or in buckets with hooks, ZeRO-1 and overlaps.
+"""Engines for a model that is whole on every rank: naive, or in buckets with hooks, ZeRO-1 and overlaps.
 
-    forward_backward   micro-batch | micro-batch | ... | the last one, under which buckets are reduced
-    step               wait for the buckets | norm | step and, under ZeRO-1, gather bucket after bucket
+    forward_backward   micro-batch | micro-batch | ... | the last one, during which buckets are reduced
+    step               wait for the buckets | norm | step and, with ZeRO-1, gather bucket by bucket
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,10 +66,10 @@ def _grad_dtype(parts: EngineParts) -> torch.dtype:
 
 
 class WholeModelEngine:
-    """What both share.
+    """The common part of both engines.
 
     Args:
-        gradients: of `ddp`, for the optimizer.
+        gradients: the gradients of `ddp`, for the optimizer.
     """
 
     is_sharded = False
@@ -83,7 +83,7 @@ class WholeModelEngine:
         device = self._parts.context.device
         self._run_prepass(micro_batches, task)
         factor = plan.loss_scale / max(plan.count, 1)
-        # A fused loss rounds its gradient before it is scaled; float16 alone would lose something by that.
+        # A fused loss rounds its gradient before it is scaled. Only in float16 does that lose small values.
         task.grad_scale = factor if self._parts.is_fp16 else 1.0
         loss = torch.zeros((), dtype=torch.float64, device=device)
         metrics = {name: torch.zeros_like(loss) for name in task.metric_names}
@@ -111,7 +111,7 @@ class WholeModelEngine:
                 task.take_prepass(context.all_sum(sum(sums[1:], sums[0]).cpu()).to(context.device))
 
     def _before_last(self, plan: StepPlan) -> None:
-        """Right before the last micro-batch, under which gradients may be reduced."""
+        """Called right before the last micro-batch, during which gradients may be reduced."""
 
     def step(self, plan: StepPlan) -> StepResult:
         self._ddp.finish_grad_sync()
@@ -121,7 +121,7 @@ class WholeModelEngine:
             return self._step(plan)
 
     def _find_nonfinite(self) -> list[str]:
-        """`nonfinite_parameters` of this step, before its gradients are zeroed."""
+        """Find this step's `nonfinite_parameters`, before its gradients are zeroed."""
         raise NotImplementedError
 
     def _step(self, plan: StepPlan) -> StepResult:
@@ -131,7 +131,7 @@ class WholeModelEngine:
         return task(self._parts.to_device(batch))
 
     def settle(self) -> None:
-        """The weights are whole after every step."""
+        """Do nothing: the weights are whole after every step."""
 
     def check_replicas(self, step: int) -> None:
         self.settle()
@@ -191,7 +191,7 @@ class NaiveEngine(WholeModelEngine):
 
 
 class BucketedEngine(WholeModelEngine):
-    """Reduces buckets of gradients under the backward pass.
+    """Reduces buckets of gradients during the backward pass.
 
     Args:
         zero1: shards the optimizer's state.
@@ -205,13 +205,13 @@ class BucketedEngine(WholeModelEngine):
             ddp.register_after_reduction(self._step_reduced)
 
     def _step_reduced(self, bucket: Bucket) -> None:
-        """What follows a bucket's reduction under overlap_optim_step, while the backward pass goes on."""
+        """Step a reduced bucket while the backward pass goes on (overlap_optim_step)."""
         with span(f"step bucket {bucket.index}"):
             self.optimizer.step_bucket(bucket.index, release=self._parts.config.overlap_zero_grad_buffer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         if self.hook.saved_state() is not None or self._parts.config.overlap_optim_step:
-            # What is saved changes while the backward pass goes on.
+            # Saved state changes while the backward pass goes on.
             plan.before_update()
         self.hook.begin_step(plan.number)
         if self.hook.saves_gradients:
@@ -296,8 +296,8 @@ class BucketedEngine(WholeModelEngine):
             return None
         return (
             f"ZeRO-1 gathers parameters for {seconds:.2f} s a step, longer than the compute ({compute_s:.2f} s at half "
-            f"the peak), and no compression shortens that: leave out --use_distributed_optimizer if the memory allows, "
-            f"or make steps larger"
+            f"the peak), and no compression shortens that: leave out --use_distributed_optimizer if memory allows, or "
+            f"make steps larger"
         )
 
     def close(self) -> None:

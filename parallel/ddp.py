@@ -7,9 +7,9 @@ bucket of gradients as soon as the backward pass has completed it, while the pas
     comm stream                               [  bucket 0  ][  bucket 1  ][ bucket 2 ]
                                                                             ^ the only exposed part
 
-What is sent: each gradient once, 2 (N - 1) / N x its bytes a rank (see comm_hooks.py). Gradients are summed, never
-averaged: the task's loss is divided by the supervised tokens of the whole global batch before the backward pass.
-Both are wrapped round a model in the same way:
+Each gradient is sent once: 2 (N - 1) / N x its bytes a rank (see comm_hooks.py). Gradients are summed, never averaged:
+the task's loss is divided by the supervised tokens of the whole global batch before the backward pass. Both classes
+wrap a model in the same way:
 
     for micro_batch in step[:-1]:
         with ddp.no_sync():
@@ -38,16 +38,16 @@ class DistributedDataParallel(nn.Module):
     """Bucketed gradient reduction, overlapped with the backward pass.
 
     A bucket is launched when its last gradient has arrived, always in bucket order: every rank issues the same
-    collectives in the same order, whatever order its gradients arrived in.
+    collectives in the same order, in whatever order its gradients arrive.
 
     Args:
         module: the model, already in its training dtype and on its device. Its parameters move into flat buffers.
-        context: this process's place.
+        context: this process's rank, device and groups.
         comm_stream: runs the hooks; created here if not given.
         bucket_size: elements after which a bucket is closed; 0 for a single bucket.
-        overlap_grad_reduce: launch buckets during the backward pass; off: all of them after it.
+        overlap_grad_reduce: launch buckets during the backward pass; off: launch all of them after it.
         grad_dtype: dtype in which gradients accumulate and, with the default hook, travel.
-        observer: is told what goes on; created here if not given.
+        observer: receives reports for profiles and logs; created here if not given.
     """
 
     def __init__(
@@ -85,23 +85,23 @@ class DistributedDataParallel(nn.Module):
         return self.module(*args, **kwargs)
 
     def use_hook(self, hook: CommHook) -> None:
-        """Replace the all-reduce by one of the hooks of comm_hooks.py or powersgd.py."""
+        """Replace the all-reduce by a hook from comm_hooks.py or powersgd.py."""
         self.hook = hook
 
     def register_comm_hook(self, state: object, hook: Callable[[object, Bucket], Handle | None]) -> None:
-        """Replace the all-reduce by a plain `hook(state, bucket)`, see comm_hooks.py for what it owes."""
+        """Replace the all-reduce by a plain function `hook(state, bucket)`; comm_hooks.py states its contract."""
         self.hook = FunctionHook(state, hook)
 
     def register_after_reduction(self, callback: Callable[[Bucket], None]) -> None:
         """Call `callback(bucket)` as soon as a bucket is reduced, while the backward pass and later buckets go on.
 
-        It runs on a stream (on a CPU: a thread) of its own, bucket after bucket, and must issue no collectives.
+        Calls run one after the other on their own stream (on a CPU: thread) and must not issue collectives.
         """
         self._after = CommStream(self.context.device), callback
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes inside only accumulate: for all micro-batches of a step but the last."""
+        """Context in which backward passes only accumulate: for all micro-batches of a step but the last."""
         before, self._sync_this_backward = self._sync_this_backward, False
         try:
             yield
@@ -109,10 +109,10 @@ class DistributedDataParallel(nn.Module):
             self._sync_this_backward = before
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Get all buckets ready for the next backward pass. An optimizer of ours has done so at the end of its step.
+        """Get all buckets ready for the next backward pass. MixedPrecisionOptimizer does so at the end of its step.
 
         Raises:
-            ValueError: `set_to_none`, as gradients are views into the buffers.
+            ValueError: `set_to_none` is given, but gradients are views into the buffers.
         """
         if set_to_none:
             raise ValueError("gradients are views into flat buffers and cannot be None: leave set_to_none out")
@@ -121,24 +121,24 @@ class DistributedDataParallel(nn.Module):
         self.flat_buffers.restore_grad_views()
 
     def bytes_sent(self) -> float:
-        """Bytes that each rank sends in a step to sum the gradients; 0 under a plain function, which does not say."""
+        """Bytes that each rank sends in a step to sum the gradients; 0 (unknown) if the hook is a plain function."""
         return sum(self.hook.bytes_sent(bucket) for bucket in self.buckets)
 
     def close(self) -> None:
-        """End the threads; work that was not waited for is finished first."""
+        """Finish all submitted work and end the threads."""
         self.comm_stream.close()
         if self._after is not None:
             self._after[0].close()
 
     def slices(self) -> list[list[ParameterSlice]]:
-        """What the optimizer steps: every parameter whole, one list a bucket."""
+        """Slices for the optimizer: every parameter whole, one list a bucket."""
         return [bucket.slices(0, len(bucket.grad)) for bucket in self.buckets]
 
     def finish_grad_sync(self) -> None:
-        """After the last micro-batch's backward pass: launch what is left and wait for all buckets.
+        """Launch the remaining buckets and wait for all of them. Call it after the last micro-batch's backward pass.
 
         Raises:
-            RuntimeError: parameters that got no gradient, by name.
+            RuntimeError: some parameters got no gradient; names them.
         """
         missing = [slot.parameter.name for parameter, slot in self._slot_of.items() if parameter not in self._arrived]
         if missing:
@@ -158,14 +158,14 @@ class DistributedDataParallel(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """Forget the last synchronised backward pass."""
+        """Reset the bookkeeping for the next synchronised backward pass."""
         self._arrived: set[nn.Parameter] = set()
         self._pending = [len(bucket.slots) for bucket in self.buckets]
         self._next_bucket = 0
         self._handles: list[Handle] = []
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        """Autograd has added this backward pass's gradient of `parameter` to its view."""
+        """Launch complete buckets. Autograd calls this after adding the gradient of `parameter` to its view."""
         if not self._sync_this_backward:
             return
         if parameter in self._arrived:

@@ -1,11 +1,11 @@
-"""What the training loop sees of parallelism.
+"""The interface between the training loop and parallelism.
 
-An engine holds the model as its ranks share it, its gradients and its optimizer. A step of the loop:
+An engine holds the model as the ranks share it, its gradients and its optimizer. A step of the loop:
 
     engine.forward_backward(micro_batches, task, plan)     sums of losses and metrics; None: the step was dropped
     engine.step(plan)                                      reduce, norm, take, release (contract.py)
 
-`data_parallel.py` holds the engines of a model that is whole on every rank. `engines.py` opens one by name.
+`data_parallel.py` has the engines for a model that is whole on every rank. `engines.py` opens an engine by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,14 +23,14 @@ Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """A batch's loss under the model; tasks/language_model.py says more."""
+    """Computes a batch's loss under the model; tasks/language_model.py has the details."""
 
     metric_names: Sequence[str]
     uses_prepass: bool
     grad_scale: float
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        """(sum of the losses, their count, sums of the metrics)."""
+        """Returns (sum of the losses, their count, sums of the metrics)."""
 
     def prepass(self, batch: Batch) -> Tensor: ...
 
@@ -39,20 +39,20 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step that begins."""
+    """The facts of one step, known before it begins."""
 
     number: int
     """Number of the step, from 1."""
     lr: float
     count: int
-    """Terms of the loss in the whole global batch: what gradients are divided by."""
+    """Terms of the loss in the whole global batch, by which gradients are divided."""
     loss_scale: float
-    """What the loss is multiplied by (float16)."""
+    """Factor on the loss (float16)."""
     before_update: Callable[[], None]
-    """To be called before anything changes that a checkpoint holds. More than one call does no harm."""
+    """Must be called before anything that a checkpoint holds changes. More than one call is harmless."""
     shall_drop: Callable[[int, int], bool] | None = None
-    """Asked between micro-batches, with their number so far and in all: whether to drop the step. Collective; None:
-    there is nobody to ask."""
+    """Whether to drop the step: called between micro-batches, with their number so far and in all. Collective; None:
+    never drop it."""
 
 
 class Sums(NamedTuple):
@@ -65,92 +65,93 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What each rank sends in a step."""
+    """Bytes that each rank sends in a step, and the network's speed."""
 
     bytes_per_s: float
-    """Each way, by the slowest rank, measured now."""
+    """Speed each way of the slowest rank, as measured."""
     sent: Mapping[str, float]
-    """Name of what is sent -> bytes; gradients first."""
+    """Purpose -> bytes; gradients first."""
 
 
 class Engine(Protocol):
     mesh: Mesh
     is_sharded: bool
-    """Whether ranks hold different pieces of the optimizer's state; otherwise all hold the same."""
+    """Whether ranks hold different pieces of the optimizer's state; otherwise all hold the same state."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
-        """This rank's micro-batches of a step. None: the step was dropped, and all but the gradients is as before."""
+        """Run this rank's micro-batches of a step. None: the step was dropped; only the gradients have changed."""
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Reduce the gradients and step with them. Afterwards they are zero, also if the step was skipped."""
+        """Reduce the gradients and step. Afterwards the gradients are zero, also if the step was skipped."""
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        """What `task` returns for a validation batch."""
+        """Result of `task` for a validation batch."""
 
     def settle(self) -> None:
-        """Wait until the model's weights are whole, outside training time: before they are read."""
+        """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""
 
     def check_replicas(self, step: int) -> None:
-        """Compare what ranks must hold alike. Collective.
+        """Check that ranks agree on the state that they share. Collective.
 
         Raises:
-            ReplicaDrift: they do not; on all ranks.
+            ReplicaDrift: they differ; on all ranks.
         """
 
     def communication_s(self) -> float:
         """Seconds that training has waited for communication since the last call."""
 
     def nonfinite_parameters(self) -> list[str]:
-        """This rank's parameters whose gradients were not finite in the last step, as far as that was looked for."""
+        """This rank's parameters whose gradients were not finite in the last step; empty if that was not checked."""
 
     def records(self) -> Mapping[str, dict]:
-        """Results' records of the last step beside the usual one: name -> fields."""
+        """Additional records of the last step for the results' file: name -> fields."""
 
     def named_state(self) -> NamedState:
-        """This rank's pieces of the optimizer's state: views, to be saved, or filled and then `take_state`n."""
+        """This rank's pieces of the optimizer's state, as views: to save, or to fill before `take_state`."""
 
     def scalar_state(self) -> dict:
         """The rest of the optimizer's state, for JSON."""
 
     def local_state(self) -> dict[str, Tensor] | None:
-        """What this rank's communication remembers beside that; None: nothing."""
+        """State of this rank's communication; None if it has none."""
 
     def take_state(self, scalars: dict) -> None:
-        """The tensors of `named_state` were filled: set the model's weights from them. Collective."""
+        """Set the model's weights from the tensors of `named_state`, once those are filled. Collective."""
 
     def take_local_states(
         self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
     ) -> list[str]:
-        """Take up `local_state` of the ranks that saved.
+        """Take up the `local_state` that ranks have saved.
 
         Args:
-            states: of each of them, and whether this rank is to take up its part. Only the first is for all ranks.
+            states: each saved rank's state, and whether this rank is to take up its part. The first state is for all
+                ranks.
             step: completed steps.
-            name: of the checkpoint, for the sentences.
+            name: the checkpoint's, for the sentences.
         Returns:
-            sentences on what has no place here.
+            sentences on state that has no place here.
         """
 
     def describe(self) -> str:
         """How the ranks share the work, for people."""
 
     def traffic(self) -> Traffic | None:
-        """What a step sends; None: nothing, or nobody knows. Collective, as the network's speed is measured."""
+        """Traffic of a step; None if there is none or it is unknown. Collective: it measures the network's speed."""
 
     def advice(self, traffic: Traffic, compute_s: float) -> str | None:
-        """A sentence for who could save time by other flags.
+        """A sentence on flags that would save time; None if there is nothing to advise.
 
         Args:
-            compute_s: what a step computes for, at half the peak.
+            compute_s: a step's compute time at half the peak.
         """
 
     def close(self) -> None:
-        """End threads; work that was not waited for is finished first."""
+        """Finish all submitted work and end threads."""
 
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What every engine is opened with."""
+    """The parts that every engine is opened with."""
 
     config: ParallelConfig
     powersgd: PowerSGDConfig
@@ -161,8 +162,8 @@ class EngineParts:
     to_device: Callable[[Batch], Batch]
     new_optimizer: Callable[[GradientSource], Optimizer]
     square: Callable[[Tensor], Tensor]
-    """Sum of the squares of a 1-D tensor, float64 scalar: the optimizer's kernel for it."""
+    """The optimizer's kernel for the sum of the squares of a 1-D tensor: float64 scalar."""
     loss_scale: Callable[[], float]
-    """float16's loss scale at present; 1 without."""
+    """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int

@@ -1,4 +1,4 @@
-"""Engines by name. A new one is a module that opens it, and a line here."""
+"""Engines by name. A new engine is a module with a function that opens it, and a line here."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ ENGINES: dict[str, Callable[[EngineParts], Engine]] = {
     "naive": data_parallel.open_naive,
     "bucketed": data_parallel.open_bucketed,
 }
-"""--ddp_impl -> what opens it."""
+"""--ddp_impl -> the function that opens it."""
 
 
 def open_engine(parts: EngineParts) -> Engine:

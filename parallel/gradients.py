@@ -1,4 +1,4 @@
-"""Where an optimizer gets its gradients from: the buckets of a DDP, or tensors beside the parameters (contract.py)."""
+"""Gradient sources for an optimizer (contract.py): the buckets of a DDP, or tensors beside the parameters."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,8 +20,8 @@ class BucketGradients:
     """Gradients in the buckets of a DDP.
 
     Args:
-        zero1: this rank steps its shards; None: every parameter whole.
-        square: sum of the squares of a 1-D tensor, float64 scalar.
+        zero1: provides this rank's shards as slices; None: every parameter is one slice.
+        square: returns the sum of the squares of a 1-D tensor, float64 scalar.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BucketGradients:
 
     @property
     def is_zeroed_by_step(self) -> bool:
-        # Under ZeRO-1, the rest of the bucket must be zeroed, too.
+        # Under ZeRO-1, the other shards of the bucket must be zeroed, too.
         return self.zero1 is None and self.ddp.hook.takes_in_place
 
     def parameters(self, bucket: int) -> Sequence[Named]:
@@ -78,7 +78,7 @@ class BucketGradients:
 
 
 class PlainGradients:
-    """Gradients that lie beside their slices and hold the sums of all ranks, as NaiveDDP's do."""
+    """Gradients stored with their slices, already summed over all ranks, as NaiveDDP's are."""
 
     keeps_scale = is_zeroed_by_step = True
 

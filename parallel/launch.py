@@ -1,14 +1,14 @@
-"""Start this machine's ranks: torchrun's flags and its agent, with a rendezvous that is no open door.
+"""Start this machine's ranks: torchrun's flags and its agent, with a rendezvous that is safe on a network.
 
     python -m parallel.launch --standalone --nproc_per_node=2 train_my_ddp.py FLAGS
     python -m parallel.launch --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=10.0.0.1:29400 train_my_ddp.py FLAGS
 
-torchrun keeps the state of its rendezvous as a pickle in a store that listens on every interface: whoever reaches the
-port while it waits runs code here. This one listens on one address (parallel/listen.py), and what the nodes say to each
-other is JSON. gloo and NCCL take the same interface unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set.
+torchrun keeps the state of its rendezvous as a pickle in a store that listens on every interface: anyone who reaches
+the port while it waits can run code here. This rendezvous listens on one address (parallel/listen.py), and its messages
+are JSON. gloo and NCCL use the same interface unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is set.
 
-One node needs nobody: its store is on loopback, at a free port. Of several, the one whose address the endpoint is (or
-that has --node_rank=0) leads; it has rank 0, and the store:
+A single node has its store on loopback, at a free port. Of several nodes, the one that has the endpoint's address (or
+--node_rank=0) is the leader; it has rank 0, and the store:
 
     leader                                          another node
       listens at the endpoint                         connects, again and again until the leader is there
@@ -16,8 +16,8 @@ that has --node_rank=0) leads; it has rank 0, and the store:
       looks which tickets have a beat that goes on     again every 0.1 s with the next beat
       all here: writes which ticket has which rank -> finds its ticket: that is its rank
 
-So a node that died while it waited has lost its place, and may come again. Without --node_rank, ranks follow the order
-of arrival. A later attempt (--max_restarts) meets anew in the same store; its ranks get a store of their own.
+So a node that dies while it waits loses its place, and may join again. Without --node_rank, ranks follow the order of
+arrival. A later attempt (--max_restarts) meets again in the same store; its ranks get their own store.
 """
 
 import sys
@@ -59,27 +59,27 @@ from parallel.listen import LOOPBACK, bind, interface_of, is_own, own_address, o
 from utils.terminal import run_main
 
 _BACKEND = "zero2all"
-_POLL_S, _STALE_S, _TELL_AFTER_S, _CONNECT_S, _PART_S = 0.1, 5.0, 5.0, 5.0, 5.0
+_POLL_S, _STALE_S, _REPORT_AFTER_S, _CONNECT_S, _PART_S = 0.1, 5.0, 5.0, 5.0, 5.0
 
 
 @dataclass
 class MeetingPoint:
-    """Where a node meets the others."""
+    """The place where a node meets the others."""
 
     nnodes: int
     node_rank: int | None
-    """As asked for; None: by order of arrival."""
+    """Requested rank; None: by order of arrival."""
     host: str
     port: int
-    """Of the leader's store."""
+    """Port of the leader's store."""
     timeout_s: float
-    """How long to wait for the others."""
+    """Longest wait for the others."""
     interface: str | None = None
-    """For gloo and NCCL, as --local_addr says; None: the one that the leader is reached by."""
+    """Interface for gloo and NCCL, from --local_addr; None: the one through which the leader is reached."""
     listening: socket.socket | None = None
-    """The leader's; taken over by its store."""
+    """The leader's socket, which its store takes over."""
     rendezvous: "_Rendezvous | None" = None
-    """The rendezvous that was made for this point."""
+    """The rendezvous that was made for this meeting point."""
 
     @property
     def where(self) -> str:
@@ -87,20 +87,21 @@ class MeetingPoint:
 
 
 def parser_of_flags() -> ArgumentParser:
-    """torchrun's own; --node_rank that is not given is None. And --quiet."""
+    """torchrun's flags, and --quiet. The default of --node_rank is None."""
     parser = get_args_parser()
     parser.prog = "python -m parallel.launch"
     parser.add_argument(
-        "--quiet", action="store_true", help="leave it to the ranks to say why they ended, unless they were killed"
+        "--quiet", action="store_true", help="let the ranks report why they ended, unless they were killed"
     )
-    # Where torchrun's environment variable is set, the default is that.
+    # If torchrun's environment variable is set, that is the default.
     if parser.get_default("node_rank") == 0:
         parser.set_defaults(node_rank=None)
     return parser
 
 
 def find_meeting_point(args: Namespace) -> MeetingPoint:
-    """
+    """Choose the meeting point from the flags, and listen there if this node leads.
+
     Raises:
         ValueError: the flags contradict each other, or the address to listen on is not this machine's.
         OSError: the port is in use.
@@ -125,11 +126,11 @@ def find_meeting_point(args: Namespace) -> MeetingPoint:
     if args.local_addr:
         place.interface = next(map(interface_of, own_addresses(args.local_addr)), None)
         if place.interface is None:
-            _say(f"--local_addr={args.local_addr} is none of this machine's: taking the one towards {place.where}")
+            _say(f"--local_addr={args.local_addr} is not on this machine: using the address that reaches {place.where}")
     leads = conf["is_host"] if args.node_rank is None else args.node_rank == 0
     if leads or (leads is None and is_own(host)):
         address = own_address(host, args.local_addr, asked_interface())
-        # Another launcher of this machine may lead, if it was not said which one does.
+        # Unless the flags name the leader, another launcher on this machine may lead.
         with suppress(OSError) if leads is None else nullcontext():
             place.listening, place.host = bind(address, port), address
     return place
@@ -142,12 +143,12 @@ def _number_of_nodes(text: str) -> int:
     except ValueError:
         numbers = set()
     if len(numbers) != 1 or min(numbers) < 1:
-        raise ValueError(f"--nnodes={text}: give one number; a range of them is not supported here")
+        raise ValueError(f"--nnodes={text}: give one number; ranges are not supported here")
     return numbers.pop()
 
 
 def _rendezvous_conf(text: str) -> dict:
-    """{"is_host": True, False or None, "timeout": seconds} of --rdzv_conf."""
+    """Parse --rdzv_conf: {"is_host": True, False or None, "timeout": seconds}."""
     given = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
     truth = {"1": True, "true": True, "0": False, "false": False}
     conf = {"is_host": None, "timeout": 600.0}
@@ -157,12 +158,12 @@ def _rendezvous_conf(text: str) -> dict:
         elif name in ("timeout", "join_timeout") and value.isdecimal() and int(value) > 0:
             conf["timeout"] = float(value)
         else:
-            raise ValueError(f"--rdzv_conf: {name}={value} means nothing here: is_host=0 or 1, and timeout=SECONDS do")
+            raise ValueError(f"--rdzv_conf: {name}={value} has no meaning here: give is_host=0 or 1, timeout=SECONDS")
     return conf
 
 
 def _endpoint(args: Namespace) -> tuple[str, int]:
-    """Host and port; port 0 where none is given and one node is all."""
+    """Host and port; port 0 if there is only one node and no port is given."""
     alone = _number_of_nodes(args.nnodes) == 1
     if args.rdzv_endpoint:
         return parse_rendezvous_endpoint(args.rdzv_endpoint, 0 if alone else 29400)
@@ -173,13 +174,13 @@ def _endpoint(args: Namespace) -> tuple[str, int]:
 
 
 def seats(wishes: dict[int, int | None], nnodes: int) -> list[int | None]:
-    """Which node gets which rank.
+    """Assign ranks to nodes.
 
     Args:
-        wishes: ticket -> rank or None, of the nodes that are there besides the leader.
+        wishes: ticket -> requested rank or None, of all present nodes except the leader.
     Returns:
-        ticket of each rank, 0 being the leader's; None: nobody has the rank yet. Of two that wish the same the later
-        one gets it: the first one has been started again.
+        ticket of each rank, 0 being the leader's; None: nobody has the rank yet. If two nodes request the same rank,
+        the later one gets it: it is the first one, started again.
     """
     seated: dict[int, int] = {0: 0}
     for ticket, rank in sorted(wishes.items()):
@@ -191,27 +192,28 @@ def seats(wishes: dict[int, int | None], nnodes: int) -> list[int | None]:
 
 
 class _Patience:
-    """A wait for other nodes that says what it waits for, and ends."""
+    """A wait for other nodes, with a limit, that reports its reason once."""
 
     def __init__(self, seconds: float):
-        self.seconds, self._began, self._told = seconds, time.monotonic(), False
+        self.seconds, self._began, self._has_reported = seconds, time.monotonic(), False
 
     def pause(self, what: str) -> None:
-        """
+        """Sleep until the next look. `what` is the reason, for people.
+
         Raises:
             RendezvousTimeoutError: it took too long.
         """
         waited = time.monotonic() - self._began
         if waited > self.seconds:
             raise RendezvousTimeoutError(f"gave up after {self.seconds:.0f} s: {what}")
-        if waited > _TELL_AFTER_S and not self._told:
+        if waited > _REPORT_AFTER_S and not self._has_reported:
             _say(f"waiting, {what}")
-            self._told = True
+            self._has_reported = True
         time.sleep(_POLL_S)
 
 
 class _Rendezvous(RendezvousHandler):
-    """What torchrun's agent asks of a rendezvous: once for each attempt, this node's rank and a store."""
+    """A rendezvous for torchrun's agent, which calls it once per attempt for this node's rank and a store."""
 
     def __init__(self, place: MeetingPoint, run_id: str):
         self.place, self.run_id = place, run_id
@@ -225,11 +227,11 @@ class _Rendezvous(RendezvousHandler):
         return RendezvousInfo(agents, rank, self.place.nnodes, RendezvousStoreInfo(self.place.host, port))
 
     def _meet(self, patience: _Patience) -> tuple[int, int]:
-        """(this node's rank, port of the store for the ranks)."""
+        """Meet the other nodes. Returns (this node's rank, port of the store for the ranks)."""
         raise NotImplementedError
 
     def _talk(self, store: dist.Store) -> dist.Store:
-        """What the nodes say to each other in this attempt."""
+        """The part of the store for the nodes' messages in this attempt."""
         return dist.PrefixStore(f"nodes/{self.run_id}/{self._attempt}", store)
 
     def get_backend(self) -> str:
@@ -237,32 +239,32 @@ class _Rendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """The ranks are clients of the leader's store: none of them opens one."""
+        """Whether the ranks use the leader's store: they do, and none of them opens one."""
         return True
 
     def get_run_id(self) -> str:
         return self.run_id
 
     def num_nodes_waiting(self) -> int:
-        """The number of nodes is fixed: nobody joins a job that runs."""
+        """Always 0: the number of nodes is fixed, and nobody joins a running job."""
         return 0
 
     def is_closed(self) -> bool:
         return False
 
     def set_closed(self) -> None:
-        """Nobody asks."""
+        """Do nothing: `is_closed` is constant."""
 
     def shutdown(self) -> bool:
-        """The store ends with this process."""
+        """Do nothing: the store ends with this process."""
         return True
 
     def part(self) -> None:
-        """After all nodes have finished: the leader, and the store with it, leaves last."""
+        """Leave after this node has finished. The leader, and with it the store, leaves last."""
 
 
 class Leader(_Rendezvous):
-    """Has rank 0 and the store."""
+    """The node with rank 0 and the store."""
 
     def __init__(self, place: MeetingPoint, run_id: str):
         super().__init__(place, run_id)
@@ -273,7 +275,7 @@ class Leader(_Rendezvous):
 
     def _meet(self, patience: _Patience) -> tuple[int, int]:
         if self._attempt > 1:
-            # The keys of the last attempt would mislead the ranks of this one.
+            # Keys of the last attempt would mislead the ranks of this one.
             self._of_ranks = serve_store(bind(self.place.host, 0), self.place.timeout_s)
         talk, beats, nnodes = self._talk(self._store), _Beats(), self.place.nnodes
         plan: list[int | None] = [0]
@@ -283,7 +285,7 @@ class Leader(_Rendezvous):
             if seated != plan:
                 plan, planned = seated, time.monotonic()
             elif None not in plan and beats.all_since(planned, [ticket for ticket in plan[1:] if ticket is not None]):
-                # Each has beaten since all were there: of two that came, one may be the other, started again.
+                # Each has beaten since all arrived. Before, one of two nodes might have been the other, started again.
                 break
             missing = [str(rank) for rank, ticket in enumerate(plan) if ticket is None]
             here = f"{nnodes - len(missing)} of {nnodes} nodes are at {self.place.where}"
@@ -298,13 +300,13 @@ class Leader(_Rendezvous):
 
 
 class _Beats:
-    """Which nodes are there, by what they write again and again."""
+    """The present nodes: those whose beats go on."""
 
     def __init__(self):
         self._seen: dict[int, tuple[object, float]] = {}
 
     def look(self, talk: dist.Store) -> dict[int, int | None]:
-        """ticket -> the rank that the node wishes."""
+        """Present nodes: ticket -> requested rank."""
         now, wishes = time.monotonic(), {}
         for ticket in range(1, talk.add("tickets", 0) + 1):
             if not talk.check([f"node/{ticket}"]):
@@ -312,7 +314,7 @@ class _Beats:
             try:
                 rank, beat = json.loads(talk.get(f"node/{ticket}"))
             except (ValueError, TypeError):
-                # Not written by a launcher.
+                # A launcher did not write this.
                 continue
             if self._seen.get(ticket, (None, 0.0))[0] != beat:
                 self._seen[ticket] = (beat, now)
@@ -333,7 +335,7 @@ class Follower(_Rendezvous):
                 self._store = self._connect(patience)
                 met = self._join(self._talk(self._store), patience)
             except dist.DistError:
-                # The leader has gone; another one may come.
+                # The leader is gone; another may come.
                 met = None
             if met is not None:
                 return met
@@ -343,7 +345,7 @@ class Follower(_Rendezvous):
             )
 
     def _connect(self, patience: _Patience) -> dist.TCPStore:
-        """Wait for the leader to listen. Not in TCPStore, which prints a page for each try."""
+        """Wait until the leader listens, with a plain socket, as TCPStore prints a page for each try."""
         host, port = self.place.host, self.place.port
         while True:
             try:
@@ -356,7 +358,7 @@ class Follower(_Rendezvous):
         return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self.place.timeout_s))
 
     def _join(self, talk: dist.Store, patience: _Patience) -> tuple[int, int] | None:
-        """None: not with this leader, or not now."""
+        """Join this leader's job. Returns None if that is not possible, or not now."""
         self._store.wait(["run_id"], timedelta(seconds=_CONNECT_S))
         if self._store.get("run_id").decode(errors="replace") != self.run_id or talk.check(["start"]):
             return None
@@ -384,7 +386,7 @@ def _say(text: str) -> None:
 
 
 def _say_failure(error: ChildFailedError, is_quiet: bool) -> None:
-    """Which rank ended first, and how. A rank that ended by itself has said so, and why."""
+    """Print which rank failed first, and how. A rank that ended by itself has reported why."""
     rank, failure = error.get_first_failure()
     if not is_quiet:
         _say(str(error).strip())
@@ -396,14 +398,14 @@ def launch(argv: list[str]) -> int:
     """Run a torchrun command line.
 
     Returns:
-        exit code: 0; 2 the command is wrong; 1 anything else, as torchrun does (what the ranks meant is in their exit
-        records).
+        exit code: 0 for success; 2 if the command is wrong; 1 for anything else, as torchrun does (the ranks' own
+        codes are in their exit records).
     Raises:
-        SystemExit: the flags are wrong, or --help.
+        SystemExit: the flags are wrong, or --help is given.
     """
     args = parser_of_flags().parse_args(argv)
     if args.quiet:
-        # torch's agent tells each rank's end, and then all of it again in a table; and that each rank has one thread.
+        # torch's agent reports each rank's end, then repeats it all in a table, and reports that ranks have one thread.
         for name in ("torch.distributed.elastic", "torch.distributed.run"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -416,12 +418,12 @@ def launch(argv: list[str]) -> int:
         _say(str(error))
         return 2
     except OSError as error:
-        _say(f"{error.strerror}: does another job have it?")
+        _say(f"{error.strerror}: is another job using it?")
         return 1
     config.rdzv_configs |= {"place": place, "timeout": place.timeout_s}
     rendezvous_handler_registry.register(_BACKEND, _create)
 
-    # With the environment's error file, if the scheduler wants one.
+    # This writes the environment's error file, if the scheduler wants one.
     @record
     def run() -> None:
         elastic_launch(config, command)(*arguments)
@@ -437,7 +439,7 @@ def launch(argv: list[str]) -> int:
     except SignalException as error:
         _say(f"ended by {error.sigval.name}")
     except KeyboardInterrupt:
-        # While it waited for other nodes; later, a signal.
+        # It was waiting for other nodes; later, this is a signal.
         _say("interrupted")
     else:
         return 0
@@ -449,5 +451,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Nobody has to read what it says: the ranks go on.
+    # Output that nobody reads is no reason to stop: the ranks go on.
     run_main(main, goes_on=True)

@@ -1,8 +1,8 @@
-"""Where each parameter lies in the flat buffers: plain data, no tensors, no collectives.
+"""Layout of the parameters in the flat buffers: plain data, no tensors, no collectives.
 
-Buckets are contiguous slices, in reverse order of the parameters' first use in the forward pass: that is about the
+Buckets are contiguous slices, in reverse order of the parameters' first use in the forward pass. This is roughly the
 order in which the backward pass delivers gradients, so bucket 0 is complete first. A tied embedding is first used at
-the very beginning, hence belongs to the last bucket.
+the very beginning, so it belongs to the last bucket.
 
     buffer   | bucket 0                       | bucket 1                 | ...
              | lm_head | norm | layers.3 ...  | layers.2 ... | padding   |
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Elements [start, end) of the buffer, padding included, and the slots in it."""
+    """A bucket's place: elements [start, end) of the buffer, padding included, and its slots."""
 
     index: int
     start: int
@@ -67,8 +67,8 @@ def plan_layout(parameters: Sequence[ParameterSpec], bucket_size: int, world_siz
 
     Args:
         parameters: in order of first use in the forward pass.
-        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts everything into one.
-        world_size: every bucket splits evenly over so many ranks.
+        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts everything into one bucket.
+        world_size: number of ranks over which every bucket splits evenly.
     """
     if bucket_size < 0:
         raise ValueError(f"bucket_size must be 0 (one bucket) or positive, got {bucket_size}")

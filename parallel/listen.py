@@ -1,8 +1,8 @@
-"""On which address to listen: one of this machine's, never all of them.
+"""The address to listen on: one of this machine's, never all of them.
 
-torch's TCPStore listens on every interface of a machine unless it is given a socket, and asks nobody who he is. Here it
-gets one: on loopback where all ranks are on this machine, else on the address that the other hosts reach it by. gloo
-and NCCL listen on the interface that they are told; `interface_of` says which has the address.
+torch's TCPStore listens on every interface of a machine unless it is given a socket, and it authenticates nobody. Here
+it gets a socket: on loopback if all ranks are on this machine, otherwise on the address that other hosts reach. gloo
+and NCCL listen on a named interface; `interface_of` finds the one that has the address.
 """
 
 import ipaddress
@@ -16,7 +16,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def addresses_of(host: str) -> list[str]:
-    """IP addresses of a name, as this machine resolves it; none if it does not know the name."""
+    """IP addresses of a name, as this machine resolves it; an empty list if the name is unknown."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -25,10 +25,10 @@ def addresses_of(host: str) -> list[str]:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of this machine's interface that has the address; None if none has. All of 127.0.0.0/8 is on loopback."""
+    """Name of this machine's interface that has the address, or None. All of 127.0.0.0/8 is on loopback."""
     wanted = LOOPBACK if is_loopback(address) else address
     for name, entries in psutil.net_if_addrs().items():
-        # Behind %: the interface that an IPv6 address of the link belongs to.
+        # After %: the interface of a link-local IPv6 address.
         if any(entry.address.partition("%")[0] == wanted.partition("%")[0] for entry in entries):
             return name
     return None
@@ -39,15 +39,15 @@ def is_loopback(address: str) -> bool:
 
 
 def is_own(host: str) -> bool:
-    """Whether a name or address is this machine's."""
+    """Whether a name or address belongs to this machine."""
     return any(interface_of(address) is not None for address in addresses_of(host))
 
 
 def own_addresses(host: str) -> list[str]:
-    """Addresses of this machine that `host` means to it and to others alike.
+    """Addresses of this machine that `host` resolves to, here and on other hosts.
 
-    A name that means loopback (Debian gives a machine's own name to 127.0.1.1) means something else to others; one that
-    is written out is taken as it is: all nodes are on this machine.
+    A name that resolves to loopback (Debian maps a machine's own name to 127.0.1.1) means another machine elsewhere, so
+    it does not count. An explicit "localhost" or loopback address does: all nodes are then on this machine.
     """
     return [
         address for address in addresses_of(host)
@@ -56,11 +56,11 @@ def own_addresses(host: str) -> list[str]:
 
 
 def own_address(host: str, local_addr: str | None = None, interface: str | None = None) -> str:
-    """The address of this machine to listen on, for others who look for `host`: one of `host` itself, else of
-    `local_addr`, else the first IPv4 address of `interface`.
+    """The address of this machine to listen on if others connect to `host`: an address of `host` itself, otherwise of
+    `local_addr`, otherwise the first IPv4 address of `interface`.
 
     Raises:
-        ValueError: none of them is an address of this machine that others reach.
+        ValueError: none of them is an address of this machine that others can reach.
     """
     entries = psutil.net_if_addrs().get(interface or "", [])
     of_interface = [entry.address for entry in entries if entry.family == socket.AF_INET]
@@ -69,13 +69,13 @@ def own_address(host: str, local_addr: str | None = None, interface: str | None 
             return addresses[0]
     meant = ", ".join(addresses_of(host)) or "unknown here"
     raise ValueError(
-        f"{host} ({meant}) is no address of this machine that other hosts reach: say which of its own to listen on, "
-        f"with --local_addr or the interface in GLOO_SOCKET_IFNAME ({', '.join(_reachable()) or 'it has none'})"
+        f"{host} ({meant}) is not an address of this machine that other hosts can reach: choose one with --local_addr, "
+        f"or an interface with GLOO_SOCKET_IFNAME ({', '.join(_reachable()) or 'this machine has none'})"
     )
 
 
 def _reachable() -> list[str]:
-    """This machine's addresses, but for loopback and those of a link alone."""
+    """This machine's addresses except loopback and link-local ones."""
     found = []
     for entries in psutil.net_if_addrs().values():
         for entry in entries:
@@ -87,7 +87,7 @@ def _reachable() -> list[str]:
 
 
 def own_address_towards(host: str) -> str | None:
-    """The address of this machine that traffic to `host` leaves by; None if there is no way to it. Sends nothing."""
+    """The address of this machine that traffic to `host` comes from; None without a route. Sends nothing."""
     for address in addresses_of(host):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
@@ -100,17 +100,17 @@ def own_address_towards(host: str) -> str | None:
 
 
 def bind(address: str, port: int) -> socket.socket:
-    """A TCP socket that listens at one address of this machine; port 0: at any free port.
+    """A TCP socket that listens on one address of this machine; port 0: on any free port.
 
     Raises:
-        OSError: the port is in use; with a sentence.
+        OSError: the port is in use; the message is a sentence.
     """
     listening = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
-        # A port whose last connections are still being closed can be used again at once.
+        # Reuse a port whose last connections are still being closed.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((address, port))
-        # At once: two sockets may be bound to a port, but only one may listen there.
+        # Listen at once: two sockets may be bound to a port, but only one may listen on it.
         listening.listen(128)
     except OSError as error:
         listening.close()
@@ -119,7 +119,7 @@ def bind(address: str, port: int) -> socket.socket:
 
 
 def serve_store(listening: socket.socket, timeout_s: float) -> dist.TCPStore:
-    """A store that answers at the socket, and takes it over."""
+    """A store that serves the socket and takes ownership of it."""
     address, port = listening.getsockname()[:2]
     return dist.TCPStore(
         address, port, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,

@@ -1,4 +1,4 @@
-"""The mathematics of PowerSGD, on one matrix or a list of them; powersgd.py says what they are for.
+"""The mathematics of PowerSGD, on one matrix or a list of them; powersgd.py explains the algorithm.
 
 Shapes: a matrix is [m, n], its factors are P [m, r] and Q [n, r]. Nothing here waits for a GPU.
 """
@@ -12,11 +12,11 @@ from parallel.comm_hooks import narrow, widen
 RIDGE = 1e-13
 """Smallest shift of the Gram matrix of unit columns."""
 NOISE = 4.0
-"""Units of a column's dtype, relative to its length, up to which what is left of it counts as rounding."""
+"""Threshold below which the remainder of a column counts as rounding: units of its dtype, relative to its length."""
 
 
 def add_residual(gradient: Tensor, residual: Tensor) -> None:
-    """M <- G + E, in place of the gradient."""
+    """M <- G + E, in the gradient's memory."""
     gradient.add_(residual)
 
 
@@ -33,18 +33,18 @@ def project_columns(matrix: Tensor, p: Tensor, q: Tensor) -> None:
 def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
     """Replace each [m, r] tensor by an orthonormal basis of its columns, in place: Cholesky-QR in float64.
 
-    With unit columns C (each column over its norm) and L L^T = C^T C + s I, the basis is C L^-T. Matrix products and
-    r x r factorisations only, which is what GPUs and CPUs are fast at, and nothing waits for a GPU. Columns that are
-    zero stay zero.
+    With unit columns C (each column over its norm) and L L^T = C^T C + s I, the basis is C L^-T. It takes only matrix
+    products and r x r factorisations, which are fast on GPUs and CPUs, and never waits for a GPU. Zero columns stay
+    zero.
 
-    The shift s is what makes it safe for any columns (Fukaya et al., Shifted Cholesky QR, SIAM J. Sci. Comput. 2020):
-    the rounding of the Gram matrix, at most u r m in norm for m rows, may make it indefinite where columns depend on
-    each other. With a smaller s the factorisation then fails, or leaves a basis that is a million times too long. With
-    this one no direction comes out longer than 1, and what the columns before it leave of a column, a share t of its
-    length, comes out as t / sqrt(t^2 + s): 0.88 for t = 1e-5 at 4,096 x 32, 0.85 for t = 1e-4 at 131,072 x 128.
+    The shift s makes it safe for any columns (Fukaya et al., Shifted Cholesky QR, SIAM J. Sci. Comput. 2020). The
+    rounding error of the Gram matrix, at most u r m in norm for m rows, can make it indefinite if columns depend on
+    each other. With a smaller s the factorisation then fails, or yields a basis that is a million times too long. With
+    this s no direction comes out longer than 1. A column of which the earlier columns leave a share t of its length
+    comes out with length t / sqrt(t^2 + s): 0.88 for t = 1e-5 at 4,096 x 32, 0.85 for t = 1e-4 at 131,072 x 128.
 
     Args:
-        epsilon: larger shift; dampens columns that depend on earlier ones.
+        epsilon: larger shift; damps columns that depend on earlier ones.
     """
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for factor in factors:
@@ -58,7 +58,7 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
         identity = torch.eye(rank, dtype=torch.float64, device=gram.device)
         shift = max(epsilon, RIDGE, torch.finfo(torch.float64).eps * rank * (m + rank))
         lower, failed = torch.linalg.cholesky_ex(gram + shift * identity)
-        # Where something is not finite. The factor is of a part of the matrix then, and the basis must not look sound.
+        # Non-finite values make it fail. The factor then covers only part of the matrix; the basis must not look sound.
         lower = torch.where((failed != 0)[:, None, None], torch.nan, lower)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         basis = wide @ (inverse_norms[:, :, None] * inverse.mT)
@@ -67,11 +67,11 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
 
 
 def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
-    """Orthonormalize each [m, r] tensor in place and in its own dtype: modified Gram-Schmidt, column after column.
+    """Orthonormalize each [m, r] tensor in place and in its own dtype: modified Gram-Schmidt, column by column.
 
-    Slower than `orthonormalize` and, in 16 bits, less exact; the residual takes up what that costs. A column of which
-    the others have left no more than rounding becomes zero: at full length, rounding would point along columns that
-    are there already, and P P^T M, longer than M, would make the residual grow from step to step.
+    Slower than `orthonormalize` and, in 16 bits, less exact; the residual absorbs the error. If earlier columns leave
+    only rounding error of a column, it becomes zero. Scaled to full length, it would point along existing columns, and
+    P P^T M, longer than M, would make the residual grow from step to step.
     """
     for factor in factors:
         rounding = NOISE * torch.finfo(factor.dtype).eps * factor.norm(dim=0)
@@ -91,7 +91,7 @@ def decompress(p: Tensor, q: Tensor, out: Tensor) -> None:
 
 
 def update_residual(matrix: Tensor, p: Tensor, own_q: Tensor) -> None:
-    """E <- M - P Q_i^T, in place of M."""
+    """E <- M - P Q_i^T, in the memory of M."""
     matrix.addmm_(p.to(matrix.dtype), own_q.to(matrix.dtype).T, alpha=-1.0)
 
 
@@ -101,9 +101,9 @@ def sum_over_ranks(
     """Sum a flat tensor over the ranks in place, with `wire_dtype` on the wire.
 
     Args:
-        own: receives this rank's contribution. The contributions add up to the sum that all ranks now hold, the wire's
-            rounding included: each rank sent its values rounded, and the rank that added up a shard answers for the
-            rounding of that sum. So the residuals, formed with the contributions, take up the wire's rounding too.
+        own: receives this rank's contribution. The contributions add up to the sum that all ranks now hold: each is the
+            rank's rounded values, plus the rounding error of the sum in the shard that this rank added up. So the
+            residuals, formed from the contributions, also absorb the wire's rounding.
     """
     if wire_dtype == factors.dtype:
         if own is not None:

@@ -1,13 +1,13 @@
-"""The ranks of a run as a mesh: which of them share what.
+"""The ranks of a run as a mesh, and what they share.
 
     pipe      stages of the model, one after the other
-    data      copies of the model (or of what the others make of it), each with rows of its own
+    data      copies of the model (or of its parts, if other dimensions cut it), each with its own rows
     context   parts of each row
     tensor    parts of each matrix
 
-Ranks are numbered row by row, tensor fastest: those that talk most are neighbours. **Only the data rank reads rows**:
-order, counts, digests and validation go by `data_rank` and `data_size`. All ranks of one data rank read the same rows
-by themselves, and the one whose other coordinates are 0 (`counts`) adds to what is summed over all ranks.
+Ranks are numbered row by row, tensor fastest, so the ranks that communicate most are neighbours. **Rows depend on the
+data rank alone**: order, counts, digests and validation use `data_rank` and `data_size`. All ranks with the same data
+rank read the same rows, and only the one whose other coordinates are 0 (`counts`) adds to sums over all ranks.
 
 Today only `data` may be larger than 1.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's place."""
+    """One rank's place in the mesh."""
 
     rank: int
     pipe_size: int = 1
@@ -50,5 +50,5 @@ class Mesh:
 
     @property
     def counts(self) -> bool:
-        """Whether this rank adds to counts and digests, of which its data rank must add once."""
+        """Whether this rank adds to counts and digests: one rank per data rank does."""
         return self.tensor_rank == self.context_rank == self.pipe_rank == 0

@@ -1,5 +1,5 @@
-"""Data parallelism, ZeRO-1 and PowerSGD at their plainest: each is the whole idea, slow, and what the tests compare
-the fast ones with.
+"""Data parallelism, ZeRO-1 and PowerSGD at their plainest: each is the whole idea, but slow. Tests compare the fast
+versions with these.
 
     NaiveDDP         all ranks sum their gradients; ddp.py does it in buckets, under the backward pass
     NaiveZero1       each rank keeps the optimizer state of some parameters; zero1.py cuts every bucket into even shares
@@ -20,7 +20,7 @@ from parallel.spans import span
 
 
 def broadcast_parameters(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Give every rank the first rank's weights and buffers. From the main thread: the comm stream has no work yet."""
+    """Give every rank the first rank's weights and buffers. Main thread only, before the comm stream has work."""
     if group is not None:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=0, group=group)
@@ -62,7 +62,7 @@ class NaiveDDP(nn.Module):
         return [name for name, grad in self.grads.items() if not torch.isfinite(grad).all()]
 
     def slices(self) -> list[list[SliceWithGrad]]:
-        """What the optimizer steps: every parameter whole, all in one list, as there are no buckets."""
+        """Slices for the optimizer: every parameter whole, in a single list, as there are no buckets."""
         return [
             [
                 SliceWithGrad(name, 0, tuple(p.shape), p.detach().view(-1), grad.view(-1), grad.view(-1))
@@ -72,12 +72,12 @@ class NaiveDDP(nn.Module):
 
 
 class NaiveZero1:
-    """Parameter i belongs to rank i modulo N: that rank alone keeps its optimizer state and steps it; then it tells
-    the others (Rajbhandari et al., SC 2020, stage 1).
+    """ZeRO stage 1 (Rajbhandari et al., SC 2020): parameter i belongs to rank i modulo N, which alone keeps its
+    optimizer state and steps it, then broadcasts it.
 
     Args:
-        parameters: of the model, with summed gradients when `step` is called.
-        new_optimizer: makes a torch optimizer for the parameters of this rank.
+        parameters: the model's, with summed gradients when `step` is called.
+        new_optimizer: makes a torch optimizer for this rank's parameters.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ def naive_powersgd(
 
     Args:
         gradient: this rank's, (m, n).
-        residual: what earlier steps did not send of this rank's gradients, (m, n).
+        residual: the part of this rank's gradients that earlier steps did not send, (m, n).
         q: (n, r), the same on all ranks.
     Returns:
         an approximation of the sum of all ranks' gradients (m, n), the same on all ranks; this rank's next residual;

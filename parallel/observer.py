@@ -1,6 +1,6 @@
-"""What goes on in data parallelism, for people: spans of a profile, waits, the order of gradients, non-finite values.
+"""Instrumentation of data parallelism: profile spans, waits, the order of gradients, non-finite values.
 
-The algorithms (ddp.py, zero1.py) tell an observer what they do and decide nothing by it.
+The algorithms (ddp.py, zero1.py) report to an observer; none of their decisions depends on it.
 """
 
 import logging
@@ -25,13 +25,14 @@ class SyncTrace:
     """Launches of the buckets in one synchronised backward pass."""
 
     arrived_before_launch: list[int]
-    """Gradients that had arrived when bucket i was launched."""
+    """Number of gradients that had arrived when bucket i was launched."""
     launched_at: list[float]
     """time.perf_counter() of the launch of bucket i."""
 
 
 class Observer:
-    """
+    """Collects the reports of one data-parallel model.
+
     Args:
         check_for_nan: look for non-finite values in each bucket before it is reduced; see `nonfinite_parameters`.
     """
@@ -53,46 +54,46 @@ class Observer:
         self._flags: list[tuple[Bucket, Tensor]] = []
 
     def completed(self, bucket: int) -> None:
-        """The last gradient of a bucket has arrived."""
+        """Report that a bucket's last gradient has arrived."""
         self._complete_order.append(bucket)
 
     def launched(self, gradients_arrived: int) -> None:
-        """The next bucket goes to the comm stream."""
+        """Report that the next bucket goes to the comm stream."""
         self._trace.arrived_before_launch.append(gradients_arrived)
         self._trace.launched_at.append(time.perf_counter())
 
     @contextmanager
     def reducing(self, bucket: Bucket, num_bytes: float) -> Iterator[None]:
-        """Around a bucket's reduction, on the comm stream."""
+        """Context for a bucket's reduction, on the comm stream."""
         if self.check_for_nan:
             self._flags.append((bucket, ~torch.isfinite(bucket.grad).all()))
         with traffic_span(f"bucket {bucket.index}", num_bytes):
             yield
 
     def waiting(self, name: str) -> AbstractContextManager[None]:
-        """Around a wait of the main thread."""
+        """Context for a wait of the main thread."""
         return self.waits.waiting(name)
 
     def synchronised(self) -> None:
-        """All buckets of a backward pass are reduced."""
+        """Report that all buckets of a backward pass are reduced."""
         self.last_sync = self._trace
         self.nonfinite_parameters = self._name_nonfinite()
         self._warn_if_order_differs()
         self._begin()
 
     def _name_nonfinite(self) -> list[str]:
-        """Parameters of this rank's flagged buckets that hold a non-finite value after the sum."""
+        """Parameters whose sum holds a non-finite value, in buckets that this rank has flagged."""
         if not self._flags or not bool(torch.stack([flag for _, flag in self._flags]).any()):
             return []
         flagged = [bucket for bucket, flag in self._flags if flag]
         return [name for bucket in flagged for name, grad in bucket.views() if not torch.isfinite(grad).all()]
 
     def _warn_if_order_differs(self) -> None:
-        """Gradients that arrive in another order than planned cost overlap, not correctness: say so once."""
+        """Warn once if gradients arrive in a different order than planned: that costs overlap, not correctness."""
         if not self._warned_order and self._complete_order != sorted(self._complete_order):
             self._warned_order = True
             logger.warning(
-                "gradients arrive in another order than planned (buckets complete as %s): less communication is "
-                "hidden; define modules in the order of their use",
+                "gradients arrive in another order than planned (buckets complete as %s), so less communication is "
+                "hidden: define modules in the order of their use",
                 self._complete_order,
             )

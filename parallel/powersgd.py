@@ -1,32 +1,33 @@
 """PowerSGD: low-rank compression of gradients (Vogels, Karimireddy and Jaggi, NeurIPS 2019).
 
-Every matrix M_i (m x n, on the i-th process) travels as two thin factors with r columns. With warm start this is one
-step of the power method a training step, so that the factors follow the gradient's main directions:
+Every matrix M_i (m x n, on the i-th process) travels as two thin factors with r columns. With warm start, a training
+step is one step of the power method, so the factors follow the gradient's main directions:
 
-    M_i <- G_i + E_i              add_residual        gradient plus what earlier steps left behind
+    M_i <- G_i + E_i              add_residual        gradient plus the residual of earlier steps
     P_i <- M_i Q                  project_rows        m x r
     P   <- sum_i P_i              on the wire
     P   <- orthonormalize(P)      orthonormalize      the same on every rank
     Q_i <- M_i^T P                project_columns     n x r
     Q   <- sum_i Q_i              on the wire; Q of the next step
-    D   <- P Q^T                  decompress          = P P^T sum_i M_i, the sum that the optimizer steps with
+    D   <- P Q^T                  decompress          = P P^T sum_i M_i, the sum for the optimizer
     E_i <- M_i - P Q_i^T          update_residual
 
-Gradients are summed here, so the residuals keep the invariant  sum_i (M_i - E_i) = D:  what the weights are not told
-now, they are told later. E_i is what of M_i lies outside the span of P. (The difference M_i - D / N would keep the
-invariant too, but collects the differences between the ranks for ever.) It is in units of the unscaled gradient.
+Gradients are summed here, so the residuals keep the invariant  sum_i (M_i - E_i) = D:  the part of a gradient that the
+weights do not get now reaches them later. E_i is the part of M_i outside the span of P. (The difference M_i - D / N
+would keep the invariant too, but would accumulate the differences between ranks for ever.) It is in units of the
+unscaled gradient.
 
-One bucket makes two collectives: all its P and the parameters that are not compressed (vectors, small or excluded
-matrices) in one flat buffer, all its Q in another. They run inside the hook, on the comm stream: buckets cannot mix.
+A bucket takes two collectives: one for a flat buffer with all its P and its uncompressed parameters (vectors, small or
+excluded matrices), one for all its Q. They run inside the hook, on the comm stream, so buckets cannot mix.
 
     main thread   backward ...                                 | wait | norm | decompress and step bucket 2, 1, 0
     comm stream   [M Q | sum P | orth. | M^T P | sum Q] [bucket 1 ...]
 
-A bucket stays in factors until the optimizer takes it, and only then do residuals and Q change. So a step that is
-skipped leaves no trace. `Eager` takes at once, for a loop that finds its gradients in the buckets.
+A bucket stays in factors until the optimizer takes it, and only then do residuals and Q change. So a skipped step
+leaves no trace. `Eager` takes at once, for a loop that expects its gradients in the buckets.
 
-float16 gradients are only read. Unscaled they would underflow, and a sum that is decompressed and scaled again may
-overflow after the norm of its factors has passed for finite: M, E and D are float32 there.
+float16 gradients are only read, and M, E and D are float32 with them. Unscaled gradients would underflow in float16,
+and a sum that is decompressed and scaled again might overflow although the norm of its factors was finite.
 """
 
 import math
@@ -55,12 +56,12 @@ from parallel.low_rank import (
 )
 
 SKETCH_COLUMNS = 8
-"""Random columns by which the relative error is estimated."""
+"""Random columns for the estimate of the relative error."""
 
 
 @dataclass
 class _Matrix:
-    """A compressed parameter: where its factors lie, and what is remembered between steps."""
+    """A compressed parameter: views of its factors, and its memory between steps."""
 
     slot: Slot
     shape: tuple[int, int]
@@ -72,16 +73,16 @@ class _Matrix:
     start_q: Tensor
     """[n, r] with unit columns: the Q to project with."""
     random_q: Tensor
-    """[n, r]: lends its columns where one of Q vanished."""
+    """[n, r]: replacements for columns of Q that have become zero."""
     residual: Tensor | None
-    """[m, n]; None where there is none, or where it lies in the gradient buffer."""
+    """[m, n]; None without error feedback, or if the residual is in the gradient buffer."""
 
 
 @dataclass
 class _BucketState:
     matrices: list[_Matrix]
     others: list[tuple[Slot, Tensor]]
-    """Not compressed: the slot, and its place in `p`."""
+    """Uncompressed parameters: the slot, and its view of `p`."""
     p: Tensor
     """Flat: all P, then the others, padded to a multiple of the world size."""
     q: Tensor
@@ -89,18 +90,19 @@ class _BucketState:
     own: Tensor
     """Flat, like q (with a fixed Q, like p): this rank's contributions."""
     compressed: bool = False
-    """Whether the last step's sum is in the factors."""
+    """Whether the last step's sum is held as factors."""
     grad_is_residual: bool = False
-    """With grad_buffer_is_powerSGD_error: `grad` holds the residual and nothing else."""
+    """With grad_buffer_is_powerSGD_error: whether `grad` holds the residual alone."""
 
 
 class PowerSGD(CommHook):
-    """
+    """Hook that sends buckets as low-rank factors.
+
     Args:
         buckets, collectives: the DDP's.
         wire_dtype: dtype of factors on the wire; None: their own.
         seed: key of the random Q.
-        loss_scale: what gradients are multiplied by at present (float16's loss scale, a power of two).
+        loss_scale: returns the present factor on the gradients (float16's loss scale, a power of two).
         iteration: number of the first step; start_powerSGD_iter and random Q depend on it.
     Raises:
         ValueError: options that exclude each other.
@@ -124,7 +126,7 @@ class PowerSGD(CommHook):
         if config.grad_buffer_is_powerSGD_error and not config.use_error_feedback:
             raise ValueError("a residual in the gradient buffer needs error feedback")
         if self._is_fp16 and config.grad_buffer_is_powerSGD_error:
-            raise ValueError("a residual in the gradient buffer does not go with float16, which unscaled it underflows")
+            raise ValueError("a residual in the gradient buffer does not go with float16, where it underflows unscaled")
         if self._is_fp16 and not config.orthogonalize_in_float32:
             raise ValueError(
                 "PowerSGD's factors of unscaled gradients underflow in float16: leave out --no-orthogonalize_in_float32"
@@ -134,27 +136,27 @@ class PowerSGD(CommHook):
         self.loss_scale, self.iteration = loss_scale, iteration
         self.saves_gradients = config.grad_buffer_is_powerSGD_error
         self.measure = False
-        """Set it on all ranks before a step to get `relative_error` of that step."""
+        """Whether to estimate `relative_error` in the next step; must be the same on all ranks."""
         self.relative_error: dict[str, float] = {}
-        """Parameter name -> estimate of |sum M_i - D| / |sum M_i|; the residuals of single ranks may be larger, as they
+        """Parameter name -> estimate of |sum M_i - D| / |sum M_i|. Residuals of single ranks may be larger, as they
         partly cancel in the sum."""
         narrow_factors = grad.itemsize < 4 and not config.orthogonalize_in_float32
         self._factor_dtype = grad.dtype if narrow_factors or grad.itemsize >= 4 else torch.float32
         self._orthonormalize = gram_schmidt if narrow_factors else orthonormalize
-        self._asked_wire, self._wire_dtype = wire_dtype, wire_dtype or self._factor_dtype
+        self._given_wire, self._wire_dtype = wire_dtype, wire_dtype or self._factor_dtype
         narrower = self._wire_dtype.itemsize < grad.itemsize
         self._uncompressed = sum_hook(collectives, self._wire_dtype if narrower else None)
         self._matrix_dtype = torch.float32 if self._is_fp16 else grad.dtype
         self._excluded = [word.strip() for word in config.powerSGD_exclude.split(",") if word.strip()]
         self._states = [self._plan(bucket) for bucket in buckets]
         self._scratch: Tensor | None = None
-        """For one bucket at a time, in `_matrix_dtype`: its decompressed sum; with float16 M, too, on its way there."""
+        """One bucket's decompressed sum, in `_matrix_dtype`; with float16, before that its M."""
         if config.grad_buffer_is_powerSGD_error or self._is_fp16:
             longest = max((bucket.grad for bucket in buckets), key=len)
             self._scratch = torch.zeros_like(longest, dtype=self._matrix_dtype)
 
     def _plan(self, bucket: Bucket) -> _BucketState:
-        """Choose what is compressed in a bucket, and lay out its factors."""
+        """Choose the parameters of a bucket to compress, and lay out their factors."""
         config, device = self.config, bucket.grad.device
         chosen, others = [], []
         for slot in bucket.slots:
@@ -192,8 +194,8 @@ class PowerSGD(CommHook):
         return torch.zeros(-(-size // ranks) * ranks, dtype=self._factor_dtype, device=device)
 
     def _random_q(self, name: str, n: int, rank: int, iteration: int) -> Tensor:
-        """[n, r] with unit columns, orthonormal for a fixed Q. A function of seed, name and iteration: the same on all
-        ranks, without a word between them."""
+        """[n, r] with unit columns, orthonormal for a fixed Q. It depends only on seed, name and iteration, so all
+        ranks draw the same without communication."""
         key = f"{self.seed} {iteration} {name}".encode()
         generator = torch.Generator().manual_seed(zlib.crc32(key))
         q = _columns(torch.randn(n * rank, generator=generator), rank)
@@ -202,7 +204,7 @@ class PowerSGD(CommHook):
         return (q / q.norm(dim=0)).to(self._factor_dtype)
 
     def reduce(self, bucket: Bucket) -> Handle | None:
-        """Sum the bucket's factors. Every rank sends two flat tensors (a fixed Q: one)."""
+        """Sum the bucket's factors. Every rank sends two flat tensors (with a fixed Q, one)."""
         state = self._states[bucket.index]
         iteration = self.iteration
         if bucket.index == len(self.buckets) - 1:
@@ -237,21 +239,21 @@ class PowerSGD(CommHook):
         return None
 
     def _unscaled(self, bucket: Bucket) -> Tensor:
-        """The bucket's gradients without the loss scale: in their own memory, float16 ones beside it."""
+        """The bucket's gradients without the loss scale: in place, or for float16 in the scratch buffer."""
         scale = self.loss_scale()
         if scale != 1.0 and self.config.grad_buffer_is_powerSGD_error:
             raise ValueError("a residual in the gradient buffer does not go with a loss scale")
-        # A power of two: nothing is rounded.
+        # The scale is a power of two, so nothing is rounded.
         if self._is_fp16:
             return self._room(bucket).copy_(bucket.grad).mul_(1.0 / scale)
         return bucket.grad.mul_(1.0 / scale) if scale != 1.0 else bucket.grad
 
     def _room(self, bucket: Bucket) -> Tensor:
-        """Where the bucket's sum is decompressed: the gradient buffer, or the scratch that stands in for it."""
+        """Memory for the bucket's decompressed sum: the gradient buffer, or the scratch buffer in its place."""
         return bucket.grad if self._scratch is None else self._scratch[: len(bucket.grad)]
 
     def settle(self, bucket: Bucket) -> None:
-        """With the residual in the gradient buffer: turn M into E there."""
+        """Turn M into E in the gradient buffer, if the residual is kept there."""
         state = self._states[bucket.index]
         if not (self.config.grad_buffer_is_powerSGD_error and state.compressed):
             return
@@ -262,12 +264,12 @@ class PowerSGD(CommHook):
             bucket.piece(bucket.grad, slot).zero_()
 
     def _own_factors(self, matrix: _Matrix) -> tuple[Tensor, Tensor]:
-        """The two factors whose product this rank contributed to the sum."""
+        """The two factors whose product is this rank's contribution to the sum."""
         return (matrix.own, matrix.start_q) if self.config.use_fixed_Q else (matrix.p, matrix.own)
 
     def _estimate_errors(self, state: _BucketState, gradients: list[Tensor]) -> None:
         """Compare sum M_i Z with D Z for a few random columns Z: |A Z| estimates |A| (their squares agree on average),
-        and M Z is as cheap to sum as another P."""
+        and summing M Z is as cheap as summing another P."""
         exact, approximate = [], []
         for matrix, gradient in zip(state.matrices, gradients):
             z = self._random_q(f"sketch {matrix.slot.parameter.name}", matrix.shape[1], SKETCH_COLUMNS, self.iteration)
@@ -284,7 +286,7 @@ class PowerSGD(CommHook):
                 self.relative_error[matrix.slot.parameter.name] = error
 
     def take(self, bucket: Bucket) -> Tensor:
-        """Decompress the bucket's sum, and keep what it left out."""
+        """Decompress the bucket's sum, and update residuals and Q."""
         state, out = self._states[bucket.index], self._room(bucket)
         if not state.compressed:
             return self._unscaled(bucket)
@@ -305,14 +307,14 @@ class PowerSGD(CommHook):
         return matrix.start_q if self.config.use_fixed_Q else matrix.q
 
     def _with_residual(self, matrix: _Matrix, residual: Tensor, gradient: Tensor) -> Tensor:
-        """M, in the residual's memory: as `reduce` left it in the gradient, or once more where it only read that."""
+        """M, in the residual's memory: copied from the gradient buffer, or with float16 computed again."""
         if self._is_fp16:
             return residual.add_(gradient, alpha=1.0 / self.loss_scale())
         return residual.copy_(gradient)
 
     def sum_of_squares(self, bucket: Bucket) -> Tensor:
-        """Computed without decompressing: |P Q^T|^2 = sum of the elements of (P^T P) * (Q^T Q). Not finite if a
-        gradient of any rank was not."""
+        """Sum of squares without decompressing: |P Q^T|^2 = sum of the elements of (P^T P) * (Q^T Q). Not finite if any
+        rank's gradient was not."""
         state = self._states[bucket.index]
         if not state.compressed:
             return sum_of_squares([bucket.grad]) / self.loss_scale() ** 2
@@ -338,17 +340,17 @@ class PowerSGD(CommHook):
 
     @property
     def compression_ratio(self) -> float:
-        """Elements of the gradients over elements that travel."""
+        """Elements of the gradients per element sent."""
         states = self._states
         sent = sum(len(state.p) + (0 if self.config.use_fixed_Q else len(state.q)) for state in states)
         return sum(len(bucket.grad) for bucket in self.buckets) / sent
 
     def compressed_names(self) -> list[str]:
-        """Parameters that are compressed."""
+        """Names of the compressed parameters."""
         return [matrix.slot.parameter.name for state in self._states for matrix in state.matrices]
 
     def describe(self) -> str:
-        wire = f", {str(self._asked_wire).removeprefix('torch.')} on the wire" if self._asked_wire else ""
+        wire = f", {str(self._given_wire).removeprefix('torch.')} on the wire" if self._given_wire else ""
         return f"PowerSGD 1:{self.compression_ratio:.1f}{wire}"
 
     def begin_step(self, number: int) -> None:
@@ -356,7 +358,7 @@ class PowerSGD(CommHook):
         self.measure = interval > 0 and number % interval == 0
 
     def records(self) -> Mapping[str, dict]:
-        """How much of the gradients was left for later, in steps that are measured."""
+        """The share of the gradients that was left for later, in measured steps."""
         errors = self.relative_error if self.measure else {}
         if not errors:
             return {}
@@ -364,7 +366,7 @@ class PowerSGD(CommHook):
         return {"compression": {"ratio": self.compression_ratio, "mean_relative_error": mean, "relative_error": errors}}
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Valid between two steps: "name/residual" of this rank, "name/q" that all ranks share."""
+        """Memory between two steps: "name/residual" of this rank, and "name/q", which all ranks share."""
         tensors = {}
         for state, bucket in zip(self._states, self.buckets):
             for matrix in state.matrices:
@@ -375,21 +377,23 @@ class PowerSGD(CommHook):
         return tensors
 
     def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
-        """Residuals go to the ranks of their numbers, or of those that took their place; Q was the same on all."""
-        self.iteration, told = step, []
+        """Residuals go to the ranks with their numbers, or to those that replace them; Q was the same on all ranks."""
+        self.iteration, sentences = step, []
         for index, (saved, is_mine) in enumerate(states):
             if index == 0:
                 self.take_q(saved)
             dropped = self.add_residuals(saved) if is_mine else []
             if dropped:
-                told.append(f"residuals are dropped, as these are not compressed any more: {', '.join(dropped)}")
-        return told
+                sentences.append(
+                    f"residuals are dropped, as these parameters are no longer compressed: {', '.join(dropped)}"
+                )
+        return sentences
 
     def add_residuals(self, saved: Mapping[str, Tensor]) -> list[str]:
         """Add a saved rank's residuals to this one's. A rank may take up several: only their sum over ranks matters.
 
         Returns:
-            parameters whose saved residual has no place here, because they are not compressed now.
+            parameters whose saved residual has no place here, because they are no longer compressed.
         """
         left = {key.removesuffix("/residual") for key in saved if key.endswith("/residual")}
         for state, bucket in zip(self._states, self.buckets):
@@ -402,7 +406,7 @@ class PowerSGD(CommHook):
         return sorted(left)
 
     def take_q(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from a saved Q; of another rank, with as many columns as both have."""
+        """Go on from a saved Q. If its number of columns differs, use as many as both have."""
         for state in self._states:
             for matrix in state.matrices:
                 q = saved.get(f"{matrix.slot.parameter.name}/q")
@@ -417,8 +421,8 @@ class PowerSGD(CommHook):
 
 
 class Eager(CommHook):
-    """PowerSGD whose sums are in the buckets once they are reduced, for a loop that has no use for `take`, such as one
-    around an optimizer of torch. A sum that is not finite arrives as NaN and leaves PowerSGD's state as it was.
+    """PowerSGD whose sums are in the buckets once they are reduced, for a loop that never calls `take`, such as one
+    with a torch optimizer. A non-finite sum arrives as NaN and leaves PowerSGD's state unchanged.
 
     Raises:
         ValueError: the residual is in the gradient buffer, which then cannot hold the sum.
@@ -447,7 +451,7 @@ class Eager(CommHook):
 
 
 def _columns(flat: Tensor, rank: int) -> Tensor:
-    """[n, r] view of n r elements, column after column: in this layout BLAS multiplies M by few columns fastest."""
+    """[n, r] view of n r elements, column by column: BLAS multiplies M by few columns fastest in this layout."""
     return flat.view(rank, -1).T
 
 

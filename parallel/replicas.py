@@ -1,13 +1,13 @@
-"""Replicas that drift apart.
+"""Detection of replicas that have drifted apart.
 
-Data-parallel ranks take the same step from the same sums, so their weights are the same bits. If they ever are not (a
-bit flipped in memory, another library on one host, a fault of ours), nothing shows it: each rank goes on with a model
-of its own, the gradients are those of none of them, and the loss gets a little worse.
+Data-parallel ranks take the same step from the same sums, so their weights have the same bits. If they ever differ (a
+bit flipped in memory, a different library on one host, a bug of ours), nothing shows it: each rank goes on with its own
+model, the summed gradients belong to none of them, and the loss gets a little worse.
 
     every N steps, and before each save:   a checksum of the weights on each rank, 8 bytes -> gather -> the same?
 
 The checksum is one pass over the weights' memory.
-Megatron-LM offers such a comparison, too (--check-weight-hash-across-dp-replicas-interval).
+Megatron-LM has a similar comparison (--check-weight-hash-across-dp-replicas-interval).
 """
 
 from collections import Counter
@@ -26,20 +26,20 @@ class ReplicaDrift(RuntimeError):
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """The sum of all bits, taken as integers, modulo 2**64: any one element that differs changes it. A tensor counts by
-    its place, so that two that are exchanged change it, too.
+    """Sum of the tensors' bits, read as integers, modulo 2**64. A change of any one element changes it. Tensors are
+    weighted by position, so exchanging two of them changes it, too.
 
     Args:
-        tensors: contiguous, of any shapes, of dtypes of 2, 4 or 8 bytes, on one device.
+        tensors: contiguous, of any shape, with dtypes of 2, 4 or 8 bytes, on one device.
     """
     words = [word for tensor in tensors for word in _as_words(tensor.detach().view(-1))]
     sums = torch.stack([word.sum(dtype=torch.int64) for word in words])
-    # Odd numbers: an even one would drop the highest bit.
+    # Odd weights: an even one would drop the highest bit.
     return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
 
 
 def _as_words(flat: Tensor) -> tuple[Tensor, ...]:
-    """Its memory as 8-byte integers, which a CPU adds twenty times faster than narrower ones, and the rest."""
+    """Its memory as 8-byte integers, which a CPU adds twenty times faster than narrower ones, and the remainder."""
     ratio = 8 // flat.itemsize
     if flat.storage_offset() % ratio:
         return (flat.view(_INTEGERS[flat.itemsize]),)
@@ -63,6 +63,6 @@ def require_same_weights(context: DistContext, weights: Iterable[Tensor], step: 
     who = f"the weights of rank {', '.join(map(str, odd))} are" if 2 * count > len(sums) else "the ranks' weights are"
     raise ReplicaDrift(
         f"{who} not the same as the others' after step {step}: go on from the last checkpoint with --resume; if it "
-        f"comes again, a machine computes wrongly or has other software or another processor than the others "
-        f"(--replica_check_interval=0 looks no more)"
+        f"happens again, one machine computes wrongly or differs from the others in software or processor "
+        f"(--replica_check_interval=0 turns this check off)"
     )

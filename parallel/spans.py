@@ -1,5 +1,5 @@
-"""Names for what goes on, in a profile of torch.profiler. They cost a microsecond each while nothing is profiled, where
-a bare record_function costs twenty."""
+"""Named ranges for torch.profiler. One costs a microsecond while nothing is profiled; a bare record_function costs
+twenty."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,16 +9,16 @@ _NOTHING = nullcontext()
 
 
 def is_profiling() -> bool:
-    """Whether a profiler runs, in this thread or another."""
-    # A private name, so looked up with care: without it the ranges are there at their price.
+    """Whether a profiler is running, in this thread or another."""
+    # A private name of torch: without it, every range is recorded, at the full cost.
     return getattr(profiler, "_is_profiler_enabled", True)
 
 
 def span(name: str) -> AbstractContextManager:
-    """Around something that bears `name` in a profile."""
+    """Context that shows as `name` in a profile."""
     return profiler.record_function(name) if is_profiling() else _NOTHING
 
 
 def traffic_span(name: str, num_bytes: float) -> AbstractContextManager:
-    """Around a transfer, named with the megabytes that this rank sends; 0 if unknown."""
+    """Context for a transfer: the name shows the megabytes that this rank sends; 0 if unknown."""
     return span(f"{name} ({num_bytes / 1e6:.1f} MB)" if num_bytes else name)

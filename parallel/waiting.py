@@ -1,4 +1,4 @@
-"""How long the training waits for communication: the part that no overlap hides."""
+"""Time that training waits for communication: the part that overlap does not hide."""
 
 import time
 from collections import deque
@@ -11,10 +11,10 @@ from parallel.spans import span
 
 
 class WaitMeter:
-    """Adds up for how long the main thread waits; on CUDA, where that only tells its stream to wait, the stream.
+    """Adds up the time that the main thread waits. On CUDA the thread only makes its stream wait, so the stream's time.
 
     Args:
-        enabled: False where there is no other rank to wait for.
+        enabled: False without other ranks to wait for.
     """
 
     def __init__(self, device: torch.device, enabled: bool):
@@ -23,7 +23,7 @@ class WaitMeter:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Around a wait, which bears `name` in a profile."""
+        """Context for a wait, which shows as `name` in a profile."""
         with span(name):
             if not self._enabled:
                 yield
@@ -34,7 +34,7 @@ class WaitMeter:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Waits inside are not added: for what is not training time."""
+        """Context whose waits are not counted, as they are not training time."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -42,8 +42,8 @@ class WaitMeter:
             self._enabled = before
 
     def take(self) -> float:
-        """Seconds of the waits since the last call. On CUDA of those that the GPU has behind it; the others count in a
-        later call, and nothing waits for them here."""
+        """Seconds waited since the last call. On CUDA, only waits that the GPU has completed; the others count in a
+        later call. Does not block."""
         seconds = 0.0
         while self._waits and (not self._on_cuda or self._waits[0][1].query()):
             begin, end = self._waits.popleft()

@@ -3,17 +3,17 @@
 Each bucket splits into N even shards; rank i owns the i-th of every bucket, wherever parameters begin and end in it.
 
     reduce    the hook sums every bucket, at least this rank's shard of it (ReduceScatter: half an all-reduce's bytes)
-    step      the optimizer clips by the global norm and steps the own shards, which lie in the flat parameter buffer
-    gather    every rank gets every shard, straight into that buffer: the views of the model see the new weights
+    step      the optimizer clips by the global norm and steps its own shards, which lie in the flat parameter buffer
+    gather    every rank gets every shard, straight into that buffer: the model's views see the new weights
 
     main thread   backward          | clip, AdamW on shards | forward: embedding | layer 0 | layer 1 ...
     comm stream   [rs 0][rs 1][rs 2]           [gather 2][gather 1][gather 0]
 
-Buckets are stepped and gathered last first: the forward pass begins with the last bucket. With `overlap_gather`, a
-layer waits only for the buckets that hold its own parameters; without, the step ends when all are there.
+Buckets are stepped and gathered last first, as the forward pass begins with the last bucket. With `overlap_gather`, a
+layer waits only for the buckets that hold its own parameters; without it, the step ends when all are gathered.
 
-Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, beside the gradients'. Optimizer state
-goes from 12 bytes a parameter (fp32 main parameters, two moments) to 12 / N.
+Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, in addition to the gradients. Optimizer
+state shrinks from 12 bytes a parameter (fp32 main parameters, two moments) to 12 / N.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ from parallel.spans import traffic_span
 
 
 class Zero1:
-    """The shards that this rank owns, and the way back from shards to whole parameters.
+    """The shards that this rank owns, and the gathers that make parameters whole again.
 
     Args:
-        ddp: whose buckets are sharded. Its hook must leave sums in this rank's shards.
-        overlap_gather: wait for gathered parameters where the forward pass first needs them.
+        ddp: owner of the buckets. Its hook must leave sums in this rank's shards.
+        overlap_gather: wait for gathered parameters only when the forward pass first needs them.
     """
 
     def __init__(self, ddp: DistributedDataParallel, overlap_gather: bool = False):
@@ -44,7 +44,7 @@ class Zero1:
             self._wait_where_needed(ddp.module)
 
     def slices(self) -> list[list[ParameterSlice]]:
-        """What this rank steps: its shard of every bucket, one list a bucket."""
+        """Slices for this rank's optimizer: its shard of every bucket, one list a bucket."""
         collectives, owned = self.ddp.collectives, []
         for bucket in self.ddp.buckets:
             size = len(bucket.grad) // collectives.world_size
@@ -52,9 +52,9 @@ class Zero1:
         return owned
 
     def gather_updates(self, bucket: int, updates: Tensor) -> None:
-        """Bring all ranks what each has put into its own shard of `updates`, and wait: every rank then holds all of it.
+        """Gather every rank's shard of `updates` on all ranks, and wait.
 
-        For an optimizer that must see whole matrices (Muon); as many bytes as the gradients take.
+        For an optimizer that needs whole matrices (Muon). Sends as many bytes as a reduce-scatter of the gradients.
 
         Args:
             updates: 1-D, as long as the bucket.
@@ -68,7 +68,7 @@ class Zero1:
             self.ddp.comm_stream.submit(work).wait()
 
     def gather(self, bucket: int) -> None:
-        """Start to gather a bucket's parameters: on every rank in the same order, from the main thread."""
+        """Start to gather a bucket's parameters. Main thread only, in the same order on every rank."""
         param = self.ddp.buckets[bucket].param
 
         def work() -> None:
@@ -78,7 +78,7 @@ class Zero1:
         self._gathers[bucket] = self.ddp.comm_stream.submit(work)
 
     def start_gathers(self) -> None:
-        """Start to gather every bucket, the one that the forward pass begins with first."""
+        """Start to gather every bucket, in the order in which the forward pass needs them."""
         for bucket in reversed(range(len(self.ddp.buckets))):
             self.gather(bucket)
 
@@ -88,7 +88,7 @@ class Zero1:
         self.wait()
 
     def wait(self, first_bucket: int = 0) -> None:
-        """Wait until the parameters of buckets `first_bucket` and later are whole, as the forward pass needs them."""
+        """Wait until the parameters of `first_bucket` and all later buckets are whole."""
         due = [index for index in self._gathers if index >= first_bucket]
         if due:
             with self.ddp.observer.waiting("wait for gathers"):
@@ -107,9 +107,9 @@ class Zero1:
         return shared_fraction(self.ddp.collectives) * len(param) * param.itemsize
 
     def _wait_where_needed(self, model: nn.Module) -> None:
-        """Before a unit runs, wait for the buckets of its parameters; after the model ran, for the rest.
+        """Wait for the buckets of a unit's parameters before the unit runs, and for the rest after the model has run.
 
-        The rest matters to parameters that are used outside their module's own forward, as a head fused with its loss.
+        The rest matters for parameters used outside their module's own forward, such as a head fused with its loss.
         """
         bucket_of = {
             self.ddp.flat_buffers.parameters[slot.parameter.name]: slot.bucket
@@ -125,8 +125,8 @@ class Zero1:
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """What waits as a whole, with its parameters: each layer of a list of layers, other children, and the parameters
-    that a module around them holds itself. Layers may be compiled; hooks lie around them, not inside."""
+    """Modules that wait as a unit, with their parameters: each layer of a list of layers, other children, and modules
+    around them with the parameters that they hold themselves. Layers may be compiled, so hooks lie around them."""
     yield module, list(module.parameters(recurse=False))
     for child in module.children():
         if isinstance(child, nn.ModuleList):
@@ -138,12 +138,12 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    """Whether it is built of a list of layers, at some depth."""
+    """Whether the module contains a list of layers, at any depth."""
     return not isinstance(module, nn.ModuleList) and any(isinstance(inner, nn.ModuleList) for inner in module.modules())
 
 
 def _outside_compilation(wait: Callable[[], None]) -> Callable:
-    """A module hook that calls `wait`, which torch.compile leaves to Python: it does not see into threads."""
+    """A module hook that calls `wait` and that torch.compile leaves to Python, as it cannot trace threads."""
 
     @torch.compiler.disable
     def hook(*_arguments: object) -> None:

@@ -894,7 +894,7 @@ def test_another_rank_of_powersgd_goes_on_with_the_common_columns(
 
 def test_residuals_that_have_no_place_any_more_are_named(resumed: Plan):
     run = resumed["resaved without down_proj"]
-    lines = start_lines(run, "residuals are dropped, as these are not compressed any more")
+    lines = start_lines(run, "residuals are dropped, as these parameters are no longer compressed")
     assert len(lines) == 2
     assert all(line.endswith("layers.0.mlp.down_proj.weight, layers.1.mlp.down_proj.weight") for line in lines)
     assert not any("down_proj" in name for name in summed(run, STEPS)[0])

@@ -59,7 +59,7 @@ def interfaces_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_the_address_to_listen_on(host: None, wanted: str, local_addr: str, interface: str, expected: str | None):
     if expected is None:
-        with pytest.raises(ValueError, match=f"^{wanted} .* is no address of this machine .*10.0.0.1, 10.1.0.1"):
+        with pytest.raises(ValueError, match=f"^{wanted} .* is not an address of this machine .*10.0.0.1, 10.1.0.1"):
             own_address(wanted, local_addr, interface)
     else:
         assert own_address(wanted, local_addr, interface) == expected
@@ -104,8 +104,8 @@ def test_the_node_that_leads(flags: list[str], leads: bool):
     (["--nnodes=two"], "--nnodes=two: give one number"),
     (["--standalone", "--nnodes=2"], "--standalone is for one machine"),
     (["--rdzv_backend=etcd"], "--rdzv_backend=etcd: leave it out"),
-    (["--rdzv_conf=read_timeout=3"], "--rdzv_conf: read_timeout=3 means nothing here"),
-    (["--rdzv_conf=is_host=maybe"], "--rdzv_conf: is_host=maybe means nothing here"),
+    (["--rdzv_conf=read_timeout=3"], "--rdzv_conf: read_timeout=3 has no meaning here"),
+    (["--rdzv_conf=is_host=maybe"], "--rdzv_conf: is_host=maybe has no meaning here"),
     (["--nnodes=2", "--node_rank=2"], "--node_rank=2: with --nnodes=2 it counts from 0 to 1"),
     (["--nnodes=2", "--node_rank=1", "--rdzv_conf=is_host=1"], "--node_rank=1 contradicts is_host"),
     (["--nnodes=2", "--rdzv_endpoint=127.0.0.1:0"], "--rdzv_endpoint=127.0.0.1:0: several nodes must agree on a port"),
@@ -125,8 +125,8 @@ def test_the_interface_of_a_node_that_follows(
     assert (place.interface, place.listening) == (interface, None)
     said = capfd.readouterr().err
     assert said == (
-        "" if interface else f"launch: --local_addr={local_addr} is none of this machine's: taking the one towards "
-        "10.0.0.9:1\n"
+        "" if interface else f"launch: --local_addr={local_addr} is not on this machine: using the address that "
+        "reaches 10.0.0.9:1\n"
     )  # fmt: skip
 
 
