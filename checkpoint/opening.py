@@ -59,9 +59,11 @@ def refuse_other_things(out_dir: Path) -> None:
     a corpus's files would be read as one of them.
 
     Raises:
-        ValueError: it holds something, and no run.
+        ValueError: it holds something, and no run; or it is a file.
         OSError: it cannot be read now.
     """
+    if out_dir.is_file():
+        raise ValueError(f"--out_dir {out_dir} is a file: choose a new or empty directory")
     is_empty = not out_dir.is_dir() or all(map(_may_precede_a_run, out_dir.iterdir()))
     # Looked at last: a rank that is ahead may have begun the run meanwhile.
     if not is_empty and not RunPaths(out_dir).mark.exists():

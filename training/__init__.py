@@ -19,4 +19,11 @@ records.py          these lines, config.yaml and the start record
 report.py           lines and records of steps, validations, saves and the end
 saves.py            the loop's saves and their outcome
 saving.py           a rank's share of a checkpoint
+stopping.py         requests to stop, and the ranks' looks for them
+samples.py          texts that the model writes after a validation
+rates.py            a warning of learning rates that ruin a large model
+meter.py            figures of the steps since the last record
+profile_steps.py    traces of some steps
+summary.py          the last lines of a run
+launching.py        --nproc: the command on several processes of this machine
 """

@@ -10,7 +10,7 @@ from data_preprocess.conversations.record import OpenRecord, conversation_of
 from data_preprocess.conversations.roles import CALLS, role_of
 from data_preprocess.conversations.samples import PlainText, Sample
 from data_preprocess.conversations.texts import text_in
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 _KINDS = {
     "pretrain": ("text", ""),

@@ -7,7 +7,7 @@ from data_preprocess.conversations.record import OpenRecord, reasoning_in
 from data_preprocess.conversations.roles import CALLS, role_of
 from data_preprocess.conversations.texts import text_in
 from data_preprocess.conversations.tool_calls import Call, Results, calls_from, loaded
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 _PAIRS = (("human", "user", "input", "question", "prompt"), ("assistant", "gpt", "output", "answer", "response"))
 """Names of question and answer where a turn is one object with both."""

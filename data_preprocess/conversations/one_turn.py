@@ -10,7 +10,7 @@ from data_preprocess.conversations.record import OpenRecord
 from data_preprocess.conversations.samples import Sample
 from data_preprocess.conversations.texts import dialogue_in, text_in
 from data_preprocess.conversations.tool_calls import loaded
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 
 def one_turn(record: OpenRecord) -> tuple[Sample, str] | None:

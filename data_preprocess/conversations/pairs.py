@@ -8,7 +8,7 @@ from data_preprocess.conversations.messages import read_messages
 from data_preprocess.conversations.record import OpenRecord, conversation_of
 from data_preprocess.conversations.samples import Preference, Sample
 from data_preprocess.conversations.texts import HH_BEGINS, dialogue_in, text_in
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 
 def sample_of(record: OpenRecord, messages: list[Message], name: str) -> tuple[Sample, str]:

@@ -6,7 +6,7 @@ from data_preprocess.conversations.fields import SYSTEM, THOUGHT, TOOLS, Fields,
 from data_preprocess.conversations.samples import Conversation
 from data_preprocess.conversations.texts import text_in
 from data_preprocess.conversations.tool_calls import loaded, tools_from
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 
 class OpenRecord:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_preprocess.conversations.tool_calls import texts_of
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from data_preprocess.conversations.messages import read_messages
 from data_preprocess.conversations.pairs import sample_of
 from data_preprocess.conversations.record import OpenRecord
 from data_preprocess.conversations.samples import Sample
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 
 def talk(record: OpenRecord) -> tuple[Sample, str] | None:

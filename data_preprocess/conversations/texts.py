@@ -2,7 +2,7 @@
 
 import re
 
-from tokenizer.chat_template import Message
+from tokenizer.messages import Message
 
 HH_BEGINS = "\n\nHuman:"
 _HH = re.compile(r"\n\n(Human|Assistant):")

@@ -28,6 +28,9 @@ ALLOWED = {
     "serving": {"checkpoint", "model", "tokenizer", "utils"},
     "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
+    # Readers need no tokenizer, and layouts of conversations need only its messages.
+    "data_preprocess/readers": {"data_preprocess.readers", "dataset.format", "utils"},
+    "data_preprocess/conversations": {"data_preprocess.conversations", "tokenizer.messages"},
     # All rooms except the scripts: with train_my_ddp.py, it is the one place that sees everything.
     "training": {
         "checkpoint",

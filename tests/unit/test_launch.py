@@ -355,6 +355,7 @@ def test_sigterm_goes_only_to_the_ranks(tmp_path: Path):
     ("more", "sentence"),
     [(["--gradient_accumulation_steps=2"], "must be a multiple of their number, 3: use 3"),
      (["--out_dir=corpus"], "--out_dir corpus holds other things than a run: choose a new or empty directory"),
+     (["--out_dir=corpus/a.txt"], "--out_dir corpus/a.txt is a file: choose a new or empty directory"),
      (["--hiden_size=8"], "did you mean --hidden_size?")],
 )  # fmt: skip
 def test_what_a_command_shows_is_said_before_its_ranks_begin(
@@ -362,7 +363,7 @@ def test_what_a_command_shows_is_said_before_its_ranks_begin(
 ):
     """Nothing is left behind, such as an exit record among the files of a corpus."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train_my_ddp.run_job", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr("training.launching.run_job", lambda *_: pytest.fail("ranks were started"))
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
     assert train_run(["--nproc=3", "--data_dir=corpus", "--out_dir=new", *more]) == 2
