@@ -133,7 +133,7 @@ class Engine(Protocol):
         """
 
     def describe(self) -> str:
-        """How the ranks share the work, for people."""
+        """A line on how the ranks share the work, for people."""
 
     def traffic(self) -> Traffic | None:
         """Traffic of a step; None if there is none or it is unknown. Collective: it measures the network's speed."""
@@ -158,7 +158,7 @@ class EngineParts:
     context: DistContext
     mesh: Mesh
     model: nn.Module
-    """In its training dtype, on its device."""
+    """The model, in its training dtype and on its device."""
     to_device: Callable[[Batch], Batch]
     new_optimizer: Callable[[GradientSource], Optimizer]
     square: Callable[[Tensor], Tensor]
