@@ -34,7 +34,7 @@ def number_of_processes(argv: list[str]) -> tuple[int | None, list[str]]:
 
 
 def launch(nproc: int, argv: list[str]) -> int:
-    """Run the command on several processes of this machine; returns their exit code, see above.
+    """Run the command on several processes of this machine; returns their exit code.
 
     Raises:
         ValueError: the command is wrong.
