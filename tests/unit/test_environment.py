@@ -29,7 +29,7 @@ def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "words, package",
-    [(["train_my_ddp.py", "--nproc", "2"], "yaml"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
+    [(["train_my_ddp.py", "--nproc", "2"], "tyro"), (["generate.py"], "yaml"), (["monitor_process.py"], "psutil"),
      (["-m", "tokenizer.train_tokenizer"], "tqdm"), (["-m", "parallel.launch"], "torch"),
      (["-m", "data_preprocess.pretokenize_pretrain_data"], "tqdm"), (["-m", "dataset.inspect"], "numpy"),
      (["-m", "checkpoint"], "yaml"), (["-m", "utils.checkpoint"], "yaml"),
