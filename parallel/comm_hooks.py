@@ -14,7 +14,8 @@ the gradient buffer; in a step, each rank sends:
     PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and uncompressed parameters)
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from parallel.comm_stream import Handle
 
 FP16_LARGEST_SUM = 65504.0 * (1 - 2.0**-10)
 """float16's largest value, less the rounding of the addends."""
+
+
+SavedStates = Iterable[tuple[Mapping[str, Tensor], bool]]
+"""`saved_state` of each rank that saved, and whether this rank is to take up its part."""
 
 
 class CommHook:
@@ -65,7 +70,13 @@ class CommHook:
         return 0.0
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
-        """Raise ValueError if this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step."""
+        """
+        Raises:
+            ValueError: this hook cannot be given buckets in a 16-bit `dtype`, scaled differently each step; by default
+                if it remembers anything or must be asked for its sums.
+        """
+        if self.remembers or not self.takes_in_place:
+            raise ValueError(f"{type(self).__name__} does not go with gradients that are narrowed for the wire")
 
     def describe(self) -> str:
         """A few words on the hook for the line on how ranks share the work; may be empty."""
@@ -73,6 +84,8 @@ class CommHook:
 
     # Hooks that remember something between steps.
 
+    remembers: tuple[str, ...] = ()
+    """Kinds of tensors in `saved_state`, which calls them "PARAMETER/KIND". No two hooks use the same word."""
     saves_gradients = False
     """Whether the gradient buffers hold state to be saved, so that a step cannot be dropped once it has begun."""
 
@@ -87,19 +100,43 @@ class CommHook:
         """This rank's memory, for a checkpoint: views, by name. They may change after `begin_step`. None: no memory."""
         return None
 
-    def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
-        """Take up the memory that ranks have saved.
+    def take_states(self, states: SavedStates, step: int) -> list[str]:
+        """Take up the memory that ranks have saved: the kinds that this hook remembers.
 
         Args:
-            states: each saved rank's `saved_state`, and whether this rank is to take up its part. All ranks get the
-                first one, for memory that was the same on all.
+            states: all ranks get the first one, for memory that was the same on all.
             step: completed steps.
-            name: the checkpoint's, for the sentences.
         Returns:
             sentences on memory that has no place here.
         """
-        has_any = next(iter(states), None) is not None
-        return [f"PowerSGD's residuals in {name} are dropped: the run no longer uses it"] if has_any else []
+        return []
+
+
+def take_saved_states(hook: CommHook, states: SavedStates, step: int, name: str) -> list[str]:
+    """Let a hook take up its memory in a checkpoint.
+
+    Args:
+        name: the checkpoint's, for people.
+    Returns:
+        sentences on memory that has no place in this run, also that of another hook.
+    """
+    foreign: set[str] = set()
+
+    def own() -> Iterator[tuple[Mapping[str, Tensor], bool]]:
+        for saved, is_mine in states:
+            kinds = {key: key.rpartition("/")[2] for key in saved}
+            foreign.update(set(kinds.values()) - set(hook.remembers))
+            yield {key: saved[key] for key, kind in kinds.items() if kind in hook.remembers}, is_mine
+
+    known = own()
+    sentences = hook.take_states(known, step)
+    # A hook that remembers nothing has not looked.
+    deque(known, maxlen=0)
+    if foreign:
+        sentences.append(
+            f"the memory of the comm hook in {name} ({', '.join(sorted(foreign))}) is dropped: the run no longer uses it"
+        )
+    return sentences
 
 
 class FunctionHook(CommHook):

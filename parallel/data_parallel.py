@@ -4,7 +4,7 @@
     step               wait for the buckets | norm | step and, with ZeRO-1, gather bucket by bucket
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.buffer import Bucket
 from parallel.collectives import measure_bandwidth
-from parallel.comm_hooks import CommHook, sum_hook
+from parallel.comm_hooks import CommHook, SavedStates, sum_hook, take_saved_states
 from parallel.contract import GradientSource, NamedState, StepResult
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
@@ -161,9 +161,9 @@ class WholeModelEngine:
         self.optimizer.load_scalar_state(scalars)
 
     def take_local_states(
-        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+        self, states: SavedStates, step: int, name: str
     ) -> list[str]:
-        return CommHook().take_states(states, step, name)
+        return take_saved_states(CommHook(), states, step, name)
 
     def traffic(self) -> Traffic | None:
         return None
@@ -254,9 +254,9 @@ class BucketedEngine(WholeModelEngine):
             self.zero1.gather_all()
 
     def take_local_states(
-        self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str
+        self, states: SavedStates, step: int, name: str
     ) -> list[str]:
-        return self.hook.take_states(states, step, name)
+        return take_saved_states(self.hook, states, step, name)
 
     def describe(self) -> str:
         config, size, count = self._parts.config, self.mesh.world_size, len(self.ddp.buckets)

@@ -32,7 +32,7 @@ and a sum that is decompressed and scaled again might overflow although the norm
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.collectives import Collectives
-from parallel.comm_hooks import CommHook, agreement_bytes, shared_fraction, sum_hook
+from parallel.comm_hooks import CommHook, SavedStates, agreement_bytes, shared_fraction, sum_hook
 from parallel.comm_stream import Handle
 from parallel.config import PowerSGDConfig
 from parallel.layout import Slot
@@ -109,6 +109,7 @@ class PowerSGD(CommHook):
     """
 
     takes_in_place, knows_norm, keeps_scale = False, True, False
+    remembers = ("residual", "q")
 
     def __init__(
         self,
@@ -376,7 +377,7 @@ class PowerSGD(CommHook):
                 tensors[f"{matrix.slot.parameter.name}/q"] = matrix.start_q
         return tensors
 
-    def take_states(self, states: Iterable[tuple[Mapping[str, Tensor], bool]], step: int, name: str) -> list[str]:
+    def take_states(self, states: SavedStates, step: int) -> list[str]:
         """Residuals go to the ranks with their numbers, or to those that replace them; Q was the same on all ranks."""
         self.iteration, sentences = step, []
         for index, (saved, is_mine) in enumerate(states):

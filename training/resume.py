@@ -67,11 +67,11 @@ def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool
 
 
 def _take_local_states(run_dir: RunDir, engine: Engine, step: int, is_main: bool) -> None:
-    """Restore the state of the ranks' communication: PowerSGD's residuals, and the Q that all ranks shared."""
+    """Restore the state of the ranks' communication: what each rank's comm hook remembered."""
     files = run_dir.resume_files
     lost = files.lost_hook_states() if engine.local_state() is not None else []
     if lost and is_main:
-        logger.warning("PowerSGD's residuals of ranks %s were found on no node: they are lost", lost)
+        logger.warning("the memory of the comm hooks of ranks %s was found on no node: it is lost", lost)
     states = ((read_tensors(file), is_mine) for file, is_mine in files.hook_states())
     for sentence in engine.take_local_states(states, step, run_dir.chosen.name):
         logger.warning(sentence)

@@ -28,7 +28,7 @@ class LlamaFamily(Family):
 
     model_type = "llama"
     # The family follows from model_type. Conversions of early 2023 wrote the last name.
-    architectures = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
+    architectures: tuple[str, ...] = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
     understood = frozenset(KINDS) | ROPE_KEYS | WINDOWS
     harmless_at = HARMLESS_AT | {
         "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "bias": (False,), "partial_rotary_factor": (1,),

@@ -173,3 +173,15 @@ def test_every_parameter_has_the_role_that_its_shape_says(biases: dict):
     assert roles["layers.0.self_attn.q_proj.weight"].cut == "column"
     with pytest.raises(AssertionError, match="layers.0.mlp.router.weight has no role"):
         role_of("layers.0.mlp.router.weight")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_value_that_is_not_known_to_be_harmless_is_refused_by_name(model_type: str):
+    family = FAMILIES[model_type]
+    config = dataclasses.replace(CONFIG, **CHANGES.get(model_type, {}))
+    values = hf.to_hf_config(config, torch.float32, family=family)
+    assert hf.from_hf_config(values) == config.resolve()
+    assert family.harmless_at
+    for key in family.harmless_at:
+        with pytest.raises(ValueError, match=re.escape(key)):
+            hf.from_hf_config(values | {key: 12345})
