@@ -133,9 +133,8 @@ def take_saved_states(hook: CommHook, states: SavedStates, step: int, name: str)
     # A hook that remembers nothing has not looked.
     deque(known, maxlen=0)
     if foreign:
-        sentences.append(
-            f"the memory of the comm hook in {name} ({', '.join(sorted(foreign))}) is dropped: the run no longer uses it"
-        )
+        kinds = ", ".join(sorted(foreign))
+        sentences.append(f"the memory of the comm hook in {name} ({kinds}) is dropped: the run no longer uses it")
     return sentences
 
 
