@@ -21,13 +21,12 @@ A piece that is contiguous in the flattened parameter (a slice, whole rows, all 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoint.folder import OPTIMIZER_FILES
@@ -149,17 +148,28 @@ def _keyed_box(piece: Piece, box: Box, state: str, tensor: Tensor) -> dict[str, 
     return {f"{piece.name}@{','.join(map('{}:{}'.format, box.start, box.length))}/{state}": tensor}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file.
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for.
 
     Raises:
         ValueError: the file does not exist, or holds no tensors.
-        OSError: it cannot be read now.
     """
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+
+    def __init__(self, path: Path):
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        self._keys = list(self._file.keys())
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def holds_named_state(directories: Sequence[Path], wanted: NamedState) -> bool:
@@ -243,7 +253,10 @@ def _stored_tensors(directories: Sequence[Path]) -> dict[tuple[str, str], list[_
                 where, _, state = rest.partition("/")
                 shape = tuple(handle.get_slice(key).get_shape())
                 stored = _Stored(key, handle, _parse_place(where, shape), math.prod(shape))
-                found.setdefault((name, state), []).append(stored)
+                pieces = found.setdefault((name, state), [])
+                # Replicas may have written the same piece.
+                if all((stored.where, stored.numel) != (other.where, other.numel) for other in pieces):
+                    pieces.append(stored)
     except SafetensorError as error:
         raise ValueError(f"the optimizer state in {directories[0]} cannot be read: {error}") from None
     except ValueError:

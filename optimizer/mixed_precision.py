@@ -242,14 +242,18 @@ class MixedPrecisionOptimizer:
             step.unreleased.append(bucket)
 
     @torch.no_grad()
-    def end_overlapped_step(self) -> StepResult:
+    def end_overlapped_step(self, before_release: Callable[[], None] | None = None) -> StepResult:
         """End the step, once all buckets are stepped.
 
+        Args:
+            before_release: called before the gradients are zeroed, as for the start of ZeRO-1's gathers.
         Raises:
             FloatingPointError: the gradients were not finite, or too large for float32; the weights are lost.
         """
         step = self._overlapped_step()
         grad_norm = self._norm(step.squares)
+        if before_release is not None:
+            before_release()
         for bucket in step.unreleased:
             self.gradients.release(bucket)
         self._overlapped = None
@@ -342,12 +346,8 @@ class MixedPrecisionOptimizer:
                 state.write_weights()
 
     def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
-        """Each slice with its "main", "exp_avg" and (unless Muon steps it) "exp_avg_sq": flat float32 views."""
-        return [
-            (Piece.flat(s.piece.name, s.piece.shape, s.piece.offset, len(s.main)), s.tensors())
-            for bucket in self._buckets
-            for s in bucket
-        ]
+        """Each slice with its {"main", "exp_avg", and "exp_avg_sq" except for Muon}: flat views, float32."""
+        return [(state.piece.part, state.tensors()) for bucket in self._buckets for state in bucket]
 
     @torch.no_grad()
     def weights_from_main(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from checkpoint.named import Piece
 from parallel.layout import BucketLayout, BufferLayout, ParameterSpec, Slot, plan_layout
 
 _CHUNK = 1 << 18
@@ -50,6 +51,18 @@ class FlatBuffers:
             self._grad_views.append((parameter, self.grad_data[slot.start : slot.end].view(parameter.shape)))
             parameter.grad_dtype = grad_dtype
         self.restore_grad_views()
+
+    def require_grad_views(self) -> None:
+        """
+        Raises:
+            RuntimeError: somebody has set a `grad` to None, and the gradient that came after it is not in the buffer.
+        """
+        for (parameter, view), slot in zip(self._grad_views, self.layout.slots):
+            if parameter.grad is not view:
+                raise RuntimeError(
+                    f"the gradient of {slot.parameter.name} is not in its buffer, as after zero_grad() of the model: "
+                    f"call zero_grad() of the DDP instead"
+                )
 
     def restore_grad_views(self) -> None:
         """Restore the view of every parameter whose `grad` was set to None."""
@@ -112,6 +125,11 @@ class ParameterSlice:
     """Shape of the whole parameter."""
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
+
+    @property
+    def part(self) -> Piece:
+        """The same for a checkpoint."""
+        return Piece.flat(self.name, self.shape, self.offset, len(self.param))
 
 
 @dataclass(frozen=True)

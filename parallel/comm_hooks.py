@@ -60,6 +60,10 @@ class CommHook:
         called for a skipped step."""
         return bucket.grad
 
+    def dtype_taken(self, bucket: Bucket) -> torch.dtype:
+        """dtype of the result of `take`."""
+        return bucket.grad.dtype
+
     def release(self, bucket: Bucket) -> None:
         """Get the bucket ready for the next backward pass, also after a skipped step. A second call changes nothing."""
         bucket.grad.zero_()
@@ -124,9 +128,9 @@ def take_saved_states(hook: CommHook, states: SavedStates, step: int, name: str)
 
     def own() -> Iterator[tuple[Mapping[str, Tensor], bool]]:
         for saved, is_mine in states:
-            kinds = {key: key.rpartition("/")[2] for key in saved}
-            foreign.update(set(kinds.values()) - set(hook.remembers))
-            yield {key: saved[key] for key, kind in kinds.items() if kind in hook.remembers}, is_mine
+            # Names alone: reading another hook's memory would take as long as reading the weights.
+            foreign.update({key.rpartition("/")[2] for key in saved} - set(hook.remembers))
+            yield saved, is_mine
 
     known = own()
     sentences = hook.take_states(known, step)

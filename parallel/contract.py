@@ -12,12 +12,13 @@ the scale in the sums; PowerSGD divides by it, since its residuals outlive it. `
 optimizer divides where the scale is left.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from checkpoint.named import NamedState
 from parallel.buffer import ParameterSlice
 
 
@@ -67,15 +68,6 @@ class GradientSource(Protocol):
         """Get the bucket ready for the next backward pass."""
 
 
-class Piece(Protocol):
-    """A part of a parameter (checkpoint/named.py)."""
-
-    name: str
-
-
-NamedState = Iterable[tuple[Piece, dict[str, Tensor]]]
-
-
 @dataclass(frozen=True)
 class StepResult:
     grad_norm: float
@@ -92,7 +84,7 @@ class Optimizer(Protocol):
 
     def step_bucket(self, bucket: int, release: bool = False) -> None: ...
 
-    def end_overlapped_step(self) -> StepResult: ...
+    def end_overlapped_step(self, before_release: Callable[[], None] | None = None) -> StepResult: ...
 
     def needs_gather(self, bucket: int) -> bool: ...
 

@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from checkpoint.named import NamedState
 from parallel.buffer import Bucket
 from parallel.collectives import measure_bandwidth
 from parallel.comm_hooks import CommHook, SavedStates, sum_hook, take_saved_states
-from parallel.contract import GradientSource, NamedState, StepResult
+from parallel.contract import GradientSource, StepResult
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
 from parallel.gradients import BucketGradients, PlainGradients
@@ -61,8 +62,12 @@ def one_process() -> str:
     return f"one process of {torch.get_num_threads()} thread(s)"
 
 
+def _trained_dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+
+
 def _grad_dtype(parts: EngineParts) -> torch.dtype:
-    return torch.float32 if parts.config.grad_reduce_in_fp32 else next(parts.model.parameters()).dtype
+    return torch.float32 if parts.config.grad_reduce_in_fp32 else _trained_dtype(parts.model)
 
 
 class WholeModelEngine:
@@ -82,7 +87,7 @@ class WholeModelEngine:
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         device = self._parts.context.device
         self._run_prepass(micro_batches, task)
-        factor = plan.loss_scale / max(plan.count, 1)
+        factor = self._parts.loss_scale() / max(plan.count, 1)
         # A fused loss rounds its gradient before it is scaled. Only in float16 does that lose small values.
         task.grad_scale = factor if self._parts.is_fp16 else 1.0
         loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -210,7 +215,7 @@ class BucketedEngine(WholeModelEngine):
             self.optimizer.step_bucket(bucket.index, release=self._parts.config.overlap_zero_grad_buffer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
-        if self.hook.saved_state() is not None or self._parts.config.overlap_optim_step:
+        if self.hook.remembers or self._parts.config.overlap_optim_step:
             # Saved state changes while the backward pass goes on.
             plan.before_update()
         self.hook.begin_step(plan.number)
@@ -228,9 +233,7 @@ class BucketedEngine(WholeModelEngine):
     def _step(self, plan: StepPlan) -> StepResult:
         zero1 = self.zero1
         if self._parts.config.overlap_optim_step:
-            result = self.optimizer.end_overlapped_step()
-            if zero1 is not None:
-                zero1.start_gathers()
+            result = self.optimizer.end_overlapped_step(zero1.start_gathers if zero1 is not None else None)
         else:
             result = self.optimizer.step(plan.lr, zero1.gather if zero1 is not None else None)
         if zero1 is not None and not zero1.overlap_gather:

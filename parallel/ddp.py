@@ -138,7 +138,7 @@ class DistributedDataParallel(nn.Module):
         """Launch the remaining buckets and wait for all of them. Call it after the last micro-batch's backward pass.
 
         Raises:
-            RuntimeError: some parameters got no gradient; names them.
+            RuntimeError: some parameters got no gradient, or one outside the buffers; names them.
         """
         missing = [slot.parameter.name for parameter, slot in self._slot_of.items() if parameter not in self._arrived]
         if missing:
@@ -147,6 +147,7 @@ class DistributedDataParallel(nn.Module):
                 f"{len(missing)} parameters got no gradient in this backward pass: {shown}; "
                 f"every parameter must take part in the loss, or be frozen before the model is wrapped"
             )
+        self.flat_buffers.require_grad_views()
         while self._next_bucket < len(self.buckets):
             self._launch(self.buckets[self._next_bucket])
         with self.observer.waiting("wait for buckets"):

@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from checkpoint.named import NamedState
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
-from parallel.contract import GradientSource, NamedState, Optimizer, StepResult
+from parallel.contract import GradientSource, Optimizer, StepResult
 from parallel.mesh import Mesh
 
 Batch = dict[str, Tensor]
@@ -25,9 +26,11 @@ Batch = dict[str, Tensor]
 class Task(Protocol):
     """Computes a batch's loss under the model; tasks/language_model.py has the details."""
 
-    metric_names: Sequence[str]
     uses_prepass: bool
     grad_scale: float
+
+    @property
+    def metric_names(self) -> Sequence[str]: ...
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Returns (sum of the losses, their count, sums of the metrics)."""
@@ -46,8 +49,6 @@ class StepPlan:
     lr: float
     count: int
     """Terms of the loss in the whole global batch, by which gradients are divided."""
-    loss_scale: float
-    """Factor on the loss (float16)."""
     before_update: Callable[[], None]
     """Must be called before anything that a checkpoint holds changes. More than one call is harmless."""
     shall_drop: Callable[[int, int], bool] | None = None
@@ -56,7 +57,8 @@ class StepPlan:
 
 
 class Sums(NamedTuple):
-    """This rank's sums over a step's micro-batches, on the device."""
+    """This rank's sums over a step's micro-batches, on the device. All ranks' sums are added: where several ranks work
+    on the same rows, only one of them returns the rows' part, and the others zeros."""
 
     loss: Tensor
     """float64 scalar."""
@@ -85,7 +87,7 @@ class Engine(Protocol):
         """Reduce the gradients and step. Afterwards the gradients are zero, also if the step was skipped."""
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        """Result of `task` for a validation batch."""
+        """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it."""
 
     def settle(self) -> None:
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""

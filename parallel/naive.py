@@ -59,7 +59,8 @@ class NaiveDDP(nn.Module):
 
     def nonfinite_parameters(self) -> list[str]:
         """Names of the parameters whose gradients are not finite now."""
-        return [name for name, grad in self.grads.items() if not torch.isfinite(grad).all()]
+        are_finite = torch.stack([torch.isfinite(grad).all() for grad in self.grads.values()]).tolist()
+        return [name for name, is_finite in zip(self.grads, are_finite) if not is_finite]
 
     def slices(self) -> list[list[SliceWithGrad]]:
         """Slices for the optimizer: every parameter whole, in a single list, as there are no buckets."""

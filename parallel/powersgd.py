@@ -304,6 +304,9 @@ class PowerSGD(CommHook):
         state.grad_is_residual = self.config.grad_buffer_is_powerSGD_error
         return out
 
+    def dtype_taken(self, bucket: Bucket) -> torch.dtype:
+        return self._matrix_dtype
+
     def _summed_q(self, matrix: _Matrix) -> Tensor:
         return matrix.start_q if self.config.use_fixed_Q else matrix.q
 
@@ -423,7 +426,8 @@ class PowerSGD(CommHook):
 
 class Eager(CommHook):
     """PowerSGD whose sums are in the buckets once they are reduced, for a loop that never calls `take`, such as one
-    with a torch optimizer. A non-finite sum arrives as NaN and leaves PowerSGD's state unchanged.
+    with a torch optimizer. A non-finite sum arrives as NaN and leaves PowerSGD's state unchanged; on CUDA, the host
+    waits for each bucket to see that.
 
     Raises:
         ValueError: the residual is in the gradient buffer, which then cannot hold the sum.
@@ -431,7 +435,7 @@ class Eager(CommHook):
 
     def __init__(self, hook: PowerSGD):
         if hook.config.grad_buffer_is_powerSGD_error:
-            raise ValueError("a residual in the gradient buffer needs a lazy hook: the sum must be taken elsewhere")
+            raise ValueError("a residual in the gradient buffer does not go with Eager: the sum has no other place")
         self.hook = hook
 
     def reduce(self, bucket: Bucket) -> None:
@@ -441,7 +445,8 @@ class Eager(CommHook):
         if torch.isfinite(self.hook.sum_of_squares(bucket)):
             torch.mul(self.hook.take(bucket), self.hook.loss_scale(), out=bucket.grad)
         else:
-            bucket.grad.fill_(torch.nan)
+            for _, gradient in bucket.views():
+                gradient.fill_(torch.nan)
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
         return self.hook.bytes_sent(bucket, itemsize)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parallel.context import DistContext
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ReplicaDrift(RuntimeError):
@@ -30,7 +30,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     weighted by position, so exchanging two of them changes it, too.
 
     Args:
-        tensors: contiguous, of any shape, with dtypes of 2, 4 or 8 bytes, on one device.
+        tensors: contiguous, of any shape, with dtypes of 1, 2, 4 or 8 bytes, on one device.
     """
     words = [word for tensor in tensors for word in _as_words(tensor.detach().view(-1))]
     sums = torch.stack([word.sum(dtype=torch.int64) for word in words])

@@ -96,8 +96,8 @@ class Zero1:
                     self._gathers.pop(bucket).wait()
 
     def bytes_of_updates(self, bucket: Bucket) -> float:
-        """Bytes that each rank sends in `gather_updates`, if the updates have the gradients' dtype."""
-        return self._bytes_to_gather(bucket.grad)
+        """Bytes that each rank sends in `gather_updates`."""
+        return shared_fraction(self.ddp.collectives) * len(bucket.grad) * self.ddp.hook.dtype_taken(bucket).itemsize
 
     def bytes_sent(self) -> float:
         """Bytes that each rank sends to gather the parameters once."""

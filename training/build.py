@@ -99,9 +99,9 @@ def build(
         logger.warning(sentence)
     is_resumed = run_dir.resumed_from is not None
     data = open_data(config.run, config.data, data_dirs, context, run_dir.place)
-    batch = choose_batch(config.run, config.data, given, len(data.train), context.world_size)
+    batch = choose_batch(config.run, config.data, given, len(data.train), mesh.data_size)
     config = replace(config, data=batch)
-    derived = resolve(config, context.world_size, len(data.train))
+    derived = resolve(config, mesh.data_size, len(data.train))
 
     weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
     # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
@@ -129,7 +129,7 @@ def build(
     progress, left_out = Progress(), None
     if is_resumed:
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
-        derived = resolve(config, context.world_size, len(data.train), progress.step, progress.samples_consumed)
+        derived = resolve(config, mesh.data_size, len(data.train), progress.step, progress.samples_consumed)
     loader = TrainLoader(
         data.train, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,
         mesh.data_rank, mesh.data_size, progress.samples_consumed, config.data.num_workers,

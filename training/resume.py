@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from checkpoint.folder import read_trainer_state
-from checkpoint.named import holds_named_state, load_named_state, read_tensors
+from checkpoint.named import LazyTensors, holds_named_state, load_named_state
 from checkpoint.retention import delete_leftovers
 from parallel.context import DistContext
 from parallel.engine import Engine
@@ -72,6 +72,6 @@ def _take_local_states(run_dir: RunDir, engine: Engine, step: int, is_main: bool
     lost = files.lost_hook_states() if engine.local_state() is not None else []
     if lost and is_main:
         logger.warning("the memory of the comm hooks of ranks %s was found on no node: it is lost", lost)
-    states = ((read_tensors(file), is_mine) for file, is_mine in files.hook_states())
+    states = ((LazyTensors(file), is_mine) for file, is_mine in files.hook_states())
     for sentence in engine.take_local_states(states, step, run_dir.chosen.name):
         logger.warning(sentence)

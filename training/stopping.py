@@ -52,12 +52,17 @@ class StopRequest:
 
 
 class Stopping:
-    """Requests to stop, on this rank and on all ranks."""
+    """Requests to stop, on this rank and on all ranks.
 
-    def __init__(self, request: StopRequest, run_dir: RunDir, context: DistContext):
+    Args:
+        looks_for_file: False if the launch is not the training run that a file in its directory speaks to.
+    """
+
+    def __init__(self, request: StopRequest, run_dir: RunDir, context: DistContext, looks_for_file: bool = True):
         self.request, self._context = request, context
         # If nodes share a store, only one rank looks there.
-        self._file = run_dir.stop_file if run_dir.place.is_first_of_store else None
+        looks = looks_for_file and run_dir.place.is_first_of_store
+        self._file = run_dir.stop_file if looks else None
 
     def asked(self) -> bool:
         """Whether a signal to this rank, or a file in the run directory, requests a stop."""

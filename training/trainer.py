@@ -68,7 +68,8 @@ class Trainer:
         self.config, self.progress, self.run_dir = built.config, built.progress, built.run_dir
         self.model, self.task, self.engine, self.loader = built.model, built.task, built.engine, built.loader
         self.heartbeat = built.run_dir.heartbeat
-        self.stopping, self.samples = Stopping(stop, built.run_dir, context), Samples(built)
+        self.stopping = Stopping(stop, built.run_dir, context, looks_for_file=not self.config.run.valid_only)
+        self.samples = Samples(built)
         self.meter, self.first_step = StepMeter(self.progress.samples_consumed), self.progress.step
         self.saves = Saves(built, self.reslog, self._untimed)
 
@@ -193,7 +194,6 @@ class Trainer:
             progress.step + 1,
             learning_rate(self.config.optimizer, progress.step, self.built.derived.max_iters),
             count,
-            self.built.scaler.scale,
             self.run_dir.saver.before_update,
             self._shall_drop(progress.step + 1) if is_long else None,
         )
@@ -292,8 +292,6 @@ class Trainer:
             # The last round may have no batch for this rank.
             for index, batch in islice(batches, 1):
                 loss_sum, terms, sums = self.engine.evaluate(batch, self.task)
-                if not mesh.counts:
-                    continue
                 row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
                 table[index] = torch.tensor(row, dtype=torch.float64)
             if rounds.stop_after_round():

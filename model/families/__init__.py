@@ -27,4 +27,6 @@ def family_of(config: LlamaConfig, generic_tokenizer: bool = False) -> Family:
     Args:
         generic_tokenizer: whether other programs do not associate the model's tokenizer with a family.
     """
-    return next(family for family in FAMILIES.values() if family.writes(config, generic_tokenizer))
+    # A llama takes whatever no other family claims.
+    others = (family for family in FAMILIES.values() if family is not LLAMA)
+    return next((family for family in others if family.writes(config, generic_tokenizer)), LLAMA)

@@ -582,7 +582,7 @@ def alone(options: dict, lazy: bool = True, grad: torch.dtype = torch.float32, *
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="at least 1"):
         alone(dict(matrix_approximation_rank=0))
-    with pytest.raises(ValueError, match="lazy hook"):
+    with pytest.raises(ValueError, match="does not go with Eager"):
         alone(dict(grad_buffer_is_powerSGD_error=True), lazy=False)
     with pytest.raises(ValueError, match="error feedback"):
         alone(dict(grad_buffer_is_powerSGD_error=True, use_error_feedback=False))

@@ -67,7 +67,7 @@ def test_an_engine_takes_the_steps_of_torchs_own_loop(name: str):
     adamw = torch.optim.AdamW(theirs.parameters(), LR, (ADAMW.beta1, ADAMW.beta2), ADAMW.adam_eps, weight_decay=0.0)
     told = []
     for step in range(3):
-        plan = StepPlan(step + 1, LR, 32, 1.0, lambda: told.append("update"))
+        plan = StepPlan(step + 1, LR, 32, lambda: told.append("update"))
         sums = engine.forward_backward(batches(step), task, plan)
         result = engine.step(plan)
         loss = sum(plain(batch)[0] for batch in batches(step)) / 32
@@ -90,10 +90,22 @@ def test_a_dropped_step_leaves_all_but_the_gradients(name: str):
     model = new_model()
     engine, task = open_alone(name, model), LanguageModelTask(model, 0, torch.ones(32))
     before = [p.detach().clone() for p in model.parameters()]
-    plan = StepPlan(1, LR, 32, 1.0, lambda: None, shall_drop=lambda done, total: (done, total) == (1, 2))
+    plan = StepPlan(1, LR, 32, lambda: None, shall_drop=lambda done, total: (done, total) == (1, 2))
     assert engine.forward_backward(batches(0), task, plan) is None
     assert all(map(torch.equal, before, model.parameters()))
     assert all((tensors["exp_avg"] == 0).all() for _, tensors in engine.named_state())
+    engine.close()
+
+
+def test_a_gradient_outside_its_buffer_is_an_error():
+    """Otherwise it would be lost at every step from here on."""
+    model = new_model()
+    engine, task = open_alone("bucketed", model), LanguageModelTask(model, 0, torch.ones(32))
+    model.zero_grad()
+    plan = StepPlan(1, LR, 32, lambda: None)
+    engine.forward_backward(batches(0), task, plan)
+    with pytest.raises(RuntimeError, match="is not in its buffer, as after zero_grad"):
+        engine.step(plan)
     engine.close()
 
 

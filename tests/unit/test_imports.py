@@ -22,7 +22,7 @@ ALLOWED = {
     "configs": {"utils.small_files"},
     "model": {"utils.options"},
     "dataset": {"runs", "utils"},
-    "parallel": {"utils.options"},
+    "parallel": {"checkpoint.named", "utils.options"},
     "optimizer": {"checkpoint.named", "parallel.buffer", "parallel.contract", "utils.options"},
     "tasks": {"dataset", "model", "runs", "utils"},
     "serving": {"checkpoint", "model", "tokenizer", "utils"},

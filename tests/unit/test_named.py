@@ -149,3 +149,13 @@ def test_of_a_flat_slice_only_the_range_around_the_wanted_elements_is_read(
     target = torch.zeros(2, 3)
     load_named_state([tmp_path], [(Piece("w", (6, 10), (Box((2, 4), (2, 3)),)), {"main": target})])
     assert torch.equal(target, whole[2:4, 4:7]) and read == [13]
+
+
+def test_a_piece_that_two_replicas_wrote_counts_once(tmp_path: Path):
+    whole = torch.arange(12.0)
+    for rank in range(2):
+        save_file({"w@0:4,1:2/main": whole.view(4, 3)[:, 1:].contiguous(), "w@0:4,0:1/main": whole[::3].view(4, 1).clone()},
+                  tmp_path / f"optim-{rank}.safetensors")  # fmt: skip
+    target = torch.zeros(12)
+    load_named_state([tmp_path], [(Piece.flat("w", (4, 3), 0, 12), {"main": target})])
+    assert torch.equal(target, whole)

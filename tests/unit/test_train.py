@@ -693,6 +693,16 @@ def test_saved_in_the_background_is_what_was_there_at_that_step(
         assert same_bits(final_state(tiny_run, step), final_state(now, step)), step
 
 
+def test_a_stop_file_is_not_for_a_validation(tiny_run: list[str], capsys: pytest.CaptureFixture):
+    """It speaks to the run; --valid_only is another launch."""
+    assert train(tiny_run) == 0
+    (out_dir(tiny_run) / "stop").touch()
+    capsys.readouterr()
+    assert train(tiny_run, "--resume", "--valid_only") == 0
+    assert "valid at step" in capsys.readouterr().out
+    assert (out_dir(tiny_run) / "stop").exists()
+
+
 def test_a_stop_file_saves_and_stops(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
     step = trainer_module.Trainer._finish_step
 
