@@ -60,7 +60,7 @@ class FlatBuffers:
         for (parameter, view), slot in zip(self._grad_views, self.layout.slots):
             if parameter.grad is not view:
                 raise RuntimeError(
-                    f"the gradient of {slot.parameter.name} is not in its buffer, as after zero_grad() of the model: "
+                    f"the gradient of {slot.parameter.name} is not in its buffer, as after the model's zero_grad(): "
                     f"call zero_grad() of the DDP instead"
                 )
 

@@ -104,7 +104,7 @@ def test_a_gradient_outside_its_buffer_is_an_error():
     model.zero_grad()
     plan = StepPlan(1, LR, 32, lambda: None)
     engine.forward_backward(batches(0), task, plan)
-    with pytest.raises(RuntimeError, match="is not in its buffer, as after zero_grad"):
+    with pytest.raises(RuntimeError, match="is not in its buffer, as after the model"):
         engine.step(plan)
     engine.close()
 
