@@ -140,4 +140,4 @@ def test_a_rate_that_ruins_a_large_model_is_said(
 ):
     config, _ = parse_config(["--data_dir=d", "--init_from=m", f"--task_type={task}", f"--learning_rate={rate}"])
     rates.warn_of_rate(config.run, config.optimizer.learning_rate, parameters)
-    assert ("survive" in caplog.text) == is_warned
+    assert ("likely to ruin the weights" in caplog.text) == is_warned
