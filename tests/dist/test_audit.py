@@ -17,7 +17,7 @@ def train_on_the_same_data(flags: list[str]) -> int:
 
     def wrong(self: TrainLoader, *args: object, **kwargs: object) -> None:
         initialize(self, *args, **kwargs)
-        self.rank = 0
+        self.data_rank = 0
 
     TrainLoader.__init__ = wrong
     return train_my_ddp.main(flags)
