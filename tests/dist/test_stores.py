@@ -312,7 +312,8 @@ def test_a_lost_residual_of_powersgd_is_warned_of(resumed: Plan):
     """Weights and moments are whole, but gradients that the lost node's rank had not sent yet are gone."""
     run = resumed["powersgd replaced"]
     assert run.parent() == "step-4"
-    assert [line for node in run.nodes for line in run.log(node).splitlines() if "WARNING" in line and "memory of the comm hooks" in line]
+    lines = [line for node in run.nodes for line in run.log(node).splitlines()]
+    assert [line for line in lines if "WARNING" in line and "the memory of the comm hooks of ranks" in line]
     check_tidy(run)
 
 
