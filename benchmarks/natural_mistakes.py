@@ -219,7 +219,7 @@ def make_playground(where: Path) -> None:
     for name in ("a.pdf", "b.docx"):
         (where / "papers" / name).write_bytes(b"%PDF-1.7 \x00\x01")
     (where / "utf16" / "a.txt").write_text("words " * 500, encoding="utf-16")
-    (where / "little" / "a.txt").write_text("a few words are no corpus\n")
+    (where / "little" / "a.txt").write_text("a few words are not a corpus\n")
     (where / "tabs.yaml").write_text("hidden_size: 32\n\tnum_hidden_layers: 1\n")
     (where / "small.yaml").write_text("hidden_size: 32\n")
     ask = [f"What is {number} and {number}?" for number in range(40)]

@@ -68,7 +68,7 @@ def load_nanogpt(directory: Path) -> object:
     """
     path = directory / "model.py"
     if not path.exists() or "class GPTConfig" not in path.read_text():
-        raise ValueError(f"{directory} is no checkout of nanoGPT: it has no model.py with a GPTConfig")
+        raise ValueError(f"{directory} is not a checkout of nanoGPT: it has no model.py with a GPTConfig")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     # Its dataclass looks up its module.

@@ -71,7 +71,7 @@ def classify(
     if not parts:
         codes_said = ", ".join(str(code) for code in returncodes if code is not None)
         parts.append(f"the launcher ended with exit code {codes_said}" if codes_said else "it left no exit record")
-    # Of a rank that was killed, the other ranks only know that it is gone.
+    # The other ranks only know of a killed rank that it is gone.
     traceback = failed[0].get("traceback", "") if failed and not silent else ""
     return LaunchEnd(CRASH, "; ".join(parts), traceback, non_finite)
 

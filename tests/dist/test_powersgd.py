@@ -217,7 +217,7 @@ def nothing_is_lost(context: DistContext) -> dict:
         each_step, received, delivered = 0.0, 0.0, 0.0
         kept = torch.zeros_like(together(gradients_of(0, 0), names))
         for step in range(6):
-            # Of very different sizes on the ranks and from step to step.
+            # The sizes differ widely between ranks and steps.
             mine = {n: g * 10.0 ** (context.rank + step % 3) for n, g in gradients_of(context.rank, step).items()}
             # In float32, as the hook adds them.
             given_now = together(mine, names) + kept
@@ -250,7 +250,7 @@ def full_rank(context: DistContext) -> dict:
 
 
 def gradients_in(buckets: list[Bucket], hook: PowerSGD) -> BucketGradients:
-    """What an optimizer takes, of buckets that are no DDP's."""
+    """What an optimizer takes, of buckets that belong to no DDP."""
     slices = [bucket.slices(0, len(bucket.grad)) for bucket in buckets]
     return BucketGradients(SimpleNamespace(buckets=buckets, hook=hook, slices=lambda: slices))
 

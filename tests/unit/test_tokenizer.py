@@ -511,7 +511,7 @@ def refusal(folder: Path) -> str:
 DAMAGES: dict[str, Callable[[dict], object]] = {
     "cut merges": lambda d: d["model"].update(merges=None),
     "merges of another kind": lambda d: d["model"].update(merges=[1, 2]),
-    "a merge of what is no entry": lambda d: d["model"]["merges"].append(["no such", "entry"]),
+    "a merge of something that is not an entry": lambda d: d["model"]["merges"].append(["no such", "entry"]),
     "an entry lost": lambda d: d["model"]["vocab"].pop("".join(d["model"]["merges"][0])),
     "no vocabulary": lambda d: d["model"].pop("vocab"),
     "a list for a vocabulary": lambda d: d["model"].update(vocab=[]),
