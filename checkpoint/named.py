@@ -160,10 +160,15 @@ class LazyTensors(Mapping[str, Tensor]):
             self._file = safe_open(path, framework="pt")
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
-        self._keys = list(self._file.keys())
+        self._keys = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
         return self._file.get_tensor(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)

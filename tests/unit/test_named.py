@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.named import Box, Piece, flat_boxes, holds_named_state, keyed, load_named_state
+from checkpoint.named import Box, LazyTensors, Piece, flat_boxes, holds_named_state, keyed, load_named_state
 
 Cut = Callable[[random.Random, str, tuple[int, ...]], list[Piece]]
 
@@ -160,3 +160,12 @@ def test_a_piece_that_two_replicas_wrote_counts_once(tmp_path: Path):
     target = torch.zeros(12)
     load_named_state([tmp_path], [(Piece.flat("w", (4, 3), 0, 12), {"main": target})])
     assert torch.equal(target, whole)
+
+
+def test_tensors_that_are_not_in_a_file_are_missing_keys(tmp_path: Path):
+    save_file({"w/q": torch.ones(2)}, tmp_path / "comm_hook-0.safetensors")
+    tensors = LazyTensors(tmp_path / "comm_hook-0.safetensors")
+    assert list(tensors) == ["w/q"] and "w/q" in tensors and "v/q" not in tensors
+    assert tensors.get("v/q") is None and torch.equal(tensors["w/q"], torch.ones(2))
+    with pytest.raises(KeyError):
+        tensors["v/q"]
