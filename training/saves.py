@@ -51,32 +51,21 @@ class Saves:
         self._is_time = bool(is_time)
 
     def are_due(self, validated: bool) -> bool:
-        """Whether to save after this step; stays true until `prepare`, in case a save has to wait."""
+        """Whether to save after this step; stays true until `start`, in case a save has to wait."""
         interval = self._built.config.run.save_interval
         self._waiting |= validated or self._is_time or is_due(self._built.progress.step, interval)
         return self._waiting
 
-    def prepare(self) -> None:
-        """Wait for the save in flight, and for whole weights."""
-        self.settle()
-        self._waiting = False
-        with self._untimed():
-            self._built.engine.settle()
-
-    def start(self, valid_loss: float | None, prune: bool, must: bool) -> None:
-        """Begin to save the present state, each rank its share.
+    def start(self, valid_loss: float | None, prune: bool) -> None:
+        """Begin to save the present state, each rank its share. No save may be in flight, and weights must be whole.
 
         Args:
             prune: whether older checkpoints may be deleted.
-            must: wait for the save, and raise if it fails; see `settle`.
         """
-        with self._untimed():
-            writer = self._saver.begin(self._built.progress.step)
-            add_share(self._built, writer)
-            self._saver.start(writer, valid_loss, prune=prune)
-        self._last_save = time.monotonic()
-        if must or not self._saver.background:
-            self.settle(must)
+        writer = self._saver.begin(self._built.progress.step)
+        add_share(self._built, writer)
+        self._saver.start(writer, valid_loss, prune=prune)
+        self._waiting, self._last_save = False, time.monotonic()
 
     def settle(self, must: bool = False) -> None:
         """Wait until the save in flight, if any, is whole on all ranks or has failed.

@@ -143,12 +143,15 @@ class Trainer:
         Args:
             must: wait for the save, and raise if it fails; see Saves.settle.
         """
-        self.saves.prepare()
-        if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
-            with self._untimed():
+        self.saves.settle()
+        with self._untimed():
+            self.engine.settle()
+            if self.config.parallel.replica_check_interval and self.compared_at != self.progress.step:
                 self._compare_replicas()
-        # If a run's last step lies in a streak, its save must not replace earlier checkpoints.
-        self.saves.start(valid_loss, prune=not self.in_streak, must=must)
+            # If a run's last step lies in a streak, its save must not replace earlier checkpoints.
+            self.saves.start(valid_loss, prune=not self.in_streak)
+        if must or not self.run_dir.saver.background:
+            self.saves.settle(must)
 
     def _compare_replicas(self) -> None:
         self.engine.check_replicas(self.progress.step)
