@@ -81,7 +81,6 @@ class WholeModelEngine:
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP | DistributedDataParallel, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
-        self._nonfinite: list[str] = []
         self.optimizer = parts.new_optimizer(gradients)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
@@ -120,14 +119,9 @@ class WholeModelEngine:
 
     def step(self, plan: StepPlan) -> StepResult:
         self._ddp.finish_grad_sync()
-        self._nonfinite = self._find_nonfinite()
         plan.before_update()
         with span("optimizer"):
             return self._step(plan)
-
-    def _find_nonfinite(self) -> list[str]:
-        """Find this step's `nonfinite_parameters`, before its gradients are zeroed."""
-        raise NotImplementedError
 
     def _step(self, plan: StepPlan) -> StepResult:
         return self.optimizer.step(plan.lr)
@@ -146,9 +140,6 @@ class WholeModelEngine:
     def communication_s(self) -> float:
         return self._ddp.observer.waits.take()
 
-    def nonfinite_parameters(self) -> list[str]:
-        return self._nonfinite
-
     def records(self) -> Mapping[str, dict]:
         return {}
 
@@ -165,9 +156,7 @@ class WholeModelEngine:
         self.optimizer.weights_from_main()
         self.optimizer.load_scalar_state(scalars)
 
-    def take_local_states(
-        self, states: SavedStates, step: int, name: str
-    ) -> list[str]:
+    def take_local_states(self, states: SavedStates, step: int, name: str) -> list[str]:
         return take_saved_states(CommHook(), states, step, name)
 
     def traffic(self) -> Traffic | None:
@@ -186,9 +175,16 @@ class NaiveEngine(WholeModelEngine):
     def __init__(self, parts: EngineParts, ddp: NaiveDDP):
         super().__init__(parts, ddp, PlainGradients(ddp.slices(), parts.square))
         self.ddp = ddp
+        self._nonfinite: list[str] = []
 
-    def _find_nonfinite(self) -> list[str]:
-        return self.ddp.nonfinite_parameters() if self._parts.config.check_for_nan_in_grad else []
+    def _step(self, plan: StepPlan) -> StepResult:
+        if self._parts.config.check_for_nan_in_grad:
+            # The step zeroes the gradients.
+            self._nonfinite = self.ddp.nonfinite_parameters()
+        return super()._step(plan)
+
+    def nonfinite_parameters(self) -> list[str]:
+        return self._nonfinite
 
     def describe(self) -> str:
         threads, size = torch.get_num_threads(), self.mesh.world_size
@@ -223,7 +219,7 @@ class BucketedEngine(WholeModelEngine):
             plan = replace(plan, shall_drop=None)
         return super().forward_backward(micro_batches, task, plan)
 
-    def _find_nonfinite(self) -> list[str]:
+    def nonfinite_parameters(self) -> list[str]:
         return self.ddp.observer.nonfinite_parameters
 
     def _before_last(self, plan: StepPlan) -> None:
@@ -256,15 +252,13 @@ class BucketedEngine(WholeModelEngine):
         if self.zero1 is not None:
             self.zero1.gather_all()
 
-    def take_local_states(
-        self, states: SavedStates, step: int, name: str
-    ) -> list[str]:
+    def take_local_states(self, states: SavedStates, step: int, name: str) -> list[str]:
         return take_saved_states(self.hook, states, step, name)
 
     def describe(self) -> str:
         config, size, count = self._parts.config, self.mesh.world_size, len(self.ddp.buckets)
         hook = self.hook.describe()
-        if size == 1 and self.hook.saved_state() is None and self.zero1 is None:
+        if size == 1 and not self.hook.remembers and self.zero1 is None:
             return one_process()
         overlap = "overlapped with" if config.overlap_grad_reduce else "after"
         text = f"{size} processes" if size > 1 else "one process"

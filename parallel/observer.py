@@ -4,7 +4,6 @@ The algorithms (ddp.py, zero1.py) report to an observer; none of their decisions
 """
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ class SyncTrace:
 
     arrived_before_launch: list[int]
     """Number of gradients that had arrived when bucket i was launched."""
-    launched_at: list[float]
-    """time.perf_counter() of the launch of bucket i."""
 
 
 class Observer:
@@ -41,7 +38,7 @@ class Observer:
         self.check_for_nan = check_for_nan
         self.waits = WaitMeter(context.device, enabled=context.world_size > 1)
         """Waits of the main thread for reduced buckets and gathered parameters."""
-        self.last_sync = SyncTrace([], [])
+        self.last_sync = SyncTrace([])
         """Launches in the last synchronised backward pass."""
         self.nonfinite_parameters: list[str] = []
         """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
@@ -49,7 +46,7 @@ class Observer:
         self._begin()
 
     def _begin(self) -> None:
-        self._trace = SyncTrace([], [])
+        self._trace = SyncTrace([])
         self._complete_order: list[int] = []
         self._flags: list[tuple[Bucket, Tensor]] = []
 
@@ -60,7 +57,6 @@ class Observer:
     def launched(self, gradients_arrived: int) -> None:
         """Report that the next bucket goes to the comm stream."""
         self._trace.arrived_before_launch.append(gradients_arrived)
-        self._trace.launched_at.append(time.perf_counter())
 
     @contextmanager
     def reducing(self, bucket: Bucket, num_bytes: float) -> Iterator[None]:
