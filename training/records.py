@@ -26,11 +26,11 @@ def start_records(built: Built) -> tuple[ResLog | None, Flops]:
     config, context, run_dir, step = built.config, built.context, built.run_dir, built.progress.step
     context.barrier()
     counted = count_flops(built)
-    reslog = ResLog(run_dir.reslog, _open_sinks(config, run_dir.path, step)) if context.is_main else None
+    reslog = ResLog(run_dir.paths.reslog, _open_sinks(config, run_dir.path, step)) if context.is_main else None
     for line in describe(built, counted):
         logger.info(line)
     if run_dir.place.is_first_of_store and not config.run.valid_only:
-        for path in abandon_later(run_dir.ckpt_dir, step):
+        for path in abandon_later(run_dir.paths.ckpt_dir, step):
             logger.info("set aside %s: the run goes on from step %d", path.name, step)
         run_dir.saver.prune(step)
         exits.clear_gone_ranks(run_dir.paths.exit_dir, context.world_size)
@@ -64,7 +64,7 @@ def _write_start(built: Built, reslog: ResLog | None) -> None:
     reslog.write(
         "start",
         version=VERSION,
-        attempt=count_launches(run_dir.reslog) + 1,
+        attempt=count_launches(run_dir.paths.reslog) + 1,
         step=progress.step,
         max_iters=derived.max_iters,
         samples_consumed=progress.samples_consumed,

@@ -42,7 +42,7 @@ def load_checkpoint(
         samples = config.data.resume_at_sample
     context.barrier()
     if run_dir.place.is_first_of_store:
-        delete_leftovers(run_dir.ckpt_dir)
+        delete_leftovers(run_dir.paths.ckpt_dir)
     # (Older checkpoints have no "validation_due".)
     return Progress(state["step"], samples, state["tokens"], state.get("validation_due", False)), left_out
 

@@ -42,18 +42,6 @@ class RunDir:
     def paths(self) -> RunPaths:
         return RunPaths(self.path)
 
-    @property
-    def ckpt_dir(self) -> Path:
-        return self.paths.ckpt_dir
-
-    @property
-    def stop_file(self) -> Path:
-        return self.paths.stop_file
-
-    @property
-    def reslog(self) -> Path:
-        return self.paths.reslog
-
 
 def open_run_dir(run: RunConfig, context: DistContext, resources: ExitStack) -> RunDir:
     """Create the run directory on each file system of the nodes, and find the checkpoint to resume from.

@@ -90,7 +90,7 @@ class Saves:
             self.saved_step, self._last_good = outcome.step, outcome.name
         elif outcome.poisoned:
             self._poisoned = f"the weights of step {outcome.step} are of no use: {outcome.problem}"
-        report.report_save(self._reslog, self._built.run_dir.ckpt_dir, outcome)
+        report.report_save(self._reslog, self._built.run_dir.paths.ckpt_dir, outcome)
 
     def refuse_poison(self) -> None:
         """Stop the run if a save has found non-finite weights.

@@ -62,7 +62,7 @@ class Stopping:
         self.request, self._context = request, context
         # If nodes share a store, only one rank looks there.
         looks = looks_for_file and run_dir.place.is_first_of_store
-        self._file = run_dir.stop_file if looks else None
+        self._file = run_dir.paths.stop_file if looks else None
 
     def asked(self) -> bool:
         """Whether a signal to this rank, or a file in the run directory, requests a stop."""

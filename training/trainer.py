@@ -168,7 +168,7 @@ class Trainer:
             self.context.barrier()
         if self.run_dir.place.is_first_of_store:
             with suppress(OSError):
-                self.run_dir.stop_file.unlink(missing_ok=True)
+                self.run_dir.paths.stop_file.unlink(missing_ok=True)
         steps_now, seconds = self.progress.step - self.first_step, time.perf_counter() - self.launched
         report.report_end(self.reslog, self.built, finished, steps_now, seconds, self.train_loss)
 
