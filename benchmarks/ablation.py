@@ -42,7 +42,7 @@ from pathlib import Path
 import torch
 
 from configurator import parse_config
-from model import Llama, flops
+from model import Decoder, flops
 from model.ops import CHOICES, build_ops, choose_ops
 from optimizer import adamw_triton
 from optimizer.adamw import adamw_reference
@@ -125,7 +125,7 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
     """A function that does one training step and returns the loss in nats per token; bytes kept between steps."""
     dtype = resolve_dtype(config.system.dtype, device)
     model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
-    model = Llama(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
+    model = Decoder(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
     if contender.compiled:
@@ -303,7 +303,7 @@ def main() -> None:
     chosen = [contender for contender in everyone if not wanted or contender.name in wanted]
     model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in Llama(model_config).parameters())
+        num_parameters = sum(p.numel() for p in Decoder(model_config).parameters())
     seq_len, rows = config.data.max_seq_len, config.data.train_batch_size
     micro_batches = config.data.gradient_accumulation_steps
     strict = flops.flops_per_token_strict(model_config, seq_len)

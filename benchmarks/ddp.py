@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
 from parallel import DistContext, DistributedDataParallel, destroy_context, init_context
 from utils.terminal import run_main
@@ -37,7 +37,7 @@ VOCAB_SIZE = 8192
 class LossModule(nn.Module):
     """Model with its loss, because torch's DDP needs the loss inside the wrapped module."""
 
-    def __init__(self, model: Llama):
+    def __init__(self, model: Decoder):
         super().__init__()
         self.model = model
 
@@ -48,11 +48,11 @@ class LossModule(nn.Module):
 
 def new_module(dtype: torch.dtype, args: argparse.Namespace) -> LossModule:
     """Model with the same weights for every contender and rank."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 64,
     ).resolve(max_seq_len=args.seq_len)  # fmt: skip
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     return LossModule(model).to(dtype=dtype)
 

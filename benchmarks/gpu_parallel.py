@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 import torch
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -84,8 +84,8 @@ def main() -> None:
         raise SystemExit("benchmarks.gpu_parallel needs a GPU; --preset tiny runs on a CPU, as a trial")
     if device.type == "cpu":
         args.seq_len = min(args.seq_len, 64)
-    config = LlamaConfig(**PRESETS[args.preset]).resolve(max_seq_len=args.seq_len)
-    model = Llama(config)
+    config = ModelConfig(**PRESETS[args.preset]).resolve(max_seq_len=args.seq_len)
+    model = Decoder(config)
     model.initialize(0)
     context = DistContext(0, 1, 0, 1, device)
     ddp = DistributedDataParallel(model.to(device=device, dtype=torch.bfloat16), context)

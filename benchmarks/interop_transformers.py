@@ -54,13 +54,13 @@ def text(length: int) -> torch.Tensor:
 @torch.no_grad()
 def export(directory: Path, changes: dict) -> None:
     """Write an exported folder with its expected logits beside it."""
-    from model import Llama, LlamaConfig, hf
+    from model import Decoder, ModelConfig, hf
 
     shape = {
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
     }  # fmt: skip
-    model = Llama(LlamaConfig(**shape | changes).resolve()).eval()
+    model = Decoder(ModelConfig(**shape | changes).resolve()).eval()
     model.initialize(0)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

@@ -24,7 +24,7 @@ import subprocess
 
 import torch
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -82,11 +82,11 @@ def measure(mode: str, dtype: torch.dtype) -> None:
     """Program of a rank: three steps, then a line of JSON from rank 0."""
     torch.set_num_threads(1)
     context = init_context()
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=16384, hidden_size=768, num_hidden_layers=4, num_attention_heads=12, intermediate_size=2048
     ).resolve(max_seq_len=16)
     tensors, resident = tensor_bytes(), resident_bytes()
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     ddp = DistributedDataParallel(model.to(device=context.device, dtype=dtype), context)
     sharded = "ZeRO-1" in mode

@@ -31,7 +31,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.ddp import describe
-from model import Llama, LlamaConfig, flops, hf
+from model import Decoder, ModelConfig, flops, hf
 from model.ops import build_ops, choose_ops
 from optimizer import adamw_triton
 from optimizer.config import AdamWConfig
@@ -45,11 +45,11 @@ VOCAB_SIZE = 8192
 
 
 def our_step(
-    config: LlamaConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool,
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool,
     kernels: str,
 ) -> Callable[[], float]:  # fmt: skip
     ops = build_ops(choose_ops(kernels, {}, device, dtype))
-    model = Llama(config, ops=ops)
+    model = Decoder(config, ops=ops)
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
     if compiled:
@@ -70,12 +70,12 @@ def our_step(
 
 
 def their_step(
-    config: LlamaConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool
 ) -> Callable[[], float]:
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
-    ours = Llama(config)
+    ours = Decoder(config)
     ours.initialize(0)
     settings = {key: value for key, value in hf.to_hf_config(config, dtype).items() if key != "architectures"}
     theirs = LlamaForCausalLM(TheirConfig(**settings, attn_implementation="sdpa"))
@@ -147,7 +147,7 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     if device.type == "cpu" and not args.plain_malloc:
         keep_freed_memory()
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=VOCAB_SIZE, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 64,
     ).resolve(max_seq_len=args.seq_len)  # fmt: skip
@@ -177,7 +177,7 @@ def main() -> None:
                 seconds[name].append(elapsed)
     tokens = args.rows * args.seq_len
     operations = tokens * flops.flops_per_token_strict(config, args.seq_len)
-    parameters = sum(p.numel() for p in Llama(config).parameters())
+    parameters = sum(p.numel() for p in Decoder(config).parameters())
     cpu = f"{torch.get_num_threads()} threads of {cpu_name()}"
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     print(f"{machine}, torch {torch.__version__}, Python {platform.python_version()}, {args.dtype}")

@@ -60,16 +60,16 @@ def make_base(args: argparse.Namespace) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from model import Llama, LlamaConfig, hf
+    from model import Decoder, ModelConfig, hf
     from model.config import padded_vocab_size
     from tokenizer import load_tokenizer
 
     base = Path(args.work_dir) / "base"
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    config = LlamaConfig(
+    config = ModelConfig(
         hidden_size=args.hidden_size, num_hidden_layers=args.layers, num_attention_heads=args.hidden_size // 64
     ).resolve(padded_vocab_size(tokenizer.vocab_size), MAX_SEQ_LEN)
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     base.mkdir(parents=True, exist_ok=True)
     save_file(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import KVCache, Llama
+from model import Decoder, KVCache
 from serving.generation import Loaded
 from tokenizer.chat_template import Message, template_of
 
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 @torch.inference_mode()
 def sample_rows(
-    model: Llama,
+    model: Decoder,
     prompts_BT: Tensor,
     max_new_tokens: int,
     stop_ids: frozenset[int],

@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from model.decoder import KVCache, Llama
+    from model.decoder import Decoder, KVCache
 
-__all__ = ["KVCache", "Llama", "LlamaConfig"]
+__all__ = ["Decoder", "KVCache", "ModelConfig"]
 
 
 def __getattr__(name: str) -> object:
     """What needs torch, when somebody asks for it: a configuration is checked without, in a tenth of the time."""
-    if name in ("KVCache", "Llama"):
+    if name in ("KVCache", "Decoder"):
         from model import decoder
 
         return getattr(decoder, name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.rope import inverse_frequencies, rope_tables, sequence_lengths
 
 
@@ -61,11 +61,11 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer, for up to `max_length` tokens a row.
 
-    `lengths` is the number of tokens that each row holds; `Llama.forward` adds the new ones. A caller whose rows are
+    `lengths` is the number of tokens that each row holds; `Decoder.forward` adds the new ones. A caller whose rows are
     padded at the end then sets `lengths` to the real numbers, and later tokens overwrite the padding.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.max_length, self.lengths = max_length, [0] * batch
         self._keys_LBKSD = torch.zeros(shape, dtype=dtype, device=device)
@@ -126,7 +126,7 @@ class Attend:
 
 
 def attend_to(
-    config: LlamaConfig,
+    config: ModelConfig,
     num_new: int,
     device: torch.device,
     positions_BT: Tensor,

@@ -7,7 +7,7 @@ and value heads, D head dim.
 from torch import Tensor, nn
 
 from model.attend import Attend, causal_mask
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
 from model.linear import Linear
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         layer: number of the layer's block, for the cache.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, layer: int):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.config, self.ops, self.layer = config, ops, layer
         query_size = config.num_attention_heads * config.head_dim

@@ -22,7 +22,7 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """Model. Fields bear the names of Hugging Face's llama config where it has them."""
 
     vocab_size: int = 0
@@ -77,7 +77,7 @@ class LlamaConfig:
         """
         self.resolve()
 
-    def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "LlamaConfig":
+    def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "ModelConfig":
         """The configuration with its zeros filled in, after a check that the fields fit together.
 
         Args:
@@ -131,7 +131,7 @@ class LlamaConfig:
                 raise ValueError(f"rope_low_freq_factor must be positive, got {low}")
             if not low < high:
                 raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
-        return LlamaConfig(**values)
+        return ModelConfig(**values)
 
 
 ONLY_WITH = (

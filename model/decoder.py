@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from model.attend import Attend, KVCache, attend_to
 from model.attention import Attention
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
 from model.linear import Head
@@ -42,7 +42,7 @@ class Block(nn.Module):
         layer: number of the block, from 0.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, layer: int):
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.mlp = SwiGLU(config, ops)
         self.checkpoint_options: dict[str, Any] | None = None
-        """If given, the block checkpoints itself while it trains; see `Llama.compile_blocks`."""
+        """If given, the block checkpoints itself while it trains; see `Decoder.compile_blocks`."""
 
     def forward(
         self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None = None
@@ -106,19 +106,19 @@ def _checkpoint_options(keeps: str) -> dict[str, Any]:
     return options
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """The whole model. Its weights are float32 until they are moved; `initialize` sets them."""
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: ModelConfig,
         gradient_checkpointing: bool = False,
         checkpoint_keeps: str = "nothing",
         ops: Ops = REFERENCE,
     ):
         """
         Args:
-            config: resolved (no zeros left), see LlamaConfig.resolve.
+            config: resolved (no zeros left), see ModelConfig.resolve.
             gradient_checkpointing: keep only each block's inputs, and compute the rest again in the backward pass.
             checkpoint_keeps: "matmuls" also keeps the outputs of matrix multiplications and attention, and recomputes
                 only cheap operations (selective recomputation: Korthikanti et al., MLSys 2023).
@@ -128,7 +128,7 @@ class Llama(nn.Module):
         """
         super().__init__()
         if not config.vocab_size or not config.max_position_embeddings:
-            raise ValueError("the model needs vocab_size and max_position_embeddings: call LlamaConfig.resolve first")
+            raise ValueError("the model needs vocab_size and max_position_embeddings: call ModelConfig.resolve first")
         if checkpoint_keeps != "nothing" and not gradient_checkpointing:
             raise ValueError(
                 f"--checkpoint_keeps={checkpoint_keeps} says what --gradient_checkpointing keeps: add that, or give "

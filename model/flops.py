@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 
 # Dense peak in TFLOP/s for bf16 and fp16, and for fp32 matmuls (without TF32), by a pattern in the device's name.
 _PEAK_TFLOPS = (
@@ -34,19 +34,19 @@ _PEAK_TFLOPS = (
 )
 
 
-def _matmul_parameters(config: LlamaConfig) -> int:
+def _matmul_parameters(config: ModelConfig) -> int:
     query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = config.hidden_size * (2 * query + 2 * kv)
     feed_forward = 3 * config.hidden_size * config.intermediate_size
     return config.num_hidden_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
 
 
-def _full_attention_flops(config: LlamaConfig, seq_len: float) -> float:
+def _full_attention_flops(config: ModelConfig, seq_len: float) -> float:
     """FLOPs a token of two matmuls (scores, values) of 2 T D each a head, times 3 for forward and backward."""
     return 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
 
 
-def flops_per_token_strict(config: LlamaConfig, seq_len: float, head_share: float = 1.0) -> float:
+def flops_per_token_strict(config: ModelConfig, seq_len: float, head_share: float = 1.0) -> float:
     """Forward and backward FLOPs a token, by the strict formula.
 
     Args:
@@ -58,7 +58,7 @@ def flops_per_token_strict(config: LlamaConfig, seq_len: float, head_share: floa
     return 6.0 * parameters + _full_attention_flops(config, seq_len) / 2
 
 
-def flops_per_token_seed(config: LlamaConfig, seq_len: int, num_parameters: int) -> float:
+def flops_per_token_seed(config: ModelConfig, seq_len: int, num_parameters: int) -> float:
     """Forward and backward FLOPs a token by the original's formula.
 
     Args:

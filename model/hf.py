@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from model.config import LlamaConfig
-from model.decoder import Llama
+from model.config import ModelConfig
+from model.decoder import Decoder
 from model.families import family_named, family_of
 from model.families.family import Beside, Family, Rule
 from model.hf_files import INDEX, MISTAKES, is_pointer, read_json, shown, weight_files, without_config
@@ -32,7 +32,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def to_hf_config(
-    config: LlamaConfig,
+    config: ModelConfig,
     dtype: torch.dtype,
     eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
@@ -58,7 +58,7 @@ def to_hf_config(
     } | family.keys(config)
 
 
-def from_hf_config(values: object) -> LlamaConfig:
+def from_hf_config(values: object) -> ModelConfig:
     """The configuration that the content of a Hugging Face folder's config.json describes.
 
     Raises:
@@ -75,7 +75,7 @@ def _dictionary(values: object) -> dict:
 
 
 @torch.no_grad()
-def named_weights(model: Llama, family: Family | None = None) -> dict[str, Tensor]:
+def named_weights(model: Decoder, family: Family | None = None) -> dict[str, Tensor]:
     """The weights under Hugging Face's names; a tied matrix only once, as the embedding.
 
     Args:
@@ -90,7 +90,7 @@ def named_weights(model: Llama, family: Family | None = None) -> dict[str, Tenso
     return named | {beside.theirs: beside.expected(weights[beside.like]) for beside in written}
 
 
-def read_config(directory: str | Path) -> LlamaConfig:
+def read_config(directory: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder.
 
     Raises:
@@ -126,7 +126,7 @@ def _naming(directory: str | Path) -> Iterator[None]:
         raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from None
 
 
-def _rules(family: Family, model: Llama) -> list[Rule]:
+def _rules(family: Family, model: Decoder) -> list[Rule]:
     """The rules of a family for a model's parameters."""
     names = [name for name, _ in model.named_parameters()]
     rules = family.rules(model.config, names)
@@ -150,7 +150,7 @@ class _Folder(NamedTuple):
     besides: list[tuple[Beside, _Stored]]
 
 
-def _find_weights(directory: str | Path, model: Llama) -> _Folder:
+def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     """Find the weights, and the tensors that may be there besides, by the headers of the files alone.
 
     Raises:
@@ -260,7 +260,7 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def check_weights(config: LlamaConfig, directory: str | Path) -> None:
+def check_weights(config: ModelConfig, directory: str | Path) -> None:
     """See that a folder's weights fit a configuration, before memory is allocated: a configuration that is off by a few
     zeros would ask for too much.
 
@@ -268,12 +268,12 @@ def check_weights(config: LlamaConfig, directory: str | Path) -> None:
         ValueError: see load_weights.
     """
     with torch.device("meta"), _NoInitialValues():
-        model = Llama(config)
+        model = Decoder(config)
     _find_weights(directory, model)
 
 
 @torch.no_grad()
-def load_weights(model: Llama, directory: str | Path) -> None:
+def load_weights(model: Decoder, directory: str | Path) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.linear import Linear, side_by_side
 from model.ops import REFERENCE, Ops
 
@@ -10,7 +10,7 @@ from model.ops import REFERENCE, Ops
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x) (Shazeer, 2020)."""
 
-    def __init__(self, config: LlamaConfig, ops: Ops = REFERENCE):
+    def __init__(self, config: ModelConfig, ops: Ops = REFERENCE):
         super().__init__()
         self.ops = ops
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 
 
 def sequence_lengths(positions_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def sequence_lengths(positions_BT: Tensor, document_ids_BT: Tensor | None) -> Te
 
 
 def inverse_frequencies(
-    config: LlamaConfig, lengths: Tensor | None = None, device: torch.device | None = None
+    config: ModelConfig, lengths: Tensor | None = None, device: torch.device | None = None
 ) -> Tensor:
     """Angle per position of each pair of channels, float32, shape (head_dim / 2,); for dynamic (..., head_dim / 2).
 

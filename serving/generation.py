@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.choosing import resolve_checkpoint_dir
-from model import KVCache, Llama, hf
+from model import Decoder, KVCache, hf
 from model.generation_config import read_generation_config
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -16,7 +16,7 @@ from tokenizer import Tokenizer, load_tokenizer
 class Loaded(NamedTuple):
     """A model that is ready to generate."""
 
-    model: Llama
+    model: Decoder
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     """Tokens that end a text: the end of a document, and those that the folder's configuration names."""
@@ -37,12 +37,12 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
             f"{config.vocab_size}: it is not the model's"
         )
     hf.check_weights(config, directory)
-    model = Llama(config)
+    model = Decoder(config)
     hf.load_weights(model, directory)
     return Loaded(model.to(device=device, dtype=dtype).eval(), tokenizer, stop_ids)
 
 
-def room_for_text(model: Llama, prompt_ids: list[int]) -> int:
+def room_for_text(model: Decoder, prompt_ids: list[int]) -> int:
     """Number of tokens that may follow a prompt. The model knows `max_position_embeddings` positions, whatever the
     scaling of its rotary positions.
 
@@ -85,7 +85,7 @@ def sample_token(
 
 @torch.inference_mode()
 def generate(
-    model: Llama,
+    model: Decoder,
     prompt_ids: list[int],
     max_new_tokens: int,
     stop_ids: frozenset[int],

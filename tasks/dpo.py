@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Llama
+from model import Decoder
 from tasks.config import DPOConfig
 from tasks.task import Batch, Loss, Task, select_supervised
 
@@ -66,7 +66,7 @@ class DPOTask(Task):
         "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
     )  # fmt: skip
 
-    def __init__(self, model: Llama, dropout_seed: int, options: DPOConfig):
+    def __init__(self, model: Decoder, dropout_seed: int, options: DPOConfig):
         super().__init__(model, dropout_seed)
         self.options = options
         self.uses_prepass = options.dpo_loss_type == "kto_pair"
@@ -75,7 +75,7 @@ class DPOTask(Task):
         self._kl: Tensor | None = None
 
     @classmethod
-    def build(cls, model: Llama, dropout_seed: int, byte_lengths: Tensor, options: DPOConfig) -> Self:
+    def build(cls, model: Decoder, dropout_seed: int, byte_lengths: Tensor, options: DPOConfig) -> Self:
         return cls(model, dropout_seed, options)
 
     def count(self, batch: Batch) -> int:

@@ -5,7 +5,7 @@ from typing import Self
 
 from torch import Tensor
 
-from model import Llama
+from model import Decoder
 from model.loss import IGNORE_INDEX
 from tasks.task import Batch, Loss, Task, select_supervised
 
@@ -20,12 +20,12 @@ class LanguageModelTask(Task):
 
     count_name = "tokens"
 
-    def __init__(self, model: Llama, dropout_seed: int, byte_lengths: Tensor):
+    def __init__(self, model: Decoder, dropout_seed: int, byte_lengths: Tensor):
         super().__init__(model, dropout_seed)
         self.byte_lengths = byte_lengths
 
     @classmethod
-    def build(cls, model: Llama, dropout_seed: int, byte_lengths: Tensor, options: None) -> Self:
+    def build(cls, model: Decoder, dropout_seed: int, byte_lengths: Tensor, options: None) -> Self:
         return cls(model, dropout_seed, byte_lengths)
 
     @property

@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dataset.dpo import DPODataset
-from model import LlamaConfig
+from model import ModelConfig
 from runs.exits import StopRequested
 from tasks.dpo import DPOTask
 from utils.files import atomic_write, is_passing, sha256_of_file
@@ -116,7 +116,7 @@ class ReferenceCache:
         raise AssertionError
 
 
-def weights_fingerprint(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> str:
+def weights_fingerprint(directory: Path, config: ModelConfig, dtype: torch.dtype) -> str:
     """Fingerprint of the function that a model of this configuration and dtype computes with a folder's weights."""
     content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
     # Nothing is dropped while the reference is computed, and most models take any length.

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from model import Llama
+from model import Decoder
 from model.dropout import DropoutKey
 
 Batch = dict[str, Tensor]
@@ -34,15 +34,15 @@ class Task(ABC):
     uses_reference = False
     """Whether batches must hold log-probabilities under a reference model, see tasks/reference.py."""
 
-    def __init__(self, model: Llama, dropout_seed: int):
+    def __init__(self, model: Decoder, dropout_seed: int):
         self.model, self.dropout_seed = model, dropout_seed
         self.grad_scale = 1.0
-        """What the loss will be multiplied by before its backward pass: for float16, see Llama.loss_sum."""
+        """What the loss will be multiplied by before its backward pass: for float16, see Decoder.loss_sum."""
         self._drops = model.config.hidden_dropout > 0.0 or model.config.attention_dropout > 0.0
 
     @classmethod
     @abstractmethod
-    def build(cls, model: Llama, dropout_seed: int, byte_lengths: Tensor, options: Any) -> Self:
+    def build(cls, model: Decoder, dropout_seed: int, byte_lengths: Tensor, options: Any) -> Self:
         """
         Args:
             byte_lengths: int64 (V,), bytes of text that each token stands for.

@@ -10,7 +10,7 @@ import torch
 
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel.context import DistContext, enable_determinism
@@ -53,7 +53,7 @@ class Built:
     """Information for other programs in its checkpoints."""
     dtype: torch.dtype
     """dtype of the model's weights."""
-    model: Llama
+    model: Decoder
     task: Task
     reference: str | None
     """Fingerprint of DPO's reference model."""
@@ -142,7 +142,7 @@ def build(
 
 
 def _open_engine(
-    config: Config, context: DistContext, mesh: Mesh, model: Llama, scaler: LossScaler, kernel: str
+    config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
         muon = config.muon if config.optimizer.optimizer == "muon" else None
@@ -167,7 +167,7 @@ def _open_engine(
     )
 
 
-def _require_same_settings(config: Config, context: DistContext, dtype: torch.dtype, shape: LlamaConfig) -> None:
+def _require_same_settings(config: Config, context: DistContext, dtype: torch.dtype, shape: ModelConfig) -> None:
     """Refuse to run with settings that differ between ranks.
 
     Raises:

@@ -8,9 +8,9 @@ import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
-from model import Llama, hf
+from model import Decoder, hf
 from model.attend import document_starts
-from model.config import LlamaConfig, padded_vocab_size
+from model.config import ModelConfig, padded_vocab_size
 from model.ops import CHOICES, build_ops, choose_ops
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
@@ -50,8 +50,8 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
 
 
 def choose_shape(
-    wanted: LlamaConfig, run: RunConfig, given: frozenset[str], weights: Path | None, vocab_size: int, max_seq_len: int
-) -> LlamaConfig:
+    wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, vocab_size: int, max_seq_len: int
+) -> ModelConfig:
     """The model's final shape.
 
     Args:
@@ -77,9 +77,9 @@ def warn_of_length(weights: Path, max_seq_len: int) -> None:
 
 
 def resolve_model(
-    wanted: LlamaConfig, given: frozenset[str], stored: LlamaConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
+    wanted: ModelConfig, given: frozenset[str], stored: ModelConfig | None, tokenizer_vocab_size: int, max_seq_len: int,
     is_own: bool = False,
-) -> LlamaConfig:  # fmt: skip
+) -> ModelConfig:  # fmt: skip
     """The model's final shape: that of the weights, if there are any.
 
     Args:
@@ -119,11 +119,11 @@ def resolve_model(
     return resolved
 
 
-def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> set[str]:
+def _told_fields(wanted: ModelConfig, given: frozenset[str], is_own: bool) -> set[str]:
     """Names of the fields that have a value of their own, given now or saved with the run, rather than leave it to the
     weights or the tokenizer."""
     told = set()
-    for item in dataclasses.fields(LlamaConfig):
+    for item in dataclasses.fields(ModelConfig):
         asked = getattr(wanted, item.name)
         # In a run that began with weights from elsewhere, fields that nobody gave have their defaults.
         if item.name in given or is_own or asked != item.default:
@@ -133,8 +133,8 @@ def _told_fields(wanted: LlamaConfig, given: frozenset[str], is_own: bool) -> se
 
 
 def build_model(
-    shape: LlamaConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None
-) -> Llama:
+    shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None
+) -> Decoder:
     """The model on its device, in its dtype.
 
     Args:
@@ -148,7 +148,7 @@ def build_model(
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
     if weights is not None:
         hf.check_weights(shape, weights)
-    model = Llama(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
+    model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(seed)
     else:
@@ -159,7 +159,7 @@ def build_model(
     return model
 
 
-def to_device(batch: Batch, model: Llama, device: torch.device) -> Batch:
+def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:
     """A batch on the model's device, with the document starts that some kernels want."""
     if model.wants_document_starts and "document_ids" in batch:
         # Found before the copy: on a GPU, their number would have to be waited for.

@@ -2,14 +2,14 @@
 
 import torch
 
-from model import Llama
+from model import Decoder
 from tasks.registry import TASKS
 from tasks.task import Task
 from tokenizer import Tokenizer
 from training.config import Config
 
 
-def build_task(config: Config, model: Llama, tokenizer: Tokenizer, device: torch.device) -> Task:
+def build_task(config: Config, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> Task:
     """The run's task. Its options may be any group of the configuration."""
     # The model may have more rows than the tokenizer has tokens.
     byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)

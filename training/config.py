@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.config import DataConfig
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
 from runs.layout import CONFIG_NAME
@@ -142,7 +142,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    model: LlamaConfig = field(default_factory=LlamaConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)

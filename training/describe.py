@@ -12,7 +12,7 @@ from data_preprocess.pretokenize_sft_data import summary
 from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
-from model import Llama, flops
+from model import Decoder, flops
 from parallel.engine import Engine
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
@@ -71,11 +71,11 @@ def describe(built: Built, counted: Flops) -> list[str]:
     ]
 
 
-def _count_parameters(model: Llama) -> int:
+def _count_parameters(model: Decoder) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _model(model: Llama, dtype: torch.dtype, device: torch.device) -> str:
+def _model(model: Decoder, dtype: torch.dtype, device: torch.device) -> str:
     return (
         f"model: {_count_parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers, "
         f"{model.config.hidden_size} wide, {dtype} on {device.type}"
@@ -100,7 +100,7 @@ def _peak(counted: Flops, device: torch.device) -> str:
     return f"peak: {counted.peak / 1e9:,.0f} GFLOP/s in all, {source}; MFU is a share of it"
 
 
-def _ops(model: Llama, adamw_kernel: str, has_muon: bool, is_compiled: bool) -> str:
+def _ops(model: Decoder, adamw_kernel: str, has_muon: bool, is_compiled: bool) -> str:
     """Implementation that each op resolved to."""
     return (
         f"ops: {model.ops} adamw={adamw_kernel}"

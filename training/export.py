@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families import family_of
 from model.families.family import Family
 from model.generation_config import GenerationConfig, read_generation_config
@@ -31,7 +31,7 @@ class Export:
     converter takes the scores of the pieces from the first, and without it makes a tokenizer that gives other ids. It
     looks for added pieces in the second if the configuration does not list them."""
 
-    def family(self, config: LlamaConfig) -> Family:
+    def family(self, config: ModelConfig) -> Family:
         """Family as which the model is written. Its name may tell other programs how to split texts."""
         return family_of(config, generic_tokenizer=self.tokenizer.class_name == GENERAL_CLASS)
 

@@ -1,6 +1,6 @@
 """The families of models that can be loaded and saved, by Hugging Face's `model_type`."""
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families.family import Family
 from model.families.llama import LLAMA
 from model.families.qwen2 import QWEN2
@@ -21,7 +21,7 @@ def family_named(model_type: object) -> Family:
     return FAMILIES[model_type]
 
 
-def family_of(config: LlamaConfig, generic_tokenizer: bool = False) -> Family:
+def family_of(config: ModelConfig, generic_tokenizer: bool = False) -> Family:
     """The family as which a model is saved.
 
     Args:

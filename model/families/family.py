@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families.keys import HARMLESS, HARMLESS_AT, check_architectures, check_keys
 from model.roles import Role, role_of
 
@@ -89,7 +89,7 @@ class Family:
     harmless_at: dict[str, tuple[object, ...]] = HARMLESS_AT
     """Key -> values, besides null, that cannot change the scores either."""
 
-    def read(self, values: dict) -> LlamaConfig:
+    def read(self, values: dict) -> ModelConfig:
         """The configuration that the content of a config.json describes.
 
         Raises:
@@ -98,7 +98,7 @@ class Family:
         check_architectures(values, self.architectures)
         check_keys(values, self.understood | self.harmless, self.harmless_at)
         self.check(values)
-        return LlamaConfig(**self.fields(values)).resolve()
+        return ModelConfig(**self.fields(values)).resolve()
 
     def check(self, values: dict) -> None:
         """See that keys which depend on each other describe a model that can be built here.
@@ -115,11 +115,11 @@ class Family:
         """
         raise NotImplementedError
 
-    def keys(self, config: LlamaConfig) -> dict[str, object]:
+    def keys(self, config: ModelConfig) -> dict[str, object]:
         """The family's keys, from our configuration. model/hf.py adds tokens and dtype."""
         raise NotImplementedError
 
-    def writes(self, config: LlamaConfig, generic_tokenizer: bool) -> bool:
+    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
         """Whether models of a configuration are saved as this family.
 
         Args:
@@ -131,7 +131,7 @@ class Family:
         """Name in a folder of a parameter that is not fused."""
         return name if name == HEAD else f"{self.prefix}{name}"
 
-    def rules(self, config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
+    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
         """Rules that together hold each parameter once.
 
         Args:
@@ -139,7 +139,7 @@ class Family:
         """
         return [Rule((self.their_name(name),), (name,)) for name in names]
 
-    def besides(self, config: LlamaConfig) -> list[Beside]:
+    def besides(self, config: ModelConfig) -> list[Beside]:
         """Tensors that a folder may hold besides those of the rules."""
         if not config.tie_word_embeddings:
             return []

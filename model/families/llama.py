@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families.family import Beside, Family
 from model.families.keys import HARMLESS_AT, require_full_attention
 from model.families.rope import ROPE_KEYS, rope_fields, rope_keys
@@ -16,7 +16,7 @@ KINDS: dict[str, tuple[type, object]] = {
     "initializer_range": (float, 0.02), "attention_dropout": (float, 0.0), "tie_word_embeddings": (bool, False),
     "attention_bias": (bool, False), "qkv_bias": (bool, False),
 }  # fmt: skip
-"""Key that has the name of our field -> (kind, value if it is missing or null). LlamaConfig.resolve checks ranges."""
+"""Key that has the name of our field -> (kind, value if it is missing or null). ModelConfig.resolve checks ranges."""
 _WRITTEN = [name for name in KINDS if name not in ("attention_bias", "qkv_bias")]
 WINDOWS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 """Keys of attention within a window."""
@@ -52,14 +52,14 @@ class LlamaFamily(Family):
             raise ValueError("qkv_bias is true and attention_bias is not, which a llama needs for any bias")
         return fields | {"attention_bias": False}
 
-    def keys(self, config: LlamaConfig) -> dict[str, object]:
+    def keys(self, config: ModelConfig) -> dict[str, object]:
         biases = {"attention_bias": config.attention_bias or config.qkv_bias, "mlp_bias": False}
         return common_keys(config) | biases | ({"qkv_bias": True} if config.qkv_bias else {})
 
-    def writes(self, config: LlamaConfig, generic_tokenizer: bool) -> bool:
+    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
         return generic_tokenizer or not config.qkv_bias
 
-    def besides(self, config: LlamaConfig) -> list[Beside]:
+    def besides(self, config: ModelConfig) -> list[Beside]:
         """With `qkv_bias`, also the biases that a llama has and the model does not have: they must be zero."""
         otherwise = "that is not zero, while config.json has qkv_bias: take that key out, to have a bias of all four"
         layers = [f"layers.{layer}" for layer in range(config.num_hidden_layers if config.qkv_bias else 0)]
@@ -77,7 +77,7 @@ def common_fields(values: dict) -> dict[str, Any]:
     return fields
 
 
-def common_keys(config: LlamaConfig) -> dict[str, object]:
+def common_keys(config: ModelConfig) -> dict[str, object]:
     """Keys that llama and families like it write."""
     shape: dict[str, object] = {name: getattr(config, name) for name in _WRITTEN}
     return {"hidden_act": "silu"} | rope_keys(config) | shape

@@ -7,7 +7,7 @@ whose fourth bias is zero.
 
 from typing import Any
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families.keys import require_full_attention
 from model.families.llama import LlamaFamily, common_fields, common_keys
 from model.hf_files import shown
@@ -39,10 +39,10 @@ class Qwen2Family(LlamaFamily):
         # The biases of a qwen2 are fixed, whatever another family's key says.
         return common_fields(values) | {"qkv_bias": True, "attention_bias": False}
 
-    def keys(self, config: LlamaConfig) -> dict[str, object]:
+    def keys(self, config: ModelConfig) -> dict[str, object]:
         return common_keys(config) | {"use_sliding_window": False}
 
-    def writes(self, config: LlamaConfig, generic_tokenizer: bool) -> bool:
+    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
         return config.qkv_bias and not generic_tokenizer
 
 

@@ -1,6 +1,6 @@
 """Rotary positions in a configuration, in the spellings of transformers 4 and 5."""
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.families.keys import require
 from model.families.values import REQUIRED, read_value
 from model.hf_files import shown
@@ -24,7 +24,7 @@ _KINDS: dict[str, dict[str, tuple[str, type, object]]] = {
 """Kind of rotary positions -> its keys -> (our field, kind of value, value if it is missing or null)."""
 
 
-def rope_keys(config: LlamaConfig) -> dict[str, object]:
+def rope_keys(config: ModelConfig) -> dict[str, object]:
     """Keys for rotary positions in both spellings, which mean the same to every reader: `rope_parameters` is that of
     transformers 5, `rope_scaling` with `rope_theta` that of version 4, which has no word for unscaled positions."""
     scaling: dict[str, object] = {}

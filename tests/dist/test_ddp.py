@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
 from parallel import (
     BucketGradients,
@@ -23,15 +23,15 @@ from parallel import (
 from tests.dist.group import run_ranks
 
 GLOBAL_BATCH = 8
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=160, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=True,
 ).resolve()  # fmt: skip
 BUCKET_SIZES = {"each_parameter": 1, "small": 5_000, "one": 0}
 
 
-def new_model(dtype: torch.dtype = torch.float32) -> Llama:
-    model = Llama(CONFIG)
+def new_model(dtype: torch.dtype = torch.float32) -> Decoder:
+    model = Decoder(CONFIG)
     model.initialize(0)
     return model.to(dtype)
 
@@ -47,7 +47,7 @@ def rank_rows(context: DistContext, micro_batch: int) -> list[torch.Tensor]:
 
 def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     hidden = model(rows[:, :-1])
-    core = model.module if not isinstance(model, Llama) else model
+    core = model.module if not isinstance(model, Decoder) else model
     return cross_entropy_sum(core.logits(hidden), rows[:, 1:]) / (GLOBAL_BATCH * 16)
 
 

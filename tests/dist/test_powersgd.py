@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Size, Tensor
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import BucketGradients, Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
@@ -32,7 +32,7 @@ from tests.dist.buckets import (
 from tests.dist.group import run_ranks
 
 WORLD_SIZES = (2, 3, 4)
-LLAMA = LlamaConfig(
+LLAMA = ModelConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=8, tie_word_embeddings=True,
 ).resolve()  # fmt: skip
@@ -183,7 +183,7 @@ def against_reference(context: DistContext) -> dict:
         dtype = torch.float32 if more else torch.float64
         found = like_reference(context, options, lazy, dtype, SHAPES)
         results[f"{option}, {mode}, {dtype}"] = found
-    llama = {name: tuple(p.shape) for name, p in Llama(LLAMA).named_parameters()}
+    llama = {name: tuple(p.shape) for name, p in Decoder(LLAMA).named_parameters()}
     for mode, (lazy, more) in MODES.items():
         config = dict(matrix_approximation_rank=2, min_compression_rate=1.0, **more)
         results[f"llama, {mode}, torch.float32"] = like_reference(context, config, lazy, torch.float32, llama)

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl import __version__ as NEW
 
-from model import Llama, hf
-from model.config import LlamaConfig
+from model import Decoder, hf
+from model.config import ModelConfig
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 OUTPUT = Path(__file__).parent / "dpo_trl.json"
@@ -67,7 +67,7 @@ def make_pairs() -> list[dict[str, list[int]]]:
 
 def hugging_face_model(seed: int, directory: Path) -> torch.nn.Module:
     """Our initial weights in a model of transformers."""
-    model = Llama(LlamaConfig(**CONFIG).resolve())
+    model = Decoder(ModelConfig(**CONFIG).resolve())
     model.initialize(seed)
     directory.mkdir()
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})

@@ -11,7 +11,7 @@ import torch
 import train_my_ddp
 from dataset.dpo import DPODataset
 from dataset.sft import SFTDataset
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
 from parallel import CommStream, DistContext, DistributedDataParallel, Eager, PowerSGD, PowerSGDConfig
 from tasks.config import DPOConfig
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64,
 ).resolve()  # fmt: skip
@@ -60,7 +60,7 @@ def test_cuda_equals_cpu(documents: bool):
     ids = (torch.arange(64) // 20).expand(4, -1) if documents else None
     grads = []
     for device in ("cpu", "cuda"):
-        model = Llama(CONFIG)
+        model = Decoder(CONFIG)
         model.initialize(0)
         ddp = DistributedDataParallel(model.to(device), alone(device), bucket_size=20_000)
         hidden = ddp(rows[:, :-1].to(device), None, ids.to(device) if documents else None)
@@ -85,7 +85,7 @@ def test_fine_tuning_on_cuda_equals_cpu(kind: str, tmp_path: Path):
     batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
     results = []
     for device in ("cpu", "cuda"):
-        model = Llama(CONFIG)
+        model = Decoder(CONFIG)
         model.initialize(0)
         model.to(device)
         if task_name == "sft":
@@ -134,7 +134,7 @@ def test_compiled_blocks():
     rows = torch.randint(0, 512, (4, 64), device="cuda")
     hidden = []
     for compiled in (False, True):
-        model = Llama(config)
+        model = Decoder(config)
         model.initialize(0)
         model.cuda()
         if compiled:
@@ -178,7 +178,7 @@ def test_powersgd_on_cuda_equals_the_cpu(rank: int):
     """One PowerSGD step without a group gives the same sums and residuals on both devices."""
     sums, residuals = [], []
     for device in ("cpu", "cuda"):
-        model = Llama(CONFIG)
+        model = Decoder(CONFIG)
         model.initialize(0)
         ddp = DistributedDataParallel(model.to(device), alone(device), bucket_size=20_000)
         config = PowerSGDConfig(matrix_approximation_rank=rank, min_compression_rate=1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate
-from model import Llama, LlamaConfig, hf
+from model import Decoder, ModelConfig, hf
 from model.config import padded_vocab_size
 from serving import generation
 from serving.chat import Chat
@@ -94,10 +94,10 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from safetensors.torch import save_file
 
     directory = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
+    config = ModelConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True, initializer_range=0.3
     ).resolve(padded_vocab_size(tokenizer.vocab_size), 128)
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
     ends = [ChatTemplate(tokenizer).end_id, tokenizer.eod_id]
@@ -226,7 +226,7 @@ def test_a_text_begins_as_the_tokenizer_says(
         library.save(str(tmp_path / "m" / "tokenizer.json"))
     asked, original = [], generation.generate
 
-    def watched(model: Llama, ids: list[int], *rest: object) -> Iterator[int]:
+    def watched(model: Decoder, ids: list[int], *rest: object) -> Iterator[int]:
         asked.append(ids)
         return original(model, ids, *rest)
 

@@ -10,7 +10,7 @@ import yaml
 
 from configs import sizes
 from configurator import _FIELDS, changes_since, flatten, is_open, parse_config, to_yaml, without_effect
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from runs.layout import CONFIG_NAME
 from training.build_model import resolve_model
 from training.config import resolve
@@ -279,7 +279,7 @@ def test_a_size_is_whole(size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert values.items() <= flat.items() and flat["size"] == size
         assert without_effect(config, given) == []
         # The weights give the shape; the batch comes from conversations, and from nothing else.
-        assert weights == "" or config.model == LlamaConfig()
+        assert weights == "" or config.model == ModelConfig()
         assert ("gradient_accumulation_steps" in values) == (task == "pretrain")
     assert sorted(path.stem for path in sizes.FOLDER.glob("*.yaml")) == sorted(SIZES)
 
@@ -359,7 +359,7 @@ def test_epochs_count_samples_when_the_batch_changes():
 
 
 def test_a_negated_flag_must_not_contradict_the_weights():
-    stored = LlamaConfig(vocab_size=64, tie_word_embeddings=True).resolve(max_seq_len=8)
+    stored = ModelConfig(vocab_size=64, tie_word_embeddings=True).resolve(max_seq_len=8)
     config, given = parse_config(["--data_dir=d", "--no-tie_word_embeddings"])
     with pytest.raises(ValueError, match="tie_word_embeddings=False does not fit"):
         resolve_model(config.model, given, stored, 64, 8)
@@ -375,7 +375,7 @@ def test_a_shape_that_was_edited_in_the_runs_configuration_is_refused(tmp_path: 
     path = tmp_path / CONFIG_NAME
     text = path.read_text()
 
-    def resumed(line: str, edited: str, is_own: bool = True) -> LlamaConfig:
+    def resumed(line: str, edited: str, is_own: bool = True) -> ModelConfig:
         path.write_text(text.replace(line, edited))
         config, given = parse_config(["--resume", f"--out_dir={tmp_path}"])
         return resolve_model(config.model, given, stored, 64, 1024, is_own)

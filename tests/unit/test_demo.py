@@ -12,7 +12,7 @@ from demo.functions import Function, asked_name, functions_of, is_asked_function
 from demo.preferences import pairs_of
 from demo.sampling import draw_all, sample_rows
 from demo.scores import Score, difference, score_of, verdict
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from serving.generation import Loaded, generate
 from tokenizer.hf_bbpe import train_hf_bbpe
 
@@ -82,11 +82,11 @@ def test_held_out_functions_are_asked_for_and_never_trained_on(tmp_path: Path, m
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
     tokenizer = train_hf_bbpe(["def add(a, b):\n    return a + b\n"] * 9, 270, show_progress=False)
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
         initializer_range=0.3,
     ).resolve()  # fmt: skip
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     return Loaded(model.eval(), tokenizer, frozenset())
 

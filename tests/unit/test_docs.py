@@ -23,7 +23,7 @@ import monitor_process
 from configurator import _FIELDS, parse_config
 from data_preprocess.shards import set_of
 from demo.corpus import copy_standard_library
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from monitor.command import TrainCommand
 from parallel.launch import parser_of_flags
 from train_my_ddp import number_of_processes
@@ -317,7 +317,7 @@ def test_configurations_resolve(name: str, monkeypatch: pytest.MonkeyPatch):
     assert name.removeprefix("configs/").removesuffix(".yaml") in (ROOT / "configs/README.md").read_text()
 
 
-def num_parameters(shape: LlamaConfig) -> int:
+def num_parameters(shape: ModelConfig) -> int:
     q, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     attention = shape.hidden_size * (2 * q + 2 * kv) + (q + 2 * kv if shape.qkv_bias else 0)
     block = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
@@ -334,7 +334,7 @@ def test_configurations_have_the_size_that_they_are_called_by():
         assert num_parameters(shape) == expected
         # The formula holds for a small model of the same kind.
         small = replace(shape, vocab_size=64, hidden_size=32, head_dim=8, num_hidden_layers=2, intermediate_size=48)
-        assert sum(parameter.numel() for parameter in Llama(small).parameters()) == num_parameters(small)
+        assert sum(parameter.numel() for parameter in Decoder(small).parameters()) == num_parameters(small)
 
 
 SIZES = [("tiny", 8192, "5.3 M"), ("laptop", 8192, "13.8 M"), ("gpu", 50304, "124 M"), ("1b", 64320, "1.26 B")]

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from dataset.sft import padded
-from model import Llama
-from model.config import LlamaConfig
+from model import Decoder
+from model.config import ModelConfig
 from model.families.llama import LLAMA
 from tasks.config import DPOConfig, DPOLossType
 from tasks.dpo import DPOTask
@@ -27,8 +27,8 @@ RESULTS = {
 }
 
 
-def make_model(seed: int) -> Llama:
-    model = Llama(LlamaConfig(**GOLDEN["config"]).resolve())
+def make_model(seed: int) -> Decoder:
+    model = Decoder(ModelConfig(**GOLDEN["config"]).resolve())
     model.initialize(seed)
     return model
 

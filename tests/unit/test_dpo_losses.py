@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dataset.dpo import DPODataset
 from dataset.sft import padded
-from model import Llama
-from model.config import LlamaConfig
+from model import Decoder
+from model.config import ModelConfig
 from model.loss import IGNORE_INDEX
 from runs.exits import StopRequested
 from tasks.config import DPOConfig, DPOLossType
@@ -131,14 +131,14 @@ def test_label_smoothing_swaps_a_share_of_the_pairs():
 # Tests of the task with given log-probabilities.
 
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=32, initializer_range=0.2,
 ).resolve()  # fmt: skip
 
 
 def make_task(kind: str = "sigmoid", beta: float = 0.1, smoothing: float = 0.0) -> DPOTask:
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     model.initialize(0)
     return DPOTask(model, 0, DPOConfig(kind, beta, smoothing))
 
@@ -147,7 +147,7 @@ class GivenTask(DPOTask):
     """Log-probabilities by sample id, in place of a model's."""
 
     def __init__(self, values: Tensor, options: DPOConfig):
-        super().__init__(Llama(CONFIG), 0, options)
+        super().__init__(Decoder(CONFIG), 0, options)
         self.values = values
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
@@ -304,7 +304,7 @@ def make_batch(pairs: list[tuple[list[int], list[int], list[int]]], pad_id: int 
 
 
 @torch.no_grad()
-def naive_log_prob(model: Llama, prompt: list[int], answer: list[int]) -> float:
+def naive_log_prob(model: Decoder, prompt: list[int], answer: list[int]) -> float:
     """Token by token, each from a forward pass over the tokens before it."""
     total = 0.0
     for index, token in enumerate(answer):
@@ -369,8 +369,8 @@ def test_ipo_takes_the_mean_of_a_token():
 
 def test_dropout_belongs_to_the_row_not_the_micro_batch():
     """The two answers of a pair have separate masks, the same in any micro-batch."""
-    config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": 0.3})
-    model = Llama(config)
+    config = ModelConfig(**CONFIG.__dict__ | {"hidden_dropout": 0.3})
+    model = Decoder(config)
     model.initialize(0)
     task, pairs = DPOTask(model, 5, DPOConfig()), random_sequences()
     prompt, answer, _ = pairs[0]

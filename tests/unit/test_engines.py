@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel.config import ParallelConfig, PowerSGDConfig
@@ -16,15 +16,15 @@ from parallel.gradients import square
 from parallel.mesh import Mesh
 from tasks.language_model import LanguageModelTask
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=8,
 ).resolve()  # fmt: skip
 LR, CLIP, ADAMW = 1e-2, 0.5, AdamWConfig(weight_decay=0.0)
 
 
-def new_model() -> Llama:
-    model = Llama(CONFIG)
+def new_model() -> Decoder:
+    model = Decoder(CONFIG)
     model.initialize(0)
     return model.train()
 
@@ -39,7 +39,7 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def open_alone(name: str, model: Llama) -> Engine:
+def open_alone(name: str, model: Decoder) -> Engine:
     scaler = LossScaler(enabled=False)
     return open_engine(
         EngineParts(

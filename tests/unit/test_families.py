@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Llama, LlamaConfig, hf
+from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES, family_of
 from model.families.family import Family, Rule, fused_rows
 from model.families.llama import LlamaFamily
@@ -18,7 +18,7 @@ from model.roles import role_of
 from optimizer.param_groups import is_hidden_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32,
 ).resolve()  # fmt: skip
@@ -35,7 +35,7 @@ class PackedFamily(LlamaFamily):
     def their_name(self, name: str) -> str:
         return "output.weight" if name == "lm_head.weight" else super().their_name(name)
 
-    def rules(self, config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
+    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
         fused = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
         rules = super().rules(config, [name for name in names if not any(f".{part}." in name for part in fused)])
         query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -53,7 +53,7 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> PackedFamily:
     return FAMILIES["packed"]
 
 
-def save(directory: Path, model: Llama, family: Family, **changes: torch.Tensor) -> Path:
+def save(directory: Path, model: Decoder, family: Family, **changes: torch.Tensor) -> Path:
     weights = hf.named_weights(model, family) | changes
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     brand = {"brand": "any"} if family.model_type == "packed" else {}
@@ -70,17 +70,17 @@ CHANGES: dict[str, dict[str, object]] = {"qwen2": {"qkv_bias": True}}
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_model_of_each_family_comes_back(model_type: str, tied: bool, tmp_path: Path):
     changes = CHANGES.get(model_type, {}) | {"tie_word_embeddings": tied}
-    model = Llama(dataclasses.replace(CONFIG, **changes))
+    model = Decoder(dataclasses.replace(CONFIG, **changes))
     model.initialize(1)
     save(tmp_path, model, FAMILIES[model_type])
-    again = Llama(hf.read_config(tmp_path))
+    again = Decoder(hf.read_config(tmp_path))
     hf.load_weights(again, tmp_path)
     assert again.config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Path):
-    model = Llama(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
     model.initialize(1)
     save(tmp_path, model, packed)
     written = load_file(tmp_path / "model.safetensors")
@@ -88,7 +88,7 @@ def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Pat
     assert ("output.weight" in written) == (not tied)
     config = hf.read_config(tmp_path)
     hf.check_weights(config, tmp_path)
-    again = Llama(config)
+    again = Decoder(config)
     hf.load_weights(again, tmp_path)
     assert config == model.config and all(map(torch.equal, model.parameters(), again.parameters()))
     # Also without the prefix, and over several files.
@@ -97,13 +97,13 @@ def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Pat
         short = {name.removeprefix("transformer."): written[name] for name in part}
         save_file(short, tmp_path / f"model-0000{number}-of-00002.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    fresh = Llama(config)
+    fresh = Decoder(config)
     hf.load_weights(fresh, tmp_path)
     assert all(map(torch.equal, model.parameters(), fresh.parameters()))
 
 
 def test_a_fused_tensor_is_checked_as_any_other(packed: PackedFamily, tmp_path: Path):
-    model, name = Llama(CONFIG), "transformer.layers.0.attn.W_pack.weight"
+    model, name = Decoder(CONFIG), "transformer.layers.0.attn.W_pack.weight"
     model.initialize(1)
     for wrong, message in (
         (torch.ones(31, 16), r"W_pack.weight is \(31, 16\) in .*, \(32, 16\) in the model"),
@@ -111,7 +111,7 @@ def test_a_fused_tensor_is_checked_as_any_other(packed: PackedFamily, tmp_path: 
     ):
         save(tmp_path, model, packed, **{name: wrong})
         with pytest.raises(ValueError, match=message):
-            hf.load_weights(Llama(CONFIG), tmp_path)
+            hf.load_weights(Decoder(CONFIG), tmp_path)
     weights = hf.named_weights(model, packed)
     del weights[name]
     save_file(weights, tmp_path / "model.safetensors")
@@ -122,14 +122,14 @@ def test_a_fused_tensor_is_checked_as_any_other(packed: PackedFamily, tmp_path: 
 def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, monkeypatch, tmp_path: Path):
     """Several tensors of a folder are one of our parameters, as experts may be."""
 
-    def rules(config: LlamaConfig, names: Iterable[str]) -> list[Rule]:
+    def rules(config: ModelConfig, names: Iterable[str]) -> list[Rule]:
         rest = LlamaFamily.rules(packed, config, [name for name in names if name != "norm.weight"])
         halves = ("transformer.norm.a", "transformer.norm.b")
         join = lambda ours: ours[0].split(8)  # noqa: E731
         return [*rest, Rule(halves, ("norm.weight",), join, lambda theirs: [torch.cat(theirs)])]
 
     monkeypatch.setattr(packed, "rules", rules)
-    model, again = Llama(CONFIG), Llama(CONFIG)
+    model, again = Decoder(CONFIG), Decoder(CONFIG)
     model.initialize(1)
     model.norm.weight.data = torch.arange(16.0)
     save(tmp_path, model, packed)
@@ -161,7 +161,7 @@ def test_one_family_writes_a_model(biases: dict):
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"attention_bias": True}])
 def test_every_parameter_has_the_role_that_its_shape_says(biases: dict):
-    model = Llama(dataclasses.replace(CONFIG, **biases))
+    model = Decoder(dataclasses.replace(CONFIG, **biases))
     roles = model.roles()
     for name, parameter in model.named_parameters():
         role = roles[name]

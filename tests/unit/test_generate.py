@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from serving.chat import stream_text
 from serving.generation import generate, sample_token
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 
 @pytest.fixture(scope="module")
-def model() -> Llama:
-    config = LlamaConfig(
+def model() -> Decoder:
+    config = ModelConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.3,
     ).resolve()  # fmt: skip
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(0)
     return model.eval()
 
 
-def test_greedy_equals_the_likeliest_token_of_the_whole_sequence(model: Llama):
+def test_greedy_equals_the_likeliest_token_of_the_whole_sequence(model: Decoder):
     prompt = [3, 1, 4, 1, 5]
     new = list(generate(model, prompt, 20, frozenset(), temperature=0.0))
     ids = list(prompt)
@@ -31,14 +31,14 @@ def test_greedy_equals_the_likeliest_token_of_the_whole_sequence(model: Llama):
     assert new == list(generate(model, prompt, 20, frozenset(), temperature=0.7, top_k=1))
 
 
-def test_a_stop_token_ends_the_text_and_is_not_shown(model: Llama):
+def test_a_stop_token_ends_the_text_and_is_not_shown(model: Decoder):
     """The original never stopped at the end of a document."""
     new = list(generate(model, [7], 20, frozenset(), temperature=1.0, seed=1))
     stop = new[5]
     assert list(generate(model, [7], 20, frozenset([stop]), temperature=1.0, seed=1)) == new[: new.index(stop)]
 
 
-def test_same_seed_same_text(model: Llama):
+def test_same_seed_same_text(model: Decoder):
     def draw(seed: int) -> list[int]:
         return list(generate(model, [7], 20, frozenset(), temperature=1.0, seed=seed))
 
@@ -47,7 +47,7 @@ def test_same_seed_same_text(model: Llama):
         list(generate(model, [], 5, frozenset()))
 
 
-def test_a_text_ends_with_the_context(model: Llama):
+def test_a_text_ends_with_the_context(model: Decoder):
     """However many tokens are requested; the model would go on, with positions that it has never seen."""
     new = list(generate(model, [7] * 54, 500, frozenset(), temperature=0.0))
     assert new == list(generate(model, [7] * 54, 10, frozenset(), temperature=0.0)) and len(new) == 10

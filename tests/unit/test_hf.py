@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import generate
-from model import Llama, LlamaConfig, hf
+from model import Decoder, ModelConfig, hf
 from tokenizer.hf_bbpe import train_hf_bbpe
 
-SMALL = LlamaConfig(
+SMALL = ModelConfig(
     vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32,
 ).resolve()  # fmt: skip
@@ -24,7 +24,7 @@ MISSING = object()
 
 def write(directory: Path, config: object = CONFIG, **changes: object) -> Path:
     """A complete folder."""
-    model = Llama(SMALL)
+    model = Decoder(SMALL)
     model.initialize(0)
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
     if isinstance(config, dict):
@@ -217,7 +217,7 @@ ODD_WEIGHTS = {
 def test_odd_weights_are_refused_by_name(case: str, tmp_path: Path):
     changes, message = ODD_WEIGHTS[case]
     save(write(tmp_path), changes)
-    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Llama(SMALL), tmp_path)):
+    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Decoder(SMALL), tmp_path)):
         with pytest.raises(ValueError, match=message):
             read()
 
@@ -228,7 +228,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, dtype: torch.dtyp
     """They would generate the vocabulary's first entry over and over, or raise an error in torch."""
     save(write(tmp_path), {NORM: torch.tensor([1.0, value] * 8, dtype=dtype)})
     with pytest.raises(ValueError, match=f"{NORM} in .*model.safetensors holds values that are not finite: "):
-        hf.load_weights(Llama(SMALL), tmp_path)
+        hf.load_weights(Decoder(SMALL), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_damaged_weights_are_refused(damage, tmp_path: Path):
     file.write_bytes(damage(file.read_bytes()))
     what = "it is a pointer of Git LFS, run `git lfs pull`" if file.read_bytes().startswith(b"version") else ""
     with pytest.raises(ValueError, match=f"model.safetensors cannot be read: {what}"):
-        hf.load_weights(Llama(SMALL), tmp_path)
+        hf.load_weights(Decoder(SMALL), tmp_path)
 
 
 def test_a_configuration_that_is_off_by_some_zeros_asks_for_no_memory(tmp_path: Path):
@@ -304,7 +304,7 @@ ODD_SETS = {
 @pytest.mark.parametrize("case", ODD_SETS)
 def test_odd_sets_of_weights_are_refused(case: str, tmp_path: Path):
     damage(write(tmp_path), case)
-    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Llama(SMALL), tmp_path)):
+    for read in (lambda: hf.check_weights(SMALL, tmp_path), lambda: hf.load_weights(Decoder(SMALL), tmp_path)):
         with pytest.raises(ValueError, match=ODD_SETS[case]):
             read()
 
@@ -341,7 +341,7 @@ def test_the_files_that_transformers_takes_are_read_and_no_other(beside: str, tm
         save_file(other, tmp_path / "model-00001-of-00001.safetensors")
     if beside == "no index":
         (tmp_path / INDEX).unlink()
-    model, expected = Llama(SMALL), Llama(SMALL)
+    model, expected = Decoder(SMALL), Decoder(SMALL)
     hf.load_weights(model, tmp_path)
     expected.initialize(0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
@@ -353,7 +353,7 @@ def test_the_files_that_transformers_takes_are_read_and_no_other(beside: str, tm
 def test_weights_in_two_files_that_hold_the_same_are_refused(tmp_path: Path):
     save(write(tmp_path), {}, "model-00001-of-00001.safetensors")
     with pytest.raises(ValueError, match="model.safetensors and .*model-00001-of-00001.safetensors are two sets"):
-        hf.load_weights(Llama(SMALL), tmp_path)
+        hf.load_weights(Decoder(SMALL), tmp_path)
 
 
 FORMATS = {
@@ -421,21 +421,21 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path):
 )  # fmt: skip
 def test_constants_of_old_folders_are_passed_over(name: str, tmp_path: Path):
     save(write(tmp_path), {name: torch.ones(2)})
-    model, expected = Llama(SMALL), Llama(SMALL)
+    model, expected = Decoder(SMALL), Decoder(SMALL)
     hf.load_weights(model, tmp_path)
     expected.initialize(0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
 def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path):
-    config = LlamaConfig(**SMALL.__dict__ | {"tie_word_embeddings": True})
+    config = ModelConfig(**SMALL.__dict__ | {"tie_word_embeddings": True})
     embedding = load_file(write(tmp_path, tie_word_embeddings=True) / "model.safetensors")[EMBEDDING]
     for head in (MISSING, embedding.clone(), embedding.half()):
         save(tmp_path, {"lm_head.weight": head, EMBEDDING: embedding if head is MISSING else embedding.to(head.dtype)})
-        hf.load_weights(Llama(config), tmp_path)
+        hf.load_weights(Decoder(config), tmp_path)
     save(tmp_path, {"lm_head.weight": embedding + 1, EMBEDDING: embedding})
     with pytest.raises(ValueError, match="lm_head.weight that is not the embedding, while .* tie_word_embeddings"):
-        hf.load_weights(Llama(config), tmp_path)
+        hf.load_weights(Decoder(config), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -447,8 +447,8 @@ def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path):
 )  # fmt: skip
 def test_the_command_ends_with_a_sentence(odd: str, message: str, tmp_path: Path, capsys):
     train_hf_bbpe(["ab abc abcd " * 50] * 3, 262, show_progress=False).save_pretrained(tmp_path)
-    shape = LlamaConfig(**SMALL.__dict__ | {"vocab_size": 64 if odd == "tokenizer" else 262})
-    model = Llama(shape)
+    shape = ModelConfig(**SMALL.__dict__ | {"vocab_size": 64 if odd == "tokenizer" else 262})
+    model = Decoder(shape)
     save_file(hf.named_weights(model), tmp_path / "model.safetensors")
     changes = {"rms_norm_eps": "1e-5"} if odd == "config" else {}
     (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(shape, torch.float32) | changes))

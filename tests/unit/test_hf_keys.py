@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import LlamaConfig as TheirLlama
 from transformers import Qwen2Config as TheirQwen2
 
-from model import Llama, hf
+from model import Decoder, hf
 from model.families import FAMILIES
 
 SHAPE = {
@@ -117,7 +117,7 @@ def scores(directory: Path, config: dict) -> tuple[torch.Tensor, torch.Tensor] |
     """Our logits and theirs for one folder, or the sentence that refuses it."""
     (directory / "config.json").write_text(json.dumps(config))
     try:
-        ours = Llama(hf.read_config(directory))
+        ours = Decoder(hf.read_config(directory))
     except ValueError as error:
         return str(error).split("config.json: ", 1)[1]
     how = {"attn_implementation": "eager", "dtype": torch.float32}

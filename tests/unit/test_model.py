@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dataset.sft import padded
-from model import KVCache, Llama, LlamaConfig, flops, hf
+from model import Decoder, KVCache, ModelConfig, flops, hf
 from model.attend import causal_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
 from model.families.llama import LLAMA
@@ -22,7 +22,7 @@ from model.kernels.attention import attention_by_document, plain_attention
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
 
-SMALL = LlamaConfig(
+SMALL = ModelConfig(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32,
 )  # fmt: skip
@@ -44,9 +44,9 @@ VARIANTS = {
 }
 
 
-def build(seed: int = 0, **changes) -> Llama:
+def build(seed: int = 0, **changes) -> Decoder:
     config = dataclasses.replace(SMALL, **changes)
-    model = Llama(config.resolve())
+    model = Decoder(config.resolve())
     model.initialize(seed)
     with torch.no_grad():
         # Larger weights, and biases and norms off their start, so that every term matters.
@@ -56,7 +56,7 @@ def build(seed: int = 0, **changes) -> Llama:
     return model
 
 
-def export(model: Llama, directory: Path) -> None:
+def export(model: Decoder, directory: Path) -> None:
     save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32)))
 
@@ -118,7 +118,7 @@ def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path)
 def test_export_and_import_round_trip(variant: str, tmp_path: Path):
     model = build(**VARIANTS[variant])
     export(model, tmp_path)
-    again = Llama(hf.read_config(tmp_path))
+    again = Decoder(hf.read_config(tmp_path))
     hf.load_weights(again, tmp_path)
     assert again.config == model.config
     assert torch.equal(model(tokens()), again(tokens()))
@@ -138,14 +138,14 @@ def test_biases_of_three_as_a_llama(tmp_path: Path):
     assert torch.allclose(model.logits(model(tokens())), theirs(tokens()).logits, atol=1e-5)
     theirs.save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
-        again = Llama(hf.read_config(folder))
+        again = Decoder(hf.read_config(folder))
         hf.load_weights(again, folder)
         assert again.config == model.config and torch.equal(model(tokens()), again(tokens()))
     with torch.no_grad():
         theirs.model.layers[1].self_attn.o_proj.bias[3] = 0.1
     theirs.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj.bias that is not zero"):
-        hf.load_weights(Llama(hf.read_config(tmp_path / "trained")), tmp_path / "trained")
+        hf.load_weights(Decoder(hf.read_config(tmp_path / "trained")), tmp_path / "trained")
 
 
 def test_import_of_a_model_that_transformers_saved(tmp_path: Path):
@@ -155,7 +155,7 @@ def test_import_of_a_model_that_transformers_saved(tmp_path: Path):
     )  # fmt: skip
     theirs = AutoModelForCausalLM.from_config(config)
     theirs.save_pretrained(tmp_path)
-    ours = Llama(hf.read_config(tmp_path))
+    ours = Decoder(hf.read_config(tmp_path))
     hf.load_weights(ours, tmp_path)
     assert torch.allclose(ours.logits(ours(tokens())), theirs(tokens()).logits, atol=1e-5)
 
@@ -392,7 +392,7 @@ def test_residual_dtype(residual_in_fp32: bool):
 
 
 def test_initial_weights_depend_only_on_seed_and_name():
-    first, second, other = (Llama(SMALL.resolve()) for _ in range(3))
+    first, second, other = (Decoder(SMALL.resolve()) for _ in range(3))
     first.initialize(1)
     second.initialize(1)
     other.initialize(2)
@@ -427,12 +427,12 @@ def test_flops_formula_equals_torchs_count():
 
 def test_flops_of_the_originals_1b():
     """8.64 G against 7.30 G per token, as the design says for the original's shape."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=64320, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=2048,
     ).resolve()  # fmt: skip
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama(config).parameters())
+        parameters = sum(p.numel() for p in Decoder(config).parameters())
     assert flops.flops_per_token_strict(config, 2048) == pytest.approx(7.30e9, rel=2e-3)
     assert flops.flops_per_token_seed(config, 2048, parameters) == pytest.approx(8.64e9, rel=2e-3)
 
@@ -441,8 +441,8 @@ def test_flops_of_the_originals_1b():
 def test_compiled_blocks_are_whole_graphs_beside_float32_gradients(checkpointing: bool):
     """Weights in bfloat16 accumulate gradients in float32, as in training, where torch.compile alone would break its
     graphs. Any number of documents has the same graphs."""
-    config = LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
-    model = Llama(
+    config = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    model = Decoder(
         config.resolve(max_seq_len=32), checkpointing,
         ops=build_ops(choose_ops("auto", {}, torch.device("cpu"), torch.bfloat16)),
     )  # fmt: skip
@@ -521,7 +521,7 @@ def test_attention_by_document_is_chosen_where_it_is_less_work():
 
 def test_model_with_documents_equals_the_model_with_the_mask():
     """The whole forward and backward pass, on packed rows of 512."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     ).resolve(max_seq_len=512)
     ids = torch.randint(0, 50, (2, 512), generator=torch.Generator().manual_seed(0))
@@ -529,7 +529,7 @@ def test_model_with_documents_equals_the_model_with_the_mask():
     assert document_lengths(documents) is not None
     figures = []
     for by_document in (True, False):
-        model = Llama(config)
+        model = Decoder(config)
         model.initialize(0)
         model.double()
         model.attends_by_document = by_document

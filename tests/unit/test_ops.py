@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils.checkpoint import CheckpointPolicy
 
 from configurator import Config
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.attend import causal_mask, document_starts
 from model.decoder import _keep_matmuls
 from model.dropout import DropoutKey
@@ -23,7 +23,7 @@ from model.ops import CHOICES, IMPLEMENTATIONS, REFERENCE, Ops, build_ops, choos
 from optimizer.mixed_precision import choose_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=32,
 ).resolve()  # fmt: skip
@@ -89,8 +89,8 @@ def test_a_gpu_uses_triton_and_varlen(monkeypatch):
 
 def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **options):
     """(model in training, its loss as a function)."""
-    config = LlamaConfig(**CONFIG.__dict__ | {"hidden_dropout": dropout})
-    model = Llama(config, ops=ops, **options)
+    config = ModelConfig(**CONFIG.__dict__ | {"hidden_dropout": dropout})
+    model = Decoder(config, ops=ops, **options)
     model.initialize(3)
     model.train()
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +188,7 @@ def test_selective_recomputation_keeps_matmuls_of_compiled_blocks():
 
 def test_what_to_keep_is_refused_where_all_is_kept():
     with pytest.raises(ValueError, match="--checkpoint_keeps=matmuls says what --gradient_checkpointing keeps"):
-        Llama(CONFIG, checkpoint_keeps="matmuls")
+        Decoder(CONFIG, checkpoint_keeps="matmuls")
 
 
 @pytest.mark.soak
@@ -298,7 +298,7 @@ def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
 
 def test_documents_do_not_see_each_other():
     """Packed equals unpacked, and the gradient of one document's loss with respect to another's input is exactly 0."""
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     model.initialize(1)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(97, (1, 24), generator=generator)

@@ -27,8 +27,8 @@ from data_preprocess import pretokenize_sft_data
 from dataset import audit, inspect, show_mask
 from dataset.sequences import SequenceSet
 from dataset.sft import SFTDataset
-from model import Llama, flops, hf
-from model.config import LlamaConfig
+from model import Decoder, flops, hf
+from model.config import ModelConfig
 from serving.generation import generate as new_tokens
 from serving.generation import load_model
 from tasks.dpo import DPOTask
@@ -93,11 +93,11 @@ def pretokenize(raw: Path, tokenizer: Path, output: Path, task: str, *more: str)
 
 def write_model(directory: Path, tokenizer: HFBBPETokenizer, seed: int = 7) -> Path:
     """A Hugging Face folder with random weights, large enough that answers differ in probability."""
-    config = LlamaConfig(
+    config = ModelConfig(
         vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True,
         max_position_embeddings=SEQ_LEN, initializer_range=0.1,
     ).resolve()  # fmt: skip
-    model = Llama(config)
+    model = Decoder(config)
     model.initialize(seed)
     directory.mkdir(parents=True)
     save_weights(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
@@ -200,7 +200,7 @@ def crash(*_: object) -> None:
 def test_packing_changes_neither_loss_nor_gradient(home: Home, double: bool, monkeypatch: pytest.MonkeyPatch):
     """The same sequences, four in a batch, alone and in shared rows. In float64 only a leak between neighbours could
     make a difference."""
-    model = Llama(hf.read_config(home.model))
+    model = Decoder(hf.read_config(home.model))
     hf.load_weights(model, home.model)
     if double:
         model.double()
@@ -228,7 +228,7 @@ def test_packing_changes_neither_loss_nor_gradient(home: Home, double: bool, mon
 
 def test_neighbours_in_a_row_do_not_see_each_other(home: Home):
     """Each sequence's hidden states in a packed row are those of the sequence alone, also at its border."""
-    model = Llama(hf.read_config(home.model)).eval()
+    model = Decoder(hf.read_config(home.model)).eval()
     hf.load_weights(model, home.model)
     task, data = LanguageModelTask(model, 0, torch.empty(0)), SFTDataset(home.sft, "train", SEQ_LEN)
     crowded = max(range(len(data)), key=lambda row: len(data.members(row)))
@@ -752,7 +752,7 @@ def test_the_time_at_the_end_is_without_the_reference(dpo_flags: list[str], monk
 def test_the_reference_is_what_the_model_says(home: Home, dpo_flags: list[str]):
     assert train(dpo_flags) == 0
     values = load_file(cache_file(dpo_flags))["log_probs"]
-    model = Llama(hf.read_config(home.model)).eval()
+    model = Decoder(hf.read_config(home.model)).eval()
     hf.load_weights(model, home.model)
     data = SequenceSet(home.dpo, "train", "dpo", SEQ_LEN)
     for number in range(2 * PAIRS):

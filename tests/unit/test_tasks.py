@@ -7,13 +7,13 @@ import torch
 
 from configs import sizes
 from configurator import _FIELDS, _GROUPS
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from tasks.config import ONLY_WITH, TASK_TYPES, TaskName
 from tasks.registry import TASKS
 from tests.unit.test_dpo_losses import make_batch, random_sequences
 from training.config import Config
 
-SHAPE = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).resolve(0, 32)
+SHAPE = ModelConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4).resolve(0, 32)
 
 
 def test_each_task_has_an_entry_and_a_class():
@@ -39,7 +39,7 @@ def test_a_flag_of_some_tasks_counts_only_for_them(name: TaskName):
 @pytest.mark.parametrize("name", TASK_TYPES)
 def test_a_call_is_the_forward_pass_and_then_the_loss(name: TaskName):
     """They agree to the bit; a pipeline computes them on different ranks."""
-    model = Llama(SHAPE)
+    model = Decoder(SHAPE)
     model.initialize(0)
     options = getattr(Config(), TASK_TYPES[name].options) if TASK_TYPES[name].options else None
     task = TASKS[name].build(model, 0, torch.ones(64, dtype=torch.int64), options)

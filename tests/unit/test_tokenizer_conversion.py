@@ -11,7 +11,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from model.config import LlamaConfig
+from model.config import ModelConfig
 from model.hf import to_hf_config
 from tests.unit.test_tokenizer import AWKWARD, auto_tokenizer, byte_level, english, random_text, refusal
 from tokenizer import load_tokenizer
@@ -211,7 +211,7 @@ def test_weights_without_any_tokenizer(tmp_path: Path, caplog: pytest.LogCapture
     """If the sizes differ, the folder is refused; otherwise a warning says that nobody can tell."""
     tokenizer = load_tokenizer(write(tmp_path / "sp", tokenizer_model=sentence_piece("llama 2")))
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = to_hf_config(LlamaConfig(vocab_size=rows, max_position_embeddings=32, **sizes).resolve(), torch.float32, 2)
+    config = to_hf_config(ModelConfig(vocab_size=rows, max_position_embeddings=32, **sizes).resolve(), torch.float32, 2)
     weights = write(tmp_path / "weights", config_json=config)
     if fits:
         require_tokenizer_of(weights, tokenizer)

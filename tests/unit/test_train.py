@@ -31,7 +31,7 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from model import Llama, flops, hf
+from model import Decoder, flops, hf
 from optimizer.mixed_precision import LossScaler
 from runs.exits import read_exit_records
 from runs.heartbeat import Heartbeat
@@ -240,7 +240,7 @@ def test_frozen_weights_come_back_with_a_resumed_run(tiny_run: list[str], monkey
     """No optimizer state holds them."""
     original, frozen = build.build_model, "layers.0.mlp.down_proj.weight"
 
-    def freeze(*arguments: object) -> Llama:
+    def freeze(*arguments: object) -> Decoder:
         model = original(*arguments)
         model.get_parameter(frozen).requires_grad_(False)
         return model
@@ -510,7 +510,7 @@ def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkey
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
     original = LossScaler.__init__
     monkeypatch.setattr(LossScaler, "__init__", lambda self, enabled: original(self, enabled, 2.0**40))
-    told, factors, loss_sum = [], [], Llama.loss_sum
+    told, factors, loss_sum = [], [], Decoder.loss_sum
 
     def observed(self, hidden, labels, grad_scale):
         loss = loss_sum(self, hidden, labels, grad_scale)
@@ -519,7 +519,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tiny_run: list[str], 
             loss.register_hook(lambda upstream: factors.append(upstream.item()))
         return loss
 
-    monkeypatch.setattr(Llama, "loss_sum", observed)
+    monkeypatch.setattr(Decoder, "loss_sum", observed)
     assert train(tiny_run, "--dtype=float16", "--max_iters=40", "--valid_iters=1") == 0
     norms = [float(r["grad_norm"]) for r in records(tiny_run, "train")]
     skipped = [norm for norm in norms if not math.isfinite(norm)]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Llama, LlamaConfig
+from model import Decoder, ModelConfig
 from model.dropout import DropoutKey, dropout
 from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.ops import REFERENCE, Ops, build_ops
@@ -39,7 +39,7 @@ LEARNING_RATE, GRAD_CLIP = 1e-2, 1.0
 CONSTANTS = AdamWConfig(adam_eps=1e-2)
 """With Adam's usual eps, a gradient of 1e-9 whose sign changes by rounding moves its weight by twice the learning rate:
 deviations would be a lottery. With this eps they are not."""
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, initializer_range=0.1,
 ).resolve(max_seq_len=WIDTH)  # fmt: skip
@@ -63,17 +63,17 @@ def batch(step: int) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in made.items()}
 
 
-def loss_of(model: Llama, inputs: dict[str, Tensor]) -> Tensor:
+def loss_of(model: Decoder, inputs: dict[str, Tensor]) -> Tensor:
     """Mean over the supervised tokens."""
     key = DropoutKey(7, inputs["row_ids"]) if model.config.hidden_dropout else None
     hidden = model(inputs["input_ids"], inputs["positions"], inputs["document_ids"], dropout_key=key)
     return model.loss_sum(hidden, inputs["labels"]) / (inputs["labels"] != -100).sum()
 
 
-def train(config: LlamaConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: int = 0) -> list[float]:
+def train(config: ModelConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: int = 0) -> list[float]:
     """Losses of the steps, each before its update."""
     torch.set_num_threads(1)
-    model = Llama(config, ops=ops)
+    model = Decoder(config, ops=ops)
     model.initialize(seed)
     model.to(device=DEVICE, dtype=dtype).train()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, torch.device(DEVICE)), overlap_grad_reduce=False)
@@ -92,11 +92,11 @@ def train(config: LlamaConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: 
     return losses
 
 
-def train_plain(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
+def train_plain(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
     return train(config, dtype, REFERENCE, "torch", seed)
 
 
-def train_fused(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
+def train_fused(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
     loss_sum = functools.partial(linear_cross_entropy_sum, use_triton=True)
     # float32 weights are their own main parameters; the other step has more to do.
     kernel = "torch" if dtype == torch.float32 else "triton"
@@ -119,7 +119,7 @@ def exact_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tupl
     return tuple(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
 
 
-def train_exact(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
+def train_exact(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> list[float]:
     """The float64 run, from the weights with which a run in `dtype` begins; every op by its formula."""
     torch.set_num_threads(1)
     ops = replace(
@@ -128,7 +128,7 @@ def train_exact(config: LlamaConfig, dtype: torch.dtype, seed: int = 0) -> list[
             (hidden @ weight.T).flatten(0, -2), labels.flatten(), reduction="sum"
         ),
     )  # fmt: skip
-    model = Llama(replace(config, residual_in_fp32=False), ops=ops)
+    model = Decoder(replace(config, residual_in_fp32=False), ops=ops)
     model.initialize(seed)
     model.to(device=DEVICE, dtype=dtype).double().train()
     parameters = list(model.parameters())
