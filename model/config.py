@@ -5,12 +5,21 @@ from typing import Literal
 
 from utils.options import OnlyWith
 
+ModelType = Literal[
+    "", "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "ernie4_5_moe", "bloom", "baichuan", "chatglm",
+    "internlm", "aquila", "yuan",
+]  # fmt: skip
+"""Families that can be named: those of model/families/, which a test compares."""
+
 _RANGES = {
     "vocab_size": (0, 2**31 - 1), "hidden_size": (1, 2**20), "intermediate_size": (1, 2**24),
     "num_hidden_layers": (1, 2_000), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
     "head_dim": (1, 2**16), "max_position_embeddings": (0, 2**31 - 1),
     "original_max_position_embeddings": (0, 2**31 - 1), "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1.0),
-    "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6),
+    "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6), "sliding_window": (0, 2**31 - 1),
+    "num_local_experts": (0, 2**16), "num_experts_per_tok": (1, 2**16), "moe_intermediate_size": (0, 2**24),
+    "num_shared_experts": (0, 2**16), "router_aux_loss_coef": (0.0, 1e6), "router_z_loss_coef": (0.0, 1e6),
+    "router_bias_update_rate": (0.0, 1e6), "partial_rotary_factor": (0.0, 1.0),
 }  # fmt: skip
 """Values that can be computed with: far more than anybody trains, so a value outside is a typing error. In float32, a
 theta of 0 or 1e300 gives NaN."""
@@ -23,14 +32,17 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Model. Fields bear the names of Hugging Face's llama config where it has them."""
+    """Model. Fields bear the names of Hugging Face's llama or mixtral config where one of them has them."""
 
+    model_type: ModelType = ""
+    """Family, by Hugging Face's name: it sets what all its models have in common, and how they are saved. Empty: the
+    one that has the other fields, or that of the weights to begin with."""
     vocab_size: int = 0
     """Rows of the embedding; 0: as many as the tokenizer needs."""
     hidden_size: int = 768
     """Width of the residual stream."""
     intermediate_size: int = 0
-    """Width of the feed-forward layer; 0: 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Width of the feed-forward layer; 0: 8/3 of hidden_size (gelu: 4 times), rounded up to a multiple of 64."""
     num_hidden_layers: int = 12
     """Transformer blocks."""
     num_attention_heads: int = 12
@@ -41,16 +53,40 @@ class ModelConfig:
     """Width of a head; 0: hidden_size / num_attention_heads."""
     max_position_embeddings: int = 0
     """Longest sequence that the positions are meant for; 0: max_seq_len."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Norm before each layer and after the last block; layernorm has biases."""
     rms_norm_eps: float = 1e-5
-    """Number added to the mean square under the root of RMSNorm."""
+    """Number added under the root of the norms, to the mean square or the variance."""
+    embedding_norm: bool = False
+    """Also norm the embeddings."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """Feed-forward layer: down(silu(gate x) * up x), or down(gelu(up x)) with GELU's tanh form."""
+    mlp_bias: bool = False
+    """Bias on the projections of the feed-forward layer."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     tie_word_embeddings: bool = False
     """Use one matrix for input embedding and output head."""
+    normalized_head: bool = False
+    """Scale each row of the output head to length 1 before it is multiplied with."""
     attention_bias: bool = False
     """Bias on the Q, K, V and O projections, as in Hugging Face's llama."""
     qkv_bias: bool = False
     """Bias on Q, K and V only; exported as qwen2."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, before the rotary positions."""
+    local_filter: bool = False
+    """Compute queries and keys from a filter over each token and the two before it."""
+    sliding_window: int = 0
+    """Latest keys that a query sees, itself among them; 0: all keys before it."""
+    full_attention_layers: str = ""
+    """Layers that see all keys in spite of sliding_window: numbers from 0, with commas."""
+    position_embedding: Literal["rope", "alibi"] = "rope"
+    """Positions: rotary, or ALiBi's penalty for the distance to a key."""
+    rope_interleaved: bool = False
+    """Rotate neighbouring channels of a head together, not those half a head apart."""
+    partial_rotary_factor: float = 1.0
+    """Share of each head's channels that is rotated: the first ones."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
@@ -63,6 +99,30 @@ class ModelConfig:
     """llama3 scaling: wavelengths below the original context divided by this stay as they are."""
     original_max_position_embeddings: int = 0
     """llama3 scaling: context before stretching; 0: max_position_embeddings."""
+    num_local_experts: int = 0
+    """Experts of each feed-forward layer, of which a router chooses some for each token; 0: none, a dense layer. With
+    --init_from of a dense model, each expert begins as a copy of its feed-forward layer."""
+    num_experts_per_tok: int = 2
+    """Experts that each token is sent to."""
+    moe_intermediate_size: int = 0
+    """Width of an expert; 0: intermediate_size."""
+    num_shared_experts: int = 0
+    """Experts that every token is sent to besides, as one of their common width."""
+    dense_layers: str = ""
+    """Layers without experts: numbers from 0, with commas."""
+    norm_topk_prob: bool = True
+    """Let the weights of a token's experts add up to 1."""
+    router_aux_loss_coef: float = 0.001
+    """Weight of the loss that keeps the load of the experts even."""
+    router_aux_loss: Literal["row", "batch"] = "row"
+    """Balance the load within each row, which does not depend on how the batch is split, or as transformers does within
+    a whole batch and all layers; the latter needs one micro-batch a step."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the loss that keeps the router's scores small."""
+    router_bias: bool = False
+    """Add a bias to each expert's probability, for the choice alone, that evens the load without a loss."""
+    router_bias_update_rate: float = 0.0
+    """Step of that bias after each optimizer step; above 0 it is there."""
     hidden_dropout: float = 0.0
     """Probability of dropping an element of each block's attention and feed-forward output."""
     attention_dropout: float = 0.0
@@ -96,7 +156,9 @@ class ModelConfig:
                 raise ValueError(f"{name} must not be negative, got {values[name]}")
         values["vocab_size"] = self.vocab_size or vocab_size
         values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
-        values["intermediate_size"] = self.intermediate_size or -(-(self.hidden_size * 8 // 3) // 64) * 64
+        # A gated layer has three matrices instead of two.
+        times = (8, 3) if self.mlp == "swiglu" else (4, 1)
+        values["intermediate_size"] = self.intermediate_size or -(-(self.hidden_size * times[0] // times[1]) // 64) * 64
         values["max_position_embeddings"] = self.max_position_embeddings or max_seq_len
         values["original_max_position_embeddings"] = (
             self.original_max_position_embeddings or values["max_position_embeddings"]
@@ -108,30 +170,95 @@ class ModelConfig:
                     f"{self.num_attention_heads}: choose one that is"
                 )
             values["head_dim"] = self.hidden_size // self.num_attention_heads
-        if values["head_dim"] % 2:
-            raise ValueError(f"rotary embeddings need an even head_dim, got {values['head_dim']}")
         if self.num_attention_heads % values["num_key_value_heads"]:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {values['num_key_value_heads']}"
             )
-        if self.attention_bias and self.qkv_bias:
-            raise ValueError("attention_bias already covers Q, K and V: give only one of attention_bias and qkv_bias")
+        if self.num_local_experts:
+            values["moe_intermediate_size"] = self.moe_intermediate_size or values["intermediate_size"]
+            values["router_bias"] = self.router_bias or self.router_bias_update_rate > 0.0
+        resolved = ModelConfig(**values)
+        resolved._check_attention()
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= values[name] < 1.0:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {values[name]}")
         for name, (least, most) in _RANGES.items():
             if not least <= values[name] <= most:
                 raise ValueError(f"{name} must lie between {least:,} and {most:,}, got {values[name]}")
-        if self.rope_scaling == "dynamic" and values["head_dim"] < 4:
-            raise ValueError(f"rope_scaling=dynamic needs a head_dim of at least 4, got {values['head_dim']}")
+        resolved._check_rope()
+        resolved._check_experts()
+        return resolved
+
+    def _check_attention(self) -> None:
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias already covers Q, K and V: give only one of attention_bias and qkv_bias")
+        _layers("full_attention_layers", self.full_attention_layers, self.num_hidden_layers)
+        if self.full_attention_layers and not self.sliding_window:
+            raise ValueError("full_attention_layers has no meaning without sliding_window: give both or neither")
+
+    def _check_rope(self) -> None:
+        if self.position_embedding != "rope":
+            if self.rope_scaling != "none":
+                raise ValueError(f"rope_scaling={self.rope_scaling} has no meaning for ALiBi: leave it out")
+            return
+        if self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, got {self.head_dim}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor {self.partial_rotary_factor} leaves {self.rotary_dim} channels of "
+                f"{self.head_dim} to rotate: choose one that leaves an even number"
+            )
+        if self.rope_scaling == "dynamic" and self.rotary_dim < 4:
+            raise ValueError(f"rope_scaling=dynamic needs a head_dim of at least 4, got {self.rotary_dim}")
         if self.rope_scaling == "llama3":
             low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
             if not 0.0 < low:
                 raise ValueError(f"rope_low_freq_factor must be positive, got {low}")
             if not low < high:
                 raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
-        return ModelConfig(**values)
+
+    def _check_experts(self) -> None:
+        _layers("dense_layers", self.dense_layers, self.num_hidden_layers)
+        if not self.num_local_experts:
+            others = ("num_shared_experts", "dense_layers", "router_bias", "router_bias_update_rate")
+            if given := [name for name in others if getattr(self, name)]:
+                raise ValueError(f"{given[0]} has no meaning without experts: give --num_local_experts, too")
+            return
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than num_local_experts "
+                f"{self.num_local_experts}"
+            )
+        if self.mlp != "swiglu" or self.mlp_bias:
+            raise ValueError("experts are SwiGLU without bias: leave out mlp and mlp_bias")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of each head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def window_of(self, layer: int) -> int:
+        """Latest keys that a query of a layer sees; 0: all."""
+        is_full = layer in _layers("full_attention_layers", self.full_attention_layers, self.num_hidden_layers)
+        return 0 if is_full else self.sliding_window
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer's feed-forward part consists of experts."""
+        is_dense = layer in _layers("dense_layers", self.dense_layers, self.num_hidden_layers)
+        return self.num_local_experts > 0 and not is_dense
+
+
+def _layers(name: str, text: str, num_layers: int) -> frozenset[int]:
+    """Numbers of layers in a field.
+
+    Raises:
+        ValueError: it is not a list of numbers of layers.
+    """
+    numbers = [part.strip() for part in text.split(",")] if text else []
+    if any(not (number.isascii() and number.isdigit() and int(number) < num_layers) for number in numbers):
+        raise ValueError(f"{name} must be numbers of layers below {num_layers}, with commas, such as 0,1; got {text}")
+    return frozenset(map(int, numbers))
 
 
 ONLY_WITH = (
@@ -147,5 +274,15 @@ ONLY_WITH = (
     OnlyWith(
         ("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
         lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3",
+    ),
+    OnlyWith(
+        ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "router_aux_loss",
+         "router_z_loss_coef"),
+        lambda f: f["num_local_experts"] or f["init_from"] or f["resume"], "without --num_local_experts",
+    ),
+    OnlyWith(
+        ("rope_theta", "rope_interleaved", "partial_rotary_factor"),
+        lambda f: f["position_embedding"] == "rope" or f["init_from"] or f["resume"],
+        "with --position_embedding=alibi",
     ),
 )  # fmt: skip

@@ -6,6 +6,12 @@
     output projection    N(0, initializer_range / sqrt(2 L))    yes      yes    its inputs ("row")
     bias                 0                                      no       no     as its matrix; after a sum: nothing
     norm                 1                                      no       no     nothing
+    norm's bias          0                                      no       no     nothing
+    router               N(0, initializer_range)                yes      no     nothing
+    router's bias        0 (frozen: a rule moves it)            no       no     nothing
+    local filter         N(0, initializer_range)                yes      no     nothing
+
+The matrices of all experts of a layer are one parameter (E, outputs, inputs), whose role is that of each.
 
 Input projections lead from the residual stream into a layer, an output projection leads back. The 2 L additions of L
 blocks keep the stream's scale if each is smaller by the square root of 2 L (GPT-2: Radford et al., 2019). If the first
@@ -38,6 +44,10 @@ OUTPUT_PROJECTION = Role("residual", True, True, "row")
 INPUT_BIAS = Role("zero", False, False, "column")
 OUTPUT_BIAS = Role("zero", False, False, "none")
 NORM = Role("one", False, False, "none")
+NORM_BIAS = Role("zero", False, False, "none")
+ROUTER = Role("normal", True, False, "none")
+ROUTER_BIAS = Role("zero", False, False, "none")
+FILTER = Role("normal", True, False, "none")
 
 ROLES: tuple[tuple[str, Role], ...] = (
     (r"(embed_tokens|lm_head)\.weight", EMBEDDING),
@@ -45,7 +55,14 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r".*\.(o|down)_proj\.weight", OUTPUT_PROJECTION),
     (r".*\.(q|k|v|gate|up)_proj\.bias", INPUT_BIAS),
     (r".*\.(o|down)_proj\.bias", OUTPUT_BIAS),
-    (r"(.*\.)?(\w*_layer)?norm\.weight", NORM),
+    (r"(.*\.)?((\w*_layer|[qk]_|embed_)?norm)\.weight", NORM),
+    (r"(.*\.)?((\w*_layer|embed_)?norm)\.bias", NORM_BIAS),
+    (r".*\.mlp\.router\.weight", ROUTER),
+    (r".*\.mlp\.router\.selection_bias", ROUTER_BIAS),
+    (r".*\.experts\.gate_up_proj", INPUT_PROJECTION),
+    (r".*\.experts\.down_proj", OUTPUT_PROJECTION),
+    (r".*\.local_filter\.conv[12]\.weight", FILTER),
+    (r".*\.local_filter\.conv[12]\.bias", OUTPUT_BIAS),
 )
 """(pattern of a whole name, role) for every parameter that model/decoder.py can have."""
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -116,12 +116,27 @@ class ReferenceCache:
         raise AssertionError
 
 
+_FIRST = frozenset({
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range",
+    "tie_word_embeddings", "attention_bias", "qkv_bias", "rope_theta", "rope_scaling", "rope_scaling_factor",
+    "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings", "hidden_dropout",
+    "attention_dropout", "residual_in_fp32",
+})  # fmt: skip
+_YOUNGER = [field.name for field in fields(ModelConfig) if field.name not in _FIRST]
+_FOR_TRAINING = {"model_type", "router_aux_loss_coef", "router_aux_loss", "router_z_loss_coef",
+                 "router_bias_update_rate"}  # fmt: skip
+"""Fields that do not change what a model computes."""
+
+
 def weights_fingerprint(directory: Path, config: ModelConfig, dtype: torch.dtype) -> str:
     """Fingerprint of the function that a model of this configuration and dtype computes with a folder's weights."""
     content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
     # Nothing is dropped while the reference is computed, and most models take any length.
-    without = {"hidden_dropout", "attention_dropout"}
+    without = {"hidden_dropout", "attention_dropout"} | _FOR_TRAINING
     without |= {"max_position_embeddings"} if config.rope_scaling == "none" else set()
+    # A field that is younger than the first caches counts where it makes another model.
+    without |= {name for name in _YOUNGER if getattr(config, name) == getattr(ModelConfig, name)}
     shape = {name: value for name, value in asdict(config).items() if name not in without}
     if config.rope_scaling == "dynamic":
         # It once depended on the width of a batch; values of that time do not belong to this model.

@@ -6,7 +6,8 @@ from model.families.llama import LLAMA
 from model.families.qwen2 import QWEN2
 from model.hf_files import shown
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN2, LLAMA)}
+"""In the order in which a model without a family of its own looks for one."""
 
 
 def family_named(model_type: object) -> Family:
@@ -22,11 +23,22 @@ def family_named(model_type: object) -> Family:
 
 
 def family_of(config: ModelConfig, generic_tokenizer: bool = False) -> Family:
-    """The family as which a model is saved.
+    """The family as which a model is saved: its own, or else the first that can hold it.
 
     Args:
         generic_tokenizer: whether other programs do not associate the model's tokenizer with a family.
+    Raises:
+        ValueError: no family can hold such a model.
     """
-    # A llama takes whatever no other family claims.
-    others = (family for family in FAMILIES.values() if family is not LLAMA)
-    return next((family for family in others if family.writes(config, generic_tokenizer)), LLAMA)
+    own = [family_named(config.model_type)] if config.model_type else []
+    holding = [family for family in own or FAMILIES.values() if not family.mismatches(config)]
+    if not holding:
+        nearest = min(own or FAMILIES.values(), key=lambda family: len(family.mismatches(config)))
+        raise ValueError(
+            f"no family of models that other programs read can hold this one, {nearest.model_type} least of all "
+            f"differs: {nearest.mismatches(config)[0]}"
+        )
+    if generic_tokenizer and holding[0].names_tokenizer:
+        others = (family for family in FAMILIES.values() if not family.names_tokenizer)
+        return next((family for family in others if not family.mismatches(config)), holding[0])
+    return holding[0]

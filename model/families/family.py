@@ -5,8 +5,8 @@ A family is data and short functions. It builds no layer, and reads no file: mod
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,15 @@ from model.roles import Role, role_of
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 """Our names."""
+
+CHOICES = (
+    "norm", "embedding_norm", "mlp", "mlp_bias", "normalized_head", "attention_bias", "qkv_bias", "qk_norm",
+    "local_filter", "sliding_window", "full_attention_layers", "position_embedding", "rope_interleaved",
+    "partial_rotary_factor", "rope_scaling", "num_local_experts", "num_shared_experts", "dense_layers", "router_bias",
+    "norm_topk_prob",
+)  # fmt: skip
+"""Fields in which families differ. A family's models have the default of a field that it does not mention."""
+_DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(ModelConfig)}
 
 Tensors = Sequence[Tensor]
 
@@ -78,6 +87,14 @@ class Family:
     """Hugging Face's name of the family."""
     architectures: tuple[str, ...]
     """Classes of transformers that a folder of this family may name; our folders name the first."""
+    fixed: Mapping[str, object] = {}
+    """Choice -> the value that all models of the family have."""
+    free: Set[str] = frozenset()
+    """Choices of which a folder of this family can hold any value."""
+    usual: Mapping[str, object] = {}
+    """Field -> value in a new model whose user does not say another."""
+    names_tokenizer = False
+    """Whether other programs replace the tokenizer of such a folder by the family's own."""
     prefix = "model."
     """Prefix of all tensors but the head's. A folder of the part below the head leaves it out."""
     passed_over: re.Pattern[str] = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -98,7 +115,7 @@ class Family:
         check_architectures(values, self.architectures)
         check_keys(values, self.understood | self.harmless, self.harmless_at)
         self.check(values)
-        return ModelConfig(**self.fields(values)).resolve()
+        return ModelConfig(**self.fields(values) | {"model_type": self.model_type}).resolve()
 
     def check(self, values: dict) -> None:
         """See that keys which depend on each other describe a model that can be built here.
@@ -119,13 +136,29 @@ class Family:
         """The family's keys, from our configuration. model/hf.py adds tokens and dtype."""
         raise NotImplementedError
 
-    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
-        """Whether models of a configuration are saved as this family.
+    def mismatches(self, config: ModelConfig) -> list[str]:
+        """Reasons why a folder of this family cannot hold a model, each the end of a sentence; none if it can."""
+        found = []
+        for name in CHOICES:
+            value, has = getattr(config, name), self.fixed.get(name, _DEFAULTS[name])
+            is_open = name in self.free or (name == "norm_topk_prob" and not config.num_local_experts)
+            if not is_open and value != has:
+                found.append(f"{name} is {has} in every {self.model_type}, not {value}")
+        return found
+
+    def new(self, wanted: ModelConfig, given: Set[str]) -> ModelConfig:
+        """Configuration of a new model of the family.
 
         Args:
-            generic_tokenizer: whether other programs do not associate the model's tokenizer with a family.
+            given: names of the fields that somebody has chosen.
+        Raises:
+            ValueError: one of them contradicts the family.
         """
-        return False
+        own: dict[str, Any] = {name: value for name, value in {**self.usual, **self.fixed}.items() if name not in given}
+        config = replace(wanted, **own | {"model_type": self.model_type})
+        if found := self.mismatches(config):
+            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {found[0]}")
+        return config
 
     def their_name(self, name: str) -> str:
         """Name in a folder of a parameter that is not fused."""

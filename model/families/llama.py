@@ -34,6 +34,7 @@ class LlamaFamily(Family):
         "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "bias": (False,), "partial_rotary_factor": (1,),
         "rope_interleaved": (False,), "rope_condense_ratio": (1,), "use_mrope": (False,), "is_llama_config": (True,),
     }  # fmt: skip
+    free = frozenset({"attention_bias", "qkv_bias", "rope_scaling"})
     writes_fourth_bias = True
 
     def check(self, values: dict) -> None:
@@ -55,9 +56,6 @@ class LlamaFamily(Family):
     def keys(self, config: ModelConfig) -> dict[str, object]:
         biases = {"attention_bias": config.attention_bias or config.qkv_bias, "mlp_bias": False}
         return common_keys(config) | biases | ({"qkv_bias": True} if config.qkv_bias else {})
-
-    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
-        return generic_tokenizer or not config.qkv_bias
 
     def besides(self, config: ModelConfig) -> list[Beside]:
         """With `qkv_bias`, also the biases that a llama has and the model does not have: they must be zero."""

@@ -16,6 +16,9 @@ from model.hf_files import shown
 class Qwen2Family(LlamaFamily):
     model_type = "qwen2"
     architectures = ("Qwen2ForCausalLM", "LlamaForCausalLM", "LLaMAForCausalLM")
+    fixed = {"qkv_bias": True}
+    free = frozenset({"rope_scaling"})
+    names_tokenizer = True
     writes_fourth_bias = False
 
     def check(self, values: dict) -> None:
@@ -41,9 +44,6 @@ class Qwen2Family(LlamaFamily):
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         return common_keys(config) | {"use_sliding_window": False}
-
-    def writes(self, config: ModelConfig, generic_tokenizer: bool) -> bool:
-        return config.qkv_bias and not generic_tokenizer
 
 
 QWEN2 = Qwen2Family()
