@@ -7,7 +7,8 @@
 
 No key names the version. The presence of max_position_embeddings tells 7B from 13B, as the published code requires it
 of the one and does not know it for the other. Other programs go by the width (4,096 or 5,120) and the vocabulary, so a
-model that contradicts these is neither read nor written. For other vocabularies we write normalized_head, a key of ours.
+model that contradicts these is neither read nor written. For other vocabularies, normalized_head (a key of ours) says
+it.
 
 transformers has no such class. It needs the Python files of a published Baichuan of the same version beside ours, and
 their auto_map in config.json.

@@ -51,11 +51,11 @@ class ChatGLMFamily(Family):
     architectures = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
     brings_code = True
     fixed = {"rope_interleaved": True, "partial_rotary_factor": 0.5}
-    free = frozenset({"qkv_bias", "attention_bias", "mlp_bias"})
+    free = frozenset({"qkv_bias"})
     usual = {"qkv_bias": True}
     prefix = "transformer."
     passed_over = re.compile(r"(^|\.)rotary_pos_emb\.inv_freq$")
-    understood = frozenset(_KINDS) | {*_SECOND_NAMES.values(), "add_qkv_bias", "add_bias_linear", "rope_ratio",
+    understood = frozenset(_KINDS) | {*_SECOND_NAMES.values(), "add_qkv_bias", "rope_ratio",
                                       "rope_theta", "multi_query_attention"}  # fmt: skip
     # Dtypes, fused kernels, a factor that is divided out again, and a classifier's dropout.
     harmless = HARMLESS | {
@@ -65,7 +65,7 @@ class ChatGLMFamily(Family):
     # pre_seq_len and prefix_projection belong to an adapter, P-Tuning.
     harmless_at = HARMLESS_AT | {
         "apply_residual_connection_post_layernorm": (False,), "post_layer_norm": (True,), "rmsnorm": (True,),
-        "original_rope": (True,), "quantization_bit": (0,), "pre_seq_len": (0,), "prefix_projection": (False,),
+        "add_bias_linear": (False,), "original_rope": (True,), "quantization_bit": (0,), "pre_seq_len": (0,), "prefix_projection": (False,),
     }  # fmt: skip
 
     def check(self, values: dict) -> None:
@@ -80,30 +80,20 @@ class ChatGLMFamily(Family):
         read = read_values(values, {key: (kind, default) for key, (_, kind, default) in _KINDS.items()})
         require_positive(read, "padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers",
                          "num_attention_heads", "multi_query_group_num", "kv_channels", "seq_length")  # fmt: skip
-        everywhere = read_value(values, "add_bias_linear", bool, False)
-        biases = {
-            "attention_bias": everywhere, "mlp_bias": everywhere,
-            "qkv_bias": read_value(values, "add_qkv_bias", bool, False) and not everywhere,
-        }  # fmt: skip
         fields = {ours: read[key] for key, (ours, _, _) in _KINDS.items()}
-        return self.fixed | fields | biases | {"rope_theta": _theta(values)}
+        bias = read_value(values, "add_qkv_bias", bool, False)
+        return self.fixed | fields | {"qkv_bias": bias, "rope_theta": _theta(values)}
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         ratio = config.rope_theta / _THETA
         # Other programs expect a whole number.
         ratio = int(ratio) if ratio == int(ratio) else ratio
         return {key: getattr(config, ours) for key, (ours, _, _) in _KINDS.items()} | {
-            "add_qkv_bias": config.qkv_bias or config.attention_bias, "add_bias_linear": config.attention_bias,
+            "add_qkv_bias": config.qkv_bias, "add_bias_linear": False,
             "multi_query_attention": True, "rope_ratio": ratio, "rope_theta": config.rope_theta,
             "original_rope": True, "rmsnorm": True, "post_layer_norm": True,
             "apply_residual_connection_post_layernorm": False,
         } | {second: getattr(config, second) for second in _SECOND_NAMES.values()}  # fmt: skip
-
-    def mismatches(self, config: ModelConfig) -> list[str]:
-        found = super().mismatches(config)
-        if config.attention_bias != config.mlp_bias:
-            found.append("attention_bias and mlp_bias are equal in every chatglm")
-        return found
 
     def their_name(self, name: str) -> str:
         for ours, theirs in _NAMES:
@@ -138,15 +128,15 @@ def _theta(values: dict) -> float:
     Raises:
         ValueError: nobody can tell what rope_ratio means.
     """
-    ratio = read_value(values, "rope_ratio", float, 1.0)
-    theta = read_value(values, "rope_theta", float, None)
-    if theta is None:
+    ratio: Any = read_value(values, "rope_ratio", float, 1.0)
+    if values.get("rope_theta") is None:
         if ratio not in _RATIOS:
             raise ValueError(
-                f"rope_ratio = {ratio:g} stretches positions in ChatGLM2-6B-32K, which is not supported, and multiplies "
-                f"the rotary base in other models: for one of these, add rope_theta = {_THETA * ratio:g}"
+                f"rope_ratio = {ratio:g} divides the positions of ChatGLM2-6B-32K, which is not supported, and "
+                f"multiplies the rotary base of other models: for one of these, add rope_theta = {_THETA * ratio:g}"
             )
         return _THETA * ratio
+    theta: Any = read_value(values, "rope_theta", float, REQUIRED)
     if theta / _THETA != ratio:
         raise ValueError(f"rope_theta = {theta:g} is not {_THETA:g} times rope_ratio = {ratio:g}: correct one of them")
     return theta

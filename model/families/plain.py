@@ -1,5 +1,7 @@
 """What families of 2022 and 2023 have in common: a key for each size, and heads that share the width evenly."""
 
+from typing import Any
+
 import torch
 
 from model.config import ModelConfig
@@ -17,13 +19,13 @@ SILU = {"hidden_act": ("silu",)}
 """The one activation of a SwiGLU, for `harmless_at`."""
 
 
-def read_sizes(values: dict, **others: tuple[type, object]) -> dict[str, object]:
+def read_sizes(values: dict, **others: tuple[type, object]) -> dict[str, Any]:
     """Fields for the keys of SIZES, some of them with another default, or others besides.
 
     Raises:
         ValueError: one is missing, or out of range.
     """
-    fields = read_values(values, SIZES | others)
+    fields: dict[str, Any] = read_values(values, SIZES | others)
     require_positive(fields, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads")  # fmt: skip
     return fields
