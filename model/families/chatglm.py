@@ -65,7 +65,8 @@ class ChatGLMFamily(Family):
     # pre_seq_len and prefix_projection belong to an adapter, P-Tuning.
     harmless_at = HARMLESS_AT | {
         "apply_residual_connection_post_layernorm": (False,), "post_layer_norm": (True,), "rmsnorm": (True,),
-        "add_bias_linear": (False,), "original_rope": (True,), "quantization_bit": (0,), "pre_seq_len": (0,), "prefix_projection": (False,),
+        "add_bias_linear": (False,), "original_rope": (True,), "quantization_bit": (0,), "pre_seq_len": (0,),
+        "prefix_projection": (False,),
     }  # fmt: skip
 
     def check(self, values: dict) -> None:
