@@ -30,7 +30,8 @@ class AquilaFamily(Family):
         sizes = read_sizes(values, num_key_value_heads=(int, 0), max_position_embeddings=(int, 2048))
         fields = sizes | rope_fields(values)
         if fields["rope_scaling"] not in _SCALINGS:
-            raise ValueError(f"rope_scaling of type {fields['rope_scaling']} is not supported: aquila has none")
+            name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+            raise ValueError(f"{name} of type {fields['rope_scaling']} is not supported: no aquila has it")
         return fields
 
     def keys(self, config: ModelConfig) -> dict[str, object]:

@@ -49,7 +49,7 @@ class BloomFamily(Family):
     harmless_at = HARMLESS_AT | {"apply_residual_connection_post_layernorm": (False,)}
 
     def fields(self, values: dict) -> dict[str, Any]:
-        merged = values | {ours: require_same(values, ours, other) for ours, other in _TWO_NAMES.items()}
+        merged = values | {ours: _either(values, ours, other) for ours, other in _TWO_NAMES.items()}
         fields = read_values(merged, _KINDS | {name: (int, REQUIRED) for name in _TWO_NAMES})
         require_positive(fields, "vocab_size", *_TWO_NAMES)
         eps = read_values(values, {"layer_norm_epsilon": (float, 1e-5), "seq_length": (int, 2048)})
@@ -96,6 +96,13 @@ class BloomFamily(Family):
                 rules.append(interleaved_rows(theirs, ours, config.num_attention_heads))
         fused = {name for rule in rules for name in rule.ours}
         return rules + super().rules(config, sorted(names - fused))
+
+
+def _either(values: dict, name: str, other: str) -> object:
+    """The value of a key that has two names. Raises ValueError: neither is there, or they differ."""
+    if (value := require_same(values, name, other)) is None:
+        raise ValueError(f"{name} (or {other}) is missing")
+    return value
 
 
 BLOOM = BloomFamily()

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from model.config import ModelConfig
 from model.families.family import Beside, Family, Rule, fused_rows
 from model.families.keys import HARMLESS, HARMLESS_AT
@@ -120,7 +122,7 @@ class ChatGLMFamily(Family):
 
     def besides(self, config: ModelConfig) -> list[Beside]:
         """The head is also written if it is the embedding: the published code has two matrices in any case."""
-        return [replace(beside, is_written=True) for beside in super().besides(config)]
+        return [replace(beside, expected=torch.clone, is_written=True) for beside in super().besides(config)]
 
 
 def _theta(values: dict) -> float:

@@ -15,8 +15,8 @@ SIZES: dict[str, tuple[type, object]] = {
     "initializer_range": (float, 0.02), "tie_word_embeddings": (bool, False),
 }  # fmt: skip
 """Key that has the name of our field -> (kind, value if it is missing or null)."""
-SILU = {"hidden_act": ("silu",)}
-"""The one activation of a SwiGLU, for `harmless_at`."""
+SILU: dict[str, tuple[object, ...]] = {"hidden_act": ("silu", "swish")}
+"""The one activation of a SwiGLU, by both of its names, for `harmless_at`."""
 
 
 def read_sizes(values: dict, **others: tuple[type, object]) -> dict[str, Any]:

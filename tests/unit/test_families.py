@@ -62,7 +62,12 @@ def save(directory: Path, model: Decoder, family: Family, **changes: torch.Tenso
     return directory
 
 
-CHANGES: dict[str, dict[str, object]] = {"qwen2": {"qkv_bias": True}}
+EVEN = {"num_key_value_heads": 4}
+CHANGES: dict[str, dict[str, object]] = {
+    "qwen2": {"qkv_bias": True}, "bloom": {**FAMILIES["bloom"].fixed, **EVEN, "intermediate_size": 64},
+    "baichuan": EVEN, "chatglm": {**FAMILIES["chatglm"].fixed, "qkv_bias": True}, "internlm": EVEN,
+    "yuan": {**FAMILIES["yuan"].fixed, **EVEN, "rms_norm_eps": 1e-6},
+}  # fmt: skip
 """Family -> fields of CONFIG in which its models differ."""
 
 
