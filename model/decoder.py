@@ -1,8 +1,10 @@
-"""The llama-style transformer.
+"""The transformer of all families: a decoder whose layers come in a few kinds (model/config.py).
 
-    h = embed(tokens)
-    for each block:   h = h + attention(rms_norm(h));   h = h + w_down(silu(w_gate x) * (w_up x)) of x = rms_norm(h)
-    logits = head(rms_norm(h))
+    h = embed(tokens)                                 embedding_norm: normed
+    for each block:
+        h = h + attention(norm(h))                    attention.py; positions and masks are in attend.py
+        h = h + feed_forward(norm(h))                 mlp.py; with experts: moe.py
+    logits = head(norm(h))
 
 Every addition to h is followed by a norm, sometimes in the next block. So a block returns h and a second tensor that is
 still to be added, and a kernel can do both in one pass over memory. `ops` holds the functions that do the work
@@ -17,7 +19,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +30,14 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
-from model.linear import Head
-from model.mlp import SwiGLU
-from model.norm import RMSNorm
+from model.linear import new_head
+from model.mlp import new_mlp
+from model.norm import new_norm
 from model.ops import REFERENCE, Ops
 from model.roles import Role
+
+if TYPE_CHECKING:
+    from model.layer_losses import LayerLosses
 
 
 class Block(nn.Module):
@@ -45,35 +50,55 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, layer: int):
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.input_layernorm = new_norm(config, ops)
         self.self_attn = Attention(config, ops, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.mlp = SwiGLU(config, ops)
+        self.post_attention_layernorm = new_norm(config, ops)
+        self.has_experts = config.has_experts(layer)
+        self.mlp = _new_experts(config, ops) if self.has_experts else new_mlp(config, ops)
         self.checkpoint_options: dict[str, Any] | None = None
         """If given, the block checkpoints itself while it trains; see `Decoder.compile_blocks`."""
 
     def forward(
-        self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Run the block; return h and the tensor still to be added to it. h keeps its own dtype (float32 with
-        residual_in_fp32), the matmuls run in the weights' dtype.
+        self,
+        h_BTC: Tensor,
+        to_add_BTC: Tensor | None,
+        attend: Attend,
+        key: DropoutKey | None = None,
+        losses: "LayerLosses | None" = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the block; return h, the tensor still to be added to it, and what its experts have counted. h keeps its
+        own dtype (float32 with residual_in_fp32), the matmuls run in the weights' dtype.
 
         Args:
             to_add_BTC: the previous block's output before dropout; None if h contains it already.
             key: names the block's dropout masks.
+            losses: the experts' own losses; None: there are none.
         """
         if self.checkpoint_options is not None and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, h_BTC, to_add_BTC, attend, key, **self.checkpoint_options)
-        return self._forward(h_BTC, to_add_BTC, attend, key)
+            return checkpoint(self._forward, h_BTC, to_add_BTC, attend, key, losses, **self.checkpoint_options)
+        return self._forward(h_BTC, to_add_BTC, attend, key, losses)
 
     def _forward(
-        self, h_BTC: Tensor, to_add_BTC: Tensor | None, attend: Attend, key: DropoutKey | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        h_BTC: Tensor,
+        to_add_BTC: Tensor | None,
+        attend: Attend,
+        key: DropoutKey | None,
+        losses: "LayerLosses | None",
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         key_before = key.for_layer_before() if key is not None and to_add_BTC is not None else None
         h_BTC, x_BTC = self.input_layernorm(h_BTC, to_add_BTC, self.dropout, key_before, FEED_FORWARD_OUTPUT)
         attended_BTC = self.self_attn(x_BTC, attend, key)
         h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended_BTC, self.dropout, key, ATTENTION_OUTPUT)
-        return h_BTC, self.mlp(x_BTC)
+        if self.has_experts:
+            return h_BTC, *self.mlp(x_BTC, losses)
+        return h_BTC, self.mlp(x_BTC), None
+
+
+def _new_experts(config: ModelConfig, ops: Ops) -> nn.Module:
+    from model.moe import SparseMLP
+
+    return SparseMLP(config, ops)
 
 
 _KEPT = frozenset({
@@ -141,9 +166,10 @@ class Decoder(nn.Module):
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
         """Whether rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = new_norm(config, ops) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, ops)
+        self.norm = new_norm(config, ops)
+        self.lm_head = new_head(config, ops)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self._compiled_parameters: list[nn.Parameter] = []
@@ -181,6 +207,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         dropout_key: DropoutKey | None = None,
         document_starts: Tensor | None = None,
+        losses: "LayerLosses | None" = None,
     ) -> Tensor:
         """Final hidden states, normed, (B, T, C) in the weights' dtype; `logits` turns them into scores.
 
@@ -193,6 +220,7 @@ class Decoder(nn.Module):
             dropout_key: names the dropout masks; without it nothing is dropped.
             document_starts: offsets of the documents of document_ids, see attend.document_starts; used if
                 `wants_document_starts`.
+            losses: the experts' own losses, which enter the backward pass of the result; None: they do not.
         """
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
         if cache is not None:
@@ -208,18 +236,23 @@ class Decoder(nn.Module):
             self.config, num_new, device, positions_BT, document_ids_BT, starts, cache, self.attends_by_document
         )
         h_BTC = self.embed_tokens(input_ids_BT)
+        if self.embed_norm is not None:
+            h_BTC = self.embed_norm(h_BTC, None, 0.0, None, 0)[1]
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
         with self._gradients_aside():
-            h_BTC, to_add_BTC, layer_key = self._blocks(h_BTC, attend, dropout_key)
+            h_BTC, to_add_BTC, layer_key, counted = self._blocks(h_BTC, attend, dropout_key, losses)
         if cache is not None:
             cache.lengths = [length + num_new for length in cache.lengths]
-        return self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
+        hidden_BTC = self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
+        return losses.close(hidden_BTC, counted) if losses is not None else hidden_BTC
 
     def _blocks(
-        self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None
-    ) -> tuple[Tensor, Tensor | None, DropoutKey | None]:
-        """Run all blocks; return h, the tensor still to be added to it, and that tensor's dropout key."""
+        self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None, losses: "LayerLosses | None"
+    ) -> tuple[Tensor, Tensor | None, DropoutKey | None, list[Tensor]]:
+        """Run all blocks; return h, the tensor still to be added to it, that tensor's dropout key, and what the layers
+        with experts have counted."""
+        counted: list[Tensor] = []
         to_add_BTC: Tensor | None = None
         key: DropoutKey | None = None
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -233,8 +266,9 @@ class Decoder(nn.Module):
                     to_add_BTC = None
                 if block.checkpoint_options is None:
                     run = partial(checkpoint, block, **self._checkpoint_options)
-            h_BTC, to_add_BTC = run(h_BTC, to_add_BTC, attend, key)
-        return h_BTC, to_add_BTC, key
+            h_BTC, to_add_BTC, sums = run(h_BTC, to_add_BTC, attend, key, losses)
+            counted += [sums] if sums is not None else []
+        return h_BTC, to_add_BTC, key, counted
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary in the weights' dtype: normed hidden states (..., C) -> (..., V)."""

@@ -16,8 +16,10 @@ Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.ops import Ops
 
 
@@ -40,6 +42,14 @@ class Head(Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.ops = ops
 
+    def rows(self) -> Tensor:
+        """The matrix (V, C) that hidden states are multiplied with."""
+        return self.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of hidden states (..., C)."""
+        return F.linear(hidden, self.rows())
+
     def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
         """Sum of the supervised tokens' cross entropies, a float32 scalar.
 
@@ -49,11 +59,25 @@ class Head(Linear):
             grad_scale: the factor by which the sum will be multiplied before its backward pass; float16 needs to know
                 it beforehand.
         """
-        return self.ops.loss_sum(hidden, self.weight, labels, grad_scale=grad_scale)
+        return self.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label, float32 (N,); 0 for labels that are not supervised."""
-        return self.ops.token_logprobs(hidden, self.weight, labels)
+        return self.ops.token_logprobs(hidden, self.rows(), labels)
+
+
+class NormalizedHead(Head):
+    """A head whose rows have length 1 (Baichuan 2: Yang et al., 2023): scores depend on a row's direction, not on how
+    often its token was seen."""
+
+    def rows(self) -> Tensor:
+        return F.normalize(self.weight.float(), dim=-1).to(self.weight.dtype)
+
+
+def new_head(config: ModelConfig, ops: Ops) -> Head:
+    """The head of a configuration."""
+    kind = NormalizedHead if config.normalized_head else Head
+    return kind(config.hidden_size, config.vocab_size, ops)
 
 
 def merged_linear_reference(x: Tensor, *weights: Tensor) -> Tensor:
