@@ -22,7 +22,7 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.batch import choose_batch
-from training.build_model import build_model, choose_shape, find_weights, to_device, warn_of_length
+from training.build_model import build_model, choose_shape, find_weights, new_model, to_device, warn_of_length
 from training.build_task import build_task
 from training.config import Config, Derived, resolve
 from training.data import Data, open_data
@@ -95,9 +95,11 @@ def build(
     check_sinks(config.run.tensorboard, config.run.wandb_project)
     mesh = Mesh(context.rank, data_size=context.world_size)
     run_dir = open_run_dir(config.run, context, resources)
+    is_resumed = run_dir.resumed_from is not None
+    if not is_resumed and not config.run.init_from:
+        config = replace(config, model=new_model(config.model, given))
     for sentence in without_effect(config, given) if context.is_main else ():
         logger.warning(sentence)
-    is_resumed = run_dir.resumed_from is not None
     data = open_data(config.run, config.data, data_dirs, context, run_dir.place)
     batch = choose_batch(config.run, config.data, given, len(data.train), mesh.data_size)
     config = replace(config, data=batch)

@@ -31,7 +31,9 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from model import Decoder, flops, hf
+from model import Decoder, ModelConfig, flops, hf
+from model.families import FAMILIES, family_of
+from model.families.family import CHOICES
 from optimizer.mixed_precision import LossScaler
 from runs.exits import read_exit_records
 from runs.heartbeat import Heartbeat
@@ -85,6 +87,20 @@ def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
     ours, our_tokenizer, _ = load_model(home, torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("def f(x):\n    return x") == ids[0].tolist()
     assert torch.allclose(ours.logits(ours(ids)), model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_of_each_family_begins_with_nothing(model_type: str, tiny_run: list[str], capsys):
+    assert train(tiny_run, f"--model_type={model_type}", "--max_iters=1") == 0
+    told = FAMILIES[model_type].new(ModelConfig(), frozenset())
+    path = list_checkpoints(out_dir(tiny_run) / "ckpt")[-1].path
+    has = hf.read_config(path)
+    assert [getattr(has, name) for name in CHOICES] == [getattr(told, name) for name in CHOICES]
+    # The tokenizer is nobody's, so a family that names a tokenizer is not the one that is written.
+    expected = family_of(told, generic_tokenizer=True).model_type
+    assert f"model: {expected}, " in capsys.readouterr().out and has.model_type == expected
+    assert train(tiny_run, "--max_iters=2", "--resume") == 0
+    assert train(tiny_run, f"--model_type={model_type}", "--max_iters=3", "--resume") == 0
 
 
 def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
