@@ -125,6 +125,11 @@ def router_sums(scores_BTE: Tensor, probs_BTE: Tensor, chosen_BTK: Tensor, losse
                       sums_BE.double().sum(0)])  # fmt: skip
 
 
+def load_of(sums: Tensor) -> Tensor:
+    """Tokens that were sent to each expert, (layers, E), from the sums of these layers."""
+    return sums[:, LOAD:].chunk(2, dim=1)[0]
+
+
 def balance_of_batch(sums: Sequence[Tensor]) -> Tensor:
     """transformers' balance loss of a batch, from the sums of all its layers with experts: E sum_i f_i P_i, where f_i
     and P_i are means over all tokens and layers, and the f_i add up to K."""
@@ -147,7 +152,7 @@ def router_figures(sums: Tensor, count: float, config: ModelConfig) -> dict[str,
             mean; load_by_layer: share of each layer's tokens that each expert got.
     """
     by_layer = sums[:, ENTROPY] / sums[:, TOKENS]
-    load_LE = sums[:, LOAD:].chunk(2, dim=1)[0]
+    load_LE = load_of(sums)
     share_LE = load_LE / load_LE.sum(1, keepdim=True)
     balance = sums[:, BALANCE].mean() / count
     if config.router_aux_loss == "batch":
