@@ -34,7 +34,7 @@ class Router(nn.Module):
         self.num_chosen, self.normalizes = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.zeros(config.num_local_experts, config.hidden_size))
         bias = nn.Parameter(torch.zeros(config.num_local_experts), requires_grad=False) if config.router_bias else None
-        self.selection_bias = bias
+        self.register_parameter("selection_bias", bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Move the parameters; the bias keeps its dtype. Its steps are too small for bfloat16: 0.001 beside 0.5."""
