@@ -29,6 +29,8 @@ from model.ops import REFERENCE, Ops
 class Router(nn.Module):
     """Choice of experts, and their weights."""
 
+    selection_bias: nn.Parameter | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_chosen, self.normalizes = config.num_experts_per_tok, config.norm_topk_prob
