@@ -111,6 +111,8 @@ class SystemConfig:
     """Implementation of the rotary embedding."""
     swiglu_kernel: Literal["", "reference", "triton", "liger"] = ""
     """Implementation of SwiGLU."""
+    experts_kernel: Literal["", "reference", "sorted", "grouped"] = ""
+    """Implementation of experts: one after the other, the same with their tokens side by side, or torch's for GPUs."""
     cross_entropy_kernel: Literal["", "reference", "chunked", "triton", "liger"] = ""
     """Implementation of the loss. chunked and triton never hold all logits."""
     attention_kernel: Literal["", "sdpa", "plain", "blocked", "varlen", "flash_attn", "xformers"] = ""

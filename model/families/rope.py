@@ -11,7 +11,7 @@ from model.rope import attention_scale, yarn_scale
 _BEFORE, _PART = "original_max_position_embeddings", "partial_rotary_factor"
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", _BEFORE, _PART})
 """Keys that are read here."""
-DEFAULT_THETA = 10000.0
+THETA = 10000.0
 """Base of a configuration that names none, in most families."""
 _FACTOR = {"factor": ("rope_scaling_factor", float, REQUIRED)}
 _CONTEXT = {_BEFORE: (_BEFORE, int, 0)}
@@ -74,7 +74,7 @@ def _written(config: ModelConfig, field: str, kind: type, _default: object) -> o
     return list(rope_factors(field, value)) if kind is list else value
 
 
-def rope_fields(values: dict, theta: float = DEFAULT_THETA, rotates_part: bool = False) -> dict[str, object]:
+def rope_fields(values: dict, theta: float = THETA, rotates_part: bool = False) -> dict[str, object]:
     """Our fields for rotary positions, from a folder's keys.
 
     transformers 5 writes `rope_parameters`, with rope_theta inside. Version 4 knows `rope_scaling`, with rope_theta
