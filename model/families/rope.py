@@ -137,7 +137,8 @@ def _read(place: dict, key: str, kind: type, default: object) -> object:
     value = place.get(key)
     if kind is list:
         if not isinstance(value, list):
-            raise ValueError(f"{key} must be a list of numbers, not {shown(value)}")
+            missing = f"{key} is missing"
+            raise ValueError(missing if value is None else f"{key} must be a list of numbers, not {shown(value)}")
         return ",".join(repr(read_value({key: number}, key, float, REQUIRED)) for number in value)
     found = read_value(place, key, kind, default)
     if value is not None and default == 0 and not found:

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
-from tests.config_keys import MISSING, OTHER, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors
+from tests.config_keys import MISSING, OTHER, ROPES, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors, ropes
 
 LENGTH = 24
 """Length of the text: beyond the context, so that dynamic scaling acts, and beyond any window."""
@@ -156,6 +156,17 @@ def test_another_value_changes_the_configuration_or_is_refused_by_name(model_typ
             if not is_named(key, value, str(error)):
                 silent.append(f"{key} = {value}: {error}")
     assert not silent
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_number_of_every_rope_counts_as_in_transformers(kind: str, tmp_path: Path):
+    """The text is longer than the context."""
+    comparison, seen = Comparison(LLAMA, tmp_path), list[torch.Tensor]()
+    for rope in ropes(kind, num_pairs=8):
+        found = comparison.of(LLAMA.shape | {"head_dim": 16, "rope_parameters": rope})
+        assert agree(found), found
+        assert not any(torch.allclose(torch.as_tensor(found[0]), scores, atol=1e-3) for scores in seen), rope
+        seen.append(torch.as_tensor(found[0]))
 
 
 LINEAR, DYNAMIC = {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 3.0}
