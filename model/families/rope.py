@@ -60,7 +60,7 @@ def rope_keys(config: ModelConfig) -> dict[str, object]:
         # Where version 4 looks for it. It then derives the attention factor from these two, version 5 from `factor`.
         old[_BEFORE] = config.original_max_position_embeddings
         ratio = config.max_position_embeddings / config.original_max_position_embeddings
-        if config.rope_scaling_factor != ratio:
+        if config.rope_scaling_factor != max(ratio, 1.0):
             scaling["attention_factor"] = attention_scale(config)
     part: dict[str, object] = {_PART: config.partial_rotary_factor} if config.partial_rotary_factor != 1.0 else {}
     scaling |= part if scaling else {}

@@ -178,6 +178,11 @@ def test_a_file_that_is_not_a_configuration_is_refused(case: str, tmp_path: Path
         ({"rope_parameters": {"rope_theta": None, "rope_type": None}}, "rope_theta", 10000.0),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling_factor", 2.0),
         (rope("llama3", **LLAMA3) | {"original_max_position_embeddings": 8}, "original_max_position_embeddings", 8),
+        (rope("proportional") | {"partial_rotary_factor": 0.5}, "partial_rotary_factor", 0.5),
+        (rope("su", short_factor=[1, 1], long_factor=[1, 2.5]), "rope_scaling", "longrope"),
+        (rope("longrope", short_factor=[1, 1], long_factor=[1, 2.5]), "rope_long_factor", "1.0,2.5"),
+        (rope("yarn", factor=4, mscale=1, mscale_all_dim=1), "rope_attention_factor", 1.0),
+        (rope("yarn", factor=None, original_max_position_embeddings=4), "rope_scaling_factor", 8.0),
         ({"model_type": "qwen2", "attention_bias": True, "layer_types": ["full_attention"] * 2}, "qkv_bias", True),
     ],
 )

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
+from model.rope import attention_scale
 from tests.config_keys import MISSING, OTHER, ROPES, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors, ropes
 
 LENGTH = 24
@@ -205,14 +206,20 @@ def test_a_rope_that_stands_in_several_places(rope: dict, refused: str | None, t
     assert refused in found if refused else agree(found)
 
 
-@pytest.mark.parametrize("rope", [{}, LINEAR, DYNAMIC, LLAMA3])
+@pytest.mark.parametrize("rope", [{}, LINEAR, DYNAMIC, LLAMA3, *ropes(*ROPES)], ids=str)
 def test_either_version_of_transformers_finds_the_rope_in_what_we_write(rope: dict, tmp_path: Path):
+    rope = {key: value for key, value in rope.items() if key != "rope_theta"}
     config = hf.from_hf_config(SHAPE | {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": rope})
     written = hf.to_hf_config(config, torch.bfloat16)
     newer, older = ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")
     for unknown, name in ((newer, "torch_dtype"), (older, "dtype")):
         read = {key: value for key, value in written.items() if key not in unknown}
-        assert hf.from_hf_config(read) == config and read[name] == "bfloat16"
+        again = hf.from_hf_config(read)
+        assert hf.to_hf_config(again, torch.bfloat16) == written and read[name] == "bfloat16"
+        # Version 4 has no word for longrope's factor, so the scale that follows from it is written.
+        is_told = again.rope_scaling == "longrope" and again.rope_scaling_factor == 8.0
+        scale = attention_scale(config) if is_told else config.rope_attention_factor
+        assert again == dataclasses.replace(config, rope_attention_factor=scale)
         assert agree(scores(tmp_path, read))
 
 

@@ -417,8 +417,8 @@ def test_interleaved_rope_is_that_of_their_models(kind: str):
 
 
 def test_a_rotated_part_in_pairs_side_by_side_is_another_order_of_channels():
-    """Of 16 channels, (2 i, 2 i + 1) with i < 4 turn by theta ** (-2 i / 8); as proportional positions, (i, i + 8) do so
-    by (theta ** 2) ** (-2 i / 16)."""
+    """Of 16 channels, (2 i, 2 i + 1) with i < 4 turn by theta ** (-2 i / 8); as proportional positions, (i, i + 8) do
+    so by (theta ** 2) ** (-2 i / 16)."""
     other = build(qkv_bias=True, rope_theta=900.0, rope_scaling="proportional", partial_rotary_factor=0.5)
     changes = {"qkv_bias": True, "rope_theta": 30.0, "rope_interleaved": True}
     part, whole = (Decoder(dataclasses.replace(SMALL, **changes, partial_rotary_factor=share).resolve())
@@ -438,7 +438,7 @@ def test_a_rotated_part_in_pairs_side_by_side_is_another_order_of_channels():
     [
         ({"partial_rotary_factor": 0.2}, "leaves 3 channels of 16 to rotate: choose one that leaves an even number"),
         ({"rope_scaling": "longrope"}, "rope_short_factor must be positive numbers with commas, such as 1.0,1.5; got"),
-        (VARIANTS["longrope"] | {"rope_long_factor": "1.0,2.0"}, "rope_long_factor must have a number for each of the 8"),
+        (VARIANTS["longrope"] | {"rope_long_factor": "1.0,2.0"}, "must have a number for each of the 8 pairs"),
         (VARIANTS["longrope"] | {"rope_long_factor": "1,2,3,4,5,6,7,-1"}, "rope_long_factor must be positive numbers"),
         (VARIANTS["longrope"] | {"rope_short_factor": "1,2,nan"}, "rope_short_factor must be positive numbers"),
         (VARIANTS["longrope"] | {"original_max_position_embeddings": 1}, "needs an original_max_position_embeddings"),
