@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.rope import inverse_frequencies, rope_tables, sequence_lengths
+from model.rope import rotary_tables
 
 
 def causal_mask(
@@ -143,8 +143,7 @@ def attend_to(
         starts: offsets of those documents, for an implementation of attention that takes them.
         by_document: whether documents may be attended to one by one, if that is less work.
     """
-    lengths = sequence_lengths(positions_BT, document_ids_BT) if config.rope_scaling == "dynamic" else None
-    rope = rope_tables(inverse_frequencies(config, lengths, device), positions_BT)
+    rope = rotary_tables(config, positions_BT, document_ids_BT)
     if starts is not None:
         return Attend(rope, starts=starts, cache=cache)
     if document_ids_BT is not None and by_document and not document_ids_BT.is_cuda:

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         q_BHTD, k_BKSD, v_BKSD = (
             project(x_BTC).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope)
+        q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)

@@ -49,6 +49,14 @@ class Router(nn.Module):
         self._parameters["selection_bias"] = bias
         return self
 
+    @torch.no_grad()
+    def rebalance(self, load_E: Tensor, rate: float) -> None:
+        """Move the bias of each expert by `rate` up or down, if fewer or more tokens than the mean were sent to it
+        (Wang et al., 2024, algorithm 1). Only the signs count, so a load of any precision gives the same bits."""
+        assert self.selection_bias is not None
+        steps_E = rate * torch.sign(load_E.mean() - load_E)
+        self.selection_bias.add_(steps_E.to(self.selection_bias))
+
     def forward(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores and their softmax (N, E), the chosen experts (N, K), int64, and their weights (N, K); float32."""
         # Not in bfloat16, whose rounded scores would often be equal (Switch Transformer: Fedus et al., 2021).
