@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,13 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
+from model.layer_losses import LayerLosses, load_of
 from model.linear import new_head
 from model.mlp import new_mlp
+from model.moe import SparseMLP
 from model.norm import new_norm
 from model.ops import REFERENCE, Ops
 from model.roles import Role
-
-if TYPE_CHECKING:
-    from model.layer_losses import LayerLosses
 
 
 class Block(nn.Module):
@@ -54,7 +53,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, ops, layer)
         self.post_attention_layernorm = new_norm(config, ops)
         self.has_experts = config.has_experts(layer)
-        self.mlp = _new_experts(config, ops) if self.has_experts else new_mlp(config, ops)
+        self.mlp = SparseMLP(config, ops) if self.has_experts else new_mlp(config, ops)
         self.checkpoint_options: dict[str, Any] | None = None
         """If given, the block checkpoints itself while it trains; see `Decoder.compile_blocks`."""
 
@@ -64,7 +63,7 @@ class Block(nn.Module):
         to_add_BTC: Tensor | None,
         attend: Attend,
         key: DropoutKey | None = None,
-        losses: "LayerLosses | None" = None,
+        losses: LayerLosses | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Run the block; return h, the tensor still to be added to it, and what its experts have counted. h keeps its
         own dtype (float32 with residual_in_fp32), the matmuls run in the weights' dtype.
@@ -84,7 +83,7 @@ class Block(nn.Module):
         to_add_BTC: Tensor | None,
         attend: Attend,
         key: DropoutKey | None,
-        losses: "LayerLosses | None",
+        losses: LayerLosses | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         key_before = key.for_layer_before() if key is not None and to_add_BTC is not None else None
         h_BTC, x_BTC = self.input_layernorm(h_BTC, to_add_BTC, self.dropout, key_before, FEED_FORWARD_OUTPUT)
@@ -93,12 +92,6 @@ class Block(nn.Module):
         if self.has_experts:
             return h_BTC, *self.mlp(x_BTC, losses)
         return h_BTC, self.mlp(x_BTC), None
-
-
-def _new_experts(config: ModelConfig, ops: Ops) -> nn.Module:
-    from model.moe import SparseMLP
-
-    return SparseMLP(config, ops)
 
 
 _KEPT = frozenset({
@@ -208,7 +201,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         dropout_key: DropoutKey | None = None,
         document_starts: Tensor | None = None,
-        losses: "LayerLosses | None" = None,
+        losses: LayerLosses | None = None,
     ) -> Tensor:
         """Final hidden states, normed, (B, T, C) in the weights' dtype; `logits` turns them into scores.
 
@@ -251,7 +244,7 @@ class Decoder(nn.Module):
         return losses.close(hidden_BTC, counted) if losses is not None else hidden_BTC
 
     def _blocks(
-        self, h_BTC: Tensor, attends: dict[int, Attend], dropout_key: DropoutKey | None, losses: "LayerLosses | None"
+        self, h_BTC: Tensor, attends: dict[int, Attend], dropout_key: DropoutKey | None, losses: LayerLosses | None
     ) -> tuple[Tensor, Tensor | None, DropoutKey | None, list[Tensor]]:
         """Run all blocks; return h, the tensor still to be added to it, that tensor's dropout key, and what the layers
         with experts have counted."""
@@ -284,6 +277,16 @@ class Decoder(nn.Module):
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label; see Head.token_logprobs."""
         return self.lm_head.token_logprobs(hidden, labels)
+
+    def rebalance(self, sums: Tensor) -> None:
+        """Move the biases by which the routers choose, after a step (router_bias_update_rate).
+
+        Args:
+            sums: what the layers with experts have counted in the global batch, see model/layer_losses.py.
+        """
+        blocks = [block for block in cast("list[Block]", self.layers) if block.has_experts]
+        for block, load_E in zip(blocks, load_of(sums)):
+            cast("SparseMLP", block.mlp).router.rebalance(load_E, self.config.router_bias_update_rate)
 
     def roles(self) -> dict[str, Role]:
         """Name of each parameter -> its role: how it begins, and how optimizers and parallelism treat it."""

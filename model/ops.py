@@ -4,6 +4,7 @@
     rms_norm       reference               triton           liger, apex
     rope           reference               triton           liger
     swiglu         reference               triton           liger
+    experts        reference, sorted       -                grouped (torch's own)
     cross_entropy  reference, chunked      triton           liger
     attention      blocked (CPU), plain    -                sdpa, varlen (torch's own), flash_attn, xformers
 
@@ -21,14 +22,14 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.kernels import attention, blocked_attention
+from model.kernels import attention, blocked_attention, experts
 from model.kernels import linear_cross_entropy as fused_loss
 from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import swiglu as gated
 from model.kernels.registry import Implementation
 
-_FILES = (norm, rotary, gated, fused_loss, attention, blocked_attention)
+_FILES = (norm, rotary, gated, experts, fused_loss, attention, blocked_attention)
 """The files that declare implementations; a new file is added here."""
 
 
@@ -59,6 +60,7 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor] = gated.swiglu_reference
     swiglu_packed: Callable[[Tensor], Tensor] | None = None
     """SwiGLU of gate and up side by side, which then come out of one matmul; None: two matmuls."""
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] = experts.experts_reference
     loss_sum: Callable[..., Tensor] = fused_loss.plain_loss_sum
     """(hidden, head's weight, labels, grad_scale=1.0) -> sum of the losses; the scale: see linear_cross_entropy_sum."""
     token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = fused_loss.plain_token_logprobs

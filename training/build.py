@@ -22,7 +22,15 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.batch import choose_batch
-from training.build_model import build_model, choose_shape, find_weights, to_device, warn_of_length
+from training.build_model import (
+    build_model,
+    choose_shape,
+    find_weights,
+    new_model,
+    rows_for_others,
+    to_device,
+    warn_of_length,
+)
 from training.build_task import build_task
 from training.config import Config, Derived, resolve
 from training.data import Data, open_data
@@ -95,21 +103,26 @@ def build(
     check_sinks(config.run.tensorboard, config.run.wandb_project)
     mesh = Mesh(context.rank, data_size=context.world_size)
     run_dir = open_run_dir(config.run, context, resources)
+    is_resumed = run_dir.resumed_from is not None
+    if not is_resumed and not config.run.init_from:
+        config = replace(config, model=new_model(config.model, given))
     for sentence in without_effect(config, given) if context.is_main else ():
         logger.warning(sentence)
-    is_resumed = run_dir.resumed_from is not None
     data = open_data(config.run, config.data, data_dirs, context, run_dir.place)
     batch = choose_batch(config.run, config.data, given, len(data.train), mesh.data_size)
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
     weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
-    # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
-    export = plan_export(config.run.task.teaches_chat, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
-    shape = choose_shape(config.model, config.run, given, weights, vocab_size, max_seq_len)
+    shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len)
+    # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
+    export = plan_export(
+        config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size)
+    )
     _require_same_settings(config, context, dtype, shape)
+    _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
     model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights)
@@ -163,6 +176,7 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )
 
@@ -178,6 +192,20 @@ def _require_same_settings(config: Config, context: DistContext, dtype: torch.dt
         [decisive, str(dtype), shape.__dict__],
         "the ranks have different settings or choose different dtypes: start all with the same flags",
     )
+
+
+def _check_balance(config: Config, shape: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: the load is to be balanced within whole batches, and no micro-batch holds one.
+    """
+    micro_batches = config.data.gradient_accumulation_steps
+    if shape.num_local_experts and shape.router_aux_loss == "batch" and micro_batches > 1:
+        raise ValueError(
+            f"--router_aux_loss=batch balances the load within a micro-batch, and a step has {micro_batches} of them "
+            f"over all processes: train with one process and --gradient_accumulation_steps=1, or give "
+            f"--router_aux_loss=row"
+        )
 
 
 def _require_same_choices(context: DistContext, chosen: dict[str, str]) -> None:

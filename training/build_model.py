@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -11,17 +12,39 @@ from dataset.loader import Batch
 from model import Decoder, hf
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
+from model.families import family_named, family_of
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
-from training.config import RunConfig, SystemConfig
+from training.config import Config, RunConfig, SystemConfig
 from training.data import require_tokenizer_of, warn_of_another_template
 
 logger = logging.getLogger(__name__)
 
-SHAPE_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "qkv_bias")  # fmt: skip
-"""Model fields that the weights depend on: another value needs another model."""
+SHAPE_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "norm", "embedding_norm", "mlp", "mlp_bias", "tie_word_embeddings", "normalized_head", "attention_bias",
+    "qkv_bias", "qk_norm", "local_filter", "position_embedding", "rope_interleaved", "partial_rotary_factor",
+    "num_local_experts", "moe_intermediate_size", "num_shared_experts", "dense_layers", "norm_topk_prob", "router_bias",
+)  # fmt: skip
+"""Model fields that the weights depend on: with another value they do not fit, or mean nothing. Others may change while
+a model learns: its rope's base and scaling and its window when the context grows, the experts that each token is sent
+to, the router's losses."""
+
+
+def new_model(wanted: ModelConfig, given: Set[str]) -> ModelConfig:
+    """Configuration of a model that begins with new weights: with the values that its family adds, if it names one.
+
+    Args:
+        given: names of the flags that were given.
+    Raises:
+        ValueError: one of them contradicts the family.
+    """
+    if not wanted.model_type:
+        return wanted
+    # Values of a size, or of a run that is begun again, are not among the flags.
+    changed = {field.name for field in dataclasses.fields(ModelConfig) if getattr(wanted, field.name) != field.default}
+    return family_named(wanted.model_type).new(wanted, given | changed)
 
 
 def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
@@ -50,20 +73,38 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
 
 
 def choose_shape(
-    wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, vocab_size: int, max_seq_len: int
-) -> ModelConfig:
-    """The model's final shape.
+    wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, is_resumed: bool, vocab_size: int,
+    max_seq_len: int,
+) -> ModelConfig:  # fmt: skip
+    """The model's final shape, which a family can hold.
 
     Args:
         wanted: the configuration's.
         given: names of the flags that were given.
         weights: folder of the weights to begin with.
+        is_resumed: it is a checkpoint of this run.
         vocab_size: the tokenizer's.
     Raises:
-        ValueError: such a model cannot be built.
+        ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
     stored = hf.read_config(weights) if weights is not None else None
-    return resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
+    if stored is not None and is_resumed:
+        stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
+    shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
+    # Asked before the training: otherwise the first save would fail.
+    family_of(shape)
+    return shape
+
+
+def rows_for_others(config: Config, shape: ModelConfig, vocab_size: int) -> int:
+    """Rows of the vocabulary in the run's checkpoints: all but its padding. Rows that came with weights from elsewhere,
+    or that somebody asked for, are no padding.
+
+    Args:
+        vocab_size: the tokenizer's.
+    """
+    is_padded = not config.run.init_from and not config.model.vocab_size
+    return vocab_size if is_padded else shape.vocab_size
 
 
 def warn_of_length(weights: Path, max_seq_len: int) -> None:
@@ -94,8 +135,11 @@ def resolve_model(
     """
     if stored is not None:
         told = _told_fields(wanted, given, is_own)
+        _check_family(wanted, given, stored, is_own)
+        # What follows from other fields, such as the router's bias, is compared as it follows.
+        asked_shape = wanted.resolve(max_seq_len=max_seq_len)
         for name in SHAPE_FIELDS:
-            asked, has = getattr(wanted, name), getattr(stored, name)
+            asked, has = getattr(asked_shape, name), getattr(stored, name)
             if name in told and asked != has:
                 raise ValueError(
                     f"--{name}={asked} does not fit the weights to start from, which have {has}: leave it out"
@@ -103,7 +147,7 @@ def resolve_model(
                     f"{name} is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or "
                     f"begin a new run"
                 )  # fmt: skip
-        own = {"hidden_dropout", "residual_in_fp32"} | (told - set(SHAPE_FIELDS))
+        own = {"hidden_dropout", "residual_in_fp32"} | (told - {*SHAPE_FIELDS, "model_type"})
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
         if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
@@ -119,16 +163,37 @@ def resolve_model(
     return resolved
 
 
-def _told_fields(wanted: ModelConfig, given: frozenset[str], is_own: bool) -> set[str]:
+def _check_family(wanted: ModelConfig, given: Set[str], stored: ModelConfig, is_own: bool) -> None:
+    """See that the weights are of the family that is asked for, if one is.
+
+    Raises:
+        ValueError: they are of another one.
+    """
+    asked, has = wanted.model_type, stored.model_type
+    if not asked or asked == has:
+        return
+    family = family_named(asked)
+    if is_own and family.names_tokenizer and not family.mismatches(dataclasses.replace(stored, model_type=asked)):
+        # Such a model is saved as another family if its tokenizer is not that family's own.
+        return
+    raise ValueError(
+        f"--model_type={asked} does not fit the weights to start from, which are of family {has}: leave it out"
+        if given & {"model_type"} else
+        f"model_type is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or begin a "
+        f"new run"
+    )  # fmt: skip
+
+
+def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]:
     """Names of the fields that have a value of their own, given now or saved with the run, rather than leave it to the
     weights or the tokenizer."""
     told = set()
     for item in dataclasses.fields(ModelConfig):
-        asked = getattr(wanted, item.name)
+        name, asked = item.name, getattr(wanted, item.name)
         # In a run that began with weights from elsewhere, fields that nobody gave have their defaults.
-        if item.name in given or is_own or asked != item.default:
+        if name in given or is_own or asked != item.default:
             is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
-            told |= {item.name} - ({item.name} if is_left_open else set())
+            told |= {name} - ({name} if is_left_open else set())
     return told
 
 

@@ -59,7 +59,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
     config, device = built.config, built.context.device
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
-        _model(built.model, built.dtype, device),
+        _model(built.model, built.export.family(built.model.config).model_type, built.dtype, device),
         f"parallel: {built.engine.describe()}",
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
@@ -75,9 +75,9 @@ def _count_parameters(model: Decoder) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _model(model: Decoder, dtype: torch.dtype, device: torch.device) -> str:
+def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
     return (
-        f"model: {_count_parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers, "
+        f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers, "
         f"{model.config.hidden_size} wide, {dtype} on {device.type}"
     )
 

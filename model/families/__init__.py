@@ -35,9 +35,11 @@ def family_of(config: ModelConfig, generic_tokenizer: bool = False) -> Family:
     if not holding:
         nearest = min(own or FAMILIES.values(), key=lambda family: len(family.mismatches(config)))
         raise ValueError(
-            f"no family of models that other programs read can hold this one, {nearest.model_type} least of all "
-            f"differs: {nearest.mismatches(config)[0]}"
-        )
+            f"the model cannot be a {nearest.model_type}, as which it would be saved: {nearest.mismatches(config)[0]}"
+            if own else
+            f"no family of models can hold this one; {nearest.model_type} comes nearest, but "
+            f"{nearest.mismatches(config)[0]}"
+        )  # fmt: skip
     if generic_tokenizer and holding[0].names_tokenizer:
         others = (family for family in FAMILIES.values() if not family.names_tokenizer)
         return next((family for family in others if not family.mismatches(config)), holding[0])

@@ -8,8 +8,8 @@ from model.hf_files import shown
 _BEFORE = "original_max_position_embeddings"
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", _BEFORE})
 """Keys that are read here."""
-_THETA = 10000.0
-"""Base of a configuration that names none."""
+THETA = 10000.0
+"""Base of a configuration that names none, in most families."""
 _KINDS: dict[str, dict[str, tuple[str, type, object]]] = {
     "default": {},
     "linear": {"factor": ("rope_scaling_factor", float, REQUIRED)},
@@ -41,13 +41,15 @@ def rope_keys(config: ModelConfig) -> dict[str, object]:
     return old | ({"rope_scaling": scaling} if scaling else {}) | {"rope_parameters": new}
 
 
-def rope_fields(values: dict) -> dict[str, object]:
+def rope_fields(values: dict, theta: float = THETA) -> dict[str, object]:
     """Our fields for rotary positions, from a folder's keys.
 
     transformers 5 writes `rope_parameters`, with rope_theta inside. Version 4 knows `rope_scaling`, with rope_theta
     beside it, which version 5 prefers to its own (modeling_rope_utils.py, convert_rope_params_to_dict). If the two
     versions would read different numbers, nobody can tell with which the weights were trained.
 
+    Args:
+        theta: base where none is named.
     Raises:
         ValueError: the positions are of a kind that this model does not have, or mean something else to each version.
     """
@@ -59,7 +61,7 @@ def rope_fields(values: dict) -> dict[str, object]:
     name = next((name for name, rope in given.items() if rope), "rope_parameters")
     rope = given.get(name, {})
     kind = _kind_of(name, rope)
-    fields = {"rope_scaling": "none" if kind == "default" else kind, "rope_theta": _theta(values, given, name)}
+    fields = {"rope_scaling": "none" if kind == "default" else kind, "rope_theta": _theta(values, given, name, theta)}
     for key, (ours, number, default) in _KINDS[kind].items():
         outer = values.get(key) if key == _BEFORE else None
         if name == "rope_scaling" and rope.get(key) is not None and outer not in (None, rope[key]):
@@ -90,20 +92,21 @@ def _kind_of(name: str, rope: dict) -> str:
     return kind
 
 
-def _theta(values: dict, given: dict[str, dict], name: str) -> object:
+def _theta(values: dict, given: dict[str, dict], name: str, default: float) -> object:
     """Base of the rotary positions, which may stand in as many places as there are spellings.
 
     Args:
         given: rope_scaling and rope_parameters, if they are there.
         name: the spelling that counts.
+        default: where there is none.
     """
     places = {f"in {place}": read_value(rope, "rope_theta", float, None) for place, rope in given.items()}
     outer, beside = read_value(values, "rope_theta", float, None), "beside it"
     if name == "rope_scaling" and outer is None:
         # Then neither version looks into rope_parameters, and version 4 does not look into rope_scaling either.
-        outer, beside = _THETA, "for want of one beside it"
+        outer, beside = default, "for want of one beside it"
     found = {place: theta for place, theta in (places | {beside: outer}).items() if theta is not None}
     if len(set(found.values())) > 1:
         told = " and ".join(f"{theta:g} {place}" for place, theta in found.items())
         raise ValueError(f"rope_theta is {told}: write the right one everywhere")
-    return next(iter(found.values()), _THETA)
+    return next(iter(found.values()), default)

@@ -1,5 +1,6 @@
 """The command line and YAML, and what they refuse."""
 
+import dataclasses
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,8 @@ from configs import sizes
 from configurator import _FIELDS, changes_since, flatten, is_open, parse_config, to_yaml, without_effect
 from model.config import ModelConfig
 from runs.layout import CONFIG_NAME
-from training.build_model import resolve_model
-from training.config import resolve
+from training.build_model import choose_shape, new_model, resolve_model
+from training.config import RunConfig, resolve
 
 
 def parse(*argv: str) -> dict:
@@ -427,3 +428,45 @@ def test_a_read_error_that_may_pass_is_not_a_wrong_input(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OSError, match="Stale"):
         parse_config(["--data_dir=d", f"--out_dir={tmp_path}", "--resume"])
+
+
+def test_a_family_that_is_named_adds_its_values():
+    config, given = parse_config(["--data_dir=d", "--model_type=qwen2"])
+    assert new_model(config.model, given).qkv_bias
+    for flag, message in [("--no-qkv_bias", "--model_type=qwen2 cannot be such a model: qkv_bias is True in every"),
+                          ("--attention_bias", "attention_bias is False in every qwen2, not True")]:  # fmt: skip
+        config, given = parse_config(["--data_dir=d", "--model_type=qwen2", flag])
+        with pytest.raises(ValueError, match=message):
+            new_model(config.model, given)
+    # A value other than the default counts as chosen, wherever it was said: by a size, or when the run began.
+    with pytest.raises(ValueError, match="attention_bias is False"):
+        new_model(dataclasses.replace(config.model, attention_bias=True), frozenset())
+    plain = parse_config(["--data_dir=d"])[0].model
+    assert new_model(plain, frozenset()) is plain
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_weights_of_another_family_are_refused(is_own: bool):
+    stored = ModelConfig(vocab_size=64, model_type="llama").resolve(max_seq_len=8)
+    for name, fits in [("llama", True), ("qwen2", False)]:
+        config, given = parse_config(["--data_dir=d", f"--model_type={name}"])
+        if fits:
+            assert resolve_model(config.model, given, stored, 64, 8, is_own) == stored
+            continue
+        with pytest.raises(ValueError, match=f"--model_type={name} does not fit .*, which are of family llama: leave"):
+            resolve_model(config.model, given, stored, 64, 8, is_own)
+        with pytest.raises(ValueError, match=f"model_type is {name} in the run's config.yaml, and llama in its weig"):
+            resolve_model(config.model, frozenset(), stored, 64, 8, is_own)
+
+
+def test_a_qwen2_that_was_saved_as_a_llama_for_its_tokenizer_goes_on():
+    stored = ModelConfig(vocab_size=64, model_type="llama", qkv_bias=True).resolve(max_seq_len=8)
+    wanted = ModelConfig(model_type="qwen2", qkv_bias=True)
+    assert resolve_model(wanted, frozenset(), stored, 64, 8, is_own=True) == stored
+
+
+def test_a_model_that_no_family_holds_is_refused_before_the_training():
+    run = RunConfig()
+    with pytest.raises(ValueError, match="no family"):
+        choose_shape(ModelConfig(normalized_head=True, qk_norm=True), run, frozenset(), None, False, 64, 8)
+    assert choose_shape(ModelConfig(), run, frozenset(), None, False, 64, 8).model_type == ""

@@ -80,7 +80,7 @@ def test_a_model_of_each_family_comes_back(model_type: str, tied: bool, tmp_path
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_fused_tensors_come_back(packed: PackedFamily, tied: bool, tmp_path: Path):
-    model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    model = Decoder(packed.new(dataclasses.replace(CONFIG, tie_word_embeddings=tied), frozenset()))
     model.initialize(1)
     save(tmp_path, model, packed)
     written = load_file(tmp_path / "model.safetensors")
@@ -142,11 +142,14 @@ def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, 
 
 
 def test_a_family_is_named_in_its_own_room_alone():
+    # "llama" is also a mode of a kernel from elsewhere.
+    a_family = re.compile(rf"""model_type\b[^\n]{{0,3}}(==|!=| in )|["']({"|".join(FAMILIES.keys() - {"llama"})})["']""")
     rooms = [ROOT / name for name in ("model", "training", "tasks", "serving", "optimizer", "parallel")]
     for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]:
         if path.parent != ROOT / "model" / "families":
-            text = path.read_text(encoding="utf-8")
-            assert not re.search(r"""model_type\b[^\n]{0,3}(==|!=| in )|["']qwen2["']""", text), path
+            # model/config.py lists the names that a flag may have.
+            text = re.sub(r"ModelType = Literal\[.*?\]", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+            assert not a_family.search(text), path
 
 
 @pytest.mark.parametrize(("changes", "expected", "generic"), [
@@ -177,7 +180,7 @@ def test_every_parameter_has_the_role_that_its_shape_says(biases: dict):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_value_that_is_not_known_to_be_harmless_is_refused_by_name(model_type: str):
     family = FAMILIES[model_type]
-    config = dataclasses.replace(CONFIG, **CHANGES.get(model_type, {}))
+    config = dataclasses.replace(CONFIG, **CHANGES.get(model_type, {}), model_type=model_type)
     values = hf.to_hf_config(config, torch.float32, family=family)
     assert hf.from_hf_config(values) == config.resolve()
     assert family.harmless_at

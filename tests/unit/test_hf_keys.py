@@ -1,5 +1,5 @@
-"""Every key of llama's and qwen2's configurations: another value changes our scores as it changes transformers', or the
-folder is refused by the key's name."""
+"""Every key of each family's configuration: another value changes our scores as it changes transformers', or the folder
+is refused by the key's name."""
 
 import dataclasses
 import json
@@ -9,100 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers import LlamaConfig as TheirLlama
-from transformers import Qwen2Config as TheirQwen2
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from model import Decoder, hf
+from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
+from tests.config_keys import MISSING, OTHER, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors
 
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
-}  # fmt: skip
 LENGTH = 24
 """Length of the text: beyond the context, so that dynamic scaling acts, and beyond any window."""
-
-OTHER: dict[str, list[object]] = {
-    # Keys of the model.
-    "vocab_size": [80], "hidden_size": [32], "intermediate_size": [48], "num_hidden_layers": [1, 3],
-    "num_attention_heads": [2, 8], "num_key_value_heads": [1, 4, None], "head_dim": [6],
-    "hidden_act": ["gelu", "swish"], "max_position_embeddings": [8, 64], "initializer_range": [0.5],
-    "rms_norm_eps": [0.5], "tie_word_embeddings": [True],
-    "attention_bias": [True], "attention_dropout": [0.3], "mlp_bias": [True], "pretraining_tp": [2],
-    "rope_theta": [100.0], "partial_rotary_factor": [0.5], "original_max_position_embeddings": [4],
-    "rope_scaling": [
-        {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}, {"type": "yarn", "factor": 2.0},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 8},
-        {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}, {"rope_type": "default"}, {},
-    ],
-    "rope_parameters": [
-        {"rope_type": "default", "rope_theta": 100.0}, {"rope_type": "linear", "factor": 2.0},
-        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 50.0}, {"rope_type": "proportional", "rope_theta": 1e4},
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0},
-        {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
-    ],
-    "use_sliding_window": [True], "sliding_window": [4], "max_window_layers": [0, 1],
-    "layer_types": [["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]],
-    # Keys about how transformers computes, and what it returns.
-    "use_cache": [False], "return_dict": [False], "output_hidden_states": [True], "output_attentions": [True],
-    "dtype": ["bfloat16"], "torch_dtype": ["float16"], "torchscript": [True], "use_bfloat16": [True],
-    "tf_legacy_loss": [True], "chunk_size_feed_forward": [4], "gradient_checkpointing": [True], "xla_device": [True],
-    "attn_implementation": ["sdpa", "flash_attention_2", "paged|eager"], "_attn_implementation_autoset": [True],
-    "_attn_implementation": ["sdpa", "paged|eager"], "_attn_implementation_internal": ["sdpa", "paged|eager"],
-    "experts_implementation": ["grouped_mm"], "tie_last_hidden_states": [False], "pruned_heads": [{"0": [1]}, {}],
-    "is_encoder_decoder": [True], "is_decoder": [True], "add_cross_attention": [True], "tie_encoder_decoder": [True],
-    "cross_attention_hidden_size": [8], "per_layer_config": [{"0": {"intermediate_size": 8}}],
-    # Keys about the folder, its tokenizer and another head.
-    "model_type": ["qwen3"], "architectures": [["LlamaForSequenceClassification"], ["MistralForCausalLM"], "Llama"],
-    "transformers_version": ["4.31.0"],
-    "_name_or_path": ["a"], "_model_name_or_path": ["a"], "name_or_path": ["a"], "_commit_hash": ["abc"],
-    "tokenizer_class": ["LlamaTokenizer"], "prefix": ["a"], "id2label": [{"0": "a"}], "label2id": [{"a": 0}],
-    "num_labels": [3], "problem_type": ["regression"], "finetuning_task": ["a"], "task_specific_params": [{"a": 1}],
-    "auto_map": [{"AutoModelForCausalLM": "modeling_a.A"}, {"AutoTokenizer": ["a.A", None]}],
-    "bos_token_id": [5], "eos_token_id": [5, [5, 6]], "pad_token_id": [5], "sep_token_id": [5],
-    "decoder_start_token_id": [5], "unk_token_id": [5], "mask_token_id": [5], "cls_token_id": [5],
-    # Keys of published folders.
-    "_from_model_config": [True], "_flash_attn_2_enabled": [True], "_pre_quantization_dtype": ["float16"],
-    "transformers.js_config": [{"kv_cache_dtype": {"fp16": "float16"}}], "unsloth_fixed": [True],
-    "unsloth_version": ["2025.1.1"], "max_sequence_length": [2048], "model_max_length": [99], "seq_length": [99],
-    "bias": [True], "rope_interleaved": [True, False], "rope_condense_ratio": [8, 1], "use_mrope": [True, False],
-    "qkv_bias": [True], "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}],
-    "quantization": [{"bits": 4}],
-    "compression_config": [{"format": "dense"}],
-    # Keys of sister families, in which they change the model.
-    "attention_multiplier": [0.1], "embedding_multiplier": [12.0], "logits_scaling": [8.0],
-    "residual_multiplier": [0.2],
-    "logit_scale": [0.1], "final_logit_softcapping": [30.0], "attn_logit_softcapping": [50.0], "scale_emb": [12],
-    "query_pre_attn_scalar": [256], "use_qk_norm": [True], "num_experts": [8], "num_local_experts": [8],
-    "no_rope_layers": [[1, 0]], "is_causal": [False], "attention_chunk_size": [4], "transformers_weights": ["a.bin"],
-    "fusion_config": [{}], "text_config": [{}], "rope_local_base_freq": [1e4], "alibi": [True], "neft": [5],
-}  # fmt: skip
-"""Key -> values other than its default."""
-
-GENERATION = {
-    "do_sample": True, "early_stopping": True, "bad_words_ids": [[5]], "suppress_tokens": [5], "output_scores": True,
-    "begin_suppress_tokens": [5], "num_assistant_tokens_schedule": "constant", "return_dict_in_generate": True,
-    "remove_invalid_values": True, "exponential_decay_length_penalty": [5, 1.1],
-}  # fmt: skip
-DRAWN = sorted(GenerationConfig._get_default_generation_params() | {"max_new_tokens": None})
-OTHER = OTHER | {key: [GENERATION.get(key, 3)] for key in DRAWN if key not in OTHER}
-"""Keys about sampling are numbers, except those above."""
-VERSION_4 = (
-    # Constructors of 4.46.3 and 4.57.6 that version 5 no longer has.
-    "rope_theta rope_scaling torch_dtype torchscript use_bfloat16 tf_legacy_loss pruned_heads is_decoder "
-    "cross_attention_hidden_size add_cross_attention tie_encoder_decoder finetuning_task num_labels "
-    "task_specific_params tokenizer_class prefix bos_token_id pad_token_id eos_token_id sep_token_id "
-    "decoder_start_token_id output_attentions xla_device name_or_path _commit_hash attn_implementation "
-    "gradient_checkpointing _attn_implementation_autoset"
-).split()
+IDS = torch.arange(LENGTH)[None] * 7 % 60
+LLAMA = SWEPT["llama"]
 
 
-def test_no_key_of_the_classes_is_left_out():
-    fields = {field.name for kind in (TheirLlama, TheirQwen2) for field in dataclasses.fields(kind)}
-    told = {key for family in FAMILIES.values() for key in (*family.harmless, *family.harmless_at, *family.understood)}
-    assert fields | set(VERSION_4) | told <= OTHER.keys()
+def test_every_family_is_swept():
+    assert SWEPT.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model_type", SWEPT)
+def test_no_key_is_left_out(model_type: str):
+    family, swept = FAMILIES[model_type], SWEPT[model_type]
+    told = {*family.harmless, *family.harmless_at, *family.understood, *VERSION_4}
+    if model_type in CONFIG_MAPPING:
+        kind = CONFIG_MAPPING[model_type]
+        told |= {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys()
+    assert told <= OTHER.keys() | swept.other.keys()
 
 
 @cache
@@ -113,23 +45,49 @@ def numbers(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def scores(directory: Path, config: dict) -> tuple[torch.Tensor, torch.Tensor] | str:
-    """Our logits and theirs for one folder, or the sentence that refuses it."""
+def theirs(directory: Path, config: Config) -> tuple[torch.Tensor, Tensors]:
+    """The logits of transformers' model for a configuration, and the tensors of its folder."""
     (directory / "config.json").write_text(json.dumps(config))
-    try:
-        ours = Decoder(hf.read_config(directory))
-    except ValueError as error:
-        return str(error).split("config.json: ", 1)[1]
     how = {"attn_implementation": "eager", "dtype": torch.float32}
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), **how).eval()
-    theirs.config.return_dict = True  # Its own language model cannot be called without.
-    for name, parameter in theirs.named_parameters():
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), **how).eval()
+    model.config.return_dict = True  # Its own language model cannot be called without.
+    for name, parameter in model.named_parameters():
         parameter.copy_(numbers(name, tuple(parameter.shape)))
-    weights = {name: parameter.contiguous() for name, parameter in theirs.named_parameters()}
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    hf.load_weights(ours, directory)
-    ids = torch.arange(LENGTH)[None] * 7 % 60
-    return ours.eval().logits(ours(ids)), theirs(ids).logits
+    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
+    return model(IDS).logits, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+class Comparison:
+    """Our models of one family beside transformers'."""
+
+    def __init__(self, swept: Swept, directory: Path):
+        self.swept, self.directory = swept, directory
+        self._scores: dict[ModelConfig, torch.Tensor] = {}
+
+    def of(self, config: Config) -> tuple[torch.Tensor, torch.Tensor] | str:
+        """Our logits and theirs for one folder, or the sentence that refuses it."""
+        assert self.swept.as_theirs is not None
+        (self.directory / "config.json").write_text(json.dumps(config))
+        try:
+            ours = hf.read_config(self.directory)
+        except ValueError as error:
+            return str(error).split("config.json: ", 1)[1]
+        expected, tensors = theirs(self.directory, self.swept.as_theirs(config))
+        if ours not in self._scores:
+            (self.directory / "config.json").write_text(json.dumps(config))
+            self._scores[ours] = self._compute(ours, self.swept.as_folder(tensors))
+        return self._scores[ours], expected
+
+    @torch.no_grad()
+    def _compute(self, config: ModelConfig, tensors: Tensors) -> torch.Tensor:
+        save_file(tensors, self.directory / "model.safetensors", {"format": "pt"})
+        model = Decoder(config).eval()
+        hf.load_weights(model, self.directory)
+        return model.logits(model(IDS))
+
+
+def scores(directory: Path, config: Config) -> tuple[torch.Tensor, torch.Tensor] | str:
+    return Comparison(SWEPT[str(config["model_type"])], directory).of(config)
 
 
 def agree(found: tuple[torch.Tensor, torch.Tensor] | str) -> bool:
@@ -138,13 +96,66 @@ def agree(found: tuple[torch.Tensor, torch.Tensor] | str) -> bool:
     return not isinstance(found, str)
 
 
-@pytest.mark.parametrize("key", OTHER)
-def test_another_value_counts_as_in_transformers_or_is_refused_by_name(key: str, tmp_path: Path):
-    for kind in ("llama", "qwen2"):
-        for value in OTHER[key]:
-            found = scores(tmp_path, SHAPE | {"model_type": kind} | {key: value})
-            names = [key, *value] if isinstance(value, dict) else [key]
-            assert agree(found) or any(name in found for name in names)
+def values_of(swept: Swept) -> list[tuple[str, object]]:
+    """Each key with each of its values."""
+    values = {key: [MISSING] for key in swept.shape if key != "model_type"}
+    for key, others in (OTHER | swept.other).items():
+        values[key] = [*others, *values.get(key, [])]
+    return [(key, value) for key, others in values.items() for value in others]
+
+
+def changed(config: Config, key: str, value: object) -> Config:
+    return {name: old for name, old in (config | {key: value}).items() if old is not MISSING}
+
+
+def is_named(key: str, value: object, sentence: str) -> bool:
+    return any(name in sentence for name in [key, *(value if isinstance(value, dict) else [])])
+
+
+def silent_differences(swept: Swept, directory: Path, *only: str) -> list[str]:
+    """Values of keys that neither count as in transformers nor are refused by name.
+
+    Args:
+        only: keys to try; by default all.
+    """
+    comparison, silent = Comparison(swept, directory), []
+    for key, value in values_of(swept):
+        found = comparison.of(changed(swept.shape, key, value)) if not only or key in only else key
+        if isinstance(found, str):
+            if not is_named(key, value, found):
+                silent.append(f"{key} = {value}: {found}")
+        elif found[0].shape != found[1].shape or not torch.allclose(*found, atol=2e-5, rtol=1e-4):
+            silent.append(f"{key} = {value}: the scores differ")
+    return silent
+
+
+@pytest.mark.parametrize("model_type", [name for name, swept in SWEPT.items() if swept.as_theirs])
+def test_another_value_counts_as_in_transformers_or_is_refused_by_name(model_type: str, tmp_path: Path):
+    assert not silent_differences(SWEPT[model_type], tmp_path)
+
+
+def test_a_silent_difference_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(FAMILIES["llama"], "harmless", FAMILIES["llama"].harmless | {"rope_interleaved", "hidden_act"})
+    found = silent_differences(LLAMA, tmp_path, "rope_interleaved", "hidden_act", "rms_norm_eps")
+    assert found == ["hidden_act = gelu: the scores differ"]
+
+
+@pytest.mark.parametrize("model_type", [name for name, swept in SWEPT.items() if not swept.as_theirs])
+def test_another_value_changes_the_configuration_or_is_refused_by_name(model_type: str):
+    """For families that transformers does not have."""
+    family, swept, silent = FAMILIES[model_type], SWEPT[model_type], []
+    usual = hf.from_hf_config(swept.shape)
+    for key, value in values_of(swept):
+        known = family.harmless | {"architectures", "auto_map"}
+        if key in known or value is MISSING or value in family.harmless_at.get(key, ()):
+            continue
+        try:
+            if hf.from_hf_config(changed(swept.shape, key, value)) == usual:
+                silent.append(f"{key} = {value} changes nothing")
+        except ValueError as error:
+            if not is_named(key, value, str(error)):
+                silent.append(f"{key} = {value}: {error}")
+    assert not silent
 
 
 LINEAR, DYNAMIC = {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 3.0}

@@ -123,10 +123,10 @@ def test_export_and_import_round_trip(variant: str, tmp_path: Path):
     export(model, tmp_path)
     again = Decoder(hf.read_config(tmp_path))
     hf.load_weights(again, tmp_path)
-    assert again.config == model.config
-    assert torch.equal(model(tokens()), again(tokens()))
     kind = AutoConfig.from_pretrained(tmp_path).model_type
     assert kind == ("qwen2" if variant == "qkv_bias" else "llama")
+    assert again.config == replace(model.config, model_type=kind)
+    assert torch.equal(model(tokens()), again(tokens()))
 
 
 def test_biases_of_three_as_a_llama(tmp_path: Path):
@@ -143,7 +143,8 @@ def test_biases_of_three_as_a_llama(tmp_path: Path):
     for folder in (tmp_path, tmp_path / "again"):
         again = Decoder(hf.read_config(folder))
         hf.load_weights(again, folder)
-        assert again.config == model.config and torch.equal(model(tokens()), again(tokens()))
+        assert again.config == replace(model.config, model_type="llama")
+        assert torch.equal(model(tokens()), again(tokens()))
     with torch.no_grad():
         theirs.model.layers[1].self_attn.o_proj.bias[3] = 0.1
     theirs.save_pretrained(tmp_path / "trained")

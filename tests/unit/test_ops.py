@@ -35,8 +35,9 @@ def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in
     plain = dict(REFERENCE.names)
     assert set(plain) == set(CHOICES)
     assert choose_ops("reference", {}, CPU, torch.bfloat16) == plain
-    assert choose_ops("auto", {}, CPU, torch.float32) == plain | {"cross_entropy": "chunked"}
-    assert choose_ops("auto", {}, CPU, torch.bfloat16) == plain | {"cross_entropy": "chunked", "attention": "blocked"}
+    fastest = plain | {"cross_entropy": "chunked", "experts": "sorted"}
+    assert choose_ops("auto", {}, CPU, torch.float32) == fastest
+    assert choose_ops("auto", {}, CPU, torch.bfloat16) == fastest | {"attention": "blocked"}
     assert choose_ops("auto", {"attention": "sdpa"}, CPU, torch.bfloat16)["attention"] == "sdpa"
     assert choose_kernel("auto", "", CPU) == choose_kernel("reference", "", CPU) == "torch"
 
@@ -58,6 +59,7 @@ def test_flags_and_fields_are_those_that_are_declared():
     ("auto", {"rope": "triton"}, "--rope_kernel=triton cannot be used"),
     ("auto", {"rms_norm": "apex"}, "--rms_norm_kernel=apex cannot be used: the package apex is not installed"),
     ("auto", {"attention": "varlen"}, "--attention_kernel=varlen cannot be used: it needs a CUDA device"),
+    ("auto", {"experts": "grouped"}, "--experts_kernel=grouped cannot be used: torch's grouped multiplication"),
     ("auto", {"rope": "apex"}, "rope can be reference, triton, liger, not apex"),
 ])  # fmt: skip
 def test_what_cannot_be_had_is_refused(kernels: str, overrides: dict, message: str):
@@ -79,9 +81,10 @@ def test_the_optimizers_kernel_is_refused_without_a_gpu():
 def test_a_gpu_uses_triton_and_varlen(monkeypatch):
     monkeypatch.setattr("model.kernels.support.unavailable_reason", lambda device: None)
     names = choose_ops("auto", {}, CUDA, torch.bfloat16)
-    assert {names[op] for op in CHOICES if op != "attention"} == {"triton"} and names["attention"] == "varlen"
-    # FlashAttention has no float32.
-    assert choose_ops("auto", {}, CUDA, torch.float32)["attention"] == "sdpa"
+    assert {names.pop("attention"), names.pop("experts")} == {"varlen", "grouped"} and {*names.values()} == {"triton"}
+    # FlashAttention has no float32, and neither have grouped multiplications.
+    names = choose_ops("auto", {}, CUDA, torch.float32)
+    assert names["attention"] == "sdpa" and names["experts"] == "sorted"
     with pytest.raises(ValueError, match="--attention_kernel=blocked cannot be used: it is for CPUs"):
         choose_ops("auto", {"attention": "blocked"}, CUDA, torch.bfloat16)
     with pytest.raises(ValueError, match="varlen takes bfloat16 and float16, not float32"):

@@ -31,7 +31,9 @@ from dataset.format import BinHeader
 from dataset.loader import batch_digest
 from dataset.order import sample_at
 from dataset.pretrain import PretrainDataset
-from model import Decoder, flops, hf
+from model import Decoder, ModelConfig, flops, hf
+from model.families import FAMILIES, family_of
+from model.families.family import CHOICES
 from optimizer.mixed_precision import LossScaler
 from runs.exits import read_exit_records
 from runs.heartbeat import Heartbeat
@@ -85,6 +87,20 @@ def test_a_run_leaves_what_it_promises(tiny_run: list[str], data_dir: Path):
     ours, our_tokenizer, _ = load_model(home, torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("def f(x):\n    return x") == ids[0].tolist()
     assert torch.allclose(ours.logits(ours(ids)), model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_of_each_family_begins_with_nothing(model_type: str, tiny_run: list[str], capsys):
+    assert train(tiny_run, f"--model_type={model_type}", "--max_iters=1") == 0
+    told = FAMILIES[model_type].new(ModelConfig(), frozenset())
+    path = list_checkpoints(out_dir(tiny_run) / "ckpt")[-1].path
+    has = hf.read_config(path)
+    assert [getattr(has, name) for name in CHOICES] == [getattr(told, name) for name in CHOICES]
+    # The tokenizer is nobody's, so a family that names a tokenizer is not the one that is written.
+    expected = family_of(told, generic_tokenizer=True).model_type
+    assert f"model: {expected}, " in capsys.readouterr().out and has.model_type == expected
+    assert train(tiny_run, "--max_iters=2", "--resume") == 0
+    assert train(tiny_run, f"--model_type={model_type}", "--max_iters=3", "--resume") == 0
 
 
 def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
@@ -193,12 +209,12 @@ def asked_at(call: int, training: bool) -> Iterator[list[int]]:
     computes."""
     original, calls = LanguageModelTask.__call__, []
 
-    def compute(self: LanguageModelTask, batch: dict) -> tuple:
+    def compute(self: LanguageModelTask, batch: dict, *losses: object) -> tuple:
         if self.model.training == training:
             calls.append(len(calls) + 1)
             if calls[-1] == call:
                 sigterm()
-        return original(self, batch)
+        return original(self, batch, *losses)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModelTask, "__call__", compute)
@@ -497,8 +513,8 @@ def test_epochs(tiny_run: list[str], data_dir: Path):
 def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
     original = LanguageModelTask.__call__
 
-    def poisoned(self, batch):
-        loss_sum, count, metrics = original(self, batch)
+    def poisoned(self, batch, *losses):
+        loss_sum, count, metrics = original(self, batch, *losses)
         return (loss_sum * float("nan") if self.model.training else loss_sum), count, metrics
 
     monkeypatch.setattr(LanguageModelTask, "__call__", poisoned)
@@ -733,8 +749,8 @@ def not_finite_in(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         at[0] = self.progress.step + 1
         return original_step(self)
 
-    def call(self, batch):
-        loss_sum, count, metrics = original_call(self, batch)
+    def call(self, batch, *losses):
+        loss_sum, count, metrics = original_call(self, batch, *losses)
         return loss_sum * (float("nan") if at[0] in steps and self.model.training else 1.0), count, metrics
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", step)

@@ -1,0 +1,119 @@
+"""Keys of the configurations in Hugging Face's folders, with values by which families are compared with transformers.
+
+tests/unit/test_hf_keys.py goes through them. A new family gets an entry in `SWEPT`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+MISSING = "the key is not there"
+"""Value that takes a key out."""
+Config = dict[str, object]
+"""Content of a config.json."""
+Tensors = dict[str, Tensor]
+"""Name in a folder -> tensor."""
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+OTHER: dict[str, list[object]] = {
+    # Keys of the model.
+    "vocab_size": [80], "hidden_size": [32], "intermediate_size": [48], "num_hidden_layers": [1, 3],
+    "num_attention_heads": [2, 8], "num_key_value_heads": [1, 4, None], "head_dim": [6],
+    "hidden_act": ["gelu", "swish"], "max_position_embeddings": [8, 64], "initializer_range": [0.5],
+    "rms_norm_eps": [0.5], "tie_word_embeddings": [True],
+    "attention_bias": [True], "attention_dropout": [0.3], "mlp_bias": [True], "pretraining_tp": [2],
+    "rope_theta": [100.0], "partial_rotary_factor": [0.5], "original_max_position_embeddings": [4],
+    "rope_scaling": [
+        {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}, {"type": "yarn", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 8},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}, {"rope_type": "default"}, {},
+    ],
+    "rope_parameters": [
+        {"rope_type": "default", "rope_theta": 100.0}, {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 50.0}, {"rope_type": "proportional", "rope_theta": 1e4},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0},
+        {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    ],
+    "use_sliding_window": [True], "sliding_window": [4], "max_window_layers": [0, 1],
+    "layer_types": [["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]],
+    # Keys about how transformers computes, and what it returns.
+    "use_cache": [False], "return_dict": [False], "output_hidden_states": [True], "output_attentions": [True],
+    "dtype": ["bfloat16"], "torch_dtype": ["float16"], "torchscript": [True], "use_bfloat16": [True],
+    "tf_legacy_loss": [True], "chunk_size_feed_forward": [4], "gradient_checkpointing": [True], "xla_device": [True],
+    "attn_implementation": ["sdpa", "flash_attention_2", "paged|eager"], "_attn_implementation_autoset": [True],
+    "_attn_implementation": ["sdpa", "paged|eager"], "_attn_implementation_internal": ["sdpa", "paged|eager"],
+    "experts_implementation": ["grouped_mm"], "tie_last_hidden_states": [False], "pruned_heads": [{"0": [1]}, {}],
+    "is_encoder_decoder": [True], "is_decoder": [True], "add_cross_attention": [True], "tie_encoder_decoder": [True],
+    "cross_attention_hidden_size": [8], "per_layer_config": [{"0": {"intermediate_size": 8}}],
+    # Keys about the folder, its tokenizer and another head.
+    "model_type": ["gpt2"], "architectures": [["LlamaForSequenceClassification"], ["MistralForCausalLM"], "Llama"],
+    "transformers_version": ["4.31.0"],
+    "_name_or_path": ["a"], "_model_name_or_path": ["a"], "name_or_path": ["a"], "_commit_hash": ["abc"],
+    "tokenizer_class": ["LlamaTokenizer"], "prefix": ["a"], "id2label": [{"0": "a"}], "label2id": [{"a": 0}],
+    "num_labels": [3], "problem_type": ["regression"], "finetuning_task": ["a"], "task_specific_params": [{"a": 1}],
+    "auto_map": [{"AutoModelForCausalLM": "modeling_a.A"}, {"AutoTokenizer": ["a.A", None]}],
+    "bos_token_id": [5], "eos_token_id": [5, [5, 6]], "pad_token_id": [5], "sep_token_id": [5],
+    "decoder_start_token_id": [5], "unk_token_id": [5], "mask_token_id": [5], "cls_token_id": [5],
+    # Keys of published folders.
+    "_from_model_config": [True], "_flash_attn_2_enabled": [True], "_pre_quantization_dtype": ["float16"],
+    "transformers.js_config": [{"kv_cache_dtype": {"fp16": "float16"}}], "unsloth_fixed": [True],
+    "unsloth_version": ["2025.1.1"], "max_sequence_length": [2048], "model_max_length": [99], "seq_length": [99],
+    "bias": [True], "rope_interleaved": [True, False], "rope_condense_ratio": [8, 1], "use_mrope": [True, False],
+    "qkv_bias": [True], "is_llama_config": [True], "quantization_config": [{"quant_method": "awq"}],
+    "quantization": [{"bits": 4}],
+    "compression_config": [{"format": "dense"}],
+    # Keys of sister families, in which they change the model.
+    "attention_multiplier": [0.1], "embedding_multiplier": [12.0], "logits_scaling": [8.0],
+    "residual_multiplier": [0.2],
+    "logit_scale": [0.1], "final_logit_softcapping": [30.0], "attn_logit_softcapping": [50.0], "scale_emb": [12],
+    "query_pre_attn_scalar": [256], "use_qk_norm": [True], "num_experts": [8], "num_local_experts": [8],
+    "no_rope_layers": [[1, 0]], "is_causal": [False], "attention_chunk_size": [4], "transformers_weights": ["a.bin"],
+    "fusion_config": [{}], "text_config": [{}], "rope_local_base_freq": [1e4], "alibi": [True], "neft": [5],
+}  # fmt: skip
+"""Key -> values other than its default."""
+
+GENERATION = {
+    "do_sample": True, "early_stopping": True, "bad_words_ids": [[5]], "suppress_tokens": [5], "output_scores": True,
+    "begin_suppress_tokens": [5], "num_assistant_tokens_schedule": "constant", "return_dict_in_generate": True,
+    "remove_invalid_values": True, "exponential_decay_length_penalty": [5, 1.1],
+}  # fmt: skip
+DRAWN = sorted(GenerationConfig._get_default_generation_params() | {"max_new_tokens": None})
+OTHER = OTHER | {key: [GENERATION.get(key, 3)] for key in DRAWN if key not in OTHER}
+"""Keys about sampling are numbers, except those above."""
+VERSION_4 = (
+    # Constructors of 4.46.3 and 4.57.6 that version 5 no longer has.
+    "rope_theta rope_scaling torch_dtype torchscript use_bfloat16 tf_legacy_loss pruned_heads is_decoder "
+    "cross_attention_hidden_size add_cross_attention tie_encoder_decoder finetuning_task num_labels "
+    "task_specific_params tokenizer_class prefix bos_token_id pad_token_id eos_token_id sep_token_id "
+    "decoder_start_token_id output_attentions xla_device name_or_path _commit_hash attn_implementation "
+    "gradient_checkpointing _attn_implementation_autoset"
+).split()
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A family, to be compared with transformers at many values of its keys."""
+
+    shape: Config
+    """Keys that all folders of the family have. The text has 24 tokens: make the context and any window shorter."""
+    other: dict[str, list[object]] = field(default_factory=dict)
+    """Key -> values other than its default, for keys that OTHER lacks, or in place of its values. Each key of `shape`
+    is also tried without being there."""
+    as_theirs: Callable[[Config], Config] | None = lambda values: values
+    """The configuration of a class of transformers that computes the same; None: there is none, so that a key which is
+    not refused must change our configuration, or be known to be harmless."""
+    as_folder: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    """Tensors of that class's folder -> those of the family's own."""
+
+
+SWEPT = {
+    "llama": Swept(SHAPE | {"model_type": "llama"}),
+    "qwen2": Swept(SHAPE | {"model_type": "qwen2"}),
+}
