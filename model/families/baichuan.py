@@ -70,10 +70,13 @@ class BaichuanFamily(Family):
         return fields
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
-        context = {"model_max_length": config.max_position_embeddings}
-        if config.position_embedding == "rope":
-            context["max_position_embeddings"] = config.max_position_embeddings
-        return size_keys(config) | context | {"hidden_act": "silu", "normalized_head": config.normalized_head}
+        # By the first name, which is that of Baichuan 7B, other programs know rotary positions whatever the width.
+        is_rope = config.position_embedding == "rope"
+        context = {"max_position_embeddings": config.max_position_embeddings} if is_rope else {}
+        return size_keys(config) | context | {
+            "architectures": ["BaiChuanForCausalLM" if is_rope else "BaichuanForCausalLM"], "hidden_act": "silu",
+            "model_max_length": config.max_position_embeddings, "normalized_head": config.normalized_head,
+        }  # fmt: skip
 
     def mismatches(self, config: ModelConfig) -> list[str]:
         found = super().mismatches(config) + even_heads(config) + _contradictions(config)

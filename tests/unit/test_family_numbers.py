@@ -2,6 +2,7 @@
 figures of an independent program (tests/golden/make_families.py). Each folder is made without our rules."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,7 +103,8 @@ def loss_of(scores_TV: Tensor, ids: list[int]) -> Tensor:
 
 def of_transformers(name: str) -> Expected:
     as_theirs, as_folder = ORACLES[name]
-    values = {key: value for key, value in as_theirs(FOLDERS[name]).items() if value is not None}
+    # transformers writes into the dictionaries that it is given.
+    values = {key: value for key, value in deepcopy(as_theirs(FOLDERS[name])).items() if value is not None}
     config = CONFIG_MAPPING[str(values.pop("model_type"))](**values)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
