@@ -63,7 +63,7 @@ GLM_KEYS = {
 }  # fmt: skip
 """Key of ChatGLM3 -> that of Glm."""
 GLM_DEFAULTS = {"kv_channels": 128, "multi_query_group_num": 1, "layernorm_epsilon": 1e-5, "add_qkv_bias": False,
-                "seq_length": 2048}  # fmt: skip
+                "seq_length": 2048, "pad_token_id": 0}  # fmt: skip
 """Defaults of ChatGLM3's class."""
 
 
