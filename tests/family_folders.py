@@ -71,7 +71,8 @@ def chatglm_as_glm(config: Config) -> Config:
     made = GLM_DEFAULTS | _renamed(config, "glm")
     rope = {"rope_type": "default", "rope_theta": 1e4 * made.pop("rope_ratio", 1), "partial_rotary_factor": 0.5}
     made.pop("rope_theta", None)
-    return {GLM_KEYS.get(key, key): value for key, value in made.items()} | {"rope_parameters": rope}
+    named = {GLM_KEYS.get(key, key): value for key, value in made.items() if value is not None}
+    return named | {"rope_parameters": rope}
 
 
 def _renamed(config: Config, model_type: str) -> Config:
