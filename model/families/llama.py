@@ -31,7 +31,7 @@ class LlamaFamily(Family):
     architectures: tuple[str, ...] = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
     understood = frozenset(KINDS) | ROPE_KEYS | WINDOWS
     harmless_at = HARMLESS_AT | {
-        "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "bias": (False,), "partial_rotary_factor": (1,),
+        "hidden_act": ("silu", "swish"), "mlp_bias": (False,), "bias": (False,),
         "rope_interleaved": (False,), "rope_condense_ratio": (1,), "use_mrope": (False,), "is_llama_config": (True,),
     }  # fmt: skip
     free = frozenset({"attention_bias", "qkv_bias", "rope_scaling"})
