@@ -1,4 +1,4 @@
-"""The attention layer: projections, norms of heads, rotary positions, the cache, and the choice of an implementation.
+"""The attention layer: projections, norms of heads, rotary positions, the local filter, the cache, the implementation.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
 and value heads, D head dim.
@@ -42,7 +42,9 @@ class Attention(nn.Module):
         """Attend from each new token: x (B, T, C) -> (B, T, C)."""
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
-        q_BTHD, k_BTKD, v_BTKD = (project(x).view(heads) for project, x in self._inputs(x_BTC, attend))
+        filtered_BTC = x_BTC if self.local_filter is None else self._filtered(self.local_filter, x_BTC, attend)
+        q_BTHD, k_BTKD = self.q_proj(filtered_BTC).view(heads), self.k_proj(filtered_BTC).view(heads)
+        v_BTKD = self.v_proj(x_BTC).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
             k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
@@ -54,16 +56,13 @@ class Attention(nn.Module):
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1))
 
-    def _inputs(self, x_BTC: Tensor, attend: Attend) -> list[tuple[Linear, Tensor]]:
-        """The projections of queries, keys and values, each with what it reads, (B, T, C)."""
-        smooth_BTC = x_BTC
-        if self.local_filter is not None:
-            cache = attend.cache
+    def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
+        """x after the filter, whose first tokens need those of the cache."""
+        if attend.cache is None:
             earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
-            if cache is not None:
-                earlier_B2C = cache.append_states(self.layer, x_BTC)
-            smooth_BTC = self.local_filter(x_BTC, earlier_B2C, attend.positions)
-        return [(self.q_proj, smooth_BTC), (self.k_proj, smooth_BTC), (self.v_proj, x_BTC)]
+        else:
+            earlier_B2C = attend.cache.append_states(self.layer, x_BTC)
+        return local_filter(x_BTC, earlier_B2C, attend.positions)
 
     def _attended(
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None
