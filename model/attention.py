@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotary positions, the cache, and the choice of an implementation.
+"""The attention layer: projections, norms of heads, rotary positions, the local filter, the cache, the implementation.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
 and value heads, D head dim.
@@ -6,11 +6,13 @@ and value heads, D head dim.
 
 from torch import Tensor, nn
 
-from model.attend import Attend, causal_mask
+from model.attend import Attend, attention_mask
 from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
 from model.linear import Linear
+from model.local_filter import LocalFilter
+from model.norm import RMSNorm
 from model.ops import Ops
 
 
@@ -27,23 +29,40 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
+        self.local_filter = LocalFilter(config, ops) if config.local_filter else None
         self.q_proj = Linear(config.hidden_size, query_size, bias=qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
+        # Norms of each head alone (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023).
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_BTC: Tensor, attend: Attend, key: DropoutKey | None = None) -> Tensor:
         """Attend from each new token: x (B, T, C) -> (B, T, C)."""
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
-        q_BHTD, k_BKSD, v_BKSD = (
-            project(x_BTC).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
+        filtered_BTC = x_BTC if self.local_filter is None else self._filtered(self.local_filter, x_BTC, attend)
+        q_BTHD, k_BTKD = self.q_proj(filtered_BTC).view(heads), self.k_proj(filtered_BTC).view(heads)
+        v_BTKD = self.v_proj(x_BTC).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
+            k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
+        q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        if attend.rope is not None:
+            q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
-            k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD)
+            k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1))
+
+    def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
+        """x after the filter, whose first tokens need those of the cache."""
+        if attend.cache is None:
+            earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
+        else:
+            earlier_B2C = attend.cache.append_states(self.layer, x_BTC)
+        return local_filter(x_BTC, earlier_B2C, attend.positions)
 
     def _attended(
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None
@@ -52,13 +71,13 @@ class Attention(nn.Module):
         if self.ops.step_by_step or (self.config.attention_dropout > 0.0 and key is not None):
             mask = attend.mask
             if mask is None:
-                mask = causal_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
+                mask = attention_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
             return plain_attention(q_BHTD, k_BKSD, v_BKSD, mask, self.config.attention_dropout, key)
         if attend.starts is not None:
             assert self.ops.packed is not None
-            return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts)
+            return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts, attend.window, attend.slopes)
         if attend.is_plainly_causal:
-            return self.ops.causal(q_BHTD, k_BKSD, v_BKSD)
+            return self.ops.causal(q_BHTD, k_BKSD, v_BKSD, attend.window, attend.slopes)
         if attend.documents is not None:
-            return attention_by_document(q_BHTD, k_BKSD, v_BKSD, attend.documents)
+            return attention_by_document(q_BHTD, k_BKSD, v_BKSD, attend.documents, attend.mask)
         return sdpa_masked(q_BHTD, k_BKSD, v_BKSD, attend.mask)
