@@ -164,7 +164,7 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     for rule in rules:
         joined = rule.join([parameters[name] for name in rule.ours])
         needed |= {_short(family, name): tensor.shape for name, tensor in zip(rule.theirs, joined)}
-    spare = {_short(family, beside.theirs): parameters[beside.like].shape for beside in besides}
+    spare = {_short(family, beside.theirs): beside.expected(parameters[beside.like]).shape for beside in besides}
     found = _find_tensors(Path(directory), family, needed | spare)
     if missing := sorted(needed.keys() - found.keys()):
         raise ValueError(f"{directory} lacks {len(missing)} weights of the model, for example {missing[0]}")

@@ -71,7 +71,7 @@ class Beside:
     theirs: str
     """Its name in the folder."""
     like: str
-    """The parameter that has its shape."""
+    """The parameter from which its values follow."""
     expected: Callable[[Tensor], Tensor]
     """That parameter -> the values that the tensor must have."""
     otherwise: str

@@ -72,10 +72,17 @@ class Comparison:
             ours = hf.read_config(self.directory)
         except ValueError as error:
             return str(error).split("config.json: ", 1)[1]
-        expected, tensors = theirs(self.directory, self.swept.as_theirs(config))
+        try:
+            expected, tensors = theirs(self.directory, self.swept.as_theirs(config))
+        except Exception as error:
+            print("THEIRS", config, type(error), str(error)[:200])
+            return " ".join(config)
         if ours not in self._scores:
             (self.directory / "config.json").write_text(json.dumps(config))
-            self._scores[ours] = self._compute(ours, self.swept.as_folder(tensors))
+            try:
+                self._scores[ours] = self._compute(ours, self.swept.as_folder(tensors))
+            except ValueError as error:
+                return str(error)
         return self._scores[ours], expected
 
     @torch.no_grad()
