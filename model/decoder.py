@@ -30,7 +30,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
-from model.layer_losses import LayerLosses
+from model.layer_losses import LayerLosses, load_of
 from model.linear import new_head
 from model.mlp import new_mlp
 from model.moe import SparseMLP
@@ -274,6 +274,16 @@ class Decoder(nn.Module):
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label; see Head.token_logprobs."""
         return self.lm_head.token_logprobs(hidden, labels)
+
+    def rebalance(self, sums: Tensor) -> None:
+        """Move the biases by which the routers choose, after a step (router_bias_update_rate).
+
+        Args:
+            sums: what the layers with experts have counted in the global batch, see model/layer_losses.py.
+        """
+        blocks = [block for block in cast("list[Block]", self.layers) if block.has_experts]
+        for block, load_E in zip(blocks, load_of(sums)):
+            cast("SparseMLP", block.mlp).router.rebalance(load_E, self.config.router_bias_update_rate)
 
     def roles(self) -> dict[str, Role]:
         """Name of each parameter -> its role: how it begins, and how optimizers and parallelism treat it."""

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 
-@dataclass(frozen=True)
+
+@dataclass
 class LayerLosses:
-    """What a layer must know to add its own loss."""
+    """What the layers must know in one forward pass to add their own losses, and what they have counted in it."""
 
     row_weights: Tensor
     """(B,) float32: each row's number of terms of the task's loss."""
@@ -35,6 +37,20 @@ class LayerLosses:
     """Float32 scalar: the factor by which the task's sum is multiplied before its backward pass."""
     mask_BT: Tensor | None = None
     """Boolean, True where a token is no padding; None: everywhere."""
+    batch_coef: float = 0.0
+    """Weight of the balance loss of the whole batch; 0 where each row is balanced by itself."""
+    sums: Tensor | None = None
+    """After the forward pass: the sums of each layer with experts, float64 (layers, 4 + 2 E), without a gradient."""
+
+    def close(self, hidden_BTC: Tensor, counted: Sequence[Tensor]) -> Tensor:
+        """Take the sums of all layers with experts; returns the final hidden states, behind which the balance loss of
+        the batch lies, if there is one."""
+        self.sums = torch.stack(list(counted)).detach()
+        if not self.batch_coef:
+            return hidden_BTC
+        # It is not divided by the number of the task's terms, and the batch is the whole global batch.
+        scale = self.scale * self.row_weights.sum()
+        return add_loss(hidden_BTC, self.batch_coef * balance_of_batch(counted), scale)
 
 
 class _AddLoss(torch.autograd.Function):
@@ -109,9 +125,48 @@ def router_sums(scores_BTE: Tensor, probs_BTE: Tensor, chosen_BTK: Tensor, losse
                       sums_BE.double().sum(0)])  # fmt: skip
 
 
+def load_of(sums: Tensor) -> Tensor:
+    """Tokens that were sent to each expert, (layers, E), from the sums of these layers."""
+    return sums[:, LOAD:].chunk(2, dim=1)[0]
+
+
 def balance_of_batch(sums: Sequence[Tensor]) -> Tensor:
     """transformers' balance loss of a batch, from the sums of all its layers with experts: E sum_i f_i P_i, where f_i
     and P_i are means over all tokens and layers, and the f_i add up to K."""
     total = torch.stack(list(sums)).sum(0)
     load_E, probs_E = total[LOAD:].chunk(2)
     return len(load_E) * (load_E.detach() * probs_E).sum() / total[TOKENS].detach().clamp(min=1.0).square()
+
+
+def router_figures(sums: Tensor, count: float, config: ModelConfig) -> dict[str, Any]:
+    """Figures of a step for the log, from the sums of all its rows.
+
+    Args:
+        sums: (layers with experts, 4 + 2 E).
+        count: divisor of the task's loss.
+    Returns:
+        balance_loss: mean over layers, before its coefficient; 1 if the load is even.
+        z_loss: mean over layers, before its coefficient.
+        entropy: mean over layers of the tokens' mean entropy, in nats; entropy_by_layer: of each layer.
+        load_highest, load_lowest: tokens of the busiest and of the idlest expert of any layer, as a multiple of the
+            mean; load_by_layer: share of each layer's tokens that each expert got.
+    """
+    by_layer = sums[:, ENTROPY] / sums[:, TOKENS]
+    load_LE = load_of(sums)
+    share_LE = load_LE / load_LE.sum(1, keepdim=True)
+    balance = sums[:, BALANCE].mean() / count
+    if config.router_aux_loss == "batch":
+        balance = balance_of_batch(list(sums)) / config.num_experts_per_tok
+    return {
+        "balance_loss": balance.item(), "z_loss": (sums[:, Z].mean() / count).item(),
+        "entropy": by_layer.mean().item(),
+        "load_highest": (share_LE.max() * share_LE.shape[1]).item(),
+        "load_lowest": (share_LE.min() * share_LE.shape[1]).item(),
+        "entropy_by_layer": [_short(value) for value in by_layer.tolist()],
+        "load_by_layer": [[_short(value) for value in shares] for shares in share_LE.tolist()],
+    }  # fmt: skip
+
+
+def _short(value: float) -> float:
+    """Four digits: there may be thousands of these in a record."""
+    return float(f"{value:.4g}")

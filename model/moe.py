@@ -29,6 +29,8 @@ from model.ops import REFERENCE, Ops
 class Router(nn.Module):
     """Choice of experts, and their weights."""
 
+    selection_bias: nn.Parameter | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.num_chosen, self.normalizes = config.num_experts_per_tok, config.norm_topk_prob
@@ -46,6 +48,14 @@ class Router(nn.Module):
             bias = nn.Parameter(moved, requires_grad=False)
         self._parameters["selection_bias"] = bias
         return self
+
+    @torch.no_grad()
+    def rebalance(self, load_E: Tensor, rate: float) -> None:
+        """Move the bias of each expert by `rate` up or down, if fewer or more tokens than the mean were sent to it
+        (Wang et al., 2024, algorithm 1). Only the signs count, so a load of any precision gives the same bits."""
+        assert self.selection_bias is not None
+        steps_E = rate * torch.sign(load_E.mean() - load_E)
+        self.selection_bias.add_(steps_E.to(self.selection_bias))
 
     def forward(self, x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scores and their softmax (N, E), the chosen experts (N, K), int64, and their weights (N, K); float32."""

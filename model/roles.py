@@ -36,10 +36,13 @@ class Role:
     cut: Literal["column", "row", "vocabulary", "none"]
     """Cut by tensor parallelism. "column": a matrix (outputs, inputs) or a bias (outputs,) by its outputs; "row": a
     matrix by its inputs; "vocabulary": an embedding or a head (vocabulary, C)."""
+    joined: int = 1
+    """Matrices of one height that lie below one another in it, such as gate and up. Muon steps each by itself."""
 
 
 EMBEDDING = Role("normal", True, False, "vocabulary")
 INPUT_PROJECTION = Role("normal", True, True, "column")
+GATE_AND_UP = Role("normal", True, True, "column", joined=2)
 OUTPUT_PROJECTION = Role("residual", True, True, "row")
 INPUT_BIAS = Role("zero", False, False, "column")
 OUTPUT_BIAS = Role("zero", False, False, "none")
@@ -59,7 +62,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r"(.*\.)?((\w*_layer|embed_)?norm)\.bias", NORM_BIAS),
     (r".*\.mlp\.router\.weight", ROUTER),
     (r".*\.mlp\.router\.selection_bias", ROUTER_BIAS),
-    (r".*\.experts\.gate_up_proj", INPUT_PROJECTION),
+    (r".*\.experts\.gate_up_proj", GATE_AND_UP),
     (r".*\.experts\.down_proj", OUTPUT_PROJECTION),
     (r".*\.local_filter\.conv[12]\.weight", FILTER),
     (r".*\.local_filter\.conv[12]\.bias", OUTPUT_BIAS),

@@ -141,14 +141,15 @@ class _Work(NamedTuple):
         return self.state.piece
 
 
-def _groups_to_multiply(works: Sequence[_Work]) -> Iterable[list[int]]:
-    """Groups of places in `works` whose matrices Muon multiplies at once: bfloat16 matrices of one shape on a CPU. All
-    others stay alone, as their bits would depend on the rest of the group, and the run on the size of its buckets."""
+def _groups_to_multiply(works: Sequence[_Work], param_groups: ParamGroups) -> Iterable[list[int]]:
+    """Groups of places in `works` whose matrices Muon multiplies at once: bfloat16 matrices of one shape on a CPU, in
+    stacks of one height. All others stay alone, as their bits would depend on the rest of the group, and the run on the
+    size of its buckets."""
     groups: dict[object, list[int]] = {}
     for place, work in enumerate(works):
         piece = work.state.piece
         at_once = piece.param.dtype == torch.bfloat16 and not piece.param.is_cuda
-        groups.setdefault(piece.shape if at_once else piece.name, []).append(place)
+        groups.setdefault(param_groups.matrices(piece) if at_once else piece.name, []).append(place)
     return groups.values()
 
 
@@ -329,10 +330,10 @@ class MixedPrecisionOptimizer:
         for state, grad in works:
             muon.look_ahead(state.exp_avg, grad, config.muon_momentum, grad_divisor)
         whole = dict(zip((state.piece.name for state in self._buckets[bucket]), self.gradients.gather(bucket)))
-        for group in _groups_to_multiply(works):
+        for group in _groups_to_multiply(works, self.groups):
             states = [works[place].state for place in group]
-            shape, weights = states[0].piece.shape, states[0].piece.param
-            gradients = torch.stack([muon.ahead_in(whole[state.piece.name]).view(shape) for state in states])
+            matrices, weights = self.groups.matrices(states[0].piece), states[0].piece.param
+            gradients = torch.stack([muon.ahead_in(whole[state.piece.name]).view(matrices) for state in states])
             # With float32 weights on a CPU, bfloat16 may be slow.
             quick = weights.is_cuda or weights.dtype == torch.bfloat16
             updates = muon.orthogonalize(
@@ -342,7 +343,7 @@ class MixedPrecisionOptimizer:
                 piece = state.piece
                 own = update[piece.offset : piece.offset + len(piece.param)]
                 state.main.mul_(1.0 - lr * self.config.weight_decay)
-                state.main.sub_(own.float(), alpha=muon.step_size(shape, lr))
+                state.main.sub_(own.float(), alpha=muon.step_size(matrices[1:], lr))
                 state.write_weights()
 
     def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:

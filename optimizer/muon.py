@@ -8,8 +8,9 @@
 A gradient matrix has a few large singular values and many small ones; setting them equal lets the rare directions
 learn as fast as the common ones. The factor 0.2 sqrt(max) gives the step AdamW's usual root mean square (Liu et al.,
 Moonlight, 2025), so one learning rate serves both. Embedding, head, norms and biases stay with AdamW: the spectrum of
-the whole matrix says nothing about rows that are looked up by token. Memory: 8 bytes a parameter (main parameter and
-m), compared with AdamW's 12.
+the whole matrix says nothing about rows that are looked up by token. The matrices of a stack, such as those of
+experts, are stepped each by itself, and so are gate and up where they are joined. Memory: 8 bytes a parameter (main
+parameter and m), compared with AdamW's 12.
 
 U V^T takes no singular value decomposition. An odd polynomial in u, (a + b u u^T + c (u u^T)^2) u, acts on the singular
 values alone, and a few of them in a row bring every value in [LOWEST, 1] close to 1. The best coefficients of each
@@ -112,6 +113,6 @@ def ahead_in(grad: Tensor) -> Tensor:
     return grad.view(torch.bfloat16) if grad.dtype == torch.float16 else grad
 
 
-def step_size(shape: tuple[int, ...], lr: float) -> float:
-    """Factor on the orthogonal matrix."""
-    return lr * UPDATE_RMS * max(shape[0], shape[1]) ** 0.5
+def step_size(shape: tuple[int, int], lr: float) -> float:
+    """Factor on an orthogonal matrix of this shape."""
+    return lr * UPDATE_RMS * max(shape) ** 0.5

@@ -81,6 +81,7 @@ class WholeModelEngine:
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP | DistributedDataParallel, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
+        self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
@@ -91,6 +92,7 @@ class WholeModelEngine:
         task.grad_scale = factor if self._parts.is_fp16 else 1.0
         loss = torch.zeros((), dtype=torch.float64, device=device)
         metrics = {name: torch.zeros_like(loss) for name in task.metric_names}
+        layers: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             if index and plan.shall_drop is not None and plan.shall_drop(index, len(micro_batches)):
                 return None
@@ -99,13 +101,18 @@ class WholeModelEngine:
                 self._before_last(plan)
             with nullcontext() if is_last else self._ddp.no_sync():
                 with span("forward"):
-                    loss_sum, _, sums = task(self._parts.to_device(batch))
+                    batch = self._parts.to_device(batch)
+                    losses = task.layer_losses(batch, factor)
+                    loss_sum, _, sums = task(batch, losses)
                 with span("backward"):
                     (loss_sum * factor).backward()
             loss += loss_sum.detach()
             for name, value in sums.items():
                 metrics[name] += value
-        return Sums(loss, metrics)
+            if losses is not None and losses.sums is not None:
+                layers.append(losses.sums)
+        self._layers = torch.stack(layers).sum(0) if layers else None
+        return Sums(loss, metrics, self._layers)
 
     def _run_prepass(self, micro_batches: Sequence[Batch], task: Task) -> None:
         if task.uses_prepass:
@@ -121,7 +128,16 @@ class WholeModelEngine:
         self._ddp.finish_grad_sync()
         plan.before_update()
         with span("optimizer"):
-            return self._step(plan)
+            result = self._step(plan)
+        if not result.skipped:
+            self._rebalance()
+        return result
+
+    def _rebalance(self) -> None:
+        """Move the biases of the routers by the load of the global batch."""
+        if self._layers is not None and self._parts.rebalance is not None:
+            with span("rebalance"):
+                self._parts.rebalance(self._parts.context.all_sum(self._layers.to("cpu", copy=True)))
 
     def _step(self, plan: StepPlan) -> StepResult:
         return self.optimizer.step(plan.lr)

@@ -23,6 +23,12 @@ from parallel.mesh import Mesh
 Batch = dict[str, Tensor]
 
 
+class LayerLosses(Protocol):
+    """Lets the layers of a model add losses of their own; model/layer_losses.py has the details."""
+
+    sums: Tensor | None
+
+
 class Task(Protocol):
     """Computes a batch's loss under the model; tasks/language_model.py has the details."""
 
@@ -32,7 +38,12 @@ class Task(Protocol):
     @property
     def metric_names(self) -> Sequence[str]: ...
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+    def layer_losses(self, batch: Batch, scale: float) -> LayerLosses | None:
+        """What the layers need to add their own losses to a batch's, if they have any."""
+
+    def __call__(
+        self, batch: Batch, losses: LayerLosses | None = None
+    ) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Returns (sum of the losses, their count, sums of the metrics)."""
 
     def prepass(self, batch: Batch) -> Tensor: ...
@@ -63,6 +74,8 @@ class Sums(NamedTuple):
     loss: Tensor
     """float64 scalar."""
     metrics: dict[str, Tensor]
+    layers: Tensor | None = None
+    """What the layers with experts have counted, float64 (layers, sums); see model/layer_losses.py."""
 
 
 @dataclass(frozen=True)
@@ -169,3 +182,6 @@ class EngineParts:
     """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int
+    rebalance: Callable[[Tensor], None] | None = None
+    """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
+    the biases of the routers, alike on all ranks. None: they do not move."""

@@ -1,6 +1,7 @@
 """The mathematics of PowerSGD, on one matrix or a list of them; powersgd.py explains the algorithm.
 
-Shapes: a matrix is [m, n], its factors are P [m, r] and Q [n, r]. Nothing here waits for a GPU.
+Shapes: a matrix is [m, n], its factors are P [m, r] and Q [n, r]; all may have a dimension in front, for a stack of
+matrices, each of which is treated by itself. Nothing here waits for a GPU.
 """
 
 import torch
@@ -22,12 +23,13 @@ def add_residual(gradient: Tensor, residual: Tensor) -> None:
 
 def project_rows(matrix: Tensor, q: Tensor, p: Tensor) -> None:
     """P <- M Q: [m, n] x [n, r] -> [m, r]."""
-    torch.mm(matrix, q.to(matrix.dtype), out=p) if p.dtype == matrix.dtype else p.copy_(matrix @ q.to(matrix.dtype))
+    q = q.to(matrix.dtype)
+    torch.matmul(matrix, q, out=p) if p.dtype == matrix.dtype else p.copy_(matrix @ q)
 
 
 def project_columns(matrix: Tensor, p: Tensor, q: Tensor) -> None:
     """Q <- M^T P: [n, m] x [m, r] -> [n, r]."""
-    project_rows(matrix.T, p, q)
+    project_rows(matrix.mT, p, q)
 
 
 def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
@@ -48,9 +50,9 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
     """
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for factor in factors:
-        by_shape.setdefault(factor.shape, []).append(factor)
+        by_shape.setdefault(factor.shape[-2:], []).append(factor)
     for (m, rank), group in by_shape.items():
-        wide = torch.stack(group).double()
+        wide = torch.cat([factor.reshape(-1, m, rank) for factor in group]).double()
         gram = wide.mT @ wide
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()
         inverse_norms = torch.where(norms > 0.0, 1.0 / norms, torch.zeros_like(norms))
@@ -62,8 +64,9 @@ def orthonormalize(factors: list[Tensor], epsilon: float) -> None:
         lower = torch.where((failed != 0)[:, None, None], torch.nan, lower)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
         basis = wide @ (inverse_norms[:, :, None] * inverse.mT)
-        for factor, columns in zip(group, basis):
-            factor.copy_(columns)
+        counts = [factor.numel() // (m * rank) for factor in group]
+        for factor, columns in zip(group, basis.split(counts)):
+            factor.copy_(columns.view(factor.shape))
 
 
 def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
@@ -73,7 +76,7 @@ def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
     only rounding error of a column, it becomes zero. Scaled to full length, it would point along existing columns, and
     P P^T M, longer than M, would make the residual grow from step to step.
     """
-    for factor in factors:
+    for factor in (matrix for stack in factors for matrix in stack.view(-1, *stack.shape[-2:])):
         rounding = NOISE * torch.finfo(factor.dtype).eps * factor.norm(dim=0)
         for index in range(factor.shape[1]):
             column = factor[:, index]
@@ -87,12 +90,13 @@ def gram_schmidt(factors: list[Tensor], epsilon: float) -> None:
 
 def decompress(p: Tensor, q: Tensor, out: Tensor) -> None:
     """D <- P Q^T: [m, r] x [r, n] -> [m, n]."""
-    torch.mm(p.to(out.dtype), q.to(out.dtype).T, out=out)
+    torch.matmul(p.to(out.dtype), q.to(out.dtype).mT, out=out)
 
 
 def update_residual(matrix: Tensor, p: Tensor, own_q: Tensor) -> None:
     """E <- M - P Q_i^T, in the memory of M."""
-    matrix.addmm_(p.to(matrix.dtype), own_q.to(matrix.dtype).T, alpha=-1.0)
+    add_product = matrix.addmm_ if matrix.dim() == 2 else matrix.baddbmm_
+    add_product(p.to(matrix.dtype), own_q.to(matrix.dtype).mT, alpha=-1.0)
 
 
 def sum_over_ranks(

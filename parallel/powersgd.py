@@ -17,6 +17,10 @@ weights do not get now reaches them later. E_i is the part of M_i outside the sp
 would keep the invariant too, but would accumulate the differences between ranks for ever.) It is in units of the
 unscaled gradient.
 
+A stack of matrices, such as those of a layer's experts, is compressed matrix by matrix: each has r directions of its
+own. In one tall matrix all experts would share r directions, although they learn from different tokens, and most of the
+bytes (P) would be sent just the same.
+
 A bucket takes two collectives: one for a flat buffer with all its P and its uncompressed parameters (vectors, small or
 excluded matrices), one for all its Q. They run inside the hook, on the comm stream, so buckets cannot mix.
 
@@ -43,7 +47,7 @@ from parallel.collectives import Collectives
 from parallel.comm_hooks import CommHook, SavedStates, agreement_bytes, shared_fraction, sum_hook
 from parallel.comm_stream import Handle
 from parallel.config import PowerSGDConfig
-from parallel.layout import Slot
+from parallel.layout import ParameterSpec, Slot
 from parallel.low_rank import (
     add_residual,
     decompress,
@@ -61,10 +65,12 @@ SKETCH_COLUMNS = 8
 
 @dataclass
 class _Matrix:
-    """A compressed parameter: views of its factors, and its memory between steps."""
+    """A compressed parameter: views of its factors, and its memory between steps. If it is a stack of matrices, all
+    these tensors have the stack's dimension in front."""
 
     slot: Slot
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    """(m, n), or (stack, m, n)."""
     rank: int
     p: Tensor
     q: Tensor
@@ -161,30 +167,32 @@ class PowerSGD(CommHook):
         config, device = self.config, bucket.grad.device
         chosen, others = [], []
         for slot in bucket.slots:
-            shape = slot.parameter.shape
-            m, n = (shape[0], slot.parameter.numel // shape[0]) if len(shape) >= 2 else (0, 0)
+            shape = _matrix_shape(slot.parameter)
+            m, n = shape[-2:]
             rank = min(m, n, config.matrix_approximation_rank)
             excluded = any(word in slot.parameter.name for word in self._excluded)
             if rank and not excluded and m * n >= config.min_compression_rate * (m + n) * rank:
-                chosen.append((slot, m, n, rank))
+                chosen.append((slot, shape, rank))
             else:
                 others.append(slot)
-        p_sizes = [m * rank for _, m, _, rank in chosen] + [slot.parameter.numel for slot in others]
-        q_sizes = [n * rank for _, _, n, rank in chosen]
+        p_sizes = [math.prod(shape[:-1]) * rank for _, shape, rank in chosen]
+        p_sizes += [slot.parameter.numel for slot in others]
+        q_sizes = [math.prod(shape[:-2]) * shape[-1] * rank for _, shape, rank in chosen]
         p, q = self._factors(sum(p_sizes), device), self._factors(sum(q_sizes), device)
         own = torch.zeros_like(p if config.use_fixed_Q else q)
         ps, qs = _cut(p, p_sizes), _cut(q, q_sizes)
         owns = _cut(own, p_sizes if config.use_fixed_Q else q_sizes)
         matrices = []
-        for (slot, m, n, rank), its_p, its_q, its_own in zip(chosen, ps, qs, owns):
+        for (slot, shape, rank), its_p, its_q, its_own in zip(chosen, ps, qs, owns):
             residual = None
             if config.use_error_feedback and not config.grad_buffer_is_powerSGD_error:
-                residual = torch.zeros(m, n, dtype=self._matrix_dtype, device=device)
-            random_q = self._random_q(slot.parameter.name, n, rank, 0).to(device)
+                residual = torch.zeros(shape, dtype=self._matrix_dtype, device=device)
+            random_q = self._random_q(slot.parameter.name, shape, rank, 0).to(device)
+            rows = (*shape[:-1], rank)
             matrices.append(
                 _Matrix(
-                    slot, (m, n), rank, its_p.view(m, rank), _columns(its_q, rank),
-                    its_own.view(m, rank) if config.use_fixed_Q else _columns(its_own, rank),
+                    slot, shape, rank, its_p.view(rows), _columns(its_q, shape, rank),
+                    its_own.view(rows) if config.use_fixed_Q else _columns(its_own, shape, rank),
                     random_q.clone(), random_q, residual,
                 )
             )  # fmt: skip
@@ -194,15 +202,20 @@ class PowerSGD(CommHook):
         ranks = self.collectives.world_size
         return torch.zeros(-(-size // ranks) * ranks, dtype=self._factor_dtype, device=device)
 
-    def _random_q(self, name: str, n: int, rank: int, iteration: int) -> Tensor:
-        """[n, r] with unit columns, orthonormal for a fixed Q. It depends only on seed, name and iteration, so all
-        ranks draw the same without communication."""
+    def _random_q(self, name: str, shape: tuple[int, ...], rank: int, iteration: int) -> Tensor:
+        """[n, r] with unit columns, orthonormal for a fixed Q, for each matrix of a parameter. It depends only on seed,
+        name and iteration, so all ranks draw the same without communication.
+
+        Args:
+            shape: the parameter's, as in `_Matrix`.
+        """
         key = f"{self.seed} {iteration} {name}".encode()
         generator = torch.Generator().manual_seed(zlib.crc32(key))
-        q = _columns(torch.randn(n * rank, generator=generator), rank)
+        size = math.prod(shape[:-2]) * shape[-1] * rank
+        q = _columns(torch.randn(size, generator=generator), shape, rank)
         if self.config.use_fixed_Q:
             orthonormalize([q], 0.0)
-        return (q / q.norm(dim=0)).to(self._factor_dtype)
+        return (q / q.norm(dim=-2, keepdim=True)).to(self._factor_dtype)
 
     def reduce(self, bucket: Bucket) -> Handle | None:
         """Sum the bucket's factors. Every rank sends two flat tensors (with a fixed Q, one)."""
@@ -221,7 +234,7 @@ class PowerSGD(CommHook):
             if matrix.residual is not None:
                 add_residual(gradient, matrix.residual)
             if not self.config.warm_start:
-                fresh = self._random_q(matrix.slot.parameter.name, matrix.shape[1], matrix.rank, iteration)
+                fresh = self._random_q(matrix.slot.parameter.name, matrix.shape, matrix.rank, iteration)
                 matrix.start_q.copy_(fresh)
             project_rows(gradient, matrix.start_q, matrix.p)
         for slot, place in state.others:
@@ -273,10 +286,10 @@ class PowerSGD(CommHook):
         and summing M Z is as cheap as summing another P."""
         exact, approximate = [], []
         for matrix, gradient in zip(state.matrices, gradients):
-            z = self._random_q(f"sketch {matrix.slot.parameter.name}", matrix.shape[1], SKETCH_COLUMNS, self.iteration)
-            z = z.to(gradient)
+            name = f"sketch {matrix.slot.parameter.name}"
+            z = self._random_q(name, matrix.shape, SKETCH_COLUMNS, self.iteration).to(gradient)
             exact.append((gradient @ z).flatten())
-            approximate.append((matrix.p.to(z) @ (self._summed_q(matrix).to(z).T @ z)).flatten())
+            approximate.append((matrix.p.to(z) @ (self._summed_q(matrix).to(z).mT @ z)).flatten())
         sums = self._factors(sum(map(len, exact)), exact[0].device)
         sums[: sum(map(len, exact))] = torch.cat(exact)
         sum_over_ranks(sums, sums.dtype, self.collectives)
@@ -297,7 +310,7 @@ class PowerSGD(CommHook):
                 update_residual(self._with_residual(matrix, matrix.residual, gradient), *self._own_factors(matrix))
             decompress(matrix.p, self._summed_q(matrix), bucket.piece(out, matrix.slot).view(matrix.shape))
             if self.config.warm_start and not self.config.use_fixed_Q:
-                norms = matrix.q.norm(dim=0)
+                norms = matrix.q.norm(dim=-2, keepdim=True)
                 torch.where(norms > 0.0, matrix.q / norms, matrix.random_q, out=matrix.start_q)
         for slot, place in state.others:
             bucket.piece(out, slot).copy_(place)
@@ -325,7 +338,7 @@ class PowerSGD(CommHook):
         total = sum_of_squares(place for _, place in state.others)
         for matrix in state.matrices:
             p, q = matrix.p.float(), self._summed_q(matrix).float()
-            total = total.to(p.device) + ((p.T @ p).double() * (q.T @ q).double()).sum()
+            total = total.to(p.device) + ((p.mT @ p).double() * (q.mT @ q).double()).sum()
         return total
 
     def release(self, bucket: Bucket) -> None:
@@ -415,8 +428,8 @@ class PowerSGD(CommHook):
             for matrix in state.matrices:
                 q = saved.get(f"{matrix.slot.parameter.name}/q")
                 if q is not None and not self.config.use_fixed_Q:
-                    columns = min(q.shape[1], matrix.rank)
-                    matrix.start_q[:, :columns] = q[:, :columns].to(matrix.start_q)
+                    columns = min(q.shape[-1], matrix.rank)
+                    matrix.start_q[..., :columns] = q[..., :columns].to(matrix.start_q)
 
     def _residual(self, matrix: _Matrix, bucket: Bucket) -> Tensor | None:
         if self.config.grad_buffer_is_powerSGD_error:
@@ -456,9 +469,19 @@ class Eager(CommHook):
             self.hook.check_wrapped(dtype)
 
 
-def _columns(flat: Tensor, rank: int) -> Tensor:
-    """[n, r] view of n r elements, column by column: BLAS multiplies M by few columns fastest in this layout."""
-    return flat.view(rank, -1).T
+def _matrix_shape(parameter: ParameterSpec) -> tuple[int, ...]:
+    """Shape of a parameter as a matrix (m, n), or as a stack of matrices (stack, m, n); a vector has no columns. The
+    kernel of a convolution, with four dimensions, is a matrix (outputs, rest)."""
+    shape = parameter.shape
+    if len(shape) in (2, 3):
+        return shape
+    return (shape[0], parameter.numel // shape[0]) if len(shape) > 3 else (parameter.numel, 0)
+
+
+def _columns(flat: Tensor, shape: tuple[int, ...], rank: int) -> Tensor:
+    """[n, r] view of n r elements for each matrix of a parameter, column by column: BLAS multiplies M by few columns
+    fastest in this layout."""
+    return flat.view(*shape[:-2], rank, shape[-1]).mT
 
 
 def _cut(flat: Tensor, sizes: list[int]) -> list[Tensor]:

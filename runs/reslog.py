@@ -8,6 +8,8 @@ completed optimizer steps. Numbers that JSON lacks are the strings "nan", "inf" 
     valid        a validation: loss, dt, ...
     sample       a text by the model at a validation: prompt, text
     compression  the error of PowerSGD's approximation: ratio, mean_relative_error, relative_error (parameter -> error)
+    experts      where a step's tokens went: balance_loss, z_loss, entropy, load_highest, load_lowest, entropy_by_layer,
+                 load_by_layer (a share for each expert of each layer)
     save, save_failed, end
 
 A launch that starts at step s goes on from the state after step s: the records of earlier launches about later steps

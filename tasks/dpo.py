@@ -82,6 +82,11 @@ class DPOTask(Task):
         """Terms of the loss: pairs, for kto_pair twice as many."""
         return len(batch["sample_ids"]) * self._terms_a_pair
 
+    def row_weights(self, batch: Batch) -> Tensor:
+        """A pair's terms, shared by its two rows."""
+        rows = batch["input_ids"]
+        return torch.full((len(rows),), 0.5 * self._terms_a_pair, dtype=torch.float32, device=rows.device)
+
     def row_ids(self, batch: Batch) -> Tensor:
         """Each answer has its own dropout, whichever micro-batch it is in."""
         sides = torch.arange(2, device=batch["row_ids"].device)

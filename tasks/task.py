@@ -4,16 +4,20 @@
     loss_sum, count, metrics = task.loss(hidden, batch)    what follows it
 
 They are apart because the stages of a pipeline compute the first, and its last one alone the second. `task(batch)` is
-one after the other.
+one after the other. While a model with experts trains, `layer_losses` goes into the forward pass: the experts' own
+losses enter the gradient there, and are no part of the task's loss.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from model import Decoder
 from model.dropout import DropoutKey
+from model.layer_losses import LayerLosses
+from model.loss import IGNORE_INDEX
 
 Batch = dict[str, Tensor]
 Loss = tuple[Tensor, Tensor | int, dict[str, Tensor]]
@@ -39,6 +43,7 @@ class Task(ABC):
         self.grad_scale = 1.0
         """What the loss will be multiplied by before its backward pass: for float16, see Decoder.loss_sum."""
         self._drops = model.config.hidden_dropout > 0.0 or model.config.attention_dropout > 0.0
+        self._has_experts = any(map(model.config.has_experts, range(model.config.num_hidden_layers)))
 
     @classmethod
     @abstractmethod
@@ -65,20 +70,48 @@ class Task(ABC):
     def figures(self, loss_sum: float, count: float, sums: dict[str, float]) -> dict[str, float]:
         """Figures to log, "loss" among them, from sums over all ranks."""
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states (B, T, C)."""
+    def layer_losses(self, batch: Batch, scale: float) -> LayerLosses | None:
+        """What the layers need to add their own losses to a batch's; None if the model has no experts.
+
+        Args:
+            scale: factor on the sum of the task's losses in the backward pass.
+        """
+        if not self._has_experts:
+            return None
+        input_ids_BT, config, mask_BT = batch["input_ids"], self.model.config, None
+        if "lengths" in batch:
+            places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+            mask_BT = places_T < batch["lengths"][:, None]
+        return LayerLosses(
+            self.row_weights(batch),
+            # Filled in on the device, as copying it there would wait.
+            torch.full((), scale, dtype=torch.float32, device=input_ids_BT.device),
+            mask_BT,
+            config.router_aux_loss_coef if config.router_aux_loss == "batch" else 0.0,
+        )
+
+    def row_weights(self, batch: Batch) -> Tensor:
+        """Terms that each of the B rows adds to the divisor of the loss, float32: they add up to `count`."""
+        return (batch["labels"] != IGNORE_INDEX).sum(1).float()
+
+    def hidden(self, batch: Batch, losses: LayerLosses | None = None) -> Tensor:
+        """Final hidden states (B, T, C).
+
+        Args:
+            losses: `layer_losses` of the batch; None: only the task's loss counts.
+        """
         key = DropoutKey(self.dropout_seed, self.row_ids(batch)) if self._drops and self.model.training else None
         return self.model(
             batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key,
-            document_starts=batch.get("document_starts"),
+            document_starts=batch.get("document_starts"), losses=losses,
         )  # fmt: skip
 
     def row_ids(self, batch: Batch) -> Tensor:
         """Number of each of the B rows in the run, by which dropout is drawn."""
         return batch["row_ids"]
 
-    def __call__(self, batch: Batch) -> Loss:
-        return self.loss(self.hidden(batch), batch)
+    def __call__(self, batch: Batch, losses: LayerLosses | None = None) -> Loss:
+        return self.loss(self.hidden(batch, losses), batch)
 
     def prepass(self, batch: Batch) -> Tensor:
         """A batch's part of what the loss needs to know of the global batch before any gradient: a tensor to be summed

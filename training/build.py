@@ -112,6 +112,7 @@ def build(
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     shape = choose_shape(config.model, config.run, given, weights, vocab_size, max_seq_len)
     _require_same_settings(config, context, dtype, shape)
+    _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
     model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights)
@@ -165,6 +166,7 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )
 
@@ -180,6 +182,20 @@ def _require_same_settings(config: Config, context: DistContext, dtype: torch.dt
         [decisive, str(dtype), shape.__dict__],
         "the ranks have different settings or choose different dtypes: start all with the same flags",
     )
+
+
+def _check_balance(config: Config, shape: ModelConfig) -> None:
+    """
+    Raises:
+        ValueError: the load is to be balanced within whole batches, and no micro-batch holds one.
+    """
+    micro_batches = config.data.gradient_accumulation_steps
+    if shape.num_local_experts and shape.router_aux_loss == "batch" and micro_batches > 1:
+        raise ValueError(
+            f"--router_aux_loss=batch balances the load within a micro-batch, and a step has {micro_batches} of them "
+            f"over all processes: train with one process and --gradient_accumulation_steps=1, or give "
+            f"--router_aux_loss=row"
+        )
 
 
 def _require_same_choices(context: DistContext, chosen: dict[str, str]) -> None:

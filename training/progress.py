@@ -30,3 +30,5 @@ class Unlogged:
     """Divisor of the loss over the whole global batch: supervised tokens, or pairs."""
     learning_rate: float
     grad_norm: float
+    layers: torch.Tensor | None = None
+    """This rank's part of what the layers with experts have counted (model/layer_losses.py)."""

@@ -45,12 +45,14 @@ def report_step(
     figures: dict[str, float],
     reading: dict,
     counted: Flops,
+    experts: dict | None = None,
 ) -> None:
     """Log and record the last step.
 
     Args:
         figures: the last step's, over all ranks.
         reading: StepMeter.read() for the steps since the last report.
+        experts: the last step's `router_figures`; None if the model has no experts.
     """
     if reslog is None:
         return
@@ -61,6 +63,8 @@ def report_step(
         "train", step=progress.step, **figures, lr=last.learning_rate, grad_norm=last.grad_norm,
         tokens=progress.tokens, tokens_per_sec=tokens_per_sec, mfu=mfu, mfu_seed=mfu_seed, **rest,
     )  # fmt: skip
+    if experts is not None:
+        reslog.write("experts", step=progress.step, **experts)
     seconds_left = reading["dt"] * (max_iters - progress.step)
     if reading["dt"] >= _LONG_STEP_S and mfu < _POOR_MFU and torch.get_num_threads() > 1:
         logger.warning(
@@ -69,8 +73,9 @@ def report_step(
         )
     starved = reading["data_wait"] / reading["dt"]
     logger.info(
-        "step %d/%d | %s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% | %s%s left",
-        progress.step, max_iters, shown(figures), last.grad_norm, last.learning_rate,
+        "step %d/%d | %s%s | norm %.3f | lr %.2e | %s tokens/s | MFU %.1f%% | %s%s left",
+        progress.step, max_iters, shown(figures),
+        f" | balance {experts['balance_loss']:.3f}" if experts is not None else "", last.grad_norm, last.learning_rate,
         f"{tokens_per_sec:,.0f}", 100 * mfu, f"data wait {100 * starved:.0f}% | " if starved > 0.05 else "",
         clock(seconds_left),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dataset.loader import Step, batch_digest, num_tokens, validation_batches
+from model.layer_losses import router_figures
 from optimizer.schedule import learning_rate
 from parallel.context import DistContext
 from parallel.contract import StepResult
@@ -213,7 +214,7 @@ class Trainer:
         progress.samples_consumed = batches.last + 1
         progress.tokens += tokens
         self.meter.add_step(batches.last, tokens, digest, waited, comm_wait=self.engine.communication_s())
-        self.unlogged = Unlogged(sums.loss, sums.metrics, max(count, 1), plan.lr, result.grad_norm)
+        self.unlogged = Unlogged(sums.loss, sums.metrics, max(count, 1), plan.lr, result.grad_norm, sums.layers)
         if self.reslog is not None and not result.skipped:
             for name, fields in self.engine.records().items():
                 self.reslog.write(name, step=progress.step, **fields)
@@ -330,9 +331,14 @@ class Trainer:
         self.train_loss = figures["loss"]
         if self.config.run.sync_for_true_time and self.context.device.type == "cuda":
             torch.cuda.synchronize()
+        experts = None
+        if last.layers is not None:
+            layers = self.context.all_sum(last.layers.to("cpu", copy=True))
+            experts = router_figures(layers, last.count, self.model.config)
         report.report_step(
-            self.reslog, self.progress, self.built.derived.max_iters, last, figures, self.meter.read(), self.flops
-        )
+            self.reslog, self.progress, self.built.derived.max_iters, last, figures, self.meter.read(), self.flops,
+            experts,
+        )  # fmt: skip
 
     def close(self) -> None:
         self.loader.close()

@@ -73,6 +73,13 @@ COMPRESSION = (
           usual=True),
     Panel("compression_ratio", "compression ratio", (Curve("compression", "ratio"),)),
 )  # fmt: skip
+EXPERTS = (
+    Panel("expert_load", "expert load: busiest and idlest, 1 if even",
+          (Curve("experts", "load_highest", "busiest"), Curve("experts", "load_lowest", "idlest", ":")), usual=True),
+    Panel("balance_loss", "experts: balance loss, 1 if even", (Curve("experts", "balance_loss"),), usual=True),
+    Panel("router_entropy", "router: entropy of its choice, nats", (Curve("experts", "entropy"),), usual=True),
+    Panel("z_loss", "router: z-loss", (Curve("experts", "z_loss"),)),
+)  # fmt: skip
 DPO = (
     _pair("rewards", "DPO rewards", "rewards", usual=True),
     _both("rewards/margins", "DPO margin", usual=True, key="margins"),
@@ -80,7 +87,7 @@ DPO = (
     _pair("logps", "log-probabilities", "logps"),
 )
 SAVING = (Panel("held_up", "saving: training held up, ms", (Curve("save", "held_up", factor=1000),)),)
-PANELS = (*LEARNING, *SPEED, *COMPRESSION, *DPO, *SAVING)
+PANELS = (*LEARNING, *SPEED, *COMPRESSION, *EXPERTS, *DPO, *SAVING)
 """All known panels, in the order in which they are listed and drawn."""
 _HIDDEN = {"step", "time", "launch", "tokens"}
 _TASKS = {"pretrain": "pretraining", "sft": "SFT", "dpo": "DPO"}

@@ -49,7 +49,7 @@ def _smoothed(snapshot: Snapshot, curve: Curve, view: View, y: np.ndarray, weigh
 
 def _weight(curve: Curve, view: View, count: int) -> float:
     """The weight of smoothing. Only metrics that are measured on a batch are noisy; validation is exact."""
-    if curve.table != "train" or curve.metric == "lr":
+    if curve.table not in ("train", "experts") or curve.metric == "lr":
         return 0.0
     return automatic_weight(count) if view.smoothing is None else view.smoothing
 

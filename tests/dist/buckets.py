@@ -15,8 +15,8 @@ from parallel.config import PowerSGDConfig
 from parallel.powersgd import Eager, PowerSGD
 
 SHAPES = {
-    "embed.weight": (40, 12), "up.weight": (24, 12), "up.bias": (24,), "conv.weight": (10, 3, 4), "thin.weight": (2, 9),
-    "down.weight": (12, 24), "norm.weight": (12,), "head.weight": (40, 12),
+    "embed.weight": (40, 12), "up.weight": (24, 12), "up.bias": (24,), "conv.weight": (10, 3, 2, 2),
+    "thin.weight": (2, 9), "down.weight": (12, 24), "norm.weight": (12,), "head.weight": (40, 12),
 }  # fmt: skip
 
 

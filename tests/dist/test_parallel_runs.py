@@ -168,8 +168,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
                 at[0] = self.progress.step + 1
                 return original_step(self)
 
-            def call(self, batch):
-                loss_sum, count, metrics = original_call(self, batch)
+            def call(self, batch, *losses):
+                loss_sum, count, metrics = original_call(self, batch, *losses)
                 bad = at[0] == int(number) and self.model.training
                 factor = float("nan" if kind == "nan" else "inf") if bad else 1.0
                 return loss_sum * factor, count, metrics

@@ -150,7 +150,7 @@ class GivenTask(DPOTask):
         super().__init__(Decoder(CONFIG), 0, options)
         self.values = values
 
-    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+    def hidden(self, batch: dict[str, Tensor], losses: object = None) -> Tensor:
         return self.values[batch["sample_ids"]]
 
     def log_probs_from(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:

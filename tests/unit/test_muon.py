@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train_my_ddp
+from model.roles import role_of
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
@@ -228,3 +229,37 @@ def test_a_run_goes_on_only_with_its_own_optimizer(tiny_run: list[str], capsys: 
     assert "the run was trained with --optimizer=muon" in capsys.readouterr().out
     assert train(tiny_run, "--resume", "--max_iters=6") == 0
     assert [record["step"] for record in records(tiny_run, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_stepped_matrix_by_matrix(dtype: torch.dtype):
+    """Gate and up of each expert apart, as if they were parameters; also cut into shards of any place."""
+    experts, half, width = 3, 8, 12
+    shapes = {"layers.0.mlp.experts.gate_up_proj": (experts, 2 * half, width),
+              "layers.0.mlp.experts.down_proj": (experts, width, half)}  # fmt: skip
+    roles = {name: role_of(name) for name in shapes}
+    stacks = [one_slice(shape, name, seed=i) for i, (name, shape) in enumerate(shapes.items())]
+    stacks = [SliceWithGrad(p.name, 0, p.shape, p.param.to(dtype), p.grad, p.grad) for p in stacks]
+    # The second expert of the first stack has seen no token.
+    stacks[0].grad.view(experts, -1)[1] = 0.0
+    matrices = [
+        SliceWithGrad(f"layers.0.{name}.{i}.weight", 0, shape, param.flatten(), grad.flatten(), grad.flatten())
+        for name, stack, shape in (("gate_up", stacks[0], (half, width)), ("down", stacks[1], (width, half)))
+        for i, (param, grad) in enumerate(zip(*(t.clone().view(-1, *shape) for t in (stack.param, stack.grad))))
+    ]  # fmt: skip
+    shards, flat = [], [piece.param.clone() for piece in stacks]
+    grads = [piece.grad.clone() for piece in stacks]
+    for piece, param, grad in zip(stacks, flat, grads):
+        for start, end in ((0, 50), (50, 177), (177, len(param))):
+            shards.append(SliceWithGrad(piece.name, start, piece.shape, param[start:end], grad[start:end], grad))
+    for pieces, its_roles in ((stacks, roles), (matrices, None), (shards, roles)):
+        optimizer = MixedPrecisionOptimizer(
+            PlainGradients([pieces]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig(), roles=its_roles
+        )
+        optimizer.step(0.1)
+    together = torch.cat([piece.param for piece in stacks]).float()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+    assert torch.allclose(together, torch.cat([m.param for m in matrices]).float(), atol=tolerance)
+    assert torch.equal(together, torch.cat(flat).float())
+    before = one_slice(stacks[0].shape, stacks[0].name).param.to(dtype).view(experts, -1)
+    assert torch.allclose(stacks[0].param.view(experts, -1)[1].float(), before[1].float() * 0.99, atol=1e-2)

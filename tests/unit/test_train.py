@@ -209,12 +209,12 @@ def asked_at(call: int, training: bool) -> Iterator[list[int]]:
     computes."""
     original, calls = LanguageModelTask.__call__, []
 
-    def compute(self: LanguageModelTask, batch: dict) -> tuple:
+    def compute(self: LanguageModelTask, batch: dict, *losses: object) -> tuple:
         if self.model.training == training:
             calls.append(len(calls) + 1)
             if calls[-1] == call:
                 sigterm()
-        return original(self, batch)
+        return original(self, batch, *losses)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModelTask, "__call__", compute)
@@ -513,8 +513,8 @@ def test_epochs(tiny_run: list[str], data_dir: Path):
 def test_non_finite_gradients_end_the_run_with_names(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch):
     original = LanguageModelTask.__call__
 
-    def poisoned(self, batch):
-        loss_sum, count, metrics = original(self, batch)
+    def poisoned(self, batch, *losses):
+        loss_sum, count, metrics = original(self, batch, *losses)
         return (loss_sum * float("nan") if self.model.training else loss_sum), count, metrics
 
     monkeypatch.setattr(LanguageModelTask, "__call__", poisoned)
@@ -749,8 +749,8 @@ def not_finite_in(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         at[0] = self.progress.step + 1
         return original_step(self)
 
-    def call(self, batch):
-        loss_sum, count, metrics = original_call(self, batch)
+    def call(self, batch, *losses):
+        loss_sum, count, metrics = original_call(self, batch, *losses)
         return loss_sum * (float("nan") if at[0] in steps and self.model.training else 1.0), count, metrics
 
     monkeypatch.setattr(trainer_module.Trainer, "_step", step)
