@@ -45,8 +45,8 @@ class SparseFamily(CommonFamily):
         }  # fmt: skip
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        missing = [] if config.num_local_experts else [f"a {self.model_type} has experts, give num_local_experts"]
-        return missing + super().mismatches(config)
+        found = super().mismatches(config)
+        return found if config.num_local_experts else [f"num_local_experts is above 0 in every {self.model_type}", *found]
 
     def their_name(self, name: str) -> str:
         return super().their_name(name).replace("mlp.router.weight", self.router)
