@@ -468,5 +468,5 @@ def test_a_qwen2_that_was_saved_as_a_llama_for_its_tokenizer_goes_on():
 def test_a_model_that_no_family_holds_is_refused_before_the_training():
     run = RunConfig()
     with pytest.raises(ValueError, match="no family"):
-        choose_shape(ModelConfig(normalized_head=True, qk_norm=True), run, frozenset(), None, 64, 8)
-    assert choose_shape(ModelConfig(), run, frozenset(), None, 64, 8).model_type == ""
+        choose_shape(ModelConfig(normalized_head=True, qk_norm=True), run, frozenset(), None, False, 64, 8)
+    assert choose_shape(ModelConfig(), run, frozenset(), None, False, 64, 8).model_type == ""
