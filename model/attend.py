@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.rope import inverse_frequencies, rope_tables, sequence_lengths
+from model.rope import rotary_tables
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
@@ -215,8 +215,7 @@ def attend_to(
     if config.position_embedding == "alibi":
         slopes = alibi_slopes(config.num_attention_heads, device)
     else:
-        lengths = sequence_lengths(positions_BT, document_ids_BT) if config.rope_scaling == "dynamic" else None
-        rope = rope_tables(inverse_frequencies(config, lengths, device), positions_BT)
+        rope = rotary_tables(config, positions_BT, document_ids_BT)
     common, windows = Attend(positions_BT, rope, slopes=slopes, cache=cache), set(windows)
     if device.type != "cuda":
         # Kernels for CPUs take float32 beside 16 bits, those for GPUs only the queries' dtype.

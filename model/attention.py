@@ -46,7 +46,7 @@ class Attention(nn.Module):
             k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
         q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
         if attend.rope is not None:
-            q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope)
+            q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)

@@ -56,7 +56,7 @@ class Ops:
     """Op -> implementation."""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = norm.rms_norm_reference
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = norm.add_rms_norm_reference
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = rotary.rope_reference
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = rotary.rope_reference
     swiglu: Callable[[Tensor, Tensor], Tensor] = gated.swiglu_reference
     swiglu_packed: Callable[[Tensor], Tensor] | None = None
     """SwiGLU of gate and up side by side, which then come out of one matmul; None: two matmuls."""

@@ -143,6 +143,8 @@ class Family:
         for name in CHOICES:
             value, has = getattr(config, name), self.fixed.get(name, _DEFAULTS[name])
             is_open = name in self.free or (name == "norm_topk_prob" and not config.num_local_experts)
+            # There it is a number of the method.
+            is_open = is_open or (name == "partial_rotary_factor" and config.rope_scaling == "proportional")
             if not is_open and value != has:
                 found.append(f"{name} is {has} in every {self.model_type}, not {value}")
         return found

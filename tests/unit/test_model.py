@@ -1,6 +1,7 @@
 """The model against Hugging Face's, against itself in other modes, and against known answers."""
 
 import dataclasses
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -19,9 +20,11 @@ from model.attend import alibi_slopes, attend_to, attention_mask, document_lengt
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
 from model.families.llama import LLAMA
 from model.kernels.attention import attention_by_document, plain_attention
+from model.kernels.rope import rope_reference
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
 from model.roles import role_of
+from model.rope import rotary_tables
 
 SMALL = ModelConfig(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -42,7 +45,21 @@ VARIANTS = {
         "rope_theta": 500.0,
         "original_max_position_embeddings": 16,
     },  # fmt: skip
-}
+    "yarn": {
+        "rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_theta": 500.0, "rope_beta_fast": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn with its own scale": {
+        "rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_attention_factor": 0.7, "rope_beta_slow": 0.1,
+        "rope_truncate": False,
+    },
+    # One number for each of the 8 pairs; the text is longer than the original context.
+    "longrope": {
+        "rope_scaling": "longrope", "rope_scaling_factor": 2.0, "original_max_position_embeddings": 16,
+        "rope_short_factor": "1.0,1.0,1.05,1.1,1.2,1.2,1.4,2.0", "rope_long_factor": "1.0,1.3,1.7,2.4,3.1,4.7,9.9,20.5",
+    },
+    "proportional": {"rope_scaling": "proportional", "rope_scaling_factor": 2.0, "partial_rotary_factor": 0.4},
+}  # fmt: skip
 
 
 def build(seed: int = 0, **changes) -> Decoder:
@@ -88,16 +105,19 @@ def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
         assert error < 1e-5, name
 
 
-def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path):
-    """Padded rows of one batch, documents of one row, and a prompt with its continuation, token by token."""
-    model = build(**VARIANTS["dynamic"]).eval()
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("second", [10, 19])
+def test_rope_is_hugging_faces_of_each_document_alone(kind: str, second: int, tmp_path: Path):
+    """Padded rows of one batch, documents of one row, and a prompt with its continuation, token by token. The original
+    context, 16, is less than the first document, and lies within the continuation."""
+    model = build(**VARIANTS[kind]).eval()
     export(model, tmp_path)
 
     def theirs() -> torch.nn.Module:
         # A new model each time, because it remembers the longest sequence.
         return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
 
-    long, short = tokens(1, 28), tokens(1, 19, seed=5)
+    long, short = tokens(1, 28), tokens(1, second, seed=5)
     expected = [theirs()(ids).logits for ids in (long, short)]
     ids, positions = torch.zeros(2, 28, dtype=torch.int64), torch.zeros(2, 28, dtype=torch.int64)
     for row, document in enumerate((long, short)):
@@ -105,9 +125,9 @@ def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path)
         ids[row, :length], positions[row, :length] = document, torch.arange(length)
     rows = model.logits(model(ids, positions))
     packed = torch.cat([long, short], dim=1)
-    documents = torch.tensor([[0] * 28 + [1] * 19])
-    together = model.logits(model(packed, torch.cat([torch.arange(28), torch.arange(19)])[None], documents))
-    for ours, theirs_alone in zip((rows[:1], rows[1:, :19], together[:, :28], together[:, 28:]), expected * 2):
+    documents = torch.tensor([[0] * 28 + [1] * second])
+    together = model.logits(model(packed, torch.cat([torch.arange(28), torch.arange(second)])[None], documents))
+    for ours, theirs_alone in zip((rows[:1], rows[1:, :second], together[:, :28], together[:, 28:]), expected * 2):
         assert torch.allclose(ours, theirs_alone, atol=1e-5, rtol=1e-5)
 
     cache, reference, kept = KVCache(model.config, 1, 28, torch.float32, torch.device("cpu")), theirs(), None
@@ -424,6 +444,7 @@ BY_WIDTH = {
     "hidden dropout": {"hidden_dropout": 0.3},
     "attention dropout": {"attention_dropout": 0.3},
     "dynamic": VARIANTS["dynamic"] | {"max_position_embeddings": 6},
+    "longrope": VARIANTS["longrope"] | {"original_max_position_embeddings": 10},
 }
 
 
@@ -476,13 +497,63 @@ def test_plain_attention_equals_sdpa():
 
 def test_rope_stays_in_float32_under_bf16():
     """The original cast the tables to bf16: at position 4,000 neighbouring positions became one."""
-    from model.rope import inverse_frequencies, rope_tables
-
     model = build(max_position_embeddings=8192).to(torch.bfloat16)
-    cos, _ = rope_tables(inverse_frequencies(model.config), torch.tensor([[4000, 4001]]))
+    cos, _ = rotary_tables(model.config, torch.tensor([[4000, 4001]]))
     assert cos.dtype == torch.float32
     assert not torch.equal(cos[:, :, 0], cos[:, :, 1])
     assert model(tokens()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["glm", "ernie4_5_moe"])
+def test_interleaved_rope_is_that_of_their_models(kind: str):
+    """Glm rotates half of each head, Ernie all of it."""
+    theirs = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}").apply_rotary_pos_emb
+    config = dataclasses.replace(SMALL, partial_rotary_factor={"glm": 0.5}.get(kind, 1.0)).resolve()
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 24, 16, generator=generator) for heads in (4, 2))
+    cos, sin = rotary_tables(config, torch.arange(24)[None].expand(2, -1))
+    ours = rope_reference(q, k, cos, sin, interleaved=True)
+    twice = (torch.cat((table, table), dim=-1)[:, 0] for table in (cos, sin))
+    for found, expected in zip(ours, theirs(q, k, *twice)):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_rotated_part_in_pairs_side_by_side_is_another_order_of_channels():
+    """Of 16 channels, (2 i, 2 i + 1) with i < 4 turn by theta ** (-2 i / 8); as proportional positions, (i, i + 8) do
+    so by (theta ** 2) ** (-2 i / 16)."""
+    other = build(qkv_bias=True, rope_theta=900.0, rope_scaling="proportional", partial_rotary_factor=0.5)
+    changes = {"qkv_bias": True, "rope_theta": 30.0, "rope_interleaved": True}
+    part, whole = (Decoder(dataclasses.replace(SMALL, **changes, partial_rotary_factor=share).resolve())
+                   for share in (0.5, 1.0))  # fmt: skip
+    order, state = [0, 8, 1, 9, 2, 10, 3, 11, *range(4, 8), *range(12, 16)], dict(other.state_dict())
+    for name, value in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            state[name] = value.unflatten(0, (-1, 16))[:, order].flatten(0, 1)
+    for model in (part, whole):
+        model.load_state_dict(state)
+    assert torch.allclose(part(tokens()), other(tokens()), atol=1e-5)
+    assert not torch.allclose(part(tokens()), whole(tokens()), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial_rotary_factor": 0.2}, "leaves 3 channels of 16 to rotate: choose one that leaves an even number"),
+        ({"rope_scaling": "longrope"}, "rope_short_factor must be positive numbers with commas, such as 1.0,1.5; got"),
+        (VARIANTS["longrope"] | {"rope_long_factor": "1.0,2.0"}, "must have a number for each of the 8 pairs"),
+        (VARIANTS["longrope"] | {"rope_long_factor": "1,2,3,4,5,6,7,-1"}, "rope_long_factor must be positive numbers"),
+        (VARIANTS["longrope"] | {"rope_short_factor": "1,2,nan"}, "rope_short_factor must be positive numbers"),
+        (VARIANTS["longrope"] | {"original_max_position_embeddings": 1}, "needs an original_max_position_embeddings"),
+        (VARIANTS["yarn"] | {"rope_beta_slow": 5.0}, "rope_beta_fast must be at least rope_beta_slow 5.0, got 4.0"),
+        (VARIANTS["yarn"] | {"rope_beta_slow": 0.0}, "rope_beta_slow must be positive, got 0.0"),
+        (VARIANTS["yarn"] | {"rope_theta": 1.0}, "rope_scaling=yarn needs a rope_theta above 1"),
+        (VARIANTS["yarn"] | {"rope_attention_factor": -1.0}, "rope_attention_factor must lie between 0.0 and"),
+        (VARIANTS["proportional"] | {"partial_rotary_factor": 0.1}, "leaves none of 8 pairs of channels to rotate"),
+    ],
+)  # fmt: skip
+def test_rope_that_cannot_be_built_is_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes).resolve()
 
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
