@@ -195,7 +195,8 @@ OTHER_CHATGLM = {
 OTHER_YUAN = {
     "num_key_value_heads": [1], "tie_word_embeddings": [False], "causal_mask": [False], "use_shareqk": [True],
     "use_moe": [True], "dropout": [0.1], "use_flash_attention": [True], "reset_attention_mask": [True],
-    "reset_position_ids": [True], "eod_token": [5], "eod_token_id": [5], "sep_token": [5], "use_loss_mask": [True], "lf_conv2d_num_pad": [0], "moe_config": [{}],
+    "reset_position_ids": [True], "eod_token": [5], "eod_token_id": [5], "sep_token": [5], "use_loss_mask": [True],
+    "lf_conv2d_num_pad": [0], "moe_config": [{}],
     "attention_projection_size": [8], "rotary_base": [500],
 }  # fmt: skip
 OTHER_ROTARY = [
