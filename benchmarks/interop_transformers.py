@@ -37,12 +37,30 @@ KINDS = {
         "rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_theta": 5000.0,
         "original_max_position_embeddings": BEFORE,
     },
+    "yarn": {
+        "rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_theta": 5000.0, "rope_beta_fast": 2.0,
+        "original_max_position_embeddings": BEFORE,
+    },
+    "longrope": {
+        "rope_scaling": "longrope", "rope_scaling_factor": 4.0, "rope_theta": 5000.0,
+        "rope_short_factor": "1.0,1.0,1.1,1.1,1.2,1.2,1.4,2.0", "rope_long_factor": "1.0,1.3,1.7,2.4,3.1,4.7,9.9,20.5",
+        "original_max_position_embeddings": BEFORE,
+    },
+    "longrope, 2": {
+        "rope_scaling": "longrope", "rope_scaling_factor": 2.0, "rope_theta": 5000.0,
+        "rope_short_factor": "1.0,1.0,1.1,1.1,1.2,1.2,1.4,2.0", "rope_long_factor": "1.0,1.3,1.7,2.4,3.1,4.7,9.9,20.5",
+        "original_max_position_embeddings": BEFORE,
+    },
+    "proportional": {"rope_scaling": "proportional", "rope_scaling_factor": 2.0, "partial_rotary_factor": 0.5},
     "qwen2, linear": {"qkv_bias": True, "rope_scaling": "linear", "rope_scaling_factor": 4.0},
     "tied, llama3": {
         "tie_word_embeddings": True, "rope_scaling": "llama3", "rope_scaling_factor": 8.0,
         "original_max_position_embeddings": BEFORE,
     },
 }  # fmt: skip
+SINCE = {"yarn": (4, 57), "longrope": (4, 57), "longrope, 2": (4, 57), "proportional": (5, 0)}
+"""The first of the versions tried that computes a kind as version 5 does. Before it, yarn's original context was
+max_position_embeddings, a llama took longrope's short list for every text, and proportional positions are unknown."""
 TOLERANCE = 1e-4
 
 
@@ -79,8 +97,11 @@ def check(root: Path) -> int:
     from transformers import AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()
-    worst = 0.0
+    worst, version = 0.0, tuple(map(int, transformers.__version__.split(".")[:2]))
     for directory in sorted(root.iterdir()):
+        if version < SINCE.get(directory.name, version):
+            print(f"transformers {transformers.__version__:8} {directory.name:14} computes something else")
+            continue
         for name, expected in load_file(directory / "expected.safetensors").items():
             # A new model each time, because dynamic scaling remembers the longest text.
             model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").float().eval()

@@ -4,7 +4,8 @@
       .tmp-step-N-ID/       a save in progress (checkpoint/saving.py)
         rank-R.done.json    each rank's record of its files: sizes and sha256
       step-N/               the finished checkpoint: records checked, manifest written, folder renamed
-        model.safetensors, config.json, tokenizer ...   a Hugging Face folder
+        model.safetensors, config.json, tokenizer ...   a Hugging Face folder, whose weights may be in several parts
+        vocabulary_padding.safetensors  rows of the vocabulary that only the training has (model/hf_saved.py)
         optim-R.safetensors     optimizer state that rank R wrote (checkpoint/named.py)
         comm_hook-R.safetensors what rank R's comm hook remembers, if it has a memory
         trainer_state.json      the run's position
@@ -36,7 +37,6 @@ from utils.files import sha256_of_file
 from utils.small_files import parse_json
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
-MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILES = "optim-*.safetensors"
 """Pattern of the files that hold optimizer state."""
 UNKNOWN_SAVE = "unknown-"

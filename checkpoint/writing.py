@@ -10,13 +10,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.folder import MANIFEST, MODEL_FILE, REPLACED, hook_file, optimizer_file, sealed, step_dir
+from checkpoint.folder import MANIFEST, REPLACED, hook_file, optimizer_file, sealed, step_dir
 from checkpoint.host_copies import HostCopies
 from checkpoint.named import NamedState, keyed
 from checkpoint.stores import StorePlace
@@ -24,6 +25,20 @@ from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_fi
 
 POLL_SECONDS = 0.005
 """Pause between two looks at whether other ranks are done."""
+
+
+Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _TensorFile:
+    """A file of tensors; see `CheckpointWriter.add_tensors`."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None
+    convert: Convert | None
+    are_weights: bool
 
 
 class NonFiniteWeights(ValueError):
@@ -43,17 +58,31 @@ class CheckpointWriter:
         self.step, self.place, self.save_id = step, place, save_id
         self.directory = ckpt_dir / f".tmp-{step_dir(step)}-{save_id}"
         self._final, self._copies = ckpt_dir / step_dir(step), copies
-        self._tensors: list[tuple[str, dict[str, Tensor], dict[str, str] | None]] = []
+        self._tensors: list[_TensorFile] = []
         self._contents: list[tuple[str, bytes]] = []
         self._folders: list[Callable[[Path], None]] = []
         self._files: list[str] = []
         self._sharded = False
 
-    def add_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    def add_tensors(
+        self,
+        name: str,
+        tensors: dict[str, Tensor],
+        metadata: dict[str, str] | None = None,
+        convert: Convert | None = None,
+        are_weights: bool = False,
+    ) -> None:
+        """Add a file of tensors.
+
+        Args:
+            convert: the tensors as they will be -> those that the file holds, called when it is written. So what is
+                joined from several takes no memory before, and that of one file at a time.
+            are_weights: they must be finite.
+        """
         tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         if self._copies is not None:
             tensors = {key: self._copies.copy(f"{name}:{key}", tensor) for key, tensor in tensors.items()}
-        self._tensors.append((name, tensors, metadata))
+        self._tensors.append(_TensorFile(name, tensors, metadata, convert, are_weights))
 
     def add_named_state(self, state: NamedState, sharded: bool) -> None:
         """Add this rank's pieces of the optimizer state.
@@ -101,13 +130,16 @@ class CheckpointWriter:
         if self._copies is not None:
             self._copies.wait()
         self._require_finite_weights()
-        for name, tensors, metadata in self._tensors:
-            self.write_tensors(name, tensors, metadata)
+        for file in self._tensors:
+            tensors = file.tensors
+            if file.convert is not None:
+                tensors = {key: tensor.contiguous() for key, tensor in file.convert(tensors).items()}
+            self.write_tensors(file.name, tensors, file.metadata)
 
     def _require_finite_weights(self) -> None:
-        for name, tensors, _ in self._tensors:
-            for key, tensor in tensors.items():
-                is_weight = name == MODEL_FILE or key.endswith("/main")
+        for file in self._tensors:
+            for key, tensor in file.tensors.items():
+                is_weight = file.are_weights or key.endswith("/main")
                 # One pass without a mask: NaN goes through to both.
                 if is_weight and tensor.numel() and not all(math.isfinite(x) for x in torch.aminmax(tensor)):
                     raise NonFiniteWeights(f"{key.partition('@')[0]} is not finite")

@@ -1,7 +1,8 @@
 """Shape and numerics of the model. Plain data: importing this does not load torch."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from utils.options import OnlyWith
 
@@ -16,7 +17,8 @@ _RANGES = {
     "num_hidden_layers": (1, 2_000), "num_attention_heads": (1, 2**16), "num_key_value_heads": (1, 2**16),
     "head_dim": (1, 2**16), "max_position_embeddings": (0, 2**31 - 1),
     "original_max_position_embeddings": (0, 2**31 - 1), "rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1.0),
-    "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6), "sliding_window": (0, 2**31 - 1),
+    "rope_theta": (1.0, 1e30), "rope_scaling_factor": (1.0, 1e6), "rope_attention_factor": (0.0, 1e6),
+    "sliding_window": (0, 2**31 - 1),
     "num_local_experts": (0, 2**16), "num_experts_per_tok": (1, 2**16), "moe_intermediate_size": (0, 2**24),
     "num_shared_experts": (0, 2**16), "router_aux_loss_coef": (0.0, 1e6), "router_z_loss_coef": (0.0, 1e6),
     "router_bias_update_rate": (0.0, 1e6), "partial_rotary_factor": (0.0, 1.0),
@@ -86,19 +88,32 @@ class ModelConfig:
     rope_interleaved: bool = False
     """Rotate neighbouring channels of a head together, not those half a head apart."""
     partial_rotary_factor: float = 1.0
-    """Share of each head's channels that is rotated: the first ones."""
+    """Share of each head's channels that is rotated: the first ones. proportional scaling: share of the pairs."""
     rope_theta: float = 10000.0
     """Base of the rotary position embedding."""
-    rope_scaling: Literal["none", "linear", "dynamic", "llama3"] = "none"
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"] = "none"
     """Method to reach longer contexts. dynamic (NTK-aware) acts on sequences beyond max_position_embeddings."""
     rope_scaling_factor: float = 1.0
-    """Factor by which the context is stretched."""
+    """Factor by which the context is stretched; longrope: only what rope_attention_factor is derived from."""
     rope_low_freq_factor: float = 1.0
     """llama3 scaling: wavelengths above the original context divided by this are stretched by the whole factor."""
     rope_high_freq_factor: float = 4.0
     """llama3 scaling: wavelengths below the original context divided by this stay as they are."""
+    rope_beta_fast: float = 32.0
+    """yarn scaling: wavelengths that fit more often into the original context stay as they are."""
+    rope_beta_slow: float = 1.0
+    """yarn scaling: wavelengths that fit less often into the original context are stretched by the whole factor."""
+    rope_truncate: bool = True
+    """yarn scaling: let the range between these two begin and end at whole channels."""
+    rope_short_factor: str = ""
+    """longrope scaling: by how much each wavelength is stretched in sequences within the original context: a number for
+    each pair of channels, with commas."""
+    rope_long_factor: str = ""
+    """longrope scaling: the same in longer sequences."""
+    rope_attention_factor: float = 0.0
+    """yarn and longrope scaling: scale of rotated queries and keys; 0: that of the method for rope_scaling_factor."""
     original_max_position_embeddings: int = 0
-    """llama3 scaling: context before stretching; 0: max_position_embeddings."""
+    """llama3, yarn and longrope scaling: context before stretching; 0: max_position_embeddings."""
     num_local_experts: int = 0
     """Experts of each feed-forward layer, of which a router chooses some for each token; 0: none, a dense layer. With
     --init_from of a dense model, each expert begins as a copy of its feed-forward layer."""
@@ -210,14 +225,53 @@ class ModelConfig:
                 f"partial_rotary_factor {self.partial_rotary_factor} leaves {self.rotary_dim} channels of "
                 f"{self.head_dim} to rotate: choose one that leaves an even number"
             )
-        if self.rope_scaling == "dynamic" and self.rotary_dim < 4:
+        check = {
+            "dynamic": self._check_dynamic, "llama3": self._check_llama3, "yarn": self._check_yarn,
+            "longrope": self._check_longrope, "proportional": self._check_proportional,
+        }.get(self.rope_scaling)  # fmt: skip
+        if check is not None:
+            check()
+
+    def _check_dynamic(self) -> None:
+        if self.rotary_dim < 4:
             raise ValueError(f"rope_scaling=dynamic needs a head_dim of at least 4, got {self.rotary_dim}")
-        if self.rope_scaling == "llama3":
-            low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-            if not 0.0 < low:
-                raise ValueError(f"rope_low_freq_factor must be positive, got {low}")
-            if not low < high:
-                raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
+
+    def _check_llama3(self) -> None:
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if not 0.0 < low:
+            raise ValueError(f"rope_low_freq_factor must be positive, got {low}")
+        if not low < high:
+            raise ValueError(f"rope_high_freq_factor must be larger than rope_low_freq_factor {low}, got {high}")
+
+    def _check_yarn(self) -> None:
+        slow, fast = self.rope_beta_slow, self.rope_beta_fast
+        if not 0.0 < slow:
+            raise ValueError(f"rope_beta_slow must be positive, got {slow}")
+        if not slow <= fast:
+            raise ValueError(f"rope_beta_fast must be at least rope_beta_slow {slow}, got {fast}")
+        if self.rope_theta == 1.0:
+            raise ValueError("rope_scaling=yarn needs a rope_theta above 1, with which all wavelengths would be equal")
+
+    def _check_longrope(self) -> None:
+        if not self.vocab_size:
+            # The shape, and maybe these numbers, may still come from weights to start from.
+            return
+        for name in ("rope_short_factor", "rope_long_factor"):
+            factors = rope_factors(name, getattr(self, name))
+            if len(factors) != self.rotary_dim // 2:
+                raise ValueError(
+                    f"{name} must have a number for each of the {self.rotary_dim // 2} pairs of channels, got "
+                    f"{len(factors)}"
+                )
+        if self.original_max_position_embeddings == 1:
+            raise ValueError("rope_scaling=longrope needs an original_max_position_embeddings above 1")
+
+    def _check_proportional(self) -> None:
+        if self.rotated_pairs < 1:
+            raise ValueError(
+                f"partial_rotary_factor {self.partial_rotary_factor} leaves none of {self.head_dim // 2} pairs of "
+                f"channels to rotate: choose a larger one"
+            )
 
     def _check_experts(self) -> None:
         _layers("dense_layers", self.dense_layers, self.num_hidden_layers)
@@ -236,8 +290,14 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of each head that are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        """Channels of each head that have an angle; with proportional scaling, it may be 0."""
+        is_whole = self.rope_scaling == "proportional"
+        return self.head_dim if is_whole else int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def rotated_pairs(self) -> int:
+        """Pairs of channels of each head whose angle is not 0."""
+        return int(self.partial_rotary_factor * self.head_dim // 2)
 
     def window_of(self, layer: int) -> int:
         """Latest keys that a query of a layer sees; 0: all."""
@@ -262,19 +322,57 @@ def _layers(name: str, text: str, num_layers: int) -> frozenset[int]:
     return frozenset(map(int, numbers))
 
 
+def rope_factors(name: str, text: str) -> tuple[float, ...]:
+    """Numbers in a field of longrope.
+
+    Raises:
+        ValueError: it is not a list of positive numbers.
+    """
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(1e-6 <= number <= 1e6 for number in numbers):
+        raise ValueError(f"{name} must be positive numbers with commas, such as 1.0,1.5; got {text or 'nothing'}")
+    return numbers
+
+
+_HAS_NO_FACTOR = ("longrope", "proportional")
+"""Methods that do something else, too, than to stretch by rope_scaling_factor."""
+
+
+def _is_method(*methods: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether fields of certain methods have an effect; see `OnlyWith.counts`."""
+    # With weights to start from, the method may come from their configuration.
+    return lambda f: f["rope_scaling"] in methods or f["init_from"] or f["resume"]
+
+
 ONLY_WITH = (
     # With weights to start from, the others may come from their configuration.
     OnlyWith(
-        ("rope_scaling",), lambda f: f["rope_scaling_factor"] != 1.0 or f["init_from"] or f["resume"],
-        "with --rope_scaling_factor=1",
+        ("rope_scaling",),
+        lambda f: f["rope_scaling_factor"] != 1.0 or f["rope_scaling"] in _HAS_NO_FACTOR or f["init_from"]
+        or f["resume"], "with --rope_scaling_factor=1",
     ),
     OnlyWith(
         ("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
         "without --rope_scaling",
     ),
     OnlyWith(
-        ("rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings"),
-        lambda f: f["rope_scaling"] == "llama3" or f["init_from"] or f["resume"], "without --rope_scaling=llama3",
+        ("rope_low_freq_factor", "rope_high_freq_factor"), _is_method("llama3"), "without --rope_scaling=llama3",
+    ),
+    OnlyWith(
+        ("original_max_position_embeddings",), _is_method("llama3", "yarn", "longrope"),
+        "without --rope_scaling=llama3, yarn or longrope",
+    ),
+    OnlyWith(
+        ("rope_beta_fast", "rope_beta_slow", "rope_truncate"), _is_method("yarn"), "without --rope_scaling=yarn",
+    ),
+    OnlyWith(
+        ("rope_short_factor", "rope_long_factor"), _is_method("longrope"), "without --rope_scaling=longrope",
+    ),
+    OnlyWith(
+        ("rope_attention_factor",), _is_method("yarn", "longrope"), "without --rope_scaling=yarn or longrope",
     ),
     OnlyWith(
         ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "router_aux_loss",

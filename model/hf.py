@@ -5,8 +5,9 @@ What a configuration means and what tensors are called, model/families/ says.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.families import family_named, family_of
 from model.families.family import Beside, Family, Rule
-from model.hf_files import INDEX, MISTAKES, is_pointer, read_json, shown, weight_files, without_config
+from model.hf_files import INDEX, MISTAKES, PADDING, is_pointer, read_json, shown, weight_files, without_config
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|SCB)$"
@@ -82,12 +83,54 @@ def named_weights(model: Decoder, family: Family | None = None) -> dict[str, Ten
         family: as in to_hf_config.
     """
     family = family or family_of(model.config)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return converted(parameters, written_rules(family, model.config, list(parameters)))
+
+
+def written_rules(family: Family, config: ModelConfig, names: list[str]) -> list[Rule]:
+    """Rules for all tensors that a folder of ours holds.
+
+    Args:
+        names: names of all the model's parameters.
+    """
+    written = [beside for beside in family.besides(config) if beside.is_written]
+    return [*_rules(family, config, names), *map(_rule_of, written)]
+
+
+def _rule_of(beside: Beside) -> Rule:
+    return Rule((beside.theirs,), (beside.like,), lambda tensors: [beside.expected(tensors[0])])
+
+
+def converted(parameters: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
+    """The tensors of a folder, by their names there."""
     named: dict[str, Tensor] = {}
-    for rule in _rules(family, model):
-        named |= zip(rule.theirs, rule.join([weights[name] for name in rule.ours]))
-    written = [beside for beside in family.besides(model.config) if beside.is_written]
-    return named | {beside.theirs: beside.expected(weights[beside.like]) for beside in written}
+    for rule in rules:
+        named |= zip(rule.theirs, rule.join([parameters[name] for name in rule.ours]))
+    return named
+
+
+def vocabulary_rows(family: Family, names: Iterable[str], rows: slice) -> dict[str, slice]:
+    """These rows, for each parameter that has a row for each entry of the vocabulary."""
+    return {name: rows for name in names if family.role_of(name).cut == "vocabulary"}
+
+
+def cut(parameters: Mapping[str, Tensor], rows: Mapping[str, slice]) -> dict[str, Tensor]:
+    """Rows of parameters, of those that are named."""
+    return {name: parameters[name][rows[name]] for name in rows if name in parameters}
+
+
+def count_padding(directory: str | Path) -> int:
+    """Rows of the vocabulary that a run keeps beside its weights; see hf_saved.py.
+
+    Raises:
+        ValueError: their file cannot be read.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    path = Path(directory) / PADDING
+    if not path.exists():
+        return 0
+    with _opened(path) as tensors:
+        return max((tensors.get_slice(name).get_shape()[0] for name in tensors.keys()), default=0)
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -126,10 +169,9 @@ def _naming(directory: str | Path) -> Iterator[None]:
         raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from None
 
 
-def _rules(family: Family, model: Decoder) -> list[Rule]:
+def _rules(family: Family, config: ModelConfig, names: list[str]) -> list[Rule]:
     """The rules of a family for a model's parameters."""
-    names = [name for name, _ in model.named_parameters()]
-    rules = family.rules(model.config, names)
+    rules = family.rules(config, names)
     held = sorted(name for rule in rules for name in rule.ours)
     assert held == sorted(names), f"{family.model_type}: rules must hold each parameter once: {set(held) ^ set(names)}"
     return rules
@@ -148,6 +190,10 @@ class _Folder(NamedTuple):
     weights: list[tuple[Rule, list[_Stored]]]
     """The tensors of each rule."""
     besides: list[tuple[Beside, _Stored]]
+    rows: dict[str, slice]
+    """Name of a parameter -> its rows that are there; of those that are not named, all are."""
+    padding: dict[str, slice]
+    """Name of a parameter -> its rows that are in the file of the padding."""
 
 
 def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
@@ -156,14 +202,20 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     Raises:
         ValueError: see load_weights.
     """
-    family = _read_family(directory)
+    family, config = _read_family(directory), model.config
     # Without values, so that joined tensors take neither memory nor time.
     parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-    rules, besides = _rules(family, model), family.besides(model.config)
-    needed: dict[str, torch.Size] = {}
-    for rule in rules:
-        joined = rule.join([parameters[name] for name in rule.ours])
-        needed |= {_short(family, name): tensor.shape for name, tensor in zip(rule.theirs, joined)}
+    rows: dict[str, slice] = {}
+    padding: dict[str, slice] = {}
+    padded = count_padding(directory)
+    if padded and read_config(directory).vocab_size == config.vocab_size - padded:
+        config = replace(config, vocab_size=config.vocab_size - padded)
+        rows = vocabulary_rows(family, parameters, slice(config.vocab_size))
+        padding = vocabulary_rows(family, parameters, slice(config.vocab_size, None))
+        _check_padding(Path(directory) / PADDING, cut(parameters, padding))
+    parameters |= cut(parameters, rows)
+    rules, besides = _rules(family, config, list(parameters)), family.besides(config)
+    needed = {_short(family, name): tensor.shape for name, tensor in converted(parameters, rules).items()}
     spare = {_short(family, beside.theirs): beside.expected(parameters[beside.like]).shape for beside in besides}
     found = _find_tensors(Path(directory), family, needed | spare)
     if missing := sorted(needed.keys() - found.keys()):
@@ -171,7 +223,21 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     return _Folder(
         [(rule, [found[_short(family, name)] for name in rule.theirs]) for rule in rules],
         [(beside, found[short]) for beside in besides if (short := _short(family, beside.theirs)) in found],
-    )
+        rows, padding,
+    )  # fmt: skip
+
+
+def _check_padding(file: Path, expected: Mapping[str, Tensor]) -> None:
+    """See that the file of the padding holds these tensors.
+
+    Raises:
+        ValueError: it lacks one, or has one of another shape or dtype.
+    """
+    with _opened(file) as tensors:
+        for name, tensor in expected.items():
+            if name not in tensors.keys():
+                raise ValueError(f"{file} lacks {name}: take the checkpoint before this one")
+            _check_header(file, name, tensors.get_slice(name), tensor.shape)
 
 
 def _short(family: Family, name: str) -> str:
@@ -281,7 +347,9 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
             not finite; the first one is named.
         OSError: a disk or a network fails, and may be back later.
     """
-    parameters, folder = dict(model.named_parameters()), _find_weights(directory, model)
+    folder = _find_weights(directory, model)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    held = parameters | cut(parameters, folder.rows)
     # File by file: the tensors of most rules are in one file.
     by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
@@ -291,9 +359,11 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
                 for place, tensor in zip(stored, theirs):
                     _check_finite(place, tensor)
                 for name, weight in zip(rule.ours, rule.split(theirs)):
-                    parameters[name].copy_(weight)
+                    held[name].copy_(weight)
+    for name, rows in cut(parameters, folder.padding).items():
+        rows.copy_(_read_tensor(_Stored(Path(directory) / PADDING, name)))
     for beside, place in folder.besides:
-        _check_beside(place, _read_tensor(place), beside, parameters[beside.like])
+        _check_beside(place, _read_tensor(place), beside, held[beside.like])
 
 
 def _read_tensor(place: _Stored) -> Tensor:

@@ -3,9 +3,13 @@
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PADDING = "vocabulary_padding.safetensors"
+"""File beside the weights in a checkpoint of ours: rows of the vocabulary that only the training has. Its name does not
+begin like those of weights, so other programs do not read it."""
 _PART = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
 
@@ -81,6 +85,32 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if _is_adapter(directory):
         raise ValueError(f"{directory} holds an adapter beside the weights: take it out, or merge it into them")
     return files, mapping if files == named else {}
+
+
+def split_into_files(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Name of each file -> names of its weights, in their order. A weight that is larger than a file may be is alone in
+    its own. The names of the files are transformers'.
+
+    Args:
+        sizes: name of a weight -> its bytes.
+        max_bytes: size that no file of several weights exceeds, without its header.
+    """
+    parts: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not parts or size > room:
+            parts, room = [*parts, []], max_bytes
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
+
+
+def index_of(files: Mapping[str, list[str]], total_parameters: int, total_size: int) -> dict[str, object]:
+    """Content of the index of a model's files, as `split_into_files` returns them."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return {"metadata": {"total_parameters": total_parameters, "total_size": total_size}, "weight_map": weight_map}
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -21,6 +21,59 @@ SHAPE = {
     "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 
+_YARN = {
+    "factor": 4.0, "beta_fast": 0.9, "beta_slow": 0.1, "original_max_position_embeddings": 12, "rope_theta": 100.0,
+}  # fmt: skip
+_LONGROPE = {"short_factor": [1.0, 1.5], "long_factor": [1.25, 3.0], "original_max_position_embeddings": 8}
+_LLAMA3 = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8,
+    "rope_theta": 20.0,
+}  # fmt: skip
+ROPES: dict[str, tuple[Config, list[Config]]] = {
+    "default": ({"rope_theta": 20.0}, [{"rope_theta": 100.0}]),
+    "linear": ({"factor": 2.0}, [{"factor": 3.0}, {"rope_theta": 100.0}]),
+    "dynamic": ({"factor": 2.0}, [{"factor": 3.0}, {"rope_theta": 100.0}]),
+    "llama3": (
+        _LLAMA3, [{"factor": 2.0}, {"low_freq_factor": 0.5}, {"high_freq_factor": 2.0}, {"rope_theta": 50.0},
+                  {"original_max_position_embeddings": 12}],
+    ),
+    "yarn": (
+        _YARN,
+        [{"factor": 2.0}, {"beta_fast": 0.5}, {"beta_slow": 0.2}, {"beta_fast": None, "beta_slow": None},
+         {"truncate": False}, {"attention_factor": 0.5}, {"mscale": 2.0, "mscale_all_dim": 0.5}, {"rope_theta": 50.0},
+         {"original_max_position_embeddings": MISSING, "truncate": False},
+         {"factor": None, "original_max_position_embeddings": 7}],
+    ),
+    "longrope": (
+        _LONGROPE,
+        [{"factor": 8.0}, {"attention_factor": 0.5}, {"long_factor": [2, 3]}, {"rope_theta": 100.0},
+         {"original_max_position_embeddings": 6},
+         # The text has 24 tokens: the short list counts.
+         {"original_max_position_embeddings": 24}, {"original_max_position_embeddings": 24, "short_factor": [1, 2]}],
+    ),
+    "proportional": (
+        {"partial_rotary_factor": 0.5}, [{"partial_rotary_factor": 1.0}, {"factor": 2.0}, {"rope_theta": 100.0}],
+    ),
+}  # fmt: skip
+"""Kind of rotary positions -> its keys, and changes each of which makes another model."""
+
+
+def ropes(*kinds: str, num_pairs: int = 2) -> list[Config]:
+    """Rotary positions of these kinds.
+
+    Args:
+        num_pairs: half the width of a head.
+    """
+    found = []
+    for kind in kinds:
+        usual, changes = ROPES[kind]
+        for change in ({}, *changes):
+            rope = {"rope_type": kind, "rope_theta": 10.0} | usual | change
+            lists = {key: value * (num_pairs // 2) for key, value in rope.items() if isinstance(value, list)}
+            found.append({key: value for key, value in (rope | lists).items() if value is not MISSING})
+    return found
+
+
 OTHER: dict[str, list[object]] = {
     # Keys of the model.
     "vocab_size": [80], "hidden_size": [32], "intermediate_size": [48], "num_hidden_layers": [1, 3],
@@ -39,7 +92,9 @@ OTHER: dict[str, list[object]] = {
         {"rope_type": "default", "rope_theta": 100.0}, {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 50.0}, {"rope_type": "proportional", "rope_theta": 1e4},
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 100.0},
-        {"rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        {"rope_theta": 100.0, "partial_rotary_factor": 0.5}, {"rope_type": "su", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "truncate": None}, {"rope_type": "default", "mrope_section": [1, 1]},
+        *ropes(*ROPES),
     ],
     "use_sliding_window": [True], "sliding_window": [4], "max_window_layers": [0, 1],
     "layer_types": [["full_attention"] * 2, ["full_attention", "sliding_attention"], ["full_attention"]],

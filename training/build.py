@@ -22,7 +22,15 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.batch import choose_batch
-from training.build_model import build_model, choose_shape, find_weights, new_model, to_device, warn_of_length
+from training.build_model import (
+    build_model,
+    choose_shape,
+    find_weights,
+    new_model,
+    rows_for_others,
+    to_device,
+    warn_of_length,
+)
 from training.build_task import build_task
 from training.config import Config, Derived, resolve
 from training.data import Data, open_data
@@ -106,11 +114,13 @@ def build(
     derived = resolve(config, mesh.data_size, len(data.train))
 
     weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
-    # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
-    export = plan_export(config.run.task.teaches_chat, data.tokenizer, weights)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
-    shape = choose_shape(config.model, config.run, given, weights, vocab_size, max_seq_len)
+    shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len)
+    # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
+    export = plan_export(
+        config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size)
+    )
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:

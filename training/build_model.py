@@ -13,10 +13,10 @@ from model import Decoder, hf
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
-from model.ops import CHOICES, build_ops, choose_ops
+from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
-from training.config import RunConfig, SystemConfig
+from training.config import Config, RunConfig, SystemConfig
 from training.data import require_tokenizer_of, warn_of_another_template
 
 logger = logging.getLogger(__name__)
@@ -73,23 +73,38 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
 
 
 def choose_shape(
-    wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, vocab_size: int, max_seq_len: int
-) -> ModelConfig:
+    wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, is_resumed: bool, vocab_size: int,
+    max_seq_len: int,
+) -> ModelConfig:  # fmt: skip
     """The model's final shape, which a family can hold.
 
     Args:
         wanted: the configuration's.
         given: names of the flags that were given.
         weights: folder of the weights to begin with.
+        is_resumed: it is a checkpoint of this run.
         vocab_size: the tokenizer's.
     Raises:
         ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
     stored = hf.read_config(weights) if weights is not None else None
+    if stored is not None and is_resumed:
+        stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
     shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
     # Asked before the training: otherwise the first save would fail.
     family_of(shape)
     return shape
+
+
+def rows_for_others(config: Config, shape: ModelConfig, vocab_size: int) -> int:
+    """Rows of the vocabulary in the run's checkpoints: all but its padding. Rows that came with weights from elsewhere,
+    or that somebody asked for, are no padding.
+
+    Args:
+        vocab_size: the tokenizer's.
+    """
+    is_padded = not config.run.init_from and not config.model.vocab_size
+    return vocab_size if is_padded else shape.vocab_size
 
 
 def warn_of_length(weights: Path, max_seq_len: int) -> None:
@@ -196,7 +211,7 @@ def build_model(
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
-    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
+    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype, needs_of(shape)))
     if weights is not None:
         hf.check_weights(shape, weights)
     model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)

@@ -59,6 +59,8 @@ class RunConfig:
     """Number of checkpoints with the lowest validation loss to keep."""
     keep_every: int = 0
     """Keep checkpoints of steps that are a multiple of this for good; 0: none."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights in a checkpoint, in bytes or as 500MB, 5GB: a larger model is saved in several parts."""
     valid_only: bool = False
     """Validate the weights of --resume or --init_from, then stop."""
     sync_for_true_time: bool = False
@@ -89,6 +91,7 @@ class RunConfig:
         )
         if not self.max_iters and self.epoch <= 0:
             raise ValueError(f"epoch must be positive where max_iters is 0, got {self.epoch}")
+        parse_size(self.max_shard_size)
         parse_log_ranks(self.log_ranks)
         parse_profile_steps(self.profile_steps)
 
@@ -242,6 +245,18 @@ def resolve(
     global_batch = config.data.train_batch_size * steps
     epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
     return Derived(global_batch, config.run.max_iters or epoch_iters)
+
+
+def parse_size(text: str) -> int:
+    """Bytes that --max_shard_size names.
+
+    Raises:
+        ValueError: the text is not a size, or none of at least one byte.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)B?", text.upper())
+    if match is None or not int(match[1]):
+        raise ValueError(f"max_shard_size must be a size such as 500MB or 5GB, or a number of bytes; got {text!r}")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
 def parse_log_ranks(text: str) -> frozenset[int] | None:

@@ -26,6 +26,8 @@ class Export:
     generation: GenerationConfig
     for_chat: bool
     """Whether the model is taught to answer."""
+    vocab_size: int
+    """Rows of the vocabulary that others see."""
     sentence_piece: dict[str, bytes]
     """Name -> content of tokenizer.model and added_tokens.json in the folder that the model came from. llama.cpp's
     converter takes the scores of the pieces from the first, and without it makes a tokenizer that gives other ids. It
@@ -45,12 +47,13 @@ class Export:
             _make_it_for_chat(self.tokenizer, directory)
 
 
-def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None) -> Export:
+def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None, vocab_size: int) -> Export:
     """The tokens by which the run teaches to end a text; all else as in the model that it begins with.
 
     Args:
         for_chat: whether the model is taught to answer.
         weights: folder of that model; for a resumed run its checkpoint, which has kept all this. It is not read later.
+        vocab_size: rows of the vocabulary that are not padding.
     Raises:
         ValueError: a file in that folder is not as it should be.
     """
@@ -63,7 +66,7 @@ def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None) -> E
             kept = [path for name in (_SENTENCE_PIECE, _ADDED_TOKENS) if (path := weights / name).is_file()]
             sentence_piece = {path.name: path.read_bytes() for path in kept}
     ends = _ends_of_answers(tokenizer, template_of(tokenizer)) if for_chat else [tokenizer.eod_id]
-    return Export(tokenizer, source.ending_with(ends), for_chat, sentence_piece)
+    return Export(tokenizer, source.ending_with(ends), for_chat, vocab_size, sentence_piece)
 
 
 def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
@@ -77,7 +80,7 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     # Early releases of transformers 4 look for it only here.
     values.setdefault("chat_template", template.source)
-    end_id = _ends_of_answers(tokenizer, template)[0]
+    end_id = template.end_id
     texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     # A template that writes eos_token itself would lay conversations out differently with another one. And an end that
     # was added as text would become a special token by this: the tokenizer would no longer be the data's.

@@ -1,10 +1,15 @@
 """A rank's share of a checkpoint. resume.py reads it back."""
 
-from checkpoint.folder import MODEL_FILE, TRAINER_STATE
+from dataclasses import replace
+
+from checkpoint.folder import TRAINER_STATE
 from checkpoint.writing import CheckpointWriter
 from model import hf
 from model.generation_config import GENERATION_CONFIG
+from model.hf_files import INDEX
+from model.hf_saved import saved_files
 from training.build import Built
+from training.config import parse_size
 from training.data import order_of_samples
 
 
@@ -15,9 +20,13 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
     if local_state is not None:
         writer.add_hook_state(local_state)
     if built.run_dir.place.is_first_of_store:
-        export = built.export
-        config, family = built.model.config, export.family(built.model.config)
-        writer.add_tensors(MODEL_FILE, hf.named_weights(built.model, family), {"format": "pt"})
+        export, max_bytes = built.export, parse_size(built.config.run.max_shard_size)
+        config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
+        files, index = saved_files(built.model, family, export.vocab_size, max_bytes)
+        for file in files:
+            writer.add_tensors(file.name, file.parameters, {"format": "pt"}, file.convert, are_weights=True)
+        if index is not None:
+            writer.add_json(INDEX, index)
         ids = export.generation.token_ids
         writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
         writer.add_json(GENERATION_CONFIG, export.generation.to_hf())

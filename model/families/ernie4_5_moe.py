@@ -1,5 +1,5 @@
-"""ernie4_5_moe: Ernie 4.5 with experts. Its rotary positions are interleaved, all tokens are sent to some experts, and a
-bias has a part in the choice of the others (DeepSeek-V3's, beside a softmax)."""
+"""ernie4_5_moe: Ernie 4.5 with experts. Its rotary positions are interleaved, some experts see all tokens, and a bias
+has a part in the choice of the others (DeepSeek-V3's, beside a softmax)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -40,8 +40,8 @@ class Ernie45MoeFamily(SparseFamily):
         found = super().mismatches(config)
         if config.num_local_experts and _span_of(config) is None:
             found.append(
-                f"the layers with experts of an {self.model_type} follow at equal distances, which dense_layers="
-                f"{config.dense_layers} does not leave"
+                f"dense_layers leaves layers at equal distances, each a multiple of it, in every {self.model_type}, "
+                f"not {config.dense_layers}"
             )
         return found
 

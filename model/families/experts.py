@@ -15,7 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.families.common import CommonFamily
 from model.families.family import Rule
-from model.families.values import read_int, read_value
+from model.families.values import read_int, read_value, require_positive
 from model.hf_files import shown
 
 _GATE_UP, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -35,9 +35,8 @@ class SparseFamily(CommonFamily):
     free = CommonFamily.free | {"num_local_experts"}
 
     def fields(self, values: dict) -> dict[str, Any]:
-        return super().fields(values) | {
-            "router_aux_loss_coef": read_value(values, "router_aux_loss_coef", float, 0.001)
-        }
+        coefficient = read_value(values, "router_aux_loss_coef", float, 0.001)
+        return super().fields(values) | {"router_aux_loss_coef": coefficient}
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         return super().keys(config) | {
@@ -45,8 +44,8 @@ class SparseFamily(CommonFamily):
         }  # fmt: skip
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        missing = [] if config.num_local_experts else [f"a {self.model_type} has experts, give num_local_experts"]
-        return missing + super().mismatches(config)
+        found = [] if config.num_local_experts else [f"num_local_experts is above 0 in every {self.model_type}"]
+        return found + super().mismatches(config)
 
     def their_name(self, name: str) -> str:
         return super().their_name(name).replace("mlp.router.weight", self.router)
@@ -82,17 +81,20 @@ def _together(num_parts: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     return stack
 
 
-def read_alike(values: Mapping, names: Sequence[str], default: object) -> int:
-    """The whole number at any of several names for it; the first is transformers' own.
+def read_alike(values: Mapping, names: Sequence[str], default: int) -> int:
+    """The whole number at any of several names for it.
 
+    Args:
+        default: where all are missing.
     Raises:
-        ValueError: two of them differ.
+        ValueError: two of them differ, or it is below 1.
     """
     found = {name: read_int(values, name) for name in names if values.get(name) is not None}
     if len(set(found.values())) > 1:
         told = " and ".join(f"{name} = {shown(value)}" for name, value in found.items())
         raise ValueError(f"{told} mean the same: write the right one everywhere")
-    return next(iter(found.values()), read_int(values, names[0], default))
+    require_positive(found, *found)
+    return next(iter(found.values()), default)
 
 
 def dense_layers(layers: Iterable[int]) -> str:

@@ -137,11 +137,14 @@ class Family:
         raise NotImplementedError
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Reasons why a folder of this family cannot hold a model, each the end of a sentence; none if it can."""
+        """Reasons why a folder of this family cannot hold a model, each the end of a sentence, such as "qk_norm is True
+        in every qwen3, not False"; none if it can."""
         found = []
         for name in CHOICES:
             value, has = getattr(config, name), self.fixed.get(name, _DEFAULTS[name])
             is_open = name in self.free or (name == "norm_topk_prob" and not config.num_local_experts)
+            # There it is a number of the method.
+            is_open = is_open or (name == "partial_rotary_factor" and config.rope_scaling == "proportional")
             if not is_open and value != has:
                 found.append(f"{name} is {has} in every {self.model_type}, not {value}")
         return found
@@ -156,9 +159,14 @@ class Family:
         """
         own: dict[str, Any] = {name: value for name, value in {**self.usual, **self.fixed}.items() if name not in given}
         config = replace(wanted, **own | {"model_type": self.model_type})
-        if found := self.mismatches(config):
-            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {found[0]}")
+        if self.mismatches(config):
+            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {self.told_mismatch(config)}")
         return config
+
+    def told_mismatch(self, config: ModelConfig) -> str:
+        """The first of a model's mismatches, and the number of others."""
+        first, *others = self.mismatches(config)
+        return f"{first}, and {len(others)} more" if others else first
 
     def their_name(self, name: str) -> str:
         """Name in a folder of a parameter that is not fused."""

@@ -19,8 +19,7 @@ class LlamaFamily(CommonFamily):
     architectures: tuple[str, ...] = ("LlamaForCausalLM", "Qwen2ForCausalLM", "LLaMAForCausalLM")
     understood = CommonFamily.understood | BIASES.keys() | WINDOW_KEYS
     harmless_at = {name: values for name, values in CommonFamily.harmless_at.items() if name not in BIASES} | {
-        "partial_rotary_factor": (1,), "rope_interleaved": (False,), "rope_condense_ratio": (1,),
-        "use_mrope": (False,), "is_llama_config": (True,),
+        "rope_interleaved": (False,), "rope_condense_ratio": (1,), "use_mrope": (False,), "is_llama_config": (True,),
     }  # fmt: skip
     free = frozenset({"attention_bias", "qkv_bias", "mlp_bias", "rope_scaling"})
     writes_fourth_bias = True

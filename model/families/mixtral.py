@@ -26,8 +26,8 @@ class MixtralFamily(SparseFamily):
         found = super().mismatches(config)
         if config.moe_intermediate_size not in (0, config.intermediate_size):
             found.append(
-                f"the experts of a mixtral have the intermediate_size {config.intermediate_size}, not a "
-                f"moe_intermediate_size of {config.moe_intermediate_size}"
+                f"moe_intermediate_size is intermediate_size, {config.intermediate_size}, in every mixtral, not "
+                f"{config.moe_intermediate_size}"
             )
         return found
 

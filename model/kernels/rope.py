@@ -1,16 +1,19 @@
 """Rotary position embedding (Su et al., 2021) of queries and keys in one launch.
 
-With the angle a of a token's position and a channel pair (i, i + D/2), Hugging Face's convention:
+With the angle a of a token's position and a pair of channels (i, j):
 
-    y_i       = x_i       cos a - x_{i+D/2} sin a
-    y_{i+D/2} = x_{i+D/2} cos a + x_i       sin a
+    y_i = x_i cos a - x_j sin a
+    y_j = x_j cos a + x_i sin a
 
-A rotation's gradient is the rotation back: the same kernel with -sin. Only the tables are kept. Arithmetic is float32,
-and float64 if queries or keys are float32 (see launch.py).
+The first R channels of a head are rotated, R being twice the tables' width; the others stay as they are. The pairs are
+(i, i + R/2), Hugging Face's usual convention, or interleaved ones, (2i, 2i + 1). The tables may contain a scale.
+
+A rotation's gradient is the rotation back, with the same scale: the same kernel with -sin. Only the tables are kept.
+Arithmetic is float32, and float64 if queries or keys are float32 (see launch.py).
 
 Memory traffic: q and k read once and written once, in either pass.
 
-Shapes: B batch, H query heads, K key heads, T tokens, D head dim.
+Shapes: B batch, H query heads, K key heads, T tokens, D head dim, R rotated channels of a head.
 """
 
 from collections.abc import Callable
@@ -27,25 +30,34 @@ PAIRS_PER_WARP = 256
 MAX_WARPS = 16
 
 
-def rope_reference(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope_reference(
+    q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """The definition, in float32; each result in its input's dtype."""
-    return apply_rope(q_BHTD, cos, sin), apply_rope(k_BKTD, cos, sin)
+    return apply_rope(q_BHTD, cos, sin, interleaved), apply_rope(k_BKTD, cos, sin, interleaved)
 
 
 @jit
 def _rotate_heads(
     x_ptr, out_ptr, head_stride, channel_stride, cos, sin,
-    HEADS: constexpr, BLOCK_H: constexpr, HALF: constexpr, BLOCK_HALF: constexpr,
+    HEADS: constexpr, BLOCK_H: constexpr, HALF: constexpr, BLOCK_HALF: constexpr, REST: constexpr,
+    BLOCK_REST: constexpr, INTERLEAVED: constexpr,
 ):  # fmt: skip
-    """All heads of one token, out contiguous."""
+    """All heads of one token, out contiguous: HALF pairs, then REST channels that are copied."""
     heads, pairs = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     inside = (heads < HEADS) & (pairs < HALF)
-    source = x_ptr + heads * head_stride + pairs * channel_stride
+    channels, apart = (2 * pairs, 1) if INTERLEAVED else (pairs, HALF)
+    source = x_ptr + heads * head_stride + channels * channel_stride
     first = tl.load(source, mask=inside, other=0.0).to(cos.dtype)
-    second = tl.load(source + HALF * channel_stride, mask=inside, other=0.0).to(cos.dtype)
-    target = out_ptr + heads * (2 * HALF) + pairs
+    second = tl.load(source + apart * channel_stride, mask=inside, other=0.0).to(cos.dtype)
+    target = out_ptr + heads * (2 * HALF + REST) + channels
     tl.store(target, (first * cos - second * sin).to(tl.float32), mask=inside)
-    tl.store(target + HALF, (second * cos + first * sin).to(tl.float32), mask=inside)
+    tl.store(target + apart, (second * cos + first * sin).to(tl.float32), mask=inside)
+    if REST:
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        inside = (heads < HEADS) & (rest < 2 * HALF + REST)
+        kept = tl.load(x_ptr + heads * head_stride + rest * channel_stride, mask=inside, other=0.0)
+        tl.store(out_ptr + heads * (2 * HALF + REST) + rest, kept, mask=inside)
 
 
 @jit
@@ -55,7 +67,8 @@ def _rope_kernel(
     k_batch_stride, k_head_stride, k_token_stride, k_channel_stride,
     cos_batch_stride, cos_token_stride, sin_batch_stride, sin_token_stride,
     BACK: constexpr, WIDE: constexpr, Q_HEADS: constexpr, K_HEADS: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, HALF: constexpr, BLOCK_HALF: constexpr,
+    BLOCK_K: constexpr, HALF: constexpr, BLOCK_HALF: constexpr, REST: constexpr, BLOCK_REST: constexpr,
+    INTERLEAVED: constexpr,
 ):  # fmt: skip
     """One token a program; forward, or BACK by the negative angle. WIDE: in float64."""
     program = tl.program_id(0).to(tl.int64)
@@ -68,34 +81,45 @@ def _rope_kernel(
         sin = -sin
     work = tl.float64 if WIDE else tl.float32
     cos, sin = cos.to(work), sin.to(work)
+    head_dim = 2 * HALF + REST
     _rotate_heads(
-        q_ptr + batch * q_batch_stride + token * q_token_stride, q_out_ptr + program * (2 * HALF * Q_HEADS),
+        q_ptr + batch * q_batch_stride + token * q_token_stride, q_out_ptr + program * (head_dim * Q_HEADS),
         q_head_stride, q_channel_stride, cos[None, :], sin[None, :], Q_HEADS, BLOCK_Q, HALF, BLOCK_HALF,
+        REST, BLOCK_REST, INTERLEAVED,
     )  # fmt: skip
     _rotate_heads(
-        k_ptr + batch * k_batch_stride + token * k_token_stride, k_out_ptr + program * (2 * HALF * K_HEADS),
+        k_ptr + batch * k_batch_stride + token * k_token_stride, k_out_ptr + program * (head_dim * K_HEADS),
         k_head_stride, k_channel_stride, cos[None, :], sin[None, :], K_HEADS, BLOCK_K, HALF, BLOCK_HALF,
+        REST, BLOCK_REST, INTERLEAVED,
     )  # fmt: skip
 
 
-def _empty_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+def _empty_rope(
+    q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool
+) -> tuple[Tensor, Tensor]:
     """Views (B, H, T, D) of (B, T, H, D) memory, which is reshaped to the projections' gradients without a copy."""
     q_out, k_out = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BHTD, k_BKTD))
     return q_out, k_out
 
 
-@kernel_op("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool back) -> (Tensor, Tensor)", _empty_rope)
-def _rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _empty_rope(q_BHTD, k_BKTD, cos, sin, back)
+@kernel_op(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool back) -> (Tensor, Tensor)", _empty_rope
+)
+def _rope(
+    q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _empty_rope(q_BHTD, k_BKTD, cos, sin, interleaved, back)
     batch, q_heads, num_tokens, head_dim = q_BHTD.shape
-    k_heads, half = k_BKTD.shape[1], head_dim // 2
+    k_heads, half = k_BKTD.shape[1], cos.shape[-1]
+    rest = head_dim - 2 * half
     cos_BTP, sin_BTP = (table.squeeze(1).expand(batch, -1, -1) for table in (cos.contiguous(), sin.contiguous()))
     wide = torch.float64 in (work_dtype(q_BHTD.dtype), work_dtype(k_BKTD.dtype))
-    block_q, block_k, block_half = (next_power_of_2(size) for size in (q_heads, k_heads, half))
+    block_q, block_k, block_half, block_rest = (next_power_of_2(size) for size in (q_heads, k_heads, half, rest or 1))
     _rope_kernel[(batch * num_tokens,)](
         q_BHTD, k_BKTD, q_out, k_out, cos_BTP, sin_BTP, num_tokens, *q_BHTD.stride(), *k_BKTD.stride(),
         cos_BTP.stride(0), cos_BTP.stride(1), sin_BTP.stride(0), sin_BTP.stride(1), BACK=back, WIDE=wide,
         Q_HEADS=q_heads, K_HEADS=k_heads, BLOCK_Q=block_q, BLOCK_K=block_k, HALF=half, BLOCK_HALF=block_half,
+        REST=rest, BLOCK_REST=block_rest, INTERLEAVED=interleaved,
         num_warps=min(max(block_q * block_half // PAIRS_PER_WARP, 1), MAX_WARPS),
     )  # fmt: skip
     return q_out, k_out
@@ -103,38 +127,48 @@ def _rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, back: bool) 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rope(q_BHTD, k_BKTD, cos, sin, False)
+        ctx.interleaved = interleaved
+        return _rope(q_BHTD, k_BKTD, cos, sin, interleaved, False)
 
     @staticmethod
     def backward(ctx, dq_BHTD: Tensor, dk_BKTD: Tensor):
-        return *_rope(dq_BHTD, dk_BKTD, *ctx.saved_tensors, True), None, None
+        return *_rope(dq_BHTD, dk_BKTD, *ctx.saved_tensors, ctx.interleaved, True), None, None, None
 
 
-def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their tokens' angles; returns new tensors of the same shapes and dtypes, contiguous
     when transposed to (B, T, H, D).
 
     Args:
-        q_BHTD, k_BKTD: any strides, D even; H and K may differ.
-        cos, sin: float32 (B or 1, 1, T, D / 2), without gradient.
+        q_BHTD, k_BKTD: any strides; H and K may differ.
+        cos, sin: float32 (B or 1, 1, T, R / 2), without gradient.
+        interleaved: the pairs are (2i, 2i + 1), not (i, i + R/2).
     """
     check_dtypes(q_BHTD, k_BKTD)
     batch, _, num_tokens, head_dim = q_BHTD.shape
     for table in (cos, sin):
-        if table.dtype != torch.float32 or table.shape[1:] != (1, num_tokens, head_dim // 2) or head_dim % 2:
+        fits = table.shape[1:] == (1, num_tokens, cos.shape[-1]) and 2 * cos.shape[-1] <= head_dim
+        if table.dtype != torch.float32 or not fits:
             raise ValueError(
-                f"rope needs an even head dim and float32 tables (B or 1, 1, T, D / 2): got {tuple(table.shape)} in "
-                f"{table.dtype} for queries {tuple(q_BHTD.shape)}"
+                f"rope needs float32 tables (B or 1, 1, T, R / 2) with R at most the head dim: got "
+                f"{tuple(table.shape)} in {table.dtype} for queries {tuple(q_BHTD.shape)}"
             )
-    return _Rope.apply(q_BHTD, k_BKTD, cos, sin)
+    return _Rope.apply(q_BHTD, k_BKTD, cos, sin, interleaved)
 
 
 def _liger() -> dict[str, Callable]:
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    def rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rope(
+        q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        assert not interleaved and 2 * cos.shape[-1] == q_BHTD.shape[-1]
         # It takes both halves, (B, T, D).
         wide_cos, wide_sin = (torch.cat((table, table), dim=-1)[:, 0].to(q_BHTD.dtype) for table in (cos, sin))
         return LigerRopeFunction.apply(q_BHTD, k_BKTD, wide_cos, wide_sin)

@@ -228,6 +228,14 @@ def test_a_sentence_names_the_one_thing(
     (["--rope_scaling_factor=4", "--init_from=a"], []),
     (["--rope_scaling=linear", "--rope_scaling_factor=4", "--rope_low_freq_factor=2"],
      ["--rope_low_freq_factor has no effect without --rope_scaling=llama3"]),
+    (["--rope_scaling=linear", "--rope_scaling_factor=4", "--original_max_position_embeddings=8", "--rope_beta_fast=9"],
+     ["--original_max_position_embeddings has no effect without --rope_scaling=llama3, yarn or longrope",
+      "--rope_beta_fast has no effect without --rope_scaling=yarn"]),
+    (["--rope_scaling=yarn", "--rope_scaling_factor=4", "--rope_beta_fast=9", "--no-rope_truncate",
+      "--rope_attention_factor=1", "--original_max_position_embeddings=8"], []),
+    (["--rope_scaling=proportional", "--partial_rotary_factor=0.5"], []),
+    (["--rope_scaling=longrope", "--rope_short_factor=1.0,1.5", "--rope_long_factor=1,2"], []),
+    (["--rope_short_factor=1.0,1.5"], ["--rope_short_factor has no effect without --rope_scaling=longrope"]),
     (["--train_data_dir=a", "--valid_data_dir=b"],
      ["--data_dir has no effect beside --train_data_dir and --valid_data_dir"]),
     (["--size=laptop", "--optimizer=adamw", "--hidden_size=192"], []),
@@ -468,5 +476,5 @@ def test_a_qwen2_that_was_saved_as_a_llama_for_its_tokenizer_goes_on():
 def test_a_model_that_no_family_holds_is_refused_before_the_training():
     run = RunConfig()
     with pytest.raises(ValueError, match="no family"):
-        choose_shape(ModelConfig(normalized_head=True, qk_norm=True), run, frozenset(), None, 64, 8)
-    assert choose_shape(ModelConfig(), run, frozenset(), None, 64, 8).model_type == ""
+        choose_shape(ModelConfig(normalized_head=True, qk_norm=True), run, frozenset(), None, False, 64, 8)
+    assert choose_shape(ModelConfig(), run, frozenset(), None, False, 64, 8).model_type == ""

@@ -115,7 +115,7 @@ def small(kind: str):
 def test_a_model_of_ours(tmp_path: Path, kind: str, task: str):
     """Nothing precedes a text; in a chat model, every place that readers look at names the end of an answer."""
     tokenizer = small(kind)
-    export = plan_export(task != "pretrain", tokenizer, None)
+    export = plan_export(task != "pretrain", tokenizer, None, 64)
     found = export.generation
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     assert found.eos_ids == ((document,) if task == "pretrain" else (end, document))
@@ -176,7 +176,7 @@ def test_a_foreign_tokenizer_stays_the_one_that_the_data_knows(tmp_path: Path, m
     for name, content in beside.items():
         (made.folder / name).write_bytes(content)
     for number, task in enumerate(("sft", "pretrain", "dpo")):
-        export = plan_export(task != "pretrain", tokenizer, source)
+        export = plan_export(task != "pretrain", tokenizer, source, 64)
         source = folder(tmp_path / str(number), export.generation.token_ids)
         export.save_tokenizer(source)
         tokenizer = load_tokenizer(tmp_path / str(number))
@@ -195,7 +195,7 @@ def test_what_the_source_said_stays(tmp_path: Path, task: str):
     tokenizer = small("hf_bbpe")
     end, document = (tokenizer.special_ids[token] for token in ("<|im_end|>", "<|endoftext|>"))
     source = folder(tmp_path, {"eos_token_id": [3, document], "bos_token_id": 4}, {"eos_token_id": 9, **QWEN})
-    found = plan_export(task != "pretrain", tokenizer, source).generation
+    found = plan_export(task != "pretrain", tokenizer, source, 64).generation
     assert found.eos_ids == ((document, 9, 3) if task == "pretrain" else (end, document, 9, 3))
     assert (found.bos_id, found.pad_id, found.settings) == (4, None, QWEN)
     assert found == replace(read_generation_config(source), eos_ids=found.eos_ids)

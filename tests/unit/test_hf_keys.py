@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
-from tests.config_keys import MISSING, OTHER, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors
+from model.rope import attention_scale
+from tests.config_keys import MISSING, OTHER, ROPES, SHAPE, SWEPT, VERSION_4, Config, Swept, Tensors, ropes
 
 LENGTH = 24
 """Length of the text: beyond the context, so that dynamic scaling acts, and beyond any window."""
@@ -65,7 +66,7 @@ class Comparison:
         self._scores: dict[ModelConfig, torch.Tensor] = {}
 
     def of(self, config: Config) -> tuple[torch.Tensor, torch.Tensor] | str:
-        """Our logits and theirs for one folder, or the sentence that refuses it."""
+        """Our logits and theirs for one folder, or the sentence that refuses it, ours or theirs."""
         assert self.swept.as_theirs is not None
         (self.directory / "config.json").write_text(json.dumps(config))
         try:
@@ -74,9 +75,9 @@ class Comparison:
             return str(error).split("config.json: ", 1)[1]
         try:
             expected, tensors = theirs(self.directory, self.swept.as_theirs(config))
-        except Exception as error:
-            print("THEIRS", config, type(error), str(error)[:200])
-            return " ".join(config)
+        except Exception:
+            # A value that transformers cannot build, as null for a number: there is nothing to compare with.
+            return f"transformers refuses it: {', '.join(config)}"
         if ours not in self._scores:
             (self.directory / "config.json").write_text(json.dumps(config))
             try:
@@ -126,6 +127,7 @@ def silent_differences(swept: Swept, directory: Path, *only: str) -> list[str]:
         only: keys to try; by default all.
     """
     comparison, silent = Comparison(swept, directory), []
+    assert agree(comparison.of(swept.shape))
     for key, value in values_of(swept):
         found = comparison.of(changed(swept.shape, key, value)) if not only or key in only else key
         if isinstance(found, str):
@@ -165,6 +167,17 @@ def test_another_value_changes_the_configuration_or_is_refused_by_name(model_typ
     assert not silent
 
 
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_number_of_every_rope_counts_as_in_transformers(kind: str, tmp_path: Path):
+    """The text is longer than the context."""
+    comparison, seen = Comparison(LLAMA, tmp_path), list[torch.Tensor]()
+    for rope in ropes(kind, num_pairs=8):
+        found = comparison.of(LLAMA.shape | {"head_dim": 16, "rope_parameters": rope})
+        assert agree(found), found
+        assert not any(torch.allclose(torch.as_tensor(found[0]), scores, atol=1e-3) for scores in seen), rope
+        seen.append(torch.as_tensor(found[0]))
+
+
 LINEAR, DYNAMIC = {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 3.0}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -201,14 +214,20 @@ def test_a_rope_that_stands_in_several_places(rope: dict, refused: str | None, t
     assert refused in found if refused else agree(found)
 
 
-@pytest.mark.parametrize("rope", [{}, LINEAR, DYNAMIC, LLAMA3])
+@pytest.mark.parametrize("rope", [{}, LINEAR, DYNAMIC, LLAMA3, *ropes(*ROPES)], ids=str)
 def test_either_version_of_transformers_finds_the_rope_in_what_we_write(rope: dict, tmp_path: Path):
+    rope = {key: value for key, value in rope.items() if key != "rope_theta"}
     config = hf.from_hf_config(SHAPE | {"model_type": "llama", "rope_theta": 500.0, "rope_scaling": rope})
     written = hf.to_hf_config(config, torch.bfloat16)
     newer, older = ("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")
     for unknown, name in ((newer, "torch_dtype"), (older, "dtype")):
         read = {key: value for key, value in written.items() if key not in unknown}
-        assert hf.from_hf_config(read) == config and read[name] == "bfloat16"
+        again = hf.from_hf_config(read)
+        assert hf.to_hf_config(again, torch.bfloat16) == written and read[name] == "bfloat16"
+        # Version 4 has no word for longrope's factor, so the scale that follows from it is written.
+        is_told = again.rope_scaling == "longrope" and again.rope_scaling_factor == 8.0
+        scale = attention_scale(config) if is_told else config.rope_attention_factor
+        assert again == dataclasses.replace(config, rope_attention_factor=scale)
         assert agree(scores(tmp_path, read))
 
 

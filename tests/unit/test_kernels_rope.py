@@ -18,16 +18,22 @@ def tables(batch: int, tokens: int, head_dim: int, wide: bool = False) -> tuple[
     return (cos.double(), sin.double()) if wide else (cos, sin)
 
 
-def exact_rope(*tensors: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-    halves = [x.chunk(2, dim=-1) for x in tensors]
-    cos, sin = cos.double(), sin.double()
-    return [torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves]
+def exact_rope(*tensors: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> list[Tensor]:
+    """As a product with complex numbers, whose real and imaginary parts are the channels of a pair."""
+    turns, dim, rotated = torch.complex(cos.double(), sin.double()), 2 * cos.shape[-1], []
+    for x in tensors:
+        pairs = x[..., :dim].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+        product = torch.complex(*pairs.unbind(-1 if interleaved else -2)) * turns
+        joined = torch.stack((product.real, product.imag), dim=-1 if interleaved else -2).flatten(-2)
+        rotated.append(torch.cat((joined, x[..., dim:]), dim=-1))
+    return rotated
 
 
-def check(view, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check(view, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> None:
     compare(
-        lambda q, k: rope(view(q), view(k), cos, sin), lambda q, k: rope_reference(view(q), view(k), cos, sin),
-        lambda q, k: exact_rope(view(q), view(k), cos=cos, sin=sin), [q, k],
+        lambda q, k: rope(view(q), view(k), cos, sin, interleaved),
+        lambda q, k: rope_reference(view(q), view(k), cos, sin, interleaved),
+        lambda q, k: exact_rope(view(q), view(k), cos=cos, sin=sin, interleaved=interleaved), [q, k],
     )  # fmt: skip
 
 
@@ -40,6 +46,24 @@ def test_rope_as_the_model_calls_it(shape: tuple[int, ...], dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("shape", "rotary_dim"), [(SHAPES[1], 16), (SHAPES[1], 4), (SHAPES[2], 6), (SHAPES[3], 46),
+                                                   ((1, 2, 3, 1, 5), 4)])  # fmt: skip
+def test_pairs_side_by_side_and_channels_that_stay(
+    shape: tuple[int, ...], rotary_dim: int, interleaved: bool, dtype: torch.dtype
+):
+    batch, tokens, q_heads, k_heads, head_dim = shape
+    q, k = (draw(batch, tokens, heads, head_dim, dtype=dtype, seed=heads) for heads in (q_heads, k_heads))
+    cos, sin = tables(batch, tokens, rotary_dim)
+    # As with a scale, the tables' squares do not add up to 1.
+    check(lambda x: x.transpose(1, 2), q, k, 1.25 * cos, 1.25 * sin, interleaved)
+    for ours in (rope, rope_reference):
+        rotated = ours(q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved)
+        for before, after in zip((q, k), rotated):
+            assert torch.equal(before.transpose(1, 2)[..., rotary_dim:], after[..., rotary_dim:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_each_row_for_itself(dtype: torch.dtype):
     cos, sin = tables(40, 1, 2)
     compare(
@@ -49,14 +73,16 @@ def test_each_row_for_itself(dtype: torch.dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{}, {"rotary_dim": 2, "interleaved": True}], ids=["whole", "interleaved part"])
 @pytest.mark.parametrize("view", [
     lambda x: x, lambda x: x.transpose(0, 1), lambda x: x.transpose(1, 3), lambda x: x[:, :, :, ::2],
     lambda x: x[:, 1:3], lambda x: x[:, :1].expand(-1, 5, -1, -1), lambda x: x[:1].expand(2, -1, -1, -1),
 ], ids=["BHTD", "batch second", "channels second", "every other", "some heads", "one head", "one row"])  # fmt: skip
-def test_rope_of_views(view):
+def test_rope_of_views(view, options: dict):
     x = draw(4, 4, 4, 4)
     batch, _, tokens, head_dim = view(x).shape
-    check(view, x, draw(4, 4, 4, 4, seed=1), *tables(batch, tokens, head_dim))
+    cos, sin = tables(batch, tokens, options.get("rotary_dim", head_dim))
+    check(view, x, draw(4, 4, 4, 4, seed=1), cos, sin, options.get("interleaved", False))
 
 
 def test_one_table_for_all_rows_and_tables_that_are_views():

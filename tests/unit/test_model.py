@@ -1,6 +1,7 @@
 """The model against Hugging Face's, against itself in other modes, and against known answers."""
 
 import dataclasses
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -15,12 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dataset.sft import padded
 from model import Decoder, KVCache, ModelConfig, flops, hf
-from model.attend import causal_mask, document_lengths, document_starts
+from model.attend import alibi_slopes, attend_to, attention_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
 from model.families.llama import LLAMA
 from model.kernels.attention import attention_by_document, plain_attention
+from model.kernels.rope import rope_reference
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
+from model.roles import role_of
+from model.rope import rotary_tables
 
 SMALL = ModelConfig(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -41,12 +45,28 @@ VARIANTS = {
         "rope_theta": 500.0,
         "original_max_position_embeddings": 16,
     },  # fmt: skip
-}
+    "yarn": {
+        "rope_scaling": "yarn", "rope_scaling_factor": 2.0, "rope_theta": 500.0, "rope_beta_fast": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn with its own scale": {
+        "rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_attention_factor": 0.7, "rope_beta_slow": 0.1,
+        "rope_truncate": False,
+    },
+    # One number for each of the 8 pairs; the text is longer than the original context.
+    "longrope": {
+        "rope_scaling": "longrope", "rope_scaling_factor": 2.0, "original_max_position_embeddings": 16,
+        "rope_short_factor": "1.0,1.0,1.05,1.1,1.2,1.2,1.4,2.0", "rope_long_factor": "1.0,1.3,1.7,2.4,3.1,4.7,9.9,20.5",
+    },
+    "proportional": {"rope_scaling": "proportional", "rope_scaling_factor": 2.0, "partial_rotary_factor": 0.4},
+}  # fmt: skip
 
 
 def build(seed: int = 0, **changes) -> Decoder:
     config = dataclasses.replace(SMALL, **changes)
     model = Decoder(config.resolve())
+    # Without the check that a family holds such a model.
+    model.roles = lambda: {name: role_of(name) for name, _ in model.named_parameters()}
     model.initialize(seed)
     with torch.no_grad():
         # Larger weights, and biases and norms off their start, so that every term matters.
@@ -85,16 +105,19 @@ def test_logits_and_gradients_equal_hugging_face(variant: str, tmp_path: Path):
         assert error < 1e-5, name
 
 
-def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path):
-    """Padded rows of one batch, documents of one row, and a prompt with its continuation, token by token."""
-    model = build(**VARIANTS["dynamic"]).eval()
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("second", [10, 19])
+def test_rope_is_hugging_faces_of_each_document_alone(kind: str, second: int, tmp_path: Path):
+    """Padded rows of one batch, documents of one row, and a prompt with its continuation, token by token. The original
+    context, 16, is less than the first document, and lies within the continuation."""
+    model = build(**VARIANTS[kind]).eval()
     export(model, tmp_path)
 
     def theirs() -> torch.nn.Module:
         # A new model each time, because it remembers the longest sequence.
         return AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
 
-    long, short = tokens(1, 28), tokens(1, 19, seed=5)
+    long, short = tokens(1, 28), tokens(1, second, seed=5)
     expected = [theirs()(ids).logits for ids in (long, short)]
     ids, positions = torch.zeros(2, 28, dtype=torch.int64), torch.zeros(2, 28, dtype=torch.int64)
     for row, document in enumerate((long, short)):
@@ -102,9 +125,9 @@ def test_dynamic_scaling_is_hugging_faces_of_each_document_alone(tmp_path: Path)
         ids[row, :length], positions[row, :length] = document, torch.arange(length)
     rows = model.logits(model(ids, positions))
     packed = torch.cat([long, short], dim=1)
-    documents = torch.tensor([[0] * 28 + [1] * 19])
-    together = model.logits(model(packed, torch.cat([torch.arange(28), torch.arange(19)])[None], documents))
-    for ours, theirs_alone in zip((rows[:1], rows[1:, :19], together[:, :28], together[:, 28:]), expected * 2):
+    documents = torch.tensor([[0] * 28 + [1] * second])
+    together = model.logits(model(packed, torch.cat([torch.arange(28), torch.arange(second)])[None], documents))
+    for ours, theirs_alone in zip((rows[:1], rows[1:, :second], together[:, :28], together[:, 28:]), expected * 2):
         assert torch.allclose(ours, theirs_alone, atol=1e-5, rtol=1e-5)
 
     cache, reference, kept = KVCache(model.config, 1, 28, torch.float32, torch.device("cpu")), theirs(), None
@@ -190,11 +213,20 @@ def test_a_slow_start_is_not_the_peak(monkeypatch: pytest.MonkeyPatch):
     assert peak > 100 * 2 * 128**3 / 0.6 and max(calls) >= 512
 
 
-@pytest.mark.parametrize("variant", ["gqa", "linear", "llama3"])
+REACH = {
+    "window": {"sliding_window": 4},
+    "window by layer": {"sliding_window": 3, "full_attention_layers": "1"},
+    "alibi": {"position_embedding": "alibi"},
+    "alibi in a window": {"position_embedding": "alibi", "sliding_window": 6},
+    "qk_norm": {"qk_norm": True, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("variant", ["gqa", "linear", "llama3", *REACH])
 @pytest.mark.parametrize("pieces", [[10, 1, 1, 1, 1], [1] * 14, [3, 8, 3]])
 def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: list[int]):
     """The original cropped its cache along the heads axis."""
-    model = build(**VARIANTS[variant]).eval()
+    model = build(**(VARIANTS | REACH)[variant]).eval()
     ids = tokens(length=sum(pieces))
     cache = KVCache(model.config, 2, 16, torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -205,11 +237,12 @@ def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: lis
         model(tokens(length=5), cache=cache)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize("attention", ["sdpa", "plain", "blocked"])
 @pytest.mark.parametrize("lengths", [[3, 7, 1], [5, 5, 2], [4, 4, 4]])
-def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str):
+@pytest.mark.parametrize("reach", ["all", "window", "alibi", "alibi in a window"])
+def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str, reach: str):
     """Prompts padded at the end in one batch, then tokens for all of them: each row as if it were alone."""
-    model = build(**VARIANTS["gqa"])
+    model = build(**REACH.get(reach, VARIANTS["gqa"]))
     model.ops = build_ops(dict(model.ops.names) | {"attention": attention})
     for block in model.layers:
         block.self_attn.ops = model.ops
@@ -225,6 +258,95 @@ def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention:
             assert torch.allclose(first[row, :length], alone[:length], atol=1e-5)
             assert torch.allclose(torch.cat(rest, dim=1)[row], alone[length:], atol=1e-5)
     assert cache.lengths == [length + 4 for length in lengths]
+
+
+def test_a_cache_gives_the_states_of_the_two_tokens_before():
+    """Rows of different lengths, one of them cut back and written over."""
+    config = dataclasses.replace(SMALL, local_filter=True, hidden_size=4, head_dim=4).resolve()
+    cache = KVCache(config, 2, 8, torch.float32, torch.device("cpu"))
+    texts = torch.arange(1, 65, dtype=torch.float32).view(2, 8, 4)
+    assert (cache.append_states(1, texts[:, :3]) == 0).all()
+    cache.lengths = [3, 1]
+    assert torch.equal(cache.append_states(1, texts[:, 3:5])[0], texts[0, 1:3])
+    cache.lengths = [5, 3]
+    expected = torch.stack([texts[0, 3:5], texts[1, 3:5]])
+    assert torch.equal(cache.append_states(1, texts[:, 5:6]), expected)
+    cache.keep([1])
+    cache.lengths = [1]
+    assert torch.equal(cache.append_states(1, texts[:1, :1])[0], torch.stack([torch.zeros(4), texts[1, 0]]))
+    assert (cache.append_states(0, texts[:1, :1]) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_windows_and_norms_of_heads_equal_transformers(kind: str):
+    """Texts three times as long as the window; qwen2 and qwen3 have it in their later layers only. Also token by token,
+    with a cache."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
+    extra = {
+        "mistral": {},
+        "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+        "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    }
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=64, intermediate_size=128, sliding_window=7, initializer_range=0.3,
+        attn_implementation="eager", tie_word_embeddings=False, rms_norm_eps=1e-5, **shape, **extra[kind],
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    ours = build(
+        **shape, sliding_window=7, full_attention_layers="" if kind == "mistral" else "0", qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2", max_position_embeddings=config.max_position_embeddings,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours.load_state_dict({name.removeprefix("model."): value for name, value in theirs.state_dict().items()})
+    ids = tokens(2, 21)
+    expected, logits = theirs(ids).logits, ours.logits(ours(ids))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    for model_logits in (expected, logits):
+        cross_entropy_sum(model_logits, tokens(2, 21, seed=2)).backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        found = gradients[name.removeprefix("model.")].grad
+        assert (found - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+    cache = KVCache(ours.config, 2, 21, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [ours.logits(ours(piece, cache=cache)) for piece in ids.split([10, *[1] * 11], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 40, 64, 112])
+def test_alibi_equals_blooms(heads: int):
+    """Theirs grows with the key's position, ours falls with the distance: the same under a softmax. Baichuan-13B has 40
+    heads, and its slopes are these."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 30), heads, torch.float32)
+    slopes = alibi_slopes(heads)
+    assert slopes.dtype == torch.float32 and torch.allclose(slopes, theirs[:, 0, 1], rtol=1e-6, atol=0.0)
+    causal = torch.full((30, 30), -torch.inf).triu(1)
+    ours = attention_mask(30, 30, None, slopes.device, slopes_H=slopes)
+    torch.testing.assert_close(ours[0].softmax(-1), (theirs + causal).softmax(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_alibi_is_exact_beside_the_query_of_a_long_text():
+    """In bfloat16, positions beyond 256 would become one; distances stay apart."""
+    mask = attention_mask(1, 5001, None, torch.device("cpu"), slopes_H=torch.tensor([0.25]))
+    assert mask.dtype == torch.float32 and mask[0, 0, 0, -4:].tolist() == [-0.75, -0.5, -0.25, 0.0]
+
+
+def test_rotary_tables_are_shared_and_a_cache_is_read_from_the_window_on():
+    config = dataclasses.replace(SMALL, sliding_window=4, full_attention_layers="0").resolve()
+    cpu = torch.device("cpu")
+    cache = KVCache(config, 1, 16, torch.float32, cpu)
+    cache.lengths = [9]
+    attends = attend_to(config, [0, 4, 4], 1, cpu, torch.tensor([[9]]), cache=cache)
+    assert attends.keys() == {0, 4} and attends[0].rope is attends[4].rope
+    assert (attends[0].first_key, attends[4].first_key) == (0, 6) and attends[4].mask is None
+    keys, _ = cache.append(0, torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), attends[4].first_key)
+    assert keys.shape[2] == 4
+    # A window that no text exceeds hides nothing.
+    assert attend_to(config, [40], 16, cpu, torch.arange(16)[None])[40].is_plainly_causal
 
 
 def test_document_mask_equals_documents_alone():
@@ -322,6 +444,7 @@ BY_WIDTH = {
     "hidden dropout": {"hidden_dropout": 0.3},
     "attention dropout": {"attention_dropout": 0.3},
     "dynamic": VARIANTS["dynamic"] | {"max_position_embeddings": 6},
+    "longrope": VARIANTS["longrope"] | {"original_max_position_embeddings": 10},
 }
 
 
@@ -374,13 +497,63 @@ def test_plain_attention_equals_sdpa():
 
 def test_rope_stays_in_float32_under_bf16():
     """The original cast the tables to bf16: at position 4,000 neighbouring positions became one."""
-    from model.rope import inverse_frequencies, rope_tables
-
     model = build(max_position_embeddings=8192).to(torch.bfloat16)
-    cos, _ = rope_tables(inverse_frequencies(model.config), torch.tensor([[4000, 4001]]))
+    cos, _ = rotary_tables(model.config, torch.tensor([[4000, 4001]]))
     assert cos.dtype == torch.float32
     assert not torch.equal(cos[:, :, 0], cos[:, :, 1])
     assert model(tokens()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["glm", "ernie4_5_moe"])
+def test_interleaved_rope_is_that_of_their_models(kind: str):
+    """Glm rotates half of each head, Ernie all of it."""
+    theirs = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}").apply_rotary_pos_emb
+    config = dataclasses.replace(SMALL, partial_rotary_factor={"glm": 0.5}.get(kind, 1.0)).resolve()
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 24, 16, generator=generator) for heads in (4, 2))
+    cos, sin = rotary_tables(config, torch.arange(24)[None].expand(2, -1))
+    ours = rope_reference(q, k, cos, sin, interleaved=True)
+    twice = (torch.cat((table, table), dim=-1)[:, 0] for table in (cos, sin))
+    for found, expected in zip(ours, theirs(q, k, *twice)):
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_rotated_part_in_pairs_side_by_side_is_another_order_of_channels():
+    """Of 16 channels, (2 i, 2 i + 1) with i < 4 turn by theta ** (-2 i / 8); as proportional positions, (i, i + 8) do
+    so by (theta ** 2) ** (-2 i / 16)."""
+    other = build(qkv_bias=True, rope_theta=900.0, rope_scaling="proportional", partial_rotary_factor=0.5)
+    changes = {"qkv_bias": True, "rope_theta": 30.0, "rope_interleaved": True}
+    part, whole = (Decoder(dataclasses.replace(SMALL, **changes, partial_rotary_factor=share).resolve())
+                   for share in (0.5, 1.0))  # fmt: skip
+    order, state = [0, 8, 1, 9, 2, 10, 3, 11, *range(4, 8), *range(12, 16)], dict(other.state_dict())
+    for name, value in state.items():
+        if "q_proj" in name or "k_proj" in name:
+            state[name] = value.unflatten(0, (-1, 16))[:, order].flatten(0, 1)
+    for model in (part, whole):
+        model.load_state_dict(state)
+    assert torch.allclose(part(tokens()), other(tokens()), atol=1e-5)
+    assert not torch.allclose(part(tokens()), whole(tokens()), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"partial_rotary_factor": 0.2}, "leaves 3 channels of 16 to rotate: choose one that leaves an even number"),
+        ({"rope_scaling": "longrope"}, "rope_short_factor must be positive numbers with commas, such as 1.0,1.5; got"),
+        (VARIANTS["longrope"] | {"rope_long_factor": "1.0,2.0"}, "must have a number for each of the 8 pairs"),
+        (VARIANTS["longrope"] | {"rope_long_factor": "1,2,3,4,5,6,7,-1"}, "rope_long_factor must be positive numbers"),
+        (VARIANTS["longrope"] | {"rope_short_factor": "1,2,nan"}, "rope_short_factor must be positive numbers"),
+        (VARIANTS["longrope"] | {"original_max_position_embeddings": 1}, "needs an original_max_position_embeddings"),
+        (VARIANTS["yarn"] | {"rope_beta_slow": 5.0}, "rope_beta_fast must be at least rope_beta_slow 5.0, got 4.0"),
+        (VARIANTS["yarn"] | {"rope_beta_slow": 0.0}, "rope_beta_slow must be positive, got 0.0"),
+        (VARIANTS["yarn"] | {"rope_theta": 1.0}, "rope_scaling=yarn needs a rope_theta above 1"),
+        (VARIANTS["yarn"] | {"rope_attention_factor": -1.0}, "rope_attention_factor must lie between 0.0 and"),
+        (VARIANTS["proportional"] | {"partial_rotary_factor": 0.1}, "leaves none of 8 pairs of channels to rotate"),
+    ],
+)  # fmt: skip
+def test_rope_that_cannot_be_built_is_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes).resolve()
 
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
@@ -499,7 +672,7 @@ def test_attention_by_document_equals_the_mask(kv_heads: int, cuts: list[list[in
 
     q, k, v = random(4), random(kv_heads), random(kv_heads)
     document_ids = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in cuts])
-    mask = causal_mask(32, 32, document_ids, q.device)
+    mask = attention_mask(32, 32, document_ids, q.device)
     results = []
     for out in (
         attention_by_document(q, k, v, cuts),

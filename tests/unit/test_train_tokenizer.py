@@ -21,6 +21,7 @@ from data_preprocess.readers import BadRecords, Corpus, Document
 from data_preprocess.sampling import Source, budgets, mixed_texts, sample_texts
 from dataset.format import read_bin_header
 from model.config import padded_vocab_size
+from model.hf import count_padding
 from tests.conftest import TINY_MODEL
 from tests.unit.test_tokenizer import english, random_text, training_texts
 from tokenizer import HFBBPETokenizer, SPBBPETokenizer, load_tokenizer
@@ -680,7 +681,7 @@ def test_the_model_pads_its_embedding(entries: int, rows: int):
 
 
 def test_a_run_with_a_vocabulary_of_an_odd_size(three_sources: Path):
-    """From the command to a checkpoint: the files hold the tokenizer's size, the model's rows are padded."""
+    """From the command to a checkpoint: the model's rows are padded, all files hold the tokenizer's size."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     home = three_sources
@@ -697,7 +698,8 @@ def test_a_run_with_a_vocabulary_of_an_odd_size(three_sources: Path):
     ]) == 0  # fmt: skip
     checkpoint = home / "run" / "ckpt" / "step-2"
     model, theirs = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    assert model.config.vocab_size == 320 and model.get_input_embeddings().weight.shape[0] == 320
+    assert model.config.vocab_size == 301 and model.get_input_embeddings().weight.shape[0] == 301
+    assert count_padding(checkpoint) == 320 - 301
     ours = load_tokenizer(checkpoint)
     assert isinstance(ours, SPBBPETokenizer) and ours.vocab_size == 301 == len(theirs)
     assert ours.fingerprint == load_tokenizer(home / "tokenizer").fingerprint
