@@ -206,7 +206,7 @@ SWEPT = {
         EXPERTS | {
             "tie_word_embeddings": [False, True], "moe_num_experts": [3, 0], "num_experts": [3], "moe_k": [1, 3, 9],
             "moe_num_shared_experts": [0, 1], "moe_layer_start_index": [1, 2, -5], "moe_layer_end_index": [0, 1, 7, -2],
-            "moe_layer_interval": [2, 3, 0], "moe_norm_min": [0.5], "moe_use_aux_free": [True, False],
+            "moe_layer_interval": [2, 3, 0], "moe_norm_min": [0.5], "moe_use_aux_free": [True, None],
             "moe_gate": ["topk", "top2_fused"], "moe_capacity": [[64, 64]], "num_nextn_predict_layers": [1],
             "use_bias": [True], "use_rmsnorm": [True, False],
         },

@@ -1,25 +1,25 @@
 """Families that transformers has under the same names: scores, gradients and folders, in both directions."""
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from model import Decoder, KVCache, hf
+from model import Decoder, KVCache, ModelConfig, hf
 from model.families import FAMILIES, family_of
 from tokenizer.hf_bbpe import train_hf_bbpe
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "initializer_range": 0.3,
+    "num_key_value_heads": 2, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "initializer_range": 0.2,
     "pad_token_id": None, "head_dim": 4,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -46,7 +46,7 @@ TEXTS = [torch.arange(length) * step % 31 + 1 for length, step in ((24, 7), (9, 
 """Beyond the context and the window, and within."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Pair:
     ours: Decoder
     theirs: torch.nn.Module
@@ -63,7 +63,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with torch.no_grad():
         for parameter in theirs.parameters():
             # Norms and biases off their start, so that every term matters.
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     folder = tmp_path_factory.mktemp(name)
     theirs.save_pretrained(folder)
     ours = Decoder(hf.read_config(folder))
@@ -141,6 +141,30 @@ def test_what_we_write_is_read_by_transformers_and_written_again_the_same(pair: 
     for text in TEXTS:
         close(pair.ours.logits(pair.ours(text[None])), theirs(text[None]).logits)
         assert torch.equal(theirs(text[None]).logits, pair.theirs(text[None]).logits)
+
+
+@torch.no_grad()
+def test_a_bias_of_the_choice_that_is_zero_may_be_left_out(tmp_path: Path):
+    """transformers always adds Ernie's bias. A model without one comes back without it; another bias is refused."""
+    config = ModelConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, num_local_experts=4, num_shared_experts=1, dense_layers="0", rope_interleaved=True,
+    ).resolve()  # fmt: skip
+    model = Decoder(config)
+    model.initialize(1)
+    export(model, tmp_path / "one")
+    again = Decoder(hf.read_config(tmp_path / "one"))
+    hf.load_weights(again, tmp_path / "one")
+    assert again.config == dataclasses.replace(config, model_type="ernie4_5_moe")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    for text in TEXTS:
+        close(again.logits(again(text[None])), theirs(text[None]).logits)
+    name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    assert weights[name].tolist() == [[0.0] * 4]
+    save_file(weights | {name: weights[name] + 0.01}, tmp_path / "one" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"holds a {name} that is not zero, while .* moe_use_aux_free = false: set"):
+        hf.load_weights(again, tmp_path / "one")
 
 
 ODD_TEXTS = ["12345 67 8901", "e\u0301 \u00e9 \u212b", "  a   b\n\n  c\t\td", "I'LL they've DON'T", "x=1;y==2!!!"]
