@@ -184,7 +184,7 @@ def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generi
      "no checkpoint can hold this model, since no family of models has all of it: mlp_bias is False in every qwen3, "
      "not True; qk_norm is False in every llama, not True"),
     (EXPERTS | {"moe_intermediate_size": 8},
-     "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8; "),
+     "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8"),
     (EXPERTS | {"qk_norm": True, "num_shared_experts": 1}, "all of it: num_shared_experts is 0 in every qwen3_moe, "),
     (EXPERTS | {"router_bias": True, "model_type": "mixtral"},
      "no checkpoint can hold the model as a mixtral: router_bias is False in every mixtral, not True; change that, or"),
