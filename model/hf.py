@@ -214,7 +214,7 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
         padding = vocabulary_rows(family, parameters, slice(config.vocab_size, None))
         _check_padding(Path(directory) / PADDING, cut(parameters, padding))
     parameters |= cut(parameters, rows)
-    rules, besides = _rules(family, config, list(parameters)), family.besides(config)
+    rules, besides = _rules_of(Path(directory), family, config, list(parameters)), family.besides(config)
     needed = {_short(family, name): tensor.shape for name, tensor in converted(parameters, rules).items()}
     spare = {_short(family, beside.theirs): beside.expected(parameters[beside.like]).shape for beside in besides}
     found = _find_tensors(Path(directory), family, needed | spare)
@@ -225,6 +225,21 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
         [(beside, found[short]) for beside in besides if (short := _short(family, beside.theirs)) in found],
         rows, padding,
     )  # fmt: skip
+
+
+def _rules_of(directory: Path, family: Family, config: ModelConfig, names: list[str]) -> list[Rule]:
+    """The rules of a family that fit a folder's names; those by which we write if none do.
+
+    Args:
+        names: names of all the model's parameters.
+    """
+    written, others = _rules(family, config, names), family.other_rules(config, names)
+    held: set[str] = set()
+    for file in weight_files(directory)[0] if others else ():
+        with _opened(file) as tensors:
+            held.update(_short(family, name) for name in tensors.keys())
+    fitting = [rules for rules in others if all(_short(family, name) in held for rule in rules for name in rule.theirs)]
+    return fitting[0] if fitting else written
 
 
 def _check_padding(file: Path, expected: Mapping[str, Tensor]) -> None:

@@ -143,6 +143,15 @@ def test_what_we_write_is_read_by_transformers_and_written_again_the_same(pair: 
         assert torch.equal(theirs(text[None]).logits, pair.theirs(text[None]).logits)
 
 
+def test_a_model_as_transformers_has_it_in_memory_is_read(pair: Pair, tmp_path: Path):
+    pair.theirs.save_pretrained(tmp_path, save_original_format=False)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("mlp.experts.down_proj") for name in names) == (pair.ours.config.num_local_experts > 0)
+    again = Decoder(hf.read_config(tmp_path))
+    hf.load_weights(again, tmp_path)
+    assert all(map(torch.equal, again.parameters(), pair.ours.parameters()))
+
+
 @torch.no_grad()
 def test_a_bias_of_the_choice_that_is_zero_may_be_left_out(tmp_path: Path):
     """transformers always adds Ernie's bias. A model without one comes back without it; another bias is refused."""
