@@ -28,6 +28,8 @@ _QUANTIZED = re.compile(
     r"|\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
 )
 """Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
+_FURTHER_TOKENS = re.compile(r"(^|\.)mtp[._]")
+"""Tensors of layers that predict tokens beyond the next one, which transformers leaves out when it saves a folder."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
 
@@ -310,6 +312,8 @@ def _told_unknown(hf_name: str) -> str:
         return "of weights that are quantized: take a folder where they are not"
     if ".lora_" in hf_name or ".base_layer." in hf_name:
         return "of an adapter: merge it into the weights first"
+    if _FURTHER_TOKENS.search(hf_name):
+        return "of layers for further tokens, which are not built here: save the folder with transformers, without them"
     return "which this model does not have"
 
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, KVCache, ModelConfig, hf
 from model.families import FAMILIES, family_of
 from tokenizer.hf_bbpe import train_hf_bbpe
+from training.export import plan_export
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -185,9 +186,21 @@ def test_a_family_that_brings_its_own_tokenizer_says_so(model_type: str, tmp_pat
     ours = train_hf_bbpe([" ".join(ODD_TEXTS)] * 3, 290, show_progress=False)
     ours.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    is_same = all(theirs(text, add_special_tokens=False)["input_ids"] == list(ours.encode(text)) for text in ODD_TEXTS)
-    assert is_same != FAMILIES[model_type].names_tokenizer
+    found = []
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        theirs = kind.from_pretrained(tmp_path)
+        ids = [theirs(text, add_special_tokens=False)["input_ids"] for text in ODD_TEXTS]
+        found.append(ids == [list(ours.encode(text)) for text in ODD_TEXTS])
+    assert found == [not FAMILIES[model_type].names_tokenizer, True]
+
+
+def test_a_run_says_that_only_a_family_with_its_own_tokenizer_holds_its_model():
+    tokenizer = train_hf_bbpe([" ".join(ODD_TEXTS)] * 3, 290, show_progress=False)
+    export = plan_export(False, tokenizer, None, 290)
+    biased = ModelConfig(qkv_bias=True, vocab_size=290, max_position_embeddings=16).resolve()
+    assert export.family(biased).model_type == "llama" and not export.warning(biased)
+    windowed = dataclasses.replace(biased, sliding_window=8)
+    assert "are written as qwen2, the only family that holds such a model" in export.warning(windowed)
 
 
 def test_the_families_of_transformers_names_are_all_here():
