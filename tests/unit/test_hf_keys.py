@@ -285,6 +285,35 @@ PUBLISHED = {
         "sliding_window": 8, "use_sliding_window": False, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
         "attention_dropout": 0.0, "eos_token_id": 5,
     },
+    "Mistral of 2023": {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "rope_theta": 10000.0, "sliding_window": 8, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0", "use_cache": True,
+    },
+    "Mixtral": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+        "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+    },
+    "Qwen3": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "head_dim": 8, "max_window_layers": 2, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": True, "use_sliding_window": False, "rms_norm_eps": 1e-6,
+    },
+    "Qwen3 with experts": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+        "decoder_sparse_step": 1, "head_dim": 8, "max_window_layers": 2, "mlp_only_layers": [],
+        "moe_intermediate_size": 8, "norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 8,
+        "output_router_logits": False, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
+    },
+    "Ernie 4.5 with experts": {
+        "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "bos_token_id": 1,
+        "pad_token_id": 0, "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_intermediate_size": 8, "moe_k": 6,
+        "moe_layer_end_index": 1, "moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_num_experts": 8,
+        "moe_num_shared_experts": 2, "moe_use_aux_free": True, "num_nextn_predict_layers": 1, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "use_bias": False, "use_cache": False,
+    },
     "Qwen2.5, saved by transformers 5": {
         "model_type": "qwen2", "dtype": "bfloat16", "layer_types": ["full_attention"] * 2, "max_window_layers": 1,
         "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "sliding_window": None,
