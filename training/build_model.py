@@ -139,7 +139,8 @@ def resolve_model(
         told = _told_fields(wanted, given, is_own)
         _check_family(wanted, given, stored, is_own)
         # What follows from other fields, such as the router's bias, is compared as it follows.
-        asked_shape = wanted.resolve(max_seq_len=max_seq_len)
+        experts = wanted.num_local_experts or stored.num_local_experts
+        asked_shape = dataclasses.replace(wanted, num_local_experts=experts).resolve(max_seq_len=max_seq_len)
         for name in SHAPE_FIELDS:
             asked, has = getattr(asked_shape, name), getattr(stored, name)
             if name in told and asked != has:
