@@ -171,6 +171,15 @@ def test_frozen_experts_pass_the_gradient_on():
     assert torch.equal(frozen, x.grad)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_arrive_in_reverse_of_their_use(kernel: str):
+    layer, arrived = layer_of(config_with(num_shared_experts=1), kernel), []
+    for name, parameter in layer.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    layer(draw(2, 5, 24))[0].sum().backward()
+    assert arrived == [name for name, _ in layer.named_parameters()][::-1]
+
+
 def test_pairs_are_sorted_by_expert():
     chosen = torch.tensor([[3, 0], [0, 2], [3, 2]])
     tokens, places, ends = sort_by_expert(chosen, 5)
