@@ -43,7 +43,7 @@ import torch
 
 from configurator import parse_config
 from model import Decoder, flops
-from model.ops import CHOICES, build_ops, choose_ops
+from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from optimizer import adamw_triton
 from optimizer.adamw import adamw_reference
 from optimizer.clip import clip_factor
@@ -125,7 +125,8 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
     """A function that does one training step and returns the loss in nats per token; bytes kept between steps."""
     dtype = resolve_dtype(config.system.dtype, device)
     model_config = config.model.resolve(max_seq_len=config.data.max_seq_len)
-    model = Decoder(model_config, ops=build_ops(choose_ops("auto", contender.ops, device, dtype)))
+    ops = choose_ops("auto", contender.ops, device, dtype, needs_of(model_config))
+    model = Decoder(model_config, ops=build_ops(ops))
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()
     if contender.compiled:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation import resident_growth
-from model.attend import causal_mask
+from model.attend import attention_mask
 from model.kernels import cross_entropy as ce
 from model.kernels import linear_cross_entropy as linear_ce
 from model.kernels import rms_norm as norm
@@ -164,7 +164,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
     contenders = {"torch sdpa": sdpa_causal}
     if device.type == "cpu":
         contenders["blocked"] = blocked_attention
-        mask = causal_mask(width, width, None, device)
+        mask = attention_mask(width, width, None, device)
         contenders["eager"] = lambda q, k, v: plain_attention(q, k, v, mask, 0.0, None)
     yield Case(
         "causal attention", "2 B T^2 H D operations forward, 6 in all", attention_inputs, contenders,

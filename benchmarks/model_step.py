@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.ddp import describe
 from model import Decoder, ModelConfig, flops, hf
-from model.ops import build_ops, choose_ops
+from model.ops import build_ops, choose_ops, needs_of
 from optimizer import adamw_triton
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
@@ -48,7 +48,7 @@ def our_step(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, rows: torch.Tensor, compiled: bool,
     kernels: str,
 ) -> Callable[[], float]:  # fmt: skip
-    ops = build_ops(choose_ops(kernels, {}, device, dtype))
+    ops = build_ops(choose_ops(kernels, {}, device, dtype, needs_of(config)))
     model = Decoder(config, ops=ops)
     model.initialize(0)
     model.to(device=device, dtype=dtype).train()

@@ -1,16 +1,19 @@
-"""Everything attention must know besides queries, keys and values. Built once a forward pass, the same for every layer.
+"""Everything attention must know besides queries, keys and values. Built once a forward pass, one for all layers that
+see equally far.
 
-    positions     rotary tables
+    positions     rotary tables, or ALiBi's slopes
     documents     nothing, their lengths, their starts, or a mask, depending on the implementation of attention
+    window        how far back a query sees: a number or part of the mask, depending on the implementation
     cache         keys and values of earlier tokens, and how many of them each row has
 
 A new kind of mask or cache changes this file and the implementations in model/kernels/, but no layer.
 
-Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), K key and value heads, D head dim,
-M documents.
+Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
+and value heads, D head dim, M documents.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,20 +22,54 @@ from model.config import ModelConfig
 from model.rope import rotary_tables
 
 
-def causal_mask(
-    num_new: int, num_all: int, document_ids_BT: Tensor | None, device: torch.device, rows: list[int] | None = None
+def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
+    """ALiBi's slope of each head, float32 (H,): a key at distance d from the query gets the score -slope d on top
+    (Press et al., "Train short, test long", 2022).
+
+    The first 2^n heads, as many as there are, have the slopes 2^(-8 i / 2^n), i = 1, 2, ...; the others have those with
+    odd i of twice as many heads.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    first = torch.arange(1, power + 1, device=device) * (-8.0 / power)
+    others = (2 * torch.arange(num_heads - power, device=device) + 1) * (-4.0 / power)
+    return torch.cat((first, others)).exp2()
+
+
+def attention_mask(
+    num_new: int,
+    num_all: int,
+    document_ids_BT: Tensor | None,
+    device: torch.device,
+    rows: list[int] | None = None,
+    window: int = 0,
+    slopes_H: Tensor | None = None,
+    first_key: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Mask of the keys that each query sees, bool (1 or B, 1, T, S): those of its document that do not come after it.
+    """Mask of the keys that each query sees: those of its document that do not come after it, or too far before it.
+
+    Returns:
+        bool (1 or B, 1, T, S). With slopes (1 or B, H, T, S): ALiBi's scores, -inf for keys that are not seen. They
+        follow from distances, so near the query they are exact in any dtype, however long the text is.
 
     Args:
-        rows: number of tokens in each row's cache, if the rows differ; by default all rows hold S - T.
+        rows: number of tokens in each row's cache, if the rows differ; by default all rows hold the same.
+        window: latest keys that a query sees, itself among them; 0: all.
+        first_key: keys before it are left out: S is `num_all` less this number.
+        dtype: of the scores.
     """
     starts = torch.tensor(rows if rows is not None else [num_all - num_new], device=device)
     queries = starts[:, None] + torch.arange(num_new, device=device)
-    mask = (queries[..., None] >= torch.arange(num_all, device=device))[:, None]
+    distances = (queries[..., None] - torch.arange(first_key, num_all, device=device))[:, None]
+    mask = distances >= 0
+    if window:
+        mask = mask & (distances < window)
     if document_ids_BT is not None:
         mask = mask & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
-    return mask
+    if slopes_H is None:
+        return mask
+    exact = torch.promote_types(dtype, torch.float32)
+    return (distances.to(exact) * -slopes_H.to(exact)[:, None, None]).masked_fill(~mask, -torch.inf).to(dtype)
 
 
 def document_lengths(document_ids_BT: Tensor) -> list[list[int]] | None:
@@ -59,17 +96,21 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, for up to `max_length` tokens a row.
+    """Keys and values of every layer, for up to `max_length` tokens a row; with a local filter also what it read.
 
     `lengths` is the number of tokens that each row holds; `Decoder.forward` adds the new ones. A caller whose rows are
     padded at the end then sets `lengths` to the real numbers, and later tokens overwrite the padding.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_length, config.head_dim)
+        layers = config.num_hidden_layers
+        shape = (layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.max_length, self.lengths = max_length, [0] * batch
         self._keys_LBKSD = torch.zeros(shape, dtype=dtype, device=device)
         self._values_LBKSD = torch.zeros_like(self._keys_LBKSD)
+        # Rows may be cut back to any length, so the last two tokens' states would not be enough.
+        num_states = max_length if config.local_filter else 0
+        self._states_LBSC = torch.zeros((layers, batch, num_states, config.hidden_size), dtype=dtype, device=device)
 
     @property
     def is_even(self) -> bool:
@@ -90,10 +131,11 @@ class KVCache:
         """Drop all rows but these, for instance when other texts have ended."""
         self.lengths = [self.lengths[row] for row in rows]
         self._keys_LBKSD, self._values_LBKSD = self._keys_LBKSD[:, rows], self._values_LBKSD[:, rows]
+        self._states_LBSC = self._states_LBSC[:, rows]
 
-    def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new tokens after those of each row; return keys and values up to the end of the longest row,
-        (B, K, S, D). After its own end, a shorter row holds zeros or padding, which the mask hides."""
+    def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, first_key: int = 0) -> tuple[Tensor, Tensor]:
+        """Store T new tokens after those of each row; return keys and values from `first_key` up to the end of the
+        longest row, (B, K, S, D). After its own end, a shorter row holds zeros or padding, which the mask hides."""
         num_new, end = k_BKTD.shape[2], max(self.lengths) + k_BKTD.shape[2]
         for all_BKSD, new_BKTD in ((self._keys_LBKSD[layer], k_BKTD), (self._values_LBKSD[layer], v_BKTD)):
             if self.is_even:
@@ -101,23 +143,43 @@ class KVCache:
             else:
                 for row, length in enumerate(self.lengths):
                     all_BKSD[row, :, length : length + num_new] = new_BKTD[row]
-        return self._keys_LBKSD[layer, :, :, :end], self._values_LBKSD[layer, :, :, :end]
+        return self._keys_LBKSD[layer, :, :, first_key:end], self._values_LBKSD[layer, :, :, first_key:end]
+
+    def append_states(self, layer: int, x_BTC: Tensor) -> Tensor:
+        """Store what a layer's local filter reads of T new tokens; return that of the two tokens before them in each
+        row, (B, 2, C), which are zeros where there are none."""
+        states_BSC, num_new = self._states_LBSC[layer], x_BTC.shape[1]
+        earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
+        for row, length in enumerate(self.lengths):
+            num = min(length, 2)
+            earlier_B2C[row, 2 - num :] = states_BSC[row, length - num : length]
+            states_BSC[row, length : length + num_new] = x_BTC[row]
+        return earlier_B2C
 
 
 @dataclass(frozen=True)
 class Attend:
-    """What the queries of one forward pass attend to. At most one of `mask`, `documents` and `starts` is given; without
-    any, attention is causal over the whole row."""
+    """What the queries of one forward pass attend to, in layers that see equally far. At most one of `documents` and
+    `starts` is given. Without these and a mask, attention is causal over the whole row."""
 
-    rope: tuple[Tensor, Tensor]
-    """cos and sin of each position's angles, float32, (B, 1, T, D / 2) each."""
+    positions: Tensor
+    """Position of each new token in its document, int64 (B, T)."""
+    rope: tuple[Tensor, Tensor] | None
+    """cos and sin of each position's angles, float32, (B, 1, T, D / 2) each; None: nothing is rotated."""
     mask: Tensor | None = None
-    """Keys that each query sees, bool (1 or B, 1, T, S)."""
+    """Keys that each query sees, see `attention_mask`; beside `documents`, for a document as long as the longest. It
+    covers window and slopes."""
     documents: list[list[int]] | None = None
     """Lengths of each row's documents."""
     starts: Tensor | None = None
     """Offsets of the documents among the tokens of all rows; see `document_starts`."""
+    window: int = 0
+    """Without a mask: latest keys that a query sees, itself among them; 0: all."""
+    slopes: Tensor | None = None
+    """Without a mask: ALiBi's slope of each head, float32 (H,)."""
     cache: KVCache | None = None
+    first_key: int = 0
+    """First key of the cache that any query sees."""
 
     @property
     def is_plainly_causal(self) -> bool:
@@ -127,6 +189,7 @@ class Attend:
 
 def attend_to(
     config: ModelConfig,
+    windows: Iterable[int],
     num_new: int,
     device: torch.device,
     positions_BT: Tensor,
@@ -134,26 +197,64 @@ def attend_to(
     starts: Tensor | None = None,
     cache: KVCache | None = None,
     by_document: bool = True,
-) -> Attend:
-    """Build the Attend of a forward pass over `num_new` tokens a row.
+    by_mask: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, Attend]:
+    """Build the Attend of a forward pass over `num_new` tokens a row, for each of these windows (see
+    `ModelConfig.window_of`).
 
     Args:
         positions_BT: positions of the new tokens, int64.
         document_ids_BT: document of each token, int64, equal ids side by side; not together with a cache.
         starts: offsets of those documents, for an implementation of attention that takes them.
         by_document: whether documents may be attended to one by one, if that is less work.
+        by_mask: whether the implementation of attention needs a mask for windows and ALiBi.
+        dtype: of the queries.
     """
-    rope = rotary_tables(config, positions_BT, document_ids_BT)
+    rope, slopes = None, None
+    if config.position_embedding == "alibi":
+        slopes = alibi_slopes(config.num_attention_heads, device)
+    else:
+        rope = rotary_tables(config, positions_BT, document_ids_BT)
+    common, windows = Attend(positions_BT, rope, slopes=slopes, cache=cache), set(windows)
+    if device.type != "cuda":
+        # Kernels for CPUs take float32 beside 16 bits, those for GPUs only the queries' dtype.
+        dtype = torch.promote_types(dtype, torch.float32)
     if starts is not None:
-        return Attend(rope, starts=starts, cache=cache)
+        return {window: replace(common, starts=starts, window=window if window < num_new else 0) for window in windows}
     if document_ids_BT is not None and by_document and not document_ids_BT.is_cuda:
         documents = document_lengths(document_ids_BT)
         if documents is not None:
-            return Attend(rope, documents=documents, cache=cache)
-    if cache is not None and not cache.is_even:
-        longest = max(cache.lengths)
-        return Attend(rope, causal_mask(num_new, longest + num_new, None, device, cache.lengths), cache=cache)
-    past = cache.lengths[0] if cache is not None else 0
-    needs_mask = document_ids_BT is not None or (past and num_new > 1)
-    mask = causal_mask(num_new, past + num_new, document_ids_BT, device) if needs_mask else None
-    return Attend(rope, mask, cache=cache)
+            return {window: _document_by_document(common, window, documents, dtype) for window in windows}
+    by_mask = by_mask or cache is not None
+    return {window: _whole_rows(common, window, num_new, document_ids_BT, by_mask, dtype) for window in windows}
+
+
+def _document_by_document(common: Attend, window: int, documents: list[list[int]], dtype: torch.dtype) -> Attend:
+    """With a mask only where a document is longer than the window, or ALiBi adds to scores."""
+    longest = max(map(max, documents))
+    window = window if window < longest else 0
+    mask = None
+    if window or common.slopes is not None:
+        device = common.positions.device
+        mask = attention_mask(longest, longest, None, device, None, window, common.slopes, dtype=dtype)
+    return replace(common, documents=documents, mask=mask, slopes=None)
+
+
+def _whole_rows(
+    common: Attend, window: int, num_new: int, document_ids_BT: Tensor | None, by_mask: bool, dtype: torch.dtype
+) -> Attend:
+    """Each row as a whole, under a mask if there is anything that must be hidden or added by one."""
+    past = common.cache.lengths if common.cache is not None else [0]
+    longest, is_even = max(past) + num_new, min(past) == max(past)
+    window = window if window < longest else 0
+    first_key = max(min(past) - window + 1, 0) if window else 0
+    if num_new == 1 and is_even:
+        # It sees all keys from the first one on.
+        window = 0
+    is_masked = document_ids_BT is not None or not is_even or (past[0] > 0 and num_new > 1)
+    if not is_masked and not (by_mask and (window or common.slopes is not None)):
+        return replace(common, window=window, first_key=first_key)
+    rows, device = None if is_even else past, common.positions.device
+    mask = attention_mask(num_new, longest, document_ids_BT, device, rows, window, common.slopes, first_key, dtype)
+    return replace(common, mask=mask, slopes=None, first_key=first_key)

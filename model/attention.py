@@ -1,4 +1,4 @@
-"""The attention layer: projections, rotary positions, the cache, and the choice of an implementation.
+"""The attention layer: projections, norms of heads, rotary positions, the cache, and the choice of an implementation.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
 and value heads, D head dim.
@@ -6,11 +6,12 @@ and value heads, D head dim.
 
 from torch import Tensor, nn
 
-from model.attend import Attend, causal_mask
+from model.attend import Attend, attention_mask
 from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
 from model.linear import Linear
+from model.norm import RMSNorm
 from model.ops import Ops
 
 
@@ -30,18 +31,24 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, query_size, bias=qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
+        # Norms of each head alone (Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023).
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None
         self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x_BTC: Tensor, attend: Attend, key: DropoutKey | None = None) -> Tensor:
         """Attend from each new token: x (B, T, C) -> (B, T, C)."""
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
-        q_BHTD, k_BKSD, v_BKSD = (
-            project(x_BTC).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
+        q_BTHD, k_BTKD, v_BTKD = (project(x_BTC).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
+            k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
+        q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+        if attend.rope is not None:
+            q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
-            k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD)
+            k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1))
 
@@ -52,13 +59,13 @@ class Attention(nn.Module):
         if self.ops.step_by_step or (self.config.attention_dropout > 0.0 and key is not None):
             mask = attend.mask
             if mask is None:
-                mask = causal_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
+                mask = attention_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
             return plain_attention(q_BHTD, k_BKSD, v_BKSD, mask, self.config.attention_dropout, key)
         if attend.starts is not None:
             assert self.ops.packed is not None
-            return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts)
+            return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts, attend.window, attend.slopes)
         if attend.is_plainly_causal:
-            return self.ops.causal(q_BHTD, k_BKSD, v_BKSD)
+            return self.ops.causal(q_BHTD, k_BKSD, v_BKSD, attend.window, attend.slopes)
         if attend.documents is not None:
-            return attention_by_document(q_BHTD, k_BKSD, v_BKSD, attend.documents)
+            return attention_by_document(q_BHTD, k_BKSD, v_BKSD, attend.documents, attend.mask)
         return sdpa_masked(q_BHTD, k_BKSD, v_BKSD, attend.mask)

@@ -101,7 +101,7 @@ _KEPT = frozenset({
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_flash_attention_forward", "aten::_efficient_attention_forward", "aten::_cudnn_attention_forward",
-    "torch_attn::_varlen_attn", "zero2all::blocked_attention",
+    "torch_attn::_varlen_attn", "zero2all::blocked_attention", "zero2all::sorted_experts",
     "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
     "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_cutlass",
 })  # fmt: skip
@@ -165,6 +165,7 @@ class Decoder(nn.Module):
         self.lm_head = new_head(config, ops)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         self._compiled_parameters: list[nn.Parameter] = []
 
     def compile_blocks(self, **options) -> None:
@@ -225,23 +226,25 @@ class Decoder(nn.Module):
         if starts is not None and self._compiled_parameters:
             # Otherwise there would be one graph for the first number of documents and another one for all others.
             torch._dynamo.maybe_mark_dynamic(starts, 0)
-        attend = attend_to(
-            self.config, num_new, device, positions_BT, document_ids_BT, starts, cache, self.attends_by_document
-        )
+        attends = attend_to(
+            self.config, self._windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
+            self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
+            self.embed_tokens.weight.dtype,
+        )  # fmt: skip
         h_BTC = self.embed_tokens(input_ids_BT)
         if self.embed_norm is not None:
             h_BTC = self.embed_norm(h_BTC, None, 0.0, None, 0)[1]
         if self.config.residual_in_fp32:
             h_BTC = h_BTC.float()
         with self._gradients_aside():
-            h_BTC, to_add_BTC, layer_key, counted = self._blocks(h_BTC, attend, dropout_key, losses)
+            h_BTC, to_add_BTC, layer_key, counted = self._blocks(h_BTC, attends, dropout_key, losses)
         if cache is not None:
             cache.lengths = [length + num_new for length in cache.lengths]
         hidden_BTC = self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
         return losses.close(hidden_BTC, counted) if losses is not None else hidden_BTC
 
     def _blocks(
-        self, h_BTC: Tensor, attend: Attend, dropout_key: DropoutKey | None, losses: LayerLosses | None
+        self, h_BTC: Tensor, attends: dict[int, Attend], dropout_key: DropoutKey | None, losses: LayerLosses | None
     ) -> tuple[Tensor, Tensor | None, DropoutKey | None, list[Tensor]]:
         """Run all blocks; return h, the tensor still to be added to it, that tensor's dropout key, and what the layers
         with experts have counted."""
@@ -259,7 +262,7 @@ class Decoder(nn.Module):
                     to_add_BTC = None
                 if block.checkpoint_options is None:
                     run = partial(checkpoint, block, **self._checkpoint_options)
-            h_BTC, to_add_BTC, sums = run(h_BTC, to_add_BTC, attend, key, losses)
+            h_BTC, to_add_BTC, sums = run(h_BTC, to_add_BTC, attends[self._windows[index]], key, losses)
             counted += [sums] if sums is not None else []
         return h_BTC, to_add_BTC, key, counted
 

@@ -10,7 +10,8 @@
 
 Each file of model/kernels/ declares its implementations, where they can be used and where they were measured to be the
 fastest (benchmarks/model_step.py): `auto` takes those. Asking by name for one that cannot be had is an error; another
-one never takes its place in silence.
+one never takes its place in silence. The same holds for one that lacks what the model needs, such as ALiBi; `auto` then
+takes another.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.kernels import attention, blocked_attention, experts
 from model.kernels import linear_cross_entropy as fused_loss
 from model.kernels import rms_norm as norm
@@ -63,10 +65,13 @@ class Ops:
     """(hidden, head's weight, labels, grad_scale=1.0) -> sum of the losses; the scale: see linear_cross_entropy_sum."""
     token_logprobs: Callable[[Tensor, Tensor, Tensor], Tensor] = fused_loss.plain_token_logprobs
     """(hidden, head's weight, labels) -> log-probability of each label."""
-    causal: Callable[[Tensor, Tensor, Tensor], Tensor] = attention.sdpa_causal
-    """Causal attention without mask and cache."""
-    packed: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
-    """Causal attention within documents, given where they begin; None: by a mask, or document by document."""
+    causal: Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor] = attention.sdpa_causal
+    """(q, k, v, window, ALiBi's slopes) -> causal attention without mask and cache."""
+    packed: Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor] | None = None
+    """(q, k, v, starts, window, slopes) -> causal attention within documents, given where they begin; None: by a mask,
+    or document by document."""
+    by_mask: bool = True
+    """Whether attention needs a mask for windows and ALiBi, rather than numbers."""
     step_by_step: bool = False
     """Attention is always the plain formula under a mask."""
 
@@ -77,44 +82,62 @@ class Ops:
 REFERENCE = Ops()
 
 
+def needs_of(config: ModelConfig) -> frozenset[str]:
+    """What a model needs of implementations, of registry.NEEDS."""
+    has_rope = config.position_embedding == "rope"
+    needs = {
+        "window": config.sliding_window > 0,
+        "alibi": not has_rope,
+        "interleaved": has_rope and config.rope_interleaved,
+        "partial": has_rope and config.rotary_dim != config.head_dim,
+    }
+    return frozenset(need for need, is_needed in needs.items() if is_needed)
+
+
 def choose_ops(
-    kernels: str, overrides: Mapping[str, str], device: torch.device, dtype: torch.dtype
+    kernels: str,
+    overrides: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     """Op -> implementation.
 
     Args:
         kernels: auto, reference or triton, for every op that `overrides` (op -> name, "" for none) leaves open.
+        needs: of the model, see `needs_of`.
 
     Raises:
-        ValueError: an implementation that was asked for cannot be had here.
+        ValueError: an implementation that was asked for cannot be had here, or cannot do what the model needs.
     """
     return {
-        op: _required(op, overrides[op], device, dtype) if overrides.get(op) else _chosen(kernels, op, device, dtype)
+        op: _required(op, overrides[op], device, dtype, needs)
+        if overrides.get(op) else _chosen(kernels, op, device, dtype, needs)
         for op in IMPLEMENTATIONS
-    }
+    }  # fmt: skip
 
 
-def _required(op: str, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def _required(op: str, wanted: str, device: torch.device, dtype: torch.dtype, needs: frozenset[str]) -> str:
     """The implementation that a flag names."""
     named = IMPLEMENTATIONS[op]
     if wanted not in named:
         raise ValueError(f"{op} can be {', '.join(named)}, not {wanted}")
-    if reason := named[wanted].why_not(device, dtype):
+    if reason := named[wanted].reason_against(device, dtype, needs):
         raise ValueError(f"--{op}_kernel={wanted} cannot be used: {reason}")
     return wanted
 
 
-def _chosen(kernels: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+def _chosen(kernels: str, op: str, device: torch.device, dtype: torch.dtype, needs: frozenset[str]) -> str:
     """The implementation of an operation whose flag is not given."""
     named = IMPLEMENTATIONS[op]
     if kernels == "triton" and "triton" in named:
-        if reason := named["triton"].why_not(device, dtype):
+        if reason := named["triton"].reason_against(device, dtype, needs):
             raise ValueError(f"--kernels=triton cannot be used: {reason}")
         return "triton"
     plain = next(name for name, found in named.items() if found.is_plain)
     if kernels == "reference":
         return plain
-    can = (name for name, found in named.items() if found.why_not(device, dtype) is None)
+    can = (name for name, found in named.items() if found.reason_against(device, dtype, needs) is None)
     return next((name for name in can if named[name].is_fastest(device, dtype)), plain)
 
 

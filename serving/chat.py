@@ -21,6 +21,19 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
+def without_lead(pieces: Iterator[str], lead: str) -> Iterator[str]:
+    """Pieces of an answer without the text that the model says before every answer, such as a line end. The template
+    writes that text itself once the answer is part of the history."""
+    begin = ""
+    for piece in pieces:
+        begin += piece
+        if lead and lead.startswith(begin):
+            continue
+        yield begin.removeprefix(lead)
+        break
+    yield from pieces
+
+
 def require_utf8(what: str, text: str) -> None:
     """
     Raises:
@@ -83,7 +96,7 @@ class Chat:
         prompt_ids = self._ask(question)
         said, self.was_cut = "", False
         try:
-            for piece in stream_text(self.tokenizer, self._sampled(prompt_ids)):
+            for piece in without_lead(stream_text(self.tokenizer, self._sampled(prompt_ids)), self._template.lead):
                 said += piece
                 yield piece
         finally:

@@ -16,7 +16,7 @@ well. It is also given the texts themselves, and if the result differs, the conv
 
 **The learnt part of an answer** begins at the end of the prompt that asks the model for it (`add_generation_prompt`),
 and ends with the first control token after its text, by which the model learns to stop (template_habits.py,
-regions.py).
+regions.py). That may be the token that begins the next message.
 
     messages -> placeholders.py -> jinja_template.py -> regions.py -> ids, supervised or not
 """
@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from tokenizer.base import Tokenizer, any_of
 from tokenizer.jinja_template import JinjaTemplate
+from tokenizer.known_layouts import name_of_layout
 from tokenizer.messages import ROLES, Message, MessageSpan, Rendered
 from tokenizer.placeholders import Marked, Placeholders, check_no_control, filled, parts_of
 from tokenizer.regions import Region, RegionFinder
@@ -68,6 +69,8 @@ class ChatTemplate:
             usual = usual_layout(tokenizer.special_ids)
             source = (f"{{{{ '{usual.first}' }}}}" if usual.first in tokenizer.special_ids else "") + usual.template
             self.notes.append(f"the tokenizer has no chat template: conversations are laid out as {usual.name} are")
+        elif name := name_of_layout(source):
+            self.notes.append(f"conversations are laid out as {name} are: such models have code for it, no template")
         self.source = source
         """The program."""
         tokens = {name: text for name, text in tokenizer.template_tokens.items() if name in source}
@@ -84,6 +87,9 @@ class ChatTemplate:
         self.notes += self._habits.notes
         self.end_id = (tokenizer.special_ids | tokenizer.added_ids)[self._habits.end]
         """Token that ends an answer."""
+        self.lead = self._habits.lead
+        """Text that the model itself says before an answer, as the prompt ends before it; often empty."""
+        self._stops = frozenset((tokenizer.special_ids | tokenizer.added_ids)[text] for text in self._habits.stops)
         self._control = any_of([*tokenizer.special_ids, *self._habits.also])
         self._finder = RegionFinder(self._jinja, features, self._habits, self._control)
         self._compare_prompt()
@@ -100,7 +106,7 @@ class ChatTemplate:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset([self.end_id, self._tokenizer.eod_id])
+        return self._stops | {self.end_id, self._tokenizer.eod_id}
 
     def render(
         self,
@@ -108,7 +114,8 @@ class ChatTemplate:
         is_supervised: Callable[[int], bool] = lambda number: True,
         tools: Sequence[dict] = (),
     ) -> Rendered:
-        """Tokens of a conversation, as transformers' `apply_chat_template` gives them.
+        """Tokens of a conversation, as transformers' `apply_chat_template` gives them. If the template writes no end
+        behind the last answer, the end of a document follows.
 
         Args:
             is_supervised: whether the answer in the message of this number is learnt.
@@ -124,6 +131,8 @@ class ChatTemplate:
         text = self._write(marked, tools, upto=len(messages) - 1 if goes_on else None)
         if goes_on:
             text += marked.messages[-1]["content"] + self._habits.end
+        elif self._habits.is_open and messages and messages[-1].role == "assistant":
+            text += self._habits.end
         regions = self._finder.regions(text, messages, marked, learnt, tools)
         return self._encode(self._pieces(text, marked, regions, learnt))
 

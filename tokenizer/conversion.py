@@ -9,16 +9,18 @@ folder must name a class that knows.
 
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
 from tokenizer.base import MODEL_INPUT_NAMES
+from tokenizer.known_classes import completed, known_class, settings_of
 
 SENTENCE_PIECE, BYTE_LEVEL = "tokenizer.model", ("vocab.json", "merges.txt")
 _OTHERS = (
     "tekken.json", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model",
-    "vocab.txt", *BYTE_LEVEL,
+    "ice_text.model", "vocab.txt", *BYTE_LEVEL,
 )  # fmt: skip
 """Patterns of the files of other tokenizers."""
 _OF_OTHER_FILES = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "sp_model_kwargs")
@@ -78,21 +80,36 @@ def convert(directory: Path, config: dict) -> tuple[str, dict]:
 
 def _converted(directory: Path, config: dict) -> tuple[str, dict]:
     """Result of convert; any exception may escape."""
-    if (directory / SENTENCE_PIECE).exists():
-        made = _of_sentence_piece(directory, config)
+    is_sentence_piece = (directory / SENTENCE_PIECE).exists()
+    if is_sentence_piece:
+        processor = _processor(directory / SENTENCE_PIECE)
+        vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+        known = known_class(directory, config, vocab)
+        made = _of_sentence_piece(directory, config, processor) if known is None else _of_bare_model(processor)
     else:
         made = _of_byte_level(directory)
+        known = known_class(directory, config, made.get_vocab())
     kept = {key: value for key, value in config.items() if key not in _OF_OTHER_FILES}
     named = {key: str(token) for key, token in made.special_tokens_map.items() if key.endswith("_token")}
     # With this class, transformers 4 and 5 take the tokenizer.json as it is.
     own = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     unless_said = {"clean_up_tokenization_spaces": False, "model_input_names": MODEL_INPUT_NAMES}
-    return made.backend_tokenizer.to_str(), {**unless_said, **kept, **own}
+    definition, settings = made.backend_tokenizer.to_str(), {**unless_said, **kept, **own}
+    if known is None:
+        return definition, settings
+    parts = json.loads(definition)
+    if is_sentence_piece:
+        parts, settings = completed(known, directory, parts, settings)
+    return json.dumps(parts, ensure_ascii=False), settings | settings_of(known, directory, entries(parts), settings)
 
 
-def _of_sentence_piece(directory: Path, config: dict):
-    """transformers' tokenizer of a `tokenizer.model`."""
-    processor = _processor(directory / SENTENCE_PIECE)
+def entries(definition: dict) -> dict[str, int]:
+    """Entries of a tokenizer.json -> their ids, added tokens included."""
+    return definition["model"]["vocab"] | {token["content"]: token["id"] for token in definition["added_tokens"]}
+
+
+def _of_sentence_piece(directory: Path, config: dict, processor: SentencePieceProcessor):
+    """transformers' tokenizer of a folder with a `tokenizer.model`."""
     # Imported here: it takes seconds, and few folders need it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -101,10 +118,30 @@ def _of_sentence_piece(directory: Path, config: dict):
         # The folder contradicts the model, and its class knows how to do that.
         return AutoTokenizer.from_pretrained(str(directory), **_HERE)
     made = PreTrainedTokenizerFast.from_pretrained(str(directory), **_HERE)
+    _compare(made, processor)
+    return made
+
+
+def _of_bare_model(processor: SentencePieceProcessor):
+    """transformers' tokenizer of a SentencePiece model by itself, whatever else its folder holds."""
+    from transformers import PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as alone:
+        (Path(alone) / SENTENCE_PIECE).write_bytes(processor.serialized_model_proto())
+        made = PreTrainedTokenizerFast.from_pretrained(alone, **_HERE)
+    _compare(made, processor)
+    return made
+
+
+def _compare(made, processor: SentencePieceProcessor) -> None:
+    """Compare transformers' tokenizer with the model that it was made of.
+
+    Raises:
+        ValueError: it gives other ids.
+    """
     for text in _PROBES:
         if made.encode(text, add_special_tokens=False) != processor.encode(text):
             raise ValueError(f"transformers makes a tokenizer of it that gives {text!r} other ids than SentencePiece")
-    return made
 
 
 def _of_byte_level(directory: Path):

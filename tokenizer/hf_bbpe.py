@@ -32,6 +32,7 @@ from tokenizer.hf_definition import (
     begin_ids,
     byte_spelling,
     check_ids,
+    control_pieces,
     end_of_document,
     named_tokens,
     plain_text_definition,
@@ -67,7 +68,8 @@ class HFBBPETokenizer(Tokenizer):
         self._spelling = byte_spelling(self._definition)
         self._used = as_used(self._definition, config or {})
         added = self._used["added_tokens"]
-        self.special_ids = {token["content"]: token["id"] for token in added if token["special"]}
+        pieces = control_pieces(self._definition, config or {})
+        self.special_ids = {token["content"]: token["id"] for token in added if token["special"]} | pieces
         self.eod_id = self.special_ids[end_of_document(self.special_ids, config or {})]
         names = {token: f"special {token_id}" for token, token_id in self.special_ids.items()}
         plain = plain_text_definition(self._used, names)
@@ -79,7 +81,8 @@ class HFBBPETokenizer(Tokenizer):
         self._word_cache = WordCache(plain, split_pattern(*own), split_pattern(*own, ascii_only=True)) if own else None
         self.vocab_size = max(ids.values()) + 1
         parts = [self._used.get(k) for k in ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")]
-        self.fingerprint = hashlib.sha256(json.dumps([parts, self.eod_id], sort_keys=True).encode()).hexdigest()
+        facts = [parts, self.eod_id, *([pieces] if pieces else [])]
+        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def begin_ids(self) -> list[int]:
@@ -184,7 +187,9 @@ class HFBBPETokenizer(Tokenizer):
             else:
                 lengths[token_id] = 1 if token in BYTE_PIECES else len(token.replace("▁", " ").encode("utf-8"))
         for token in self._used["added_tokens"]:
-            lengths[token["id"]] = 0 if token["special"] else len(token["content"].encode("utf-8"))
+            lengths[token["id"]] = len(token["content"].encode("utf-8"))
+        for token_id in self.special_ids.values():
+            lengths[token_id] = 0
         return lengths
 
     def save_pretrained(self, directory: str | Path) -> None:

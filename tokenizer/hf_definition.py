@@ -2,7 +2,8 @@
 can be used, and the definition that the library gets, in which control strings are ordinary text."""
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import compress, takewhile
 
@@ -21,6 +22,9 @@ _SPLIT_BYTE_PIECE = {
     "type": "Split", "pattern": {"Regex": r"\A<(?=0x[0-9A-F]{2}>\z)"}, "behavior": "Isolated", "invert": False
 }  # fmt: skip
 """Step that keeps the text "<0x41>" from becoming the byte of this name, where whole words are looked up first."""
+CONTROL_PIECES = "control_pieces"
+"""Key of ours in a tokenizer_config.json: control tokens that SentencePiece finds within a text, as pieces that its
+user defined. A text goes on behind them, whereas one begins behind a special token, often with a blank in front."""
 
 
 def byte_spelling(definition: object) -> str:
@@ -97,10 +101,11 @@ def begin_ids(definition: object) -> list[int]:
 
 def end_of_document(special_ids: dict[str, int], config: dict) -> str:
     """Special token that ends a document: <|endoftext|>, or the configuration's end of a sequence. For a model that was
-    taught to answer here, the latter became the end of an answer, and `end_of_document` names the former."""
+    taught to answer here, the latter became the end of an answer, and `end_of_document` names the former. It also names
+    the one of a class that uses <|endoftext|> for something else (known_classes.py)."""
     eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    for token in (END_OF_DOCUMENT, config.get("end_of_document"), eos):
+    for token in (config.get("end_of_document"), END_OF_DOCUMENT, eos):
         if isinstance(token, str) and token in special_ids:
             return token
     raise ValueError(f"it has no {END_OF_DOCUMENT} token, and its tokenizer_config.json names no eos_token")
@@ -123,7 +128,19 @@ def template_in(config: dict) -> str | None:
     return template
 
 
-def named_tokens(config: dict) -> dict[str, str]:
+def control_pieces(definition: dict, config: Mapping) -> dict[str, int]:
+    """Control tokens that are pieces of the vocabulary -> their ids, see CONTROL_PIECES.
+
+    Raises:
+        ValueError: the configuration names something else.
+    """
+    pieces, vocab = config.get(CONTROL_PIECES, []), definition["model"]["vocab"]
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) and piece in vocab for piece in pieces):
+        raise ValueError(f"the {CONTROL_PIECES} of its tokenizer_config.json are not entries of its vocabulary")
+    return {piece: vocab[piece] for piece in pieces}
+
+
+def named_tokens(config: Mapping) -> dict[str, str]:
     """Named tokens of a tokenizer_config.json: "bos_token", "eos_token" ... -> the token's text."""
     named = {}
     for name, value in config.items():
@@ -151,7 +168,7 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
         splits = {"type": "Sequence", "pretokenizers": [*([splits] if splits else []), _SPLIT_BYTE_PIECE]}
     return {
         **definition,
-        "pre_tokenizer": splits,
+        "pre_tokenizer": _with_names(splits, names),
         "added_tokens": [
             {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
         ],
@@ -167,6 +184,22 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
             "dropout": None,
         },
     }
+
+
+def _with_names(step: object, names: Mapping[str, str]) -> object:
+    """A step that splits texts, with the new names of the tokens that it isolates."""
+    if isinstance(step, list):
+        return [_with_names(one, names) for one in step]
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") != "Split" or not isinstance(step["pattern"].get("Regex"), str):
+        return {key: _with_names(value, names) for key, value in step.items()}
+    pattern = step["pattern"]["Regex"]
+    for token, name in names.items():
+        if re.escape(token) in pattern:
+            alternative = rf"(?:(?<=\|)|\A){re.escape(re.escape(token))}(?=\||\Z)"
+            pattern = re.sub(alternative, lambda _, name=name: re.escape(name), pattern)
+    return {**step, "pattern": {"Regex": pattern}}
 
 
 def _without_merges_of(tokens: Collection[str], merges: object) -> object:

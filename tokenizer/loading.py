@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from tokenizer.base import CHAT_TEMPLATE_NAME, LARGEST_VOCAB_SIZE, Tokenizer, panics_as_errors, parsed
-from tokenizer.conversion import NotConverted, advice, convert, files_to_convert, other_file
+from tokenizer.conversion import NotConverted, advice, convert, entries, files_to_convert, other_file
 from tokenizer.hf_bbpe import HFBBPETokenizer
+from tokenizer.known_classes import is_named, known_class, settings_of
 from tokenizer.sp_bbpe import KIND as SP_BBPE
 from tokenizer.sp_bbpe import SPBBPETokenizer
 from utils.paths import absent
@@ -87,7 +88,16 @@ def _open(directory: Path) -> Tokenizer:
         for name in files_to_convert(directory):
             _content(directory / name)
         definition, config = convert(directory, config or {})
+    elif is_named(directory, config or {}):
+        config = _with_known_settings(directory, definition, config or {})
     return HFBBPETokenizer(definition, config, _read(directory / CHAT_TEMPLATE_NAME))
+
+
+def _with_known_settings(directory: Path, definition: str, config: dict) -> dict:
+    """The configuration with what the code of a class adds that is known here."""
+    vocab = entries(parsed("tokenizer.json", definition))
+    known = known_class(directory, config, vocab)
+    return config if known is None else config | settings_of(known, directory, vocab, config)
 
 
 def _with_special_tokens_map(directory: Path, config: dict | None) -> dict | None:

@@ -13,7 +13,7 @@ from model import Decoder, hf
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
-from model.ops import CHOICES, build_ops, choose_ops
+from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
 from training.config import Config, RunConfig, SystemConfig
@@ -210,7 +210,7 @@ def build_model(
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
-    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype))
+    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype, needs_of(shape)))
     if weights is not None:
         hf.check_weights(shape, weights)
     model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)

@@ -80,7 +80,7 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     # Early releases of transformers 4 look for it only here.
     values.setdefault("chat_template", template.source)
-    end_id = _ends_of_answers(tokenizer, template)[0]
+    end_id = template.end_id
     texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     # A template that writes eos_token itself would lay conversations out differently with another one. And an end that
     # was added as text would become a special token by this: the tokenizer would no longer be the data's.

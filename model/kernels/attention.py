@@ -1,5 +1,8 @@
 """Implementations of causal attention with grouped queries. The layer in model/attention.py chooses among them.
 
+Sliding windows and ALiBi reach sdpa and plain as a mask (model/attend.py), the others as numbers: they compute nothing
+outside the window.
+
 The documents of a row do not see each other:
 
     on a CPU        blocked: block by block, skipping the weights between documents (blocked_attention.py)
@@ -15,7 +18,6 @@ heads, D head dim, N = B T tokens of all rows, M documents.
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,18 +28,33 @@ from model.dropout import DropoutKey, attention_dropout
 from model.kernels.registry import Implementation, needs_half, needs_package
 
 
-def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]]) -> Tensor:
+def _is_read_right(mask: Tensor | None, q_BHTD: Tensor) -> bool:
+    """Whether torch reads a mask as it is. Scores of another dtype than the queries' are refused or, beside float64,
+    misread in silence (torch 2.13); but CPUs take float32 beside 16 bits."""
+    if mask is None or mask.dtype in (torch.bool, q_BHTD.dtype):
+        return True
+    return mask.dtype == torch.float32 and q_BHTD.dtype.itemsize == 2 and not q_BHTD.is_cuda
+
+
+def attention_by_document(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, lengths: list[list[int]], mask: Tensor | None = None
+) -> Tensor:
     """Causal attention within each document of each row; weights between documents are never computed.
 
     The CPU's fused kernel computes every weight that a mask then throws away. For a row of 1,024 tokens packed with ten
     documents that is four times the work, in bfloat16 seven times.
+
+    Args:
+        mask: of the longest document, see `sdpa_masked`; None: causal.
     """
+    assert _is_read_right(mask, q_BHTD)
     rows = []
     for q_HTD, k_KTD, v_KTD, row in zip(q_BHTD, k_BKTD, v_BKTD, lengths):
         documents = zip(*(x.split(row, dim=1) for x in (q_HTD, k_KTD, v_KTD)))
         out = [
             F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=q.shape[0] != k.shape[0]
+                q[None], k[None], v[None], None if mask is None else mask[..., : q.shape[1], : q.shape[1]],
+                is_causal=mask is None, enable_gqa=q.shape[0] != k.shape[0],
             )
             for q, k, v in documents
         ]
@@ -45,8 +62,11 @@ def attention_by_document(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, length
     return torch.cat(rows)
 
 
-def sdpa_causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+def sdpa_causal(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int = 0, slopes_H: Tensor | None = None
+) -> Tensor:
     """Causal attention by torch, which chooses its kernel; grouped heads are not copied."""
+    assert not window and slopes_H is None, "sdpa knows windows and ALiBi by a mask"
     return F.scaled_dot_product_attention(
         q_BHTD, k_BKTD, v_BKTD, is_causal=q_BHTD.shape[2] > 1, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
     )
@@ -56,8 +76,10 @@ def sdpa_masked(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | N
     """Attention by torch under a mask, or with a cache.
 
     Args:
-        mask: bool (1 or B, 1, T, S); None: causal if there are several queries, all keys if there is one.
+        mask: keys that are seen, bool (1 or B, 1, T, S), or what is added to scores, (1 or B, H, T, S); None: causal if
+            there are several queries, all keys if there is one.
     """
+    assert _is_read_right(mask, q_BHTD)
     if mask is not None and k_BKSD.is_cuda:
         # No fused CUDA kernel takes grouped heads together with a mask: torch would fall back to the kernel that
         # stores all T x S weights.
@@ -77,7 +99,7 @@ def _by_head(out_NHD: Tensor, batch: int) -> Tensor:
     return out_NHD.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _torch_varlen() -> dict[str, Callable]:
+def _torch_varlen() -> dict[str, Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     # Before torch 2.12 grouped heads need no argument.
@@ -85,34 +107,57 @@ def _torch_varlen() -> dict[str, Callable]:
     # Its arguments depend on torch's version, and its results on its arguments.
     attend: Any = varlen_attn
 
-    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+    def packed(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
+        assert slopes_H is None, "varlen lacks ALiBi"
         batch, _, width, _ = q_BHTD.shape
         options = {"enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]} if grouped else {}
         out_NHD = attend(
-            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(-1, 0), **options
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(window - 1, 0), **options
         )
         return _by_head(out_NHD, batch)
 
-    return {"packed": packed}
+    def causal(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
+        if not window:
+            return sdpa_causal(q_BHTD, k_BKTD, v_BKTD, window, slopes_H)
+        batch, _, width, _ = q_BHTD.shape
+        starts = torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=q_BHTD.device)
+        return packed(q_BHTD, k_BKTD, v_BKTD, starts, window, slopes_H)
+
+    return {"causal": causal, "packed": packed, "by_mask": False}
 
 
-def _flash_attention() -> dict[str, Callable]:
+def _flash_attention() -> dict[str, Any]:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        return flash_attn_func(*(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD)), causal=True).transpose(1, 2)
+    def options(window: int, slopes_H: Tensor | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"causal": True}
+        # How many keys before and after itself a query sees.
+        found |= {"window_size": (window - 1, 0)} if window else {}
+        return found | ({"alibi_slopes": slopes_H} if slopes_H is not None else {})
 
-    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+    def causal(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
+        by_time = (x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))
+        return flash_attn_func(*by_time, **options(window, slopes_H)).transpose(1, 2)
+
+    def packed(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
         batch, _, width, _ = q_BHTD.shape
         out_NHD = flash_attn_varlen_func(
-            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, causal=True
+            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, **options(window, slopes_H)
         )
         return _by_head(out_NHD, batch)
 
-    return {"causal": causal, "packed": packed}
+    return {"causal": causal, "packed": packed, "by_mask": False}
 
 
-def _xformers_attention() -> dict[str, Callable]:
+def _xformers_attention() -> dict[str, Any]:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
@@ -129,10 +174,16 @@ def _xformers_attention() -> dict[str, Callable]:
         k, v = grouped(k_BTKD, heads), grouped(v_BTKD, heads)
         return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
 
-    def causal(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    def causal(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
+        assert not window and slopes_H is None, "xformers lacks windows and ALiBi"
         return attend(LowerTriangularMask(), *(x.transpose(1, 2) for x in (q_BHTD, k_BKTD, v_BKTD))).transpose(1, 2)
 
-    def packed(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor) -> Tensor:
+    def packed(
+        q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor, window: int = 0, slopes_H: Tensor | None = None
+    ) -> Tensor:
+        assert not window and slopes_H is None, "xformers lacks windows and ALiBi"
         batch = q_BHTD.shape[0]
         bias = BlockDiagonalCausalMask.from_seqlens(starts.diff().tolist())
         out_1NHD = attend(bias, *(x[None] for x in _by_token(q_BHTD, k_BKTD, v_BKTD)))
@@ -149,10 +200,13 @@ def repeat_heads(x_BKSD: Tensor, num_heads: int) -> Tensor:
 def plain_attention(
     q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, dropout_p: float, key: DropoutKey | None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, step by step: the reference, and the only path with attention dropout."""
+    """softmax(q k^T / sqrt(D)) v, step by step: the reference, and the only path with attention dropout. The mask is as
+    in `sdpa_masked`."""
     k_BHSD, v_BHSD = repeat_heads(k_BKSD, q_BHTD.shape[1]), repeat_heads(v_BKSD, q_BHTD.shape[1])
     scores_BHTS = (q_BHTD @ k_BHSD.transpose(-1, -2)).float() / math.sqrt(q_BHTD.shape[-1])
-    weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    is_bool = mask.dtype == torch.bool
+    scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")) if is_bool else scores_BHTS + mask.float()
+    weights_BHTS = scores_BHTS.softmax(dim=-1)
     weights_BHTS = attention_dropout(weights_BHTS, dropout_p, key)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
 
@@ -173,8 +227,12 @@ IMPLEMENTATIONS = (
     Implementation("attention", "sdpa", lambda: {"causal": sdpa_causal}, is_plain=True),
     Implementation("attention", "plain", lambda: {"step_by_step": True}),
     Implementation(
-        "attention", "varlen", _torch_varlen, _varlen_why_not, is_fastest=lambda device, dtype: device.type == "cuda"
+        "attention", "varlen", _torch_varlen, _varlen_why_not, is_fastest=lambda device, dtype: device.type == "cuda",
+        lacks=frozenset({"alibi"}),
     ),
     Implementation("attention", "flash_attn", _flash_attention, _flash_why_not),
-    Implementation("attention", "xformers", _xformers_attention, needs_package("xformers", "xformers")),
-)
+    Implementation(
+        "attention", "xformers", _xformers_attention, needs_package("xformers", "xformers"),
+        lacks=frozenset({"window", "alibi"}),
+    ),
+)  # fmt: skip

@@ -14,6 +14,14 @@ import torch
 
 from model.kernels import support
 
+NEEDS = {
+    "window": "sliding windows",
+    "alibi": "ALiBi",
+    "interleaved": "interleaved rotary channels",
+    "partial": "heads of which only a part is rotated",
+}
+"""What a model may need of an implementation beyond the common case -> words for the user; see model.ops.needs_of."""
+
 Where = Callable[[torch.device, torch.dtype], bool]
 WhyNot = Callable[[torch.device, torch.dtype], str | None]
 
@@ -33,7 +41,17 @@ class Implementation:
     is_fastest: Where = lambda device, dtype: False
     """Whether it was measured to be the fastest there, so that --kernels=auto takes it wherever it can be used."""
     is_plain: bool = False
-    """Whether --kernels=reference takes it, and auto if nothing is faster. True for one implementation an operation."""
+    """Whether --kernels=reference takes it, and auto if nothing is faster. True for one implementation an operation,
+    which lacks nothing."""
+    lacks: frozenset[str] = frozenset()
+    """What it cannot do, of NEEDS."""
+
+    def reason_against(self, device: torch.device, dtype: torch.dtype, needs: frozenset[str]) -> str | None:
+        """Reason why it cannot serve a model with these needs, as the end of a sentence; None if it can."""
+        if reason := self.why_not(device, dtype):
+            return reason
+        lacking = [words for need, words in NEEDS.items() if need in self.lacks & needs]
+        return f"it lacks {' and '.join(lacking)}, which this model needs" if lacking else None
 
 
 def needs_triton(device: torch.device, dtype: torch.dtype) -> str | None:

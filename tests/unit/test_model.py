@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dataset.sft import padded
 from model import Decoder, KVCache, ModelConfig, flops, hf
-from model.attend import causal_mask, document_lengths, document_starts
+from model.attend import alibi_slopes, attend_to, attention_mask, document_lengths, document_starts
 from model.dropout import DropoutKey, attention_dropout_mask, dropout_mask, philox_uint32
 from model.families.llama import LLAMA
 from model.kernels.attention import attention_by_document, plain_attention
 from model.kernels.rope import rope_reference
 from model.loss import IGNORE_INDEX, cross_entropy_sum
 from model.ops import build_ops, choose_ops
+from model.roles import role_of
 from model.rope import rotary_tables
 
 SMALL = ModelConfig(
@@ -64,6 +65,8 @@ VARIANTS = {
 def build(seed: int = 0, **changes) -> Decoder:
     config = dataclasses.replace(SMALL, **changes)
     model = Decoder(config.resolve())
+    # Without the check that a family holds such a model.
+    model.roles = lambda: {name: role_of(name) for name, _ in model.named_parameters()}
     model.initialize(seed)
     with torch.no_grad():
         # Larger weights, and biases and norms off their start, so that every term matters.
@@ -210,11 +213,20 @@ def test_a_slow_start_is_not_the_peak(monkeypatch: pytest.MonkeyPatch):
     assert peak > 100 * 2 * 128**3 / 0.6 and max(calls) >= 512
 
 
-@pytest.mark.parametrize("variant", ["gqa", "linear", "llama3"])
+REACH = {
+    "window": {"sliding_window": 4},
+    "window by layer": {"sliding_window": 3, "full_attention_layers": "1"},
+    "alibi": {"position_embedding": "alibi"},
+    "alibi in a window": {"position_embedding": "alibi", "sliding_window": 6},
+    "qk_norm": {"qk_norm": True, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("variant", ["gqa", "linear", "llama3", *REACH])
 @pytest.mark.parametrize("pieces", [[10, 1, 1, 1, 1], [1] * 14, [3, 8, 3]])
 def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: list[int]):
     """The original cropped its cache along the heads axis."""
-    model = build(**VARIANTS[variant]).eval()
+    model = build(**(VARIANTS | REACH)[variant]).eval()
     ids = tokens(length=sum(pieces))
     cache = KVCache(model.config, 2, 16, torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -225,11 +237,12 @@ def test_kv_cache_gives_the_same_as_the_whole_sequence(variant: str, pieces: lis
         model(tokens(length=5), cache=cache)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize("attention", ["sdpa", "plain", "blocked"])
 @pytest.mark.parametrize("lengths", [[3, 7, 1], [5, 5, 2], [4, 4, 4]])
-def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str):
+@pytest.mark.parametrize("reach", ["all", "window", "alibi", "alibi in a window"])
+def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention: str, reach: str):
     """Prompts padded at the end in one batch, then tokens for all of them: each row as if it were alone."""
-    model = build(**VARIANTS["gqa"])
+    model = build(**REACH.get(reach, VARIANTS["gqa"]))
     model.ops = build_ops(dict(model.ops.names) | {"attention": attention})
     for block in model.layers:
         block.self_attn.ops = model.ops
@@ -245,6 +258,95 @@ def test_rows_of_a_cache_need_not_be_equally_long(lengths: list[int], attention:
             assert torch.allclose(first[row, :length], alone[:length], atol=1e-5)
             assert torch.allclose(torch.cat(rest, dim=1)[row], alone[length:], atol=1e-5)
     assert cache.lengths == [length + 4 for length in lengths]
+
+
+def test_a_cache_gives_the_states_of_the_two_tokens_before():
+    """Rows of different lengths, one of them cut back and written over."""
+    config = dataclasses.replace(SMALL, local_filter=True, hidden_size=4, head_dim=4).resolve()
+    cache = KVCache(config, 2, 8, torch.float32, torch.device("cpu"))
+    texts = torch.arange(1, 65, dtype=torch.float32).view(2, 8, 4)
+    assert (cache.append_states(1, texts[:, :3]) == 0).all()
+    cache.lengths = [3, 1]
+    assert torch.equal(cache.append_states(1, texts[:, 3:5])[0], texts[0, 1:3])
+    cache.lengths = [5, 3]
+    expected = torch.stack([texts[0, 3:5], texts[1, 3:5]])
+    assert torch.equal(cache.append_states(1, texts[:, 5:6]), expected)
+    cache.keep([1])
+    cache.lengths = [1]
+    assert torch.equal(cache.append_states(1, texts[:1, :1])[0], torch.stack([torch.zeros(4), texts[1, 0]]))
+    assert (cache.append_states(0, texts[:1, :1]) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_windows_and_norms_of_heads_equal_transformers(kind: str):
+    """Texts three times as long as the window; qwen2 and qwen3 have it in their later layers only. Also token by token,
+    with a cache."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
+    extra = {
+        "mistral": {},
+        "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+        "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    }
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=64, intermediate_size=128, sliding_window=7, initializer_range=0.3,
+        attn_implementation="eager", tie_word_embeddings=False, rms_norm_eps=1e-5, **shape, **extra[kind],
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    ours = build(
+        **shape, sliding_window=7, full_attention_layers="" if kind == "mistral" else "0", qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2", max_position_embeddings=config.max_position_embeddings,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    ours.load_state_dict({name.removeprefix("model."): value for name, value in theirs.state_dict().items()})
+    ids = tokens(2, 21)
+    expected, logits = theirs(ids).logits, ours.logits(ours(ids))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    for model_logits in (expected, logits):
+        cross_entropy_sum(model_logits, tokens(2, 21, seed=2)).backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        found = gradients[name.removeprefix("model.")].grad
+        assert (found - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
+    cache = KVCache(ours.config, 2, 21, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        parts = [ours.logits(ours(piece, cache=cache)) for piece in ids.split([10, *[1] * 11], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 40, 64, 112])
+def test_alibi_equals_blooms(heads: int):
+    """Theirs grows with the key's position, ours falls with the distance: the same under a softmax. Baichuan-13B has 40
+    heads, and its slopes are these."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 30), heads, torch.float32)
+    slopes = alibi_slopes(heads)
+    assert slopes.dtype == torch.float32 and torch.allclose(slopes, theirs[:, 0, 1], rtol=1e-6, atol=0.0)
+    causal = torch.full((30, 30), -torch.inf).triu(1)
+    ours = attention_mask(30, 30, None, slopes.device, slopes_H=slopes)
+    torch.testing.assert_close(ours[0].softmax(-1), (theirs + causal).softmax(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_alibi_is_exact_beside_the_query_of_a_long_text():
+    """In bfloat16, positions beyond 256 would become one; distances stay apart."""
+    mask = attention_mask(1, 5001, None, torch.device("cpu"), slopes_H=torch.tensor([0.25]))
+    assert mask.dtype == torch.float32 and mask[0, 0, 0, -4:].tolist() == [-0.75, -0.5, -0.25, 0.0]
+
+
+def test_rotary_tables_are_shared_and_a_cache_is_read_from_the_window_on():
+    config = dataclasses.replace(SMALL, sliding_window=4, full_attention_layers="0").resolve()
+    cpu = torch.device("cpu")
+    cache = KVCache(config, 1, 16, torch.float32, cpu)
+    cache.lengths = [9]
+    attends = attend_to(config, [0, 4, 4], 1, cpu, torch.tensor([[9]]), cache=cache)
+    assert attends.keys() == {0, 4} and attends[0].rope is attends[4].rope
+    assert (attends[0].first_key, attends[4].first_key) == (0, 6) and attends[4].mask is None
+    keys, _ = cache.append(0, torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), attends[4].first_key)
+    assert keys.shape[2] == 4
+    # A window that no text exceeds hides nothing.
+    assert attend_to(config, [40], 16, cpu, torch.arange(16)[None])[40].is_plainly_causal
 
 
 def test_document_mask_equals_documents_alone():
@@ -570,7 +672,7 @@ def test_attention_by_document_equals_the_mask(kv_heads: int, cuts: list[list[in
 
     q, k, v = random(4), random(kv_heads), random(kv_heads)
     document_ids = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in cuts])
-    mask = causal_mask(32, 32, document_ids, q.device)
+    mask = attention_mask(32, 32, document_ids, q.device)
     results = []
     for out in (
         attention_by_document(q, k, v, cuts),

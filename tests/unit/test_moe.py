@@ -1,14 +1,22 @@
 """The layer with experts, against transformers' blocks, the obvious loop in float64 and formulas of its losses."""
 
+import collections
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from model import ModelConfig
-from model.moe import SparseMLP
+from model.decoder import _checkpoint_options
+from model.kernels.experts import experts_reference, grouped_experts, sort_by_expert, sorted_experts
+from model.layer_losses import BALANCE, ENTROPY, LOAD, TOKENS, LayerLosses, Z, add_loss, balance_of_batch, router_sums
+from model.moe import Router, SparseMLP
 from model.ops import REFERENCE, build_ops
 
-KERNELS = ("reference", "sorted", "grouped")
+FUNCTIONS = {"reference": experts_reference, "sorted": sorted_experts, "grouped": grouped_experts}
+KERNELS = tuple(FUNCTIONS)
 
 
 def config_with(**fields) -> ModelConfig:
@@ -89,3 +97,272 @@ def test_output_and_gradients_are_those_of_transformers(kind: str, kernel: str):
             assert found is None and expected is None
         else:
             assert torch.allclose(found, expected.view(found.shape), rtol=1e-5, atol=1e-5), our
+
+
+LOADS = {
+    "drawn": lambda: draw(40, 6).topk(2).indices,
+    "experts without tokens": lambda: draw(40, 3).topk(2).indices * 2,
+    "all to the same two": lambda: torch.tensor([[4, 1]]).expand(40, 2),
+    "one token": lambda: torch.tensor([[5, 0]]),
+    "all experts": lambda: draw(9, 6).topk(6).indices,
+    "one expert each": lambda: draw(40, 6).topk(1).indices,
+}  # fmt: skip
+
+
+def results(function, chosen: Tensor, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """(y, dx, dW, dD, dw) of a kernel on rounded inputs that do not depend on the dtype."""
+    num, places = chosen.shape
+    x, gate_up, down, dy = (
+        draw(*shape, seed=10 * seed + number, scale=1.0 if len(shape) == 2 else 0.3).bfloat16().to(dtype)
+        for number, shape in enumerate(((num, 24), (6, 32, 24), (6, 24, 16), (num, 24)))
+    )
+    weights = draw(num, places, seed=10 * seed + 9).softmax(-1).to(torch.promote_types(dtype, torch.float32))
+    leaves = [leaf.requires_grad_() for leaf in (x, gate_up, down, weights)]
+    y = function(x, gate_up, down, chosen, weights)
+    y.backward(dy)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["sorted", "grouped"])
+def test_kernels_err_no_more_than_the_obvious_loop(kernel: str, dtype: torch.dtype, load: str):
+    """Largest error at most twice the loop's, or one unit in the last place; root mean square at most 1.5 times it."""
+    chosen = LOADS[load]()
+
+    def drawn(function, dtype: torch.dtype) -> list[Tensor]:
+        seeds = range(8 if len(chosen) > 1 else 64)
+        return [torch.stack(draws) for draws in zip(*(results(function, chosen, dtype, seed) for seed in seeds))]
+
+    functions = (FUNCTIONS[kernel], dtype), (experts_reference, dtype), (experts_reference, torch.float64)
+    all_results = zip(*(drawn(function, of_dtype) for function, of_dtype in functions))
+    for name, (ours, eager, exact) in zip(("y", "dx", "dW", "dD", "dw"), all_results):
+        assert ours.dtype == eager.dtype and ours.shape == eager.shape
+        error, eager_error = (x.double() - exact for x in (ours, eager))
+        unit = torch.finfo(ours.dtype).eps * 2.0 ** exact.abs().max().log2().floor().item()
+        assert error.square().mean().sqrt() <= max(1.5 * eager_error.square().mean().sqrt(), unit / 4), name
+        # The largest error of a few numbers is luck.
+        assert len(chosen) == 1 or error.abs().max() <= max(2 * eager_error.abs().max(), unit), name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_expert_without_a_token_has_a_gradient_of_zero(kernel: str):
+    *_, dgate_up, ddown, _ = results(FUNCTIONS[kernel], LOADS["experts without tokens"](), torch.bfloat16)
+    for gradient in (dgate_up, ddown):
+        assert not gradient[1::2].any() and gradient[::2].flatten(1).any(1).all()
+
+
+def test_gradients_of_the_sorted_kernel_are_those_of_its_output():
+    chosen = LOADS["experts without tokens"]()[:5]
+    leaves = [draw(*shape, seed=seed).double().requires_grad_()
+              for seed, shape in enumerate(((5, 4), (6, 6, 4), (6, 4, 3), (5, 2)))]  # fmt: skip
+    assert torch.autograd.gradcheck(lambda x, w, d, weights: sorted_experts(x, w, d, chosen, weights), leaves)
+
+
+def test_frozen_experts_pass_the_gradient_on():
+    layer = layer_of(config_with())
+    layer.experts.requires_grad_(False)
+    x = draw(2, 5, 24).requires_grad_()
+    layer(x)[0].sum().backward()
+    frozen, layer = x.grad.clone(), layer_of(config_with())
+    assert layer.experts.down_proj.grad is None
+    x.grad = None
+    layer(x)[0].sum().backward()
+    assert torch.equal(frozen, x.grad)
+
+
+def test_pairs_are_sorted_by_expert():
+    chosen = torch.tensor([[3, 0], [0, 2], [3, 2]])
+    tokens, places, ends = sort_by_expert(chosen, 5)
+    assert tokens.tolist() == [0, 1, 1, 2, 0, 2] and ends.tolist() == [2, 2, 4, 6, 6] and ends.dtype == torch.int32
+    assert torch.equal(chosen.flatten().sort(stable=True)[0][places], chosen)
+
+
+def test_without_gradients_nothing_is_kept_and_the_output_is_the_same():
+    chosen = LOADS["drawn"]()
+    tensors = draw(40, 16), draw(6, 24, 16), draw(6, 16, 12), chosen, draw(40, 2).softmax(-1)
+    with torch.no_grad():
+        alone = sorted_experts(*tensors)
+    assert torch.equal(alone, sorted_experts(*tensors))
+
+
+def loss_and_gradients(layer: nn.Module, run) -> list[Tensor]:
+    x = draw(3, 7, 24, seed=1).requires_grad_()
+    losses = LayerLosses(torch.tensor([7.0, 5.0, 6.0]), torch.tensor(0.3), torch.rand(3, 7) < 2.0)
+    y, sums = run(x, losses)
+    (y * draw(3, 7, 24, seed=2)).sum().backward()
+    found = [y.detach(), sums, x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+    layer.zero_grad()
+    return found
+
+
+SPARSE = {"router_z_loss_coef": 0.1, "router_aux_loss_coef": 0.1, "num_shared_experts": 1, "router_bias": True}
+
+
+@pytest.mark.parametrize("kernel", ["sorted", "grouped"])
+def test_the_same_bits_again_and_when_recomputed(kernel: str):
+    layer = layer_of(config_with(**SPARSE), kernel)
+    expected = loss_and_gradients(layer, layer)
+    for keeps in ("nothing", "matmuls"):
+        found = loss_and_gradients(
+            layer, lambda x, losses, keeps=keeps: checkpoint(layer, x, losses, **_checkpoint_options(keeps))
+        )
+        assert all(map(torch.equal, expected, found)), keeps
+
+
+class Count(TorchDispatchMode):
+    """Counts the calls of operators, by their names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kernel", "operator", "again", "once"), [
+    ("sorted", "zero2all::sorted_experts", 2, 1), ("grouped", "aten::_grouped_mm", 4 + 4, 2 + 4),
+])  # fmt: skip
+def test_recomputation_that_keeps_matmuls_runs_the_experts_once(kernel: str, operator: str, again: int, once: int):
+    layer = layer_of(config_with(), kernel)
+    for keeps, expected in (("nothing", again), ("matmuls", once)):
+        with Count() as count:
+            loss_and_gradients(layer, lambda x, losses, k=keeps: checkpoint(layer, x, losses, **_checkpoint_options(k)))
+        assert count.calls[operator] == expected, keeps
+
+
+@pytest.mark.parametrize("aux", ["row", "batch"])
+def test_the_layer_compiles_into_one_graph(aux: str):
+    torch._dynamo.reset()
+    layer = layer_of(config_with(router_aux_loss=aux, **SPARSE))
+    expected = loss_and_gradients(layer, layer)
+    found = loss_and_gradients(layer, torch.compile(layer, backend="aot_eager", fullgraph=True))
+    for ours, other in zip(found, expected):
+        assert torch.allclose(ours, other, rtol=1e-5, atol=1e-6)
+
+
+def test_grouped_multiplication_compiles_into_one_graph_in_bfloat16():
+    torch._dynamo.reset()
+    layer = layer_of(config_with(), "grouped").bfloat16()
+    x = draw(3, 7, 24).bfloat16()
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0], layer(x)[0])
+
+
+def test_the_bias_acts_on_the_choice_alone():
+    router = Router(config_with(router_bias=True, norm_topk_prob=False))
+    with torch.no_grad():
+        router.weight.copy_(draw(6, 24))
+    x = draw(11, 24, seed=1)
+    _, probs, before, weights = router(x)
+    assert torch.equal(weights, probs.gather(1, before))
+    with torch.no_grad():
+        router.selection_bias[3] = 2.0
+    _, again, after, weights = router(x)
+    assert (after[:, 0] == 3).all() and torch.equal(again, probs) and torch.equal(weights, probs.gather(1, after))
+    weights.sum().backward()
+    assert router.selection_bias.grad is None and router.weight.grad is not None
+
+
+def test_equal_probabilities_are_chosen_among_as_by_topk():
+    probs = torch.full((4, 6), 1 / 6)
+    assert torch.equal(Router(config_with())(draw(4, 24))[2], probs.topk(2).indices)
+
+
+def test_the_bias_stays_in_float32():
+    layer = layer_of(config_with(router_bias=True))
+    values = layer.router.selection_bias.detach().clone()
+    layer.to(torch.bfloat16)
+    assert layer.router.weight.dtype == torch.bfloat16 and layer(draw(1, 3, 24).bfloat16())[0].dtype == torch.bfloat16
+    assert layer.router.selection_bias.dtype == torch.float32 and torch.equal(layer.router.selection_bias, values)
+    assert [name for name, _ in layer.router.named_parameters()] == ["weight", "selection_bias"]
+    with torch.device("meta"):
+        empty = SparseMLP(config_with(router_bias=True))
+    empty.to_empty(device="cpu").bfloat16().load_state_dict(layer.state_dict())
+    assert torch.equal(empty.router.selection_bias, values) and not empty.router.selection_bias.requires_grad
+
+
+def scores_of(batch: int, width: int, seed: int = 0) -> Tensor:
+    return draw(batch, width, 6, seed=seed)
+
+
+def naive_row(scores_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(balance loss, z loss, sum of entropies) of a row without padding."""
+    probs = scores_TE.softmax(-1)
+    chosen = probs.topk(num_chosen).indices.flatten().tolist()
+    share = torch.tensor([chosen.count(expert) for expert in range(6)]) * 6 / len(chosen)
+    entropy = torch.distributions.Categorical(probs=probs).entropy().sum()
+    return (share * probs.mean(0)).sum(), scores_TE.logsumexp(-1).square().mean(), entropy
+
+
+def sums_of(scores: Tensor, mask: Tensor | None, row_weights: Tensor, by_row: bool = True) -> Tensor:
+    probs = scores.softmax(-1)
+    losses = LayerLosses(row_weights, torch.tensor(1.0), mask)
+    return router_sums(scores, probs, probs.topk(2).indices, losses, by_row)
+
+
+def test_losses_of_rows_are_their_formulas_and_padding_does_not_count():
+    scores, lengths, weights = scores_of(3, 9), [9, 4, 0], torch.tensor([5.0, 2.0, 0.0])
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    rows = [naive_row(scores[row, :length], 2) for row, length in enumerate(lengths[:2])]
+    sums = sums_of(scores, mask, weights)
+    assert torch.allclose(sums[BALANCE].float(), 5 * rows[0][0] + 2 * rows[1][0])
+    assert torch.allclose(sums[Z].float(), 5 * rows[0][1] + 2 * rows[1][1])
+    assert torch.allclose(sums[ENTROPY].float(), rows[0][2] + rows[1][2]) and sums[TOKENS] == 13
+    load, probs = sums[LOAD:].chunk(2)
+    chosen = scores.topk(2).indices[mask].flatten().tolist()
+    assert load.tolist() == [chosen.count(expert) for expert in range(6)]
+    assert torch.allclose(probs.float(), scores.softmax(-1)[mask].sum(0))
+
+
+def test_an_even_load_has_a_balance_loss_of_1():
+    scores = torch.stack([torch.eye(6).roll(1, 0) * 2 + torch.eye(6)])
+    assert torch.allclose(sums_of(scores, None, torch.ones(1))[BALANCE].float(), torch.ones(()))
+
+
+def test_sums_and_gradients_of_rows_do_not_depend_on_the_split():
+    weights = torch.tensor([5.0, 2.0, 7.0])
+    mask = torch.arange(9) < torch.tensor([9, 4, 7])[:, None]
+    whole, parts = (scores_of(3, 9).requires_grad_() for _ in range(2))
+    together = sums_of(whole, mask, weights)
+    split = sum(sums_of(parts[i : i + 1, :n], mask[i : i + 1, :n], weights[i : i + 1]) for i, n in enumerate((9, 4, 7)))
+    assert torch.allclose(together, split, rtol=1e-6)
+    for sums in (together, split):
+        (sums[BALANCE] + 0.1 * sums[Z]).backward()
+    assert torch.allclose(whole.grad, parts.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
+def test_the_balance_loss_of_a_batch_is_that_of_transformers(lengths: list[int]):
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    ours, theirs = ([scores_of(2, 9, seed).requires_grad_() for seed in range(3)] for _ in range(2))
+    found = balance_of_batch([sums_of(scores, mask, torch.ones(2), by_row=False) for scores in ours])
+    expected = load_balancing_loss_func(tuple(scores.flatten(0, 1) for scores in theirs), 6, 2, mask.long())
+    found.backward()
+    expected.backward()
+    assert torch.allclose(found.float(), expected, rtol=1e-6)
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_enter_the_gradient_as_if_they_had_been_added(dtype: torch.dtype):
+    config = config_with(router_aux_loss_coef=0.7, router_z_loss_coef=0.2)
+    layer = layer_of(config).to(dtype)
+    x, dy = draw(2, 5, 24, seed=1).to(dtype), draw(2, 5, 24, seed=2).to(dtype)
+    losses = LayerLosses(torch.tensor([5.0, 3.0]), torch.tensor(0.25))
+    y, sums = layer(x, losses)
+    assert torch.equal(y, layer(x)[0]) and not sums.requires_grad
+    y.backward(dy)
+    found = layer.router.weight.grad.clone()
+    layer.zero_grad()
+    y, _ = layer(x)
+    scores, probs, chosen, _ = layer.router(x.flatten(0, 1))
+    by_hand = router_sums(*(t.unflatten(0, (2, 5)) for t in (scores, probs, chosen)), losses, True)
+    ((y * dy).sum() + 0.25 * (0.7 * by_hand[BALANCE] + 0.2 * by_hand[Z])).backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert torch.allclose(found, layer.router.weight.grad, **tolerance)
+    assert torch.equal(add_loss(x, sums[BALANCE], losses.scale), x)

@@ -15,11 +15,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from configurator import Config
 from model import Decoder, ModelConfig
-from model.attend import causal_mask, document_starts
+from model.attend import attention_mask, document_starts
 from model.decoder import _keep_matmuls
 from model.dropout import DropoutKey
+from model.kernels import registry
 from model.linear import merged_linear, merged_linear_reference
-from model.ops import CHOICES, IMPLEMENTATIONS, REFERENCE, Ops, build_ops, choose_ops
+from model.ops import CHOICES, IMPLEMENTATIONS, REFERENCE, Ops, build_ops, choose_ops, needs_of
+from model.roles import role_of
 from optimizer.mixed_precision import choose_kernel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -90,10 +92,40 @@ def test_a_gpu_uses_triton_and_varlen(monkeypatch):
     assert set(choose_ops("reference", {}, CUDA, torch.bfloat16).values()) == {"reference", "sdpa"}
 
 
-def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **options):
+def test_what_a_model_needs():
+    needs = {
+        "window": {"sliding_window": 4}, "alibi": {"position_embedding": "alibi"},
+        "interleaved": {"rope_interleaved": True}, "partial": {"partial_rotary_factor": 0.5},
+    }  # fmt: skip
+    assert needs.keys() == registry.NEEDS.keys() and needs_of(CONFIG) == frozenset()
+    for need, fields in needs.items():
+        assert needs_of(dataclasses.replace(CONFIG, **fields)) == {need}
+    for named in IMPLEMENTATIONS.values():
+        assert all(found.lacks <= needs.keys() and not (found.is_plain and found.lacks) for found in named.values())
+
+
+def test_an_implementation_that_lacks_what_the_model_needs_is_not_used(monkeypatch):
+    monkeypatch.setattr("model.kernels.support.unavailable_reason", lambda device: None)
+    monkeypatch.setattr("model.kernels.registry.importlib.util.find_spec", lambda package: True)
+
+    def attention(*needs: str, named: str = "") -> str:
+        return choose_ops("auto", {"attention": named}, CUDA, torch.bfloat16, frozenset(needs))["attention"]
+
+    assert attention("window") == "varlen" and attention("alibi", "window") == "sdpa"
+    assert attention("alibi", "window", named="flash_attn") == "flash_attn"
+    with pytest.raises(ValueError, match="--attention_kernel=varlen cannot be used: it lacks ALiBi, which this model"):
+        attention("alibi", named="varlen")
+    with pytest.raises(ValueError, match="kernel=xformers cannot be used: it lacks sliding windows and ALiBi"):
+        attention("alibi", "window", named="xformers")
+    assert choose_ops("auto", {}, CPU, torch.bfloat16, frozenset({"alibi", "window"}))["attention"] == "blocked"
+
+
+def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, config: ModelConfig = CONFIG, **options):
     """(model in training, its loss as a function)."""
-    config = ModelConfig(**CONFIG.__dict__ | {"hidden_dropout": dropout})
+    config = dataclasses.replace(config, hidden_dropout=dropout)
     model = Decoder(config, ops=ops, **options)
+    # Without the check that a family holds such a model.
+    model.roles = lambda: {name: role_of(name) for name, _ in model.named_parameters()}
     model.initialize(3)
     model.train()
     generator = torch.Generator().manual_seed(0)
@@ -105,9 +137,13 @@ def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, **
     )
 
 
-def run(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, backend: Callable | None = None, **options):
+def run(
+    ops, dropout: float = 0.0, documents: torch.Tensor | None = None, backend: Callable | None = None,
+    dtype: torch.dtype = torch.float32, **options,
+):  # fmt: skip
     """(loss, gradients) of a model in training, whose blocks are compiled if there is a backend for that."""
     model, step = trained(ops, dropout, documents, **options)
+    model.to(dtype)
     if backend is not None:
         model.compile_blocks(backend=backend)
     loss = step()
@@ -247,6 +283,84 @@ def test_our_attention_equals_torchs(name: str):
         assert_alike(run(REFERENCE, documents=cut), run(ours, documents=cut), 1e-5)
 
 
+def naive_attention(q, k, v, starts, window: int, slopes):
+    """One query at a time, with the keys of its document in its window."""
+    batch, heads, width, dim = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    begins = starts.tolist() if starts is not None else range(0, batch * width, width)
+    rows = []
+    for row in range(batch):
+        for query in range(width):
+            first = max(begin for begin in begins if begin <= row * width + query) - row * width
+            keys = slice(max(first, query - window + 1 if window else 0), query + 1)
+            scores = (k[row, :, keys] @ q[row, :, query, :, None])[..., 0] / dim**0.5
+            if slopes is not None:
+                scores = scores - slopes.double()[:, None] * (query - torch.arange(keys.start, keys.stop))
+            rows.append((scores.softmax(-1)[:, None] @ v[row, :, keys])[:, 0])
+    return torch.stack(rows).view(batch, width, heads, dim).transpose(1, 2)
+
+
+NAIVE = Ops(
+    causal=lambda q, k, v, window, slopes: naive_attention(q, k, v, None, window, slopes), packed=naive_attention,
+    by_mask=False,
+)  # fmt: skip
+DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 3 + [1] * 20 + [2]])
+REACH = {
+    "window": {"sliding_window": 5},
+    "window of two": {"sliding_window": 2},
+    "window of a document": {"sliding_window": 10},
+    "window of a row": {"sliding_window": 23},
+    "window by layer": {"sliding_window": 3, "full_attention_layers": "0,2"},
+    "alibi": {"position_embedding": "alibi"},
+    "alibi of three heads": {"position_embedding": "alibi", "num_attention_heads": 3, "num_key_value_heads": 1},
+    "alibi in a window": {"position_embedding": "alibi", "sliding_window": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reach", REACH)
+def test_windows_and_alibi_in_each_implementation(reach: str, packed: bool):
+    """Loss and gradients with attention in float64 (norms, and plain's softmax, are float32) against a loop over
+    queries. The documents are attended to one by one, under a mask, and by their starts."""
+    config = dataclasses.replace(CONFIG, **REACH[reach])
+    options = {"documents": DOCUMENTS if packed else None, "config": config, "dtype": torch.float64}
+    expected = run(NAIVE, **options)
+    for name in ("sdpa", "plain", "blocked"):
+        ops = build_ops(dict(REFERENCE.names) | {"attention": name})
+        assert_alike(expected, run(ops, **options), 1e-6)
+    if packed:
+        for lengths in ([[10, 14], [3, 20, 1]], None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("model.attend.document_lengths", lambda ids, lengths=lengths: lengths)
+                assert_alike(expected, run(REFERENCE, **options), 1e-6)
+    dropped = dataclasses.replace(config, attention_dropout=1e-9)
+    assert_alike(expected, run(NAIVE, **options | {"config": dropped}), 1e-6)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "blocked"])
+@pytest.mark.parametrize("reach", ["window by layer", "alibi in a window"])
+def test_recomputation_with_windows_and_alibi_gives_the_same_bits(reach: str, attention: str):
+    options = {"documents": DOCUMENTS, "config": dataclasses.replace(CONFIG, **REACH[reach])}
+    ops = build_ops(dict(REFERENCE.names) | {"attention": attention})
+    expected, found = run(ops, **options), run(ops, gradient_checkpointing=True, **options)
+    assert expected[0] == found[0]
+    assert all(torch.equal(grad, found[1][name]) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize(("attention", "graphs"), [("sdpa", 2), ("blocked", 3)])
+def test_compiled_blocks_with_windows_are_few_whole_graphs(attention: str, graphs: int):
+    """The first block has nothing to add. All others have the same graph, or one for each window if it is a number and
+    not part of a mask."""
+    config = dataclasses.replace(CONFIG, **REACH["window by layer"], num_hidden_layers=6)
+    ops = build_ops(dict(REFERENCE.names) | {"attention": attention})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = run(ops, documents=DOCUMENTS, config=config, backend="aot_eager")
+    assert_alike(run(ops, documents=DOCUMENTS, config=config), found, 1e-5)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_merged_projections_equal_separate_ones():
     generator = torch.Generator().manual_seed(1)
     x, *weights = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -268,12 +382,16 @@ def test_where_documents_start():
 
 
 def attend_by_tokens(q_NHD, k_NKD, v_NKD, starts, _same, _width, _same_width, **options):
-    """Replaces FlashAttention's packed function with plain PyTorch, document by document."""
-    assert options in ({"causal": True}, {"window_size": (-1, 0), "enable_gqa": True}, {"window_size": (-1, 0)})
+    """Replaces FlashAttention's packed function with plain PyTorch, document by document. Queries see `window_size`
+    keys before themselves, -1 for all, and none after."""
+    assert options.keys() <= {"causal", "window_size", "alibi_slopes", "enable_gqa"}
+    before, after = options.get("window_size", (-1, -1))
+    assert options.get("causal") or after == 0
     rows = []
     for first, last in zip(starts.tolist(), starts.tolist()[1:]):
         q, k, v = (x[first:last].transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
-        rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        slopes = options.get("alibi_slopes")
+        rows.append(naive_attention(q, k, v, None, before + 1, slopes)[0].transpose(0, 1))
     return torch.cat(rows)
 
 
@@ -282,8 +400,8 @@ def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
     """Layouts that the libraries need, against plain attention with a mask."""
     fake = types.SimpleNamespace(
         flash_attn_varlen_func=attend_by_tokens, varlen_attn=attend_by_tokens,
-        flash_attn_func=lambda q, k, v, causal: attend_by_tokens(
-            *(x.flatten(0, 1) for x in (q, k, v)), torch.arange(q.shape[0] + 1) * q.shape[1], None, 0, 0, causal=causal
+        flash_attn_func=lambda q, k, v, **options: attend_by_tokens(
+            *(x.flatten(0, 1) for x in (q, k, v)), torch.arange(q.shape[0] + 1) * q.shape[1], None, 0, 0, **options
         ).view(q.shape),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, {"varlen": "torch.nn.attention.varlen"}.get(name, name), fake)
@@ -292,9 +410,16 @@ def test_packed_attention_is_told_where_documents_begin(name: str, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 12, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
-    for out, cut in ((packed(q, k, v, document_starts(ids)), ids), (causal(q, k, v), None)):
-        mask = causal_mask(12, 12, cut, CPU)
-        assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    for window, slopes in ((0, None), (4, None), (4, torch.rand(4, generator=generator))):
+        if slopes is not None and name == "varlen":
+            continue
+        reach = (window, slopes)
+        for out, cut in ((packed(q, k, v, document_starts(ids), *reach), ids), (causal(q, k, v, *reach), None)):
+            mask = attention_mask(12, 12, cut, CPU, window=window)
+            if slopes is not None:
+                mask = attention_mask(12, 12, cut, CPU, window=window, slopes_H=slopes).double()
+            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert_alike(run(ops, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])),
                  run(REFERENCE, documents=torch.tensor([[0] * 24, [0] * 9 + [1] * 15])), 1e-5)  # fmt: skip
 
