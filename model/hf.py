@@ -216,7 +216,7 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     parameters |= cut(parameters, rows)
     rules, besides = _rules(family, config, list(parameters)), family.besides(config)
     needed = {_short(family, name): tensor.shape for name, tensor in converted(parameters, rules).items()}
-    spare = {_short(family, beside.theirs): parameters[beside.like].shape for beside in besides}
+    spare = {_short(family, beside.theirs): beside.expected(parameters[beside.like]).shape for beside in besides}
     found = _find_tensors(Path(directory), family, needed | spare)
     if missing := sorted(needed.keys() - found.keys()):
         raise ValueError(f"{directory} lacks {len(missing)} weights of the model, for example {missing[0]}")

@@ -169,7 +169,47 @@ class Swept:
     """Tensors of that class's folder -> those of the family's own."""
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW: Config = {"use_sliding_window": True, "sliding_window": 6}
+WINDOWS_BY_LAYER = {
+    "use_sliding_window": [False, None], "sliding_window": [4, 4096, None, 0], "max_window_layers": [0, 2, -1, 9],
+    "layer_types": [[FULL] * 2, [SLIDING] * 2, [SLIDING, FULL], [FULL], [FULL, "chunked_attention"], SLIDING],
+}  # fmt: skip
+WINDOW_OF_ALL = {
+    "use_sliding_window": [False, True], "sliding_window": [4, 4096, None, 0], "max_window_layers": [0, 2],
+    "layer_types": [[FULL] * 2, [SLIDING] * 2, [SLIDING, FULL], [SLIDING]],
+}  # fmt: skip
+EXPERTS: dict[str, list[object]] = {
+    "num_local_experts": [3, 0], "num_experts": [3], "num_experts_per_tok": [1, 3, 9], "output_router_logits": [True],
+    "router_aux_loss_coef": [0.5], "moe_intermediate_size": [12],
+}  # fmt: skip
 SWEPT = {
     "llama": Swept(SHAPE | {"model_type": "llama"}),
-    "qwen2": Swept(SHAPE | {"model_type": "qwen2"}),
-}
+    "qwen2": Swept(SHAPE | WINDOW | {"model_type": "qwen2", "max_window_layers": 1}, WINDOWS_BY_LAYER),
+    "mistral": Swept(SHAPE | {"model_type": "mistral", "sliding_window": 6}, WINDOW_OF_ALL),
+    "qwen3": Swept(SHAPE | WINDOW | {"model_type": "qwen3", "max_window_layers": 1, "head_dim": 4}, WINDOWS_BY_LAYER),
+    "mixtral": Swept(
+        SHAPE | {"model_type": "mixtral", "sliding_window": 6, "num_local_experts": 4},
+        WINDOW_OF_ALL | EXPERTS | {"router_jitter_noise": [0.1]},
+    ),
+    "qwen3_moe": Swept(
+        SHAPE | WINDOW
+        | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        WINDOW_OF_ALL | EXPERTS | {
+            "num_experts": [3, 0], "num_local_experts": [3], "norm_topk_prob": [True, None],
+            "decoder_sparse_step": [2, 3, 0], "mlp_only_layers": [[0], [1], [0, 1], [7], [], None, "0"],
+        },
+    ),
+    "ernie4_5_moe": Swept(
+        SHAPE
+        | {"model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8,
+           "moe_layer_start_index": 0},
+        EXPERTS | {
+            "tie_word_embeddings": [False, True], "moe_num_experts": [3, 0], "num_experts": [3], "moe_k": [1, 3, 9],
+            "moe_num_shared_experts": [0, 1], "moe_layer_start_index": [1, 2, -5], "moe_layer_end_index": [0, 1, 7, -2],
+            "moe_layer_interval": [2, 3, 0], "moe_norm_min": [0.5], "moe_use_aux_free": [True, None],
+            "moe_gate": ["topk", "top2_fused"], "moe_capacity": [[64, 64]], "num_nextn_predict_layers": [1],
+            "use_bias": [True], "use_rmsnorm": [True, False],
+        },
+    ),
+}  # fmt: skip

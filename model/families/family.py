@@ -71,7 +71,7 @@ class Beside:
     theirs: str
     """Its name in the folder."""
     like: str
-    """The parameter that has its shape."""
+    """The parameter from which its values follow."""
     expected: Callable[[Tensor], Tensor]
     """That parameter -> the values that the tensor must have."""
     otherwise: str
@@ -137,7 +137,8 @@ class Family:
         raise NotImplementedError
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Reasons why a folder of this family cannot hold a model, each the end of a sentence; none if it can."""
+        """Reasons why a folder of this family cannot hold a model, each the end of a sentence, such as "qk_norm is True
+        in every qwen3, not False"; none if it can."""
         found = []
         for name in CHOICES:
             value, has = getattr(config, name), self.fixed.get(name, _DEFAULTS[name])
@@ -158,9 +159,14 @@ class Family:
         """
         own: dict[str, Any] = {name: value for name, value in {**self.usual, **self.fixed}.items() if name not in given}
         config = replace(wanted, **own | {"model_type": self.model_type})
-        if found := self.mismatches(config):
-            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {found[0]}")
+        if self.mismatches(config):
+            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {self.told_mismatch(config)}")
         return config
+
+    def told_mismatch(self, config: ModelConfig) -> str:
+        """The first of a model's mismatches, and the number of others."""
+        first, *others = self.mismatches(config)
+        return f"{first}, and {len(others)} more" if others else first
 
     def their_name(self, name: str) -> str:
         """Name in a folder of a parameter that is not fused."""

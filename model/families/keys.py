@@ -108,7 +108,7 @@ def _check_code(values: dict) -> None:
         )
 
 
-def require_full_attention(values: dict) -> None:
+def require_full_attention(values: Mapping) -> None:
     """See that `layer_types` names no layer that attends within a window.
 
     Raises:

@@ -250,6 +250,11 @@ def test_grouped_multiplication_compiles_into_one_graph_in_bfloat16():
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0], layer(x)[0])
 
 
+def test_widths_that_the_grouped_multiplication_cannot_take_are_refused():
+    with pytest.raises(ValueError, match="multiples of 8, not 24 and 20: give --experts_kernel=sorted"):
+        layer_of(config_with(moe_intermediate_size=20), "grouped")
+
+
 def test_the_bias_acts_on_the_choice_alone():
     router = Router(config_with(router_bias=True, norm_topk_prob=False))
     with torch.no_grad():
