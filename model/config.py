@@ -1,7 +1,7 @@
 """Shape and numerics of the model. Plain data: importing this does not load torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from utils.options import OnlyWith
@@ -150,7 +150,8 @@ class ModelConfig:
         Raises:
             ValueError: a combination that cannot be built.
         """
-        self.resolve()
+        # The experts may come from the weights to begin with.
+        replace(self, router_bias_update_rate=0.0).resolve()
 
     def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "ModelConfig":
         """The configuration with its zeros filled in, after a check that the fields fit together.

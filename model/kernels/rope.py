@@ -180,6 +180,6 @@ IMPLEMENTATIONS = (
     Implementation("rope", "reference", lambda: {"rope": rope_reference}, is_plain=True),
     Implementation("rope", "triton", lambda: {"rope": rope}, needs_triton, runs_triton),
     Implementation(
-        "rope", "liger", _liger, needs_package("liger", "liger_kernel"), lacks=frozenset({"interleaved", "partial"}),
+        "rope", "liger", _liger, needs_package("liger", "liger_kernel"), lacks=frozenset({"interleaved", "partial"})
     ),
 )

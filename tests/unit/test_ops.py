@@ -115,6 +115,8 @@ def test_an_implementation_that_lacks_what_the_model_needs_is_not_used(monkeypat
     assert attention("alibi", "window", named="flash_attn") == "flash_attn"
     with pytest.raises(ValueError, match="--attention_kernel=varlen cannot be used: it lacks ALiBi, which this model"):
         attention("alibi", named="varlen")
+    with pytest.raises(ValueError, match="rope_kernel=liger cannot be used: it lacks interleaved rotary channels"):
+        choose_ops("auto", {"rope": "liger"}, CUDA, torch.bfloat16, frozenset({"interleaved"}))
     with pytest.raises(ValueError, match="kernel=xformers cannot be used: it lacks sliding windows and ALiBi"):
         attention("alibi", "window", named="xformers")
     assert choose_ops("auto", {}, CPU, torch.bfloat16, frozenset({"alibi", "window"}))["attention"] == "blocked"
@@ -134,7 +136,7 @@ def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, co
     model.train()
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(97, (2, 24), generator=generator) for _ in range(2))
-    key = DropoutKey(7, torch.tensor([5, 6])) if dropout else None
+    key = DropoutKey(7, torch.tensor([5, 6])) if dropout or config.attention_dropout else None
     starts = document_starts(documents) if documents is not None and model.wants_document_starts else None
     return model, lambda: model.loss_sum(
         model(ids, None, documents, dropout_key=key, document_starts=starts), labels
@@ -337,6 +339,7 @@ def test_windows_and_alibi_in_each_implementation(reach: str, packed: bool):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("model.attend.document_lengths", lambda ids, lengths=lengths: lengths)
                 assert_alike(expected, run(REFERENCE, **options), 1e-6)
+    # With dropout, attention is the plain one.
     dropped = dataclasses.replace(config, attention_dropout=1e-9)
     assert_alike(expected, run(NAIVE, **options | {"config": dropped}), 1e-6)
 
