@@ -120,10 +120,6 @@ def test_an_implementation_that_lacks_what_the_model_needs_is_not_used(monkeypat
     with pytest.raises(ValueError, match="kernel=xformers cannot be used: it lacks sliding windows and ALiBi"):
         attention("alibi", "window", named="xformers")
     assert choose_ops("auto", {}, CPU, torch.bfloat16, frozenset({"alibi", "window"}))["attention"] == "blocked"
-    needs = frozenset({"interleaved", "partial"})
-    assert choose_ops("auto", {}, CUDA, torch.bfloat16, needs)["rope"] == "triton"
-    with pytest.raises(ValueError, match="--rope_kernel=liger cannot be used: it lacks interleaved rotary channels "):
-        choose_ops("auto", {"rope": "liger"}, CUDA, torch.bfloat16, needs)
 
 
 def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, config: ModelConfig = CONFIG, **options):
