@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
+from model.families.rope import rope_fields, rope_keys
 from model.rope import attention_scale
 from tests.config_keys import MISSING, OTHER, ROPES, SHAPE, SWEPT, VERSION_4, Config, Swept, ropes
 
@@ -230,11 +231,24 @@ def test_either_version_of_transformers_finds_the_rope_in_what_we_write(rope: di
         read = {key: value for key, value in written.items() if key not in unknown}
         again = hf.from_hf_config(read)
         assert hf.to_hf_config(again, torch.bfloat16) == written and read[name] == "bfloat16"
+        assert BEFORE in read or again.rope_scaling != "longrope", "version 4 looks for it there"
         # Version 4 has no word for longrope's factor, so the scale that follows from it is written.
         is_told = again.rope_scaling == "longrope" and again.rope_scaling_factor == 8.0
         scale = attention_scale(config) if is_told else config.rope_attention_factor
         assert again == dataclasses.replace(config, rope_attention_factor=scale)
         assert agree(scores(tmp_path, read))
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": LINEAR}])
+def test_a_rotated_part_of_a_family_that_has_one(scaling: Config):
+    """In both spellings, for families that say so."""
+    for values in ({"partial_rotary_factor": 0.5} | scaling, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        fields = rope_fields(values, theta=500.0, rotates_part=True)
+        assert (fields["partial_rotary_factor"], fields["rope_theta"]) == (0.5, 500.0)
+        written = rope_keys(dataclasses.replace(hf.from_hf_config(LLAMA.shape), **fields))
+        for unknown in (("rope_parameters",), ("rope_theta", "rope_scaling", "partial_rotary_factor")):
+            read = {key: value for key, value in written.items() if key not in unknown}
+            assert rope_fields(read, rotates_part=True) == fields
 
 
 @pytest.mark.parametrize(
