@@ -445,7 +445,8 @@ def test_weights_of_a_class_that_transformers_lacks_are_copied_by_the_command(pa
     write(folder, auto_map={"AutoTokenizer": ["tokenization_a.A", None]}).joinpath("model.safetensors").unlink()
     with pytest.raises(ValueError, match="only pytorch_model.*: convert it with ") as caught:
         hf.load_weights(Decoder(SMALL), folder)
-    subprocess.run(shlex.split(str(caught.value).split("convert it with ")[1]), check=True, executable=sys.executable)
+    _python, *arguments = shlex.split(str(caught.value).split("convert it with ")[1])
+    subprocess.run([sys.executable, *arguments], check=True)
     again = Decoder(SMALL)
     hf.load_weights(again, folder)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
