@@ -1,18 +1,24 @@
 """The families of models that can be loaded and saved, by Hugging Face's `model_type`."""
 
 from model.config import ModelConfig
+from model.families.aquila import AQUILA
+from model.families.baichuan import BAICHUAN
+from model.families.bloom import BLOOM
+from model.families.chatglm import CHATGLM
 from model.families.ernie4_5_moe import ERNIE4_5_MOE
 from model.families.family import Family
+from model.families.internlm import INTERNLM
 from model.families.llama import LLAMA
 from model.families.mistral import MISTRAL
 from model.families.mixtral import MIXTRAL
 from model.families.qwen2 import QWEN2
 from model.families.qwen3 import QWEN3
 from model.families.qwen3_moe import QWEN3_MOE
+from model.families.yuan import YUAN
 from model.hf_files import shown
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (
-    QWEN2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE, ERNIE4_5_MOE,
+    QWEN2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE, ERNIE4_5_MOE, BLOOM, BAICHUAN, CHATGLM, INTERNLM, AQUILA, YUAN,
 )}  # fmt: skip
 """In the order in which a model without a family of its own looks for one."""
 

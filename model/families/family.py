@@ -105,6 +105,8 @@ class Family:
     """Keys that cannot change the model's scores, whatever their value."""
     harmless_at: dict[str, tuple[object, ...]] = HARMLESS_AT
     """Key -> values, besides null, that cannot change the scores either."""
+    brings_code = False
+    """Whether folders of the family come with Python code for their model, which ours replaces."""
 
     def read(self, values: dict) -> ModelConfig:
         """The configuration that the content of a config.json describes.
@@ -113,7 +115,7 @@ class Family:
             ValueError: a key may change the model, or a value is missing or wrong; the key is named.
         """
         check_architectures(values, self.architectures)
-        check_keys(values, self.understood | self.harmless, self.harmless_at)
+        check_keys(values, self.understood | self.harmless, self.harmless_at, self.brings_code)
         self.check(values)
         return ModelConfig(**self.fields(values) | {"model_type": self.model_type}).resolve()
 
@@ -179,6 +181,10 @@ class Family:
             names: names of all the model's parameters.
         """
         return [Rule((self.their_name(name),), (name,)) for name in names]
+
+    def other_rules(self, config: ModelConfig, names: Iterable[str]) -> list[list[Rule]]:
+        """Rules of folders that have other names for the same tensors; we read these folders, and write none."""
+        return []
 
     def besides(self, config: ModelConfig) -> list[Beside]:
         """Tensors that a folder may hold besides those of the rules."""

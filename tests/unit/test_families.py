@@ -62,12 +62,15 @@ def save(directory: Path, model: Decoder, family: Family, **changes: torch.Tenso
     return directory
 
 
+EVEN = {"num_key_value_heads": 4}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 CHANGES: dict[str, dict[str, object]] = {
     "llama": {"mlp_bias": True}, "qwen2": {"sliding_window": 4, "full_attention_layers": "1"},
     "mistral": {"sliding_window": 4}, "qwen3": {"attention_bias": True, "head_dim": 8},
     "mixtral": EXPERTS | {"sliding_window": 4}, "qwen3_moe": EXPERTS | {"dense_layers": "1", "norm_topk_prob": False},
     "ernie4_5_moe": EXPERTS | {"moe_intermediate_size": 8, "num_shared_experts": 2, "router_bias": True},
+    "bloom": EVEN | {"intermediate_size": 64}, "baichuan": EVEN, "chatglm": {"qkv_bias": False}, "internlm": EVEN,
+    "yuan": EVEN | {"rms_norm_eps": 1e-6},
 }  # fmt: skip
 """Family -> fields of CONFIG in which a model of it differs."""
 
@@ -181,7 +184,7 @@ def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generi
      "no checkpoint can hold this model, since no family of models has all of it: mlp_bias is False in every qwen3, "
      "not True; qk_norm is False in every llama, not True"),
     (EXPERTS | {"moe_intermediate_size": 8},
-     "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8; "),
+     "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8"),
     (EXPERTS | {"qk_norm": True, "num_shared_experts": 1}, "all of it: num_shared_experts is 0 in every qwen3_moe, "),
     (EXPERTS | {"router_bias": True, "model_type": "mixtral"},
      "no checkpoint can hold the model as a mixtral: router_bias is False in every mixtral, not True; change that, or"),

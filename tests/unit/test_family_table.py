@@ -25,7 +25,7 @@ from tests.unit.test_sft_train import conversations, pretokenize, write_dpo, wri
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "model.md"
 CLAIMS = ("train", "SFT", "DPO", "import", "export")
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FIELDS = {"rms_norm": "rms_norm add_rms_norm", "rope": "rope", "swiglu": "swiglu", "experts": "experts",
           "cross_entropy": "loss_sum", "attention": "causal"}  # fmt: skip
 """Op -> the functions by which a model uses it."""

@@ -224,6 +224,10 @@ ODD_WEIGHTS = {
         "qweight, of weights that",
     ),
     "bitsandbytes": ({f"{NORM}.absmax": torch.ones(2)}, "absmax, of weights that are quantized: take a folder where"),
+    "layers for further tokens": (
+        {"model.mtp_block.0.input_layernorm.weight": torch.ones(16)},
+        "mtp_block.0.input_layernorm.weight, of layers for further tokens, which are not built here: save",
+    ),
     "a value head": (
         {"v_head.summary.weight": torch.ones(1, 16)},
         "v_head.summary.weight, which this model",

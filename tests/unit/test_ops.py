@@ -30,6 +30,8 @@ CONFIG = ModelConfig(
     num_key_value_heads=2, max_position_embeddings=32,
 ).resolve()  # fmt: skip
 
+SPARSE = dataclasses.replace(CONFIG, num_local_experts=4, num_shared_experts=1, dense_layers="0").resolve()
+
 
 def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in_blocks():
     plain = dict(REFERENCE.names)
@@ -274,7 +276,19 @@ HERE = [
 
 @pytest.mark.parametrize(("op", "name"), HERE)
 def test_each_implementation_that_runs_here_trains_the_same_model(op: str, name: str):
-    assert_alike(run(REFERENCE), run(build_ops(dict(REFERENCE.names) | {op: name})), 1e-5)
+    config = SPARSE if op == "experts" else CONFIG
+    ops = build_ops(dict(REFERENCE.names) | {op: name})
+    assert_alike(run(REFERENCE, config=config), run(ops, config=config), 1e-5)
+
+
+@pytest.mark.parametrize("keeps", ["", "nothing", "matmuls"])
+@pytest.mark.parametrize("name", ["reference", "sorted"])
+def test_blocks_with_experts_compile(name: str, keeps: str):
+    """The loop over experts takes its numbers of tokens from a tensor, which interrupts the graph."""
+    torch._dynamo.reset()
+    ops = build_ops(dict(REFERENCE.names) | {"experts": name})
+    options = {"gradient_checkpointing": True, "checkpoint_keeps": keeps} if keeps else {}
+    assert_alike(run(ops, config=SPARSE), run(ops, config=SPARSE, backend="aot_eager", **options), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "blocked"])
