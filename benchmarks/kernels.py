@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.ablation import resident_growth
-from model.attend import attention_mask
+from model.attend import alibi_slopes, attention_mask
 from model.kernels import cross_entropy as ce
 from model.kernels import linear_cross_entropy as linear_ce
 from model.kernels import rms_norm as norm
 from model.kernels import rope as rotary
 from model.kernels import swiglu as gated
-from model.kernels.attention import plain_attention, sdpa_causal
+from model.kernels.attention import plain_attention, sdpa_causal, sdpa_masked
 from model.kernels.blocked_attention import blocked_attention
 from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
@@ -170,6 +170,19 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
         "causal attention", "2 B T^2 H D operations forward, 6 in all", attention_inputs, contenders,
         operations=operations, backward_bytes=0.0, plain=("torch sdpa", "blocked", "eager"), differentiate=(0, 1, 2),
     )  # fmt: skip
+    # The operations of causal attention, so that a rate above its own is work that was skipped.
+    # The window is a sixteenth of the row.
+    window, slopes = max(width // 16, 1), alibi_slopes(shapes.heads, device)
+    for name, reach in (("a window", (window, None)), ("ALiBi", (0, slopes)), ("both", (window, slopes))):
+        limits = attention_mask(width, width, None, device, None, *reach, dtype=dtype)
+        contenders = {"torch sdpa": lambda q, k, v, limits=limits: sdpa_masked(q, k, v, limits)}
+        if device.type == "cpu":
+            contenders["blocked"] = lambda q, k, v, reach=reach: blocked_attention(q, k, v, None, *reach)
+        yield Case(
+            f"causal attention with {name}", "2 B T^2 H D operations forward, 6 in all, if none is skipped",
+            attention_inputs, contenders, operations=operations, backward_bytes=0.0, plain=("torch sdpa", "blocked"),
+            differentiate=(0, 1, 2),
+        )  # fmt: skip
     yield Case(
         "swiglu_packed", "forward 3 N I e, backward 5 N I e", lambda: [draw(n, 2 * i)],
         {"ours": gated.swiglu_packed, "eager": gated.swiglu_packed_reference}

@@ -32,6 +32,7 @@ import torch
 
 from benchmarks.ddp import describe
 from model import Decoder, ModelConfig, flops, hf
+from model.layer_losses import LayerLosses
 from model.ops import build_ops, choose_ops, needs_of
 from optimizer import adamw_triton
 from optimizer.config import AdamWConfig
@@ -59,8 +60,13 @@ def our_step(
     gradients = BucketGradients(ddp, square=adamw_triton.sum_of_squares if kernel == "triton" else square)
     optimizer = MixedPrecisionOptimizer(gradients, AdamWConfig(), 1.0, LossScaler(enabled=False), kernel)
 
+    losses = None
+    if config.num_local_experts:
+        tokens_B = torch.full((len(rows),), rows.shape[1] - 1.0, device=device)
+        losses = LayerLosses(tokens_B, 1.0 / tokens_B.sum())
+
     def step() -> float:
-        loss = model.loss_sum(ddp(rows[:, :-1]), rows[:, 1:]) / rows[:, 1:].numel()
+        loss = model.loss_sum(ddp(rows[:, :-1], losses=losses), rows[:, 1:]) / rows[:, 1:].numel()
         loss.backward()
         ddp.finish_grad_sync()
         optimizer.step(1e-4)

@@ -1,4 +1,4 @@
-"""The attention layer: projections, norms of heads, rotary positions, the cache, and the choice of an implementation.
+"""The attention layer: projections, norms of heads, rotary positions, the local filter, the cache, the implementation.
 
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), C hidden size, H query heads, K key
 and value heads, D head dim.
@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
 from model.linear import Linear
+from model.local_filter import LocalFilter
 from model.norm import RMSNorm
 from model.ops import Ops
 
@@ -28,6 +29,7 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.qkv_bias
+        self.local_filter = LocalFilter(config, ops) if config.local_filter else None
         self.q_proj = Linear(config.hidden_size, query_size, bias=qkv_bias)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=qkv_bias)
@@ -40,7 +42,9 @@ class Attention(nn.Module):
         """Attend from each new token: x (B, T, C) -> (B, T, C)."""
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
-        q_BTHD, k_BTKD, v_BTKD = (project(x_BTC).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        filtered_BTC = x_BTC if self.local_filter is None else self._filtered(self.local_filter, x_BTC, attend)
+        q_BTHD, k_BTKD = self.q_proj(filtered_BTC).view(heads), self.k_proj(filtered_BTC).view(heads)
+        v_BTKD = self.v_proj(x_BTC).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
             k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
@@ -51,6 +55,14 @@ class Attention(nn.Module):
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1))
+
+    def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
+        """x after the filter, whose first tokens need those of the cache."""
+        if attend.cache is None:
+            earlier_B2C = x_BTC.new_zeros(len(x_BTC), 2, x_BTC.shape[2])
+        else:
+            earlier_B2C = attend.cache.append_states(self.layer, x_BTC)
+        return local_filter(x_BTC, earlier_B2C, attend.positions)
 
     def _attended(
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None

@@ -1,7 +1,7 @@
 """Shape and numerics of the model. Plain data: importing this does not load torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from utils.options import OnlyWith
@@ -150,7 +150,8 @@ class ModelConfig:
         Raises:
             ValueError: a combination that cannot be built.
         """
-        self.resolve()
+        # The experts may come from the weights to begin with.
+        replace(self, router_bias_update_rate=0.0).resolve()
 
     def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "ModelConfig":
         """The configuration with its zeros filled in, after a check that the fields fit together.
@@ -342,21 +343,16 @@ _HAS_NO_FACTOR = ("longrope", "proportional")
 
 def _is_method(*methods: str) -> Callable[[Mapping[str, Any]], bool]:
     """Whether fields of certain methods have an effect; see `OnlyWith.counts`."""
-    # With weights to start from, the method may come from their configuration.
-    return lambda f: f["rope_scaling"] in methods or f["init_from"] or f["resume"]
+    return lambda f: f["rope_scaling"] in methods
 
 
 ONLY_WITH = (
-    # With weights to start from, the others may come from their configuration.
     OnlyWith(
         ("rope_scaling",),
-        lambda f: f["rope_scaling_factor"] != 1.0 or f["rope_scaling"] in _HAS_NO_FACTOR or f["init_from"]
-        or f["resume"], "with --rope_scaling_factor=1",
+        lambda f: f["rope_scaling_factor"] != 1.0 or f["rope_scaling"] in _HAS_NO_FACTOR,
+        "with --rope_scaling_factor=1",
     ),
-    OnlyWith(
-        ("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none" or f["init_from"] or f["resume"],
-        "without --rope_scaling",
-    ),
+    OnlyWith(("rope_scaling_factor",), lambda f: f["rope_scaling"] != "none", "without --rope_scaling"),
     OnlyWith(
         ("rope_low_freq_factor", "rope_high_freq_factor"), _is_method("llama3"), "without --rope_scaling=llama3",
     ),
@@ -376,11 +372,10 @@ ONLY_WITH = (
     OnlyWith(
         ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef", "router_aux_loss",
          "router_z_loss_coef"),
-        lambda f: f["num_local_experts"] or f["init_from"] or f["resume"], "without --num_local_experts",
+        lambda f: f["num_local_experts"], "without --num_local_experts",
     ),
     OnlyWith(
         ("rope_theta", "rope_interleaved", "partial_rotary_factor"),
-        lambda f: f["position_embedding"] == "rope" or f["init_from"] or f["resume"],
-        "with --position_embedding=alibi",
+        lambda f: f["position_embedding"] == "rope", "with --position_embedding=alibi",
     ),
 )  # fmt: skip

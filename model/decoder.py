@@ -16,7 +16,7 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in t
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -294,13 +294,19 @@ class Decoder(nn.Module):
         return {name: family.role_of(name) for name, _ in self.named_parameters()}
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
+    def initialize(self, seed: int, names: Collection[str] | None = None) -> None:
         """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its
-        own name alone, not on the order or the device."""
+        own name alone, not on the order or the device.
+
+        Args:
+            names: set only these; None: all.
+        """
         std = self.config.initializer_range
         stds = {"normal": std, "residual": std / math.sqrt(2 * self.config.num_hidden_layers)}
         roles = self.roles()
         for name, parameter in self.named_parameters():
+            if names is not None and name not in names:
+                continue
             begins = roles[name].begins
             if begins == "zero":
                 parameter.zero_()

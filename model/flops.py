@@ -3,8 +3,9 @@
 Model FLOPs utilisation (MFU) is FLOPs a token x tokens a second / the devices' dense peak (Chowdhery et al., PaLM,
 2022). There are two counts of the FLOPs a token:
 
-    strict   6 x parameters of the matmuls (the head where it is computed, not the input embedding) + causal attention
-             (half of full)
+    strict   6 x parameters of a token's matmuls (the head where it is computed, not the input embedding; of the
+             experts, those that the token is sent to) + attention to the keys that a query sees: half of all in a
+             causal layer, fewer within a window
     seed     6 x all parameters + full attention: the formula of llm-zero2all, so that its tables compare
 """
 
@@ -34,16 +35,40 @@ _PEAK_TFLOPS = (
 )
 
 
-def _matmul_parameters(config: ModelConfig) -> int:
+def _attention_parameters(config: ModelConfig) -> int:
     query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = config.hidden_size * (2 * query + 2 * kv)
-    feed_forward = 3 * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * (attention + feed_forward) + config.vocab_size * config.hidden_size
+    projections = config.hidden_size * (2 * query + 2 * kv)
+    # Two layers C -> C / 2 -> C, each of a token and the one before it.
+    local_filter = 2 * (2 * config.hidden_size * (config.hidden_size // 2)) if config.local_filter else 0
+    return projections + local_filter
 
 
-def _full_attention_flops(config: ModelConfig, seq_len: float) -> float:
-    """FLOPs a token of two matmuls (scores, values) of 2 T D each a head, times 3 for forward and backward."""
-    return 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+def _feed_forward_parameters(config: ModelConfig, layer: int) -> int:
+    """Parameters that a token meets."""
+    if not config.has_experts(layer):
+        return (3 if config.mlp == "swiglu" else 2) * config.hidden_size * config.intermediate_size
+    experts = config.num_experts_per_tok + config.num_shared_experts
+    return config.hidden_size * (config.num_local_experts + 3 * experts * config.moe_intermediate_size)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters of the matmuls of a token: without embedding, biases, norms, and the experts that it is not sent
+    to."""
+    layers = range(config.num_hidden_layers)
+    blocks = sum(_attention_parameters(config) + _feed_forward_parameters(config, layer) for layer in layers)
+    return blocks + config.vocab_size * config.hidden_size
+
+
+def _attention_flops(config: ModelConfig, keys: float) -> float:
+    """FLOPs a token in one layer: two matmuls (scores, values) of 2 S D each a head for S keys, times 3 for forward and
+    backward."""
+    return 12.0 * config.num_attention_heads * config.head_dim * keys
+
+
+def _mean_keys(seq_len: float, window: int) -> float:
+    """Keys that a query sees, averaged over a sequence: all before it, or the latest `window` (0: all)."""
+    window_len = min(window, seq_len) if window else seq_len
+    return window_len - window_len**2 / (2 * seq_len) if seq_len else 0.0
 
 
 def flops_per_token_strict(config: ModelConfig, seq_len: float, head_share: float = 1.0) -> float:
@@ -54,8 +79,9 @@ def flops_per_token_strict(config: ModelConfig, seq_len: float, head_share: floa
         head_share: share of the tokens that get logits.
     """
     head = config.vocab_size * config.hidden_size
-    parameters = _matmul_parameters(config) - (1.0 - head_share) * head
-    return 6.0 * parameters + _full_attention_flops(config, seq_len) / 2
+    parameters = active_parameters(config) - (1.0 - head_share) * head
+    keys = (_mean_keys(seq_len, config.window_of(layer)) for layer in range(config.num_hidden_layers))
+    return 6.0 * parameters + sum(_attention_flops(config, number) for number in keys)
 
 
 def flops_per_token_seed(config: ModelConfig, seq_len: int, num_parameters: int) -> float:
@@ -64,7 +90,7 @@ def flops_per_token_seed(config: ModelConfig, seq_len: int, num_parameters: int)
     Args:
         num_parameters: all distinct parameters.
     """
-    return 6.0 * num_parameters + _full_attention_flops(config, seq_len)
+    return 6.0 * num_parameters + config.num_hidden_layers * _attention_flops(config, seq_len)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -44,7 +44,7 @@ class LocalFilter(nn.Module):
         """
         Args:
             earlier_B2C: the two tokens before x in each row; of any value where there are none.
-            positions_BT: each token's position in its document.
+            positions_BT: each token's position in its document, so 0 where one begins.
         """
         # Nothing precedes a document; what precedes its first token is masked for each of the two layers.
         follows_BT1 = (positions_BT > 0)[..., None]

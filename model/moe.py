@@ -75,9 +75,18 @@ class Experts(nn.Module):
     """The matrices of all experts of a layer, one upon another."""
 
     def __init__(self, config: ModelConfig, ops: Ops = REFERENCE):
+        """
+        Raises:
+            ValueError: torch's grouped multiplication cannot take rows of these widths.
+        """
         super().__init__()
         self.ops = ops
         num, width, hidden = config.num_local_experts, config.moe_intermediate_size, config.hidden_size
+        if ops.names["experts"] == "grouped" and (hidden % 8 or width % 8):
+            raise ValueError(
+                f"--experts_kernel=grouped needs hidden_size and moe_intermediate_size that are multiples of 8, not "
+                f"{hidden} and {width}: give --experts_kernel=sorted"
+            )
         self.gate_up_proj = nn.Parameter(torch.zeros(num, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.zeros(num, hidden, width))
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tests.family_folders import aquila_as_llama, chatglm_as_glm, chatglm_tensors, internlm_as_llama
+
 MISSING = "the key is not there"
 """Value that takes a key out."""
 Config = dict[str, object]
@@ -40,7 +42,8 @@ ROPES: dict[str, tuple[Config, list[Config]]] = {
     "yarn": (
         _YARN,
         [{"factor": 2.0}, {"beta_fast": 0.5}, {"beta_slow": 0.2}, {"beta_fast": None, "beta_slow": None},
-         {"truncate": False}, {"attention_factor": 0.5}, {"mscale": 2.0, "mscale_all_dim": 0.5}, {"rope_theta": 50.0},
+         {"truncate": False}, {"attention_factor": 0.5}, {"attention_factor": 0.8, "mscale": 2, "mscale_all_dim": 1},
+         {"mscale": 2.0, "mscale_all_dim": 0.5}, {"rope_theta": 50.0},
          {"original_max_position_embeddings": MISSING, "truncate": False},
          {"factor": None, "original_max_position_embeddings": 7}],
     ),
@@ -168,7 +171,95 @@ class Swept:
     """Tensors of that class's folder -> those of the family's own."""
 
 
+WITHOUT_CLASS = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"} | {"rms_norm_eps": 1e-6}
+OTHER_BLOOM = {
+    "n_embed": [16, 32], "n_layer": [2, 3], "n_head": [4, 2], "n_inner": [64, 99], "layer_norm_epsilon": [0.5],
+    "hidden_dropout": [0.3], "apply_residual_connection_post_layernorm": [True], "slow_but_exact": [True],
+    "attention_softmax_in_fp32": [False], "bias_dropout_fusion": [False], "masked_softmax_fusion": [False],
+    "skip_bias_add": [False], "skip_bias_add_qkv": [True], "offset_alibi": [7], "tie_word_embeddings": [False],
+    "num_hidden_layers": [2, 3], "num_attention_heads": [4, 8],
+}  # fmt: skip
+CHATGLM = {
+    "model_type": "chatglm", "padded_vocab_size": 64, "hidden_size": 16, "ffn_hidden_size": 32, "num_layers": 2,
+    "num_attention_heads": 4, "kv_channels": 8, "multi_query_attention": True, "multi_query_group_num": 2,
+    "seq_length": 16, "layernorm_epsilon": 1e-5, "add_qkv_bias": True,
+}  # fmt: skip
+OTHER_CHATGLM = {
+    "padded_vocab_size": [80], "ffn_hidden_size": [48], "num_layers": [1, 3], "num_hidden_layers": [2, 3],
+    "vocab_size": [64, 80], "kv_channels": [16], "multi_query_attention": [False], "multi_query_group_num": [1, 4],
+    "layernorm_epsilon": [0.5], "add_qkv_bias": [False], "add_bias_linear": [True], "rope_ratio": [1, 50, 16],
+    "hidden_dropout": [0.3], "classifier_dropout": [0.1], "rmsnorm": [False], "post_layer_norm": [False],
+    "apply_residual_connection_post_layernorm": [True], "apply_query_key_layer_scaling": [False],
+    "attention_softmax_in_fp32": [False], "bias_dropout_fusion": [False], "fp32_residual_connection": [True],
+    "original_rope": [False], "quantization_bit": [0, 4], "pre_seq_len": [0, 128], "prefix_projection": [True],
+}  # fmt: skip
+OTHER_YUAN = {
+    "num_key_value_heads": [1], "tie_word_embeddings": [False], "causal_mask": [False], "use_shareqk": [True],
+    "use_moe": [True], "dropout": [0.1], "use_flash_attention": [True], "reset_attention_mask": [True],
+    "reset_position_ids": [True], "eod_token": [5], "eod_token_id": [5], "sep_token": [5], "use_loss_mask": [True],
+    "lf_conv2d_num_pad": [0], "moe_config": [{}],
+    "attention_projection_size": [8], "rotary_base": [500],
+}  # fmt: skip
+OTHER_ROTARY = [
+    {"base": 100, "type": "origin"}, {"base": 100, "type": "dynamic", "scaling_factor": 2.0}, {"base": 100},
+    {"base": 10000, "type": "origin", "long": 2}, {"base": 10000, "type": "yarn"},
+]  # fmt: skip
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW: Config = {"use_sliding_window": True, "sliding_window": 6}
+WINDOWS_BY_LAYER = {
+    "use_sliding_window": [False, None], "sliding_window": [4, 4096, None, 0], "max_window_layers": [0, 2, -1, 9],
+    "layer_types": [[FULL] * 2, [SLIDING] * 2, [SLIDING, FULL], [FULL], [FULL, "chunked_attention"], SLIDING],
+}  # fmt: skip
+WINDOW_OF_ALL = {
+    "use_sliding_window": [False, True], "sliding_window": [4, 4096, None, 0], "max_window_layers": [0, 2],
+    "layer_types": [[FULL] * 2, [SLIDING] * 2, [SLIDING, FULL], [SLIDING]],
+}  # fmt: skip
+EXPERTS: dict[str, list[object]] = {
+    "num_local_experts": [3, 0], "num_experts": [3], "num_experts_per_tok": [1, 3, 9], "output_router_logits": [True],
+    "router_aux_loss_coef": [0.5], "moe_intermediate_size": [12],
+}  # fmt: skip
 SWEPT = {
+    "bloom": Swept(
+        {"model_type": "bloom", "vocab_size": 64, "hidden_size": 16, "n_layer": 2, "n_head": 4}, OTHER_BLOOM
+    ),
+    "baichuan": Swept(
+        WITHOUT_CLASS | {"model_type": "baichuan", "normalized_head": False},
+        {"normalized_head": [True], "z_loss_weight": [0.1], "hidden_size": [32, 5120], "vocab_size": [80, 125696],
+         "num_key_value_heads": [1]},
+        as_theirs=None,
+    ),
+    "chatglm": Swept(CHATGLM, OTHER_CHATGLM, chatglm_as_glm, chatglm_tensors),
+    "internlm": Swept(WITHOUT_CLASS | {"model_type": "internlm"},
+                      {"rotary": OTHER_ROTARY, "bias": [False], "num_attention_heads": [2]}, internlm_as_llama),
+    "aquila": Swept(SHAPE | {"model_type": "aquila"}, as_theirs=aquila_as_llama),
+    "yuan": Swept(WITHOUT_CLASS | {"model_type": "yuan"}, OTHER_YUAN, as_theirs=None),
     "llama": Swept(SHAPE | {"model_type": "llama"}),
-    "qwen2": Swept(SHAPE | {"model_type": "qwen2"}),
-}
+    "qwen2": Swept(SHAPE | WINDOW | {"model_type": "qwen2", "max_window_layers": 1}, WINDOWS_BY_LAYER),
+    "mistral": Swept(SHAPE | {"model_type": "mistral", "sliding_window": 6}, WINDOW_OF_ALL),
+    "qwen3": Swept(SHAPE | WINDOW | {"model_type": "qwen3", "max_window_layers": 1, "head_dim": 4}, WINDOWS_BY_LAYER),
+    "mixtral": Swept(
+        SHAPE | {"model_type": "mixtral", "sliding_window": 6, "num_local_experts": 4},
+        WINDOW_OF_ALL | EXPERTS | {"router_jitter_noise": [0.1]},
+    ),
+    "qwen3_moe": Swept(
+        SHAPE | WINDOW
+        | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        WINDOW_OF_ALL | EXPERTS | {
+            "num_experts": [3, 0], "num_local_experts": [3], "norm_topk_prob": [True, None],
+            "decoder_sparse_step": [2, 3, 0], "mlp_only_layers": [[0], [1], [0, 1], [7], [], None, "0"],
+        },
+    ),
+    "ernie4_5_moe": Swept(
+        SHAPE
+        | {"model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8,
+           "moe_layer_start_index": 0},
+        EXPERTS | {
+            "tie_word_embeddings": [False, True], "moe_num_experts": [3, 0], "num_experts": [3], "moe_k": [1, 3, 9],
+            "moe_num_shared_experts": [0, 1], "moe_layer_start_index": [1, 2, -5], "moe_layer_end_index": [0, 1, 7, -2],
+            "moe_layer_interval": [2, 3, 0], "moe_norm_min": [0.5], "moe_use_aux_free": [True, None],
+            "moe_gate": ["topk", "top2_fused"], "moe_capacity": [[64, 64]], "num_nextn_predict_layers": [1],
+            "use_bias": [True], "use_rmsnorm": [True, False],
+        },
+    ),
+}  # fmt: skip

@@ -106,8 +106,6 @@ def build(
     is_resumed = run_dir.resumed_from is not None
     if not is_resumed and not config.run.init_from:
         config = replace(config, model=new_model(config.model, given))
-    for sentence in without_effect(config, given) if context.is_main else ():
-        logger.warning(sentence)
     data = open_data(config.run, config.data, data_dirs, context, run_dir.place)
     batch = choose_batch(config.run, config.data, given, len(data.train), mesh.data_size)
     config = replace(config, data=batch)
@@ -117,10 +115,15 @@ def build(
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len)
+    # Only now is it known what the weights bring along.
+    for sentence in without_effect(replace(config, model=shape), given) if context.is_main else ():
+        logger.warning(sentence)
     # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
     export = plan_export(
         config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size)
     )
+    if (sentence := export.warning(shape)) and context.is_main:
+        logger.warning(sentence)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:

@@ -9,7 +9,7 @@ import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
-from model import Decoder, hf
+from model import Decoder, hf, upcycle
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
@@ -90,6 +90,8 @@ def choose_shape(
     stored = hf.read_config(weights) if weights is not None else None
     if stored is not None and is_resumed:
         stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
+    elif stored is not None and upcycle.is_upcycled(stored, wanted):
+        stored = upcycle.sparse_config(stored, wanted)
     shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
     # Asked before the training: otherwise the first save would fail.
     family_of(shape)
@@ -137,7 +139,8 @@ def resolve_model(
         told = _told_fields(wanted, given, is_own)
         _check_family(wanted, given, stored, is_own)
         # What follows from other fields, such as the router's bias, is compared as it follows.
-        asked_shape = wanted.resolve(max_seq_len=max_seq_len)
+        experts = wanted.num_local_experts or stored.num_local_experts
+        asked_shape = dataclasses.replace(wanted, num_local_experts=experts).resolve(max_seq_len=max_seq_len)
         for name in SHAPE_FIELDS:
             asked, has = getattr(asked_shape, name), getattr(stored, name)
             if name in told and asked != has:
@@ -211,11 +214,16 @@ def build_model(
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype, needs_of(shape)))
+    is_upcycled = False
     if weights is not None:
-        hf.check_weights(shape, weights)
+        stored = hf.read_config(weights)
+        is_upcycled = upcycle.is_upcycled(stored, shape)
+        hf.check_weights(stored if is_upcycled else shape, weights)
     model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(seed)
+    elif is_upcycled:
+        upcycle.load_upcycled(model, weights, seed)
     else:
         hf.load_weights(model, weights)
     model.to(device=device, dtype=dtype)

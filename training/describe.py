@@ -76,9 +76,11 @@ def _count_parameters(model: Decoder) -> int:
 
 
 def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
+    config = model.config
+    active = f" ({flops.active_parameters(config) / 1e6:.1f} M multiply a token)" if config.num_local_experts else ""
     return (
-        f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters, {model.config.num_hidden_layers} layers, "
-        f"{model.config.hidden_size} wide, {dtype} on {device.type}"
+        f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
+        f"layers, {config.hidden_size} wide, {dtype} on {device.type}"
     )
 
 

@@ -38,6 +38,17 @@ class Export:
         """Family as which the model is written. Its name may tell other programs how to split texts."""
         return family_of(config, generic_tokenizer=self.tokenizer.class_name == GENERAL_CLASS)
 
+    def warning(self, config: ModelConfig) -> str:
+        """Sentence about programs that will split texts by other rules than the tokenizer's; empty: none will."""
+        family = self.family(config)
+        if self.tokenizer.class_name != GENERAL_CLASS or not family.names_tokenizer:
+            return ""
+        return (
+            f"checkpoints are written as {family.model_type}, the only family that holds such a model, and from 5.8 on "
+            f"transformers takes its tokenizer for that family's own: load it by PreTrainedTokenizerFast, not by "
+            f"AutoTokenizer, which would split texts by other rules"
+        )
+
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""
         self.tokenizer.save_pretrained(directory)

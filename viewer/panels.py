@@ -74,11 +74,11 @@ COMPRESSION = (
     Panel("compression_ratio", "compression ratio", (Curve("compression", "ratio"),)),
 )  # fmt: skip
 EXPERTS = (
-    Panel("expert_load", "expert load: busiest and idlest, 1 if even",
+    Panel("expert_load", "expert load, 1 if even",
           (Curve("experts", "load_highest", "busiest"), Curve("experts", "load_lowest", "idlest", ":")), usual=True),
-    Panel("balance_loss", "experts: balance loss, 1 if even", (Curve("experts", "balance_loss"),), usual=True),
-    Panel("router_entropy", "router: entropy of its choice, nats", (Curve("experts", "entropy"),), usual=True),
-    Panel("z_loss", "router: z-loss", (Curve("experts", "z_loss"),)),
+    Panel("balance_loss", "balance loss, 1 if even", (Curve("experts", "balance_loss"),), usual=True),
+    Panel("router_entropy", "router entropy, nats", (Curve("experts", "entropy"),), usual=True),
+    Panel("z_loss", "router z-loss", (Curve("experts", "z_loss"),)),
 )  # fmt: skip
 DPO = (
     _pair("rewards", "DPO rewards", "rewards", usual=True),

@@ -71,7 +71,7 @@ class Beside:
     theirs: str
     """Its name in the folder."""
     like: str
-    """The parameter that has its shape."""
+    """The parameter from which its values follow."""
     expected: Callable[[Tensor], Tensor]
     """That parameter -> the values that the tensor must have."""
     otherwise: str
@@ -105,6 +105,8 @@ class Family:
     """Keys that cannot change the model's scores, whatever their value."""
     harmless_at: dict[str, tuple[object, ...]] = HARMLESS_AT
     """Key -> values, besides null, that cannot change the scores either."""
+    brings_code = False
+    """Whether folders of the family come with Python code for their model, which ours replaces."""
 
     def read(self, values: dict) -> ModelConfig:
         """The configuration that the content of a config.json describes.
@@ -113,7 +115,7 @@ class Family:
             ValueError: a key may change the model, or a value is missing or wrong; the key is named.
         """
         check_architectures(values, self.architectures)
-        check_keys(values, self.understood | self.harmless, self.harmless_at)
+        check_keys(values, self.understood | self.harmless, self.harmless_at, self.brings_code)
         self.check(values)
         return ModelConfig(**self.fields(values) | {"model_type": self.model_type}).resolve()
 
@@ -137,7 +139,8 @@ class Family:
         raise NotImplementedError
 
     def mismatches(self, config: ModelConfig) -> list[str]:
-        """Reasons why a folder of this family cannot hold a model, each the end of a sentence; none if it can."""
+        """Reasons why a folder of this family cannot hold a model, each the end of a sentence, such as "qk_norm is True
+        in every qwen3, not False"; none if it can."""
         found = []
         for name in CHOICES:
             value, has = getattr(config, name), self.fixed.get(name, _DEFAULTS[name])
@@ -158,9 +161,14 @@ class Family:
         """
         own: dict[str, Any] = {name: value for name, value in {**self.usual, **self.fixed}.items() if name not in given}
         config = replace(wanted, **own | {"model_type": self.model_type})
-        if found := self.mismatches(config):
-            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {found[0]}")
+        if self.mismatches(config):
+            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {self.told_mismatch(config)}")
         return config
+
+    def told_mismatch(self, config: ModelConfig) -> str:
+        """The first of a model's mismatches, and the number of others."""
+        first, *others = self.mismatches(config)
+        return f"{first}, and {len(others)} more" if others else first
 
     def their_name(self, name: str) -> str:
         """Name in a folder of a parameter that is not fused."""
@@ -173,6 +181,10 @@ class Family:
             names: names of all the model's parameters.
         """
         return [Rule((self.their_name(name),), (name,)) for name in names]
+
+    def other_rules(self, config: ModelConfig, names: Iterable[str]) -> list[list[Rule]]:
+        """Rules of folders that have other names for the same tensors; we read these folders, and write none."""
+        return []
 
     def besides(self, config: ModelConfig) -> list[Beside]:
         """Tensors that a folder may hold besides those of the rules."""

@@ -57,17 +57,21 @@ _QUANTIZED = "the weights are quantized, take a folder where they are not"
 _WHY = {"quantization_config": _QUANTIZED, "compression_config": _QUANTIZED, "quantization": _QUANTIZED}
 
 
-def check_keys(values: dict, seen: Set[str], harmless_at: Mapping[str, tuple[object, ...]]) -> None:
+def check_keys(
+    values: dict, seen: Set[str], harmless_at: Mapping[str, tuple[object, ...]], replaces_code: bool = False
+) -> None:
     """See that every key of a configuration is read, or cannot matter at the value it has.
 
     Args:
         values: content of a config.json.
         seen: keys that are read elsewhere, or cannot matter whatever their value.
         harmless_at: key -> values with which it cannot matter.
+        replaces_code: whether all models of the family come with the same code, which ours replaces.
     Raises:
         ValueError: a key may change the model; it is named.
     """
-    _check_code(values)
+    if not replaces_code:
+        _check_code(values)
     for name, value in values.items():
         if name in seen or name in ("architectures", "auto_map") or value is None:
             continue
@@ -108,7 +112,7 @@ def _check_code(values: dict) -> None:
         )
 
 
-def require_full_attention(values: dict) -> None:
+def require_full_attention(values: Mapping) -> None:
     """See that `layer_types` names no layer that attends within a window.
 
     Raises:

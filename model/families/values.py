@@ -1,6 +1,7 @@
 """Values of a configuration, read one by one."""
 
 from collections.abc import Mapping
+from typing import cast
 
 from model.hf_files import shown
 
@@ -30,6 +31,11 @@ def read_value(values: Mapping, name: str, kind: type, default: object) -> objec
     if not fits:
         raise ValueError(f"{name} must be {_NAMES[kind]}, not {shown(value)}")
     return kind(value)
+
+
+def read_int(values: Mapping, name: str, default: object = REQUIRED) -> int:
+    """The whole number at a key; see `read_value`."""
+    return cast(int, read_value(values, name, int, default))
 
 
 def read_values(values: Mapping, kinds: Mapping[str, tuple[type, object]]) -> dict[str, object]:

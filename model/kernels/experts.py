@@ -160,8 +160,10 @@ def _(dy_NC, x_NC, gate_up_EOC, down_ECI, weights_NK, tokens_S, places_NK, ends_
 
 
 class _SortedExperts(torch.autograd.Function):
+    """The matrices come in reverse, since their gradients arrive in this order: the last used first, as is planned."""
+
     @staticmethod
-    def forward(ctx: Any, x_NC, gate_up_EOC, down_ECI, weights_NK, tokens_S, places_NK, ends_E, keep):
+    def forward(ctx: Any, x_NC, down_ECI, gate_up_EOC, weights_NK, tokens_S, places_NK, ends_E, keep):
         inputs = x_NC, gate_up_EOC, down_ECI, weights_NK, tokens_S, places_NK, ends_E
         y_NC, gate_up_SO = _forward(*inputs, keep)
         ctx.save_for_backward(*inputs, gate_up_SO)
@@ -171,9 +173,8 @@ class _SortedExperts(torch.autograd.Function):
     def backward(ctx: Any, dy_NC: Tensor):
         wants_matrices = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dx_NC, dgate_up_EOC, ddown_ECI, dweights_NK = _backward(dy_NC, *ctx.saved_tensors, wants_matrices)
-        if not wants_matrices:
-            return dx_NC, None, None, dweights_NK, None, None, None, None
-        return dx_NC, dgate_up_EOC, ddown_ECI, dweights_NK, None, None, None, None
+        matrices = (ddown_ECI, dgate_up_EOC) if wants_matrices else (None, None)
+        return dx_NC, *matrices, dweights_NK, None, None, None, None
 
 
 def sorted_experts(
@@ -183,7 +184,7 @@ def sorted_experts(
     gates and ups are kept for the backward pass. On a GPU, the passes wait for the number of each expert's tokens."""
     order = sort_by_expert(chosen_NK, len(gate_up_EOC))
     weights_NK = weights_NK.to(_wide(x_NC.dtype))
-    return _SortedExperts.apply(x_NC, gate_up_EOC, down_ECI, weights_NK, *order, torch.is_grad_enabled())
+    return _SortedExperts.apply(x_NC, down_ECI, gate_up_EOC, weights_NK, *order, torch.is_grad_enabled())
 
 
 class _ToPairs(torch.autograd.Function):

@@ -12,7 +12,10 @@ import train_my_ddp
 from dataset.dpo import DPODataset
 from dataset.sft import SFTDataset
 from model import Decoder, ModelConfig
+from model.attend import document_starts
 from model.loss import cross_entropy_sum
+from model.ops import IMPLEMENTATIONS, REFERENCE, build_ops, needs_of
+from model.roles import role_of
 from parallel import CommStream, DistContext, DistributedDataParallel, Eager, PowerSGD, PowerSGDConfig
 from tasks.config import DPOConfig
 from tasks.dpo import DPOTask
@@ -69,6 +72,42 @@ def test_cuda_equals_cpu(documents: bool):
         grads.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()]))
         ddp.close()
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 1e-4
+
+
+REACH = {
+    "window": {"sliding_window": 9},
+    "window by layer": {"sliding_window": 5, "full_attention_layers": "1"},
+    "alibi": {"position_embedding": "alibi"},
+    "alibi in a window": {"position_embedding": "alibi", "sliding_window": 9},
+}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("reach", REACH)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "flash_attn"])
+def test_windows_and_alibi_on_cuda_equal_a_cpu(attention: str, reach: str, documents: bool):
+    """Gradients in bfloat16 against float32 on a CPU, with at most 1.5 times the error of the CPU's bfloat16."""
+    config, cuda = dataclasses.replace(CONFIG, **REACH[reach]), torch.device("cuda")
+    found = IMPLEMENTATIONS["attention"][attention]
+    if reason := found.reason_against(cuda, torch.bfloat16, needs_of(config)):
+        pytest.skip(reason)
+    rows = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(0))
+    ids = (torch.arange(64) // 20).expand(4, -1) if documents else None
+    grads = []
+    for name, device, dtype in (
+        ("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16), (attention, "cuda", torch.bfloat16),
+    ):  # fmt: skip
+        model = Decoder(config, ops=build_ops(dict(REFERENCE.names) | {"attention": name}))
+        model.roles = lambda model=model: {name: role_of(name) for name, _ in model.named_parameters()}
+        model.initialize(0)
+        model.to(device=device, dtype=dtype)
+        starts = document_starts(ids).to(device) if documents and model.wants_document_starts else None
+        there = ids.to(device) if documents else None
+        hidden = model(rows[:, :-1].to(device), None, there, document_starts=starts)
+        cross_entropy_sum(model.logits(hidden), rows[:, 1:].to(device)).backward()
+        grads.append(torch.cat([p.grad.flatten().double().cpu() for p in model.parameters()]))
+    exact, on_cpu, on_cuda = grads
+    assert (on_cuda - exact).norm() <= 1.5 * (on_cpu - exact).norm()
 
 
 @pytest.mark.parametrize("kind", ["sft packed", "sft", "dpo", "dpo kto_pair"])

@@ -225,7 +225,6 @@ def test_a_sentence_names_the_one_thing(
     (["--rope_scaling=linear"], ["--rope_scaling has no effect with --rope_scaling_factor=1"]),
     (["--rope_scaling=linear", "--rope_scaling_factor=4"], []),
     (["--rope_scaling_factor=4"], ["--rope_scaling_factor has no effect without --rope_scaling"]),
-    (["--rope_scaling_factor=4", "--init_from=a"], []),
     (["--rope_scaling=linear", "--rope_scaling_factor=4", "--rope_low_freq_factor=2"],
      ["--rope_low_freq_factor has no effect without --rope_scaling=llama3"]),
     (["--rope_scaling=linear", "--rope_scaling_factor=4", "--original_max_position_embeddings=8", "--rope_beta_fast=9"],

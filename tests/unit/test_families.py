@@ -62,15 +62,28 @@ def save(directory: Path, model: Decoder, family: Family, **changes: torch.Tenso
     return directory
 
 
-CHANGES: dict[str, dict[str, object]] = {"qwen2": {"qkv_bias": True}}
-"""Family -> fields of CONFIG in which its models differ."""
+EVEN = {"num_key_value_heads": 4}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+CHANGES: dict[str, dict[str, object]] = {
+    "llama": {"mlp_bias": True}, "qwen2": {"sliding_window": 4, "full_attention_layers": "1"},
+    "mistral": {"sliding_window": 4}, "qwen3": {"attention_bias": True, "head_dim": 8},
+    "mixtral": EXPERTS | {"sliding_window": 4}, "qwen3_moe": EXPERTS | {"dense_layers": "1", "norm_topk_prob": False},
+    "ernie4_5_moe": EXPERTS | {"moe_intermediate_size": 8, "num_shared_experts": 2, "router_bias": True},
+    "bloom": EVEN | {"intermediate_size": 64}, "baichuan": EVEN, "chatglm": {"qkv_bias": False}, "internlm": EVEN,
+    "yuan": EVEN | {"rms_norm_eps": 1e-6},
+}  # fmt: skip
+"""Family -> fields of CONFIG in which a model of it differs."""
+
+
+def model_of(model_type: str, **more: object) -> ModelConfig:
+    changes = CHANGES.get(model_type, {}) | more
+    return FAMILIES[model_type].new(dataclasses.replace(CONFIG, **changes), changes.keys()).resolve()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_model_of_each_family_comes_back(model_type: str, tied: bool, tmp_path: Path):
-    changes = CHANGES.get(model_type, {}) | {"tie_word_embeddings": tied}
-    model = Decoder(FAMILIES[model_type].new(dataclasses.replace(CONFIG, **changes), changes.keys()))
+    model = Decoder(model_of(model_type, tie_word_embeddings=tied))
     model.initialize(1)
     save(tmp_path, model, FAMILIES[model_type])
     again = Decoder(hf.read_config(tmp_path))
@@ -143,7 +156,8 @@ def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, 
 
 def test_a_family_is_named_in_its_own_room_alone():
     # "llama" is also a mode of a kernel from elsewhere.
-    a_family = re.compile(rf"""model_type\b[^\n]{{0,3}}(==|!=| in )|["']({"|".join(FAMILIES.keys() - {"llama"})})["']""")
+    names = "|".join(FAMILIES.keys() - {"llama"})
+    a_family = re.compile(rf"""model_type\b[^\n]{{0,3}}(==|!=| in )|["']({names})["']""")
     rooms = [ROOT / name for name in ("model", "training", "tasks", "serving", "optimizer", "parallel")]
     for path in [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]:
         if path.parent != ROOT / "model" / "families":
@@ -153,12 +167,34 @@ def test_a_family_is_named_in_its_own_room_alone():
 
 
 @pytest.mark.parametrize(("changes", "expected", "generic"), [
-    ({}, "llama", "llama"), ({"attention_bias": True}, "llama", "llama"), ({"qkv_bias": True}, "qwen2", "llama"),
+    ({}, "llama", None), ({"attention_bias": True}, "llama", None), ({"qkv_bias": True}, "qwen2", "llama"),
+    # Of a window, only a qwen2 knows beside these biases.
+    ({"qkv_bias": True, "sliding_window": 4}, "qwen2", None), ({"sliding_window": 4}, "mistral", None),
+    ({"qk_norm": True}, "qwen3", None), (EXPERTS, "mixtral", None), (EXPERTS | {"qk_norm": True}, "qwen3_moe", None),
+    (EXPERTS | {"rope_interleaved": True, "router_bias": True}, "ernie4_5_moe", None),
 ])  # fmt: skip
-def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generic: str):
-    config = dataclasses.replace(CONFIG, **changes)
+def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generic: str | None):
+    config = dataclasses.replace(CONFIG, **changes).resolve()
     assert family_of(config).model_type == expected
-    assert family_of(config, generic_tokenizer=True).model_type == generic
+    assert family_of(config, generic_tokenizer=True).model_type == generic or expected
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"qk_norm": True, "mlp_bias": True},
+     "no checkpoint can hold this model, since no family of models has all of it: mlp_bias is False in every qwen3, "
+     "not True; qk_norm is False in every llama, not True"),
+    (EXPERTS | {"moe_intermediate_size": 8},
+     "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8"),
+    (EXPERTS | {"qk_norm": True, "num_shared_experts": 1}, "all of it: num_shared_experts is 0 in every qwen3_moe, "),
+    (EXPERTS | {"router_bias": True, "model_type": "mixtral"},
+     "no checkpoint can hold the model as a mixtral: router_bias is False in every mixtral, not True; change that, or"),
+    ({"model_type": "mixtral", "mlp_bias": True}, "num_local_experts is above 0 in every mixtral, and 1 more;"),
+    (EXPERTS | {"model_type": "ernie4_5_moe", "rope_interleaved": True, "dense_layers": "0,1"},
+     "dense_layers leaves layers at equal distances, each a multiple of it, in every ernie4_5_moe, not 0,1"),
+])  # fmt: skip
+def test_a_model_that_no_family_can_hold_is_refused(changes: dict, sentence: str):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        family_of(dataclasses.replace(CONFIG, **changes).resolve())
 
 
 @pytest.mark.parametrize("biases", [{}, {"qkv_bias": True}, {"attention_bias": True}])
@@ -180,9 +216,9 @@ def test_every_parameter_has_the_role_that_its_shape_says(biases: dict):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_value_that_is_not_known_to_be_harmless_is_refused_by_name(model_type: str):
     family = FAMILIES[model_type]
-    config = dataclasses.replace(CONFIG, **CHANGES.get(model_type, {}), model_type=model_type)
+    config = model_of(model_type)
     values = hf.to_hf_config(config, torch.float32, family=family)
-    assert hf.from_hf_config(values) == config.resolve()
+    assert hf.from_hf_config(values) == config
     assert family.harmless_at
     for key in family.harmless_at:
         with pytest.raises(ValueError, match=re.escape(key)):

@@ -83,10 +83,10 @@ ODD = {
     "tied as a string": ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     "bias as a string": ({"attention_bias": "no"}, "attention_bias"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
-    "a bias in the MLP": ({"mlp_bias": True}, "mlp_bias"),
+    "a bias in the MLP": ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "part of a head rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "a window": ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+    "a window": ({"use_sliding_window": True}, "use_sliding_window"),
     "layers with a window": ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
     "layer types as a number": ({"layer_types": 2}, "layer_types"),
     "another model": ({"model_type": "gpt2"}, "gpt2"),
@@ -224,6 +224,10 @@ ODD_WEIGHTS = {
         "qweight, of weights that",
     ),
     "bitsandbytes": ({f"{NORM}.absmax": torch.ones(2)}, "absmax, of weights that are quantized: take a folder where"),
+    "layers for further tokens": (
+        {"model.mtp_block.0.input_layernorm.weight": torch.ones(16)},
+        "mtp_block.0.input_layernorm.weight, of layers for further tokens, which are not built here: save",
+    ),
     "a value head": (
         {"v_head.summary.weight": torch.ones(1, 16)},
         "v_head.summary.weight, which this model",

@@ -586,17 +586,37 @@ def test_loss_is_a_sum_over_supervised_tokens():
     assert cross_entropy_sum(logits, labels).item() == pytest.approx(naive.item(), rel=1e-6)
 
 
-def test_flops_formula_equals_torchs_count():
+@pytest.mark.parametrize("changes", [
+    {}, {"mlp": "gelu"}, {"num_local_experts": 8, "moe_intermediate_size": 24},
+    {"num_local_experts": 4, "num_experts_per_tok": 3, "num_shared_experts": 2, "dense_layers": "1"},
+])  # fmt: skip
+def test_flops_formula_equals_torchs_count(changes: dict):
     """FlopCounterMode counts full attention; the strict formula counts half of it."""
-    model = build(attention_dropout=1e-9).train()
+    model = Decoder(dataclasses.replace(SMALL, attention_dropout=1e-9, **changes).resolve()).train()
     ids, length = tokens(2, 32), 32
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, dropout_key=DropoutKey(0, torch.tensor([0, 1])))
         cross_entropy_sum(model.logits(hidden), ids).backward()
     config = model.config
     full_attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    # The first half of the filter also passes over the token before the first one, which is not counted.
+    before = 6 * config.num_hidden_layers * config.hidden_size**2 / length if config.local_filter else 0
     counted = counter.get_total_flops() / ids.numel()
-    assert counted == flops.flops_per_token_strict(config, length) + full_attention / 2
+    assert counted == flops.flops_per_token_strict(config, length) + full_attention / 2 + before
+
+
+def test_flops_of_windows_count_the_keys_that_are_seen():
+    changes = {"sliding_window": 5, "full_attention_layers": "1"}
+    windows = dataclasses.replace(SMALL, num_hidden_layers=3, **changes).resolve()
+    without = dataclasses.replace(windows, sliding_window=0, full_attention_layers="").resolve()
+    distances = torch.arange(400)[:, None] - torch.arange(400)
+    keys = ((distances >= 0) & (distances < 5)).sum(1).double().mean().item()
+    saved = 2 * 12 * windows.num_attention_heads * windows.head_dim * (200 - keys)
+    found = flops.flops_per_token_strict(without, 400) - flops.flops_per_token_strict(windows, 400)
+    # By the formula a query sees half a key less: of 400 tokens 200, not 200.5.
+    assert found == pytest.approx(saved, rel=5e-3)
+    longer = dataclasses.replace(windows, sliding_window=400)
+    assert flops.flops_per_token_strict(longer, 300) == flops.flops_per_token_strict(without, 300)
 
 
 def test_flops_of_the_originals_1b():

@@ -1,4 +1,4 @@
-"""The layer with experts, against transformers' blocks, the obvious loop in float64 and formulas of its losses."""
+"""The layer with experts: against transformers' blocks, and its kernels against the obvious loop in float64."""
 
 import collections
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from model import ModelConfig
 from model.decoder import _checkpoint_options
 from model.kernels.experts import experts_reference, grouped_experts, sort_by_expert, sorted_experts
-from model.layer_losses import BALANCE, ENTROPY, LOAD, TOKENS, LayerLosses, Z, add_loss, balance_of_batch, router_sums
+from model.layer_losses import BALANCE, LayerLosses, Z, add_loss, router_sums
 from model.moe import Router, SparseMLP
 from model.ops import REFERENCE, build_ops
 
@@ -171,6 +171,15 @@ def test_frozen_experts_pass_the_gradient_on():
     assert torch.equal(frozen, x.grad)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_arrive_in_reverse_of_their_use(kernel: str):
+    layer, arrived = layer_of(config_with(num_shared_experts=1), kernel), []
+    for name, parameter in layer.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    layer(draw(2, 5, 24))[0].sum().backward()
+    assert arrived == [name for name, _ in layer.named_parameters()][::-1]
+
+
 def test_pairs_are_sorted_by_expert():
     chosen = torch.tensor([[3, 0], [0, 2], [3, 2]])
     tokens, places, ends = sort_by_expert(chosen, 5)
@@ -250,6 +259,11 @@ def test_grouped_multiplication_compiles_into_one_graph_in_bfloat16():
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x)[0], layer(x)[0])
 
 
+def test_widths_that_the_grouped_multiplication_cannot_take_are_refused():
+    with pytest.raises(ValueError, match="multiples of 8, not 24 and 20: give --experts_kernel=sorted"):
+        layer_of(config_with(moe_intermediate_size=20), "grouped")
+
+
 def test_the_bias_acts_on_the_choice_alone():
     router = Router(config_with(router_bias=True, norm_topk_prob=False))
     with torch.no_grad():
@@ -281,71 +295,6 @@ def test_the_bias_stays_in_float32():
         empty = SparseMLP(config_with(router_bias=True))
     empty.to_empty(device="cpu").bfloat16().load_state_dict(layer.state_dict())
     assert torch.equal(empty.router.selection_bias, values) and not empty.router.selection_bias.requires_grad
-
-
-def scores_of(batch: int, width: int, seed: int = 0) -> Tensor:
-    return draw(batch, width, 6, seed=seed)
-
-
-def naive_row(scores_TE: Tensor, num_chosen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(balance loss, z loss, sum of entropies) of a row without padding."""
-    probs = scores_TE.softmax(-1)
-    chosen = probs.topk(num_chosen).indices.flatten().tolist()
-    share = torch.tensor([chosen.count(expert) for expert in range(6)]) * 6 / len(chosen)
-    entropy = torch.distributions.Categorical(probs=probs).entropy().sum()
-    return (share * probs.mean(0)).sum(), scores_TE.logsumexp(-1).square().mean(), entropy
-
-
-def sums_of(scores: Tensor, mask: Tensor | None, row_weights: Tensor, by_row: bool = True) -> Tensor:
-    probs = scores.softmax(-1)
-    losses = LayerLosses(row_weights, torch.tensor(1.0), mask)
-    return router_sums(scores, probs, probs.topk(2).indices, losses, by_row)
-
-
-def test_losses_of_rows_are_their_formulas_and_padding_does_not_count():
-    scores, lengths, weights = scores_of(3, 9), [9, 4, 0], torch.tensor([5.0, 2.0, 0.0])
-    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    rows = [naive_row(scores[row, :length], 2) for row, length in enumerate(lengths[:2])]
-    sums = sums_of(scores, mask, weights)
-    assert torch.allclose(sums[BALANCE].float(), 5 * rows[0][0] + 2 * rows[1][0])
-    assert torch.allclose(sums[Z].float(), 5 * rows[0][1] + 2 * rows[1][1])
-    assert torch.allclose(sums[ENTROPY].float(), rows[0][2] + rows[1][2]) and sums[TOKENS] == 13
-    load, probs = sums[LOAD:].chunk(2)
-    chosen = scores.topk(2).indices[mask].flatten().tolist()
-    assert load.tolist() == [chosen.count(expert) for expert in range(6)]
-    assert torch.allclose(probs.float(), scores.softmax(-1)[mask].sum(0))
-
-
-def test_an_even_load_has_a_balance_loss_of_1():
-    scores = torch.stack([torch.eye(6).roll(1, 0) * 2 + torch.eye(6)])
-    assert torch.allclose(sums_of(scores, None, torch.ones(1))[BALANCE].float(), torch.ones(()))
-
-
-def test_sums_and_gradients_of_rows_do_not_depend_on_the_split():
-    weights = torch.tensor([5.0, 2.0, 7.0])
-    mask = torch.arange(9) < torch.tensor([9, 4, 7])[:, None]
-    whole, parts = (scores_of(3, 9).requires_grad_() for _ in range(2))
-    together = sums_of(whole, mask, weights)
-    split = sum(sums_of(parts[i : i + 1, :n], mask[i : i + 1, :n], weights[i : i + 1]) for i, n in enumerate((9, 4, 7)))
-    assert torch.allclose(together, split, rtol=1e-6)
-    for sums in (together, split):
-        (sums[BALANCE] + 0.1 * sums[Z]).backward()
-    assert torch.allclose(whole.grad, parts.grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("lengths", [[9, 9], [9, 4]])
-def test_the_balance_loss_of_a_batch_is_that_of_transformers(lengths: list[int]):
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    ours, theirs = ([scores_of(2, 9, seed).requires_grad_() for seed in range(3)] for _ in range(2))
-    found = balance_of_batch([sums_of(scores, mask, torch.ones(2), by_row=False) for scores in ours])
-    expected = load_balancing_loss_func(tuple(scores.flatten(0, 1) for scores in theirs), 6, 2, mask.long())
-    found.backward()
-    expected.backward()
-    assert torch.allclose(found.float(), expected, rtol=1e-6)
-    for a, b in zip(ours, theirs):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,6 +30,8 @@ CONFIG = ModelConfig(
     num_key_value_heads=2, max_position_embeddings=32,
 ).resolve()  # fmt: skip
 
+SPARSE = dataclasses.replace(CONFIG, num_local_experts=4, num_shared_experts=1, dense_layers="0").resolve()
+
 
 def test_a_cpu_uses_pytorch_with_the_loss_in_chunks_and_in_bfloat16_attention_in_blocks():
     plain = dict(REFERENCE.names)
@@ -115,6 +117,8 @@ def test_an_implementation_that_lacks_what_the_model_needs_is_not_used(monkeypat
     assert attention("alibi", "window", named="flash_attn") == "flash_attn"
     with pytest.raises(ValueError, match="--attention_kernel=varlen cannot be used: it lacks ALiBi, which this model"):
         attention("alibi", named="varlen")
+    with pytest.raises(ValueError, match="rope_kernel=liger cannot be used: it lacks interleaved rotary channels"):
+        choose_ops("auto", {"rope": "liger"}, CUDA, torch.bfloat16, frozenset({"interleaved"}))
     with pytest.raises(ValueError, match="kernel=xformers cannot be used: it lacks sliding windows and ALiBi"):
         attention("alibi", "window", named="xformers")
     assert choose_ops("auto", {}, CPU, torch.bfloat16, frozenset({"alibi", "window"}))["attention"] == "blocked"
@@ -130,7 +134,7 @@ def trained(ops, dropout: float = 0.0, documents: torch.Tensor | None = None, co
     model.train()
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(97, (2, 24), generator=generator) for _ in range(2))
-    key = DropoutKey(7, torch.tensor([5, 6])) if dropout else None
+    key = DropoutKey(7, torch.tensor([5, 6])) if dropout or config.attention_dropout else None
     starts = document_starts(documents) if documents is not None and model.wants_document_starts else None
     return model, lambda: model.loss_sum(
         model(ids, None, documents, dropout_key=key, document_starts=starts), labels
@@ -272,7 +276,19 @@ HERE = [
 
 @pytest.mark.parametrize(("op", "name"), HERE)
 def test_each_implementation_that_runs_here_trains_the_same_model(op: str, name: str):
-    assert_alike(run(REFERENCE), run(build_ops(dict(REFERENCE.names) | {op: name})), 1e-5)
+    config = SPARSE if op == "experts" else CONFIG
+    ops = build_ops(dict(REFERENCE.names) | {op: name})
+    assert_alike(run(REFERENCE, config=config), run(ops, config=config), 1e-5)
+
+
+@pytest.mark.parametrize("keeps", ["", "nothing", "matmuls"])
+@pytest.mark.parametrize("name", ["reference", "sorted"])
+def test_blocks_with_experts_compile(name: str, keeps: str):
+    """The loop over experts takes its numbers of tokens from a tensor, which interrupts the graph."""
+    torch._dynamo.reset()
+    ops = build_ops(dict(REFERENCE.names) | {"experts": name})
+    options = {"gradient_checkpointing": True, "checkpoint_keeps": keeps} if keeps else {}
+    assert_alike(run(ops, config=SPARSE), run(ops, config=SPARSE, backend="aot_eager", **options), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "blocked"])
@@ -333,6 +349,7 @@ def test_windows_and_alibi_in_each_implementation(reach: str, packed: bool):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("model.attend.document_lengths", lambda ids, lengths=lengths: lengths)
                 assert_alike(expected, run(REFERENCE, **options), 1e-6)
+    # With dropout, attention is the plain one.
     dropped = dataclasses.replace(config, attention_dropout=1e-9)
     assert_alike(expected, run(NAIVE, **options | {"config": dropped}), 1e-6)
 

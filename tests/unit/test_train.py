@@ -103,6 +103,19 @@ def test_a_model_of_each_family_begins_with_nothing(model_type: str, tiny_run: l
     assert train(tiny_run, f"--model_type={model_type}", "--max_iters=3", "--resume") == 0
 
 
+def test_what_has_no_effect_on_the_models_own_shape_is_said(tiny_run: list[str], tmp_path: Path, capsys):
+    """By the shape as it is with weights from elsewhere, of which the command line knows nothing."""
+    stretched = ["--rope_scaling=linear", "--rope_scaling_factor=2", "--max_position_embeddings=64"]
+    for number, (flags, sentence) in enumerate([([], "has no effect without --rope_scaling"), (stretched, None)]):
+        first = elsewhere(tiny_run, tmp_path / f"first-{number}")
+        assert train(first, "--max_iters=1", *flags) == 0
+        capsys.readouterr()
+        more = [f"--init_from={out_dir(first)}", "--rope_scaling_factor=4", "--max_iters=1"]
+        assert train(elsewhere(tiny_run, tmp_path / f"second-{number}"), *more) == 0
+        out = capsys.readouterr().out
+        assert ("has no effect" in out) == (sentence is not None) and (sentence or "") in out
+
+
 def test_biases_of_three_do_not_change_how_texts_are_split(tiny_run: list[str]):
     """With a qwen2, transformers would replace our splitting with Qwen's."""
     assert train(tiny_run, "--qkv_bias", "--max_iters=1") == 0
