@@ -154,6 +154,22 @@ def test_a_model_as_transformers_has_it_in_memory_is_read(pair: Pair, tmp_path: 
 
 
 @torch.no_grad()
+def test_experts_whose_probability_vanishes_are_chosen_as_in_transformers(tmp_path: Path):
+    """The bias may choose experts whose probabilities are 0 in float32."""
+    config = CONFIG_MAPPING["ernie4_5_moe"](**SHAPE | FEW_ERNIE)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    gate = theirs.model.layers[1].mlp.gate
+    gate.weight.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(1)) * 90)
+    gate.moe_statics.e_score_correction_bias.copy_(torch.tensor([[0.0, 5.0, 5.0, 0.0]]))
+    theirs.save_pretrained(tmp_path)
+    ours = Decoder(hf.read_config(tmp_path))
+    hf.load_weights(ours, tmp_path)
+    scores = ours.logits(ours(TEXTS[0][None]))
+    assert scores.isfinite().all()
+    close(scores, theirs(TEXTS[0][None]).logits)
+
+
+@torch.no_grad()
 def test_a_bias_of_the_choice_that_is_zero_may_be_left_out(tmp_path: Path):
     """transformers always adds Ernie's bias. A model without one comes back without it; another bias is refused."""
     config = ModelConfig(
