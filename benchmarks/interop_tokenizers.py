@@ -3,10 +3,11 @@
     python -m benchmarks.interop_tokenizers --python ENV4/bin/python ENV5/bin/python
 
 Each PYTHON is the interpreter of an environment with some version of transformers. The folders imitate the
-`tokenizer.json` of twelve families, and `tokenizer.model` and `vocab.json` with `merges.txt`, which are converted when
-they are opened. Each is loaded here and saved; the other version's AutoTokenizer opens the saved folder and encodes
-nasty texts, and one text with the tokenizer's prefix. Characters that this Python's Unicode does not define are left
-out, because versions of the libraries disagree about them. The exit code is 1 if ids differ.
+`tokenizer.json` of thirteen families, `tokenizer.model` and `vocab.json` with `merges.txt`, which are converted when
+they are opened, and the folders of seven models whose control tokens stand in code. Each is loaded here and saved; the
+other version's AutoTokenizer opens the saved folder and encodes nasty texts, and one text with the tokenizer's prefix.
+Characters that this Python's Unicode does not define are left out, because versions of the libraries disagree about
+them. The exit code is 1 if ids differ.
 """
 
 import sys
@@ -48,6 +49,7 @@ sys.exit(wrong > 0)
 
 def folders(home: Path) -> list[Path]:
     """Imitations of published tokenizer folders."""
+    from tests.unit.test_known_tokenizers import FOLDERS
     from tests.unit.test_tokenizer import FAMILIES
     from tests.unit.test_tokenizer_conversion import MODELS, NAMED, added_tokens, sentence_piece, vocabulary, write
 
@@ -56,6 +58,7 @@ def folders(home: Path) -> list[Path]:
         if name != "unigram":
             config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, **NAMED}
             made.append(write(home / name, tokenizer_model=sentence_piece(name), tokenizer_config_json=config))
+    made += [make(home / name) for name, make in FOLDERS.items() if "," not in name]
     vocab, merges, _ = vocabulary()
     for kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         files = added_tokens("added_tokens_decoder")

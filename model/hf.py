@@ -28,6 +28,8 @@ _QUANTIZED = re.compile(
     r"|\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)$"
 )
 """Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
+_FURTHER_TOKENS = re.compile(r"(^|\.)mtp[._]")
+"""Tensors of layers that predict tokens beyond the next one, which transformers leaves out when it saves a folder."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
 
@@ -214,7 +216,7 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
         padding = vocabulary_rows(family, parameters, slice(config.vocab_size, None))
         _check_padding(Path(directory) / PADDING, cut(parameters, padding))
     parameters |= cut(parameters, rows)
-    rules, besides = _rules(family, config, list(parameters)), family.besides(config)
+    rules, besides = _rules_of(Path(directory), family, config, list(parameters)), family.besides(config)
     needed = {_short(family, name): tensor.shape for name, tensor in converted(parameters, rules).items()}
     spare = {_short(family, beside.theirs): beside.expected(parameters[beside.like]).shape for beside in besides}
     found = _find_tensors(Path(directory), family, needed | spare)
@@ -225,6 +227,21 @@ def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
         [(beside, found[short]) for beside in besides if (short := _short(family, beside.theirs)) in found],
         rows, padding,
     )  # fmt: skip
+
+
+def _rules_of(directory: Path, family: Family, config: ModelConfig, names: list[str]) -> list[Rule]:
+    """The rules of a family that fit a folder's names; those by which we write if none do.
+
+    Args:
+        names: names of all the model's parameters.
+    """
+    written, others = _rules(family, config, names), family.other_rules(config, names)
+    held: set[str] = set()
+    for file in weight_files(directory)[0] if others else ():
+        with _opened(file) as tensors:
+            held.update(_short(family, name) for name in tensors.keys())
+    fitting = [rules for rules in others if all(_short(family, name) in held for rule in rules for name in rule.theirs)]
+    return fitting[0] if fitting else written
 
 
 def _check_padding(file: Path, expected: Mapping[str, Tensor]) -> None:
@@ -295,6 +312,8 @@ def _told_unknown(hf_name: str) -> str:
         return "of weights that are quantized: take a folder where they are not"
     if ".lora_" in hf_name or ".base_layer." in hf_name:
         return "of an adapter: merge it into the weights first"
+    if _FURTHER_TOKENS.search(hf_name):
+        return "of layers for further tokens, which are not built here: save the folder with transformers, without them"
     return "which this model does not have"
 
 

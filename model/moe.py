@@ -67,7 +67,8 @@ class Router(nn.Module):
         chosen_NK = ranked_NE.topk(self.num_chosen, dim=-1).indices
         weights_NK = probs_NE.gather(1, chosen_NK)
         if self.normalizes:
-            weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True)
+            # With a bias, all chosen probabilities may vanish; the bound is transformers' for Ernie.
+            weights_NK = weights_NK / weights_NK.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         return scores_NE, probs_NE, chosen_NK, weights_NK
 
 

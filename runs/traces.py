@@ -43,7 +43,7 @@ _MOST_NAMED = 20
 ROWS = ("data", "compute", "optimizer", "wire", "waiting")
 _ROW_OF = {
     "data wait": "data", "agree": "data", "prepass": "compute", "forward": "compute", "backward": "compute",
-    "optimizer": "optimizer", "zero gradients": "optimizer", "wait for buckets": "waiting",
+    "optimizer": "optimizer", "rebalance": "optimizer", "zero gradients": "optimizer", "wait for buckets": "waiting",
     "wait for gathers": "waiting", "wait for gradients": "waiting",
 }  # fmt: skip
 _NUMBERED = re.compile(

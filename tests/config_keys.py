@@ -42,7 +42,8 @@ ROPES: dict[str, tuple[Config, list[Config]]] = {
     "yarn": (
         _YARN,
         [{"factor": 2.0}, {"beta_fast": 0.5}, {"beta_slow": 0.2}, {"beta_fast": None, "beta_slow": None},
-         {"truncate": False}, {"attention_factor": 0.5}, {"mscale": 2.0, "mscale_all_dim": 0.5}, {"rope_theta": 50.0},
+         {"truncate": False}, {"attention_factor": 0.5}, {"attention_factor": 0.8, "mscale": 2, "mscale_all_dim": 1},
+         {"mscale": 2.0, "mscale_all_dim": 0.5}, {"rope_theta": 50.0},
          {"original_max_position_embeddings": MISSING, "truncate": False},
          {"factor": None, "original_max_position_embeddings": 7}],
     ),

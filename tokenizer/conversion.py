@@ -26,7 +26,7 @@ _OTHERS = (
 _OF_OTHER_FILES = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "sp_model_kwargs")
 """Keys of a `tokenizer_config.json` for files that a folder with a `tokenizer.json` does not need."""
 _HERE = {"local_files_only": True, "trust_remote_code": False}
-_PROBES = ("Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend", "x", "the  end ", "\nнет 天地\r\n")
+_PROBES = ("Of 1234 words, é and 漢字 \U0001f9ea\n\n  if (x_1 != 'Y'):\tend", "x", " the  end ", "\nнет 天地\r\n")
 
 
 class NotConverted(ValueError):
@@ -117,7 +117,9 @@ def _of_sentence_piece(directory: Path, config: dict, processor: SentencePiecePr
     if config.get("add_prefix_space") not in (None, begins_with_blank):
         # The folder contradicts the model, and its class knows how to do that.
         return AutoTokenizer.from_pretrained(str(directory), **_HERE)
-    made = PreTrainedTokenizerFast.from_pretrained(str(directory), **_HERE)
+    # As Llama 2's own tokenizer.json, whatever its configuration says: otherwise a text would lose the blank at its
+    # beginning.
+    made = PreTrainedTokenizerFast.from_pretrained(str(directory), legacy=True, **_HERE)
     _compare(made, processor)
     return made
 

@@ -163,12 +163,10 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
         raise ValueError("two of its special tokens have the same id")
     if taken := model["vocab"].keys() & set(names.values()):
         raise ValueError(f'"{min(taken)}" is a token that no text can become')
-    unknown, splits = model.get("unk_token"), definition.get("pre_tokenizer")
-    if model.get("ignore_merges") and model.get("byte_fallback"):
-        splits = {"type": "Sequence", "pretokenizers": [*([splits] if splits else []), _SPLIT_BYTE_PIECE]}
+    unknown = model.get("unk_token")
     return {
         **definition,
-        "pre_tokenizer": _with_names(splits, names),
+        "pre_tokenizer": _with_names(splits_of(definition), names),
         "added_tokens": [
             {**token, "content": names.get(token["content"], token["content"])} for token in definition["added_tokens"]
         ],
@@ -184,6 +182,15 @@ def plain_text_definition(definition: dict, names: dict[str, str]) -> dict:
             "dropout": None,
         },
     }
+
+
+def splits_of(definition: dict) -> dict | None:
+    """Steps of a `tokenizer.json` that split a text, with one that keeps the text "<0x41>" from becoming a byte."""
+    model, splits = definition["model"], definition.get("pre_tokenizer")
+    if not (model.get("ignore_merges") and model.get("byte_fallback")):
+        return splits
+    steps = splits["pretokenizers"] if splits and splits["type"] == "Sequence" else [splits] if splits else []
+    return {"type": "Sequence", "pretokenizers": [*steps, *([] if _SPLIT_BYTE_PIECE in steps else [_SPLIT_BYTE_PIECE])]}
 
 
 def _with_names(step: object, names: Mapping[str, str]) -> object:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from tokenizer import known_layouts as layouts
 from tokenizer.base import CHAT_TEMPLATE_NAME
-from tokenizer.hf_definition import CONTROL_PIECES, named_tokens
+from tokenizer.hf_definition import CONTROL_PIECES, named_tokens, splits_of
 
 _CHATGLM_ADDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _CHATGLM3_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -147,6 +147,7 @@ def completed(known: KnownClass, directory: Path, definition: dict, config: dict
     definition = {
         **definition,
         "added_tokens": [{"id": token_id, "content": token, **form} for token, token_id in in_order],
+        "pre_tokenizer": splits_of(definition),
         "post_processor": _in_front({token: ids[token] for token in begins}),
     }
     config = {key: value for key, value in config.items() if key not in ("added_tokens_decoder", "add_eos_token")}

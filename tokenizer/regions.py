@@ -140,6 +140,9 @@ class RegionFinder:
         if text.startswith(done):
             stops = list(self._control.finditer(done, begin))
             end = stops[-1].end() if stops else len(done)
+            # A call of a template that ends no answer ends with what begins the tool's result.
+            if self._habits.is_open and (follows := self._control.match(text, len(done))):
+                end = follows.end()
         else:
             end = text.find(self._habits.end, place) + len(self._habits.end)
         if not text.startswith(asked) or not place < end:

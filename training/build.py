@@ -122,6 +122,8 @@ def build(
     export = plan_export(
         config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size)
     )
+    if (sentence := export.warning(shape)) and context.is_main:
+        logger.warning(sentence)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:

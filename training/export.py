@@ -15,6 +15,7 @@ from model.generation_config import GenerationConfig, read_generation_config
 from tokenizer import Tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
 from tokenizer.chat_template import ChatTemplate, template_of
+from tokenizer.hf_definition import CONTROL_PIECES
 from utils.files import atomic_write, atomic_write_json
 
 _SENTENCE_PIECE, _ADDED_TOKENS = "tokenizer.model", "added_tokens.json"
@@ -36,6 +37,17 @@ class Export:
     def family(self, config: ModelConfig) -> Family:
         """Family as which the model is written. Its name may tell other programs how to split texts."""
         return family_of(config, generic_tokenizer=self.tokenizer.class_name == GENERAL_CLASS)
+
+    def warning(self, config: ModelConfig) -> str:
+        """Sentence about programs that will split texts by other rules than the tokenizer's; empty: none will."""
+        family = self.family(config)
+        if self.tokenizer.class_name != GENERAL_CLASS or not family.names_tokenizer:
+            return ""
+        return (
+            f"checkpoints are written as {family.model_type}, the only family that holds such a model, and from 5.8 on "
+            f"transformers takes its tokenizer for that family's own: load it by PreTrainedTokenizerFast, not by "
+            f"AutoTokenizer, which would split texts by other rules"
+        )
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer's folder."""
@@ -83,8 +95,10 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
     end_id = template.end_id
     texts = {token_id: text for text, token_id in tokenizer.special_ids.items()}
     # A template that writes eos_token itself would lay conversations out differently with another one. And an end that
-    # was added as text would become a special token by this: the tokenizer would no longer be the data's.
-    if end_id != tokenizer.eod_id and "eos_token" not in template.source and end_id in texts:
+    # was added as text, or that is a piece within a text, would become a special token by this: the tokenizer would no
+    # longer be the data's.
+    is_apart = end_id in texts and texts[end_id] not in values.get(CONTROL_PIECES, [])
+    if end_id != tokenizer.eod_id and "eos_token" not in template.source and is_apart:
         values["eos_token"] = texts[end_id]
         if END_OF_DOCUMENT not in tokenizer.special_ids:
             # For our own reader, documents end as before: the tokens belong to the same data.
@@ -93,5 +107,6 @@ def _make_it_for_chat(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _ends_of_answers(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    """Tokens by which a model is taught to end an answer; last the end of a document, which it may also know."""
-    return [*sorted(template.stop_ids - {tokenizer.eod_id}), tokenizer.eod_id]
+    """Tokens by which a model is taught to end an answer, first that of a last one; and the end of a document, which it
+    may also know."""
+    return list(dict.fromkeys([template.end_id, *sorted(template.stop_ids - {tokenizer.eod_id}), tokenizer.eod_id]))

@@ -35,9 +35,9 @@ from utils.terminal import run_main
 
 _COLOURS = {
     "data wait": "#9d9da1", "agree": "#c9c9cc", "prepass": "#a9cfe8", "forward": "#7fb3d9", "backward": "#2f6fa8",
-    "optimizer": "#8f6bb3", "zero gradients": "#c5b3d9", "step bucket": "#8f6bb3", "bucket": "#f0a03c",
-    "gradients": "#f0a03c", "gather bucket": "#e8cf4e", "wait for buckets": "#d1495b", "wait for gathers": "#d1495b",
-    "wait for gradients": "#d1495b",
+    "optimizer": "#8f6bb3", "rebalance": "#a98cc7", "zero gradients": "#c5b3d9", "step bucket": "#8f6bb3",
+    "bucket": "#f0a03c", "gradients": "#f0a03c", "gather bucket": "#e8cf4e", "wait for buckets": "#d1495b",
+    "wait for gathers": "#d1495b", "wait for gradients": "#d1495b",
 }  # fmt: skip
 _LEGEND = {
     "data wait": "data wait", "agree": "ranks agree on counts", "forward": "forward", "backward": "backward",

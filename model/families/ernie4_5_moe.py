@@ -35,6 +35,7 @@ class Ernie45MoeFamily(SparseFamily):
         "use_bias": (False,), "moe_norm_min": (1e-12,), "moe_gate": ("topk",), "use_rmsnorm": (True,),
     }  # fmt: skip
     key_heads, theta = 4, 5e5
+    in_memory = (("mlp.moe_statics.", "mlp.gate.moe_statics."),)
 
     def mismatches(self, config: ModelConfig) -> list[str]:
         found = super().mismatches(config)

@@ -7,6 +7,7 @@ Shapes: E experts, I width of an expert, C hidden size.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class SparseFamily(CommonFamily):
     """The family's names of an expert's matrices."""
     router = "mlp.gate.weight"
     """Name of the router's matrix within its layer."""
+    in_memory: tuple[tuple[str, str], ...] = ()
+    """Part of a name in the folder, and in the memory of transformers 5."""
     understood = CommonFamily.understood | {"router_aux_loss_coef"}
     harmless = CommonFamily.harmless | {"output_router_logits"}
     free = CommonFamily.free | {"num_local_experts"}
@@ -55,6 +58,18 @@ class SparseFamily(CommonFamily):
         stacks = [name for name in names if name.endswith((_GATE_UP, _DOWN))]
         rules = super().rules(config, [name for name in names if name not in stacks])
         return rules + [self._stack(name, config.num_local_experts) for name in stacks]
+
+    def other_rules(self, config: ModelConfig, names: Iterable[str]) -> list[list[Rule]]:
+        """transformers 5 has stacks in memory, too; save_pretrained(save_original_format=False) writes them as such."""
+        return [[self._as_in_memory(rule) for rule in self.rules(config, names)]]
+
+    def _as_in_memory(self, rule: Rule) -> Rule:
+        if rule.ours[0].endswith((_GATE_UP, _DOWN)):
+            return Rule((self.prefix + rule.ours[0],), rule.ours)
+        theirs = rule.theirs[0]
+        for part, other in self.in_memory:
+            theirs = theirs.replace(part, other)
+        return replace(rule, theirs=(theirs,))
 
     def _stack(self, name: str, num_experts: int) -> Rule:
         """The rule of all experts' matrices in a layer: their tensors expert by expert, the gate before up."""

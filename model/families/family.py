@@ -182,6 +182,10 @@ class Family:
         """
         return [Rule((self.their_name(name),), (name,)) for name in names]
 
+    def other_rules(self, config: ModelConfig, names: Iterable[str]) -> list[list[Rule]]:
+        """Rules of folders that have other names for the same tensors; we read these folders, and write none."""
+        return []
+
     def besides(self, config: ModelConfig) -> list[Beside]:
         """Tensors that a folder may hold besides those of the rules."""
         if not config.tie_word_embeddings:

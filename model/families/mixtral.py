@@ -20,7 +20,7 @@ class MixtralFamily(SparseFamily):
     harmless_at = SparseFamily.harmless_at | {"router_jitter_noise": (0.0,)}
     key_heads, theta = 8, 1e6
     experts, parts = "block_sparse_moe.experts.{expert}.{part}.weight", ("w1", "w3", "w2")
-    router = "block_sparse_moe.gate.weight"
+    router, in_memory = "block_sparse_moe.gate.weight", (("block_sparse_moe.", "mlp."),)
 
     def mismatches(self, config: ModelConfig) -> list[str]:
         found = super().mismatches(config)

@@ -63,7 +63,6 @@ def rope_keys(config: ModelConfig) -> dict[str, object]:
         if config.rope_scaling_factor != max(ratio, 1.0):
             scaling["attention_factor"] = attention_scale(config)
     part: dict[str, object] = {_PART: config.partial_rotary_factor} if config.partial_rotary_factor != 1.0 else {}
-    scaling |= part if scaling else {}
     new = {"rope_type": "default", "rope_theta": config.rope_theta} | part | scaling
     new.pop("type", None)
     return old | part | ({"rope_scaling": scaling} if scaling else {}) | {"rope_parameters": new}

@@ -168,7 +168,7 @@ def _liger() -> dict[str, Callable]:
     def rope(
         q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
     ) -> tuple[Tensor, Tensor]:
-        assert not interleaved and 2 * cos.shape[-1] == q_BHTD.shape[-1]
+        assert not interleaved and 2 * cos.shape[-1] == q_BHTD.shape[-1], "liger rotates the halves of whole heads"
         # It takes both halves, (B, T, D).
         wide_cos, wide_sin = (torch.cat((table, table), dim=-1)[:, 0].to(q_BHTD.dtype) for table in (cos, sin))
         return LigerRopeFunction.apply(q_BHTD, k_BKTD, wide_cos, wide_sin)

@@ -572,3 +572,77 @@ def test_errors(tokenizer: Tokenizer):
     plain = with_control_tokens(new_tokenizer("hf_bbpe"), ["<|endoftext|>"])
     with pytest.raises(ValueError, match="no chat template, and no control tokens for conversations"):
         ChatTemplate(plain)
+
+
+AFTER_THE_LAST_QUESTION = """\
+{%- set place = namespace(searching=true, question=messages | length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- set index = (messages | length - 1) - loop.index0 %}
+    {%- if place.searching and m.role == "user" and m.content is string and not m.content.startswith('<result>') %}
+        {%- set place.searching = false %}
+        {%- set place.question = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set text = m.content if m.content is string else '' %}
+    {%- if m.role == "assistant" %}
+        {%- set thought = '' %}
+        {%- if m.reasoning_content is string %}
+            {%- set thought = m.reasoning_content %}
+        {%- elif '</think>' in text %}
+            {%- set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > place.question and (loop.last or thought) %}
+            {{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') }}
+            {{- '\\n</think>\\n\\n' + text.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n' + text }}
+        {%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {%- if not loop.first or text %}{{- '\\n' }}{%- endif %}
+            {{- '<call>' + call.function.name + call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == "tool" %}
+        {%- if loop.first or messages[loop.index0 - 1].role != "tool" %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '\\n<result>\\n' + text + '\\n</result>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != "tool" %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+"""All that Qwen3's template uses: the thoughts of answers after the last question are kept, also those between results
+of tools, and an answer without any gets an empty pair of tags."""
+
+
+def test_thoughts_after_the_last_question(tmp_path: Path):
+    ours, theirs = with_template(AFTER_THE_LAST_QUESTION, tmp_path)
+    layout, head = ChatTemplate(ours), "<|im_start|>assistant\n"
+    empty = "<think>\n\n</think>\n\n"
+    question, again = Message("user", "a"), Message("user", "e")
+    called = Message("assistant", "", reasoning="I look", tool_calls=CALLS)
+    look = '<call>look{"what": "the \\"sky\\""}<|im_end|>'
+    for talk, learnt in (
+        ([question, Message("assistant", "b"), again, Message("assistant", "d")], f"b<|im_end|>{empty}d<|im_end|>"),
+        ([question, Message("assistant", "b", reasoning="c")], "<think>\nc\n</think>\n\nb<|im_end|>"),
+        ([question, Message("assistant", "<think>\nc\n</think>\n\nb")], "<think>\nc\n</think>\n\nb<|im_end|>"),
+        ([question, called, Message("tool", "x"), Message("tool", "y"), Message("assistant", "d")],
+         f"<think>\nI look\n</think>\n\n{look}{empty}d<|im_end|>"),
+        ([question, Message("assistant", "", tool_calls=CALLS), Message("tool", "x"), Message("assistant", "d")],
+         f"{look}{empty}d<|im_end|>"),
+    ):  # fmt: skip
+        dicts = [
+            one | ({"reasoning_content": m.reasoning} if m.reasoning else {}) for one, m in zip(as_dicts(talk), talk)
+        ]
+        rendered = layout.render(talk)
+        assert rendered.ids == theirs.apply_chat_template(dicts)["input_ids"]
+        said = [token_id for token_id, is_learnt in zip(rendered.ids, rendered.supervised) if is_learnt]
+        assert ours.decode(said) == learnt
+        prompt = layout.prompt(talk[:-1])
+        assert prompt == theirs.apply_chat_template(dicts[:-1], add_generation_prompt=True)["input_ids"]
+        assert ours.decode(prompt).endswith(head)

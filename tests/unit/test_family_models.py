@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, KVCache, ModelConfig, hf
 from model.families import FAMILIES, family_of
 from tokenizer.hf_bbpe import train_hf_bbpe
+from training.export import plan_export
 
 SHAPE = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -143,6 +144,31 @@ def test_what_we_write_is_read_by_transformers_and_written_again_the_same(pair: 
         assert torch.equal(theirs(text[None]).logits, pair.theirs(text[None]).logits)
 
 
+def test_a_model_as_transformers_has_it_in_memory_is_read(pair: Pair, tmp_path: Path):
+    pair.theirs.save_pretrained(tmp_path, save_original_format=False)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("mlp.experts.down_proj") for name in names) == (pair.ours.config.num_local_experts > 0)
+    again = Decoder(hf.read_config(tmp_path))
+    hf.load_weights(again, tmp_path)
+    assert all(map(torch.equal, again.parameters(), pair.ours.parameters()))
+
+
+@torch.no_grad()
+def test_experts_whose_probability_vanishes_are_chosen_as_in_transformers(tmp_path: Path):
+    """The bias may choose experts whose probabilities are 0 in float32."""
+    config = CONFIG_MAPPING["ernie4_5_moe"](**SHAPE | FEW_ERNIE)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    gate = theirs.model.layers[1].mlp.gate
+    gate.weight.copy_(torch.randn(4, 16, generator=torch.Generator().manual_seed(1)) * 90)
+    gate.moe_statics.e_score_correction_bias.copy_(torch.tensor([[0.0, 5.0, 5.0, 0.0]]))
+    theirs.save_pretrained(tmp_path)
+    ours = Decoder(hf.read_config(tmp_path))
+    hf.load_weights(ours, tmp_path)
+    scores = ours.logits(ours(TEXTS[0][None]))
+    assert scores.isfinite().all()
+    close(scores, theirs(TEXTS[0][None]).logits)
+
+
 @torch.no_grad()
 def test_a_bias_of_the_choice_that_is_zero_may_be_left_out(tmp_path: Path):
     """transformers always adds Ernie's bias. A model without one comes back without it; another bias is refused."""
@@ -176,9 +202,21 @@ def test_a_family_that_brings_its_own_tokenizer_says_so(model_type: str, tmp_pat
     ours = train_hf_bbpe([" ".join(ODD_TEXTS)] * 3, 290, show_progress=False)
     ours.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    is_same = all(theirs(text, add_special_tokens=False)["input_ids"] == list(ours.encode(text)) for text in ODD_TEXTS)
-    assert is_same != FAMILIES[model_type].names_tokenizer
+    found = []
+    for kind in (AutoTokenizer, PreTrainedTokenizerFast):
+        theirs = kind.from_pretrained(tmp_path)
+        ids = [theirs(text, add_special_tokens=False)["input_ids"] for text in ODD_TEXTS]
+        found.append(ids == [list(ours.encode(text)) for text in ODD_TEXTS])
+    assert found == [not FAMILIES[model_type].names_tokenizer, True]
+
+
+def test_a_run_says_that_only_a_family_with_its_own_tokenizer_holds_its_model():
+    tokenizer = train_hf_bbpe([" ".join(ODD_TEXTS)] * 3, 290, show_progress=False)
+    export = plan_export(False, tokenizer, None, 290)
+    biased = ModelConfig(qkv_bias=True, vocab_size=290, max_position_embeddings=16).resolve()
+    assert export.family(biased).model_type == "llama" and not export.warning(biased)
+    windowed = dataclasses.replace(biased, sliding_window=8)
+    assert "are written as qwen2, the only family that holds such a model" in export.warning(windowed)
 
 
 def test_the_families_of_transformers_names_are_all_here():

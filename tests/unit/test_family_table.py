@@ -25,6 +25,8 @@ from tests.unit.test_sft_train import conversations, pretokenize, write_dpo, wri
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "model.md"
 CLAIMS = ("train", "SFT", "DPO", "import", "export")
+SETTINGS = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05}
+"""Settings that a checkpoint must keep."""
 SHAPE = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 FIELDS = {"rms_norm": "rms_norm add_rms_norm", "rope": "rope", "swiglu": "swiglu", "experts": "experts",
           "cross_entropy": "loss_sum", "attention": "causal"}  # fmt: skip
@@ -85,6 +87,16 @@ def model_files(run: Path, step: int) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir() if p.name not in own and not is_file_of_rank(p.name)}
 
 
+def taken_away(run: Path, step: int, folder: Path) -> Path:
+    """A checkpoint's model alone, with settings of its own, as people publish it."""
+    folder.mkdir()
+    for name, content in model_files(run, step).items():
+        (folder / name).write_bytes(content)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | SETTINGS))
+    return folder
+
+
 def test_the_table_names_every_family_and_claims_what_can_be_tried():
     assert sorted(TABLE) == sorted(FAMILIES)
     for row in TABLE.values():
@@ -109,11 +121,13 @@ def test_a_familys_claims(model_type: str, home: Home, tmp_path: Path, capsys: p
     new = [*run_flags(tmp_path / "new", "pretrain", home.corpus, 2), f"--model_type={model_type}", *shape]
     if not runs("train", *new):
         return
-    from_new = f"--init_from={tmp_path / 'new'}"
+    from_new = f"--init_from={taken_away(tmp_path / 'new', 2, tmp_path / 'folder')}"
     if runs("SFT", *run_flags(tmp_path / "sft", "sft", home.sft, 20), "--learning_rate=1e-2", from_new):
         told = losses_of(tmp_path / "sft")
         assert sum(told[-3:]) < 0.9 * sum(told[:3]), told
         check_answers(tmp_path / "sft", capsys)
+        said = json.loads(model_files(tmp_path / "sft", 20)["generation_config.json"])
+        assert said.items() >= SETTINGS.items() and len(said["eos_token_id"]) > 1
     # The log-probabilities of the model that it begins with are kept beside the data.
     data = shutil.copytree(home.dpo, tmp_path / "data")
     if runs("DPO", *run_flags(tmp_path / "dpo", "dpo", data, 3), "--learning_rate=1e-3", from_new):

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from model import Decoder, ModelConfig, hf
 from model.families import FAMILIES
+from model.families.rope import rope_fields, rope_keys
 from model.rope import attention_scale
 from tests.config_keys import MISSING, OTHER, ROPES, SHAPE, SWEPT, VERSION_4, Config, Swept, ropes
 
@@ -230,11 +231,24 @@ def test_either_version_of_transformers_finds_the_rope_in_what_we_write(rope: di
         read = {key: value for key, value in written.items() if key not in unknown}
         again = hf.from_hf_config(read)
         assert hf.to_hf_config(again, torch.bfloat16) == written and read[name] == "bfloat16"
+        assert BEFORE in read or again.rope_scaling != "longrope", "version 4 looks for it there"
         # Version 4 has no word for longrope's factor, so the scale that follows from it is written.
         is_told = again.rope_scaling == "longrope" and again.rope_scaling_factor == 8.0
         scale = attention_scale(config) if is_told else config.rope_attention_factor
         assert again == dataclasses.replace(config, rope_attention_factor=scale)
         assert agree(scores(tmp_path, read))
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_scaling": LINEAR}])
+def test_a_rotated_part_of_a_family_that_has_one(scaling: Config):
+    """In both spellings, for families that say so."""
+    for values in ({"partial_rotary_factor": 0.5} | scaling, {"rope_parameters": {"partial_rotary_factor": 0.5}}):
+        fields = rope_fields(values, theta=500.0, rotates_part=True)
+        assert (fields["partial_rotary_factor"], fields["rope_theta"]) == (0.5, 500.0)
+        written = rope_keys(dataclasses.replace(hf.from_hf_config(LLAMA.shape), **fields))
+        for unknown in (("rope_parameters",), ("rope_theta", "rope_scaling", "partial_rotary_factor")):
+            read = {key: value for key, value in written.items() if key not in unknown}
+            assert rope_fields(read, rotates_part=True) == fields
 
 
 @pytest.mark.parametrize(
@@ -284,6 +298,35 @@ PUBLISHED = {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_window_layers": 1, "use_mrope": False,
         "sliding_window": 8, "use_sliding_window": False, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
         "attention_dropout": 0.0, "eos_token_id": 5,
+    },
+    "Mistral of 2023": {
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "rope_theta": 10000.0, "sliding_window": 8, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0", "use_cache": True,
+    },
+    "Mixtral": {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+        "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False, "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+    },
+    "Qwen3": {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "head_dim": 8, "max_window_layers": 2, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+        "tie_word_embeddings": True, "use_sliding_window": False, "rms_norm_eps": 1e-6,
+    },
+    "Qwen3 with experts": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+        "decoder_sparse_step": 1, "head_dim": 8, "max_window_layers": 2, "mlp_only_layers": [],
+        "moe_intermediate_size": 8, "norm_topk_prob": True, "num_experts": 16, "num_experts_per_tok": 8,
+        "output_router_logits": False, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
+    },
+    "Ernie 4.5 with experts": {
+        "model_type": "ernie4_5_moe", "architectures": ["Ernie4_5_MoeForCausalLM"], "bos_token_id": 1,
+        "pad_token_id": 0, "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_intermediate_size": 8, "moe_k": 6,
+        "moe_layer_end_index": 1, "moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_num_experts": 8,
+        "moe_num_shared_experts": 2, "moe_use_aux_free": True, "num_nextn_predict_layers": 1, "rope_theta": 500000.0,
+        "tie_word_embeddings": True, "use_bias": False, "use_cache": False,
     },
     "Qwen2.5, saved by transformers 5": {
         "model_type": "qwen2", "dtype": "bfloat16", "layer_types": ["full_attention"] * 2, "max_window_layers": 1,

@@ -333,3 +333,18 @@ def test_the_text_before_an_answer_is_not_part_of_it(tmp_path: Path):
 def test_leads(pieces: list[str], text: str):
     assert "".join(without_lead(iter(pieces), "\n ")) == text
     assert "".join(without_lead(iter(pieces), "")) == "".join(pieces)
+
+
+@pytest.mark.parametrize("kind", ["BloomTokenizerFast", "BloomTokenizer"])
+def test_blooms_class(tmp_path: Path, kind: str):
+    """transformers has none of this name any more, and takes the tokenizer.json as it is."""
+    from tests.unit.test_tokenizer import bloom
+
+    folder = bloom(tmp_path / "bloom").folder
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    published.write(folder, tokenizer_config_json=config | {"tokenizer_class": kind})
+    ours = load_tokenizer(folder)
+    ours.save_pretrained(tmp_path / "copy")
+    for path in (folder, tmp_path / "copy"):
+        assert auto_tokenizer(path)(texts(), add_special_tokens=False)["input_ids"] == ours.encode_batch(texts())
+    assert (ours.eod_id, ours.begin_ids) == (ours.special_ids["</s>"], [])

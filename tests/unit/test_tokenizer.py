@@ -914,7 +914,19 @@ def mistral3(folder: Path) -> Foreign:
     return Foreign(folder, "</s>", specials, prepended=1, lost=r"▁|\A ")
 
 
-FAMILIES = [gpt2, llama3, qwen2, qwen2_mixed, llama2, deepseek, smollm2, gpt_neox, falcon, phi3, yi, mistral3]
+BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+
+
+def bloom(folder: Path) -> Foreign:
+    """Words, and marks apart; the special tokens are the first entries."""
+    specials = ("<unk>", "<s>", "</s>", "<pad>")
+    tokenizer = byte_level(first=specials, split=[pre_tokenizers.Split(Regex(BLOOM_SPLIT), "isolated"), _BARE])
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False)
+    save_foreign(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    return Foreign(folder, "</s>", specials)
+
+
+FAMILIES = [gpt2, llama3, qwen2, qwen2_mixed, llama2, deepseek, smollm2, gpt_neox, falcon, phi3, yi, mistral3, bloom]
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda make: make.__name__)

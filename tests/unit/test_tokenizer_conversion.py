@@ -59,7 +59,10 @@ def texts() -> list[str]:
     return [text for text in made if not any(sign in text for sign in ("▁", "<s>", "</s>", "<unk>", "<|", "<0x"))]
 
 
-@pytest.mark.parametrize("config", [{}, {"tokenizer_class": "LlamaTokenizer", **NAMED, "add_bos_token": True}], ids=str)
+LLAMA = {"tokenizer_class": "LlamaTokenizer", **NAMED, "add_bos_token": True}
+
+
+@pytest.mark.parametrize("config", [{}, LLAMA, {**LLAMA, "legacy": False}], ids=["alone", "llama", "llama 2"])
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "unigram"])
 def test_sentencepiece_model(tmp_path: Path, model: str, config: dict):
     """Alone, or with the class for which transformers 5 would have its own treatment."""
