@@ -128,8 +128,8 @@ def resolve_model(
     Args:
         wanted: the configuration's.
         given: names that the command line or the YAML file set.
-        stored: the shape of the weights to start from. Options that no Hugging Face config holds (hidden_dropout,
-            residual_in_fp32) come from `wanted`, and so do given ones that are not SHAPE_FIELDS.
+        stored: the shape of the weights to start from. residual_in_fp32, which no Hugging Face config holds, comes from
+            `wanted`, and so do given options that are not SHAPE_FIELDS.
         is_own: the weights are a checkpoint of this run, which began with new ones. So the fields of `wanted` that were
             not given also describe them, unless somebody has changed the run's configuration since.
     Raises:
@@ -140,7 +140,9 @@ def resolve_model(
         _check_family(wanted, given, stored, is_own)
         # What follows from other fields, such as the router's bias, is compared as it follows.
         experts = wanted.num_local_experts or stored.num_local_experts
-        asked_shape = dataclasses.replace(wanted, num_local_experts=experts).resolve(max_seq_len=max_seq_len)
+        # How many are chosen is no part of the shape: there may be a single expert.
+        asked_shape = dataclasses.replace(wanted, num_local_experts=experts, num_experts_per_tok=1)
+        asked_shape = asked_shape.resolve(max_seq_len=max_seq_len)
         for name in SHAPE_FIELDS:
             asked, has = getattr(asked_shape, name), getattr(stored, name)
             if name in told and asked != has:
@@ -150,7 +152,7 @@ def resolve_model(
                     f"{name} is {asked} in the run's {CONFIG_NAME}, and {has} in its weights: restore that line, or "
                     f"begin a new run"
                 )  # fmt: skip
-        own = {"hidden_dropout", "residual_in_fp32"} | (told - {*SHAPE_FIELDS, "model_type"})
+        own = {"residual_in_fp32"} | (told - {*SHAPE_FIELDS, "model_type"})
         kept = {name: value for name, value in stored.__dict__.items() if name not in own}
         wanted = dataclasses.replace(wanted, **kept)
         if wanted.rope_scaling == "none" and "max_position_embeddings" not in given:
@@ -196,6 +198,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
         # In a run that began with weights from elsewhere, fields that nobody gave have their defaults.
         if name in given or is_own or asked != item.default:
             is_left_open = asked == 0 and item.default == 0 and not isinstance(asked, bool)
+            is_left_open &= not name.endswith("_dropout")
             told |= {name} - ({name} if is_left_open else set())
     return told
 

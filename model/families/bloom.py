@@ -8,9 +8,9 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.families.family import Family, Rule
-from model.families.keys import HARMLESS, HARMLESS_AT
+from model.families.keys import HARMLESS, HARMLESS_AT, require
 from model.families.plain import even_heads, interleaved_rows, require_same
-from model.families.values import REQUIRED, read_values, require_positive
+from model.families.values import REQUIRED, read_int, read_values, require_positive
 from model.hf_files import shown
 
 _KINDS: dict[str, tuple[type, object]] = {
@@ -40,20 +40,26 @@ class BloomFamily(Family):
     prefix = "transformer."
     # A constant triangle.
     passed_over = re.compile(r"(^|\.)self_attention\.scale_mask_softmax\.causal_mask$")
-    understood = frozenset(_KINDS) | {"layer_norm_epsilon", "seq_length", "n_inner", *_TWO_NAMES, *_TWO_NAMES.values()}
+    understood = frozenset(_KINDS) | {"layer_norm_epsilon", "seq_length", "n_inner", "slow_but_exact",
+                                      *_TWO_NAMES, *_TWO_NAMES.values()}  # fmt: skip
     # How the original computed the same formulas. offset_alibi shifts all scores of a query, which softmax undoes.
     harmless = HARMLESS | {
         "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add",
-        "skip_bias_add_qkv", "offset_alibi", "slow_but_exact",
+        "skip_bias_add_qkv", "offset_alibi",
     }  # fmt: skip
     harmless_at = HARMLESS_AT | {"apply_residual_connection_post_layernorm": (False,)}
 
+    def check(self, values: dict) -> None:
+        if read_int(values, "pretraining_tp", 1) > 1:
+            # transformers then multiplies slice by slice, and leaves out the biases of both output projections.
+            require("slow_but_exact", values.get("slow_but_exact"), (False,))
+
     def fields(self, values: dict) -> dict[str, Any]:
         merged = values | {ours: _either(values, ours, other) for ours, other in _TWO_NAMES.items()}
-        fields = read_values(merged, _KINDS | {name: (int, REQUIRED) for name in _TWO_NAMES})
+        fields: dict[str, Any] = read_values(merged, _KINDS | {name: (int, REQUIRED) for name in _TWO_NAMES})
         require_positive(fields, "vocab_size", *_TWO_NAMES)
         eps = read_values(values, {"layer_norm_epsilon": (float, 1e-5), "seq_length": (int, 2048)})
-        width = 4 * merged["hidden_size"]
+        width = 4 * fields["hidden_size"]
         if values.get("n_inner") not in (None, width):
             raise ValueError(f"n_inner = {shown(values['n_inner'])} is not supported: only 4 times the hidden size is")
         return self.fixed | fields | {

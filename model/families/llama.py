@@ -23,6 +23,17 @@ class LlamaFamily(CommonFamily):
     }  # fmt: skip
     free = frozenset({"attention_bias", "qkv_bias", "mlp_bias", "rope_scaling"})
     writes_fourth_bias = True
+    shares_width = True
+    """Whether transformers 5 refuses a hidden_size that the heads cannot share, even with a head_dim."""
+
+    def mismatches(self, config: ModelConfig) -> list[str]:
+        found = super().mismatches(config)
+        if self.shares_width and config.hidden_size % config.num_attention_heads:
+            found.append(
+                f"hidden_size is a multiple of num_attention_heads, {config.num_attention_heads}, in every "
+                f"{self.model_type}, not {config.hidden_size}"
+            )
+        return found
 
     def check(self, values: dict) -> None:
         require_no_window(values)

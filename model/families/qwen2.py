@@ -24,7 +24,7 @@ class Qwen2Family(LlamaFamily):
     harmless_at = LlamaFamily.harmless_at | {"mlp_bias": (False,)}
     understood = LlamaFamily.understood - {"mlp_bias"}
     names_tokenizer = True
-    writes_fourth_bias = False
+    writes_fourth_bias, shares_width = False, False
 
     def check(self, values: dict) -> None:
         """Nothing of a llama's."""

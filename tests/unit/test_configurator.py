@@ -375,6 +375,21 @@ def test_a_negated_flag_must_not_contradict_the_weights():
     assert resolve_model(config.model, given, stored, 64, 8) == stored
 
 
+def test_weights_may_have_a_single_expert():
+    """Fewer than a token is sent to by default."""
+    stored = ModelConfig(vocab_size=64, num_local_experts=1, num_experts_per_tok=1).resolve(max_seq_len=8)
+    config, given = parse_config(["--data_dir=d"])
+    assert resolve_model(config.model, given, stored, 64, 8) == stored
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
+def test_dropout_is_that_of_the_weights_unless_a_flag_says_another(name: str):
+    stored = ModelConfig(vocab_size=64, **{name: 0.1}).resolve(max_seq_len=8)
+    for flags, expected in (([], 0.1), ([f"--{name}=0"], 0.0), ([f"--{name}=0.2"], 0.2)):
+        config, given = parse_config(["--data_dir=d", *flags])
+        assert getattr(resolve_model(config.model, given, stored, 64, 8), name) == expected
+
+
 def test_a_shape_that_was_edited_in_the_runs_configuration_is_refused(tmp_path: Path):
     """The edit used to be ignored, and was written back as if the model had that shape."""
     shape = ["--hidden_size=64", "--num_attention_heads=4", "--num_hidden_layers=2", "--rope_theta=5e5"]

@@ -126,6 +126,7 @@ def test_published_configurations_are_read(name: str):
     ("BLOOM 560M", {"n_embed": None}, r"hidden_size \(or n_embed\) is missing"),
     ("BLOOM 560M", {"n_head": 8}, "num_attention_heads is 16 and n_head is 8"),
     ("BLOOM 560M", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+    ("BLOOM 560M", {"pretraining_tp": 2, "slow_but_exact": True}, "slow_but_exact = true"),
     ("BLOOM 560M", {"auto_map": CODE}, "auto_map"),
     ("Yuan 2 2B", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
     ("Yuan 2 2B", {"use_moe": True}, "use_moe"),
@@ -173,6 +174,12 @@ def test_a_new_model_that_the_family_cannot_be(model_type: str, change: dict, se
     wanted = dataclasses.replace(TINY, **change)
     with pytest.raises(ValueError, match=sentence):
         FAMILIES[model_type].new(wanted, frozenset(change))
+
+
+def test_sizes_of_a_bloom_may_be_written_with_a_point():
+    values = PUBLISHED["BLOOM 560M"][0]
+    config = hf.from_hf_config(values | {"n_embed": 1024.0, "n_layer": 24.0})
+    assert config == hf.from_hf_config(values) and type(config.intermediate_size) is int
 
 
 def test_transformers_loads_a_bloom_that_we_wrote(tmp_path: Path):
