@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model import Decoder, ModelConfig, hf
+from model.config import ModelType
 from model.families import FAMILIES, family_of
 from model.families.family import Family, Rule, fused_rows
 from model.families.llama import LlamaFamily
@@ -152,6 +154,10 @@ def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, 
     (tmp_path / "model.safetensors").unlink()
     hf.load_weights(again, tmp_path)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_every_family_can_be_named_by_a_flag():
+    assert sorted(get_args(ModelType)) == sorted(["", *FAMILIES])
 
 
 def test_a_family_is_named_in_its_own_room_alone():
