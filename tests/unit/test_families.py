@@ -186,9 +186,9 @@ def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generi
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"qk_norm": True, "mlp_bias": True},
-     "no checkpoint can hold this model, since no family of models has all of it: mlp_bias is False in every qwen3, "
-     "not True; qk_norm is False in every llama, not True"),
+    ({"qk_norm": True, "qkv_bias": True},
+     "no checkpoint can hold this model, since no family of models has all of it: qkv_bias is False in every qwen3, "
+     "not True; qk_norm is False in every qwen2, not True"),
     (EXPERTS | {"moe_intermediate_size": 8},
      "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8"),
     (EXPERTS | {"qk_norm": True, "num_shared_experts": 1}, "all of it: num_shared_experts is 0 in every qwen3_moe, "),
