@@ -177,6 +177,27 @@ def _python(script: str) -> str:
     return f"python -c {shlex.quote(script)}"
 
 
+def _has_own_class(directory: Path) -> bool:
+    """Whether transformers would need Python code that comes with the folder."""
+    path = directory / "config.json"
+    config = read_json(path) if path.exists() else None
+    return isinstance(config, dict) and bool(config.get("auto_map"))
+
+
+def _file_by_file(here: str) -> str:
+    """A script that copies the tensors of each file into our format, without a class for the model.
+
+    Args:
+        here: the folder as a string of Python.
+    """
+    name = 'f.with_name(f.name.replace("pytorch_model", "model")).with_suffix(".safetensors")'
+    tensors = '{k: v.contiguous().clone() for k, v in load(f, map_location="cpu", weights_only=True).items()}'
+    return (
+        "from pathlib import Path; from safetensors.torch import save_file; from torch import load; "
+        f'[save_file({tensors}, {name}) for f in Path({here}).glob("pytorch_model*.bin")]'
+    )
+
+
 def _other_weights(directory: Path) -> str:
     """End of a sentence: what a folder holds instead of our format, and the command that converts it."""
     here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
@@ -186,6 +207,8 @@ def _other_weights(directory: Path) -> str:
         return f", only an adapter: merge it with {_python(f'from peft import AutoPeftModelForCausalLM as M; {merge}')}"
     if name := _first(directory, "pytorch_model*.bin"):
         command = _python(f'{auto}; M.from_pretrained({here}, dtype="auto").save_pretrained({here})')
+        if _has_own_class(directory):
+            command = _python(_file_by_file(here))
         return f", only {name}: convert it with {command}"
     if name := _first(directory, "*.gguf"):
         how = f"from_pretrained({here}, gguf_file={json.dumps(name)}).save_pretrained({there})"

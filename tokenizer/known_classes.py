@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizer import known_layouts as layouts
-from tokenizer.base import CHAT_TEMPLATE_NAME
+from tokenizer.base import CHAT_TEMPLATE_NAME, parsed
 from tokenizer.hf_definition import CONTROL_PIECES, named_tokens, splits_of
 
 _CHATGLM_ADDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -30,6 +30,8 @@ _YUAN_ADDS = (
 _BAICHUAN_IDS = (195, 196)
 """Ids of the tokens in front of a question and of an answer, if no generation_config.json names them: Baichuan 1 calls
 them <reserved_102> and <reserved_103>, Baichuan 2 <reserved_106> and <reserved_107>."""
+_CONTROL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+"""Form of a control token in a `tokenizer.json`."""
 
 
 class KnownClass(NamedTuple):
@@ -100,7 +102,7 @@ def known_class(directory: Path, config: Mapping, vocab: Mapping[str, int]) -> K
         config: content of its tokenizer_config.json.
         vocab: entry -> id, added tokens included.
     """
-    model_type = _json(directory / "config.json").get("model_type")
+    model_type = _model_type(directory)
     for one in _KNOWN:
         named = config.get("tokenizer_class") in one.classes or model_type in one.model_types
         if (named or one.alone) and vocab.keys() >= set(one.needs) and _is_version(one, directory):
@@ -110,7 +112,7 @@ def known_class(directory: Path, config: Mapping, vocab: Mapping[str, int]) -> K
 
 def is_named(directory: Path, config: Mapping) -> bool:
     """Whether a folder names a class that is known here, or a model that uses one."""
-    model_type = _json(directory / "config.json").get("model_type")
+    model_type = _model_type(directory)
     return any(config.get("tokenizer_class") in one.classes or model_type in one.model_types for one in _KNOWN)
 
 
@@ -140,13 +142,15 @@ def completed(known: KnownClass, directory: Path, definition: dict, config: dict
     others = [token for token in controls if token not in within]
     for token in (*known.adds, *others, *_role_tokens(known, directory, vocab)):
         added[token] = ids.setdefault(token, max(ids.values()) + 1)
-    _add_stated(directory, config, ids, added)
+    forms = {token: {"id": token_id, "content": token, **_CONTROL} for token, token_id in added.items()}
+    for token, form in _stated(directory, config).items():
+        if ids.setdefault(token, form["id"]) != form["id"]:
+            raise ValueError(f'its files give "{token}" the id {form["id"]}, and the code of its class {ids[token]}')
+        forms.setdefault(token, form)
     begins = _begins(known, config)
-    form = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    in_order = sorted(added.items(), key=lambda item: item[1])
     definition = {
         **definition,
-        "added_tokens": [{"id": token_id, "content": token, **form} for token, token_id in in_order],
+        "added_tokens": sorted(forms.values(), key=lambda form: form["id"]),
         "pre_tokenizer": splits_of(definition),
         "post_processor": _in_front({token: ids[token] for token in begins}),
     }
@@ -203,20 +207,20 @@ def _role_tokens(known: KnownClass, directory: Path, vocab: Mapping[str, int]) -
     return ()
 
 
-def _add_stated(directory: Path, config: Mapping, ids: dict[str, int], added: dict[str, int]) -> None:
-    """Add the tokens that the folder's own files list.
+def _stated(directory: Path, config: Mapping) -> dict[str, dict]:
+    """Added tokens that the folder's own files list -> their entries of a `tokenizer.json`.
 
     Raises:
-        ValueError: they have other ids there.
+        ValueError: a file is damaged.
     """
-    stated = dict(_json(directory / "added_tokens.json"))
+    listed = _json(directory / "added_tokens.json")
+    text = {**_CONTROL, "special": False}
+    stated = {token: {"id": token_id, "content": token, **text} for token, token_id in listed.items()}
     decoder = config.get("added_tokens_decoder")
     for token_id, token in (decoder if isinstance(decoder, dict) else {}).items():
-        stated[token["content"]] = int(token_id)
-    for token, token_id in sorted(stated.items(), key=lambda item: item[1]):
-        if ids.setdefault(token, token_id) != token_id:
-            raise ValueError(f'its files give "{token}" the id {token_id}, and the code of its class {ids[token]}')
-        added[token] = token_id
+        form = {name: token.get(name, usual) for name, usual in _CONTROL.items()}
+        stated[token["content"]] = {"id": int(token_id), "content": token["content"], **form}
+    return dict(sorted(stated.items(), key=lambda item: item[1]["id"]))
 
 
 def _is_found_within(definition: dict, token: str) -> bool:
@@ -239,10 +243,22 @@ def _in_front(ids: Mapping[str, int]) -> dict | None:
 
 
 def _json(path: Path) -> dict:
-    """Content of a JSON file with settings; empty if there is none, or if it cannot be read as such, which is for the
-    model's own reader to say."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    """Content of a JSON file; empty if there is none.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.exists():
         return {}
-    return content if isinstance(content, dict) else {}
+    content = parsed(path.name, path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no settings")
+    return content
+
+
+def _model_type(directory: Path) -> object:
+    """The model that a folder's config.json names. A damaged one is for the model's own reader to refuse."""
+    try:
+        return _json(directory / "config.json").get("model_type")
+    except ValueError:
+        return None

@@ -214,22 +214,32 @@ def build_model(
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     ops = build_ops(choose_ops(system.kernels, overrides, device, dtype, needs_of(shape)))
-    is_upcycled = False
     if weights is not None:
         stored = hf.read_config(weights)
-        is_upcycled = upcycle.is_upcycled(stored, shape)
-        hf.check_weights(stored if is_upcycled else shape, weights)
+        hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
     model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(seed)
-    elif is_upcycled:
-        upcycle.load_upcycled(model, weights, seed)
     else:
-        hf.load_weights(model, weights)
+        load_weights(model, weights, seed)
     model.to(device=device, dtype=dtype)
     if system.compile:
         model.compile_blocks()
     return model
+
+
+def load_weights(model: Decoder, weights: Path, seed: int) -> None:
+    """Set a model's weights by those of a folder, which may be a dense one's for a model with experts.
+
+    Args:
+        seed: key of the weights that a dense model does not have.
+    Raises:
+        ValueError, OSError: as hf.load_weights.
+    """
+    if upcycle.is_upcycled(hf.read_config(weights), model.config):
+        upcycle.load_upcycled(model, weights, seed)
+    else:
+        hf.load_weights(model, weights)
 
 
 def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:

@@ -8,11 +8,10 @@ import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from checkpoint.folder import read_trainer_state
-from model import hf
 from parallel import DistContext
 from tasks.dpo import DPOTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
-from training.build_model import to_device
+from training.build_model import load_weights, to_device
 from training.config import RunConfig
 from training.data import Data
 from training.run_dir import RunDir
@@ -67,7 +66,7 @@ def prepare_reference(
                     f"the log-probabilities of the reference model are gone, and {first_model()} is not the model "
                     f"that the run began with: give that with --init_from"
                 )
-            hf.load_weights(model, first_model())
+            load_weights(model, first_model(), run.seed)
             has_weights = True
         dataset.reference = compute_reference(
             task, kept, batch_size, context.rank, context.world_size, context.all_sum,

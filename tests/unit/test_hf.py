@@ -2,7 +2,10 @@
 
 import json
 import math
+import shlex
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -422,6 +425,31 @@ def test_a_folder_in_another_format_is_told_how_to_convert_it(names: tuple[str, 
         hf.read_config(tmp_path)
     alone = names[0].startswith(("adapter", "model-q4", "consolidated"))
     assert "holds no config.json" in str(caught.value) and (says[1] in str(caught.value)) == (alone or not says[1])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_weights_of_a_class_that_transformers_lacks_are_copied_by_the_command(parts: int, tmp_path: Path):
+    """Also if they are not contiguous, or share their memory, which safetensors refuses."""
+    model, folder = Decoder(SMALL), tmp_path / "a [folder]"
+    folder.mkdir()
+    model.initialize(1)
+    weights = hf.named_weights(model)
+    shared = torch.cat((weights["model.layers.0.mlp.gate_proj.weight"], weights["model.layers.0.mlp.up_proj.weight"]))
+    halves = shared.chunk(2)
+    weights |= {f"model.layers.0.mlp.{name}_proj.weight": half for name, half in zip(("gate", "up"), halves)}
+    weights["lm_head.weight"] = weights["lm_head.weight"].t().contiguous().t()
+    names = [f"-0000{number + 1}-of-00002" for number in range(2)] if parts == 2 else [""]
+    for number, name in enumerate(names):
+        part = {key: weight for place, (key, weight) in enumerate(weights.items()) if place % parts == number}
+        torch.save(part, folder / f"pytorch_model{name}.bin")
+    write(folder, auto_map={"AutoTokenizer": ["tokenization_a.A", None]}).joinpath("model.safetensors").unlink()
+    with pytest.raises(ValueError, match="only pytorch_model.*: convert it with ") as caught:
+        hf.load_weights(Decoder(SMALL), folder)
+    _python, *arguments = shlex.split(str(caught.value).split("convert it with ")[1])
+    subprocess.run([sys.executable, *arguments], check=True)
+    again = Decoder(SMALL)
+    hf.load_weights(again, folder)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 def test_a_missing_config_is_the_one_thing_that_is_named(tmp_path: Path):

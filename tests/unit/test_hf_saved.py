@@ -19,6 +19,7 @@ from model.families.family import Family
 from model.hf_files import INDEX, PADDING, SINGLE, split_into_files
 from model.hf_saved import saved_files
 from serving.generation import load_model
+from tasks.reference import weights_fingerprint
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
 from tests.unit.test_families import CHANGES, CONFIG, PackedFamily, packed
 from tests.unit.test_saving import new_saver
@@ -225,18 +226,29 @@ def test_a_checkpoint_that_was_saved_with_its_padding_goes_on(padded_run: list[s
     assert hf.read_config(checkpoints / "step-4").vocab_size == 512 and hf.count_padding(checkpoints / "step-4") == 40
 
 
-def test_a_setting_in_float32_stays_so(tmp_path: Path):
-    """One tensor of a folder may have another dtype than the rest."""
-    model = new("llama")
-    save(tmp_path, model, FAMILIES["llama"], WHOLE)
-    weights = load_file(tmp_path / SINGLE)
-    mixed = {name: w if name.endswith("norm.weight") else w.bfloat16() for name, w in weights.items()}
-    save_file(mixed, tmp_path / SINGLE)
+def test_the_routers_bias_stays_in_float32(tmp_path: Path):
+    """One tensor of a folder has another dtype than the rest, in the file and in the model, whatever is asked for."""
+    model, name = new("ernie4_5_moe", router_bias=True), "layers.1.mlp.router.selection_bias"
+    bias = dict(model.named_parameters())[name].detach()
+    # Not a number of bfloat16.
+    bias.copy_(torch.arange(1, 1 + bias.numel()) * 0.1001)
+    model.to(torch.bfloat16)
+    names = save(tmp_path, model, FAMILIES["ernie4_5_moe"], 3000)
+    written = {k: v for file in names for k, v in load_file(tmp_path / file).items()}
+    wide = [name for name, tensor in written.items() if tensor.dtype == torch.float32]
+    assert len(wide) == 2 and all("moe_statics.e_score_correction_bias" in name for name in wide)
     again = Decoder(hf.read_config(tmp_path)).to(torch.bfloat16)
-    again.norm.float()
     hf.load_weights(again, tmp_path)
-    files, _ = saved_files(again, FAMILIES["llama"], 64, WHOLE)
-    written = files[0].convert(files[0].parameters)
-    assert written["model.norm.weight"].dtype == torch.float32
-    assert written["model.embed_tokens.weight"].dtype == torch.bfloat16
-    assert torch.equal(written["model.norm.weight"], weights["model.norm.weight"])
+    assert same(model, again) and torch.equal(dict(again.named_parameters())[name], bias)
+
+
+def test_a_fingerprint_of_weights_knows_all_parts(tmp_path: Path):
+    model = new("llama")
+    names = save(tmp_path, model, FAMILIES["llama"], 3000)
+    before = weights_fingerprint(tmp_path, model.config, torch.float32)
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert weights_fingerprint(tmp_path, model.config, torch.float32) != before
+        (tmp_path / name).write_bytes(content)
+    assert weights_fingerprint(tmp_path, model.config, torch.float32) == before

@@ -307,6 +307,19 @@ def test_another_tokenizer_of_such_a_model(tmp_path: Path):
         assert (after.fingerprint, after.chat_template) == (before.fingerprint, before.chat_template)
 
 
+def test_tokens_that_somebody_added(tmp_path: Path):
+    """As a fine-tuned model lists them; those that are not control tokens stay text that anybody may write."""
+    folder = published.internlm(tmp_path)
+    first = processor_of(folder).vocab_size()
+    published.write(folder, added_tokens_json={"<call>": first, "<end>": first + 1})
+    published.write(folder, special_tokens_map_json={"additional_special_tokens": ["<end>"]})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.added_ids == {"<call>": first} and tokenizer.special_ids["<end>"] == first + 1
+    assert first in tokenizer.encode("a<call>b") and first + 1 not in tokenizer.encode("a<end>b")
+    published.write(folder, added_tokens_json=b"{")
+    assert "added_tokens.json is not valid JSON" in refusal(folder)
+
+
 # ---- chat
 
 

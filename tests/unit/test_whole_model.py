@@ -114,7 +114,10 @@ def exact_add_norm(
     return h, exact_norm(h, weight, eps)
 
 
-def exact_rope(q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+def exact_rope(
+    q_BHTD: Tensor, k_BKTD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, ...]:
+    assert not interleaved
     halves = (x.chunk(2, dim=-1) for x in (q_BHTD, k_BKTD))
     return tuple(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in halves)
 
