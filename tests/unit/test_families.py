@@ -229,3 +229,13 @@ def test_a_value_that_is_not_known_to_be_harmless_is_refused_by_name(model_type:
     for key in family.harmless_at:
         with pytest.raises(ValueError, match=re.escape(key)):
             hf.from_hf_config(values | {key: 12345})
+
+
+def test_what_a_family_brings_is_not_missed_before_it_is_asked():
+    """Flags are checked before the family fills in the rest."""
+    wanted = ModelConfig(model_type="ernie4_5_moe", router_bias=True, num_shared_experts=1)
+    wanted.check()
+    new = FAMILIES["ernie4_5_moe"].new(wanted, {"router_bias", "num_shared_experts"})
+    assert new.num_local_experts > 0 and new.router_bias and new.num_shared_experts == 1
+    with pytest.raises(ValueError, match="num_shared_experts has no meaning without experts"):
+        dataclasses.replace(wanted, model_type="").check()
