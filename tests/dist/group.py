@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -42,9 +43,9 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
     """Call `work(*arguments)` on `world_size` new processes; returns each rank's (JSON-like) result.
 
     Args:
-        may_die: a rank that raises or is killed is part of the test: its result is None.
+        may_die: a rank that raises or is killed is part of the test: its result is None. At least one must be killed.
     Raises:
-        AssertionError: a rank raised; its traceback is the message.
+        AssertionError: a rank raised, or none was killed; their tracebacks are the message.
     """
     with tempfile.TemporaryDirectory() as out:
         context = torch.multiprocessing.get_context("forkserver")
@@ -62,6 +63,7 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
             process.start()
         for process in processes:
             process.join(timeout=300)
+        was_killed = any(process.exitcode == -signal.SIGKILL for process in processes)
         for process in processes:
             if process.is_alive():
                 process.kill()
@@ -70,5 +72,5 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
             path = Path(out) / f"{rank}.json"
             answers.append(json.loads(path.read_text()) if path.exists() else {"error": f"rank {rank} left no result"})
         errors = [answer["error"] for answer in answers if "error" in answer]
-        assert may_die or not errors, "\n".join(errors)
+        assert was_killed if may_die else not errors, "\n".join(errors)
         return [answer.get("result") for answer in answers]

@@ -146,7 +146,7 @@ def die_in_step(case: list[str], step: int) -> None:
     def dying(self) -> bool:
         if self.progress.step == step:
             # The save before must be whole: on a slow disk it could still be in flight.
-            self._settle_save()
+            self.saves.settle(must=True)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self)
 

@@ -232,3 +232,37 @@ def test_powersgd_on_cuda_equals_the_cpu(rank: int):
         ddp.close()
     assert (sums[0] - sums[1]).norm() / sums[0].norm() < 1e-2
     assert (residuals[0] - residuals[1]).norm() / sums[0].norm() < 1e-2
+
+
+def expert_results(function, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """(y, dx, dW, dD, dw) for 512 tokens, of which experts 1 and 3 of 5 get none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * scale).bfloat16().to(device, dtype)
+
+    chosen = (torch.rand(512, 3, generator=generator).topk(2).indices * 2).to(device)
+    leaves = [draw(512, 64), draw(5, 96, 64, scale=0.2), draw(5, 64, 48, scale=0.2), draw(512, 2).sigmoid()]
+    leaves[3] = leaves[3].to(torch.promote_types(dtype, torch.float32))
+    x, gate_up, down, weights = (leaf.requires_grad_() for leaf in leaves)
+    y = function(x, gate_up, down, chosen, weights)
+    y.backward(draw(512, 64))
+    return [y.detach(), x.grad, gate_up.grad, down.grad, weights.grad]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("grouped", torch.bfloat16), ("sorted", torch.bfloat16), ("sorted", torch.float32),
+])  # fmt: skip
+def test_experts_err_no_more_than_the_obvious_loop(name: str, dtype: torch.dtype):
+    found = IMPLEMENTATIONS["experts"][name]
+    assert found.why_not(torch.device("cuda"), dtype) is None
+    of_ours = expert_results(found.build()["experts"], dtype, "cuda")
+    of_loop = expert_results(REFERENCE.experts, dtype, "cuda")
+    exact = expert_results(REFERENCE.experts, torch.float64, "cpu")
+    for ours, loop, right in zip(of_ours, of_loop, exact):
+        error, allowed = ((x.double().cpu() - right).square().mean().sqrt() for x in (ours, loop))
+        assert error <= 1.5 * allowed
+    for gradient in of_ours[2:4]:
+        assert not gradient[1::2].any() and gradient[::2].flatten(1).any(1).all()
+    again = expert_results(found.build()["experts"], dtype, "cuda")
+    assert all(map(torch.equal, of_ours, again))

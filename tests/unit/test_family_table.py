@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -17,17 +18,23 @@ import generate
 import train_my_ddp
 from checkpoint.folder import MANIFEST, TRAINER_STATE, is_file_of_rank
 from model import Decoder, ModelConfig, flops, hf
-from model.families import FAMILIES, family_of
+from model.families import FAMILIES
 from model.ops import REFERENCE, Ops
 from runs.reslog import read_reslog
 from tests.conftest import SEQ_LEN
+from tests.unit.test_known_tokenizers import FOLDERS
 from tests.unit.test_sft_train import conversations, pretokenize, write_dpo, write_sft
+from tokenizer import load_tokenizer
+from tokenizer.chat_template import ChatTemplate, Message
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "model.md"
 CLAIMS = ("train", "SFT", "DPO", "import", "export")
 SETTINGS = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05}
 """Settings that a checkpoint must keep."""
 SHAPE = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+CHAT = ["--chat", "--prompt=the red house", "--temperature=0", "--max_new_tokens=6", "--device=cpu", "--dtype=float32"]
+OWN_TOKENIZERS = {"chatglm": "chatglm3", "baichuan": "baichuan2", "internlm": "internlm", "yuan": "yuan2"}
+"""Family -> its tokenizer in published_tokenizers.py."""
 FIELDS = {"rms_norm": "rms_norm add_rms_norm", "rope": "rope", "swiglu": "swiglu", "experts": "experts",
           "cross_entropy": "loss_sum", "attention": "causal"}  # fmt: skip
 """Op -> the functions by which a model uses it."""
@@ -147,20 +154,17 @@ def check_answers(run: Path, capsys: pytest.CaptureFixture) -> None:
     """The trained model answers by the template that its own folder holds."""
     capsys.readouterr()
     assert (next((run / "ckpt").iterdir()) / "chat_template.jinja").exists()
-    chat = ["--chat", "--prompt=the red house", "--temperature=0", "--max_new_tokens=6", "--device=cpu"]
-    assert generate.main(["--ckpt", str(run), "--dtype=float32", *chat]) == 0
+    assert generate.main(["--ckpt", str(run), *CHAT]) == 0
     out, err = capsys.readouterr()
     assert out.strip() and not err
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
 def test_a_folder_that_others_wrote(model_type: str, tmp_path: Path):
-    """In several files, by transformers if it has the class: the same scores."""
-    model = tiny(model_type)
-    family = family_of(model.config)
-    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32, family=family)))
-    if family.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        pytest.skip("transformers has no such class; the family's own tests have a folder of another origin")
+    """In several files, by transformers: the same scores. Tests of the other families have folders by other means."""
+    config = tiny(model_type).config
+    values = hf.to_hf_config(config, torch.float32, family=FAMILIES[model_type])
+    (tmp_path / "config.json").write_text(json.dumps(values))
     assert TABLE[model_type]["import"] == "yes"
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).float().eval()
@@ -173,8 +177,8 @@ def test_a_folder_that_others_wrote(model_type: str, tmp_path: Path):
         torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def tiny(model_type: str, ops: Ops = REFERENCE) -> Decoder:
-    config = FAMILIES[model_type].new(ModelConfig(**SHAPE), SHAPE.keys()).resolve(64, 32)
+def tiny(model_type: str, ops: Ops = REFERENCE, rows: int = 64) -> Decoder:
+    config = FAMILIES[model_type].new(ModelConfig(**SHAPE), SHAPE.keys()).resolve(rows, 128)
     model = Decoder(config, ops=ops)
     model.initialize(0)
     return model
@@ -193,3 +197,31 @@ def test_a_family_uses_the_kernels_that_the_table_names(model_type: str):
     model, ids = tiny(model_type, dataclasses.replace(REFERENCE, **watched)), torch.arange(12)[None]
     model.loss_sum(model(ids), ids).backward()
     assert used == set(TABLE[model_type]["kernels"].split(", "))
+
+
+@pytest.mark.parametrize(("model_type", "tokenizer"), OWN_TOKENIZERS.items())
+def test_a_family_answers_by_its_own_template(model_type: str, tokenizer: str, tmp_path: Path, capsys):
+    """As it is published, with a tokenizer whose control tokens stand in code."""
+    model, source = tiny(model_type, rows=640), FOLDERS[tokenizer](tmp_path / "source")
+    said, family = json.loads((source / "config.json").read_text()), FAMILIES[model_type]
+    values = hf.to_hf_config(model.config, torch.float32, family=family) | said
+    (source / "config.json").write_text(json.dumps(values))
+    save_file(hf.named_weights(model, family), source / "model.safetensors", {"format": "pt"})
+    data, run = write_sft(tmp_path / "raw", conversations(24)), tmp_path / "run"
+    flags = run_flags(run, "sft", data, 20)
+    assert train_my_ddp.main([*flags, f"--init_from={source}", "--max_seq_len=128", "--learning_rate=1e-2"]) == 0
+    told = losses_of(run)
+    assert sum(told[-3:]) < 0.9 * sum(told[:3]), told
+    capsys.readouterr()
+    assert generate.main(["--ckpt", str(run), *CHAT]) == 0
+    out, err = capsys.readouterr()
+    # What it says is hardly taught: blanks are an answer, too.
+    assert out.strip("\n") and "may never have seen" not in err
+    asked = [Message("user", "the red house")]
+    theirs, ours = (ChatTemplate(load_tokenizer(folder)).prompt(asked) for folder in (source, run / "ckpt" / "step-20"))
+    assert ours == theirs
+    still = run_flags(tmp_path / "again", "sft", data, 1)
+    assert train_my_ddp.main([*still, f"--init_from={run}", "--max_seq_len=128", "--learning_rate=1e-30",
+                              "--weight_decay=0"]) == 0  # fmt: skip
+    before, after = model_files(run, 20), model_files(tmp_path / "again", 1)
+    assert before.keys() == after.keys() and not [name for name in before if before[name] != after[name]]

@@ -587,7 +587,7 @@ def test_loss_is_a_sum_over_supervised_tokens():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"mlp": "gelu"}, {"num_local_experts": 8, "moe_intermediate_size": 24},
+    {}, {"mlp": "gelu"}, {"local_filter": True}, {"num_local_experts": 8, "moe_intermediate_size": 24},
     {"num_local_experts": 4, "num_experts_per_tok": 3, "num_shared_experts": 2, "dense_layers": "1"},
 ])  # fmt: skip
 def test_flops_formula_equals_torchs_count(changes: dict):
