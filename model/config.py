@@ -150,8 +150,12 @@ class ModelConfig:
         Raises:
             ValueError: a combination that cannot be built.
         """
-        # The experts may come from the weights to begin with.
-        replace(self, router_bias_update_rate=0.0).resolve()
+        known = replace(self, router_bias_update_rate=0.0)
+        if self.model_type and not self.num_local_experts:
+            # The family may say how many there are.
+            known = replace(known, num_shared_experts=0, dense_layers="", router_bias=False)
+        # The experts may also come from the weights to begin with.
+        known.resolve()
 
     def resolve(self, vocab_size: int = 0, max_seq_len: int = 0) -> "ModelConfig":
         """The configuration with its zeros filled in, after a check that the fields fit together.

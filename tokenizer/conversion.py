@@ -16,8 +16,9 @@ from sentencepiece import SentencePieceProcessor
 
 from tokenizer.base import MODEL_INPUT_NAMES
 from tokenizer.known_classes import completed, known_class, settings_of
+from tokenizer.sp_foreign import DECIDED_BY, MODEL, has_equal_scores
 
-SENTENCE_PIECE, BYTE_LEVEL = "tokenizer.model", ("vocab.json", "merges.txt")
+SENTENCE_PIECE, BYTE_LEVEL = MODEL, ("vocab.json", "merges.txt")
 _OTHERS = (
     "tekken.json", "tiktoken.model", "*.tiktoken", "tokenizer.model.v*", "spiece.model", "sentencepiece.bpe.model",
     "ice_text.model", "vocab.txt", *BYTE_LEVEL,
@@ -80,27 +81,33 @@ def convert(directory: Path, config: dict) -> tuple[str, dict]:
 
 def _converted(directory: Path, config: dict) -> tuple[str, dict]:
     """Result of convert; any exception may escape."""
-    is_sentence_piece = (directory / SENTENCE_PIECE).exists()
-    if is_sentence_piece:
-        processor = _processor(directory / SENTENCE_PIECE)
+    processor = _processor(directory / SENTENCE_PIECE) if (directory / SENTENCE_PIECE).exists() else None
+    if processor is None:
+        made = _of_byte_level(directory)
+        known = known_class(directory, config, made.get_vocab())
+    else:
         vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
         known = known_class(directory, config, vocab)
         made = _of_sentence_piece(directory, config, processor) if known is None else _of_bare_model(processor)
-    else:
-        made = _of_byte_level(directory)
-        known = known_class(directory, config, made.get_vocab())
     kept = {key: value for key, value in config.items() if key not in _OF_OTHER_FILES}
     named = {key: str(token) for key, token in made.special_tokens_map.items() if key.endswith("_token")}
     # With this class, transformers 4 and 5 take the tokenizer.json as it is.
     own = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     unless_said = {"clean_up_tokenization_spaces": False, "model_input_names": MODEL_INPUT_NAMES}
-    definition, settings = made.backend_tokenizer.to_str(), {**unless_said, **kept, **own}
-    if known is None:
-        return definition, settings
-    parts = json.loads(definition)
-    if is_sentence_piece:
-        parts, settings = completed(known, directory, parts, settings)
-    return json.dumps(parts, ensure_ascii=False), settings | settings_of(known, directory, entries(parts), settings)
+    definition, settings = json.loads(made.backend_tokenizer.to_str()), {**unless_said, **kept, **own}
+    decides = False
+    if processor is not None and (known is not None or not _contradicts(config, processor)):
+        # Control tokens that are pieces have no place there: the model finds them in any text.
+        decides = has_equal_scores(processor, definition) and not (known and known.controls)
+        if not decides:
+            _compare(made, processor)
+    if known is not None:
+        if processor is not None:
+            definition, settings = completed(known, directory, definition, settings)
+        settings |= settings_of(known, directory, entries(definition), settings)
+    if decides:
+        settings[DECIDED_BY] = SENTENCE_PIECE
+    return json.dumps(definition, ensure_ascii=False), settings
 
 
 def entries(definition: dict) -> dict[str, int]:
@@ -113,15 +120,18 @@ def _of_sentence_piece(directory: Path, config: dict, processor: SentencePiecePr
     # Imported here: it takes seconds, and few folders need it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    begins_with_blank = processor.encode("x", out_type=str)[0].startswith("▁")
-    if config.get("add_prefix_space") not in (None, begins_with_blank):
-        # The folder contradicts the model, and its class knows how to do that.
+    if _contradicts(config, processor):
+        # The folder's class knows how to do that.
         return AutoTokenizer.from_pretrained(str(directory), **_HERE)
     # As Llama 2's own tokenizer.json, whatever its configuration says: otherwise a text would lose the blank at its
     # beginning.
-    made = PreTrainedTokenizerFast.from_pretrained(str(directory), legacy=True, **_HERE)
-    _compare(made, processor)
-    return made
+    return PreTrainedTokenizerFast.from_pretrained(str(directory), legacy=True, **_HERE)
+
+
+def _contradicts(config: dict, processor: SentencePieceProcessor) -> bool:
+    """Whether a folder says otherwise than its model whether a text gets a blank in front."""
+    begins_with_blank = processor.encode("x", out_type=str)[0].startswith("▁")
+    return config.get("add_prefix_space") not in (None, begins_with_blank)
 
 
 def _of_bare_model(processor: SentencePieceProcessor):
@@ -130,9 +140,7 @@ def _of_bare_model(processor: SentencePieceProcessor):
 
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / SENTENCE_PIECE).write_bytes(processor.serialized_model_proto())
-        made = PreTrainedTokenizerFast.from_pretrained(alone, **_HERE)
-    _compare(made, processor)
-    return made
+        return PreTrainedTokenizerFast.from_pretrained(alone, **_HERE)
 
 
 def _compare(made, processor: SentencePieceProcessor) -> None:

@@ -9,6 +9,7 @@ from tokenizer.hf_bbpe import HFBBPETokenizer
 from tokenizer.known_classes import is_named, known_class, settings_of
 from tokenizer.sp_bbpe import KIND as SP_BBPE
 from tokenizer.sp_bbpe import SPBBPETokenizer
+from tokenizer.sp_foreign import DECIDED_BY, MODEL, ForeignSPTokenizer
 from utils.paths import absent
 
 TRAIN_COMMAND = "python -m tokenizer.train_tokenizer"
@@ -90,7 +91,10 @@ def _open(directory: Path) -> Tokenizer:
         definition, config = convert(directory, config or {})
     elif is_named(directory, config or {}):
         config = _with_known_settings(directory, definition, config or {})
-    return HFBBPETokenizer(definition, config, _read(directory / CHAT_TEMPLATE_NAME))
+    template = _read(directory / CHAT_TEMPLATE_NAME)
+    if config is not None and config.get(DECIDED_BY) == MODEL:
+        return ForeignSPTokenizer(definition, config, template, _content(directory / MODEL))
+    return HFBBPETokenizer(definition, config, template)
 
 
 def _with_known_settings(directory: Path, definition: str, config: dict) -> dict:

@@ -53,7 +53,7 @@ class Ernie45MoeFamily(SparseFamily):
         if chosen > experts:
             raise ValueError(f"moe_k is {chosen}, more than moe_num_experts {experts}")
         return fields | {
-            "rope_interleaved": True, "num_local_experts": experts, "num_experts_per_tok": chosen,
+            "num_local_experts": experts, "num_experts_per_tok": chosen,
             "num_shared_experts": read_int(values, "moe_num_shared_experts", 2),
             "dense_layers": _dense_layers(values, fields["num_hidden_layers"]),
             "router_bias": read_value(values, "moe_use_aux_free", bool, True),

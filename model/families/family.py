@@ -117,7 +117,7 @@ class Family:
         check_architectures(values, self.architectures)
         check_keys(values, self.understood | self.harmless, self.harmless_at, self.brings_code)
         self.check(values)
-        return ModelConfig(**self.fields(values) | {"model_type": self.model_type}).resolve()
+        return ModelConfig(**{**self.fixed, **self.fields(values), "model_type": self.model_type}).resolve()
 
     def check(self, values: dict) -> None:
         """See that keys which depend on each other describe a model that can be built here.
@@ -127,7 +127,7 @@ class Family:
         """
 
     def fields(self, values: dict) -> dict[str, Any]:
-        """The fields of our configuration, from a folder's keys.
+        """The fields of our configuration, from a folder's keys; `fixed` ones may be left out.
 
         Raises:
             ValueError: a value is missing or is of the wrong kind.

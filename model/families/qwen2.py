@@ -32,7 +32,7 @@ class Qwen2Family(LlamaFamily):
     def fields(self, values: dict) -> dict[str, Any]:
         fields = common_fields(with_key_heads(values, 32), _KINDS) | fields_by_layer(values)
         # The biases of a qwen2 are fixed, whatever another family's key says.
-        return fields | {"qkv_bias": True, "attention_bias": False}
+        return {**fields, **self.fixed, "attention_bias": False}
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         return common_keys(config) | keys_by_layer(config)

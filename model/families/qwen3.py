@@ -22,7 +22,7 @@ class Qwen3Family(CommonFamily):
     key_heads = 32
 
     def fields(self, values: dict) -> dict[str, Any]:
-        return super().fields(values) | fields_by_layer(values) | {"qk_norm": True}
+        return super().fields(values) | fields_by_layer(values)
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         return super().keys(config) | keys_by_layer(config)

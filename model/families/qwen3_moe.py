@@ -38,7 +38,6 @@ class Qwen3MoeFamily(SparseFamily):
         fields = super().fields(values) | {
             "num_local_experts": read_alike(values, ("num_experts", "num_local_experts"), 128),
             "num_experts_per_tok": read_int(values, "num_experts_per_tok", 8), "sliding_window": window,
-            "qk_norm": True,
         }  # fmt: skip
         return fields | {"dense_layers": _dense_layers(values, fields["num_hidden_layers"])}
 

@@ -241,11 +241,28 @@ class _ToTokens(torch.autograd.Function):
         return dy_NC.index_select(0, tokens_S), None, None
 
 
+class _ZeroWithoutTokens(torch.autograd.Function):
+    """Matrices (E, ..., ...) unchanged; the gradients of experts without tokens become zero. On Blackwell GPUs torch's
+    multiplication leaves whatever was in memory there (pytorch issue 172439, open with torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        return matrices.view_as(matrices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        (ends_E,) = ctx.saved_tensors
+        has_none_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return gradient.masked_fill(has_none_E[:, None, None], 0.0), None
+
+
 def grouped_experts(
     x_NC: Tensor, gate_up_EOC: Tensor, down_ECI: Tensor, chosen_NK: Tensor, weights_NK: Tensor
 ) -> Tensor:
     """The same by torch's grouped matrix multiplication: one launch for all experts, and nothing waits for a GPU."""
     tokens_S, places_NK, ends_E = sort_by_expert(chosen_NK, len(gate_up_EOC))
+    gate_up_EOC, down_ECI = (_ZeroWithoutTokens.apply(matrices, ends_E) for matrices in (gate_up_EOC, down_ECI))
     x_SC = _ToPairs.apply(x_NC, tokens_S, places_NK)
     gate_up_SO = F.grouped_mm(x_SC, gate_up_EOC.transpose(1, 2), offs=ends_E)
     activate = swiglu_packed if support.available(x_NC.device) else swiglu_packed_reference

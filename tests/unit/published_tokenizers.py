@@ -22,13 +22,16 @@ CHATGLM3_CODE = CHATGLM_CODE + 'role_special_tokens = ["<|system|>", "<|user|>",
 
 
 @functools.cache
-def model(dummy_prefix: bool = True, user: tuple[str, ...] = (), normal: tuple[str, ...] = ()) -> bytes:
+def model(
+    dummy_prefix: bool = True, user: tuple[str, ...] = (), normal: tuple[str, ...] = (), equal: int = 0
+) -> bytes:
     """A `tokenizer.model` as these families train theirs: BPE that falls back to bytes, splits digits, and normalises
     nothing.
 
     Args:
         user: pieces that SentencePiece finds whole within a text.
         normal: ordinary pieces that no merge makes, as Yuan 2 has <eod>; they get the last ids.
+        equal: number of pieces of two letters that get the best score, as pieces have that were added later.
     """
     rng = random.Random(0)
     texts, content = [english(rng, 80) for _ in range(100)] + CHINESE, io.BytesIO()
@@ -39,6 +42,9 @@ def model(dummy_prefix: bool = True, user: tuple[str, ...] = (), normal: tuple[s
         user_defined_symbols=list(user),
     )  # fmt: skip
     proto = sentencepiece_model_pb2.ModelProto.FromString(content.getvalue())
+    pairs = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) == 2]
+    for piece in pairs[:equal]:
+        piece.score = 0.0
     for number, piece in enumerate(normal):
         proto.pieces.add(piece=piece, score=-1e6 - number)
     return proto.SerializeToString()
@@ -102,8 +108,8 @@ def internlm(folder: Path, version: str = "1.0") -> Path:
     )  # fmt: skip
 
 
-def yuan(folder: Path, with_config: bool = True) -> Path:
-    """As in the project's own repository, whose configuration says what its users override."""
+def yuan(folder: Path, with_config: bool = True, equal: int = 0) -> Path:
+    """As in the project's own repository, whose configuration says what its users override. For `equal`, see model."""
     token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     config = {
         "add_bos_token": True, "add_eos_token": True, "bos_token": {**token, "content": "<s>"},
@@ -111,5 +117,5 @@ def yuan(folder: Path, with_config: bool = True) -> Path:
         "tokenizer_class": "LlamaTokenizer", "sp_model_kwargs": {}, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     normal = ("<eod>", "<n>", "<sep>", "<pad>", "<commit_before>", "<jupyter_start>")
-    write(folder, tokenizer_model=model(normal=normal), tokenizer_config_json=config)
+    write(folder, tokenizer_model=model(normal=normal, equal=equal), tokenizer_config_json=config)
     return write(folder, config_json={"model_type": "yuan", "eos_token_id": 77185}) if with_config else folder

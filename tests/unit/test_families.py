@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model import Decoder, ModelConfig, hf
+from model.config import ModelType
 from model.families import FAMILIES, family_of
 from model.families.family import Family, Rule, fused_rows
 from model.families.llama import LlamaFamily
@@ -154,6 +156,10 @@ def test_a_tensor_that_is_part_of_several_files_is_joined(packed: PackedFamily, 
     assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
+def test_every_family_can_be_named_by_a_flag():
+    assert sorted(get_args(ModelType)) == sorted(["", *FAMILIES])
+
+
 def test_a_family_is_named_in_its_own_room_alone():
     # "llama" is also a mode of a kernel from elsewhere.
     names = "|".join(FAMILIES.keys() - {"llama"})
@@ -186,9 +192,9 @@ def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generi
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"qk_norm": True, "mlp_bias": True},
-     "no checkpoint can hold this model, since no family of models has all of it: mlp_bias is False in every qwen3, "
-     "not True; qk_norm is False in every llama, not True"),
+    ({"qk_norm": True, "qkv_bias": True},
+     "no checkpoint can hold this model, since no family of models has all of it: qkv_bias is False in every qwen3, "
+     "not True; qk_norm is False in every qwen2, not True"),
     (EXPERTS | {"moe_intermediate_size": 8},
      "moe_intermediate_size is intermediate_size, 32, in every mixtral, not 8"),
     (EXPERTS | {"qk_norm": True, "num_shared_experts": 1}, "all of it: num_shared_experts is 0 in every qwen3_moe, "),
@@ -230,3 +236,13 @@ def test_a_value_that_is_not_known_to_be_harmless_is_refused_by_name(model_type:
     for key in family.harmless_at:
         with pytest.raises(ValueError, match=re.escape(key)):
             hf.from_hf_config(values | {key: 12345})
+
+
+def test_what_a_family_brings_is_not_missed_before_it_is_asked():
+    """Flags are checked before the family fills in the rest."""
+    wanted = ModelConfig(model_type="ernie4_5_moe", router_bias=True, num_shared_experts=1)
+    wanted.check()
+    new = FAMILIES["ernie4_5_moe"].new(wanted, {"router_bias", "num_shared_experts"})
+    assert new.num_local_experts > 0 and new.router_bias and new.num_shared_experts == 1
+    with pytest.raises(ValueError, match="num_shared_experts has no meaning without experts"):
+        dataclasses.replace(wanted, model_type="").check()

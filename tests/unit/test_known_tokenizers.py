@@ -19,6 +19,8 @@ from tests.unit.test_tokenizer import auto_tokenizer, english, random_text, refu
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import ChatTemplate, Message
 from tokenizer.conversion import files_to_convert
+from tokenizer.hf_bbpe import HFBBPETokenizer
+from tokenizer.sp_foreign import ForeignSPTokenizer
 
 FOLDERS: dict[str, Callable[[Path], Path]] = {
     "chatglm3": lambda folder: published.chatglm(folder, 3),
@@ -305,6 +307,39 @@ def test_another_tokenizer_of_such_a_model(tmp_path: Path):
         published.write(folder, config_json={"model_type": model_type})
         after = load_tokenizer(folder)
         assert (after.fingerprint, after.chat_template) == (before.fingerprint, before.chat_template)
+
+
+def test_pieces_with_equal_scores(tmp_path: Path):
+    """Of equals, SentencePiece joins the leftmost, which no tokenizer.json can say: the model itself decides, as for
+    Yuan 2's own class. A folder without such pieces does without it."""
+    folder = published.yuan(tmp_path / "yuan2", equal=60)
+    tokenizer, sp, rng = load_tokenizer(folder), processor_of(folder), random.Random(5)
+    assert isinstance(tokenizer, ForeignSPTokenizer)
+    assert not isinstance(load_tokenizer(published.yuan(tmp_path / "other")), ForeignSPTokenizer)
+    many = [*texts(), *(english(rng, 20) for _ in range(100)), "".join(rng.choices("abcdefghi ", k=2000))]
+    as_json = HFBBPETokenizer.encode_batch(tokenizer, many)
+    assert tokenizer.encode_batch(many) == [sp.encode(text) for text in many] != as_json
+    assert tokenizer.encode_batch(many, num_threads=1) == tokenizer.encode_batch(many)
+    for text in many:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert not set(tokenizer.encode("a<sep>b <eod>")) & set(tokenizer.special_ids.values())
+    # Layouts, and which of their tokens end in which piece.
+    controls = {"</s>": 2, "<s>": 1} | controls_of("yuan2", sp.vocab_size())
+    rendered = ChatTemplate(tokenizer).render(TALK)
+    assert rendered.ids == encoded(folder, re.sub("[{}]", "", LAYOUTS["yuan2"]), controls)
+    pieces = [("<s>", True), (many[1], False), ("in", True), (many[-1], False), ("<sep>", True), ("漢 ▁", False)]
+    ids, counts = tokenizer.encode_pieces(pieces)
+    assert ids == encoded(folder, "".join(text for text, _ in pieces), controls) and sum(counts) == len(ids)
+    starts = [sum(counts[:number]) for number in range(len(pieces) + 1)]
+    for number, (text, _) in enumerate(pieces[:5]):
+        said = tokenizer.decode(ids[1 : starts[number + 1]]).removeprefix("<s>")
+        whole = "".join(text for text, _ in pieces[1 : number + 1])
+        assert whole.startswith(said) and len(whole) - len(said) < 8
+    tokenizer.save_pretrained(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert copy.fingerprint == tokenizer.fingerprint and copy.encode_batch(many) == tokenizer.encode_batch(many)
+    (tmp_path / "copy" / "tokenizer.model").unlink()
+    assert "tokenizer.model" in refusal(tmp_path / "copy")
 
 
 def test_tokens_that_somebody_added(tmp_path: Path):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import ModelConfig
 from model.decoder import _checkpoint_options
-from model.kernels.experts import experts_reference, grouped_experts, sort_by_expert, sorted_experts
+from model.kernels.experts import _ZeroWithoutTokens, experts_reference, grouped_experts, sort_by_expert, sorted_experts
 from model.layer_losses import BALANCE, LayerLosses, Z, add_loss, router_sums
 from model.moe import Router, SparseMLP
 from model.ops import REFERENCE, build_ops
@@ -150,6 +150,14 @@ def test_an_expert_without_a_token_has_a_gradient_of_zero(kernel: str):
     *_, dgate_up, ddown, _ = results(FUNCTIONS[kernel], LOADS["experts without tokens"](), torch.bfloat16)
     for gradient in (dgate_up, ddown):
         assert not gradient[1::2].any() and gradient[::2].flatten(1).any(1).all()
+
+
+def test_what_a_grouped_multiplication_leaves_for_experts_without_tokens_is_not_a_gradient():
+    matrices, ends = draw(4, 3, 2).requires_grad_(), torch.tensor([0, 5, 5, 9], dtype=torch.int32)
+    garbage = draw(4, 3, 2, seed=1)
+    garbage[[0, 2]] = torch.nan
+    _ZeroWithoutTokens.apply(matrices, ends).backward(garbage)
+    assert torch.equal(matrices.grad, garbage.nan_to_num(0.0))
 
 
 def test_gradients_of_the_sorted_kernel_are_those_of_its_output():
