@@ -213,7 +213,11 @@ def build_model(
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
-    ops = build_ops(choose_ops(system.kernels, overrides, device, dtype, needs_of(shape)))
+    chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
+    if not shape.num_local_experts:
+        # The start names the operations that the model has.
+        del chosen["experts"]
+    ops = build_ops(chosen)
     if weights is not None:
         stored = hf.read_config(weights)
         hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
