@@ -1,6 +1,7 @@
 """The families of models that can be loaded and saved, by Hugging Face's `model_type`."""
 
 from dataclasses import replace
+from typing import Any
 
 from model.config import ModelConfig
 from model.families.aquila import AQUILA
@@ -77,5 +78,6 @@ def _told_mismatch(config: ModelConfig, own: list[Family]) -> str:
 
 def _holds_once_named(family: Family, config: ModelConfig) -> bool:
     """Whether a model only lacks what `--model_type` adds: values of the family where nobody has chosen others."""
-    own = {name: value for name, value in family.fixed.items() if getattr(config, name) == getattr(_DEFAULT, name)}
+    fixed: dict[str, Any] = dict(family.fixed)
+    own = {name: value for name, value in fixed.items() if getattr(config, name) == getattr(_DEFAULT, name)}
     return not family.mismatches(replace(config, **own))
