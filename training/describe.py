@@ -78,9 +78,10 @@ def _count_parameters(model: Decoder) -> int:
 def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
     config = model.config
     active = f" ({flops.active_parameters(config) / 1e6:.1f} M multiply a token)" if config.num_local_experts else ""
+    experts = f"{config.num_local_experts} experts of which a token sees {config.num_experts_per_tok}, "
     return (
         f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
-        f"layers, {config.hidden_size} wide, {dtype} on {device.type}"
+        f"layers, {config.hidden_size} wide, {experts if config.num_local_experts else ''}{dtype} on {device.type}"
     )
 
 

@@ -1,5 +1,8 @@
 """The families of models that can be loaded and saved, by Hugging Face's `model_type`."""
 
+from dataclasses import replace
+from typing import Any
+
 from model.config import ModelConfig
 from model.families.aquila import AQUILA
 from model.families.baichuan import BAICHUAN
@@ -21,6 +24,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
     QWEN2, LLAMA, MISTRAL, QWEN3, MIXTRAL, QWEN3_MOE, ERNIE4_5_MOE, BLOOM, BAICHUAN, CHATGLM, INTERNLM, AQUILA, YUAN,
 )}  # fmt: skip
 """In the order in which a model without a family of its own looks for one."""
+
+_DEFAULT = ModelConfig()
 
 
 def family_named(model_type: object) -> Family:
@@ -66,4 +71,13 @@ def _told_mismatch(config: ModelConfig, own: list[Family]) -> str:
     nearest = [family.told_mismatch(config) for family, count in counts.items() if count == min(counts.values())]
     # Families that differ in the same field need not all be named.
     reasons = {reason.partition(" ")[0]: reason for reason in reversed(nearest)}
-    return f"no checkpoint can hold this model, since no family of models has all of it: {'; '.join(reasons.values())}"
+    told = f"no checkpoint can hold this model, since no family of models has all of it: {'; '.join(reasons.values())}"
+    able = [name for name, family in FAMILIES.items() if _holds_once_named(family, config)]
+    return f"{told}; to begin such a model, give --model_type={able[0]}" if able else told
+
+
+def _holds_once_named(family: Family, config: ModelConfig) -> bool:
+    """Whether a model only lacks what `--model_type` adds: values of the family where nobody has chosen others."""
+    fixed: dict[str, Any] = dict(family.fixed)
+    own = {name: value for name, value in fixed.items() if getattr(config, name) == getattr(_DEFAULT, name)}
+    return not family.mismatches(replace(config, **own))

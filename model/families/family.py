@@ -32,6 +32,10 @@ _DEFAULTS: dict[str, object] = {field.name: field.default for field in fields(Mo
 Tensors = Sequence[Tensor]
 
 
+def _shown(value: object) -> object:
+    return "empty" if value == "" else value
+
+
 def _as_they_are(tensors: Tensors) -> Tensors:
     return tensors
 
@@ -148,7 +152,7 @@ class Family:
             # There it is a number of the method.
             is_open = is_open or (name == "partial_rotary_factor" and config.rope_scaling == "proportional")
             if not is_open and value != has:
-                found.append(f"{name} is {has} in every {self.model_type}, not {value}")
+                found.append(f"{name} is {_shown(has)} in every {self.model_type}, not {_shown(value)}")
         return found
 
     def new(self, wanted: ModelConfig, given: Set[str]) -> ModelConfig:
@@ -162,7 +166,10 @@ class Family:
         own: dict[str, Any] = {name: value for name, value in {**self.usual, **self.fixed}.items() if name not in given}
         config = replace(wanted, **own | {"model_type": self.model_type})
         if self.mismatches(config):
-            raise ValueError(f"--model_type={self.model_type} cannot be such a model: {self.told_mismatch(config)}")
+            raise ValueError(
+                f"--model_type={self.model_type} cannot be such a model: {self.told_mismatch(config)}; change that, or "
+                "the model_type"
+            )
         return config
 
     def told_mismatch(self, config: ModelConfig) -> str:

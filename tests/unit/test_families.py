@@ -204,6 +204,9 @@ def test_a_model_without_a_family_finds_one(changes: dict, expected: str, generi
     ({"model_type": "mixtral", "mlp_bias": True}, "num_local_experts is above 0 in every mixtral, and 1 more;"),
     (EXPERTS | {"model_type": "ernie4_5_moe", "rope_interleaved": True, "dense_layers": "0,1"},
      "dense_layers leaves layers at equal distances, each a multiple of it, in every ernie4_5_moe, not 0,1"),
+    (EXPERTS | {"router_bias": True}, "mixtral, not True; to begin such a model, give --model_type=ernie4_5_moe"),
+    (EXPERTS | {"dense_layers": "0"},
+     "dense_layers is empty in every mixtral, not 0; to begin such a model, give --model_type=qwen3_moe"),
 ])  # fmt: skip
 def test_a_model_that_no_family_can_hold_is_refused(changes: dict, sentence: str):
     with pytest.raises(ValueError, match=re.escape(sentence)):

@@ -98,7 +98,9 @@ def test_a_model_of_each_family_begins_with_nothing(model_type: str, tiny_run: l
     assert [getattr(has, name) for name in CHOICES] == [getattr(told, name) for name in CHOICES]
     # The tokenizer is nobody's, so a family that names a tokenizer is not the one that is written.
     expected = family_of(told, generic_tokenizer=True).model_type
-    assert f"model: {expected}, " in capsys.readouterr().out and has.model_type == expected
+    said = capsys.readouterr().out
+    assert f"model: {expected}, " in said and has.model_type == expected
+    assert ("8 experts of which a token sees 2" in said) == bool(told.num_local_experts)
     assert train(tiny_run, "--max_iters=2", "--resume") == 0
     assert train(tiny_run, f"--model_type={model_type}", "--max_iters=3", "--resume") == 0
 
