@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-zero2all: train a llama-style language model from scratch. A container runs the given command in /zero2all:
+zero2all: train a language model from scratch. A container runs the given command in /zero2all:
 
   python -m demo.run                                        the whole pipeline on a small corpus, about ten minutes
   python train_my_ddp.py --help                             every flag of the training

@@ -1,4 +1,4 @@
-"""The llama-style model. It knows nothing of data files or of other processes."""
+"""The model. It knows nothing of data files or of other processes."""
 
 from typing import TYPE_CHECKING
 

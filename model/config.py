@@ -37,8 +37,7 @@ class ModelConfig:
     """Model. Fields bear the names of Hugging Face's llama or mixtral config where one of them has them."""
 
     model_type: ModelType = ""
-    """Family, by Hugging Face's name: it sets what all its models have in common, and how they are saved. Empty: the
-    one that has the other fields, or that of the weights to begin with."""
+    """Family, by Hugging Face's name. Empty: that of the weights to begin with, or one that has the other fields."""
     vocab_size: int = 0
     """Rows of the embedding; 0: as many as the tokenizer needs."""
     hidden_size: int = 768
@@ -115,14 +114,13 @@ class ModelConfig:
     original_max_position_embeddings: int = 0
     """llama3, yarn and longrope scaling: context before stretching; 0: max_position_embeddings."""
     num_local_experts: int = 0
-    """Experts of each feed-forward layer, of which a router chooses some for each token; 0: none, a dense layer. With
-    --init_from of a dense model, each expert begins as a copy of its feed-forward layer."""
+    """Experts of each feed-forward layer, of which a router chooses some for each token; 0: dense layers."""
     num_experts_per_tok: int = 2
     """Experts that each token is sent to."""
     moe_intermediate_size: int = 0
     """Width of an expert; 0: intermediate_size."""
     num_shared_experts: int = 0
-    """Experts that every token is sent to besides, as one of their common width."""
+    """Experts that every token is sent to besides; they are one of their common width."""
     dense_layers: str = ""
     """Layers without experts: numbers from 0, with commas."""
     norm_topk_prob: bool = True
@@ -130,8 +128,7 @@ class ModelConfig:
     router_aux_loss_coef: float = 0.001
     """Weight of the loss that keeps the load of the experts even."""
     router_aux_loss: Literal["row", "batch"] = "row"
-    """Balance the load within each row, which does not depend on how the batch is split, or as transformers does within
-    a whole batch and all layers; the latter needs one micro-batch a step."""
+    """Balance the load in each row, or in a batch and all layers as transformers; that needs one micro-batch a step."""
     router_z_loss_coef: float = 0.0
     """Weight of the loss that keeps the router's scores small."""
     router_bias: bool = False

@@ -244,6 +244,9 @@ def load_weights(model: Decoder, weights: Path, seed: int) -> None:
         ValueError, OSError: as hf.load_weights.
     """
     if upcycle.is_upcycled(hf.read_config(weights), model.config):
+        logger.info(
+            "%d experts begin as copies of each dense feed-forward layer of %s", model.config.num_local_experts, weights
+        )
         upcycle.load_upcycled(model, weights, seed)
     else:
         hf.load_weights(model, weights)

@@ -142,7 +142,7 @@ class SystemConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Train a llama-style model."""
+    """Train a language model."""
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
