@@ -185,8 +185,8 @@ def follow_steps() -> None:
 def spoil_losses() -> None:
     original = LanguageModelTask.__call__
 
-    def call(self: LanguageModelTask, batch: dict) -> tuple:
-        loss_sum, *more = original(self, batch)
+    def call(self: LanguageModelTask, batch: dict, *losses: object) -> tuple:
+        loss_sum, *more = original(self, batch, *losses)
         plan = planned(NAN_LOSS) if self.model.training else None
         if plan is not None:
             time.sleep(plan.pause)

@@ -301,8 +301,8 @@ step, call, trainers = Trainer._step, LanguageModelTask.__call__, []
 def _step(self):
     trainers[:] = [self]
     return step(self)
-def __call__(self, batch):
-    loss_sum, terms, sums = call(self, batch)
+def __call__(self, batch, *losses):
+    loss_sum, terms, sums = call(self, batch, *losses)
     poisoned = trainers and trainers[0].progress.samples_consumed <= {BAD_SAMPLE} < trainers[0].next_sample
     return loss_sum * (float("nan") if poisoned else 1.0), terms, sums
 Trainer._step, LanguageModelTask.__call__ = _step, __call__
