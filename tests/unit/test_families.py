@@ -18,6 +18,8 @@ from model.families.family import Family, Rule, fused_rows
 from model.families.llama import LlamaFamily
 from model.roles import role_of
 from optimizer.param_groups import is_hidden_matrix
+from training.build_model import choose_shape
+from training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ModelConfig(
@@ -249,3 +251,11 @@ def test_what_a_family_brings_is_not_missed_before_it_is_asked():
     assert new.num_local_experts > 0 and new.router_bias and new.num_shared_experts == 1
     with pytest.raises(ValueError, match="num_shared_experts has no meaning without experts"):
         dataclasses.replace(wanted, model_type="").check()
+
+
+def test_a_run_that_was_saved_as_a_llama_that_transformers_refuses_goes_on(tmp_path: Path):
+    """Earlier versions wrote such checkpoints."""
+    config = dataclasses.replace(CONFIG, **UNEVEN)
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(config, torch.float32, family=FAMILIES["llama"])))
+    shape = choose_shape(config, RunConfig(), frozenset(), tmp_path, True, config.vocab_size, 32)
+    assert family_of(shape).model_type == "mistral" and shape == config
