@@ -125,10 +125,15 @@ def skipped_at_save(run: Run, random: Random) -> str:
                     offset=SAVE_INTERVAL - before)  # fmt: skip
     due, good = plan.first + before, plan.last + 1
     run.may_skip |= set(range(plan.first, plan.last + 1))
-    # A save shows in the records some steps after it began.
-    run.wait_progress(plan.launch, plan.last - plan.first + SAVE_INTERVAL)
     begun = run.records("start")[-1]["time"]
-    saved = [record["step"] for record in run.records("save") if record["time"] > begun]
+
+    def saved_steps() -> list[int]:
+        return [record["step"] for record in run.records("save") if record["time"] > begun]
+
+    # A save shows in the records once it is written, which on a busy disk takes more steps than the run has skipped.
+    run.wait_progress(plan.launch, plan.last - plan.first + SAVE_INTERVAL)
+    run.wait(lambda: max(saved_steps(), default=0) >= due, "a save after the skipped steps")
+    saved = saved_steps()
     if due in saved or good not in saved:
         raise Broken(f"steps {plan.first} to {plan.last} were skipped, and saved were {saved[-4:]}")
     return f"steps {plan.first} to {plan.last} skipped: saved {good} instead of {due}"
