@@ -88,10 +88,10 @@ def choose_shape(
         ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
     stored = hf.read_config(weights) if weights is not None else None
-    if stored is not None and is_resumed and family_named(stored.model_type).mismatches(stored):
-        # Earlier versions saved as a llama what is written as a mistral now, as transformers 5 refuses such a llama.
-        stored = dataclasses.replace(stored, model_type="")
     if stored is not None and is_resumed:
+        if family_named(stored.model_type).mismatches(stored):
+            # Earlier versions saved as a llama what is a mistral now, since transformers 5 refuses such a llama.
+            stored = dataclasses.replace(stored, model_type="")
         stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
     elif stored is not None and upcycle.is_upcycled(stored, wanted):
         stored = upcycle.sparse_config(stored, wanted)

@@ -15,7 +15,7 @@ their auto_map in config.json.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from model.config import ModelConfig
@@ -84,13 +84,12 @@ class BaichuanFamily(Family):
             found.append(f"rope_theta is {_THETA:.0f} in every baichuan, not {config.rope_theta}")
         return found
 
-    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
+    def fused_rules(self, config: ModelConfig, names: Sequence[str]) -> list[Rule]:
         rules = []
         for layer in (f"layers.{number}.self_attn" for number in range(config.num_hidden_layers)):
             ours = [f"{layer}.{part}_proj.weight" for part in "qkv"]
             rules.append(fused_rows(f"{self.prefix}{layer}.W_pack.weight", ours, [config.hidden_size] * 3))
-        fused = {name for rule in rules for name in rule.ours}
-        return rules + super().rules(config, [name for name in names if name not in fused])
+        return rules
 
 
 def _contradictions(config: ModelConfig) -> list[str]:

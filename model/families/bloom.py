@@ -2,7 +2,7 @@
 GELU, and biases everywhere."""
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,11 @@ _KINDS: dict[str, tuple[type, object]] = {
 }  # fmt: skip
 _TWO_NAMES = {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 """Our field, which is also a name of the key -> the key's other name."""
-_NAMES = (
+_RENAMED = (
     (r"^embed_tokens\.", "word_embeddings."), (r"^embed_norm\.", "word_embeddings_layernorm."), (r"^norm\.", "ln_f."),
     (r"^layers\.", "h."), (r"\.self_attn\.o_proj\.", ".self_attention.dense."),
     (r"\.mlp\.up_proj\.", ".mlp.dense_h_to_4h."), (r"\.mlp\.down_proj\.", ".mlp.dense_4h_to_h."),
 )  # fmt: skip
-"""(pattern in our name, what stands there in theirs)"""
 
 
 class BloomFamily(Family):
@@ -37,6 +36,7 @@ class BloomFamily(Family):
         "position_embedding": "alibi",
     }  # fmt: skip
     usual = {"tie_word_embeddings": True}
+    renamed = _RENAMED
     prefix = "transformer."
     # A constant triangle.
     passed_over = re.compile(r"(^|\.)self_attention\.scale_mask_softmax\.causal_mask$")
@@ -62,7 +62,7 @@ class BloomFamily(Family):
         width = 4 * fields["hidden_size"]
         if values.get("n_inner") not in (None, width):
             raise ValueError(f"n_inner = {shown(values['n_inner'])} is not supported: only 4 times the hidden size is")
-        return self.fixed | fields | {
+        return fields | {
             "intermediate_size": width, "rms_norm_eps": eps["layer_norm_epsilon"],
             # Positions have no limit; this is the length of the rows that BLOOM was trained with.
             "max_position_embeddings": eps["seq_length"],
@@ -87,21 +87,14 @@ class BloomFamily(Family):
             wanted = replace(wanted, intermediate_size=4 * wanted.hidden_size)
         return super().new(wanted, given)
 
-    def their_name(self, name: str) -> str:
-        for ours, theirs in _NAMES:
-            name = re.sub(ours, theirs, name)
-        return super().their_name(name)
-
-    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
-        names = set(names)
+    def fused_rules(self, config: ModelConfig, names: Sequence[str]) -> list[Rule]:
         rules = []
         for layer in range(config.num_hidden_layers):
             for kind in ("weight", "bias"):
                 ours = tuple(f"layers.{layer}.self_attn.{part}_proj.{kind}" for part in "qkv")
                 theirs = f"{self.prefix}h.{layer}.self_attention.query_key_value.{kind}"
                 rules.append(interleaved_rows(theirs, ours, config.num_attention_heads))
-        fused = {name for rule in rules for name in rule.ours}
-        return rules + super().rules(config, sorted(names - fused))
+        return rules
 
 
 def _either(values: dict, name: str, other: str) -> object:

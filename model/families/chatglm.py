@@ -10,7 +10,7 @@ ChatGLM3 beside ours, and their auto_map in config.json.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,12 +38,11 @@ _SECOND_NAMES = {"padded_vocab_size": "vocab_size", "num_layers": "num_hidden_la
 _THETA = 10000.0
 _RATIOS = (1, 50, 500, 10000)
 """Factors of the base in ChatGLM3-6B, its versions for 32k and 128k tokens, and GLM-4-9B-Chat-1M."""
-_NAMES = (
+_RENAMED = (
     (r"^embed_tokens\.", "embedding.word_embeddings."), (r"^norm\.", "encoder.final_layernorm."),
     (r"^layers\.", "encoder.layers."), (r"\.self_attn\.o_proj\.", ".self_attention.dense."),
     (r"\.mlp\.down_proj\.", ".mlp.dense_4h_to_h."), (r"^lm_head\.", "output_layer."),
 )  # fmt: skip
-"""(pattern in our name, what stands there in theirs)"""
 
 
 class ChatGLMFamily(Family):
@@ -55,6 +54,7 @@ class ChatGLMFamily(Family):
     fixed = {"rope_interleaved": True, "partial_rotary_factor": 0.5}
     free = frozenset({"qkv_bias"})
     usual = {"qkv_bias": True}
+    renamed = _RENAMED
     prefix = "transformer."
     passed_over = re.compile(r"(^|\.)rotary_pos_emb\.inv_freq$")
     understood = frozenset(_KINDS) | {*_SECOND_NAMES.values(), "add_qkv_bias", "rope_ratio",
@@ -85,7 +85,7 @@ class ChatGLMFamily(Family):
                          "num_attention_heads", "multi_query_group_num", "kv_channels", "seq_length")  # fmt: skip
         fields = {ours: read[key] for key, (ours, _, _) in _KINDS.items()}
         bias = read_value(values, "add_qkv_bias", bool, False)
-        return self.fixed | fields | {"qkv_bias": bias, "rope_theta": _theta(values)}
+        return fields | {"qkv_bias": bias, "rope_theta": _theta(values)}
 
     def keys(self, config: ModelConfig) -> dict[str, object]:
         ratio = config.rope_theta / _THETA
@@ -98,13 +98,7 @@ class ChatGLMFamily(Family):
             "apply_residual_connection_post_layernorm": False,
         } | {second: getattr(config, second) for second in _SECOND_NAMES.values()}  # fmt: skip
 
-    def their_name(self, name: str) -> str:
-        for ours, theirs in _NAMES:
-            name = re.sub(ours, theirs, name)
-        return f"{self.prefix}{name}"
-
-    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
-        names = list(names)
+    def fused_rules(self, config: ModelConfig, names: Sequence[str]) -> list[Rule]:
         query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
         rules = []
         for layer in range(config.num_hidden_layers):
@@ -117,8 +111,7 @@ class ChatGLMFamily(Family):
                     parts = [f"layers.{layer}.{part}.{kind}" for part in ours]
                     if parts[0] in names:
                         rules.append(fused_rows(f"{self.prefix}encoder.layers.{layer}.{theirs}.{kind}", parts, sizes))
-        fused = {name for rule in rules for name in rule.ours}
-        return rules + super().rules(config, [name for name in names if name not in fused])
+        return rules
 
     def besides(self, config: ModelConfig) -> list[Beside]:
         """The head is also written if it is the embedding: the published code has two matrices in any case."""

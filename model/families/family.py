@@ -99,6 +99,8 @@ class Family:
     """Field -> value in a new model whose user does not say another."""
     names_tokenizer = False
     """Whether other programs replace the tokenizer of such a folder by the family's own."""
+    renamed: Sequence[tuple[str, str]] = ()
+    """(Pattern in our name of a parameter, what stands there in theirs), one after the other."""
     prefix = "model."
     """Prefix of all tensors but the head's. A folder of the part below the head leaves it out."""
     passed_over: re.Pattern[str] = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -179,6 +181,8 @@ class Family:
 
     def their_name(self, name: str) -> str:
         """Name in a folder of a parameter that is not fused."""
+        for ours, theirs in self.renamed:
+            name = re.sub(ours, theirs, name)
         return name if name == HEAD else f"{self.prefix}{name}"
 
     def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
@@ -187,7 +191,18 @@ class Family:
         Args:
             names: names of all the model's parameters.
         """
-        return [Rule((self.their_name(name),), (name,)) for name in names]
+        names = list(names)
+        fused = self.fused_rules(config, names)
+        held = {name for rule in fused for name in rule.ours}
+        return fused + [Rule((self.their_name(name),), (name,)) for name in names if name not in held]
+
+    def fused_rules(self, config: ModelConfig, names: Sequence[str]) -> list[Rule]:
+        """Rules of tensors that are fused in a folder; every other parameter is a tensor there.
+
+        Args:
+            names: names of all the model's parameters.
+        """
+        return []
 
     def other_rules(self, config: ModelConfig, names: Iterable[str]) -> list[list[Rule]]:
         """Rules of folders that have other names for the same tensors; we read these folders, and write none."""

@@ -9,7 +9,7 @@ transformers has no such class. It needs the Python files of a published Yuan 2.
 config.json.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,17 @@ from model.hf_files import shown
 
 _THETA, _EPS = 10000.0, 1e-6
 """Constants of the published code. The second one is that of the filter's norm, whatever rms_norm_eps says."""
-_NAMES = (
-    (".local_filter.norm.", ".lf_gate.output_layernorm."), (".local_filter.", ".lf_gate."),
-    (".gate_proj.", ".their_up_proj."), (".up_proj.", ".gate_proj."), (".their_up_proj.", ".up_proj."),
+_RENAMED = (
+    (r"\.local_filter\.norm\.", ".lf_gate.output_layernorm."), (r"\.local_filter\.", ".lf_gate."),
+    (r"\.gate_proj\.", ".their_up_proj."), (r"\.up_proj\.", ".gate_proj."), (r"\.their_up_proj\.", ".up_proj."),
 )  # fmt: skip
-"""(part of our name, what stands there in theirs)"""
 
 
 class YuanFamily(Family):
     model_type = "yuan"
     architectures = ("YuanForCausalLM",)
     brings_code = True
+    renamed = _RENAMED
     fixed = {"local_filter": True}
     usual = {"tie_word_embeddings": True, "rms_norm_eps": _EPS}
     understood = frozenset(SIZES) | {"max_position_embeddings", "model_max_length", "num_key_value_heads"}
@@ -55,7 +55,7 @@ class YuanFamily(Family):
         if heads != fields["num_attention_heads"]:
             raise ValueError(f"num_key_value_heads = {heads} is not supported: only num_attention_heads is")
         context = read_value(values, "model_max_length", int, 8192)
-        return self.fixed | fields | {
+        return fields | {
             "max_position_embeddings": read_value(values, "max_position_embeddings", int, context)
         }
 
@@ -78,18 +78,12 @@ class YuanFamily(Family):
             found.append(f"hidden_size is even in every yuan, not {config.hidden_size}")
         return found
 
-    def their_name(self, name: str) -> str:
-        for ours, theirs in _NAMES:
-            name = name.replace(ours, theirs)
-        return super().their_name(name)
-
-    def rules(self, config: ModelConfig, names: Iterable[str]) -> list[Rule]:
+    def fused_rules(self, config: ModelConfig, names: Sequence[str]) -> list[Rule]:
         rules = []
         for layer in (f"layers.{number}.self_attn" for number in range(config.num_hidden_layers)):
             rules.append(_query_key_rule(self.prefix, f"{layer}.q_proj.weight", f"{layer}.k_proj.weight",
                                          config.num_attention_heads))  # fmt: skip
-        fused = {name for rule in rules for name in rule.ours}
-        return rules + super().rules(config, [name for name in names if name not in fused])
+        return rules
 
 
 def _query_key_rule(prefix: str, query: str, key: str, heads: int) -> Rule:
