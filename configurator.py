@@ -18,6 +18,7 @@ import tyro
 import yaml
 
 import dataset.config
+import model.adapters.config
 import model.config
 import optimizer.config
 import parallel.config
@@ -39,13 +40,14 @@ _PER_LAUNCH = ("exp_config_file", "resume", "resume_from", "valid_only", "restar
                "profile_steps")  # fmt: skip
 """Options of a launch, not of the run. They are not saved."""
 
-_PATHS = ("exp_config_file", "out_dir", "init_from", "data_dir", "train_data_dir", "valid_data_dir", "tokenizer_dir")
+_PATHS = ("exp_config_file", "out_dir", "init_from", "adapter", "add_tokens", "data_dir", "train_data_dir",
+          "valid_data_dir", "tokenizer_dir")  # fmt: skip
 _LONGEST_FILE = 1 << 20
 """Bytes."""
 
 _ONLY_WITH = (
-    *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *parallel.config.ONLY_WITH,
-    *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
+    *training.config.ONLY_WITH, *dataset.config.ONLY_WITH, *model.config.ONLY_WITH, *model.adapters.config.ONLY_WITH,
+    *parallel.config.ONLY_WITH, *tasks.config.ONLY_WITH, *optimizer.config.ONLY_WITH,
 )  # fmt: skip
 
 

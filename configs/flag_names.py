@@ -29,7 +29,7 @@ _REMOVED = {
     "num_cpus": "write --num_threads",
     "sft_type": "leave it out: each record's format is told from its fields",
     "ignore_index": "leave it out: what is not supervised never counts",
-    "use_peft": "leave it out: all weights are trained",
+    "use_peft": "write --lora_r for an adapter",
 }
 
 

@@ -43,8 +43,8 @@ class Attention(nn.Module):
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
         filtered_BTC = x_BTC if self.local_filter is None else self._filtered(self.local_filter, x_BTC, attend)
-        q_BTHD, k_BTKD = self.q_proj(filtered_BTC).view(heads), self.k_proj(filtered_BTC).view(heads)
-        v_BTKD = self.v_proj(x_BTC).view(heads)
+        q_BTHD, k_BTKD = self.q_proj(filtered_BTC, key).view(heads), self.k_proj(filtered_BTC, key).view(heads)
+        v_BTKD = self.v_proj(x_BTC, key).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
             k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if attend.cache is not None:
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
         out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
-        return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1))
+        return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1), key)
 
     def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
         """x after the filter, whose first tokens need those of the cache."""

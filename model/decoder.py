@@ -14,7 +14,6 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in t
 `parallel` plans its buckets. Their names are those of Hugging Face's llama without the leading "model.".
 """
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from model.mlp import new_mlp
 from model.moe import SparseMLP
 from model.norm import new_norm
 from model.ops import REFERENCE, Ops
-from model.roles import Role
+from model.roles import Role, generator_of
 
 
 class Block(nn.Module):
@@ -90,8 +89,8 @@ class Block(nn.Module):
         attended_BTC = self.self_attn(x_BTC, attend, key)
         h_BTC, x_BTC = self.post_attention_layernorm(h_BTC, attended_BTC, self.dropout, key, ATTENTION_OUTPUT)
         if self.has_experts:
-            return h_BTC, *self.mlp(x_BTC, losses)
-        return h_BTC, self.mlp(x_BTC), None
+            return h_BTC, *self.mlp(x_BTC, losses, key)
+        return h_BTC, self.mlp(x_BTC, key), None
 
 
 _KEPT = frozenset({
@@ -156,6 +155,8 @@ class Decoder(nn.Module):
         self._checkpoint_keeps, self._checkpoint_options = checkpoint_keeps, _checkpoint_options(checkpoint_keeps)
         # Attention dropout needs the full weight matrix.
         self.attends_by_document = not (config.attention_dropout or ops.step_by_step)
+        self.drops = config.hidden_dropout > 0.0 or config.attention_dropout > 0.0
+        """Whether it drops something while it trains, and needs a dropout key for that."""
         self.wants_document_starts = ops.packed is not None and not config.attention_dropout
         """Whether rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -291,7 +292,8 @@ class Decoder(nn.Module):
     def roles(self) -> dict[str, Role]:
         """Name of each parameter -> its role: how it begins, and how optimizers and parallelism treat it."""
         family = family_of(self.config)
-        return {name: family.role_of(name) for name, _ in self.named_parameters()}
+        # A layer keeps its role below an adapter.
+        return {name: family.role_of(name.replace(".base_layer.", ".")) for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def initialize(self, seed: int, names: Collection[str] | None = None) -> None:
@@ -313,6 +315,4 @@ class Decoder(nn.Module):
             elif begins == "one":
                 parameter.fill_(1.0)
             else:
-                digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * stds[begins])
+                parameter.copy_(torch.randn(parameter.shape, generator=generator_of(seed, name)) * stds[begins])

@@ -20,19 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dropout import DropoutKey
 from model.ops import Ops
 
 
 class Linear(nn.Linear):
     """y = x W^T + b."""
 
+    def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
+        """(..., C) -> (..., O). `key` names the dropout masks of a layer that has some, such as an adapted one."""
+        return F.linear(x, self.weight, self.bias)
 
-def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
+
+def side_by_side(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> Tensor:
     """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
     weights = [cast(Linear, layer).weight for layer in layers if type(layer) is Linear and layer.bias is None]
     if len(weights) == len(layers):
         return merged_linear(x, *weights)
-    return torch.cat([layer(x) for layer in layers], dim=-1)
+    return torch.cat([layer(x, key) for layer in layers], dim=-1)
 
 
 class Head(Linear):
@@ -46,7 +51,7 @@ class Head(Linear):
         """The matrix (V, C) that hidden states are multiplied with."""
         return self.weight
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, key: DropoutKey | None = None) -> Tensor:
         """Scores (..., V) of hidden states (..., C)."""
         return F.linear(hidden, self.rows())
 

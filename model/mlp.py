@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dropout import DropoutKey
 from model.linear import Linear, side_by_side
 from model.ops import REFERENCE, Ops
 
@@ -23,10 +24,11 @@ class SwiGLU(nn.Module):
         self.up_proj = Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, key: DropoutKey | None = None) -> Tensor:
         if self.ops.swiglu_packed is None:
-            return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC)))
-        return self.down_proj(self.ops.swiglu_packed(side_by_side(x_BTC, self.gate_proj, self.up_proj)))
+            return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTC, key), self.up_proj(x_BTC, key)), key)
+        gate_and_up = side_by_side(x_BTC, self.gate_proj, self.up_proj, key=key)
+        return self.down_proj(self.ops.swiglu_packed(gate_and_up), key)
 
 
 class GELU(nn.Module):
@@ -37,8 +39,8 @@ class GELU(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x_BTC), approximate="tanh"))
+    def forward(self, x_BTC: Tensor, key: DropoutKey | None = None) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x_BTC, key), approximate="tanh"), key)
 
 
 def new_mlp(config: ModelConfig, ops: Ops) -> nn.Module:

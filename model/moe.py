@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dropout import DropoutKey
 from model.layer_losses import BALANCE, LayerLosses, Z, add_loss, router_sums
 from model.mlp import SwiGLU
 from model.ops import REFERENCE, Ops
@@ -107,13 +108,15 @@ class SparseMLP(nn.Module):
         shared_width = config.num_shared_experts * config.moe_intermediate_size
         self.shared_expert = SwiGLU(config, ops, shared_width) if shared_width else None
 
-    def forward(self, x_BTC: Tensor, losses: LayerLosses | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTC: Tensor, losses: LayerLosses | None = None, key: DropoutKey | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(y, the sums of layer_losses.router_sums; None without losses). With router_aux_loss=batch the sums have a
         gradient, and balance_of_batch turns those of all layers into the loss."""
         scores_NE, probs_NE, chosen_NK, weights_NK = self.router(x_BTC.flatten(0, 1))
         y_BTC = self.experts(x_BTC.flatten(0, 1), chosen_NK, weights_NK).view_as(x_BTC)
         if self.shared_expert is not None:
-            y_BTC = y_BTC + self.shared_expert(x_BTC)
+            y_BTC = y_BTC + self.shared_expert(x_BTC, key)
         if losses is None:
             return y_BTC, None
         scores_BTE, probs_BTE, chosen_BTK = (x.unflatten(0, x_BTC.shape[:2]) for x in (scores_NE, probs_NE, chosen_NK))

@@ -10,6 +10,8 @@
     router               N(0, initializer_range)                yes      no     nothing
     router's bias        0 (frozen: a rule moves it)            no       no     nothing
     local filter         N(0, initializer_range)                yes      no     nothing
+    LoRA's A, B          uniform, 0 (model/adapters/lora.py)    yes      no     nothing
+    DoRA's lengths       those of the matrix's rows             no       no     nothing
 
 The matrices of all experts of a layer are one parameter (E, outputs, inputs), whose role is that of each.
 
@@ -18,9 +20,12 @@ blocks keep the stream's scale if each is smaller by the square root of 2 L (GPT
 are cut by outputs and the second by inputs, the layer needs one sum over the ranks (Megatron-LM: Shoeybi et al., 2019).
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ NORM_BIAS = Role("zero", False, False, "none")
 ROUTER = Role("normal", True, False, "none")
 ROUTER_BIAS = Role("zero", False, False, "none")
 FILTER = Role("normal", True, False, "none")
+LORA = Role("zero", True, False, "none")
+LORA_LENGTHS = Role("zero", False, False, "none")
 
 ROLES: tuple[tuple[str, Role], ...] = (
     (r"(embed_tokens|lm_head)\.weight", EMBEDDING),
@@ -66,8 +73,11 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r".*\.experts\.down_proj", OUTPUT_PROJECTION),
     (r".*\.local_filter\.conv[12]\.weight", FILTER),
     (r".*\.local_filter\.conv[12]\.bias", OUTPUT_BIAS),
+    (r".*\.lora_[AB]\.weight", LORA),
+    (r".*\.lora_magnitude_vector\.weight", LORA_LENGTHS),
 )
-"""(pattern of a whole name, role) for every parameter that model/decoder.py can have."""
+"""(pattern of a whole name, role) for every parameter that model/decoder.py and adapters can have. What an adapter
+initializes itself, `begins` says nothing about."""
 
 
 def role_of(name: str, roles: tuple[tuple[str, Role], ...] = ROLES) -> Role:
@@ -75,3 +85,9 @@ def role_of(name: str, roles: tuple[tuple[str, Role], ...] = ROLES) -> Role:
     found = next((role for pattern, role in roles if re.fullmatch(pattern, name)), None)
     assert found is not None, f"{name} has no role: give it one in model/roles.py or in its family"
     return found
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Source of a parameter's initial values, which depend on the seed and its name alone."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -42,7 +42,6 @@ class Task(ABC):
         self.model, self.dropout_seed = model, dropout_seed
         self.grad_scale = 1.0
         """What the loss will be multiplied by before its backward pass: for float16, see Decoder.loss_sum."""
-        self._drops = model.config.hidden_dropout > 0.0 or model.config.attention_dropout > 0.0
         self._has_experts = any(map(model.config.has_experts, range(model.config.num_hidden_layers)))
 
     @classmethod
@@ -100,7 +99,7 @@ class Task(ABC):
         Args:
             losses: `layer_losses` of the batch; None: only the task's loss counts.
         """
-        key = DropoutKey(self.dropout_seed, self.row_ids(batch)) if self._drops and self.model.training else None
+        key = DropoutKey(self.dropout_seed, self.row_ids(batch)) if self.model.drops and self.model.training else None
         return self.model(
             batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key,
             document_starts=batch.get("document_starts"), losses=losses,

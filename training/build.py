@@ -128,7 +128,9 @@ def build(
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
-    model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights)
+    model = build_model(
+        shape, config.system, config.run.seed, context.device, dtype, weights, config.adapter
+    )
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and context.is_main:

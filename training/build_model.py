@@ -10,6 +10,8 @@ import torch
 from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
+from model.adapters import lora
+from model.adapters.config import AdapterConfig
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
@@ -207,14 +209,16 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 
 
 def build_model(
-    shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None
-) -> Decoder:
+    shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
+    adapter: AdapterConfig | None = None,
+) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
     Args:
         seed: key of new weights.
         weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
             trained weights; frozen ones come from here alone.
+        adapter: what is trained instead of the weights; None, or one that is not used: they train themselves.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -232,6 +236,8 @@ def build_model(
         model.initialize(seed)
     else:
         load_weights(model, weights, seed)
+    if adapter is not None and adapter.is_used:
+        lora.attach(model, lora.LoraSpec.of(adapter), seed)
     model.to(device=device, dtype=dtype)
     if system.compile:
         model.compile_blocks()

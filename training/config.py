@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.config import DataConfig
+from model.adapters.config import AdapterConfig
 from model.config import ModelConfig
 from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
@@ -148,6 +149,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)

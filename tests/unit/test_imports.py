@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))} | {p.stem for p in ROOT.glob("*.py")}
 
 # Options and their checks, beside the code that they configure: plain data without heavy imports.
-CONFIGS = {f"{room}.config" for room in ("dataset", "model", "optimizer", "parallel", "tasks", "training")}
+CONFIGS = {
+    f"{room}.config" for room in ("dataset", "model", "model.adapters", "optimizer", "parallel", "tasks", "training")
+}
 ALLOWED = {
     "utils": set(),
     "runs": {"utils"},

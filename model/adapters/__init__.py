@@ -1,0 +1,1 @@
+"""Adapters: small trained additions to a model whose own weights stay as they are."""
