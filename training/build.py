@@ -11,6 +11,7 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.quantized import count_parameters
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from parallel.context import DistContext, enable_determinism
@@ -134,8 +135,7 @@ def build(
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and context.is_main:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
+        warn_of_rate(config.run, config.optimizer.learning_rate, count_parameters(model))
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(

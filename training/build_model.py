@@ -9,7 +9,7 @@ import torch
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
-from model import Decoder, hf, upcycle
+from model import Decoder, hf, quantized, upcycle
 from model.adapters import lora
 from model.adapters.config import AdapterConfig
 from model.attend import document_starts
@@ -222,6 +222,10 @@ def build_model(
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
+    if adapter is not None and adapter.load_in_4bit:
+        quantized.require_bitsandbytes()
+        if weights is None:
+            raise ValueError("--load_in_4bit freezes the model's weights, so it must have some: give --init_from")
     overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
     chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
     if not shape.num_local_experts:
@@ -231,7 +235,11 @@ def build_model(
     if weights is not None:
         stored = hf.read_config(weights)
         hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
-    model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
+    options = system.gradient_checkpointing, system.checkpoint_keeps, ops
+    if adapter is not None and adapter.load_in_4bit:
+        model = hf.outline_in_4bit(shape, device, dtype, *options)
+    else:
+        model = Decoder(shape, *options)
     if weights is None:
         model.initialize(seed)
     else:
