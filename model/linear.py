@@ -31,6 +31,10 @@ class Linear(nn.Linear):
         """(..., C) -> (..., O). `key` names the dropout masks of a layer that has some, such as an adapted one."""
         return F.linear(x, self.weight, self.bias)
 
+    def matrix(self) -> Tensor:
+        """W (O, C). A layer that stores it in another form computes it here."""
+        return self.weight
+
 
 def side_by_side(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> Tensor:
     """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
@@ -49,7 +53,11 @@ class Head(Linear):
 
     def rows(self) -> Tensor:
         """The matrix (V, C) that hidden states are multiplied with."""
-        return self.weight
+        return self.scaled(self.weight)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows (n, C) of the weight, as hidden states are multiplied with them."""
+        return rows
 
     def forward(self, hidden: Tensor, key: DropoutKey | None = None) -> Tensor:
         """Scores (..., V) of hidden states (..., C)."""
@@ -75,8 +83,8 @@ class NormalizedHead(Head):
     """A head whose rows have length 1 (Baichuan 2: Yang et al., 2023): scores depend on a row's direction, not on how
     often its token was seen."""
 
-    def rows(self) -> Tensor:
-        return F.normalize(self.weight.float(), dim=-1).to(self.weight.dtype)
+    def scaled(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows.float(), dim=-1).to(rows.dtype)
 
 
 def new_head(config: ModelConfig, ops: Ops) -> Head:
