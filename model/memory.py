@@ -149,7 +149,9 @@ class _Block:
 
     def _keeps_input(self, *ends: str) -> bool:
         """Whether one of these layers needs its input in the backward pass: its own weight or an adapter trains."""
-        return self.trains or any(name.endswith(f"{end}.weight") for name in self.adapted for end in ends)
+        adapts = any(name.endswith(f"{end}.weight") for name in self.adapted for end in ends)
+        # With a dropout, the adapter keeps what that leaves.
+        return self.trains or (adapts and not self.plan.adapter.lora_dropout)
 
     def _attention(self) -> float:
         config, plan, size = self.config, self.plan, self.itemsize
@@ -194,10 +196,14 @@ class _Block:
         return self.tokens * (size * hidden + router + chosen * (pair + 20) + shared)
 
     def _adapters(self) -> float:
-        """Each keeps the product with its first matrix, and with a dropout what that has left of the input."""
-        adapter = self.plan.adapter
-        inputs = sum(inputs for _, inputs in self.adapted.values()) if adapter.lora_dropout else 0
-        return self.tokens * self.itemsize * (len(self.adapted) * (adapter.lora_r or 0) + inputs)
+        """Each keeps the product with its first matrix, with a dropout the mask and what that leaves of the input, and
+        with DoRA both results."""
+        adapter, size, kept = self.plan.adapter, self.itemsize, 0
+        for outputs, inputs in self.adapted.values():
+            kept += size * (adapter.lora_r or 0)
+            kept += (size + 1) * inputs if adapter.lora_dropout else 0
+            kept += 2 * size * outputs if adapter.use_dora else 0
+        return self.tokens * kept
 
     def _outputs(self) -> float:
         """Results of matrix multiplications and of attention."""
@@ -255,7 +261,8 @@ def norm_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
 def activation_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
     """Bytes that the forward pass up to the last norm keeps for the backward pass."""
     blocks = sum(_Block(config, layer, plan).kept() for layer in range(config.num_hidden_layers))
-    return blocks + norm_bytes(config, plan) + plan.tokens * config.hidden_size * plan.itemsize
+    norms = (1 + config.embedding_norm) * norm_bytes(config, plan)
+    return blocks + norms + plan.tokens * config.hidden_size * plan.itemsize
 
 
 def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> float:

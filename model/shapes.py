@@ -104,11 +104,13 @@ def adapted_of(shapes: Shapes, adapter: AdapterConfig) -> Shapes:
     if not adapter.is_used:
         return {}
     linear, targets = linear_of_blocks(shapes), names_of(adapter.lora_target_modules)
-    if targets == [ALL_LINEAR]:
-        return linear
-    linear |= {name: shape for name, shape in shapes.items() if name == "lm_head.weight"}
-    ends = tuple(f".{target}.weight" for target in targets)
-    return {name: shape for name, shape in linear.items() if f".{name}".endswith(ends)}
+    return linear if targets == [ALL_LINEAR] else {name: linear[name] for name in linear if _fits(name, targets)}
+
+
+def _fits(name: str, modules: list[str]) -> bool:
+    """Whether a parameter belongs to one of these modules, of which the ends of the names are given."""
+    module = name.rpartition(".")[0]
+    return any(f".{module}".endswith(f".{end}") for end in modules)
 
 
 def added_by(adapter: AdapterConfig, config: ModelConfig) -> Shapes:
@@ -125,7 +127,7 @@ def added_by(adapter: AdapterConfig, config: ModelConfig) -> Shapes:
         found[f"{layer}.lora_A.weight"] = (rank, inputs)
         found[f"{layer}.lora_B.weight"] = (outputs, rank)
         if adapter.use_dora:
-            found[f"{layer}.lora_magnitude_vector"] = (outputs,)
+            found[f"{layer}.lora_magnitude_vector.weight"] = (outputs,)
     if not found:
         raise ValueError(f"lora_target_modules={adapter.lora_target_modules} fits no layer of this model")
     return found
@@ -137,7 +139,7 @@ def trained_of(config: ModelConfig, adapter: AdapterConfig) -> Shapes:
     if not adapter.is_used:
         return {name: shape for name, shape in shapes.items() if not name.endswith("selection_bias")}
     whole = names_of(adapter.lora_modules_to_save)
-    saved = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") in whole}
+    saved = {name: shape for name, shape in shapes.items() if _fits(name, whole)}
     return added_by(adapter, config) | saved
 
 
