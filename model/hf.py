@@ -346,6 +346,12 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def outline(config: ModelConfig) -> Decoder:
+    """A model without values, which takes no memory."""
+    with torch.device("meta"), _NoInitialValues():
+        return Decoder(config)
+
+
 def check_weights(config: ModelConfig, directory: str | Path) -> None:
     """See that a folder's weights fit a configuration, before memory is allocated: a configuration that is off by a few
     zeros would ask for too much.
@@ -353,13 +359,7 @@ def check_weights(config: ModelConfig, directory: str | Path) -> None:
     Raises:
         ValueError: see load_weights.
     """
-    _find_weights(directory, empty_model(config))
-
-
-def empty_model(config: ModelConfig) -> Decoder:
-    """A model without memory, whose tensors have only shapes."""
-    with torch.device("meta"), _NoInitialValues():
-        return Decoder(config)
+    _find_weights(directory, outline(config))
 
 
 @torch.no_grad()

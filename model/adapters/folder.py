@@ -27,7 +27,7 @@ from model.adapters import peft
 from model.adapters.lora import LoraSpec, attach
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.hf import check_finite, check_header, empty_model, opened
+from model.hf import check_finite, check_header, opened, outline
 from model.hf_files import read_json, shown, weight_files
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
@@ -89,13 +89,18 @@ def weights_of(found: Path, adapter: Path | None = None) -> Weights:
     return Weights(base_of(found), found) if is_adapter(found) else Weights(found)
 
 
-def base_of(adapter: Path) -> Path:
+_TO_DO = "give the base itself, and this folder with --adapter"
+
+
+def base_of(adapter: Path, to_do: str = _TO_DO) -> Path:
     """The folder of the base that an adapter names.
 
+    Args:
+        to_do: advice to a user whose base is gone.
     Raises:
         ValueError: it names none, or it is not there.
     """
-    note, to_do = read_note(adapter), "give the base itself, and this folder with --adapter"
+    note = read_note(adapter)
     named = note.base if note is not None else _read_config(adapter).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ValueError(f"{adapter} holds an adapter that does not name its base: {to_do}")
@@ -177,9 +182,9 @@ def check(config: ModelConfig, adapter: Path) -> LoraSpec:
     """See that an adapter fits a model, before memory is allocated; returns the adapter.
 
     Raises:
-        ValueError: see read_spec and load.
+        ValueError: see read_spec and read_tensors.
     """
-    model = empty_model(config)
+    model = outline(config)
     spec = read_spec(adapter, model)
     attach(model, spec, seed=0)
     _check_tensors(adapter, peft.shapes(model, _are_own(adapter)))
@@ -191,34 +196,41 @@ def _are_own(adapter: Path) -> bool:
     return note is not None and note.targets is not None
 
 
-@torch.no_grad()
-def load(model: Decoder, adapter: Path) -> None:
-    """Copy the tensors of a folder into a model that its adapter is attached to.
+def read_tensors(adapter: Path, model: Decoder) -> dict[str, Tensor]:
+    """What an adapter consists of, by our names, in the dtype of the folder.
 
+    Args:
+        model: with the adapter attached; it may be without memory.
     Raises:
         ValueError: the file cannot be read, or a tensor is missing, unknown, of another shape or not finite; the first
             one is named.
         OSError: a disk or a network fails, and may be back later.
     """
-    are_own = _are_own(adapter)
+    are_own, file = _are_own(adapter), adapter / TENSORS
     expected = peft.shapes(model, are_own)
     _check_tensors(adapter, expected)
     found: dict[str, Tensor] = {}
-    with opened(adapter / TENSORS) as tensors:
+    with opened(file) as tensors:
         for name in expected:
             found[name] = tensors.get_tensor(name)
-            check_finite(adapter / TENSORS, name, found[name])
+            check_finite(file, name, found[name])
+    with _naming(file):
+        return peft.to_ours(model, found, are_own)
+
+
+@torch.no_grad()
+def load(model: Decoder, adapter: Path) -> None:
+    """Copy the tensors of a folder into a model that its adapter is attached to. Raises: see read_tensors."""
     parameters = dict(model.named_parameters())
-    with _naming(adapter / TENSORS):
-        for name, tensor in peft.to_ours(model, found, are_own).items():
-            parameters[name].copy_(tensor)
+    for name, tensor in read_tensors(adapter, model).items():
+        parameters[name].copy_(tensor)
 
 
 def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape]) -> None:
     """See that a folder holds these tensors, by their headers alone.
 
     Raises:
-        ValueError: see load.
+        ValueError: see read_tensors.
     """
     file = adapter / TENSORS
     if not file.exists():

@@ -30,7 +30,7 @@ from model.families import family_of
 from model.families.family import EMBEDDING, HEAD, Rule
 from model.families.keys import check_keys
 from model.hf_files import shown
-from model.linear import Head
+from model.linear import Head, Linear
 
 PREFIX = "base_model.model."
 _A, _B, _LENGTHS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -68,17 +68,13 @@ class Group:
     """None: one and one."""
 
 
-def linear_layers(model: Decoder) -> dict[str, Any]:
+def linear_layers(model: Decoder) -> dict[str, Linear | LoraLinear]:
     """Name -> linear layer of the blocks, adapted or not."""
     return {
-        name: layer for name, layer in model.named_modules()
-        if hasattr(layer, "in_features") and not isinstance(layer, Head) and not _is_within(name)
-    }  # fmt: skip
-
-
-def _is_within(name: str) -> bool:
-    """Whether a module is part of an adapted layer."""
-    return is_adapters(f"{name}.") or name.endswith(".base_layer") or ".base_layer." in name
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear | LoraLinear) and not isinstance(layer, Head) and not name.endswith(".base_layer")
+    }
 
 
 def adapted_layers(model: Decoder) -> list[str]:
@@ -131,7 +127,10 @@ def to_peft(model: Decoder, spec: LoraSpec, base: str) -> dict[str, object]:
             if count > 1:
                 ranks[name] = count * spec.r
                 alphas[name] = _whole(spec.alpha * (math.sqrt(count) if spec.use_rslora else count))
-    saved = sorted({_leaf(_module(name)) for name in _their_whole(model)})
+    # PEFT does not look for a dot before these ends.
+    modules = _their_modules(model).values()
+    whole = {_module(name) for name in _their_whole(model)}
+    saved = sorted({n if any(m.endswith(_leaf(n)) for m in modules if m not in whole) else _leaf(n) for n in whole})
     return {
         "alpha_pattern": alphas,
         "auto_mapping": None,
@@ -178,6 +177,13 @@ def _is_meant(name: str, ends: Iterable[str]) -> bool:
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
+def _their_modules(model: Decoder) -> dict[str, str]:
+    """Our name of each module that has weights -> theirs; of those that are not fused."""
+    family = family_of(model.config)
+    names = [*(name for name, _ in model.named_parameters() if not is_adapters(name)), HEAD]
+    return {_module(name): _module(family.their_name(name)) for name in names}
+
+
 def _their_whole(model: Decoder) -> dict[str, str]:
     """Their name of each parameter of the base that trains -> ours. A tied matrix stands for both of its modules, as
     PEFT would otherwise train one of them alone."""
@@ -217,10 +223,13 @@ def to_theirs(model: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor
         else:
             matrix_a = own[0][0]  # type: ignore[index]
         for at, theirs in enumerate(group.theirs):
-            found[f"{PREFIX}{theirs}{_A}"], found[f"{PREFIX}{theirs}{_B}"] = matrix_a, rows[at]
+            # A file holds no two names for one memory.
+            found[f"{PREFIX}{theirs}{_A}"] = matrix_a.clone() if at else matrix_a
+            found[f"{PREFIX}{theirs}{_B}"] = rows[at]
             if lengths:
                 found[f"{PREFIX}{theirs}{_LENGTHS}"] = lengths[at]
-    found |= {f"{PREFIX}{theirs}": trained[ours] for theirs, ours in _their_whole(model).items()}
+    for theirs, ours in _their_whole(model).items():
+        found[f"{PREFIX}{theirs}"] = trained[ours].clone() if model.config.tie_word_embeddings else trained[ours]
     return found
 
 
@@ -267,23 +276,19 @@ def from_peft(values: dict, model: Decoder, own_targets: Sequence[str] | None) -
     rslora = _flag(values, "use_rslora")
     targets, chosen = own_targets, _chosen(values, model)
     if targets is None:
-        ranks = {(r, alpha)}
-        if chosen:
-            ranks = {_rank_of(values, [t for t in g.theirs if t in chosen], r, alpha, rslora)
-                     for g in groups_of(model) if chosen.intersection(g.theirs)}  # fmt: skip
+        groups = [group for group in groups_of(model) if chosen.intersection(group.theirs)]
+        if any(not chosen.issuperset(group.theirs) for group in groups):
+            raise ValueError("target_modules names one of two modules that share the rows of layers here: name both")
+        ranks = {_rank_of(values, group.theirs, r, alpha, rslora) for group in groups}
         if len(ranks) > 1:
             raise ValueError("rank_pattern or alpha_pattern gives some layers another rank: all must have one")
         ((r, alpha),) = ranks
-        layers = list(linear_layers(model))
-        targets = _ends([n for g in groups_of(model) if chosen.intersection(g.theirs) for n in g.ours], layers)
-    family, saved = family_of(model.config), _names(values, "modules_to_save")
-    modules = {_module(name): _module(family.their_name(name)) for name, _ in model.named_parameters()}
-    if model.config.tie_word_embeddings:
-        modules[_module(HEAD)] = _module(family.their_name(HEAD))
+        targets = _ends([name for group in groups for name in group.ours], list(linear_layers(model)))
+    modules, saved = _their_modules(model), _names(values, "modules_to_save")
     for name in saved:
-        if not any(_is_meant(theirs, [name]) for theirs in modules.values()):
+        if not any(theirs.endswith(name) for theirs in modules.values()):
             raise ValueError(f"modules_to_save names {shown(name)}, which the model does not have")
-    whole = [ours for ours, theirs in modules.items() if _is_meant(theirs, saved)]
+    whole = [ours for ours, theirs in modules.items() if theirs.endswith(tuple(saved))]
     return LoraSpec(
         r, alpha, float(_number(values, "lora_dropout", 0.0, float)), tuple(targets), tuple(_ends(whole, modules)),
         rslora, _flag(values, "use_dora"),
@@ -302,19 +307,20 @@ def _check(values: dict) -> None:
     begins = values.get("init_lora_weights", True)
     if begins is not None and begins not in _BEGINNINGS:
         raise ValueError(
-            f"init_lora_weights = {shown(begins)} is not supported, as it changes the base: save the adapter again with "
-            f"PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights = {shown(begins)} is not supported, as it changes the base: save the adapter again by "
+            f"PEFT with path_initial_model_for_weight_conversion"
         )
     check_keys(values, _UNDERSTOOD | _HARMLESS, _HARMLESS_AT, replaces_code=True)
 
 
 def _number(values: dict, name: str, default: float, kind: type) -> Any:
     value = values.get(name, default)
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     least = 0 if name == "lora_dropout" else 1 if name == "r" else math.ulp(0.0)
-    if not is_number or value < least or (name == "lora_dropout" and value >= 1):
+    number: Any = value if is_number else math.nan
+    if not least <= number < (1.0 if name == "lora_dropout" else math.inf):
         raise ValueError(f"{name} = {shown(value)} is not possible")
-    return value
+    return number
 
 
 def _flag(values: dict, name: str) -> bool:
@@ -371,7 +377,7 @@ def _is_layer(values: dict, name: str) -> bool:
     return False
 
 
-def _rank_of(values: dict, modules: list[str], r: int, alpha: float, rslora: bool) -> tuple[int, float]:
+def _rank_of(values: dict, modules: Sequence[str], r: int, alpha: float, rslora: bool) -> tuple[int, float]:
     """Rank and alpha of our layers for an adapter of modules that hold their rows."""
     ranks = [_by_pattern(values, "rank_pattern", name, r) for name in modules]
     alphas = [_by_pattern(values, "alpha_pattern", name, alpha) for name in modules]
