@@ -13,6 +13,7 @@ from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
@@ -175,10 +176,8 @@ def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        muon = config.muon if config.optimizer.optimizer == "muon" else None
-        return MixedPrecisionOptimizer(
-            gradients, config.adamw, config.optimizer.grad_clip, scaler, kernel, muon, model.roles()
-        )
+        rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, kernel, model.roles())
+        return MixedPrecisionOptimizer(gradients, rules, config.optimizer.grad_clip, scaler)
 
     return open_engine(
         EngineParts(
