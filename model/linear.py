@@ -31,6 +31,10 @@ class Linear(nn.Linear):
         """(..., C) -> (..., O). `key` names the dropout masks of a layer that has some, such as an adapted one."""
         return F.linear(x, self.weight, self.bias)
 
+    def matrix(self) -> Tensor:
+        """W (O, C). A layer that stores it in another form computes it here."""
+        return self.weight
+
 
 def side_by_side(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> Tensor:
     """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
