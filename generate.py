@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.choosing import resolve_checkpoint_dir
+from serving.arguments import NO_ADAPTER, parse_adapters
 from serving.chat import Chat, require_utf8, stream_text
 from utils.arguments import Parser
 from utils.paths import a_path
@@ -33,7 +34,7 @@ def talk(chat: Chat, served: "Served") -> None:
     """Hold a conversation in the terminal until the input ends."""
     interactive, help_text = sys.stdin.isatty(), _HELP
     if served.names:
-        help_text += f", {_ADAPTER} NAME goes on with another adapter: {', '.join([*served.names, 'none'])}"
+        help_text += f", {_ADAPTER} NAME goes on with another one: {', '.join([*served.names, NO_ADAPTER])}"
     if interactive:
         print(help_text, file=sys.stderr)
     while True:
@@ -57,7 +58,7 @@ def talk(chat: Chat, served: "Served") -> None:
 def switch(chat: Chat, served: "Served", name: str) -> None:
     """Go on with another adapter, or say why not. What was said stays."""
     try:
-        served.use(name)
+        served.use(None if name == NO_ADAPTER else name)
     except ValueError as error:
         tell(str(error))
         return
@@ -90,8 +91,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = Parser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", type=a_path, required=True, help="run directory, checkpoint or Hugging Face folder")
-    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
-                        help="adapter for it: run, checkpoint or folder; several can be given, the first is used")  # fmt: skip
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
+        help="adapter for it: run, checkpoint or folder; several can be given, the first is used",
+    )  # fmt: skip
     parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--system", default="", help="with --chat: what the model is told first")

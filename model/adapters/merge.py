@@ -13,11 +13,11 @@ if __name__ == "__main__":
     environment.check()
 
 import argparse
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,13 +26,16 @@ from torch import Tensor, nn
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from model import hf
+from model.adapters.folder import Weights, fingerprint, require_base, weights_of
 from model.adapters.lora import LoraLinear, merged_matrix
 from model.adapters.outline import brought, read_adapter
-from model.config import ModelConfig
 from model.families import family_of
 from model.families.family import Rule
-from model.generation_config import GENERATION_CONFIG, read_generation_config
+from model.generation_config import GENERATION_CONFIG, read_adapters_generation_config
 from model.hf_files import INDEX, index_of, split_into_files
+from tokenizer.base import CHAT_TEMPLATE_NAME
+from tokenizer.conversion import BYTE_LEVEL, SENTENCE_PIECE
+from tokenizer.loading import has_tokenizer
 from utils.arguments import Parser
 from utils.files import atomic_write_json, fsync_dir
 from utils.options import parse_size
@@ -40,6 +43,11 @@ from utils.paths import a_path
 from utils.terminal import run_main
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", SENTENCE_PIECE,
+    *BYTE_LEVEL, CHAT_TEMPLATE_NAME,
+)  # fmt: skip
 
 
 class MergedWeights:
@@ -57,7 +65,7 @@ class MergedWeights:
     def __init__(self, base: Path, adapter: Path, dtype: torch.dtype | None):
         config = hf.read_config(base)
         self._stored = hf.StoredWeights(base, config)
-        outline = read_adapter(adapter, config, torch.device("cpu"), torch.float32)
+        outline = read_adapter(adapter, config)
         self._layers: dict[str, LoraLinear] = {}
         self._wholes: dict[str, Tensor] = {}
         for path, module in brought(outline).items():
@@ -83,7 +91,11 @@ class MergedWeights:
         """
         names = list(names)
         found = self._stored.read(name for name in names if name not in self._wholes)
-        return {name: self._merged(name, found.get(name)).to(self.outlines[name].dtype) for name in names}
+        merged = {name: self._merged(name, found.get(name)).to(self.outlines[name].dtype) for name in names}
+        for name, tensor in merged.items():
+            if not all(map(math.isfinite, tensor.aminmax())):
+                raise ValueError(f"{name} has values beyond the range of {str(tensor.dtype).removeprefix('torch.')}: give --dtype=bfloat16 or float32")
+        return merged
 
     def _merged(self, name: str, stored: Tensor | None) -> Tensor:
         if stored is None:
@@ -98,12 +110,29 @@ class MergedWeights:
         return merged
 
 
-def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, max_bytes: int) -> None:
+def find(base: Path | None, adapter: Path) -> Weights:
+    """The folders of a base and an adapter that belong together.
+
+    Args:
+        base: a run, a checkpoint or a folder; None: the one that the adapter names.
+        adapter: a run, a checkpoint or a folder.
+    Raises:
+        ValueError: they are not what they should be, or do not belong together.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    found = resolve_checkpoint_dir(adapter)
+    weights = weights_of(resolve_checkpoint_dir(base), found) if base is not None else weights_of(found)
+    if weights.adapter is None:
+        raise ValueError(f"{adapter} holds a whole model: give the folder of an adapter")
+    require_base(weights, fingerprint(weights.base))
+    return weights
+
+
+def merge(weights: Weights, output: Path, dtype: torch.dtype | None, max_bytes: int) -> None:
     """Write the folder of a base with an adapter merged into it.
 
     Args:
-        base: folder of the base.
-        adapter: folder of the adapter.
+        weights: base and adapter.
         output: the new folder.
         dtype: of its weights; None: as in the base.
         max_bytes: see split_into_files.
@@ -113,13 +142,15 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype | None, ma
     """
     if output.exists():
         raise ValueError(f"{output} exists: give a new folder")
-    weights = MergedWeights(base, adapter, dtype)
+    base, adapter = weights
+    assert adapter is not None
+    merged = MergedWeights(base, adapter, dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     temporary.mkdir()
     try:
-        _write_weights(weights, temporary, max_bytes)
-        _write_others(weights, base, adapter, temporary)
+        _write_weights(merged, temporary, max_bytes)
+        _write_others(merged, base, adapter, temporary)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -159,18 +190,15 @@ def _tensors(weights: MergedWeights, rules: list[Rule], wanted: set[str]) -> dic
 def _write_others(weights: MergedWeights, base: Path, adapter: Path, directory: Path) -> None:
     """Write the configurations, and copy the tokenizer: the adapter's if it has one, otherwise the base's."""
     config, family = weights.config, family_of(weights.config)
-    generation = generation_config_of(base, adapter)
+    generation = read_adapters_generation_config(base, adapter)
     dtype = weights.outlines["embed_tokens.weight"].dtype
-    atomic_write_json(
-        directory / "config.json", hf.to_hf_config(config, dtype, **generation.token_ids, family=family)
-    )
+    values = hf.to_hf_config(config, dtype, family=family)
+    atomic_write_json(directory / "config.json", values | generation.token_ids)
     atomic_write_json(directory / GENERATION_CONFIG, generation.to_hf())
     source = adapter if has_tokenizer(adapter) else base
     for name in TOKENIZER_FILES:
-        # A template alone counts, too.
-        path = next((path for path in (adapter / name, source / name) if path.exists()), None)
-        if path is not None:
-            shutil.copyfile(path, directory / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, directory / name)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -184,7 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=a_path, help=f"the model: {folder} (default: the one that the adapter names)")
     parser.add_argument("--adapter", type=a_path, required=True, help=f"the adapter: {folder}")
     parser.add_argument("--output", type=a_path, required=True, help="folder to write, which must not exist")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights; auto: as in the base")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights (default: as before)")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (default: 5GB)")
     return parser.parse_args(argv)
 
@@ -193,8 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         max_bytes = parse_size(args.max_shard_size)
-        ...
-        merge(base, adapter, Path(args.output), DTYPES.get(args.dtype), max_bytes)
+        weights = find(Path(args.base) if args.base else None, Path(args.adapter))
+        merge(weights, Path(args.output), DTYPES.get(args.dtype), max_bytes)
     except (ValueError, OSError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2

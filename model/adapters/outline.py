@@ -6,7 +6,7 @@ So it can be looked at, put into a model or merged into weights without a second
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import hf
 from model.adapters import folder, lora
@@ -14,20 +14,25 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 
 
-def read_adapter(directory: Path, config: ModelConfig) -> Decoder:
+def read_adapter(
+    directory: Path, config: ModelConfig, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Decoder:
     """The outline of a model with an adapter.
 
     Args:
         directory: the adapter's folder.
         config: the model's, without the adapter.
+        device: of the adapter's tensors.
+        dtype: of the adapter's tensors; None: that in the folder.
     Raises:
         ValueError: it is no adapter's folder, or no adapter of such a model.
         OSError: a disk or a network fails, and may be back later.
     """
     model = hf.outline(config)
-    lora.attach(model, folder.read_spec(directory), seed=0)
-    ...
-    model.load_state_dict(folder.read_tensors(directory, model), strict=False, assign=True)
+    lora.attach(model, folder.read_spec(directory, model), seed=0)
+    tensors = folder.read_tensors(directory, model)
+    values = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(values, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model

@@ -6,12 +6,14 @@ computes the same bits as before.
 """
 
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from model.adapters.lora import LoraLinear
 from model.adapters.outline import brought, read_adapter
 from model.decoder import Decoder
+from model.linear import Linear
 
 
 class Adapters:
@@ -50,7 +52,7 @@ class Adapters:
         for path, module in modules.items():
             plain = self._plain.setdefault(path, self._model.get_submodule(path))
             if isinstance(module, LoraLinear):
-                module.base_layer = plain
+                module.base_layer = cast(Linear, plain)
             module.requires_grad_(False).train(self._model.training)
         self._modules[name] = modules
 
