@@ -413,7 +413,7 @@ class StoredWeights:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         place = self._places[name][1][0]
-        with _opened(place.file) as tensors:
+        with opened(place.file) as tensors:
             return _DTYPES[tensors.get_slice(place.name).get_dtype()]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -429,7 +429,7 @@ class StoredWeights:
             rule, stored = self._places[name]
             theirs = [_read_tensor(place) for place in stored]
             for place, tensor in zip(stored, theirs):
-                _check_finite(place, tensor)
+                check_finite(place.file, place.name, tensor)
             found |= {ours: tensor for ours, tensor in zip(rule.ours, rule.split(theirs)) if ours in wanted}
             if name in self._besides:
                 beside, place = self._besides[name]

@@ -94,7 +94,8 @@ class MergedWeights:
         merged = {name: self._merged(name, found.get(name)).to(self.outlines[name].dtype) for name in names}
         for name, tensor in merged.items():
             if not all(map(math.isfinite, tensor.aminmax())):
-                raise ValueError(f"{name} has values beyond the range of {str(tensor.dtype).removeprefix('torch.')}: give --dtype=bfloat16 or float32")
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{name} has values beyond the range of {dtype}: give --dtype=bfloat16 or float32")
         return merged
 
     def _merged(self, name: str, stored: Tensor | None) -> Tensor:
@@ -212,7 +213,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=a_path, help=f"the model: {folder} (default: the one that the adapter names)")
     parser.add_argument("--adapter", type=a_path, required=True, help=f"the adapter: {folder}")
     parser.add_argument("--output", type=a_path, required=True, help="folder to write, which must not exist")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of the weights (default: as before)")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: that of the base's weights")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (default: 5GB)")
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from model.adapters import merge as merging
 from model.hf_files import INDEX
-from tests.adapter_folders import IDS, load, make_adapter, make_base, scores_by_peft
+from tests.adapter_folders import load, make_adapter, make_base, scores_by_peft
 from tests.unit.test_adapter_switch import loaded, scores
 
 pytest.importorskip("peft")
@@ -77,12 +77,15 @@ def test_no_more_than_one_file_is_in_memory(tmp_path: Path, monkeypatch: pytest.
     adapter = make_adapter(tmp_path / "adapter", base, target_modules="all-linear", r=1)
     alive, most, read = [0], [0], merging.MergedWeights.read
 
+    def count(size: int) -> None:
+        alive[0] += size
+        most[0] = max(most[0], alive[0])
+
     def counted(self: merging.MergedWeights, names: list[str]) -> dict[str, torch.Tensor]:
         found = read(self, names)
         for tensor in found.values():
-            alive[0] += tensor.nbytes
-            weakref.finalize(tensor.untyped_storage(), lambda size: alive.__setitem__(0, alive[0] - size), tensor.nbytes)
-        most[0] = max(most[0], alive[0])
+            count(tensor.nbytes)
+            weakref.finalize(tensor.untyped_storage(), count, -tensor.nbytes)
         return found
 
     monkeypatch.setattr(merging.MergedWeights, "read", counted)
