@@ -31,8 +31,8 @@ _QUANTIZED = re.compile(
 """Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
 _FURTHER_TOKENS = re.compile(r"(^|\.)mtp[._]")
 """Tensors of layers that predict tokens beyond the next one, which transformers leaves out when it saves a folder."""
-_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights, by safetensors' words. Others are quantized, and mean nothing without their scales."""
 
 
 def to_hf_config(
@@ -414,6 +414,53 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
         rows.copy_(_read_tensor(_Stored(Path(directory) / PADDING, name)))
     for beside, place in folder.besides:
         _check_beside(place, _read_tensor(place), beside, held[beside.like])
+
+
+class StoredWeights:
+    """The weights of a folder, each read when it is asked for. For programs that never hold the whole model.
+
+    Args:
+        directory: the folder.
+        config: its configuration.
+    Raises:
+        ValueError: see load_weights; but for values, which are looked at when they are read.
+    """
+
+    def __init__(self, directory: str | Path, config: ModelConfig):
+        model = outline(config)
+        folder = _find_weights(directory, model)
+        self._places = {name: (rule, stored) for rule, stored in folder.weights for name in rule.ours}
+        self._besides = {beside.like: (beside, place) for beside, place in folder.besides}
+        self.outlines = {
+            name: torch.empty_like(parameter, dtype=self._dtype_of(name), device="meta")
+            for name, parameter in model.named_parameters()
+        }
+        """Name of each parameter -> a tensor of its shape and of the dtype in the folder, without values."""
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        place = self._places[name][1][0]
+        with opened(place.file) as tensors:
+            return _DTYPES[tensors.get_slice(place.name).get_dtype()]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the parameters, in the dtype of the folder.
+
+        Raises:
+            ValueError, OSError: see load_weights.
+        """
+        wanted, found = set(names), dict[str, Tensor]()
+        for name in sorted(wanted):
+            if name in found:
+                continue
+            rule, stored = self._places[name]
+            theirs = [_read_tensor(place) for place in stored]
+            for place, tensor in zip(stored, theirs):
+                check_finite(place.file, place.name, tensor)
+            found |= {ours: tensor for ours, tensor in zip(rule.ours, rule.split(theirs)) if ours in wanted}
+            if name in self._besides:
+                beside, place = self._besides[name]
+                _check_beside(place, _read_tensor(place), beside, found[name])
+        return found
 
 
 def _read_tensor(place: _Stored) -> Tensor:
