@@ -22,6 +22,7 @@ from parallel.gradients import square
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
+from training.added_tokens import added_tokens
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -112,10 +113,14 @@ def build(
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
-    weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
+    added = added_tokens(config.run, config.adapter, data.tokenizer)
+    if is_resumed and not config.adapter.is_used:
+        # They are in the checkpoint.
+        added = []
+    weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer, added)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
-    shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len)
+    shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len, len(added))
     # Only now is it known what the weights bring along.
     for sentence in without_effect(replace(config, model=shape), given) if context.is_main else ():
         logger.warning(sentence)
@@ -130,8 +135,9 @@ def build(
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
     model = build_model(
-        shape, config.system, config.run.seed, context.device, dtype, weights, config.adapter
-    )
+        shape, config.system, config.run.seed, context.device, dtype, weights, config.adapter,
+        range(vocab_size - len(added), vocab_size),
+    )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and context.is_main:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
-from model.adapters import lora
+from model.adapters import lora, tokens
 from model.adapters.config import AdapterConfig
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
@@ -49,12 +49,15 @@ def new_model(wanted: ModelConfig, given: Set[str]) -> ModelConfig:
     return family_named(wanted.model_type).new(wanted, given | changed)
 
 
-def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
+def find_weights(
+    run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer, added: Sequence[str] = ()
+) -> Path | None:
     """Folder of the weights to begin with; None: new weights.
 
     Args:
         resumed_from: folder of the model that a resumed run goes on with; None for a new run.
         tokenizer: the data's.
+        added: tokens that the data's has besides those that the weights know.
     Raises:
         ValueError: the run needs weights and there are none, or they belong to another tokenizer.
     """
@@ -62,7 +65,7 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
     if source is None and run.init_from:
         source = resolve_checkpoint_dir(Path(run.init_from))
     if source is not None:
-        own = require_tokenizer_of(source, tokenizer)
+        own = require_tokenizer_of(source, tokenizer, added)
         if resumed_from is None and run.task.teaches_chat:
             warn_of_another_template(source, own, tokenizer)
     if run.valid_only and source is None:
@@ -76,7 +79,7 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
 
 def choose_shape(
     wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, is_resumed: bool, vocab_size: int,
-    max_seq_len: int,
+    max_seq_len: int, num_added: int = 0,
 ) -> ModelConfig:  # fmt: skip
     """The model's final shape, which a family can hold.
 
@@ -86,6 +89,7 @@ def choose_shape(
         weights: folder of the weights to begin with.
         is_resumed: it is a checkpoint of this run.
         vocab_size: the tokenizer's.
+        num_added: its last entries that the weights do not know.
     Raises:
         ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
@@ -97,6 +101,8 @@ def choose_shape(
         stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
     elif stored is not None and upcycle.is_upcycled(stored, wanted):
         stored = upcycle.sparse_config(stored, wanted)
+    if stored is not None and num_added:
+        stored = dataclasses.replace(stored, vocab_size=max(stored.vocab_size, vocab_size))
     shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
     # Asked before the training: otherwise the first save would fail.
     family_of(shape)
@@ -210,7 +216,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
-    adapter: AdapterConfig | None = None,
+    adapter: AdapterConfig | None = None, new_rows: range = range(0),
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -219,6 +225,7 @@ def build_model(
         weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
             trained weights; frozen ones come from here alone.
         adapter: what is trained instead of the weights; None, or one that is not used: they train themselves.
+        new_rows: tokens that the weights do not know.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -230,12 +237,16 @@ def build_model(
     ops = build_ops(chosen)
     if weights is not None:
         stored = hf.read_config(weights)
+        # As stored, new tokens have no rows.
+        shape = dataclasses.replace(shape, vocab_size=stored.vocab_size) if new_rows else shape
         hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
     model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
     if weights is None:
         model.initialize(seed)
     else:
         load_weights(model, weights, seed)
+    if new_rows:
+        tokens.grow(model, new_rows.start, len(new_rows))
     if adapter is not None and adapter.is_used:
         lora.attach(model, lora.LoraSpec.of(adapter), seed)
     model.to(device=device, dtype=dtype)

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from model import hf
 from parallel import DistContext
 from runs.layout import RunPaths
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.add_tokens import grow, read_tokens
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
 from training.config import RunConfig
@@ -84,12 +85,15 @@ def _indexed_length(directory: Path, wished: int) -> int:
     return lengths[0]
 
 
-def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dict[str, Path]:
+def prepare_data(
+    run: RunConfig, data: DataConfig, given: frozenset[str], add_tokens: str = ""
+) -> dict[str, Path]:
     """Directory of the tokens of each set. Raw records of SFT and DPO are tokenized here, before any process group
     exists, so that no rank waits in a collective meanwhile.
 
     Args:
         given: names of the flags that were given.
+        add_tokens: file of tokens that the tokenizer grows by.
     Raises:
         ValueError: there is nothing to tokenize, or flags contradict the tokens that are there.
     """
@@ -109,42 +113,56 @@ def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dic
         else:
             # A directory for validation alone is taken whole.
             ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
-            chosen[split] = tokenize_online(directory, _tokenizer_dir(run, data.tokenizer_dir), options, ratio)
+            tokenizer_dir, added = _tokenizer_of(run, data.tokenizer_dir, add_tokens)
+            chosen[split] = tokenize_online(directory, tokenizer_dir, options, ratio, added)
         check_options(chosen[split], options, given)
     return chosen
 
 
-def _tokenizer_dir(run: RunConfig, given: str) -> Path:
-    """Folder of the tokenizer for the model that is trained; `given`: --tokenizer_dir."""
+def _tokenizer_of(run: RunConfig, given: str, add_tokens: str) -> tuple[Path, Sequence[str]]:
+    """Folder of the tokenizer for the model that is trained, and the tokens that it has to grow by.
+
+    Args:
+        given: --tokenizer_dir, whose tokenizer has them already.
+        add_tokens: file of these tokens.
+    """
     weights = None
     if run.resume:
         # Any checkpoint will do; the one to resume from is found later.
         weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
+    added: Sequence[str] = ()
     if weights is None and run.init_from:
         weights = resolve_checkpoint_dir(Path(run.init_from))
+        added = read_tokens(add_tokens) if add_tokens else ()
     if given:
         if weights is not None:
-            require_tokenizer_of(weights, load_tokenizer(given))
-        return Path(given)
+            require_tokenizer_of(weights, load_tokenizer(given), added)
+        return Path(given), ()
     if weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
             "--tokenizer_dir says how)"
         )
-    return weights
+    return weights, added
 
 
-def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
+def require_tokenizer_of(weights: Path, tokenizer: Tokenizer, added: Sequence[str] = ()) -> Tokenizer | None:
     """The tokenizer in a model's folder, if it holds one, which must be the data's.
 
     Args:
         weights: folder of a model.
         tokenizer: the data's.
+        added: tokens that the data's has besides.
     Raises:
         ValueError: the folder holds another tokenizer, or none and the model's vocabulary has another size.
     """
     if has_tokenizer(weights):
-        own = load_tokenizer(weights)
+        own = grow(load_tokenizer(weights), added) if added else load_tokenizer(weights)
+        if added and own.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"the data was not tokenized with the tokenizer of {weights} and the tokens of --add_tokens: make that "
+                f"with `python -m tokenizer.add_tokens`, and pretokenize the data again with it"
+            )
         if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
@@ -152,7 +170,7 @@ def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | Non
             )
         return own
     rows = hf.read_config(weights).vocab_size
-    if not 0 <= rows - tokenizer.vocab_size <= max(64, rows // _MOST_PADDING):
+    if not 0 <= rows - (tokenizer.vocab_size - len(added)) <= max(64, rows // _MOST_PADDING):
         raise ValueError(
             f"{weights} holds weights but no tokenizer, and its vocab_size is {rows} where the data's tokenizer has "
             f"{tokenizer.vocab_size} entries: tokenize the data with the model's own, and copy that into {weights}"

@@ -4,14 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from model import Decoder
+from model import Decoder, hf
 from model.adapters import tokens as rows
 from model.config import ModelConfig
 from model.ops import build_ops, choose_ops, needs_of
-from tests.unit.test_sft_train import WORDS
+from tests.runs import elsewhere, final_state, out_dir, same_bits
+from tests.unit.test_sft_train import (
+    WORDS,
+    base_flags,
+    conversations,
+    pretokenize,
+    refusal,
+    train,
+    with_data,
+    without,
+    write_model,
+    write_sft,
+)
+from tests.unit.test_train import sigterm, train_until
 from tokenizer import Tokenizer, add_tokens, load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sp_bbpe import train_sp_bbpe
@@ -142,3 +156,47 @@ def test_trained_rows_have_the_gradient_of_the_whole_matrix(tied: bool, normaliz
     with pytest.raises(ValueError, match="give --train_added_tokens=all"):
         plain.requires_grad_(True)
         rows.train_rows(plain, [22])
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A short SFT on raw records, some of whose words are new tokens."""
+    talks = [(f"river bank {question}", f"{answer} äü") for question, answer in conversations(16)]
+    write_model(tmp_path / "model", tokenizer_of("hf"))
+    (tmp_path / "tokens").write_text("\n".join(ADDED))
+    data = write_sft(tmp_path / "data", talks)
+    return [
+        *base_flags(tmp_path), "--task_type=sft", f"--init_from={tmp_path / 'model'}", f"--data_dir={data}",
+        f"--add_tokens={tmp_path / 'tokens'}", "--valid_ratio=0",
+    ]  # fmt: skip
+
+
+def test_all_weights_train_with_new_tokens(flags: list[str], tmp_path: Path):
+    assert train(flags) == 0
+    saved = out_dir(flags) / "ckpt" / "step-4"
+    grown, base = load_tokenizer(saved), load_tokenizer(tmp_path / "model")
+    assert grown.fingerprint == add_tokens.grow(base, ADDED).fingerprint
+    embedding = load_file(saved / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(embedding) == 320 + len(ADDED) and len(embedding[320:].unique(dim=0)) > 1
+    assert hf.read_config(saved).vocab_size == len(AutoTokenizer.from_pretrained(saved)) == len(embedding)
+    # Stopped and resumed, and with data that was tokenized beforehand, it is the same run.
+    assert add_tokens.main([f"--tokenizer_dir={tmp_path / 'model'}", f"--tokens={tmp_path / 'tokens'}",
+                            f"--output_dir={tmp_path / 'grown'}"]) == 0  # fmt: skip
+    ready = pretokenize(tmp_path / "data", tmp_path / "grown", tmp_path / "ready", "sft")
+    again = with_data(elsewhere(flags, tmp_path / "again"), ready)
+    assert train_until(2, sigterm, again) == 75
+    assert train(again, "--resume") == 0
+    assert same_bits(final_state(flags, 4), final_state(again, 4))
+
+
+def test_runs_with_other_tokens_are_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    without_tokens = pretokenize(tmp_path / "data", tmp_path / "model", tmp_path / "other", "sft")
+    assert "of --add_tokens does not have the id" in refusal(capsys, with_data(flags, without_tokens))
+    (tmp_path / "more").write_text("\n".join(["newest", *ADDED]))
+    assert add_tokens.main([f"--tokenizer_dir={tmp_path / 'model'}", f"--tokens={tmp_path / 'more'}",
+                            f"--output_dir={tmp_path / 'grown'}"]) == 0  # fmt: skip
+    more = pretokenize(tmp_path / "data", tmp_path / "grown", tmp_path / "ready", "sft")
+    assert "python -m tokenizer.add_tokens" in refusal(capsys, with_data(flags, more))
+    assert "give these with --init_from" in refusal(capsys, with_data(without(flags, "--init_from"), more))
+    (tmp_path / "tokens").unlink()
+    assert "does not exist" in refusal(capsys, flags)

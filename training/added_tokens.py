@@ -1,0 +1,26 @@
+"""Tokens that a run adds to those that its weights know: --add_tokens."""
+
+from model.adapters.config import AdapterConfig
+from tokenizer import Tokenizer
+from tokenizer.add_tokens import read_tokens, require_grown
+from training.config import RunConfig
+
+
+def added_tokens(run: RunConfig, adapter: AdapterConfig, tokenizer: Tokenizer) -> list[str]:
+    """The tokens that the run adds, the last entries of its tokenizer.
+
+    Args:
+        tokenizer: the data's.
+    Raises:
+        ValueError: there are no weights that know the others, or the data's tokenizer does not have these.
+    """
+    if not adapter.add_tokens:
+        return []
+    if not run.init_from:
+        raise ValueError(
+            "--add_tokens adds to the tokens that weights know: give these with --init_from, or for a new model a "
+            "tokenizer that has all tokens"
+        )
+    tokens = read_tokens(adapter.add_tokens)
+    require_grown(tokenizer, tokens)
+    return tokens
