@@ -78,7 +78,8 @@ def tokenize_online(
             raise
         raise ValueError(
             f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
-            f"{_growing(tokenizer_dir, added)}`python -m data_preprocess.pretokenize_sft_data --task {options.task} --data_dir {data_dir} "
+            f"{_growing(tokenizer_dir, added)}`python -m data_preprocess.pretokenize_sft_data --task {options.task} "
+            f"--data_dir {data_dir} "
             f"--tokenizer_dir {'T' if added else tokenizer_dir} --output_dir O --max_seq_len {options.max_seq_len}`, "
             f"and give O"
         ) from None

@@ -1,6 +1,8 @@
 """Tokens that a run adds to those that its weights know: --add_tokens."""
 
+from model import ModelConfig, hf
 from model.adapters.config import AdapterConfig
+from model.adapters.folder import Weights
 from tokenizer import Tokenizer
 from tokenizer.add_tokens import read_tokens, require_grown
 from training.config import RunConfig
@@ -24,3 +26,20 @@ def added_tokens(run: RunConfig, adapter: AdapterConfig, tokenizer: Tokenizer) -
     tokens = read_tokens(adapter.add_tokens)
     require_grown(tokenizer, tokens)
     return tokens
+
+
+def rows_to_add(weights: Weights | None, shape: ModelConfig, vocab_size: int, num_added: int) -> range:
+    """Tokens whose rows the weights lack, or have but never trained.
+
+    Args:
+        weights: what the run begins with.
+        shape: the model's.
+        vocab_size: the tokenizer's.
+        num_added: its last entries, which the run adds now.
+    """
+    if num_added:
+        return range(vocab_size - num_added, vocab_size)
+    if weights is None or weights.adapter is None:
+        return range(0)
+    # Those of an adapter, which brings their values.
+    return range(hf.read_config(weights.base).vocab_size, shape.vocab_size)
