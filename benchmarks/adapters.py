@@ -101,7 +101,9 @@ def run_ours(case: str, args: argparse.Namespace) -> dict:
     import torch
 
     import train_my_ddp
-    import training.trainer  # noqa: F401
+    from model import hf, quantized  # noqa: F401
+    from parallel import engines  # noqa: F401
+    from tasks import registry  # noqa: F401
 
     torch.set_num_threads(args.threads)
     out_dir = Path(args.work_dir) / "run-ours"
