@@ -203,8 +203,8 @@ def _other_weights(directory: Path) -> str:
     here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
     auto = "from transformers import AutoModelForCausalLM as M"
     if _is_adapter(directory):
-        merge = f"M.from_pretrained({here}).merge_and_unload().save_pretrained({there})"
-        return f", only an adapter: merge it with {_python(f'from peft import AutoPeftModelForCausalLM as M; {merge}')}"
+        folders = f"--adapter {shlex.quote(str(directory))} --output {shlex.quote(f'{directory}-merged')}"
+        return f", only an adapter: merge it with python -m model.adapters.merge {folders}"
     if name := _first(directory, "pytorch_model*.bin"):
         command = _python(f'{auto}; M.from_pretrained({here}, dtype="auto").save_pretrained({here})')
         if _has_own_class(directory):
