@@ -11,6 +11,7 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.adapters.folder import Weights
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from optimizer.rules import new_rules
@@ -57,8 +58,8 @@ class Built:
     run_dir: RunDir
     data: Data
     derived: Derived
-    weights_from: Path | None
-    """The folder that the model was built from."""
+    weights_from: Weights | None
+    """The folders that the model was built from."""
     adapter: Adapter | None
     """What is trained instead of the model's own weights."""
     export: Export
@@ -167,7 +168,7 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, weights, adapter, export, dtype, model, task, reference, kernel,
+        config, context, mesh, run_dir, data, derived, source, adapter, export, dtype, model, task, reference, kernel,
         scaler, engine, progress, left_out, loader,
     )  # fmt: skip
 
