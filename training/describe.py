@@ -15,6 +15,7 @@ from model import Decoder, flops
 from model.adapters import lora, peft
 from model.adapters.folder import Weights
 from model.families.family import EMBEDDING, HEAD
+from model.quantized import count_parameters
 from parallel.engine import Engine
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
@@ -55,7 +56,7 @@ def count_flops(built: Built) -> Flops:
         flops.flops_per_token_strict(
             model.config, *built.data.train.context_and_supervised_share(), _frozen(model) if built.adapter else None
         ),
-        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, _count_parameters(model)),
+        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, count_parameters(model)),
     )
 
 
@@ -77,10 +78,6 @@ def describe(built: Built, counted: Flops) -> list[str]:
     ]
 
 
-def _count_parameters(model: Decoder) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _frozen(model: Decoder) -> flops.Frozen:
     factors = (".lora_A.weight", ".lora_B.weight")
     added = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(factors))
@@ -93,7 +90,7 @@ def _adapter(model: Decoder, adapter: Adapter) -> str:
     spec, layers = adapter.spec, peft.adapted_layers(model)
     kind = ("rsLoRA" if spec.use_rslora else "LoRA") + (" with DoRA's lengths" if spec.use_dora else "")
     trained = sum(parameter.numel() for parameter in lora.adapter_parameters(model).values())
-    of = f"{100 * trained / _count_parameters(model):.2f}% of the parameters"
+    of = f"{100 * trained / count_parameters(model):.2f}% of the parameters"
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
     whole = f", {', '.join(spec.modules_to_save)} whole" if spec.modules_to_save else ""
     text = (
@@ -110,7 +107,7 @@ def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device
     active = f" ({flops.active_parameters(config) / 1e6:.1f} M multiply a token)" if config.num_local_experts else ""
     experts = f"{config.num_local_experts} experts of which a token sees {config.num_experts_per_tok}, "
     return (
-        f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
+        f"model: {family}, {count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
         f"layers, {config.hidden_size} wide, {experts if config.num_local_experts else ''}{dtype} on {device.type}"
     )
 
