@@ -15,6 +15,7 @@ from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
@@ -182,8 +183,11 @@ def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, kernel, model.roles())
-        return MixedPrecisionOptimizer(gradients, rules, config.optimizer.grad_clip, scaler)
+        flags, offloads = config.optimizer, config.optimizer.offload_optimizer
+        rules = new_rules(flags.optimizer, config.adamw, config.muon, "torch" if offloads else kernel, model.roles())
+        if offloads:
+            return OffloadedOptimizer(gradients, rules, flags.grad_clip, scaler, context.device)
+        return MixedPrecisionOptimizer(gradients, rules, flags.grad_clip, scaler)
 
     return open_engine(
         EngineParts(
