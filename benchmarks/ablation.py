@@ -45,11 +45,12 @@ from configurator import parse_config
 from model import Decoder, flops
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from optimizer import adamw_triton
-from optimizer.adamw import adamw_reference
+from optimizer.adamw import AdamW, adamw_reference
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
 from optimizer.param_groups import is_matrix
+from optimizer.rule import Rule
 from parallel import BucketGradients, DistContext, DistributedDataParallel
 from parallel.contract import GradientSource
 from parallel.gradients import square
@@ -137,7 +138,8 @@ def build_step(config: Config, contender: Contender, device: torch.device) -> tu
         optimizer = PlainAdamW(BucketGradients(ddp), config.adamw, grad_clip)
     else:
         gradients = BucketGradients(ddp, square=adamw_triton.sum_of_squares if kernel == "triton" else square)
-        optimizer = MixedPrecisionOptimizer(gradients, config.adamw, grad_clip, LossScaler(enabled=False), kernel)
+        rules: list[Rule] = [AdamW(config.adamw, kernel=kernel)]
+        optimizer = MixedPrecisionOptimizer(gradients, rules, grad_clip, LossScaler(enabled=False))
     shape = (config.data.gradient_accumulation_steps, config.data.train_batch_size, config.data.max_seq_len + 1)
     tokens = torch.randint(0, model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     count = tokens[:, :, 1:].numel()

@@ -54,6 +54,7 @@ from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import StorePlace
 from checkpoint.writing import CheckpointWriter
 from model.hf import named_weights
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import BucketGradients, DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
@@ -76,7 +77,7 @@ class Training:
             self.ddp.use_hook(sum_hook(self.ddp.collectives, None, True))
             self.zero1 = Zero1(self.ddp)
         gradients = BucketGradients(self.ddp, self.zero1)
-        self.optimizer = MixedPrecisionOptimizer(gradients, AdamWConfig(), 1.0, LossScaler(enabled=False))
+        self.optimizer = MixedPrecisionOptimizer(gradients, [AdamW(AdamWConfig())], 1.0, LossScaler(enabled=False))
         generator = torch.Generator().manual_seed(context.rank)
         rows = torch.randint(0, VOCAB_SIZE, (args.rows, args.seq_len + 1), generator=generator)
         self._rows = rows.to(context.device)

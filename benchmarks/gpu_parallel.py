@@ -28,6 +28,7 @@ import torch
 
 from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import BucketGradients, DistContext, DistributedDataParallel, PowerSGD, PowerSGDConfig
@@ -89,7 +90,7 @@ def main() -> None:
     model.initialize(0)
     context = DistContext(0, 1, 0, 1, device)
     ddp = DistributedDataParallel(model.to(device=device, dtype=torch.bfloat16), context)
-    optimizer = MixedPrecisionOptimizer(BucketGradients(ddp), AdamWConfig(), 1.0, LossScaler(enabled=False))
+    optimizer = MixedPrecisionOptimizer(BucketGradients(ddp), [AdamW(AdamWConfig())], 1.0, LossScaler(enabled=False))
     options = PowerSGDConfig(matrix_approximation_rank=args.rank, grad_buffer_is_powerSGD_error=True)
     powersgd = PowerSGD(ddp.buckets, ddp.collectives, options)
     rows = torch.randint(0, config.vocab_size, (args.rows, args.seq_len + 1), device=device)

@@ -46,7 +46,7 @@ from model.kernels.attention import plain_attention, sdpa_causal, sdpa_masked
 from model.kernels.blocked_attention import blocked_attention
 from model.kernels.support import unavailable_reason
 from optimizer import adamw_triton
-from optimizer.adamw import adamw_step
+from optimizer.adamw import adamw_flat_reference, adamw_step
 from optimizer.config import AdamWConfig
 from parallel.buffer import sum_of_squares
 from utils.machine import cpu_name
@@ -230,7 +230,7 @@ def cases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
     yield Case(
         "adamw", "(28 + e) a parameter: float32 gradient, weights written", adamw_inputs,
         {"ours": lambda *x: adamw_triton.adamw_flat_step(*x, 3, 1e-4, 0.1, 2.0, config), "torch fused": torch_adamw,
-         "eager": lambda *x: adamw_triton.adamw_flat_reference(*x, 3, 1e-4, 0.1, 2.0, config)},
+         "eager": lambda *x: adamw_flat_reference(*x, 3, 1e-4, 0.1, 2.0, config)},
         p * (28 + e), plain=("eager", "torch fused"),
     )  # fmt: skip
     yield Case(

@@ -26,6 +26,7 @@ import torch
 
 from model import Decoder, ModelConfig
 from model.loss import cross_entropy_sum
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
@@ -98,7 +99,8 @@ def measure(mode: str, dtype: torch.dtype) -> None:
     else:
         ddp.use_hook(sum_hook(ddp.collectives, torch.bfloat16 if "bf16" in mode else None, sharded))
     zero1 = Zero1(ddp) if sharded else None
-    optimizer = MixedPrecisionOptimizer(BucketGradients(ddp, zero1), AdamWConfig(), 1.0, LossScaler(enabled=False))
+    gradients = BucketGradients(ddp, zero1)
+    optimizer = MixedPrecisionOptimizer(gradients, [AdamW(AdamWConfig())], 1.0, LossScaler(enabled=False))
     rows = torch.randint(0, config.vocab_size, (1, 17), generator=torch.Generator().manual_seed(context.rank))
     rows = rows.to(context.device)
     for _ in range(3):

@@ -35,6 +35,7 @@ from model import Decoder, ModelConfig, flops, hf
 from model.layer_losses import LayerLosses
 from model.ops import build_ops, choose_ops, needs_of
 from optimizer import adamw_triton
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from parallel import BucketGradients, DistContext, DistributedDataParallel
@@ -58,7 +59,8 @@ def our_step(
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, device), overlap_grad_reduce=False)
     kernel = choose_kernel("auto", "", device)
     gradients = BucketGradients(ddp, square=adamw_triton.sum_of_squares if kernel == "triton" else square)
-    optimizer = MixedPrecisionOptimizer(gradients, AdamWConfig(), 1.0, LossScaler(enabled=False), kernel)
+    rules = [AdamW(AdamWConfig(), kernel=kernel)]
+    optimizer = MixedPrecisionOptimizer(gradients, rules, 1.0, LossScaler(enabled=False))
 
     losses = None
     if config.num_local_experts:

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from benchmarks.ddp import VOCAB_SIZE, new_module, timed
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
@@ -96,7 +97,7 @@ class Ours(Contender):
     def __init__(self, ddp: DistributedDataParallel, communicate: bool = True, zero1: Zero1 | None = None):
         self.ddp, self.communicate, self.zero1 = ddp, communicate, zero1
         gradients = BucketGradients(ddp, zero1)
-        self.optimizer = MixedPrecisionOptimizer(gradients, ADAMW, GRAD_CLIP, LossScaler(enabled=False))
+        self.optimizer = MixedPrecisionOptimizer(gradients, [AdamW(ADAMW)], GRAD_CLIP, LossScaler(enabled=False))
 
     def step(self, rows: Tensor) -> None:
         with nullcontext() if self.communicate else self.ddp.no_sync():

@@ -16,6 +16,10 @@ from torch import Tensor
 
 SITES_PER_LAYER = 3
 ATTENTION_WEIGHTS, ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT = range(SITES_PER_LAYER)
+ADAPTER_SITES_PER_LAYER = 16
+"""Sites of adapters, whose words lie in the upper half of 16 bits, where those of up to 10,922 blocks do not reach."""
+_FIRST_ADAPTER_WORD = 1 << 15
+MAX_ADAPTED_LAYERS = _FIRST_ADAPTER_WORD // ADAPTER_SITES_PER_LAYER
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -69,10 +73,21 @@ def philox_uint32(
     return c0, c1, c2, c3
 
 
+def adapter_site(number: int) -> int:
+    """Site of an adapted layer of a block.
+
+    Args:
+        number: of the layer in its block, below ADAPTER_SITES_PER_LAYER.
+    """
+    assert 0 <= number < ADAPTER_SITES_PER_LAYER, f"a block has {ADAPTER_SITES_PER_LAYER} sites for adapters"
+    return _FIRST_ADAPTER_WORD + number
+
+
 def _where(key: DropoutKey, site: int) -> Tensor:
     """The word that names forward pass, block and site, as an int64 scalar."""
     where = torch.full((), (key.forward_id & _MASK16) << 16 | site, device=key.row_ids.device)
-    return where if key.layer is None else where + SITES_PER_LAYER * key.layer
+    sites = SITES_PER_LAYER if site < _FIRST_ADAPTER_WORD else ADAPTER_SITES_PER_LAYER
+    return where if key.layer is None else where + sites * key.layer
 
 
 def _seed_words(key: DropoutKey) -> tuple[int, int]:
@@ -90,7 +105,7 @@ def dropout_mask(shape: torch.Size, probability: float, key: DropoutKey, site: i
 
     Args:
         shape: (B, T, ...); B rows, the rest are a row's elements in row-major order.
-        site: number of the dropout in its block, below SITES_PER_LAYER.
+        site: number of the dropout in its block, below SITES_PER_LAYER, or an adapter's, see `adapter_site`.
     """
     rows = key.row_ids.reshape(-1, 1)
     elements = math.prod(shape[1:])

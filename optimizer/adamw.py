@@ -4,18 +4,17 @@ m <- b1 m + (1 - b1) g          p <- p - lr wd p
 v <- b2 v + (1 - b2) g^2        p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from optimizer import adamw_triton
 from optimizer.config import AdamWConfig
-
-
-def within_range(main: Tensor, dtype: torch.dtype) -> Tensor:
-    """Main parameters, clamped for rounding to weights of `dtype`: values beyond float16's range become its largest
-    number, as an infinite weight would spoil every activation. The main parameters themselves do not change."""
-    largest = torch.finfo(torch.float16).max
-    return main.clamp(-largest, largest) if dtype == torch.float16 else main
+from optimizer.param_groups import ParamGroups
+from optimizer.rule import Gather, Rule, Step, Work, within_range
+from parallel.buffer import ParameterSlice
 
 
 def adamw_reference(
@@ -28,6 +27,19 @@ def adamw_reference(
     corrected_avg = exp_avg / (1 - config.beta1**step)
     corrected_sq = exp_avg_sq / (1 - config.beta2**step)
     param.mul_(1 - lr * weight_decay).sub_(lr * corrected_avg / (corrected_sq.sqrt() + config.adam_eps))
+
+
+@torch.no_grad()
+def adamw_flat_reference(
+    main: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weights: Tensor | None, step: int, lr: float,
+    weight_decay: float, grad_divisor: float, config: AdamWConfig, zero_grad: bool = False,
+) -> None:  # fmt: skip
+    """The definition, in place; arguments as in `adamw_triton.adamw_flat_step`."""
+    adamw_reference(main, grad.to(main.dtype) / grad_divisor, exp_avg, exp_avg_sq, step, lr, weight_decay, config)
+    if weights is not None:
+        weights.copy_(within_range(main, weights.dtype))
+    if zero_grad:
+        grad.zero_()
 
 
 @torch.no_grad()
@@ -56,3 +68,48 @@ def adamw_step(
         amsgrad=False, beta1=config.beta1, beta2=config.beta2, lr=lr, weight_decay=weight_decay, eps=config.adam_eps,
         maximize=False,
     )  # fmt: skip
+
+
+class AdamW(Rule):
+    """AdamW for any slice. State: "exp_avg" (m) and "exp_avg_sq" (v), float32.
+
+    Args:
+        kernel: "torch" (its fused step) or "triton" (adamw_triton.py: gradients of any dtype, low-precision weights
+            and the zeroing of gradients in the same pass).
+    """
+
+    name = "adamw"
+
+    def __init__(self, config: AdamWConfig, groups: ParamGroups | None = None, kernel: str = "torch"):
+        super().__init__(groups)
+        self.config, self.kernel = config, kernel
+
+    def new_tensors(self, piece: ParameterSlice, main: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+
+    def step(self, works: Sequence[Work], step: Step, gather: Gather) -> bool:
+        decaying = [work for work in works if self.groups.decays(work.state.piece)]
+        others = [work for work in works if not self.groups.decays(work.state.piece)]
+        for group, weight_decay in ((decaying, self.config.weight_decay), (others, 0.0)):
+            if self.kernel == "triton":
+                self._step_in_one_pass(group, step, weight_decay)
+            else:
+                self._step_in_passes(group, step, weight_decay)
+        return step.zero_grad and self.kernel == "triton"
+
+    def _step_in_passes(self, works: Sequence[Work], step: Step, weight_decay: float) -> None:
+        states = [work.state for work in works]
+        adamw_step(
+            [state.main for state in states], [work.grad.float() for work in works],
+            [state.tensors["exp_avg"] for state in states], [state.tensors["exp_avg_sq"] for state in states],
+            step.number, step.lr, weight_decay, step.grad_divisor, self.config,
+        )  # fmt: skip
+        for state in states:
+            state.write_weights()
+
+    def _step_in_one_pass(self, works: Sequence[Work], step: Step, weight_decay: float) -> None:
+        for state, grad in works:
+            adamw_triton.adamw_flat_step(
+                state.main, state.tensors["exp_avg"], state.tensors["exp_avg_sq"], grad, state.weights, step.number,
+                step.lr, weight_decay, step.grad_divisor, self.config, step.zero_grad,
+            )  # fmt: skip

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimizer.adamw import adamw_reference, within_range
 from optimizer.config import AdamWConfig
 
 tl: Any = None
@@ -46,19 +45,6 @@ def unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the Triton AdamW needs a CUDA device, not {device.type}"
     return None if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
-
-
-@torch.no_grad()
-def adamw_flat_reference(
-    main: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, weights: Tensor | None, step: int, lr: float,
-    weight_decay: float, grad_divisor: float, config: AdamWConfig, zero_grad: bool = False,
-) -> None:  # fmt: skip
-    """The definition, in place; arguments as in `adamw_flat_step`."""
-    adamw_reference(main, grad.to(main.dtype) / grad_divisor, exp_avg, exp_avg_sq, step, lr, weight_decay, config)
-    if weights is not None:
-        weights.copy_(within_range(main, weights.dtype))
-    if zero_grad:
-        grad.zero_()
 
 
 # The three kernels: plain Python functions until `_kernels` passes them to Triton.

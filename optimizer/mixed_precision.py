@@ -5,8 +5,8 @@ A step on the slices of a gradient source (all parameters, or with ZeRO-1 this r
     norm      global norm of the gradients, in float64
     check     if the norm is not finite, or too large for float32, every rank skips the step and keeps all its state
     take      the source hands over a bucket's summed gradients
-    step      AdamW (for the blocks' matrices Muon, if chosen) on the float32 main parameters, with the gradients
-              divided by loss scale / clipping factor
+    step      the optimizer's rule (rule.py) on the float32 main parameters, with the gradients divided by
+              loss scale / clipping factor
     copy      main parameters -> the model's weights, if those are bf16 or fp16
     release   the bucket is zeroed, also after a skipped step
 
@@ -16,21 +16,18 @@ so no clipping and no check. parallel/contract.py describes the source.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from checkpoint.named import Piece
-from optimizer import adamw_triton, muon
-from optimizer.adamw import adamw_step, within_range
+from optimizer import adamw_triton
 from optimizer.clip import clip_factor
-from optimizer.config import AdamWConfig, MuonConfig
-from optimizer.param_groups import ParamGroups, Role
-from parallel.buffer import ParameterSlice
-from parallel.contract import GradientSource, StepResult
+from optimizer.rule import Rule, Step, Work
+from parallel.contract import GradientSource, Named, StepResult
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -104,56 +101,6 @@ def can_be_stepped_with(grad_norm: float, scale: float, clip: float) -> bool:
 
 
 @dataclass
-class _State:
-    """A slice and its optimizer state: flat float32 tensors of its length."""
-
-    piece: ParameterSlice
-    main: Tensor
-    exp_avg: Tensor
-    """AdamW's mean gradient, or Muon's momentum."""
-    exp_avg_sq: Tensor | None
-    """None if Muon steps the slice."""
-
-    @staticmethod
-    def of(piece: ParameterSlice, by_muon: bool) -> "_State":
-        # float32 weights are their own main parameters.
-        main = piece.param if piece.param.dtype == torch.float32 else piece.param.float()
-        return _State(piece, main, torch.zeros_like(main), None if by_muon else torch.zeros_like(main))
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {"main": self.main, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def write_weights(self) -> None:
-        if self.main is not self.piece.param:
-            self.piece.param.copy_(within_range(self.main, self.piece.param.dtype))
-
-
-class _Work(NamedTuple):
-    """A slice to step."""
-
-    state: _State
-    grad: Tensor
-    """1-D view of its gradients."""
-
-    @property
-    def piece(self) -> ParameterSlice:
-        return self.state.piece
-
-
-def _groups_to_multiply(works: Sequence[_Work], param_groups: ParamGroups) -> Iterable[list[int]]:
-    """Groups of places in `works` whose matrices Muon multiplies at once: bfloat16 matrices of one shape on a CPU, in
-    stacks of one height. All others stay alone, as their bits would depend on the rest of the group, and the run on the
-    size of its buckets."""
-    groups: dict[object, list[int]] = {}
-    for place, work in enumerate(works):
-        piece = work.state.piece
-        at_once = piece.param.dtype == torch.bfloat16 and not piece.param.is_cuda
-        groups.setdefault(param_groups.matrices(piece) if at_once else piece.name, []).append(place)
-    return groups.values()
-
-
-@dataclass
 class _OverlappedStep:
     lr: float
     squares: list[Tensor] = field(default_factory=list)
@@ -161,38 +108,23 @@ class _OverlappedStep:
 
 
 class MixedPrecisionOptimizer:
-    """AdamW, and on request Muon, over flat slices.
+    """The step of a run, over flat slices.
 
     Args:
         gradients: source of the slices and of their gradients, of any dtype; float32 gradients are used in place.
+        rules: see rules.py; the first rule that takes a parameter steps it. The first one's name stands in checkpoints.
         grad_clip: largest global norm; 0 for no clipping.
         scaler: the loss scale of the gradients.
-        kernel: "torch" (its fused AdamW) or "triton" (adamw_triton.py: gradients of any dtype and low-precision weights
-            in the same pass); see `choose_kernel`.
-        muon: use Muon for the matrices of the blocks; None: AdamW steps all parameters.
-        roles: parameter name -> its role, which says whether it decays and whether Muon may step it; None: decide by
-            name and shape, see param_groups.py.
     """
 
-    def __init__(
-        self,
-        gradients: GradientSource,
-        config: AdamWConfig,
-        grad_clip: float,
-        scaler: LossScaler,
-        kernel: str = "torch",
-        muon: MuonConfig | None = None,
-        roles: Mapping[str, Role] | None = None,
-    ):
-        self.groups = ParamGroups(roles)
-        self.gradients, self.kernel, self.muon = gradients, kernel, muon
-        self.config, self.grad_clip, self.scaler = config, grad_clip, scaler
+    def __init__(self, gradients: GradientSource, rules: Sequence[Rule], grad_clip: float, scaler: LossScaler):
+        self.gradients, self.rules, self.grad_clip, self.scaler = gradients, rules, grad_clip, scaler
         self.num_steps = 0
-        self._buckets = [
-            [_State.of(piece, muon is not None and self.groups.is_hidden(piece)) for piece in bucket]
-            for bucket in gradients.slices
-        ]
+        self._buckets = [[self._rule_of(piece).new_state(piece) for piece in bucket] for bucket in gradients.slices]
         self._overlapped: _OverlappedStep | None = None
+
+    def _rule_of(self, parameter: Named) -> Rule:
+        return next(rule for rule in self.rules if rule.takes(parameter))
 
     @torch.no_grad()
     def step(self, lr: float, after_bucket: Callable[[int], None] | None = None) -> StepResult:
@@ -281,74 +213,33 @@ class MixedPrecisionOptimizer:
 
     def _step_bucket(self, bucket: int, lr: float, grad_divisor: float, zero: bool = True) -> bool:
         """Step a bucket; may zero its gradients if `zero`. Returns whether it has zeroed them all."""
-        works = [_Work(*pair) for pair in zip(self._buckets[bucket], self.gradients.take(bucket))]
-        by_adamw = [work for work in works if work.state.exp_avg_sq is not None]
-        by_muon = [work for work in works if work.state.exp_avg_sq is None]
-        # The Triton kernel zeroes at no cost in its pass; Muon's gradients are still needed.
-        zero = zero and self.kernel == "triton" and self.gradients.is_zeroed_by_step
-        decaying = [work for work in by_adamw if self.groups.decays(work.piece)]
-        others = [work for work in by_adamw if not self.groups.decays(work.piece)]
-        for group, weight_decay in ((decaying, self.config.weight_decay), (others, 0.0)):
-            if self.kernel == "triton":
-                self._step_in_one_pass(group, lr, weight_decay, grad_divisor, zero)
-            else:
-                self._step_in_passes(group, lr, weight_decay, grad_divisor)
-        if self.muon is not None:
-            self._step_matrices(bucket, by_muon, lr * self.muon.muon_lr_ratio, grad_divisor, self.muon)
-        return zero and not by_muon
+        zero = zero and self.gradients.is_zeroed_by_step
+        step, is_zero = Step(self.num_steps, lr, grad_divisor, zero), zero
+        works: dict[Rule, list[Work]] = {rule: [] for rule in self._rules_of(bucket)}
+        for state, grad in zip(self._buckets[bucket], self.gradients.take(bucket)):
+            works[self._rule_of(state.piece)].append(Work(state, grad))
+        for rule, its_works in works.items():
+            is_zero = rule.step(its_works, step, partial(self._gather, bucket)) and is_zero
+        return is_zero
+
+    def _rules_of(self, bucket: int) -> list[Rule]:
+        """Rules that step parameters of a bucket, on any rank, in one order."""
+        its_rules = {self._rule_of(parameter) for parameter in self.gradients.parameters(bucket)}
+        return [rule for rule in self.rules if rule in its_rules]
+
+    def _gather(self, bucket: int) -> dict[str, Tensor]:
+        return {state.piece.name: whole for state, whole in zip(self._buckets[bucket], self.gradients.gather(bucket))}
 
     def needs_gather(self, bucket: int) -> bool:
-        """Whether any rank steps part of a bucket by Muon, which needs whole matrices."""
-        return self.muon is not None and any(map(self.groups.is_hidden, self.gradients.parameters(bucket)))
-
-    def _step_in_passes(self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float) -> None:
-        states = [work.state for work in works]
-        adamw_step(
-            [state.main for state in states], [work.grad.float() for work in works],
-            [state.exp_avg for state in states], [_mean_square(state) for state in states],
-            self.num_steps, lr, weight_decay, grad_divisor, self.config,
-        )  # fmt: skip
-        for state in states:
-            state.write_weights()
-
-    def _step_in_one_pass(
-        self, works: list[_Work], lr: float, weight_decay: float, grad_divisor: float, zero_grad: bool
-    ) -> None:
-        for state, grad in works:
-            weights = state.piece.param if state.main is not state.piece.param else None
-            adamw_triton.adamw_flat_step(
-                state.main, state.exp_avg, _mean_square(state), grad, weights, self.num_steps, lr, weight_decay,
-                grad_divisor, self.config, zero_grad,
-            )  # fmt: skip
-
-    def _step_matrices(
-        self, bucket: int, works: list[_Work], lr: float, grad_divisor: float, config: MuonConfig
-    ) -> None:
-        """Step matrices by Muon. Each rank updates its own shard until the update needs the whole matrix."""
-        if not self.needs_gather(bucket):
-            return
-        for state, grad in works:
-            muon.look_ahead(state.exp_avg, grad, config.muon_momentum, grad_divisor)
-        whole = dict(zip((state.piece.name for state in self._buckets[bucket]), self.gradients.gather(bucket)))
-        for group in _groups_to_multiply(works, self.groups):
-            states = [works[place].state for place in group]
-            matrices, weights = self.groups.matrices(states[0].piece), states[0].piece.param
-            gradients = torch.stack([muon.ahead_in(whole[state.piece.name]).view(matrices) for state in states])
-            # With float32 weights on a CPU, bfloat16 may be slow.
-            quick = weights.is_cuda or weights.dtype == torch.bfloat16
-            updates = muon.orthogonalize(
-                gradients, config.muon_iterations, torch.bfloat16 if quick else torch.float32
-            ).flatten(1)
-            for state, update in zip(states, updates):
-                piece = state.piece
-                own = update[piece.offset : piece.offset + len(piece.param)]
-                state.main.mul_(1.0 - lr * self.config.weight_decay)
-                state.main.sub_(own.float(), alpha=muon.step_size(matrices[1:], lr))
-                state.write_weights()
+        """Whether any rank steps part of a bucket by a rule that needs whole gradients."""
+        return any(rule.needs_whole_gradients for rule in self._rules_of(bucket))
 
     def named_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
-        """Each slice with its {"main", "exp_avg", and "exp_avg_sq" except for Muon}: flat views, float32."""
-        return [(state.piece.part, state.tensors()) for bucket in self._buckets for state in bucket]
+        """Each slice with its main parameters ("main") and what its rule keeps: flat views."""
+        return [
+            named for bucket in self._buckets for state in bucket
+            for named in self._rule_of(state.piece).named_state(state)
+        ]  # fmt: skip
 
     @torch.no_grad()
     def weights_from_main(self) -> None:
@@ -358,17 +249,8 @@ class MixedPrecisionOptimizer:
                 state.write_weights()
 
     def scalar_state(self) -> dict:
-        return {
-            "name": "adamw" if self.muon is None else "muon", "num_steps": self.num_steps,
-            "scaler": self.scaler.state_dict(),
-        }  # fmt: skip
+        return {"name": self.rules[0].name, "num_steps": self.num_steps, "scaler": self.scaler.state_dict()}
 
     def load_scalar_state(self, state: dict) -> None:
         self.num_steps = state["num_steps"]
         self.scaler.load_state_dict(state["scaler"])
-
-
-def _mean_square(state: _State) -> Tensor:
-    """AdamW's mean square."""
-    assert state.exp_avg_sq is not None, state.piece.name
-    return state.exp_avg_sq

@@ -18,11 +18,18 @@ values alone, and a few of them in a row bring every value in [LOWEST, 1] close 
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from optimizer.config import MuonConfig
+from optimizer.param_groups import ParamGroups
+from optimizer.rule import Gather, Rule, Step, Work
+from parallel.buffer import ParameterSlice
+from parallel.contract import Named
 
 UPDATE_RMS = 0.2
 """Root mean square of a step at learning rate 1."""
@@ -116,3 +123,54 @@ def ahead_in(grad: Tensor) -> Tensor:
 def step_size(shape: tuple[int, int], lr: float) -> float:
     """Factor on an orthogonal matrix of this shape."""
     return lr * UPDATE_RMS * max(shape) ** 0.5
+
+
+class Muon(Rule):
+    """Muon for the matrices of the blocks; AdamW, with the same weight decay, steps the rest. State: "exp_avg" (m)."""
+
+    name = "muon"
+    needs_whole_gradients = True
+
+    def __init__(self, config: MuonConfig, weight_decay: float, groups: ParamGroups | None = None):
+        super().__init__(groups)
+        self.config, self.weight_decay = config, weight_decay
+
+    def takes(self, parameter: Named) -> bool:
+        return self.groups.is_hidden(parameter)
+
+    def new_tensors(self, piece: ParameterSlice, main: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(main)}
+
+    def step(self, works: Sequence[Work], step: Step, gather: Gather) -> bool:
+        """Each rank updates its own shard until the update needs the whole matrix."""
+        lr = step.lr * self.config.muon_lr_ratio
+        for state, grad in works:
+            look_ahead(state.tensors["exp_avg"], grad, self.config.muon_momentum, step.grad_divisor)
+        whole = gather()
+        for group in self._groups_to_multiply(works):
+            states = [work.state for work in group]
+            matrices, weights = self.groups.matrices(states[0].piece), states[0].piece.param
+            gradients = torch.stack([ahead_in(whole[state.piece.name]).view(matrices) for state in states])
+            # With float32 weights on a CPU, bfloat16 may be slow.
+            quick = weights.is_cuda or weights.dtype == torch.bfloat16
+            updates = orthogonalize(
+                gradients, self.config.muon_iterations, torch.bfloat16 if quick else torch.float32
+            ).flatten(1)
+            for state, update in zip(states, updates):
+                piece = state.piece
+                own = update[piece.offset : piece.offset + len(piece.param)]
+                state.main.mul_(1.0 - lr * self.weight_decay)
+                state.main.sub_(own.float(), alpha=step_size(matrices[1:], lr))
+                state.write_weights()
+        return False
+
+    def _groups_to_multiply(self, works: Sequence[Work]) -> Iterable[list[Work]]:
+        """Works whose matrices are multiplied at once: bfloat16 matrices of one shape on a CPU, in stacks of one
+        height. All others stay alone, as their bits would depend on the rest of the group, and the run on the size of
+        its buckets."""
+        groups: dict[object, list[Work]] = {}
+        for work in works:
+            piece = work.state.piece
+            at_once = piece.param.dtype == torch.bfloat16 and not piece.param.is_cuda
+            groups.setdefault(self.groups.matrices(piece) if at_once else piece.name, []).append(work)
+        return groups.values()

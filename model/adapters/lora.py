@@ -1,8 +1,14 @@
 """LoRA (Hu et al., 2021): a layer that adds a product of two thin matrices to a frozen one.
 
-    y = W x + b + s B A dropout(x)          A (r, C), B (O, r); s = alpha / r, or alpha / sqrt(r) with rsLoRA
+    y = W x + b + s B A x                   A (r, C), B (O, r); s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-A begins at random, B at 0, so the model begins as it was. Names are PEFT's: lora_A, lora_B.
+rsLoRA is Kalajdzievski's (2023). DoRA (Liu et al., 2024) also trains the length m (O,) of each row of the sum:
+
+    V = W + s B A,   y = m / |V| (V x) + b  |V| (O,): lengths of the rows of V; they count as constants in gradients
+
+A begins at random, B at 0, m as the lengths of the rows of W, so the model begins as it was. What is added can see an
+x with dropout; with DoRA, y = W x + b + (m / |V| V - W) dropout(x). Names and mathematics are those of PEFT: lora_A,
+lora_B, lora_magnitude_vector.
 
 Shapes: C inputs, O outputs, r rank.
 """
@@ -16,9 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig, names_of
-from model.dropout import DropoutKey
-from model.linear import Linear
+from model.decoder import Decoder
+from model.dropout import MAX_ADAPTED_LAYERS, DropoutKey, adapter_site, dropout
+from model.linear import Head, Linear
+from model.norm import LayerNorm, RMSNorm
 from model.roles import generator_of
+
+_LAYERS_OF_A_BLOCK = tuple(
+    f"{parent}.{child}"
+    for parent, children in (
+        ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+        ("mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mlp.shared_expert", ("gate_proj", "up_proj", "down_proj")),
+    )
+    for child in children
+)
+"""Layers that can be adapted. A layer's place here numbers its dropout, so new ones come last."""
 
 
 @dataclass(frozen=True)
@@ -49,49 +68,181 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+class Lengths(nn.Module):
+    """DoRA's lengths of rows, under PEFT's name.
+
+    Args:
+        lengths: (O,), with which it begins.
+    """
+
+    def __init__(self, lengths: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(lengths)
+
+
 class LoraLinear(nn.Module):
     """A linear layer with its addition.
 
     Args:
-        base_layer: frozen; any module that maps (..., C) to (..., O).
-        site: number of its dropout in its block.
+        base_layer: frozen; its matrix may be stored in another form, see Linear.matrix.
+        spec: of the adapter.
+        site: of its dropout, see model.dropout.adapter_site.
+        like: a tensor that has the device and dtype of the new parameters.
     """
 
-    def __init__(self, base_layer: Linear, spec: LoraSpec, site: int):
+    def __init__(self, base_layer: Linear, spec: LoraSpec, site: int, like: Tensor):
         super().__init__()
-        self.spec, self.site, self.scale = spec, site, spec.scale
+        self.scale, self.dropout, self.site = spec.scale, spec.dropout, site
         self.base_layer = base_layer
-        weight = base_layer.weight
-        where = {"device": weight.device, "dtype": weight.dtype}
-        self.lora_A = nn.Linear(base_layer.in_features, spec.r, bias=False, **where)
-        self.lora_B = nn.Linear(spec.r, base_layer.out_features, bias=False, **where)
+        self.lora_A = nn.Linear(base_layer.in_features, spec.r, bias=False, device=like.device, dtype=like.dtype)
+        self.lora_B = nn.Linear(spec.r, base_layer.out_features, bias=False, device=like.device, dtype=like.dtype)
+        self.lora_magnitude_vector = None
+        if spec.use_dora:
+            with torch.no_grad():
+                self.lora_magnitude_vector = Lengths(_lengths(base_layer.matrix()).to(like))
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
 
     def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
-        added = F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight)
-        return cast(Tensor, self.base_layer(x)) + self.scale * added
+        """(..., C) -> (..., O)."""
+        dropped = dropout(x, self.dropout, key, self.site)
+        added = self.scale * F.linear(F.linear(dropped, self.lora_A.weight), self.lora_B.weight)
+        y = cast(Tensor, self.base_layer(x, key))
+        if self.lora_magnitude_vector is None:
+            return y + added
+        factor = self.lora_magnitude_vector.weight / self.row_lengths()
+        if dropped is x:
+            from_base = y if self.base_layer.bias is None else y - self.base_layer.bias
+        else:
+            from_base = F.linear(dropped, self.base_layer.matrix())
+        return y + (factor - 1.0) * from_base + factor * added
+
+    @torch.no_grad()
+    def row_lengths(self) -> Tensor:
+        """|V| (O,), in the dtype of the lengths that DoRA trains, so that m / |V| begins as 1."""
+        assert self.lora_magnitude_vector is not None
+        return _lengths(self.base_layer.matrix() + self.scale * (self.lora_B.weight @ self.lora_A.weight)).to(
+            self.lora_magnitude_vector.weight.dtype
+        )
 
 
-def attach(model: nn.Module, spec: LoraSpec, seed: int) -> None:
+def _lengths(matrix: Tensor) -> Tensor:
+    """Lengths of the rows of a matrix (O, C): (O,), float32."""
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.promote_types(matrix.dtype, torch.float32))
+
+
+@torch.no_grad()
+def delta(layer: LoraLinear) -> Tensor:
+    """s B A (O, C), float32."""
+    return layer.scale * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())
+
+
+@torch.no_grad()
+def merged_matrix(layer: LoraLinear) -> Tensor:
+    """The matrix (O, C), in float32, of the plain layer that computes the same."""
+    matrix = layer.base_layer.matrix().float() + delta(layer)
+    if layer.lora_magnitude_vector is None:
+        return matrix
+    return (layer.lora_magnitude_vector.weight.float() / _lengths(matrix))[:, None] * matrix
+
+
+def attach(model: Decoder, spec: LoraSpec, seed: int) -> None:
     """Freeze a model and put the addition into the chosen layers, with its first values.
+
+    Args:
+        seed: key of the first values, which depend on it and on the parameter's name alone.
+    Raises:
+        ValueError: a name fits nothing that it could mean.
+    """
+    assert not any(isinstance(module, LoraLinear) for module in model.modules()), "it has an adapter"
+    chosen, whole = _chosen_layers(model, spec.targets), _chosen_wholes(model, spec.modules_to_save)
+    if spec.dropout and len(model.layers) > MAX_ADAPTED_LAYERS:
+        raise ValueError(f"lora_dropout can be had in models of up to {MAX_ADAPTED_LAYERS} blocks: give 0")
+    model.requires_grad_(False)
+    for module in whole:
+        module.requires_grad_(True)
+    for name, layer in chosen.items():
+        parent, _, child = name.rpartition(".")
+        adapted = LoraLinear(layer, spec, _site_of(name), like=model.embed_tokens.weight)
+        setattr(model.get_submodule(parent), child, adapted)
+    _initialize(model, seed)
+    model.drops = model.drops or spec.dropout > 0.0
+
+
+def _chosen_layers(model: Decoder, targets: tuple[str, ...]) -> dict[str, Linear]:
+    """Name -> layer of those that are to be adapted.
 
     Raises:
         ValueError: a name fits no layer.
     """
-    model.requires_grad_(False)
-    layers = {name: layer for name, layer in model.named_modules() if type(layer) is Linear}
-    chosen = list(layers) if spec.targets == (ALL_LINEAR,) else [n for n in layers if n.endswith(spec.targets)]
-    for name in chosen:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(layers[name], spec, site=0))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".lora_A.weight"):
-                # Kaiming's uniform distribution with a = sqrt(5), as nn.Linear and PEFT have it.
-                bound = parameter.shape[1] ** -0.5
-                drawn = torch.rand(parameter.shape, generator=generator_of(seed, name)) * (2.0 * bound) - bound
-                parameter.copy_(drawn)
-            elif name.endswith(".lora_B.weight"):
-                parameter.zero_()
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and not isinstance(layer, Head)
+    }
+    if targets == (ALL_LINEAR,):
+        return layers
+    for name in targets:
+        if _fits("lm_head", name) or _fits("embed_tokens", name):
+            raise ValueError(f"lora_target_modules cannot have {name}: train it whole by --lora_modules_to_save={name}")
+    if unknown := [name for name in targets if not any(_fits(layer, name) for layer in layers)]:
+        kinds = sorted({name.rpartition(".")[2] for name in layers})
+        raise ValueError(
+            f"lora_target_modules fits no layer of the model with {', '.join(unknown)}: it has {', '.join(kinds)}"
+        )
+    return {name: layer for name, layer in layers.items() if any(_fits(name, target) for target in targets)}
+
+
+def _chosen_wholes(model: Decoder, names: tuple[str, ...]) -> list[nn.Module]:
+    """Modules that are to be trained whole.
+
+    Raises:
+        ValueError: a name fits none.
+    """
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | Head | RMSNorm | LayerNorm)
+    }
+    if unknown := [name for name in names if not any(_fits(module, name) for module in modules)]:
+        kinds = sorted({name.rpartition(".")[2] for name in modules})
+        raise ValueError(
+            f"lora_modules_to_save cannot have {', '.join(unknown)}: what can be trained whole is {', '.join(kinds)}"
+        )
+    return [module for name, module in modules.items() if any(_fits(name, wanted) for wanted in names)]
+
+
+def _fits(module: str, name: str) -> bool:
+    """Whether a name given by the user means a module: its whole name, or the end of it after a dot."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _site_of(name: str) -> int:
+    """Site of the dropout of layers.N.REST."""
+    return adapter_site(_LAYERS_OF_A_BLOCK.index(name.split(".", 2)[2]))
+
+
+@torch.no_grad()
+def _initialize(model: Decoder, seed: int) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith(".lora_A.weight"):
+            # Kaiming's uniform distribution with a = sqrt(5), as nn.Linear and PEFT have it.
+            bound = parameter.shape[1] ** -0.5
+            drawn = torch.rand(parameter.shape, generator=generator_of(seed, name)) * (2.0 * bound) - bound
+            parameter.copy_(drawn)
+        elif name.endswith(".lora_B.weight"):
+            parameter.zero_()
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that an adapter consists of: what is trained, also modules that are trained whole."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def is_adapters(name: str) -> bool:

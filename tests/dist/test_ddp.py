@@ -128,6 +128,7 @@ def test_equivalence_matrix(world_size: int, micro_batch: int):
 
 def trajectories() -> dict:
     """Losses of several steps with the real optimizer, for every layout, one micro-batch per rank."""
+    from optimizer.adamw import AdamW
     from optimizer.config import AdamWConfig
     from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 
@@ -136,7 +137,7 @@ def trajectories() -> dict:
     def train(ddp: nn.Module) -> list:
         optimizer = MixedPrecisionOptimizer(
             PlainGradients(ddp.slices()) if isinstance(ddp, NaiveDDP) else BucketGradients(ddp),
-            AdamWConfig(), 0.1, LossScaler(enabled=False),
+            [AdamW(AdamWConfig())], 0.1, LossScaler(enabled=False),
         )  # fmt: skip
         norms = []
         for _ in range(5):

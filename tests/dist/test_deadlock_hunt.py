@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
@@ -80,7 +81,7 @@ def train(context: DistContext, mode: str, steps: int, delay: Callable) -> list:
     for parameter in ddp.parameters():
         parameter.register_hook(delay)
     optimizer = MixedPrecisionOptimizer(
-        BucketGradients(ddp, zero1), AdamWConfig(), 0.0 if "step" in mode else 0.05, LossScaler(enabled=False)
+        BucketGradients(ddp, zero1), [AdamW(AdamWConfig())], 0.0 if "step" in mode else 0.05, LossScaler(enabled=False)
     )  # fmt: skip
 
     def step_bucket(bucket: Bucket) -> None:

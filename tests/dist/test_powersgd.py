@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from model import Decoder, ModelConfig
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.rules import new_rules
 from parallel import BucketGradients, Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.low_rank import gram_schmidt, orthonormalize
@@ -265,7 +267,7 @@ def train(
     buckets = new_buckets(context.world_size, grad_dtype=more.get("grad"), bucket_size=800)
     scaler = LossScaler(enabled=initial_scale is not None, initial=initial_scale or 1.0)
     hook = new_powersgd(buckets, Collectives(context.grad_group), loss_scale=lambda: scaler.scale, **config)
-    optimizer = MixedPrecisionOptimizer(gradients_in(buckets, hook), AdamWConfig(), 1.0, scaler)
+    optimizer = MixedPrecisionOptimizer(gradients_in(buckets, hook), [AdamW(AdamWConfig())], 1.0, scaler)
     traceless, norms, skipped = True, [], []
     for step in range(6):
         if step in bad_steps and not skip:
@@ -658,14 +660,15 @@ def test_float16_buffers_lose_nothing_beside_their_own_rounding(largest: float, 
                 assert error(residual, reference.residuals[0][name]) <= tolerance
 
 
-@pytest.mark.parametrize("muon", [None, MuonConfig()])
-def test_a_sum_beyond_float16_never_reaches_the_weights(muon: MuonConfig | None):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_sum_beyond_float16_never_reaches_the_weights(name: str):
     """The remainder of some steps comes at once: finite, and more than float16 holds at the loss scale."""
     scaler = LossScaler(enabled=True)
     hook = alone(
         dict(matrix_approximation_rank=1, min_compression_rate=0.0), loss_scale=lambda: scaler.scale, grad=HALF
     )
-    optimizer = MixedPrecisionOptimizer(gradients_in(hook.buckets, hook), AdamWConfig(), 1.0, scaler, muon=muon)
+    rules = new_rules(name, AdamWConfig(), MuonConfig())
+    optimizer = MixedPrecisionOptimizer(gradients_in(hook.buckets, hook), rules, 1.0, scaler)
     given, largest, take = {name: (g.sign() * 6e4).half() for name, g in gradients_of(0, 0).items()}, [], hook.take
 
     def observed(bucket: Bucket) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.decoder import Block
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
@@ -58,7 +59,7 @@ def train(
         zero1 = Zero1(ddp, gather)
     gradients = BucketGradients(ddp, zero1)
     optimizer = MixedPrecisionOptimizer(
-        gradients, AdamWConfig(), 0.0 if overlapped_step else clip, LossScaler(enabled=False)
+        gradients, [AdamW(AdamWConfig())], 0.0 if overlapped_step else clip, LossScaler(enabled=False)
     )  # fmt: skip
     if overlapped_step:
         ddp.register_after_reduction(lambda bucket: optimizer.step_bucket(bucket.index))
@@ -286,7 +287,7 @@ def bad_gradients(context: DistContext) -> dict:
         if zero:
             ddp.use_hook(ReduceScatter(ddp.collectives))
         optimizer = MixedPrecisionOptimizer(
-            BucketGradients(ddp, zero1), AdamWConfig(), 0.0, LossScaler(enabled=False)
+            BucketGradients(ddp, zero1), [AdamW(AdamWConfig())], 0.0, LossScaler(enabled=False)
         )  # fmt: skip
         if overlapped:
             ddp.register_after_reduction(lambda bucket, it=optimizer: it.step_bucket(bucket.index))
@@ -441,11 +442,12 @@ def test_compiled_blocks_wait_too():
 def test_what_an_overlapped_step_refuses():
     context = DistContext(0, 1, 0, 1, torch.device("cpu"))
     slices = PlainGradients(NaiveDDP(nn.Linear(3, 2), context).slices())
+    rules = [AdamW(AdamWConfig())]
     for clip, fp16 in ((0.1, False), (0.0, True), (1.0, True)):
-        optimizer = MixedPrecisionOptimizer(slices, AdamWConfig(), clip, LossScaler(enabled=fp16))
+        optimizer = MixedPrecisionOptimizer(slices, rules, clip, LossScaler(enabled=fp16))
         with pytest.raises(ValueError, match="neither clip nor be skipped"):
             optimizer.begin_overlapped_step(LEARNING_RATE)
-    MixedPrecisionOptimizer(slices, AdamWConfig(), 0.0, LossScaler(enabled=False)).begin_overlapped_step(LEARNING_RATE)
+    MixedPrecisionOptimizer(slices, rules, 0.0, LossScaler(enabled=False)).begin_overlapped_step(LEARNING_RATE)
 
 
 def test_a_wrapped_model_waits_layer_by_layer_too():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import Decoder, ModelConfig
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel.config import ParallelConfig, PowerSGDConfig
@@ -49,7 +50,7 @@ def open_alone(name: str, model: Decoder) -> Engine:
             Mesh(0),
             model,
             to_device=lambda batch: batch,
-            new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, ADAMW, CLIP, scaler),
+            new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, [AdamW(ADAMW)], CLIP, scaler),
             square=square,
             loss_scale=lambda: scaler.scale,
             is_fp16=False,

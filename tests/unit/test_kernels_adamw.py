@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optimizer.adamw import adamw_reference, adamw_step
-from optimizer.adamw_triton import adamw_flat_reference, adamw_flat_step, sum_of_squares
+from optimizer.adamw import adamw_flat_reference, adamw_reference, adamw_step
+from optimizer.adamw_triton import adamw_flat_step, sum_of_squares
 from optimizer.config import AdamWConfig
 from tests.kernel_checks import DEVICE, DTYPES, draw, error_ratio, root_mean_square
 

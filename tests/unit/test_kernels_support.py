@@ -20,7 +20,8 @@ from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.kernels.rms_norm import rms_norm, rms_norm_reference
 from model.kernels.rope import rope_reference
 from model.kernels.swiglu import swiglu_reference
-from optimizer.adamw_triton import adamw_flat_reference, sum_of_squares
+from optimizer.adamw import adamw_flat_reference
+from optimizer.adamw_triton import sum_of_squares
 
 # Importing it takes a second.
 assert "triton" not in sys.modules

@@ -1,22 +1,30 @@
 """Muon against a singular value decomposition, and its step against the plain formula."""
 
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 import train_my_ddp
 from model.roles import role_of
+from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
-from optimizer.param_groups import is_hidden_matrix
+from optimizer.param_groups import Role, is_hidden_matrix
+from optimizer.rule import Rule
+from optimizer.rules import new_rules
 from parallel.buffer import SliceWithGrad
 from parallel.gradients import PlainGradients
 from tests.runs import records
 
 NAME = "layers.0.mlp.up_proj.weight"
-ADAMW = AdamWConfig(weight_decay=0.1)
+ADAMW, MUON = AdamWConfig(weight_decay=0.1), MuonConfig()
+
+
+def rules(config: MuonConfig = MUON, roles: Mapping[str, Role] | None = None) -> list[Rule]:
+    return new_rules("muon", ADAMW, config, roles=roles)
 
 
 def with_singular_values(rows: int, columns: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -113,7 +121,7 @@ def test_steps_equal_the_formula():
     2%."""
     shape, lr, config = (12, 20), 0.02, MuonConfig(muon_momentum=0.9, muon_lr_ratio=1.5, muon_iterations=4)
     piece = one_slice(shape)
-    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), ADAMW, 0.0, LossScaler(enabled=False), muon=config)
+    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), rules(config), 0.0, LossScaler(enabled=False))
     weights, mean = piece.param.double().view(shape), torch.zeros(shape, dtype=torch.float64)
     start = weights.clone()
     for step in range(4):
@@ -142,7 +150,7 @@ def test_the_buckets_change_no_bit(dtype: torch.dtype):
         ]  # fmt: skip
         buckets = [slices[start : start + per_bucket] for start in range(0, len(slices), per_bucket)]
         MixedPrecisionOptimizer(
-            PlainGradients(buckets), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()).step(0.1
+            PlainGradients(buckets), rules(), 0.0, LossScaler(enabled=False)).step(0.1
         )
         ends.append(torch.cat([piece.param for piece in slices]))
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
@@ -156,7 +164,7 @@ def test_scaled_float16_gradients_do_not_vanish():
         grad = (gradients * scale).to(dtype)
         piece = SliceWithGrad(NAME, 0, (6, 8), torch.zeros(48, dtype=torch.float32), grad, grad)
         scaler = LossScaler(enabled=scale > 1.0, initial=scale)
-        MixedPrecisionOptimizer(PlainGradients([[piece]]), ADAMW, 0.0, scaler, muon=MuonConfig()).step(0.1)
+        MixedPrecisionOptimizer(PlainGradients([[piece]]), rules(), 0.0, scaler).step(0.1)
         moved.append(piece.param)
     assert moved[0].norm() > 0.01 and (moved[1] - moved[0]).norm() < 2e-2 * moved[0].norm()
 
@@ -174,7 +182,7 @@ def test_float16_gradients_of_any_size_step_as_float32_ones(clip: float, cut: in
             for start, end in ((0, cut), (cut, 48)) if start < end
         ]  # fmt: skip
         scaler = LossScaler(enabled=True, initial=scale)
-        optimizer = MixedPrecisionOptimizer(PlainGradients([shards]), ADAMW, clip, scaler, muon=MuonConfig())
+        optimizer = MixedPrecisionOptimizer(PlainGradients([shards]), rules(), clip, scaler)
         for step in range(16):
             drawn = torch.randn(48, generator=torch.Generator().manual_seed(step)).clamp(-1.0, 1.0) * 3.0
             # Most of the momentum is in one place; then a gradient as large as float16 allows, everywhere.
@@ -194,14 +202,14 @@ def test_only_matrices_of_blocks_are_muons():
     slices = [one_slice(shape, name) for name, shape in sorts.items()]
     assert [is_hidden_matrix(piece) for piece in slices] == [True, False, False, False, False, False]
     optimizer = MixedPrecisionOptimizer(
-        PlainGradients([slices]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()
+        PlainGradients([slices]), rules(), 0.0, LossScaler(enabled=False)
     )
     states = {piece.name: set(tensors) for piece, tensors in optimizer.named_state()}
     assert states.pop(NAME) == {"main", "exp_avg"}
     assert all(state == {"main", "exp_avg", "exp_avg_sq"} for state in states.values())
     assert optimizer.scalar_state()["name"] == "muon"
     without = [one_slice(shape, name) for name, shape in sorts.items()]
-    MixedPrecisionOptimizer(PlainGradients([without]), ADAMW, 0.0, LossScaler(enabled=False)).step(1e-2)
+    MixedPrecisionOptimizer(PlainGradients([without]), [AdamW(ADAMW)], 0.0, LossScaler(enabled=False)).step(1e-2)
     optimizer.step(1e-2)
     same = [torch.equal(a.param, b.param) for a, b in zip(slices, without)]
     assert same == [False, True, True, True, True, True]
@@ -211,7 +219,7 @@ def test_gradients_are_zero_after_a_step():
     pieces = [one_slice((4, 6), NAME), one_slice((8, 4), "embed_tokens.weight"), one_slice((4,), "norm.weight")]
     before = [piece.param.clone() for piece in pieces]
     optimizer = MixedPrecisionOptimizer(
-        PlainGradients([pieces]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig()
+        PlainGradients([pieces]), rules(), 0.0, LossScaler(enabled=False)
     )  # fmt: skip
     optimizer.step(0.1)
     assert not any(piece.grad.any() for piece in pieces)
@@ -254,7 +262,7 @@ def test_a_stack_is_stepped_matrix_by_matrix(dtype: torch.dtype):
             shards.append(SliceWithGrad(piece.name, start, piece.shape, param[start:end], grad[start:end], grad))
     for pieces, its_roles in ((stacks, roles), (matrices, None), (shards, roles)):
         optimizer = MixedPrecisionOptimizer(
-            PlainGradients([pieces]), ADAMW, 0.0, LossScaler(enabled=False), muon=MuonConfig(), roles=its_roles
+            PlainGradients([pieces]), rules(roles=its_roles), 0.0, LossScaler(enabled=False)
         )
         optimizer.step(0.1)
     together = torch.cat([piece.param for piece in stacks]).float()

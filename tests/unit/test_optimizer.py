@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from optimizer.adamw import adamw_reference, adamw_step
+from optimizer.adamw import AdamW, adamw_reference, adamw_step
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.param_groups import is_matrix
+from optimizer.rules import new_rules
 from optimizer.schedule import learning_rate_at
 from parallel.buffer import SliceWithGrad, sum_of_squares
 from parallel.gradients import PlainGradients
@@ -45,7 +46,7 @@ def test_fused_step_equals_the_formula_in_float64():
 
 def test_optimizer_equals_torchs_adamw_with_clipping():
     slices = slices_of()
-    ours = MixedPrecisionOptimizer(PlainGradients([slices]), CONFIG, grad_clip=1.0, scaler=LossScaler(enabled=False))
+    ours = MixedPrecisionOptimizer(PlainGradients([slices]), [AdamW(CONFIG)], 1.0, LossScaler(enabled=False))
     theirs = [torch.nn.Parameter(s.param.clone()) for s in slices]
     decays = [p for p, s in zip(theirs, slices) if is_matrix(s)]
     others = [p for p, s in zip(theirs, slices) if not is_matrix(s)]
@@ -69,7 +70,7 @@ def test_optimizer_equals_torchs_adamw_with_clipping():
 def test_main_parameters_keep_what_low_precision_loses(dtype: torch.dtype, grad_dtype: torch.dtype):
     slices = slices_of(dtype, grad_dtype)
     optimizer = MixedPrecisionOptimizer(
-        PlainGradients([slices]), CONFIG, grad_clip=0.0, scaler=LossScaler(enabled=False)
+        PlainGradients([slices]), [AdamW(CONFIG)], grad_clip=0.0, scaler=LossScaler(enabled=False)
     )
     before = slices[0].param.clone()
     for _ in range(50):
@@ -104,7 +105,7 @@ def test_clip_factor():
 def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
     slices = slices_of(torch.float16 if fp16 else torch.float32)
     scaler = LossScaler(enabled=fp16, initial=8.0)
-    optimizer = MixedPrecisionOptimizer(PlainGradients([slices]), CONFIG, 1.0, scaler)
+    optimizer = MixedPrecisionOptimizer(PlainGradients([slices]), [AdamW(CONFIG)], 1.0, scaler)
     optimizer.step(1e-2)
     state = [t for _, tensors in optimizer.named_state() for t in tensors.values()]
     before = [t.clone() for t in [s.param for s in slices] + state]
@@ -117,14 +118,16 @@ def test_a_non_finite_step_leaves_all_state_as_it_was(bad: float, fp16: bool):
     assert scaler.scale == (4.0 if fp16 else 1.0)
 
 
-@pytest.mark.parametrize("muon", [None, MuonConfig()])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize(("size", "clip", "steps"), [(1e20, 0.0, False), (1e20, 1.0, True), (3e38, 1.0, False)])
-def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, steps: bool, muon: MuonConfig | None):
+def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, steps: bool, name: str):
     """The norm is finite, but squares of the gradients are not: a second moment that became infinite would stay so, and
     would stop its weight for ever."""
     grad = torch.full((24,), size)
     piece = SliceWithGrad("layers.0.mlp.up_proj.weight", 0, (4, 6), torch.ones(24), grad, grad)
-    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), CONFIG, clip, LossScaler(enabled=False), muon=muon)
+    optimizer = MixedPrecisionOptimizer(
+        PlainGradients([[piece]]), new_rules(name, CONFIG, MuonConfig()), clip, LossScaler(enabled=False)
+    )
     result = optimizer.step(1e-2)
     tensors = optimizer.named_state()[0][1]
     assert math.isfinite(result.grad_norm) and result.skipped != steps
@@ -134,7 +137,7 @@ def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, st
 
 def test_an_overlapped_step_that_float32_cannot_hold_is_an_error():
     slices = slices_of()
-    optimizer = MixedPrecisionOptimizer(PlainGradients([slices]), CONFIG, 0.0, LossScaler(enabled=False))
+    optimizer = MixedPrecisionOptimizer(PlainGradients([slices]), [AdamW(CONFIG)], 0.0, LossScaler(enabled=False))
     slices[0].grad[0] = 1e20
     optimizer.begin_overlapped_step(1e-2)
     optimizer.step_bucket(0)
@@ -146,7 +149,7 @@ def test_weights_stay_in_the_range_of_float16():
     """An infinite weight would make all activations NaN. The main parameters go on."""
     grad = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float16)
     piece = SliceWithGrad("norm.weight", 0, (3,), torch.tensor([-65e3, 65e3, 1.0], dtype=torch.float16), grad, grad)
-    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), CONFIG, 0.0, LossScaler(enabled=False))
+    optimizer = MixedPrecisionOptimizer(PlainGradients([[piece]]), [AdamW(CONFIG)], 0.0, LossScaler(enabled=False))
     optimizer.step(1e4)
     assert piece.param.tolist() == [-65504.0, 65504.0, -1e4]
     assert optimizer.named_state()[0][1]["main"].tolist() == pytest.approx([-75e3, 75e3, -9999.0], rel=1e-3)
@@ -162,8 +165,8 @@ def test_loss_scale_cancels_out():
     for piece in scaled:
         piece.grad.mul_(1024.0)
     scaler = LossScaler(enabled=True, initial=1024.0)
-    a = MixedPrecisionOptimizer(PlainGradients([plain]), CONFIG, 1.0, LossScaler(enabled=False)).step(1e-2)
-    b = MixedPrecisionOptimizer(PlainGradients([scaled]), CONFIG, 1.0, scaler).step(1e-2)
+    a = MixedPrecisionOptimizer(PlainGradients([plain]), [AdamW(CONFIG)], 1.0, LossScaler(enabled=False)).step(1e-2)
+    b = MixedPrecisionOptimizer(PlainGradients([scaled]), [AdamW(CONFIG)], 1.0, scaler).step(1e-2)
     assert a.grad_norm == b.grad_norm
     assert all(torch.equal(p.param, q.param) for p, q in zip(plain, scaled))
 

@@ -25,7 +25,7 @@ from model import Decoder, ModelConfig
 from model.dropout import DropoutKey, dropout
 from model.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from model.ops import REFERENCE, Ops, build_ops
-from optimizer.adamw import adamw_reference
+from optimizer.adamw import AdamW, adamw_reference
 from optimizer.clip import clip_factor
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -78,7 +78,7 @@ def train(config: ModelConfig, dtype: torch.dtype, ops: Ops, kernel: str, seed: 
     model.to(device=DEVICE, dtype=dtype).train()
     ddp = DistributedDataParallel(model, DistContext(0, 1, 0, 1, torch.device(DEVICE)), overlap_grad_reduce=False)
     optimizer = MixedPrecisionOptimizer(
-        BucketGradients(ddp), CONSTANTS, GRAD_CLIP, LossScaler(enabled=False), kernel=kernel
+        BucketGradients(ddp), [AdamW(CONSTANTS, kernel=kernel)], GRAD_CLIP, LossScaler(enabled=False)
     )
     losses = []
     for step in range(STEPS):
