@@ -28,7 +28,7 @@ from torch.autograd.profiler import record_function
 from model.decoder import Block, Decoder, Keeps, Run
 from model.recompute import KEEPS, BlockCosts, Costs
 
-_REPEATS = 3
+_REPEATS = 5
 """Times that each part is timed: the shortest counts."""
 _MARK = "zero2all::mark"
 
@@ -176,27 +176,31 @@ class Activations:
         with self._gradients_dropped():
             parts, shared = self._parts([-1, *last_of.values(), count])
             beat()
-            embedding = self._part_costs(parts[-1])[:2]
+            embedding_kept, embedding_peak = self._memory(parts[-1])
             last_norm = parts[count]
-            loss = self._part_costs(
-                _Part(lambda *x: (self._loss(cast(Tensor, last_norm.run(*x)[0])),), last_norm.inputs)
-            )
-            kinds = []
-            for kind in sorted(last_of):
-                measured = {}
-                for kept in KEEPS:
-                    beat()
-                    self._keep_in_all(kept)
-                    measured[kept] = self._part_costs(parts[last_of[kind]])
-                kinds.append(
-                    BlockCosts(
-                        {kept: held for kept, (held, _, _) in measured.items()},
-                        max(peak for _, peak, _ in measured.values()),
-                        {kept: microseconds for kept, (_, _, microseconds) in measured.items()},
-                    )
-                )
+            loss = _Part(lambda *x: (self._loss(cast(Tensor, last_norm.run(*x)[0])),), last_norm.inputs)
+            loss_peak = self._memory(loss)[1]
+            loss_time = min(self._microseconds(loss) for _ in range(_REPEATS))
+            kinds = [self._block_costs(parts[last_of[kind]], beat) for kind in sorted(last_of)]
         self._keep_in_all("nothing")
-        return Costs(kinds, kind_of, shared, embedding[0], embedding[1], loss[1], loss[2])
+        return Costs(kinds, kind_of, shared, embedding_kept, embedding_peak, loss_peak, loss_time)
+
+    def _block_costs(self, part: _Part, beat: Callable[[], object]) -> BlockCosts:
+        kept_bytes: dict[Keeps, int] = {}
+        peaks = []
+        times: dict[Keeps, list[int]] = {kept: [] for kept in KEEPS}
+        for kept in KEEPS:
+            beat()
+            self._keep_in_all(kept)
+            kept_bytes[kept], peak = self._memory(part)
+            peaks.append(peak)
+        # In turns, as other programs may need the machine for a while.
+        for _ in range(_REPEATS):
+            beat()
+            for kept in KEEPS:
+                self._keep_in_all(kept)
+                times[kept].append(self._microseconds(part))
+        return BlockCosts(kept_bytes, max(peaks), {kept: min(measured) for kept, measured in times.items()})
 
     def _keep_in_all(self, kept: Keeps) -> None:
         self._model.set_recompute([kept] * len(self._model.layers))
@@ -222,15 +226,14 @@ class Activations:
         before, embedding = meter.spans[:2]
         return parts, max(0, before.net + embedding.net - embedded[0])
 
-    def _part_costs(self, part: _Part) -> tuple[int, int, int]:
-        """(bytes kept, peak in bytes, microseconds) of a part's forward and backward pass."""
+    def _memory(self, part: _Part) -> tuple[int, int]:
+        """(bytes kept, peak in bytes) of a part's forward and backward pass."""
         # The first time compiles, and takes memory for good.
         self._run(part)
         with new_meter(self._device) as meter:
             self._run(part, meter.mark)
         forward, backward = meter.spans
-        times = [self._timed(part) for _ in range(_REPEATS)]
-        return forward.net, max(forward.peak, forward.net + backward.peak), min(times)
+        return forward.net, max(forward.peak, forward.net + backward.peak)
 
     def _run(self, part: _Part, mark: Callable[[], None] = lambda: None) -> None:
         end, _counted = part.forward()
@@ -239,7 +242,7 @@ class Activations:
             end.backward()
         mark()
 
-    def _timed(self, part: _Part) -> int:
+    def _microseconds(self, part: _Part) -> int:
         self._wait()
         started = time.perf_counter()
         self._run(part)

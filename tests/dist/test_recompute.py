@@ -17,7 +17,7 @@ def chosen_in_runs(cases: list[list[str]]) -> list[list[str]]:
     """Program of a rank: runs, in which one rank finds that matmuls are best kept, and the other one that nothing is.
     Returns what the blocks keep in each."""
     keeps: list[list[str]] = []
-    set_recompute, timed, seen = Decoder.set_recompute, Activations._timed, []
+    set_recompute, timed, seen = Decoder.set_recompute, Activations._microseconds, []
 
     def set_and_tell(model: Decoder, kept: list[str]) -> None:
         seen.append(list(kept))
@@ -29,7 +29,7 @@ def chosen_in_runs(cases: list[list[str]]) -> list[list[str]]:
         order = {"all": 1, "matmuls": 2, "nothing": 3} if is_main else {"all": 1, "matmuls": 30, "nothing": 20}
         return order[measure._model.keeps[0]]
 
-    Decoder.set_recompute, Activations._timed = set_and_tell, own_times
+    Decoder.set_recompute, Activations._microseconds = set_and_tell, own_times
     for case in cases:
         use_new_port()
         assert train_my_ddp.main(case) == 0
