@@ -11,8 +11,10 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
@@ -106,6 +108,8 @@ def build(
     if config.system.deterministic:
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)
+    if config.adapter.load_in_4bit:
+        require_bitsandbytes()
     mesh = Mesh(context.rank, data_size=context.world_size)
     run_dir = open_run_dir(config.run, context, resources)
     is_resumed = run_dir.resumed_from is not None
@@ -143,7 +147,9 @@ def build(
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
-    model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights, adapter)
+    model = build_model(
+        shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit
+    )
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
@@ -178,8 +184,11 @@ def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, kernel, model.roles())
-        return MixedPrecisionOptimizer(gradients, rules, config.optimizer.grad_clip, scaler)
+        flags, offloads = config.optimizer, config.optimizer.offload_optimizer
+        rules = new_rules(flags.optimizer, config.adamw, config.muon, "torch" if offloads else kernel, model.roles())
+        if offloads:
+            return OffloadedOptimizer(gradients, rules, flags.grad_clip, scaler, context.device)
+        return MixedPrecisionOptimizer(gradients, rules, flags.grad_clip, scaler)
 
     return open_engine(
         EngineParts(

@@ -227,7 +227,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
-    adapter: Adapter | None = None,
+    adapter: Adapter | None = None, in_4bit: bool = False,
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -236,6 +236,7 @@ def build_model(
         weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
             trained weights; frozen ones come from here alone.
         adapter: what is trained instead of the weights; None: they train themselves.
+        in_4bit: keep the blocks' matrices in 4 bits; only with an adapter, and weights.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -248,7 +249,11 @@ def build_model(
     if weights is not None:
         stored = hf.read_config(weights)
         hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
-    model = Decoder(shape, system.gradient_checkpointing, system.checkpoint_keeps, ops)
+    options = system.gradient_checkpointing, system.checkpoint_keeps, ops
+    if in_4bit:
+        model = hf.outline_in_4bit(shape, device, dtype, *options)
+    else:
+        model = Decoder(shape, *options)
     if weights is None:
         model.initialize(seed)
     else:
