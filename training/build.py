@@ -45,6 +45,7 @@ from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
 from training.rates import warn_of_rate
+from training.recompute import limit_activations
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -170,6 +171,7 @@ def build(
             config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
             stop_requested,
         )  # fmt: skip
+    limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
