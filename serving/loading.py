@@ -108,7 +108,7 @@ def load(
     for name, adapter in found.items():
         folder.require_base(folder.Weights(base, adapter), fingerprint)
         folder.check(config, adapter)
-        _require_room(adapter, speeches[name].tokenizer, config.vocab_size)
+        _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
     model = hf.outline_in_4bit(config, device, dtype) if in_4bit else Decoder(config)
     hf.load_weights(model, base)
     served = Served(model.to(device=device, dtype=dtype), speech)
