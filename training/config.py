@@ -210,6 +210,13 @@ def _check_adapter(config: Config) -> None:
 def _check_gradients(config: Config) -> None:
     """Refuse hooks and overlaps that do not go with the optimizer or the dtype."""
     parallel, is_float16 = config.parallel, config.system.dtype == "float16"
+    if config.optimizer.offload_optimizer and parallel.overlap_optim_step:
+        raise ValueError(
+            "--offload_optimizer steps on the CPU, which --overlap_optim_step needs for the backward pass: give only "
+            "one of them"
+        )
+    if config.optimizer.offload_optimizer and config.system.adamw_kernel == "triton":
+        raise ValueError("--offload_optimizer steps on the CPU: leave out --adamw_kernel=triton")
     if config.powersgd.grad_buffer_is_powerSGD_error:
         if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
             raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")

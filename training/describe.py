@@ -65,6 +65,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
         _ops(built.model, built.adamw_kernel, config.optimizer.optimizer == "muon", config.system.compile),
+        *([_offloaded(built.engine)] if config.optimizer.offload_optimizer else []),
         *_data(built.data, config.run.task),
         _batch(config.run, config.data, built.derived, len(built.data.train)),
         *_time(built, counted),
@@ -108,6 +109,12 @@ def _ops(model: Decoder, adamw_kernel: str, has_muon: bool, is_compiled: bool) -
         + (", plain attention for its dropout" if model.config.attention_dropout else "")
         + (" (blocks compiled)" if is_compiled else "")
     )
+
+
+def _offloaded(engine: Engine) -> str:
+    """Where the optimizer's state lies, and its size."""
+    size = sum(tensor.nbytes for _, tensors in engine.named_state() for tensor in tensors.values())
+    return f"optimizer: {size / 1e9:.2f} GB of main parameters and moments in host memory, stepped by the CPU"
 
 
 def _data(data: Data, task: TaskType) -> list[str]:
