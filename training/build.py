@@ -12,6 +12,7 @@ from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
 from model.adapters import folder
+from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
@@ -44,6 +45,7 @@ from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
 from training.rates import warn_of_rate
+from training.recompute import limit_activations
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -61,8 +63,8 @@ class Built:
     run_dir: RunDir
     data: Data
     derived: Derived
-    weights_from: Path | None
-    """The folder that the model was built from."""
+    weights_from: Weights | None
+    """The folders that the model was built from."""
     adapter: Adapter | None
     """What is trained instead of the model's own weights."""
     export: Export
@@ -169,6 +171,7 @@ def build(
             config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
             stop_requested,
         )  # fmt: skip
+    limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
@@ -182,7 +185,7 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, weights, adapter, export, dtype, model, task, reference, kernel,
+        config, context, mesh, run_dir, data, derived, source, adapter, export, dtype, model, task, reference, kernel,
         scaler, engine, progress, left_out, loader,
     )  # fmt: skip
 

@@ -267,7 +267,7 @@ def _pickled(adapter: Path) -> str:
     """End of a sentence: how to convert a pickle, which is never opened here."""
     if not (adapter / _PICKLE).exists():
         return ": fetch the whole folder"
-    load_it = f"load({json.dumps(str(adapter / _PICKLE))}, map_location='cpu', weights_only=True)"
+    load_it = f'load({json.dumps(str(adapter / _PICKLE))}, map_location="cpu", weights_only=True)'
     script = (
         "from torch import load; from safetensors.torch import save_file; "
         f"save_file({{k: v.contiguous().clone() for k, v in {load_it}.items()}}, {json.dumps(str(adapter / TENSORS))})"
