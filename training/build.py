@@ -11,7 +11,6 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
-from model.adapters import folder
 from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
@@ -27,7 +26,7 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter, as_it_began, plan_adapter
-from training.added_tokens import added_tokens, rows_to_add
+from training.added_tokens import added_tokens, rows_of, rows_to_add
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -131,7 +130,7 @@ def build(
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     has_adapter = config.adapter.is_used or adapter_dir is not None
-    least_rows = vocab_size if added else folder.vocab_size_of(source) if adapter_dir is not None else 0
+    least_rows = vocab_size if added else rows_of(source)
     shape = choose_shape(
         config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter,
         least_rows,
