@@ -105,7 +105,7 @@ def load(ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: 
     for name, adapter in found.items():
         folder.require_base(folder.Weights(base, adapter), fingerprint)
         folder.check(config, adapter)
-        _require_room(adapter, speeches[name].tokenizer, config.vocab_size)
+        _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
     model = Decoder(config)
     hf.load_weights(model, base)
     served = Served(model.to(device=device, dtype=dtype), speech)
