@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from model.decoder import Decoder
 from model.families import family_named, family_of
 from model.families.family import Beside, Family, Rule
 from model.hf_files import INDEX, MISTAKES, PADDING, is_pointer, read_json, shown, weight_files, without_config
+from model.quantized import give_memory, quantized_layers
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|SCB)$"
@@ -30,8 +31,8 @@ _QUANTIZED = re.compile(
 """Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
 _FURTHER_TOKENS = re.compile(r"(^|\.)mtp[._]")
 """Tensors of layers that predict tokens beyond the next one, which transformers leaves out when it saves a folder."""
-_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights, by safetensors' words. Others are quantized, and mean nothing without their scales."""
 
 
 def to_hf_config(
@@ -131,7 +132,7 @@ def count_padding(directory: str | Path) -> int:
     path = Path(directory) / PADDING
     if not path.exists():
         return 0
-    with _opened(path) as tensors:
+    with opened(path) as tensors:
         return max((tensors.get_slice(name).get_shape()[0] for name in tensors.keys()), default=0)
 
 
@@ -238,7 +239,7 @@ def _rules_of(directory: Path, family: Family, config: ModelConfig, names: list[
     written, others = _rules(family, config, names), family.other_rules(config, names)
     held: set[str] = set()
     for file in weight_files(directory)[0] if others else ():
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             held.update(_short(family, name) for name in tensors.keys())
     fitting = [rules for rules in others if all(_short(family, name) in held for rule in rules for name in rule.theirs)]
     return fitting[0] if fitting else written
@@ -250,11 +251,11 @@ def _check_padding(file: Path, expected: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: it lacks one, or has one of another shape or dtype.
     """
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         for name, tensor in expected.items():
             if name not in tensors.keys():
                 raise ValueError(f"{file} lacks {name}: take the checkpoint before this one")
-            _check_header(file, name, tensors.get_slice(name), tensor.shape)
+            check_header(file, name, tensors.get_slice(name), tensor.shape)
 
 
 def _short(family: Family, name: str) -> str:
@@ -273,7 +274,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
     files, index = weight_files(directory)
     found: dict[str, _Stored] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():
                 if family.passed_over.search(name):
                     continue
@@ -286,7 +287,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
                     raise ValueError(f"{name} is in {found[short].file} and in {file}: delete the file not meant")
                 if index and index.get(name) != file.name:
                     raise ValueError(f"{file} holds {name}, which {INDEX} {_told_index(index.get(name))}")
-                _check_header(file, name, tensors.get_slice(name), shapes[short])
+                check_header(file, name, tensors.get_slice(name), shapes[short])
                 found[short] = _Stored(file, name)
     for lacking in index:
         if family.passed_over.search(lacking) or _short(family, lacking) in found:
@@ -295,7 +296,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
     return found
 
 
-def _check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
+def check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
     """See that a weight has the right dtype and shape, before it is read."""
     if header.get_dtype() not in _DTYPES:
         raise ValueError(
@@ -311,7 +312,7 @@ def _told_unknown(hf_name: str) -> str:
     if _QUANTIZED.search(hf_name):
         return "of weights that are quantized: take a folder where they are not"
     if ".lora_" in hf_name or ".base_layer." in hf_name:
-        return "of an adapter: merge it into the weights first"
+        return "of an adapter: merge it into the weights with python -m model.adapters.merge"
     if _FURTHER_TOKENS.search(hf_name):
         return "of layers for further tokens, which are not built here: save the folder with transformers, without them"
     return "which this model does not have"
@@ -322,7 +323,8 @@ def _told_index(elsewhere: str | None) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def opened(file: Path) -> Iterator[safe_open]:
+    """A file of tensors. Raises ValueError: it cannot be read."""
     try:
         # safetensors' own errors of the system have no number by which to tell them apart.
         open(file, "rb").close()
@@ -345,6 +347,16 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def outline(config: ModelConfig, *options: Any) -> Decoder:
+    """A model without values, which takes no memory.
+
+    Args:
+        options: further arguments of Decoder.
+    """
+    with torch.device("meta"), _NoInitialValues():
+        return Decoder(config, *options)
+
+
 def check_weights(config: ModelConfig, directory: str | Path) -> None:
     """See that a folder's weights fit a configuration, before memory is allocated: a configuration that is off by a few
     zeros would ask for too much.
@@ -352,45 +364,111 @@ def check_weights(config: ModelConfig, directory: str | Path) -> None:
     Raises:
         ValueError: see load_weights.
     """
-    with torch.device("meta"), _NoInitialValues():
-        model = Decoder(config)
-    _find_weights(directory, model)
+    _find_weights(directory, outline(config))
+
+
+def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtype, *options: Any) -> Decoder:
+    """A model for `load_weights` on its device, in its dtype, whose blocks keep their matrices in 4 bits. It has no
+    values.
+
+    Args:
+        options: further arguments of Decoder.
+    Raises:
+        ValueError: see quantized.give_memory.
+    """
+    model = outline(config, *options).to(dtype)
+    give_memory(model, device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
 
 
 @torch.no_grad()
 def load_weights(model: Decoder, directory: str | Path) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
+    Those of layers in 4 bits are quantized one by one, as they are read.
 
     Raises:
         ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
             not finite; the first one is named.
         OSError: a disk or a network fails, and may be back later.
     """
-    folder = _find_weights(directory, model)
+    quantized = quantized_layers(model)
+    folder = _find_weights(directory, outline(model.config) if quantized else model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     held = parameters | cut(parameters, folder.rows)
     # File by file: the tensors of most rules are in one file.
     by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for rule, stored in group:
                 theirs = [tensors.get_tensor(s.name) if s.file == file else _read_tensor(s) for s in stored]
                 for place, tensor in zip(stored, theirs):
-                    _check_finite(place, tensor)
+                    check_finite(place.file, place.name, tensor)
                 for name, weight in zip(rule.ours, rule.split(theirs)):
-                    held[name].copy_(weight)
+                    if name in quantized:
+                        quantized[name].set_matrix(weight)
+                    else:
+                        held[name].copy_(weight)
     for name, rows in cut(parameters, folder.padding).items():
         rows.copy_(_read_tensor(_Stored(Path(directory) / PADDING, name)))
     for beside, place in folder.besides:
         _check_beside(place, _read_tensor(place), beside, held[beside.like])
 
 
+class StoredWeights:
+    """The weights of a folder, each read when it is asked for. For programs that never hold the whole model.
+
+    Args:
+        directory: the folder.
+        config: its configuration.
+    Raises:
+        ValueError: see load_weights; but for values, which are looked at when they are read.
+    """
+
+    def __init__(self, directory: str | Path, config: ModelConfig):
+        model = outline(config)
+        folder = _find_weights(directory, model)
+        self._places = {name: (rule, stored) for rule, stored in folder.weights for name in rule.ours}
+        self._besides = {beside.like: (beside, place) for beside, place in folder.besides}
+        self.outlines = {
+            name: torch.empty_like(parameter, dtype=self._dtype_of(name), device="meta")
+            for name, parameter in model.named_parameters()
+        }
+        """Name of each parameter -> a tensor of its shape and of the dtype in the folder, without values."""
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        place = self._places[name][1][0]
+        with opened(place.file) as tensors:
+            return _DTYPES[tensors.get_slice(place.name).get_dtype()]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the parameters, in the dtype of the folder.
+
+        Raises:
+            ValueError, OSError: see load_weights.
+        """
+        wanted, found = set(names), dict[str, Tensor]()
+        for name in sorted(wanted):
+            if name in found:
+                continue
+            rule, stored = self._places[name]
+            theirs = [_read_tensor(place) for place in stored]
+            for place, tensor in zip(stored, theirs):
+                check_finite(place.file, place.name, tensor)
+            found |= {ours: tensor for ours, tensor in zip(rule.ours, rule.split(theirs)) if ours in wanted}
+            if name in self._besides:
+                beside, place = self._besides[name]
+                _check_beside(place, _read_tensor(place), beside, found[name])
+        return found
+
+
 def _read_tensor(place: _Stored) -> Tensor:
-    with _opened(place.file) as tensors:
+    with opened(place.file) as tensors:
         return tensors.get_tensor(place.name)
 
 
-def _check_finite(place: _Stored, tensor: Tensor) -> None:
+def check_finite(file: Path, name: str, tensor: Tensor) -> None:
     """
     Raises:
         ValueError: a value is infinite or not a number, and the model's scores would be, too.
@@ -398,7 +476,7 @@ def _check_finite(place: _Stored, tensor: Tensor) -> None:
     # The extremes of a tensor with a NaN are NaN; to find them takes less time than to read it.
     if tensor.numel() and not all(math.isfinite(value) for value in tensor.aminmax()):
         raise ValueError(
-            f"{place.name} in {place.file} holds values that are not finite: take another copy of the model"
+            f"{name} in {file} holds values that are not finite: take another copy of the model"
         )
 
 

@@ -16,7 +16,7 @@ from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
 from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
-from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
+from utils.options import OnlyWith, parse_size, require_at_most, require_not_negative, require_positive
 
 MOST_PROFILED_STEPS = 20
 """Most steps in one trace. Each takes megabytes a rank, in memory until the trace is written."""
@@ -185,7 +185,26 @@ def check_together(config: Config) -> None:
         raise ValueError(
             f"--task_type={run.task_type} needs a model to begin with: give --init_from, best a run of --task_type=sft"
         )
+    _check_adapter(config)
     _check_gradients(config)
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what an adapter does not go with."""
+    run, adapter = config.run, config.adapter
+    if not adapter.is_used:
+        return
+    if not (run.init_from or run.resume):
+        name = "--adapter" if adapter.adapter else "--lora_r"
+        raise ValueError(f"{name}: an adapter needs weights to stand on: give them with --init_from")
+    if config.optimizer.optimizer == "muon":
+        raise ValueError(
+            "--optimizer=muon is for whole matrices of the blocks, not for an adapter's two thin factors: leave it out"
+        )
+    if config.model.router_bias_update_rate:
+        raise ValueError(
+            "--router_bias_update_rate moves biases of the base, which stays as it is below an adapter: leave it out"
+        )
 
 
 def _check_gradients(config: Config) -> None:
@@ -247,18 +266,6 @@ def resolve(
     global_batch = config.data.train_batch_size * steps
     epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
     return Derived(global_batch, config.run.max_iters or epoch_iters)
-
-
-def parse_size(text: str) -> int:
-    """Bytes that --max_shard_size names.
-
-    Raises:
-        ValueError: the text is not a size, or none of at least one byte.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)B?", text.upper())
-    if match is None or not int(match[1]):
-        raise ValueError(f"max_shard_size must be a size such as 500MB or 5GB, or a number of bytes; got {text!r}")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
 def parse_log_ranks(text: str) -> frozenset[int] | None:
