@@ -1,14 +1,14 @@
 """Frozen matrix multiplications of one input, each with a product of two thin matrices added (LoRA: Hu et al., 2021).
 
-    t_i = s x A_i^T,   y_i = x W_i^T + b_i + t_i B_i^T              W_i (O_i, C), A_i (r, C), B_i (O_i, r)
+    t_i = x A_i^T,   y_i = x W_i^T + b_i + s t_i B_i^T              W_i (O_i, C), A_i (r, C), B_i (O_i, r)
 
-    dt_i = s dy_i B_i,   dB_i = dy_i^T t_i,   dA_i = dt_i^T x,   dx = sum over i of (dy_i W_i + dt_i A_i)
+    dt_i = s dy_i B_i,   dB_i = s dy_i^T t_i,   dA_i = dt_i^T x,   dx = sum over i of (dy_i W_i + dt_i A_i)
 
 W_i and b_i get no gradient. What is added takes 2 r / C of the multiplications' operations, but step by step it would
-also read and write every y_i and dx several times, to scale and to add. Here it is added where the large product lies,
-and all products are added to one dx. The matrices A_i are one, [A_1; A_2; ...], since a product with few columns takes
-nearly as long as one with a few more. `packed` also joins the W_i, and returns all y_i as one tensor, with a B that is
-block-diagonal.
+also read and write every y_i and dx several times, to scale and to add. Here products are scaled as they are computed
+and added to the large ones, and all are added to one dx. The matrices A_i are one, [A_1; A_2; ...], since a product
+with few columns takes nearly as long as one with a few more. `packed` also joins the W_i, and returns all y_i as one
+tensor, with a B that is block-diagonal.
 
 Kept for the backward pass: x, and t_i (N, r).
 
@@ -33,7 +33,7 @@ def low_rank_linears_reference(
 
 @torch.library.custom_op("zero2all::low_rank_linears", mutates_args=())
 def _sums(
-    x_NC: Tensor, t_NR: Tensor, weights: list[Tensor], biases: list[Tensor | None], b: list[Tensor]
+    x_NC: Tensor, t_NR: Tensor, weights: list[Tensor], biases: list[Tensor | None], b: list[Tensor], scale: float
 ) -> list[Tensor]:
     """y_i (N, O_i). One operator, since recomputation that keeps the results of matrix multiplications would otherwise
     keep the large product beside the sum.
@@ -44,13 +44,13 @@ def _sums(
     outputs = []
     for weight, bias, b_Or, t_Nr in zip(weights, biases, b, t_NR.split([b_Or.shape[1] for b_Or in b], dim=1)):
         y_NO = torch.mm(x_NC, weight.t()) if bias is None else torch.addmm(bias, x_NC, weight.t())
-        outputs.append(y_NO.addmm_(t_Nr, b_Or.t()))
+        outputs.append(y_NO.addmm_(t_Nr, b_Or.t(), alpha=scale))
     return outputs
 
 
 @_sums.register_fake
 def _(
-    x_NC: Tensor, t_NR: Tensor, weights: list[Tensor], biases: list[Tensor | None], b: list[Tensor]
+    x_NC: Tensor, t_NR: Tensor, weights: list[Tensor], biases: list[Tensor | None], b: list[Tensor], scale: float
 ) -> list[Tensor]:
     return [x_NC.new_empty(x_NC.shape[0], weight.shape[0]) for weight in weights]
 
@@ -62,13 +62,14 @@ class _LowRankLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, a, b, biases = _lists(tensors, count)
         x_NC = x.reshape(-1, x.shape[-1])
-        t_NR = torch.mm(x_NC, _joined(a).t()) * scale
+        t_NR = torch.mm(x_NC, _joined(a).t())
         ctx.save_for_backward(x, t_NR, *weights, *a, *b)
         ctx.scale, ctx.packed, ctx.count = scale, packed, count
         if packed:
             weights, b = [_joined(weights)], [torch.block_diag(*b)]
             biases = [None if biases[0] is None else _joined(biases)]
-        return tuple(y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in _sums(x_NC, t_NR, weights, biases, b))
+        sums = _sums(x_NC, t_NR, weights, biases, b, scale)
+        return tuple(y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in sums)
 
     @staticmethod
     def backward(ctx, *dys: Tensor):
@@ -76,7 +77,7 @@ class _LowRankLinears(torch.autograd.Function):
         weights, a, b = _lists(tensors, ctx.count)
         x_NC, dys_NO = x.reshape(-1, x.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         large, thin = ([_joined(weights)], [torch.block_diag(*b)]) if ctx.packed else (weights, b)
-        dt_NR = _joined([torch.mm(dy_NO, b_Or) for dy_NO, b_Or in zip(dys_NO, thin)], dim=1) * ctx.scale
+        dt_NR = _joined([_product(dy_NO, b_Or, ctx.scale) for dy_NO, b_Or in zip(dys_NO, thin)], dim=1)
         dx, of_thin = None, 2 * ctx.count * [None]
         if ctx.needs_input_grad[3]:
             dx_NC = torch.mm(dt_NR, _joined(a))
@@ -84,17 +85,24 @@ class _LowRankLinears(torch.autograd.Function):
                 dx_NC.addmm_(dy_NO, weight)
             dx = dx_NC.view(x.shape)
         if any(ctx.needs_input_grad[4:]):
-            of_thin = [*_split(torch.mm(dt_NR.t(), x_NC), a), *_thin_gradients(dys_NO, t_NR, b, ctx.packed)]
+            of_thin = [*_split(torch.mm(dt_NR.t(), x_NC), a), *_gradients_of_b(dys_NO, t_NR, b, ctx.scale, ctx.packed)]
         return None, None, None, dx, *(ctx.count * [None]), *of_thin, *(ctx.count * [None])
 
 
-def _thin_gradients(dys_NO: list[Tensor], t_NR: Tensor, b: list[Tensor], packed: bool) -> list[Tensor]:
-    """Gradients of all B_i."""
+def _gradients_of_b(
+    dys_NO: list[Tensor], t_NR: Tensor, b: list[Tensor], scale: float, packed: bool
+) -> list[Tensor]:
     ranks = [b_Or.shape[1] for b_Or in b]
     if packed:
-        rows = _split(torch.mm(dys_NO[0].t(), t_NR), b)
+        rows = _split(_product(dys_NO[0].t(), t_NR, scale), b)
         return [row_OR.split(ranks, dim=1)[number].contiguous() for number, row_OR in enumerate(rows)]
-    return [torch.mm(dy_NO.t(), t_Nr) for dy_NO, t_Nr in zip(dys_NO, t_NR.split(ranks, dim=1))]
+    return [_product(dy_NO.t(), t_Nr, scale) for dy_NO, t_Nr in zip(dys_NO, t_NR.split(ranks, dim=1))]
+
+
+def _product(first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """scale first second, rounded once."""
+    unread = first.new_zeros(())
+    return torch.addmm(unread, first, second, beta=0, alpha=scale)
 
 
 def _lists(tensors: Sequence, count: int) -> list[list]:
@@ -102,7 +110,7 @@ def _lists(tensors: Sequence, count: int) -> list[list]:
     return [list(tensors[begin : begin + count]) for begin in range(0, len(tensors), count)]
 
 
-def _joined(tensors: Sequence, dim: int = 0) -> Tensor:
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
