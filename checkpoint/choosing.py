@@ -18,6 +18,7 @@ from checkpoint.folder import (
     best_first,
     find_problem,
     has_checkpoints,
+    holds_weights,
     list_checkpoints,
     step_dir,
 )
@@ -91,14 +92,14 @@ def newest_with(ckpt_dir: Path, name: str) -> Path | None:
 
 
 def resolve_checkpoint_dir(path: Path) -> Path:
-    """A folder with weights: a Hugging Face folder, a checkpoint, or the newest checkpoint of a run.
+    """A folder with weights: a Hugging Face folder, an adapter's, a checkpoint, or the newest checkpoint of a run.
 
     Raises:
         ValueError: `path` leads to none of these.
     """
     if not path.exists():
         raise ValueError(absent(path, "give a folder of this machine, as nothing is downloaded"))
-    if (path / "config.json").exists():
+    if holds_weights(path):
         if (path / MANIFEST).exists() and (problem := find_problem(path, weights_only=True)):
             raise ValueError(f"checkpoint {path} is broken: {problem}")
         return path
@@ -112,7 +113,7 @@ def resolve_checkpoint_dir(path: Path) -> Path:
     inside = [path / name for name in names_in(path)]
     if path.name == CKPT_DIR and RunPaths(path.parent).mark.exists():
         inside = [path.parent]
-    one = next((each for each in inside if has_checkpoints(each) or (each / "config.json").exists()), None)
+    one = next((each for each in inside if has_checkpoints(each) or holds_weights(each)), None)
     meant = f": did you mean {one}?" if one else ""
     raise ValueError(f"{path} is neither a run, nor a checkpoint, nor a Hugging Face folder{meant}")
 

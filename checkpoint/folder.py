@@ -9,6 +9,8 @@
         optim-R.safetensors     optimizer state that rank R wrote (checkpoint/named.py)
         comm_hook-R.safetensors what rank R's comm hook remembers, if it has a memory
         trainer_state.json      the run's position
+        adapter_config.json, adapter_model.safetensors, adapter_base.json   in place of the first two, where an adapter
+                                is trained: it, and the weights that it is for (model/adapters/folder.py)
         manifest.json           size and sha256 of every file, written last
       abandoned-step-N-TIME/    a later checkpoint that a resumed run left behind (checkpoint/retention.py)
       .replaced-step-N-ID/      an older checkpoint of a step that is being saved again
@@ -37,6 +39,8 @@ from utils.files import sha256_of_file
 from utils.small_files import parse_json
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+MODEL_FILES = ("config.json", "adapter_config.json")
+"""Files of which a folder with weights holds one: of a whole model, or of an adapter."""
 OPTIMIZER_FILES = "optim-*.safetensors"
 """Pattern of the files that hold optimizer state."""
 UNKNOWN_SAVE = "unknown-"
@@ -238,6 +242,11 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint | None:
         return Checkpoint(path, nothing, has_manifest=False)
     except OSError as error:
         return Checkpoint(path, nothing, has_manifest=False, unreadable=error.strerror)
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    return any((directory / name).exists() for name in MODEL_FILES)
 
 
 def has_checkpoints(run: Path) -> bool:

@@ -77,6 +77,20 @@ def read_generation_config(directory: str | Path) -> GenerationConfig:
     return GenerationConfig(tuple(dict.fromkeys(eos_ids)), others["bos_token_id"], others["pad_token_id"], kept)
 
 
+def read_adapters_generation_config(base: str | Path, adapter: str | Path) -> GenerationConfig:
+    """The settings of a folder with an adapter: those of its base, and before them its own generation_config.json.
+
+    Raises:
+        ValueError, OSError: see read_generation_config.
+    """
+    of_base, path = read_generation_config(base), Path(adapter) / GENERATION_CONFIG
+    if not path.exists():
+        return of_base
+    own = _read(path)
+    settings = {key: value for key, value in own.items() if key not in ("eos_token_id", *_MARKS)}
+    return replace(of_base, settings=of_base.settings | settings).ending_with(_ids(own, "eos_token_id", path))
+
+
 def _read(path: Path) -> dict:
     values = read_json(path)
     if not isinstance(values, dict):

@@ -131,7 +131,7 @@ def count_padding(directory: str | Path) -> int:
     path = Path(directory) / PADDING
     if not path.exists():
         return 0
-    with _opened(path) as tensors:
+    with opened(path) as tensors:
         return max((tensors.get_slice(name).get_shape()[0] for name in tensors.keys()), default=0)
 
 
@@ -238,7 +238,7 @@ def _rules_of(directory: Path, family: Family, config: ModelConfig, names: list[
     written, others = _rules(family, config, names), family.other_rules(config, names)
     held: set[str] = set()
     for file in weight_files(directory)[0] if others else ():
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             held.update(_short(family, name) for name in tensors.keys())
     fitting = [rules for rules in others if all(_short(family, name) in held for rule in rules for name in rule.theirs)]
     return fitting[0] if fitting else written
@@ -250,11 +250,11 @@ def _check_padding(file: Path, expected: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: it lacks one, or has one of another shape or dtype.
     """
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         for name, tensor in expected.items():
             if name not in tensors.keys():
                 raise ValueError(f"{file} lacks {name}: take the checkpoint before this one")
-            _check_header(file, name, tensors.get_slice(name), tensor.shape)
+            check_header(file, name, tensors.get_slice(name), tensor.shape)
 
 
 def _short(family: Family, name: str) -> str:
@@ -273,7 +273,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
     files, index = weight_files(directory)
     found: dict[str, _Stored] = {}
     for file in files:
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():
                 if family.passed_over.search(name):
                     continue
@@ -286,7 +286,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
                     raise ValueError(f"{name} is in {found[short].file} and in {file}: delete the file not meant")
                 if index and index.get(name) != file.name:
                     raise ValueError(f"{file} holds {name}, which {INDEX} {_told_index(index.get(name))}")
-                _check_header(file, name, tensors.get_slice(name), shapes[short])
+                check_header(file, name, tensors.get_slice(name), shapes[short])
                 found[short] = _Stored(file, name)
     for lacking in index:
         if family.passed_over.search(lacking) or _short(family, lacking) in found:
@@ -295,7 +295,7 @@ def _find_tensors(directory: Path, family: Family, shapes: dict[str, torch.Size]
     return found
 
 
-def _check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
+def check_header(file: Path, hf_name: str, header, shape: torch.Size) -> None:
     """See that a weight has the right dtype and shape, before it is read."""
     if header.get_dtype() not in _DTYPES:
         raise ValueError(
@@ -311,7 +311,7 @@ def _told_unknown(hf_name: str) -> str:
     if _QUANTIZED.search(hf_name):
         return "of weights that are quantized: take a folder where they are not"
     if ".lora_" in hf_name or ".base_layer." in hf_name:
-        return "of an adapter: merge it into the weights first"
+        return "of an adapter: merge it into the weights with python -m model.adapters.merge"
     if _FURTHER_TOKENS.search(hf_name):
         return "of layers for further tokens, which are not built here: save the folder with transformers, without them"
     return "which this model does not have"
@@ -322,7 +322,8 @@ def _told_index(elsewhere: str | None) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
+def opened(file: Path) -> Iterator[safe_open]:
+    """A file of tensors. Raises ValueError: it cannot be read."""
     try:
         # safetensors' own errors of the system have no number by which to tell them apart.
         open(file, "rb").close()
@@ -345,6 +346,12 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def outline(config: ModelConfig) -> Decoder:
+    """A model without values, which takes no memory."""
+    with torch.device("meta"), _NoInitialValues():
+        return Decoder(config)
+
+
 def check_weights(config: ModelConfig, directory: str | Path) -> None:
     """See that a folder's weights fit a configuration, before memory is allocated: a configuration that is off by a few
     zeros would ask for too much.
@@ -352,9 +359,7 @@ def check_weights(config: ModelConfig, directory: str | Path) -> None:
     Raises:
         ValueError: see load_weights.
     """
-    with torch.device("meta"), _NoInitialValues():
-        model = Decoder(config)
-    _find_weights(directory, model)
+    _find_weights(directory, outline(config))
 
 
 @torch.no_grad()
@@ -372,11 +377,11 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
     # File by file: the tensors of most rules are in one file.
     by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for rule, stored in group:
                 theirs = [tensors.get_tensor(s.name) if s.file == file else _read_tensor(s) for s in stored]
                 for place, tensor in zip(stored, theirs):
-                    _check_finite(place, tensor)
+                    check_finite(place.file, place.name, tensor)
                 for name, weight in zip(rule.ours, rule.split(theirs)):
                     held[name].copy_(weight)
     for name, rows in cut(parameters, folder.padding).items():
@@ -386,11 +391,11 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
 
 
 def _read_tensor(place: _Stored) -> Tensor:
-    with _opened(place.file) as tensors:
+    with opened(place.file) as tensors:
         return tensors.get_tensor(place.name)
 
 
-def _check_finite(place: _Stored, tensor: Tensor) -> None:
+def check_finite(file: Path, name: str, tensor: Tensor) -> None:
     """
     Raises:
         ValueError: a value is infinite or not a number, and the model's scores would be, too.
@@ -398,7 +403,7 @@ def _check_finite(place: _Stored, tensor: Tensor) -> None:
     # The extremes of a tensor with a NaN are NaN; to find them takes less time than to read it.
     if tensor.numel() and not all(math.isfinite(value) for value in tensor.aminmax()):
         raise ValueError(
-            f"{place.name} in {place.file} holds values that are not finite: take another copy of the model"
+            f"{name} in {file} holds values that are not finite: take another copy of the model"
         )
 
 

@@ -53,7 +53,11 @@ class Head(Linear):
 
     def rows(self) -> Tensor:
         """The matrix (V, C) that hidden states are multiplied with."""
-        return self.weight
+        return self.scaled(self.weight)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows (n, C) of the weight, as hidden states are multiplied with them."""
+        return rows
 
     def forward(self, hidden: Tensor, key: DropoutKey | None = None) -> Tensor:
         """Scores (..., V) of hidden states (..., C)."""
@@ -79,8 +83,8 @@ class NormalizedHead(Head):
     """A head whose rows have length 1 (Baichuan 2: Yang et al., 2023): scores depend on a row's direction, not on how
     often its token was seen."""
 
-    def rows(self) -> Tensor:
-        return F.normalize(self.weight.float(), dim=-1).to(self.weight.dtype)
+    def scaled(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows.float(), dim=-1).to(rows.dtype)
 
 
 def new_head(config: ModelConfig, ops: Ops) -> Head:
@@ -97,18 +101,19 @@ def merged_linear_reference(x: Tensor, *weights: Tensor) -> Tensor:
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
+        # Frozen weights do not need it.
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *weights)
         x_NC = x.reshape(-1, x.shape[-1])
         return torch.mm(x_NC, torch.cat(weights).t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        dy_NO, x_NC = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = torch.mm(dy_NO, torch.cat(weights)).view(x.shape) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
+        dy_NO = dy.reshape(-1, dy.shape[-1])
+        dx = torch.mm(dy_NO, torch.cat(weights)).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        if x is None:
             return dx, *(None for _ in weights)
-        dw_OC = torch.mm(dy_NO.t(), x_NC)
+        dw_OC = torch.mm(dy_NO.t(), x.reshape(-1, x.shape[-1]))
         return dx, *dw_OC.split([len(weight) for weight in weights])
 
 

@@ -10,6 +10,7 @@
     router               N(0, initializer_range)                yes      no     nothing
     router's bias        0 (frozen: a rule moves it)            no       no     nothing
     local filter         N(0, initializer_range)                yes      no     nothing
+    new tokens' rows     mean (model/adapters/tokens.py)        yes      no     nothing
     LoRA's A, B          uniform, 0 (model/adapters/lora.py)    yes      no     nothing
     DoRA's lengths       those of the matrix's rows             no       no     nothing
 
@@ -56,6 +57,7 @@ NORM_BIAS = Role("zero", False, False, "none")
 ROUTER = Role("normal", True, False, "none")
 ROUTER_BIAS = Role("zero", False, False, "none")
 FILTER = Role("normal", True, False, "none")
+TRAINED_ROWS = Role("zero", True, False, "none")
 LORA = Role("zero", True, False, "none")
 LORA_LENGTHS = Role("zero", False, False, "none")
 
@@ -73,6 +75,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r".*\.experts\.down_proj", OUTPUT_PROJECTION),
     (r".*\.local_filter\.conv[12]\.weight", FILTER),
     (r".*\.local_filter\.conv[12]\.bias", OUTPUT_BIAS),
+    (r"(embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta", TRAINED_ROWS),
     (r".*\.lora_[AB]\.weight", LORA),
     (r".*\.lora_magnitude_vector\.weight", LORA_LENGTHS),
 )

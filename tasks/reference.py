@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dataset.dpo import DPODataset
 from model import ModelConfig
+from model.adapters.folder import CONFIG, TENSORS
 from runs.exits import StopRequested
 from tasks.dpo import DPOTask
 from utils.files import atomic_write, is_passing, sha256_of_file
@@ -129,9 +130,20 @@ _FOR_TRAINING = {"model_type", "router_aux_loss_coef", "router_aux_loss", "route
 """Fields that do not change what a model computes."""
 
 
-def weights_fingerprint(directory: Path, config: ModelConfig, dtype: torch.dtype) -> str:
-    """Fingerprint of the function that a model of this configuration and dtype computes with a folder's weights."""
+def weights_fingerprint(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, adapter: Path | None = None, in_4bit: bool = False
+) -> str:
+    """Fingerprint of the function that a model of this configuration and dtype computes with a folder's weights.
+
+    Args:
+        adapter: folder of an adapter for them.
+        in_4bit: whether the model keeps its frozen matrices in 4 bits.
+    """
     content = [[path.name, sha256_of_file(path)] for path in sorted(directory.glob("model*.safetensors"))]
+    if adapter is not None:
+        content += [[path.name, sha256_of_file(path)] for path in (adapter / CONFIG, adapter / TENSORS)]
+    if in_4bit:
+        content.append(["4 bits", ""])
     # Nothing is dropped while the reference is computed, and most models take any length.
     without = {"hidden_dropout", "attention_dropout"} | _FOR_TRAINING
     without |= {"max_position_embeddings"} if config.rope_scaling == "none" else set()

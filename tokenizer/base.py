@@ -153,6 +153,10 @@ class Tokenizer(ABC):
         """Number of bytes of text that each id stands for, 0 for special tokens; for losses per byte of text."""
 
     @abstractmethod
+    def with_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with ordinary added tokens, which have the next ids; see add_tokens.py for the checks."""
+
+    @abstractmethod
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read."""
 

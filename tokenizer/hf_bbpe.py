@@ -27,6 +27,7 @@ from tokenizer.base import (
     readable_by_version_4,
 )
 from tokenizer.hf_definition import (
+    ADDED_TOKEN,
     BYTE_PIECES,
     as_used,
     begin_ids,
@@ -191,6 +192,20 @@ class HFBBPETokenizer(Tokenizer):
         for token_id in self.special_ids.values():
             lengths[token_id] = 0
         return lengths
+
+    def with_tokens(self, tokens: Sequence[str]) -> "HFBBPETokenizer":
+        return HFBBPETokenizer(*self._parts_with(tokens), self._chat_template)
+
+    def _parts_with(self, tokens: Sequence[str]) -> tuple[str, dict]:
+        """Content of tokenizer.json and tokenizer_config.json with ordinary tokens added."""
+        added = [ADDED_TOKEN | {"id": self.vocab_size + n, "content": token} for n, token in enumerate(tokens)]
+        definition = self._definition | {"added_tokens": [*self._definition["added_tokens"], *added]}
+        config = hugging_face_config(self.special_ids) if self._config is None else self._config
+        listed = config.get("added_tokens_decoder")
+        if isinstance(listed, dict):
+            new = {str(one["id"]): {key: one[key] for key in one if key != "id"} for one in added}
+            config = config | {"added_tokens_decoder": listed | new}
+        return json.dumps(definition), config
 
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)

@@ -18,6 +18,9 @@ BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _NEEDED_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(0xF5) if byte not in (0xC0, 0xC1))
 """Pieces of the bytes that occur in UTF-8. Some tokenizers leave out the others."""
 _FORM_OF_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+ADDED_TOKEN = {"special": False} | _FORM_OF_SPECIAL
+"""Form of an ordinary added token. It is looked for in the text as it was written, not as normalized: Llama 2's
+normalizer puts a blank in front of each text, hence also of each such token, which would not be found within a text."""
 _SPLIT_BYTE_PIECE = {
     "type": "Split", "pattern": {"Regex": r"\A<(?=0x[0-9A-F]{2}>\z)"}, "behavior": "Isolated", "invert": False
 }  # fmt: skip

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, normalizers
 
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, SPECIAL_TOKENS, Tokenizer, hugging_face_config
+from tokenizer.hf_bbpe import HFBBPETokenizer
 from tokenizer.usual_layouts import JINJA
 from utils.files import atomic_write
 
@@ -83,10 +84,19 @@ class SPBBPETokenizer(Tokenizer):
                 lengths.append(len(self._processor.id_to_piece(token_id).replace(_BLANK, " ").encode("utf-8")))
         return lengths
 
+    def with_tokens(self, tokens: Sequence[str]) -> HFBBPETokenizer:
+        """The same entries, as a tokenizer.json, and the new ones: SentencePiece's library cannot add any. (A "▁" in a
+        text becomes a blank there.)"""
+        own = HFBBPETokenizer(self._as_hugging_face().to_str(), self._config(), JINJA)
+        return own.with_tokens(tokens)
+
+    def _config(self) -> dict:
+        return hugging_face_config(self.special_ids) | {"unk_token": _UNKNOWN}
+
     def save_pretrained(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = hugging_face_config(self.special_ids) | {"unk_token": _UNKNOWN, "kind": KIND}
+        config = self._config() | {"kind": KIND}
         atomic_write(directory / "tokenizer.model", self._model)
         atomic_write(directory / "tokenizer.json", self._as_hugging_face().to_str().encode())
         atomic_write(directory / CHAT_TEMPLATE_NAME, JINJA.encode())

@@ -97,6 +97,9 @@ class ForeignSPTokenizer(HFBBPETokenizer):
     def _lengths(self) -> list[int]:
         return self.token_byte_lengths()
 
+    def with_tokens(self, tokens: Sequence[str]) -> "ForeignSPTokenizer":
+        return ForeignSPTokenizer(*self._parts_with(tokens), self._chat_template, self._model)
+
     def save_pretrained(self, directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         atomic_write(Path(directory) / MODEL, self._model)

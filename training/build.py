@@ -22,6 +22,7 @@ from parallel.gradients import square
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
+from training.adapter import Adapter, as_it_began, plan_adapter
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -58,6 +59,8 @@ class Built:
     derived: Derived
     weights_from: Path | None
     """The folder that the model was built from."""
+    adapter: Adapter | None
+    """What is trained instead of the model's own weights."""
     export: Export
     """Information for other programs in its checkpoints."""
     dtype: torch.dtype
@@ -112,36 +115,45 @@ def build(
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
-    weights = find_weights(config.run, run_dir.resumed_from, data.tokenizer)
+    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer)
+    weights, adapter_dir = source if source is not None else (None, None)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
-    shape = choose_shape(config.model, config.run, given, weights, is_resumed, vocab_size, max_seq_len)
+    has_adapter = config.adapter.is_used or adapter_dir is not None
+    shape = choose_shape(
+        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter
+    )
+    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context)
+    if adapter is not None and is_resumed and config.run.task.needs_weights:
+        # The reference may have to be computed again.
+        adapter = as_it_began(adapter, config.run, config.adapter.adapter, shape)
+    if adapter is not None and (not is_resumed or config.adapter.lora_r is None):
+        config = replace(config, adapter=adapter.in_config(config.adapter))
     # Only now is it known what the weights bring along.
     for sentence in without_effect(replace(config, model=shape), given) if context.is_main else ():
         logger.warning(sentence)
     # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
     export = plan_export(
-        config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size)
+        config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size), adapter_dir
     )
-    if (sentence := export.warning(shape)) and context.is_main:
+    if adapter is None and (sentence := export.warning(shape)) and context.is_main:
         logger.warning(sentence)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
-    model = build_model(
-        shape, config.system, config.run.seed, context.device, dtype, weights, config.adapter
-    )
+    model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights, adapter)
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
-    if weights is not None and not is_resumed and context.is_main:
+    if weights is not None and not is_resumed and adapter is None and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
-            config.run, config.data.valid_batch_size, context, run_dir, data, task, weights, dtype, stop_requested
-        )
+            config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
+            stop_requested,
+        )  # fmt: skip
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
@@ -155,8 +167,8 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, weights, export, dtype, model, task, reference, kernel, scaler,
-        engine, progress, left_out, loader,
+        config, context, mesh, run_dir, data, derived, weights, adapter, export, dtype, model, task, reference, kernel,
+        scaler, engine, progress, left_out, loader,
     )  # fmt: skip
 
 

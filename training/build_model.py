@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.choosing import resolve_checkpoint_dir
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
-from model.adapters import lora
+from model.adapters import folder, lora
 from model.adapters.config import AdapterConfig
+from model.adapters.folder import Weights
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
+from training.adapter import Adapter, first_weights, resumed_weights
 from training.config import Config, RunConfig, SystemConfig
 from training.data import require_tokenizer_of, warn_of_another_template
 
@@ -49,18 +50,28 @@ def new_model(wanted: ModelConfig, given: Set[str]) -> ModelConfig:
     return family_named(wanted.model_type).new(wanted, given | changed)
 
 
-def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer) -> Path | None:
-    """Folder of the weights to begin with; None: new weights.
+def find_weights(
+    run: RunConfig, adapter: AdapterConfig, given: Set[str], resumed_from: Path | None, tokenizer: Tokenizer
+) -> Weights | None:
+    """The weights to begin with; None: new weights.
 
     Args:
+        given: names of the flags that were given.
         resumed_from: folder of the model that a resumed run goes on with; None for a new run.
         tokenizer: the data's.
     Raises:
         ValueError: the run needs weights and there are none, or they belong to another tokenizer.
     """
-    source = resumed_from
-    if source is None and run.init_from:
-        source = resolve_checkpoint_dir(Path(run.init_from))
+    if resumed_from is not None:
+        source: Weights | None = resumed_weights(run, given, resumed_from)
+    else:
+        source = first_weights(run, adapter.adapter)
+        if source is not None and source.adapter is not None and adapter.lora_r is not None and not adapter.adapter:
+            raise ValueError(
+                f"{run.init_from} holds an adapter already: leave out --lora_r to go on with it, or begin a new one on "
+                f"both together, by python -m model.adapters.merge --adapter {source.adapter} --output FOLDER and "
+                f"--init_from=FOLDER"
+            )
     if source is not None:
         own = require_tokenizer_of(source, tokenizer)
         if resumed_from is None and run.task.teaches_chat:
@@ -76,7 +87,7 @@ def find_weights(run: RunConfig, resumed_from: Path | None, tokenizer: Tokenizer
 
 def choose_shape(
     wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, is_resumed: bool, vocab_size: int,
-    max_seq_len: int,
+    max_seq_len: int, has_adapter: bool = False,
 ) -> ModelConfig:  # fmt: skip
     """The model's final shape, which a family can hold.
 
@@ -86,6 +97,7 @@ def choose_shape(
         weights: folder of the weights to begin with.
         is_resumed: it is a checkpoint of this run.
         vocab_size: the tokenizer's.
+        has_adapter: whether the weights stay frozen below an adapter.
     Raises:
         ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
@@ -96,6 +108,11 @@ def choose_shape(
             stored = dataclasses.replace(stored, model_type="")
         stored = dataclasses.replace(stored, vocab_size=stored.vocab_size + hf.count_padding(weights))
     elif stored is not None and upcycle.is_upcycled(stored, wanted):
+        if has_adapter:
+            raise ValueError(
+                "--num_local_experts: the experts that a dense model is copied into must train, so that they differ: "
+                "leave out the adapter"
+            )
         stored = upcycle.sparse_config(stored, wanted)
     shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
     # Asked before the training: otherwise the first save would fail.
@@ -210,7 +227,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
-    adapter: AdapterConfig | None = None,
+    adapter: Adapter | None = None,
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -218,7 +235,7 @@ def build_model(
         seed: key of new weights.
         weights: folder of the model that this one begins with. In a resumed run, main parameters later replace the
             trained weights; frozen ones come from here alone.
-        adapter: what is trained instead of the weights; None, or one that is not used: they train themselves.
+        adapter: what is trained instead of the weights; None: they train themselves.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -236,8 +253,10 @@ def build_model(
         model.initialize(seed)
     else:
         load_weights(model, weights, seed)
-    if adapter is not None and adapter.is_used:
-        lora.attach(model, lora.LoraSpec.of(adapter), seed)
+    if adapter is not None:
+        lora.attach(model, adapter.spec, seed)
+        if adapter.loaded_from is not None:
+            folder.load(model, adapter.loaded_from)
     model.to(device=device, dtype=dtype)
     if system.compile:
         model.compile_blocks()

@@ -185,7 +185,26 @@ def check_together(config: Config) -> None:
         raise ValueError(
             f"--task_type={run.task_type} needs a model to begin with: give --init_from, best a run of --task_type=sft"
         )
+    _check_adapter(config)
     _check_gradients(config)
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what an adapter does not go with."""
+    run, adapter = config.run, config.adapter
+    if not adapter.is_used:
+        return
+    if not (run.init_from or run.resume):
+        name = "--adapter" if adapter.adapter else "--lora_r"
+        raise ValueError(f"{name}: an adapter needs weights to stand on: give them with --init_from")
+    if config.optimizer.optimizer == "muon":
+        raise ValueError(
+            "--optimizer=muon is for whole matrices of the blocks, not for an adapter's two thin factors: leave it out"
+        )
+    if config.model.router_bias_update_rate:
+        raise ValueError(
+            "--router_bias_update_rate moves biases of the base, which stays as it is below an adapter: leave it out"
+        )
 
 
 def _check_gradients(config: Config) -> None:

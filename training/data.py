@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint.choosing import newest_with, resolve_checkpoint_dir
+from checkpoint.choosing import newest_with
 from checkpoint.stores import StorePlace
 from configurator import is_open
 from data_preprocess.raw_records import check_options, tokenize_online
@@ -17,11 +17,13 @@ from dataset.opening import TaskDataset, open_dataset
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
 from model import hf
+from model.adapters.folder import Weights
 from parallel import DistContext
 from runs.layout import RunPaths
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
+from training.adapter import first_weights
 from training.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -56,8 +58,8 @@ def fit_context(run: RunConfig, data: DataConfig, given: frozenset[str]) -> Data
     elif (directory / MANIFEST_NAME).exists():
         made_with = read_manifest(directory).get("options", {}).get("max_seq_len", wished)
         found, why = made_with, f"as {directory} was pretokenized for that"
-    elif run.init_from:
-        weights = resolve_checkpoint_dir(Path(run.init_from))
+    elif weights_from := first_weights(run):
+        weights = weights_from.base
         known = hf.read_config(weights).max_position_embeddings
         found, why = min(wished, known), f"as the weights in {weights} were trained with no more"
         if run.size and wished < known:
@@ -84,12 +86,13 @@ def _indexed_length(directory: Path, wished: int) -> int:
     return lengths[0]
 
 
-def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dict[str, Path]:
+def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str], adapter: str = "") -> dict[str, Path]:
     """Directory of the tokens of each set. Raw records of SFT and DPO are tokenized here, before any process group
     exists, so that no rank waits in a collective meanwhile.
 
     Args:
         given: names of the flags that were given.
+        adapter: --adapter.
     Raises:
         ValueError: there is nothing to tokenize, or flags contradict the tokens that are there.
     """
@@ -109,19 +112,26 @@ def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str]) -> dic
         else:
             # A directory for validation alone is taken whole.
             ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
-            chosen[split] = tokenize_online(directory, _tokenizer_dir(run, data.tokenizer_dir), options, ratio)
+            chosen[split] = tokenize_online(
+                directory, _tokenizer_dir(run, data.tokenizer_dir, adapter), options, ratio
+            )
         check_options(chosen[split], options, given)
     return chosen
 
 
-def _tokenizer_dir(run: RunConfig, given: str) -> Path:
-    """Folder of the tokenizer for the model that is trained; `given`: --tokenizer_dir."""
+def _tokenizer_dir(run: RunConfig, given: str, adapter: str) -> Path:
+    """Folder of the tokenizer for the model that is trained.
+
+    Args:
+        given: --tokenizer_dir.
+        adapter: --adapter.
+    """
     weights = None
     if run.resume:
         # Any checkpoint will do; the one to resume from is found later.
-        weights = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
-    if weights is None and run.init_from:
-        weights = resolve_checkpoint_dir(Path(run.init_from))
+        newest = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
+        weights = Weights(newest) if newest is not None else None
+    weights = weights or first_weights(run, adapter)
     if given:
         if weights is not None:
             require_tokenizer_of(weights, load_tokenizer(given))
@@ -131,45 +141,51 @@ def _tokenizer_dir(run: RunConfig, given: str) -> Path:
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
             "--tokenizer_dir says how)"
         )
-    return weights
+    return _holding_tokenizer(weights) or weights.base
 
 
-def require_tokenizer_of(weights: Path, tokenizer: Tokenizer) -> Tokenizer | None:
-    """The tokenizer in a model's folder, if it holds one, which must be the data's.
+def _holding_tokenizer(weights: Weights) -> Path | None:
+    """The folder with the tokenizer of a model."""
+    return next(filter(has_tokenizer, weights.folders), None)
+
+
+def require_tokenizer_of(weights: Weights, tokenizer: Tokenizer) -> Tokenizer | None:
+    """The tokenizer of a model, if a folder holds it, which must be the data's.
 
     Args:
-        weights: folder of a model.
+        weights: of a model.
         tokenizer: the data's.
     Raises:
         ValueError: the folder holds another tokenizer, or none and the model's vocabulary has another size.
     """
-    if has_tokenizer(weights):
-        own = load_tokenizer(weights)
+    if folder := _holding_tokenizer(weights):
+        own = load_tokenizer(folder)
         if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
-                f"the data was not tokenized with the tokenizer that the weights in {weights} know: pretokenize it "
-                f"again with --tokenizer_dir {weights} (raw records of SFT and DPO: leave --tokenizer_dir out)"
+                f"the data was not tokenized with the tokenizer that the weights in {folder} know: pretokenize it "
+                f"again with --tokenizer_dir {folder} (raw records of SFT and DPO: leave --tokenizer_dir out)"
             )
         return own
-    rows = hf.read_config(weights).vocab_size
+    base = weights.base
+    rows = hf.read_config(base).vocab_size
     if not 0 <= rows - tokenizer.vocab_size <= max(64, rows // _MOST_PADDING):
         raise ValueError(
-            f"{weights} holds weights but no tokenizer, and its vocab_size is {rows} where the data's tokenizer has "
-            f"{tokenizer.vocab_size} entries: tokenize the data with the model's own, and copy that into {weights}"
+            f"{base} holds weights but no tokenizer, and its vocab_size is {rows} where the data's tokenizer has "
+            f"{tokenizer.vocab_size} entries: tokenize the data with the model's own, and copy that into {base}"
         )
     logger.warning(
         "%s holds weights but no tokenizer, so nobody can tell whether they know the data's: copy the files of the "
         "model's tokenizer into it to have that checked",
-        weights,
+        base,
     )
     return None
 
 
-def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: Tokenizer) -> None:
+def warn_of_another_template(weights: Weights, own: Tokenizer | None, tokenizer: Tokenizer) -> None:
     """Warn if the data was laid out by another chat template than the model's.
 
     Args:
-        weights: folder of a model that is fine-tuned.
+        weights: of the model that is fine-tuned.
         own: the tokenizer that it holds.
         tokenizer: the data's.
     """
@@ -177,7 +193,7 @@ def warn_of_another_template(weights: Path, own: Tokenizer | None, tokenizer: To
         logger.warning(
             "the conversations were laid out by another chat template than that of %s: checkpoints carry the one that "
             "laid them out",
-            weights,
+            weights.told,
         )
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
-from checkpoint.choosing import resolve_checkpoint_dir
 from checkpoint.folder import read_trainer_state
+from model.adapters.config import AdapterConfig
+from model.adapters.folder import Weights
 from parallel import DistContext
 from tasks.dpo import DPOTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
+from training.adapter import first_weights
 from training.build_model import load_weights, to_device
 from training.config import RunConfig
 from training.data import Data
@@ -19,22 +20,24 @@ from training.run_dir import RunDir
 
 def prepare_reference(
     run: RunConfig,
+    adapter: AdapterConfig,
     batch_size: int,
     context: DistContext,
     run_dir: RunDir,
     data: Data,
     task: DPOTask,
-    weights: Path,
+    weights: Weights,
     dtype: torch.dtype,
     stop_requested: Callable[[], bool],
 ) -> str:
     """Read the log-probabilities under the reference model into both sets, or compute missing ones.
 
-    Call this before a resumed run's own weights are loaded, as it may load those that the run began with.
+    Call this before a resumed run's own weights are loaded, as it may load those that the run began with. A model with
+    an adapter must hold these already, if they can be had.
 
     Args:
         batch_size: pairs in a batch.
-        weights: folder of the weights that the model was built from.
+        weights: those that the model was built from; of a resumed run, its checkpoint's.
         stop_requested: whether this rank was asked to stop.
     Returns:
         fingerprint of the reference model, for the checkpoints.
@@ -44,10 +47,13 @@ def prepare_reference(
     """
     model, is_resumed = task.model, run_dir.resumed_from is not None
     # Looked up once, as this verifies its files.
-    first_model = cache(partial(_first_model, run.init_from, weights, is_resumed))
+    first_model = cache(partial(_first_model, run, adapter, weights, is_resumed))
 
     def fingerprint() -> str:
-        return context.decide_on_main(lambda: weights_fingerprint(first_model(), model.config, dtype))
+        return context.decide_on_main(
+            lambda: weights_fingerprint(first_model().base, model.config, dtype, first_model().adapter,
+                                        adapter.load_in_4bit)
+        )  # fmt: skip
 
     saved = read_trainer_state(run_dir.resumed_from).get("reference") if is_resumed else None
     reference = saved or fingerprint()
@@ -63,10 +69,11 @@ def prepare_reference(
             # In a resumed run whose log-probabilities are gone, the model that it began with is needed again.
             if fingerprint() != reference:
                 raise ValueError(
-                    f"the log-probabilities of the reference model are gone, and {first_model()} is not the model "
+                    f"the log-probabilities of the reference model are gone, and {first_model().told} is not the model "
                     f"that the run began with: give that with --init_from"
                 )
-            load_weights(model, first_model(), run.seed)
+            if weights.adapter is None:
+                load_weights(model, first_model().base, run.seed)
             has_weights = True
         dataset.reference = compute_reference(
             task, kept, batch_size, context.rank, context.world_size, context.all_sum,
@@ -76,10 +83,12 @@ def prepare_reference(
     return reference
 
 
-def _first_model(init_from: str, weights: Path, is_resumed: bool) -> Path:
-    """Folder of the model that the run began with."""
+def _first_model(run: RunConfig, adapter: AdapterConfig, weights: Weights, is_resumed: bool) -> Weights:
+    """The model that the run began with."""
     if not is_resumed:
         return weights
-    if not init_from:
+    first = first_weights(run, adapter.adapter)
+    if first is None:
         raise ValueError("the log-probabilities of the reference model are missing: give the model with --init_from")
-    return resolve_checkpoint_dir(Path(init_from))
+    # The base of an adapter may have moved since; it is known to be the same.
+    return Weights(weights.base, first.adapter) if weights.adapter is not None else first

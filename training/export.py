@@ -11,7 +11,7 @@ from pathlib import Path
 from model.config import ModelConfig
 from model.families import family_of
 from model.families.family import Family
-from model.generation_config import GenerationConfig, read_generation_config
+from model.generation_config import GenerationConfig, read_adapters_generation_config, read_generation_config
 from tokenizer import Tokenizer
 from tokenizer.base import CHAT_TEMPLATE_NAME, END_OF_DOCUMENT, GENERAL_CLASS, PAD
 from tokenizer.chat_template import ChatTemplate, template_of
@@ -59,13 +59,16 @@ class Export:
             _make_it_for_chat(self.tokenizer, directory)
 
 
-def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None, vocab_size: int) -> Export:
+def plan_export(
+    for_chat: bool, tokenizer: Tokenizer, weights: Path | None, vocab_size: int, adapter: Path | None = None
+) -> Export:
     """The tokens by which the run teaches to end a text; all else as in the model that it begins with.
 
     Args:
         for_chat: whether the model is taught to answer.
         weights: folder of that model; for a resumed run its checkpoint, which has kept all this. It is not read later.
         vocab_size: rows of the vocabulary that are not padding.
+        adapter: folder of an adapter for that model, whose own files come first.
     Raises:
         ValueError: a file in that folder is not as it should be.
     """
@@ -73,9 +76,10 @@ def plan_export(for_chat: bool, tokenizer: Tokenizer, weights: Path | None, voca
     if weights is None:
         source = GenerationConfig((), next(iter(tokenizer.begin_ids), None), tokenizer.special_ids.get(PAD))
     else:
-        source = read_generation_config(weights)
-        if (weights / _SENTENCE_PIECE).is_file():
-            kept = [path for name in (_SENTENCE_PIECE, _ADDED_TOKENS) if (path := weights / name).is_file()]
+        source = read_adapters_generation_config(weights, adapter) if adapter else read_generation_config(weights)
+        holding = (folder for folder in (adapter, weights) if folder and (folder / _SENTENCE_PIECE).is_file())
+        if folder := next(holding, None):
+            kept = [path for name in (_SENTENCE_PIECE, _ADDED_TOKENS) if (path := folder / name).is_file()]
             sentence_piece = {path.name: path.read_bytes() for path in kept}
     ends = _ends_of_answers(tokenizer, template_of(tokenizer)) if for_chat else [tokenizer.eod_id]
     return Export(tokenizer, source.ending_with(ends), for_chat, vocab_size, sentence_piece)

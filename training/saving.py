@@ -5,9 +5,11 @@ from dataclasses import replace
 from checkpoint.folder import TRAINER_STATE
 from checkpoint.writing import CheckpointWriter
 from model import hf
+from model.adapters import folder
 from model.generation_config import GENERATION_CONFIG
 from model.hf_files import INDEX
 from model.hf_saved import saved_files
+from training.adapter import Adapter
 from training.build import Built
 from training.config import parse_size
 from training.data import order_of_samples
@@ -20,18 +22,33 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
     if local_state is not None:
         writer.add_hook_state(local_state)
     if built.run_dir.place.is_first_of_store:
-        export, max_bytes = built.export, parse_size(built.config.run.max_shard_size)
-        config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
-        files, index = saved_files(built.model, family, export.vocab_size, max_bytes)
-        for file in files:
-            writer.add_tensors(file.name, file.parameters, {"format": "pt"}, file.convert, are_weights=True)
-        if index is not None:
-            writer.add_json(INDEX, index)
-        ids = export.generation.token_ids
-        writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
-        writer.add_json(GENERATION_CONFIG, export.generation.to_hf())
-        writer.add_folder(export.save_tokenizer)
+        if built.adapter is None:
+            _add_model(built, writer)
+        else:
+            _add_adapter(built, built.adapter, writer)
+        writer.add_json(GENERATION_CONFIG, built.export.generation.to_hf())
+        writer.add_folder(built.export.save_tokenizer)
         writer.add_json(TRAINER_STATE, _trainer_state(built))
+
+
+def _add_model(built: Built, writer: CheckpointWriter) -> None:
+    export, max_bytes = built.export, parse_size(built.config.run.max_shard_size)
+    config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
+    files, index = saved_files(built.model, family, export.vocab_size, max_bytes)
+    for file in files:
+        writer.add_tensors(file.name, file.parameters, {"format": "pt"}, file.convert, are_weights=True)
+    if index is not None:
+        writer.add_json(INDEX, index)
+    ids = export.generation.token_ids
+    writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
+
+
+def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
+    """Only what trains: the rest is the base, which its fingerprint names."""
+    saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
+    writer.add_tensors(folder.TENSORS, saved.parameters, {"format": "pt"}, saved.convert, are_weights=True)
+    for name, content in saved.jsons.items():
+        writer.add_json(name, content)
 
 
 def _trainer_state(built: Built) -> dict:

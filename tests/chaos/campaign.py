@@ -44,7 +44,7 @@ FIRST_FAULT, GAP = (8, 20), (8, 18)
 """Bounds of the first fault's step, and of the steps between the effect of a fault and the next fault."""
 DISK_BYTES = 340 << 20
 """More than the free space below which the monitor warns."""
-ORDER = ("ddp2", "ddp1", "zero1", "ssh1", "ddp2", "powersgd", "ddp1")
+ORDER = ("ddp2", "ddp1", "zero1", "ssh1", "lora2", "ddp2", "powersgd", "ddp1")
 """Setups of the rounds, repeated."""
 
 

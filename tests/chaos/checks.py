@@ -22,7 +22,7 @@ def tensors(out_dir: Path, step: int) -> dict[str, torch.Tensor]:
 def same_state(run: Run, reference: Path) -> None:
     ours, theirs = tensors(run.out_dir, run.steps), tensors(reference, run.steps)
     names = {name.partition(" ")[0] for name in theirs}
-    needed = {"model.safetensors"} | {f"optim-{rank}.safetensors" for rank in range(run.setup.world_size)}
+    needed = {run.setup.weights_files[0]} | {f"optim-{rank}.safetensors" for rank in range(run.setup.world_size)}
     if run.setup.name == "powersgd":
         needed |= {f"comm_hook-{rank}.safetensors" for rank in range(run.setup.world_size)}
     if names != needed:

@@ -69,7 +69,8 @@ def dead_and_unreadable(
 def newest_unreadable(run: Run, random: Random) -> str:
     """A file of the newest checkpoint is unreadable: the launch goes on from the previous one, or from this one once it
     can be read."""
-    name = random.choice((MANIFEST, "model.safetensors", "optim-0.safetensors", "trainer_state.json", "config.json"))
+    weights, config = run.setup.weights_files
+    name = random.choice((MANIFEST, weights, "optim-0.safetensors", "trainer_state.json", config))
     how = random.choice(HOW if name == MANIFEST else (*HOW, "stat"))
     said = dead_and_unreadable(
         run, random, lambda found: [f"*/ckpt/{found[-1].path.name}/{name}"], "ranks", how, fresh=True

@@ -25,6 +25,8 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.sshd import Sshd, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+BASE = "base"
+"""Folder beside the tokens, of the weights below an adapter."""
 PATIENCE = 150.0
 """Seconds within which everything awaited must happen, even on a loaded machine."""
 HANG_AFTER, FIRST_STEP = 3.0, 20.0
@@ -55,6 +57,16 @@ class Setup:
     flags: tuple[str, ...] = ()
     over_ssh: bool = False
     """Whether the monitor reaches this machine by --hosts."""
+    has_adapter: bool = False
+    """Whether an adapter for frozen weights is trained."""
+
+    @property
+    def weights_files(self) -> tuple[str, str]:
+        """Files of a checkpoint: the weights, and what they are."""
+        return (
+            ("adapter_model.safetensors", "adapter_config.json")
+            if self.has_adapter else ("model.safetensors", "config.json")
+        )  # fmt: skip
 
 
 SETUPS = {
@@ -65,19 +77,21 @@ SETUPS = {
         Setup("zero1", 2, ("--use_distributed_optimizer",)),
         Setup("powersgd", 2, ("--use_powerSGD_hook", "--matrix_approximation_rank=4")),
         Setup("ssh1", 1, over_ssh=True),
+        Setup("lora2", 2, ("--lora_r=8", "--lora_target_modules=all-linear", "--lora_dropout=0.1"), has_adapter=True),
     )
 }
 
 
 def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> list[str]:
     """Steps take some tens of milliseconds, and every fifth is saved."""
+    base = [f"--init_from={data_dir / BASE}"] if setup.has_adapter else []
     return [
         f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
         f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
         "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}", "--learning_rate=1e-2",
         "--num_threads=1", "--sample_tokens=4",
         "--bucket_size=20000", "--verify_data", f"--max_skipped_steps={MOST_SKIPPED}",
-        f"--replica_check_interval={REPLICA_CHECK}", *TINY_MODEL, *setup.flags,
+        f"--replica_check_interval={REPLICA_CHECK}", *TINY_MODEL, *base, *setup.flags,
     ]  # fmt: skip
 
 

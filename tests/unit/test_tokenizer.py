@@ -188,12 +188,13 @@ def test_round_trip_of_every_kind(tokenizer: Tokenizer, kind: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_round_trip_and_lengths_of_every_character(tokenizer: Tokenizer):
-    """Characters of all planes: those of the first one in order, the others mixed."""
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.soak), 8])
+def test_round_trip_and_lengths_of_every_character(tokenizer: Tokenizer, share: int):
+    """Characters of all planes: those of the first one in order, the others, or a share of them, mixed."""
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     later = characters[0xF800:]
     random.Random(0).shuffle(later)
-    characters[0xF800:] = later
+    characters[0xF800:] = later[: len(later) // share]
     texts = ["".join(characters[start : start + 4096]) for start in range(0, len(characters), 4096)]
     lengths, forbidden = tokenizer.token_byte_lengths(), control_ids(tokenizer)
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from model.adapters.folder import Weights
 from model.config import ModelConfig
 from model.hf import to_hf_config
 from tests.unit.test_tokenizer import AWKWARD, auto_tokenizer, byte_level, english, random_text, refusal
@@ -204,9 +205,9 @@ def test_weights_of_another_tokenizer(tmp_path: Path):
     sp = write(tmp_path / "sp", tokenizer_model=sentence_piece("llama 2"))
     for weights, other in ((bpe, sp), (sp, bpe)):
         load_tokenizer(weights).save_pretrained(tmp_path / f"of {weights.name}")
-        require_tokenizer_of(weights, load_tokenizer(tmp_path / f"of {weights.name}"))
+        require_tokenizer_of(Weights(weights), load_tokenizer(tmp_path / f"of {weights.name}"))
         with pytest.raises(ValueError, match="not tokenized with the tokenizer that the weights"):
-            require_tokenizer_of(weights, load_tokenizer(other))
+            require_tokenizer_of(Weights(weights), load_tokenizer(other))
 
 
 @pytest.mark.parametrize(("rows", "fits"), [(1, False), (379, False), (380, True), (444, True), (445, False)])
@@ -217,8 +218,8 @@ def test_weights_without_any_tokenizer(tmp_path: Path, caplog: pytest.LogCapture
     config = to_hf_config(ModelConfig(vocab_size=rows, max_position_embeddings=32, **sizes).resolve(), torch.float32, 2)
     weights = write(tmp_path / "weights", config_json=config)
     if fits:
-        require_tokenizer_of(weights, tokenizer)
+        require_tokenizer_of(Weights(weights), tokenizer)
         assert "holds weights but no tokenizer" in caplog.text and str(weights) in caplog.text
     else:
         with pytest.raises(ValueError, match=f"holds weights but no tokenizer, and its vocab_size is {rows}"):
-            require_tokenizer_of(weights, tokenizer)
+            require_tokenizer_of(Weights(weights), tokenizer)

@@ -1,0 +1,149 @@
+"""New tokens: rows that an embedding and a head grow by, and a way to train these rows alone.
+
+A new row begins as the mean of the known ones. Then a new token's score is the mean of all scores, so that its
+probability is at most the mean probability: with n new tokens beside V known ones, the loss of a known text grows by at
+most log(1 + n / V). Small random rows have scores near 0, which is far above those of most tokens (Hewitt, 2021,
+"Initializing New Word Embeddings for Pretrained Language Models").
+
+If all else is frozen, new rows are a parameter of their own (n, C) that takes the place of the matrix's rows wherever
+that is used; the matrix stays as it is. A tied matrix shares one. Names are PEFT's (trainable_token_indices):
+
+    embed_tokens.token_adapter.trainable_tokens_delta     (which are the rows, not differences from the old ones)
+
+For a loss, the head's matrix is copied with these rows, as PEFT does: V C values more, and as many of a gradient.
+
+Shapes: B batch, T tokens, C hidden size, V vocabulary, n trained rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.decoder import Decoder
+from model.dropout import DropoutKey
+from model.linear import Head
+
+
+def with_rows(matrix_VC: Tensor, ids: Sequence[int], rows_nC: Tensor) -> Tensor:
+    """A copy of a matrix of the vocabulary with some rows replaced. It is longer if an id lies behind its end."""
+    longer = grown_rows(matrix_VC, len(matrix_VC), max(0, max(ids, default=0) + 1 - len(matrix_VC)))
+    return longer.index_copy_(0, torch.tensor(ids, device=longer.device), rows_nC.to(longer))
+
+
+def grown_rows(matrix_VC: Tensor, first: int, count: int) -> Tensor:
+    """A copy of a matrix of the vocabulary in which the rows from `first` on, `count` of them, are the mean of those
+    before. It is longer if they lie behind its end."""
+    assert first <= len(matrix_VC), "rows must not leave a gap"
+    longer = matrix_VC.new_empty(max(len(matrix_VC), first + count), matrix_VC.shape[1])
+    longer[: len(matrix_VC)] = matrix_VC
+    if count:
+        longer[first : first + count] = matrix_VC[:first].mean(dim=0, dtype=torch.float64).to(matrix_VC.dtype)
+    return longer
+
+
+@torch.no_grad()
+def grow(model: Decoder, first: int, count: int) -> None:
+    """Give a model without an adapter its first rows for new tokens.
+
+    Args:
+        first: entries of the vocabulary that the weights know.
+        count: number of new tokens, which have the next ids. The model may have rows there already.
+    """
+    embedding, head = model.embed_tokens, model.lm_head
+    assert isinstance(embedding, nn.Embedding) and isinstance(head, Head), "it has trained rows already"
+    is_tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(grown_rows(embedding.weight, first, count))
+    head.weight = embedding.weight if is_tied else nn.Parameter(grown_rows(head.weight, first, count))
+    embedding.num_embeddings = head.out_features = len(embedding.weight)
+    model.config = replace(model.config, vocab_size=len(embedding.weight))
+
+
+class TrainedRows(nn.Module):
+    """Rows of a matrix of the vocabulary that are trained.
+
+    Args:
+        matrix_VC: has the first values, the device and the dtype.
+        ids: tokens, each once.
+    """
+
+    ids: Tensor
+    """(n,) int64."""
+    places: Tensor
+    """(V,) int64: place of a token among the trained ones; -1: it is not one."""
+
+    def __init__(self, matrix_VC: Tensor, ids: Sequence[int]):
+        super().__init__()
+        self.trainable_tokens_delta = nn.Parameter(matrix_VC.detach()[list(ids)].clone())
+        found = torch.tensor(ids, device=matrix_VC.device)
+        places = torch.full((len(matrix_VC),), -1, device=matrix_VC.device)
+        places[found] = torch.arange(len(found), device=matrix_VC.device)
+        self.register_buffer("ids", found, persistent=False)
+        self.register_buffer("places", places, persistent=False)
+
+
+class EmbeddingWithRows(nn.Module):
+    """An embedding in which some rows are trained apart from the rest."""
+
+    def __init__(self, base_layer: nn.Embedding, token_adapter: TrainedRows):
+        super().__init__()
+        self.base_layer, self.token_adapter = base_layer, token_adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix below (V, C); it tells device and dtype."""
+        return self.base_layer.weight
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)."""
+        places_BT = self.token_adapter.places[input_ids_BT]
+        rows_BTC = F.embedding(places_BT.clamp(min=0), self.token_adapter.trainable_tokens_delta)
+        return torch.where((places_BT >= 0)[..., None], rows_BTC, self.base_layer(input_ids_BT))
+
+
+class HeadWithRows(nn.Module):
+    """A head in which some rows are trained apart from the rest. Its methods are those of model.linear.Head."""
+
+    def __init__(self, base_layer: Head, token_adapter: TrainedRows):
+        super().__init__()
+        self.base_layer, self.token_adapter, self.ops = base_layer, token_adapter, base_layer.ops
+
+    def _trained_rows(self) -> Tensor:
+        return self.base_layer.scaled(self.token_adapter.trainable_tokens_delta)
+
+    def rows(self) -> Tensor:
+        return self.base_layer.rows().index_copy(0, self.token_adapter.ids, self._trained_rows())
+
+    def forward(self, hidden: Tensor, key: DropoutKey | None = None) -> Tensor:
+        # Without a copy of the matrix, which would take longer than the scores of a single token.
+        scores = self.base_layer(hidden, key)
+        return scores.index_copy(-1, self.token_adapter.ids, F.linear(hidden, self._trained_rows()))
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
+        return self.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
+
+    def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return self.ops.token_logprobs(hidden, self.rows(), labels)
+
+
+def train_rows(model: Decoder, ids: Sequence[int]) -> None:
+    """Let these rows of a frozen model's embedding and head train.
+
+    Args:
+        ids: tokens, each once.
+    Raises:
+        ValueError: the model has no such row, or trains a whole matrix of the vocabulary.
+    """
+    embedding, head = model.embed_tokens, model.lm_head
+    if embedding.weight.requires_grad or head.weight.requires_grad:
+        raise ValueError(
+            "new rows cannot be trained alone where the whole matrix is trained: give --train_added_tokens=all"
+        )
+    if not 0 <= min(ids) <= max(ids) < len(embedding.weight):
+        raise ValueError(f"rows of the tokens {min(ids)} to {max(ids)} are to train: there are {len(embedding.weight)}")
+    rows = TrainedRows(embedding.weight, ids)
+    is_tied = head.weight is embedding.weight
+    model.embed_tokens = EmbeddingWithRows(embedding, rows)  # type: ignore[assignment]
+    model.lm_head = HeadWithRows(head, rows if is_tied else TrainedRows(head.weight, ids))  # type: ignore[assignment]

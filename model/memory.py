@@ -1,0 +1,477 @@
+"""Memory of training, by formula: where the bytes of a step go, and which GPUs hold them.
+
+    python -m model.memory --size 7b --lora_r 16 --lora_target_modules all-linear --load_in_4bit --train_batch_size 1
+    python -m model.memory --init_from DIR --optimizer adamw8bit --gradient_checkpointing
+
+What lies in memory all the time, in bytes a parameter (e: bytes of the dtype, 2 in bfloat16, 4 in float32):
+
+    weights            e; frozen matrices of the blocks in 4 bits 0.516
+    gradients          trained parameters: 4, or e with --no-grad_reduce_in_fp32
+    main parameters    trained parameters: 4, or 0 where the weights are float32
+    optimizer          trained parameters: 4 to 8, in 8 bits 1 to 2 (`MOMENTS`)
+
+The last two are shared by the ranks with ZeRO-1, and lie in host memory with --offload_optimizer. Activations that the
+forward pass keeps for the backward pass come on top, in proportion to the tokens of a micro-batch; `_kept_by_block`
+counts them tensor by tensor, as our layers keep them. The peak of a step is its largest moment:
+
+    loss         all activations are kept, and there are logits and the gradients of the head
+    backward     the last block's gradients are computed while all activations are kept
+    embedding    its gradient is made, and converted; activations are gone
+    step         the optimizer's copies of a bucket's gradients
+
+Not counted: what CUDA and its libraries take (see RESERVE), compilation, checkpoints, which are copied to host memory,
+and dropout of the model, whose masks our kernels do not keep.
+
+Shapes: N tokens of a micro-batch, C hidden size, V vocabulary, I width of the feed-forward layer.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, replace
+
+from model.adapters.config import ALL_LINEAR, AdapterConfig
+from model.config import ModelConfig
+from model.shapes import (
+    Shape,
+    Shapes,
+    adapted_of,
+    added_by,
+    block_of,
+    count,
+    linear_of_blocks,
+    parameters_of,
+    trained_of,
+)
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+BLOCK_SCALE = 4 / 256
+"""Bytes a parameter of the scales of 8-bit moments: a float32 number for each block of 256."""
+MOMENTS = {"adamw": 8.0, "muon": 8.0, "lion": 4.0, "adamw8bit": 2 * (1 + BLOCK_SCALE), "lion8bit": 1 + BLOCK_SCALE}
+"""Optimizer -> bytes a parameter of its moments. Muon has 4 for matrices of the blocks, and AdamW's for the rest."""
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes a parameter in 4 bits with double quantization (Dettmers et al., "QLoRA", 2023): half a byte; for each block of
+64 a scale of one byte; for each 256 of these a float32 number."""
+LOGITS_BYTES = 96 << 20
+"""Logits that are computed at a time, see CHUNK_BYTES of model/kernels/linear_cross_entropy.py."""
+BUCKET = 6_553_600
+"""Parameters of a bucket of gradients, by default."""
+GPUS_GB = (24, 40, 80)
+RESERVE = 1.5
+"""GB of a GPU that CUDA, its libraries' workspace and gaps between tensors take."""
+GB = 1 << 30
+"""What a GPU's maker calls a GB."""
+
+_LLAMA = ModelConfig(model_type="llama", vocab_size=32000, max_position_embeddings=4096)
+SIZES: dict[str, tuple[str, ModelConfig]] = {
+    "125m": ("125M", ModelConfig(vocab_size=50304, tie_word_embeddings=True, max_position_embeddings=2048)),
+    "1.1b": ("1.1B", replace(
+        _LLAMA, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4,
+    )),
+    "7b": ("7B (llama-2-7b)", replace(
+        _LLAMA, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )),
+    "13b": ("13B (llama-2-13b)", replace(
+        _LLAMA, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    )),
+    "70b": ("70B (llama-2-70b)", replace(
+        _LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8,
+    )),
+}  # fmt: skip
+"""Value of --size -> name and shape."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What the memory of a run depends on, besides the model. Names and meanings are those of the flags."""
+
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    train_batch_size: int = 1
+    max_seq_len: int = 2048
+    gradient_checkpointing: bool = False
+    checkpoint_keeps: str = "nothing"
+    grad_reduce_in_fp32: bool = True
+    offload_optimizer: bool = False
+    ranks: int = 1
+    """Processes that share the optimizer's state (ZeRO-1); 1: it is whole on each."""
+    fused: bool = True
+    """Our Triton kernels, as on a GPU; otherwise plain PyTorch, as on a CPU."""
+    fused_loss: bool = True
+    """The loss is computed in chunks of tokens; otherwise from all logits."""
+    blocked_weights: int | None = None
+    """Attention is that of model/kernels/blocked_attention.py, of which each block keeps so many weights (`kept_size`).
+    None: it is one kernel that keeps its result and a number for each query and head."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value that no run can have.
+        """
+        self.adapter.check()
+        for name in ("train_batch_size", "max_seq_len", "ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.checkpoint_keeps != "nothing" and not self.gradient_checkpointing:
+            raise ValueError("--checkpoint_keeps says what --gradient_checkpointing keeps: add that")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.train_batch_size * self.max_seq_len
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+
+class _Block:
+    """Bytes that a block keeps for the backward pass."""
+
+    def __init__(self, config: ModelConfig, layer: int, plan: TrainingPlan):
+        self.config, self.layer, self.plan = config, layer, plan
+        self.tokens, self.itemsize = plan.tokens, plan.itemsize
+        self.shapes = {f"layers.{layer}.{name}": shape for name, shape in block_of(config, layer).items()}
+        self.adapted = adapted_of(self.shapes, plan.adapter)
+        self.trains = not plan.adapter.is_used
+
+    def kept(self) -> float:
+        if self.plan.gradient_checkpointing:
+            stream = self.tokens * self.config.hidden_size * residual_itemsize(self.config, self.plan)
+            return stream + (self._outputs() if self.plan.checkpoint_keeps == "matmuls" else 0.0)
+        return self.computed()
+
+    def computed(self) -> float:
+        """What it keeps without checkpointing, or after it has been computed again."""
+        return 2 * norm_bytes(self.config, self.plan) + self._attention() + self._feed_forward() + self._adapters()
+
+    def _keeps_input(self, *ends: str) -> bool:
+        """Whether one of these layers needs its input in the backward pass: its own weight or an adapter trains."""
+        adapts = any(name.endswith(f"{end}.weight") for name in self.adapted for end in ends)
+        # With a dropout, the adapter keeps what that leaves.
+        return self.trains or (adapts and not self.plan.adapter.lora_dropout)
+
+    def _attention(self) -> float:
+        config, plan, size = self.config, self.plan, self.itemsize
+        query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        kept = float(size * (query + 2 * kv))
+        kept += size * config.hidden_size if self._keeps_input("q_proj", "k_proj", "v_proj") else 0
+        keeps_out = self._keeps_input("o_proj")
+        if plan.blocked_weights is not None:
+            kept += size * query * keeps_out + size * plan.blocked_weights / self.tokens
+        else:
+            # On a CPU, the result has the layout of plain rotary positions' output and is copied for the projection.
+            kept += size * query * (1 + (keeps_out and not plan.fused)) + 4 * config.num_attention_heads
+        if config.qk_norm:
+            wide = (size if plan.fused else 4 + size * self.trains) * (query + kv)
+            kept += wide + rstd_bytes(plan) * (config.num_attention_heads + config.num_key_value_heads)
+        if config.local_filter:
+            # Inputs of its two layers, each of a token and the one before it, and of its norm.
+            kept += size * 3 * config.hidden_size
+            kept += norm_bytes(config, plan) / self.tokens
+        return self.tokens * kept
+
+    def _feed_forward(self) -> float:
+        if self.config.has_experts(self.layer):
+            return self._experts()
+        kept = self.itemsize * self.config.hidden_size if self._keeps_input("gate_proj", "up_proj") else 0
+        return self.tokens * (kept + self._activation(self.config.intermediate_size))
+
+    def _activation(self, width: int) -> float:
+        """Bytes a token between the projections."""
+        kinds = 1 if self.config.mlp == "gelu" else 2 if self.plan.fused else 3
+        return self.itemsize * width * (kinds + self._keeps_input("down_proj"))
+
+    def _experts(self) -> float:
+        """Of the router: input and scores in float32. Of the experts, for each pair of token and expert: the gates and
+        ups; the grouped kernel keeps input and activation, too."""
+        config, chosen, size = self.config, self.config.num_experts_per_tok, self.itemsize
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        router = (4 * hidden if size < 4 else 0) + 2 * 4 * config.num_local_experts
+        pair = size * (hidden + 4 * width) if self.plan.fused else size * 2 * width
+        shared = self._activation(config.num_shared_experts * width) if config.num_shared_experts else 0
+        # Its number, its place and its weight.
+        return self.tokens * (size * hidden + router + chosen * (pair + 20) + shared)
+
+    def _adapters(self) -> float:
+        """Each keeps the product with its first matrix, with a dropout the mask and what that leaves of the input, and
+        with DoRA both results."""
+        adapter, size, kept = self.plan.adapter, self.itemsize, 0
+        for outputs, inputs in self.adapted.values():
+            kept += size * (adapter.lora_r or 0)
+            kept += (size + 1) * inputs if adapter.lora_dropout else 0
+            kept += 2 * size * outputs if adapter.use_dora else 0
+        return self.tokens * kept
+
+    def _outputs(self) -> float:
+        """Results of matrix multiplications and of attention."""
+        config, size, rank = self.config, self.itemsize, self.plan.adapter.lora_r or 0
+        query = config.num_attention_heads * config.head_dim
+        outputs = query + sum(outputs for outputs, _ in linear_of_blocks(self.shapes).values())
+        outputs += sum(rank + outputs for outputs, _ in self.adapted.values())
+        kept = float(size * outputs) + 4 * config.num_attention_heads * (self.plan.blocked_weights is None)
+        kept += size * (self.plan.blocked_weights or 0) / self.tokens
+        if config.has_experts(self.layer):
+            kept += size * config.hidden_size + 4 * config.num_local_experts
+            kept += size * config.num_experts_per_tok * 2 * config.moe_intermediate_size
+        return self.tokens * kept
+
+    def working(self) -> float:
+        """Bytes that its backward pass needs beside what is kept: gradients of the feed-forward layer's activations, of
+        the stream, and of the widest matrix."""
+        config, size = self.config, self.itemsize
+        width = config.intermediate_size
+        if config.has_experts(self.layer):
+            width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
+        joined = 2 if config.mlp == "swiglu" else 1
+        stream = config.hidden_size * (size + residual_itemsize(config, self.plan))
+        matrix = max(math.prod(shape) for shape in self.shapes.values())
+        if self.trains:
+            matrix *= size * joined + (4 if self.plan.grad_reduce_in_fp32 and size < 4 else 0)
+        else:
+            # A frozen matrix is restored from 4 bits, or joined with its neighbour.
+            matrix *= size * (1 if self.plan.adapter.load_in_4bit else joined)
+        recomputed = self.computed() if self.plan.gradient_checkpointing else 0.0
+        return self.tokens * (size * width * (joined + 1) + stream) + matrix + recomputed
+
+
+def residual_itemsize(config: ModelConfig, plan: TrainingPlan) -> int:
+    """Bytes of an element of the residual stream."""
+    return 4 if config.residual_in_fp32 else plan.itemsize
+
+
+def rstd_bytes(plan: TrainingPlan) -> int:
+    """Bytes of a row's scale in RMSNorm."""
+    return 8 if plan.fused and plan.dtype == "float32" else 4
+
+
+def norm_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
+    """Bytes that a norm of the residual stream keeps: its input, and a number or two for each token; in plain PyTorch
+    the input is float32, and a weight that trains needs the normed values."""
+    if config.norm == "layernorm":
+        return plan.tokens * (4 * config.hidden_size + 8)
+    if plan.fused:
+        return plan.tokens * (config.hidden_size * residual_itemsize(config, plan) + rstd_bytes(plan))
+    normed = 0 if plan.adapter.is_used else plan.itemsize
+    return plan.tokens * (config.hidden_size * (4 + normed) + 4)
+
+
+def activation_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
+    """Bytes that the forward pass up to the last norm keeps for the backward pass."""
+    blocks = sum(_Block(config, layer, plan).kept() for layer in range(config.num_hidden_layers))
+    norms = (1 + config.embedding_norm) * norm_bytes(config, plan)
+    return blocks + norms + plan.tokens * config.hidden_size * plan.itemsize
+
+
+def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> float:
+    """Bytes at the loss: logits, and gradients of the hidden states and of the head."""
+    size, tokens, vocabulary = plan.itemsize, plan.tokens, config.vocab_size
+    if not plan.fused_loss:
+        return tokens * vocabulary * (2 * size + 8)
+    gradient = 4.0 * vocabulary * config.hidden_size if trains_head else 0.0
+    if trains_head and not plan.fused and size < 4:
+        # A CPU rounds a chunk's product before it is added.
+        gradient += size * vocabulary * config.hidden_size
+    return min(LOGITS_BYTES, tokens * vocabulary * size) + tokens * config.hidden_size * size + gradient
+
+
+def weight_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
+    """Bytes of all weights, those of an adapter included."""
+    shapes = parameters_of(config)
+    in_blocks, added = count(linear_of_blocks(shapes)), count(added_by(plan.adapter, config))
+    four = NF4 if plan.adapter.load_in_4bit else plan.itemsize
+    return four * in_blocks + plan.itemsize * (count(shapes) - in_blocks + added)
+
+
+def moment_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
+    """Bytes of the optimizer's moments on all ranks."""
+    trained = trained_of(config, plan.adapter)
+    total = MOMENTS[plan.optimizer] * count(trained)
+    if plan.optimizer == "muon":
+        total -= 4 * count({name: shape for name, shape in trained.items() if _is_muons(name, shape)})
+    return total
+
+
+def _is_muons(name: str, shape: Shape) -> bool:
+    return name.startswith("layers.") and len(shape) in (2, 3) and ".router." not in name
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device."""
+
+    parameters: int
+    trained: int
+    lasting: dict[str, float]
+    """What is there between steps."""
+    activations: float
+    """What the forward pass keeps for the backward pass."""
+    moments: dict[str, float]
+    """Moment of a step -> bytes that are there beside what is lasting."""
+    host: dict[str, float]
+    """What lies in host memory instead."""
+
+    @property
+    def largest(self) -> str:
+        """The moment of the peak."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def peak(self) -> float:
+        return sum(self.lasting.values()) + self.moments[self.largest]
+
+    def fits(self, gpu_gb: float) -> bool:
+        return self.peak <= (gpu_gb - RESERVE) * GB
+
+
+def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
+    """Memory of a run.
+
+    Raises:
+        ValueError: a value that no run can have.
+    """
+    plan.check()
+    config = config.resolve(max_seq_len=plan.max_seq_len)
+    trained = trained_of(config, plan.adapter)
+    number, size = count(trained), plan.itemsize
+    grad_size = 4 if plan.grad_reduce_in_fp32 else size
+    state = {
+        "main parameters": (0 if size == 4 and not plan.offload_optimizer else 4) * number / plan.ranks,
+        "optimizer state": moment_bytes(config, plan) / plan.ranks,
+    }
+    lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
+    host: dict[str, float] = {}
+    if plan.offload_optimizer:
+        # And two buckets on their way in each direction.
+        host = state | {"buckets on their way": 2.0 * (grad_size + size) * min(number, BUCKET)}
+    else:
+        lasting |= state
+    return Estimate(
+        count(parameters_of(config)) + count(added_by(plan.adapter, config)), number, lasting,
+        activation_bytes(config, plan), _moments(config, plan, trained), host,
+    )  # fmt: skip
+
+
+def _moments(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> dict[str, float]:
+    """Moment of a step -> bytes beside what is lasting."""
+    size, kept = plan.itemsize, activation_bytes(config, plan)
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    table = config.vocab_size * config.hidden_size
+    # A tied matrix gets its gradient once the embedding's is there, too.
+    held = 4.0 * table if config.tie_word_embeddings and head in trained else 0.0
+    block = max(_Block(config, layer, plan).working() for layer in range(config.num_hidden_layers))
+    moments = {"loss": kept + _loss_bytes(config, plan, head in trained), "backward": kept + held + block}
+    if "embed_tokens.weight" in trained:
+        moments["embedding"] = held + table * (size + (4 if plan.grad_reduce_in_fp32 and size < 4 else 0))
+    copies = 0 if plan.grad_reduce_in_fp32 or plan.fused or size == 4 else 4
+    scratch = grad_bytes_of_bucket(plan) * (plan.ranks - 1) / plan.ranks
+    moments["step"] = (copies + scratch) * min(count(trained), BUCKET)
+    return moments
+
+
+def grad_bytes_of_bucket(plan: TrainingPlan) -> int:
+    """Bytes of an element of a bucket."""
+    return 4 if plan.grad_reduce_in_fp32 else plan.itemsize
+
+
+def savings(plan: TrainingPlan) -> list[tuple[str, TrainingPlan]]:
+    """Flags that save memory, and the plan with them: first what costs the least time or quality."""
+    recomputes = replace(plan, gradient_checkpointing=True, checkpoint_keeps="nothing")
+    found = [
+        ("--gradient_checkpointing --checkpoint_keeps=matmuls", replace(recomputes, checkpoint_keeps="matmuls")),
+        ("--gradient_checkpointing", recomputes),
+    ]
+    adapter, with_lora = plan.adapter, "--gradient_checkpointing"
+    if not adapter.is_used:
+        narrow = replace(recomputes, optimizer="adamw8bit", grad_reduce_in_fp32=False)
+        adapter = AdapterConfig(lora_r=16, lora_target_modules=ALL_LINEAR)
+        with_lora += " --lora_r=16 --lora_target_modules=all-linear"
+        found += [
+            ("--gradient_checkpointing --optimizer=adamw8bit --no-grad_reduce_in_fp32", narrow),
+            ("--gradient_checkpointing --offload_optimizer --no-grad_reduce_in_fp32",
+             replace(recomputes, offload_optimizer=True, grad_reduce_in_fp32=False)),
+            (with_lora, replace(recomputes, adapter=adapter)),
+        ]  # fmt: skip
+    return [*found, (f"{with_lora} --load_in_4bit", replace(recomputes, adapter=replace(adapter, load_in_4bit=True)))]
+
+
+def verdict(config: ModelConfig, plan: TrainingPlan, gpu_gb: int) -> str:
+    """Whether a GPU holds it, as a sentence without a dot; if not, with which flags it does."""
+    room = gpu_gb - RESERVE
+    needed = estimate(config, plan).peak / GB
+    if needed <= room:
+        return f"fits, {room - needed:.1f} GB are left"
+    help_by = next((flags for flags, leaner in savings(plan) if estimate(config, leaner).fits(gpu_gb)), None)
+    text = f"does not fit: {needed:.1f} GB are needed, and there is room for {room:.1f}"
+    return text + (f"; it fits with {help_by}" if help_by else "")
+
+
+def table(name: str, config: ModelConfig, plan: TrainingPlan) -> str:
+    """The estimate for a reader."""
+    found = estimate(config, plan)
+    lines = [
+        f"{name}: {found.parameters:,} parameters, {found.trained:,} of them train with {plan.optimizer}",
+        f"a micro-batch of {plan.train_batch_size} x {plan.max_seq_len} tokens in {plan.dtype}",
+        "",
+        f"{'':<44}{'GB':>9}{'bytes a parameter':>20}",
+    ]
+    rows = [*found.lasting.items()]
+    rows += [(f"activations of {config.num_hidden_layers} blocks", found.activations)]
+    beside = found.moments[found.largest] - found.activations
+    rows += [(f"the largest moment beside them: {found.largest}", beside), ("peak on the device", found.peak)]
+    lines += [_row(what, size, found.parameters) for what, size in rows]
+    lines += [_row(f"in host memory: {what}", size, found.parameters) for what, size in found.host.items()]
+    return "\n".join([*lines, "", *(f"{gb} GB: {verdict(config, plan, gb)}" for gb in GPUS_GB)])
+
+
+def _row(what: str, size: float, parameters: int) -> str:
+    return f"{what:<44}{size / GB:>9.2f}{size / parameters:>20.3f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m model.memory", description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--size", choices=SIZES, help="a well-known shape")
+    source.add_argument("--init_from", metavar="DIR", help="a Hugging Face folder, for its shape")
+    parser.add_argument("--dtype", choices=ITEMSIZE, default=TrainingPlan.dtype)
+    parser.add_argument("--optimizer", choices=MOMENTS, default=TrainingPlan.optimizer)
+    parser.add_argument("--lora_r", type=int)
+    parser.add_argument("--lora_target_modules", default=AdapterConfig.lora_target_modules)
+    parser.add_argument("--lora_modules_to_save", default="")
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
+    parser.add_argument("--use_dora", action="store_true")
+    parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--train_batch_size", type=int, default=TrainingPlan.train_batch_size)
+    parser.add_argument("--max_seq_len", type=int, default=TrainingPlan.max_seq_len)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--checkpoint_keeps", choices=("nothing", "matmuls"), default="nothing")
+    parser.add_argument("--grad_reduce_in_fp32", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--offload_optimizer", action="store_true")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the optimizer's state by ZeRO-1")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
+    given = vars(parser.parse_args(argv))
+    adapter = {name: given.pop(name) for name in [*given] if name in AdapterConfig.__dataclass_fields__}
+    size, folder = given.pop("size"), given.pop("init_from")
+    plan = TrainingPlan(**given, adapter=AdapterConfig(**adapter))
+    try:
+        name, config = SIZES[size] if size else (folder, _read_shape(folder))
+        print(table(name, config.resolve(max_seq_len=plan.max_seq_len), plan))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _read_shape(folder: str) -> ModelConfig:
+    # Loads torch, which takes seconds; named shapes do without.
+    from model.hf import read_config
+
+    return read_config(folder)
+
+
+if __name__ == "__main__":
+    main()

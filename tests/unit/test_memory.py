@@ -1,0 +1,209 @@
+"""Memory by formula (model/memory.py) against models that are built, and what their forward passes really keep."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, UntypedStorage
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from model import Decoder, ModelConfig, decoder, hf, memory, shapes
+from model.adapters.config import AdapterConfig
+from model.adapters.lora import LoraSpec, attach
+from model.dropout import DropoutKey
+from model.kernels.blocked_attention import kept_size
+from model.memory import TrainingPlan
+from model.ops import IMPLEMENTATIONS, build_ops
+
+CONFIG = ModelConfig(
+    vocab_size=128, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+    intermediate_size=160, max_position_embeddings=64,
+).resolve()  # fmt: skip
+ALL_LINEAR = AdapterConfig(lora_r=4, lora_target_modules="all-linear")
+QV = AdapterConfig(lora_r=4)
+SAVING = replace(ALL_LINEAR, use_dora=True, lora_modules_to_save="lm_head,embed_tokens")
+SHAPES = {
+    "llama": CONFIG,
+    "tied, biases, norms of heads": replace(CONFIG, tie_word_embeddings=True, attention_bias=True, qk_norm=True),
+    "bloom": replace(CONFIG, norm="layernorm", mlp="gelu", mlp_bias=True, embedding_norm=True, qkv_bias=True),
+    "yuan": replace(CONFIG, local_filter=True),
+    "experts": replace(
+        CONFIG, num_local_experts=4, num_shared_experts=2, moe_intermediate_size=32, router_bias=True, dense_layers="0"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_names_and_shapes_are_those_of_the_model(name: str):
+    with torch.device("meta"):
+        model = Decoder(SHAPES[name])
+    built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes.parameters_of(SHAPES[name]) == built
+
+
+@pytest.mark.parametrize("adapter", [QV, SAVING], ids=["q, v", "all-linear, heads"])
+def test_parameters_that_train_are_those_of_the_adapted_model(adapter: AdapterConfig):
+    model = Decoder(CONFIG)
+    attach(model, LoraSpec.of(adapter), seed=0)
+    built = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert shapes.trained_of(CONFIG, adapter) == built
+
+
+def test_llamas_have_their_numbers_of_parameters():
+    """As published: 6.74, 13.02 and 68.98 billion, and TinyLlama's 1.1."""
+    numbers = {size: shapes.count(shapes.parameters_of(config.resolve())) for size, (_, config) in memory.SIZES.items()}
+    assert numbers["7b"] == 6_738_415_616 and numbers["13b"] == 13_015_864_320 and numbers["70b"] == 68_976_648_192
+    assert numbers["1.1b"] == 1_100_048_384 and numbers["125m"] // 1_000_000 == 123
+
+
+def kept_bytes(config: ModelConfig, plan: TrainingPlan) -> int:
+    """Bytes of the storages that a forward pass keeps for the backward pass, parameters left out. Nothing is computed,
+    so kernels for GPUs may take part."""
+    with FakeTensorMode():
+        model = build(config, plan)
+        kept: dict[int, UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        if plan.checkpoint_keeps == "matmuls":
+            # Torch keeps these results in dictionaries, where no hook sees them.
+            model._checkpoint_options["context_fn"] = lambda: contexts_that_show(pack)
+        rows = torch.zeros(plan.train_batch_size, plan.max_seq_len, dtype=torch.int64)
+        key = DropoutKey(0, torch.arange(len(rows))) if model.drops else None
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model(rows, dropout_key=key)
+        pack(hidden)
+        skipped = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        return sum(storage.nbytes() for at, storage in kept.items() if at not in skipped)
+
+
+def contexts_that_show(show: Callable[[Tensor], object]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of selective checkpointing that show what is kept."""
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        chosen = decoder._keep_matmuls(context, operator, *args, **kwargs)
+        if chosen == CheckpointPolicy.MUST_SAVE:
+            tree_map_only(Tensor, show, context.op_output)
+        return chosen
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def build(config: ModelConfig, plan: TrainingPlan) -> Decoder:
+    """A model with the implementations that a plan names."""
+    names = {op: next(name for name, found in named.items() if found.is_plain) for op, named in IMPLEMENTATIONS.items()}
+    if plan.fused:
+        names |= {"rms_norm": "triton", "rope": "triton", "swiglu": "triton"}
+    names["attention"] = "sdpa" if plan.blocked_weights is None else "blocked"
+    names["experts"] = "sorted"
+    before = torch.get_default_dtype()
+    # Tensors that are not computed cannot be converted in their places.
+    torch.set_default_dtype(getattr(torch, plan.dtype))
+    try:
+        model = Decoder(config, plan.gradient_checkpointing, plan.checkpoint_keeps, build_ops(names))
+    finally:
+        torch.set_default_dtype(before)
+    if plan.adapter.is_used:
+        attach(model, LoraSpec.of(plan.adapter), seed=0)
+    return model.train()
+
+
+PLAN = TrainingPlan(train_batch_size=2, max_seq_len=64)
+PLAIN = replace(PLAN, fused=False)
+BLOCKED = replace(PLAIN, blocked_weights=kept_size(2, 6, 64, 16))
+CASES = {
+    "bfloat16": (CONFIG, PLAN),
+    "float32": (CONFIG, replace(PLAN, dtype="float32")),
+    "stream in bfloat16": (replace(CONFIG, residual_in_fp32=False), PLAN),
+    "on a CPU": (CONFIG, PLAIN),
+    "on a CPU in float32": (CONFIG, replace(PLAIN, dtype="float32")),
+    "on a CPU in blocks": (CONFIG, BLOCKED),
+    "norms of heads": (replace(CONFIG, qk_norm=True), PLAN),
+    "bloom": (SHAPES["bloom"], PLAN),
+    "experts on a CPU": (replace(SHAPES["experts"], dense_layers=""), PLAIN),
+    "LoRA": (CONFIG, replace(PLAN, adapter=QV)),
+    "LoRA of all": (CONFIG, replace(PLAN, adapter=ALL_LINEAR)),
+    "DoRA on a CPU": (CONFIG, replace(PLAIN, adapter=replace(ALL_LINEAR, use_dora=True))),
+    "LoRA with a dropout": (CONFIG, replace(PLAN, adapter=replace(ALL_LINEAR, lora_dropout=0.5))),
+    "LoRA on a CPU": (CONFIG, replace(PLAIN, adapter=QV)),
+    "LoRA of all on a CPU in blocks": (CONFIG, replace(BLOCKED, adapter=ALL_LINEAR)),
+    "checkpointing": (CONFIG, replace(PLAN, gradient_checkpointing=True)),
+    "checkpointing but for matmuls": (CONFIG, replace(PLAIN, gradient_checkpointing=True, checkpoint_keeps="matmuls")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_block_keeps_what_the_formula_says(name: str):
+    """The difference of two depths, as the first block of an adapted model needs less."""
+    config, plan = CASES[name]
+    measured = [kept_bytes(replace(config, num_hidden_layers=n), plan) for n in (2, 3)]
+    expected = [memory.activation_bytes(replace(config, num_hidden_layers=n), plan) for n in (2, 3)]
+    assert measured[1] - measured[0] == pytest.approx(expected[1] - expected[0], rel=0.02)
+    if not plan.adapter.is_used:
+        # Beside the blocks: rotary tables and token ids, which are not counted.
+        assert measured[0] == pytest.approx(expected[0], rel=0.03)
+
+
+def test_what_lasts_is_a_number_of_bytes_a_parameter():
+    config = memory.SIZES["125m"][1].resolve()
+    number = shapes.count(shapes.parameters_of(config))
+
+    def lasting(**changes) -> dict[str, float]:
+        found = memory.estimate(config, TrainingPlan(**changes)).lasting
+        return {name: round(size / number, 2) for name, size in found.items()}
+
+    assert lasting() == {"weights": 2, "gradients": 4, "main parameters": 4, "optimizer state": 8}
+    assert lasting(dtype="float32") == {"weights": 4, "gradients": 4, "main parameters": 0, "optimizer state": 8}
+    assert lasting(grad_reduce_in_fp32=False)["gradients"] == 2
+    assert lasting(ranks=4) == lasting() | {"main parameters": 1, "optimizer state": 2}
+    assert lasting(offload_optimizer=True) == {"weights": 2, "gradients": 4}
+    states = {name: lasting(optimizer=name)["optimizer state"] for name in memory.MOMENTS}
+    # A third of the parameters is the embedding, which AdamW steps.
+    assert states == {"adamw": 8, "muon": 5.25, "lion": 4, "adamw8bit": 2.03, "lion8bit": 1.02}
+
+
+def test_four_bits_are_half_a_byte_and_scales():
+    config = memory.SIZES["7b"][1].resolve()
+    adapter = AdapterConfig(lora_r=16, lora_target_modules="all-linear", load_in_4bit=True)
+    matrices = shapes.count(shapes.linear_of_blocks(shapes.parameters_of(config)))
+    others = 6_738_415_616 - matrices + 39_976_960
+    expected = matrices * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * others
+    assert memory.weight_bytes(config, TrainingPlan(adapter=adapter)) == pytest.approx(expected)
+
+
+def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path):
+    memory.main(["--size=7b", "--lora_r=16", "--lora_target_modules=all-linear", "--load_in_4bit"])
+    said = capsys.readouterr().out
+    assert "6,778,392,576 parameters, 39,976,960 of them train" in said and "24 GB: fits" in said
+    memory.main(["--size=7b"])
+    said = capsys.readouterr().out
+    assert "24 GB: does not fit" in said and "it fits with --gradient_checkpointing --lora_r=16" in said
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(CONFIG, torch.bfloat16)))
+    memory.main([f"--init_from={tmp_path}", "--offload_optimizer"])
+    assert "in host memory: optimizer state" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--init_from=/nowhere"], "/nowhere"),
+        (["--size=7b", "--lora_r=0"], "lora_r must be positive"),
+        (["--size=7b", "--lora_r=4", "--lora_target_modules=query"], "fits no layer"),
+        (["--size=7b", "--load_in_4bit"], "give --lora_r"),
+        (["--size=7b", "--checkpoint_keeps=matmuls"], "add that"),
+        (["--size=7b", "--train_batch_size=0"], "train_batch_size must be positive"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as leaving:
+        memory.main(flags)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2 and sentence in said and said.count("\n") == 1
