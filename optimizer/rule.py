@@ -70,7 +70,7 @@ class Step(NamedTuple):
 
 def chunk_size(device: torch.device) -> int:
     """Elements to step at once where intermediate results need memory. On a CPU they stay in the cache."""
-    return 1 << (16 if device.type == "cpu" else 22)
+    return 1 << (17 if device.type == "cpu" else 22)
 
 
 class Scratch:

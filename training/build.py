@@ -19,6 +19,7 @@ from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
 from parallel.engines import open_engine
 from parallel.gradients import square
+from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
@@ -39,7 +40,7 @@ from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
-from training.rates import warn_of_rate
+from training.rates import warn_of_default_rate, warn_of_rate
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -148,6 +149,8 @@ def build(
     if weights is not None and not is_resumed and adapter is None and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
+    if context.is_main:
+        warn_of_default_rate(config.optimizer, given)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
@@ -175,8 +178,9 @@ def build(
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
+    rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, config.lion, kernel, model.roles())
+
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, kernel, model.roles())
         return MixedPrecisionOptimizer(gradients, rules, config.optimizer.grad_clip, scaler)
 
     return open_engine(
@@ -192,6 +196,7 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )
