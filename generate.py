@@ -2,6 +2,7 @@
 
 python generate.py --ckpt RUN --prompt "def main("
 python generate.py --ckpt RUN --chat [--system "Be brief."] [--prompt "one question"]
+python generate.py --ckpt RUN --adapter DIR [--adapter NAME=DIR] --chat
 """
 
 from utils import environment
@@ -13,21 +14,29 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoint.choosing import resolve_checkpoint_dir
+from serving.arguments import NO_ADAPTER, parse_adapters
 from serving.chat import Chat, require_utf8, stream_text
 from utils.arguments import Parser
 from utils.paths import a_path
 from utils.terminal import INTERRUPTED, run_main
 
+if TYPE_CHECKING:
+    from serving.loading import Served
+
 _HELP = "/reset forgets what was said, /help says this, /exit or Ctrl-D ends, Ctrl-C ends an answer"
+_ADAPTER = "/adapter"
 
 
-def talk(chat: Chat) -> None:
+def talk(chat: Chat, served: "Served") -> None:
     """Hold a conversation in the terminal until the input ends."""
-    interactive = sys.stdin.isatty()
+    interactive, help_text = sys.stdin.isatty(), _HELP
+    if served.names:
+        help_text += f", {_ADAPTER} NAME goes on with another one: {', '.join([*served.names, NO_ADAPTER])}"
     if interactive:
-        print(_HELP, file=sys.stderr)
+        print(help_text, file=sys.stderr)
     while True:
         try:
             question = input("> " if interactive else "").strip()
@@ -38,10 +47,25 @@ def talk(chat: Chat) -> None:
             return
         if question == "/reset":
             chat.reset()
+        elif question.split()[:1] == [_ADAPTER]:
+            switch(chat, served, question.removeprefix(_ADAPTER).strip())
         elif question.startswith("/") and question[1:].isalpha():
-            print(_HELP if question == "/help" else f"{question} is not a command. {_HELP}", file=sys.stderr)
+            print(help_text if question == "/help" else f"{question} is not a command. {help_text}", file=sys.stderr)
         elif question and say(chat, question) and chat.was_cut and interactive:
             tell(f"the answer was cut at --max_new_tokens={chat.max_new_tokens}")
+
+
+def switch(chat: Chat, served: "Served", name: str) -> None:
+    """Go on with another adapter, or say why not. What was said stays."""
+    try:
+        served.use(None if name == NO_ADAPTER else name)
+    except ValueError as error:
+        tell(str(error))
+        return
+    chat.speak_by(served.tokenizer)
+    tell(f"goes on with {f'the adapter {served.active}' if served.active else 'no adapter'}")
+    for note in chat.notes(served.stop_ids):
+        tell(note)
 
 
 def say(chat: Chat, question: str) -> bool:
@@ -67,6 +91,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = Parser(prog="generate.py", description="Continue a text with a trained model.")
     parser.add_argument("--ckpt", type=a_path, required=True, help="run directory, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
+        help="adapter for it: run, checkpoint or folder; several can be given, the first is used",
+    )  # fmt: skip
     parser.add_argument("--prompt", default="", help="text to continue; with --chat, one question")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--system", default="", help="with --chat: what the model is told first")
@@ -112,35 +140,38 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         check(args)
+        adapters = parse_adapters(args.adapter)
         # From here on torch is imported, which takes seconds: mistakes in the command are reported before.
-        directory = resolve_checkpoint_dir(Path(args.ckpt))
+        for path in (Path(args.ckpt), *adapters.values()):
+            resolve_checkpoint_dir(path)
         import torch
 
         from optimizer.mixed_precision import resolve_dtype
         from serving import generation
+        from serving.loading import load
 
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
-        model, tokenizer, folder_stops = generation.load_model(directory, device, resolve_dtype(args.dtype, device))
+        served = load(Path(args.ckpt), adapters, device, resolve_dtype(args.dtype, device))
 
         def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
             return generation.generate(
-                model, ids, max_new_tokens, stop_ids | folder_stops, args.temperature, args.top_k, args.top_p,
-                args.seed, tokenizer.vocab_size,
+                served.model, ids, max_new_tokens, stop_ids | served.stop_ids, args.temperature, args.top_k,
+                args.top_p, args.seed, served.tokenizer.vocab_size,
             )  # fmt: skip
 
-        context = model.config.max_position_embeddings
+        tokenizer, context = served.tokenizer, served.model.config.max_position_embeddings
         if args.chat:
             prompt, room = [], context // 2
             chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
-            for note in chat.notes(folder_stops):
+            for note in chat.notes(served.stop_ids):
                 tell(note)
         else:
             # Begins as with transformers' tokenizer of the same folder. A chat template writes its own beginning.
             prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
-            room = generation.room_for_text(model, prompt)
+            room = generation.room_for_text(served.model, prompt)
     except (ValueError, OSError) as error:
         tell(str(error))
         return 2
@@ -150,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.chat:
         if args.prompt:
             return 0 if say(chat, args.prompt) else 2
-        talk(chat)
+        talk(chat, served)
         return 0
     print(args.prompt, end="", flush=True)
     new_ids = sample(prompt, args.max_new_tokens, frozenset())

@@ -94,7 +94,7 @@ def train(corpus: Tensor, name: str, factor: float, rows_a_step: int, steps: int
 
 def quality(contenders: list[str], rows: int, steps: int, seeds: list[int]) -> None:
     corpus = corpus_bytes()
-    print(f"{steps} steps of {rows} x {SEQ_LEN} bytes out of {len(corpus) / 1e6:.1f} MB, rate {RATE:g}, decay {DECAY:g}")
+    print(f"{steps} steps of {rows} x {SEQ_LEN} bytes of {len(corpus) / 1e6:.1f} MB, rate {RATE:g}, decay {DECAY:g}")
     print("| optimizer | held-out loss, by seed | mean | against the first |\n|---|---|---|---|")
     baseline: list[float] = []
     for contender in contenders:

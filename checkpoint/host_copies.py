@@ -9,17 +9,18 @@ from utils.threads import background_threads
 
 
 class HostCopies:
-    """Copies of tensors in host memory: on CUDA by a stream of their own into pinned memory, on a CPU by a thread of
-    their own. The memory is kept for the next time."""
+    """Copies of tensors in host memory: those of CUDA tensors by a stream of their own into pinned memory, those of
+    others by a thread of their own. The memory is kept for the next time."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = background_threads(1, "checkpoint-copy") if self._stream is None else None
+        self._thread = background_threads(1, "checkpoint-copy")
         self._buffers: dict[str, Tensor] = {}
         # The tensors are kept too: memory that was freed could come back as another tensor's.
         self._taken: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
-        self._copied: torch.cuda.Event | Future | None = None
+        self._by_stream: torch.cuda.Event | None = None
+        self._by_thread: Future | None = None
 
     def begin(self) -> None:
         """Forget the copies of the last save: their memory is overwritten from here on."""
@@ -37,41 +38,45 @@ class HostCopies:
         if same not in self._taken:
             buffer = self._buffers.get(key)
             if buffer is None or buffer.numel() != tensor.numel() or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self._stream is not None)
+                buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[key] = buffer
             self._taken[same] = (tensor, buffer)
         return self._taken[same][1].view(tensor.shape)
 
     def end(self) -> None:
         """All tensors are named: copy them in the background. None of them may change before `before_update`."""
-        if self._thread is not None:
-            self._copied = self._thread.submit(self._copy_all, False)
-            return
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            self._copy_all(True)
-        self._copied = self._stream.record_event()
-
-    def _copy_all(self, non_blocking: bool) -> None:
-        for tensor, buffer in self._taken.values():
-            buffer.copy_(tensor.reshape(-1), non_blocking=non_blocking)
+        # On CUDA, an offloaded optimizer's state lies in host memory already. It changes all the same while files are
+        # written, so it is copied, too.
+        by_stream = [pair for pair in self._taken.values() if pair[0].is_cuda]
+        by_thread = [pair for pair in self._taken.values() if not pair[0].is_cuda]
+        self._by_thread = self._thread.submit(_copy_all, by_thread, False) if by_thread else None
+        self._by_stream = None
+        if by_stream:
+            assert self._stream is not None
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                _copy_all(by_stream, True)
+            self._by_stream = self._stream.record_event()
 
     def before_update(self) -> None:
-        """The tensors are about to change. On CUDA the main stream waits for the copies, on the device; on a CPU the
-        caller waits."""
-        if isinstance(self._copied, Future):
-            self._copied.result()
-        elif self._copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        """The tensors are about to change. For those on CUDA the main stream waits for the copies, on the device; for
+        others the caller waits."""
+        if self._by_thread is not None:
+            self._by_thread.result()
+        if self._by_stream is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._by_stream)
 
     def wait(self) -> None:
         """Block until the copies are complete."""
-        if isinstance(self._copied, Future):
-            self._copied.result()
-        elif self._copied is not None:
-            self._copied.synchronize()
+        if self._by_thread is not None:
+            self._by_thread.result()
+        if self._by_stream is not None:
+            self._by_stream.synchronize()
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
+        self._thread.shutdown()
+
+
+def _copy_all(pairs: list[tuple[Tensor, Tensor]], non_blocking: bool) -> None:
+    for tensor, buffer in pairs:
+        buffer.copy_(tensor.reshape(-1), non_blocking=non_blocking)

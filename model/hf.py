@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from model.decoder import Decoder
 from model.families import family_named, family_of
 from model.families.family import Beside, Family, Rule
 from model.hf_files import INDEX, MISTAKES, PADDING, is_pointer, read_json, shown, weight_files, without_config
+from model.quantized import give_memory, quantized_layers
 
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|scales|biases|g_idx|weight_packed|weight_scale(_inv)?|weight_zero_point|input_scale|SCB)$"
@@ -30,8 +31,8 @@ _QUANTIZED = re.compile(
 """Tensors that GPTQ, AWQ, compressed-tensors, bitsandbytes or MLX store beside quantized weights."""
 _FURTHER_TOKENS = re.compile(r"(^|\.)mtp[._]")
 """Tensors of layers that predict tokens beyond the next one, which transformers leaves out when it saves a folder."""
-_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights, in safetensors' words. Others are quantized, and mean nothing without their scales."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights, by safetensors' words. Others are quantized, and mean nothing without their scales."""
 
 
 def to_hf_config(
@@ -346,10 +347,14 @@ class _NoInitialValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def outline(config: ModelConfig) -> Decoder:
-    """A model without values, which takes no memory."""
+def outline(config: ModelConfig, *options: Any) -> Decoder:
+    """A model without values, which takes no memory.
+
+    Args:
+        options: further arguments of Decoder.
+    """
     with torch.device("meta"), _NoInitialValues():
-        return Decoder(config)
+        return Decoder(config, *options)
 
 
 def check_weights(config: ModelConfig, directory: str | Path) -> None:
@@ -362,16 +367,34 @@ def check_weights(config: ModelConfig, directory: str | Path) -> None:
     _find_weights(directory, outline(config))
 
 
+def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtype, *options: Any) -> Decoder:
+    """A model for `load_weights` on its device, in its dtype, whose blocks keep their matrices in 4 bits. It has no
+    values.
+
+    Args:
+        options: further arguments of Decoder.
+    Raises:
+        ValueError: see quantized.give_memory.
+    """
+    model = outline(config, *options).to(dtype)
+    give_memory(model, device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
 @torch.no_grad()
 def load_weights(model: Decoder, directory: str | Path) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
+    Those of layers in 4 bits are quantized one by one, as they are read.
 
     Raises:
         ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
             not finite; the first one is named.
         OSError: a disk or a network fails, and may be back later.
     """
-    folder = _find_weights(directory, model)
+    quantized = quantized_layers(model)
+    folder = _find_weights(directory, outline(model.config) if quantized else model)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     held = parameters | cut(parameters, folder.rows)
     # File by file: the tensors of most rules are in one file.
@@ -383,11 +406,61 @@ def load_weights(model: Decoder, directory: str | Path) -> None:
                 for place, tensor in zip(stored, theirs):
                     check_finite(place.file, place.name, tensor)
                 for name, weight in zip(rule.ours, rule.split(theirs)):
-                    held[name].copy_(weight)
+                    if name in quantized:
+                        quantized[name].set_matrix(weight)
+                    else:
+                        held[name].copy_(weight)
     for name, rows in cut(parameters, folder.padding).items():
         rows.copy_(_read_tensor(_Stored(Path(directory) / PADDING, name)))
     for beside, place in folder.besides:
         _check_beside(place, _read_tensor(place), beside, held[beside.like])
+
+
+class StoredWeights:
+    """The weights of a folder, each read when it is asked for. For programs that never hold the whole model.
+
+    Args:
+        directory: the folder.
+        config: its configuration.
+    Raises:
+        ValueError: see load_weights; but for values, which are looked at when they are read.
+    """
+
+    def __init__(self, directory: str | Path, config: ModelConfig):
+        model = outline(config)
+        folder = _find_weights(directory, model)
+        self._places = {name: (rule, stored) for rule, stored in folder.weights for name in rule.ours}
+        self._besides = {beside.like: (beside, place) for beside, place in folder.besides}
+        self.outlines = {
+            name: torch.empty_like(parameter, dtype=self._dtype_of(name), device="meta")
+            for name, parameter in model.named_parameters()
+        }
+        """Name of each parameter -> a tensor of its shape and of the dtype in the folder, without values."""
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        place = self._places[name][1][0]
+        with opened(place.file) as tensors:
+            return _DTYPES[tensors.get_slice(place.name).get_dtype()]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the parameters, in the dtype of the folder.
+
+        Raises:
+            ValueError, OSError: see load_weights.
+        """
+        wanted, found = set(names), dict[str, Tensor]()
+        for name in sorted(wanted):
+            if name in found:
+                continue
+            rule, stored = self._places[name]
+            theirs = [_read_tensor(place) for place in stored]
+            for place, tensor in zip(stored, theirs):
+                check_finite(place.file, place.name, tensor)
+            found |= {ours: tensor for ours, tensor in zip(rule.ours, rule.split(theirs)) if ours in wanted}
+            if name in self._besides:
+                beside, place = self._besides[name]
+                _check_beside(place, _read_tensor(place), beside, found[name])
+        return found
 
 
 def _read_tensor(place: _Stored) -> Tensor:

@@ -333,6 +333,8 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         ValueError: a value that no run can have.
     """
     plan.check()
+    if config.num_local_experts and plan.adapter.load_in_4bit:
+        raise ValueError("--load_in_4bit: the matrices of experts are not quantized: leave it out")
     config = config.resolve(max_seq_len=plan.max_seq_len)
     trained = trained_of(config, plan.adapter)
     number, size = count(trained), plan.itemsize
@@ -376,7 +378,7 @@ def grad_bytes_of_bucket(plan: TrainingPlan) -> int:
     return 4 if plan.grad_reduce_in_fp32 else plan.itemsize
 
 
-def savings(plan: TrainingPlan) -> list[tuple[str, TrainingPlan]]:
+def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, TrainingPlan]]:
     """Flags that save memory, and the plan with them: first what costs the least time or quality."""
     recomputes = replace(plan, gradient_checkpointing=True, checkpoint_keeps="nothing")
     found = [
@@ -394,7 +396,9 @@ def savings(plan: TrainingPlan) -> list[tuple[str, TrainingPlan]]:
              replace(recomputes, offload_optimizer=True, grad_reduce_in_fp32=False)),
             (with_lora, replace(recomputes, adapter=adapter)),
         ]  # fmt: skip
-    return [*found, (f"{with_lora} --load_in_4bit", replace(recomputes, adapter=replace(adapter, load_in_4bit=True)))]
+    if not config.num_local_experts:
+        found.append((f"{with_lora} --load_in_4bit", replace(recomputes, adapter=replace(adapter, load_in_4bit=True))))
+    return found
 
 
 def verdict(config: ModelConfig, plan: TrainingPlan, gpu_gb: int) -> str:
@@ -403,7 +407,7 @@ def verdict(config: ModelConfig, plan: TrainingPlan, gpu_gb: int) -> str:
     needed = estimate(config, plan).peak / GB
     if needed <= room:
         return f"fits, {room - needed:.1f} GB are left"
-    help_by = next((flags for flags, leaner in savings(plan) if estimate(config, leaner).fits(gpu_gb)), None)
+    help_by = next((flags for flags, leaner in savings(config, plan) if estimate(config, leaner).fits(gpu_gb)), None)
     text = f"does not fit: {needed:.1f} GB are needed, and there is room for {room:.1f}"
     return text + (f"; it fits with {help_by}" if help_by else "")
 

@@ -29,6 +29,8 @@ class OptimizerConfig:
     """Share of the steps over which the learning rate of wsd falls."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0: do not clip."""
+    offload_optimizer: bool = False
+    """Keep main parameters and moments in host memory, and step there; the GPU holds weights and gradients alone."""
     max_skipped_steps: int = 100
     """The run ends after so many steps in a row were skipped for non-finite gradients."""
 
@@ -40,6 +42,11 @@ class OptimizerConfig:
         require_not_negative(self, "learning_rate", "grad_clip")
         require_between(self, 0, 1, "warmup_ratio", "min_lr_ratio", "wsd_decay_ratio")
         require_positive(self, "max_skipped_steps")
+        if self.offload_optimizer and self.optimizer == "muon":
+            raise ValueError(
+                "--offload_optimizer steps on the CPU, where Muon's matrix multiplications would take longest: give "
+                "--optimizer=adamw, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

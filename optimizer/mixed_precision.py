@@ -26,7 +26,8 @@ from torch import Tensor
 from checkpoint.named import Piece
 from optimizer import triton_launch
 from optimizer.clip import clip_factor
-from optimizer.rule import Rule, Step, Work
+from optimizer.rule import Rule, SliceState, Step, Work
+from parallel.buffer import ParameterSlice
 from parallel.contract import GradientSource, Named, StepResult
 
 
@@ -120,8 +121,11 @@ class MixedPrecisionOptimizer:
     def __init__(self, gradients: GradientSource, rules: Sequence[Rule], grad_clip: float, scaler: LossScaler):
         self.gradients, self.rules, self.grad_clip, self.scaler = gradients, rules, grad_clip, scaler
         self.num_steps = 0
-        self._buckets = [[self._rule_of(piece).new_state(piece) for piece in bucket] for bucket in gradients.slices]
+        self._buckets = [self._new_states(bucket, pieces) for bucket, pieces in enumerate(gradients.slices)]
         self._overlapped: _OverlappedStep | None = None
+
+    def _new_states(self, bucket: int, pieces: Sequence[ParameterSlice]) -> list[SliceState]:
+        return [self._rule_of(piece).new_state(piece) for piece in pieces]
 
     def _rule_of(self, parameter: Named) -> Rule:
         return next(rule for rule in self.rules if rule.takes(parameter))
@@ -142,14 +146,18 @@ class MixedPrecisionOptimizer:
             self.scaler.update(overflowed=True)
             return StepResult(grad_norm, skipped=True)
         self.num_steps += 1
-        for bucket in reversed(order):
-            is_zero = self._step_bucket(bucket, lr, self._scale / factor)
+        self._step_all(lr, self._scale / factor, after_bucket)
+        self.scaler.update(overflowed=False)
+        return StepResult(grad_norm, skipped=False)
+
+    def _step_all(self, lr: float, grad_divisor: float, after_bucket: Callable[[int], None] | None) -> None:
+        """Step every bucket, the last one first, and zero its gradients."""
+        for bucket in reversed(range(len(self._buckets))):
+            is_zero = self._step_bucket(bucket, lr, grad_divisor)
             if after_bucket is not None:
                 after_bucket(bucket)
             if not is_zero:
                 self.gradients.release(bucket)
-        self.scaler.update(overflowed=False)
-        return StepResult(grad_norm, skipped=False)
 
     def begin_overlapped_step(self, lr: float) -> None:
         """Begin a step: call `step_bucket` once for each bucket, from any thread, and then `end_overlapped_step`."""
@@ -214,10 +222,15 @@ class MixedPrecisionOptimizer:
     def _step_bucket(self, bucket: int, lr: float, grad_divisor: float, zero: bool = True) -> bool:
         """Step a bucket; may zero its gradients if `zero`. Returns whether it has zeroed them all."""
         zero = zero and self.gradients.is_zeroed_by_step
-        step, is_zero = Step(self.num_steps, lr, grad_divisor, zero), zero
+        step = Step(self.num_steps, lr, grad_divisor, zero)
+        return self._step_slices(bucket, self.gradients.take(bucket), step)
+
+    def _step_slices(self, bucket: int, gradients: Sequence[Tensor], step: Step) -> bool:
+        """Step a bucket's slices; returns whether all gradients are zeroed."""
         works: dict[Rule, list[Work]] = {rule: [] for rule in self._rules_of(bucket)}
-        for state, grad in zip(self._buckets[bucket], self.gradients.take(bucket)):
+        for state, grad in zip(self._buckets[bucket], gradients):
             works[self._rule_of(state.piece)].append(Work(state, grad))
+        is_zero = step.zero_grad
         for rule, its_works in works.items():
             is_zero = rule.step(its_works, step, partial(self._gather, bucket)) and is_zero
         return is_zero

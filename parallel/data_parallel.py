@@ -152,7 +152,9 @@ class WholeModelEngine:
     def check_replicas(self, step: int) -> None:
         self.settle()
         with span("compare replicas"):
-            require_same_weights(self._parts.context, self._parts.model.parameters(), step)
+            # What layers in other forms hold is in buffers.
+            model = self._parts.model
+            require_same_weights(self._parts.context, [*model.parameters(), *model.buffers()], step)
 
     def communication_s(self) -> float:
         return self._ddp.observer.waits.take()

@@ -67,6 +67,10 @@ class Chat:
         """Whether the last answer ended because it reached its limit."""
         self.reset()
 
+    def speak_by(self, tokenizer: Tokenizer) -> None:
+        """Go on by another tokenizer and its chat template."""
+        self.tokenizer, self._template = tokenizer, template_of(tokenizer)
+
     def reset(self) -> None:
         """Forget the messages."""
         self.messages[:] = [Message("system", self.system)] if self.system else []

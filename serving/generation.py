@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoint.choosing import resolve_checkpoint_dir
-from model import Decoder, KVCache, hf
-from model.generation_config import read_generation_config
-from tokenizer import Tokenizer, load_tokenizer
+from model import Decoder, KVCache
+from serving.loading import load
+from tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
@@ -23,23 +22,14 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Model and tokenizer of a run (its last checkpoint), a checkpoint or a Hugging Face folder, ready to generate.
+    """Model and tokenizer of a run (its last checkpoint), a checkpoint or a folder, ready to generate. See
+    serving/loading.py, also for several adapters.
 
     Raises:
         ValueError: one of the two cannot be used, or they do not belong together.
     """
-    directory = resolve_checkpoint_dir(path)
-    config, tokenizer = hf.read_config(directory), load_tokenizer(directory)
-    stop_ids = frozenset([tokenizer.eod_id, *read_generation_config(directory).eos_ids])
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {tokenizer.vocab_size} entries, the model an embedding for "
-            f"{config.vocab_size}: it is not the model's"
-        )
-    hf.check_weights(config, directory)
-    model = Decoder(config)
-    hf.load_weights(model, directory)
-    return Loaded(model.to(device=device, dtype=dtype).eval(), tokenizer, stop_ids)
+    served = load(path, {}, device, dtype)
+    return Loaded(served.model, served.tokenizer, served.stop_ids)
 
 
 def room_for_text(model: Decoder, prompt_ids: list[int]) -> int:

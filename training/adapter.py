@@ -84,7 +84,7 @@ def resumed_weights(run: RunConfig, given: Set[str], checkpoint: Path) -> Weight
 
 def plan_adapter(
     config: AdapterConfig, given: Set[str], shape: ModelConfig, weights: Weights | None, is_resumed: bool,
-    context: DistContext,
+    context: DistContext, new_rows: range = range(0),
 ) -> Adapter | None:  # fmt: skip
     """The run's adapter, if it trains one. Collective.
 
@@ -93,6 +93,7 @@ def plan_adapter(
         shape: the model's.
         weights: what it begins with.
         is_resumed: it is a checkpoint of this run.
+        new_rows: tokens that the weights do not know.
     Raises:
         ValueError: it cannot be trained, contradicts the flags, or is for another base.
     """
@@ -107,7 +108,7 @@ def plan_adapter(
         )
     _require_bases_config(shape, weights.base)
     if weights.adapter is None:
-        spec = LoraSpec.of(config)
+        spec = LoraSpec.of(config, new_rows)
     else:
         spec = folder.check(shape, weights.adapter)
         compared = {*_FLAGS, *_NAMES} if is_resumed and config.lora_r is not None else given

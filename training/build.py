@@ -11,8 +11,11 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.adapters import folder
+from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
+from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
@@ -24,6 +27,7 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter, as_it_began, plan_adapter
+from training.added_tokens import added_tokens, rows_to_add
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -106,6 +110,8 @@ def build(
     if config.system.deterministic:
         enable_determinism()
     check_sinks(config.run.tensorboard, config.run.wandb_project)
+    if config.adapter.load_in_4bit:
+        require_bitsandbytes()
     mesh = Mesh(context.rank, data_size=context.world_size)
     run_dir = open_run_dir(config.run, context, resources)
     is_resumed = run_dir.resumed_from is not None
@@ -116,15 +122,21 @@ def build(
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
-    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer)
+    added = added_tokens(config.run, config.adapter, data.tokenizer)
+    # A resumed run's checkpoint knows them.
+    added = [] if is_resumed else added
+    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer, added)
     weights, adapter_dir = source if source is not None else (None, None)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     has_adapter = config.adapter.is_used or adapter_dir is not None
+    least_rows = vocab_size if added else folder.vocab_size_of(source) if adapter_dir is not None else 0
     shape = choose_shape(
-        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter
-    )
-    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context)
+        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter,
+        least_rows,
+    )  # fmt: skip
+    new_rows = rows_to_add(source, shape, vocab_size, len(added))
+    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context, new_rows)
     if adapter is not None and is_resumed and config.run.task.needs_weights:
         # The reference may have to be computed again.
         adapter = as_it_began(adapter, config.run, config.adapter.adapter, shape)
@@ -143,7 +155,10 @@ def build(
     _check_balance(config, shape)
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
-    model = build_model(shape, config.system, config.run.seed, context.device, dtype, weights, adapter)
+    model = build_model(
+        shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
+        new_rows,
+    )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
@@ -178,10 +193,14 @@ def build(
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
-    rules = new_rules(config.optimizer.optimizer, config.adamw, config.muon, config.lion, kernel, model.roles())
+    flags = config.optimizer
+    its_kernel = "torch" if flags.offload_optimizer else kernel
+    rules = new_rules(flags.optimizer, config.adamw, config.muon, config.lion, its_kernel, model.roles())
 
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        return MixedPrecisionOptimizer(gradients, rules, config.optimizer.grad_clip, scaler)
+        if flags.offload_optimizer:
+            return OffloadedOptimizer(gradients, rules, flags.grad_clip, scaler, context.device)
+        return MixedPrecisionOptimizer(gradients, rules, flags.grad_clip, scaler)
 
     return open_engine(
         EngineParts(

@@ -16,7 +16,7 @@ from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfi
 from parallel.config import ParallelConfig, PowerSGDConfig
 from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
-from utils.options import OnlyWith, require_at_most, require_not_negative, require_positive
+from utils.options import OnlyWith, parse_size, require_at_most, require_not_negative, require_positive
 
 MOST_PROFILED_STEPS = 20
 """Most steps in one trace. Each takes megabytes a rank, in memory until the trace is written."""
@@ -211,6 +211,13 @@ def _check_adapter(config: Config) -> None:
 def _check_gradients(config: Config) -> None:
     """Refuse hooks and overlaps that do not go with the optimizer or the dtype."""
     parallel, is_float16 = config.parallel, config.system.dtype == "float16"
+    if config.optimizer.offload_optimizer and parallel.overlap_optim_step:
+        raise ValueError(
+            "--offload_optimizer steps on the CPU, which --overlap_optim_step needs for the backward pass: give only "
+            "one of them"
+        )
+    if config.optimizer.offload_optimizer and config.system.adamw_kernel == "triton":
+        raise ValueError("--offload_optimizer steps on the CPU: leave out --adamw_kernel=triton")
     if config.powersgd.grad_buffer_is_powerSGD_error:
         if not (parallel.use_powerSGD_hook and config.powersgd.use_error_feedback):
             raise ValueError("--grad_buffer_is_powerSGD_error needs --use_powerSGD_hook with --use_error_feedback")
@@ -267,18 +274,6 @@ def resolve(
     global_batch = config.data.train_batch_size * steps
     epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))
     return Derived(global_batch, config.run.max_iters or epoch_iters)
-
-
-def parse_size(text: str) -> int:
-    """Bytes that --max_shard_size names.
-
-    Raises:
-        ValueError: the text is not a size, or none of at least one byte.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)B?", text.upper())
-    if match is None or not int(match[1]):
-        raise ValueError(f"max_shard_size must be a size such as 500MB or 5GB, or a number of bytes; got {text!r}")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
 
 
 def parse_log_ranks(text: str) -> frozenset[int] | None:

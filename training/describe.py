@@ -13,6 +13,7 @@ from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Decoder, flops
+from model.quantized import count_parameters
 from parallel.engine import Engine
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
@@ -50,7 +51,7 @@ def count_flops(built: Built) -> Flops:
     return Flops(
         context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item(),
         flops.flops_per_token_strict(model.config, *built.data.train.context_and_supervised_share()),
-        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, _count_parameters(model)),
+        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, count_parameters(model)),
     )
 
 
@@ -64,6 +65,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
         _ops(built.model, config.optimizer.optimizer, built.adamw_kernel, config.system.compile),
+        *([_offloaded(built.engine)] if config.optimizer.offload_optimizer else []),
         *_data(built.data, config.run.task),
         _batch(config.run, config.data, built.derived, len(built.data.train)),
         *_time(built, counted),
@@ -71,16 +73,12 @@ def describe(built: Built, counted: Flops) -> list[str]:
     ]
 
 
-def _count_parameters(model: Decoder) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
     config = model.config
     active = f" ({flops.active_parameters(config) / 1e6:.1f} M multiply a token)" if config.num_local_experts else ""
     experts = f"{config.num_local_experts} experts of which a token sees {config.num_experts_per_tok}, "
     return (
-        f"model: {family}, {_count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
+        f"model: {family}, {count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
         f"layers, {config.hidden_size} wide, {experts if config.num_local_experts else ''}{dtype} on {device.type}"
     )
 
@@ -112,6 +110,12 @@ def _ops(model: Decoder, optimizer: str, kernel: str, is_compiled: bool) -> str:
         + (", plain attention for its dropout" if model.config.attention_dropout else "")
         + (" (blocks compiled)" if is_compiled else "")
     )
+
+
+def _offloaded(engine: Engine) -> str:
+    """Where the optimizer's state lies, and its size."""
+    size = sum(tensor.nbytes for _, tensors in engine.named_state() for tensor in tensors.values())
+    return f"optimizer: {size / 1e9:.2f} GB of main parameters and moments in host memory, stepped by the CPU"
 
 
 def _data(data: Data, task: TaskType) -> list[str]:

@@ -11,8 +11,8 @@ from model.hf_files import INDEX
 from model.hf_saved import saved_files
 from training.adapter import Adapter
 from training.build import Built
-from training.config import parse_size
 from training.data import order_of_samples
+from utils.options import parse_size
 
 
 def add_share(built: Built, writer: CheckpointWriter) -> None:

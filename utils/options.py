@@ -1,6 +1,7 @@
-"""Checks for the */config.py files: ranges of options, each with a sentence that names the option, and options that
-have an effect only beside others."""
+"""Options of commands: sizes; checks for the */config.py files, each with a sentence that names the option; and options
+that have an effect only beside others."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,3 +66,15 @@ def require_share_below_1(config: object, *names: str) -> None:
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(config, name)}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes that --max_shard_size names.
+
+    Raises:
+        ValueError: the text is not a size, or none of at least one byte.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}) ?([KMGT]?)B?", text.upper())
+    if match is None or not int(match[1]):
+        raise ValueError(f"max_shard_size must be a size such as 500MB or 5GB, or a number of bytes; got {text!r}")
+    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")

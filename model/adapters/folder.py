@@ -27,7 +27,9 @@ from model.adapters import peft
 from model.adapters.lora import LoraSpec, attach
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.hf import check_finite, check_header, opened, outline
+from model.families import family_of
+from model.families.family import EMBEDDING, HEAD
+from model.hf import check_finite, check_header, opened, outline, read_config
 from model.hf_files import read_json, shown, weight_files
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
@@ -189,6 +191,22 @@ def check(config: ModelConfig, adapter: Path) -> LoraSpec:
     attach(model, spec, seed=0)
     _check_tensors(adapter, peft.shapes(model, _are_own(adapter)))
     return spec
+
+
+def vocab_size_of(weights: Weights) -> int:
+    """Rows of the vocabulary of a model with its adapter, which may bring some for tokens that the base does not know.
+
+    Raises:
+        ValueError: a file cannot be read.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    base = read_config(weights.base)
+    if weights.adapter is None or not (weights.adapter / TENSORS).exists():
+        return base.vocab_size
+    names = [f"{peft.PREFIX}{family_of(base).their_name(name)}" for name in (EMBEDDING, HEAD)]
+    with opened(weights.adapter / TENSORS) as tensors:
+        rows = [tensors.get_slice(name).get_shape()[0] for name in names if name in tensors.keys()]
+    return max(base.vocab_size, peft.rows_needed(_read_config(weights.adapter)), *rows)
 
 
 def _are_own(adapter: Path) -> bool:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig, names_of
+from model.adapters.tokens import train_rows
 from model.decoder import Decoder
 from model.dropout import MAX_ADAPTED_LAYERS, DropoutKey, adapter_site, dropout
 from model.linear import Head, Linear
@@ -53,14 +54,23 @@ class LoraSpec:
     """Modules that are trained whole."""
     use_rslora: bool = False
     use_dora: bool = False
+    token_ids: tuple[int, ...] = ()
+    """Tokens whose rows of embedding and head are trained, see tokens.py."""
 
     @staticmethod
-    def of(config: AdapterConfig) -> "LoraSpec":
-        """The adapter that the flags describe."""
+    def of(config: AdapterConfig, new_rows: range = range(0)) -> "LoraSpec":
+        """The adapter that the flags describe.
+
+        Args:
+            new_rows: tokens that the weights do not know.
+        """
         assert config.lora_r is not None
+        whole, token_ids = names_of(config.lora_modules_to_save), tuple(new_rows)
+        if new_rows and config.train_added_tokens == "all":
+            whole, token_ids = list(dict.fromkeys([*whole, "embed_tokens", "lm_head"])), ()
         return LoraSpec(
             config.lora_r, config.lora_alpha, config.lora_dropout, tuple(names_of(config.lora_target_modules)),
-            tuple(names_of(config.lora_modules_to_save)), config.use_rslora, config.use_dora,
+            tuple(whole), config.use_rslora, config.use_dora, token_ids,
         )  # fmt: skip
 
     @property
@@ -172,6 +182,8 @@ def attach(model: Decoder, spec: LoraSpec, seed: int) -> None:
         adapted = LoraLinear(layer, spec, _site_of(name), like=model.embed_tokens.weight)
         setattr(model.get_submodule(parent), child, adapted)
     _initialize(model, seed)
+    if spec.token_ids:
+        train_rows(model, spec.token_ids)
     model.drops = model.drops or spec.dropout > 0.0
 
 
@@ -247,7 +259,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_adapters(name: str) -> bool:
     """Whether a parameter belongs to an adapter rather than to the model below it."""
-    return ".lora_" in name
+    return ".lora_" in name or ".token_adapter." in name
 
 
 def base_name(name: str) -> str:

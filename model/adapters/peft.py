@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model.adapters.config import ALL_LINEAR
-from model.adapters.lora import LoraLinear, LoraSpec, is_adapters
+from model.adapters.lora import LoraLinear, LoraSpec, base_name, is_adapters
 from model.decoder import Decoder
 from model.families import family_of
 from model.families.family import EMBEDDING, HEAD, Rule
@@ -35,11 +35,12 @@ from model.linear import Head, Linear
 PREFIX = "base_model.model."
 _A, _B, _LENGTHS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _OUR_LENGTHS = ".lora_magnitude_vector.weight"
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 _UNDERSTOOD = frozenset({
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora",
-    "use_dora", "init_lora_weights", "base_model_name_or_path",
+    "use_dora", "init_lora_weights", "base_model_name_or_path", "trainable_token_indices",
 })  # fmt: skip
 _HARMLESS = frozenset({
     # Notes, and the beginnings and helpers of methods that say themselves whether they are used.
@@ -48,7 +49,7 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 _HARMLESS_AT: dict[str, tuple[object, ...]] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "use_qalora": (False,),
-    "layer_replication": ([],), "target_parameters": ([],), "trainable_token_indices": ({}, []),
+    "layer_replication": ([],), "target_parameters": ([],),
     "megatron_config": ({},), "alora_invocation_tokens": ([],), "arrow_config": (None,), "kasa_config": (None,),
     "velora_config": (None,), "monteclora_config": (None,), "use_bdlora": (False,),
 }  # fmt: skip
@@ -152,6 +153,9 @@ def to_peft(model: Decoder, spec: LoraSpec, base: str) -> dict[str, object]:
         "revision": None,
         "target_modules": ends,
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": {
+            _leaf(theirs): list(spec.token_ids) for theirs in _with_rows(model).values()
+        } if spec.token_ids else None,
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
@@ -181,7 +185,14 @@ def _their_modules(model: Decoder) -> dict[str, str]:
     """Our name of each module that has weights -> theirs; of those that are not fused."""
     family = family_of(model.config)
     names = [*(name for name, _ in model.named_parameters() if not is_adapters(name)), HEAD]
-    return {_module(name): _module(family.their_name(name)) for name in names}
+    return {_module(name): _module(family.their_name(name)) for name in map(base_name, names)}
+
+
+def _with_rows(model: Decoder) -> dict[str, str]:
+    """Our name of each module with rows of tokens that train -> theirs. Of a tied matrix, PEFT takes the embedding."""
+    family, names = family_of(model.config), [EMBEDDING, HEAD]
+    parameters = dict(model.named_parameters())
+    return {n: _module(family.their_name(f"{n}.weight")) for n in map(_module, names) if f"{n}{_ROWS}" in parameters}
 
 
 def _their_whole(model: Decoder) -> dict[str, str]:
@@ -228,6 +239,8 @@ def to_theirs(model: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor
             found[f"{PREFIX}{theirs}{_B}"] = rows[at]
             if lengths:
                 found[f"{PREFIX}{theirs}{_LENGTHS}"] = lengths[at]
+    for ours, theirs in _with_rows(model).items():
+        found[f"{PREFIX}{theirs}{_ROWS}"] = trained[f"{ours}{_ROWS}"]
     for theirs, ours in _their_whole(model).items():
         found[f"{PREFIX}{theirs}"] = trained[ours].clone() if model.config.tie_word_embeddings else trained[ours]
     return found
@@ -291,8 +304,36 @@ def from_peft(values: dict, model: Decoder, own_targets: Sequence[str] | None) -
     whole = [ours for ours, theirs in modules.items() if theirs.endswith(tuple(saved))]
     return LoraSpec(
         r, alpha, float(_number(values, "lora_dropout", 0.0, float)), tuple(targets), tuple(_ends(whole, modules)),
-        rslora, _flag(values, "use_dora"),
+        rslora, _flag(values, "use_dora"), _token_ids(values, model),
     )  # fmt: skip
+
+
+def _token_ids(values: dict, model: Decoder) -> tuple[int, ...]:
+    """Tokens whose rows of embedding and head train."""
+    key, family = "trainable_token_indices", family_of(model.config)
+    given = values.get(key) or []
+    embedding, head = (_leaf(_module(family.their_name(name))) for name in (EMBEDDING, HEAD))
+    of_module = given if isinstance(given, dict) else {embedding: given}
+    lists = list(of_module.values())
+    if not given:
+        return ()
+    is_list = isinstance(lists[0], list) and all(type(each) is int for each in lists[0])
+    if not is_list or any(ids != lists[0] for ids in lists) or len(set(lists[0])) < len(lists[0]):
+        raise ValueError(f"{key} must name the same tokens, each once, for embedding and head")
+    wanted = [{embedding}, {embedding, head}] if model.config.tie_word_embeddings else [{embedding, head}]
+    if {_leaf(str(name)) for name in of_module} not in wanted:
+        raise ValueError(f"{key} must name rows of {embedding} and {head}, not {shown(sorted(map(str, of_module)))}")
+    if not all(0 <= each < model.config.vocab_size for each in lists[0]):
+        raise ValueError(f"{key} names tokens that the model does not have, which has {model.config.vocab_size}")
+    return tuple(lists[0])
+
+
+def rows_needed(values: dict) -> int:
+    """Rows of the vocabulary that the tokens of an adapter need."""
+    given = values.get("trainable_token_indices") or []
+    lists = given.values() if isinstance(given, dict) else [given]
+    ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int)]
+    return max(ids, default=-1) + 1
 
 
 def _check(values: dict) -> None:
@@ -447,6 +488,8 @@ def to_ours(model: Decoder, theirs: Mapping[str, Tensor], are_own: bool) -> dict
                 found[f"{name}{_B}"] = rows[at][:, begin : begin + rank]
                 if lengths:
                     found[f"{name}{_OUR_LENGTHS}"] = lengths[at]
+    for ours, name in _with_rows(model).items():
+        found[f"{ours}{_ROWS}"] = theirs[f"{PREFIX}{name}{_ROWS}"]
     for name, ours in _their_whole(model).items():
         tensor = theirs[f"{PREFIX}{name}"]
         if ours in found and not torch.equal(found[ours], tensor):

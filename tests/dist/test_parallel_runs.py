@@ -45,7 +45,7 @@ FULL_RANK = [*POWERSGD, "--matrix_approximation_rank=64", "--min_compression_rat
 IN_BUFFER = "--grad_buffer_is_powerSGD_error"
 BF16, FP16 = "--use_bf16_compress_hook", "--use_fp16_compress_hook"
 BF16_WEIGHTS, NARROW = "--dtype=bfloat16", "--no-grad_reduce_in_fp32"
-MUON = "--optimizer=muon"
+MUON, OFFLOAD = "--optimizer=muon", "--offload_optimizer"
 ADAMW_8BIT, LION_8BIT = "--optimizer=adamw8bit", "--optimizer=lion8bit"
 EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
@@ -58,6 +58,7 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "zero1": ([ZERO1], "plain"),
     "zero1 gather": ([ZERO1, GATHER], "plain"),
     "zero1 one bucket": ([ZERO1, "--disable_bucketing", "--no-overlap_grad_reduce"], "plain"),
+    "zero1 offloaded": ([ZERO1, GATHER, OFFLOAD], "plain"),
     "powersgd of nothing": ([*POWERSGD, "--min_compression_rate=1000"], "plain"),
     "free": ([FREE], None),
     "step": ([STEP, FREE], "free"),
@@ -71,6 +72,7 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "powersgd zero1": ([*POWERSGD, ZERO1, GATHER], "powersgd"),
     "powersgd in buffer": ([*POWERSGD, IN_BUFFER], "powersgd"),
     "powersgd in buffer zero1": ([*POWERSGD, IN_BUFFER, ZERO1], "powersgd"),
+    "powersgd in buffer zero1 offloaded": ([*POWERSGD, IN_BUFFER, ZERO1, OFFLOAD], "powersgd"),
     "powersgd free": ([*POWERSGD, FREE], None),
     "powersgd in buffer everything": ([*POWERSGD, IN_BUFFER, *EVERYTHING], "powersgd free"),
     "accumulated": (ACCUMULATED, None),
@@ -92,6 +94,7 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "bf16 weights zero1": ([BF16_WEIGHTS, ZERO1, GATHER], "bf16 weights"),
     "narrow": ([BF16_WEIGHTS, NARROW], None),
     "narrow zero1": ([BF16_WEIGHTS, NARROW, ZERO1], "narrow"),
+    "narrow zero1 offloaded": ([BF16_WEIGHTS, NARROW, ZERO1, OFFLOAD], "narrow"),
     "narrow powersgd": ([BF16_WEIGHTS, NARROW, *POWERSGD], None),
     "narrow powersgd 16": ([BF16_WEIGHTS, NARROW, *POWERSGD, "--no-orthogonalize_in_float32", ZERO1], None),
     "fp16 weights powersgd": (["--dtype=float16", *POWERSGD], None),

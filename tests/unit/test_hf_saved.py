@@ -26,7 +26,7 @@ from tests.unit.test_saving import new_saver
 from tests.unit.test_train import crash, train, train_until
 from tokenizer import load_tokenizer
 from training.build_model import build_model
-from training.config import parse_size
+from utils.options import parse_size
 
 __all__ = ["packed"]
 WHOLE = 1 << 40

@@ -30,7 +30,7 @@ def test_steps_equal_the_formula(dtype: torch.dtype):
         norm, lr = optimizer.step(1e-2 / (step + 1)).grad_norm, 1e-2 / (step + 1)
         for (param, exp_avg), grad, weight_decay in zip(exact, grads, (0.3, 0.0)):
             lion_reference(param, grad * (clip / norm), exp_avg, lr, weight_decay, config)
-    for (piece, tensors), (param, exp_avg), weights in zip(optimizer.named_state(), exact, pieces):
+    for (_, tensors), (param, exp_avg), weights in zip(optimizer.named_state(), exact, pieces):
         assert tensors.keys() == {"main", "exp_avg"}
         # Each step rounds a main parameter twice.
         assert torch.allclose(tensors["main"].double(), param, rtol=10 * 2.0**-24, atol=1e-8)

@@ -1,0 +1,139 @@
+"""Loading what generates text: a model with its tokenizer, and adapters for it.
+
+    served = load(ckpt, {"sql": folder, "poems": other_folder}, device, dtype)
+    served.use("poems")
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoint.choosing import resolve_checkpoint_dir
+from model import Decoder, hf
+from model.adapters import folder
+from model.adapters.switch import Adapters
+from model.generation_config import read_adapters_generation_config
+from serving.arguments import name_of, require_new
+from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.loading import has_tokenizer
+
+
+class Speech(NamedTuple):
+    """How texts become a model's tokens, and which of these end a text."""
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    """The end of a document, and the tokens that the folder's configuration names."""
+
+
+class Served:
+    """A model that is ready to generate, and adapters of which it uses one or none.
+
+    Args:
+        model: on its device, in its dtype.
+        speech: the model's without an adapter.
+    """
+
+    def __init__(self, model: Decoder, speech: Speech):
+        self.model = model.eval()
+        self._adapters = Adapters(model)
+        self._speeches: dict[str | None, Speech] = {None: speech}
+
+    @property
+    def active(self) -> str | None:
+        """Name of the adapter in use; None: none."""
+        return self._adapters.active
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters."""
+        return self._adapters.names
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._speeches[self.active].tokenizer
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return self._speeches[self.active].stop_ids
+
+    def add(self, name: str, directory: Path, speech: Speech) -> None:
+        """Load an adapter, without using it.
+
+        Args:
+            directory: its folder.
+        Raises:
+            ValueError: the name is taken, or the folder holds no adapter of such a model.
+        """
+        self._adapters.add(name, directory)
+        self._speeches[name] = speech
+
+    def use(self, name: str | None) -> None:
+        """Make an adapter the active one; None: none.
+
+        Raises:
+            ValueError: there is no adapter of this name.
+        """
+        self._adapters.use(name)
+
+
+def load(ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> Served:
+    """A model with its adapters, of which the first is active.
+
+    Args:
+        ckpt: a run (its last checkpoint is meant), a checkpoint or a folder: of a model, or of an adapter, which names
+            its base and comes first.
+        adapters: name -> run, checkpoint or folder of adapters for the model.
+    Raises:
+        ValueError: one of them cannot be used, or they do not belong together.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    base, own = folder.weights_of(resolve_checkpoint_dir(ckpt))
+    found = {} if own is None else {name_of(ckpt): own}
+    for name, path in adapters.items():
+        require_new(name, found)
+        found[name] = folder.weights_of(base, resolve_checkpoint_dir(path)).adapter
+    # All that can be wrong is looked at before the weights are read, which takes longest.
+    config = hf.read_config(base)
+    hf.check_weights(config, base)
+    speech = _speech_of(base, base)
+    _require_room(base, speech.tokenizer, config.vocab_size)
+    speeches = {name: _speech_of(adapter, base) for name, adapter in found.items()}
+    fingerprint = folder.fingerprint(base) if found else ""
+    for name, adapter in found.items():
+        folder.require_base(folder.Weights(base, adapter), fingerprint)
+        folder.check(config, adapter)
+        _require_room(adapter, speeches[name].tokenizer, config.vocab_size)
+    model = Decoder(config)
+    hf.load_weights(model, base)
+    served = Served(model.to(device=device, dtype=dtype), speech)
+    for name, adapter in found.items():
+        served.add(name, adapter, speeches[name])
+    served.use(next(iter(found), None))
+    return served
+
+
+def _speech_of(directory: Path, base: Path) -> Speech:
+    """Tokenizer and ends of a folder.
+
+    Args:
+        directory: of a model, or of an adapter, which need not bring a tokenizer.
+        base: of the model.
+    """
+    tokenizer = load_tokenizer(directory if has_tokenizer(directory) else base)
+    generation = read_adapters_generation_config(base, directory)
+    return Speech(tokenizer, frozenset([tokenizer.eod_id, *generation.eos_ids]))
+
+
+def _require_room(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer has more entries than the model.
+    """
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {directory} has {tokenizer.vocab_size} entries, the model an embedding for "
+            f"{vocab_size}: it is not the model's"
+        )

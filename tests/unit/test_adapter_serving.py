@@ -1,0 +1,111 @@
+"""generate.py with adapters: which counts, how to go on with another one, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model.adapters import merge as merging
+from serving import generation
+from serving.arguments import parse_adapters
+from tests.adapter_folders import make_adapter
+from tests.unit.test_chat import complete, folder, talk, tokenizer
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+__all__ = ["folder", "tokenizer"]
+
+
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of the model; the second one says other things."""
+    home = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(home / name, folder, seed, target_modules="all-linear", r=8, lora_alpha=64)
+            for seed, name in enumerate(["one", "two"])]  # fmt: skip
+
+
+def test_the_first_adapter_counts_and_an_adapter_names_its_base(
+    folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    one, two = map(str, adapters)
+    assert merging.main([f"--adapter={two}", f"--output={tmp_path / 'merged'}"]) == 0
+    capsys.readouterr()
+    merged, plain = (complete(path, capsys, "--prompt=hello") for path in (tmp_path / "merged", folder))
+    assert merged[0] == 0 and merged[1] != plain[1]
+    for ckpt, flags in ((folder, [f"--adapter={two}", f"--adapter={one}"]), (adapters[1], []),
+                        (adapters[1], [f"--adapter={one}"]), (folder, [f"--adapter=2nd={two}"])):  # fmt: skip
+        assert complete(ckpt, capsys, "--prompt=hello", *flags) == merged
+
+
+def test_a_talk_goes_on_with_another_adapter(
+    folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    flags = [f"--adapter=a={adapters[0]}", f"--adapter={adapters[1]}"]
+    said = "".join(f"{command}\n/reset\nhello\n" for command in ("/adapter a", "/adapter two", "/adapter none"))
+    assert talk(folder, monkeypatch, f"hello\n{said}/adapter c\n/adapter\n/help\n", *flags) == 0
+    both = capsys.readouterr()
+    alone = []
+    for more in ([flags[0]], [flags[1]], []):
+        assert talk(folder, monkeypatch, "hello\n", *more) == 0
+        alone.append(capsys.readouterr().out)
+    assert len(set(alone)) == 3 and both.out == alone[0] + "".join(alone)
+    for sentence in ("goes on with the adapter two", "goes on with no adapter",
+                     "there is no adapter c: loaded are a, two",
+                     "/adapter NAME goes on with another one: a, two, none"):  # fmt: skip
+        assert sentence in both.err
+
+
+def test_tokenizer_and_ends_are_the_adapters_own(
+    folder: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    own = shutil.copytree(adapters[0], tmp_path / "own")
+    for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
+        shutil.copy(path, own)
+    before = complete(own, capsys, "--chat", "--prompt=hello")
+    assert before == complete(adapters[0], capsys, "--chat", "--prompt=hello")
+    # A template that says nothing but the question.
+    (own / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    assert complete(own, capsys, "--chat", "--prompt=hello")[1] != before[1]
+    said, original = [], generation.generate
+
+    def watched(*arguments: object) -> Iterator[int]:
+        said.append([])
+        for token_id in original(*arguments):
+            said[-1].append(token_id)
+            yield token_id
+
+    monkeypatch.setattr(generation, "generate", watched)
+    assert complete(own, capsys, "--prompt=hello")[0] == 0
+    stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
+    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    assert complete(own, capsys, "--prompt=hello")[0] == 0
+    assert said[1] == said[0][: said[0].index(stop)]
+
+
+def test_refusals(folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one = adapters[0]
+    noted = shutil.copytree(one, tmp_path / "noted")
+    (noted / "adapter_base.json").write_text(json.dumps({"base": str(folder), "fingerprint": "another"}))
+    for flags, sentence in (
+        ([f"--adapter={one}", f"--adapter={one}"], "two adapters are called one: give one as NAME=DIR, with another"),
+        ([f"--adapter=none={one}"], "no adapter can be called none"),
+        ([f"--adapter=a b={one}"], "a name has no blanks"),
+        (["--adapter=a="], "a folder is missing"),
+        ([f"--adapter={tmp_path / 'on'}"], "does not exist"),
+        ([f"--adapter={folder}"], "holds no adapter_config.json: give the folder of an adapter"),
+        ([f"--adapter={noted}"], "was trained on other weights than those in"),
+    ):
+        code, out, err = complete(folder, capsys, "--prompt=x", *flags)
+        assert (code, out) == (2, "") and sentence in err and err.count("\n") == 1, err
+
+
+def test_names_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOMEWHERE", "/data")
+    texts = ["a=$SOMEWHERE/x", "out/run/", "/data/r=8/b", "c=d=e"]
+    found = {"a": Path("/data/x"), "run": Path("out/run"), "b": Path("/data/r=8/b"), "c": Path("d=e")}
+    assert parse_adapters(texts) == found
