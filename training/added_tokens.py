@@ -1,6 +1,7 @@
 """Tokens that a run adds to those that its weights know: --add_tokens."""
 
 from model import ModelConfig, hf
+from model.adapters import folder
 from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
 from tokenizer import Tokenizer
@@ -26,6 +27,18 @@ def added_tokens(run: RunConfig, adapter: AdapterConfig, tokenizer: Tokenizer) -
     tokens = read_tokens(adapter.add_tokens)
     require_grown(tokenizer, tokens)
     return tokens
+
+
+def rows_of(weights: Weights | None) -> int:
+    """Rows of the vocabulary in weights whose adapter may bring some; 0: no weights.
+
+    Raises:
+        ValueError, OSError: a file cannot be read.
+    """
+    if weights is None:
+        return 0
+    config = hf.read_config(weights.base)
+    return (folder.grown(config, weights.adapter) if weights.adapter is not None else config).vocab_size
 
 
 def rows_to_add(weights: Weights | None, shape: ModelConfig, vocab_size: int, num_added: int) -> range:

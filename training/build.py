@@ -11,7 +11,7 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
-from model.adapters import folder
+from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
@@ -27,7 +27,7 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter, as_it_began, plan_adapter
-from training.added_tokens import added_tokens, rows_to_add
+from training.added_tokens import added_tokens, rows_of, rows_to_add
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -45,6 +45,7 @@ from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
 from training.rates import warn_of_default_rate, warn_of_rate
+from training.recompute import limit_activations
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -62,8 +63,8 @@ class Built:
     run_dir: RunDir
     data: Data
     derived: Derived
-    weights_from: Path | None
-    """The folder that the model was built from."""
+    weights_from: Weights | None
+    """The folders that the model was built from."""
     adapter: Adapter | None
     """What is trained instead of the model's own weights."""
     export: Export
@@ -130,7 +131,7 @@ def build(
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     has_adapter = config.adapter.is_used or adapter_dir is not None
-    least_rows = vocab_size if added else folder.vocab_size_of(source) if adapter_dir is not None else 0
+    least_rows = vocab_size if added else rows_of(source)
     shape = choose_shape(
         config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter,
         least_rows,
@@ -172,6 +173,7 @@ def build(
             config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
             stop_requested,
         )  # fmt: skip
+    limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
@@ -185,7 +187,7 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, weights, adapter, export, dtype, model, task, reference, kernel,
+        config, context, mesh, run_dir, data, derived, source, adapter, export, dtype, model, task, reference, kernel,
         scaler, engine, progress, left_out, loader,
     )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Tokens that are added to a tokenizer, and the rows that a model grows by for them."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model import Decoder, hf
-from model.adapters import folder, lora
+from model.adapters import folder, lora, merge
 from model.adapters import tokens as rows
 from model.config import ModelConfig
 from model.ops import build_ops, choose_ops, needs_of
+from serving.loading import load
 from tests.runs import elsewhere, final_state, out_dir, same_bits
 from tests.unit.test_sft_train import (
     WORDS,
@@ -222,7 +222,7 @@ def test_an_adapter_with_new_tokens(rows_that_train: str, tied: bool, flags: lis
     theirs.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     theirs = peft.PeftModel.from_pretrained(theirs, saved)
     weights = folder.Weights(tmp_path / "model", saved)
-    shape = replace(hf.read_config(weights.base), vocab_size=folder.vocab_size_of(weights))
+    shape = folder.grown(hf.read_config(weights.base), saved)
     assert shape.vocab_size == len(tokenizer) == 320 + len(ADDED)
     ours = Decoder(hf.read_config(weights.base))
     hf.load_weights(ours, weights.base)
@@ -232,6 +232,17 @@ def test_an_adapter_with_new_tokens(rows_that_train: str, tied: bool, flags: lis
     ids = torch.tensor([tokenizer.encode("the river bank äü red <tool>")])
     with torch.no_grad():
         assert torch.allclose(ours.logits(ours(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    merge.merge(folder.Weights(tmp_path / "model", saved), tmp_path / "merged", None, 1 << 30)
+    served = load(saved, {}, torch.device("cpu"), torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.allclose(served.model.logits(served.model(ids)), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        served.use(None)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        known = served.model.logits(served.model(ids.clamp(max=319)))[..., :320]
+        assert torch.allclose(known, base(ids.clamp(max=319)).logits, rtol=1e-4, atol=1e-5)
     whole = {name for name in load_file(saved / "adapter_model.safetensors") if ".lora_" not in name}
     kind = "token_adapter.trainable_tokens_delta" if rows_that_train == "new" else "weight"
     ends = ["lm_head"] if rows_that_train == "all" or not tied else []
