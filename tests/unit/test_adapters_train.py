@@ -90,7 +90,8 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_with_the_same_bits(
 def test_pretraining_goes_on_from_weights_with_an_adapter(
     tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    assert train(elsewhere(tiny_run, tmp_path / "base"), "--max_iters=2") == 0
+    base = elsewhere(tiny_run, tmp_path / "base")
+    assert train(base, "--max_iters=2") == 0
     flags = [*without(tiny_run, "--hidden_size", "--num_hidden_layers", "--num_attention_heads",
                       "--tie_word_embeddings"), f"--init_from={tmp_path / 'base'}"]  # fmt: skip
     capsys.readouterr()
@@ -103,6 +104,10 @@ def test_pretraining_goes_on_from_weights_with_an_adapter(
     assert len(load_file(checkpoint(flags) / "adapter_model.safetensors")) == 2 * 7 * layers
     assert train(flags, "--resume", "--valid_only") == 0
     assert f"loss {records(flags, 'valid')[-1]['loss']:.4f}" in capsys.readouterr().out
+    # The run of the base has a newer checkpoint now. The same command goes on from the older one.
+    assert train(base, "--max_iters=3", "--resume") == 0
+    assert train(flags, "--max_iters=5", "--resume") == 0
+    assert json.loads((checkpoint(flags, 5) / folder.BASE).read_text())["base"].endswith("step-2")
 
 
 @pytest.mark.parametrize("how", ["the run", "its folder beside the base", "a folder of peft's"])
