@@ -214,36 +214,34 @@ def to_theirs(model: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: PEFT has no such adapter.
     """
     found: dict[str, Tensor] = {}
-    layers = linear_layers(model)
+    rows_of = {name: layer.out_features for name, layer in linear_layers(model).items()}
     for group in groups_of(model):
-        own = [(trained[f"{n}{_A}"], trained[f"{n}{_B}"]) if f"{n}{_A}" in trained else None for n in group.ours]
-        if not any(own):
-            continue
-        lengths = [trained[f"{name}{_OUR_LENGTHS}"] for name in group.ours if f"{name}{_OUR_LENGTHS}" in trained]
-        rows = [own[0][1]] if group.rule is None and own[0] else None
-        if rows is None:
-            assert group.rule is not None
-            matrix_a, rows = _across(own, [layers[name].out_features for name in group.ours], group.rule.join)
+        parts = [_pair(trained, name) for name in group.ours]
+        lengths = [trained[key] for name in group.ours if (key := f"{name}{_OUR_LENGTHS}") in trained]
+        if group.rule is not None and any(parts):
             if lengths and len(lengths) < len(group.ours):
-                names = ", ".join(map(_leaf, group.ours))
                 raise ValueError(
-                    f"--use_dora with some of {names}: PEFT adapts them together in a "
+                    f"--use_dora with some of {', '.join(map(_leaf, group.ours))}: PEFT adapts them together in a "
                     f"{family_of(model.config).model_type}, so name all of them in --lora_target_modules"
                 )
-            lengths = list(group.rule.join(lengths)) if lengths else []
-        else:
-            matrix_a = own[0][0]  # type: ignore[index]
-        for at, theirs in enumerate(group.theirs):
+            matrix_a, rows = _across(parts, [rows_of[name] for name in group.ours], group.rule.join)
             # A file holds no two names for one memory.
-            found[f"{PREFIX}{theirs}{_A}"] = matrix_a.clone() if at else matrix_a
-            found[f"{PREFIX}{theirs}{_B}"] = rows[at]
-            if lengths:
-                found[f"{PREFIX}{theirs}{_LENGTHS}"] = lengths[at]
+            parts = [(matrix_a.clone(), matrix_b) for matrix_b in rows]
+            lengths = list(group.rule.join(lengths)) if lengths else []
+        for at, (theirs, part) in enumerate(zip(group.theirs, parts)):
+            if part is not None:
+                found[f"{PREFIX}{theirs}{_A}"], found[f"{PREFIX}{theirs}{_B}"] = part
+                found |= {f"{PREFIX}{theirs}{_LENGTHS}": lengths[at]} if lengths else {}
     for ours, theirs in _with_rows(model).items():
         found[f"{PREFIX}{theirs}{_ROWS}"] = trained[f"{ours}{_ROWS}"]
     for theirs, ours in _their_whole(model).items():
         found[f"{PREFIX}{theirs}"] = trained[ours].clone() if model.config.tie_word_embeddings else trained[ours]
     return found
+
+
+def _pair(trained: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor] | None:
+    """A and B of a layer; None: it is not adapted."""
+    return (trained[f"{layer}{_A}"], trained[f"{layer}{_B}"]) if f"{layer}{_A}" in trained else None
 
 
 Move = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -465,29 +463,20 @@ def to_ours(model: Decoder, theirs: Mapping[str, Tensor], are_own: bool) -> dict
     Raises:
         ValueError: two tensors that stand for one differ.
     """
-    adapted, found = set(adapted_layers(model)), {}
+    adapted, found = set(adapted_layers(model)), dict[str, Tensor]()
     for group in groups_of(model):
         names = [name for name in group.ours if name in adapted]
         if not names:
             continue
         parts = [(theirs[f"{PREFIX}{name}{_A}"], theirs[f"{PREFIX}{name}{_B}"]) for name in group.theirs]
         lengths = [theirs[key] for name in group.theirs if (key := f"{PREFIX}{name}{_LENGTHS}") in theirs]
-        if group.rule is None:
-            matrix_a, rows = parts[0][0], [parts[0][1]]
-        elif are_own:
-            matrix_a, rows = parts[0][0], list(group.rule.split([matrix_b for _, matrix_b in parts]))
-        else:
-            matrix_a, rows = _across(parts, [len(matrix_b) for _, matrix_b in parts], group.rule.split)
-        if group.rule is not None and lengths:
-            lengths = list(group.rule.split(lengths))
-        rank = len(matrix_a) // len(names) if are_own and group.rule is not None else len(matrix_a)
+        if group.rule is not None:
+            lengths = list(group.rule.split(lengths)) if lengths else []
+            parts = _blocks(group, names, parts) if are_own else _shared(group.rule, parts)
         for at, name in enumerate(group.ours):
             if name in names:
-                begin = names.index(name) * rank if are_own and group.rule is not None else 0
-                found[f"{name}{_A}"] = matrix_a[begin : begin + rank]
-                found[f"{name}{_B}"] = rows[at][:, begin : begin + rank]
-                if lengths:
-                    found[f"{name}{_OUR_LENGTHS}"] = lengths[at]
+                found[f"{name}{_A}"], found[f"{name}{_B}"] = parts[at]
+                found |= {f"{name}{_OUR_LENGTHS}": lengths[at]} if lengths else {}
     for ours, name in _with_rows(model).items():
         found[f"{ours}{_ROWS}"] = theirs[f"{PREFIX}{name}{_ROWS}"]
     for name, ours in _their_whole(model).items():
@@ -496,6 +485,23 @@ def to_ours(model: Decoder, theirs: Mapping[str, Tensor], are_own: bool) -> dict
             raise ValueError("embedding and head differ, which are one matrix in the base: they were trained apart")
         found[ours] = tensor
     return found
+
+
+def _blocks(group: Group, adapted: list[str], parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of our layers from modules that were written here, block by block; of those that are adapted."""
+    assert group.rule is not None
+    matrix_a, rank = parts[0][0], len(parts[0][0]) // len(adapted)
+    rows, found = group.rule.split([matrix_b for _, matrix_b in parts]), []
+    for name, matrix_b in zip(group.ours, rows):
+        begin = adapted.index(name) * rank if name in adapted else 0
+        found.append((matrix_a[begin : begin + rank], matrix_b[:, begin : begin + rank]))
+    return found
+
+
+def _shared(rule: Rule, parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of our layers from modules that PEFT adapted as they are: A is the same for all of them."""
+    matrix_a, rows = _across(parts, [len(matrix_b) for _, matrix_b in parts], rule.split)
+    return [(matrix_a, matrix_b) for matrix_b in rows]
 
 
 def is_fused(model: Decoder) -> bool:
