@@ -158,7 +158,7 @@ class LoraLinear(SharesInput):
             return _plus(y, thin, self.lora_B.weight, self.scale)
         factor = self.lora_magnitude_vector.weight / self.row_lengths()
         if dropped is not x:
-            from_base = F.linear(dropped, self.base_layer.matrix())
+            from_base = self.base_layer.product(dropped)
         else:
             from_base = y if self.base_layer.bias is None else y - self.base_layer.bias
         return y + (factor * _plus(from_base, thin, self.lora_B.weight, self.scale) - from_base)
