@@ -100,7 +100,7 @@ _KEPT = frozenset({
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_flash_attention_forward", "aten::_efficient_attention_forward", "aten::_cudnn_attention_forward",
-    "torch_attn::_varlen_attn", "zero2all::blocked_attention", "zero2all::sorted_experts",
+    "torch_attn::_varlen_attn", "zero2all::blocked_attention", "zero2all::sorted_experts", "zero2all::low_rank_linears",
     "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
     "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_cutlass",
 })  # fmt: skip

@@ -111,6 +111,8 @@ class TrainingPlan:
             ValueError: a value that no run can have.
         """
         self.adapter.check()
+        if self.adapter.load_in_4bit and not self.adapter.is_used:
+            raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
         for name in ("train_batch_size", "max_seq_len", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -197,12 +199,12 @@ class _Block:
 
     def _adapters(self) -> float:
         """Each keeps the product with its first matrix, with a dropout the mask and what that leaves of the input, and
-        with DoRA both results."""
+        with DoRA the result before its lengths."""
         adapter, size, kept = self.plan.adapter, self.itemsize, 0
         for outputs, inputs in self.adapted.values():
             kept += size * (adapter.lora_r or 0)
             kept += (size + 1) * inputs if adapter.lora_dropout else 0
-            kept += 2 * size * outputs if adapter.use_dora else 0
+            kept += size * outputs if adapter.use_dora else 0
         return self.tokens * kept
 
     def _outputs(self) -> float:
@@ -210,7 +212,9 @@ class _Block:
         config, size, rank = self.config, self.itemsize, self.plan.adapter.lora_r or 0
         query = config.num_attention_heads * config.head_dim
         outputs = query + sum(outputs for outputs, _ in linear_of_blocks(self.shapes).values())
-        outputs += sum(rank + outputs for outputs, _ in self.adapted.values())
+        adapter = self.plan.adapter
+        is_apart = adapter.lora_dropout > 0.0 or adapter.load_in_4bit
+        outputs += sum(rank + is_apart * outputs for outputs, _ in self.adapted.values())
         kept = float(size * outputs) + 4 * config.num_attention_heads * (self.plan.blocked_weights is None)
         kept += size * (self.plan.blocked_weights or 0) / self.tokens
         if config.has_experts(self.layer):

@@ -73,13 +73,15 @@ def kept_bytes(config: ModelConfig, plan: TrainingPlan) -> int:
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        if plan.checkpoint_keeps == "matmuls":
-            # Torch keeps these results in dictionaries, where no hook sees them.
-            model._checkpoint_options["context_fn"] = lambda: contexts_that_show(pack)
+        # With checkpoint_keeps=matmuls, torch keeps these results in dictionaries, where no hook sees them.
+        shown = decoder._checkpoint_options("matmuls") | {"context_fn": lambda: contexts_that_show(pack)}
+        options = {"nothing": decoder._checkpoint_options("nothing"), "matmuls": shown}
         rows = torch.zeros(plan.train_batch_size, plan.max_seq_len, dtype=torch.int64)
         key = DropoutKey(0, torch.arange(len(rows))) if model.drops else None
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            hidden = model(rows, dropout_key=key)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder, "_checkpoint_options", options.__getitem__)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                hidden = model(rows, dropout_key=key)
         pack(hidden)
         skipped = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         return sum(storage.nbytes() for at, storage in kept.items() if at not in skipped)
@@ -137,6 +139,9 @@ CASES = {
     "LoRA of all on a CPU in blocks": (CONFIG, replace(BLOCKED, adapter=ALL_LINEAR)),
     "checkpointing": (CONFIG, replace(PLAN, gradient_checkpointing=True)),
     "checkpointing but for matmuls": (CONFIG, replace(PLAIN, gradient_checkpointing=True, checkpoint_keeps="matmuls")),
+    "LoRA, checkpointing but for matmuls": (
+        CONFIG, replace(PLAIN, gradient_checkpointing=True, checkpoint_keeps="matmuls", adapter=ALL_LINEAR),
+    ),
 }  # fmt: skip
 
 

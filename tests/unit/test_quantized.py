@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,11 +112,13 @@ def test_moving_changes_the_dtype_of_computing_alone():
 
 
 def test_only_the_codes_are_kept_for_the_backward_pass():
-    layer, matrix = layer_of(192, 128, torch.float32)
+    layer, _ = layer_of(192, 128, torch.float32)
     own = {buffer.data_ptr() for buffer in layer.buffers()}
     kept = []
+    x = torch.randn(4, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(torch.randn(4, 128, requires_grad=True))
+        y, product = layer(x), layer.product(x)
+    torch.testing.assert_close(product, y - layer.bias)
     assert kept and {tensor.data_ptr() for tensor in kept} <= own
 
 
@@ -160,6 +163,22 @@ def test_a_folder_is_quantized_while_it_is_read(tmp_path, dtype: torch.dtype):
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), model(ids), rtol=0, atol=0)
+
+
+def test_one_matrix_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """Of those that are quantized; fused ones are read together."""
+    _, folder = folder_of(CONFIG, tmp_path)
+    read: list[weakref.ref] = []
+    quantize = Linear4bit.set_matrix
+
+    def watched(layer: Linear4bit, matrix: torch.Tensor) -> None:
+        assert not any(earlier() is not None for earlier in read)
+        read.append(weakref.ref(matrix))
+        quantize(layer, matrix)
+
+    monkeypatch.setattr(Linear4bit, "set_matrix", watched)
+    hf.load_weights(hf.outline_in_4bit(CONFIG, CPU, torch.bfloat16), folder)
+    assert len(read) == 7 * CONFIG.num_hidden_layers
 
 
 def test_what_cannot_be_quantized_is_refused(monkeypatch):
