@@ -180,6 +180,12 @@ def _require_same_adapter(
         asked, has = getattr(config, name), getattr(of_folder, name)
         if name in names and asked != has and not (name in _NAMES and _means_same(config, spec, shape)):
             raise ValueError(f"--{name}={asked} does not fit the adapter in {adapter}, which has {has}: leave it out")
+    if config.add_tokens and (config.train_added_tokens == "new") != bool(spec.token_ids):
+        has = "new rows alone" if spec.token_ids else "all rows"
+        raise ValueError(
+            f"--train_added_tokens={config.train_added_tokens} does not fit the adapter in {adapter}, which trains "
+            f"{has}: leave it out"
+        )
 
 
 def _means_same(config: AdapterConfig, spec: LoraSpec, shape: ModelConfig) -> bool:

@@ -26,13 +26,11 @@ from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
-from training.adapter import Adapter, as_it_began, plan_adapter
-from training.added_tokens import added_tokens, rows_of, rows_to_add
+from training.adapter import Adapter
 from training.batch import choose_batch
+from training.beginning import Beginning, find_beginning, with_adapter
 from training.build_model import (
     build_model,
-    choose_shape,
-    find_weights,
     new_model,
     rows_for_others,
     to_device,
@@ -123,55 +121,31 @@ def build(
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
-    added = added_tokens(config.run, config.adapter, data.tokenizer)
-    # A resumed run's checkpoint knows them.
-    added = [] if is_resumed else added
-    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer, added)
-    weights, adapter_dir = source if source is not None else (None, None)
+    begins = find_beginning(config, given, context, run_dir.resumed_from, data.tokenizer)
+    config = with_adapter(config, begins.adapter, is_resumed)
+    weights, shape, adapter = begins.base, begins.shape, begins.adapter
     dtype = resolve_dtype(config.system.dtype, context.device)
-    vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
-    has_adapter = config.adapter.is_used or adapter_dir is not None
-    least_rows = vocab_size if added else rows_of(source)
-    shape = choose_shape(
-        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter,
-        least_rows,
-    )  # fmt: skip
-    new_rows = rows_to_add(source, shape, vocab_size, len(added))
-    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context, new_rows)
-    if adapter is not None and is_resumed and config.run.task.needs_weights:
-        # The reference may have to be computed again.
-        adapter = as_it_began(adapter, config.run, config.adapter.adapter, shape)
-    if adapter is not None and (not is_resumed or config.adapter.lora_r is None):
-        config = replace(config, adapter=adapter.in_config(config.adapter))
-    # Only now is it known what the weights bring along.
-    for sentence in without_effect(replace(config, model=shape), given) if context.is_main else ():
-        logger.warning(sentence)
     # Read it now: the checkpoint that a resumed run begins with may be deleted before the next save.
-    export = plan_export(
-        config.run.task.teaches_chat, data.tokenizer, weights, rows_for_others(config, shape, vocab_size), adapter_dir
-    )
-    if adapter is None and (sentence := export.warning(shape)) and context.is_main:
-        logger.warning(sentence)
+    vocab_size = rows_for_others(config, shape, data.tokenizer.vocab_size)
+    export = plan_export(config.run.task.teaches_chat, data.tokenizer, weights, vocab_size, begins.adapter_dir)
+    if context.is_main:
+        _warn(config, given, begins, export)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
-    if weights is not None and config.run.init_from and context.is_main:
-        warn_of_length(weights, max_seq_len)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
-        new_rows,
+        begins.new_rows,
     )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
-    if context.is_main:
-        warn_of_default_rate(config.optimizer, given)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
-            config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
-            stop_requested,
+            config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, begins.source,
+            dtype, stop_requested,
         )  # fmt: skip
     limit_activations(config, context, run_dir, data.train, model, task)
 
@@ -187,9 +161,22 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, source, adapter, export, dtype, model, task, reference, kernel,
-        scaler, engine, progress, left_out, loader,
+        config, context, mesh, run_dir, data, derived, begins.source, adapter, export, dtype, model, task, reference,
+        kernel, scaler, engine, progress, left_out, loader,
     )  # fmt: skip
+
+
+def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Export) -> None:
+    """Tell the user what will probably disappoint."""
+    # Only now is it known what the weights bring along.
+    sentences = without_effect(replace(config, model=begins.shape), given)
+    if begins.adapter is None:
+        sentences.append(export.warning(begins.shape))
+    for sentence in filter(None, sentences):
+        logger.warning(sentence)
+    if begins.base is not None and config.run.init_from:
+        warn_of_length(begins.base, config.data.max_seq_len)
+    warn_of_default_rate(config.optimizer, given)
 
 
 def _open_engine(

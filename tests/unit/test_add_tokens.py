@@ -188,6 +188,9 @@ def test_all_weights_train_with_new_tokens(flags: list[str], tmp_path: Path):
     ready = pretokenize(tmp_path / "data", tmp_path / "grown", tmp_path / "ready", "sft")
     again = with_data(elsewhere(flags, tmp_path / "again"), ready)
     assert train_until(2, sigterm, again) == 75
+    other = "all" if rows_that_train == "new" else "new"
+    assert train(again, "--resume", f"--train_added_tokens={other}") == 2
+    assert f"--train_added_tokens={other} does not fit the adapter in" in capsys.readouterr().out
     assert train(again, "--resume") == 0
     assert same_bits(final_state(flags, 4), final_state(again, 4))
 
@@ -209,7 +212,9 @@ LORA = ["--lora_r=2", "--lora_target_modules=all-linear"]
 
 
 @pytest.mark.parametrize("rows_that_train, tied", [("new", False), ("new", True), ("all", True)])
-def test_an_adapter_with_new_tokens(rows_that_train: str, tied: bool, flags: list[str], tmp_path: Path):
+def test_an_adapter_with_new_tokens(
+    rows_that_train: str, tied: bool, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     """Saved for PEFT, which computes the same after it has resized the base; stopped and resumed."""
     peft = pytest.importorskip("peft")
     if not tied:
