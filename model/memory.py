@@ -272,8 +272,8 @@ def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> f
         return tokens * vocabulary * (2 * size + 8)
     gradient = 4.0 * vocabulary * config.hidden_size if trains_head else 0.0
     if trains_head and not plan.fused and size < 4:
-        # A CPU rounds a chunk's product before it is added.
-        gradient += size * vocabulary * config.hidden_size
+        # A CPU rounds a chunk's product, and widens it again before it is added.
+        gradient += (size + 4) * vocabulary * config.hidden_size
     return min(LOGITS_BYTES, tokens * vocabulary * size) + tokens * config.hidden_size * size + gradient
 
 
