@@ -105,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="same seed, same text (default: another each time)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--load_in_4bit", action="store_true", help="keep the blocks' matrices in 4 bits, as for QLoRA")
     return parser.parse_args(argv)
 
 
@@ -154,7 +155,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
-        served = load(Path(args.ckpt), adapters, device, resolve_dtype(args.dtype, device))
+        dtype = resolve_dtype(args.dtype, device)
+        served = load(Path(args.ckpt), adapters, device, dtype, args.load_in_4bit)
 
         def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
             return generation.generate(

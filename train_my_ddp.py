@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
             # Before a request to stop waits for a step: the tokens written so far are kept anyway.
             config = replace(config, data=fit_context(config.run, config.data, given))
-            data_dirs = prepare_data(config.run, config.data, given, config.adapter.adapter)
+            data_dirs = prepare_data(config.run, config.data, given, config.adapter)
             stop = StopRequest(says_so=rank == 0)
             if not config.run.valid_only:
                 for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -113,6 +113,10 @@ MISTAKES = [
     Mistake(f"{TRAIN} --task_type=pretraining", "pretrain"),
     Mistake(f"{TRAIN} --warmup_ratio=100", "warmup_ratio must lie between 0 and 1"),
     Mistake(f"{TRAIN} --nproc=0", "--nproc must be a number of processes"),
+    Mistake(f"{TRAIN} --init_from=out/mine --lora_r=0", "lora_r must be positive"),
+    Mistake(f"{TRAIN} --lora_r=8", "needs weights to stand on: give them with --init_from"),
+    Mistake(f"{TRAIN} --adapter=out/mine", "needs weights to stand on: give them with --init_from"),
+    Mistake(f"{TRAIN} --init_from=out/mine --lora_r=8 --optimizer=muon", "--optimizer=muon is for whole matrices"),
     Mistake(f"{TRAIN} --nproc=two", "--nproc must be a number of processes"),
     Mistake(f"{TOKENIZER} --data_dir D --output_dir new --vocab_size 8k", "invalid int value: '8k'"),
     Mistake(f"{TOKENIZER} --data_dir D --output_dir new --vocab_size 100000", "yields only .* at most", AFTER_A_LOOK),
@@ -190,6 +194,11 @@ MISTAKES = [
     Mistake(f"{TRAIN} --init_from=gpt2", "gpt2 does not exist: .*nothing is downloaded", AFTER_A_LOOK),
     Mistake(f"{TRAIN} --init_from=out/begun", "has no checkpoint", AFTER_A_LOOK),
     Mistake(f"{TRAIN} --init_from=out/mine --hidden_size=64", "does not fit the weights", AFTER_A_LOOK),
+    Mistake(f"{TRAIN} --init_from=out/mine --lora_r=4 --lora_target_modules=c_attn", "fits no layer .* c_attn",
+            AFTER_A_LOOK),
+    Mistake(f"{TRAIN} --init_from=out/mine --adapter=T", "T is neither a run", AFTER_A_LOOK),
+    Mistake(f"{TRAIN} --init_from=out/mine --adapter=out/mine", "holds no adapter_config.json", AFTER_A_LOOK),
+    Mistake(f"{TRAIN} --init_from=pickled", "only adapter_model.bin, which may run code", AFTER_A_LOOK),
     Mistake(TRAIN.replace("out/new", "out/mine"), "already holds a run: add --resume", AFTER_A_LOOK),
     Mistake(TRAIN.replace("out/new", "D"), "holds other things than a run"),
     Mistake("python train_my_ddp.py --resume --out_dir=out/mien", "no run to resume: did you mean out/mine"),
@@ -220,6 +229,10 @@ def make_playground(where: Path) -> None:
         (where / "papers" / name).write_bytes(b"%PDF-1.7 \x00\x01")
     (where / "utf16" / "a.txt").write_text("words " * 500, encoding="utf-16")
     (where / "little" / "a.txt").write_text("a few words are not a corpus\n")
+    (where / "pickled").mkdir()
+    of_q = {"peft_type": "LORA", "target_modules": ["q_proj"], "base_model_name_or_path": "out/mine/ckpt/step-4"}
+    write_lines(where / "pickled" / "adapter_config.json", [of_q])
+    (where / "pickled" / "adapter_model.bin").write_bytes(b"not even a pickle")
     (where / "tabs.yaml").write_text("hidden_size: 32\n\tnum_hidden_layers: 1\n")
     (where / "small.yaml").write_text("hidden_size: 32\n")
     ask = [f"What is {number} and {number}?" for number in range(40)]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data_preprocess.jobs import process_corpus
@@ -17,6 +17,7 @@ from data_preprocess.shards import NOTHING_READ, print_skipped, waiting_writer
 from dataset.format import MANIFEST_NAME
 from dataset.sequences import PRETOKENIZE_SFT_COMMAND, read_manifest
 from tokenizer import load_tokenizer
+from tokenizer.add_tokens import grow
 from tokenizer.chat_template import template_of
 
 CACHE_DIR = ".tokenized"
@@ -42,17 +43,22 @@ def check_options(output: Path, options: CompilerOptions, given: Collection[str]
             )
 
 
-def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOptions, valid_ratio: float) -> Path:
+def tokenize_online(
+    data_dir: Path, tokenizer_dir: Path, options: CompilerOptions, valid_ratio: float, added: Sequence[str] = ()
+) -> Path:
     """Folder with the tokens of raw records, which are made if they are not there yet. Several processes may call this
     at once, before they know of each other: one does the work and the others wait for it.
 
     Args:
         valid_ratio: share of the records held out; with 1, all are the validation set.
+        added: tokens that the tokenizer of the folder grows by.
     Raises:
         ValueError: see `process_corpus`; or the folder cannot be written.
     """
     options.check()
     tokenizer = load_tokenizer(tokenizer_dir)
+    if added:
+        tokenizer = grow(tokenizer, added)
     corpus = record_corpus(str(data_dir))
     units, _ = find_units(corpus, SequenceJob.shard_bytes)
     key = [
@@ -72,9 +78,14 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOption
             raise
         raise ValueError(
             f"the tokens of {data_dir} cannot be kept beside it ({error.strerror}): run "
-            f"`python -m data_preprocess.pretokenize_sft_data --task {options.task} --data_dir {data_dir} "
-            f"--tokenizer_dir {tokenizer_dir} --output_dir O --max_seq_len {options.max_seq_len}`, and give O"
+            f"{_growing(tokenizer_dir, added)}`python -m data_preprocess.pretokenize_sft_data --task {options.task} "
+            f"--data_dir {data_dir} "
+            f"--tokenizer_dir {'T' if added else tokenizer_dir} --output_dir O --max_seq_len {options.max_seq_len}`, "
+            f"and give O"
         ) from None
+    if added:
+        tokenizer_dir = output.with_name(f"tokenizer-{tokenizer.fingerprint[:16]}")
+        tokenizer.save_pretrained(tokenizer_dir)
     with waiting_writer(output):
         if not (output / MANIFEST_NAME).exists():
             size = sum(unit.num_bytes for unit in units)
@@ -86,6 +97,12 @@ def tokenize_online(data_dir: Path, tokenizer_dir: Path, options: CompilerOption
             except ValueError as error:
                 raise ValueError(_for_training(str(error), data_dir, options.task)) from None
     return output
+
+
+def _growing(tokenizer_dir: Path, added: Sequence[str]) -> str:
+    """The command that grows a tokenizer, as a part of a sentence."""
+    command = f"python -m tokenizer.add_tokens --tokenizer_dir {tokenizer_dir} --tokens FILE --output_dir T"
+    return f"`{command}` and " if added else ""
 
 
 def _for_training(problem: str, data_dir: Path, task: str) -> str:

@@ -48,6 +48,10 @@ class DPODataset:
             f"{self.sequences.supervised_tokens / tokens:.0%} of the tokens in answers"
         )
 
+    def longest(self) -> int:
+        """Number of a pair with one of the longest answers."""
+        return int(self.sequences.lengths.argmax()) // 2
+
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """Input tokens of some pairs, each the chosen row's followed by the rejected one's."""
         return [self.sequences.inputs(self.members(pair)) for pair in sample_ids.tolist()]

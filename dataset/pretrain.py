@@ -92,6 +92,10 @@ class PretrainDataset:
         """Input tokens of the given samples, (B, T) int64."""
         return self.read_rows(sample_ids)[:, :-1]
 
+    def longest(self) -> int:
+        """Number of a sample that takes the most positions: all take the same."""
+        return 0
+
     def check(self, tokenizer_fingerprint: str, valid_ratio: float | None = None) -> None:
         """Check that the set was made with this tokenizer and ratio, see require_made_with."""
         tokenizers = (self.header.tokenizer_fingerprint, tokenizer_fingerprint)

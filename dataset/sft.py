@@ -69,6 +69,13 @@ class SFTDataset:
         rows = f"{len(self):,} rows of {self.max_seq_len} positions that are {full:.1%} full"
         return f"{count:,} sequences packed into {rows}, {share}"
 
+    def longest(self) -> int:
+        """Number of a sample that takes the most positions."""
+        lengths = self.sequences.lengths - 1
+        if self._rows is not None:
+            lengths = np.array([lengths[row].sum() for row in self._rows])
+        return int(lengths.argmax())
+
     def input_rows(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """Input tokens of the given samples, each of its own length."""
         return [self.sequences.inputs(self.members(sample_id)) for sample_id in sample_ids.tolist()]

@@ -10,7 +10,7 @@ from model.attend import Attend, attention_mask
 from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
-from model.linear import Linear
+from model.linear import Linear, one_by_one
 from model.local_filter import LocalFilter
 from model.norm import RMSNorm
 from model.ops import Ops
@@ -43,8 +43,11 @@ class Attention(nn.Module):
         batch, num_new, _ = x_BTC.shape
         heads = (batch, num_new, -1, self.config.head_dim)
         filtered_BTC = x_BTC if self.local_filter is None else self._filtered(self.local_filter, x_BTC, attend)
-        q_BTHD, k_BTKD = self.q_proj(filtered_BTC, key).view(heads), self.k_proj(filtered_BTC, key).view(heads)
-        v_BTKD = self.v_proj(x_BTC, key).view(heads)
+        if filtered_BTC is x_BTC:
+            projected = one_by_one(x_BTC, self.q_proj, self.k_proj, self.v_proj, key=key)
+        else:
+            projected = [*one_by_one(filtered_BTC, self.q_proj, self.k_proj, key=key), self.v_proj(x_BTC, key)]
+        q_BTHD, k_BTKD, v_BTKD = (x.view(heads) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD = self.q_norm(q_BTHD, None, 0.0, None, 0)[1]
             k_BTKD = self.k_norm(k_BTKD, None, 0.0, None, 0)[1]

@@ -15,10 +15,10 @@ Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in t
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, cast
+from functools import cache, partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.has_experts = config.has_experts(layer)
         self.mlp = SparseMLP(config, ops) if self.has_experts else new_mlp(config, ops)
         self.checkpoint_options: dict[str, Any] | None = None
-        """If given, the block checkpoints itself while it trains; see `Decoder.compile_blocks`."""
+        """If given, the block checkpoints itself while it trains; see `Decoder.set_recompute`."""
 
     def forward(
         self,
@@ -100,7 +100,7 @@ _KEPT = frozenset({
     "aten::_scaled_dot_product_cudnn_attention", "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_flash_attention_forward", "aten::_efficient_attention_forward", "aten::_cudnn_attention_forward",
-    "torch_attn::_varlen_attn", "zero2all::blocked_attention", "zero2all::sorted_experts",
+    "torch_attn::_varlen_attn", "zero2all::blocked_attention", "zero2all::sorted_experts", "zero2all::low_rank_linears",
     "flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward",
     "xformers_flash::flash_fwd", "xformers_flash3::flash_fwd", "xformers::efficient_attention_forward_cutlass",
 })  # fmt: skip
@@ -114,6 +114,12 @@ def _keep_matmuls(_context, operator, *_args, **_kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+Keeps = Literal["all", "matmuls", "nothing"]
+"""What a block keeps of its forward pass for the backward pass: all that the latter needs, the outputs of matmuls and
+attention, or nothing but the block's input. The rest is computed again."""
+
+
+@cache
 def _checkpoint_options(keeps: str) -> dict[str, Any]:
     """Arguments of torch.utils.checkpoint, by which outputs are kept."""
     # There is no generator state to preserve: dropout is a function of its key.
@@ -121,6 +127,12 @@ def _checkpoint_options(keeps: str) -> dict[str, Any]:
     if keeps == "matmuls":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     return options
+
+
+Run = Callable[..., tuple[Tensor | None, ...]]
+Watch = Callable[[int, Run, tuple[Tensor | None, ...]], None]
+"""Gets the number of a part of the model, a function that computes that part again, and the function's arguments. Parts
+are the blocks from 0, before them the embedding (-1), and after them the last norm."""
 
 
 class Decoder(nn.Module):
@@ -151,8 +163,7 @@ class Decoder(nn.Module):
                 f"--checkpoint_keeps={checkpoint_keeps} says what --gradient_checkpointing keeps: add that, or give "
                 f"--checkpoint_keeps=nothing"
             )
-        self.config, self.gradient_checkpointing, self.ops = config, gradient_checkpointing, ops
-        self._checkpoint_keeps, self._checkpoint_options = checkpoint_keeps, _checkpoint_options(checkpoint_keeps)
+        self.config, self.ops = config, ops
         # Attention dropout needs the full weight matrix.
         self.attends_by_document = not (config.attention_dropout or ops.step_by_step)
         self.drops = config.hidden_dropout > 0.0 or config.attention_dropout > 0.0
@@ -168,18 +179,38 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         self._compiled_parameters: list[nn.Parameter] = []
+        self._watch: Watch | None = None
+        self.keeps: tuple[Keeps, ...] = ()
+        """What each block keeps, see `set_recompute`."""
+        keeps = cast(Keeps, checkpoint_keeps if gradient_checkpointing else "all")
+        self.set_recompute([keeps] * config.num_hidden_layers)
+
+    def set_recompute(self, keeps: Sequence[Keeps]) -> None:
+        """Choose what each block keeps of its forward pass while the model trains. The results are the same."""
+        self.keeps = tuple(keeps)
+        for block, kept in zip(cast("list[Block]", self.layers), keeps, strict=True):
+            # Inside the compiled graph: from outside, a compiled block is one operation whose matmuls write into memory
+            # of its own, so there would be nothing to keep.
+            is_inside = self._compiled_parameters and kept == "matmuls"
+            block.checkpoint_options = _checkpoint_options(kept) if is_inside else None
 
     def compile_blocks(self, **options) -> None:
         """Compile each block with these options of torch.compile; one graph serves all blocks."""
         # Graphs of single documents would be built anew for each division of the rows.
         self.attends_by_document = False
-        for block in cast("list[Block]", self.layers):
-            if self.gradient_checkpointing and self._checkpoint_keeps == "matmuls":
-                # Inside the compiled graph: from outside, a compiled block is one operation whose matmuls write into
-                # memory of its own, so there would be nothing to keep.
-                block.checkpoint_options = self._checkpoint_options
+        for block in self.layers:
             block.compile(**options)
         self._compiled_parameters = list(self.layers.parameters())
+        self.set_recompute(self.keeps)
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Context in which `watch` is called before each part of a forward pass (model/activations.py)."""
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
 
     @contextmanager
     def _gradients_aside(self) -> Iterator[None]:
@@ -232,16 +263,12 @@ class Decoder(nn.Module):
             self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
             self.embed_tokens.weight.dtype,
         )  # fmt: skip
-        h_BTC = self.embed_tokens(input_ids_BT)
-        if self.embed_norm is not None:
-            h_BTC = self.embed_norm(h_BTC, None, 0.0, None, 0)[1]
-        if self.config.residual_in_fp32:
-            h_BTC = h_BTC.float()
+        (h_BTC,) = self._run(-1, partial(self._embed, input_ids_BT))
         with self._gradients_aside():
             h_BTC, to_add_BTC, layer_key, counted = self._blocks(h_BTC, attends, dropout_key, losses)
         if cache is not None:
             cache.lengths = [length + num_new for length in cache.lengths]
-        hidden_BTC = self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)[1]
+        (hidden_BTC,) = self._run(len(self.layers), partial(self._last_norm, layer_key), h_BTC, to_add_BTC)
         return losses.close(hidden_BTC, counted) if losses is not None else hidden_BTC
 
     def _blocks(
@@ -252,20 +279,52 @@ class Decoder(nn.Module):
         counted: list[Tensor] = []
         to_add_BTC: Tensor | None = None
         key: DropoutKey | None = None
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for index, block in enumerate(self.layers):
+        for index, window in enumerate(self._windows):
             key_before, key = key, dropout_key.for_layer(index) if dropout_key is not None else None
-            run = block
-            if recomputes:
-                if to_add_BTC is not None:
-                    # So that one tensor is kept instead of two.
-                    h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
-                    to_add_BTC = None
-                if block.checkpoint_options is None:
-                    run = partial(checkpoint, block, **self._checkpoint_options)
-            h_BTC, to_add_BTC, sums = run(h_BTC, to_add_BTC, attends[self._windows[index]], key, losses)
+            run = partial(self._run_block, index, attends[window], key_before, key, losses)
+            h_BTC, to_add_BTC, sums = self._run(index, run, h_BTC, to_add_BTC)
             counted += [sums] if sums is not None else []
         return h_BTC, to_add_BTC, key, counted
+
+    def _run(self, part: int, run: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        """Run a part of the model, before the eyes of the watch, if there is one."""
+        if self._watch is not None:
+            self._watch(part, run, inputs)
+        return run(*inputs)
+
+    def _embed(self, input_ids_BT: Tensor) -> tuple[Tensor]:
+        h_BTC = self.embed_tokens(input_ids_BT)
+        if self.embed_norm is not None:
+            h_BTC = self.embed_norm(h_BTC, None, 0.0, None, 0)[1]
+        return (h_BTC.float() if self.config.residual_in_fp32 else h_BTC,)
+
+    def _run_block(
+        self,
+        index: int,
+        attend: Attend,
+        key_before: DropoutKey | None,
+        key: DropoutKey | None,
+        losses: LayerLosses | None,
+        h_BTC: Tensor,
+        to_add_BTC: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run a block, which keeps what it shall.
+
+        Args:
+            key_before: dropout key of the previous block, whose output `to_add` is.
+        """
+        block, keeps = cast(Block, self.layers[index]), self.keeps[index]
+        if keeps == "all" or not (self.training and torch.is_grad_enabled()):
+            return block(h_BTC, to_add_BTC, attend, key, losses)
+        if to_add_BTC is not None:
+            # So that one tensor is kept instead of two.
+            h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, key_before, FEED_FORWARD_OUTPUT)
+        if block.checkpoint_options is not None:
+            return block(h_BTC, None, attend, key, losses)
+        return checkpoint(block, h_BTC, None, attend, key, losses, **_checkpoint_options(keeps))
+
+    def _last_norm(self, key: DropoutKey | None, h_BTC: Tensor, to_add_BTC: Tensor | None) -> tuple[Tensor]:
+        return (self.norm(h_BTC, to_add_BTC, self.config.hidden_dropout, key, FEED_FORWARD_OUTPUT)[1],)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary in the weights' dtype: normed hidden states (..., C) -> (..., V)."""

@@ -7,10 +7,15 @@ Model FLOPs utilisation (MFU) is FLOPs a token x tokens a second / the devices' 
              experts, those that the token is sent to) + attention to the keys that a query sees: half of all in a
              causal layer, fewer within a window
     seed     6 x all parameters + full attention: the formula of llm-zero2all, so that its tables compare
+
+Below an adapter, a frozen matrix takes 4 FLOPs a parameter instead of 6: nobody computes its gradient, only that of its
+input. The strict count says so, and counts the adapter's own matrices as trained ones; not the lengths of DoRA's rows,
+whose cost does not grow with the tokens.
 """
 
 import re
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -33,6 +38,15 @@ _PEAK_TFLOPS = (
     (r"V100", 125.0, 15.7),
     (r"T4\b", 65.0, 8.1),
 )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What trains where the matrices of the blocks do not."""
+
+    added: int = 0
+    """Parameters of the adapter's matmuls."""
+    head_trains: bool = False
 
 
 def _attention_parameters(config: ModelConfig) -> int:
@@ -71,17 +85,23 @@ def _mean_keys(seq_len: float, window: int) -> float:
     return window_len - window_len**2 / (2 * seq_len) if seq_len else 0.0
 
 
-def flops_per_token_strict(config: ModelConfig, seq_len: float, head_share: float = 1.0) -> float:
+def flops_per_token_strict(
+    config: ModelConfig, seq_len: float, head_share: float = 1.0, frozen: Frozen | None = None
+) -> float:
     """Forward and backward FLOPs a token, by the strict formula.
 
     Args:
         seq_len: length of a token's sequence, averaged over the tokens.
         head_share: share of the tokens that get logits.
+        frozen: what trains, if it is not the whole model.
     """
     head = config.vocab_size * config.hidden_size
-    parameters = active_parameters(config) - (1.0 - head_share) * head
+    blocks = active_parameters(config) - head
+    matmuls = 6.0 * (blocks + head_share * head)
+    if frozen is not None:
+        matmuls = 4.0 * blocks + (6.0 if frozen.head_trains else 4.0) * head_share * head + 6.0 * frozen.added
     keys = (_mean_keys(seq_len, config.window_of(layer)) for layer in range(config.num_hidden_layers))
-    return 6.0 * parameters + sum(_attention_flops(config, number) for number in keys)
+    return matmuls + sum(_attention_flops(config, number) for number in keys)
 
 
 def flops_per_token_seed(config: ModelConfig, seq_len: int, num_parameters: int) -> float:

@@ -83,7 +83,10 @@ def weight_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if missing is not None:
         raise ValueError(f"{missing} is missing: {index} names it")
     if _is_adapter(directory):
-        raise ValueError(f"{directory} holds an adapter beside the weights: take it out, or merge it into them")
+        raise ValueError(
+            f"{directory} holds an adapter beside the weights: give it a folder of its own and name that with "
+            f"--adapter, or merge it into them with python -m model.adapters.merge"
+        )
     return files, mapping if files == named else {}
 
 
@@ -203,8 +206,8 @@ def _other_weights(directory: Path) -> str:
     here, there = json.dumps(str(directory)), json.dumps(f"{directory}-safetensors")
     auto = "from transformers import AutoModelForCausalLM as M"
     if _is_adapter(directory):
-        merge = f"M.from_pretrained({here}).merge_and_unload().save_pretrained({there})"
-        return f", only an adapter: merge it with {_python(f'from peft import AutoPeftModelForCausalLM as M; {merge}')}"
+        merge = f"python -m model.adapters.merge --adapter {shlex.quote(str(directory))} --base BASE --output FOLDER"
+        return f", only an adapter: give its base, and this folder with --adapter, or merge both with {merge}"
     if name := _first(directory, "pytorch_model*.bin"):
         command = _python(f'{auto}; M.from_pretrained({here}, dtype="auto").save_pretrained({here})')
         if _has_own_class(directory):

@@ -13,6 +13,7 @@ element for N tokens. The copy is not kept for the backward pass.
 Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -36,12 +37,35 @@ class Linear(nn.Linear):
         return self.weight
 
 
+class SharesInput(nn.Module):
+    """A layer in the place of a Linear that can save work where several of its kind have one input."""
+
+    def together(
+        self, x: Tensor, layers: Sequence[nn.Module], key: DropoutKey | None, packed: bool = False
+    ) -> list[Tensor] | None:
+        """Outputs (..., O_i) of layers of its class, or with `packed` a single one (..., sum of O_i); None: these
+        layers save nothing."""
+        raise NotImplementedError
+
+
 def side_by_side(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> Tensor:
     """Several layers of one input, (..., C) -> (..., sum of O_i), in one multiplication if they are plain."""
     weights = [cast(Linear, layer).weight for layer in layers if type(layer) is Linear and layer.bias is None]
     if len(weights) == len(layers):
         return merged_linear(x, *weights)
-    return torch.cat([layer(x, key) for layer in layers], dim=-1)
+    if isinstance(first := layers[0], SharesInput) and all(type(layer) is type(first) for layer in layers):
+        if (packed := first.together(x, layers, key, packed=True)) is not None:
+            return packed[0]
+    return torch.cat(one_by_one(x, *layers, key=key), dim=-1)
+
+
+def one_by_one(x: Tensor, *layers: nn.Module, key: DropoutKey | None = None) -> list[Tensor]:
+    """Several layers of one input: (..., C) -> (..., O_i) each."""
+    outputs: dict[nn.Module, Tensor] = {}
+    sharing = [layer for layer in layers if isinstance(layer, SharesInput)]
+    if len(sharing) > 1 and (shared := sharing[0].together(x, sharing, key)) is not None:
+        outputs = dict(zip(sharing, shared))
+    return [outputs[layer] if layer in outputs else layer(x, key) for layer in layers]
 
 
 class Head(Linear):

@@ -197,12 +197,12 @@ class _Block:
 
     def _adapters(self) -> float:
         """Each keeps the product with its first matrix, with a dropout the mask and what that leaves of the input, and
-        with DoRA both results."""
+        with DoRA the result before its lengths."""
         adapter, size, kept = self.plan.adapter, self.itemsize, 0
         for outputs, inputs in self.adapted.values():
             kept += size * (adapter.lora_r or 0)
             kept += (size + 1) * inputs if adapter.lora_dropout else 0
-            kept += 2 * size * outputs if adapter.use_dora else 0
+            kept += size * outputs if adapter.use_dora else 0
         return self.tokens * kept
 
     def _outputs(self) -> float:
@@ -210,7 +210,9 @@ class _Block:
         config, size, rank = self.config, self.itemsize, self.plan.adapter.lora_r or 0
         query = config.num_attention_heads * config.head_dim
         outputs = query + sum(outputs for outputs, _ in linear_of_blocks(self.shapes).values())
-        outputs += sum(rank + outputs for outputs, _ in self.adapted.values())
+        adapter = self.plan.adapter
+        is_apart = adapter.lora_dropout > 0.0 or adapter.load_in_4bit
+        outputs += sum(rank + is_apart * outputs for outputs, _ in self.adapted.values())
         kept = float(size * outputs) + 4 * config.num_attention_heads * (self.plan.blocked_weights is None)
         kept += size * (self.plan.blocked_weights or 0) / self.tokens
         if config.has_experts(self.layer):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.dropout import DropoutKey
-from model.linear import Linear, side_by_side
+from model.linear import Linear, one_by_one, side_by_side
 from model.ops import REFERENCE, Ops
 
 
@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTC: Tensor, key: DropoutKey | None = None) -> Tensor:
         if self.ops.swiglu_packed is None:
-            return self.down_proj(self.ops.swiglu(self.gate_proj(x_BTC, key), self.up_proj(x_BTC, key)), key)
+            return self.down_proj(self.ops.swiglu(*one_by_one(x_BTC, self.gate_proj, self.up_proj, key=key)), key)
         gate_and_up = side_by_side(x_BTC, self.gate_proj, self.up_proj, key=key)
         return self.down_proj(self.ops.swiglu_packed(gate_and_up), key)
 

@@ -11,6 +11,7 @@
     exit/rank-N.json      how each rank ended                               (runs/exits.py)
     profile/              traces, with --profile_steps
     tensorboard/, wandb/  results once more, on request; wandb names its folder itself
+    activations.json      what each block recomputes, with --activation_budget_gb (training/recompute.py)
     monitor/              what belongs to the monitor                       (monitor/node.py)
     stop                  made by a user: the run saves and stops
 
@@ -35,6 +36,7 @@ PROFILE_DIR = "profile"
 TENSORBOARD_DIR = "tensorboard"
 MONITOR_DIR = "monitor"
 STOP_FILE = "stop"
+ACTIVATIONS_NAME = "activations.json"
 
 RANK_FILES = "rank-*.json"
 """Pattern of the ranks' files in `heartbeat` and `exit`."""
@@ -98,6 +100,10 @@ class RunPaths:
     @property
     def monitor_dir(self) -> Path:
         return self.root / MONITOR_DIR
+
+    @property
+    def activations(self) -> Path:
+        return self.root / ACTIVATIONS_NAME
 
     @property
     def stop_file(self) -> Path:

@@ -79,13 +79,16 @@ class Served:
         self._adapters.use(name)
 
 
-def load(ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype) -> Served:
+def load(
+    ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False
+) -> Served:
     """A model with its adapters, of which the first is active.
 
     Args:
         ckpt: a run (its last checkpoint is meant), a checkpoint or a folder: of a model, or of an adapter, which names
             its base and comes first.
         adapters: name -> run, checkpoint or folder of adapters for the model.
+        in_4bit: keep the blocks' matrices in 4 bits.
     Raises:
         ValueError: one of them cannot be used, or they do not belong together.
         OSError: a disk or a network fails, and may be back later.
@@ -105,8 +108,8 @@ def load(ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: 
     for name, adapter in found.items():
         folder.require_base(folder.Weights(base, adapter), fingerprint)
         folder.check(config, adapter)
-        _require_room(adapter, speeches[name].tokenizer, config.vocab_size)
-    model = Decoder(config)
+        _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
+    model = hf.outline_in_4bit(config, device, dtype) if in_4bit else Decoder(config)
     hf.load_weights(model, base)
     served = Served(model.to(device=device, dtype=dtype), speech)
     for name, adapter in found.items():

@@ -32,9 +32,9 @@ def make_adapter(path: Path, base: Path, seed: int = 1, **options: object) -> Pa
     """Folder of an adapter by peft, whose additions are not 0."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(seed)
     options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]} | options
     model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **options))
-    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     environment.check()
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizer.base import Tokenizer
@@ -64,7 +65,7 @@ def read_tokens(file: str | Path) -> list[str]:
     return tokens
 
 
-def grow(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
+def grow(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
     """A tokenizer with tokens added. They have the ids from `tokenizer.vocab_size` on.
 
     Raises:
@@ -82,7 +83,7 @@ def grow(tokenizer: Tokenizer, tokens: list[str]) -> Tokenizer:
     return grown
 
 
-def require_grown(tokenizer: Tokenizer, tokens: list[str]) -> None:
+def require_grown(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     """See that a tokenizer's last entries are these tokens, in order.
 
     Raises:

@@ -69,6 +69,9 @@ def resumed_weights(run: RunConfig, given: Set[str], checkpoint: Path) -> Weight
     """The weights of a checkpoint that a run goes on from; an adapter's base is the one that it names, unless another
     place of it is given.
 
+    A command that is only repeated with --resume gives no other place: it names the run of which the base is a
+    checkpoint, even if that has newer ones now, or what the run began with, even if that is gone.
+
     Args:
         given: names of the flags that were given.
     Raises:
@@ -76,15 +79,23 @@ def resumed_weights(run: RunConfig, given: Set[str], checkpoint: Path) -> Weight
     """
     if not folder.is_adapter(checkpoint):
         return Weights(checkpoint)
-    given_now = first_weights(run) if "init_from" in given else None
-    if given_now is not None:
-        return Weights(given_now.base, checkpoint)
+    note = folder.read_note(checkpoint)
+    noted = Path(note.base) if note is not None and Path(note.base).exists() else None
+    if "init_from" in given and not (noted is not None and noted.is_relative_to(Path(run.init_from).resolve())):
+        try:
+            first = first_weights(run)
+        except ValueError:
+            if noted is None:
+                raise
+        else:
+            assert first is not None
+            return Weights(first.base, checkpoint)
     return Weights(folder.base_of(checkpoint, "give the place of these weights with --init_from"), checkpoint)
 
 
 def plan_adapter(
     config: AdapterConfig, given: Set[str], shape: ModelConfig, weights: Weights | None, is_resumed: bool,
-    context: DistContext,
+    context: DistContext, new_rows: range = range(0),
 ) -> Adapter | None:  # fmt: skip
     """The run's adapter, if it trains one. Collective.
 
@@ -93,6 +104,7 @@ def plan_adapter(
         shape: the model's.
         weights: what it begins with.
         is_resumed: it is a checkpoint of this run.
+        new_rows: tokens that the weights do not know.
     Raises:
         ValueError: it cannot be trained, contradicts the flags, or is for another base.
     """
@@ -107,7 +119,7 @@ def plan_adapter(
         )
     _require_bases_config(shape, weights.base)
     if weights.adapter is None:
-        spec = LoraSpec.of(config)
+        spec = LoraSpec.of(config, new_rows)
     else:
         spec = folder.check(shape, weights.adapter)
         compared = {*_FLAGS, *_NAMES} if is_resumed and config.lora_r is not None else given

@@ -11,6 +11,7 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
@@ -25,6 +26,7 @@ from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter, as_it_began, plan_adapter
+from training.added_tokens import added_tokens, rows_of, rows_to_add
 from training.batch import choose_batch
 from training.build_model import (
     build_model,
@@ -42,6 +44,7 @@ from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
 from training.rates import warn_of_rate
+from training.recompute import limit_activations
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
 from utils.machine import keep_freed_memory
@@ -59,8 +62,8 @@ class Built:
     run_dir: RunDir
     data: Data
     derived: Derived
-    weights_from: Path | None
-    """The folder that the model was built from."""
+    weights_from: Weights | None
+    """The folders that the model was built from."""
     adapter: Adapter | None
     """What is trained instead of the model's own weights."""
     export: Export
@@ -119,15 +122,21 @@ def build(
     config = replace(config, data=batch)
     derived = resolve(config, mesh.data_size, len(data.train))
 
-    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer)
+    added = added_tokens(config.run, config.adapter, data.tokenizer)
+    # A resumed run's checkpoint knows them.
+    added = [] if is_resumed else added
+    source = find_weights(config.run, config.adapter, given, run_dir.resumed_from, data.tokenizer, added)
     weights, adapter_dir = source if source is not None else (None, None)
     dtype = resolve_dtype(config.system.dtype, context.device)
     vocab_size, max_seq_len = data.tokenizer.vocab_size, config.data.max_seq_len
     has_adapter = config.adapter.is_used or adapter_dir is not None
+    least_rows = vocab_size if added else rows_of(source)
     shape = choose_shape(
-        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter
-    )
-    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context)
+        config.model, config.run, given, weights, is_resumed and not has_adapter, vocab_size, max_seq_len, has_adapter,
+        least_rows,
+    )  # fmt: skip
+    new_rows = rows_to_add(source, shape, vocab_size, len(added))
+    adapter = plan_adapter(config.adapter, given, shape, source, is_resumed, context, new_rows)
     if adapter is not None and is_resumed and config.run.task.needs_weights:
         # The reference may have to be computed again.
         adapter = as_it_began(adapter, config.run, config.adapter.adapter, shape)
@@ -147,8 +156,9 @@ def build(
     if weights is not None and config.run.init_from and context.is_main:
         warn_of_length(weights, max_seq_len)
     model = build_model(
-        shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit
-    )
+        shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
+        new_rows,
+    )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
@@ -160,6 +170,7 @@ def build(
             config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, source, dtype,
             stop_requested,
         )  # fmt: skip
+    limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
     engine = _open_engine(config, context, mesh, model, scaler, kernel)
@@ -173,7 +184,7 @@ def build(
         pin_memory=context.device.type == "cuda",
     )  # fmt: skip
     return Built(
-        config, context, mesh, run_dir, data, derived, weights, adapter, export, dtype, model, task, reference, kernel,
+        config, context, mesh, run_dir, data, derived, source, adapter, export, dtype, model, task, reference, kernel,
         scaler, engine, progress, left_out, loader,
     )  # fmt: skip
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
 
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
-from model.adapters import folder, lora
+from model.adapters import folder, lora, tokens
 from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
 from model.attend import document_starts
@@ -51,14 +51,16 @@ def new_model(wanted: ModelConfig, given: Set[str]) -> ModelConfig:
 
 
 def find_weights(
-    run: RunConfig, adapter: AdapterConfig, given: Set[str], resumed_from: Path | None, tokenizer: Tokenizer
-) -> Weights | None:
+    run: RunConfig, adapter: AdapterConfig, given: Set[str], resumed_from: Path | None, tokenizer: Tokenizer,
+    added: Sequence[str] = (),
+) -> Weights | None:  # fmt: skip
     """The weights to begin with; None: new weights.
 
     Args:
         given: names of the flags that were given.
         resumed_from: folder of the model that a resumed run goes on with; None for a new run.
         tokenizer: the data's.
+        added: tokens that the data's has besides those that the weights know.
     Raises:
         ValueError: the run needs weights and there are none, or they belong to another tokenizer.
     """
@@ -73,7 +75,12 @@ def find_weights(
                 f"--init_from=FOLDER"
             )
     if source is not None:
-        own = require_tokenizer_of(source, tokenizer)
+        if added and source.adapter is not None:
+            raise ValueError(
+                f"--add_tokens: an adapter cannot be given more tokens: begin a new one, by python -m "
+                f"model.adapters.merge --adapter {source.adapter} --output FOLDER and --init_from=FOLDER"
+            )
+        own = require_tokenizer_of(source, tokenizer, added)
         if resumed_from is None and run.task.teaches_chat:
             warn_of_another_template(source, own, tokenizer)
     if run.valid_only and source is None:
@@ -87,7 +94,7 @@ def find_weights(
 
 def choose_shape(
     wanted: ModelConfig, run: RunConfig, given: frozenset[str], weights: Path | None, is_resumed: bool, vocab_size: int,
-    max_seq_len: int, has_adapter: bool = False,
+    max_seq_len: int, has_adapter: bool = False, least_rows: int = 0,
 ) -> ModelConfig:  # fmt: skip
     """The model's final shape, which a family can hold.
 
@@ -98,6 +105,7 @@ def choose_shape(
         is_resumed: it is a checkpoint of this run.
         vocab_size: the tokenizer's.
         has_adapter: whether the weights stay frozen below an adapter.
+        least_rows: rows of the vocabulary with those that the weights lack.
     Raises:
         ValueError: such a model cannot be built, or no checkpoint could hold it.
     """
@@ -114,6 +122,8 @@ def choose_shape(
                 "leave out the adapter"
             )
         stored = upcycle.sparse_config(stored, wanted)
+    if stored is not None and stored.vocab_size < least_rows:
+        stored = dataclasses.replace(stored, vocab_size=least_rows)
     shape = resolve_model(wanted, given, stored, vocab_size, max_seq_len, is_own=not run.init_from)
     # Asked before the training: otherwise the first save would fail.
     family_of(shape)
@@ -227,7 +237,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
-    adapter: Adapter | None = None, in_4bit: bool = False,
+    adapter: Adapter | None = None, in_4bit: bool = False, new_rows: range = range(0),
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -237,6 +247,7 @@ def build_model(
             trained weights; frozen ones come from here alone.
         adapter: what is trained instead of the weights; None: they train themselves.
         in_4bit: keep the blocks' matrices in 4 bits; only with an adapter, and weights.
+        new_rows: tokens that the weights do not know.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -248,6 +259,8 @@ def build_model(
     ops = build_ops(chosen)
     if weights is not None:
         stored = hf.read_config(weights)
+        if new_rows:
+            shape = dataclasses.replace(shape, vocab_size=stored.vocab_size)
         hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
     options = system.gradient_checkpointing, system.checkpoint_keeps, ops
     if in_4bit:
@@ -258,6 +271,8 @@ def build_model(
         model.initialize(seed)
     else:
         load_weights(model, weights, seed)
+    if new_rows:
+        tokens.grow(model, new_rows.start, len(new_rows))
     if adapter is not None:
         lora.attach(model, adapter.spec, seed)
         if adapter.loaded_from is not None:

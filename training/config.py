@@ -127,6 +127,9 @@ class SystemConfig:
     """Recompute each block in the backward pass: less memory, a third more time."""
     checkpoint_keeps: Literal["nothing", "matmuls"] = "nothing"
     """With gradient_checkpointing; matmuls: keep the outputs of matmuls and attention, recompute the rest."""
+    activation_budget_gb: float = 0.0
+    """Most memory that a micro-batch's activations may take, in GB of 10^9 bytes, without weights, their gradients and
+    the optimizer: blocks recompute as little as that allows. 0: no limit."""
     deterministic: bool = False
     """The same bits from run to run, on CUDA too. (On a CPU they always are.)"""
     num_threads: int = 0
@@ -135,9 +138,10 @@ class SystemConfig:
     def check(self) -> None:
         """
         Raises:
-            ValueError: a number of threads that no machine has.
+            ValueError: a number that no machine has.
         """
-        require_not_negative(self, "num_threads")
+        require_not_negative(self, "num_threads", "activation_budget_gb")
+        require_at_most(self, 1_000_000, "activation_budget_gb")
         require_at_most(self, 4096, "num_threads")
 
 
@@ -179,6 +183,13 @@ def check_together(config: Config) -> None:
         raise ValueError(f"--valid_only needs weights: {to_do}")
     if not data.document_mask and not run.task.mixes_documents:
         raise ValueError("--no-document_mask is for pretraining: sequences of SFT never see each other")
+    if config.system.activation_budget_gb and (
+        config.system.gradient_checkpointing or config.system.checkpoint_keeps != "nothing"
+    ):
+        raise ValueError(
+            "--activation_budget_gb decides what each block recomputes: leave out --gradient_checkpointing and "
+            "--checkpoint_keeps"
+        )
     if run.task.options:
         getattr(config, run.task.options).check()
     if run.task.needs_weights and not (run.init_from or run.resume):

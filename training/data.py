@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from dataset.opening import TaskDataset, open_dataset
 from dataset.pretrain import PretrainDataset
 from dataset.sequences import read_manifest
 from model import hf
+from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
 from parallel import DistContext
 from runs.layout import RunPaths
 from tokenizer import Tokenizer, load_tokenizer
+from tokenizer.add_tokens import grow, read_tokens
 from tokenizer.chat_template import template_of
 from tokenizer.loading import has_tokenizer
 from training.adapter import first_weights
@@ -86,13 +88,15 @@ def _indexed_length(directory: Path, wished: int) -> int:
     return lengths[0]
 
 
-def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str], adapter: str = "") -> dict[str, Path]:
+def prepare_data(
+    run: RunConfig, data: DataConfig, given: frozenset[str], adapter: AdapterConfig | None = None
+) -> dict[str, Path]:
     """Directory of the tokens of each set. Raw records of SFT and DPO are tokenized here, before any process group
     exists, so that no rank waits in a collective meanwhile.
 
     Args:
         given: names of the flags that were given.
-        adapter: --adapter.
+        adapter: says which weights the run begins with, too, and which tokens it adds.
     Raises:
         ValueError: there is nothing to tokenize, or flags contradict the tokens that are there.
     """
@@ -112,36 +116,37 @@ def prepare_data(run: RunConfig, data: DataConfig, given: frozenset[str], adapte
         else:
             # A directory for validation alone is taken whole.
             ratio = 1.0 if split == "valid" else data.valid_ratio or 0.0
-            chosen[split] = tokenize_online(
-                directory, _tokenizer_dir(run, data.tokenizer_dir, adapter), options, ratio
-            )
+            tokenizer_dir, added = _tokenizer_of(run, data.tokenizer_dir, adapter or AdapterConfig())
+            chosen[split] = tokenize_online(directory, tokenizer_dir, options, ratio, added)
         check_options(chosen[split], options, given)
     return chosen
 
 
-def _tokenizer_dir(run: RunConfig, given: str, adapter: str) -> Path:
-    """Folder of the tokenizer for the model that is trained.
+def _tokenizer_of(run: RunConfig, given: str, adapter: AdapterConfig) -> tuple[Path, Sequence[str]]:
+    """Folder of the tokenizer for the model that is trained, and the tokens that it must grow by.
 
     Args:
-        given: --tokenizer_dir.
-        adapter: --adapter.
+        given: --tokenizer_dir, whose tokenizer has grown already.
+        adapter: see prepare_data.
     """
-    weights = None
+    weights, added = None, ()
     if run.resume:
         # Any checkpoint will do; the one to resume from is found later.
         newest = newest_with(RunPaths(Path(run.out_dir)).ckpt_dir, "tokenizer.json")
         weights = Weights(newest) if newest is not None else None
-    weights = weights or first_weights(run, adapter)
+    if weights is None:
+        weights = first_weights(run, adapter.adapter)
+        added = read_tokens(adapter.add_tokens) if adapter.add_tokens else ()
     if given:
         if weights is not None:
-            require_tokenizer_of(weights, load_tokenizer(given))
-        return Path(given)
+            require_tokenizer_of(weights, load_tokenizer(given), added)
+        return Path(given), ()
     if weights is None:
         raise ValueError(
             "--init_from is missing: raw records are tokenized for the model that is fine-tuned (for a new one, "
             "--tokenizer_dir says how)"
         )
-    return _holding_tokenizer(weights) or weights.base
+    return _holding_tokenizer(weights) or weights.base, added
 
 
 def _holding_tokenizer(weights: Weights) -> Path | None:
@@ -149,17 +154,25 @@ def _holding_tokenizer(weights: Weights) -> Path | None:
     return next(filter(has_tokenizer, weights.folders), None)
 
 
-def require_tokenizer_of(weights: Weights, tokenizer: Tokenizer) -> Tokenizer | None:
+def require_tokenizer_of(
+    weights: Weights, tokenizer: Tokenizer, added: Sequence[str] = ()
+) -> Tokenizer | None:
     """The tokenizer of a model, if a folder holds it, which must be the data's.
 
     Args:
         weights: of a model.
         tokenizer: the data's.
+        added: tokens that the data's has besides.
     Raises:
         ValueError: the folder holds another tokenizer, or none and the model's vocabulary has another size.
     """
     if folder := _holding_tokenizer(weights):
-        own = load_tokenizer(folder)
+        own = grow(load_tokenizer(folder), added) if added else load_tokenizer(folder)
+        if added and own.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"the data was not tokenized with the tokenizer of {folder} and the tokens of --add_tokens: make that "
+                f"with `python -m tokenizer.add_tokens`, and pretokenize the data again with it"
+            )
         if own.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 f"the data was not tokenized with the tokenizer that the weights in {folder} know: pretokenize it "
@@ -168,7 +181,7 @@ def require_tokenizer_of(weights: Weights, tokenizer: Tokenizer) -> Tokenizer | 
         return own
     base = weights.base
     rows = hf.read_config(base).vocab_size
-    if not 0 <= rows - tokenizer.vocab_size <= max(64, rows // _MOST_PADDING):
+    if not 0 <= rows - (tokenizer.vocab_size - len(added)) <= max(64, rows // _MOST_PADDING):
         raise ValueError(
             f"{base} holds weights but no tokenizer, and its vocab_size is {rows} where the data's tokenizer has "
             f"{tokenizer.vocab_size} entries: tokenize the data with the model's own, and copy that into {base}"

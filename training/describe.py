@@ -3,7 +3,6 @@
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +12,14 @@ from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Decoder, flops
+from model.adapters import lora, peft
+from model.adapters.folder import Weights
+from model.families.family import EMBEDDING, HEAD
 from model.quantized import count_parameters
 from parallel.engine import Engine
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
+from training.adapter import Adapter
 from training.batch import LEAST_ROWS
 from training.build import Built
 from training.config import Derived, RunConfig
@@ -50,7 +53,9 @@ def count_flops(built: Built) -> Flops:
     peak = flops.device_peak_flops(context.device, built.dtype)
     return Flops(
         context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item(),
-        flops.flops_per_token_strict(model.config, *built.data.train.context_and_supervised_share()),
+        flops.flops_per_token_strict(
+            model.config, *built.data.train.context_and_supervised_share(), _frozen(model) if built.adapter else None
+        ),
         flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, count_parameters(model)),
     )
 
@@ -61,6 +66,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
         _model(built.model, built.export.family(built.model.config).model_type, built.dtype, device),
+        *([_adapter(built.model, built.adapter)] if built.adapter is not None else []),
         f"parallel: {built.engine.describe()}",
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
@@ -71,6 +77,30 @@ def describe(built: Built, counted: Flops) -> list[str]:
         *_time(built, counted),
         _start(built.progress, built.weights_from),
     ]
+
+
+def _frozen(model: Decoder) -> flops.Frozen:
+    factors = (".lora_A.weight", ".lora_B.weight")
+    added = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(factors))
+    head = EMBEDDING if model.config.tie_word_embeddings else HEAD
+    return flops.Frozen(added, head in peft.whole_parameters(model))
+
+
+def _adapter(model: Decoder, adapter: Adapter) -> str:
+    """What trains, of how much, and whether it is known to stand on its own base."""
+    spec, layers = adapter.spec, peft.adapted_layers(model)
+    kind = ("rsLoRA" if spec.use_rslora else "LoRA") + (" with DoRA's lengths" if spec.use_dora else "")
+    trained = sum(parameter.numel() for parameter in lora.adapter_parameters(model).values())
+    of = f"{100 * trained / count_parameters(model):.2f}% of the parameters"
+    ends = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+    whole = f", {', '.join(spec.modules_to_save)} whole" if spec.modules_to_save else ""
+    text = (
+        f"adapter: {kind} of rank {spec.r}, alpha {spec.alpha:g}, on {len(layers)} layers ({ends}){whole}: "
+        f"{trained / 1e6:,.2f} M parameters train, {of}"
+    )
+    if adapter.loaded_from is not None and not adapter.is_known_base:
+        text += "; another program saved it, and only its shapes tell that it belongs to these weights"
+    return text
 
 
 def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -157,8 +187,8 @@ def _time(built: Built, counted: Flops) -> list[str]:
     if data.valid is not None:
         flags = config.data
         rows = min(len(data.valid), flags.valid_iters * flags.valid_batch_size or len(data.valid))
-        # Forward passes alone.
-        valid_s = rows * positions_per_sample(data.valid) * token_s / 3
+        # Forward passes alone; below an adapter, these are half of the work.
+        valid_s = rows * positions_per_sample(data.valid) * token_s / (2 if built.adapter else 3)
         times = 1 + (left - 1) // flags.valid_interval if flags.valid_interval and left else 1
         run_s += times * valid_s
         text += f", a validation in about {about(valid_s)}"
@@ -184,6 +214,6 @@ def about(seconds: float) -> str:
     return f"{hours:.1f} hours" if hours < 10 else f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
 
 
-def _start(progress: Progress, weights_from: Path | None) -> str:
-    weights = f", weights from {weights_from}" if weights_from else ""
+def _start(progress: Progress, weights_from: Weights | None) -> str:
+    weights = f", weights from {weights_from.told}" if weights_from else ""
     return f"starts at step {progress.step}, sample {progress.samples_consumed}{weights}"

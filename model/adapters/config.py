@@ -53,6 +53,8 @@ class AdapterConfig:
         require_share_below_1(self, "lora_dropout")
         if self.lora_r is not None and not names_of(self.lora_target_modules):
             raise ValueError("lora_target_modules names no layer: give some, such as q_proj,v_proj, or all-linear")
+        if self.add_tokens and self.adapter:
+            raise ValueError("--add_tokens: an adapter cannot be given more tokens: leave out --adapter, or merge it")
         if self.load_in_4bit and not self.is_used:
             raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
 
@@ -68,4 +70,5 @@ ONLY_WITH = (
         lambda f: f["lora_r"] is not None, "without --lora_r",
     ),
     OnlyWith(("train_added_tokens",), lambda f: f["add_tokens"], "without --add_tokens"),
+    OnlyWith(("train_added_tokens",), lambda f: f["lora_r"] is not None, "where all weights train"),
 )  # fmt: skip

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from model.adapters import peft
 from model.adapters.lora import LoraSpec, attach
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.families import family_of
+from model.families.family import EMBEDDING, HEAD
 from model.hf import check_finite, check_header, opened, outline
 from model.hf_files import read_json, shown, weight_files
 
@@ -181,14 +184,33 @@ def _naming(path: Path) -> Iterator[None]:
 def check(config: ModelConfig, adapter: Path) -> LoraSpec:
     """See that an adapter fits a model, before memory is allocated; returns the adapter.
 
+    Args:
+        config: the model's, with or without the tokens that the adapter adds.
     Raises:
         ValueError: see read_spec and read_tensors.
     """
-    model = outline(config)
+    model = outline(grown(config, adapter))
     spec = read_spec(adapter, model)
     attach(model, spec, seed=0)
     _check_tensors(adapter, peft.shapes(model, _are_own(adapter)))
     return spec
+
+
+def grown(config: ModelConfig, adapter: Path) -> ModelConfig:
+    """The configuration of a model with an adapter, which may bring rows for tokens that the base does not know.
+
+    Args:
+        config: the base's, or the result.
+    Raises:
+        ValueError: a file cannot be read.
+        OSError: a disk or a network fails, and may be back later.
+    """
+    if not (adapter / TENSORS).exists():
+        return config
+    names = [f"{peft.PREFIX}{family_of(config).their_name(name)}" for name in (EMBEDDING, HEAD)]
+    with opened(adapter / TENSORS) as tensors:
+        rows = [tensors.get_slice(name).get_shape()[0] for name in names if name in tensors.keys()]
+    return replace(config, vocab_size=max(config.vocab_size, peft.rows_needed(_read_config(adapter)), *rows))
 
 
 def _are_own(adapter: Path) -> bool:
@@ -249,7 +271,7 @@ def _pickled(adapter: Path) -> str:
     """End of a sentence: how to convert a pickle, which is never opened here."""
     if not (adapter / _PICKLE).exists():
         return ": fetch the whole folder"
-    load_it = f"load({json.dumps(str(adapter / _PICKLE))}, map_location='cpu', weights_only=True)"
+    load_it = f'load({json.dumps(str(adapter / _PICKLE))}, map_location="cpu", weights_only=True)'
     script = (
         "from torch import load; from safetensors.torch import save_file; "
         f"save_file({{k: v.contiguous().clone() for k, v in {load_it}.items()}}, {json.dumps(str(adapter / TENSORS))})"

@@ -14,6 +14,7 @@ Shapes: C inputs, O outputs, r rank.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig, names_of
+from model.adapters.tokens import train_rows
 from model.decoder import Decoder
 from model.dropout import MAX_ADAPTED_LAYERS, DropoutKey, adapter_site, dropout
-from model.linear import Head, Linear
+from model.kernels.low_rank import low_rank_linears
+from model.linear import Head, Linear, SharesInput
 from model.norm import LayerNorm, RMSNorm
 from model.roles import generator_of
 
@@ -53,14 +56,23 @@ class LoraSpec:
     """Modules that are trained whole."""
     use_rslora: bool = False
     use_dora: bool = False
+    token_ids: tuple[int, ...] = ()
+    """Tokens whose rows of embedding and head are trained, see tokens.py."""
 
     @staticmethod
-    def of(config: AdapterConfig) -> "LoraSpec":
-        """The adapter that the flags describe."""
+    def of(config: AdapterConfig, new_rows: range = range(0)) -> "LoraSpec":
+        """The adapter that the flags describe.
+
+        Args:
+            new_rows: tokens that the weights do not know.
+        """
         assert config.lora_r is not None
+        whole, token_ids = names_of(config.lora_modules_to_save), tuple(new_rows)
+        if new_rows and config.train_added_tokens == "all":
+            whole, token_ids = list(dict.fromkeys([*whole, "embed_tokens", "lm_head"])), ()
         return LoraSpec(
             config.lora_r, config.lora_alpha, config.lora_dropout, tuple(names_of(config.lora_target_modules)),
-            tuple(names_of(config.lora_modules_to_save)), config.use_rslora, config.use_dora,
+            tuple(whole), config.use_rslora, config.use_dora, token_ids,
         )  # fmt: skip
 
     @property
@@ -80,7 +92,7 @@ class Lengths(nn.Module):
         self.weight = nn.Parameter(lengths)
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(SharesInput):
     """A linear layer with its addition.
 
     Args:
@@ -111,25 +123,57 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
         """(..., C) -> (..., O)."""
+        together = self.together(x, [self], key)
+        return self._alone(x, key) if together is None else together[0]
+
+    def together(
+        self, x: Tensor, layers: Sequence[nn.Module], key: DropoutKey | None, packed: bool = False
+    ) -> list[Tensor] | None:
+        """Several adapted layers of one input, see SharesInput; None if they cannot be computed together."""
+        adapted = cast("list[LoraLinear]", layers)
+        is_dora = self.lora_magnitude_vector is not None
+        if any(type(layer.base_layer) is not Linear for layer in adapted) or (self.dropout and key is not None):
+            return None
+        if packed and is_dora:
+            return None
+        bases = [layer.base_layer for layer in adapted]
+        sums = low_rank_linears(
+            x, [base.weight for base in bases], [None if is_dora else base.bias for base in bases],
+            [layer.lora_A.weight for layer in adapted], [layer.lora_B.weight for layer in adapted], self.scale, packed,
+        )  # fmt: skip
+        return [layer._with_lengths(y) for layer, y in zip(adapted, sums)] if is_dora else list(sums)
+
+    def _with_lengths(self, y: Tensor) -> Tensor:
+        """m / |V| (V x) + b, given V x."""
+        assert self.lora_magnitude_vector is not None
+        factor, bias = self.lora_magnitude_vector.weight / self.row_lengths(), self.base_layer.bias
+        return y * factor if bias is None else torch.addcmul(bias, y, factor)
+
+    def _alone(self, x: Tensor, key: DropoutKey | None) -> Tensor:
+        """The formulas with dropout, and for a base layer of any kind."""
         dropped = dropout(x, self.dropout, key, self.site)
-        added = self.scale * F.linear(F.linear(dropped, self.lora_A.weight), self.lora_B.weight)
         y = cast(Tensor, self.base_layer(x, key))
+        thin = F.linear(dropped, self.lora_A.weight)
         if self.lora_magnitude_vector is None:
-            return y + added
+            return _plus(y, thin, self.lora_B.weight, self.scale)
         factor = self.lora_magnitude_vector.weight / self.row_lengths()
-        if dropped is x:
-            from_base = y if self.base_layer.bias is None else y - self.base_layer.bias
-        else:
+        if dropped is not x:
             from_base = F.linear(dropped, self.base_layer.matrix())
-        return y + (factor - 1.0) * from_base + factor * added
+        else:
+            from_base = y if self.base_layer.bias is None else y - self.base_layer.bias
+        return y + (factor * _plus(from_base, thin, self.lora_B.weight, self.scale) - from_base)
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
         """|V| (O,), in the dtype of the lengths that DoRA trains, so that m / |V| begins as 1."""
         assert self.lora_magnitude_vector is not None
-        return _lengths(self.base_layer.matrix() + self.scale * (self.lora_B.weight @ self.lora_A.weight)).to(
-            self.lora_magnitude_vector.weight.dtype
-        )
+        matrix = torch.addmm(self.base_layer.matrix(), self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
+        return _lengths(matrix).to(self.lora_magnitude_vector.weight.dtype)
+
+
+def _plus(y: Tensor, thin: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+    """y (..., O) + scale thin (..., r) B^T."""
+    return torch.addmm(y.flatten(0, -2), thin.flatten(0, -2), b_Or.t(), alpha=scale).view(y.shape)
 
 
 def _lengths(matrix: Tensor) -> Tensor:
@@ -172,6 +216,8 @@ def attach(model: Decoder, spec: LoraSpec, seed: int) -> None:
         adapted = LoraLinear(layer, spec, _site_of(name), like=model.embed_tokens.weight)
         setattr(model.get_submodule(parent), child, adapted)
     _initialize(model, seed)
+    if spec.token_ids:
+        train_rows(model, spec.token_ids)
     model.drops = model.drops or spec.dropout > 0.0
 
 
@@ -247,7 +293,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_adapters(name: str) -> bool:
     """Whether a parameter belongs to an adapter rather than to the model below it."""
-    return ".lora_" in name
+    return ".lora_" in name or ".token_adapter." in name
 
 
 def base_name(name: str) -> str:

@@ -29,6 +29,7 @@ from model import hf
 from model.adapters.folder import Weights, fingerprint, require_base, weights_of
 from model.adapters.lora import LoraLinear, merged_matrix
 from model.adapters.outline import brought, read_adapter
+from model.adapters.tokens import WITH_ROWS, TrainedRows, with_rows
 from model.families import family_of
 from model.families.family import Rule
 from model.generation_config import GENERATION_CONFIG, read_adapters_generation_config
@@ -68,15 +69,20 @@ class MergedWeights:
         outline = read_adapter(adapter, config)
         self._layers: dict[str, LoraLinear] = {}
         self._wholes: dict[str, Tensor] = {}
+        self._rows: dict[str, TrainedRows] = {}
         for path, module in brought(outline).items():
             if isinstance(module, LoraLinear):
                 self._layers[f"{path}.weight"] = module
+            elif isinstance(module, WITH_ROWS):
+                self._rows[f"{path}.weight"] = module.token_adapter
             else:
                 self._wholes |= {f"{path}.{name}": values for name, values in module.named_parameters()}
         self.config = outline.config
         """Of the result."""
+        # Their shapes, with the rows of new tokens.
+        shapes = {name: parameter.shape for name, parameter in hf.outline(self.config).named_parameters()}
         self.outlines = {
-            name: torch.empty_like(self._wholes.get(name, stored), dtype=dtype or stored.dtype, device="meta")
+            name: torch.empty(shapes[name], dtype=dtype or stored.dtype, device="meta")
             for name, stored in self._stored.outlines.items()
         }
         """Name of each parameter -> a tensor of its shape and dtype, without values."""
@@ -102,6 +108,8 @@ class MergedWeights:
         if stored is None:
             return self._wholes[name].detach()
         layer = self._layers.get(name)
+        if name in self._rows:
+            return with_rows(stored, self._rows[name].ids.tolist(), self._rows[name].trainable_tokens_delta)
         if layer is None:
             return stored
         layer.base_layer.weight = nn.Parameter(stored, requires_grad=False)

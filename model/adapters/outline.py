@@ -10,8 +10,13 @@ from torch import nn
 
 from model import hf
 from model.adapters import folder, lora
+from model.adapters.tokens import WITH_ROWS
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.linear import Head
+
+AROUND = (lora.LoraLinear, *WITH_ROWS)
+"""Layers that an adapter puts around a model's own, which is their base_layer."""
 
 
 def read_adapter(
@@ -28,19 +33,20 @@ def read_adapter(
         ValueError: it is no adapter's folder, or no adapter of such a model.
         OSError: a disk or a network fails, and may be back later.
     """
-    model = hf.outline(config)
+    model = hf.outline(folder.grown(config, directory))
     lora.attach(model, folder.read_spec(directory, model), seed=0)
     tensors = folder.read_tensors(directory, model)
     values = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     model.load_state_dict(values, strict=False, assign=True)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and isinstance(model.lm_head, Head):
         model.lm_head.weight = model.embed_tokens.weight
     return model
 
 
 def brought(model: Decoder) -> dict[str, nn.Module]:
-    """Path -> module of what an adapter brings in its outline: adapted layers, and modules that were trained whole."""
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, lora.LoraLinear)}
+    """Path -> module of what an adapter brings in its outline: layers around others, and modules that were trained
+    whole."""
+    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AROUND)}
     inside = tuple(f"{path}." for path in adapted)
     whole = {
         path: module

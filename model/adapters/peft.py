@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model.adapters.config import ALL_LINEAR
-from model.adapters.lora import LoraLinear, LoraSpec, is_adapters
+from model.adapters.lora import LoraLinear, LoraSpec, base_name, is_adapters
 from model.decoder import Decoder
 from model.families import family_of
 from model.families.family import EMBEDDING, HEAD, Rule
@@ -35,11 +35,12 @@ from model.linear import Head, Linear
 PREFIX = "base_model.model."
 _A, _B, _LENGTHS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _OUR_LENGTHS = ".lora_magnitude_vector.weight"
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 _UNDERSTOOD = frozenset({
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "use_rslora",
-    "use_dora", "init_lora_weights", "base_model_name_or_path",
+    "use_dora", "init_lora_weights", "base_model_name_or_path", "trainable_token_indices",
 })  # fmt: skip
 _HARMLESS = frozenset({
     # Notes, and the beginnings and helpers of methods that say themselves whether they are used.
@@ -48,7 +49,7 @@ _HARMLESS = frozenset({
 })  # fmt: skip
 _HARMLESS_AT: dict[str, tuple[object, ...]] = {
     "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "use_qalora": (False,),
-    "layer_replication": ([],), "target_parameters": ([],), "trainable_token_indices": ({}, []),
+    "layer_replication": ([],), "target_parameters": ([],),
     "megatron_config": ({},), "alora_invocation_tokens": ([],), "arrow_config": (None,), "kasa_config": (None,),
     "velora_config": (None,), "monteclora_config": (None,), "use_bdlora": (False,),
 }  # fmt: skip
@@ -152,6 +153,9 @@ def to_peft(model: Decoder, spec: LoraSpec, base: str) -> dict[str, object]:
         "revision": None,
         "target_modules": ends,
         "task_type": "CAUSAL_LM",
+        "trainable_token_indices": {
+            _leaf(theirs): list(spec.token_ids) for theirs in _with_rows(model).values()
+        } if spec.token_ids else None,
         "use_dora": spec.use_dora,
         "use_rslora": spec.use_rslora,
     }
@@ -181,7 +185,14 @@ def _their_modules(model: Decoder) -> dict[str, str]:
     """Our name of each module that has weights -> theirs; of those that are not fused."""
     family = family_of(model.config)
     names = [*(name for name, _ in model.named_parameters() if not is_adapters(name)), HEAD]
-    return {_module(name): _module(family.their_name(name)) for name in names}
+    return {_module(name): _module(family.their_name(name)) for name in map(base_name, names)}
+
+
+def _with_rows(model: Decoder) -> dict[str, str]:
+    """Our name of each module with rows of tokens that train -> theirs. Of a tied matrix, PEFT takes the embedding."""
+    family, names = family_of(model.config), [EMBEDDING, HEAD]
+    parameters = dict(model.named_parameters())
+    return {n: _module(family.their_name(f"{n}.weight")) for n in map(_module, names) if f"{n}{_ROWS}" in parameters}
 
 
 def _their_whole(model: Decoder) -> dict[str, str]:
@@ -203,34 +214,34 @@ def to_theirs(model: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: PEFT has no such adapter.
     """
     found: dict[str, Tensor] = {}
-    layers = linear_layers(model)
+    rows_of = {name: layer.out_features for name, layer in linear_layers(model).items()}
     for group in groups_of(model):
-        own = [(trained[f"{n}{_A}"], trained[f"{n}{_B}"]) if f"{n}{_A}" in trained else None for n in group.ours]
-        if not any(own):
-            continue
-        lengths = [trained[f"{name}{_OUR_LENGTHS}"] for name in group.ours if f"{name}{_OUR_LENGTHS}" in trained]
-        rows = [own[0][1]] if group.rule is None and own[0] else None
-        if rows is None:
-            assert group.rule is not None
-            matrix_a, rows = _across(own, [layers[name].out_features for name in group.ours], group.rule.join)
+        parts = [_pair(trained, name) for name in group.ours]
+        lengths = [trained[key] for name in group.ours if (key := f"{name}{_OUR_LENGTHS}") in trained]
+        if group.rule is not None and any(parts):
             if lengths and len(lengths) < len(group.ours):
-                names = ", ".join(map(_leaf, group.ours))
                 raise ValueError(
-                    f"--use_dora with some of {names}: PEFT adapts them together in a "
+                    f"--use_dora with some of {', '.join(map(_leaf, group.ours))}: PEFT adapts them together in a "
                     f"{family_of(model.config).model_type}, so name all of them in --lora_target_modules"
                 )
-            lengths = list(group.rule.join(lengths)) if lengths else []
-        else:
-            matrix_a = own[0][0]  # type: ignore[index]
-        for at, theirs in enumerate(group.theirs):
+            matrix_a, rows = _across(parts, [rows_of[name] for name in group.ours], group.rule.join)
             # A file holds no two names for one memory.
-            found[f"{PREFIX}{theirs}{_A}"] = matrix_a.clone() if at else matrix_a
-            found[f"{PREFIX}{theirs}{_B}"] = rows[at]
-            if lengths:
-                found[f"{PREFIX}{theirs}{_LENGTHS}"] = lengths[at]
+            parts = [(matrix_a.clone(), matrix_b) for matrix_b in rows]
+            lengths = list(group.rule.join(lengths)) if lengths else []
+        for at, (theirs, part) in enumerate(zip(group.theirs, parts)):
+            if part is not None:
+                found[f"{PREFIX}{theirs}{_A}"], found[f"{PREFIX}{theirs}{_B}"] = part
+                found |= {f"{PREFIX}{theirs}{_LENGTHS}": lengths[at]} if lengths else {}
+    for ours, theirs in _with_rows(model).items():
+        found[f"{PREFIX}{theirs}{_ROWS}"] = trained[f"{ours}{_ROWS}"]
     for theirs, ours in _their_whole(model).items():
         found[f"{PREFIX}{theirs}"] = trained[ours].clone() if model.config.tie_word_embeddings else trained[ours]
     return found
+
+
+def _pair(trained: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor] | None:
+    """A and B of a layer; None: it is not adapted."""
+    return (trained[f"{layer}{_A}"], trained[f"{layer}{_B}"]) if f"{layer}{_A}" in trained else None
 
 
 Move = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -291,8 +302,36 @@ def from_peft(values: dict, model: Decoder, own_targets: Sequence[str] | None) -
     whole = [ours for ours, theirs in modules.items() if theirs.endswith(tuple(saved))]
     return LoraSpec(
         r, alpha, float(_number(values, "lora_dropout", 0.0, float)), tuple(targets), tuple(_ends(whole, modules)),
-        rslora, _flag(values, "use_dora"),
+        rslora, _flag(values, "use_dora"), _token_ids(values, model),
     )  # fmt: skip
+
+
+def _token_ids(values: dict, model: Decoder) -> tuple[int, ...]:
+    """Tokens whose rows of embedding and head train."""
+    key, family = "trainable_token_indices", family_of(model.config)
+    given = values.get(key) or []
+    embedding, head = (_leaf(_module(family.their_name(name))) for name in (EMBEDDING, HEAD))
+    of_module = given if isinstance(given, dict) else {embedding: given}
+    lists = list(of_module.values())
+    if not given:
+        return ()
+    is_list = isinstance(lists[0], list) and all(type(each) is int for each in lists[0])
+    if not is_list or any(ids != lists[0] for ids in lists) or len(set(lists[0])) < len(lists[0]):
+        raise ValueError(f"{key} must name the same tokens, each once, for embedding and head")
+    wanted = [{embedding}, {embedding, head}] if model.config.tie_word_embeddings else [{embedding, head}]
+    if {_leaf(str(name)) for name in of_module} not in wanted:
+        raise ValueError(f"{key} must name rows of {embedding} and {head}, not {shown(sorted(map(str, of_module)))}")
+    if not all(0 <= each < model.config.vocab_size for each in lists[0]):
+        raise ValueError(f"{key} names tokens that the model does not have, which has {model.config.vocab_size}")
+    return tuple(lists[0])
+
+
+def rows_needed(values: dict) -> int:
+    """Rows of the vocabulary that the tokens of an adapter need."""
+    given = values.get("trainable_token_indices") or []
+    lists = given.values() if isinstance(given, dict) else [given]
+    ids = [each for ids in lists if isinstance(ids, list) for each in ids if isinstance(each, int)]
+    return max(ids, default=-1) + 1
 
 
 def _check(values: dict) -> None:
@@ -424,35 +463,45 @@ def to_ours(model: Decoder, theirs: Mapping[str, Tensor], are_own: bool) -> dict
     Raises:
         ValueError: two tensors that stand for one differ.
     """
-    adapted, found = set(adapted_layers(model)), {}
+    adapted, found = set(adapted_layers(model)), dict[str, Tensor]()
     for group in groups_of(model):
         names = [name for name in group.ours if name in adapted]
         if not names:
             continue
         parts = [(theirs[f"{PREFIX}{name}{_A}"], theirs[f"{PREFIX}{name}{_B}"]) for name in group.theirs]
         lengths = [theirs[key] for name in group.theirs if (key := f"{PREFIX}{name}{_LENGTHS}") in theirs]
-        if group.rule is None:
-            matrix_a, rows = parts[0][0], [parts[0][1]]
-        elif are_own:
-            matrix_a, rows = parts[0][0], list(group.rule.split([matrix_b for _, matrix_b in parts]))
-        else:
-            matrix_a, rows = _across(parts, [len(matrix_b) for _, matrix_b in parts], group.rule.split)
-        if group.rule is not None and lengths:
-            lengths = list(group.rule.split(lengths))
-        rank = len(matrix_a) // len(names) if are_own and group.rule is not None else len(matrix_a)
+        if group.rule is not None:
+            lengths = list(group.rule.split(lengths)) if lengths else []
+            parts = _blocks(group, names, parts) if are_own else _shared(group.rule, parts)
         for at, name in enumerate(group.ours):
             if name in names:
-                begin = names.index(name) * rank if are_own and group.rule is not None else 0
-                found[f"{name}{_A}"] = matrix_a[begin : begin + rank]
-                found[f"{name}{_B}"] = rows[at][:, begin : begin + rank]
-                if lengths:
-                    found[f"{name}{_OUR_LENGTHS}"] = lengths[at]
+                found[f"{name}{_A}"], found[f"{name}{_B}"] = parts[at]
+                found |= {f"{name}{_OUR_LENGTHS}": lengths[at]} if lengths else {}
+    for ours, name in _with_rows(model).items():
+        found[f"{ours}{_ROWS}"] = theirs[f"{PREFIX}{name}{_ROWS}"]
     for name, ours in _their_whole(model).items():
         tensor = theirs[f"{PREFIX}{name}"]
         if ours in found and not torch.equal(found[ours], tensor):
             raise ValueError("embedding and head differ, which are one matrix in the base: they were trained apart")
         found[ours] = tensor
     return found
+
+
+def _blocks(group: Group, adapted: list[str], parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of our layers from modules that were written here, block by block; of those that are adapted."""
+    assert group.rule is not None
+    matrix_a, rank = parts[0][0], len(parts[0][0]) // len(adapted)
+    rows, found = group.rule.split([matrix_b for _, matrix_b in parts]), []
+    for name, matrix_b in zip(group.ours, rows):
+        begin = adapted.index(name) * rank if name in adapted else 0
+        found.append((matrix_a[begin : begin + rank], matrix_b[:, begin : begin + rank]))
+    return found
+
+
+def _shared(rule: Rule, parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of our layers from modules that PEFT adapted as they are: A is the same for all of them."""
+    matrix_a, rows = _across(parts, [len(matrix_b) for _, matrix_b in parts], rule.split)
+    return [(matrix_a, matrix_b) for matrix_b in rows]
 
 
 def is_fused(model: Decoder) -> bool:

@@ -6,14 +6,13 @@ computes the same bits as before.
 """
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
-from model.adapters.lora import LoraLinear
-from model.adapters.outline import brought, read_adapter
+from model.adapters.outline import AROUND, brought, read_adapter
+from model.adapters.tokens import WITH_ROWS, grow_modules
 from model.decoder import Decoder
-from model.linear import Linear
 
 
 class Adapters:
@@ -48,13 +47,26 @@ class Adapters:
         if name in self._modules:
             raise ValueError(f"two adapters are called {name}: give one another name, as in --adapter OTHER=DIR")
         weight = self._model.embed_tokens.weight
-        modules = brought(read_adapter(directory, self._config, weight.device, weight.dtype))
+        outline = read_adapter(directory, self._config, weight.device, weight.dtype)
+        modules = brought(outline)
+        if any(isinstance(module, WITH_ROWS) for module in modules.values()):
+            self._make_room(outline.config.vocab_size)
         for path, module in modules.items():
             plain = self._plain.setdefault(path, self._model.get_submodule(path))
-            if isinstance(module, LoraLinear):
-                module.base_layer = cast(Linear, plain)
+            if isinstance(module, AROUND):
+                module.base_layer = cast(Any, plain)
+            if isinstance(module, WITH_ROWS):
+                module.token_adapter.to(weight.device)
             module.requires_grad_(False).train(self._model.training)
         self._modules[name] = modules
+
+    def _make_room(self, vocab_size: int) -> None:
+        """Give the model's own embedding and head rows for tokens that an adapter adds. Their values do not matter: a
+        tokenizer without these tokens never asks for them."""
+        embedding, head = (self._plain.get(n, self._model.get_submodule(n)) for n in ("embed_tokens", "lm_head"))
+        rows = len(cast(nn.Embedding, embedding).weight)
+        if rows < vocab_size:
+            grow_modules(embedding, head, rows, vocab_size - rows)
 
     def use(self, name: str | None) -> None:
         """Make an adapter the active one; None: none.

@@ -44,7 +44,6 @@ def grown_rows(matrix_VC: Tensor, first: int, count: int) -> Tensor:
     return longer
 
 
-@torch.no_grad()
 def grow(model: Decoder, first: int, count: int) -> None:
     """Give a model without an adapter its first rows for new tokens.
 
@@ -52,13 +51,18 @@ def grow(model: Decoder, first: int, count: int) -> None:
         first: entries of the vocabulary that the weights know.
         count: number of new tokens, which have the next ids. The model may have rows there already.
     """
-    embedding, head = model.embed_tokens, model.lm_head
-    assert isinstance(embedding, nn.Embedding) and isinstance(head, Head), "it has trained rows already"
-    is_tied = head.weight is embedding.weight
-    embedding.weight = nn.Parameter(grown_rows(embedding.weight, first, count))
-    head.weight = embedding.weight if is_tied else nn.Parameter(grown_rows(head.weight, first, count))
+    grow_modules(model.embed_tokens, model.lm_head, first, count)
+    model.config = replace(model.config, vocab_size=len(model.embed_tokens.weight))
+
+
+@torch.no_grad()
+def grow_modules(embedding: nn.Module, head: nn.Module, first: int, count: int) -> None:
+    """Give an embedding and a head, which may be tied, rows for new tokens; see `grow`."""
+    assert isinstance(embedding, nn.Embedding) and isinstance(head, Head), "they have trained rows already"
+    is_tied, trains = head.weight is embedding.weight, embedding.weight.requires_grad
+    embedding.weight = nn.Parameter(grown_rows(embedding.weight, first, count), trains)
+    head.weight = embedding.weight if is_tied else nn.Parameter(grown_rows(head.weight, first, count), trains)
     embedding.num_embeddings = head.out_features = len(embedding.weight)
-    model.config = replace(model.config, vocab_size=len(embedding.weight))
 
 
 class TrainedRows(nn.Module):
@@ -77,9 +81,11 @@ class TrainedRows(nn.Module):
     def __init__(self, matrix_VC: Tensor, ids: Sequence[int]):
         super().__init__()
         self.trainable_tokens_delta = nn.Parameter(matrix_VC.detach()[list(ids)].clone())
-        found = torch.tensor(ids, device=matrix_VC.device)
-        places = torch.full((len(matrix_VC),), -1, device=matrix_VC.device)
-        places[found] = torch.arange(len(found), device=matrix_VC.device)
+        # An outline of a model has no values, but these are needed when it gets some.
+        device = "cpu" if matrix_VC.is_meta else matrix_VC.device
+        found = torch.tensor(ids, device=device)
+        places = torch.full((len(matrix_VC),), -1, device=device)
+        places[found] = torch.arange(len(found), device=device)
         self.register_buffer("ids", found, persistent=False)
         self.register_buffer("places", places, persistent=False)
 
@@ -108,7 +114,7 @@ class HeadWithRows(nn.Module):
 
     def __init__(self, base_layer: Head, token_adapter: TrainedRows):
         super().__init__()
-        self.base_layer, self.token_adapter, self.ops = base_layer, token_adapter, base_layer.ops
+        self.base_layer, self.token_adapter = base_layer, token_adapter
 
     def _trained_rows(self) -> Tensor:
         return self.base_layer.scaled(self.token_adapter.trainable_tokens_delta)
@@ -122,10 +128,13 @@ class HeadWithRows(nn.Module):
         return scores.index_copy(-1, self.token_adapter.ids, F.linear(hidden, self._trained_rows()))
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
-        return self.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
+        return self.base_layer.ops.loss_sum(hidden, self.rows(), labels, grad_scale=grad_scale)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return self.ops.token_logprobs(hidden, self.rows(), labels)
+        return self.base_layer.ops.token_logprobs(hidden, self.rows(), labels)
+
+
+WITH_ROWS = (EmbeddingWithRows, HeadWithRows)
 
 
 def train_rows(model: Decoder, ids: Sequence[int]) -> None:

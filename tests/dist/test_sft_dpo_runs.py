@@ -1,5 +1,6 @@
 """SFT and DPO on several gloo ranks: one trajectory with ragged samples, one reference, the same bits after a death."""
 
+import json
 import os
 import shutil
 import signal
@@ -37,6 +38,7 @@ CASES = {
     # With dropout, policy and reference differ from the first step on, so that the means of kto_pair count.
     "dpo kto_pair": ("dpo", ["--dpo_loss_type=kto_pair", "--dpo_beta=0.5", DROPOUT]),
 }
+LIMITED = ["sft packed", "dpo kto_pair"]
 SPLITS = [(1, 8, 1), (1, 2, 4), (1, 1, 8), (2, 4, 2), (2, 2, 4), (4, 2, 4), (4, 1, 8)]
 """(ranks, samples per micro-batch, micro-batches per step)."""
 
@@ -84,6 +86,8 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Plan:
             plan.flags = with_data(data.flags(task), directory)
             split = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
             plan.add(f"{name} {ranks}x{batch}x{steps}", ranks, [*split, *more])
+            if name in LIMITED and (ranks, batch) == (2, 4):
+                plan.add(f"{name} limited", ranks, [*split, *more, "--activation_budget_gb=0.0045"])
         for ranks in (1, 2, 4):
             # The weights of the first run, validated by others.
             weights = f"--init_from={home / f'{name} 1x8x1'}"
@@ -113,6 +117,13 @@ def test_one_trajectory(runs: Plan, name: str):
             for figure in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
                 ours, theirs = [r[figure] for r in trained], [r[figure] for r in expected]
                 assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), (ranks, batch, steps, figure)
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_a_limit_on_activations_changes_no_bit(runs: Plan, name: str):
+    limited = runs[f"{name} limited"]
+    assert len(set(json.loads((out_dir(limited) / "activations.json").read_text())["keeps"])) > 1
+    assert same_bits(final_state(limited, STEPS), final_state(runs[f"{name} 2x4x2"], STEPS))
 
 
 @pytest.mark.parametrize("name", CASES)

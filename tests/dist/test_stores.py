@@ -223,8 +223,15 @@ def made(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     for mode in MODES:
         plan.add(f"{mode} shared", [0, 0], mode)
         plan.add(mode, [0, 1], mode)
+    for name, node_of in (("lora shared", [0, 0]), ("lora", [0, 1])):
+        plan.add(name, node_of, "plain").flags += lora(plan)
     plan.go()
     return plan
+
+
+def lora(made: Plan) -> list[str]:
+    """Flags of an adapter on what the first run has learnt."""
+    return [f"--init_from={made.runs['plain shared'].node(0)}", "--lora_r=4"]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +244,10 @@ def resumed(made: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
         run = plan.resume(f"{mode} replaced", made[mode], [0, 1], mode)
         shutil.rmtree(run.node(1))
         run.node(1).mkdir()
+    run = plan.resume("lora replaced", made["lora"], [0, 1], "plain")
+    run.flags += lora(made)
+    shutil.rmtree(run.node(1))
+    run.node(1).mkdir()
     for mode in ("plain", "zero1"):
         run = plan.resume(f"{mode} on one only", made[mode], [0, 1], mode)
         shutil.rmtree(run.node(1) / "ckpt" / f"step-{KEPT}")
@@ -294,6 +305,14 @@ def test_a_replaced_node_gets_all_from_the_other(made: Plan, resumed: Plan):
     check_same(run, made["plain shared"])
     assert run.parent() == "step-4" and "brought" in run.log()
     assert [c.step for c in ckpt.list_checkpoints(run.node(1) / "ckpt")] == [6]
+
+
+def test_a_replaced_node_gets_the_adapter(made: Plan, resumed: Plan):
+    run = resumed["lora replaced"]
+    check_same(made["lora"], made["lora shared"])
+    check_same(run, made["lora shared"])
+    assert run.parent() == "step-4" and "brought" in run.log()
+    assert (run.node(1) / "ckpt" / "step-6" / "adapter_model.safetensors").exists()
 
 
 def test_zero1_cannot_do_without_a_lost_node(resumed: Plan):

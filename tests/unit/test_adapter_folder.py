@@ -150,7 +150,7 @@ def fused(model_type: str) -> ModelConfig:
     return family_named(model_type).new(shape, frozenset()).resolve()
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "baichuan", "chatglm", "yuan"])
+@pytest.mark.parametrize("model_type", ["bloom", "baichuan", "chatglm", "yuan", "ernie4_5_moe"])
 @pytest.mark.parametrize("name", ["lora", "rslora"])
 def test_adapters_of_fused_layers_are_those_of_the_whole(model_type: str, name: str, tmp_path: Path):
     base, spec = write_base(tmp_path / "base", fused(model_type)), ADAPTERS[name]

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.adapters import merge as merging
+from model.quantized import Linear4bit
+from serving import generation
 from serving.arguments import parse_adapters
+from serving.loading import load
 from tests.adapter_folders import make_adapter
 from tests.unit.test_chat import complete, folder, talk, tokenizer
-from tokenizer import load_tokenizer
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -57,8 +61,9 @@ def test_a_talk_goes_on_with_another_adapter(
 
 
 def test_tokenizer_and_ends_are_the_adapters_own(
-    folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+    folder: Path, adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
     own = shutil.copytree(adapters[0], tmp_path / "own")
     for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
         shutil.copy(path, own)
@@ -69,11 +74,37 @@ def test_tokenizer_and_ends_are_the_adapters_own(
         "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
     assert complete(own, capsys, "--chat", "--prompt=hello")[1] != before[1]
-    said = complete(own, capsys, "--prompt=hello")[1]
-    stop = load_tokenizer(own).encode(said)[5]
+    said, original = [], generation.generate
+
+    def watched(*arguments: object) -> Iterator[int]:
+        said.append([])
+        for token_id in original(*arguments):
+            said[-1].append(token_id)
+            yield token_id
+
+    monkeypatch.setattr(generation, "generate", watched)
+    assert complete(own, capsys, "--prompt=hello")[0] == 0
+    stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
     (own / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
-    cut = complete(own, capsys, "--prompt=hello")[1].rstrip("\n")
-    assert said.startswith(cut) and len(cut) < len(said.rstrip("\n"))
+    assert complete(own, capsys, "--prompt=hello")[0] == 0
+    assert said[1] == said[0][: said[0].index(stop)]
+
+
+@torch.no_grad()
+def test_adapters_of_a_model_in_4_bits(folder: Path, adapters: list[Path]):
+    """As of the plain model that holds the same values."""
+    pytest.importorskip("bitsandbytes")
+    where, ids = (torch.device("cpu"), torch.float32), torch.arange(24).view(2, 12)
+    four, plain = (load(folder, {"two": adapters[1]}, *where, in_4bit=in_4bit) for in_4bit in (True, False))
+    for name in ("two", None):
+        four.use(name)
+        plain.use(None)
+        for path, layer in four.model.named_modules():
+            if isinstance(layer, Linear4bit):
+                plain.model.get_submodule(path.removesuffix(".base_layer")).weight.copy_(layer.matrix())
+        plain.use(name)
+        scores = [served.model.logits(served.model(ids)) for served in (four, plain)]
+        torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
 
 
 def test_refusals(folder: Path, adapters: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

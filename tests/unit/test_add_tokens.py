@@ -1,17 +1,34 @@
 """Tokens that are added to a tokenizer, and the rows that a model grows by for them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import Decoder
+from model import Decoder, hf
+from model.adapters import folder, lora, merge
 from model.adapters import tokens as rows
 from model.config import ModelConfig
 from model.ops import build_ops, choose_ops, needs_of
-from tests.unit.test_sft_train import WORDS
+from serving.loading import load
+from tests.runs import elsewhere, final_state, out_dir, same_bits
+from tests.unit.test_sft_train import (
+    WORDS,
+    base_flags,
+    conversations,
+    pretokenize,
+    refusal,
+    train,
+    with_data,
+    without,
+    write_model,
+    write_sft,
+)
+from tests.unit.test_train import sigterm, train_until
 from tokenizer import Tokenizer, add_tokens, load_tokenizer
 from tokenizer.hf_bbpe import train_hf_bbpe
 from tokenizer.sp_bbpe import train_sp_bbpe
@@ -142,3 +159,104 @@ def test_trained_rows_have_the_gradient_of_the_whole_matrix(tied: bool, normaliz
     with pytest.raises(ValueError, match="give --train_added_tokens=all"):
         plain.requires_grad_(True)
         rows.train_rows(plain, [22])
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A short SFT on raw records, some of whose words are new tokens."""
+    talks = [(f"river bank {question}", f"{answer} äü") for question, answer in conversations(16)]
+    write_model(tmp_path / "model", tokenizer_of("hf"))
+    (tmp_path / "tokens").write_text("\n".join(ADDED))
+    data = write_sft(tmp_path / "data", talks)
+    return [
+        *base_flags(tmp_path), "--task_type=sft", f"--init_from={tmp_path / 'model'}", f"--data_dir={data}",
+        f"--add_tokens={tmp_path / 'tokens'}", "--valid_ratio=0",
+    ]  # fmt: skip
+
+
+def test_all_weights_train_with_new_tokens(flags: list[str], tmp_path: Path):
+    assert train(flags) == 0
+    saved = out_dir(flags) / "ckpt" / "step-4"
+    grown, base = load_tokenizer(saved), load_tokenizer(tmp_path / "model")
+    assert grown.fingerprint == add_tokens.grow(base, ADDED).fingerprint
+    embedding = load_file(saved / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(embedding) == 320 + len(ADDED) and len(embedding[320:].unique(dim=0)) > 1
+    assert hf.read_config(saved).vocab_size == len(AutoTokenizer.from_pretrained(saved)) == len(embedding)
+    # Stopped and resumed, and with data that was tokenized beforehand, it is the same run.
+    assert add_tokens.main([f"--tokenizer_dir={tmp_path / 'model'}", f"--tokens={tmp_path / 'tokens'}",
+                            f"--output_dir={tmp_path / 'grown'}"]) == 0  # fmt: skip
+    ready = pretokenize(tmp_path / "data", tmp_path / "grown", tmp_path / "ready", "sft")
+    again = with_data(elsewhere(flags, tmp_path / "again"), ready)
+    assert train_until(2, sigterm, again) == 75
+    assert train(again, "--resume") == 0
+    assert same_bits(final_state(flags, 4), final_state(again, 4))
+
+
+def test_runs_with_other_tokens_are_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    without_tokens = pretokenize(tmp_path / "data", tmp_path / "model", tmp_path / "other", "sft")
+    assert "of --add_tokens does not have the id" in refusal(capsys, with_data(flags, without_tokens))
+    (tmp_path / "more").write_text("\n".join(["newest", *ADDED]))
+    assert add_tokens.main([f"--tokenizer_dir={tmp_path / 'model'}", f"--tokens={tmp_path / 'more'}",
+                            f"--output_dir={tmp_path / 'grown'}"]) == 0  # fmt: skip
+    more = pretokenize(tmp_path / "data", tmp_path / "grown", tmp_path / "ready", "sft")
+    assert "python -m tokenizer.add_tokens" in refusal(capsys, with_data(flags, more))
+    assert "give these with --init_from" in refusal(capsys, with_data(without(flags, "--init_from"), more))
+    (tmp_path / "tokens").unlink()
+    assert "does not exist" in refusal(capsys, flags)
+
+
+LORA = ["--lora_r=2", "--lora_target_modules=all-linear"]
+
+
+@pytest.mark.parametrize("rows_that_train, tied", [("new", False), ("new", True), ("all", True)])
+def test_an_adapter_with_new_tokens(rows_that_train: str, tied: bool, flags: list[str], tmp_path: Path):
+    """Saved for PEFT, which computes the same after it has resized the base; stopped and resumed."""
+    peft = pytest.importorskip("peft")
+    if not tied:
+        untie(tmp_path / "model")
+    flags = [*flags, *LORA, f"--train_added_tokens={rows_that_train}"]
+    assert train(flags) == 0
+    saved = out_dir(flags) / "ckpt" / "step-4"
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    theirs = peft.PeftModel.from_pretrained(theirs, saved)
+    weights = folder.Weights(tmp_path / "model", saved)
+    shape = folder.grown(hf.read_config(weights.base), saved)
+    assert shape.vocab_size == len(tokenizer) == 320 + len(ADDED)
+    ours = Decoder(hf.read_config(weights.base))
+    hf.load_weights(ours, weights.base)
+    rows.grow(ours, 320, len(ADDED))
+    lora.attach(ours, folder.check(shape, saved), seed=0)
+    folder.load(ours, saved)
+    ids = torch.tensor([tokenizer.encode("the river bank äü red <tool>")])
+    with torch.no_grad():
+        assert torch.allclose(ours.logits(ours(ids)), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    merge.merge(folder.Weights(tmp_path / "model", saved), tmp_path / "merged", None, 1 << 30)
+    served = load(saved, {}, torch.device("cpu"), torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert torch.allclose(served.model.logits(served.model(ids)), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        served.use(None)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        known = served.model.logits(served.model(ids.clamp(max=319)))[..., :320]
+        assert torch.allclose(known, base(ids.clamp(max=319)).logits, rtol=1e-4, atol=1e-5)
+    whole = {name for name in load_file(saved / "adapter_model.safetensors") if ".lora_" not in name}
+    kind = "token_adapter.trainable_tokens_delta" if rows_that_train == "new" else "weight"
+    ends = ["lm_head"] if rows_that_train == "all" or not tied else []
+    assert whole == {f"base_model.model.{name}.{kind}" for name in ("model.embed_tokens", *ends)}
+    again = elsewhere(flags, tmp_path / "again")
+    assert train_until(2, sigterm, again) == 75
+    assert train(again, "--resume") == 0
+    assert same_bits(final_state(flags, 4), final_state(again, 4))
+
+
+def untie(directory: Path) -> None:
+    """Give a folder's model a head of its own."""
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": False}))
+    weights = load_file(directory / "model.safetensors")
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"].flip(0).contiguous()}
+    save_file(weights | head, directory / "model.safetensors", {"format": "pt"})

@@ -395,7 +395,7 @@ FORMATS = {
         "only pytorch_model-00001",
         "save_pretrained",
     ),
-    ("adapter_model.safetensors", "adapter_config.json"): ("only an adapter: merge it", "merge_and_unload()"),
+    ("adapter_model.safetensors", "adapter_config.json"): ("only an adapter: give its base", "merge --adapter DIR"),
     ("model-q4.gguf", "tokenizer.json"): ("only model-q4.gguf", 'gguf_file="model-q4.gguf"'),
     ("consolidated.00.pth", "consolidated.01.pth", "params.json"): (
         "only Meta's consolidated.00.pth",

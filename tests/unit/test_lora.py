@@ -11,6 +11,7 @@ from torch import Tensor
 from model import Decoder, ModelConfig
 from model.adapters.lora import LoraLinear, LoraSpec, adapter_parameters, attach, base_name, is_adapters, merged_matrix
 from model.dropout import SITES_PER_LAYER, DropoutKey, _where, dropout_mask
+from model.ops import REFERENCE, Ops
 
 VOCAB = 40
 BLOOM = {
@@ -21,9 +22,15 @@ BLOOM = {
 SPEC = LoraSpec(r=4, alpha=8.0, targets=("q_proj", "v_proj"))
 
 
-def tiny(**fields) -> Decoder:
+def tiny(ops: Ops = REFERENCE, options: dict | None = None, **fields) -> Decoder:
+    """
+    Args:
+        options: more arguments of Decoder.
+        fields: of the configuration.
+    """
     shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = Decoder(ModelConfig(**shape | {"num_key_value_heads": 2} | fields).resolve(VOCAB, 32))
+    config = ModelConfig(**shape | {"num_key_value_heads": 2} | fields).resolve(VOCAB, 32)
+    model = Decoder(config, ops=ops, **options or {})
     model.initialize(1)
     return model
 

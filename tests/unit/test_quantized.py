@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,22 @@ def test_a_folder_is_quantized_while_it_is_read(tmp_path, dtype: torch.dtype):
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), model(ids), rtol=0, atol=0)
+
+
+def test_one_matrix_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    """Of those that are quantized; fused ones are read together."""
+    _, folder = folder_of(CONFIG, tmp_path)
+    read: list[weakref.ref] = []
+    quantize = Linear4bit.set_matrix
+
+    def watched(layer: Linear4bit, matrix: torch.Tensor) -> None:
+        assert not any(earlier() is not None for earlier in read)
+        read.append(weakref.ref(matrix))
+        quantize(layer, matrix)
+
+    monkeypatch.setattr(Linear4bit, "set_matrix", watched)
+    hf.load_weights(hf.outline_in_4bit(CONFIG, CPU, torch.bfloat16), folder)
+    assert len(read) == 7 * CONFIG.num_hidden_layers
 
 
 def test_what_cannot_be_quantized_is_refused(monkeypatch):
