@@ -91,12 +91,12 @@ def _adapter(model: Decoder, adapter: Adapter) -> str:
     spec, layers = adapter.spec, peft.adapted_layers(model)
     kind = ("rsLoRA" if spec.use_rslora else "LoRA") + (" with DoRA's lengths" if spec.use_dora else "")
     trained = sum(parameter.numel() for parameter in lora.adapter_parameters(model).values())
-    of = f"{100 * trained / count_parameters(model):.2f}% of the parameters"
+    total = count_parameters(model)
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
     whole = f", {', '.join(spec.modules_to_save)} whole" if spec.modules_to_save else ""
     text = (
         f"adapter: {kind} of rank {spec.r}, alpha {spec.alpha:g}, on {len(layers)} layers ({ends}){whole}: "
-        f"{trained / 1e6:,.2f} M parameters train, {of}"
+        f"{trained:,} of {total:,} parameters train ({trained / total:.2%})"
     )
     if adapter.loaded_from is not None and not adapter.is_known_base:
         text += "; another program saved it, and only its shapes tell that it belongs to these weights"

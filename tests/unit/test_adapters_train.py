@@ -19,6 +19,7 @@ from tasks.dpo import DPOTask
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
 from tests.unit.test_sft_train import SEQ_LEN, Home, base_flags, cache_file, cache_file_dir, refusal, without
 from tests.unit.test_train import sigterm, train_until
+from training.adapter import _fingerprint
 
 LORA = ["--lora_r=4", "--lora_target_modules=all-linear", "--lora_alpha=16"]
 DROPPED = [*LORA, "--lora_dropout=0.1", "--use_dora", "--lora_modules_to_save=embed_tokens"]
@@ -100,7 +101,7 @@ def test_pretraining_goes_on_from_weights_with_an_adapter(
     layers, rank = 2, 4
     trained = layers * rank * (4 * (64 + 64) + 3 * (64 + 192))
     assert "adapter: rsLoRA of rank 4, alpha 16, on 14 layers (down_proj, gate_proj" in said
-    assert f"{trained / 1e6:,.2f} M parameters train" in said and "ruin" not in said
+    assert f": {trained:,} of " in said and "ruin" not in said
     assert len(load_file(checkpoint(flags) / "adapter_model.safetensors")) == 2 * 7 * layers
     assert train(flags, "--resume", "--valid_only") == 0
     assert f"loss {records(flags, 'valid')[-1]['loss']:.4f}" in capsys.readouterr().out
@@ -162,6 +163,20 @@ def test_a_resumed_run_finds_its_base_elsewhere_but_takes_no_other(
     # Other words for the same layers are no change.
     same = "--lora_target_modules=q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     assert train([*resumed, f"--init_from={moved}"], same) == 0
+
+
+def test_nodes_with_other_weights_are_refused(home: Home, sft_run: list[str]):
+    class Nodes:
+        local_rank, other = 0, "0"
+
+        def gather_from(self, work):
+            return [work(), None, [self.other, *work()[1:]]]
+
+    weights, nodes = folder.Weights(home.model, checkpoint(sft_run)), Nodes()
+    with pytest.raises(ValueError, match="the nodes hold different weights in .* with the adapter .*: copy the same"):
+        _fingerprint(weights, nodes)
+    nodes.other = folder.fingerprint(home.model)
+    assert _fingerprint(weights, nodes) == nodes.other
 
 
 # DPO.
