@@ -1,6 +1,8 @@
 """Peak memory of a training step, measured on a CPU, beside the formula of model/memory.py.
 
     python -m benchmarks.step_memory [--size 125m] [--train_batch_size 1] [--max_seq_len 512]
+    python -m benchmarks.step_memory --gpus             by formula: which GPUs hold 7B, 13B and 70B (docs/memory.md)
+    python -m benchmarks.step_memory --offload_time     optimizer's step with and without --offload_optimizer
 
 Each row is a process of its own that takes two steps. Measured is the resident memory beyond that of the same process
 before it had a model: between the steps, and at the peak of the second. Freed tensors go back to the system at once.
@@ -19,7 +21,9 @@ import argparse
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from model import Decoder, ModelConfig, hf
 from model.adapters.config import AdapterConfig
 from model.adapters.lora import LoraSpec, attach
 from model.kernels.blocked_attention import kept_size
-from model.memory import SIZES, TrainingPlan, estimate
+from model.memory import GB, GPUS_GB, SIZES, TrainingPlan, estimate
 from model.ops import build_ops, choose_ops
 from model.quantized import quantized_layers
 from optimizer.config import AdamWConfig, MuonConfig
@@ -62,6 +66,33 @@ ROWS = {
     ),
 }
 """In bfloat16 where nothing is said."""
+
+ON_GPU = TrainingPlan(max_seq_len=2048)
+RECOMPUTED, ADAPTED = replace(ON_GPU, gradient_checkpointing=True), replace(ON_GPU, adapter=LORA)
+NARROW = replace(RECOMPUTED, grad_reduce_in_fp32=False)
+BY_FORMULA = {
+    "all weights, AdamW": ON_GPU,
+    "`--gradient_checkpointing`": RECOMPUTED,
+    "the same and `--no-grad_reduce_in_fp32 --optimizer=adamw8bit`": replace(NARROW, optimizer="adamw8bit"),
+    "the same and `--no-grad_reduce_in_fp32 --optimizer=lion8bit`": replace(NARROW, optimizer="lion8bit"),
+    "the same and `--no-grad_reduce_in_fp32 --offload_optimizer`": replace(NARROW, offload_optimizer=True),
+    "LoRA: `--lora_r=16 --lora_target_modules=all-linear`": ADAPTED,
+    "LoRA, `--gradient_checkpointing`": replace(RECOMPUTED, adapter=LORA),
+    "QLoRA: LoRA, `--load_in_4bit`": replace(ADAPTED, adapter=replace(LORA, load_in_4bit=True)),
+    "QLoRA, `--gradient_checkpointing`": replace(RECOMPUTED, adapter=replace(LORA, load_in_4bit=True)),
+}  # fmt: skip
+"""What docs/memory.md compares: a micro-batch of one row of 2,048 tokens, bfloat16, Triton kernels."""
+
+
+def gpu_lines() -> list[str]:
+    """GB that each plan needs, and the smallest GPU that holds it."""
+    lines = ["| | 7B | 13B | 70B |", "|---|---|---|---|"]
+    for name, plan in BY_FORMULA.items():
+        found = [estimate(SIZES[size][1], plan) for size in ("7b", "13b", "70b")]
+        gpus = [next((f"**{gb} GB**" for gb in GPUS_GB if its.fits(gb)), "-") for its in found]
+        cells = [f"{its.peak / GB:,.1f} {gpu}" for its, gpu in zip(found, gpus)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
 
 
 def status_bytes(name: str) -> int:
@@ -152,13 +183,41 @@ def measure(config: ModelConfig, plan: TrainingPlan) -> None:
     destroy_context(context)
 
 
+def offload_time(config: ModelConfig, steps: int = 7) -> str:
+    """Seconds of the optimizer's step with its state offloaded and not, which take turns. Here both are on the CPU, so
+    the difference is what the copies cost when nothing hides them."""
+    context = init_context()
+    both = [Training(config, replace(ON_GPU, fused=False, offload_optimizer=offloads), context)
+            for offloads in (False, True)]  # fmt: skip
+    seconds: list[list[float]] = [[], []]
+    for _ in range(steps):
+        for training, found in zip(both, seconds):
+            training.ddp.flat_buffers.grad_data.fill_(1e-3)
+            started = time.perf_counter()
+            training.optimizer.step(1e-4)
+            found.append(time.perf_counter() - started)
+    for training in both:
+        training.ddp.close()
+    destroy_context(context)
+    plain, offloaded = ([f"{at(found[1:]):.3f}" for at in (statistics.median, min)] for found in seconds)
+    return f"seconds a step (median, least): {', '.join(plain)} without, {', '.join(offloaded)} with"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.step_memory", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="125m")
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--row", choices=ROWS, help="measure this row in this process")
+    parser.add_argument("--gpus", action="store_true", help="print the table for GPUs, by formula alone")
+    parser.add_argument("--offload_time", action="store_true", help="time the optimizer's step alone")
     args = parser.parse_args()
+    if args.offload_time:
+        print(offload_time(SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len)))
+        return
+    if args.gpus:
+        print("\n".join(gpu_lines()))
+        return
     if args.row:
         plan = planned(args.size, args.row, args.train_batch_size, args.max_seq_len)
         measure(SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len), plan)

@@ -348,8 +348,9 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
     lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
     host: dict[str, float] = {}
     if plan.offload_optimizer:
-        # And two buckets on their way in each direction.
-        host = state | {"buckets on their way": 2.0 * (grad_size + size) * min(number, BUCKET)}
+        # A bucket holds whole parameters, and the largest takes turns with one of the usual size.
+        largest = max(BUCKET, *map(math.prod, trained.values()))
+        host = state | {"buckets on their way": float(grad_size + size) * (min(number, BUCKET) + min(number, largest))}
     else:
         lasting |= state
     return Estimate(
