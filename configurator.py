@@ -169,7 +169,7 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
     meant_for = values.get("optimizer", OptimizerConfig.optimizer)
     if told.get("optimizer", meant_for) != meant_for:
         # The rates of one optimizer would ruin a run with another.
-        optimizers = ("optimizer", "adamw", "muon")
+        optimizers = ("optimizer", "adamw", "muon", "lion")
         values = {name: value for name, value in values.items() if _FIELDS[name][0] not in optimizers}
     if has_length:
         values.pop("max_iters", None)

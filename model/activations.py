@@ -157,10 +157,15 @@ class Activations:
 
     def peak(self) -> int:
         """Most bytes of activations at a time, in a forward and backward pass with what the blocks keep at present."""
-        with self._gradients_dropped(), new_meter(self._device) as meter:
-            self._loss(self._hidden()).backward()
+        with new_meter(self._device) as meter:
+            self.run_pass()
             meter.mark()
         return meter.spans[0].peak
+
+    def run_pass(self) -> None:
+        """Do a forward and backward pass, with what the blocks keep at present."""
+        with self._gradients_dropped():
+            self._loss(self._hidden()).backward()
 
     def costs(self, beat: Callable[[], object] = lambda: None) -> Costs:
         """Costs of each part, by runs of the part alone. Afterwards every block keeps nothing.
@@ -183,7 +188,11 @@ class Activations:
             loss_time = min(self._microseconds(loss) for _ in range(_REPEATS))
             kinds = [self._block_costs(parts[last_of[kind]], beat) for kind in sorted(last_of)]
         self._keep_in_all("nothing")
-        return Costs(kinds, kind_of, shared, embedding_kept, embedding_peak, loss_peak, loss_time)
+        # An adapter may have taken the place of a layer.
+        embedding: Any = getattr(self._model.embed_tokens, "weight", None)
+        is_tied = embedding is not None and getattr(self._model.lm_head, "weight", None) is embedding
+        tied = embedding.nbytes if is_tied and embedding.requires_grad else 0
+        return Costs(kinds, kind_of, shared, embedding_kept, embedding_peak, loss_peak, tied, loss_time)
 
     def _block_costs(self, part: _Part, beat: Callable[[], object]) -> BlockCosts:
         kept_bytes: dict[Keeps, int] = {}

@@ -36,6 +36,10 @@ class Linear(nn.Linear):
         """W (O, C). A layer that stores it in another form computes it here."""
         return self.weight
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, for which the backward pass keeps no computed W."""
+        return F.linear(x, self.weight)
+
 
 class SharesInput(nn.Module):
     """A layer in the place of a Linear that can save work where several of its kind have one input."""

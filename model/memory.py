@@ -111,6 +111,8 @@ class TrainingPlan:
             ValueError: a value that no run can have.
         """
         self.adapter.check()
+        if self.adapter.load_in_4bit and not self.adapter.is_used:
+            raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
         for name in ("train_batch_size", "max_seq_len", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

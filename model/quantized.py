@@ -100,6 +100,10 @@ class Linear4bit(Linear):
         """W (O, C) in the dtype of the layer."""
         return _dequantized(self.out_features, self.in_features, self.dtype, *self._stored())
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return _Multiplied.apply(x, None, self.out_features, self.in_features, *self._stored())
+
     def forward(self, x: Tensor, key: DropoutKey | None = None) -> Tensor:
         """(..., C) -> (..., O)."""
         shape = self.out_features, self.in_features

@@ -10,10 +10,11 @@ problem with an exact solution: Jain et al., "Checkmate", 2020.)
 
 At any moment memory holds what earlier parts have kept, and what the part that runs now needs: its inputs, everything
 that its backward pass wants, kept or computed again, and what it frees while it runs. The latter two, P_i, are the same
-whatever the block keeps. So with K_i the bytes that block i keeps, K_e those of the embedding, and F what all blocks
-share, such as rotary tables and masks,
+whatever the block keeps. So with K_i the bytes that block i keeps, K_e those of the embedding, F what all blocks share,
+such as rotary tables and masks, and G the gradient of a tied embedding, which waits from the loss for the embedding's
+own,
 
-    peak = F + max(P_e,   K_e + sum_j<i K_j + P_i for each block i,   K_e + sum_j K_j + P_loss)
+    peak = F + max(G + P_e,   G + K_e + sum_j<i K_j + P_i for each block i,   K_e + sum_j K_j + P_loss)
 
 Blocks that keep much cost least memory at the end, since K_i counts only while later parts run. `choose` finds the
 least extra time whose peak stays below the limit, exactly: it extends the choices of the first blocks block by block,
@@ -60,6 +61,8 @@ class Costs:
     embedding_peak: int
     loss_peak: int
     """Most bytes that the last norm and the loss need at a time."""
+    tied_gradient: int = 0
+    """Bytes that the loss leaves for the embedding."""
     loss_microseconds: int = 0
 
     @property
@@ -88,8 +91,10 @@ def expected_peak(costs: Costs, keeps: Sequence[Keeps]) -> int:
     blocks = costs.blocks
     before = list(accumulate((block.kept[kept] for block, kept in zip(blocks, keeps, strict=True)),
                              initial=costs.embedding_kept))  # fmt: skip
-    needs = [costs.embedding_peak, before[-1] + costs.loss_peak]
-    return costs.shared + max(needs + [held + block.peak for held, block in zip(before, blocks)])
+    tied, loss = costs.tied_gradient, before[-1] + costs.loss_peak
+    return costs.shared + max(
+        loss, tied + costs.embedding_peak, *(tied + held + block.peak for held, block in zip(before, blocks))
+    )
 
 
 def extra_microseconds(costs: Costs, keeps: Sequence[Keeps]) -> int:
@@ -128,7 +133,7 @@ def choose(costs: Costs, budget: int) -> Choice:
     if least > budget:
         raise ValueError(
             f"--activation_budget_gb={budget / 1e9:g} is too little: with everything recomputed, a micro-batch's "
-            f"activations need {round_up_gb(least)} GB; give at least that, or lower --train_batch_size"
+            f"activations need {in_gb(least)} GB; give at least that, or lower --train_batch_size"
         )
     room = budget - costs.shared
     # Kept bytes beyond this leave too little for later parts, which hold at least the least of their own.
@@ -151,7 +156,7 @@ def _limits(costs: Costs, room: int) -> list[int]:
     limits, limit = [], room - costs.loss_peak
     for block in reversed(costs.blocks):
         limits.append(limit)
-        limit = min(limit - min(block.kept.values()), room - block.peak)
+        limit = min(limit - min(block.kept.values()), room - costs.tied_gradient - block.peak)
     return limits[::-1]
 
 
@@ -195,7 +200,7 @@ def highest(everyone: Sequence[Costs]) -> Costs:
         )
         for blocks in zip(*(costs.kinds for costs in everyone), strict=True)
     ]
-    names = ("shared", "embedding_kept", "embedding_peak", "loss_peak", "loss_microseconds")
+    names = ("shared", "embedding_kept", "embedding_peak", "loss_peak", "tied_gradient", "loss_microseconds")
     return Costs(kinds, first.kind_of, *(max(getattr(costs, name) for costs in everyone) for name in names))
 
 
@@ -209,6 +214,7 @@ def costs_from(values: Mapping) -> Costs:
     return Costs(**{**values, "kinds": kinds})
 
 
-def round_up_gb(size: int) -> float:
-    """Bytes in GB, rounded up to three digits after the point, so that the figure suffices as a budget."""
-    return -(-size // 1_000_000) / 1000
+def in_gb(size: int) -> str:
+    """Bytes in GB, rounded up to three digits, so that the figure suffices as a budget."""
+    unit = 10 ** max(0, len(str(size)) - 3)
+    return f"{-(-size // unit) * unit / 1e9:g}"

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from optimizer import adamw_triton
 from optimizer.config import AdamWConfig
 from optimizer.param_groups import ParamGroups
-from optimizer.rule import Gather, Rule, Step, Work, within_range
+from optimizer.rule import Gather, Rule, Step, Work, chunk_size, within_range
 from parallel.buffer import ParameterSlice
 
 
@@ -81,16 +81,16 @@ class AdamW(Rule):
     name = "adamw"
 
     def __init__(self, config: AdamWConfig, groups: ParamGroups | None = None, kernel: str = "torch"):
-        super().__init__(groups)
+        super().__init__(config.weight_decay, groups)
         self.config, self.kernel = config, kernel
 
     def new_tensors(self, piece: ParameterSlice, main: Tensor) -> dict[str, Tensor]:
         return {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
 
     def step(self, works: Sequence[Work], step: Step, gather: Gather) -> bool:
-        decaying = [work for work in works if self.groups.decays(work.state.piece)]
-        others = [work for work in works if not self.groups.decays(work.state.piece)]
-        for group, weight_decay in ((decaying, self.config.weight_decay), (others, 0.0)):
+        for decays in (True, False):
+            group = [work for work in works if self.groups.decays(work.state.piece) == decays]
+            weight_decay = self.weight_decay if decays else 0.0
             if self.kernel == "triton":
                 self._step_in_one_pass(group, step, weight_decay)
             else:
@@ -98,14 +98,27 @@ class AdamW(Rule):
         return step.zero_grad and self.kernel == "triton"
 
     def _step_in_passes(self, works: Sequence[Work], step: Step, weight_decay: float) -> None:
-        states = [work.state for work in works]
-        adamw_step(
-            [state.main for state in states], [work.grad.float() for work in works],
-            [state.tensors["exp_avg"] for state in states], [state.tensors["exp_avg_sq"] for state in states],
-            step.number, step.lr, weight_decay, step.grad_divisor, self.config,
-        )  # fmt: skip
-        for state in states:
+        tensors = [(state.main, grad, state.tensors["exp_avg"], state.tensors["exp_avg_sq"]) for state, grad in works]
+        if all(grad.dtype == torch.float32 for _, grad in works):
+            self._step_at_once(tensors, step, weight_decay)
+        else:
+            # A float32 copy of 16-bit gradients lives for a chunk.
+            for its_tensors in tensors:
+                size = chunk_size(its_tensors[0].device)
+                for main, grad, *moments in zip(*(tensor.split(size) for tensor in its_tensors)):
+                    self._step_at_once([(main, self.scratch.as_float32(grad), *moments)], step, weight_decay)
+        for state, _ in works:
             state.write_weights()
+
+    def _step_at_once(self, tensors: Sequence[tuple[Tensor, ...]], step: Step, weight_decay: float) -> None:
+        """
+        Args:
+            tensors: main parameters, gradients and moments of each slice.
+        """
+        params, grads, exp_avgs, exp_avg_sqs = ([its_tensors[i] for its_tensors in tensors] for i in range(4))
+        adamw_step(
+            params, grads, exp_avgs, exp_avg_sqs, step.number, step.lr, weight_decay, step.grad_divisor, self.config
+        )
 
     def _step_in_one_pass(self, works: Sequence[Work], step: Step, weight_decay: float) -> None:
         for state, grad in works:

@@ -15,7 +15,6 @@ Memory traffic, bytes a parameter: 24 for main parameter and moments, the gradie
 zeroed), 2 for bfloat16 weights.
 """
 
-import importlib.util
 import math
 from functools import cache
 from typing import Any
@@ -23,15 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimizer import triton_launch
 from optimizer.config import AdamWConfig
+from optimizer.triton_launch import constexpr
 
 tl: Any = None
 """triton.language once the kernels are loaded."""
-
-
-class constexpr:  # noqa: N801
-    """Marks a compile-time argument of a kernel. Triton looks at the annotation's name; its own class of that name
-    replaces this one when `tl` is loaded."""
 
 
 BLOCK, NUM_WARPS = 1024, 4
@@ -40,14 +36,7 @@ SQUARES_BLOCK, SQUARES_PROGRAMS = 2048, 1024
 """Block size, and largest number of programs, each of which adds up its blocks. Equal on every GPU, for equal bits."""
 
 
-def unavailable_reason(device: torch.device) -> str | None:
-    """Reason why the kernels cannot be used on a device, as a sentence; None if they can."""
-    if device.type != "cuda":
-        return f"the Triton AdamW needs a CUDA device, not {device.type}"
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed: pip install triton"
-
-
-# The three kernels: plain Python functions until `_kernels` passes them to Triton.
+# The three kernels: plain Python functions until `load_kernels` passes them to Triton.
 
 
 def _adamw_kernel(
@@ -97,35 +86,8 @@ def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
 
 
 @cache
-def _kernels() -> dict[str, Any]:
-    """The three kernels above by name, for Triton's compiler or its interpreter. Triton is imported here, at the first
-    step: a CPU need not spend the second that this takes."""
-    import triton
-
-    globals().update(tl=triton.language, constexpr=triton.language.constexpr)
-    return {kernel.__name__: triton.jit(kernel) for kernel in (_adamw_kernel, _sum_of_squares_kernel, _sum_kernel)}
-
-
-@cache
-def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter on a CPU, for tests. The environment decides, at the first step."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import triton
-
-    return triton.knobs.runtime.interpret
-
-
-def _check(tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if the kernels cannot run on these tensors, or would silently compute something else."""
-    first = next(iter(tensors.values()))
-    if (reason := unavailable_reason(first.device)) and not (first.device.type == "cpu" and _interpreted()):
-        raise ValueError(f"{reason}: use optimizer.adamw.adamw_step")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")
-        if not tensor.is_contiguous() or tensor.numel() != first.numel() or tensor.device != first.device:
-            raise ValueError(f"{name} must be contiguous, as long as the others and on their device")
+def load_kernels() -> dict[str, Any]:
+    return triton_launch.compiled(_adamw_kernel, _sum_of_squares_kernel, _sum_kernel)
 
 
 @torch.no_grad()
@@ -142,13 +104,11 @@ def adamw_flat_step(
         step: number of this step, from 1.
         grad_divisor: divisor of the gradients (loss scale over clipping factor).
     """
-    tensors = {"main": main, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
-    _check(tensors if weights is None else tensors | {"weights": weights})
-    if any(state.dtype != torch.float32 for state in (main, exp_avg, exp_avg_sq)):
-        raise ValueError("main parameters and moments must be float32")
+    tensors = {"main": main, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad, "weights": weights}
+    triton_launch.check(tensors, float32=("main", "exp_avg", "exp_avg_sq"))
     if main.numel() == 0:
         return
-    _kernels()["_adamw_kernel"][(-(-main.numel() // BLOCK),)](
+    load_kernels()["_adamw_kernel"][(-(-main.numel() // BLOCK),)](
         main, exp_avg, exp_avg_sq, grad, weights, main.numel(), 1.0 / grad_divisor, 1 - config.beta1, 1 - config.beta2,
         lr * weight_decay, lr / (1 - config.beta1**step), math.sqrt(1 - config.beta2**step), config.adam_eps,
         WRITE_WEIGHTS=weights is not None, ZERO_GRAD=zero_grad, BLOCK=BLOCK, num_warps=NUM_WARPS,
@@ -159,13 +119,13 @@ def adamw_flat_step(
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Sum of the squares of a contiguous float32, bfloat16 or float16 tensor's elements: float64 scalar on its device,
     with the same bits every time."""
-    _check({"tensor": tensor})
+    triton_launch.check({"tensor": tensor})
     num_programs = min(-(-tensor.numel() // SQUARES_BLOCK), SQUARES_PROGRAMS)
     partial = torch.empty(num_programs, dtype=torch.float64, device=tensor.device)
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     if num_programs:
-        _kernels()["_sum_of_squares_kernel"][(num_programs,)](
+        load_kernels()["_sum_of_squares_kernel"][(num_programs,)](
             tensor, partial, tensor.numel(), BLOCK=SQUARES_BLOCK, num_warps=NUM_WARPS
         )  # fmt: skip
-        _kernels()["_sum_kernel"][(1,)](partial, total, num_programs, BLOCK=SQUARES_PROGRAMS, num_warps=NUM_WARPS)
+        load_kernels()["_sum_kernel"][(1,)](partial, total, num_programs, BLOCK=SQUARES_PROGRAMS, num_warps=NUM_WARPS)
     return total

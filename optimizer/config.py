@@ -13,10 +13,10 @@ SMALLEST_EPS = 2.0**-126
 class OptimizerConfig:
     """Optimizer."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon steps the matrices of the blocks by Muon (optimizer/muon.py), and the rest by AdamW."""
+    optimizer: Literal["adamw", "muon", "adamw8bit", "lion", "lion8bit"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest. 8bit: state in 8 bits (docs/optimizers.md)."""
     learning_rate: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. lion and lion8bit take 3 to 10 times less than AdamW."""
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Course of the learning rate after the warmup."""
     decay_lr: bool = True
@@ -54,7 +54,7 @@ class AdamWConfig:
     """AdamW."""
 
     weight_decay: float = 0.1
-    """Decay of the matrices in a step, as a share of the learning rate."""
+    """Decay of the matrices in a step, as a share of the learning rate. lion takes 3 to 10 times more than AdamW."""
     beta1: float = 0.9
     """Decay of the mean gradient."""
     beta2: float = 0.95
@@ -97,6 +97,26 @@ class MuonConfig:
         require_between(self, 1, 6, "muon_iterations")
 
 
+@dataclass(frozen=True)
+class LionConfig:
+    """Lion."""
+
+    lion_beta1: float = 0.9
+    """Share of the mean gradient in the direction of a step."""
+    lion_beta2: float = 0.99
+    """Decay of the mean gradient."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value that Lion cannot step with.
+        """
+        require_share_below_1(self, "lion_beta1", "lion_beta2")
+
+
+LIONS = ("lion", "lion8bit")
+"""Optimizers with Lion's step, and its rates."""
+
 ONLY_WITH = (
     OnlyWith(("lr_schedule", "min_lr_ratio", "wsd_decay_ratio"), lambda f: f["decay_lr"], "with --no-decay_lr"),
     OnlyWith(("wsd_decay_ratio",), lambda f: f["lr_schedule"] == "wsd", "without --lr_schedule=wsd"),
@@ -105,4 +125,6 @@ ONLY_WITH = (
         ("muon_momentum", "muon_lr_ratio", "muon_iterations"), lambda f: f["optimizer"] == "muon",
         "without --optimizer=muon",
     ),
+    OnlyWith(("lion_beta1", "lion_beta2"), lambda f: f["optimizer"] in LIONS, "without --optimizer=lion or lion8bit"),
+    OnlyWith(("beta1", "beta2", "adam_eps"), lambda f: f["optimizer"] not in LIONS, "with Lion, which has lion_beta1"),
 )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from checkpoint.named import Piece
-from optimizer import adamw_triton
+from optimizer import triton_launch
 from optimizer.clip import clip_factor
 from optimizer.rule import Rule, SliceState, Step, Work
 from parallel.buffer import ParameterSlice
@@ -56,7 +56,7 @@ def choose_kernel(kernels: str, wanted: str, device: torch.device) -> str:
     Raises:
         ValueError: Triton is requested but not available.
     """
-    reason = adamw_triton.unavailable_reason(device)
+    reason = triton_launch.unavailable_reason(device)
     needs_triton = wanted == "triton" or (not wanted and kernels == "triton")
     if needs_triton and reason:
         raise ValueError(f"--{'adamw_kernel' if wanted else 'kernels'}=triton cannot be used: {reason}")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from optimizer.config import MuonConfig
 from optimizer.param_groups import ParamGroups
-from optimizer.rule import Gather, Rule, Step, Work
+from optimizer.rule import Gather, Rule, Step, Work, chunk_size
 from parallel.buffer import ParameterSlice
 from parallel.contract import Named
 
@@ -102,16 +102,19 @@ def look_ahead(momentum: Tensor, grad: Tensor, beta: float, grad_divisor: float 
     """Update, in place, m <- b m + (1 - b) g, and then u <- b m + (1 - b) g with the new m; g = grad / grad_divisor.
 
     Args:
-        momentum: m: float32, any shape.
+        momentum: m: float32, any shape, contiguous.
         grad: same shape. Afterwards its `ahead_in` holds u times a number from 1 to 2, as only the direction matters.
     """
-    ahead = grad if grad.dtype == torch.float32 else grad.float()
     # A power of two, which rounds nothing, and large enough that nothing overflows.
     unit = 2.0 ** math.floor(math.log2(grad_divisor))
-    momentum.mul_(beta).add_(ahead, alpha=(1.0 - beta) / grad_divisor)
-    ahead.mul_((1.0 - beta) / unit).add_(momentum, alpha=beta * (grad_divisor / unit))
-    if ahead is not grad:
-        ahead_in(grad).copy_(ahead)
+    # A float32 copy of 16-bit gradients lives for a chunk.
+    size = max(grad.numel(), 1) if grad.dtype == torch.float32 else chunk_size(grad.device)
+    for m, g in zip(momentum.view(-1).split(size), grad.view(-1).split(size)):
+        ahead = g.float()
+        m.mul_(beta).add_(ahead, alpha=(1.0 - beta) / grad_divisor)
+        ahead.mul_((1.0 - beta) / unit).add_(m, alpha=beta * (grad_divisor / unit))
+        if ahead is not g:
+            ahead_in(g).copy_(ahead)
 
 
 def ahead_in(grad: Tensor) -> Tensor:
@@ -132,8 +135,8 @@ class Muon(Rule):
     needs_whole_gradients = True
 
     def __init__(self, config: MuonConfig, weight_decay: float, groups: ParamGroups | None = None):
-        super().__init__(groups)
-        self.config, self.weight_decay = config, weight_decay
+        super().__init__(weight_decay, groups)
+        self.config = config
 
     def takes(self, parameter: Named) -> bool:
         return self.groups.is_hidden(parameter)

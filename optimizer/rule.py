@@ -68,6 +68,30 @@ class Step(NamedTuple):
     """Whether a rule that can zero the gradients at no cost shall do so."""
 
 
+def chunk_size(device: torch.device) -> int:
+    """Elements to step at once where intermediate results need memory. On a CPU they stay in the cache."""
+    return 1 << (17 if device.type == "cpu" else 22)
+
+
+class Scratch:
+    """Memory for the intermediate results of a chunk, kept for the next one."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.device], Tensor] = {}
+
+    def take(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """1-D tensor of `chunk_size` elements, with any contents."""
+        if (name, device) not in self._memory:
+            self._memory[name, device] = torch.empty(chunk_size(device), dtype=dtype, device=device)
+        return self._memory[name, device]
+
+    def as_float32(self, grad: Tensor) -> Tensor:
+        """A chunk of gradients, itself if it is float32, otherwise a copy."""
+        if grad.dtype == torch.float32:
+            return grad
+        return self.take("grad", grad.device)[: len(grad)].copy_(grad)
+
+
 Gather = Callable[[], Mapping[str, Tensor]]
 """Parameter name -> gradients of the whole parameter, 1-D, as every rank has overwritten its own by now. Collective if
 slices are shards."""
@@ -77,6 +101,7 @@ class Rule(ABC):
     """How an optimizer steps its slices.
 
     Args:
+        weight_decay: decay of the parameters that decay, as a share of the learning rate.
         groups: tells which parameters decay.
     """
 
@@ -84,9 +109,14 @@ class Rule(ABC):
     """Name in checkpoints and of --optimizer."""
     needs_whole_gradients = False
     """Whether `step` calls `gather`."""
+    alignment = 1
+    """Slices must begin at a multiple of it in their parameter."""
 
-    def __init__(self, groups: ParamGroups | None = None):
-        self.groups = groups or ParamGroups()
+    def __init__(self, weight_decay: float, groups: ParamGroups | None = None):
+        self.weight_decay, self.groups, self.scratch = weight_decay, groups or ParamGroups(), Scratch()
+
+    def decay_of(self, parameter: Named) -> float:
+        return self.weight_decay if self.groups.decays(parameter) else 0.0
 
     def takes(self, parameter: Named) -> bool:
         """Whether this rule may step a parameter, or its slices."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.named import Piece
-from parallel.layout import BucketLayout, BufferLayout, ParameterSpec, Slot, plan_layout
+from parallel.layout import ALIGNMENT, BucketLayout, BufferLayout, ParameterSpec, Slot, plan_layout
 
 _CHUNK = 1 << 18
 """Elements squared at once on a CPU: two megabytes in float64, which stay in the cache."""
@@ -23,7 +23,7 @@ class FlatBuffers:
 
     Args:
         named_parameters: in order of first use in the forward pass, each tensor once; all of one dtype and device.
-        bucket_size, world_size: see `plan_layout`.
+        bucket_size, world_size, alignment: see `plan_layout`.
         grad_dtype: dtype in which gradients accumulate.
     """
 
@@ -33,9 +33,10 @@ class FlatBuffers:
         bucket_size: int,
         world_size: int,
         grad_dtype: torch.dtype,
+        alignment: int = ALIGNMENT,
     ):
         specs = [ParameterSpec(name, tuple(parameter.shape)) for name, parameter in named_parameters]
-        self.layout: BufferLayout = plan_layout(specs, bucket_size, world_size)
+        self.layout: BufferLayout = plan_layout(specs, bucket_size, world_size, alignment)
         self.parameters = dict(named_parameters)
         first = named_parameters[0][1]
         if any(p.dtype != first.dtype or p.device != first.device for _, p in named_parameters):

@@ -40,6 +40,7 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
         overlap_grad_reduce=config.overlap_grad_reduce,
         grad_dtype=_grad_dtype(parts),
         observer=Observer(parts.context, config.check_for_nan_in_grad),
+        alignment=parts.alignment,
     )
     ddp.use_hook(_new_hook(parts, ddp))
     zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None

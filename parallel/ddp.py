@@ -30,6 +30,7 @@ from parallel.collectives import Collectives
 from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
+from parallel.layout import ALIGNMENT
 from parallel.naive import broadcast_parameters
 from parallel.observer import Observer
 
@@ -48,6 +49,7 @@ class DistributedDataParallel(nn.Module):
         overlap_grad_reduce: launch buckets during the backward pass; off: launch all of them after it.
         grad_dtype: dtype in which gradients accumulate and, with the default hook, travel.
         observer: receives reports for profiles and logs; created here if not given.
+        alignment: multiple of elements at which parameters start in the buffers and shards are cut.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DistributedDataParallel(nn.Module):
         overlap_grad_reduce: bool = True,
         grad_dtype: torch.dtype = torch.float32,
         observer: Observer | None = None,
+        alignment: int = ALIGNMENT,
     ):
         super().__init__()
         self.module, self.context = module, context
@@ -68,7 +71,7 @@ class DistributedDataParallel(nn.Module):
         broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype)
+        self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype, alignment)
         self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
         self.collectives = Collectives(context.grad_group)
         self.hook: CommHook = AllReduce(self.collectives)

@@ -18,6 +18,7 @@ from checkpoint.named import NamedState
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
 from parallel.contract import GradientSource, Optimizer, StepResult
+from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 
 Batch = dict[str, Tensor]
@@ -182,6 +183,8 @@ class EngineParts:
     """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int
+    alignment: int = ALIGNMENT
+    """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""

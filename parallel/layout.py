@@ -7,8 +7,9 @@ the very beginning, so it belongs to the last bucket.
     buffer   | bucket 0                       | bucket 1                 | ...
              | lm_head | norm | layers.3 ...  | layers.2 ... | padding   |
 
-Every parameter starts at a multiple of ALIGNMENT elements, and every bucket's length is a multiple of
-world_size * ALIGNMENT, so that it splits into equal, aligned shards.
+Within its bucket, every parameter starts at a multiple of `alignment` elements, and every bucket's length is a multiple
+of world_size * alignment. So it splits into equal, aligned shards, and each shard cuts a parameter at a multiple of
+`alignment` elements from the parameter's start: optimizers that keep blocks of state ask for no less than a block.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from math import prod
 
 ALIGNMENT = 64
-"""Elements: 128 bytes in bf16, 256 in fp32."""
+"""Usual alignment in elements: 128 bytes in bf16, 256 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ class BufferLayout:
         return tuple(slot for bucket in self.buckets for slot in bucket.slots)
 
 
-def plan_layout(parameters: Sequence[ParameterSpec], bucket_size: int, world_size: int) -> BufferLayout:
+def plan_layout(
+    parameters: Sequence[ParameterSpec], bucket_size: int, world_size: int, alignment: int = ALIGNMENT
+) -> BufferLayout:
     """Plan the buffers.
 
     Args:
         parameters: in order of first use in the forward pass.
         bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts everything into one bucket.
         world_size: number of ranks over which every bucket splits evenly.
+        alignment: multiple of elements at which parameters start and shards are cut.
     """
     if bucket_size < 0:
         raise ValueError(f"bucket_size must be 0 (one bucket) or positive, got {bucket_size}")
@@ -78,12 +82,12 @@ def plan_layout(parameters: Sequence[ParameterSpec], bucket_size: int, world_siz
 
     def close_bucket() -> None:
         nonlocal slots, bucket_start, cursor
-        end = bucket_start + _round_up(cursor - bucket_start, world_size * ALIGNMENT)
+        end = bucket_start + _round_up(cursor - bucket_start, world_size * alignment)
         buckets.append(BucketLayout(len(buckets), bucket_start, end, tuple(slots)))
         slots, bucket_start, cursor = [], end, end
 
     for parameter in reversed(parameters):
-        start = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT)
+        start = bucket_start + _round_up(cursor - bucket_start, alignment)
         cursor = start + parameter.numel
         slots.append(Slot(parameter, len(buckets), start, cursor))
         if bucket_size and cursor - bucket_start >= bucket_size:

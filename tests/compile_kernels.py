@@ -20,8 +20,9 @@ from triton.runtime.jit import JITFunction
 from model.dropout import DropoutKey
 from model.kernels import cross_entropy as ce
 from model.kernels import launch, rms_norm, rope, swiglu
-from optimizer import adamw_triton
-from optimizer.config import AdamWConfig
+from optimizer import adamw_triton, blockwise_triton, lion_triton, triton_launch
+from optimizer.blockwise import BLOCK, Quantized
+from optimizer.config import AdamWConfig, LionConfig
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -83,6 +84,15 @@ def call_every_kernel(dtype: torch.dtype, hidden: int, head_dim: int, intermedia
         adamw_triton.adamw_flat_step(
             main, exp_avg, exp_avg_sq, grad, weights, 2, 1e-3, 0.1, 2.0, AdamWConfig(), zero_grad
         )
+        lion_triton.lion_flat_step(main, exp_avg, grad, weights, 1e-3, 0.1, 2.0, LionConfig(), zero_grad)
+        mean, square = (
+            Quantized(torch.empty(4096, dtype=torch.uint8), torch.empty(4096 // BLOCK), signed)
+            for signed in (True, False)
+        )
+        blockwise_triton.adamw8bit_flat_step(
+            main, mean, square, grad, weights, 2, 1e-3, 0.1, 2.0, AdamWConfig(), zero_grad
+        )
+        blockwise_triton.lion8bit_flat_step(main, mean, grad, weights, 1e-3, 0.1, 2.0, LionConfig(), zero_grad)
     adamw_triton.sum_of_squares(grad)
 
 
@@ -90,7 +100,7 @@ def main() -> None:
     triton.runtime.driver.set_active(Hopper())
     JITFunction.run = compile_only(JITFunction.run)
     # Lets the operators take CPU tensors; the kernels themselves are not interpreted.
-    launch.interpreted = adamw_triton._interpreted = lambda: True
+    launch.interpreted = triton_launch.interpreted = lambda: True
     call_every_kernel(torch.bfloat16, 2048, 64, 5632, 64_320)
     call_every_kernel(torch.float32, 30, 10, 33, 50_257)
 

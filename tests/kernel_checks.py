@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model import kernels
 from model.kernels import launch
-from optimizer import adamw_triton
+from optimizer import adamw_triton, blockwise_triton, lion_triton, triton_launch
 
 
 def _kernel_modules() -> list[types.ModuleType]:
@@ -46,8 +46,9 @@ def _load_interpreted() -> None:
         importlib.import_module("triton.experimental.gluon")
         for module in KERNEL_MODULES:
             launch.load_kernels(vars(module))
-        adamw_triton._kernels()
-        assert launch.interpreted() and adamw_triton._interpreted()
+        for module in (adamw_triton, lion_triton, blockwise_triton):
+            module.load_kernels()
+        assert launch.interpreted() and triton_launch.interpreted()
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]

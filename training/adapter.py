@@ -111,6 +111,8 @@ def plan_adapter(
     if weights is None or (weights.adapter is None and not config.is_used):
         if config.is_used:
             raise ValueError("an adapter needs weights to stand on: give --init_from")
+        if config.load_in_4bit:
+            raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
         return None
     if weights.adapter is None and is_resumed:
         raise ValueError(

@@ -22,6 +22,7 @@ from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
 from parallel.engines import open_engine
 from parallel.gradients import square
+from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
@@ -43,7 +44,7 @@ from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
 from training.progress import Progress
-from training.rates import warn_of_rate
+from training.rates import warn_of_default_rate, warn_of_rate
 from training.recompute import limit_activations
 from training.resume import load_checkpoint
 from training.run_dir import RunDir, open_run_dir
@@ -164,6 +165,8 @@ def build(
     if weights is not None and not is_resumed and adapter is None and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
+    if context.is_main:
+        warn_of_default_rate(config.optimizer, given)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
@@ -192,10 +195,12 @@ def build(
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
 ) -> Engine:
+    flags = config.optimizer
+    its_kernel = "torch" if flags.offload_optimizer else kernel
+    rules = new_rules(flags.optimizer, config.adamw, config.muon, config.lion, its_kernel, model.roles())
+
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
-        flags, offloads = config.optimizer, config.optimizer.offload_optimizer
-        rules = new_rules(flags.optimizer, config.adamw, config.muon, "torch" if offloads else kernel, model.roles())
-        if offloads:
+        if flags.offload_optimizer:
             return OffloadedOptimizer(gradients, rules, flags.grad_clip, scaler, context.device)
         return MixedPrecisionOptimizer(gradients, rules, flags.grad_clip, scaler)
 
@@ -212,6 +217,7 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )

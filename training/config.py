@@ -12,7 +12,7 @@ from typing import Literal
 from dataset.config import DataConfig
 from model.adapters.config import AdapterConfig
 from model.config import ModelConfig
-from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from parallel.config import ParallelConfig, PowerSGDConfig
 from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
@@ -157,6 +157,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
+    lion: LionConfig = field(default_factory=LionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     powersgd: PowerSGDConfig = field(default_factory=PowerSGDConfig)
     system: SystemConfig = field(default_factory=SystemConfig)

@@ -70,7 +70,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
         f"parallel: {built.engine.describe()}",
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
-        _ops(built.model, built.adamw_kernel, config.optimizer.optimizer == "muon", config.system.compile),
+        _ops(built.model, config.optimizer.optimizer, built.adamw_kernel, config.system.compile),
         *([_offloaded(built.engine)] if config.optimizer.offload_optimizer else []),
         *_data(built.data, config.run.task),
         _batch(config.run, config.data, built.derived, len(built.data.train)),
@@ -131,10 +131,11 @@ def _peak(counted: Flops, device: torch.device) -> str:
     return f"peak: {counted.peak / 1e9:,.0f} GFLOP/s in all, {source}; MFU is a share of it"
 
 
-def _ops(model: Decoder, adamw_kernel: str, has_muon: bool, is_compiled: bool) -> str:
+def _ops(model: Decoder, optimizer: str, kernel: str, is_compiled: bool) -> str:
     """Implementation that each op resolved to."""
+    has_muon = optimizer == "muon"
     return (
-        f"ops: {model.ops} adamw={adamw_kernel}"
+        f"ops: {model.ops} {'adamw' if has_muon else optimizer}={kernel}"
         + (", Muon for the matrices of the blocks" if has_muon else "")
         + (", plain attention for its dropout" if model.config.attention_dropout else "")
         + (" (blocks compiled)" if is_compiled else "")

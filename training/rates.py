@@ -3,6 +3,7 @@
 import logging
 import math
 
+from optimizer.config import LIONS, OptimizerConfig
 from training.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -20,3 +21,17 @@ def warn_of_rate(run: RunConfig, rate: float, num_parameters: int) -> None:
             "(--learning_rate=%g)",
             rate, run.task_type.upper(), num_parameters / 1e9, usual, usual,
         )  # fmt: skip
+
+
+def warn_of_default_rate(optimizer: OptimizerConfig, given: frozenset[str]) -> None:
+    """Warn of a default rate that is not meant for the optimizer.
+
+    Args:
+        given: names of the flags that were given.
+    """
+    if optimizer.optimizer in LIONS and "learning_rate" not in given:
+        logger.warning(
+            "learning_rate %g is AdamW's default, and Lion usually takes 3 to 10 times less, with a weight_decay 3 to "
+            "10 times larger, such as --learning_rate=6e-5 --weight_decay=0.5",
+            optimizer.learning_rate,
+        )

@@ -18,7 +18,7 @@ from dataset.opening import TaskDataset
 from dataset.pretrain import as_tensors
 from model import Decoder
 from model.activations import Activations
-from model.recompute import Choice, choose, costs_from, highest, least_peak, round_up_gb
+from model.recompute import Choice, choose, costs_from, highest, in_gb, least_peak
 from parallel.context import DistContext
 from tasks.task import Task
 from training.build_model import to_device
@@ -55,9 +55,9 @@ def limit_activations(
             atomic_write_json(path, {"facts": facts, **asdict(choice)})
     model.set_recompute(choice.keeps)
     logger.info(
-        "activations: of %d blocks %s, %s; expected are at most %.3f GB of %g, and %.0f%% more time for a forward and "
+        "activations: of %d blocks %s, %s; expected are at most %s GB of %g, and %.0f%% more time for a forward and "
         "backward pass than without recomputation",
-        len(choice.keeps), choice, source, round_up_gb(choice.peak), config.system.activation_budget_gb,
+        len(choice.keeps), choice, source, in_gb(choice.peak), config.system.activation_budget_gb,
         100 * choice.extra,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def _measured_choice(
     batch: Batch, config: Config, context: DistContext, model: Decoder, task: Task, beat: Callable[[], None]
 ) -> Choice:
     """The best choice, by costs that are measured now and a pass that has stayed below the limit. Collective."""
-    budget = int(config.system.activation_budget_gb * 1e9)
+    budget = round(config.system.activation_budget_gb * 1e9)
     was_training = model.training
     model.train()
     if task.uses_prepass:
@@ -139,7 +139,7 @@ def _measured_choice(
     model.train(was_training)
     least, everything = least_peak(costs), choose(costs, 1 << 62).peak
     logger.info(
-        "activations: a micro-batch of %d rows of %d tokens needs %.3f GB if every block keeps its input alone, %.3f "
-        "GB without recomputation", *batch["input_ids"].shape, round_up_gb(least), round_up_gb(everything),
+        "activations: a micro-batch of %d rows of %d tokens needs %s GB if every block keeps its input alone, %s GB "
+        "without recomputation", *batch["input_ids"].shape, in_gb(least), in_gb(everything),
     )  # fmt: skip
     return choice

@@ -55,8 +55,6 @@ class AdapterConfig:
             raise ValueError("lora_target_modules names no layer: give some, such as q_proj,v_proj, or all-linear")
         if self.add_tokens and self.adapter:
             raise ValueError("--add_tokens: an adapter cannot be given more tokens: leave out --adapter, or merge it")
-        if self.load_in_4bit and not self.is_used:
-            raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
 
 
 def names_of(text: str) -> list[str]:

@@ -46,6 +46,7 @@ IN_BUFFER = "--grad_buffer_is_powerSGD_error"
 BF16, FP16 = "--use_bf16_compress_hook", "--use_fp16_compress_hook"
 BF16_WEIGHTS, NARROW = "--dtype=bfloat16", "--no-grad_reduce_in_fp32"
 MUON, OFFLOAD = "--optimizer=muon", "--offload_optimizer"
+ADAMW_8BIT, LION_8BIT = "--optimizer=adamw8bit", "--optimizer=lion8bit"
 EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 
@@ -110,6 +111,11 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "muon powersgd in buffer zero1": ([MUON, *POWERSGD, IN_BUFFER, ZERO1], "muon powersgd"),
     "muon narrow": ([MUON, BF16_WEIGHTS, NARROW], None),
     "muon narrow zero1": ([MUON, BF16_WEIGHTS, NARROW, ZERO1], "muon narrow"),
+    "8bit": ([ADAMW_8BIT], None),
+    "8bit naive": ([ADAMW_8BIT, "--ddp_impl=naive"], "8bit"),
+    "8bit zero1": ([ADAMW_8BIT, ZERO1, GATHER], "8bit"),
+    "lion8bit narrow": ([LION_8BIT, BF16_WEIGHTS, NARROW, FREE], None),
+    "lion8bit narrow everything": ([LION_8BIT, BF16_WEIGHTS, NARROW, *EVERYTHING], "lion8bit narrow"),
 }
 """Name -> flags, and the mode whose bits it must have on 2 ranks, if any."""
 
@@ -718,7 +724,7 @@ RESUMED = (
     "plain", "zero1 gather", "everything", "bf16 zero1", "powersgd", "powersgd zero1", "powersgd in buffer zero1",
     "powersgd in buffer everything", "accumulated powersgd in buffer", "powersgd bf16 zero1", "powersgd from 5 zero1",
     "powersgd fixed Q", "powersgd fresh Q", "bf16 weights zero1", "narrow powersgd 16", "fp16 weights powersgd zero1",
-    "muon zero1", "muon powersgd in buffer zero1", "muon narrow zero1",
+    "muon zero1", "muon powersgd in buffer zero1", "muon narrow zero1", "8bit zero1",
 )  # fmt: skip
 """Modes of two ranks that together save all kinds of state; the others take a minute more."""
 RESUMED_ON_FOUR = ("everything", "powersgd zero1", "powersgd in buffer everything")
@@ -749,6 +755,7 @@ def resumed(base_flags: list[str], runs: Plan, tmp_path_factory: pytest.TempPath
     middle = plan.resume("zero1 2 -> 4", made["2 zero1 gather"], 4, [*zero1, often])
     plan.resume("zero1 2 -> 4 -> 1", middle, 1, zero1, keep=5)
     plan.resume("muon 2 -> zero1 4", made["2 muon"], 4, [MUON, *zero1])
+    plan.resume("8bit 2 -> zero1 4", made["2 8bit"], 4, [ADAMW_8BIT, ZERO1], keep=6, patch="save")
     plan.resume("bf16 weights -> zero1", made["2 bf16 weights"], 2, [BF16_WEIGHTS, ZERO1])
     in_buffer = [*POWERSGD, IN_BUFFER, ZERO1]
     middle = plan.resume("powersgd -> in buffer", made["2 powersgd"], 2, [*in_buffer, often])
@@ -862,6 +869,13 @@ def test_at_full_rank_the_residuals_cancel(runs: Plan):
     full, low = summed(runs["2 full rank"], STEPS)[0], summed(runs["2 powersgd"], STEPS)[0]
     for name in low:
         assert full[name].norm() < 1e-4 * low[name].norm(), name
+
+
+def test_state_in_8_bits_is_cut_anew_for_other_ranks(runs: Plan, resumed: Plan):
+    """Codes and the scales of blocks."""
+    before, after = (optimizer_state(run, STEPS) for run in (runs["2 8bit"], resumed["8bit 2 -> zero1 4"]))
+    assert same_bits(before, after) and any(name.endswith("/exp_avg_sq_scales") for name in after)
+    assert len(list(checkpoint(resumed["8bit 2 -> zero1 4"], STEPS).glob("optim-*.safetensors"))) == 4
 
 
 @pytest.mark.parametrize(("before", "after"), RESAVED)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import Decoder, ModelConfig
 from optimizer.adamw import AdamW
-from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.rules import new_rules
 from parallel import BucketGradients, Collectives, DistContext, PowerSGD, PowerSGDConfig, naive_powersgd
@@ -667,7 +667,7 @@ def test_a_sum_beyond_float16_never_reaches_the_weights(name: str):
     hook = alone(
         dict(matrix_approximation_rank=1, min_compression_rate=0.0), loss_scale=lambda: scaler.scale, grad=HALF
     )
-    rules = new_rules(name, AdamWConfig(), MuonConfig())
+    rules = new_rules(name, AdamWConfig(), MuonConfig(), LionConfig())
     optimizer = MixedPrecisionOptimizer(gradients_in(hook.buckets, hook), rules, 1.0, scaler)
     given, largest, take = {name: (g.sign() * 6e4).half() for name, g in gradients_of(0, 0).items()}, [], hook.take
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
@@ -26,7 +26,7 @@ def new_optimizer(dtype: torch.dtype, offloads: bool) -> tuple[MixedPrecisionOpt
         weights = torch.randn(SIZE, device="cuda").to(dtype)
         slices.append(SliceWithGrad(f"layers.{bucket}", 0, (SIZE // 8, 8), weights, grad, grad))
     gradients = PlainGradients([[piece] for piece in slices])
-    rules, scaler = new_rules("adamw", AdamWConfig(), MuonConfig()), LossScaler(enabled=False)
+    rules, scaler = new_rules("adamw", AdamWConfig(), MuonConfig(), LionConfig()), LossScaler(enabled=False)
     if offloads:
         return OffloadedOptimizer(gradients, rules, 1.0, scaler, torch.device("cuda", 0)), slices
     return MixedPrecisionOptimizer(gradients, rules, 1.0, scaler), slices

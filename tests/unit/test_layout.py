@@ -20,7 +20,8 @@ def test_properties(seed: int):
     rng = random.Random(seed)
     parameters = random_parameters(rng)
     bucket_size, world_size = rng.choice([0, 1, 100, 1000, 10**9]), rng.randint(1, 9)
-    layout = plan_layout(parameters, bucket_size, world_size)
+    alignment = rng.choice([ALIGNMENT, 256])
+    layout = plan_layout(parameters, bucket_size, world_size, alignment)
 
     # Every parameter once, in reverse order of first use.
     assert [slot.parameter for slot in layout.slots] == parameters[::-1]
@@ -28,13 +29,17 @@ def test_properties(seed: int):
     for index, bucket in enumerate(layout.buckets):
         assert (bucket.index, bucket.start) == (index, end)
         assert bucket.slots
-        assert (bucket.end - bucket.start) % (world_size * ALIGNMENT) == 0
+        assert (bucket.end - bucket.start) % (world_size * alignment) == 0
         cursor = bucket.start
         for slot in bucket.slots:
             assert slot.bucket == index and slot.start >= cursor and slot.end - slot.start == slot.parameter.numel
-            assert (slot.start - bucket.start) % ALIGNMENT == 0 and slot.start - cursor < ALIGNMENT
+            assert (slot.start - bucket.start) % alignment == 0 and slot.start - cursor < alignment
             cursor = slot.end
-        assert cursor <= bucket.end < cursor + world_size * ALIGNMENT
+            # Shards cut a parameter between blocks of this size, counted from its start.
+            size = (bucket.end - bucket.start) // world_size
+            cuts = [bucket.start + rank * size - slot.start for rank in range(world_size)]
+            assert all(cut % alignment == 0 for cut in cuts if 0 < cut < slot.parameter.numel)
+        assert cursor <= bucket.end < cursor + world_size * alignment
         filled = bucket.slots[-1].end - bucket.start
         before_last = bucket.slots[-2].end - bucket.start if len(bucket.slots) > 1 else 0
         if bucket_size:

@@ -9,7 +9,7 @@ import torch
 import train_my_ddp
 from model.roles import role_of
 from optimizer.adamw import AdamW
-from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.muon import LOWEST, MARGIN, UPDATE_RMS, orthogonalize, orthogonalize_reference, polynomials
 from optimizer.param_groups import Role, is_hidden_matrix
@@ -24,7 +24,7 @@ ADAMW, MUON = AdamWConfig(weight_decay=0.1), MuonConfig()
 
 
 def rules(config: MuonConfig = MUON, roles: Mapping[str, Role] | None = None) -> list[Rule]:
-    return new_rules("muon", ADAMW, config, roles=roles)
+    return new_rules("muon", ADAMW, config, LionConfig(), roles=roles)
 
 
 def with_singular_values(rows: int, columns: int, values: torch.Tensor, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 import train_my_ddp
 from configurator import parse_config
 from optimizer import offload
-from optimizer.config import AdamWConfig, MuonConfig, OptimizerConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
@@ -64,7 +64,7 @@ def trained(rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, offloads: bo
             return taken
 
     gradients = InOneMemory(slices)
-    rules = new_rules(rule, AdamWConfig(), MuonConfig())
+    rules = new_rules(rule, AdamWConfig(), MuonConfig(), LionConfig())
     scaler = LossScaler(enabled=dtype == torch.float16, initial=8.0)
     optimizer = (
         OffloadedOptimizer(gradients, rules, 1.0, scaler, torch.device("cpu"))

@@ -7,7 +7,7 @@ import torch
 
 from optimizer.adamw import AdamW, adamw_reference, adamw_step
 from optimizer.clip import clip_factor
-from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.param_groups import is_matrix
 from optimizer.rules import new_rules
@@ -126,7 +126,7 @@ def test_a_step_that_float32_cannot_hold_is_skipped(size: float, clip: float, st
     grad = torch.full((24,), size)
     piece = SliceWithGrad("layers.0.mlp.up_proj.weight", 0, (4, 6), torch.ones(24), grad, grad)
     optimizer = MixedPrecisionOptimizer(
-        PlainGradients([[piece]]), new_rules(name, CONFIG, MuonConfig()), clip, LossScaler(enabled=False)
+        PlainGradients([[piece]]), new_rules(name, CONFIG, MuonConfig(), LionConfig()), clip, LossScaler(enabled=False)
     )
     result = optimizer.step(1e-2)
     tensors = optimizer.named_state()[0][1]

@@ -46,6 +46,7 @@ REFUSED = [
     (["--optimizer=muon", "--muon_iterations=7"], "muon_iterations must lie between 1 and 6, got 7"),
     (["--optimizer=muon", "--muon_momentum=1"], "muon_momentum must be at least 0 and below 1"),
     (["--optimizer=muon", "--muon_lr_ratio=-1"], "muon_lr_ratio must not be negative"),
+    (["--optimizer=lion", "--lion_beta1=1"], "lion_beta1 must be at least 0 and below 1"),
 ]
 
 
@@ -71,6 +72,7 @@ ACCEPTED = [
     ["--ddp_impl=naive", "--no-use_powerSGD_hook", "--use_distributed_optimizer=False", "--grad_clip=0"],
     ["--optimizer=muon", STEP, "--grad_clip=0"],
     ["--optimizer=muon", ZERO1, "--overlap_param_gather"],
+    ["--optimizer=lion8bit", ZERO1, STEP, "--grad_clip=0"],
     ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],
 ]
 

@@ -112,11 +112,13 @@ def test_moving_changes_the_dtype_of_computing_alone():
 
 
 def test_only_the_codes_are_kept_for_the_backward_pass():
-    layer, matrix = layer_of(192, 128, torch.float32)
+    layer, _ = layer_of(192, 128, torch.float32)
     own = {buffer.data_ptr() for buffer in layer.buffers()}
     kept = []
+    x = torch.randn(4, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(torch.randn(4, 128, requires_grad=True))
+        y, product = layer(x), layer.product(x)
+    torch.testing.assert_close(product, y - layer.bias)
     assert kept and {tensor.data_ptr() for tensor in kept} <= own
 
 

@@ -50,3 +50,13 @@ def test_a_missing_package_ends_the_command_before_anything_is_read(qlora_run, m
     assert train_my_ddp.main(qlora_run) == 2
     assert "pip install -r requirements-qlora.txt" in capsys.readouterr().out
     assert not out_dir(qlora_run).joinpath("ckpt").exists()
+
+
+def test_frozen_weights_need_something_that_trains(qlora_run: list[str], tmp_path: Path, capsys):
+    """An adapter that is already there will do."""
+    assert train_my_ddp.main(qlora_run) == 0
+    others = [flag for flag in qlora_run if flag not in QLORA and not flag.startswith("--init_from")]
+    flags = [*elsewhere(others, tmp_path / "on"), "--load_in_4bit"]
+    assert train_my_ddp.main([*flags, f"--init_from={tmp_path / 'base'}"]) == 2
+    assert "--load_in_4bit freezes the weights: give --lora_r" in capsys.readouterr().out
+    assert train_my_ddp.main([*flags, f"--init_from={out_dir(qlora_run)}"]) == 0

@@ -33,6 +33,7 @@ from tests.runs import elsewhere, final_state, out_dir, same_bits
 CONFIG = ModelConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=176,
 ).resolve(500, 64)  # fmt: skip
+TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 SPARSE = dataclasses.replace(
     CONFIG, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, dense_layers="0", qk_norm=True
 )
@@ -46,7 +47,7 @@ def random_costs(generator: random.Random, blocks: int) -> Costs:
         peak = kept[-1] + generator.randrange(20)
         kinds.append(BlockCosts(dict(zip(KEEPS, kept)), peak, dict(zip(KEEPS, times))))
     kind_of = [generator.randrange(2) for _ in range(blocks)]
-    return Costs(kinds, kind_of, *(generator.randrange(30) for _ in range(4)), loss_microseconds=100)
+    return Costs(kinds, kind_of, *(generator.randrange(30) for _ in range(5)), loss_microseconds=100)
 
 
 def test_the_choice_is_the_best_of_all():
@@ -61,7 +62,7 @@ def test_the_choice_is_the_best_of_all():
             found = choose(costs, budget)
             assert found.peak == expected_peak(costs, found.keeps) <= budget
             assert extra_microseconds(costs, found.keeps) == best
-        with pytest.raises(ValueError, match=r"activations need 0\.001 GB; give at least that"):
+        with pytest.raises(ValueError, match="activations need .* GB; give at least that"):
             choose(costs, peaks[0] - 1)
 
 
@@ -131,7 +132,8 @@ def built(
 
 CASES = {
     "float32": (CONFIG, torch.float32, 0.0, False), "bfloat16, dropout": (CONFIG, torch.bfloat16, 0.2, False),
-    "experts": (SPARSE, torch.float32, 0.0, False), "frozen": (CONFIG, torch.float32, 0.0, True),
+    "experts": (SPARSE, torch.float32, 0.0, False), "tied": (TIED, torch.float32, 0.0, False),
+    "frozen": (CONFIG, torch.float32, 0.0, True),
 }  # fmt: skip
 MIXED = ("nothing", "matmuls", "all"), ("all", "nothing", "matmuls")
 
@@ -144,7 +146,7 @@ def test_the_expected_peak_is_not_exceeded(case: str):
     costs = measure.costs()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert len(costs.kinds) == (2 if case == "experts" else 1)
-    for keeps in (["nothing"] * 3, ["matmuls"] * 3, ["all"] * 3, *MIXED):
+    for keeps in (["nothing"] * 3, ["matmuls"] * 3, ["all"] * 3, ["nothing", "nothing", "all"], *MIXED):
         model.set_recompute(keeps)
         peak, expected = measure.peak(), expected_peak(costs, keeps)
         # Two blocks' outputs may count twice.
