@@ -105,6 +105,8 @@ def run_ours(case: str, args: argparse.Namespace) -> dict:
     from parallel import engines  # noqa: F401
     from tasks import registry  # noqa: F401
 
+    if "qlora" in case:
+        import bitsandbytes  # noqa: F401
     torch.set_num_threads(args.threads)
     out_dir = Path(args.work_dir) / "run-ours"
     shutil.rmtree(out_dir, ignore_errors=True)
@@ -114,7 +116,7 @@ def run_ours(case: str, args: argparse.Namespace) -> dict:
         f"--init_from={Path(args.work_dir) / 'base'}", f"--out_dir={out_dir}", f"--max_seq_len={args.max_seq_len}",
         f"--train_batch_size={args.batch}", "--gradient_accumulation_steps=1", f"--max_iters={args.steps}",
         f"--dtype={args.dtype}", f"--num_threads={args.threads}", f"--learning_rate={LEARNING_RATE}", "--device=cpu",
-        "--sample_tokens=0", f"--lora_r={RANK}", f"--lora_alpha={ALPHA}", "--lora_target_modules=all-linear",
+        f"--lora_r={RANK}", f"--lora_alpha={ALPHA}", "--lora_target_modules=all-linear",
         *(["--load_in_4bit"] if "qlora" in case else []), *(["--compile"] if "compiled" in case else []),
     ])  # fmt: skip
     if code:

@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -192,7 +192,7 @@ def check(config: ModelConfig, adapter: Path) -> LoraSpec:
     model = outline(grown(config, adapter))
     spec = read_spec(adapter, model)
     attach(model, spec, seed=0)
-    _check_tensors(adapter, peft.shapes(model, _are_own(adapter)))
+    _check_tensors(adapter, peft.shapes(model, _are_own(adapter)), peft.copies(model))
     return spec
 
 
@@ -230,7 +230,7 @@ def read_tensors(adapter: Path, model: Decoder) -> dict[str, Tensor]:
     """
     are_own, file = _are_own(adapter), adapter / TENSORS
     expected = peft.shapes(model, are_own)
-    _check_tensors(adapter, expected)
+    _check_tensors(adapter, expected, peft.copies(model))
     found: dict[str, Tensor] = {}
     with opened(file) as tensors:
         for name in expected:
@@ -248,9 +248,11 @@ def load(model: Decoder, adapter: Path) -> None:
         parameters[name].copy_(tensor)
 
 
-def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape]) -> None:
+def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape], copies: Set[str]) -> None:
     """See that a folder holds these tensors, by their headers alone.
 
+    Args:
+        copies: names of others that may be there, see peft.copies.
     Raises:
         ValueError: see read_tensors.
     """
@@ -261,7 +263,7 @@ def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape]) -> None:
         names = set(tensors.keys())
         if missing := sorted(expected.keys() - names):
             raise ValueError(f"{file} lacks {len(missing)} tensors of the adapter, for example {missing[0]}")
-        if unknown := sorted(names - expected.keys()):
+        if unknown := sorted(names - expected.keys() - copies):
             raise ValueError(f"{file} holds {unknown[0]}, which {CONFIG} does not ask for")
         for name, shape in expected.items():
             check_header(file, name, tensors.get_slice(name), torch.Size(shape))

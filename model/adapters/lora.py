@@ -112,6 +112,7 @@ class LoraLinear(SharesInput):
         if spec.use_dora:
             with torch.no_grad():
                 self.lora_magnitude_vector = Lengths(_lengths(base_layer.matrix()).to(like))
+        self._kept_lengths: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -167,8 +168,17 @@ class LoraLinear(SharesInput):
     def row_lengths(self) -> Tensor:
         """|V| (O,), in the dtype of the lengths that DoRA trains, so that m / |V| begins as 1."""
         assert self.lora_magnitude_vector is not None
+        if self._kept_lengths is not None:
+            return self._kept_lengths
         matrix = torch.addmm(self.base_layer.matrix(), self.lora_B.weight, self.lora_A.weight, alpha=self.scale)
         return _lengths(matrix).to(self.lora_magnitude_vector.weight.dtype)
+
+    def freeze(self) -> None:
+        """Expect no more changes of the weights. DoRA's lengths of V, a product of whole matrices, are then computed
+        once instead of for each token that is generated."""
+        self.requires_grad_(False)
+        if self.lora_magnitude_vector is not None:
+            self._kept_lengths = self.row_lengths()
 
 
 def _plus(y: Tensor, thin: Tensor, b_Or: Tensor, scale: float) -> Tensor:

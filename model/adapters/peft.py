@@ -205,6 +205,19 @@ def _their_whole(model: Decoder) -> dict[str, str]:
     return found
 
 
+def copies(model: Decoder) -> set[str]:
+    """Names of tensors that PEFT also writes if the model was resized: of embedding and head the frozen matrix, and
+    once more what is trained."""
+    family = family_of(model.config)
+    modules = [f"{PREFIX}{_module(family.their_name(name))}" for name in (EMBEDDING, HEAD)]
+    if not _with_rows(model):
+        whole = {f"{PREFIX}{theirs}" for theirs in _their_whole(model)}
+        kinds = ("original_module", "modules_to_save")
+        return {f"{each}.{kind}.weight" for each in modules if f"{each}.weight" in whole for kind in kinds}
+    tied = {f"{modules[1]}{_ROWS}"} if model.config.tie_word_embeddings else set()
+    return {f"{each}.token_adapter.base_layer.weight" for each in modules} | tied
+
+
 def to_theirs(model: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter_model.safetensors.
 

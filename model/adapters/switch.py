@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from model.adapters.lora import LoraLinear
 from model.adapters.outline import AROUND, brought, read_adapter
 from model.adapters.tokens import WITH_ROWS, grow_modules
 from model.decoder import Decoder
@@ -58,6 +59,8 @@ class Adapters:
             if isinstance(module, WITH_ROWS):
                 module.token_adapter.to(weight.device)
             module.requires_grad_(False).train(self._model.training)
+            if isinstance(module, LoraLinear):
+                module.freeze()
         self._modules[name] = modules
 
     def _make_room(self, vocab_size: int) -> None:

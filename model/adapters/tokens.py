@@ -10,6 +10,14 @@ that is used; the matrix stays as it is. A tied matrix shares one. Names are PEF
 
     embed_tokens.token_adapter.trainable_tokens_delta     (which are the rows, not differences from the old ones)
 
+PEFT resizes no model by itself. In front of such an adapter, its users write
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(adapter)), mean_resizing=False)
+    model = PeftModel.from_pretrained(model, adapter)
+
+if the base has fewer rows than the adapter's tokenizer has entries.
+
 For a loss, the head's matrix is copied with these rows, as PEFT does: V C values more, and as many of a gradient.
 
 Shapes: B batch, T tokens, C hidden size, V vocabulary, n trained rows.

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from optimizer.config import AdamWConfig, LionConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfig
 from optimizer.lion import lion_reference
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.rules import new_rules
 from parallel.buffer import SliceWithGrad
 from parallel.gradients import PlainGradients
+from training.rates import warn_of_default_rate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,3 +37,10 @@ def test_steps_equal_the_formula(dtype: torch.dtype):
         assert torch.allclose(tensors["main"].double(), param, rtol=10 * 2.0**-24, atol=1e-8)
         assert torch.allclose(tensors["exp_avg"].double(), exp_avg, rtol=0, atol=1e-8)
         assert torch.equal(weights.param, tensors["main"].to(dtype)) and not weights.grad.any()
+
+
+def test_adamws_default_rate_is_warned_of(caplog: pytest.LogCaptureFixture):
+    for optimizer, given in (("adamw", frozenset()), ("lion", frozenset({"learning_rate"})), ("lion8bit", frozenset())):
+        assert "3 to 10 times less" not in caplog.text
+        warn_of_default_rate(OptimizerConfig(optimizer=optimizer), given)
+    assert "3 to 10 times less" in caplog.text

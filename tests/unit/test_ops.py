@@ -76,7 +76,7 @@ def test_a_loss_that_rounds_before_it_is_scaled_is_refused_in_float16():
 
 def test_the_optimizers_kernel_is_refused_without_a_gpu():
     for kernels, wanted in (("triton", ""), ("auto", "triton")):
-        with pytest.raises(ValueError, match="cannot be used: the Triton AdamW needs a CUDA device"):
+        with pytest.raises(ValueError, match="cannot be used: Triton's optimizer step needs a CUDA device"):
             choose_kernel(kernels, wanted, CPU)
 
 
