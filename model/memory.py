@@ -276,8 +276,8 @@ def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> f
         return tokens * vocabulary * (2 * size + 8)
     gradient = 4.0 * vocabulary * config.hidden_size if trains_head else 0.0
     if trains_head and not plan.fused and size < 4:
-        # A CPU rounds a chunk's product before it is added.
-        gradient += size * vocabulary * config.hidden_size
+        # A CPU rounds a chunk's product, and widens it again before it is added.
+        gradient += (size + 4) * vocabulary * config.hidden_size
     return min(LOGITS_BYTES, tokens * vocabulary * size) + tokens * config.hidden_size * size + gradient
 
 
@@ -350,8 +350,9 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
     lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
     host: dict[str, float] = {}
     if plan.offload_optimizer:
-        # And two buckets on their way in each direction.
-        host = state | {"buckets on their way": 2.0 * (grad_size + size) * min(number, BUCKET)}
+        # A bucket holds whole parameters, and the largest takes turns with one of the usual size.
+        largest = max(BUCKET, *map(math.prod, trained.values()))
+        host = state | {"buckets on their way": float(grad_size + size) * (min(number, BUCKET) + min(number, largest))}
     else:
         lasting |= state
     return Estimate(
