@@ -36,7 +36,7 @@ from model.kernels.blocked_attention import kept_size
 from model.memory import GB, GPUS_GB, SIZES, TrainingPlan, estimate
 from model.ops import build_ops, choose_ops
 from model.quantized import quantized_layers
-from optimizer.config import AdamWConfig, MuonConfig
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
@@ -143,7 +143,8 @@ class Training:
         grad_dtype = torch.float32 if plan.grad_reduce_in_fp32 else getattr(torch, plan.dtype)
         self.ddp = DistributedDataParallel(self.model, context, grad_dtype=grad_dtype)
         gradients, scaler = BucketGradients(self.ddp), LossScaler(enabled=False)
-        rules = new_rules(plan.optimizer, AdamWConfig(), MuonConfig(), "torch", self.model.roles())
+        roles = self.model.roles()
+        rules = new_rules(plan.optimizer, AdamWConfig(), MuonConfig(), LionConfig(), kernel="torch", roles=roles)
         self.optimizer = (
             OffloadedOptimizer(gradients, rules, 1.0, scaler, context.device)
             if plan.offload_optimizer else MixedPrecisionOptimizer(gradients, rules, 1.0, scaler)
