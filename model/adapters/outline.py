@@ -36,7 +36,9 @@ def read_adapter(
     model = hf.outline(folder.grown(config, directory))
     lora.attach(model, folder.read_spec(directory, model), seed=0)
     tensors = folder.read_tensors(directory, model)
-    values = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    # Copies: what is read lies in the mapped file, whose changes would reach it, and at any multiple of 8 bytes, where
+    # some products round otherwise.
+    values = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(values, strict=False, assign=True)
     if config.tie_word_embeddings and isinstance(model.lm_head, Head):
         model.lm_head.weight = model.embed_tokens.weight

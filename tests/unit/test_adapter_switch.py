@@ -55,6 +55,21 @@ def test_each_adapter_computes_what_peft_does_and_none_leaves_a_trace(tmp_path: 
     assert {parameter.data_ptr() for parameter in model.parameters()} == memory
 
 
+def test_an_adapter_does_not_lie_in_its_file(tmp_path: Path):
+    """Whose changes would reach a server that runs, and whose places change how products are rounded."""
+    base = make_base(tmp_path / "base")
+    model = loaded(base)
+    adapters = Adapters(model)
+    adapters.add("a", make_adapter(tmp_path / "a", base))
+    adapters.use("a")
+    before = scores(model)
+    with open(tmp_path / "a" / "adapter_model.safetensors", "r+b") as file:
+        file.seek(-64, 2)
+        file.write(bytes(64))
+    assert torch.equal(scores(model), before)
+    assert not any(parameter.data_ptr() % 64 for parameter in model.parameters())
+
+
 def test_an_unknown_name_and_a_name_given_twice(tmp_path: Path):
     base = make_base(tmp_path / "base")
     adapters = Adapters(loaded(base))
