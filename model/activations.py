@@ -191,7 +191,8 @@ class Activations:
         # An adapter may have taken the place of a layer.
         embedding: Any = getattr(self._model.embed_tokens, "weight", None)
         is_tied = embedding is not None and getattr(self._model.lm_head, "weight", None) is embedding
-        tied = embedding.nbytes if is_tied and embedding.requires_grad else 0
+        # autograd converts it before it waits.
+        tied = embedding.numel() * self._grad_dtype.itemsize if is_tied and embedding.requires_grad else 0
         return Costs(kinds, kind_of, shared, embedding_kept, embedding_peak, loss_peak, tied, loss_time)
 
     def _block_costs(self, part: _Part, beat: Callable[[], object]) -> BlockCosts:

@@ -133,6 +133,7 @@ def built(
 CASES = {
     "float32": (CONFIG, torch.float32, 0.0, False), "bfloat16, dropout": (CONFIG, torch.bfloat16, 0.2, False),
     "experts": (SPARSE, torch.float32, 0.0, False), "tied": (TIED, torch.float32, 0.0, False),
+    "tied, bfloat16": (TIED, torch.bfloat16, 0.0, False),
     "frozen": (CONFIG, torch.float32, 0.0, True),
 }  # fmt: skip
 MIXED = ("nothing", "matmuls", "all"), ("all", "nothing", "matmuls")
