@@ -57,6 +57,12 @@ def talk(chat: Chat, served: "Served") -> None:
 
 def switch(chat: Chat, served: "Served", name: str) -> None:
     """Go on with another adapter, or say why not. What was said stays."""
+    if not served.names:
+        tell("no adapter is loaded: give some with --adapter at the start")
+        return
+    if not name:
+        tell(f"in use is {served.active or 'no adapter'}, of {', '.join([*served.names, NO_ADAPTER])}: {_ADAPTER} NAME")
+        return
     try:
         served.use(None if name == NO_ADAPTER else name)
     except ValueError as error:

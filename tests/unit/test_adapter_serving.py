@@ -56,6 +56,7 @@ def test_a_talk_goes_on_with_another_adapter(
     assert len(set(alone)) == 3 and both.out == alone[0] + "".join(alone)
     for sentence in ("goes on with the adapter two", "goes on with no adapter",
                      "there is no adapter c: loaded are a, two",
+                     "in use is no adapter, of a, two, none: /adapter NAME",
                      "/adapter NAME goes on with another one: a, two, none"):  # fmt: skip
         assert sentence in both.err
 
