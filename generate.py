@@ -47,7 +47,7 @@ def talk(chat: Chat, served: "Served") -> None:
             return
         if question == "/reset":
             chat.reset()
-        elif question.split()[:1] == [_ADAPTER]:
+        elif served.names and question.split()[:1] == [_ADAPTER]:
             switch(chat, served, question.removeprefix(_ADAPTER).strip())
         elif question.startswith("/") and question[1:].isalpha():
             print(help_text if question == "/help" else f"{question} is not a command. {help_text}", file=sys.stderr)

@@ -59,6 +59,10 @@ def test_a_talk_goes_on_with_another_adapter(
                      "in use is no adapter, of a, two, none: /adapter NAME",
                      "/adapter NAME goes on with another one: a, two, none"):  # fmt: skip
         assert sentence in both.err
+    # Without adapters it is no command, but a question like any other.
+    assert talk(folder, monkeypatch, "/adapter a\n") == 0
+    plain = capsys.readouterr()
+    assert plain.out and not plain.err
 
 
 def test_tokenizer_and_ends_are_the_adapters_own(
