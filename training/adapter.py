@@ -186,7 +186,7 @@ def _require_same_adapter(
     of_folder = Adapter(spec, None, adapter, "", False).in_config(config)
     for name in (*_FLAGS, *_NAMES):
         asked, has = getattr(config, name), getattr(of_folder, name)
-        if name in names and asked != has and not (name in _NAMES and _means_same(config, spec, shape)):
+        if name in names and asked != has and not (name in _NAMES and _means_same(of_folder, name, asked, shape)):
             raise ValueError(
                 f"--{name}={asked} does not fit the adapter in {adapter}, which has {'none' if has == '' else has}: "
                 f"leave it out"
@@ -199,12 +199,16 @@ def _require_same_adapter(
         )
 
 
-def _means_same(config: AdapterConfig, spec: LoraSpec, shape: ModelConfig) -> bool:
-    """Whether names of flags, such as all-linear, mean the same parameters as those of an adapter."""
+def _means_same(has: AdapterConfig, name: str, asked: str, shape: ModelConfig) -> bool:
+    """Whether names that are asked for, such as all-linear, mean the same parameters as those of an adapter.
+
+    Args:
+        name: of the flag that gives them.
+    """
     trained = []
-    for each in (LoraSpec.of(replace(config, lora_r=spec.r, use_dora=spec.use_dora)), spec):
+    for each in (replace(has, **{name: asked}), has):
         model = hf.outline(shape)
-        lora.attach(model, each, seed=0)
+        lora.attach(model, LoraSpec.of(each), seed=0)
         trained.append({*peft.adapted_layers(model), *peft.whole_parameters(model)})
     return trained[0] == trained[1]
 

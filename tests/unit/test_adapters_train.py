@@ -245,6 +245,8 @@ def test_adapters_that_cannot_be_trained_are_refused(
         (sft_flags, [*LORA, "--rope_theta=50"], "--rope_theta=50.0: an adapter is for its base as it is"),
         (sft_flags, [*LORA, "--num_local_experts=4"], "leave out the adapter"),
         (sft_flags, [f"--adapter={adapter}", "--lora_alpha=3"], "--lora_alpha=3.0 does not fit the adapter in"),
+        (sft_flags, [f"--adapter={adapter}", *LORA, "--lora_modules_to_save=embed_tokens"],
+         "--lora_modules_to_save=embed_tokens does not fit the adapter in"),
         (sft_flags, [f"--adapter={other}"], "was trained on other weights than those in"),
         (sft_flags, [f"--adapter={pickled}"], "only adapter_model.bin, which may run code"),
         (sft_flags, [f"--adapter={home.model}"], "holds no adapter_config.json"),
