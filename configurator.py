@@ -97,6 +97,8 @@ def parse_config(argv: list[str]) -> tuple[Config, frozenset[str]]:
         saved_path = Path(merged.get("out_dir", RunConfig.out_dir)) / CONFIG_NAME
         # The paths in it were expanded when it was written.
         saved = _read_yaml(saved_path) if saved_path.exists() else {}
+    if saved and "adapter" in merged:
+        _require_adapter_of(saved, str(merged["adapter"]))
     if saved and "size" in merged:
         _require_size_of(saved, merged)
         for source in (from_file, command):
@@ -174,6 +176,18 @@ def _values_of_size(told: dict[str, Any]) -> dict[str, Any]:
     if has_length:
         values.pop("max_iters", None)
     return values
+
+
+def _require_adapter_of(saved: dict[str, Any], asked: str) -> None:
+    """Refuse an adapter other than the one that a resumed run began with, since it goes on with its own checkpoint's.
+
+    Args:
+        saved: the configuration of the run that is resumed.
+    Raises:
+        ValueError: the run began with another adapter, and has no reference that may have to be computed from it again.
+    """
+    if asked != saved.get("adapter", "") and saved.get("task_type") != "dpo":
+        raise ValueError(f"--adapter={asked}: a resumed run goes on with its own: leave it out, or begin a new run")
 
 
 def _require_size_of(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -333,6 +347,8 @@ def _coerce(name: str, value: Any) -> Any:
     elif kind is str:
         if type(value) in (str, int):
             return str(value)
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            raise ValueError(f"{name} must be one text, got a list: join its parts as in {','.join(value)}")
         if not isinstance(value, (list, dict)):
             # `no`, 1.10 or a date would become a text that nobody wrote.
             raise ValueError(f"{name} is a text: put it in quotes, as YAML reads it as {shown(value)}")

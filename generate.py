@@ -47,7 +47,7 @@ def talk(chat: Chat, served: "Served") -> None:
             return
         if question == "/reset":
             chat.reset()
-        elif question.split()[:1] == [_ADAPTER]:
+        elif served.names and question.split()[:1] == [_ADAPTER]:
             switch(chat, served, question.removeprefix(_ADAPTER).strip())
         elif question.startswith("/") and question[1:].isalpha():
             print(help_text if question == "/help" else f"{question} is not a command. {help_text}", file=sys.stderr)
@@ -57,6 +57,12 @@ def talk(chat: Chat, served: "Served") -> None:
 
 def switch(chat: Chat, served: "Served", name: str) -> None:
     """Go on with another adapter, or say why not. What was said stays."""
+    if not served.names:
+        tell("no adapter is loaded: give some with --adapter at the start")
+        return
+    if not name:
+        tell(f"in use is {served.active or 'no adapter'}, of {', '.join([*served.names, NO_ADAPTER])}: {_ADAPTER} NAME")
+        return
     try:
         served.use(None if name == NO_ADAPTER else name)
     except ValueError as error:

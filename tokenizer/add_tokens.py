@@ -93,8 +93,8 @@ def require_grown(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     for number, token in enumerate(tokens):
         if tokenizer.added_ids.get(token) != first + number:
             raise ValueError(
-                f"the token {token!r} of --add_tokens does not have the id {first + number} in the tokenizer at hand, "
-                f"which was grown by other tokens: give the same file, or begin a new run"
+                f"the data's tokenizer does not end with the tokens of --add_tokens, of which {token!r} would have the "
+                f"id {first + number}: give the file that it was grown by, or none; a resumed run takes no other"
             )
 
 

@@ -113,6 +113,9 @@ def plan_adapter(
             raise ValueError("an adapter needs weights to stand on: give --init_from")
         if config.load_in_4bit:
             raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
+        if idle := [n for n in (*_FLAGS, *_NAMES) if n in given and getattr(config, n) not in (None, False)]:
+            # All weights would train, at a rate that is meant for an adapter.
+            raise ValueError(f"--{idle[0]} is for an adapter: give --lora_r, too, or leave it out to train all weights")
         return None
     if weights.adapter is None and is_resumed:
         raise ValueError(
@@ -122,6 +125,11 @@ def plan_adapter(
     _require_bases_config(shape, weights.base)
     if weights.adapter is None:
         spec = LoraSpec.of(config, new_rows)
+        if spec.r > shape.hidden_size:
+            raise ValueError(
+                f"--lora_r={spec.r} is more than the rank of any matrix of the model, at most {shape.hidden_size}: 8 "
+                f"to 64 are usual"
+            )
     else:
         spec = folder.check(shape, weights.adapter)
         compared = {*_FLAGS, *_NAMES} if is_resumed and config.lora_r is not None else given
@@ -179,7 +187,10 @@ def _require_same_adapter(
     for name in (*_FLAGS, *_NAMES):
         asked, has = getattr(config, name), getattr(of_folder, name)
         if name in names and asked != has and not (name in _NAMES and _means_same(config, spec, shape)):
-            raise ValueError(f"--{name}={asked} does not fit the adapter in {adapter}, which has {has}: leave it out")
+            raise ValueError(
+                f"--{name}={asked} does not fit the adapter in {adapter}, which has {'none' if has == '' else has}: "
+                f"leave it out"
+            )
     if config.add_tokens and (config.train_added_tokens == "new") != bool(spec.token_ids):
         has = "new rows alone" if spec.token_ids else "all rows"
         raise ValueError(

@@ -176,7 +176,9 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
         logger.warning(sentence)
     if begins.base is not None and config.run.init_from:
         warn_of_length(begins.base, config.data.max_seq_len)
-    warn_of_default_rate(config.optimizer, given)
+    if not config.run.resume:
+        # A resumed run was begun with its rate.
+        warn_of_default_rate(config.optimizer, given)
 
 
 def _open_engine(

@@ -211,7 +211,8 @@ def _check_adapter(config: Config) -> None:
         raise ValueError(f"{name}: an adapter needs weights to stand on: give them with --init_from")
     if config.optimizer.optimizer == "muon":
         raise ValueError(
-            "--optimizer=muon is for whole matrices of the blocks, not for an adapter's two thin factors: leave it out"
+            "--optimizer=muon is for whole matrices of the blocks, not for an adapter's two thin factors: give "
+            "--optimizer=adamw"
         )
     if config.model.router_bias_update_rate:
         raise ValueError(

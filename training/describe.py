@@ -65,7 +65,8 @@ def describe(built: Built, counted: Flops) -> list[str]:
     config, device = built.config, built.context.device
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
-        _model(built.model, built.export.family(built.model.config).model_type, built.dtype, device),
+        _model(built.model, built.export.family(built.model.config).model_type, built.dtype, device)
+        + (", the blocks' matrices in 4 bits" if config.adapter.load_in_4bit else ""),
         *([_adapter(built.model, built.adapter)] if built.adapter is not None else []),
         f"parallel: {built.engine.describe()}",
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),

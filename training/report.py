@@ -155,8 +155,8 @@ def report_end(
     run_dir, progress = built.run_dir, built.progress
     ending = RunEnd(
         run_dir.path, finished, progress.step, built.derived.max_iters, steps_now, seconds, progress.tokens,
-        train_loss, built.config.run.task.teaches_chat, _resume_command(built.context, run_dir.path),
-        run_dir.saver.retention,
+        train_loss, built.config.run.task.teaches_chat, built.config.adapter.load_in_4bit,
+        _resume_command(built.context, run_dir.path), run_dir.saver.retention,
     )  # fmt: skip
     reslog.write("end", step=progress.step, reason="finished" if finished else "stopped on request")
     try:

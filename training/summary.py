@@ -32,6 +32,8 @@ class RunEnd:
     """Loss of the last step, if this launch did one."""
     has_chat: bool
     """Whether the model is trained on conversations."""
+    in_4bit: bool
+    """Whether its frozen matrices were in 4 bits."""
     resume: str
     """The command to continue, or words for it."""
     retention: Retention
@@ -56,6 +58,7 @@ def summary_lines(end: RunEnd) -> Iterator[str]:
     if not end.finished:
         yield f"go on: {end.resume}"
     talk = "--chat" if end.has_chat else '--prompt "..."'
+    talk += " --load_in_4bit" if end.in_4bit else ""
     yield f"{'talk to it' if end.has_chat else 'complete a text'}: python generate.py --ckpt {run} {talk}"
     yield f"see its curves: python -m utils.resplot {run}"
 

@@ -53,6 +53,8 @@ class AdapterConfig:
         require_share_below_1(self, "lora_dropout")
         if self.lora_r is not None and not names_of(self.lora_target_modules):
             raise ValueError("lora_target_modules names no layer: give some, such as q_proj,v_proj, or all-linear")
+        if ALL_LINEAR in (names := names_of(self.lora_target_modules)) and len(names) > 1:
+            raise ValueError(f"lora_target_modules has {ALL_LINEAR} beside other names: give it alone")
         if self.add_tokens and self.adapter:
             raise ValueError("--add_tokens: an adapter cannot be given more tokens: leave out --adapter, or merge it")
 

@@ -250,7 +250,8 @@ def _chosen_layers(model: Decoder, targets: tuple[str, ...]) -> dict[str, Linear
     if unknown := [name for name in targets if not any(_fits(layer, name) for layer in layers)]:
         kinds = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
-            f"lora_target_modules fits no layer of the model with {', '.join(unknown)}: it has {', '.join(kinds)}"
+            f"lora_target_modules fits no layer of the model with {', '.join(unknown)}: it has {', '.join(kinds)}; "
+            f"{ALL_LINEAR} means all of them"
         )
     return {name: layer for name, layer in layers.items() if any(_fits(name, target) for target in targets)}
 

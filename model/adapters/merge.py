@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from checkpoint.choosing import resolve_checkpoint_dir
 from model import hf
-from model.adapters.folder import Weights, fingerprint, require_base, weights_of
+from model.adapters.folder import Weights, base_of, fingerprint, is_adapter, require_base, weights_of
 from model.adapters.lora import LoraLinear, merged_matrix
 from model.adapters.outline import brought, read_adapter
 from model.adapters.tokens import WITH_ROWS, TrainedRows, with_rows
@@ -130,8 +130,11 @@ def find(base: Path | None, adapter: Path) -> Weights:
         OSError: a disk or a network fails, and may be back later.
     """
     found = resolve_checkpoint_dir(adapter)
-    weights = weights_of(resolve_checkpoint_dir(base), found) if base is not None else weights_of(found)
-    if weights.adapter is None:
+    if base is not None:
+        weights = weights_of(resolve_checkpoint_dir(base), found)
+    elif is_adapter(found):
+        weights = Weights(base_of(found, "give its place with --base"), found)
+    else:
         raise ValueError(f"{adapter} holds a whole model: give the folder of an adapter")
     require_base(weights, fingerprint(weights.base))
     return weights

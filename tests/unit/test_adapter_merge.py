@@ -117,6 +117,8 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (noted / "adapter_base.json").write_text(json.dumps({"base": str(base), "fingerprint": "another"}))
     pickled = shutil.copytree(adapter, tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    gone = shutil.copytree(noted, tmp_path / "gone")
+    (gone / "adapter_base.json").write_text(json.dumps({"base": str(tmp_path / "moved"), "fingerprint": "another"}))
     (tmp_path / "empty").mkdir()
     for flags, sentence in (
         ({"output": base}, "exists: give a new folder"),
@@ -125,6 +127,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ({"adapter": tmp_path / "empty"}, "empty is neither a run, nor a checkpoint"),
         ({"base": adapter}, "give the base"),
         ({"base": other}, "in the model"),
+        ({"adapter": gone}, "moved, which is not there: give its place with --base"),
         ({"adapter": noted}, "was trained on other weights than those in"),
         ({"adapter": pickled}, "only adapter_model.bin, which may run code"),
         ({"max_shard_size": "much"}, "max_shard_size must be a size such as 500MB"),

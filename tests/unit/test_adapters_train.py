@@ -237,7 +237,11 @@ def test_adapters_that_cannot_be_trained_are_refused(
     for flags, more, says in (
         (sft_flags, ["--lora_r=0"], "lora_r must be positive, got 0"),
         (sft_flags, ["--lora_r=4", "--lora_target_modules=c_attn"], "fits no layer of the model with c_attn"),
-        (sft_flags, [*LORA, "--optimizer=muon"], "--optimizer=muon is for whole matrices"),
+        (sft_flags, ["--lora_r=4", "--lora_target_modules=all-linear,q_proj"], "all-linear beside other names"),
+        (sft_flags, ["--lora_r=65"], "--lora_r=65 is more than the rank of any matrix of the model, at most 64"),
+        (sft_flags, ["--lora_alpha=16"], "--lora_alpha is for an adapter: give --lora_r, too"),
+        (sft_flags, ["--use_dora"], "--use_dora is for an adapter: give --lora_r, too"),
+        (sft_flags, [*LORA, "--optimizer=muon"], "two thin factors: give --optimizer=adamw"),
         (sft_flags, [*LORA, "--rope_theta=50"], "--rope_theta=50.0: an adapter is for its base as it is"),
         (sft_flags, [*LORA, "--num_local_experts=4"], "leave out the adapter"),
         (sft_flags, [f"--adapter={adapter}", "--lora_alpha=3"], "--lora_alpha=3.0 does not fit the adapter in"),

@@ -126,6 +126,7 @@ def test_yaml_lies_between_the_defaults_and_the_command_line(tmp_path: Path):
     ("data_dir: $NO_SUCH/d", "data_dir=$NO_SUCH/d: $NO_SUCH is not set"), ("a: &a [x]\nseed: *a", "a is unknown"),
     ("seed: 1\n---\nseed: 2", "document"), ("!!python/object/apply:os.getcwd []", "constructor"), ("\xff", "cannot be"),
     ("#" * (2 << 20), "larger than"), ("task_type: [sft]", "got a list"), ("dtype: null", "has no value"),
+    ("lora_target_modules: [q_proj, v_proj]", "got a list: join its parts as in q_proj,v_proj"),
     ("train_batch_size: true", "of type int"), ("valid_ratio: 5%", "of type float"), ("seed: " + "9" * 900, "..."),
 ])  # fmt: skip
 def test_bad_yaml_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str):
@@ -344,6 +345,14 @@ def test_a_run_that_was_begun_without_a_size_gets_none(tmp_path: Path):
         assert without_effect(config, given) == [
             "--size has no effect on this run, which was begun without one: its values are those saved"
         ]
+
+
+def test_a_resumed_run_takes_no_other_adapter(tmp_path: Path):
+    flags = ["--resume", f"--out_dir={tmp_path}"]
+    saved_run(tmp_path, "--init_from=base", "--adapter=first")
+    assert parse_config([*flags, "--adapter=first"])[0].adapter.adapter == "first"
+    with pytest.raises(ValueError, match="--adapter=second: a resumed run goes on with its own"):
+        parse_config([*flags, "--adapter=second"])
 
 
 def test_a_new_epoch_beats_the_saved_max_iters(tmp_path: Path):

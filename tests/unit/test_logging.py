@@ -206,10 +206,10 @@ def test_a_run_ends_with_where_everything_is(
 def test_the_summary_of_a_run_without_validation(tmp_path: Path):
     (tmp_path / "reslog.jsonl").write_text('{"name": "valid", "time": 1, "step": 3, "loss": "nan"}\n')
     ending = RunEnd(
-        tmp_path, True, 5, 5, 1, 3725.0, 1234567, None, True, "-", Retention()
+        tmp_path, True, 5, 5, 1, 3725.0, 1234567, None, True, True, "-", Retention()
     )  # fmt: skip
     lines = list(summary_lines(ending))
     assert lines[0] == "finished at step 5 of 5: 1 step in 1:02:05, 1,234,567 tokens in the whole run"
     assert lines[1] == "loss: nan in validation at step 3"
-    assert f"talk to it: python generate.py --ckpt {tmp_path} --chat" in lines
+    assert f"talk to it: python generate.py --ckpt {tmp_path} --chat --load_in_4bit" in lines
     assert not any(line.startswith(("checkpoints", "go on")) for line in lines)
