@@ -4,6 +4,7 @@
     served.use("poems")
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from model.generation_config import read_adapters_generation_config
 from serving.arguments import name_of, require_new
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.loading import has_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Speech(NamedTuple):
@@ -108,6 +111,8 @@ def load(
     for name, adapter in found.items():
         folder.require_base(folder.Weights(base, adapter), fingerprint)
         folder.check(config, adapter)
+        if sentence := folder.told_precision(adapter, in_4bit):
+            logger.warning(sentence)
         _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
     model = hf.outline_in_4bit(config, device, dtype) if in_4bit else Decoder(config)
     hf.load_weights(model, base)

@@ -11,6 +11,7 @@ import torch
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
+from model.adapters import folder
 from model.adapters.folder import Weights
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
@@ -172,6 +173,8 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
     sentences = without_effect(replace(config, model=begins.shape), given)
     if begins.adapter is None:
         sentences.append(export.warning(begins.shape))
+    elif begins.adapter_dir is not None:
+        sentences.append(folder.told_precision(begins.adapter_dir, config.adapter.load_in_4bit))
     for sentence in filter(None, sentences):
         logger.warning(sentence)
     if begins.base is not None and config.run.init_from:

@@ -32,6 +32,7 @@ from model.families import family_of
 from model.families.family import EMBEDDING, HEAD
 from model.hf import check_finite, check_header, opened, outline
 from model.hf_files import read_json, shown, weight_files
+from model.quantized import Linear4bit
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "adapter_base.json"
 _PICKLE = "adapter_model.bin"
@@ -67,6 +68,8 @@ class Note(NamedTuple):
     fingerprint: str
     targets: tuple[str, ...] | None = None
     """Our names of the adapted layers, if the family fuses some of them."""
+    in_4bit: bool = False
+    """Whether the base was in 4 bits."""
 
 
 def is_adapter(directory: Path) -> bool:
@@ -126,7 +129,22 @@ def read_note(adapter: Path) -> Note | None:
     if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("base", "fingerprint")):
         raise ValueError(f"{path} must name a base and its fingerprint, and holds {shown(values)}")
     targets = values.get("targets")
-    return Note(values["base"], values["fingerprint"], tuple(map(str, targets)) if targets else None)
+    named = tuple(map(str, targets)) if targets else None
+    return Note(values["base"], values["fingerprint"], named, values.get("in_4bit") is True)
+
+
+def told_precision(adapter: Path, in_4bit: bool) -> str:
+    """A sentence about a base in another precision than the one that the adapter was trained on; empty: it is the same,
+    or nobody knows.
+
+    Args:
+        in_4bit: whether the base is in 4 bits now.
+    """
+    note = read_note(adapter)
+    if note is None or note.in_4bit == in_4bit:
+        return ""
+    trained, to_do = ("in 4 bits", "add") if note.in_4bit else ("as it is", "leave out")
+    return f"the adapter in {adapter} was trained with its base {trained}: {to_do} --load_in_4bit to use it on the same"
 
 
 def require_base(weights: Weights, fingerprint: str) -> bool:
@@ -306,6 +324,8 @@ def saved_files(model: Decoder, spec: LoraSpec, base: Path, fingerprint: str) ->
     note: dict[str, object] = {"base": str(base), "fingerprint": fingerprint}
     if peft.is_fused(model):
         note["targets"] = peft.adapted_layers(model)
+    if any(isinstance(layer, Linear4bit) for layer in model.modules()):
+        note["in_4bit"] = True
     return Saved(
         trained, partial(peft.to_theirs, model), {CONFIG: peft.to_peft(model, spec, str(base)), BASE: note}
     )

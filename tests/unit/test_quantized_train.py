@@ -59,4 +59,10 @@ def test_frozen_weights_need_something_that_trains(qlora_run: list[str], tmp_pat
     flags = [*elsewhere(others, tmp_path / "on"), "--load_in_4bit"]
     assert train_my_ddp.main([*flags, f"--init_from={tmp_path / 'base'}"]) == 2
     assert "--load_in_4bit freezes the weights: give --lora_r" in capsys.readouterr().out
+    capsys.readouterr()
     assert train_my_ddp.main([*flags, f"--init_from={out_dir(qlora_run)}"]) == 0
+    told = "was trained with its base in 4 bits: add --load_in_4bit"
+    assert told not in capsys.readouterr().out
+    as_it_is = [flag for flag in elsewhere(others, tmp_path / "as it is") if flag != "--load_in_4bit"]
+    assert train_my_ddp.main([*as_it_is, f"--init_from={out_dir(qlora_run)}"]) == 0
+    assert told in capsys.readouterr().out
