@@ -9,6 +9,7 @@ _OTHER_NAMES = {
     "block_size": "max_seq_len", "context_length": "max_seq_len", "fp16": "dtype=float16", "bf16": "dtype=bfloat16",
     "gpus": "nproc", "num_gpus": "nproc", "devices": "nproc", "nproc_per_node": "nproc", "num_processes": "nproc",
     "model": "init_from", "model_name_or_path": "init_from", "config": "exp_config_file",
+    "dropout": "hidden_dropout",
 }  # fmt: skip
 """Name in other programs -> our flag, where similar spelling alone would suggest a wrong one."""
 

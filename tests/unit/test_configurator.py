@@ -53,6 +53,7 @@ def test_booleans(argv: list[str], value: bool):
         (["--bf16"], "--bf16 is unknown: did you mean --dtype=bfloat16?"),
         (["--gpus", "2"], "--gpus is unknown: did you mean --nproc?"),
         (["--config=a.yaml"], "--config is unknown: did you mean --exp_config_file?"),
+        (["--dropout=0.1"], "--dropout is unknown: did you mean --hidden_dropout?"),
         (["--zzzzzz=1"], "--zzzzzz is unknown"),
         (["--hidden_dim=8"], "--hidden_size"),
         (["--n_layers=8"], "--num_hidden_layers"),
