@@ -367,6 +367,18 @@ def check_weights(config: ModelConfig, directory: str | Path) -> None:
     _find_weights(directory, outline(config))
 
 
+def outline_in(config: ModelConfig, device: torch.device, dtype: torch.dtype, *options: Any) -> Decoder:
+    """A model for `load_weights` on its device, in its dtype: so memory never holds another copy. It has no values.
+
+    Args:
+        options: further arguments of Decoder.
+    """
+    model = outline(config, *options).to(dtype).to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
 def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtype, *options: Any) -> Decoder:
     """A model for `load_weights` on its device, in its dtype, whose blocks keep their matrices in 4 bits. It has no
     values.

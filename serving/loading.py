@@ -114,7 +114,7 @@ def load(
         if sentence := folder.told_precision(adapter, in_4bit):
             logger.warning(sentence)
         _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
-    model = hf.outline_in_4bit(config, device, dtype) if in_4bit else Decoder(config)
+    model = (hf.outline_in_4bit if in_4bit else hf.outline_in)(config, device, dtype)
     hf.load_weights(model, base)
     served = Served(model.to(device=device, dtype=dtype), speech)
     for name, adapter in found.items():

@@ -265,8 +265,10 @@ def build_model(
     options = system.gradient_checkpointing, system.checkpoint_keeps, ops
     if in_4bit:
         model = hf.outline_in_4bit(shape, device, dtype, *options)
-    else:
+    elif weights is None or upcycle.is_upcycled(stored, shape):
         model = Decoder(shape, *options)
+    else:
+        model = hf.outline_in(shape, device, dtype, *options)
     if weights is None:
         model.initialize(seed)
     else:
