@@ -25,8 +25,14 @@ and dropout of the model, whose masks our kernels do not keep.
 Shapes: N tokens of a micro-batch, C hidden size, V vocabulary, I width of the feed-forward layer.
 """
 
+from utils import environment
+
+if __name__ == "__main__":
+    environment.check()
+
 import argparse
 import math
+import sys
 from dataclasses import dataclass, field, replace
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
@@ -42,6 +48,7 @@ from model.shapes import (
     parameters_of,
     trained_of,
 )
+from utils.terminal import run_main
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SCALE = 4 / 256
@@ -462,9 +469,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    given = vars(parser.parse_args(argv))
+def main(argv: list[str] | None = None) -> int:
+    given = vars(_parser().parse_args(argv))
     adapter = {name: given.pop(name) for name in [*given] if name in AdapterConfig.__dataclass_fields__}
     size, folder = given.pop("size"), given.pop("init_from")
     plan = TrainingPlan(**given, adapter=AdapterConfig(**adapter))
@@ -472,7 +478,9 @@ def main(argv: list[str] | None = None) -> None:
         name, config = SIZES[size] if size else (folder, _read_shape(folder))
         print(table(name, config.resolve(max_seq_len=plan.max_seq_len), plan))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        print(f"memory: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _read_shape(folder: str) -> ModelConfig:
@@ -483,4 +491,4 @@ def _read_shape(folder: str) -> ModelConfig:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

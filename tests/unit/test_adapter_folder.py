@@ -17,6 +17,7 @@ from model.adapters import folder, lora
 from model.adapters.folder import Weights
 from model.adapters.lora import LoraSpec
 from model.families import family_named
+from tests.peers import peer
 
 IDS = torch.arange(24).view(2, 12)
 ADAPTERS: dict[str, LoraSpec] = {
@@ -97,7 +98,7 @@ def test_peft_reads_ours_and_we_read_it_back(name: str, tied: bool, tmp_path: Pa
     again = read(base, path)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     assert folder.weights_of(path) == Weights(base, path)
-    pytest.importorskip("peft")
+    peer("peft")
     theirs = scores_of_peft(base, path)
     assert (theirs - scores(model)).abs().max() < 1e-5 and (theirs - scores(read_plain(base))).abs().max() > 1e-3
 
@@ -121,7 +122,7 @@ THEIRS: dict[str, dict] = {
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_we_read_pefts(name: str, tmp_path: Path):
-    peft = pytest.importorskip("peft")
+    peft = peer("peft")
     from transformers import AutoModelForCausalLM
 
     base = write_base(tmp_path / "base", config())
@@ -182,7 +183,7 @@ def merged_by_hand(base: Path, adapter: Path) -> Path:
 
 
 def test_peft_adapts_a_bloom_as_a_whole(tmp_path: Path):
-    pytest.importorskip("peft")
+    peer("peft")
     base, spec = write_base(tmp_path / "base", fused("bloom")), LoraSpec(2, 4.0, 0.0, ("all-linear",), (), False, True)
     model = adapted(base, spec)
     path = write(tmp_path / "adapter", model, spec, base)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from model.adapters import merge as merging
 from model.hf_files import INDEX
 from tests.adapter_folders import load, make_adapter, make_base, scores_by_peft
+from tests.peers import peer
 from tests.unit.test_adapter_switch import loaded, scores
 
-pytest.importorskip("peft")
+peer("peft")
 pytest.importorskip("transformers")
 
 TIED = {"target_modules": "all-linear", "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}

@@ -14,9 +14,10 @@ from serving import generation
 from serving.arguments import parse_adapters
 from serving.loading import load
 from tests.adapter_folders import make_adapter
+from tests.peers import peer
 from tests.unit.test_chat import complete, folder, talk, tokenizer
 
-pytest.importorskip("peft")
+peer("peft")
 pytest.importorskip("transformers")
 __all__ = ["folder", "tokenizer"]
 
@@ -98,7 +99,7 @@ def test_tokenizer_and_ends_are_the_adapters_own(
 @torch.no_grad()
 def test_adapters_of_a_model_in_4_bits(folder: Path, adapters: list[Path]):
     """As of the plain model that holds the same values."""
-    pytest.importorskip("bitsandbytes")
+    peer("bitsandbytes")
     where, ids = (torch.device("cpu"), torch.float32), torch.arange(24).view(2, 12)
     four, plain = (load(folder, {"two": adapters[1]}, *where, in_4bit=in_4bit) for in_4bit in (True, False))
     for name in ("two", None):

@@ -9,8 +9,9 @@ from torch import Tensor
 from model import Decoder, hf
 from model.adapters.switch import Adapters
 from tests.adapter_folders import IDS, make_adapter, make_base, scores_by_peft
+from tests.peers import peer
 
-pytest.importorskip("peft")
+peer("peft")
 pytest.importorskip("transformers")
 
 

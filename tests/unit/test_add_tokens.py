@@ -15,6 +15,7 @@ from model.adapters import tokens as rows
 from model.config import ModelConfig
 from model.ops import build_ops, choose_ops, needs_of
 from serving.loading import load
+from tests.peers import peer
 from tests.runs import elsewhere, final_state, out_dir, same_bits
 from tests.unit.test_sft_train import (
     WORDS,
@@ -213,7 +214,7 @@ def test_an_adapter_with_new_tokens(
     rows_that_train: str, tied: bool, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     """Saved for PEFT, which computes the same after it has resized the base; stopped and resumed."""
-    peft = pytest.importorskip("peft")
+    peft = peer("peft")
     if not tied:
         untie(tmp_path / "model")
     flags = [*flags, *LORA, f"--train_added_tokens={rows_that_train}"]

@@ -17,6 +17,7 @@ from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from optimizer.rules import new_rules
 from parallel.buffer import SliceWithGrad
 from parallel.gradients import PlainGradients
+from tests.peers import peer
 
 NAME, SHAPE = "layers.0.mlp.up_proj.weight", (75, 64)
 """A parameter of 18 blocks and three quarters."""
@@ -66,7 +67,7 @@ def test_each_value_becomes_the_nearest_of_the_code_book(signed: bool):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_and_values_are_those_of_bitsandbytes(signed: bool):
-    pytest.importorskip("bitsandbytes")
+    peer("bitsandbytes")
     from bitsandbytes import functional
 
     their_book = functional.create_dynamic_map(signed)

@@ -12,6 +12,7 @@ from model.adapters.lora import LoraLinear
 from model.dropout import DropoutKey, dropout
 from tests.adapter_cases import CASES, batch, our_model, peft_model, peft_names, run
 from tests.golden.make_adapters import OUTPUT, picked_gradients, picked_logits
+from tests.peers import peer
 
 GOLDEN = json.loads(OUTPUT.read_text())["results"]
 
@@ -41,7 +42,7 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("name", ["rslora", "dora"])
 def test_as_the_installed_peft_with_dropout(name: str, tmp_path: Path):
-    pytest.importorskip("peft")
+    peer("peft")
     case = CASES[name]._replace(spec=dataclasses.replace(CASES[name].spec, dropout=0.3))
     ours, tokens = our_model(case), batch(0)
     theirs = peft_model(case, ours, tmp_path / "base").train()

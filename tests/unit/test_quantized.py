@@ -18,8 +18,9 @@ from model.adapters.config import ALL_LINEAR
 from model.linear import Linear
 from model.quantized import Linear4bit
 from model.roles import generator_of
+from tests.peers import peer
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
+bitsandbytes = peer("bitsandbytes")
 
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -8,9 +8,10 @@ import pytest
 
 import train_my_ddp
 from model import flops, quantized
+from tests.peers import peer
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
 
-pytest.importorskip("bitsandbytes")
+peer("bitsandbytes")
 
 QLORA = ["--lora_r=4", "--lora_target_modules=all-linear", "--load_in_4bit"]
 SHAPE = ("--hidden_size", "--num_", "--tie")
