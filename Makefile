@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 # Each of these tests runs several processes, which often wait for each other. The longest file goes first, though it
 # has the fewest tests.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
+# One test for each core: threads of their own would only wait for each other.
+ONE_A_CORE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: help setup demo test test-all test-fast chaos lint clean
 
@@ -36,15 +38,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto -m "not soak" tests/unit
+	$(ONE_A_CORE) -m "not soak" tests/unit
 	$(BIN)/python -m pytest $(TWO_FILES) -m "not soak" tests/chaos tests/dist tests/gpu
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto tests/unit
+	$(ONE_A_CORE) tests/unit
 	$(BIN)/python -m pytest $(TWO_FILES) tests/chaos tests/dist tests/gpu
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n auto -m "not slow and not soak" tests/unit
+	$(ONE_A_CORE) -m "not slow and not soak" tests/unit
 	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not soak" tests/chaos tests/dist tests/gpu
 
 chaos: $(READY)
