@@ -175,8 +175,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
         self.norm = new_norm(config, ops)
         self.lm_head = new_head(config, ops)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie_weights()
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         self._compiled_parameters: list[nn.Parameter] = []
         self._watch: Watch | None = None
@@ -184,6 +183,12 @@ class Decoder(nn.Module):
         """What each block keeps, see `set_recompute`."""
         keeps = cast(Keeps, checkpoint_keeps if gradient_checkpointing else "all")
         self.set_recompute([keeps] * config.num_hidden_layers)
+
+    def tie_weights(self) -> None:
+        """Let the head have the embedding's matrix, if the model has one for both. Memory that was given anew has
+        undone this."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def set_recompute(self, keeps: Sequence[Keeps]) -> None:
         """Choose what each block keeps of its forward pass while the model trains. The results are the same."""

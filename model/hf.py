@@ -144,14 +144,14 @@ def read_config(directory: str | Path) -> ModelConfig:
         OSError: a disk or a network fails, and may be back later.
     """
     values = _read_values(directory)
-    with _naming(directory):
+    with naming(Path(directory) / "config.json"):
         return from_hf_config(values)
 
 
 def _read_family(directory: str | Path) -> Family:
     """The family of a folder. Raises: see read_config."""
     values = _read_values(directory)
-    with _naming(directory):
+    with naming(Path(directory) / "config.json"):
         return family_named(_dictionary(values).get("model_type"))
 
 
@@ -164,12 +164,12 @@ def _read_values(directory: str | Path) -> object:
 
 
 @contextmanager
-def _naming(directory: str | Path) -> Iterator[None]:
+def naming(file: Path) -> Iterator[None]:
     """Put the file's name before a sentence about its content."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _rules(family: Family, config: ModelConfig, names: list[str]) -> list[Rule]:
@@ -374,8 +374,7 @@ def outline_in(config: ModelConfig, device: torch.device, dtype: torch.dtype, *o
         options: further arguments of Decoder.
     """
     model = outline(config, *options).to(dtype).to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()
     return model
 
 
@@ -390,8 +389,7 @@ def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtyp
     """
     model = outline(config, *options).to(dtype)
     give_memory(model, device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()
     return model
 
 

@@ -116,7 +116,7 @@ def load(
         _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
     model = (hf.outline_in_4bit if in_4bit else hf.outline_in)(config, device, dtype)
     hf.load_weights(model, base)
-    served = Served(model.to(device=device, dtype=dtype), speech)
+    served = Served(model, speech)
     for name, adapter in found.items():
         served.add(name, adapter, speeches[name])
     served.use(next(iter(found), None))

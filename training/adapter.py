@@ -1,6 +1,5 @@
 """The adapter of a run: which one, on which base, and whether they belong together."""
 
-import logging
 from collections.abc import Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,8 +13,6 @@ from model.adapters.lora import LoraSpec
 from parallel.context import DistContext
 from training.config import RunConfig
 from utils.files import sha256_of_file
-
-logger = logging.getLogger(__name__)
 
 _OF_TRAINING = {
     "vocab_size", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout",

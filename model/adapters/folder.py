@@ -13,9 +13,8 @@ import json
 import os
 import shlex
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.families import family_of
 from model.families.family import EMBEDDING, HEAD
-from model.hf import check_finite, check_header, opened, outline
+from model.hf import check_finite, check_header, naming, opened, outline
 from model.hf_files import read_json, shown, weight_files
 from model.quantized import Linear4bit
 
@@ -176,7 +175,7 @@ def read_spec(adapter: Path, model: Decoder) -> LoraSpec:
         ValueError: a key is not understood, or does not fit the model.
     """
     values, note = _read_config(adapter), read_note(adapter)
-    with _naming(adapter / CONFIG):
+    with naming(adapter / CONFIG):
         return peft.from_peft(values, model, note.targets if note is not None else None)
 
 
@@ -188,15 +187,6 @@ def _read_config(adapter: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{adapter / CONFIG} must hold a dictionary, not {shown(values)}")
     return values
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name before a sentence about its content."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def check(config: ModelConfig, adapter: Path) -> LoraSpec:
@@ -254,7 +244,7 @@ def read_tensors(adapter: Path, model: Decoder) -> dict[str, Tensor]:
         for name in expected:
             found[name] = tensors.get_tensor(name)
             check_finite(file, name, found[name])
-    with _naming(file):
+    with naming(file):
         return peft.to_ours(model, found, are_own)
 
 

@@ -40,8 +40,8 @@ def read_adapter(
     # some products round otherwise.
     values = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(values, strict=False, assign=True)
-    if config.tie_word_embeddings and isinstance(model.lm_head, Head):
-        model.lm_head.weight = model.embed_tokens.weight
+    if isinstance(model.lm_head, Head):
+        model.tie_weights()
     return model
 
 
