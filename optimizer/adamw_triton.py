@@ -24,7 +24,7 @@ from torch import Tensor
 
 from optimizer import triton_launch
 from optimizer.config import AdamWConfig
-from optimizer.triton_launch import constexpr
+from optimizer.triton_launch import constexpr, write_main
 
 tl: Any = None
 """triton.language once the kernels are loaded."""
@@ -57,16 +57,9 @@ def _adamw_kernel(
     exp_avg_sq = (wide_avg_sq + one_minus_beta2 * (wide_grad * wide_grad - wide_avg_sq)).to(tl.float32)
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), sqrt_correction2) + eps
     main -= decay * main + tl.div_rn(step_size * exp_avg, denominator)
-    tl.store(main_ptr + offsets, main, mask=inside)
     tl.store(exp_avg_ptr + offsets, exp_avg, mask=inside)
     tl.store(exp_avg_sq_ptr + offsets, exp_avg_sq, mask=inside)
-    if WRITE_WEIGHTS:
-        if weights_ptr.dtype.element_ty == tl.float16:
-            # Same as `within_range`.
-            main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
-        tl.store(weights_ptr + offsets, main, mask=inside)
-    if ZERO_GRAD:
-        tl.store(grad_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=inside)
+    write_main(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
 
 
 def _sum_of_squares_kernel(x_ptr, partial_ptr, numel, BLOCK: constexpr):
@@ -87,7 +80,7 @@ def _sum_kernel(partial_ptr, total_ptr, count, BLOCK: constexpr):
 
 @cache
 def load_kernels() -> dict[str, Any]:
-    return triton_launch.compiled(_adamw_kernel, _sum_of_squares_kernel, _sum_kernel)
+    return triton_launch.compiled(write_main, _adamw_kernel, _sum_of_squares_kernel, _sum_kernel)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from optimizer import triton_launch
 from optimizer.blockwise import BLOCK, CELL_MASK, CUT_BITS, SMALLEST_SCALE, Quantized, num_blocks, tables_on
 from optimizer.config import AdamWConfig, LionConfig
-from optimizer.triton_launch import constexpr
+from optimizer.triton_launch import constexpr, write_main
 
 tl: Any = None
 """triton.language once the kernels are loaded."""
@@ -45,18 +45,6 @@ def _write(
     tl.store(scales_ptr + rows, scales, mask=inside_rows)
 
 
-def _finish(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr):
-    """Store the main parameters, and the weights; zero the gradients."""
-    tl.store(main_ptr + offsets, main, mask=inside)
-    if WRITE_WEIGHTS:
-        if weights_ptr.dtype.element_ty == tl.float16:
-            # Same as `within_range`.
-            main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
-        tl.store(weights_ptr + offsets, main, mask=inside)
-    if ZERO_GRAD:
-        tl.store(grad_ptr + offsets, tl.zeros_like(main), mask=inside)
-
-
 def _adamw8bit_kernel(
     main_ptr, avg_codes_ptr, avg_scales_ptr, sq_codes_ptr, sq_scales_ptr, grad_ptr, weights_ptr,
     signed_book_ptr, signed_table_ptr, book_ptr, table_ptr, numel,
@@ -76,7 +64,7 @@ def _adamw8bit_kernel(
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * (grad * grad)
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), sqrt_correction2) + eps
     main -= decay * main + tl.div_rn(step_size * exp_avg, denominator)
-    _finish(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
+    write_main(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
     _write(exp_avg, avg_codes_ptr, avg_scales_ptr, signed_table_ptr, offsets, rows, inside, inside_rows,
            smallest_scale, CUT_BITS, CELL_MASK)  # fmt: skip
     _write(exp_avg_sq, sq_codes_ptr, sq_scales_ptr, table_ptr, offsets, rows, inside, inside_rows,
@@ -98,7 +86,7 @@ def _lion8bit_kernel(
     exp_avg = _read(codes_ptr, scales_ptr, book_ptr, offsets, rows, inside, inside_rows)
     ahead = exp_avg + one_minus_beta1 * (grad - exp_avg)
     main -= decay * main + tl.where(ahead > 0.0, lr, tl.where(ahead < 0.0, -lr, 0.0))
-    _finish(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
+    write_main(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
     exp_avg += one_minus_beta2 * (grad - exp_avg)
     _write(exp_avg, codes_ptr, scales_ptr, table_ptr, offsets, rows, inside, inside_rows,
            smallest_scale, CUT_BITS, CELL_MASK)  # fmt: skip
@@ -106,7 +94,7 @@ def _lion8bit_kernel(
 
 @cache
 def load_kernels() -> dict[str, Any]:
-    return triton_launch.compiled(_read, _write, _finish, _adamw8bit_kernel, _lion8bit_kernel)
+    return triton_launch.compiled(_read, _write, write_main, _adamw8bit_kernel, _lion8bit_kernel)
 
 
 def _check(main: Tensor, grad: Tensor, weights: Tensor | None, *states: Quantized) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimizer import triton_launch
 from optimizer.config import LionConfig
-from optimizer.triton_launch import constexpr
+from optimizer.triton_launch import constexpr, write_main
 
 tl: Any = None
 """triton.language once the kernel is loaded."""
@@ -36,20 +36,13 @@ def _lion_kernel(
     ahead = exp_avg + one_minus_beta1 * (grad - exp_avg)
     update = tl.where(ahead > 0.0, lr, tl.where(ahead < 0.0, -lr, 0.0))
     main -= decay * main + update
-    tl.store(main_ptr + offsets, main, mask=inside)
     tl.store(exp_avg_ptr + offsets, (exp_avg + one_minus_beta2 * (grad - exp_avg)).to(tl.float32), mask=inside)
-    if WRITE_WEIGHTS:
-        if weights_ptr.dtype.element_ty == tl.float16:
-            # Same as `within_range`.
-            main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
-        tl.store(weights_ptr + offsets, main, mask=inside)
-    if ZERO_GRAD:
-        tl.store(grad_ptr + offsets, tl.zeros((BLOCK,), dtype=tl.float32), mask=inside)
+    write_main(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS, ZERO_GRAD)
 
 
 @cache
 def load_kernels() -> dict[str, Any]:
-    return triton_launch.compiled(_lion_kernel)
+    return triton_launch.compiled(write_main, _lion_kernel)
 
 
 @torch.no_grad()

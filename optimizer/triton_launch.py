@@ -15,15 +15,31 @@ class constexpr:  # noqa: N801
     replaces this one when a module's kernels are compiled."""
 
 
+tl: Any = None
+"""triton.language once kernels are compiled."""
+
+
+def write_main(main, main_ptr, grad_ptr, weights_ptr, offsets, inside, WRITE_WEIGHTS: constexpr, ZERO_GRAD: constexpr):
+    """The end of every step, called by kernels: store the main parameters, and the weights; zero the gradients."""
+    tl.store(main_ptr + offsets, main, mask=inside)
+    if WRITE_WEIGHTS:
+        if weights_ptr.dtype.element_ty == tl.float16:
+            # Same as `within_range`.
+            main = tl.where(main > 65504.0, 65504.0, tl.where(main < -65504.0, -65504.0, main))
+        tl.store(weights_ptr + offsets, main, mask=inside)
+    if ZERO_GRAD:
+        tl.store(grad_ptr + offsets, tl.zeros_like(main), mask=inside)
+
+
 def compiled(*functions: Callable) -> dict[str, Any]:
-    """Plain functions of one module, written in Triton's language (`tl` in the module), for Triton's compiler or its
-    interpreter: by name, also in the module, so that kernels can call each other."""
+    """Plain functions, written in Triton's language (`tl` in their modules), for Triton's compiler or its interpreter:
+    by name, also in the module of the last one, so that its kernels can call them."""
     import triton
 
-    module = functions[0].__globals__
-    module.update(tl=triton.language, constexpr=triton.language.constexpr)
+    for function in functions:
+        function.__globals__.update(tl=triton.language, constexpr=triton.language.constexpr)
     kernels = {function.__name__: triton.jit(function) for function in functions}
-    module.update(kernels)
+    functions[-1].__globals__.update(kernels)
     return kernels
 
 
