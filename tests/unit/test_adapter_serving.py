@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 from model.adapters import merge as merging
 from model.quantized import Linear4bit
-from serving import generation
 from serving.arguments import parse_adapters
 from serving.loading import load
 from tests.adapter_folders import make_adapter
 from tests.peers import peer
-from tests.unit.test_chat import complete, folder, talk, tokenizer
+from tests.unit.test_chat import complete, folder, generated_tokens, talk, tokenizer
 
 peer("peft")
 pytest.importorskip("transformers")
@@ -80,15 +78,7 @@ def test_tokenizer_and_ends_are_the_adapters_own(
         "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
     )
     assert complete(own, capsys, "--chat", "--prompt=hello")[1] != before[1]
-    said, original = [], generation.generate
-
-    def watched(*arguments: object) -> Iterator[int]:
-        said.append([])
-        for token_id in original(*arguments):
-            said[-1].append(token_id)
-            yield token_id
-
-    monkeypatch.setattr(generation, "generate", watched)
+    said = generated_tokens(monkeypatch)
     assert complete(own, capsys, "--prompt=hello")[0] == 0
     stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
     (own / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))

@@ -17,9 +17,20 @@ from model.config import ModelConfig
 from tasks.config import DPOConfig
 from tasks.dpo import DPOTask
 from tests.runs import elsewhere, final_state, losses, out_dir, records, same_bits
-from tests.unit.test_sft_train import SEQ_LEN, Home, base_flags, cache_file, cache_file_dir, refusal, without
+from tests.unit.test_sft_train import (
+    SEQ_LEN,
+    Home,
+    cache_file,
+    cache_file_dir,
+    dpo_flags,
+    refusal,
+    sft_flags,
+    without,
+)
 from tests.unit.test_train import sigterm, train_until
 from training.adapter import _fingerprint
+
+__all__ = ["dpo_flags", "sft_flags"]
 
 LORA = ["--lora_r=4", "--lora_target_modules=all-linear", "--lora_alpha=16"]
 DROPPED = [*LORA, "--lora_dropout=0.1", "--use_dora", "--lora_modules_to_save=embed_tokens"]
@@ -37,18 +48,6 @@ def _quick_start(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def sft_flags(home: Home, tmp_path: Path) -> list[str]:
-    return [*base_flags(tmp_path), "--task_type=sft", f"--data_dir={home.sft}", f"--init_from={home.model}"]
-
-
-@pytest.fixture
-def dpo_flags(home: Home, tmp_path: Path) -> list[str]:
-    """On a copy of the data, because the reference is kept beside it."""
-    shutil.copytree(home.dpo, tmp_path / "data")
-    return [*base_flags(tmp_path), "--task_type=dpo", f"--data_dir={tmp_path / 'data'}", f"--init_from={home.model}"]
 
 
 def checkpoint(flags: list[str], step: int = 4) -> Path:

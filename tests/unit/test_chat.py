@@ -179,13 +179,8 @@ def test_a_prompt_and_the_context(folder: Path, capsys: pytest.CaptureFixture[st
     assert (code, err.count("\n")) == (0, 1) and "an answer has room for 64 of --max_new_tokens 65" in err
 
 
-@pytest.mark.parametrize("how", [[], ["--chat"]])
-@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
-def test_all_that_the_folder_names_ends_a_text(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str],
-    name: str,
-):  # fmt: skip
-    """An answer, too, beyond the ends that the chat template names."""
+def generated_tokens(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of each text that is generated from now on."""
     said, original = [], generation.generate
 
     def watched(*arguments: object) -> Iterator[int]:
@@ -195,6 +190,17 @@ def test_all_that_the_folder_names_ends_a_text(
             yield token_id
 
     monkeypatch.setattr(generation, "generate", watched)
+    return said
+
+
+@pytest.mark.parametrize("how", [[], ["--chat"]])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_all_that_the_folder_names_ends_a_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: list[str],
+    name: str,
+):  # fmt: skip
+    """An answer, too, beyond the ends that the chat template names."""
+    said = generated_tokens(monkeypatch)
     shutil.copytree(folder, tmp_path / "m")
     assert complete(tmp_path / "m", capsys, "--prompt=hello", *how)[0] == 0
     stop = next(token_id for token_id in said[0][2:] if token_id not in said[0][:2])
