@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from model.decoder import Decoder
+from model.config import ModelConfig
 from model.families.family import Family, Rule
 from model.hf import converted, cut, vocabulary_rows, written_rules
 from model.hf_files import PADDING, index_of, split_into_files
@@ -31,16 +31,17 @@ class SavedFile:
 
 
 def saved_files(
-    model: Decoder, family: Family, vocab_size: int, max_bytes: int
+    config: ModelConfig, parameters: Mapping[str, Tensor], family: Family, vocab_size: int, max_bytes: int
 ) -> tuple[list[SavedFile], dict[str, object] | None]:
     """The files of a model's weights, and the content of their index if there are several.
 
     Args:
+        config: the model's.
+        parameters: all of its parameters, or tensors like them without values.
         vocab_size: rows of the vocabulary that are not padding.
         max_bytes: see split_into_files.
     """
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    rules = written_rules(family, replace(model.config, vocab_size=vocab_size), list(parameters))
+    rules = written_rules(family, replace(config, vocab_size=vocab_size), list(parameters))
     rows = vocabulary_rows(family, parameters, slice(vocab_size))
     # Without values, so that it takes neither memory nor time.
     written = _tensors(rules, rows, None, {name: parameter.to("meta") for name, parameter in parameters.items()})
@@ -50,7 +51,7 @@ def saved_files(
         its_rules = [rule for rule in rules if not set(wanted).isdisjoint(rule.theirs)]
         its_parameters = {ours: parameters[ours] for rule in its_rules for ours in rule.ours}
         files.append(SavedFile(name, its_parameters, partial(_tensors, its_rules, rows, set(wanted))))
-    if vocab_size < model.config.vocab_size:
+    if vocab_size < config.vocab_size:
         padding = vocabulary_rows(family, parameters, slice(vocab_size, None))
         files.append(SavedFile(PADDING, {name: parameters[name] for name in padding}, partial(cut, rows=padding)))
     num_parameters = sum(tensor.numel() for tensor in written.values())

@@ -14,6 +14,16 @@ class ParallelConfig:
     """Library for gradient collectives; auto: nccl on CUDA, otherwise gloo."""
     ddp_impl: Literal["bucketed", "naive"] = "bucketed"
     """naive: all-reduce each gradient after the backward pass, for comparison."""
+    data_parallel: Literal["auto", "fsdp", "hsdp"] = "auto"
+    """auto: the model is whole on every rank. fsdp: torch's FSDP2 cuts it over all ranks; hsdp: over the ranks of a
+    machine (parallel/torch_engines/fsdp.py)."""
+    reshard_after_forward: bool = True
+    """fsdp: give up a block's gathered weights after its forward pass and gather them again in the backward pass
+    (ZeRO-3). Off: keep them (ZeRO-2)."""
+    fsdp_cpu_offload: bool = False
+    """fsdp: keep parameters, gradients and optimizer state in host memory, and step there."""
+    ranks_per_machine: int = 0
+    """Ranks between which the network is fast (0: those that one torchrun has started)."""
     bucket_size: int = 6_553_600
     """Elements at which a bucket is full (default: 25 MiB of float32 gradients)."""
     disable_bucketing: bool = False

@@ -4,9 +4,10 @@
     step               wait for the buckets | norm | step and, with ZeRO-1, gather bucket by bucket
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,17 @@ def _grad_dtype(parts: EngineParts) -> torch.dtype:
     return torch.float32 if parts.config.grad_reduce_in_fp32 else _trained_dtype(parts.model)
 
 
+class Wrapped(Protocol):
+    """A model that sums its gradients over the ranks."""
+
+    @property
+    def observer(self) -> Observer: ...
+
+    def no_sync(self) -> AbstractContextManager[None]: ...
+
+    def finish_grad_sync(self) -> None: ...
+
+
 class WholeModelEngine:
     """The common part of both engines.
 
@@ -80,7 +92,7 @@ class WholeModelEngine:
 
     is_sharded = False
 
-    def __init__(self, parts: EngineParts, ddp: NaiveDDP | DistributedDataParallel, gradients: GradientSource):
+    def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
         self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
@@ -148,6 +160,12 @@ class WholeModelEngine:
 
     def settle(self) -> None:
         """Do nothing: the weights are whole after every step."""
+
+    def outlines(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().to("meta") for name, parameter in self._parts.model.named_parameters()}
+
+    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._parts.model.named_parameters() if name in names}
 
     def check_replicas(self, step: int) -> None:
         self.settle()

@@ -8,10 +8,11 @@ An engine holds the model as the ranks share it, its gradients and its optimizer
 `data_parallel.py` has the engines for a model that is whole on every rank. `engines.py` opens an engine by name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from checkpoint.named import NamedState
@@ -106,6 +107,14 @@ class Engine(Protocol):
     def settle(self) -> None:
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""
 
+    def outlines(self) -> dict[str, Tensor]:
+        """Name of each of the model's parameters -> a tensor like the whole of it, in the compute dtype and without
+        values."""
+
+    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
+        """Parameters of these names, whole, in the compute dtype: for a checkpoint. Collective, and each rank may name
+        others."""
+
     def check_replicas(self, step: int) -> None:
         """Check that ranks agree on the state that they share. Collective.
 
@@ -183,6 +192,8 @@ class EngineParts:
     """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int
+    compute_dtype: torch.dtype = torch.float32
+    """dtype of the weights that matmuls see."""
     alignment: int = ALIGNMENT
     """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
     rebalance: Callable[[Tensor], None] | None = None

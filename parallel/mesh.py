@@ -14,6 +14,9 @@ Today only `data` may be larger than 1.
 
 from dataclasses import dataclass
 
+from parallel.config import ParallelConfig
+from parallel.context import DistContext
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -24,6 +27,8 @@ class Mesh:
     data_size: int = 1
     context_size: int = 1
     tensor_size: int = 1
+    shard_size: int = 1
+    """Neighbours in the data dimension that share one copy of the model, each with its own shard."""
 
     def __post_init__(self):
         assert 0 <= self.rank < self.world_size, self
@@ -49,6 +54,23 @@ class Mesh:
         return self.rank // (self.tensor_size * self.context_size * self.data_size)
 
     @property
+    def shard_rank(self) -> int:
+        """Number of this rank's shard."""
+        return self.data_rank % self.shard_size
+
+    @property
+    def replica_rank(self) -> int:
+        """Number of the copy of the model that this rank's shard belongs to."""
+        return self.data_rank // self.shard_size
+
+    @property
     def counts(self) -> bool:
         """Whether this rank adds to counts and digests: one rank per data rank does."""
         return self.tensor_rank == self.context_rank == self.pipe_rank == 0
+
+
+def plan_mesh(config: ParallelConfig, context: DistContext) -> Mesh:
+    """This rank's place in the mesh that the flags ask for."""
+    size = context.world_size
+    shards = {"auto": 1, "fsdp": size, "hsdp": config.ranks_per_machine or context.local_world_size}
+    return Mesh(context.rank, data_size=size, shard_size=shards[config.data_parallel])

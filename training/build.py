@@ -21,10 +21,10 @@ from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
-from parallel.engines import open_engine
+from parallel.engines import model_cutter, open_engine
 from parallel.gradients import square
 from parallel.layout import ALIGNMENT
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, plan_mesh
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter
@@ -112,7 +112,7 @@ def build(
     check_sinks(config.run.tensorboard, config.run.wandb_project)
     if config.adapter.load_in_4bit:
         require_bitsandbytes()
-    mesh = Mesh(context.rank, data_size=context.world_size)
+    mesh = plan_mesh(config.parallel, context)
     run_dir = open_run_dir(config.run, context, resources)
     is_resumed = run_dir.resumed_from is not None
     if not is_resumed and not config.run.init_from:
@@ -135,7 +135,7 @@ def build(
     _check_balance(config, shape)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
-        begins.new_rows,
+        begins.new_rows, cut=model_cutter(config.parallel, context, mesh, dtype),
     )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
@@ -151,7 +151,7 @@ def build(
     limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
-    engine = _open_engine(config, context, mesh, model, scaler, kernel)
+    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel)
     progress, left_out = Progress(), None
     if is_resumed:
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
@@ -185,8 +185,9 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
 
 
 def _open_engine(
-    config: Config, context: DistContext, mesh: Mesh, model: Decoder, scaler: LossScaler, kernel: str
-) -> Engine:
+    config: Config, context: DistContext, mesh: Mesh, model: Decoder, dtype: torch.dtype, scaler: LossScaler,
+    kernel: str,
+) -> Engine:  # fmt: skip
     flags = config.optimizer
     its_kernel = "torch" if flags.offload_optimizer else kernel
     rules = new_rules(flags.optimizer, config.adamw, config.muon, config.lion, its_kernel, model.roles())
@@ -209,6 +210,7 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )

@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
@@ -238,6 +239,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
     adapter: Adapter | None = None, in_4bit: bool = False, new_rows: range = range(0),
+    cut: Callable[[nn.Module], None] | None = None,
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -248,6 +250,7 @@ def build_model(
         adapter: what is trained instead of the weights; None: they train themselves.
         in_4bit: keep the blocks' matrices in 4 bits; only with an adapter, and weights.
         new_rows: tokens that the weights do not know.
+        cut: lets this rank keep its part of the model alone; the trained part is then in float32.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -280,6 +283,11 @@ def build_model(
         if adapter.loaded_from is not None:
             folder.load(model, adapter.loaded_from)
     model.to(device=device, dtype=dtype)
+    if cut is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        cut(model)
     if system.compile:
         model.compile_blocks()
     return model

@@ -21,11 +21,11 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
     local_state = engine.local_state()
     if local_state is not None:
         writer.add_hook_state(local_state)
+    if built.adapter is None:
+        _add_model(built, writer)
+    elif built.run_dir.place.is_first_of_store:
+        _add_adapter(built, built.adapter, writer)
     if built.run_dir.place.is_first_of_store:
-        if built.adapter is None:
-            _add_model(built, writer)
-        else:
-            _add_adapter(built, built.adapter, writer)
         writer.add_json(GENERATION_CONFIG, built.export.generation.to_hf())
         writer.add_folder(built.export.save_tokenizer)
         writer.add_json(TRAINER_STATE, _trainer_state(built))
@@ -34,9 +34,16 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
 def _add_model(built: Built, writer: CheckpointWriter) -> None:
     export, max_bytes = built.export, parse_size(built.config.run.max_shard_size)
     config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
-    files, index = saved_files(built.model, family, export.vocab_size, max_bytes)
-    for file in files:
-        writer.add_tensors(file.name, file.parameters, {"format": "pt"}, file.convert, are_weights=True)
+    outlines = built.engine.outlines()
+    files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
+    place = built.run_dir.place
+    mine = files if place.is_first_of_store else []
+    whole = built.engine.whole_weights({name for file in mine for name in file.parameters})
+    for file in mine:
+        parameters = {name: whole[name] for name in file.parameters}
+        writer.add_tensors(file.name, parameters, {"format": "pt"}, file.convert, are_weights=True)
+    if not place.is_first_of_store:
+        return
     if index is not None:
         writer.add_json(INDEX, index)
     ids = export.generation.token_ids

@@ -32,6 +32,10 @@ __all__ = ["packed"]
 WHOLE = 1 << 40
 
 
+def _parameters(model: Decoder) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def new(model_type: str, **changes: object) -> Decoder:
     changes = CHANGES.get(model_type, {}) | changes
     model = Decoder(FAMILIES[model_type].new(dataclasses.replace(CONFIG, **changes), changes.keys()).resolve())
@@ -42,7 +46,7 @@ def new(model_type: str, **changes: object) -> Decoder:
 def save(directory: Path, model: Decoder, family: Family, max_bytes: int, vocab_size: int | None = None) -> list[str]:
     """Write a folder; returns the names of its files of tensors."""
     vocab_size = vocab_size or model.config.vocab_size
-    files, index = saved_files(model, family, vocab_size, max_bytes)
+    files, index = saved_files(model.config, _parameters(model), family, vocab_size, max_bytes)
     for file in files:
         tensors = {name: tensor.contiguous() for name, tensor in file.convert(file.parameters).items()}
         save_file(tensors, directory / file.name, {"format": "pt"})
@@ -144,7 +148,7 @@ def test_fused_tensors_take_memory_only_while_their_file_is_written(packed, back
     """A save begins with the parameters themselves; what is joined from them comes file by file."""
     model, joined = new("packed"), []
     monkeypatch.setattr(torch, "cat", lambda tensors, cat=torch.cat: joined.append(1) or cat(tensors))
-    files, _ = saved_files(model, packed, 64, 3000)
+    files, _ = saved_files(model.config, _parameters(model), packed, 64, 3000)
     joined.clear()
     saver: CheckpointSaver = new_saver(tmp_path, background=background)
     writer = saver.begin(1)
@@ -171,8 +175,8 @@ def padded_run(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str
     return [*tiny_run, "--no-tie_word_embeddings", "--max_shard_size=200K"]
 
 
-def freeze_head(*args: object) -> Decoder:
-    model = build_model(*args)
+def freeze_head(*args: object, **options: object) -> Decoder:
+    model = build_model(*args, **options)
     model.lm_head.weight.requires_grad_(False)
     return model
 

@@ -271,8 +271,8 @@ def test_frozen_weights_come_back_with_a_resumed_run(tiny_run: list[str], monkey
     """No optimizer state holds them."""
     original, frozen = build.build_model, "layers.0.mlp.down_proj.weight"
 
-    def freeze(*arguments: object) -> Decoder:
-        model = original(*arguments)
+    def freeze(*arguments: object, **options: object) -> Decoder:
+        model = original(*arguments, **options)
         model.get_parameter(frozen).requires_grad_(False)
         return model
 

@@ -1,0 +1,1 @@
+"""Engines of torch.distributed behind the interface of parallel/engine.py."""
