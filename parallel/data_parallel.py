@@ -90,7 +90,7 @@ class WholeModelEngine:
         gradients: the gradients of `ddp`, for the optimizer.
     """
 
-    is_sharded, forward_is_collective = False, False
+    is_sharded = forward_is_collective = False
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts

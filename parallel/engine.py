@@ -95,7 +95,8 @@ class Engine(Protocol):
     is_sharded: bool
     """Whether ranks hold different pieces of the optimizer's state; otherwise all hold the same state."""
     forward_is_collective: bool
-    """Whether a forward pass needs all ranks: then all must do equally many, also without a batch of their own."""
+    """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
+    number of forward passes, in training and in validation, and for samples of text."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         """Run this rank's micro-batches of a step. None: the step was dropped; only the gradients have changed."""

@@ -169,9 +169,12 @@ def open_fsdp(parts: EngineParts) -> "FsdpEngine":
 
 
 class FsdpEngine(WholeModelEngine):
-    """Trains a model that `cut` has cut."""
+    """Trains a model that `cut` has cut.
 
-    is_sharded, forward_is_collective = True, True
+    A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
+    """
+
+    is_sharded = forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
