@@ -158,6 +158,9 @@ class WholeModelEngine:
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         return task(self._parts.to_device(batch))
 
+    def end_forward(self) -> None:
+        """Do nothing: no weights are gathered."""
+
     def settle(self) -> None:
         """Do nothing: the weights are whole after every step."""
 

@@ -107,6 +107,9 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it."""
 
+    def end_forward(self) -> None:
+        """Give up what forward passes without a backward pass have left in memory, such as gathered weights."""
+
     def settle(self) -> None:
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""
 

@@ -182,10 +182,10 @@ class FsdpEngine(WholeModelEngine):
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         result = super().evaluate(batch, task)
-        self._give_up_gathered()
+        self.end_forward()
         return result
 
-    def _give_up_gathered(self) -> None:
+    def end_forward(self) -> None:
         """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
         for module in self._parts.model.modules():
             if isinstance(module, FSDPModule):
@@ -212,7 +212,7 @@ class FsdpEngine(WholeModelEngine):
         return []
 
     def take_state(self, scalars: dict) -> None:
-        self._give_up_gathered()
+        self.end_forward()
         super().take_state(scalars)
 
     def describe(self) -> str:
