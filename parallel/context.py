@@ -9,7 +9,7 @@ the order of collectives on a group is the same on all ranks:
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -200,6 +200,35 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
 
 
+def new_group(context: DistContext, sets: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """A group like `grad_group` for each set of ranks; returns that of this rank. Collective.
+
+    Args:
+        sets: the ranks of each group; every rank is in one of them.
+    """
+    assert context.grad_group is not None
+    backend, own = dist.get_backend(context.grad_group), None
+    for ranks in sets:
+        # Every rank takes part in making every group.
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+        own = group if context.rank in ranks else own
+    assert own is not None, "a rank is in no set"
+    return own
+
+
+def group_of_one(context: DistContext) -> dist.ProcessGroup:
+    """A group for the only process of a run, which has none: for what works by a group alone."""
+    assert context.world_size == 1
+    if not dist.is_initialized():
+        prefer_interface(interface_of(LOOPBACK))
+        dist.init_process_group(
+            "nccl" if context.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1,
+            device_id=context.device if context.device.type == "cuda" else None,
+        )  # fmt: skip
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def enable_determinism() -> None:
     """Make torch compute the same bits in every run on CUDA. Call it before the first use of CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -208,5 +237,5 @@ def enable_determinism() -> None:
 
 def destroy_context(context: DistContext) -> None:
     """Leave the process groups. Call it once, after closing the comm stream."""
-    if context.grad_group is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -83,8 +83,8 @@ class Wrapped(Protocol):
     def finish_grad_sync(self) -> None: ...
 
 
-class WholeModelEngine:
-    """The common part of both engines.
+class DataParallelEngine:
+    """The common part of engines whose ranks each have rows of their own: the loop over micro-batches.
 
     Args:
         gradients: the gradients of `ddp`, for the optimizer.
@@ -209,7 +209,7 @@ class WholeModelEngine:
         pass
 
 
-class NaiveEngine(WholeModelEngine):
+class NaiveEngine(DataParallelEngine):
     """Sums every gradient after the backward pass."""
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP):
@@ -231,7 +231,7 @@ class NaiveEngine(WholeModelEngine):
         return f"{size} processes, naive all-reduce; {threads} thread(s) each" if size > 1 else one_process()
 
 
-class BucketedEngine(WholeModelEngine):
+class BucketedEngine(DataParallelEngine):
     """Reduces buckets of gradients during the backward pass.
 
     Args:
