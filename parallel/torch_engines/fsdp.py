@@ -80,6 +80,14 @@ def _device_mesh(context: DistContext, mesh: Mesh) -> DeviceMesh:
     )
 
 
+def give_up_gathered(model: nn.Module) -> None:
+    """Give up the weights that a forward pass has left whole: those around the blocks, for the head, and without
+    `reshard_after_forward` those of the blocks. Until then the model's parameters are the whole ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter, or of its gradient: a view."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -177,6 +185,8 @@ class FsdpEngine(WholeModelEngine):
     is_sharded = forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
+        # A reference may have been computed with the model.
+        give_up_gathered(parts.model)
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
         super().__init__(parts, _CutModel(parts.model, Observer(parts.context), gradients), gradients)
 
@@ -186,10 +196,7 @@ class FsdpEngine(WholeModelEngine):
         return result
 
     def end_forward(self) -> None:
-        """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
-        for module in self._parts.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        give_up_gathered(self._parts.model)
 
     def outlines(self) -> dict[str, Tensor]:
         named, dtype = self._parts.model.named_parameters(), self._parts.compute_dtype
