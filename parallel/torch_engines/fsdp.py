@@ -102,6 +102,14 @@ def _sets_of(dimension: Dimension, mesh: Mesh) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(mesh.at(rank).ranks_of(dimension) for rank in range(mesh.world_size)))
 
 
+def give_up_gathered(model: nn.Module) -> None:
+    """Give up the weights that a forward pass has left whole: those around the blocks, for the head, and without
+    `reshard_after_forward` those of the blocks. Until then the model's parameters are the whole ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter, or of its gradient: a view."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -310,6 +318,8 @@ class FsdpEngine(DataParallelEngine):
 
     def __init__(self, parts: EngineParts):
         self._units, observer = units(parts.model), Observer(parts.context)
+        # A reference may have been computed with the model.
+        give_up_gathered(parts.model)
         self._communication = _Communication(parts, _group_of(parts.model), observer)
         for unit in self._units:
             self._communication.take_over(unit)
@@ -336,9 +346,7 @@ class FsdpEngine(DataParallelEngine):
         return result
 
     def end_forward(self) -> None:
-        """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
-        for unit in self._units:
-            unit.reshard()
+        give_up_gathered(self._parts.model)
 
     def outlines(self) -> dict[str, Tensor]:
         return {
