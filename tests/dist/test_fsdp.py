@@ -4,8 +4,6 @@ A group is spawned once and works through all cases. Sizes are such that rows do
 that some ranks have none of a parameter.
 """
 
-import copy
-import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -24,11 +22,10 @@ from parallel.context import DistContext, destroy_context, init_context
 from parallel.engine import Engine, EngineParts, StepPlan
 from parallel.engines import open_engine
 from parallel.gradients import square
-from parallel.mesh import Mesh, plan_mesh
-from parallel.replicas import ReplicaDrift
+from parallel.mesh import plan_mesh
 from parallel.torch_engines import fsdp
 from tasks.language_model import LanguageModelTask
-from tests.dist.group import run_ranks, use_new_port
+from tests.dist.group import run_ranks
 
 ROWS, LENGTH, VOCAB = 8, 12, 30
 CONFIG = ModelConfig(
@@ -80,7 +77,7 @@ CASES = {
     "on the host": Case(FSDP | {"fsdp_cpu_offload": True}),
     "lora": Case(FSDP, adapter=ALL_LINEAR, dtype=torch.bfloat16, tolerance=1e-3),
     "dora": Case(HSDP, adapter=replace(ALL_LINEAR, use_dora=True)),
-    "lora and wholes": Case(FSDP, adapter=replace(ALL_LINEAR, targets=("q_proj",), modules_to_save=("embed_tokens", "norm"))),
+    "lora and wholes": Case(FSDP, adapter=LoraSpec(3, 6.0, 0.0, ("q_proj",), ("embed_tokens", "norm"))),
     "lora and tokens": Case(FSDP, adapter=replace(ALL_LINEAR, token_ids=(28, 29))),
     "bf16": Case(FSDP, dtype=torch.bfloat16, tolerance=5e-3),
     "bf16 sums": Case(HSDP | {"grad_reduce_in_fp32": False}, dtype=torch.bfloat16, tolerance=1e-2),
@@ -176,7 +173,8 @@ def gradients(case: Case, context: DistContext) -> dict[str, Tensor]:
     """Gradients of the first step, put together by torch."""
     engine, model, _ = open_case(case, context)
     mesh, task = engine.mesh, LanguageModelTask(model, 0, torch.ones(VOCAB))
-    engine.forward_backward(rows(1)[mesh.data_rank :: mesh.data_size], task, StepPlan(1, LR, ROWS * LENGTH, lambda: None))
+    plan = StepPlan(1, LR, ROWS * LENGTH, lambda: None)
+    engine.forward_backward(rows(1)[mesh.data_rank :: mesh.data_size], task, plan)
     return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -211,8 +209,6 @@ def work_through(names: list[str]) -> dict:
 def test_equality_matrix(world_size: int):
     names = list(CASES) if world_size == 4 else [n for n, c in CASES.items() if "hsdp" not in c.parallel.values()]
     results = run_ranks(world_size, work_through, names)[0]
-    for name, errors in results.items():
-        print(name, errors)
     for name, errors in results.items():
         assert errors.get("gradient", 0.0) <= 1e-6, (name, errors)
         assert errors["weights"] <= CASES[name].tolerance and errors["figures"] <= CASES[name].tolerance, (name, errors)
