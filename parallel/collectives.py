@@ -21,27 +21,19 @@ travel between machines. Rank (m, l), the l-th of machine m, still owns shard nu
 A rank sends as many bytes as with one level, but most of them inside. Each of the two collectives sends (M - 1) / M x B
 from a machine to the others: an L-th of what leaves it if every rank exchanges with every other. All-reduce sends
 2 (M - 1) / M x B instead of 2 (N - 1) / N x B, which torch's ring over all ranks sends. 16-bit tensors are narrowed
-again between the levels: a machine's sum is rounded on its way to the others, so there are two roundings instead of one.
-Such hierarchies are usual: see Mikami et al., "Massively Distributed SGD: ImageNet/ResNet-50 Training in a Flash", 2018.
+again between the levels: machines' sums are rounded on their way to others, which makes two roundings instead of one.
+Such hierarchies are usual (Mikami et al., "Massively Distributed SGD: ImageNet/ResNet-50 Training in a Flash", 2018).
 """
 
 import time
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.comm_stream import Handle
-
-
-class Levels(NamedTuple):
-    """Process groups for two levels of torch's collectives; `machine_groups` (context.py) makes them."""
-
-    inside: dist.ProcessGroup
-    """The ranks of this rank's machine."""
-    between: dist.ProcessGroup
-    """The ranks with this rank's number in every machine."""
+from parallel.context import Levels
 
 
 class Collectives:
@@ -50,7 +42,7 @@ class Collectives:
     Args:
         machine_size: consecutive ranks that share a machine; divides the number of ranks. If there are several machines
             of several ranks, collectives have two levels.
-        levels: groups in which torch's collectives do the work; required for two levels on GPUs.
+        levels: groups in which torch's collectives do the work on two levels; required on GPUs.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, machine_size: int = 1, levels: Levels | None = None):
@@ -255,10 +247,10 @@ class _TorchPeers:
         return [_part(received, self.size, place) for place in range(self.size) if place != self.place]
 
     def gather(self, parts: Tensor) -> None:
-        _all_gather_single(parts, _part(parts, self.size, self.place), self.group)
+        _all_gather_single(parts, _part(parts, self.size, self.place), group=self.group)
 
     def reduce_scatter(self, parts: Tensor) -> None:
-        _reduce_scatter_single(_part(parts, self.size, self.place), parts, self.group)
+        _reduce_scatter_single(_part(parts, self.size, self.place), parts, group=self.group)
 
 
 def _part(tensor: Tensor, count: int, number: int) -> Tensor:

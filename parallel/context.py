@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ from parallel.listen import (
 )
 
 _PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
+
+
+class Levels(NamedTuple):
+    """Groups for collectives on two levels; `machine_groups` makes them. They belong to the comm stream."""
+
+    inside: dist.ProcessGroup
+    """The ranks of this rank's machine."""
+    between: dist.ProcessGroup
+    """The ranks with this rank's number in every machine."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +208,21 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     )  # fmt: skip
     control_group = dist.new_group(backend="gloo", timeout=timeout)
     return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
+
+
+def machine_groups(context: DistContext, machine_size: int, timeout_s: float) -> Levels:
+    """Make the groups of two levels. Collective: every rank makes those of all ranks, in one order, as torch demands.
+
+    Args:
+        machine_size: consecutive ranks on each machine.
+        timeout_s: as in `init_context`.
+    """
+    timeout, ranks = timedelta(seconds=timeout_s), range(context.world_size)
+    machines = [ranks[first : first + machine_size] for first in ranks[::machine_size]]
+    inside = [dist.new_group(list(its), timeout=timeout) for its in machines]
+    between = [dist.new_group(list(ranks[number::machine_size]), timeout=timeout) for number in range(machine_size)]
+    machine, number = divmod(context.rank, machine_size)
+    return Levels(inside[machine], between[number])
 
 
 def enable_determinism() -> None:

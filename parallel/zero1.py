@@ -12,9 +12,9 @@ Each bucket splits into N even shards; rank i owns the i-th of every bucket, whe
 Buckets are stepped and gathered last first, as the forward pass begins with the last bucket. With `overlap_gather`, a
 layer waits only for the buckets that hold its own parameters; without it, the step ends when all are gathered.
 
-Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, in addition to the gradients; by each of M
-machines to the others (M - 1) / M x P w. Optimizer state shrinks from 12 bytes a parameter (fp32 main parameters, two
-moments) to 12 / N.
+Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, in addition to the gradients; by each
+of M machines to the others: (M - 1) / M x P w. Optimizer state shrinks from 12 bytes a parameter (fp32 main parameters,
+two moments) to 12 / N.
 """
 
 from collections.abc import Callable, Iterator
