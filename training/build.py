@@ -135,7 +135,7 @@ def build(
     _check_balance(config, shape)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
-        begins.new_rows, cut=model_cutter(config.parallel, context, mesh, dtype),
+        begins.new_rows, model_cutter(config.parallel, context, mesh, dtype),
     )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})

@@ -90,6 +90,13 @@ def first_row(rows: int, mesh: Mesh) -> int:
     return min(mesh.shard_rank * -(-rows // mesh.shard_size), rows)
 
 
+def held_rows(parameter: Tensor, mesh: Mesh) -> tuple[Tensor, slice]:
+    """The memory of this rank's rows of a parameter, and which rows they are."""
+    first = first_row(len(parameter), mesh) if isinstance(parameter, DTensor) else 0
+    rows = local(parameter.detach())
+    return rows, slice(first, first + len(rows))
+
+
 class ShardedGradients:
     """Gradients of this rank's rows (parallel/contract.py). A unit that is gathered at once, such as a block, is a
     bucket."""
