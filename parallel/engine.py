@@ -94,6 +94,9 @@ class Engine(Protocol):
     mesh: Mesh
     is_sharded: bool
     """Whether ranks hold different pieces of the optimizer's state; otherwise all hold the same state."""
+    forward_is_collective: bool
+    """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
+    number of forward passes, in training and in validation, and for samples of text."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         """Run this rank's micro-batches of a step. None: the step was dropped; only the gradients have changed."""
@@ -103,6 +106,9 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it."""
+
+    def end_forward(self) -> None:
+        """Give up what forward passes without a backward pass have left in memory, such as gathered weights."""
 
     def settle(self) -> None:
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""

@@ -80,6 +80,14 @@ def _device_mesh(context: DistContext, mesh: Mesh) -> DeviceMesh:
     )
 
 
+def give_up_gathered(model: nn.Module) -> None:
+    """Give up the weights that a forward pass has left whole: those around the blocks, for the head, and without
+    `reshard_after_forward` those of the blocks. Until then the model's parameters are the whole ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter, or of its gradient: a view."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -176,24 +184,26 @@ def open_fsdp(parts: EngineParts) -> "FsdpEngine":
 
 
 class FsdpEngine(WholeModelEngine):
-    """Trains a model that `cut` has cut."""
+    """Trains a model that `cut` has cut.
 
-    is_sharded = True
+    A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
+    """
+
+    is_sharded = forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
+        # A reference may have been computed with the model.
+        give_up_gathered(parts.model)
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
         super().__init__(parts, _CutModel(parts.model, Observer(parts.context), gradients), gradients)
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         result = super().evaluate(batch, task)
-        self._give_up_gathered()
+        self.end_forward()
         return result
 
-    def _give_up_gathered(self) -> None:
-        """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
-        for module in self._parts.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def end_forward(self) -> None:
+        give_up_gathered(self._parts.model)
 
     def outlines(self) -> dict[str, Tensor]:
         named, dtype = self._parts.model.named_parameters(), self._parts.compute_dtype
@@ -216,7 +226,7 @@ class FsdpEngine(WholeModelEngine):
         return []
 
     def take_state(self, scalars: dict) -> None:
-        self._give_up_gathered()
+        self.end_forward()
         super().take_state(scalars)
 
     def describe(self) -> str:
