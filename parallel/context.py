@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ from parallel.listen import (
 )
 
 _PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
+
+
+class Levels(NamedTuple):
+    """Groups for collectives on two levels; `machine_groups` makes them. They belong to the comm stream."""
+
+    inside: dist.ProcessGroup
+    """The ranks of this rank's machine."""
+    between: dist.ProcessGroup
+    """The ranks with this rank's number in every machine."""
 
 
 @dataclass(frozen=True)
@@ -201,15 +211,16 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
 
 
 def new_group(context: DistContext, sets: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
-    """A group like `grad_group` for each set of ranks; returns that of this rank. Collective.
+    """A group like `grad_group` for each set of ranks; returns that of this rank. Collective: every rank makes all
+    groups in one order, as torch demands.
 
     Args:
         sets: the ranks of each group; every rank is in one of them.
+        timeout_s: as in `init_context`.
     """
     assert context.grad_group is not None
     backend, own = dist.get_backend(context.grad_group), None
     for ranks in sets:
-        # Every rank takes part in making every group.
         group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
         own = group if context.rank in ranks else own
     assert own is not None, "a rank is in no set"
@@ -227,6 +238,19 @@ def group_of_one(context: DistContext) -> dist.ProcessGroup:
         )  # fmt: skip
     assert dist.group.WORLD is not None
     return dist.group.WORLD
+
+
+def machine_groups(context: DistContext, machine_size: int, timeout_s: float) -> Levels:
+    """Make the groups of two levels. Collective.
+
+    Args:
+        machine_size: consecutive ranks on each machine.
+        timeout_s: as in `init_context`.
+    """
+    ranks = range(context.world_size)
+    inside = new_group(context, [ranks[first : first + machine_size] for first in ranks[::machine_size]], timeout_s)
+    between = new_group(context, [ranks[number::machine_size] for number in range(machine_size)], timeout_s)
+    return Levels(inside, between)
 
 
 def enable_determinism() -> None:

@@ -9,7 +9,7 @@ An engine holds the model as the ranks share it, its gradients and its optimizer
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,12 +82,16 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that each rank sends in a step, and the network's speed."""
+    """Bytes that each rank and each machine sends in a step, and the network's speed."""
 
     bytes_per_s: float
     """Speed each way of the slowest rank, as measured."""
     sent: Mapping[str, float]
     """Purpose -> bytes; gradients first."""
+    sent_by_machine: Mapping[str, float] = field(default_factory=dict)
+    """Purpose -> bytes that each machine sends to the others; empty if there is one machine, or one rank on each."""
+    remark: str = ""
+    """A few words on why the ranks' machines make no difference, if they could."""
 
 
 class Engine(Protocol):

@@ -36,7 +36,7 @@ from parallel.comm_hooks import shared_fraction
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, group_of_one, new_group
 from parallel.contract import Named, StepResult
-from parallel.data_parallel import DataParallelEngine
+from parallel.data_parallel import DataParallelEngine, levels_of
 from parallel.engine import Batch, EngineParts, StepPlan, Task
 from parallel.layout import ParameterSpec
 from parallel.mesh import Dimension, Mesh
@@ -125,6 +125,18 @@ def first_row(rows: int, mesh: Mesh) -> int:
     return min(mesh.shard_rank * rows_of_rank(rows, mesh), rows)
 
 
+def held_rows(parameter: Tensor, mesh: Mesh) -> tuple[Tensor, slice]:
+    """The memory of this rank's rows of a parameter, and which rows they are."""
+    first = first_row(len(parameter), mesh) if isinstance(parameter, DTensor) else 0
+    rows = local(parameter.detach())
+    return rows, slice(first, first + len(rows))
+
+
+def device_of(parameter: Tensor, config: ParallelConfig, context: DistContext) -> torch.device:
+    """Where this rank's rows of a parameter are kept; what is whole on every rank stays beside the model's work."""
+    return torch.device("cpu") if config.fsdp_cpu_offload and isinstance(parameter, DTensor) else context.device
+
+
 def units(model: nn.Module) -> list[FSDPModule]:
     """The modules that are gathered at once: the last block first, at the end the model itself, which has what lies
     around the blocks."""
@@ -153,8 +165,11 @@ class _Communication:
 
     def __init__(self, parts: EngineParts, shard_group: dist.ProcessGroup, observer: Observer):
         self.observer, self._on_cuda = observer, parts.context.device.type == "cuda"
+        # Of several machines, a group is all ranks, or the ranks of one.
+        is_all = parts.mesh.replica_size == 1
+        size, levels = (parts.mesh.machine_size, levels_of(parts)) if is_all else (1, None)
         # Each has memory of its own, as torch has a stream for each.
-        self.gathers, self.sums = Collectives(shard_group), Collectives(shard_group)
+        self.gathers, self.sums = (Collectives(shard_group, size, levels) for _ in range(2))
         self.copies = Collectives(_replica_group(parts.config, parts.context, parts.mesh))
 
     def take_over(self, unit: FSDPModule) -> None:

@@ -59,6 +59,7 @@ class Case:
 
 FSDP, HSDP = {"data_parallel": "fsdp"}, {"data_parallel": "hsdp", "ranks_per_machine": 2}
 CASES = {
+    "machines": Case(FSDP | {"ranks_per_machine": 2}),
     "fsdp": Case(FSDP),
     "kept": Case(FSDP | {"reshard_after_forward": False}),
     "hsdp": Case(HSDP),
