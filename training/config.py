@@ -275,11 +275,6 @@ def _check_cut(config: Config) -> None:
     if config.optimizer.offload_optimizer:
         raise ValueError(f"--offload_optimizer is for models that are whole on every rank: with {kind}, give "
                          f"--fsdp_cpu_offload")  # fmt: skip
-    if config.optimizer.optimizer == "muon":
-        raise ValueError(
-            f"--optimizer=muon needs whole matrices, and {kind} leaves each rank some of their rows: give "
-            f"--optimizer=adamw, or --use_distributed_optimizer instead"
-        )
 
 
 @dataclass(frozen=True)
