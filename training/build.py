@@ -138,9 +138,7 @@ def build(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
         begins.new_rows, cutter,
     )  # fmt: skip
-    # Shards in host memory are stepped there.
-    steps_on = torch.device("cpu") if config.parallel.fsdp_cpu_offload else context.device
-    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, steps_on)
+    kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
         num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -283,11 +283,10 @@ class ShardedGradients:
         """The whole gradient, 1-D: every rank sends as many rows as the first one has."""
         own = local(cast(Tensor, parameter.grad)).view(-1)
         size = rows_of_rank(len(parameter), self._mesh) * math.prod(parameter.shape[1:])
-        # With --fsdp_cpu_offload the gradient is in host memory, which NCCL cannot send from.
-        padded = own.new_zeros(size * self._mesh.shard_size, device=self._context.device)
+        padded = own.new_zeros(size * self._mesh.shard_size)
         self._shards.shard(padded)[: len(own)] = own
         self._shards.all_gather(padded)
-        return padded[: parameter.numel()].to(own.device)
+        return padded[: parameter.numel()]
 
     def release(self, bucket: int) -> None:
         for parameter in self.trained[bucket].values():
