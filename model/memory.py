@@ -142,9 +142,10 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.is_cut and self.fsdp_cpu_offload:
             raise ValueError("--fsdp_cpu_offload is for shards of a model: add --data_parallel=fsdp")
-        if self.is_cut and (self.adapter.load_in_4bit or self.offload_optimizer):
-            flag = "load_in_4bit" if self.adapter.load_in_4bit else "offload_optimizer"
-            raise ValueError(f"--{flag} does not go with --data_parallel={self.data_parallel}: leave out one of them")
+        if self.fsdp_cpu_offload and self.offload_optimizer:
+            raise ValueError("--fsdp_cpu_offload keeps the state in host memory, too: leave out --offload_optimizer")
+        if self.is_cut and self.adapter.load_in_4bit:
+            raise ValueError(f"--load_in_4bit does not go with --data_parallel={self.data_parallel}: leave out one")
         if self.checkpoint_keeps != "nothing" and not self.gradient_checkpointing:
             raise ValueError("--checkpoint_keeps says what --gradient_checkpointing keeps: add that")
 
@@ -421,10 +422,12 @@ def _estimate_of_shards(config: ModelConfig, plan: TrainingPlan, trained: Shapes
     state = {
         "weights": 4.0 * shard_size(trained, plan.ranks) + plan.itemsize * (whole + shared),
         "gradients": 4.0 * shard_size(trained, plan.ranks),
-        "main parameters": 0.0,
+        "main parameters": 4.0 * shard_size(trained, plan.ranks) * plan.offload_optimizer,
         "optimizer state": moment_bytes(config, plan) / plan.ranks,
     }
-    lasting, host = ({}, state) if plan.fsdp_cpu_offload else (state, {})
+    moved = [*state] if plan.fsdp_cpu_offload else ["main parameters", "optimizer state"] * plan.offload_optimizer
+    lasting = {name: size for name, size in state.items() if name not in moved}
+    host = {name: size for name, size in state.items() if name in moved}
     return Estimate(
         count(shapes), count(trained), lasting, activation_bytes(config, plan),
         _moments_of_shards(config, plan, shapes, trained), host,

@@ -190,6 +190,7 @@ def test_what_each_mode_leaves_on_a_rank():
     assert a_rank("fsdp", 8) == a_rank("hsdp", 8) == a_rank("fsdp", 8, dtype="float32") == [0.5, 0.5, 0, 1]
     assert a_rank("fsdp", 8, grad_reduce_in_fp32=False) == [0.5, 0.5, 0, 1]
     assert a_rank("fsdp", 8, fsdp_cpu_offload=True) == []
+    assert a_rank("fsdp", 8, offload_optimizer=True) == [0.5, 0.5]
     lora = AdapterConfig(lora_r=16, lora_target_modules="all-linear")
     frozen = memory.bytes_a_rank("fsdp", 8, config, TrainingPlan(adapter=lora))
     assert frozen["weights"] == pytest.approx((2 * number + 4 * frozen["gradients"] / 4 * 8) / 8, rel=0.01)
@@ -248,7 +249,7 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--checkpoint_keeps=matmuls"], "add that"),
         (["--size=7b", "--train_batch_size=0"], "train_batch_size must be positive"),
         (["--size=7b", "--fsdp_cpu_offload"], "add --data_parallel=fsdp"),
-        (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer"], "does not go with --data_parallel=fsdp"),
+        (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture):
