@@ -32,7 +32,7 @@ from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
 from tasks.language_model import LanguageModelTask
 from tests.conftest import SEQ_LEN, TINY_MODEL
-from tests.dist.group import run_ranks
+from tests.dist.group import forget_meshes, run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
 from training import build_model, samples
 from training.meter import StepMeter
@@ -271,6 +271,7 @@ def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
                 code = f"{type(error).__name__}: {error}"
             if dist.is_initialized():
                 dist.destroy_process_group()
+        forget_meshes()
         answers.append({"code": code, "weights": weights})
     return answers
 
