@@ -103,12 +103,6 @@ FLAT = {"bf16 hook": [BF16], "bf16 hook zero1": [BF16, ZERO1], "fp16 hook": [FP1
 """Ways that compress, and the same without machines, to which they are compared."""
 
 
-def is_refused(kind: str, way: str) -> bool:
-    flags = [*KINDS[kind][1], *WAYS[way][1]]
-    # Pairs that no one process can be compared with in bits, or that the flags refuse, have tests of their own.
-    return "--ddp_impl=naive" in flags and "lora" in kind
-
-
 def steps_of(kind: str) -> int:
     return STEPS if KINDS[kind][0] == "pretrain" else TASK_STEPS
 
@@ -137,9 +131,8 @@ def add_runs(plan: Plan, home: Home, pairs: dict) -> None:
         plan.flags = home.flags(kind)
         plan.add(kind, 1, [], "first")
         for way in ways:
-            if not is_refused(kind, way):
-                ranks, flags = WAYS[way]
-                plan.add(f"{kind} | {way}", ranks, flags, "first")
+            ranks, flags = WAYS[way]
+            plan.add(f"{kind} | {way}", ranks, flags, "first")
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +170,9 @@ def gradients(flags: list[str]) -> dict[str, torch.Tensor]:
 
 
 def check_trajectory(run: list[str], expected: list[str], kind: str) -> None:
-    """Tolerances, float32 alone: gradients of the first step 1e-6, relative norm; losses 1e-5, relative; weights at the
-    end 1e-3, relative norm of the difference. (An optimizer's first steps depend on the signs of gradients that may be
-    rounding.) In 16 bits the ranks' sums round apart: losses 2e-3, weights 1e-1, and no promise on single gradients."""
+    """Tolerances in float32: gradients of the first step 1e-6, relative norm of the difference; losses 1e-5, relative;
+    weights at the end 1e-5, as gradients. (Found: 2e-7 for gradients and weights.) In 16 bits the micro-batches' sums
+    round apart: losses 2e-3, weights 1e-1."""
     steps, is_exact = steps_of(kind), kind not in ("bf16", "fp16")
     train, theirs = records(run, "train"), records(expected, "train")
     assert len(train) == len(theirs) == steps
@@ -193,7 +186,7 @@ def check_trajectory(run: list[str], expected: list[str], kind: str) -> None:
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5 if is_exact else 2e-3)
     last, its = records(run, "valid")[-1], records(expected, "valid")[-1]
     assert last["loss"] == pytest.approx(its["loss"], rel=1e-5 if is_exact else 2e-3)
-    assert apart(run, expected, steps) < (1e-3 if is_exact else 1e-1)
+    assert apart(run, expected, steps) < (1e-5 if is_exact else 1e-1)
 
 
 def weights(flags: list[str], step: int) -> dict[str, torch.Tensor]:
@@ -216,7 +209,7 @@ def test_one_trajectory(runs: Plan, kind: str, way: str):
 def test_an_adapter_goes_on(runs: Plan):
     run, expected = runs["continued | fsdp 2"], runs["continued"]
     assert losses(run) == pytest.approx(losses(expected), rel=1e-5) and losses(run)[0] < losses(runs["dora"])[0]
-    assert apart(run, expected, TASK_STEPS) < 1e-3
+    assert apart(run, expected, TASK_STEPS) < 1e-5
 
 
 def test_validation_and_samples_are_the_same_bits(runs: Plan):
@@ -239,7 +232,7 @@ def test_a_skipped_step_is_skipped_by_all(runs: Plan):
     """One rank's gradients overflow, and one process's."""
     assert losses(runs["skips 4"])[:2] == pytest.approx(losses(runs["skips 1"])[:2], rel=1e-5)
     assert losses(runs["skips 4"])[3:] == pytest.approx(losses(runs["skips 1"])[3:], rel=1e-5)
-    assert apart(runs["skips 4"], runs["skips 1"], 6) < 1e-3
+    assert apart(runs["skips 4"], runs["skips 1"], 6) < 1e-5
 
 
 def test_a_nan_is_named(runs: Plan):
@@ -257,7 +250,7 @@ def test_the_whole_grid(home: Home, tmp_path: Path):
         plan.add(f"flat {way}", 4, flags, "first")
     plan.run()
     for kind, ways in GRID.items():
-        for way in (way for way in ways if not is_refused(kind, way)):
+        for way in ways:
             if way in FLAT and kind == "plain":
                 compare_compressed(plan[f"{kind} | {way}"], plan[f"flat {way}"])
             else:
