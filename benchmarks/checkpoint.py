@@ -98,7 +98,8 @@ class Training:
         return time.perf_counter() - started, waited
 
     def add_share(self, writer: CheckpointWriter) -> None:
-        writer.add_named_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+        holders = [self.context.rank] if self.zero1 is not None else self.place.store
+        writer.add_named_state(self.optimizer.named_state(), holders)
         if self.context.is_main:
             writer.add_tensors("model.safetensors", named_weights(self.module.model), {"format": "pt"})
 

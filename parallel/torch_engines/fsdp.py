@@ -171,11 +171,12 @@ def open_fsdp(parts: EngineParts) -> "FsdpEngine":
 class FsdpEngine(WholeModelEngine):
     """Trains a model that `cut` has cut."""
 
-    is_sharded = True
+    is_cut = True
 
     def __init__(self, parts: EngineParts):
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
         super().__init__(parts, _CutModel(parts.model, Observer(parts.context), gradients), gradients)
+        self.state_holders = tuple(range(self.mesh.shard_rank, self.mesh.data_size, self.mesh.shard_size))
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         result = super().evaluate(batch, task)
@@ -193,14 +194,14 @@ class FsdpEngine(WholeModelEngine):
         return {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in named}
 
     @torch.no_grad()
-    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
-        """Gathers unit after unit, and keeps what is wanted here."""
-        found: dict[str, Tensor] = {}
+    def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        self._give_up_gathered()
+        wanted = {name for theirs in self._parts.context.gather(sorted(names)) for name in theirs}
         for name, parameter in self._parts.model.named_parameters():
-            whole = cast(DTensor, parameter.detach().to(self._parts.compute_dtype)).full_tensor()
-            if name in names:
-                found[name] = whole
-        return found
+            if name in wanted:
+                whole = cast(DTensor, parameter.detach().to(self._parts.compute_dtype)).full_tensor()
+                if name in names:
+                    yield name, whole
 
     def check_replicas(self, step: int) -> None:
         pass

@@ -32,7 +32,7 @@ def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
     writers = [CheckpointWriter(ckpt_dir, step, place, f"{step}-{valid_loss}") for place in PLACES]
     for rank, writer in enumerate(writers):
         piece = torch.arange(10, dtype=torch.float32).split(5)[rank]
-        writer.add_named_state([(Piece.flat("w", (10,), 5 * rank, 5), {"main": piece + step})], sharded=True)
+        writer.add_named_state([(Piece.flat("w", (10,), 5 * rank, 5), {"main": piece + step})], holders=[rank])
         if rank == 0:
             writer.add_json(ckpt.TRAINER_STATE, {"step": step})
         writer.make_directory()
@@ -85,7 +85,7 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[choosing.Chosen |
 
 def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
     writer = CheckpointWriter(tmp_path, 3, StorePlace(0, 1, (0,)), "x")
-    writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], sharded=False)
+    writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], holders=[0])
     writer.make_directory()
     writer.write_files()
     assert list_checkpoints(tmp_path) == []
