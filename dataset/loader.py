@@ -118,13 +118,15 @@ class TrainLoader:
 
 
 def validation_batches(
-    dataset: Dataset, batch_size: int, max_batches: int, data_rank: int, data_size: int
+    dataset: Dataset, batch_size: int, max_batches: int, data_rank: int, data_size: int, equally_many: bool = False
 ) -> tuple[int, Iterator[tuple[int, Batch]]]:
     """Batches of the validation set in its own order, the same on any number of ranks.
 
     Args:
         max_batches: number of batches of batch_size to use over all data ranks; 0 uses the whole set.
         data_rank, data_size: see TrainLoader.
+        equally_many: let every data rank have as many; a batch with a number beyond the set's repeats an earlier one
+            and must not count.
     Returns:
         the number of batches over all data ranks, and an iterator over this one's (batch number, batch).
     """
@@ -133,8 +135,10 @@ def validation_batches(
         count = min(count, max_batches)
 
     def batches() -> Iterator[tuple[int, Batch]]:
-        for index in range(data_rank, count, data_size):
-            ids = np.arange(index * batch_size, min((index + 1) * batch_size, len(dataset)), dtype=np.int64)
+        last = -(-count // data_size) * data_size if equally_many else count
+        for index in range(data_rank, last, data_size):
+            first = index % count * batch_size
+            ids = np.arange(first, min(first + batch_size, len(dataset)), dtype=np.int64)
             yield index, dataset.collate(ids) | as_tensors({"row_ids": ids})
 
     return count, batches()

@@ -5,6 +5,21 @@ from typing import Literal
 
 from utils.options import OnlyWith, require_not_negative, require_positive
 
+_SIZES = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+)  # fmt: skip
+_NARROW = "leave it out; --no-grad_reduce_in_fp32 sends gradients in the dtype of the weights"
+_NOT_WITH_FSDP = {
+    "use_distributed_optimizer": "that shares the optimizer's state already, and the model, too: leave it out",
+    "use_powerSGD_hook": f"its sums are torch's: {_NARROW}",
+    "use_bf16_compress_hook": f"its sums are torch's: {_NARROW}",
+    "use_fp16_compress_hook": f"its sums are torch's: {_NARROW}",
+    "overlap_param_gather": "that gathers weights under the forward pass anyway: leave it out",
+    "overlap_optim_step": "its gradients are summed in every micro-batch, and stepped after the last: leave it out",
+    "overlap_zero_grad_buffer": "it has no buffer of gradients: leave it out",
+}
+"""Option that fsdp and hsdp refuse -> the reason, and what to give instead."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -15,15 +30,27 @@ class ParallelConfig:
     ddp_impl: Literal["bucketed", "naive"] = "bucketed"
     """naive: all-reduce each gradient after the backward pass, for comparison."""
     data_parallel: Literal["auto", "fsdp", "hsdp"] = "auto"
-    """auto: the model is whole on every rank. fsdp: torch's FSDP2 cuts it over all ranks; hsdp: over the ranks of a
-    machine (parallel/torch_engines/fsdp.py)."""
+    """auto: the model is whole on every rank. fsdp: each rank keeps its shard of the model (torch's FSDP2); hsdp: the
+    ranks of a machine share a copy of it."""
     reshard_after_forward: bool = True
     """fsdp: give up a block's gathered weights after its forward pass and gather them again in the backward pass
     (ZeRO-3). Off: keep them (ZeRO-2)."""
     fsdp_cpu_offload: bool = False
     """fsdp: keep parameters, gradients and optimizer state in host memory, and step there."""
     ranks_per_machine: int = 0
-    """Ranks between which the network is fast (0: those that one torchrun has started)."""
+    """Neighbouring ranks between which the network is fast; 0: those that one torchrun has started."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each matrix. (Not yet: 1.)"""
+    sequence_parallel: bool = False
+    """Tensor parallelism: also share the positions between the matrices. (Not yet.)"""
+    pipeline_model_parallel_size: int = 1
+    """Stages of the model, each on ranks of its own. (Not yet: 1.)"""
+    num_layers_per_virtual_pipeline_stage: int = 0
+    """Blocks that a pipeline's rank computes at a time; 0: all of its stage. (Not yet.)"""
+    context_parallel_size: int = 1
+    """Ranks that share the positions of each row. (Not yet: 1.)"""
+    expert_model_parallel_size: int = 1
+    """Data ranks that share the experts of each layer. (Not yet: 1.)"""
     bucket_size: int = 6_553_600
     """Elements at which a bucket is full (default: 25 MiB of float32 gradients)."""
     disable_bucketing: bool = False
@@ -53,13 +80,36 @@ class ParallelConfig:
     dist_timeout: float = 600.0
     """Seconds after which a collective that hangs is an error."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold shards of the model rather than all of it."""
+        return self.data_parallel != "auto"
+
     def check(self) -> None:
         """
         Raises:
-            ValueError: options of hooks and overlaps that exclude each other.
+            ValueError: options that exclude each other, or that nothing implements yet.
         """
-        require_positive(self, "dist_timeout")
-        require_not_negative(self, "replica_check_interval", "bucket_size")
+        require_positive(self, "dist_timeout", *_SIZES)
+        require_not_negative(
+            self, "replica_check_interval", "bucket_size", "ranks_per_machine", "num_layers_per_virtual_pipeline_stage"
+        )
+        for name in (*_SIZES, "sequence_parallel", "num_layers_per_virtual_pipeline_stage"):
+            value, usual = getattr(self, name), getattr(ParallelConfig, name)
+            if value != usual:
+                raise ValueError(
+                    f"--{name}={value} is not possible yet: leave it out; a model that one GPU cannot hold is shared by"
+                    f" --data_parallel=fsdp"
+                )
+        if self.is_cut:
+            for name, reason in _NOT_WITH_FSDP.items():
+                if getattr(self, name):
+                    raise ValueError(f"--{name} does not go with --data_parallel={self.data_parallel}: {reason}")
+            if self.ddp_impl == "naive":
+                raise ValueError(
+                    f"--ddp_impl=naive needs the whole model on every rank: leave out "
+                    f"--data_parallel={self.data_parallel}"
+                )
         if self.ddp_impl == "naive":
             for name in ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook",
                          "overlap_optim_step", "use_fp16_compress_hook"):  # fmt: skip
@@ -127,4 +177,12 @@ ONLY_WITH = (
         "with --ddp_impl=naive",
     ),
     OnlyWith(("bucket_size",), lambda f: not f["disable_bucketing"], "with --disable_bucketing"),
+    OnlyWith(
+        ("bucket_size", "disable_bucketing", "overlap_grad_reduce"), lambda f: f["data_parallel"] == "auto",
+        "with --data_parallel=fsdp or hsdp, which send a block at a time",
+    ),
+    OnlyWith(
+        ("reshard_after_forward", "fsdp_cpu_offload"), lambda f: f["data_parallel"] != "auto",
+        "without --data_parallel=fsdp or hsdp",
+    ),
 )  # fmt: skip

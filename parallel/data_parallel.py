@@ -90,7 +90,7 @@ class WholeModelEngine:
         gradients: the gradients of `ddp`, for the optimizer.
     """
 
-    is_cut = False
+    is_cut = forward_is_collective = False
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
@@ -158,6 +158,9 @@ class WholeModelEngine:
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         return task(self._parts.to_device(batch))
+
+    def end_forward(self) -> None:
+        """Do nothing: no weights are gathered."""
 
     def settle(self) -> None:
         """Do nothing: the weights are whole after every step."""

@@ -96,6 +96,9 @@ class Engine(Protocol):
     """Whether a rank holds a part of the model alone, and whole weights exist for a moment only."""
     state_holders: tuple[int, ...]
     """The ranks that hold the same pieces of the optimizer's state as this one, which is among them."""
+    forward_is_collective: bool
+    """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
+    number of forward passes, in training and in validation, and for samples of text."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         """Run this rank's micro-batches of a step. None: the step was dropped; only the gradients have changed."""
@@ -105,6 +108,9 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it."""
+
+    def end_forward(self) -> None:
+        """Give up what forward passes without a backward pass have left in memory, such as gathered weights."""
 
     def settle(self) -> None:
         """Wait until the model's weights are whole. Call it before reading them; it does not count as training time."""

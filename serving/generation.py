@@ -1,6 +1,6 @@
 """Loading a model with its tokenizer, and generating text from it, one token after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,23 +84,29 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    agree: Callable[[int], int] = lambda token_id: token_id,
 ) -> Iterator[int]:
     """Yield new token ids one by one, up to a stop id (not yielded), max_new_tokens or the end of the model's context.
 
     Args:
         vocab_size: the tokenizer's; the model's scores beyond it are padding.
+        dtype, device: those that the model computes in and on; None: those of its weights.
+        agree: given the token that was drawn, returns the one to take.
     Raises:
         ValueError: an empty prompt, or one that fills the context.
     """
     max_new_tokens = min(max_new_tokens, room_for_text(model, prompt_ids))
     parameter = next(model.parameters())
+    dtype, device = dtype or parameter.dtype, device or parameter.device
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens, parameter.dtype, parameter.device)
-    inputs = torch.tensor([prompt_ids], device=parameter.device)
+    cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens, dtype, device)
+    inputs = torch.tensor([prompt_ids], device=device)
     for _ in range(max_new_tokens):
         logits_V = model.logits(model(inputs, cache=cache)[0, -1])[:vocab_size]
-        token_id = sample_token(logits_V, temperature, top_k, top_p, generator)
+        token_id = agree(sample_token(logits_V, temperature, top_k, top_p, generator))
         if token_id in stop_ids:
             return
         yield token_id
-        inputs = torch.tensor([[token_id]], device=parameter.device)
+        inputs = torch.tensor([[token_id]], device=device)

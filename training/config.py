@@ -199,6 +199,7 @@ def check_together(config: Config) -> None:
         )
     _check_adapter(config)
     _check_gradients(config)
+    _check_cut(config)
 
 
 def _check_adapter(config: Config) -> None:
@@ -254,6 +255,26 @@ def _check_gradients(config: Config) -> None:
                 "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
                 "leave it out"
             )
+
+
+def _check_cut(config: Config) -> None:
+    """Refuse what does not go with a model of which each rank holds a shard."""
+    kind = f"--data_parallel={config.parallel.data_parallel}"
+    if not config.parallel.is_cut:
+        return
+    if config.adapter.load_in_4bit:
+        raise ValueError(
+            f"--load_in_4bit does not go with {kind}, since matrices in 4 bits are whole on every rank: leave out one "
+            f"of them"
+        )
+    if config.optimizer.offload_optimizer:
+        raise ValueError(f"--offload_optimizer is for models that are whole on every rank: with {kind}, give "
+                         f"--fsdp_cpu_offload")  # fmt: skip
+    if config.optimizer.optimizer == "muon":
+        raise ValueError(
+            f"--optimizer=muon needs whole matrices, and {kind} leaves each rank some of their rows: give "
+            f"--optimizer=adamw, or --use_distributed_optimizer instead"
+        )
 
 
 @dataclass(frozen=True)

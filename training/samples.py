@@ -29,9 +29,14 @@ class Sample:
 
 class Samples:
     """Writes --sample_texts continuations of --sample_prompt, or of beginnings of the validation set. Beginnings and
-    random numbers are always the same, so that samples of one run can be compared. The run itself is not changed."""
+    random numbers are always the same, so that samples of one run can be compared. The run itself is not changed.
+
+    If a forward pass needs all ranks, all write the same texts: the first rank draws each token, and its clock ends the
+    work.
+    """
 
     def __init__(self, built: Built):
+        self._engine, self._context, self._dtype = built.engine, built.context, built.dtype
         data, flags = built.data, built.config.data
         self._model, self._seed, self._tokenizer = built.model, built.config.run.seed, data.tokenizer
         self._most, self._prompts = flags.sample_tokens, []
@@ -48,7 +53,8 @@ class Samples:
 
     @torch.no_grad()
     def write(self) -> Iterator[Sample]:
-        """Write the samples, on one rank, between steps, when all of its weights are there."""
+        """Write the samples, between steps, when all weights are there: on one rank, or on all ranks if a forward pass
+        needs them."""
         until = time.monotonic() + _PATIENCE_S
         was_training, longest = self._model.training, self._model.config.max_position_embeddings - 1
         self._model.eval()
@@ -58,16 +64,24 @@ class Samples:
                 ids, is_cut = [], False
                 new = generate(
                     self._model, prompt[-longest:], self._most, self._stop_ids, seed=self._seed + number,
-                    vocab_size=self._tokenizer.vocab_size,
+                    vocab_size=self._tokenizer.vocab_size, dtype=self._dtype, device=self._context.device,
+                    agree=self._of_first,
                 )  # fmt: skip
                 for token_id in new:
                     ids.append(token_id)
-                    if is_cut := time.monotonic() > until:
+                    if is_cut := bool(self._of_first(int(time.monotonic() > until))):
                         break
                 yield Sample(self._tokenizer.decode(prompt), self._tokenizer.decode(ids), is_cut)
                 if is_cut:
                     break
+        self._engine.end_forward()
         self._model.train(was_training)
+
+    def _of_first(self, value: int) -> int:
+        """The first rank's value, on each rank that writes."""
+        if not self._engine.forward_is_collective:
+            return value
+        return int(self._context.all_sum(torch.tensor(value if self._context.is_main else 0)))
 
 
 def beginnings(dataset: TaskDataset, count: int, eod_id: int) -> list[list[int]]:

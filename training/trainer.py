@@ -285,17 +285,20 @@ class Trainer:
         started = time.perf_counter()
         self.engine.settle()
         count, batches = validation_batches(
-            self.built.data.valid, flags.valid_batch_size, flags.valid_iters, mesh.data_rank, mesh.data_size
-        )
+            self.built.data.valid, flags.valid_batch_size, flags.valid_iters, mesh.data_rank, mesh.data_size,
+            equally_many=self.engine.forward_is_collective,
+        )  # fmt: skip
         self.model.eval()
         names = self.task.metric_names
         table = torch.zeros(count, 2 + len(names), dtype=torch.float64)
         rounds = Rounds(self.stopping, context, "validating", -(-count // mesh.data_size))
         for _ in range(rounds.total):
             self.heartbeat.beat("validate", self.progress.step)
-            # The last round may have no batch for this rank.
+            # The last round may have no batch for this rank, or a spare one.
             for index, batch in islice(batches, 1):
                 loss_sum, terms, sums = self.engine.evaluate(batch, self.task)
+                if index >= count:
+                    continue
                 row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
                 table[index] = torch.tensor(row, dtype=torch.float64)
             if rounds.stop_after_round():
@@ -308,7 +311,7 @@ class Trainer:
         if not self.config.run.valid_only:
             self.meter.leave_out(seconds)
         report.report_validation(self.reslog, self.progress.step, self.task, figures, terms, seconds)
-        if context.is_main:
+        if context.is_main or self.engine.forward_is_collective:
             self._write_samples()
         return figures["loss"]
 

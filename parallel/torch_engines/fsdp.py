@@ -169,9 +169,12 @@ def open_fsdp(parts: EngineParts) -> "FsdpEngine":
 
 
 class FsdpEngine(WholeModelEngine):
-    """Trains a model that `cut` has cut."""
+    """Trains a model that `cut` has cut.
 
-    is_cut = True
+    A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
+    """
+
+    is_cut = forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
@@ -180,10 +183,10 @@ class FsdpEngine(WholeModelEngine):
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         result = super().evaluate(batch, task)
-        self._give_up_gathered()
+        self.end_forward()
         return result
 
-    def _give_up_gathered(self) -> None:
+    def end_forward(self) -> None:
         """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
         for module in self._parts.model.modules():
             if isinstance(module, FSDPModule):
@@ -195,7 +198,7 @@ class FsdpEngine(WholeModelEngine):
 
     @torch.no_grad()
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        self._give_up_gathered()
+        self.end_forward()
         wanted = {name for theirs in self._parts.context.gather(sorted(names)) for name in theirs}
         for name, parameter in self._parts.model.named_parameters():
             if name in wanted:
@@ -210,7 +213,7 @@ class FsdpEngine(WholeModelEngine):
         return []
 
     def take_state(self, scalars: dict) -> None:
-        self._give_up_gathered()
+        self.end_forward()
         super().take_state(scalars)
 
     def describe(self) -> str:

@@ -1,6 +1,4 @@
-"""Every engine alone against torch's own AdamW, and the mesh that tells ranks what they share."""
-
-import itertools
+"""Every engine alone against torch's own AdamW."""
 
 import pytest
 import torch
@@ -108,13 +106,3 @@ def test_a_gradient_outside_its_buffer_is_an_error():
     with pytest.raises(RuntimeError, match="is not in its buffer, as after the model"):
         engine.step(plan)
     engine.close()
-
-
-def test_ranks_of_a_mesh():
-    """Every rank has its own coordinates, those of one data rank count once, and tensor ranks are neighbours."""
-    for pipe, data, context, tensor in itertools.product((1, 2), (1, 3), (1, 2), (1, 2)):
-        size = pipe * data * context * tensor
-        ranks = [Mesh(rank, pipe, data, context, tensor) for rank in range(size)]
-        places = [(m.pipe_rank, m.data_rank, m.context_rank, m.tensor_rank) for m in ranks]
-        assert places == list(itertools.product(range(pipe), range(data), range(context), range(tensor)))
-        assert sorted(m.data_rank for m in ranks if m.counts) == list(range(data))

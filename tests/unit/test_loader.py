@@ -304,6 +304,21 @@ def test_validation_of_a_part(dataset: PretrainDataset, world_size: int):
     assert count == 10 and [len(batch["sample_ids"]) for _, batch in batches] == [10] * 9 + [6]
 
 
+@pytest.mark.parametrize("batch_size", [5, 24, 1000])
+@pytest.mark.parametrize("world_size", [1, 3, 7])
+def test_every_rank_gets_as_many_validation_batches_if_that_matters(
+    dataset: PretrainDataset, world_size: int, batch_size: int
+):
+    """Spare batches have numbers beyond the set's."""
+    numbers = []
+    for rank in range(world_size):
+        count, batches = validation_batches(dataset, batch_size, 0, rank, world_size, equally_many=True)
+        own = [number for number, batch in batches if len(batch["sample_ids"])]
+        assert len(own) == -(-count // world_size)
+        numbers += own
+    assert sorted(numbers) == list(range(len(numbers))) and len(numbers) >= count
+
+
 def test_validation_row_ids_are_the_samples(dataset: PretrainDataset):
     for _, batch in validation_batches(dataset, 10, 0, 1, 2)[1]:
         assert torch.equal(batch["row_ids"], batch["sample_ids"])

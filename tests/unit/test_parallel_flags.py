@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 import train_my_ddp
-from configurator import flatten, parse_config
+from configurator import flatten, parse_config, without_effect
 from runs.exits import read_exit_records
 from tests.runs import out_dir
 
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
+FSDP, HSDP = "--data_parallel=fsdp", "--data_parallel=hsdp"
 
 
 def parse(*argv: str) -> dict:
@@ -47,7 +48,25 @@ REFUSED = [
     (["--optimizer=muon", "--muon_momentum=1"], "muon_momentum must be at least 0 and below 1"),
     (["--optimizer=muon", "--muon_lr_ratio=-1"], "muon_lr_ratio must not be negative"),
     (["--optimizer=lion", "--lion_beta1=1"], "lion_beta1 must be at least 0 and below 1"),
-]
+    (["--ranks_per_machine=-1"], "ranks_per_machine must not be negative"),
+    (["--tensor_model_parallel_size=0"], "tensor_model_parallel_size must be positive"),
+    *((["--" + flag], f"--{flag} is not possible yet: leave it out; a model that one GPU cannot hold is shared by "
+       "--data_parallel=fsdp")
+      for flag in ("tensor_model_parallel_size=2", "sequence_parallel=True", "pipeline_model_parallel_size=2",
+                   "num_layers_per_virtual_pipeline_stage=1", "context_parallel_size=2",
+                   "expert_model_parallel_size=4")),
+    ([FSDP, ZERO1], "--use_distributed_optimizer does not go with --data_parallel=fsdp: that shares"),
+    ([HSDP, POWERSGD], "--use_powerSGD_hook does not go with --data_parallel=hsdp: its sums are torch's: leave it out"),
+    ([FSDP, "--use_bf16_compress_hook"], "leave it out; --no-grad_reduce_in_fp32 sends gradients in the dtype of"),
+    ([FSDP, "--use_fp16_compress_hook"], "--use_fp16_compress_hook does not go with --data_parallel=fsdp"),
+    ([FSDP, STEP, "--grad_clip=0"], "--overlap_optim_step does not go with --data_parallel=fsdp"),
+    ([HSDP, "--overlap_param_gather"], "--overlap_param_gather does not go with --data_parallel=hsdp"),
+    ([HSDP, "--overlap_zero_grad_buffer"], "--overlap_zero_grad_buffer does not go with --data_parallel=hsdp"),
+    ([HSDP, "--ddp_impl=naive"], "needs the whole model on every rank: leave out --data_parallel=hsdp"),
+    ([FSDP, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "matrices in 4 bits are whole on every rank"),
+    ([FSDP, "--offload_optimizer"], "with --data_parallel=fsdp, give --fsdp_cpu_offload"),
+    ([FSDP, "--optimizer=muon"], "give --optimizer=adamw, or --use_distributed_optimizer instead"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("argv", "reason"), REFUSED)
@@ -73,6 +92,9 @@ ACCEPTED = [
     ["--optimizer=muon", STEP, "--grad_clip=0"],
     ["--optimizer=muon", ZERO1, "--overlap_param_gather"],
     ["--optimizer=lion8bit", ZERO1, STEP, "--grad_clip=0"],
+    [FSDP, "--no-reshard_after_forward", "--fsdp_cpu_offload"],
+    [HSDP, "--ranks_per_machine=4", "--no-grad_reduce_in_fp32", "--optimizer=lion8bit"],
+    [FSDP, "--tensor_model_parallel_size=1", "--no-sequence_parallel"],
     ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],
 ]
 
@@ -84,6 +106,20 @@ def test_what_fits_is_accepted(argv: list[str]):
         name, _, value = flag.removeprefix("--").removeprefix("no-").partition("=")
         expected = value or str(not flag.startswith("--no-"))
         assert str(flat[name]) in (expected, f"{expected}.0"), flag
+
+
+@pytest.mark.parametrize(("argv", "sentences"), [
+    ([FSDP, "--bucket_size=5", "--no-overlap_grad_reduce"],
+     ["--bucket_size, --overlap_grad_reduce have no effect with --data_parallel=fsdp or hsdp, which send a block at a "
+      "time"]),
+    ([HSDP, "--disable_bucketing"], ["--disable_bucketing has no effect with --data_parallel=fsdp or hsdp, which send a"
+                                     " block at a time"]),
+    (["--no-reshard_after_forward", "--fsdp_cpu_offload"],
+     ["--reshard_after_forward, --fsdp_cpu_offload have no effect without --data_parallel=fsdp or hsdp"]),
+    ([HSDP, "--no-reshard_after_forward", "--ranks_per_machine=2"], []),
+])  # fmt: skip
+def test_what_changes_nothing_is_said(argv: list[str], sentences: list[str]):
+    assert without_effect(*parse_config(["--data_dir=d", *argv])) == sentences
 
 
 def test_nothing_is_compressed_or_overlapped_unless_asked():
