@@ -90,7 +90,7 @@ class WholeModelEngine:
         gradients: the gradients of `ddp`, for the optimizer.
     """
 
-    is_cut = forward_is_collective = False
+    forward_is_collective = False
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts

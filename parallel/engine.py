@@ -92,8 +92,6 @@ class Traffic:
 
 class Engine(Protocol):
     mesh: Mesh
-    is_cut: bool
-    """Whether a rank holds a part of the model alone, and whole weights exist for a moment only."""
     state_holders: tuple[int, ...]
     """The ranks that hold the same pieces of the optimizer's state as this one, which is among them."""
     forward_is_collective: bool

@@ -12,7 +12,6 @@ from model.adapters import folder
 from model.generation_config import GENERATION_CONFIG
 from model.hf_files import INDEX
 from model.hf_saved import deal_out, saved_files
-from parallel.engine import Engine
 from training.adapter import Adapter
 from training.build import Built
 from training.data import order_of_samples
@@ -39,8 +38,9 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
 def _add_model(built: Built, writer: CheckpointWriter) -> None:
     export, engine, place = built.export, built.engine, built.run_dir.place
     max_bytes, outlines = parse_size(built.config.run.max_shard_size), engine.outlines()
-    writers = len(place.store) if engine.is_cut else 1
-    if engine.is_cut:
+    is_cut = built.config.parallel.is_cut
+    writers = len(place.store) if is_cut else 1
+    if is_cut:
         # No rank must hold much more than its part of the model.
         total = sum(outline.numel() * outline.element_size() for outline in outlines.values())
         max_bytes = min(max_bytes, -(-total // writers))
@@ -48,11 +48,11 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
     hand = place.store.index(place.rank)
     mine = deal_out(files, writers)[hand] if hand < writers else []
-    weights = _whole_weights(engine, writer, {name for file in mine for name in file.parameters})
+    weights = _whole_weights(built, writer, {name for file in mine for name in file.parameters})
     for file in mine:
         parameters = {name: weights[name] for name in file.parameters}
         writer.add_tensors(
-            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=engine.is_cut
+            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=is_cut
         )
     if not place.is_first_of_store:
         return
@@ -62,17 +62,19 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
 
 
-def _whole_weights(engine: Engine, writer: CheckpointWriter, names: Set[str]) -> dict[str, Tensor]:
+def _whole_weights(built: Built, writer: CheckpointWriter, names: Set[str]) -> dict[str, Tensor]:
     """Whole parameters: of a model that is cut, copies in host memory. Collective."""
-    weights = engine.whole_weights(names)
-    return {name: writer.copy_now(f"whole {name}", each) if engine.is_cut else each for name, each in weights}
+    weights = built.engine.whole_weights(names)
+    if not built.config.parallel.is_cut:
+        return dict(weights)
+    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights}
 
 
 def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
     """Only what trains: the rest is the base, which its fingerprint names. It is small: one rank writes it."""
     saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
-    is_first, is_cut = built.run_dir.place.is_first_of_store, built.engine.is_cut
-    weights = _whole_weights(built.engine, writer, saved.parameters if is_first else set())
+    is_first, is_cut = built.run_dir.place.is_first_of_store, built.config.parallel.is_cut
+    weights = _whole_weights(built, writer, saved.parameters if is_first else set())
     if is_first:
         writer.add_tensors(
             folder.TENSORS, weights, {"format": "pt"}, saved.convert, are_weights=True, are_copies=is_cut

@@ -174,7 +174,7 @@ class FsdpEngine(WholeModelEngine):
     A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
     """
 
-    is_cut = forward_is_collective = True
+    forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
