@@ -178,6 +178,19 @@ def test_a_manifest_with_holes_is_damaged(tmp_path: Path, content: str):
     assert chosen.step == 2 and "manifest is damaged" in complaints[0]
 
 
+@pytest.mark.parametrize(("sharded", "covers"), [(True, (0, 1)), (False, (0, 1, 2, 3)), (None, (0, 1, 2, 3))])
+def test_manifests_of_earlier_versions_say_whose_state_a_part_holds(
+    tmp_path: Path, sharded: bool | None, covers: tuple[int, ...]
+):
+    path = save(tmp_path, 2) / "manifest.json"
+    old = json.loads(path.read_text()) | {"world_size": 4, "sharded": sharded}
+    for name in ("sha256", "covers", *(["sharded"] if sharded is None else [])):
+        del old[name]
+    path.write_text(json.dumps(ckpt.sealed(old)))
+    (found,) = ckpt.list_checkpoints(tmp_path)
+    assert (found.part.ranks, found.part.covers) == ((0, 1), covers)
+
+
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
     path = save(tmp_path, 2, 1.25) / "manifest.json"
     content = path.read_bytes()
