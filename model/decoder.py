@@ -29,6 +29,7 @@ from model.attention import Attention
 from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
+from model.filling import Filling
 from model.layer_losses import LayerLosses, load_of
 from model.linear import new_head
 from model.mlp import new_mlp
@@ -164,6 +165,8 @@ class Decoder(nn.Module):
                 f"--checkpoint_keeps=nothing"
             )
         self.config, self.ops = config, ops
+        self.filling = Filling()
+        """How its parameters get values; another one if this process holds a part of the model."""
         # Attention dropout needs the full weight matrix.
         self.attends_by_document = not (config.attention_dropout or ops.step_by_step)
         self.drops = config.hidden_dropout > 0.0 or config.attention_dropout > 0.0
@@ -362,7 +365,8 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int, names: Collection[str] | None = None) -> None:
         """Set the initial weights by their roles; model/roles.py has the table. A weight depends on the seed and its
-        own name alone, not on the order or the device.
+        own name alone, not on the order, the device or the rows that are held here: all rows are drawn, one parameter
+        at a time.
 
         Args:
             names: set only these; None: all.
@@ -374,9 +378,8 @@ class Decoder(nn.Module):
             if names is not None and name not in names:
                 continue
             begins = roles[name].begins
-            if begins == "zero":
-                parameter.zero_()
-            elif begins == "one":
-                parameter.fill_(1.0)
+            if begins == "zero" or begins == "one":
+                self.filling.held(parameter)[0].fill_(float(begins == "one"))
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator_of(seed, name)) * stds[begins])
+                drawn = torch.randn(parameter.shape, generator=generator_of(seed, name)).mul_(stds[begins])
+                self.filling.put(parameter, drawn)

@@ -202,12 +202,13 @@ class _Folder(NamedTuple):
 def _find_weights(directory: str | Path, model: Decoder) -> _Folder:
     """Find the weights, and the tensors that may be there besides, by the headers of the files alone.
 
+    Args:
+        model: without values, so that joined tensors take neither memory nor time.
     Raises:
         ValueError: see load_weights.
     """
     family, config = _read_family(directory), model.config
-    # Without values, so that joined tensors take neither memory nor time.
-    parameters = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
     rows: dict[str, slice] = {}
     padding: dict[str, slice] = {}
     padded = count_padding(directory)
@@ -394,36 +395,86 @@ def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def load_weights(model: Decoder, directory: str | Path) -> None:
+def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None = None) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
-    Those of layers in 4 bits are quantized one by one, as they are read.
+    Those of layers in 4 bits are quantized one by one, as they are read. Of a model that is cut over several processes,
+    each reads its own rows where a parameter is a tensor of the folder, and otherwise whole tensors, one parameter
+    after another. The model may have an adapter, whose values stay.
 
+    Args:
+        vocab_size: rows of the vocabulary in the folder; None: as many as in the model. The others stay as they are.
     Raises:
         ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
-            not finite; the first one is named.
+            not finite; the first one is named. Who reads only some rows looks at these.
         OSError: a disk or a network fails, and may be back later.
     """
-    quantized = quantized_layers(model)
-    folder = _find_weights(directory, outline(model.config) if quantized else model)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    held = parameters | cut(parameters, folder.rows)
+    config, quantized = model.config, quantized_layers(model)
+    folder = _find_weights(directory, outline(replace(config, vocab_size=vocab_size or config.vocab_size)))
+    # A layer keeps its name below an adapter.
+    parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
     # File by file: the tensors of most rules are in one file.
     by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
         with opened(file) as tensors:
             for rule, stored in group:
-                theirs = [tensors.get_tensor(s.name) if s.file == file else _read_tensor(s) for s in stored]
+                first, rows = 0, None
+                if rule.ours[0] in parameters and not model.filling.is_whole(parameters[rule.ours[0]]):
+                    held = model.filling.rows(parameters[rule.ours[0]])
+                    first, rows, stored = _needed(rule, stored, held)
+                theirs = [_read(tensors if s.file == file else None, s, rows) for s in stored]
                 for place, tensor in zip(stored, theirs):
                     check_finite(place.file, place.name, tensor)
-                for name, weight in zip(rule.ours, rule.split(theirs)):
+                for name, weight in zip(rule.ours, rule.split(theirs) if theirs else ()):
                     if name in quantized:
                         quantized[name].set_matrix(weight)
                     else:
-                        held[name].copy_(weight)
-    for name, rows in cut(parameters, folder.padding).items():
-        rows.copy_(_read_tensor(_Stored(Path(directory) / PADDING, name)))
+                        model.filling.put(parameters[name], weight, first)
+    for name, rows in folder.padding.items():
+        model.filling.put(parameters[name], _read_tensor(_Stored(Path(directory) / PADDING, name)), rows.start)
+    known = {name: found for found in folder.weights for name in found[0].ours} if folder.besides else {}
     for beside, place in folder.besides:
-        _check_beside(place, _read_tensor(place), beside, held[beside.like])
+        memory, name = model.filling.held(parameters[beside.like])[0], beside.like
+        if model.filling.is_whole(parameters[name]):
+            like = memory[folder.rows.get(name, slice(None))]
+        else:
+            like = _read_parameter(name, *known[name]).to(model.filling.dtype)
+        _check_beside(place, _read_tensor(place), beside, like)
+
+
+def _needed(rule: Rule, stored: list[_Stored], held: slice) -> tuple[int, slice | None, list[_Stored]]:
+    """What to read of a rule's tensors for some rows of its parameters.
+
+    Returns:
+        the first row that is read, the rows of each tensor (None: all), and the tensors.
+    """
+    if rule.is_plain:
+        return held.start, held, stored
+    if rule.theirs_a_row:
+        return held.start, None, stored[held.start * rule.theirs_a_row : held.stop * rule.theirs_a_row]
+    return 0, None, stored
+
+
+def _read(tensors: safe_open | None, place: _Stored, rows: slice | None) -> Tensor:
+    """A tensor, or some of its rows, as far as it has them.
+
+    Args:
+        tensors: its file, if that is open.
+    """
+    if tensors is None:
+        with opened(place.file) as tensors:
+            return _read(tensors, place, rows)
+    if rows is None:
+        return tensors.get_tensor(place.name)
+    tensor = tensors.get_slice(place.name)
+    end = min(rows.stop, tensor.get_shape()[0])
+    # (To safetensors, an empty slice is an error.)
+    return tensor[rows.start : end] if rows.start < end else torch.empty(0)
+
+
+def _read_parameter(name: str, rule: Rule, stored: list[_Stored]) -> Tensor:
+    """A whole parameter. What else its rule holds is read, too."""
+    weights = rule.split([_read_tensor(place) for place in stored])
+    return weights[rule.ours.index(name)]
 
 
 class StoredWeights:
@@ -452,6 +503,10 @@ class StoredWeights:
         with opened(place.file) as tensors:
             return _DTYPES[tensors.get_slice(place.name).get_dtype()]
 
+    def read_one(self, name: str) -> Tensor:
+        """A parameter, in the dtype of the folder. Raises: see load_weights."""
+        return self.read([name])[name]
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the parameters, in the dtype of the folder.
 
@@ -474,8 +529,7 @@ class StoredWeights:
 
 
 def _read_tensor(place: _Stored) -> Tensor:
-    with opened(place.file) as tensors:
-        return tensors.get_tensor(place.name)
+    return _read(None, place, None)
 
 
 def check_finite(file: Path, name: str, tensor: Tensor) -> None:

@@ -70,19 +70,16 @@ def load_upcycled(model: Decoder, directory: str | Path, seed: int) -> None:
     Raises:
         ValueError, OSError: as hf.load_weights.
     """
-    dense = Decoder(hf.read_config(directory))
-    hf.load_weights(dense, directory)
-    weights = {name: parameter.detach() for name, parameter in dense.named_parameters()}
-    new = []
+    dense, new = hf.StoredWeights(directory, hf.read_config(directory)), []
     for name, parameter in model.named_parameters():
         mlp = name.partition(".experts.")[0]
-        if name in weights:
-            parameter.copy_(weights[name])
+        if name in dense.outlines:
+            model.filling.put(parameter, dense.read_one(name))
         elif name.endswith(".experts.gate_up_proj"):
-            gate_up_2IC = torch.cat((weights[f"{mlp}.gate_proj.weight"], weights[f"{mlp}.up_proj.weight"]))
-            parameter.copy_(gate_up_2IC.expand_as(parameter))
+            gate_IC, up_IC = (dense.read_one(f"{mlp}.{part}_proj.weight") for part in ("gate", "up"))
+            model.filling.put(parameter, torch.cat((gate_IC, up_IC)).expand(parameter.shape))
         elif name.endswith(".experts.down_proj"):
-            parameter.copy_(weights[f"{mlp}.down_proj.weight"].expand_as(parameter))
+            model.filling.put(parameter, dense.read_one(f"{mlp}.down_proj.weight").expand(parameter.shape))
         else:
             new.append(name)
     model.initialize(seed, new)

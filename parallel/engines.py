@@ -1,9 +1,10 @@
 """Engines by name. A new engine is a module with a function that opens it, and a line here."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from parallel import data_parallel
 from parallel.config import ParallelConfig
@@ -36,12 +37,30 @@ def open_engine(parts: EngineParts) -> Engine:
     return ENGINES[engine_of(parts.config)](parts)
 
 
+class ModelCutter(NamedTuple):
+    """Lets a rank keep its part of a model alone, which then gets its values part by part."""
+
+    cut: Callable[[nn.Module], None]
+    """Cuts a model without values, on the meta device, over the ranks."""
+    held: Callable[[Tensor], tuple[Tensor, slice]]
+    """A parameter -> the memory of this rank's rows, and which rows they are."""
+    device: torch.device
+    """Where a rank's rows are kept."""
+    together: Callable[[Callable[[], object]], object]
+    """Does a rank's work; if one rank raises a ValueError, all do."""
+
+
 def model_cutter(
     config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype
-) -> Callable[[nn.Module], None] | None:
-    """A function that lets a rank keep its part of a model alone; None: every rank holds the whole model."""
+) -> ModelCutter | None:
+    """What cuts a model over the ranks; None: every rank holds the whole model."""
     if config.data_parallel == "auto":
         return None
     from parallel.torch_engines import fsdp
 
-    return lambda model: fsdp.cut(model, config, context, mesh, dtype)
+    return ModelCutter(
+        lambda model: fsdp.cut(model, config, context, mesh, dtype),
+        lambda parameter: fsdp.held_rows(parameter, mesh),
+        torch.device("cpu") if config.fsdp_cpu_offload else context.device,
+        context.gather_from,
+    )

@@ -167,6 +167,7 @@ def compute_reference(
     to_device: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    equally_many: bool = False,
 ) -> np.ndarray:
     """Compute missing log-probabilities on all ranks together; returns float32 (pairs, 2) on each.
 
@@ -174,6 +175,7 @@ def compute_reference(
         all_sum: sums a CPU tensor over the ranks, in place.
         beat: called once a batch.
         stop_requested: whether this rank was asked to stop.
+        equally_many: let each rank do as many forward passes, also beyond its own batches.
     Raises:
         StopRequested: a rank was. Finished blocks are kept.
     """
@@ -190,12 +192,16 @@ def compute_reference(
     said, first = started, done
     for begin in range(done, len(dataset), block):
         end = min(begin + block, len(dataset))
-        for number, start in enumerate(range(begin, end, batch_size)):
-            if number % world_size == rank:
-                ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
-                batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
-                values[start : start + len(ids)] = task.log_probs(to_device(batch)).float().cpu()
-                beat()
+        starts = range(begin, end, batch_size)
+        last = -(-len(starts) // world_size) * world_size if equally_many else len(starts)
+        for number in range(rank, last, world_size):
+            start = starts[number % len(starts)]
+            ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
+            batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
+            log_probs = task.log_probs(to_device(batch)).float().cpu()
+            if number < len(starts):
+                values[start : start + len(ids)] = log_probs
+            beat()
         all_sum(values[begin:end])
         if is_main:
             cache.append(values[begin:end].numpy())

@@ -133,9 +133,10 @@ def build(
         _warn(config, given, begins, export)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
+    cutter = model_cutter(config.parallel, context, mesh, dtype)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
-        begins.new_rows, cut=model_cutter(config.parallel, context, mesh, dtype),
+        begins.new_rows, cutter,
     )  # fmt: skip
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
@@ -146,7 +147,7 @@ def build(
     if task.uses_reference:
         reference = prepare_reference(
             config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, begins.source,
-            dtype, stop_requested,
+            dtype, stop_requested, forward_is_collective=cutter is not None,
         )  # fmt: skip
     limit_activations(config, context, run_dir, data.train, model, task)
 

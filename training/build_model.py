@@ -2,11 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
@@ -16,7 +16,9 @@ from model.adapters.folder import Weights
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
+from model.filling import Filling
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
+from parallel.engines import ModelCutter
 from runs.layout import CONFIG_NAME
 from tokenizer import Tokenizer
 from training.adapter import Adapter, first_weights, resumed_weights
@@ -239,7 +241,7 @@ def _told_fields(wanted: ModelConfig, given: Set[str], is_own: bool) -> set[str]
 def build_model(
     shape: ModelConfig, system: SystemConfig, seed: int, device: torch.device, dtype: torch.dtype, weights: Path | None,
     adapter: Adapter | None = None, in_4bit: bool = False, new_rows: range = range(0),
-    cut: Callable[[nn.Module], None] | None = None,
+    cutter: ModelCutter | None = None,
 ) -> Decoder:  # fmt: skip
     """The model on its device, in its dtype.
 
@@ -250,7 +252,8 @@ def build_model(
         adapter: what is trained instead of the weights; None: they train themselves.
         in_4bit: keep the blocks' matrices in 4 bits; only with an adapter, and weights.
         new_rows: tokens that the weights do not know.
-        cut: lets this rank keep its part of the model alone; the trained part is then in float32.
+        cutter: lets this rank keep its part of the model alone, whose trained parameters are then in float32;
+            collective.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -260,18 +263,48 @@ def build_model(
         # The start names the operations that the model has.
         del chosen["experts"]
     ops = build_ops(chosen)
-    if weights is not None:
-        stored = hf.read_config(weights)
-        if new_rows:
-            shape = dataclasses.replace(shape, vocab_size=stored.vocab_size)
-        hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else shape, weights)
     options = system.gradient_checkpointing, system.checkpoint_keeps, ops
-    if in_4bit:
-        model = hf.outline_in_4bit(shape, device, dtype, *options)
-    elif weights is None or upcycle.is_upcycled(stored, shape):
-        model = Decoder(shape, *options)
+    if cutter is not None:
+        if in_4bit:
+            raise ValueError("--load_in_4bit: a model in 4 bits is not cut over processes: give --data_parallel=auto")
+        # Each rank reads its own part, and may be the only one whose files are damaged.
+        cutter.together(lambda: _check_weights(shape, weights, new_rows))
+        model = _outline_of_part(shape, options, device, dtype, adapter, cutter)
+        cutter.together(lambda: _fill(model, seed, dtype, weights, adapter, new_rows))
     else:
-        model = hf.outline_in(shape, device, dtype, *options)
+        _check_weights(shape, weights, new_rows)
+        model = _whole_model(shape, options, device, dtype, seed, weights, adapter, in_4bit, new_rows)
+    if system.compile:
+        model.compile_blocks()
+    return model
+
+
+def _check_weights(shape: ModelConfig, weights: Path | None, new_rows: range) -> None:
+    """See that the weights have the model's shape, before memory is allocated. Raises ValueError: see build_model."""
+    if weights is not None:
+        stored, known = hf.read_config(weights), _known_shape(shape, weights, new_rows)
+        hf.check_weights(stored if upcycle.is_upcycled(stored, shape) else known, weights)
+
+
+def _known_shape(shape: ModelConfig, weights: Path | None, new_rows: range) -> ModelConfig:
+    """The model's shape without the rows that the weights lack."""
+    if weights is None or not new_rows:
+        return shape
+    return dataclasses.replace(shape, vocab_size=hf.read_config(weights).vocab_size)
+
+
+def _whole_model(
+    shape: ModelConfig, options: tuple, device: torch.device, dtype: torch.dtype, seed: int, weights: Path | None,
+    adapter: Adapter | None, in_4bit: bool, new_rows: range,
+) -> Decoder:  # fmt: skip
+    """A model that is whole on this rank, with its values."""
+    known = _known_shape(shape, weights, new_rows)
+    if in_4bit:
+        model = hf.outline_in_4bit(known, device, dtype, *options)
+    elif weights is None or upcycle.is_upcycled(hf.read_config(weights), known):
+        model = Decoder(known, *options)
+    else:
+        model = hf.outline_in(known, device, dtype, *options)
     if weights is None:
         model.initialize(seed)
     else:
@@ -282,22 +315,57 @@ def build_model(
         lora.attach(model, adapter.spec, seed)
         if adapter.loaded_from is not None:
             folder.load(model, adapter.loaded_from)
-    model.to(device=device, dtype=dtype)
-    if cut is not None:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        cut(model)
-    if system.compile:
-        model.compile_blocks()
+    return model.to(device=device, dtype=dtype)
+
+
+def _outline_of_part(
+    shape: ModelConfig, options: tuple, device: torch.device, dtype: torch.dtype, adapter: Adapter | None,
+    cutter: ModelCutter,
+) -> Decoder:  # fmt: skip
+    """A model with memory for this rank's part, without values."""
+    model = hf.outline(shape, *options)
+    if adapter is not None:
+        lora.attach(model, adapter.spec, seed=0)
+    model.to(dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    cutter.cut(model)
+
+    def with_memory(tensor: Tensor) -> Tensor:
+        place = cutter.device if isinstance(tensor, nn.Parameter) else device
+        # Some buffers have values, even in an outline.
+        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
+
+    model._apply(with_memory)
+    model.filling = Filling(cutter.held, dtype)
     return model
 
 
-def load_weights(model: Decoder, weights: Path, seed: int) -> None:
+def _fill(
+    model: Decoder, seed: int, dtype: torch.dtype, weights: Path | None, adapter: Adapter | None, new_rows: range
+) -> None:
+    """Give a model its first values, parameter by parameter; see build_model."""
+    if weights is None:
+        model.initialize(seed)
+    else:
+        stored = hf.read_config(weights)
+        load_weights(model, weights, seed, stored.vocab_size if new_rows else None)
+        if new_rows:
+            known = hf.StoredWeights(weights, stored)
+            tokens.begin(model, new_rows.start, len(new_rows), known.read_one, dtype)
+    if adapter is not None:
+        lora.begin(model, seed)
+        if adapter.loaded_from is not None:
+            folder.load(model, adapter.loaded_from)
+
+
+def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | None = None) -> None:
     """Set a model's weights by those of a folder, which may be a dense one's for a model with experts.
 
     Args:
         seed: key of the weights that a dense model does not have.
+        vocab_size: rows of the vocabulary in the folder; None: as many as in the model.
     Raises:
         ValueError, OSError: as hf.load_weights.
     """
@@ -307,7 +375,7 @@ def load_weights(model: Decoder, weights: Path, seed: int) -> None:
         )
         upcycle.load_upcycled(model, weights, seed)
     else:
-        hf.load_weights(model, weights)
+        hf.load_weights(model, weights, vocab_size)
 
 
 def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:

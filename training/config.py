@@ -267,6 +267,11 @@ def _check_cut(config: Config) -> None:
             f"--load_in_4bit does not go with {kind}, since matrices in 4 bits are whole on every rank: leave out one "
             f"of them"
         )
+    if config.system.activation_budget_gb:
+        raise ValueError(
+            f"--activation_budget_gb measures a model that is whole on every rank: with {kind}, give "
+            f"--gradient_checkpointing, if need be with --checkpoint_keeps=matmuls"
+        )
     if config.optimizer.offload_optimizer:
         raise ValueError(f"--offload_optimizer is for models that are whole on every rank: with {kind}, give "
                          f"--fsdp_cpu_offload")  # fmt: skip

@@ -29,6 +29,7 @@ def prepare_reference(
     weights: Weights,
     dtype: torch.dtype,
     stop_requested: Callable[[], bool],
+    forward_is_collective: bool = False,
 ) -> str:
     """Read the log-probabilities under the reference model into both sets, or compute missing ones.
 
@@ -39,6 +40,7 @@ def prepare_reference(
         batch_size: pairs in a batch.
         weights: those that the model was built from; of a resumed run, its checkpoint's.
         stop_requested: whether this rank was asked to stop.
+        forward_is_collective: see Engine.
     Returns:
         fingerprint of the reference model, for the checkpoints.
     Raises:
@@ -78,7 +80,7 @@ def prepare_reference(
         dataset.reference = compute_reference(
             task, kept, batch_size, context.rank, context.world_size, context.all_sum,
             lambda batch: to_device(batch, model, context.device), lambda: run_dir.heartbeat.beat("reference", 0),
-            stop_requested,
+            stop_requested, forward_is_collective,
         )  # fmt: skip
     return reference
 

@@ -253,7 +253,7 @@ def load(model: Decoder, adapter: Path) -> None:
     """Copy the tensors of a folder into a model that its adapter is attached to. Raises: see read_tensors."""
     parameters = dict(model.named_parameters())
     for name, tensor in read_tensors(adapter, model).items():
-        parameters[name].copy_(tensor)
+        model.filling.put(parameters[name], tensor)
 
 
 def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape], copies: Set[str]) -> None:

@@ -84,7 +84,7 @@ class Lengths(nn.Module):
     """DoRA's lengths of rows, under PEFT's name.
 
     Args:
-        lengths: (O,), with which it begins.
+        lengths: (O,).
     """
 
     def __init__(self, lengths: Tensor):
@@ -110,8 +110,7 @@ class LoraLinear(SharesInput):
         self.lora_B = nn.Linear(spec.r, base_layer.out_features, bias=False, device=like.device, dtype=like.dtype)
         self.lora_magnitude_vector = None
         if spec.use_dora:
-            with torch.no_grad():
-                self.lora_magnitude_vector = Lengths(_lengths(base_layer.matrix()).to(like))
+            self.lora_magnitude_vector = Lengths(like.new_empty(base_layer.out_features))
         self._kept_lengths: Tensor | None = None
 
     @property
@@ -207,10 +206,11 @@ def merged_matrix(layer: LoraLinear) -> Tensor:
 
 
 def attach(model: Decoder, spec: LoraSpec, seed: int) -> None:
-    """Freeze a model and put the addition into the chosen layers, with its first values.
+    """Freeze a model and put the addition into the chosen layers, with its first values; without, if the model is an
+    outline: see `begin`.
 
     Args:
-        seed: key of the first values, which depend on it and on the parameter's name alone.
+        seed: key of the first values.
     Raises:
         ValueError: a name fits nothing that it could mean.
     """
@@ -225,7 +225,8 @@ def attach(model: Decoder, spec: LoraSpec, seed: int) -> None:
         parent, _, child = name.rpartition(".")
         adapted = LoraLinear(layer, spec, _site_of(name), like=model.embed_tokens.weight)
         setattr(model.get_submodule(parent), child, adapted)
-    _initialize(model, seed)
+    if not model.embed_tokens.weight.is_meta:
+        begin(model, seed)
     if spec.token_ids:
         train_rows(model, spec.token_ids)
     model.drops = model.drops or spec.dropout > 0.0
@@ -286,15 +287,28 @@ def _site_of(name: str) -> int:
 
 
 @torch.no_grad()
-def _initialize(model: Decoder, seed: int) -> None:
+def begin(model: Decoder, seed: int) -> None:
+    """Give an adapter its first values, all but trained rows of the vocabulary (tokens.py). The model has its own
+    values already.
+
+    Args:
+        seed: key of the values, which depend on it and on the parameter's name alone.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A.weight"):
             # Kaiming's uniform distribution with a = sqrt(5), as nn.Linear and PEFT have it.
             bound = parameter.shape[1] ** -0.5
             drawn = torch.rand(parameter.shape, generator=generator_of(seed, name)) * (2.0 * bound) - bound
-            parameter.copy_(drawn)
+            model.filling.put(parameter, drawn)
         elif name.endswith(".lora_B.weight"):
-            parameter.zero_()
+            model.filling.held(parameter)[0].zero_()
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
+            matrix, rows = layer.base_layer.matrix(), slice(0, None)
+            if isinstance(matrix, nn.Parameter):
+                # The rows that are held here.
+                matrix, rows = model.filling.held(matrix)
+            model.filling.put(layer.lora_magnitude_vector.weight, _lengths(matrix), rows.start)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -457,7 +457,9 @@ def shapes(model: Decoder, are_own: bool) -> dict[str, Shape]:
     Args:
         are_own: whether fused modules were written here, block by block.
     """
-    empty = {n: torch.empty_like(p, device="meta") for n, p in model.named_parameters() if p.requires_grad}
+    # (By its shape: a parameter may be cut over several processes.)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    empty = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in trained}
     found = {name: tuple(tensor.shape) for name, tensor in to_theirs(model, empty).items()}
     for group in groups_of(model) if not are_own else ():
         for theirs in group.theirs if group.rule is not None else ():

@@ -23,8 +23,9 @@ For a loss, the head's matrix is copied with these rows, as PEFT does: V C value
 Shapes: B batch, T tokens, C hidden size, V vocabulary, n trained rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder
 from model.dropout import DropoutKey
+from model.families.family import EMBEDDING, HEAD
 from model.linear import Head
 
 
@@ -48,8 +50,13 @@ def grown_rows(matrix_VC: Tensor, first: int, count: int) -> Tensor:
     longer = matrix_VC.new_empty(max(len(matrix_VC), first + count), matrix_VC.shape[1])
     longer[: len(matrix_VC)] = matrix_VC
     if count:
-        longer[first : first + count] = matrix_VC[:first].mean(dim=0, dtype=torch.float64).to(matrix_VC.dtype)
+        longer[first : first + count] = _mean_row(matrix_VC[:first])
     return longer
+
+
+def _mean_row(matrix_VC: Tensor) -> Tensor:
+    """(C,), in the dtype of the matrix."""
+    return matrix_VC.mean(dim=0, dtype=torch.float64).to(matrix_VC.dtype)
 
 
 def grow(model: Decoder, first: int, count: int) -> None:
@@ -71,6 +78,26 @@ def grow_modules(embedding: nn.Module, head: nn.Module, first: int, count: int) 
     embedding.weight = nn.Parameter(grown_rows(embedding.weight, first, count), trains)
     head.weight = embedding.weight if is_tied else nn.Parameter(grown_rows(head.weight, first, count), trains)
     embedding.num_embeddings = head.out_features = len(embedding.weight)
+
+
+def begin(model: Decoder, first: int, count: int, known: Callable[[str], Tensor], dtype: torch.dtype) -> None:
+    """Give the rows for new tokens, which a model has already, their first values: those that `grow` gives.
+
+    Args:
+        first: entries of the vocabulary that the weights know.
+        count: number of new tokens, which have the next ids.
+        known: name of a matrix of the vocabulary -> the rows that the weights have.
+        dtype: dtype in which the model computes.
+    """
+    layers: list[tuple[str, nn.Module]] = [(EMBEDDING, model.embed_tokens), (HEAD, model.lm_head)]
+    for name, layer in layers[:1] if model.config.tie_word_embeddings else layers:
+        mean_C = _mean_row(known(name)[:first].to(dtype))
+        plain = layer.base_layer if isinstance(layer, WITH_ROWS) else layer
+        model.filling.put(cast(Tensor, plain.weight), mean_C.expand(count, -1), first)
+        if isinstance(layer, WITH_ROWS):
+            # Only new tokens have such rows.
+            rows = layer.token_adapter.trainable_tokens_delta
+            model.filling.put(rows, mean_C.expand(len(rows), -1))
 
 
 class TrainedRows(nn.Module):

@@ -78,7 +78,7 @@ class SparseFamily(CommonFamily):
         theirs = [
             layer + self.experts.format(expert=expert, part=part) for expert in range(num_experts) for part in parts
         ]
-        return Rule(tuple(theirs), (name,), _apart(len(parts)), _together(len(parts)))
+        return Rule(tuple(theirs), (name,), _apart(len(parts)), _together(len(parts)), theirs_a_row=len(parts))
 
 
 def _apart(num_parts: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

@@ -52,6 +52,13 @@ class Rule:
     """Parameters -> tensors of the folder. It must also work on tensors without memory, to find the shapes."""
     split: Callable[[Tensors], Tensors] = _as_they_are
     """Tensors of the folder -> parameters; the inverse."""
+    theirs_a_row: int = 0
+    """If above 0, so many tensors of the folder are one row of the only parameter: the first ones its first row."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a parameter is a tensor of the folder as it is."""
+        return self.split is _as_they_are and len(self.ours) == 1
 
 
 def fused_rows(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:

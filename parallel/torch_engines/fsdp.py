@@ -80,6 +80,14 @@ def _device_mesh(context: DistContext, mesh: Mesh) -> DeviceMesh:
     )
 
 
+def give_up_gathered(model: nn.Module) -> None:
+    """Give up the weights that a forward pass has left whole: those around the blocks, for the head, and without
+    `reshard_after_forward` those of the blocks. Until then the model's parameters are the whole ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(parameter: Tensor) -> Tensor:
     """This rank's rows of a parameter, or of its gradient: a view."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -88,6 +96,13 @@ def local(parameter: Tensor) -> Tensor:
 def first_row(rows: int, mesh: Mesh) -> int:
     """Number of the first of a rank's rows, of so many."""
     return min(mesh.shard_rank * -(-rows // mesh.shard_size), rows)
+
+
+def held_rows(parameter: Tensor, mesh: Mesh) -> tuple[Tensor, slice]:
+    """The memory of this rank's rows of a parameter, and which rows they are."""
+    first = first_row(len(parameter), mesh) if isinstance(parameter, DTensor) else 0
+    rows = local(parameter.detach())
+    return rows, slice(first, first + len(rows))
 
 
 class ShardedGradients:
@@ -177,6 +192,8 @@ class FsdpEngine(WholeModelEngine):
     forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
+        # A reference may have been computed with the model.
+        give_up_gathered(parts.model)
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
         super().__init__(parts, _CutModel(parts.model, Observer(parts.context), gradients), gradients)
         self.state_holders = tuple(range(self.mesh.shard_rank, self.mesh.data_size, self.mesh.shard_size))
@@ -187,10 +204,7 @@ class FsdpEngine(WholeModelEngine):
         return result
 
     def end_forward(self) -> None:
-        """Give up the weights around the blocks, which a forward pass leaves whole for the head."""
-        for module in self._parts.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        give_up_gathered(self._parts.model)
 
     def outlines(self) -> dict[str, Tensor]:
         named, dtype = self._parts.model.named_parameters(), self._parts.compute_dtype

@@ -69,15 +69,21 @@ class Setup:
         )  # fmt: skip
 
 
+BUCKETS = ("--bucket_size=20000",)
+LORA = ("--lora_r=8", "--lora_target_modules=all-linear", "--lora_dropout=0.1")
 SETUPS = {
     setup.name: setup
     for setup in (
-        Setup("ddp2", 2),
-        Setup("ddp1", 1),
-        Setup("zero1", 2, ("--use_distributed_optimizer",)),
-        Setup("powersgd", 2, ("--use_powerSGD_hook", "--matrix_approximation_rank=4")),
-        Setup("ssh1", 1, over_ssh=True),
-        Setup("lora2", 2, ("--lora_r=8", "--lora_target_modules=all-linear", "--lora_dropout=0.1"), has_adapter=True),
+        Setup("ddp2", 2, BUCKETS),
+        Setup("ddp1", 1, BUCKETS),
+        Setup("zero1", 2, (*BUCKETS, "--use_distributed_optimizer")),
+        Setup("powersgd", 2, (*BUCKETS, "--use_powerSGD_hook", "--matrix_approximation_rank=4")),
+        Setup("ssh1", 1, BUCKETS, over_ssh=True),
+        Setup("lora2", 2, (*BUCKETS, *LORA), has_adapter=True),
+        Setup("fsdp2", 2, ("--data_parallel=fsdp",)),
+        Setup("fsdp2_kept", 2, ("--data_parallel=fsdp", "--no-reshard_after_forward")),
+        Setup("hsdp4", 4, ("--data_parallel=hsdp", "--ranks_per_machine=2")),
+        Setup("fsdp2_lora", 2, ("--data_parallel=fsdp", *LORA), has_adapter=True),
     )
 }
 
@@ -87,10 +93,10 @@ def training_flags(setup: Setup, data_dir: Path, out_dir: Path, steps: int) -> l
     base = [f"--init_from={data_dir / BASE}"] if setup.has_adapter else []
     return [
         f"--data_dir={data_dir}", f"--out_dir={out_dir}", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
-        f"--train_batch_size={8 // setup.world_size}", "--gradient_accumulation_steps=2", f"--max_iters={steps}",
-        "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}", "--learning_rate=1e-2",
-        "--num_threads=1", "--sample_tokens=4",
-        "--bucket_size=20000", "--verify_data", f"--max_skipped_steps={MOST_SKIPPED}",
+        f"--train_batch_size={8 // setup.world_size}", f"--gradient_accumulation_steps={max(2, setup.world_size)}",
+        f"--max_iters={steps}", "--valid_iters=2", "--valid_interval=40", f"--save_interval={SAVE_INTERVAL}",
+        "--learning_rate=1e-2", "--num_threads=1", "--sample_tokens=4", "--verify_data",
+        f"--max_skipped_steps={MOST_SKIPPED}",
         f"--replica_check_interval={REPLICA_CHECK}", *TINY_MODEL, *base, *setup.flags,
     ]  # fmt: skip
 
