@@ -34,6 +34,7 @@ from parallel.engine import Batch, EngineParts, Task
 from parallel.layout import ParameterSpec
 from parallel.mesh import Mesh
 from parallel.observer import Observer
+from parallel.torch_engines.whole import exchange
 
 
 class Cuttable(Protocol):
@@ -196,7 +197,7 @@ class FsdpEngine(WholeModelEngine):
         give_up_gathered(parts.model)
         gradients = ShardedGradients(parts.model, parts.context, parts.mesh, parts.square)
         super().__init__(parts, _CutModel(parts.model, Observer(parts.context), gradients), gradients)
-        self.state_holders = tuple(range(self.mesh.shard_rank, self.mesh.data_size, self.mesh.shard_size))
+        self.state_holders = self.mesh.ranks_of("replica")
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         result = super().evaluate(batch, task)
@@ -212,13 +213,23 @@ class FsdpEngine(WholeModelEngine):
 
     @torch.no_grad()
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The rows of each unit that some rank wants are exchanged at once."""
         self.end_forward()
-        wanted = {name for theirs in self._parts.context.gather(sorted(names)) for name in theirs}
-        for name, parameter in self._parts.model.named_parameters():
-            if name in wanted:
-                whole = cast(DTensor, parameter.detach().to(self._parts.compute_dtype)).full_tensor()
-                if name in names:
-                    yield name, whole
+        context, dtype = self._parts.context, self._parts.compute_dtype
+        everyone = context.gather(sorted(names))
+        wanted = [set(everyone[rank]) for rank in self.mesh.ranks_of("shard")]
+        for unit in _units(self._parts.model):
+            cut: dict[str, DTensor] = {}
+            for name, parameter in unit:
+                if isinstance(parameter.data, DTensor) and any(name in theirs for theirs in wanted):
+                    cut[name] = parameter.data
+                elif name in names:
+                    yield name, parameter.detach().to(dtype)
+            if cut:
+                rows = {name: local(parameter).to(context.device, dtype) for name, parameter in cut.items()}
+                lengths = {name: len(parameter) for name, parameter in cut.items()}
+                group = next(iter(cut.values())).device_mesh.get_group("shard")
+                yield from exchange(rows, lengths, wanted, group)
 
     def check_replicas(self, step: int) -> None:
         pass

@@ -28,7 +28,7 @@ from tests.runs import elsewhere, final_state, losses, out_dir, records, relativ
 STEPS = 8
 DDP, ZERO1 = ["--no-use_distributed_optimizer"], ["--use_distributed_optimizer"]
 FSDP = ["--no-use_distributed_optimizer", "--data_parallel=fsdp"]
-HSDP = ["--data_parallel=hsdp", "--ranks_per_machine=2", "--train_batch_size=1"]
+HSDP = ["--data_parallel=hsdp", "--ranks_per_machine=2"]
 PHASES = {"copy_now": 4, "write_tensors": 4, "finish": 4, "recorded": 4, "commit": 6, "renamed": 6}
 """Phases of a save, in their order -> the step whose save a rank dies in. Once all ranks' records are there, the first
 rank does without the others."""
@@ -130,7 +130,7 @@ def runs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     assert run_ranks(4, do_runs, four) == [[0] * len(four)] * 4
 
     for case in (runs.chain, runs.alone):
-        more = ["--train_batch_size=4", "--data_parallel=auto", "--ranks_per_machine=0"]
+        more = ["--data_parallel=auto", "--ranks_per_machine=0"]
         assert train_my_ddp.main([*case, *more, "--resume", "--max_iters=12"]) == 0
     return runs
 
