@@ -1,6 +1,6 @@
 """A rank's share of a checkpoint. resume.py reads it back."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from model import hf
 from model.adapters import folder
 from model.generation_config import GENERATION_CONFIG
 from model.hf_files import INDEX
-from model.hf_saved import deal_out, saved_files
+from model.hf_saved import SavedFile, deal_out, saved_files
+from parallel.engine import Engine
 from training.adapter import Adapter
 from training.build import Built
 from training.data import order_of_samples
@@ -36,25 +37,16 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
 
 
 def _add_model(built: Built, writer: CheckpointWriter) -> None:
-    export, engine, place = built.export, built.engine, built.run_dir.place
-    max_bytes, outlines = parse_size(built.config.run.max_shard_size), engine.outlines()
-    is_cut = built.config.parallel.is_cut
-    writers = len(place.store) if is_cut else 1
+    export, is_cut = built.export, built.config.parallel.is_cut
+    max_bytes, outlines = parse_size(built.config.run.max_shard_size), built.engine.outlines()
     if is_cut:
         # No rank must hold much more than its part of the model.
         total = sum(outline.numel() * outline.element_size() for outline in outlines.values())
-        max_bytes = min(max_bytes, -(-total // writers))
+        max_bytes = min(max_bytes, -(-total // len(writer.place.store)))
     config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
     files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
-    hand = place.store.index(place.rank)
-    mine = deal_out(files, writers)[hand] if hand < writers else []
-    weights = _whole_weights(built, writer, {name for file in mine for name in file.parameters})
-    for file in mine:
-        parameters = {name: weights[name] for name in file.parameters}
-        writer.add_tensors(
-            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=is_cut
-        )
-    if not place.is_first_of_store:
+    add_weights(built.engine, is_cut, files, writer)
+    if not writer.place.is_first_of_store:
         return
     if index is not None:
         writer.add_json(INDEX, index)
@@ -62,19 +54,33 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
 
 
-def _whole_weights(built: Built, writer: CheckpointWriter, names: Set[str]) -> dict[str, Tensor]:
+def add_weights(engine: Engine, is_cut: bool, files: Sequence[SavedFile], writer: CheckpointWriter) -> None:
+    """Add a model's files: the first rank of a store writes them all, or all ranks of it a part each if the model is
+    cut. Then it is collective."""
+    place = writer.place
+    mine = list(files) if place.is_first_of_store else []
+    if is_cut:
+        mine = deal_out(files, len(place.store))[place.store.index(place.rank)]
+    weights = _whole_weights(engine, is_cut, {name for file in mine for name in file.parameters}, writer)
+    for file in mine:
+        parameters = {name: weights[name] for name in file.parameters}
+        writer.add_tensors(
+            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=is_cut
+        )
+
+
+def _whole_weights(engine: Engine, is_cut: bool, names: Set[str], writer: CheckpointWriter) -> dict[str, Tensor]:
     """Whole parameters: of a model that is cut, copies in host memory. Collective."""
-    weights = built.engine.whole_weights(names)
-    if not built.config.parallel.is_cut:
-        return dict(weights)
-    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights}
+    weights = engine.whole_weights(names)
+    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights} if is_cut else dict(weights)
 
 
 def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
     """Only what trains: the rest is the base, which its fingerprint names. It is small: one rank writes it."""
     saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
     is_first, is_cut = built.run_dir.place.is_first_of_store, built.config.parallel.is_cut
-    weights = _whole_weights(built, writer, saved.parameters if is_first else set())
+    names = saved.parameters.keys() if is_first else set()
+    weights = _whole_weights(built.engine, is_cut, names, writer)
     if is_first:
         writer.add_tensors(
             folder.TENSORS, weights, {"format": "pt"}, saved.convert, are_weights=True, are_copies=is_cut

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def rows_of_ranks(rows: int, ranks: int) -> list[int]:
+def _rows_of_ranks(rows: int, ranks: int) -> list[int]:
     """How many of a parameter's rows each rank holds: as FSDP2 cuts, like torch.chunk."""
     most = -(-rows // ranks)
     return [max(min(most, rows - rank * most), 0) for rank in range(ranks)]
@@ -33,7 +33,7 @@ def exchange(
     asked = [name for name in rows if name in wanted[dist.get_rank(group)]]
     # To each rank its parameters one after the other, and so from each.
     sent = [[mine.reshape(-1) for name, mine in rows.items() if name in names] for names in wanted]
-    counts = {name: rows_of_ranks(lengths[name], len(wanted)) for name in asked}
+    counts = {name: _rows_of_ranks(lengths[name], len(wanted)) for name in asked}
     sizes = [[counts[name][rank] * rows[name].shape[1:].numel() for name in asked] for rank in range(len(wanted))]
     first = next(iter(rows.values()))
     received, nothing = first.new_empty(sum(map(sum, sizes))), first.new_empty(0)
