@@ -41,7 +41,7 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     max_bytes, outlines = parse_size(built.config.run.max_shard_size), built.engine.outlines()
     if is_cut:
         # No rank must hold much more than its part of the model.
-        total = sum(outline.numel() * outline.element_size() for outline in outlines.values())
+        total = sum(outline.nbytes for outline in outlines.values())
         max_bytes = min(max_bytes, -(-total // len(writer.place.store)))
     config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
     files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
