@@ -272,14 +272,16 @@ def _check_cut(config: Config) -> None:
             f"--activation_budget_gb measures a model that is whole on every rank: with {kind}, give "
             f"--gradient_checkpointing, if need be with --checkpoint_keeps=matmuls"
         )
-    if config.optimizer.offload_optimizer:
-        raise ValueError(f"--offload_optimizer is for models that are whole on every rank: with {kind}, give "
-                         f"--fsdp_cpu_offload")  # fmt: skip
-    if config.optimizer.optimizer == "muon":
+    if config.parallel.fsdp_cpu_offload and config.optimizer.offload_optimizer:
+        raise ValueError("--fsdp_cpu_offload keeps the optimizer's state in host memory, too: leave out "
+                         "--offload_optimizer")  # fmt: skip
+    if config.parallel.fsdp_cpu_offload and config.optimizer.optimizer == "muon":
         raise ValueError(
-            f"--optimizer=muon needs whole matrices, and {kind} leaves each rank some of their rows: give "
-            f"--optimizer=adamw, or --use_distributed_optimizer instead"
+            "--fsdp_cpu_offload steps on the CPU, where Muon's matrix multiplications would take longest: give "
+            "--optimizer=adamw, or leave it out"
         )
+    if config.parallel.fsdp_cpu_offload and config.system.adamw_kernel == "triton":
+        raise ValueError("--fsdp_cpu_offload steps on the CPU: leave out --adamw_kernel=triton")
 
 
 @dataclass(frozen=True)
