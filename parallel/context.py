@@ -9,7 +9,7 @@ the order of collectives on a group is the same on all ranks:
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -210,19 +210,47 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
 
 
+def new_group(context: DistContext, sets: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """A group like `grad_group` for each set of ranks; returns that of this rank. Collective: every rank makes all
+    groups in one order, as torch demands.
+
+    Args:
+        sets: the ranks of each group; every rank is in one of them.
+        timeout_s: as in `init_context`.
+    """
+    assert context.grad_group is not None
+    backend, own = dist.get_backend(context.grad_group), None
+    for ranks in sets:
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+        own = group if context.rank in ranks else own
+    assert own is not None, "a rank is in no set"
+    return own
+
+
+def group_of_one(context: DistContext) -> dist.ProcessGroup:
+    """A group for the only process of a run, which has none: for what works by a group alone."""
+    assert context.world_size == 1
+    if not dist.is_initialized():
+        prefer_interface(interface_of(LOOPBACK))
+        dist.init_process_group(
+            "nccl" if context.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1,
+            device_id=context.device if context.device.type == "cuda" else None,
+        )  # fmt: skip
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def machine_groups(context: DistContext, machine_size: int, timeout_s: float) -> Levels:
-    """Make the groups of two levels. Collective: every rank makes those of all ranks, in one order, as torch demands.
+    """Make the groups of two levels. Collective.
 
     Args:
         machine_size: consecutive ranks on each machine.
         timeout_s: as in `init_context`.
     """
-    timeout, ranks = timedelta(seconds=timeout_s), range(context.world_size)
-    machines = [ranks[first : first + machine_size] for first in ranks[::machine_size]]
-    inside = [dist.new_group(list(its), timeout=timeout) for its in machines]
-    between = [dist.new_group(list(ranks[number::machine_size]), timeout=timeout) for number in range(machine_size)]
-    machine, number = divmod(context.rank, machine_size)
-    return Levels(inside[machine], between[number])
+    ranks = range(context.world_size)
+    inside = new_group(context, [ranks[first : first + machine_size] for first in ranks[::machine_size]], timeout_s)
+    between = new_group(context, [ranks[number::machine_size] for number in range(machine_size)], timeout_s)
+    return Levels(inside, between)
 
 
 def enable_determinism() -> None:
@@ -233,5 +261,5 @@ def enable_determinism() -> None:
 
 def destroy_context(context: DistContext) -> None:
     """Leave the process groups. Call it once, after closing the comm stream."""
-    if context.grad_group is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from checkpoint.named import NamedState
 from parallel.buffer import Bucket
-from parallel.collectives import Collectives, measure_bandwidth
+from parallel.collectives import Collectives, Levels, measure_bandwidth
 from parallel.comm_hooks import CommHook, SavedStates, sum_hook, take_saved_states
 from parallel.context import machine_groups
 from parallel.contract import GradientSource, StepResult
@@ -43,20 +43,19 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
         grad_dtype=_grad_dtype(parts),
         observer=Observer(parts.context, config.check_for_nan_in_grad),
         alignment=parts.alignment,
-        collectives=_new_collectives(parts),
+        collectives=Collectives(parts.context.grad_group, parts.mesh.machine_size, levels_of(parts)),
     )
     ddp.use_hook(_new_hook(parts, ddp))
     zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
     return BucketedEngine(parts, ddp, zero1)
 
 
-def _new_collectives(parts: EngineParts) -> Collectives:
-    """Collectives on the machines of the mesh. Collective."""
+def levels_of(parts: EngineParts) -> Levels | None:
+    """Groups for collectives of all ranks on the machines of the mesh; None: none are needed. Collective."""
     context, size = parts.context, parts.mesh.machine_size
-    levels = None
     if context.device.type == "cuda" and 1 < size < context.world_size:
-        levels = machine_groups(context, size, parts.config.dist_timeout)
-    return Collectives(context.grad_group, size, levels)
+        return machine_groups(context, size, parts.config.dist_timeout)
+    return None
 
 
 def _new_hook(parts: EngineParts, ddp: DistributedDataParallel) -> CommHook:
@@ -94,8 +93,8 @@ class Wrapped(Protocol):
     def finish_grad_sync(self) -> None: ...
 
 
-class WholeModelEngine:
-    """The common part of both engines.
+class DataParallelEngine:
+    """The common part of engines whose ranks each have rows of their own: the loop over micro-batches.
 
     Args:
         gradients: the gradients of `ddp`, for the optimizer.
@@ -220,7 +219,7 @@ class WholeModelEngine:
         pass
 
 
-class NaiveEngine(WholeModelEngine):
+class NaiveEngine(DataParallelEngine):
     """Sums every gradient after the backward pass."""
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP):
@@ -242,7 +241,7 @@ class NaiveEngine(WholeModelEngine):
         return f"{size} processes, naive all-reduce; {threads} thread(s) each" if size > 1 else one_process()
 
 
-class BucketedEngine(WholeModelEngine):
+class BucketedEngine(DataParallelEngine):
     """Reduces buckets of gradients during the backward pass.
 
     Args:

@@ -32,7 +32,7 @@ from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
 from parallel.layout import ALIGNMENT
 from parallel.naive import broadcast_parameters
-from parallel.observer import Observer
+from parallel.observer import Observer, no_gradient_error
 
 
 class DistributedDataParallel(nn.Module):
@@ -148,11 +148,7 @@ class DistributedDataParallel(nn.Module):
         """
         missing = [slot.parameter.name for parameter, slot in self._slot_of.items() if parameter not in self._arrived]
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise RuntimeError(
-                f"{len(missing)} parameters got no gradient in this backward pass: {shown}; "
-                f"every parameter must take part in the loss, or be frozen before the model is wrapped"
-            )
+            raise no_gradient_error(missing)
         self.flat_buffers.require_grad_views()
         while self._next_bucket < len(self.buckets):
             self._launch(self.buckets[self._next_bucket])

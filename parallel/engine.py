@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoint.named import NamedState
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
-from parallel.contract import GradientSource, Optimizer, StepResult
+from parallel.contract import GradientSource, Named, Optimizer, StepResult
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 
@@ -206,6 +206,8 @@ class EngineParts:
     """dtype of the weights that matmuls see."""
     alignment: int = ALIGNMENT
     """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
+    alignment_of: Callable[[Named], int] = lambda parameter: 1
+    """The same for a parameter, as far as the optimizer cannot do without."""
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""
