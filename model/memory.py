@@ -502,13 +502,14 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
     adapter, with_lora = plan.adapter, "--gradient_checkpointing"
     if not adapter.is_used:
         narrow = replace(recomputes, optimizer="adamw8bit", grad_reduce_in_fp32=False)
-        on_host = "fsdp_cpu_offload" if plan.is_cut else "offload_optimizer"
+        on_host = replace(recomputes, grad_reduce_in_fp32=False, offload_optimizer=not plan.is_cut,
+                          fsdp_cpu_offload=plan.is_cut)  # fmt: skip
         adapter = AdapterConfig(lora_r=16, lora_target_modules=ALL_LINEAR)
         with_lora += " --lora_r=16 --lora_target_modules=all-linear"
         found += [
             ("--gradient_checkpointing --optimizer=adamw8bit --no-grad_reduce_in_fp32", narrow),
-            (f"--gradient_checkpointing --{on_host} --no-grad_reduce_in_fp32",
-             replace(recomputes, **{on_host: True}, grad_reduce_in_fp32=False)),
+            (f"--gradient_checkpointing --{'fsdp_cpu_offload' if plan.is_cut else 'offload_optimizer'} "
+             "--no-grad_reduce_in_fp32", on_host),
             (with_lora, replace(recomputes, adapter=adapter)),
         ]  # fmt: skip
     if not config.num_local_experts and not plan.is_cut:
