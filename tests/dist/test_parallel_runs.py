@@ -31,6 +31,7 @@ from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
 from tasks.language_model import LanguageModelTask
+from tasks.reference import ReferenceCache
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import forget_meshes, run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
@@ -134,6 +135,7 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     drift N       a bit of a weight flips on the last rank after step N
     choice        the last rank would take another implementation of attention
     first         also saves after the first step
+    forgotten     the log-probabilities of DPO's reference are gone
     patience N    the first rank gives its samples N seconds, the others give theirs hours
     """
     kind, _, number = (what or "").partition(" ")
@@ -228,6 +230,8 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
                 return is_done
 
             patch.setattr(trainer, "_step", save_the_first)
+        elif kind == "forgotten":
+            patch.setattr(ReferenceCache, "read", lambda self: None)
         elif kind == "patience":
             patch.setattr(samples, "_PATIENCE_S", 9999.0 if rank else float(number))
         elif kind == "network":
