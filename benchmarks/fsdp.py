@@ -27,7 +27,6 @@ import itertools
 import platform
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks.ddp import describe, timed
-from benchmarks.step_memory import give_back_freed_memory, status_bytes
+from benchmarks.step_memory import give_back_freed_memory, in_use, peak_in_use, watch_peak
 from model import Decoder, ModelConfig
 from model.ops import build_ops, choose_ops
 from optimizer.adamw_triton import sum_of_squares
@@ -168,23 +167,15 @@ def batch_of(args: argparse.Namespace, context: DistContext) -> dict[str, Tensor
 
 def peak_memory(new: Callable[[], Ours | Plain], batch: dict[str, Tensor], context: DistContext) -> tuple[float, float]:
     """Bytes of the rank that holds the most, between steps and at the peak of the third one."""
-    is_cuda = context.device.type == "cuda"
-    if is_cuda:
-        torch.cuda.empty_cache()
-    bare = torch.cuda.memory_allocated() if is_cuda else status_bytes("VmRSS")
+    bare = in_use(context.device)
     contender = new()
     for _ in range(2):
         contender.step(batch)
-    gc.collect()
-    between = torch.cuda.memory_allocated() if is_cuda else status_bytes("VmRSS")
+    between = in_use(context.device)
     context.barrier()
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # The peak counts from here.
-        Path("/proc/self/clear_refs").write_text("5")
+    watch_peak(context.device)
     contender.step(batch)
-    peak = torch.cuda.max_memory_allocated() if is_cuda else status_bytes("VmHWM")
+    peak = peak_in_use(context.device)
     contender.close()
     del contender
     gc.collect()

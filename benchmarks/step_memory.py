@@ -1,11 +1,14 @@
-"""Peak memory of a training step, measured on a CPU, beside the formula of model/memory.py.
+"""Peak memory of a training step, measured, beside the formula of model/memory.py.
 
     python -m benchmarks.step_memory [--size 125m] [--train_batch_size 1] [--max_seq_len 512]
+    python -m benchmarks.step_memory --ranks 4          ways in which ranks share the work: bytes of a rank
     python -m benchmarks.step_memory --gpus             by formula: which GPUs hold 7B, 13B and 70B (docs/memory.md)
     python -m benchmarks.step_memory --offload_time     optimizer's step with and without --offload_optimizer
 
-Each row is a process of its own that takes two steps. Measured is the resident memory beyond that of the same process
-before it had a model: between the steps, and at the peak of the second. Freed tensors go back to the system at once.
+Each row is a process of its own (with --ranks: so many) that takes two steps. Measured is the memory beyond that of the
+same process before it had a model: between the steps, and at the peak of the second. On a CPU that is resident memory,
+where freed tensors go back to the system at once; on a GPU it is allocated memory. With --ranks, tensors are also
+counted: parameters, gradients after a backward pass, the optimizer's state; figures are of the rank with the most.
 """
 
 import sys
@@ -24,10 +27,12 @@ import json
 import statistics
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model import Decoder, ModelConfig, hf
 from model.adapters.config import AdapterConfig
@@ -36,11 +41,19 @@ from model.kernels.blocked_attention import kept_size
 from model.memory import GB, GPUS_GB, SIZES, TrainingPlan, estimate
 from model.ops import build_ops, choose_ops
 from model.quantized import quantized_layers
+from optimizer.adamw_triton import sum_of_squares
 from optimizer.config import AdamWConfig, LionConfig, MuonConfig
-from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
-from parallel import BucketGradients, DistContext, DistributedDataParallel, destroy_context, init_context
+from parallel import DistContext, ParallelConfig, PowerSGDConfig, destroy_context, init_context
+from parallel.contract import GradientSource
+from parallel.engine import EngineParts, StepPlan
+from parallel.engines import model_cutter, open_engine
+from parallel.gradients import square
+from parallel.launched import launched_world_size
+from parallel.mesh import plan_mesh
+from tasks.language_model import LanguageModelTask
 from utils.terminal import run_main
 
 MB = 1e6
@@ -66,6 +79,14 @@ ROWS = {
     ),
 }
 """In bfloat16 where nothing is said."""
+MODES = {
+    "DDP": ParallelConfig(),
+    "ZeRO-1": ParallelConfig(use_distributed_optimizer=True),
+    "FSDP, `--no-reshard_after_forward` (ZeRO-2)": ParallelConfig(data_parallel="fsdp", reshard_after_forward=False),
+    "FSDP (ZeRO-3)": ParallelConfig(data_parallel="fsdp"),
+    "HSDP": ParallelConfig(data_parallel="hsdp"),
+}
+"""Ways in which ranks share the training of all weights by AdamW."""
 
 ON_GPU = TrainingPlan(max_seq_len=2048)
 RECOMPUTED, ADAPTED = replace(ON_GPU, gradient_checkpointing=True), replace(ON_GPU, adapter=LORA)
@@ -107,22 +128,29 @@ def give_back_freed_memory() -> None:
     assert ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 16)
 
 
-def planned(size: str, row: str, rows: int, seq_len: int) -> TrainingPlan:
-    plan = replace(ROWS[row], train_batch_size=rows, max_seq_len=seq_len)
-    config = SIZES[size][1].resolve()
-    if plan.dtype != "bfloat16":
+def mode_of(row: str, ranks: int) -> ParallelConfig:
+    """How the ranks of a row share the work. HSDP's are two machines."""
+    parallel = MODES.get(row, ParallelConfig())
+    return replace(parallel, ranks_per_machine=ranks // 2) if parallel.data_parallel == "hsdp" else parallel
+
+
+def planned(args: argparse.Namespace, row: str) -> TrainingPlan:
+    plan = replace(ROWS.get(row, FULL), train_batch_size=args.train_batch_size, max_seq_len=args.max_seq_len)
+    plan = replace(plan, fused=torch.cuda.is_available())
+    config = SIZES[args.size][1].resolve()
+    if plan.dtype != "bfloat16" or plan.fused:
         return plan
-    kept = kept_size(rows, config.num_attention_heads, seq_len, config.head_dim)
+    kept = kept_size(plan.train_batch_size, config.num_attention_heads, plan.max_seq_len, config.head_dim)
     return replace(plan, blocked_weights=kept)
 
 
-def new_model(config: ModelConfig, plan: TrainingPlan) -> Decoder:
-    """As a run builds it: with the fastest implementations on a CPU."""
+def new_model(config: ModelConfig, plan: TrainingPlan, device: torch.device) -> Decoder:
+    """As a run builds it: with the fastest implementations."""
     dtype = getattr(torch, plan.dtype)
-    ops = build_ops(choose_ops("auto", {}, torch.device("cpu"), dtype))
+    ops = build_ops(choose_ops("auto", {}, device, dtype))
     options = plan.gradient_checkpointing, plan.checkpoint_keeps, ops
     if plan.adapter.load_in_4bit:
-        model = hf.outline_in_4bit(config, torch.device("cpu"), dtype, *options)
+        model = hf.outline_in_4bit(config, device, dtype, *options)
         for layer in quantized_layers(model).values():
             layer.set_matrix(torch.randn(layer.out_features, layer.in_features) * 0.02)
         with torch.no_grad():
@@ -132,55 +160,126 @@ def new_model(config: ModelConfig, plan: TrainingPlan) -> Decoder:
         model = Decoder(config, *options).to(dtype)
     if plan.adapter.is_used:
         attach(model, LoraSpec.of(plan.adapter), seed=0)
-    return model.train()
+    return model.to(device).train()
 
 
 class Training:
     """A model and what it needs to take steps."""
 
-    def __init__(self, config: ModelConfig, plan: TrainingPlan, context: DistContext):
-        self.plan, self.model = plan, new_model(config, plan)
-        grad_dtype = torch.float32 if plan.grad_reduce_in_fp32 else getattr(torch, plan.dtype)
-        self.ddp = DistributedDataParallel(self.model, context, grad_dtype=grad_dtype)
-        gradients, scaler = BucketGradients(self.ddp), LossScaler(enabled=False)
-        roles = self.model.roles()
-        rules = new_rules(plan.optimizer, AdamWConfig(), MuonConfig(), LionConfig(), kernel="torch", roles=roles)
-        self.optimizer = (
-            OffloadedOptimizer(gradients, rules, 1.0, scaler, context.device)
-            if plan.offload_optimizer else MixedPrecisionOptimizer(gradients, rules, 1.0, scaler)
+    def __init__(self, config: ModelConfig, plan: TrainingPlan, context: DistContext, parallel: ParallelConfig):
+        self.plan, dtype, device = plan, getattr(torch, plan.dtype), context.device
+        self.model = new_model(config, plan, device)
+        mesh = plan_mesh(parallel, context)
+        cut = model_cutter(parallel, context, mesh, dtype)
+        if cut is not None:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            cut(self.model)
+        self.task = LanguageModelTask(self.model, 0, torch.ones(config.vocab_size))
+        self.tokens, self.steps = plan.tokens * context.world_size, 0
+        self.device, self.scaler = device, LossScaler(enabled=False)
+        kernel = choose_kernel("auto", "", device) if not plan.offload_optimizer else "torch"
+        self.rules = new_rules(
+            plan.optimizer, AdamWConfig(), MuonConfig(), LionConfig(), kernel, self.model.roles()
+        )
+        self.engine = open_engine(
+            EngineParts(
+                parallel, PowerSGDConfig(), context, mesh, self.model, to_device=lambda batch: batch,
+                new_optimizer=self._new_optimizer, square=sum_of_squares if kernel == "triton" else square,
+                loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
+            )
         )  # fmt: skip
 
+    def _new_optimizer(self, gradients: GradientSource) -> MixedPrecisionOptimizer:
+        self.gradients = gradients
+        if self.plan.offload_optimizer:
+            self.optimizer = OffloadedOptimizer(gradients, self.rules, 1.0, self.scaler, self.device)
+        else:
+            self.optimizer = MixedPrecisionOptimizer(gradients, self.rules, 1.0, self.scaler)
+        return self.optimizer
+
+    def forward_backward(self) -> StepPlan:
+        rows, length = self.plan.train_batch_size, self.plan.max_seq_len
+        tokens = torch.randint(0, 64, (rows, length + 1)).to(self.device)
+        positions = torch.arange(length, device=self.device).expand(rows, -1)
+        batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
+        self.steps += 1
+        plan = StepPlan(self.steps, 1e-4, self.tokens, lambda: None)
+        self.engine.forward_backward([batch], self.task, plan)
+        return plan
+
     def step(self) -> None:
-        rows = torch.randint(0, 64, (self.plan.train_batch_size, self.plan.max_seq_len + 1))
-        hidden = self.ddp(rows[:, :-1])
-        (self.model.loss_sum(hidden, rows[:, 1:], 1.0 / self.plan.tokens) / self.plan.tokens).backward()
-        del hidden
-        self.ddp.finish_grad_sync()
-        self.optimizer.step(1e-4)
+        self.engine.step(self.forward_backward())
+
+    def count(self) -> dict[str, int]:
+        """Bytes of this rank's tensors, from a step's backward pass on; a tensor that is several things counts once."""
+        plan, seen = self.forward_backward(), set[int]()
+        parameters = list(self.model.parameters())
+        found = {
+            "parameters": storage_bytes(parameters, seen),
+            "gradients": storage_bytes([p.grad for p in parameters if p.grad is not None], seen),
+            "states": storage_bytes([t for _, its in self.engine.named_state() for t in its.values()], seen),
+        }
+        self.engine.step(plan)
+        return found
 
 
-def measure(config: ModelConfig, plan: TrainingPlan) -> None:
-    """Program of a row: prints a line of JSON."""
+def storage_bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """Bytes of the memory behind tensors, of which this rank may hold a part, beside what was seen before."""
+    total = 0
+    for tensor in tensors:
+        local = getattr(tensor, "to_local", lambda tensor=tensor: tensor)().detach()
+        storage = local.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes of memory at this moment."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status_bytes("VmRSS")
+
+
+def watch_peak(device: torch.device) -> None:
+    """Count the peak from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_in_use(device: torch.device) -> int:
+    """Most bytes of memory since `watch_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
+
+
+def measure(config: ModelConfig, plan: TrainingPlan, parallel: ParallelConfig) -> None:
+    """Program of a row, on each of its ranks: the first prints a line of JSON."""
     give_back_freed_memory()
     context = init_context()
+    device = context.device
     # A small model first, which loads all code.
     small = replace(config, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1,
                     num_hidden_layers=1, vocab_size=64, head_dim=64)  # fmt: skip
-    training = Training(small, plan, context)
+    training = Training(small, plan, context, parallel)
     training.step()
-    training.ddp.close()
+    training.engine.close()
     del training
-    gc.collect()
-    bare = status_bytes("VmRSS")
-    training = Training(config, plan, context)
+    bare = in_use(device)
+    training = Training(config, plan, context, parallel)
     training.step()
-    gc.collect()
-    between = status_bytes("VmRSS")
-    # The peak counts from here.
-    Path("/proc/self/clear_refs").write_text("5")
+    found = {"between steps": in_use(device) - bare}
+    context.barrier()
+    watch_peak(device)
     training.step()
-    print(json.dumps({"between": between - bare, "peak": status_bytes("VmHWM") - bare}))
-    training.ddp.close()
+    found = found | {"peak": peak_in_use(device) - bare} | training.count()
+    of_ranks = context.gather(found)
+    if context.is_main:
+        print(json.dumps({name: max(its[name] for its in of_ranks) for name in found}))
+    training.engine.close()
     destroy_context(context)
 
 
@@ -188,17 +287,19 @@ def offload_time(config: ModelConfig, steps: int = 7) -> str:
     """Seconds of the optimizer's step with its state offloaded and not, which take turns. Here both are on the CPU, so
     the difference is what the copies cost when nothing hides them."""
     context = init_context()
-    both = [Training(config, replace(ON_GPU, fused=False, offload_optimizer=offloads), context)
+    both = [Training(config, replace(ON_GPU, fused=False, offload_optimizer=offloads), context, ParallelConfig())
             for offloads in (False, True)]  # fmt: skip
     seconds: list[list[float]] = [[], []]
     for _ in range(steps):
         for training, found in zip(both, seconds):
-            training.ddp.flat_buffers.grad_data.fill_(1e-3)
+            for bucket in range(len(training.gradients.slices)):
+                for grad in training.gradients.take(bucket):
+                    grad.fill_(1e-3)
             started = time.perf_counter()
             training.optimizer.step(1e-4)
             found.append(time.perf_counter() - started)
     for training in both:
-        training.ddp.close()
+        training.engine.close()
     destroy_context(context)
     plain, offloaded = ([f"{at(found[1:]):.3f}" for at in (statistics.median, min)] for found in seconds)
     return f"seconds a step (median, least): {', '.join(plain)} without, {', '.join(offloaded)} with"
@@ -209,40 +310,51 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="125m")
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--max_seq_len", type=int, default=512)
-    parser.add_argument("--row", choices=ROWS, help="measure this row in this process")
+    parser.add_argument("--row", choices=[*ROWS, *MODES], help="measure this row in this process, or on these ranks")
+    parser.add_argument("--ranks", type=int, default=0, help="compare the ways in which so many ranks share the work")
     parser.add_argument("--gpus", action="store_true", help="print the table for GPUs, by formula alone")
     parser.add_argument("--offload_time", action="store_true", help="time the optimizer's step alone")
     args = parser.parse_args()
+    config = SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len)
     if args.offload_time:
-        print(offload_time(SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len)))
-        return
-    if args.gpus:
+        print(offload_time(config))
+    elif args.gpus:
         print("\n".join(gpu_lines()))
-        return
-    if args.row:
-        plan = planned(args.size, args.row, args.train_batch_size, args.max_seq_len)
-        measure(SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len), plan)
-        return
-    print(f"{args.size}, micro-batch {args.train_batch_size} x {args.max_seq_len}, torch {torch.__version__}; MB")
-    print("| mode | between steps | by the formula | peak | by the formula | ratio |\n|---|---|---|---|---|---|")
-    for row in ROWS:
-        plan = planned(args.size, row, args.train_batch_size, args.max_seq_len)
-        command = [sys.executable, "-m", "benchmarks.step_memory", "--row", row, "--size", args.size,
+    elif args.row:
+        measure(config, planned(args, args.row), mode_of(args.row, launched_world_size()))
+    else:
+        print_table(args)
+
+
+def print_table(args: argparse.Namespace) -> None:
+    across = f", {args.ranks} ranks" if args.ranks else ""
+    size = f"micro-batch {args.train_batch_size} x {args.max_seq_len}"
+    print(f"{args.size}, {size}{across}, torch {torch.__version__}; MB")
+    columns = ["between steps", "peak", *(["parameters", "gradients", "states"] if args.ranks else [])]
+    print(f"| mode | {' | '.join(f'{name} | by the formula' for name in columns)} | ratio of the peaks |")
+    print(f"|{'---|' * (2 * len(columns) + 2)}")
+    for row in MODES if args.ranks else ROWS:
+        if row == "HSDP" and args.ranks < 4:
+            continue
+        launcher = ["parallel.launch", "--standalone", f"--nproc_per_node={args.ranks}", "-m"] if args.ranks else []
+        command = [sys.executable, "-m", *launcher, "benchmarks.step_memory", "--row", row, "--size", args.size,
                    f"--train_batch_size={args.train_batch_size}", f"--max_seq_len={args.max_seq_len}"]  # fmt: skip
         done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         found = json.loads(next(line for line in done.splitlines() if line.startswith("{")))
-        print(line_of(row, found, plan, args.size), flush=True)
+        print(line_of(row, found, by_formula(args, row), columns), flush=True)
 
 
-def line_of(row: str, found: dict[str, float], plan: TrainingPlan, size: str) -> str:
-    """A line of the table. On a CPU, host memory is the device's."""
-    expected = estimate(SIZES[size][1], plan)
+def by_formula(args: argparse.Namespace, row: str) -> dict[str, float]:
+    """Bytes of a rank. On a CPU, host memory is the device's."""
+    expected = estimate(SIZES[args.size][1], planned(args, row))
     host = sum(expected.host.values())
-    between, peak = sum(expected.lasting.values()) + host, expected.peak + host
-    return (
-        f"| {row} | {found['between'] / MB:,.0f} | {between / MB:,.0f} | {found['peak'] / MB:,.0f} | "
-        f"{peak / MB:,.0f} | {found['peak'] / peak:.2f} |"
-    )
+    return {"between steps": sum(expected.lasting.values()) + host, "peak": expected.peak + host}
+
+
+def line_of(row: str, found: dict[str, float], expected: dict[str, float], columns: list[str]) -> str:
+    """A line of the table."""
+    cells = [f"{found[name] / MB:,.0f} | {expected[name] / MB:,.0f}" for name in columns]
+    return f"| {row} | {' | '.join(cells)} | {found['peak'] / expected['peak']:.2f} |"
 
 
 if __name__ == "__main__":

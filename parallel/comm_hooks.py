@@ -12,6 +12,9 @@ the gradient buffer; in a step, each rank sends:
     Compressed(AllReduce, bfloat16)        2 (N - 1) / N x B 2      with float16 also 2 (N - 1) / N x 4
     Compressed(ReduceScatter, bfloat16)      (N - 1) / N x B 2
     PowerSGD (powersgd.py)                 2 (N - 1) / N x (factors and uncompressed parameters)
+
+Of M machines, each sends to the others what the same formulas say with M in place of N. (The 4 bytes of float16's
+scale go round a ring of all ranks: 2 (N - 1) / N x 4.)
 """
 
 from collections import deque
@@ -68,9 +71,13 @@ class CommHook:
         """Get the bucket ready for the next backward pass, also after a skipped step. A second call changes nothing."""
         bucket.grad.zero_()
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        """Bytes that each rank sends for this bucket in a step; 0 if unknown. `itemsize` is the wire's, by default the
-        bucket's."""
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
+        """Bytes that each rank sends for this bucket in a step; 0 if unknown.
+
+        Args:
+            itemsize: bytes of an element on the wire, by default those of the bucket's.
+            by_machine: count what each machine sends to other machines instead.
+        """
         return 0.0
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
@@ -161,8 +168,9 @@ class AllReduce(CommHook):
     def reduce(self, bucket: Bucket) -> Handle | None:
         return self.collectives.all_reduce(bucket.grad)
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        return 2 * shared_fraction(self.collectives) * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
+        share = shared_fraction(self.collectives, by_machine)
+        return 2 * share * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
 
 
 class ReduceScatter(CommHook):
@@ -174,8 +182,9 @@ class ReduceScatter(CommHook):
     def reduce(self, bucket: Bucket) -> None:
         self.collectives.reduce_scatter(bucket.grad)
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        return shared_fraction(self.collectives) * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
+        share = shared_fraction(self.collectives, by_machine)
+        return share * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
 
 
 class Compressed(CommHook):
@@ -210,8 +219,8 @@ class Compressed(CommHook):
     def describe(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} on the wire"
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize)
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
+        sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize, by_machine)
         return sums if bucket.grad.dtype == self.dtype else sums + agreement_bytes(self.dtype, self.collectives)
 
 
@@ -257,10 +266,12 @@ def agreed_scale(tensor: Tensor, collectives: Collectives) -> Tensor:
 
 
 def agreement_bytes(dtype: torch.dtype, collectives: Collectives) -> float:
-    """Bytes that each rank sends to agree on a scale, if `dtype` needs one."""
+    """Bytes that each rank sends to agree on a scale, if `dtype` needs one; a machine sends as many to others."""
     return 2 * shared_fraction(collectives) * 4 if dtype == torch.float16 else 0.0
 
 
-def shared_fraction(collectives: Collectives) -> float:
-    """(N - 1) / N: the share of a scattered or gathered tensor that a rank sends."""
-    return (collectives.world_size - 1) / collectives.world_size
+def shared_fraction(collectives: Collectives, by_machine: bool = False) -> float:
+    """(N - 1) / N: the share of a scattered or gathered tensor that a rank sends; `by_machine`: that each of N machines
+    sends to the others."""
+    senders = collectives.machines if by_machine else collectives.world_size
+    return (senders - 1) / senders

@@ -9,11 +9,12 @@ the order of collectives on a group is the same on all ranks:
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ from parallel.listen import (
 )
 
 _PIECE_BYTES, _SECTION_BYTES = 1 << 24, 1 << 28
+
+
+class Levels(NamedTuple):
+    """Groups for collectives on two levels; `machine_groups` makes them. They belong to the comm stream."""
+
+    inside: dist.ProcessGroup
+    """The ranks of this rank's machine."""
+    between: dist.ProcessGroup
+    """The ranks with this rank's number in every machine."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,49 @@ def init_context(device: str = "auto", backend: str = "auto", timeout_s: float =
     return DistContext(rank, world_size, local_rank, local_world_size, chosen, dist.group.WORLD, control_group)
 
 
+def new_group(context: DistContext, sets: Sequence[Sequence[int]], timeout_s: float) -> dist.ProcessGroup:
+    """A group like `grad_group` for each set of ranks; returns that of this rank. Collective: every rank makes all
+    groups in one order, as torch demands.
+
+    Args:
+        sets: the ranks of each group; every rank is in one of them.
+        timeout_s: as in `init_context`.
+    """
+    assert context.grad_group is not None
+    backend, own = dist.get_backend(context.grad_group), None
+    for ranks in sets:
+        group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), backend=backend)
+        own = group if context.rank in ranks else own
+    assert own is not None, "a rank is in no set"
+    return own
+
+
+def group_of_one(context: DistContext) -> dist.ProcessGroup:
+    """A group for the only process of a run, which has none: for what works by a group alone."""
+    assert context.world_size == 1
+    if not dist.is_initialized():
+        prefer_interface(interface_of(LOOPBACK))
+        dist.init_process_group(
+            "nccl" if context.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1,
+            device_id=context.device if context.device.type == "cuda" else None,
+        )  # fmt: skip
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def machine_groups(context: DistContext, machine_size: int, timeout_s: float) -> Levels:
+    """Make the groups of two levels. Collective.
+
+    Args:
+        machine_size: consecutive ranks on each machine.
+        timeout_s: as in `init_context`.
+    """
+    ranks = range(context.world_size)
+    inside = new_group(context, [ranks[first : first + machine_size] for first in ranks[::machine_size]], timeout_s)
+    between = new_group(context, [ranks[number::machine_size] for number in range(machine_size)], timeout_s)
+    return Levels(inside, between)
+
+
 def enable_determinism() -> None:
     """Make torch compute the same bits in every run on CUDA. Call it before the first use of CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -208,5 +261,5 @@ def enable_determinism() -> None:
 
 def destroy_context(context: DistContext) -> None:
     """Leave the process groups. Call it once, after closing the comm stream."""
-    if context.grad_group is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from checkpoint.named import NamedState
 from parallel.buffer import Bucket
-from parallel.collectives import measure_bandwidth
+from parallel.collectives import Collectives, Levels, measure_bandwidth
 from parallel.comm_hooks import CommHook, SavedStates, sum_hook, take_saved_states
+from parallel.context import machine_groups
 from parallel.contract import GradientSource, StepResult
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, StepPlan, Sums, Task, Traffic
@@ -42,10 +43,19 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
         grad_dtype=_grad_dtype(parts),
         observer=Observer(parts.context, config.check_for_nan_in_grad),
         alignment=parts.alignment,
+        collectives=Collectives(parts.context.grad_group, parts.mesh.machine_size, levels_of(parts)),
     )
     ddp.use_hook(_new_hook(parts, ddp))
     zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
     return BucketedEngine(parts, ddp, zero1)
+
+
+def levels_of(parts: EngineParts) -> Levels | None:
+    """Groups for collectives of all ranks on the machines of the mesh; None: none are needed. Collective."""
+    context, size = parts.context, parts.mesh.machine_size
+    if context.device.type == "cuda" and 1 < size < context.world_size:
+        return machine_groups(context, size, parts.config.dist_timeout)
+    return None
 
 
 def _new_hook(parts: EngineParts, ddp: DistributedDataParallel) -> CommHook:
@@ -83,8 +93,8 @@ class Wrapped(Protocol):
     def finish_grad_sync(self) -> None: ...
 
 
-class WholeModelEngine:
-    """The common part of both engines.
+class DataParallelEngine:
+    """The common part of engines whose ranks each have rows of their own: the loop over micro-batches.
 
     Args:
         gradients: the gradients of `ddp`, for the optimizer.
@@ -209,7 +219,7 @@ class WholeModelEngine:
         pass
 
 
-class NaiveEngine(WholeModelEngine):
+class NaiveEngine(DataParallelEngine):
     """Sums every gradient after the backward pass."""
 
     def __init__(self, parts: EngineParts, ddp: NaiveDDP):
@@ -231,7 +241,7 @@ class NaiveEngine(WholeModelEngine):
         return f"{size} processes, naive all-reduce; {threads} thread(s) each" if size > 1 else one_process()
 
 
-class BucketedEngine(WholeModelEngine):
+class BucketedEngine(DataParallelEngine):
     """Reduces buckets of gradients during the backward pass.
 
     Args:
@@ -303,6 +313,8 @@ class BucketedEngine(WholeModelEngine):
         overlap = "overlapped with" if config.overlap_grad_reduce else "after"
         text = f"{size} processes" if size > 1 else "one process"
         text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
+        if self.ddp.collectives.has_levels:
+            text += f", summed first on each of {self.ddp.collectives.machines} machines"
         text += f", {hook}" if hook else ""
         if self.zero1 is not None:
             text += ", ZeRO-1" + (" gathered under the forward pass" if self.zero1.overlap_gather else "")
@@ -319,13 +331,22 @@ class BucketedEngine(WholeModelEngine):
             rates[0] = measure_bandwidth(self.ddp.collectives, context.device)
 
         self.ddp.comm_stream.submit(measure).wait()
-        sent = {"gradients": self.ddp.bytes_sent()}
+        measured = context.gather([rates[0], context.local_world_size])
+        remark, ranks = "", [count for _, count in measured]
+        if self.mesh.machine_size == 1 < max(ranks) and not self._parts.config.ranks_per_machine:
+            remark = "sums are not taken machine by machine, as machines have different numbers of processes"
+        by_machine = self._bytes_sent(by_machine=True) if self.ddp.collectives.has_levels else {}
+        return Traffic(min(rate for rate, _ in measured), self._bytes_sent(by_machine=False), by_machine, remark)
+
+    def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
+        """Purpose -> bytes that each rank, or each machine, sends in a step."""
+        sent = {"gradients": self.ddp.bytes_sent(by_machine)}
         if self.zero1 is not None:
-            sent["parameters"] = self.zero1.bytes_sent()
-            updates = sum(self.zero1.bytes_of_updates(bucket) for bucket in self.ddp.buckets
+            sent["parameters"] = self.zero1.bytes_sent(by_machine)
+            updates = sum(self.zero1.bytes_of_updates(bucket, by_machine) for bucket in self.ddp.buckets
                           if self.optimizer.needs_gather(bucket.index))  # fmt: skip
             sent |= {"updates": updates} if updates else {}
-        return Traffic(min(context.gather(rates[0])), sent)
+        return sent
 
     def advice(self, traffic: Traffic, compute_s: float) -> str | None:
         seconds = traffic.sent.get("parameters", 0.0) / traffic.bytes_per_s

@@ -32,7 +32,7 @@ from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
 from parallel.layout import ALIGNMENT
 from parallel.naive import broadcast_parameters
-from parallel.observer import Observer
+from parallel.observer import Observer, no_gradient_error
 
 
 class DistributedDataParallel(nn.Module):
@@ -50,6 +50,7 @@ class DistributedDataParallel(nn.Module):
         grad_dtype: dtype in which gradients accumulate and, with the default hook, travel.
         observer: receives reports for profiles and logs; created here if not given.
         alignment: multiple of elements at which parameters start in the buffers and shards are cut.
+        collectives: those of `context.grad_group`; created here, without levels, if not given.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DistributedDataParallel(nn.Module):
         grad_dtype: torch.dtype = torch.float32,
         observer: Observer | None = None,
         alignment: int = ALIGNMENT,
+        collectives: Collectives | None = None,
     ):
         super().__init__()
         self.module, self.context = module, context
@@ -73,7 +75,7 @@ class DistributedDataParallel(nn.Module):
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype, alignment)
         self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
-        self.collectives = Collectives(context.grad_group)
+        self.collectives = collectives or Collectives(context.grad_group)
         self.hook: CommHook = AllReduce(self.collectives)
         self._after: tuple[CommStream, Callable[[Bucket], None]] | None = None
         self._sync_this_backward = True
@@ -123,9 +125,10 @@ class DistributedDataParallel(nn.Module):
             self.hook.release(bucket)
         self.flat_buffers.restore_grad_views()
 
-    def bytes_sent(self) -> float:
-        """Bytes that each rank sends in a step to sum the gradients; 0 (unknown) if the hook is a plain function."""
-        return sum(self.hook.bytes_sent(bucket) for bucket in self.buckets)
+    def bytes_sent(self, by_machine: bool = False) -> float:
+        """Bytes that each rank sends in a step to sum the gradients; `by_machine`: that each machine sends to the
+        others. 0 (unknown) if the hook is a plain function."""
+        return sum(self.hook.bytes_sent(bucket, by_machine=by_machine) for bucket in self.buckets)
 
     def close(self) -> None:
         """Finish all submitted work and end the threads."""
@@ -145,11 +148,7 @@ class DistributedDataParallel(nn.Module):
         """
         missing = [slot.parameter.name for parameter, slot in self._slot_of.items() if parameter not in self._arrived]
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise RuntimeError(
-                f"{len(missing)} parameters got no gradient in this backward pass: {shown}; "
-                f"every parameter must take part in the loss, or be frozen before the model is wrapped"
-            )
+            raise no_gradient_error(missing)
         self.flat_buffers.require_grad_views()
         while self._next_bucket < len(self.buckets):
             self._launch(self.buckets[self._next_bucket])

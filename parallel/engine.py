@@ -9,7 +9,7 @@ An engine holds the model as the ranks share it, its gradients and its optimizer
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from checkpoint.named import NamedState
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
-from parallel.contract import GradientSource, Optimizer, StepResult
+from parallel.contract import GradientSource, Named, Optimizer, StepResult
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 
@@ -82,12 +82,16 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that each rank sends in a step, and the network's speed."""
+    """Bytes that each rank and each machine sends in a step, and the network's speed."""
 
     bytes_per_s: float
     """Speed each way of the slowest rank, as measured."""
     sent: Mapping[str, float]
     """Purpose -> bytes; gradients first."""
+    sent_by_machine: Mapping[str, float] = field(default_factory=dict)
+    """Purpose -> bytes that each machine sends to the others; empty if there is one machine, or one rank on each."""
+    remark: str = ""
+    """A few words on why the ranks' machines make no difference, if they could."""
 
 
 class Engine(Protocol):
@@ -202,6 +206,8 @@ class EngineParts:
     """dtype of the weights that matmuls see."""
     alignment: int = ALIGNMENT
     """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
+    alignment_of: Callable[[Named], int] = lambda parameter: 1
+    """The same for a parameter, as far as the optimizer cannot do without."""
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""

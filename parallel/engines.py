@@ -44,8 +44,8 @@ class ModelCutter(NamedTuple):
     """Cuts a model without values, on the meta device, over the ranks."""
     held: Callable[[Tensor], tuple[Tensor, slice]]
     """A parameter -> the memory of this rank's rows, and which rows they are."""
-    device: torch.device
-    """Where a rank's rows are kept."""
+    device_of: Callable[[Tensor], torch.device]
+    """A parameter -> where this rank's rows of it are kept."""
     together: Callable[[Callable[[], object]], object]
     """Does a rank's work; if one rank raises a ValueError, all do."""
 
@@ -61,6 +61,6 @@ def model_cutter(
     return ModelCutter(
         lambda model: fsdp.cut(model, config, context, mesh, dtype),
         lambda parameter: fsdp.held_rows(parameter, mesh),
-        torch.device("cpu") if config.fsdp_cpu_offload else context.device,
+        lambda parameter: fsdp.device_of(parameter, config, context),
         context.gather_from,
     )

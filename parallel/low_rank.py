@@ -106,8 +106,8 @@ def sum_over_ranks(
 
     Args:
         own: receives this rank's contribution. The contributions add up to the sum that all ranks now hold: each is the
-            rank's rounded values, plus the rounding error of the sum in the shard that this rank added up. So the
-            residuals, formed from the contributions, also absorb the wire's rounding.
+            rank's rounded values, plus the errors of the sums that it has rounded. So the residuals, formed from the
+            contributions, also absorb the wire's rounding.
     """
     if wire_dtype == factors.dtype:
         if own is not None:
@@ -120,10 +120,8 @@ def sum_over_ranks(
     scale = narrow(factors, on_wire, collectives)
     if own is not None:
         own.copy_(on_wire)
-    exact = collectives.reduce_scatter(on_wire)
+    collectives.reduce_scatter(on_wire, rounding=own)
     collectives.all_gather(on_wire)
-    if own is not None:
-        collectives.shard(own).add_(collectives.shard(on_wire) - exact)
-        if scale is not None:
-            own.div_(scale)
+    if own is not None and scale is not None:
+        own.div_(scale)
     widen(on_wire, scale, factors)

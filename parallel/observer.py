@@ -4,7 +4,7 @@ The algorithms (ddp.py, zero1.py) report to an observer; none of their decisions
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,15 @@ from parallel.spans import traffic_span
 from parallel.waiting import WaitMeter
 
 logger = logging.getLogger(__name__)
+
+
+def no_gradient_error(missing: Sequence[str]) -> RuntimeError:
+    """The error of a backward pass that left parameters of these names without gradients."""
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    return RuntimeError(
+        f"{len(missing)} parameters got no gradient in this backward pass: {shown}; "
+        f"every parameter must take part in the loss, or be frozen before the model is wrapped"
+    )
 
 
 @dataclass

@@ -346,10 +346,11 @@ class PowerSGD(CommHook):
         if not self._states[bucket.index].grad_is_residual:
             bucket.grad.zero_()
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
         state = self._states[bucket.index]
         sums = [state.p] if self.config.use_fixed_Q or not state.matrices else [state.p, state.q]
-        factors = 2 * shared_fraction(self.collectives) * sum(map(len, sums)) * (itemsize or self._wire_dtype.itemsize)
+        share = shared_fraction(self.collectives, by_machine)
+        factors = 2 * share * sum(map(len, sums)) * (itemsize or self._wire_dtype.itemsize)
         return factors + len(sums) * agreement_bytes(self._wire_dtype, self.collectives)
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
@@ -461,8 +462,8 @@ class Eager(CommHook):
             for _, gradient in bucket.views():
                 gradient.fill_(torch.nan)
 
-    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None) -> float:
-        return self.hook.bytes_sent(bucket, itemsize)
+    def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
+        return self.hook.bytes_sent(bucket, itemsize, by_machine)
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
         if dtype == torch.float16:

@@ -33,6 +33,8 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         tensors: contiguous, of any shape, with dtypes of 1, 2, 4 or 8 bytes, on one device.
     """
     words = [word for tensor in tensors for word in _as_words(tensor.detach().view(-1))]
+    if not words:
+        return 0
     sums = torch.stack([word.sum(dtype=torch.int64) for word in words])
     # Odd weights: an even one would drop the highest bit.
     return int((sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum())
@@ -53,16 +55,41 @@ def require_same_weights(context: DistContext, weights: Iterable[Tensor], step: 
     Raises:
         ReplicaDrift: they differ; on all ranks.
     """
-    if context.world_size == 1:
-        return
-    sums = context.gather(checksum(weights))
-    (common, count), *others = Counter(sums).most_common()
-    if not others:
-        return
-    odd = [rank for rank, value in enumerate(sums) if value != common]
-    who = f"the weights of rank {', '.join(map(str, odd))} are" if 2 * count > len(sums) else "the ranks' weights are"
-    raise ReplicaDrift(
-        f"{who} not the same as the others' after step {step}: go on from the last checkpoint with --resume; if it "
-        f"happens again, one machine computes wrongly or differs from the others in software or processor "
-        f"(--replica_check_interval=0 turns this check off)"
-    )
+    if context.world_size > 1:
+        _require_same([[*enumerate(context.gather(checksum(weights)))]], step)
+
+
+def require_same_shards(
+    context: DistContext, shards: Iterable[Tensor], num_shards: int, whole: Iterable[Tensor], step: int
+) -> None:
+    """Compare the shards of all copies of a model, and what every rank holds whole. Collective; main thread only.
+
+    Args:
+        shards: this rank's, which are those of the ranks `num_shards` before and after it, and so on.
+    Raises:
+        ReplicaDrift: they differ; on all ranks.
+    """
+    if context.world_size > 1:
+        sums = context.gather([checksum(shards), checksum(whole)])
+        of_shards, of_whole = ([*enumerate(values)] for values in zip(*sums))
+        _require_same([*(of_shards[shard::num_shards] for shard in range(num_shards)), of_whole], step)
+
+
+def _require_same(sets: Iterable[list[tuple[int, int]]], step: int) -> None:
+    """
+    Args:
+        sets: (rank, checksum) of ranks that must agree, each.
+    Raises:
+        ReplicaDrift: those of a set differ.
+    """
+    for sums in sets:
+        (common, count), *others = Counter(value for _, value in sums).most_common()
+        if not others:
+            continue
+        odd = ", ".join(str(rank) for rank, value in sums if value != common)
+        who = f"the weights of rank {odd} are" if 2 * count > len(sums) else "the ranks' weights are"
+        raise ReplicaDrift(
+            f"{who} not the same as the others' after step {step}: go on from the last checkpoint with --resume; if it "
+            f"happens again, one machine computes wrongly or differs from the others in software or processor "
+            f"(--replica_check_interval=0 turns this check off)"
+        )

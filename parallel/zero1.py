@@ -12,8 +12,9 @@ Each bucket splits into N even shards; rank i owns the i-th of every bucket, whe
 Buckets are stepped and gathered last first, as the forward pass begins with the last bucket. With `overlap_gather`, a
 layer waits only for the buckets that hold its own parameters; without it, the step ends when all are gathered.
 
-Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, in addition to the gradients. Optimizer
-state shrinks from 12 bytes a parameter (fp32 main parameters, two moments) to 12 / N.
+Bytes sent by each rank for P parameters of w bytes: (N - 1) / N x P w a step, in addition to the gradients; by each
+of M machines to the others: (M - 1) / M x P w. Optimizer state shrinks from 12 bytes a parameter (fp32 main parameters,
+two moments) to 12 / N.
 """
 
 from collections.abc import Callable, Iterator
@@ -95,16 +96,18 @@ class Zero1:
                 for bucket in due:
                     self._gathers.pop(bucket).wait()
 
-    def bytes_of_updates(self, bucket: Bucket) -> float:
-        """Bytes that each rank sends in `gather_updates`."""
-        return shared_fraction(self.ddp.collectives) * len(bucket.grad) * self.ddp.hook.dtype_taken(bucket).itemsize
+    def bytes_of_updates(self, bucket: Bucket, by_machine: bool = False) -> float:
+        """Bytes that each rank sends in `gather_updates`; `by_machine`: that each machine sends to the others."""
+        share = shared_fraction(self.ddp.collectives, by_machine)
+        return share * len(bucket.grad) * self.ddp.hook.dtype_taken(bucket).itemsize
 
-    def bytes_sent(self) -> float:
-        """Bytes that each rank sends to gather the parameters once."""
-        return self._bytes_to_gather(self.ddp.flat_buffers.param_data)
+    def bytes_sent(self, by_machine: bool = False) -> float:
+        """Bytes that each rank sends to gather the parameters once; `by_machine`: that each machine sends to the
+        others."""
+        return self._bytes_to_gather(self.ddp.flat_buffers.param_data, by_machine)
 
-    def _bytes_to_gather(self, param: Tensor) -> float:
-        return shared_fraction(self.ddp.collectives) * len(param) * param.itemsize
+    def _bytes_to_gather(self, param: Tensor, by_machine: bool = False) -> float:
+        return shared_fraction(self.ddp.collectives, by_machine) * len(param) * param.itemsize
 
     def _wait_where_needed(self, model: nn.Module) -> None:
         """Wait for the buckets of a unit's parameters before the unit runs, and for the rest after the model has run.

@@ -213,6 +213,7 @@ def _open_engine(
             seed=config.run.seed,
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
+            alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )

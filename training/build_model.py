@@ -333,7 +333,7 @@ def _outline_of_part(
     cutter.cut(model)
 
     def with_memory(tensor: Tensor) -> Tensor:
-        place = cutter.device if isinstance(tensor, nn.Parameter) else device
+        place = cutter.device_of(tensor) if isinstance(tensor, nn.Parameter) else device
         # Some buffers have values, even in an outline.
         return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 

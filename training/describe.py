@@ -124,7 +124,11 @@ def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool
     advice = engine.advice(traffic, tokens_per_step * counted.strict / (0.5 * counted.peak))
     if advice is not None and is_main:
         logger.warning(advice)
-    return [f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {sends} from each rank"]
+    text = f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {sends} from each rank"
+    if traffic.sent_by_machine:
+        leaving = " and ".join(f"{sent / 1e6:,.1f} MB of {what}" for what, sent in traffic.sent_by_machine.items())
+        text += f", and {leaving} from each machine to the others"
+    return [text + (f"; {traffic.remark}" if traffic.remark else "")]
 
 
 def _peak(counted: Flops, device: torch.device) -> str:

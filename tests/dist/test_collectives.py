@@ -1,6 +1,7 @@
 """The collectives against naive sums in float64, and the bytes that they and the hooks really send."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -37,14 +38,14 @@ def values(rank: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def ulps(found: Tensor, addends: list[Tensor]) -> float:
-    """Largest error of a sum, in roundoffs of the sum of absolute values."""
+    """Largest error of a sum, in roundoffs of the addends' dtype of the sum of absolute values."""
     exact = sum(addend.double() for addend in addends)
-    scale = sum(addend.double().abs() for addend in addends) * torch.finfo(found.dtype).eps / 2
+    scale = sum(addend.double().abs() for addend in addends) * torch.finfo(addends[0].dtype).eps / 2
     return ((found.double() - exact).abs() / scale).max().item()
 
 
-def collective_cases(context: DistContext) -> dict:
-    collectives, rank, ranks = Collectives(context.grad_group), context.rank, context.world_size
+def collective_cases(context: DistContext, collectives: Collectives) -> dict:
+    rank, ranks = context.rank, context.world_size
     results = {"place": [collectives.rank, collectives.world_size]}
     for (name, dtype), size in itertools.product(DTYPES.items(), SIZES):
         addends = [values(r, size * ranks, dtype) for r in range(ranks)]
@@ -132,15 +133,18 @@ def test_without_a_group_every_sum_is_over_this_rank():
 class Counter:
     """Counts the bytes that this rank hands to torch.distributed while the context lasts."""
 
-    def __init__(self, world_size: int):
-        self.sent, self.ring = 0, 0
-        self._world_size = world_size
+    def __init__(self, collectives: Collectives):
+        self.sent, self.ring, self.left = 0, 0, 0
+        self._collectives = collectives
         self._originals = {name: getattr(dist, name) for name in ("isend", "all_reduce")}
 
     def __enter__(self) -> "Counter":
-        def isend(tensor: Tensor, *args, **kwargs):
-            self.sent += tensor.numel() * tensor.itemsize
-            return self._originals["isend"](tensor, *args, **kwargs)
+        size, rank = self._collectives.machine_size, self._collectives.rank
+
+        def isend(tensor: Tensor, *args, group_dst: int, **kwargs):
+            self.sent += tensor.nbytes
+            self.left += tensor.nbytes if group_dst // size != rank // size else 0
+            return self._originals["isend"](tensor, *args, group_dst=group_dst, **kwargs)
 
         def all_reduce(tensor: Tensor, *args, **kwargs):
             self.ring += tensor.numel() * tensor.itemsize
@@ -156,7 +160,16 @@ class Counter:
     @property
     def total(self) -> float:
         """Bytes of torch's all-reduce count as its ring sends them."""
-        return self.sent + 2 * (self._world_size - 1) / self._world_size * self.ring
+        return self.sent + self._sent_in_ring
+
+    @property
+    def total_by_machine(self) -> float:
+        """Bytes that go to other machines from this one, whose ranks all send as many; a ring leaves it once."""
+        return self.left * self._collectives.machine_size + self._sent_in_ring
+
+    @property
+    def _sent_in_ring(self) -> float:
+        return 2 * (self._collectives.world_size - 1) / self._collectives.world_size * self.ring
 
 
 class TwoLayers(nn.Module):
@@ -168,14 +181,16 @@ class TwoLayers(nn.Module):
         return self.second(self.first(x))
 
 
-def byte_cases(context: DistContext) -> dict:
-    collectives, results = Collectives(context.grad_group), {}
+def byte_cases(context: DistContext, collectives: Collectives) -> dict:
+    """Counted and stated bytes of a rank, those of torch's all-reduce, counted and stated bytes of a machine."""
+    results = {}
 
     def measure(name: str, hook: CommHook, buckets: list) -> None:
         put(buckets, gradients_of(context.rank, 0))
-        with Counter(context.world_size) as counter:
+        with Counter(collectives) as counter:
             reduce_all(hook, buckets)
-        results[name] = [counter.total, sum(hook.bytes_sent(b) for b in buckets), counter.ring]
+        stated = [sum(hook.bytes_sent(b, by_machine=by_machine) for b in buckets) for by_machine in (False, True)]
+        results[name] = [counter.total, stated[0], counter.ring, counter.total_by_machine, stated[1]]
 
     for grad_dtype in (torch.float32, torch.bfloat16):
         for plain in (AllReduce, ReduceScatter):
@@ -191,23 +206,29 @@ def byte_cases(context: DistContext) -> dict:
         buckets = new_buckets(context.world_size)
         measure(f"PowerSGD {wire}, {fixed}, {rate}", PowerSGD(buckets, collectives, config, wire), buckets)
 
-    ddp = DistributedDataParallel(TwoLayers(), context, bucket_size=100)
+    ddp = DistributedDataParallel(TwoLayers(), context, bucket_size=100, collectives=collectives)
     ddp.use_hook(ReduceScatter(ddp.collectives))
-    with Counter(context.world_size) as counter:
+    with Counter(collectives) as counter:
         ddp(torch.ones(2, 20)).sum().backward()
         ddp.finish_grad_sync()
-    results["DDP"] = [counter.total, ddp.bytes_sent(), counter.ring]
+    results["DDP"] = [counter.total, ddp.bytes_sent(), counter.ring, counter.total_by_machine, ddp.bytes_sent(True)]
     zero1 = Zero1(ddp)
-    with Counter(context.world_size) as counter:
-        zero1.gather_all()
-    results["Zero1"] = [counter.total, zero1.bytes_sent(), counter.ring]
+    for name, work, sent in (
+        ("Zero1", zero1.gather_all, zero1.bytes_sent),
+        ("updates", partial(zero1.gather_updates, 0, ddp.buckets[0].grad),
+         partial(zero1.bytes_of_updates, ddp.buckets[0])),
+    ):  # fmt: skip
+        with Counter(collectives) as counter:
+            work()
+        results[name] = [counter.total, sent(), counter.ring, counter.total_by_machine, sent(by_machine=True)]
     results["elements"] = len(ddp.flat_buffers.param_data)
     ddp.close()
     return results
 
 
 def cases(context: DistContext) -> dict:
-    return {"collectives": collective_cases(context), "bytes": byte_cases(context)}
+    collectives = Collectives(context.grad_group)
+    return {"collectives": collective_cases(context, collectives), "bytes": byte_cases(context, collectives)}
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +243,10 @@ def test_hooks_state_the_bytes_that_they_send(answers: dict[int, list[dict]], wo
     elements = sum(len(bucket.grad) for bucket in new_buckets(world_size))
     for results in (answer["bytes"].copy() for answer in answers[world_size]):
         zero1_bytes = share * results.pop("elements") * 4
-        assert len(results) == 26
-        for name, (counted, stated, _) in results.items():
+        assert len(results) == 27
+        for name, (counted, stated, _, by_machine, stated_by_machine) in results.items():
             assert stated > 0 and counted == pytest.approx(stated, rel=1e-12), name
+            assert by_machine == counted and stated_by_machine == stated, f"{name}: each rank is a machine"
         assert results["Zero1"][1] == pytest.approx(zero1_bytes) and results["DDP"][1] == pytest.approx(zero1_bytes)
         # the formulas of comm_hooks.py, on this layout
         for name, expected in {

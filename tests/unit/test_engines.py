@@ -8,11 +8,12 @@ from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel.config import ParallelConfig, PowerSGDConfig
-from parallel.context import DistContext
+from parallel.context import DistContext, destroy_context
 from parallel.engine import Engine, EngineParts, StepPlan
 from parallel.engines import ENGINES, open_engine
 from parallel.gradients import square
 from parallel.mesh import Mesh
+from parallel.torch_engines import fsdp
 from tasks.language_model import LanguageModelTask
 
 CONFIG = ModelConfig(
@@ -20,6 +21,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=1, max_position_embeddings=8,
 ).resolve()  # fmt: skip
 LR, CLIP, ADAMW = 1e-2, 0.5, AdamWConfig(weight_decay=0.0)
+ALONE = DistContext(0, 1, 0, 1, torch.device("cpu"))
 
 
 def new_model() -> Decoder:
@@ -38,13 +40,23 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _leave_group():
+    """FSDP makes a group for a single process, too."""
+    yield
+    destroy_context(ALONE)
+
+
 def open_alone(name: str, model: Decoder) -> Engine:
     scaler = LossScaler(enabled=False)
+    config = ParallelConfig(data_parallel="fsdp") if name == "fsdp" else ParallelConfig(ddp_impl=name)
+    if config.is_cut:
+        fsdp.cut(model, config, ALONE, Mesh(0), torch.float32)
     return open_engine(
         EngineParts(
-            ParallelConfig(ddp_impl=name),
+            config,
             PowerSGDConfig(),
-            DistContext(0, 1, 0, 1, torch.device("cpu")),
+            ALONE,
             Mesh(0),
             model,
             to_device=lambda batch: batch,
@@ -77,8 +89,9 @@ def test_an_engine_takes_the_steps_of_torchs_own_loop(name: str):
         assert sums.loss.item() / 32 == pytest.approx(loss.item(), rel=1e-6)
         assert not result.skipped and result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
     engine.settle()
-    for mine, other in zip(ours.parameters(), theirs.parameters()):
-        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+    whole = dict(engine.whole_weights({*engine.outlines()}))
+    for weight_name, other in theirs.named_parameters():
+        assert torch.allclose(whole[weight_name], other, rtol=1e-4, atol=1e-6)
     assert told and engine.describe() and engine.traffic() is None
     assert {piece.name for piece, _ in engine.named_state()} == {name for name, _ in ours.named_parameters()}
     engine.close()

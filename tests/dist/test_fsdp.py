@@ -1,0 +1,215 @@
+"""The FSDP2 engine on groups of gloo processes, against one process that has the whole model.
+
+A group is spawned once and works through all cases. Sizes are such that rows do not split evenly over four ranks, and
+that some ranks have none of a parameter.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import Decoder, ModelConfig
+from model.adapters import lora
+from model.adapters.lora import LoraSpec
+from optimizer.config import AdamWConfig, LionConfig, MuonConfig
+from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
+from optimizer.offload import OffloadedOptimizer
+from optimizer.rules import new_rules
+from parallel.config import ParallelConfig, PowerSGDConfig
+from parallel.context import DistContext, destroy_context, init_context
+from parallel.engine import Engine, EngineParts, StepPlan
+from parallel.engines import open_engine
+from parallel.gradients import square
+from parallel.mesh import plan_mesh
+from parallel.torch_engines import fsdp
+from tasks.language_model import LanguageModelTask
+from tests.dist.group import run_ranks
+
+ROWS, LENGTH, VOCAB = 8, 12, 30
+CONFIG = ModelConfig(
+    vocab_size=VOCAB, hidden_size=16, intermediate_size=22, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=LENGTH,
+).resolve()  # fmt: skip
+EXPERTS = ModelConfig(
+    vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    num_local_experts=5, moe_intermediate_size=8, num_shared_experts=1, router_bias_update_rate=0.01,
+    router_aux_loss_coef=0.01, rope_interleaved=True, max_position_embeddings=LENGTH,
+).resolve()  # fmt: skip
+LR, CLIP, STEPS = 1e-2, 0.5, 5
+ADAMW = AdamWConfig(weight_decay=0.1)
+ALONE = DistContext(0, 1, 0, 1, torch.device("cpu"))
+ALL_LINEAR = LoraSpec(r=3, alpha=6.0, targets=("all-linear",))
+
+
+@dataclass(frozen=True)
+class Case:
+    parallel: dict = field(default_factory=dict)
+    model: ModelConfig = CONFIG
+    optimizer: str = "adamw"
+    dtype: torch.dtype = torch.float32
+    adapter: LoraSpec | None = None
+    keeps: str = "all"
+    is_compiled: bool = False
+    is_offloaded: bool = False
+    tolerance: float = 2e-6
+    """Largest relative difference of the weights from one process's after 5 steps."""
+
+
+FSDP, HSDP = {"data_parallel": "fsdp"}, {"data_parallel": "hsdp", "ranks_per_machine": 2}
+CASES = {
+    "machines": Case(FSDP | {"ranks_per_machine": 2}),
+    "fsdp": Case(FSDP),
+    "kept": Case(FSDP | {"reshard_after_forward": False}),
+    "hsdp": Case(HSDP),
+    "hsdp kept": Case(HSDP | {"reshard_after_forward": False}),
+    "tied": Case(FSDP, replace(CONFIG, tie_word_embeddings=True)),
+    "dropout": Case(FSDP, replace(CONFIG, hidden_dropout=0.2, attention_dropout=0.1, residual_in_fp32=True)),
+    "recomputed": Case(FSDP, keeps="nothing"),
+    "matmuls kept": Case(FSDP, keeps="matmuls"),
+    "compiled": Case(FSDP, is_compiled=True),
+    "experts": Case(FSDP, EXPERTS),
+    "experts by batch": Case(HSDP, replace(EXPERTS, router_aux_loss="row"), keeps="nothing"),
+    "muon": Case(FSDP, optimizer="muon", tolerance=1e-4),
+    "muon hsdp": Case(HSDP, EXPERTS, optimizer="muon", tolerance=1e-4),
+    "lion": Case(FSDP, optimizer="lion", tolerance=1e-3),
+    "offloaded": Case(FSDP, is_offloaded=True),
+    "on the host": Case(FSDP | {"fsdp_cpu_offload": True}),
+    "lora": Case(FSDP, adapter=ALL_LINEAR, dtype=torch.bfloat16, tolerance=1e-3),
+    "dora": Case(HSDP, adapter=replace(ALL_LINEAR, use_dora=True)),
+    "lora and wholes": Case(FSDP, adapter=LoraSpec(3, 6.0, 0.0, ("q_proj",), ("embed_tokens", "norm"))),
+    "lora and tokens": Case(FSDP, adapter=replace(ALL_LINEAR, token_ids=(28, 29))),
+    "bf16": Case(FSDP, dtype=torch.bfloat16, tolerance=5e-3),
+    "bf16 sums": Case(HSDP | {"grad_reduce_in_fp32": False}, dtype=torch.bfloat16, tolerance=1e-2),
+    "fp16": Case(FSDP, dtype=torch.float16, tolerance=5e-3),
+}  # fmt: skip
+
+
+def new_model(case: Case) -> Decoder:
+    model = Decoder(case.model, case.keeps != "all", case.keeps if case.keeps != "all" else "nothing")
+    model.initialize(0)
+    if case.adapter is not None:
+        lora.attach(model, case.adapter, 0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_B.weight"):
+                    # Otherwise A gets no gradient in the first step.
+                    parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model.to(case.dtype).train()
+
+
+def rows(step: int) -> list[dict[str, Tensor]]:
+    """The global batch, in micro-batches of one row."""
+    tokens = torch.randint(0, VOCAB, (ROWS, 1, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    positions = torch.arange(LENGTH)[None]
+    return [
+        {"input_ids": t[:, :-1], "labels": t[:, 1:], "positions": positions, "row_ids": torch.tensor([step * ROWS + n])}
+        for n, t in enumerate(tokens)
+    ]
+
+
+def open_case(case: Case, context: DistContext) -> tuple[Engine, Decoder, LossScaler]:
+    """The case's engine; of a single process a bucketed one, which has the whole model."""
+    config = ParallelConfig(**case.parallel) if context.world_size > 1 else ParallelConfig()
+    mesh, model = plan_mesh(config, context), new_model(case)
+    if config.is_cut:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        fsdp.cut(model, config, context, mesh, case.dtype)
+    if case.is_compiled:
+        model.compile_blocks(backend="eager")
+    scaler = LossScaler(enabled=case.dtype == torch.float16, initial=2.0**10)
+    rules = new_rules(case.optimizer, ADAMW, MuonConfig(), LionConfig(), roles=model.roles())
+
+    def new_optimizer(gradients):
+        if case.is_offloaded:
+            return OffloadedOptimizer(gradients, rules, CLIP, scaler, context.device)
+        return MixedPrecisionOptimizer(gradients, rules, CLIP, scaler)
+
+    engine = open_engine(
+        EngineParts(
+            config, PowerSGDConfig(), context, mesh, model, lambda batch: batch, new_optimizer, square,
+            lambda: scaler.scale, scaler.enabled, 0, case.dtype, max(64, *(rule.alignment for rule in rules)),
+            lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
+            model.rebalance if model.config.router_bias_update_rate else None,
+        )
+    )  # fmt: skip
+    return engine, model, scaler
+
+
+def take_step(engine: Engine, model: Decoder, number: int) -> tuple[float, float]:
+    """Step `number`; returns the loss of the global batch and the norm of its gradient."""
+    mesh, task = engine.mesh, LanguageModelTask(model, 0, torch.ones(VOCAB))
+    plan = StepPlan(number, LR, ROWS * LENGTH, lambda: None)
+    sums = engine.forward_backward(rows(number)[mesh.data_rank :: mesh.data_size], task, plan)
+    result = engine.step(plan)
+    assert not result.skipped
+    loss = engine._parts.context.all_sum(sums.loss.clone()).item() / (ROWS * LENGTH)
+    return loss, result.grad_norm
+
+
+def all_weights(engine: Engine, model: Decoder) -> dict[str, Tensor]:
+    return dict(engine.whole_weights(set(engine.outlines())))
+
+
+def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    flat = [torch.cat([tensors[name].double().flatten() for name in theirs]) for tensors in (ours, theirs)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def exact_gradients(case: Case) -> dict[str, Tensor]:
+    """Gradients of the first step in float64, by one backward pass."""
+    model = new_model(case).double()
+    task, total = LanguageModelTask(model, 0, torch.ones(VOCAB)), 0.0
+    for batch in rows(1):
+        losses = task.layer_losses(batch, 1 / (ROWS * LENGTH))
+        total = total + task(batch, losses)[0] / (ROWS * LENGTH)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(case: Case, context: DistContext) -> dict[str, Tensor]:
+    """Gradients of the first step, put together by torch."""
+    engine, model, _ = open_case(case, context)
+    mesh, task = engine.mesh, LanguageModelTask(model, 0, torch.ones(VOCAB))
+    plan = StepPlan(1, LR, ROWS * LENGTH, lambda: None)
+    engine.forward_backward(rows(1)[mesh.data_rank :: mesh.data_size], task, plan)
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def work_through(names: list[str]) -> dict:
+    """Each case: relative error of the first gradients, and differences of losses, norms and weights after 5 steps."""
+    context = init_context("cpu")
+    results = {}
+    for name in names:
+        case = CASES[name]
+        errors = {}
+        if case.dtype == torch.float32:
+            found = gradients(case, context)
+            errors["gradient"] = relative_difference(found, exact_gradients(case)) if context.is_main else 0.0
+        engine, model, _ = open_case(case, context)
+        figures = [take_step(engine, model, 1 + step) for step in range(STEPS)]
+        engine.check_replicas(STEPS)
+        ours = all_weights(engine, model)
+        if context.is_main:
+            alone, whole_model, _ = open_case(case, ALONE)
+            expected = [take_step(alone, whole_model, 1 + step) for step in range(STEPS)]
+            theirs = all_weights(alone, whole_model)
+            errors["weights"] = relative_difference(ours, theirs)
+            errors["figures"] = max(abs(a / b - 1) for pair in zip(figures, expected) for a, b in zip(*pair))
+            alone.close()
+        engine.close()
+        results[name] = errors
+    destroy_context(context)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_equality_matrix(world_size: int):
+    names = list(CASES) if world_size == 4 else [n for n, c in CASES.items() if "hsdp" not in c.parallel.values()]
+    results = run_ranks(world_size, work_through, names)[0]
+    for name, errors in results.items():
+        assert errors.get("gradient", 0.0) <= 1e-6, (name, errors)
+        assert errors["weights"] <= CASES[name].tolerance and errors["figures"] <= CASES[name].tolerance, (name, errors)
