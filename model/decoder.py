@@ -383,5 +383,6 @@ class Decoder(nn.Module):
             if begins == "zero" or begins == "one":
                 self.filling.held(parameter)[0].fill_(float(begins == "one"))
             else:
-                drawn = torch.randn(parameter.shape, generator=generator_of(seed, name)).mul_(stds[begins])
-                self.filling.put(parameter, drawn)
+                # (Without a name, or the next one would be drawn beside it.)
+                normal = partial(torch.randn, generator=generator_of(seed, name))
+                self.filling.put(parameter, normal(parameter.shape).mul_(stds[begins]))

@@ -40,7 +40,7 @@ def cutter(rank: int) -> ModelCutter:
         rows = rows_of(rank, len(parameter))
         return parameter.detach()[rows], rows
 
-    return ModelCutter(lambda model: None, held, CPU, lambda work: work())
+    return ModelCutter(lambda model: None, held, lambda parameter: CPU, lambda work: work())
 
 
 def build(shape: ModelConfig, weights: Path | None, dtype=torch.bfloat16, *, rank: int | None = None, **options):
