@@ -75,13 +75,13 @@ class Ours:
     def __init__(self, args: argparse.Namespace, context: DistContext, mesh: Mesh, config: ParallelConfig):
         dtype, scaler = getattr(torch, args.dtype), LossScaler(enabled=False)
         self._tokens = args.rows * args.seq_len * context.world_size
-        self._model = new_model(args, context.device, model_cutter(config, context, mesh, dtype))
+        self.model = new_model(args, context.device, model_cutter(config, context, mesh, dtype))
         kernel = choose_kernel("auto", "", context.device)
-        rules = new_rules("adamw", ADAMW, MuonConfig(), LionConfig(), kernel, self._model.roles())
-        self._task = LanguageModelTask(self._model, 0, torch.ones(args.vocab_size, device=context.device))
+        rules = new_rules("adamw", ADAMW, MuonConfig(), LionConfig(), kernel, self.model.roles())
+        self._task = LanguageModelTask(self.model, 0, torch.ones(args.vocab_size, device=context.device))
         self.engine = open_engine(
             EngineParts(
-                config, PowerSGDConfig(), context, mesh, self._model, to_device=lambda batch: batch,
+                config, PowerSGDConfig(), context, mesh, self.model, to_device=lambda batch: batch,
                 new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, rules, CLIP, scaler),
                 square=sum_of_squares if kernel == "triton" else square,
                 loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
@@ -89,10 +89,10 @@ class Ours:
         )  # fmt: skip
         self._number = 0
 
-    def step(self, batch: dict[str, Tensor]) -> Tensor:
+    def step(self, batch: dict[str, Tensor], before_update: Callable[[], None] = lambda: None) -> Tensor:
         """Take a step; returns the mean loss of this rank's tokens."""
         self._number += 1
-        plan = StepPlan(self._number, LR, self._tokens, lambda: None)
+        plan = StepPlan(self._number, LR, self._tokens, before_update)
         sums = self.engine.forward_backward([batch], self._task, plan)
         assert sums is not None
         self.engine.step(plan)
