@@ -54,6 +54,8 @@ from parallel.gradients import square
 from parallel.launched import launched_world_size
 from parallel.mesh import plan_mesh
 from tasks.language_model import LanguageModelTask
+from training.build_model import build_model
+from training.config import SystemConfig
 from utils.terminal import run_main
 
 MB = 1e6
@@ -168,16 +170,14 @@ class Training:
 
     def __init__(self, config: ModelConfig, plan: TrainingPlan, context: DistContext, parallel: ParallelConfig):
         self.plan, dtype, device = plan, getattr(torch, plan.dtype), context.device
-        self.model = new_model(config, plan, device)
         mesh = plan_mesh(parallel, context)
-        cut = model_cutter(parallel, context, mesh, dtype)
-        if cut is not None:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-            cut(self.model)
+        cutter = model_cutter(parallel, context, mesh, dtype)
+        self.model = (
+            new_model(config, plan, device) if cutter is None
+            else build_model(config, SystemConfig(), 0, device, dtype, None, cutter=cutter).train()
+        )  # fmt: skip
         self.task = LanguageModelTask(self.model, 0, torch.ones(config.vocab_size))
-        self.tokens, self.steps = plan.tokens * context.world_size, 0
+        self.tokens, self.steps = 2 * plan.tokens * context.world_size, 0
         self.device, self.scaler = device, LossScaler(enabled=False)
         kernel = choose_kernel("auto", "", device) if not plan.offload_optimizer else "torch"
         self.rules = new_rules(
@@ -206,7 +206,8 @@ class Training:
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
         self.steps += 1
         plan = StepPlan(self.steps, 1e-4, self.tokens, lambda: None)
-        self.engine.forward_backward([batch], self.task, plan)
+        # With shards, gradients of the first micro-batch are there during the second.
+        self.engine.forward_backward([batch] * 2, self.task, plan)
         return plan
 
     def step(self) -> None:
@@ -346,9 +347,22 @@ def print_table(args: argparse.Namespace) -> None:
 
 def by_formula(args: argparse.Namespace, row: str) -> dict[str, float]:
     """Bytes of a rank. On a CPU, host memory is the device's."""
-    expected = estimate(SIZES[args.size][1], planned(args, row))
-    host = sum(expected.host.values())
-    return {"between steps": sum(expected.lasting.values()) + host, "peak": expected.peak + host}
+    parallel = mode_of(row, args.ranks or 1)
+    sharing = {"auto": args.ranks if parallel.use_distributed_optimizer else 1, "fsdp": args.ranks,
+               "hsdp": parallel.ranks_per_machine}  # fmt: skip
+    plan = replace(
+        planned(args, row), data_parallel=parallel.data_parallel, ranks=sharing[parallel.data_parallel],
+        reshard_after_forward=parallel.reshard_after_forward,
+    )  # fmt: skip
+    expected = estimate(SIZES[args.size][1], plan)
+    host, lasting = sum(expected.host.values()), expected.lasting
+    # With fsdp, gradients are there from a backward pass to the step.
+    between = sum(lasting.values()) - (lasting["gradients"] if plan.is_cut else 0)
+    state = lasting.get("main parameters", 0) + lasting.get("optimizer state", 0)
+    return {
+        "between steps": between + host, "peak": expected.peak + host, "parameters": lasting["weights"],
+        "gradients": lasting["gradients"], "states": state,
+    }
 
 
 def line_of(row: str, found: dict[str, float], expected: dict[str, float], columns: list[str]) -> str:

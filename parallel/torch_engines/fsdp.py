@@ -44,6 +44,7 @@ from parallel.mesh import Dimension, Mesh
 from parallel.observer import Observer, no_gradient_error
 from parallel.replicas import require_same_shards
 from parallel.spans import span, traffic_span
+from parallel.torch_engines.whole import exchange
 
 
 class Cuttable(Protocol):
@@ -336,7 +337,7 @@ class FsdpEngine(DataParallelEngine):
     A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
     """
 
-    is_sharded = forward_is_collective = True
+    forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
         self._units, observer = units(parts.model), Observer(parts.context)
@@ -354,6 +355,7 @@ class FsdpEngine(DataParallelEngine):
         _require_alignment(self._gradients, parts)
         self._nonfinite: list[str] = []
         super().__init__(parts, _CutModel(parts.model, observer, self._gradients), self._gradients)
+        self.state_holders = self.mesh.ranks_of("replica")
 
     def _step(self, plan: StepPlan) -> StepResult:
         if self._parts.config.check_for_nan_in_grad:
@@ -381,16 +383,22 @@ class FsdpEngine(DataParallelEngine):
         return self._parts.compute_dtype if isinstance(parameter, DTensor) else parameter.dtype
 
     @torch.no_grad()
-    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
-        """Gathers unit after unit, and keeps what is wanted here: never more than one unit besides."""
-        found: dict[str, Tensor] = {}
-        with self._communication.observer.waits.uncounted():
-            for number, unit in enumerate(self._units):
-                unit.unshard()
-                of_unit = _parameters_by_unit(self._parts.model)[number]
-                found |= {name: p.detach().clone() for name, p in of_unit.items() if name in names}
-                unit.reshard()
-        return found
+    def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The rows of each unit that some rank wants are exchanged at once."""
+        self.end_forward()
+        context = self._parts.context
+        everyone = context.gather(sorted(names))
+        wanted = [set(everyone[rank]) for rank in self.mesh.ranks_of("shard")]
+        for unit in _parameters_by_unit(self._parts.model):
+            rows: dict[str, Tensor] = {}
+            for name, parameter in unit.items():
+                if not isinstance(parameter, DTensor) and name in names:
+                    yield name, parameter.detach()
+                elif isinstance(parameter, DTensor) and any(name in theirs for theirs in wanted):
+                    rows[name] = local(parameter.detach()).to(context.device, self._parts.compute_dtype)
+            if rows:
+                lengths = {name: len(unit[name]) for name in rows}
+                yield from exchange(rows, lengths, wanted, _group_of(self._parts.model))
 
     def check_replicas(self, step: int) -> None:
         with span("compare replicas"):

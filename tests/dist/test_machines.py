@@ -131,7 +131,7 @@ def engine_cases(context: DistContext, collectives: Collectives) -> dict:
                 off, of = off + (grad - wanted).square().sum().item(), of + wanted.square().sum().item()
         traffic = engine.traffic()
         results[mode] = {
-            "off": off, "of": of, "roundings": roundings / norm[id(exact)], "sharded": engine.is_sharded,
+            "off": off, "of": of, "roundings": roundings / norm[id(exact)],
             "sent": dict(traffic.sent), "by machine": dict(traffic.sent_by_machine), "told": engine.describe(),
         }  # fmt: skip
         engine.close()
