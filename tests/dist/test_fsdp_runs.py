@@ -28,6 +28,8 @@ from tests.dist.test_sft_dpo_runs import Data
 from tests.runs import final_state, losses, records, relative_difference, same_bits
 
 STEPS, TASK_STEPS = 20, 5
+LONG = ("plain", "muon", "experts")
+"""Kinds of runs of the first number of steps."""
 FSDP, KEPT = "--data_parallel=fsdp", "--no-reshard_after_forward"
 MACHINES = "--ranks_per_machine=2"
 HSDP = ["--data_parallel=hsdp", MACHINES]
@@ -96,7 +98,7 @@ HOOKS = {
 
 
 def steps_of(kind: str) -> int:
-    return STEPS if KINDS[kind][0] == "pretrain" else TASK_STEPS
+    return STEPS if kind in LONG else TASK_STEPS
 
 
 class Home:
