@@ -347,9 +347,22 @@ def print_table(args: argparse.Namespace) -> None:
 
 def by_formula(args: argparse.Namespace, row: str) -> dict[str, float]:
     """Bytes of a rank. On a CPU, host memory is the device's."""
-    expected = estimate(SIZES[args.size][1], planned(args, row))
-    host = sum(expected.host.values())
-    return {"between steps": sum(expected.lasting.values()) + host, "peak": expected.peak + host}
+    parallel = mode_of(row, args.ranks or 1)
+    sharing = {"auto": args.ranks if parallel.use_distributed_optimizer else 1, "fsdp": args.ranks,
+               "hsdp": parallel.ranks_per_machine}  # fmt: skip
+    plan = replace(
+        planned(args, row), data_parallel=parallel.data_parallel, ranks=sharing[parallel.data_parallel],
+        reshard_after_forward=parallel.reshard_after_forward,
+    )  # fmt: skip
+    expected = estimate(SIZES[args.size][1], plan)
+    host, lasting = sum(expected.host.values()), expected.lasting
+    # With fsdp, gradients are there from a backward pass to the step.
+    between = sum(lasting.values()) - (lasting["gradients"] if plan.is_cut else 0)
+    state = lasting.get("main parameters", 0) + lasting.get("optimizer state", 0)
+    return {
+        "between steps": between + host, "peak": expected.peak + host, "parameters": lasting["weights"],
+        "gradients": lasting["gradients"], "states": state,
+    }
 
 
 def line_of(row: str, found: dict[str, float], expected: dict[str, float], columns: list[str]) -> str:

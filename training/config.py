@@ -295,21 +295,22 @@ class Derived:
 
 
 def resolve(
-    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
+    config: Config, data_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
 ) -> Derived:
     """Figures that follow from the configuration, the data and the number of ranks.
 
     Args:
+        data_size: ranks that read different rows.
         num_train_samples: samples in an epoch.
         step, samples_consumed: position of a resumed run. --epoch counts samples, even if the global batch changed.
     Raises:
         ValueError: the global batch cannot be split over the ranks.
     """
     steps = config.data.gradient_accumulation_steps
-    if steps % world_size:
+    if steps % data_size:
         raise ValueError(
             f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
-            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
+            f"their number, {data_size}: use {-(-steps // data_size) * data_size}"
         )
     global_batch = config.data.train_batch_size * steps
     epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))

@@ -374,6 +374,8 @@ ELSEWHERE = {
         "full rank", "bf16 zero1", "muon zero1"),
 }  # fmt: skip
 """Ranks other than 2 -> the modes that run there too."""
+ON_TWO_MACHINES = ("4 full rank", "4 bf16 zero1", "4 muon zero1")
+"""Of those, runs with two ranks on each machine."""
 SKIPS = {
     "zero1 gather": [ZERO1, GATHER],
     "bf16": [BF16],
@@ -403,7 +405,8 @@ def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pla
         plan.add(f"2 {name}", 2, mode, "slow" if name in SLOW else None)
     for ranks, names in ELSEWHERE.items():
         for name in names:
-            plan.add(f"{ranks} {name}", ranks, MODES[name][0])
+            machines = ["--ranks_per_machine=2"] if f"{ranks} {name}" in ON_TWO_MACHINES else []
+            plan.add(f"{ranks} {name}", ranks, [*MODES[name][0], *machines])
     for name, mode in SKIPS.items():
         plan.add(f"skip {name}", 2, [*mode, "--save_interval=1"], "overflow 6")
     plan.add("skip in buffer", 2, [*POWERSGD, IN_BUFFER], "overflow 3")
@@ -633,6 +636,8 @@ def test_the_start_says_what_is_sent(runs: Plan):
         "2 powersgd bf16": (factors / 2, None),
         "4 plain": (1.5 * plain, None),
         "4 zero1 gather": (0.75 * plain, 0.75 * plain),
+        # The last two: what a machine sends to the other.
+        "4 bf16 zero1": (0.375 * plain, 0.75 * plain, 0.25 * plain, 0.5 * plain),
     }
     for name, amounts in expected.items():
         (line,) = start_lines(runs[name], "INFO network: ")
@@ -640,6 +645,8 @@ def test_the_start_says_what_is_sent(runs: Plan):
         assert "MB of gradients" in line and ("MB of parameters" in line) == (amounts[1] is not None), name
         assert found == pytest.approx([amount for amount in amounts if amount is not None], abs=0.06), name
     assert start_lines(runs["1 zero1 gather"], "INFO network: ") == []
+    (line,) = start_lines(runs["4 muon zero1"], "INFO parallel: ")
+    assert "summed first on each of 2 machines" in line
 
 
 def test_a_gather_that_no_overlap_can_hide_is_warned_of(runs: Plan):
