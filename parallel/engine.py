@@ -208,6 +208,8 @@ class EngineParts:
     """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
     alignment_of: Callable[[Named], int] = lambda parameter: 1
     """The same for a parameter, as far as the optimizer cannot do without."""
+    micro_batches: int = 1
+    """Micro-batches of a step on each rank."""
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""

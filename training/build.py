@@ -214,6 +214,7 @@ def _open_engine(
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
+            micro_batches=config.data.gradient_accumulation_steps // mesh.data_size,
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )

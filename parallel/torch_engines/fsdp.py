@@ -19,6 +19,7 @@ Frozen vectors stay whole on every rank: they are small, and a rule that is no o
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -31,13 +32,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from parallel.buffer import ParameterSlice
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, measure_bandwidth
 from parallel.comm_hooks import shared_fraction
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, group_of_one, new_group
 from parallel.contract import Named, StepResult
 from parallel.data_parallel import DataParallelEngine, levels_of
-from parallel.engine import Batch, EngineParts, StepPlan, Task
+from parallel.engine import Batch, EngineParts, StepPlan, Task, Traffic
 from parallel.layout import ParameterSpec
 from parallel.mesh import Dimension, Mesh
 from parallel.observer import Observer, no_gradient_error
@@ -80,6 +81,8 @@ def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Me
 
     for block in cast(Cuttable, model).layers:
         cut_unit(block, config.reshard_after_forward)
+    # torch warns of views among a block's results, in which nothing must be changed in place; nothing is.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The head computes after the model's own forward pass.
     cut_unit(model, reshard_after_forward=False)
 
@@ -199,9 +202,13 @@ class _Communication:
             if self._on_cuda:
                 # torch may drop the tensor before this stream is done with it.
                 summed.record_stream(torch.cuda.current_stream(summed.device))
-            handle = self.copies.all_reduce(summed)
+            padding = -len(summed) % self.copies.world_size
+            padded = nn.functional.pad(summed, (0, padding)) if padding else summed
+            handle = self.copies.all_reduce(padded)
             if handle is not None:
                 handle.wait()
+            if padding:
+                summed.copy_(padded[: len(summed)])
 
 
 class _Transfer:
@@ -269,8 +276,8 @@ class ShardedGradients:
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
     def over_ranks(self, squares: Tensor) -> Tensor:
-        # Every copy of the model has the same sum.
-        return self._context.all_sum(squares if self._mesh.replica_rank == 0 else torch.zeros_like(squares))
+        # Every copy of the model has the same sum. All are added, so that NaN in any of them shows.
+        return self._context.all_sum(squares) / self._mesh.replica_size
 
     def take(self, bucket: int) -> list[Tensor]:
         grads = [local(cast(Tensor, p.grad)) for p in self.trained[bucket].values()]
@@ -410,16 +417,62 @@ class FsdpEngine(DataParallelEngine):
         self.end_forward()
         super().take_state(scalars)
 
+    def traffic(self) -> Traffic | None:
+        context = self._parts.context
+        if context.world_size == 1:
+            return None
+        rate = min(context.gather(measure_bandwidth(self._communication.gathers, context.device)))
+        by_machine = self._bytes_sent(by_machine=True) if 1 < self.mesh.machine_size < context.world_size else {}
+        return Traffic(rate, self._bytes_sent(by_machine=False), by_machine)
+
+    def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
+        """Purpose -> bytes that each rank, or each machine, sends in a step."""
+        parts, mesh, copies = self._parts, self.mesh, self._communication.copies
+        *blocks, around = (_padded_sizes(unit, mesh) for unit in _parameters_by_unit(parts.model))
+        times = 2 if parts.config.reshard_after_forward else 1
+        gathered = times * sum(size for block in blocks for _, size in block) + sum(size for _, size in around)
+        trained = sum(size for unit in [*blocks, around] for parameter, size in unit if parameter.requires_grad)
+        taken = torch.float32 if parts.config.grad_reduce_in_fp32 else parts.compute_dtype
+        # The ranks of a copy are on one machine, or the copy is on all of them.
+        inside = shared_fraction(self._communication.gathers, by_machine)
+        inside = 0.0 if by_machine and mesh.replica_size > 1 else inside
+        between = 2 * shared_fraction(copies) / (1 if by_machine else mesh.shard_size)
+        updates = sum(
+            size for bucket, unit in enumerate([*blocks, around]) if self.optimizer.needs_gather(bucket)
+            for parameter, size in unit if parameter.requires_grad
+        )  # fmt: skip
+        sent = {
+            "gradients": (inside + between) * trained * taken.itemsize * parts.micro_batches,
+            "weights": inside * gathered * parts.compute_dtype.itemsize * parts.micro_batches,
+            "updates": inside * updates * 4,
+        }
+        return {purpose: num_bytes for purpose, num_bytes in sent.items() if num_bytes}
+
     def describe(self) -> str:
         mesh, config = self.mesh, self._parts.config
         kind = "weights gathered twice a micro-batch (ZeRO-3)" if config.reshard_after_forward else "ZeRO-2"
         copies = f"{mesh.replica_size} copies of the model, each over " if mesh.replica_size > 1 else ""
         ranks = f"{mesh.shard_size} processes" if mesh.shard_size > 1 else "one process"
-        host = ""
-        if config.fsdp_cpu_offload:
-            on_cuda = self._parts.context.device.type == "cuda"
-            host = ", kept and stepped in host memory" if on_cuda else ", --fsdp_cpu_offload changes nothing on a CPU"
-        return f"FSDP2: {copies}{ranks}, {kind}{host}; {torch.get_num_threads()} thread(s) each"
+        text = f"FSDP2: {copies}{ranks}, {kind}"
+        if config.fsdp_cpu_offload and self._parts.context.device.type == "cuda":
+            text += ", kept and stepped in host memory"
+        elif config.fsdp_cpu_offload:
+            text += ", --fsdp_cpu_offload changes nothing on a CPU"
+        # Stacks of experts: matrices are cut by rows, which are many.
+        stacks = {len(p) for p in self._parts.model.parameters() if p.dim() > 2}
+        if stacks and min(stacks) % mesh.shard_size:
+            experts = min(stacks)
+            holders = -(-experts // rows_of_rank(experts, mesh))
+            text += f", {experts} experts a layer of which {holders} processes hold up to {rows_of_rank(experts, mesh)}"
+        return f"{text}; {torch.get_num_threads()} thread(s) each"
+
+
+def _padded_sizes(unit: dict[str, nn.Parameter], mesh: Mesh) -> list[tuple[nn.Parameter, int]]:
+    """A unit's parameters that are cut, and the elements that travel for each: every rank sends as many rows."""
+    return [
+        (p, rows_of_rank(len(p), mesh) * mesh.shard_size * math.prod(p.shape[1:]))
+        for p in unit.values() if isinstance(p, DTensor)
+    ]  # fmt: skip
 
 
 def _require_alignment(gradients: ShardedGradients, parts: EngineParts) -> None:

@@ -31,10 +31,11 @@ from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
 from tasks.language_model import LanguageModelTask
+from tasks.reference import ReferenceCache
 from tests.conftest import SEQ_LEN, TINY_MODEL
-from tests.dist.group import run_ranks
+from tests.dist.group import forget_meshes, run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
-from training import build_model
+from training import build_model, samples
 from training.meter import StepMeter
 
 STEPS = 6
@@ -50,7 +51,7 @@ ADAMW_8BIT, LION_8BIT = "--optimizer=adamw8bit", "--optimizer=lion8bit"
 EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 
-SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4)}
+SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4), 8: (1, 8)}
 """Ranks -> (rows per micro-batch, micro-batches per step) of each rank. (3 ranks only load and save.)"""
 
 MODES: dict[str, tuple[list[str], str | None]] = {
@@ -133,6 +134,9 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     nodes         each rank is on its own node, and gives the same warning at each step
     drift N       a bit of a weight flips on the last rank after step N
     choice        the last rank would take another implementation of attention
+    first         also saves after the first step
+    forgotten     the log-probabilities of DPO's reference are gone
+    patience N    the first rank gives its samples N seconds, the others give theirs hours
     """
     kind, _, number = (what or "").partition(" ")
     trainer, task, rank = trainer_module.Trainer, LanguageModelTask, int(os.environ["RANK"])
@@ -143,6 +147,10 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
         original_close = trainer.close
 
         def close(self) -> None:
+            if self.engine.forward_is_collective:
+                # Each rank has its own part of a model that is cut.
+                weights.append(0)
+                return original_close(self)
             flat = torch.cat([p.detach().flatten().view(torch.uint8) for p in self.model.parameters()])
             weights.append(zlib.crc32(flat.numpy().tobytes()))
             original_close(self)
@@ -212,6 +220,20 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
             patch.setattr(trainer, "_step", warn_then_step)
             patch.setenv("GROUP_RANK", str(rank))
+        elif kind == "first":
+            plain_step = trainer._step
+
+            def save_the_first(self) -> bool:
+                is_done = plain_step(self)
+                if self.progress.step == 1:
+                    self._save(None, must=True)
+                return is_done
+
+            patch.setattr(trainer, "_step", save_the_first)
+        elif kind == "forgotten":
+            patch.setattr(ReferenceCache, "read", lambda self: None)
+        elif kind == "patience":
+            patch.setattr(samples, "_PATIENCE_S", 9999.0 if rank else float(number))
         elif kind == "network":
             patch.setattr(data_parallel, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
@@ -253,6 +275,7 @@ def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
                 code = f"{type(error).__name__}: {error}"
             if dist.is_initialized():
                 dist.destroy_process_group()
+        forget_meshes()
         answers.append({"code": code, "weights": weights})
     return answers
 
@@ -266,10 +289,14 @@ def copy_run(source: Path, target: Path, keep: int) -> None:
 
 
 class Plan:
-    """Runs to be made, then their results: plan[name] has the flags of a run that succeeded."""
+    """Runs to be made, then their results: plan[name] has the flags of a run that succeeded.
 
-    def __init__(self, flags: list[str], home: Path):
-        self.flags, self.home = flags, home
+    Args:
+        ranks: processes that are spawned.
+    """
+
+    def __init__(self, flags: list[str], home: Path, ranks: int = 4):
+        self.flags, self.home, self.ranks = flags, home, ranks
         self.jobs: dict[str, dict] = {}
 
     def add(self, name: str, ranks: int, mode: list[str], patch: str | None = None) -> list[str]:
@@ -292,7 +319,7 @@ class Plan:
 
     def run(self) -> None:
         (self.home / "meeting").mkdir(parents=True)
-        answers = run_ranks(4, run_jobs, list(self.jobs.values()), str(self.home / "meeting"))
+        answers = run_ranks(self.ranks, run_jobs, list(self.jobs.values()), str(self.home / "meeting"))
         for index, job in enumerate(self.jobs.values()):
             job["codes"] = [answer[index]["code"] for answer in answers[: job["ranks"]]]
             job["weights"] = [answer[index]["weights"] for answer in answers[: job["ranks"]]]
