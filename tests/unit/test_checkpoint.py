@@ -288,6 +288,8 @@ def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: 
     there = sorted(os.listdir(tmp_path / "ckpt"))
     for part in ("manifest.json", "optim-1.safetensors", "/ckpt"):
         refuse(part, code)
+        # It need not be looked at, only be there.
+        opening.prepare_run(tmp_path)
         for which in ("last", "best"):
             with pytest.raises(ckpt.Unreadable, match=os.strerror(code)):
                 open_run(tmp_path, True, which)
