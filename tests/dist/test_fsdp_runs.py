@@ -257,7 +257,8 @@ def test_the_whole_grid(home: Home, tmp_path: Path, kind: str):
 @pytest.mark.soak
 def test_hooks_that_know_machines(home: Home, tmp_path: Path):
     """A hook that compresses sums elsewhere, and so rounds elsewhere: as near to itself without machines as two numbers
-    of ranks are to each other."""
+    of ranks are to each other. (Found for the weights: 6e-4 at most. Where PowerSGD's factors are bfloat16, AdamW makes
+    full steps of gradients that are rounding: 0.31, and 0.29 between two and four ranks without machines.)"""
     plan = Plan(home.flags("plain"), tmp_path)
     for way, flags in HOOKS.items():
         plan.add(way, 4, flags)
@@ -266,8 +267,8 @@ def test_hooks_that_know_machines(home: Home, tmp_path: Path):
     for way in HOOKS:
         run, flat = plan[f"{way} machines"], plan[way]
         assert [r["digest"] for r in records(run, "train")] == [r["digest"] for r in records(flat, "train")]
-        assert losses(run) == pytest.approx(losses(flat), rel=1e-3), way
-        assert apart(run, flat, STEPS) < 5e-2, way
+        assert losses(run) == pytest.approx(losses(flat), rel=2e-4), way
+        assert way == "powersgd bf16" or apart(run, flat, STEPS) < 5e-3, way
 
 
 def test_nothing_but_shards_is_saved_of_the_optimizer(runs: Plan):
