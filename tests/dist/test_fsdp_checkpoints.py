@@ -26,6 +26,8 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 DDP, ZERO1 = ["--no-use_distributed_optimizer"], ["--use_distributed_optimizer"]
 FSDP = ["--no-use_distributed_optimizer", "--data_parallel=fsdp"]
