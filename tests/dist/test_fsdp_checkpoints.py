@@ -100,7 +100,7 @@ def do_runs(jobs: list[list]) -> list[int]:
 
 @dataclass
 class Runs:
-    """The flags of finished runs. Those that were made in parts have the same name as those that were not, and more."""
+    """The flags of finished runs."""
 
     whole: list[str]
     """FSDP in bfloat16."""
