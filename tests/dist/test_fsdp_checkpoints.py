@@ -26,6 +26,8 @@ from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 DDP, ZERO1 = ["--no-use_distributed_optimizer"], ["--use_distributed_optimizer"]
 FSDP = ["--no-use_distributed_optimizer", "--data_parallel=fsdp"]
@@ -98,7 +100,7 @@ def do_runs(jobs: list[list]) -> list[int]:
 
 @dataclass
 class Runs:
-    """The flags of finished runs. Those that were made in parts have the same name as those that were not, and more."""
+    """The flags of finished runs."""
 
     whole: list[str]
     """FSDP in bfloat16."""
