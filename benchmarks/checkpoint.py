@@ -1,11 +1,13 @@
 """Time for which a save holds up training, and its cost while it is written: ours and torch's, alternating.
 
     python -m parallel.launch --nproc_per_node=2 -m benchmarks.checkpoint [--directory DISK] [--rounds 12]
+    python -m parallel.launch --nproc_per_node=2 -m benchmarks.checkpoint --data_parallel fsdp
 
 All contenders save the same tensors: on each rank, those that our checkpoint takes from it (weights on the first rank,
-and the rank's part of the float32 main parameters and moments; the main parameters share memory with the weights). In
-its turn, a contender first takes some steps without a save, then saves, and trains on until everything is on disk and
-flushed on all ranks. The order of turns rotates.
+and the rank's part of the float32 main parameters and moments; the main parameters share memory with the weights). If
+FSDP has cut the model, its weights are first exchanged, so that each rank has its files' parameters whole. In its turn,
+a contender first takes some steps without a save, then saves, and trains on until everything is on disk and flushed on
+all ranks. The order of turns rotates.
 
     hold-up         seconds for which the slowest rank waited for the save: in the call, and before the weights change
     steps           seconds of a step while the save is written, divided by those of a step without a save
@@ -49,15 +51,29 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 
 from benchmarks.ddp import VOCAB_SIZE, LossModule, new_module
+from benchmarks.fsdp import Ours as OurEngine
+from benchmarks.fsdp import batch_of
 from checkpoint.retention import Retention
 from checkpoint.saving import CheckpointSaver
 from checkpoint.stores import StorePlace
 from checkpoint.writing import CheckpointWriter
+from model.families import family_of
 from model.hf import named_weights
+from model.hf_saved import saved_files
 from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
-from parallel import BucketGradients, DistContext, DistributedDataParallel, Zero1, init_context, sum_hook
+from parallel import (
+    BucketGradients,
+    DistContext,
+    DistributedDataParallel,
+    ParallelConfig,
+    Zero1,
+    init_context,
+    sum_hook,
+)
+from parallel.mesh import plan_mesh
+from training.saving import add_weights
 from utils.machine import cpu_name
 from utils.paths import a_path
 from utils.terminal import run_main
@@ -98,15 +114,61 @@ class Training:
         return time.perf_counter() - started, waited
 
     def add_share(self, writer: CheckpointWriter) -> None:
-        writer.add_named_state(self.optimizer.named_state(), sharded=self.zero1 is not None)
+        holders = [self.context.rank] if self.zero1 is not None else self.place.store
+        writer.add_named_state(self.optimizer.named_state(), holders)
         if self.context.is_main:
             writer.add_tensors("model.safetensors", named_weights(self.module.model), {"format": "pt"})
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def close(self) -> None:
+        self.ddp.close()
 
     def share(self) -> dict[str, Tensor]:
         """The same tensors as a flat dictionary."""
         recorder = _Recorder(Path(), 0, self.place, "")
         self.add_share(recorder)
         return recorder.tensors
+
+
+class CutTraining(Training):
+    """The same with FSDP2, by the engine of a run."""
+
+    def __init__(self, context: DistContext, args: argparse.Namespace):
+        self.context, size = context, context.world_size
+        config = ParallelConfig(data_parallel=args.data_parallel, ranks_per_machine=args.ranks_per_machine)
+        args = argparse.Namespace(**vars(args), vocab_size=VOCAB_SIZE, dtype="float32")
+        self._ours = OurEngine(args, context, plan_mesh(config, context), config)
+        self._batch = batch_of(args, context)
+        self.place = StorePlace(context.rank, size, tuple(range(size)))
+
+    def step(self, before_update: Callable[[], float] | None = None) -> tuple[float, float]:
+        started, waited = time.perf_counter(), [0.0]
+
+        def wait() -> None:
+            waited[0] += before_update() if before_update is not None else 0.0
+
+        self._ours.step(self._batch, wait)
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, waited[0]
+
+    def add_share(self, writer: CheckpointWriter) -> None:
+        engine, config = self._ours.engine, self._ours.model.config
+        writer.add_named_state(engine.named_state(), engine.state_holders)
+        outlines = engine.outlines()
+        most = -(-sum(outline.nbytes for outline in outlines.values()) // self.context.world_size)
+        files, _ = saved_files(config, outlines, family_of(config), config.vocab_size, most)
+        add_weights(engine, True, files, writer)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._ours.model.parameters())
+
+    def close(self) -> None:
+        self._ours.close()
 
 
 class _Recorder(CheckpointWriter):
@@ -116,7 +178,7 @@ class _Recorder(CheckpointWriter):
         super().__init__(*arguments)
         self.tensors: dict[str, Tensor] = {}
 
-    def add_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    def add_tensors(self, name: str, tensors: dict[str, Tensor], *_: object, **__: object) -> None:
         self.tensors |= {f"{name}:{key}": tensor for key, tensor in tensors.items()}
 
 
@@ -355,6 +417,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rows", type=int, default=1, help="rows of a rank's batch")
     parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--data_parallel", choices=["auto", "fsdp", "hsdp"], default="auto")
+    parser.add_argument("--ranks_per_machine", type=int, default=0)
     parser.add_argument("--zero1", action="store_true", help="each rank holds and saves its own shard")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quiet_steps", type=int, default=4, help="steps without a save before each save")
@@ -368,22 +432,22 @@ def main() -> None:
         # torch's process-based saver needs a group, even of one process.
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     home = Path(context.decide_on_main(lambda: tempfile.mkdtemp(prefix="checkpoints-", dir=args.directory)))
-    training = Training(context, args)
+    training = (Training if args.data_parallel == "auto" else CutTraining)(context, args)
     try:
         results = run(training, home, args)
     finally:
         if context.is_main:
             shutil.rmtree(home, ignore_errors=True)
     if context.is_main:
-        parameters = sum(p.numel() for p in training.module.parameters())
+        mode = "ZeRO-1, " if args.zero1 else f"{args.data_parallel}, " if args.data_parallel != "auto" else ""
         device = cpu_name() if context.device.type == "cpu" else torch.cuda.get_device_name()
         print(
-            f"{parameters / 1e6:.1f} M parameters, float32, {'ZeRO-1, ' if args.zero1 else ''}{context.world_size} "
+            f"{training.num_parameters / 1e6:.1f} M parameters, float32, {mode}{context.world_size} "
             f"rank(s) on {device}, {torch.get_num_threads()} thread(s) each, {args.rows}x{args.seq_len} tokens a rank, "
             f"{args.rounds} rounds, torch {torch.__version__}, Python {platform.python_version()}"
         )
         report(results)
-    training.ddp.close()
+    training.close()
     context.barrier()
     # torch's helper process and its groups do not shut down cleanly.
     for child in multiprocessing.active_children():

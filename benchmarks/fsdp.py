@@ -36,17 +36,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from benchmarks.ddp import describe, timed
 from benchmarks.step_memory import give_back_freed_memory, in_use, peak_in_use, watch_peak
 from model import Decoder, ModelConfig
-from model.ops import build_ops, choose_ops
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.config import AdamWConfig, LionConfig, MuonConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel
 from optimizer.rules import new_rules
 from parallel import DistContext, Mesh, ParallelConfig, PowerSGDConfig, destroy_context, init_context
 from parallel.engine import EngineParts, StepPlan
-from parallel.engines import model_cutter, open_engine
+from parallel.engines import ModelCutter, model_cutter, open_engine
 from parallel.gradients import square
 from parallel.mesh import plan_mesh
 from tasks.language_model import LanguageModelTask
+from training.build_model import build_model
+from training.config import SystemConfig
 from utils.machine import cpu_name, keep_freed_memory
 from utils.terminal import run_main
 
@@ -55,16 +56,15 @@ LR, CLIP, ADAMW = 1e-4, 1.0, AdamWConfig()
 MB = 1e6
 
 
-def new_model(args: argparse.Namespace, device: torch.device) -> Decoder:
-    """The same float32 weights for both and on every rank, rounded to the dtype of the matrix products."""
+def new_model(args: argparse.Namespace, device: torch.device, cutter: ModelCutter | None = None) -> Decoder:
+    """The same weights for both and on every rank, float32 but rounded to the dtype of the matrix products."""
     dtype = getattr(torch, args.dtype)
     config = ModelConfig(
         vocab_size=args.vocab_size, hidden_size=args.hidden_size, num_hidden_layers=args.layers,
         num_attention_heads=args.hidden_size // 64, max_position_embeddings=args.seq_len,
     ).resolve(max_seq_len=args.seq_len)  # fmt: skip
-    model = Decoder(config, ops=build_ops(choose_ops("auto", {}, device, dtype)))
-    model.initialize(0)
-    return model.to(dtype).to(device).float().train()
+    model = build_model(config, SystemConfig(), 0, device, dtype, None, cutter=cutter)
+    return (model if cutter else model.float()).train()
 
 
 class Ours:
@@ -74,16 +74,14 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, context: DistContext, mesh: Mesh, config: ParallelConfig):
         dtype, scaler = getattr(torch, args.dtype), LossScaler(enabled=False)
-        self._model, self._tokens = new_model(args, context.device), args.rows * args.seq_len * context.world_size
-        cut = model_cutter(config, context, mesh, dtype)
-        assert cut is not None
-        cut(self._model)
+        self._tokens = args.rows * args.seq_len * context.world_size
+        self.model = new_model(args, context.device, model_cutter(config, context, mesh, dtype))
         kernel = choose_kernel("auto", "", context.device)
-        rules = new_rules("adamw", ADAMW, MuonConfig(), LionConfig(), kernel, self._model.roles())
-        self._task = LanguageModelTask(self._model, 0, torch.ones(args.vocab_size, device=context.device))
+        rules = new_rules("adamw", ADAMW, MuonConfig(), LionConfig(), kernel, self.model.roles())
+        self._task = LanguageModelTask(self.model, 0, torch.ones(args.vocab_size, device=context.device))
         self.engine = open_engine(
             EngineParts(
-                config, PowerSGDConfig(), context, mesh, self._model, to_device=lambda batch: batch,
+                config, PowerSGDConfig(), context, mesh, self.model, to_device=lambda batch: batch,
                 new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, rules, CLIP, scaler),
                 square=sum_of_squares if kernel == "triton" else square,
                 loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
@@ -91,10 +89,10 @@ class Ours:
         )  # fmt: skip
         self._number = 0
 
-    def step(self, batch: dict[str, Tensor]) -> Tensor:
+    def step(self, batch: dict[str, Tensor], before_update: Callable[[], None] = lambda: None) -> Tensor:
         """Take a step; returns the mean loss of this rank's tokens."""
         self._number += 1
-        plan = StepPlan(self._number, LR, self._tokens, lambda: None)
+        plan = StepPlan(self._number, LR, self._tokens, before_update)
         sums = self.engine.forward_backward([batch], self._task, plan)
         assert sums is not None
         self.engine.step(plan)

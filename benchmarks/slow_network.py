@@ -1,10 +1,14 @@
 """A whole training step over a slow network: seconds and bytes sent, for several kinds of data parallelism.
 
     python -m benchmarks.slow_network --rates 1gbit,200mbit --dtypes float32,bfloat16    (as root)
+    python -m benchmarks.slow_network --rates 200mbit --dtypes float32 --ranks_per_host 2
 
 The two "hosts" are network namespaces of this machine, joined by a veth pair that is throttled at both ends:
 
     rank 0, 10.77.0.1 | eth0 tbf ======== tbf eth0 | 10.77.0.2, rank 1
+
+With several ranks on each host, ours add inside a host first; those "on one level" do not, for comparison. Ranks of a
+host talk over its loopback, which is not throttled.
 
 A step is forward, backward, summing of gradients, clipping at norm 1, AdamW, zeroing of gradients. All contenders of
 one rate and dtype share one process group and take turns, in a rotating order. After an untimed step, a few steps of
@@ -49,6 +53,7 @@ from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel import (
     BucketGradients,
+    Collectives,
     DistContext,
     DistributedDataParallel,
     PowerSGD,
@@ -114,10 +119,11 @@ class Ours(Contender):
     def describe(self) -> str:
         flat = self.ddp.flat_buffers
         megabytes = flat.grad_data.numel() * flat.grad_data.itemsize / 1e6
-        sent = self.ddp.bytes_sent() + (self.zero1.bytes_sent() if self.zero1 else 0)
+        sender = "host" if self.ddp.collectives.has_levels else "rank"
+        sent = self.ddp.bytes_sent(by_machine=True) + (self.zero1.bytes_sent(by_machine=True) if self.zero1 else 0)
         return (
             f"{megabytes:.1f} MB of {dtype_name(flat.grad_data.dtype)} gradients in {len(self.ddp.buckets)} buckets, "
-            f"{sent * self.communicate / 1e6:.2f} MB a step by formula"
+            f"{sent * self.communicate / 1e6:.2f} MB a step a {sender} by formula"
         )
 
     def close(self) -> None:
@@ -149,12 +155,16 @@ def ours(
     zero1: bool = False,
     rank: int = 0,
     error_in_grad: bool = True,
+    levels: bool = True,
 ) -> Builder:
     """Builds ours: with `rank`, PowerSGD of that rank; with `zero1`, ZeRO-1 that gathers under the next forward
-    pass."""
+    pass; with `levels`, sums inside a host before those between hosts."""
 
     def build(context: DistContext, dtype: torch.dtype, args: argparse.Namespace) -> Contender:
-        ddp = DistributedDataParallel(new_module(dtype, args), context, bucket_size=args.bucket_size)
+        ddp = DistributedDataParallel(
+            new_module(dtype, args), context, bucket_size=args.bucket_size,
+            collectives=Collectives(context.grad_group, context.local_world_size if levels else 1),
+        )  # fmt: skip
         if rank:
             config = PowerSGDConfig(matrix_approximation_rank=rank, grad_buffer_is_powerSGD_error=error_in_grad)
             ddp.use_hook(PowerSGD(ddp.buckets, ddp.collectives, config, wire_dtype))
@@ -202,8 +212,15 @@ CONTENDERS: dict[str, Builder] = {
     "PowerSGD 16 + float32 factors": ours(rank=16),
     "PowerSGD 16 + residual apart": ours(rank=16, wire_dtype=torch.bfloat16, error_in_grad=False),
     "PowerSGD 16 + ZeRO-1": ours(rank=16, wire_dtype=torch.bfloat16, zero1=True),
+    "ours on one level": ours(levels=False),
+    "ours + bf16 hook on one level": ours(wire_dtype=torch.bfloat16, levels=False),
+    "ours + ZeRO-1 on one level": ours(zero1=True, levels=False),
+    "ours + ZeRO-1 + bf16 hook on one level": ours(zero1=True, wire_dtype=torch.bfloat16, levels=False),
+    "PowerSGD 16 on one level": ours(rank=16, wire_dtype=torch.bfloat16, levels=False),
 }
 """PowerSGD with bf16 factors and the residual in the gradient buffer, unless said otherwise."""
+ONE_LEVEL = " on one level"
+"""End of the names of contenders that need several ranks on each host."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -217,7 +234,7 @@ def sent_bytes() -> int:
 
 
 def measure(context: DistContext, contender: Contender, rows: Tensor, steps: int) -> tuple[float, float]:
-    """Seconds per step of the slowest rank, and bytes per step of the rank that sends most."""
+    """Seconds per step of the slowest rank, and bytes per step of the host that sends most."""
 
     def unit() -> None:
         for _ in range(steps):
@@ -317,15 +334,15 @@ def start_worker(
     rank: int, host: str, dtype: str, result: Path, output: Path, args: argparse.Namespace
 ) -> subprocess.Popen:
     """Start a rank on its host, in its own process group; its output goes to `output`."""
-    options = ["hidden_size", "layers", "rows", "seq_len", "rounds", "steps_per_round", "bucket_size"]
+    options = ["hidden_size", "layers", "rows", "seq_len", "rounds", "steps_per_round", "bucket_size", "ranks_per_host"]
     command = ["ip", "netns", "exec", host, sys.executable, "-m", "benchmarks.slow_network", "--worker", str(result)]
     command += ["--dtypes", dtype, "--modes", ",".join(args.modes)]
     command += [f"--{name}={getattr(args, name)}" for name in options]
     environment = {
         "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
+        "WORLD_SIZE": str(2 * args.ranks_per_host),
+        "LOCAL_RANK": str(rank % args.ranks_per_host),
+        "LOCAL_WORLD_SIZE": str(args.ranks_per_host),
         "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": "29500",
         "GLOO_SOCKET_IFNAME": INTERFACE,
@@ -339,17 +356,18 @@ def start_worker(
 
 
 def run_workers(hosts: list[str], dtype: str, args: argparse.Namespace, stop: StopRequest) -> dict:
-    """Run one rank per host to its end; returns rank 0's result.
+    """Run the ranks of both hosts to their end; returns rank 0's result.
 
     Raises:
         SystemExit: a rank failed (its output is shown), or a signal asked to stop. No process is left.
     """
     with tempfile.TemporaryDirectory(prefix="slow_network-") as directory:
         result = Path(directory) / "result.json"
-        outputs = [Path(directory) / f"rank-{rank}.txt" for rank in range(2)]
+        on_hosts = [host for host in hosts for _ in range(args.ranks_per_host)]
+        outputs = [Path(directory) / f"rank-{rank}.txt" for rank in range(len(on_hosts))]
         workers: list[subprocess.Popen] = []
         try:
-            for rank, host in enumerate(hosts):
+            for rank, host in enumerate(on_hosts):
                 workers.append(start_worker(rank, host, dtype, result, outputs[rank], args))
             while any(worker.poll() is None for worker in workers):
                 stop.check()
@@ -379,6 +397,7 @@ def setting(rate: str, dtype: str, args: argparse.Namespace, result: dict) -> di
         "hidden_size": args.hidden_size,
         "rows": args.rows,
         "seq_len": args.seq_len,
+        "ranks_per_host": args.ranks_per_host,
         "steps_per_round": args.steps_per_round,
         "rounds": args.rounds,
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
@@ -393,11 +412,12 @@ def table(about: dict, result: dict) -> str:
     """Report of one rate and dtype, in Markdown."""
     lines = [
         f"{about['rate']}, {about['dtype']}: {about['parameters'] / 1e6:.1f} M parameters ({about['layers']} layers, "
-        f"{about['hidden_size']} wide), {about['rows']}x{about['seq_len']} tokens a rank, 2 ranks of one thread; "
+        f"{about['hidden_size']} wide), {about['rows']}x{about['seq_len']} tokens a rank, 2 hosts with "
+        f"{about['ranks_per_host']} rank(s) of one thread each; "
         f"{about['rounds']} rounds of {about['steps_per_round']} steps; {about['cpu']}, Linux {about['kernel']}, "
         f"torch {about['torch']}, Python {about['python']}, {about['date']}",
         "",
-        f"| contender | ms a step, median | quartiles | / {BASELINE} | MB sent a step a rank |",
+        f"| contender | ms a step, median | quartiles | / {BASELINE} | MB sent a step a host |",
         "|---|---|---|---|---|",
     ]
     seconds = result["seconds"]
@@ -440,7 +460,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.slow_network", description=__doc__.splitlines()[0])
     parser.add_argument("--rates", type=names, default=["1gbit", "200mbit"], help="rates of the link, as in tc")
     parser.add_argument("--dtypes", type=names, default=["float32", "bfloat16"], help="dtypes of the weights")
-    parser.add_argument("--modes", type=names, default=list(CONTENDERS), help=f"among: {', '.join(CONTENDERS)}")
+    parser.add_argument("--ranks_per_host", type=int, default=1)
+    parser.add_argument("--modes", type=names, help=f"by default all that differ, of: {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps_per_round", type=int, default=3)
     parser.add_argument("--hidden_size", type=int, default=384)
@@ -451,6 +472,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=a_path, help="JSON file for all raw figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.ranks_per_host < 1:
+        parser.error(f"--ranks_per_host must be at least 1, got {args.ranks_per_host}")
+    if args.modes is None:
+        args.modes = [name for name in CONTENDERS if args.ranks_per_host > 1 or not name.endswith(ONE_LEVEL)]
     for option, given, known in (
         ("--dtypes", args.dtypes, ["float32", "bfloat16"]),
         ("--modes", args.modes, list(CONTENDERS)),

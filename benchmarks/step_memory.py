@@ -27,7 +27,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +54,16 @@ from parallel.gradients import square
 from parallel.launched import launched_world_size
 from parallel.mesh import plan_mesh
 from tasks.language_model import LanguageModelTask
+from training.build_model import build_model
+from training.config import SystemConfig
 from utils.terminal import run_main
 
 MB = 1e6
+SHAPES = {name: config for name, (_, config) in SIZES.items()} | {
+    "34m": ModelConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+                       max_position_embeddings=2048),
+}  # fmt: skip
+"""Value of --size -> shape."""
 LORA = AdapterConfig(lora_r=16, lora_target_modules="all-linear")
 FULL = TrainingPlan(fused=False)
 ROWS = {
@@ -105,10 +112,24 @@ BY_FORMULA = {
 """What docs/memory.md compares: a micro-batch of one row of 2,048 tokens, bfloat16, Triton kernels."""
 
 
-def gpu_lines() -> list[str]:
-    """GB that each plan needs, and the smallest GPU that holds it."""
+CUT = replace(RECOMPUTED, data_parallel="fsdp", ranks=8)
+SHARED = {
+    "8 GPUs, ZeRO-1": replace(RECOMPUTED, ranks=8),
+    "8 GPUs, fsdp, `--no-reshard_after_forward`": replace(CUT, reshard_after_forward=False),
+    "8 GPUs, fsdp; also hsdp on machines of 8": CUT,
+    "16 GPUs, fsdp": replace(CUT, ranks=16, ranks_per_machine=8),
+    "32 GPUs, fsdp": replace(CUT, ranks=32, ranks_per_machine=8),
+    "64 GPUs, fsdp": replace(CUT, ranks=64, ranks_per_machine=8),
+    "8 GPUs, fsdp, `--fsdp_cpu_offload`": replace(CUT, fsdp_cpu_offload=True),
+    "8 GPUs, fsdp, LoRA": replace(CUT, adapter=LORA),
+}
+"""The same with `--gradient_checkpointing`, on machines of 8 GPUs."""
+
+
+def gpu_lines(plans: Mapping[str, TrainingPlan]) -> list[str]:
+    """GB that each plan needs on a GPU, and the smallest GPU that holds it."""
     lines = ["| | 7B | 13B | 70B |", "|---|---|---|---|"]
-    for name, plan in BY_FORMULA.items():
+    for name, plan in plans.items():
         found = [estimate(SIZES[size][1], plan) for size in ("7b", "13b", "70b")]
         gpus = [next((f"**{gb} GB**" for gb in GPUS_GB if its.fits(gb)), "-") for its in found]
         cells = [f"{its.peak / GB:,.1f} {gpu}" for its, gpu in zip(found, gpus)]
@@ -137,7 +158,7 @@ def mode_of(row: str, ranks: int) -> ParallelConfig:
 def planned(args: argparse.Namespace, row: str) -> TrainingPlan:
     plan = replace(ROWS.get(row, FULL), train_batch_size=args.train_batch_size, max_seq_len=args.max_seq_len)
     plan = replace(plan, fused=torch.cuda.is_available())
-    config = SIZES[args.size][1].resolve()
+    config = SHAPES[args.size].resolve()
     if plan.dtype != "bfloat16" or plan.fused:
         return plan
     kept = kept_size(plan.train_batch_size, config.num_attention_heads, plan.max_seq_len, config.head_dim)
@@ -168,16 +189,14 @@ class Training:
 
     def __init__(self, config: ModelConfig, plan: TrainingPlan, context: DistContext, parallel: ParallelConfig):
         self.plan, dtype, device = plan, getattr(torch, plan.dtype), context.device
-        self.model = new_model(config, plan, device)
         mesh = plan_mesh(parallel, context)
-        cut = model_cutter(parallel, context, mesh, dtype)
-        if cut is not None:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-            cut(self.model)
+        cutter = model_cutter(parallel, context, mesh, dtype)
+        self.model = (
+            new_model(config, plan, device) if cutter is None
+            else build_model(config, SystemConfig(), 0, device, dtype, None, cutter=cutter).train()
+        )  # fmt: skip
         self.task = LanguageModelTask(self.model, 0, torch.ones(config.vocab_size))
-        self.tokens, self.steps = plan.tokens * context.world_size, 0
+        self.tokens, self.steps = 2 * plan.tokens * context.world_size, 0
         self.device, self.scaler = device, LossScaler(enabled=False)
         kernel = choose_kernel("auto", "", device) if not plan.offload_optimizer else "torch"
         self.rules = new_rules(
@@ -206,7 +225,8 @@ class Training:
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
         self.steps += 1
         plan = StepPlan(self.steps, 1e-4, self.tokens, lambda: None)
-        self.engine.forward_backward([batch], self.task, plan)
+        # With shards, gradients of the first micro-batch are there during the second.
+        self.engine.forward_backward([batch] * 2, self.task, plan)
         return plan
 
     def step(self) -> None:
@@ -307,7 +327,7 @@ def offload_time(config: ModelConfig, steps: int = 7) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.step_memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="125m")
+    parser.add_argument("--size", choices=SHAPES, default="125m")
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--row", choices=[*ROWS, *MODES], help="measure this row in this process, or on these ranks")
@@ -315,11 +335,11 @@ def main() -> None:
     parser.add_argument("--gpus", action="store_true", help="print the table for GPUs, by formula alone")
     parser.add_argument("--offload_time", action="store_true", help="time the optimizer's step alone")
     args = parser.parse_args()
-    config = SIZES[args.size][1].resolve(max_seq_len=args.max_seq_len)
+    config = SHAPES[args.size].resolve(max_seq_len=args.max_seq_len)
     if args.offload_time:
         print(offload_time(config))
     elif args.gpus:
-        print("\n".join(gpu_lines()))
+        print("\n".join([*gpu_lines(BY_FORMULA), "", *gpu_lines(SHARED)]))
     elif args.row:
         measure(config, planned(args, args.row), mode_of(args.row, launched_world_size()))
     else:
@@ -346,9 +366,22 @@ def print_table(args: argparse.Namespace) -> None:
 
 def by_formula(args: argparse.Namespace, row: str) -> dict[str, float]:
     """Bytes of a rank. On a CPU, host memory is the device's."""
-    expected = estimate(SIZES[args.size][1], planned(args, row))
-    host = sum(expected.host.values())
-    return {"between steps": sum(expected.lasting.values()) + host, "peak": expected.peak + host}
+    parallel = mode_of(row, args.ranks or 1)
+    sharing = {"auto": args.ranks if parallel.use_distributed_optimizer else 1, "fsdp": args.ranks,
+               "hsdp": parallel.ranks_per_machine}  # fmt: skip
+    plan = replace(
+        planned(args, row), data_parallel=parallel.data_parallel, ranks=sharing[parallel.data_parallel],
+        reshard_after_forward=parallel.reshard_after_forward,
+    )  # fmt: skip
+    expected = estimate(SHAPES[args.size], plan)
+    host, lasting = sum(expected.host.values()), expected.lasting
+    # With fsdp, gradients are there from a backward pass to the step.
+    between = sum(lasting.values()) - (lasting["gradients"] if plan.is_cut else 0)
+    state = lasting.get("main parameters", 0) + lasting.get("optimizer state", 0)
+    return {
+        "between steps": between + host, "peak": expected.peak + host, "parameters": lasting["weights"],
+        "gradients": lasting["gradients"], "states": state,
+    }
 
 
 def line_of(row: str, found: dict[str, float], expected: dict[str, float], columns: list[str]) -> str:

@@ -22,7 +22,7 @@ from checkpoint.folder import (
     list_checkpoints,
     step_dir,
 )
-from checkpoint.stores import Gather, Part, StorePlace, missing_ranks
+from checkpoint.stores import Gather, Part, StorePlace, enough_of, missing_ranks
 from runs.layout import CKPT_DIR, RunPaths
 from utils.paths import absent, names_in
 
@@ -127,8 +127,8 @@ class Chosen:
     """First ranks of the stores that hold a valid part of it."""
     world_size: int
     """Number of ranks of the launch that wrote it."""
-    sharded: bool
-    """Whether its parts make up the whole only together."""
+    enough: tuple[int, ...]
+    """Those of them that together hold the whole optimizer state."""
 
     @property
     def name(self) -> str:
@@ -186,8 +186,10 @@ def _look_for_checkpoint(
             _require_readable(own.values())
         return [asdict(checkpoint.part) for checkpoint in own.values()]
 
-    stores = [[Part(**{**part, "ranks": tuple(part["ranks"])}) for part in parts]
-              for parts in read_on_all(list_own, gather)]  # fmt: skip
+    stores = [
+        [Part(**{**part, "ranks": tuple(part["ranks"]), "covers": tuple(part["covers"])}) for part in parts]
+        for parts in read_on_all(list_own, gather)
+    ]
     saves = {part.save_id: part for parts in stores for part in parts}
     ordered = _in_order(saves.values(), which)
     if saves and not ordered:
@@ -205,7 +207,7 @@ def _look_for_checkpoint(
                                   + ("" if place.shared_by_all else f" (on the node of rank {rank})"))  # fmt: skip
         missing = missing_ranks(parts.values())
         if not missing:
-            return Chosen(save.step, tuple(parts), save.world_size, save.sharded), complaints, unreadable
+            return Chosen(save.step, tuple(parts), save.world_size, enough_of(parts)), complaints, unreadable
         unreadable += [refused] if refused is not None else []
         if len(unreadable) > 1:
             break

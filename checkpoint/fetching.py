@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint.choosing import Chosen
-from checkpoint.folder import is_file_of_rank, is_hook_file, is_optimizer_file, rank_of_hook_file
+from checkpoint.folder import is_file_of_rank, is_hook_file, is_optimizer_file, optimizer_file, rank_of_hook_file
 from checkpoint.stores import Gather, StorePlace
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,10 @@ class CheckpointFiles:
         """A folder with the model, its configuration, the tokenizer and the trainer's state."""
         if not self._place.shared_by_all:
             holds = self._place.store[0] in self._chosen.holders
-            names = self._sources()
-            self._bring(set() if holds else {name for name in names if not is_file_of_rank(name)}, names)
+            sources, first = self._sources(), min(self._chosen.holders)
+            # Stores may have cut the model into other files.
+            model = {name for name, source in sources.items() if source == first and not is_file_of_rank(name)}
+            self._bring(set() if holds else model, sources)
         return self.directories[0]
 
     def bring_state(self, is_all_here: Callable[[list[Path]], bool]) -> None:
@@ -58,12 +60,13 @@ class CheckpointFiles:
         if self._place.shared_by_all:
             return
         sources = self._sources()
-        wanted = set(self._hook_files(sources))
-        if not is_all_here(self.directories):
-            # If each store holds the whole, one is enough, and two would hold each element twice.
-            enough = None if self._chosen.sharded else self._chosen.holders[0]
-            wanted |= {n for n, source in sources.items() if is_optimizer_file(n) and enough in (None, source)}
-        self._bring(wanted, sources)
+        self._bring(set(self._hook_files(sources)), sources)
+        if len(self._chosen.enough) > 1:
+            # Where each rank wrote its own, one file is all that a rank of the same mesh lacks.
+            own = optimizer_file(self._place.rank)
+            self._bring({own} if own in sources and not is_all_here(self.directories) else set(), sources)
+        state = {n for n, source in sources.items() if is_optimizer_file(n) and source in self._chosen.enough}
+        self._bring(set() if is_all_here(self.directories) else state, sources)
 
     def hook_states(self) -> list[tuple[Path, bool]]:
         """Memories of comm hooks that this rank takes up: (file, whether its residuals are for this rank; if not, only

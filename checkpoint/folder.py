@@ -2,7 +2,7 @@
 
     ckpt/
       .tmp-step-N-ID/       a save in progress (checkpoint/saving.py)
-        rank-R.done.json    each rank's record of its files: sizes and sha256
+        rank-R.done.json    each rank's record of its files (sizes and sha256), and which ranks hold the same state
       step-N/               the finished checkpoint: records checked, manifest written, folder renamed
         model.safetensors, config.json, tokenizer ...   a Hugging Face folder, whose weights may be in several parts
         vocabulary_padding.safetensors  rows of the vocabulary that only the training has (model/hf_saved.py)
@@ -222,7 +222,7 @@ def list_checkpoints(ckpt_dir: Path) -> list[Checkpoint]:
 def read_checkpoint(path: Path, step: int) -> Checkpoint | None:
     """A checkpoint as its manifest describes it; if that is broken or unreadable, only the step is known. None: it is
     not a directory, or was renamed just now."""
-    nothing = Part(step, None, f"{UNKNOWN_SAVE}{step}", 1, (0,), False)
+    nothing = Part(step, None, f"{UNKNOWN_SAVE}{step}", 1, (0,), (0,))
     try:
         if not stat.S_ISDIR(os.stat(path).st_mode):
             return None
@@ -233,9 +233,11 @@ def read_checkpoint(path: Path, step: int) -> Checkpoint | None:
     try:
         manifest = _read_manifest(path)
         # Checkpoints of earlier versions lack everything but the loss.
+        world_size, ranks = manifest.get("world_size", 1), tuple(manifest.get("ranks", [0]))
         part = Part(
-            step, manifest["valid_loss"], manifest.get("save_id", f"{UNKNOWN_SAVE}{step}"),
-            manifest.get("world_size", 1), tuple(manifest.get("ranks", [0])), manifest.get("sharded", False),
+            step, manifest["valid_loss"], manifest.get("save_id", f"{UNKNOWN_SAVE}{step}"), world_size, ranks,
+            tuple(manifest["covers"] if "covers" in manifest else
+                  ranks if manifest.get("sharded", False) else range(world_size)),
         )  # fmt: skip
         return Checkpoint(path, part, manifest.get("saved_at", 0.0))
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -19,6 +19,7 @@ class HostCopies:
         self._buffers: dict[str, Tensor] = {}
         # The tensors are kept too: memory that was freed could come back as another tensor's.
         self._taken: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._by_main: torch.cuda.Event | None = None
         self._by_stream: torch.cuda.Event | None = None
         self._by_thread: Future | None = None
 
@@ -36,12 +37,28 @@ class HostCopies:
         # Weights in float32 are their own main parameters.
         same = (tensor.data_ptr(), tensor.numel(), tensor.dtype)
         if same not in self._taken:
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.numel() != tensor.numel() or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[key] = buffer
-            self._taken[same] = (tensor, buffer)
+            self._taken[same] = (tensor, self._buffer(key, tensor))
         return self._taken[same][1].view(tensor.shape)
+
+    def copy_now(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy of a tensor whose memory may be used for others after this call. On CUDA it is complete after `wait`.
+
+        Args:
+            key: names the buffer; the same at every save.
+        """
+        buffer = self._buffer(key, tensor)
+        # In the order of the main stream: what it is given afterwards cannot overwrite the memory too early.
+        buffer.copy_(tensor.reshape(-1), non_blocking=True)
+        if tensor.is_cuda:
+            self._by_main = torch.cuda.current_stream(self._device).record_event()
+        return buffer.view(tensor.shape)
+
+    def _buffer(self, key: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() != tensor.numel() or buffer.dtype != tensor.dtype:
+            buffer = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[key] = buffer
+        return buffer
 
     def end(self) -> None:
         """All tensors are named: copy them in the background. None of them may change before `before_update`."""
@@ -68,6 +85,8 @@ class HostCopies:
 
     def wait(self) -> None:
         """Block until the copies are complete."""
+        if self._by_main is not None:
+            self._by_main.synchronize()
         if self._by_thread is not None:
             self._by_thread.result()
         if self._by_stream is not None:

@@ -47,11 +47,21 @@ def prepare_run(out_dir: Path) -> None:
             refuse_other_things(out_dir)
             # First of all: a launch that is killed after this must recognise its own directory.
             paths.mark.touch()
-        paths.ckpt_dir.mkdir(exist_ok=True)
+        _make_or_keep(paths.ckpt_dir)
     except OSError as error:
         if is_passing(error):
             raise
         raise ValueError(f"--out_dir {out_dir} cannot be written: {error.strerror}") from None
+
+
+def _make_or_keep(directory: Path) -> None:
+    """Make a directory unless it is there. mkdir with exist_ok would also look at it, and a file system that refuses to
+    show it for a while would pass for one that cannot be written; who reads it waits."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        if os.path.isfile(directory):
+            raise
 
 
 def refuse_other_things(out_dir: Path) -> None:

@@ -1,14 +1,19 @@
 """Stores: sets of ranks that see the same run directory.
 
 If the nodes share a file system, there is one store with all ranks; otherwise each node is a store. Each store keeps
-its own checkpoints: the files of its ranks, and the model, so that the weights are on every node. If all ranks hold the
-same optimizer state, each store has all of it. Under ZeRO-1 a checkpoint is spread over the stores: it is whole only if
-the parts of one save (its `save_id`) together come from all ranks.
+its own checkpoints: the files of its ranks, and the model, so that the weights are on every node. Ranks that hold the
+same optimizer state divide the work among those of them in a store, so each store has all that one of its ranks holds:
+
+    all ranks hold the same (DDP)                           each store has all
+    each rank holds its own (ZeRO-1, FSDP)                  each store has its ranks' part
+    each node's ranks share a copy of the model (HSDP)      each store has all, if it is a node
+
+A checkpoint is whole if the parts of one save (its `save_id`) together cover all ranks.
 """
 
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,15 +77,28 @@ class Part:
     world_size: int
     ranks: tuple[int, ...]
     """The ranks that wrote this part."""
-    sharded: bool
-    """Whether each rank wrote a share that no other rank has."""
+    covers: tuple[int, ...]
+    """The ranks whose optimizer state it holds: also those that hold the same as one that wrote."""
 
 
 def missing_ranks(parts: Iterable[Part]) -> list[int]:
-    """Ranks whose share of the optimizer state is missing from the parts of one save; if empty, the save is whole."""
+    """Ranks whose optimizer state is missing from the parts of one save; if empty, the save is whole."""
     parts = list(parts)
     if not parts:
         return [0]
-    if any(not part.sharded for part in parts):
-        return []
-    return sorted(set(range(parts[0].world_size)) - {rank for part in parts for rank in part.ranks})
+    return sorted(set(range(parts[0].world_size)) - {rank for part in parts for rank in part.covers})
+
+
+def enough_of(parts: Mapping[int, Part]) -> tuple[int, ...]:
+    """First ranks of stores whose parts together hold all of a save that is whole; the others hold the same again.
+
+    Args:
+        parts: by the first rank of their store.
+    """
+    covered: set[int] = set()
+    enough = []
+    for rank, part in parts.items():
+        if not covered.issuperset(part.covers):
+            enough.append(rank)
+            covered |= set(part.covers)
+    return tuple(enough)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._contents: list[tuple[str, bytes]] = []
         self._folders: list[Callable[[Path], None]] = []
         self._files: list[str] = []
-        self._sharded = False
+        self._holders: tuple[int, ...] = (place.rank,)
 
     def add_tensors(
         self,
@@ -71,6 +71,7 @@ class CheckpointWriter:
         metadata: dict[str, str] | None = None,
         convert: Convert | None = None,
         are_weights: bool = False,
+        are_copies: bool = False,
     ) -> None:
         """Add a file of tensors.
 
@@ -78,26 +79,35 @@ class CheckpointWriter:
             convert: the tensors as they will be -> those that the file holds, called when it is written. So what is
                 joined from several takes no memory before, and that of one file at a time.
             are_weights: they must be finite.
+            are_copies: `copy_now` has made them, so nothing else will change them.
         """
         tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        if self._copies is not None:
+        if self._copies is not None and not are_copies:
             tensors = {key: self._copies.copy(f"{name}:{key}", tensor) for key, tensor in tensors.items()}
         self._tensors.append(_TensorFile(name, tensors, metadata, convert, are_weights))
 
-    def add_named_state(self, state: NamedState, sharded: bool) -> None:
+    def copy_now(self, key: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory of a tensor that is given up after this call, for `add_tensors`.
+
+        Args:
+            key: the same at every save.
+        """
+        return self._copies.copy_now(key, tensor) if self._copies is not None else tensor.cpu()
+
+    def add_named_state(self, state: NamedState, holders: Sequence[int]) -> None:
         """Add this rank's pieces of the optimizer state.
 
         Args:
             state: pieces of parameters with their tensors.
-            sharded: the ranks hold different pieces, so each writes all of its own. False: all ranks hold the same
-                list, and each writes the pieces that begin in its even part of it; then each store holds the whole.
+            holders: the ranks that hold the same list, this one among them. Those of them in this store share the work:
+                each writes the pieces that begin in its even part of the list.
         """
-        state, self._sharded = list(state), sharded
-        ranks = self.place.store
+        state, self._holders = list(state), tuple(holders)
+        ranks = [rank for rank in self.place.store if rank in holders]
         total, seen = max(sum(piece.numel for piece, _ in state), 1), 0
         mine: dict[str, Tensor] = {}
         for piece, tensors in state:
-            if sharded or ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
+            if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
                 mine |= keyed(piece, tensors)
             seen += piece.numel
         self.add_tensors(optimizer_file(self.place.rank), mine)
@@ -119,7 +129,7 @@ class CheckpointWriter:
     def write_files(self) -> None:
         """
         Raises:
-            NonFiniteWeights: a weight, or a float32 main parameter of this rank's share, is not finite.
+            NonFiniteWeights: a weight, or a float32 main parameter, of this rank's share is not finite.
             OSError: a file cannot be written.
         """
         for name, content in self._contents:
@@ -162,13 +172,14 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Flush this rank's files and record them."""
-        record = {}
+        files = {}
         for name in self._files:
             path = self.directory / name
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            record[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
         # Nothing after it: the first rank may already be moving the directory to its place. It flushes the directory.
+        record = {"files": files, "covers": self._holders}
         atomic_write_json(self._record_of(self.place.rank), record, durable=False)
 
     def _record_of(self, rank: int) -> Path:
@@ -184,17 +195,20 @@ class CheckpointWriter:
             the checkpoint, or None after `give_up` said True.
         """
         files: dict[str, dict] = {}
+        covers: set[int] = set()
         for rank in self.place.store:
             path = self._record_of(rank)
             while not path.exists():
                 if give_up():
                     return None
                 time.sleep(POLL_SECONDS)
-            files |= json.loads(path.read_text())
+            record = json.loads(path.read_text())
+            files |= record["files"]
+            covers.update(record["covers"])
             path.unlink()
         manifest = sealed({
             "step": self.step, "valid_loss": valid_loss, "saved_at": time.time(), "save_id": self.save_id,
-            "world_size": self.place.world_size, "ranks": list(self.place.store), "sharded": self._sharded,
+            "world_size": self.place.world_size, "ranks": list(self.place.store), "covers": sorted(covers),
             "files": files,
         })  # fmt: skip
         atomic_write_json(self.directory / MANIFEST, manifest)

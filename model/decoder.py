@@ -191,7 +191,9 @@ class Decoder(nn.Module):
         """Let the head have the embedding's matrix, if the model has one for both. Memory that was given anew has
         undone this."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            # An adapter may have put layers around them.
+            embedding, head = (getattr(layer, "base_layer", layer) for layer in (self.embed_tokens, self.lm_head))
+            head.weight = embedding.weight
 
     def set_recompute(self, keeps: Sequence[Keeps]) -> None:
         """Choose what each block keeps of its forward pass while the model trains. The results are the same."""
@@ -381,5 +383,6 @@ class Decoder(nn.Module):
             if begins == "zero" or begins == "one":
                 self.filling.held(parameter)[0].fill_(float(begins == "one"))
             else:
-                drawn = torch.randn(parameter.shape, generator=generator_of(seed, name)).mul_(stds[begins])
-                self.filling.put(parameter, drawn)
+                # (Without a name, or the next one would be drawn beside it.)
+                normal = partial(torch.randn, generator=generator_of(seed, name))
+                self.filling.put(parameter, normal(parameter.shape).mul_(stds[begins]))

@@ -421,14 +421,13 @@ def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None =
                 if rule.ours[0] in parameters and not model.filling.is_whole(parameters[rule.ours[0]]):
                     held = model.filling.rows(parameters[rule.ours[0]])
                     first, rows, stored = _needed(rule, stored, held)
-                theirs = [_read(tensors if s.file == file else None, s, rows) for s in stored]
-                for place, tensor in zip(stored, theirs):
-                    check_finite(place.file, place.name, tensor)
-                for name, weight in zip(rule.ours, rule.split(theirs) if theirs else ()):
+                # Not kept in a variable, or the next ones would be read beside them.
+                for name, weight in _read_rule(rule, stored, rows, file, tensors):
                     if name in quantized:
                         quantized[name].set_matrix(weight)
                     else:
                         model.filling.put(parameters[name], weight, first)
+                    del weight
     for name, rows in folder.padding.items():
         model.filling.put(parameters[name], _read_tensor(_Stored(Path(directory) / PADDING, name)), rows.start)
     known = {name: found for found in folder.weights for name in found[0].ours} if folder.besides else {}
@@ -452,6 +451,21 @@ def _needed(rule: Rule, stored: list[_Stored], held: slice) -> tuple[int, slice 
     if rule.theirs_a_row:
         return held.start, None, stored[held.start * rule.theirs_a_row : held.stop * rule.theirs_a_row]
     return 0, None, stored
+
+
+def _read_rule(
+    rule: Rule, stored: list[_Stored], rows: slice | None, file: Path, tensors: safe_open
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of each of a rule's parameters.
+
+    Args:
+        rows: of each tensor; None: all.
+        file, tensors: a file that is open, which holds most of them.
+    """
+    theirs = [_read(tensors if place.file == file else None, place, rows) for place in stored]
+    for place, tensor in zip(stored, theirs):
+        check_finite(place.file, place.name, tensor)
+    return zip(rule.ours, rule.split(theirs) if theirs else ())
 
 
 def _read(tensors: safe_open | None, place: _Stored, rows: slice | None) -> Tensor:

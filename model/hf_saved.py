@@ -6,7 +6,7 @@ and the others are beside it in a file of their own. A resumed run has them back
 the weights does without them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +28,19 @@ class SavedFile:
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     """These, or copies of them -> the file's tensors. Fused tensors exist only from here on, those of one file at a
     time; others are views."""
+
+
+def deal_out(files: Sequence[SavedFile], hands: int) -> list[list[SavedFile]]:
+    """The files for each of so many writers, so that all hold about the same: the largest first, each to the one that
+    holds the least so far (Graham, 1969: at most 4/3 of what the best deal gives the fullest)."""
+    dealt: list[list[SavedFile]] = [[] for _ in range(hands)]
+    held = [0] * hands
+    sizes = {file.name: sum(p.numel() * p.element_size() for p in file.parameters.values()) for file in files}
+    for file in sorted(files, key=lambda file: -sizes[file.name]):
+        hand = held.index(min(held))
+        dealt[hand].append(file)
+        held[hand] += sizes[file.name]
+    return dealt
 
 
 def saved_files(

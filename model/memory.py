@@ -2,6 +2,7 @@
 
     python -m model.memory --size 7b --lora_r 16 --lora_target_modules all-linear --load_in_4bit --train_batch_size 1
     python -m model.memory --init_from DIR --optimizer adamw8bit --gradient_checkpointing
+    python -m model.memory --size 13b --data_parallel fsdp --ranks 8
 
 What lies in memory all the time, in bytes a parameter (e: bytes of the dtype, 2 in bfloat16, 4 in float32):
 
@@ -10,14 +11,24 @@ What lies in memory all the time, in bytes a parameter (e: bytes of the dtype, 2
     main parameters    trained parameters: 4, or 0 where the weights are float32
     optimizer          trained parameters: 4 to 8, in 8 bits 1 to 2 (`MOMENTS`)
 
-The last two are shared by the ranks with ZeRO-1, and lie in host memory with --offload_optimizer. Activations that the
-forward pass keeps for the backward pass come on top, in proportion to the tokens of a micro-batch; `_kept_by_block`
-counts them tensor by tensor, as our layers keep them. The peak of a step is its largest moment:
+The last two are shared by the ranks with ZeRO-1, and lie in host memory with --offload_optimizer. With fsdp, N ranks
+share everything (`_shards_of`), hsdp is the same with N ranks of a machine:
+
+    weights            trained 4 / N, which are the main parameters; frozen e / N
+    gradients          trained 4 / N, from the first micro-batch's backward pass to the step
+    optimizer          as above, / N
+    room for sums      over several machines e, and 4 for what trains, of the largest unit (see below); less on one
+    gathered           e: embedding, norm and head, from a forward pass to the end of its backward pass; one block while
+                       it computes, and the next one's on its way; without reshard_after_forward all blocks
+
+Activations that the forward pass keeps for the backward pass come on top, in proportion to the tokens of a micro-batch;
+`_Block` counts them tensor by tensor, as our layers keep them. The peak of a step is its largest moment:
 
     loss         all activations are kept, and there are logits and the gradients of the head
     backward     the last block's gradients are computed while all activations are kept
     embedding    its gradient is made, and converted; activations are gone
     step         the optimizer's copies of a bucket's gradients
+    sums         fsdp: gradients of a unit (a block, or all that is around the blocks) on their way to the ranks
 
 Not counted: what CUDA and its libraries take (see RESERVE), compilation, checkpoints, which are copied to host memory,
 and dropout of the model, whose masks our kernels do not keep.
@@ -34,6 +45,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
 from model.config import ModelConfig
@@ -50,6 +62,7 @@ from model.shapes import (
 )
 from utils.terminal import run_main
 
+Mode = Literal["ddp", "zero1", "fsdp", "hsdp"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SCALE = 4 / 256
 """Bytes a parameter of the scales of 8-bit moments: a float32 number for each block of 256."""
@@ -93,6 +106,7 @@ SIZES: dict[str, tuple[str, ModelConfig]] = {
 class TrainingPlan:
     """What the memory of a run depends on, besides the model. Names and meanings are those of the flags."""
 
+    task_type: str = "pretrain"
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -102,8 +116,14 @@ class TrainingPlan:
     checkpoint_keeps: str = "nothing"
     grad_reduce_in_fp32: bool = True
     offload_optimizer: bool = False
+    data_parallel: str = "auto"
+    reshard_after_forward: bool = True
+    fsdp_cpu_offload: bool = False
+    ranks_per_machine: int = 0
+    """With fsdp over several machines: processes of each."""
     ranks: int = 1
-    """Processes that share the optimizer's state (ZeRO-1); 1: it is whole on each."""
+    """Processes that share the optimizer's state (ZeRO-1); 1: it is whole on each. With fsdp all processes, with hsdp
+    those of a machine: they share weights and gradients, too."""
     fused: bool = True
     """Our Triton kernels, as on a GPU; otherwise plain PyTorch, as on a CPU."""
     fused_loss: bool = True
@@ -123,13 +143,24 @@ class TrainingPlan:
         for name in ("train_batch_size", "max_seq_len", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.is_cut and self.fsdp_cpu_offload:
+            raise ValueError("--fsdp_cpu_offload is for shards of a model: add --data_parallel=fsdp")
+        if self.fsdp_cpu_offload and self.offload_optimizer:
+            raise ValueError("--fsdp_cpu_offload keeps the state in host memory, too: leave out --offload_optimizer")
+        if self.is_cut and self.adapter.load_in_4bit:
+            raise ValueError(f"--load_in_4bit does not go with --data_parallel={self.data_parallel}: leave out one")
         if self.checkpoint_keeps != "nothing" and not self.gradient_checkpointing:
             raise ValueError("--checkpoint_keeps says what --gradient_checkpointing keeps: add that")
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.train_batch_size * self.max_seq_len
+        """Tokens of a micro-batch; a pair of DPO has two answers."""
+        return self.train_batch_size * self.max_seq_len * (2 if self.task_type == "dpo" else 1)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each rank keeps a shard of the model."""
+        return self.data_parallel != "auto"
 
     @property
     def itemsize(self) -> int:
@@ -348,6 +379,8 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         raise ValueError("--load_in_4bit: the matrices of experts are not quantized: leave it out")
     config = config.resolve(max_seq_len=plan.max_seq_len)
     trained = trained_of(config, plan.adapter)
+    if plan.is_cut:
+        return _estimate_of_shards(config, plan, trained)
     number, size = count(trained), plan.itemsize
     grad_size = 4 if plan.grad_reduce_in_fp32 else size
     state = {
@@ -355,6 +388,9 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         "optimizer state": moment_bytes(config, plan) / plan.ranks,
     }
     lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
+    if plan.ranks > 1 and not plan.fused:
+        largest = min(number, max(BUCKET, *map(math.prod, trained.values())))
+        lasting |= {"room for sums": grad_size * largest * (plan.ranks - 1) / plan.ranks}
     host: dict[str, float] = {}
     if plan.offload_optimizer:
         # A bucket holds whole parameters, and the largest takes turns with one of the usual size.
@@ -366,6 +402,105 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         count(parameters_of(config)) + count(added_by(plan.adapter, config)), number, lasting,
         activation_bytes(config, plan), _moments(config, plan, trained), host,
     )  # fmt: skip
+
+
+def bytes_a_rank(
+    mode: Mode, ranks: int, config: ModelConfig, plan: TrainingPlan = TrainingPlan()
+) -> dict[str, float]:  # fmt: skip
+    """Bytes that lie on each rank all the time: weights, gradients, main parameters, optimizer state.
+
+    Args:
+        ranks: those that share; hsdp: of a machine. Under ddp, every number gives the same.
+        plan: everything else.
+    """
+    shares = {"ddp": ("auto", 1), "zero1": ("auto", ranks), "fsdp": ("fsdp", ranks), "hsdp": ("hsdp", ranks)}
+    data_parallel, ranks = shares[mode]
+    return estimate(config, replace(plan, data_parallel=data_parallel, ranks=ranks)).lasting
+
+
+def _estimate_of_shards(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> Estimate:
+    """Memory of a run with fsdp. The optimizer's state is that of the shards, whatever their padding."""
+    shapes = parameters_of(config) | added_by(plan.adapter, config)
+    frozen = {name: shape for name, shape in shapes.items() if name not in trained}
+    # Frozen vectors, such as norms below an adapter, stay whole.
+    whole = sum(math.prod(shape) for shape in frozen.values() if len(shape) == 1)
+    shared = shard_size({name: shape for name, shape in frozen.items() if len(shape) > 1}, plan.ranks)
+    state = {
+        "weights": 4.0 * shard_size(trained, plan.ranks) + plan.itemsize * (whole + shared),
+        "gradients": 4.0 * shard_size(trained, plan.ranks),
+        "main parameters": 4.0 * shard_size(trained, plan.ranks) * plan.offload_optimizer,
+        "optimizer state": moment_bytes(config, plan) / plan.ranks,
+    }
+    moved = [*state] if plan.fsdp_cpu_offload else ["main parameters", "optimizer state"] * plan.offload_optimizer
+    lasting = {name: size for name, size in state.items() if name not in moved}
+    host = {name: size for name, size in state.items() if name in moved}
+    room = _room_for_sums(plan, shapes, trained)
+    lasting |= {"room for sums": room} if room else {}
+    return Estimate(
+        count(shapes), count(trained), lasting, activation_bytes(config, plan),
+        _moments_of_shards(config, plan, shapes, trained), host,
+    )  # fmt: skip
+
+
+def _room_for_sums(plan: TrainingPlan, shapes: Shapes, trained: Shapes) -> float:
+    """Memory that our collectives keep for the largest unit: on a CPU for what arrives; over several machines also for
+    weights and gradients in order of the machines."""
+    units = _units(shapes)
+    on_wire = 4 if plan.grad_reduce_in_fp32 else plan.itemsize
+    summed = on_wire * max(count(_only(trained, unit)) for unit in units)
+    room = 0.0 if plan.fused else summed * (plan.ranks - 1) / plan.ranks
+    if 1 < plan.ranks_per_machine < plan.ranks:
+        room += summed + plan.itemsize * max(map(count, units))
+    return room
+
+
+def _units(shapes: Shapes) -> list[Shapes]:
+    """What is gathered at once: each block, and at the end all around the blocks."""
+    units: dict[str, Shapes] = {}
+    for name, shape in shapes.items():
+        units.setdefault(name.split(".")[1] if name.startswith("layers.") else "around", {})[name] = shape
+    around = units.pop("around")
+    return [*units.values(), around]
+
+
+def _only(trained: Shapes, unit: Shapes) -> Shapes:
+    return {name: shape for name, shape in unit.items() if name in trained}
+
+
+def shard_size(shapes: Shapes, ranks: int) -> int:
+    """Elements of a rank's shard of these parameters: so many rows of each that those of all ranks suffice."""
+    return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shapes.values())
+
+
+def _moments_of_shards(config: ModelConfig, plan: TrainingPlan, shapes: Shapes, trained: Shapes) -> dict[str, float]:
+    """Moment of a step -> bytes beside what is lasting, with fsdp."""
+    size, kept = plan.itemsize, activation_bytes(config, plan)
+    on_wire = 4 if plan.grad_reduce_in_fp32 else size
+    *blocks, around = _units(shapes)
+    block = max(blocks, key=count)
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    gathered = size * count(around) + (0 if plan.reshard_after_forward else size * sum(map(count, blocks)))
+    # The gradient of the head waits for the end of the backward pass, as all around the blocks does.
+    waiting = size * config.vocab_size * config.hidden_size if head in trained else 0
+    # With reshard: the block's weights, and the next one's on their way. Without: nothing to gather.
+    moving = 2 * size * count(block) if plan.reshard_after_forward else 0
+    sums = _sums_of(block, trained, size, on_wire)
+    working = max(_Block(config, layer, plan).working() for layer in range(config.num_hidden_layers))
+    # On a GPU, a block's gradients are summed while the next block computes.
+    working = working + on_wire * count(_only(trained, block)) if plan.fused else max(working, sums)
+    moments = {
+        "loss": gathered + size * count(block) * plan.reshard_after_forward
+        + kept + _loss_bytes(config, plan, head in trained),
+        "backward": gathered + moving + kept + waiting + working,
+        "sums": gathered + _sums_of(around, trained, size, on_wire),
+        "step": 4.0 * count(block) if plan.optimizer == "muon" else 0.0,
+    }  # fmt: skip
+    return moments
+
+
+def _sums_of(unit: Shapes, trained: Shapes, itemsize: int, on_wire: int) -> float:
+    """Bytes while the gradients of a unit are summed: those of the backward pass, and a copy in order of the ranks."""
+    return float(itemsize + on_wire) * count(_only(trained, unit))
 
 
 def _moments(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> dict[str, float]:
@@ -400,15 +535,17 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
     adapter, with_lora = plan.adapter, "--gradient_checkpointing"
     if not adapter.is_used:
         narrow = replace(recomputes, optimizer="adamw8bit", grad_reduce_in_fp32=False)
+        on_host = replace(recomputes, grad_reduce_in_fp32=False, offload_optimizer=not plan.is_cut,
+                          fsdp_cpu_offload=plan.is_cut)  # fmt: skip
         adapter = AdapterConfig(lora_r=16, lora_target_modules=ALL_LINEAR)
         with_lora += " --lora_r=16 --lora_target_modules=all-linear"
         found += [
             ("--gradient_checkpointing --optimizer=adamw8bit --no-grad_reduce_in_fp32", narrow),
-            ("--gradient_checkpointing --offload_optimizer --no-grad_reduce_in_fp32",
-             replace(recomputes, offload_optimizer=True, grad_reduce_in_fp32=False)),
+            (f"--gradient_checkpointing --{'fsdp_cpu_offload' if plan.is_cut else 'offload_optimizer'} "
+             "--no-grad_reduce_in_fp32", on_host),
             (with_lora, replace(recomputes, adapter=adapter)),
         ]  # fmt: skip
-    if not config.num_local_experts:
+    if not config.num_local_experts and not plan.is_cut:
         found.append((f"{with_lora} --load_in_4bit", replace(recomputes, adapter=replace(adapter, load_in_4bit=True))))
     return found
 
@@ -429,7 +566,8 @@ def table(name: str, config: ModelConfig, plan: TrainingPlan) -> str:
     found = estimate(config, plan)
     lines = [
         f"{name}: {found.parameters:,} parameters, {found.trained:,} of them train with {plan.optimizer}",
-        f"a micro-batch of {plan.train_batch_size} x {plan.max_seq_len} tokens in {plan.dtype}",
+        f"a micro-batch of {plan.train_batch_size} x {'2 x ' if plan.task_type == 'dpo' else ''}{plan.max_seq_len} "
+        f"tokens in {plan.dtype}",
         "",
         f"{'':<44}{'GB':>9}{'bytes a parameter':>20}",
     ]
@@ -465,7 +603,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint_keeps", choices=("nothing", "matmuls"), default="nothing")
     parser.add_argument("--grad_reduce_in_fp32", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--offload_optimizer", action="store_true")
-    parser.add_argument("--ranks", type=int, default=1, help="processes that share the optimizer's state by ZeRO-1")
+    parser.add_argument("--task_type", choices=("pretrain", "sft", "dpo"), default="pretrain")
+    parser.add_argument("--data_parallel", choices=("auto", "fsdp", "hsdp"), default="auto")
+    parser.add_argument("--reshard_after_forward", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--fsdp_cpu_offload", action="store_true")
+    parser.add_argument("--ranks_per_machine", type=int, default=0)
+    parser.add_argument(
+        "--ranks", type=int, default=1,
+        help="processes that share the optimizer's state by ZeRO-1, or with fsdp everything (hsdp: on a machine)",
+    )  # fmt: skip
     return parser
 
 

@@ -4,7 +4,7 @@
     step               wait for the buckets | norm | step and, with ZeRO-1, gather bucket by bucket
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
@@ -100,10 +100,11 @@ class DataParallelEngine:
         gradients: the gradients of `ddp`, for the optimizer.
     """
 
-    is_sharded = forward_is_collective = False
+    forward_is_collective = False
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
+        self.state_holders = tuple(range(parts.mesh.world_size))
         self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
 
@@ -177,8 +178,8 @@ class DataParallelEngine:
     def outlines(self) -> dict[str, Tensor]:
         return {name: parameter.detach().to("meta") for name, parameter in self._parts.model.named_parameters()}
 
-    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._parts.model.named_parameters() if name in names}
+    def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, p.detach()) for name, p in self._parts.model.named_parameters() if name in names)
 
     def check_replicas(self, step: int) -> None:
         self.settle()
@@ -251,7 +252,8 @@ class BucketedEngine(DataParallelEngine):
     def __init__(self, parts: EngineParts, ddp: DistributedDataParallel, zero1: Zero1 | None):
         self.ddp, self.hook, self.zero1 = ddp, ddp.hook, zero1
         super().__init__(parts, ddp, BucketGradients(ddp, zero1, parts.square))
-        self.is_sharded = zero1 is not None
+        if zero1 is not None:
+            self.state_holders = (parts.mesh.rank,)
         if parts.config.overlap_optim_step:
             ddp.register_after_reduction(self._step_reduced)
 

@@ -8,7 +8,7 @@ An engine holds the model as the ranks share it, its gradients and its optimizer
 `data_parallel.py` has the engines for a model that is whole on every rank. `engines.py` opens an engine by name.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -96,8 +96,8 @@ class Traffic:
 
 class Engine(Protocol):
     mesh: Mesh
-    is_sharded: bool
-    """Whether ranks hold different pieces of the optimizer's state; otherwise all hold the same state."""
+    state_holders: tuple[int, ...]
+    """The ranks that hold the same pieces of the optimizer's state as this one, which is among them."""
     forward_is_collective: bool
     """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
     number of forward passes, in training and in validation, and for samples of text."""
@@ -121,9 +121,9 @@ class Engine(Protocol):
         """Name of each of the model's parameters -> a tensor like the whole of it, in the compute dtype and without
         values."""
 
-    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
-        """Parameters of these names, whole, in the compute dtype: for a checkpoint. Collective, and each rank may name
-        others."""
+    def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of these names, whole, in the compute dtype, one after the other: for a checkpoint. Collective:
+        each rank may name others, and has to take all that come. If the model is cut, copy each before the next."""
 
     def check_replicas(self, step: int) -> None:
         """Check that ranks agree on the state that they share. Collective.
@@ -208,6 +208,8 @@ class EngineParts:
     """Multiple of elements, counted from a parameter's start, at which the optimizer's slices may begin."""
     alignment_of: Callable[[Named], int] = lambda parameter: 1
     """The same for a parameter, as far as the optimizer cannot do without."""
+    micro_batches: int = 1
+    """Micro-batches of a step on each rank."""
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""

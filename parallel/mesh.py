@@ -27,7 +27,7 @@ Today only `data`, `shard` and `replica` may be larger than 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from math import gcd, log, prod
 from typing import Literal
 
@@ -37,6 +37,8 @@ from parallel.context import DistContext
 Dimension = Literal["pipe", "data", "context", "tensor", "shard", "replica", "expert"]
 _OUTSIDE = ("pipe", "data", "context", "tensor")
 """The dimensions whose sizes multiply to the number of ranks. The others lie inside data."""
+_MOST_PLACES = 6
+"""Groups of neighbouring ranks whose places are told."""
 _FLAGS = {
     "tensor": "tensor_model_parallel_size",
     "context": "context_parallel_size",
@@ -69,6 +71,11 @@ class Mesh:
     @property
     def world_size(self) -> int:
         return self.pipe_size * self.data_size * self.context_size * self.tensor_size
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold shards of the model."""
+        return self.shard_size > 1
 
     @property
     def replica_size(self) -> int:
@@ -260,3 +267,32 @@ def _nearest(number: int, size: int) -> int:
     """The divisor of a number that is nearest to a size."""
     return min(_divisors(number), key=lambda n: (abs(n - size), n))
 
+
+def places(mesh: Mesh, hosts: Sequence[str]) -> str:
+    """Who is where, and has what of the model, in a few words for any number of ranks.
+
+    Args:
+        hosts: each rank's.
+    """
+    ranks = [mesh.at(rank) for rank in range(mesh.world_size)]
+    runs = [list(run) for _, run in groupby(ranks, key=lambda its: (hosts[its.rank], its.replica_rank * mesh.is_cut))]
+    text = f"{mesh.replica_size} cop{'ies' if mesh.replica_size > 1 else 'y'} of the model"
+    text += f" x {mesh.shard_size} shards" if mesh.is_cut else ", one a rank"
+    if mesh.machines > 1 and mesh.machine_size > 1:
+        text += f", {mesh.machines} machines of {mesh.machine_size} ranks"
+    told = [_place(run, hosts[run[0].rank]) for run in runs]
+    return "; ".join([text, *(told if len(told) <= _MOST_PLACES else [*told[: _MOST_PLACES - 2], "...", told[-1]])])
+
+
+def _place(run: list[Mesh], host: str) -> str:
+    """Neighbouring ranks on one host: "ranks 4-7 on b: shards 0-3 of copy 1"."""
+
+    def numbers(what: str, first: int, last: int) -> str:
+        return f"{what} {first}" if first == last else f"{what}s {first}-{last}"
+
+    first, last = run[0], run[-1]
+    text = f"{numbers('rank', first.rank, last.rank)} on {host}"
+    if not first.is_cut:
+        return text
+    text += f": {numbers('shard', first.shard_rank, last.shard_rank)}"
+    return text + (f" of copy {first.replica_rank}" if first.replica_size > 1 else "")

@@ -23,24 +23,25 @@ _SHARES = 8
 """Micro-batches of a step. 1, 2, 4 and 8 processes can share them, so the run is the same on each number."""
 
 
-def choose_batch(run: RunConfig, data: DataConfig, given: frozenset[str], samples: int, world_size: int) -> DataConfig:
+def choose_batch(run: RunConfig, data: DataConfig, given: frozenset[str], samples: int, data_size: int) -> DataConfig:
     """The data's options with the batch in them. They are saved, so a run keeps its batch, however it is resumed.
 
     Args:
         given: names of the flags that were given.
         samples: packed rows, conversations or pairs in an epoch.
+        data_size: processes that read different rows.
     """
     if not is_open(run, given, "train_batch_size", "gradient_accumulation_steps"):
         return data
     if run.task.reads_records:
         passes = 1.0 if run.max_iters else run.epoch
         batch, why = batch_for(samples * passes), f"chosen from the {samples:,} there are"
-    elif run.size and data.gradient_accumulation_steps % world_size:
+    elif run.size and data.gradient_accumulation_steps % data_size:
         batch = data.train_batch_size * data.gradient_accumulation_steps
-        why = f"which {world_size} processes can share"
+        why = f"which {data_size} processes can share"
     else:
         return data
-    size, count = split_batch(batch, world_size, data.train_batch_size)
+    size, count = split_batch(batch, data_size, data.train_batch_size)
     logger.info(
         "%d %s a step, %s: --train_batch_size=%d --gradient_accumulation_steps=%d",
         size * count, run.task.unit(data.packing), why, size, count,
@@ -56,7 +57,7 @@ def batch_for(samples: float) -> int:
     return batch
 
 
-def split_batch(batch: int, world_size: int, most: int) -> tuple[int, int]:
+def split_batch(batch: int, data_size: int, most: int) -> tuple[int, int]:
     """Samples in a micro-batch, and micro-batches in a step. If the processes cannot share the batch evenly, it becomes
     the nearest one that they can.
 
@@ -64,5 +65,5 @@ def split_batch(batch: int, world_size: int, most: int) -> tuple[int, int]:
         most: largest number of samples in a micro-batch, for the sake of memory.
     """
     count = max(min(batch, _SHARES), -(-batch // most))
-    count = -(-count // world_size) * world_size
+    count = -(-count // data_size) * data_size
     return max(1, round(batch / count)), count

@@ -190,7 +190,7 @@ def _open_engine(
     kernel: str,
 ) -> Engine:  # fmt: skip
     flags = config.optimizer
-    its_kernel = "torch" if flags.offload_optimizer else kernel
+    its_kernel = "torch" if flags.offload_optimizer or config.parallel.fsdp_cpu_offload else kernel
     rules = new_rules(flags.optimizer, config.adamw, config.muon, config.lion, its_kernel, model.roles())
 
     def new_optimizer(gradients: GradientSource) -> MixedPrecisionOptimizer:
@@ -207,13 +207,14 @@ def _open_engine(
             model,
             to_device=lambda batch: to_device(batch, model, context.device),
             new_optimizer=new_optimizer,
-            square=sum_of_squares if kernel == "triton" else square,
+            square=sum_of_squares if kernel == "triton" and not config.parallel.fsdp_cpu_offload else square,
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
+            micro_batches=config.data.gradient_accumulation_steps // mesh.data_size,
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )

@@ -338,6 +338,7 @@ def _outline_of_part(
         return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
 
     model._apply(with_memory)
+    model.tie_weights()
     model.filling = Filling(cutter.held, dtype)
     return model
 

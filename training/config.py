@@ -272,14 +272,16 @@ def _check_cut(config: Config) -> None:
             f"--activation_budget_gb measures a model that is whole on every rank: with {kind}, give "
             f"--gradient_checkpointing, if need be with --checkpoint_keeps=matmuls"
         )
-    if config.optimizer.offload_optimizer:
-        raise ValueError(f"--offload_optimizer is for models that are whole on every rank: with {kind}, give "
-                         f"--fsdp_cpu_offload")  # fmt: skip
-    if config.optimizer.optimizer == "muon":
+    if config.parallel.fsdp_cpu_offload and config.optimizer.offload_optimizer:
+        raise ValueError("--fsdp_cpu_offload keeps the optimizer's state in host memory, too: leave out "
+                         "--offload_optimizer")  # fmt: skip
+    if config.parallel.fsdp_cpu_offload and config.optimizer.optimizer == "muon":
         raise ValueError(
-            f"--optimizer=muon needs whole matrices, and {kind} leaves each rank some of their rows: give "
-            f"--optimizer=adamw, or --use_distributed_optimizer instead"
+            "--fsdp_cpu_offload steps on the CPU, where Muon's matrix multiplications would take longest: give "
+            "--optimizer=adamw, or leave it out"
         )
+    if config.parallel.fsdp_cpu_offload and config.system.adamw_kernel == "triton":
+        raise ValueError("--fsdp_cpu_offload steps on the CPU: leave out --adamw_kernel=triton")
 
 
 @dataclass(frozen=True)
@@ -293,21 +295,22 @@ class Derived:
 
 
 def resolve(
-    config: Config, world_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
+    config: Config, data_size: int, num_train_samples: int, step: int = 0, samples_consumed: int = 0
 ) -> Derived:
     """Figures that follow from the configuration, the data and the number of ranks.
 
     Args:
+        data_size: ranks that read different rows.
         num_train_samples: samples in an epoch.
         step, samples_consumed: position of a resumed run. --epoch counts samples, even if the global batch changed.
     Raises:
         ValueError: the global batch cannot be split over the ranks.
     """
     steps = config.data.gradient_accumulation_steps
-    if steps % world_size:
+    if steps % data_size:
         raise ValueError(
             f"gradient_accumulation_steps={steps} counts the micro-batches over all ranks and must be a multiple of "
-            f"their number, {world_size}: use {-(-steps // world_size) * world_size}"
+            f"their number, {data_size}: use {-(-steps // data_size) * data_size}"
         )
     global_batch = config.data.train_batch_size * steps
     epoch_iters = max(1, step + round((config.run.epoch * num_train_samples - samples_consumed) / global_batch))

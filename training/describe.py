@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,10 @@ from model import Decoder, flops
 from model.adapters import lora, peft
 from model.adapters.folder import Weights
 from model.families.family import EMBEDDING, HEAD
+from model.memory import Mode, TrainingPlan, bytes_a_rank
 from model.quantized import count_parameters
 from parallel.engine import Engine
+from parallel.mesh import places
 from tasks.config import TaskType
 from tokenizer.chat_template import template_of
 from training.adapter import Adapter
@@ -69,6 +72,7 @@ def describe(built: Built, counted: Flops) -> list[str]:
         + (", the blocks' matrices in 4 bits" if config.adapter.load_in_4bit else ""),
         *([_adapter(built.model, built.adapter)] if built.adapter is not None else []),
         f"parallel: {built.engine.describe()}",
+        *_mesh(built),
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
         _peak(counted, device),
         _ops(built.model, config.optimizer.optimizer, built.adamw_kernel, config.system.compile),
@@ -112,6 +116,29 @@ def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device
         f"model: {family}, {count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
         f"layers, {config.hidden_size} wide, {experts if config.num_local_experts else ''}{dtype} on {device.type}"
     )
+
+
+def _mesh(built: Built) -> list[str]:
+    """The ranks' places, and what lies on each, by formula. Collective; nothing for one process."""
+    context, mesh, config = built.context, built.mesh, built.config
+    if context.world_size == 1:
+        return []
+    hosts = context.gather(socket.gethostname())
+    plan = TrainingPlan(
+        dtype=str(built.dtype).removeprefix("torch."), optimizer=config.optimizer.optimizer, adapter=config.adapter,
+        grad_reduce_in_fp32=config.parallel.grad_reduce_in_fp32, offload_optimizer=config.optimizer.offload_optimizer,
+    )  # fmt: skip
+    flags = config.parallel
+    mode: Mode = "zero1" if flags.use_distributed_optimizer else "ddp"
+    if flags.data_parallel != "auto":
+        mode = flags.data_parallel
+    ranks = mesh.shard_size if flags.is_cut else mesh.data_size
+    lies = bytes_a_rank(mode, ranks, built.model.config, plan)
+    held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lies.items() if size)
+    where = " in host memory" if flags.fsdp_cpu_offload and context.device.type == "cuda" else ""
+    return [
+        f"mesh: {places(mesh, hosts)}", f"memory: each rank holds {held}{where}, by formula (docs/memory.md)"
+    ]  # fmt: skip
 
 
 def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool) -> list[str]:

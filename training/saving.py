@@ -1,6 +1,9 @@
 """A rank's share of a checkpoint. resume.py reads it back."""
 
+from collections.abc import Sequence, Set
 from dataclasses import replace
+
+from torch import Tensor
 
 from checkpoint.folder import TRAINER_STATE
 from checkpoint.writing import CheckpointWriter
@@ -8,7 +11,8 @@ from model import hf
 from model.adapters import folder
 from model.generation_config import GENERATION_CONFIG
 from model.hf_files import INDEX
-from model.hf_saved import saved_files
+from model.hf_saved import SavedFile, deal_out, saved_files
+from parallel.engine import Engine
 from training.adapter import Adapter
 from training.build import Built
 from training.data import order_of_samples
@@ -16,33 +20,33 @@ from utils.options import parse_size
 
 
 def add_share(built: Built, writer: CheckpointWriter) -> None:
-    engine = built.engine
-    writer.add_named_state(engine.named_state(), sharded=engine.is_sharded)
+    """Add this rank's files. Collective, if the model is cut."""
+    engine, is_first = built.engine, built.run_dir.place.is_first_of_store
+    writer.add_named_state(engine.named_state(), engine.state_holders)
     local_state = engine.local_state()
     if local_state is not None:
         writer.add_hook_state(local_state)
     if built.adapter is None:
         _add_model(built, writer)
-    elif built.run_dir.place.is_first_of_store:
+    else:
         _add_adapter(built, built.adapter, writer)
-    if built.run_dir.place.is_first_of_store:
+    if is_first:
         writer.add_json(GENERATION_CONFIG, built.export.generation.to_hf())
         writer.add_folder(built.export.save_tokenizer)
         writer.add_json(TRAINER_STATE, _trainer_state(built))
 
 
 def _add_model(built: Built, writer: CheckpointWriter) -> None:
-    export, max_bytes = built.export, parse_size(built.config.run.max_shard_size)
+    export, is_cut = built.export, built.config.parallel.is_cut
+    max_bytes, outlines = parse_size(built.config.run.max_shard_size), built.engine.outlines()
+    if is_cut:
+        # No rank must hold much more than its part of the model.
+        total = sum(outline.nbytes for outline in outlines.values())
+        max_bytes = min(max_bytes, -(-total // len(writer.place.store)))
     config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
-    outlines = built.engine.outlines()
     files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
-    place = built.run_dir.place
-    mine = files if place.is_first_of_store else []
-    whole = built.engine.whole_weights({name for file in mine for name in file.parameters})
-    for file in mine:
-        parameters = {name: whole[name] for name in file.parameters}
-        writer.add_tensors(file.name, parameters, {"format": "pt"}, file.convert, are_weights=True)
-    if not place.is_first_of_store:
+    add_weights(built.engine, is_cut, files, writer)
+    if not writer.place.is_first_of_store:
         return
     if index is not None:
         writer.add_json(INDEX, index)
@@ -50,12 +54,39 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
 
 
+def add_weights(engine: Engine, is_cut: bool, files: Sequence[SavedFile], writer: CheckpointWriter) -> None:
+    """Add a model's files: the first rank of a store writes them all, or all ranks of it a part each if the model is
+    cut. Then it is collective."""
+    place = writer.place
+    mine = list(files) if place.is_first_of_store else []
+    if is_cut:
+        mine = deal_out(files, len(place.store))[place.store.index(place.rank)]
+    weights = _whole_weights(engine, is_cut, {name for file in mine for name in file.parameters}, writer)
+    for file in mine:
+        parameters = {name: weights[name] for name in file.parameters}
+        writer.add_tensors(
+            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=is_cut
+        )
+
+
+def _whole_weights(engine: Engine, is_cut: bool, names: Set[str], writer: CheckpointWriter) -> dict[str, Tensor]:
+    """Whole parameters: of a model that is cut, copies in host memory. Collective."""
+    weights = engine.whole_weights(names)
+    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights} if is_cut else dict(weights)
+
+
 def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
-    """Only what trains: the rest is the base, which its fingerprint names."""
+    """Only what trains: the rest is the base, which its fingerprint names. It is small: one rank writes it."""
     saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
-    writer.add_tensors(folder.TENSORS, saved.parameters, {"format": "pt"}, saved.convert, are_weights=True)
-    for name, content in saved.jsons.items():
-        writer.add_json(name, content)
+    is_first, is_cut = built.run_dir.place.is_first_of_store, built.config.parallel.is_cut
+    names = saved.parameters.keys() if is_first else set()
+    weights = _whole_weights(built.engine, is_cut, names, writer)
+    if is_first:
+        writer.add_tensors(
+            folder.TENSORS, weights, {"format": "pt"}, saved.convert, are_weights=True, are_copies=is_cut
+        )
+        for name, content in saved.jsons.items():
+            writer.add_json(name, content)
 
 
 def _trainer_state(built: Built) -> dict:

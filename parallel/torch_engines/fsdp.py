@@ -19,6 +19,7 @@ Frozen vectors stay whole on every rank: they are small, and a rule that is no o
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -31,18 +32,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from parallel.buffer import ParameterSlice
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, measure_bandwidth
 from parallel.comm_hooks import shared_fraction
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, group_of_one, new_group
 from parallel.contract import Named, StepResult
 from parallel.data_parallel import DataParallelEngine, levels_of
-from parallel.engine import Batch, EngineParts, StepPlan, Task
+from parallel.engine import Batch, EngineParts, StepPlan, Task, Traffic
 from parallel.layout import ParameterSpec
 from parallel.mesh import Dimension, Mesh
 from parallel.observer import Observer, no_gradient_error
 from parallel.replicas import require_same_shards
 from parallel.spans import span, traffic_span
+from parallel.torch_engines.whole import exchange
 
 
 class Cuttable(Protocol):
@@ -79,6 +81,8 @@ def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Me
 
     for block in cast(Cuttable, model).layers:
         cut_unit(block, config.reshard_after_forward)
+    # torch warns of views among a block's results, in which nothing must be changed in place; nothing is.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The head computes after the model's own forward pass.
     cut_unit(model, reshard_after_forward=False)
 
@@ -198,9 +202,13 @@ class _Communication:
             if self._on_cuda:
                 # torch may drop the tensor before this stream is done with it.
                 summed.record_stream(torch.cuda.current_stream(summed.device))
-            handle = self.copies.all_reduce(summed)
+            padding = -len(summed) % self.copies.world_size
+            padded = nn.functional.pad(summed, (0, padding)) if padding else summed
+            handle = self.copies.all_reduce(padded)
             if handle is not None:
                 handle.wait()
+            if padding:
+                summed.copy_(padded[: len(summed)])
 
 
 class _Transfer:
@@ -268,8 +276,8 @@ class ShardedGradients:
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
     def over_ranks(self, squares: Tensor) -> Tensor:
-        # Every copy of the model has the same sum.
-        return self._context.all_sum(squares if self._mesh.replica_rank == 0 else torch.zeros_like(squares))
+        # Every copy of the model has the same sum. All are added, so that NaN in any of them shows.
+        return self._context.all_sum(squares) / self._mesh.replica_size
 
     def take(self, bucket: int) -> list[Tensor]:
         grads = [local(cast(Tensor, p.grad)) for p in self.trained[bucket].values()]
@@ -329,7 +337,7 @@ class FsdpEngine(DataParallelEngine):
     A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
     """
 
-    is_sharded = forward_is_collective = True
+    forward_is_collective = True
 
     def __init__(self, parts: EngineParts):
         self._units, observer = units(parts.model), Observer(parts.context)
@@ -347,6 +355,7 @@ class FsdpEngine(DataParallelEngine):
         _require_alignment(self._gradients, parts)
         self._nonfinite: list[str] = []
         super().__init__(parts, _CutModel(parts.model, observer, self._gradients), self._gradients)
+        self.state_holders = self.mesh.ranks_of("replica")
 
     def _step(self, plan: StepPlan) -> StepResult:
         if self._parts.config.check_for_nan_in_grad:
@@ -374,16 +383,22 @@ class FsdpEngine(DataParallelEngine):
         return self._parts.compute_dtype if isinstance(parameter, DTensor) else parameter.dtype
 
     @torch.no_grad()
-    def whole_weights(self, names: Set[str]) -> dict[str, Tensor]:
-        """Gathers unit after unit, and keeps what is wanted here: never more than one unit besides."""
-        found: dict[str, Tensor] = {}
-        with self._communication.observer.waits.uncounted():
-            for number, unit in enumerate(self._units):
-                unit.unshard()
-                of_unit = _parameters_by_unit(self._parts.model)[number]
-                found |= {name: p.detach().clone() for name, p in of_unit.items() if name in names}
-                unit.reshard()
-        return found
+    def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The rows of each unit that some rank wants are exchanged at once."""
+        self.end_forward()
+        context = self._parts.context
+        everyone = context.gather(sorted(names))
+        wanted = [set(everyone[rank]) for rank in self.mesh.ranks_of("shard")]
+        for unit in _parameters_by_unit(self._parts.model):
+            rows: dict[str, Tensor] = {}
+            for name, parameter in unit.items():
+                if not isinstance(parameter, DTensor) and name in names:
+                    yield name, parameter.detach()
+                elif isinstance(parameter, DTensor) and any(name in theirs for theirs in wanted):
+                    rows[name] = local(parameter.detach()).to(context.device, self._parts.compute_dtype)
+            if rows:
+                lengths = {name: len(unit[name]) for name in rows}
+                yield from exchange(rows, lengths, wanted, _group_of(self._parts.model))
 
     def check_replicas(self, step: int) -> None:
         with span("compare replicas"):
@@ -402,16 +417,62 @@ class FsdpEngine(DataParallelEngine):
         self.end_forward()
         super().take_state(scalars)
 
+    def traffic(self) -> Traffic | None:
+        context = self._parts.context
+        if context.world_size == 1:
+            return None
+        rate = min(context.gather(measure_bandwidth(self._communication.gathers, context.device)))
+        by_machine = self._bytes_sent(by_machine=True) if 1 < self.mesh.machine_size < context.world_size else {}
+        return Traffic(rate, self._bytes_sent(by_machine=False), by_machine)
+
+    def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
+        """Purpose -> bytes that each rank, or each machine, sends in a step."""
+        parts, mesh, copies = self._parts, self.mesh, self._communication.copies
+        *blocks, around = (_padded_sizes(unit, mesh) for unit in _parameters_by_unit(parts.model))
+        times = 2 if parts.config.reshard_after_forward else 1
+        gathered = times * sum(size for block in blocks for _, size in block) + sum(size for _, size in around)
+        trained = sum(size for unit in [*blocks, around] for parameter, size in unit if parameter.requires_grad)
+        taken = torch.float32 if parts.config.grad_reduce_in_fp32 else parts.compute_dtype
+        # The ranks of a copy are on one machine, or the copy is on all of them.
+        inside = shared_fraction(self._communication.gathers, by_machine)
+        inside = 0.0 if by_machine and mesh.replica_size > 1 else inside
+        between = 2 * shared_fraction(copies) / (1 if by_machine else mesh.shard_size)
+        updates = sum(
+            size for bucket, unit in enumerate([*blocks, around]) if self.optimizer.needs_gather(bucket)
+            for parameter, size in unit if parameter.requires_grad
+        )  # fmt: skip
+        sent = {
+            "gradients": (inside + between) * trained * taken.itemsize * parts.micro_batches,
+            "weights": inside * gathered * parts.compute_dtype.itemsize * parts.micro_batches,
+            "updates": inside * updates * 4,
+        }
+        return {purpose: num_bytes for purpose, num_bytes in sent.items() if num_bytes}
+
     def describe(self) -> str:
         mesh, config = self.mesh, self._parts.config
         kind = "weights gathered twice a micro-batch (ZeRO-3)" if config.reshard_after_forward else "ZeRO-2"
         copies = f"{mesh.replica_size} copies of the model, each over " if mesh.replica_size > 1 else ""
         ranks = f"{mesh.shard_size} processes" if mesh.shard_size > 1 else "one process"
-        host = ""
-        if config.fsdp_cpu_offload:
-            on_cuda = self._parts.context.device.type == "cuda"
-            host = ", kept and stepped in host memory" if on_cuda else ", --fsdp_cpu_offload changes nothing on a CPU"
-        return f"FSDP2: {copies}{ranks}, {kind}{host}; {torch.get_num_threads()} thread(s) each"
+        text = f"FSDP2: {copies}{ranks}, {kind}"
+        if config.fsdp_cpu_offload and self._parts.context.device.type == "cuda":
+            text += ", kept and stepped in host memory"
+        elif config.fsdp_cpu_offload:
+            text += ", --fsdp_cpu_offload changes nothing on a CPU"
+        # Stacks of experts: matrices are cut by rows, which are many.
+        stacks = {len(p) for p in self._parts.model.parameters() if p.dim() > 2}
+        if stacks and min(stacks) % mesh.shard_size:
+            experts = min(stacks)
+            holders = -(-experts // rows_of_rank(experts, mesh))
+            text += f", {experts} experts a layer of which {holders} processes hold up to {rows_of_rank(experts, mesh)}"
+        return f"{text}; {torch.get_num_threads()} thread(s) each"
+
+
+def _padded_sizes(unit: dict[str, nn.Parameter], mesh: Mesh) -> list[tuple[nn.Parameter, int]]:
+    """A unit's parameters that are cut, and the elements that travel for each: every rank sends as many rows."""
+    return [
+        (p, rows_of_rank(len(p), mesh) * mesh.shard_size * math.prod(p.shape[1:]))
+        for p in unit.values() if isinstance(p, DTensor)
+    ]  # fmt: skip
 
 
 def _require_alignment(gradients: ShardedGradients, parts: EngineParts) -> None:

@@ -1,5 +1,6 @@
 """Checks after a disturbed run: it is the same as an undisturbed one, to the bit, and nothing is left over."""
 
+import fnmatch
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def tensors(out_dir: Path, step: int) -> dict[str, torch.Tensor]:
 def same_state(run: Run, reference: Path) -> None:
     ours, theirs = tensors(run.out_dir, run.steps), tensors(reference, run.steps)
     names = {name.partition(" ")[0] for name in theirs}
-    needed = {run.setup.weights_files[0]} | {f"optim-{rank}.safetensors" for rank in range(run.setup.world_size)}
+    weights = fnmatch.filter(names, run.setup.weights_files[0]) or [run.setup.weights_files[0]]
+    needed = {*weights} | {f"optim-{rank}.safetensors" for rank in range(run.setup.world_size)}
     if run.setup.name == "powersgd":
         needed |= {f"comm_hook-{rank}.safetensors" for rank in range(run.setup.world_size)}
     if names != needed:

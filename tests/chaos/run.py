@@ -62,11 +62,11 @@ class Setup:
 
     @property
     def weights_files(self) -> tuple[str, str]:
-        """Files of a checkpoint: the weights, and what they are."""
-        return (
-            ("adapter_model.safetensors", "adapter_config.json")
-            if self.has_adapter else ("model.safetensors", "config.json")
-        )  # fmt: skip
+        """Files of a checkpoint: the weights (a pattern of fnmatch), and what they are."""
+        if self.has_adapter:
+            return "adapter_model.safetensors", "adapter_config.json"
+        is_cut = any(flag.startswith("--data_parallel=") for flag in self.flags)
+        return "model-*.safetensors" if is_cut else "model.safetensors", "config.json"
 
 
 BUCKETS = ("--bucket_size=20000",)

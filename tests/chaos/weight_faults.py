@@ -161,7 +161,7 @@ def stop_while_skipping(run: Run, random: Random) -> str:
     return f"at step {plan.first}: exit code 75, step-{newest} named, and on from step {start}"
 
 
-@kind("drift", setups=("ddp2", "powersgd"), weight=2)
+@kind("drift", setups=("ddp2", "powersgd", "hsdp4"), weight=2)
 def drift(run: Run, random: Random) -> str:
     """A bit of a weight flips on one rank: the ranks notice before any of it is saved."""
     run.wait(run.newest_step, "a checkpoint")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,16 @@ def use_new_port() -> None:
     """Switch to a new port before another `init_context` in the same processes: the last store still holds its keys."""
     ports = os.environ["SPARE_PORTS"].split(",")
     os.environ["MASTER_PORT"], os.environ["SPARE_PORTS"] = ports[0], ",".join(ports[1:])
+    forget_meshes()
+
+
+def forget_meshes() -> None:
+    """Clear what torch remembers of tensors that are cut, between runs of one process: a later mesh of the same ranks
+    would be taken for an earlier one, whose groups are gone."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def _rank_main(rank: int, world_size: int, ports: list[int], work: Callable, arguments: tuple, out: str) -> None:

@@ -31,10 +31,11 @@ from parallel.listen import LOOPBACK, bind, serve_store
 from runs.exits import CRASH, read_exit_records
 from runs.traces import StepPart, Trace, figures_of, read_trace
 from tasks.language_model import LanguageModelTask
+from tasks.reference import ReferenceCache
 from tests.conftest import SEQ_LEN, TINY_MODEL
-from tests.dist.group import run_ranks
+from tests.dist.group import forget_meshes, run_ranks
 from tests.runs import elsewhere, losses, out_dir, records, relative_difference, same_bits
-from training import build_model
+from training import build_model, samples
 from training.meter import StepMeter
 
 STEPS = 6
@@ -50,7 +51,7 @@ ADAMW_8BIT, LION_8BIT = "--optimizer=adamw8bit", "--optimizer=lion8bit"
 EVERYTHING = [ZERO1, GATHER, STEP, STEP_ZERO, FREE]
 ACCUMULATED = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 
-SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4)}
+SPLITS = {1: (8, 1), 2: (4, 2), 3: (2, 3), 4: (2, 4), 8: (1, 8)}
 """Ranks -> (rows per micro-batch, micro-batches per step) of each rank. (3 ranks only load and save.)"""
 
 MODES: dict[str, tuple[list[str], str | None]] = {
@@ -133,6 +134,9 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
     nodes         each rank is on its own node, and gives the same warning at each step
     drift N       a bit of a weight flips on the last rank after step N
     choice        the last rank would take another implementation of attention
+    first         also saves after the first step
+    forgotten     the log-probabilities of DPO's reference are gone
+    patience N    the first rank gives its samples N seconds, the others give theirs hours
     """
     kind, _, number = (what or "").partition(" ")
     trainer, task, rank = trainer_module.Trainer, LanguageModelTask, int(os.environ["RANK"])
@@ -143,6 +147,10 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
         original_close = trainer.close
 
         def close(self) -> None:
+            if self.engine.forward_is_collective:
+                # Each rank has its own part of a model that is cut.
+                weights.append(0)
+                return original_close(self)
             flat = torch.cat([p.detach().flatten().view(torch.uint8) for p in self.model.parameters()])
             weights.append(zlib.crc32(flat.numpy().tobytes()))
             original_close(self)
@@ -212,6 +220,20 @@ def patched(what: str | None, weights: list[int]) -> Iterator[None]:
 
             patch.setattr(trainer, "_step", warn_then_step)
             patch.setenv("GROUP_RANK", str(rank))
+        elif kind == "first":
+            plain_step = trainer._step
+
+            def save_the_first(self) -> bool:
+                is_done = plain_step(self)
+                if self.progress.step == 1:
+                    self._save(None, must=True)
+                return is_done
+
+            patch.setattr(trainer, "_step", save_the_first)
+        elif kind == "forgotten":
+            patch.setattr(ReferenceCache, "read", lambda self: None)
+        elif kind == "patience":
+            patch.setattr(samples, "_PATIENCE_S", 9999.0 if rank else float(number))
         elif kind == "network":
             patch.setattr(data_parallel, "measure_bandwidth", lambda *_: 10.0 ** int(number))
         yield
@@ -253,6 +275,7 @@ def run_jobs(jobs: list[dict], meeting: str) -> list[dict | None]:
                 code = f"{type(error).__name__}: {error}"
             if dist.is_initialized():
                 dist.destroy_process_group()
+        forget_meshes()
         answers.append({"code": code, "weights": weights})
     return answers
 
@@ -266,10 +289,14 @@ def copy_run(source: Path, target: Path, keep: int) -> None:
 
 
 class Plan:
-    """Runs to be made, then their results: plan[name] has the flags of a run that succeeded."""
+    """Runs to be made, then their results: plan[name] has the flags of a run that succeeded.
 
-    def __init__(self, flags: list[str], home: Path):
-        self.flags, self.home = flags, home
+    Args:
+        ranks: processes that are spawned.
+    """
+
+    def __init__(self, flags: list[str], home: Path, ranks: int = 4):
+        self.flags, self.home, self.ranks = flags, home, ranks
         self.jobs: dict[str, dict] = {}
 
     def add(self, name: str, ranks: int, mode: list[str], patch: str | None = None) -> list[str]:
@@ -292,7 +319,7 @@ class Plan:
 
     def run(self) -> None:
         (self.home / "meeting").mkdir(parents=True)
-        answers = run_ranks(4, run_jobs, list(self.jobs.values()), str(self.home / "meeting"))
+        answers = run_ranks(self.ranks, run_jobs, list(self.jobs.values()), str(self.home / "meeting"))
         for index, job in enumerate(self.jobs.values()):
             job["codes"] = [answer[index]["code"] for answer in answers[: job["ranks"]]]
             job["weights"] = [answer[index]["weights"] for answer in answers[: job["ranks"]]]
@@ -374,6 +401,8 @@ ELSEWHERE = {
         "full rank", "bf16 zero1", "muon zero1"),
 }  # fmt: skip
 """Ranks other than 2 -> the modes that run there too."""
+ON_TWO_MACHINES = ("4 full rank", "4 bf16 zero1", "4 muon zero1")
+"""Of those, runs with two ranks on each machine."""
 SKIPS = {
     "zero1 gather": [ZERO1, GATHER],
     "bf16": [BF16],
@@ -403,7 +432,8 @@ def runs(base_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pla
         plan.add(f"2 {name}", 2, mode, "slow" if name in SLOW else None)
     for ranks, names in ELSEWHERE.items():
         for name in names:
-            plan.add(f"{ranks} {name}", ranks, MODES[name][0])
+            machines = ["--ranks_per_machine=2"] if f"{ranks} {name}" in ON_TWO_MACHINES else []
+            plan.add(f"{ranks} {name}", ranks, [*MODES[name][0], *machines])
     for name, mode in SKIPS.items():
         plan.add(f"skip {name}", 2, [*mode, "--save_interval=1"], "overflow 6")
     plan.add("skip in buffer", 2, [*POWERSGD, IN_BUFFER], "overflow 3")
@@ -633,6 +663,8 @@ def test_the_start_says_what_is_sent(runs: Plan):
         "2 powersgd bf16": (factors / 2, None),
         "4 plain": (1.5 * plain, None),
         "4 zero1 gather": (0.75 * plain, 0.75 * plain),
+        # The last two: what a machine sends to the other.
+        "4 bf16 zero1": (0.375 * plain, 0.75 * plain, 0.25 * plain, 0.5 * plain),
     }
     for name, amounts in expected.items():
         (line,) = start_lines(runs[name], "INFO network: ")
@@ -640,6 +672,8 @@ def test_the_start_says_what_is_sent(runs: Plan):
         assert "MB of gradients" in line and ("MB of parameters" in line) == (amounts[1] is not None), name
         assert found == pytest.approx([amount for amount in amounts if amount is not None], abs=0.06), name
     assert start_lines(runs["1 zero1 gather"], "INFO network: ") == []
+    (line,) = start_lines(runs["4 muon zero1"], "INFO parallel: ")
+    assert "summed first on each of 2 machines" in line
 
 
 def test_a_gather_that_no_overlap_can_hide_is_warned_of(runs: Plan):

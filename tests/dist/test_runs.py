@@ -205,6 +205,7 @@ LONG_STEPS = {
     "plain": [],
     "stepped as they arrive": ["--overlap_optim_step", "--grad_clip=0", "--use_distributed_optimizer"],
     "powersgd": ["--use_powerSGD_hook", "--matrix_approximation_rank=2"],
+    "fsdp": ["--data_parallel=fsdp"],
     "residuals in the buffer": ["--use_powerSGD_hook", "--grad_buffer_is_powerSGD_error"],
 }
 

@@ -37,6 +37,7 @@ MODES = {
     "zero1": ["--use_distributed_optimizer", "--overlap_param_gather"],
     "powersgd": ["--use_powerSGD_hook", "--matrix_approximation_rank=4"],
 }
+CUT = {"fsdp": ["--data_parallel=fsdp"], "hsdp": ["--data_parallel=hsdp", "--ranks_per_machine=2"]}
 _CLONE_NEWNS, _MS_BIND, _MS_REC, _MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
 
 
@@ -138,7 +139,7 @@ class Plan:
         self.flags, self.home, self.ranks, self.runs = flags, home, ranks, {}
 
     def add(self, name: str, node_of: list[int], mode: str) -> Run:
-        run = Run(self.home / name, node_of, [*elsewhere(self.flags, self.home / name), *MODES[mode]])
+        run = Run(self.home / name, node_of, [*elsewhere(self.flags, self.home / name), *(MODES | CUT)[mode]])
         for node in run.nodes:
             node.mkdir(parents=True, exist_ok=True)
         self.runs[name] = run
@@ -269,7 +270,8 @@ def test_separate_stores_change_no_bit(made: Plan, mode: str):
     for step in (2, 4, 6):
         first, second = (steps[step] for steps in parts)
         assert first.save_id == second.save_id and (first.ranks, second.ranks) == ((0,), (1,))
-        assert first.sharded == second.sharded == (mode == "zero1") and first.world_size == 2
+        assert (first.covers, second.covers) == (((0,), (1,)) if mode == "zero1" else ((0, 1), (0, 1)))
+        assert first.world_size == 2
     for rank, node in enumerate(run.nodes):
         path = node / "ckpt" / f"step-{STEPS}"
         assert ckpt.find_problem(path) is None
@@ -382,6 +384,8 @@ def four(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     plan.add("zero1", [0, 0, 1, 1], "zero1")
     plan.add("plain shared", [0, 0, 0, 0], "plain")
     plan.add("plain", [0, 1, 2, 2], "plain")
+    for mode in CUT:
+        plan.add(mode, [0, 0, 1, 1], mode)
     plan.go()
     return plan
 
@@ -393,6 +397,10 @@ def four_resumed(four: Plan, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     run = plan.resume("plain replaced", four["plain"], [0, 1, 2, 2], "plain")
     shutil.rmtree(run.node(2))
     run.node(2).mkdir()
+    plan.resume("fsdp dealt anew", four["fsdp"], [0, 1, 0, 1], "fsdp")
+    run = plan.resume("hsdp replaced", four["hsdp"], [0, 0, 1, 1], "hsdp")
+    shutil.rmtree(run.node(0))
+    run.node(0).mkdir()
     plan.go()
     return plan
 
@@ -417,6 +425,33 @@ def test_a_replaced_node_where_two_others_hold_the_whole(four: Plan, four_resume
     run = four_resumed["plain replaced"]
     check_same(run, four["plain shared"])
     assert run.parent() == "step-4"
+
+
+@pytest.mark.parametrize("mode", CUT)
+def test_a_cut_model_is_whole_on_every_node(four: Plan, mode: str):
+    """The ranks of each node write all of it; of the optimizer's state each node has what its ranks hold: with HSDP,
+    where a node has a copy of the model, all."""
+    run = four[mode]
+    check_tidy(run)
+    weights = []
+    for node, ranks in zip(run.nodes, ((0, 1), (2, 3))):
+        (*_, last) = ckpt.list_checkpoints(node / "ckpt")
+        assert last.part.ranks == ranks and ckpt.find_problem(last.path) is None
+        assert last.part.covers == (ranks if mode == "fsdp" else (0, 1, 2, 3))
+        weights.append({k: v for f in last.path.glob("model-*") for k, v in load_file(f).items()})
+    assert same_bits(*weights) and len(weights[0]) > 10
+
+
+def test_a_rank_of_a_cut_model_fetches_its_own_state_alone(four: Plan, four_resumed: Plan):
+    run = four_resumed["fsdp dealt anew"]
+    check_same(run, four["fsdp"])
+    assert run.parent() == "step-4" and "brought 2 files" in run.log()
+
+
+def test_a_replaced_node_gets_its_copy_of_a_cut_model_from_the_other(four: Plan, four_resumed: Plan):
+    run = four_resumed["hsdp replaced"]
+    check_same(run, four["hsdp"], since=KEPT)
+    assert run.parent() == "step-4" and "brought" in run.log()
 
 
 def find_places(home: str) -> dict[str, list]:

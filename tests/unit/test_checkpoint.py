@@ -32,7 +32,7 @@ def save(ckpt_dir: Path, step: int, valid_loss: float | None = None) -> Path:
     writers = [CheckpointWriter(ckpt_dir, step, place, f"{step}-{valid_loss}") for place in PLACES]
     for rank, writer in enumerate(writers):
         piece = torch.arange(10, dtype=torch.float32).split(5)[rank]
-        writer.add_named_state([(Piece.flat("w", (10,), 5 * rank, 5), {"main": piece + step})], sharded=True)
+        writer.add_named_state([(Piece.flat("w", (10,), 5 * rank, 5), {"main": piece + step})], holders=[rank])
         if rank == 0:
             writer.add_json(ckpt.TRAINER_STATE, {"step": step})
         writer.make_directory()
@@ -85,7 +85,7 @@ def open_run(out_dir: Path, resume: bool, which: str) -> tuple[choosing.Chosen |
 
 def test_a_checkpoint_is_invisible_until_committed(tmp_path: Path):
     writer = CheckpointWriter(tmp_path, 3, StorePlace(0, 1, (0,)), "x")
-    writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], sharded=False)
+    writer.add_named_state([(Piece.flat("w", (2,), 0, 2), {"main": torch.ones(2)})], holders=[0])
     writer.make_directory()
     writer.write_files()
     assert list_checkpoints(tmp_path) == []
@@ -176,6 +176,19 @@ def test_a_manifest_with_holes_is_damaged(tmp_path: Path, content: str):
     (save(tmp_path, 4) / "manifest.json").write_text(content)
     chosen, complaints = choose_checkpoint(tmp_path)
     assert chosen.step == 2 and "manifest is damaged" in complaints[0]
+
+
+@pytest.mark.parametrize(("sharded", "covers"), [(True, (0, 1)), (False, (0, 1, 2, 3)), (None, (0, 1, 2, 3))])
+def test_manifests_of_earlier_versions_say_whose_state_a_part_holds(
+    tmp_path: Path, sharded: bool | None, covers: tuple[int, ...]
+):
+    path = save(tmp_path, 2) / "manifest.json"
+    old = json.loads(path.read_text()) | {"world_size": 4, "sharded": sharded}
+    for name in ("sha256", "covers", *(["sharded"] if sharded is None else [])):
+        del old[name]
+    path.write_text(json.dumps(ckpt.sealed(old)))
+    (found,) = ckpt.list_checkpoints(tmp_path)
+    assert (found.part.ranks, found.part.covers) == ((0, 1), covers)
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path):
@@ -275,6 +288,8 @@ def test_what_cannot_be_read_is_neither_deleted_nor_taken_for_nothing(tmp_path: 
     there = sorted(os.listdir(tmp_path / "ckpt"))
     for part in ("manifest.json", "optim-1.safetensors", "/ckpt"):
         refuse(part, code)
+        # It need not be looked at, only be there.
+        opening.prepare_run(tmp_path)
         for which in ("last", "best"):
             with pytest.raises(ckpt.Unreadable, match=os.strerror(code)):
                 open_run(tmp_path, True, which)

@@ -23,7 +23,7 @@ def save(run: Path, step: int, valid_loss: float | None = None, place: StorePlac
     writer = CheckpointWriter(run / "ckpt", step, place, f"id-{step}")
     writer.add_named_state(
         [(Piece.flat("w", (25_000,), 0, 25_000), {"main": torch.zeros(25_000)})],
-        sharded=len(place.store) < place.world_size,
+        holders=place.store,
     )
     writer.add_json("config.json", {})
     writer.make_directory()

@@ -17,7 +17,7 @@ from model import Decoder, hf
 from model.families import FAMILIES
 from model.families.family import Family
 from model.hf_files import INDEX, PADDING, SINGLE, split_into_files
-from model.hf_saved import saved_files
+from model.hf_saved import deal_out, saved_files
 from serving.generation import load_model
 from tasks.reference import weights_fingerprint
 from tests.runs import elsewhere, final_state, losses, out_dir, same_bits
@@ -256,3 +256,17 @@ def test_a_fingerprint_of_weights_knows_all_parts(tmp_path: Path):
         assert weights_fingerprint(tmp_path, model.config, torch.float32) != before
         (tmp_path / name).write_bytes(content)
     assert weights_fingerprint(tmp_path, model.config, torch.float32) == before
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 5, 8, 40])
+def test_files_are_dealt_out_evenly(hands: int):
+    """Each file goes to one writer. The fullest hand has at most an even part and one file more (Graham)."""
+    model = new("llama", num_hidden_layers=6)
+    total = sum(p.nbytes for p in model.parameters())
+    files, _ = saved_files(model.config, _parameters(model), FAMILIES["llama"], 64, -(-total // hands))
+    dealt = deal_out(files, hands)
+    assert len(dealt) == hands and sorted(f.name for hand in dealt for f in hand) == sorted(f.name for f in files)
+    sizes = [[sum(p.nbytes for p in file.parameters.values()) for file in hand] for hand in dealt]
+    largest = max(size for hand in sizes for size in hand)
+    assert max(map(sum, sizes)) <= total / hands + largest
+    assert all(hand for hand in dealt) or hands > len(files)

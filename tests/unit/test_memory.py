@@ -175,6 +175,49 @@ def test_what_lasts_is_a_number_of_bytes_a_parameter():
     assert states == {"adamw": 8, "muon": 5.25, "lion": 4, "adamw8bit": 2.03, "lion8bit": 1.02}
 
 
+def test_what_each_mode_leaves_on_a_rank():
+    """Bytes a parameter. ZeRO-1 shares the state, fsdp everything, hsdp everything among the ranks of a machine."""
+    config = memory.SIZES["125m"][1].resolve()
+    number = shapes.count(shapes.parameters_of(config))
+
+    def a_rank(mode: memory.Mode, ranks: int, **changes) -> list[float]:
+        found = memory.bytes_a_rank(mode, ranks, config, TrainingPlan(**changes))
+        return [round(size / number, 2) for size in found.values()]
+
+    # weights, gradients, main parameters, state
+    assert a_rank("ddp", 8) == [2, 4, 4, 8]
+    assert a_rank("zero1", 8) == [2, 4, 0.5, 1]
+    assert a_rank("fsdp", 8) == a_rank("hsdp", 8) == a_rank("fsdp", 8, dtype="float32") == [0.5, 0.5, 0, 1]
+    assert a_rank("fsdp", 8, grad_reduce_in_fp32=False) == [0.5, 0.5, 0, 1]
+    assert a_rank("fsdp", 8, fsdp_cpu_offload=True) == []
+    assert a_rank("fsdp", 8, offload_optimizer=True) == [0.5, 0.5]
+    lora = AdapterConfig(lora_r=16, lora_target_modules="all-linear")
+    frozen = memory.bytes_a_rank("fsdp", 8, config, TrainingPlan(adapter=lora))
+    assert frozen["weights"] == pytest.approx((2 * number + 4 * frozen["gradients"] / 4 * 8) / 8, rel=0.01)
+
+
+def test_rows_of_a_shard():
+    """Every rank has room for as many rows; 3 rows over 2 ranks are 2 and 1."""
+    assert memory.shard_size({"w": (3, 5), "v": (7,)}, 2) == 2 * 5 + 4
+    assert memory.shard_size({"w": (3, 5)}, 4) == 5
+
+
+def test_fsdp_without_resharding_keeps_the_blocks():
+    config = memory.SIZES["125m"][1].resolve()
+    shards = TrainingPlan(data_parallel="fsdp", ranks=4)
+    kept = memory.estimate(config, replace(shards, reshard_after_forward=False))
+    given_up = memory.estimate(config, shards)
+    blocks = shapes.count({n: s for n, s in shapes.parameters_of(config).items() if n.startswith("layers.")})
+    assert kept.moments["loss"] - given_up.moments["loss"] == pytest.approx(2 * blocks * 11 / 12)
+    assert kept.lasting == given_up.lasting
+
+
+def test_a_pair_has_two_answers():
+    config = memory.SIZES["125m"][1].resolve()
+    pairs = memory.estimate(config, TrainingPlan(task_type="dpo"))
+    assert pairs.activations == memory.estimate(config, TrainingPlan(train_batch_size=2)).activations
+
+
 def test_four_bits_are_half_a_byte_and_scales():
     config = memory.SIZES["7b"][1].resolve()
     adapter = AdapterConfig(lora_r=16, lora_target_modules="all-linear", load_in_4bit=True)
@@ -205,6 +248,8 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--load_in_4bit"], "give --lora_r"),
         (["--size=7b", "--checkpoint_keeps=matmuls"], "add that"),
         (["--size=7b", "--train_batch_size=0"], "train_batch_size must be positive"),
+        (["--size=7b", "--fsdp_cpu_offload"], "add --data_parallel=fsdp"),
+        (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags: list[str], sentence: str, capsys: pytest.CaptureFixture):

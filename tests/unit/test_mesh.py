@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from parallel.config import ParallelConfig
-from parallel.mesh import Dimension, Mesh, plan
+from parallel.mesh import Dimension, Mesh, places, plan
 
 DIMENSIONS = get_args(Dimension)
 OUTSIDE = ("pipe", "data", "context", "tensor")
@@ -128,3 +128,18 @@ def test_the_nearest_mesh_is_possible():
             assert proposed and plan(ParallelConfig(**flags | proposed), 0, machines(size))
             enough = int(words[words.index("processes", words.index("or")) - 1])
             assert enough > size and plan(ParallelConfig(**flags), 0, machines(enough)).data_size >= 1
+
+
+@pytest.mark.parametrize(("mesh", "hosts", "told"), [
+    (Mesh(0, data_size=2), "aa", "2 copies of the model, one a rank; ranks 0-1 on a"),
+    (Mesh(0, data_size=3, shard_size=3), "aab",
+     "1 copy of the model x 3 shards; ranks 0-1 on a: shards 0-1; rank 2 on b: shard 2"),
+    (Mesh(3, data_size=4, shard_size=2, machine_size=2), "aabb",
+     "2 copies of the model x 2 shards, 2 machines of 2 ranks; ranks 0-1 on a: shards 0-1 of copy 0; "
+     "ranks 2-3 on b: shards 0-1 of copy 1"),
+    (Mesh(0, data_size=64, machine_size=8), [f"h{rank // 8}" for rank in range(64)],
+     "64 copies of the model, one a rank, 8 machines of 8 ranks; ranks 0-7 on h0; ranks 8-15 on h1; ranks 16-23 on h2; "
+     "ranks 24-31 on h3; ...; ranks 56-63 on h7"),
+])  # fmt: skip
+def test_the_start_says_who_is_where(mesh: Mesh, hosts: str | list[str], told: str):
+    assert places(mesh, hosts) == told

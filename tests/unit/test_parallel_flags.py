@@ -64,8 +64,9 @@ REFUSED = [
     ([HSDP, "--overlap_zero_grad_buffer"], "--overlap_zero_grad_buffer does not go with --data_parallel=hsdp"),
     ([HSDP, "--ddp_impl=naive"], "needs the whole model on every rank: leave out --data_parallel=hsdp"),
     ([FSDP, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "matrices in 4 bits are whole on every rank"),
-    ([FSDP, "--offload_optimizer"], "with --data_parallel=fsdp, give --fsdp_cpu_offload"),
-    ([FSDP, "--optimizer=muon"], "give --optimizer=adamw, or --use_distributed_optimizer instead"),
+    ([FSDP, "--offload_optimizer", "--fsdp_cpu_offload"], "leave out --offload_optimizer"),
+    ([FSDP, "--activation_budget_gb=1"], "--activation_budget_gb measures a model that is whole on every rank"),
+    ([FSDP, "--optimizer=muon", "--fsdp_cpu_offload"], "give --optimizer=adamw, or leave it out"),
 ]  # fmt: skip
 
 
@@ -93,6 +94,7 @@ ACCEPTED = [
     ["--optimizer=muon", ZERO1, "--overlap_param_gather"],
     ["--optimizer=lion8bit", ZERO1, STEP, "--grad_clip=0"],
     [FSDP, "--no-reshard_after_forward", "--fsdp_cpu_offload"],
+    [FSDP, "--optimizer=muon", "--no-reshard_after_forward"],
     [HSDP, "--ranks_per_machine=4", "--no-grad_reduce_in_fp32", "--optimizer=lion8bit"],
     [FSDP, "--tensor_model_parallel_size=1", "--no-sequence_parallel"],
     ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],

@@ -25,7 +25,7 @@ from checkpoint.host_copies import HostCopies
 from checkpoint.named import Piece, load_named_state
 from checkpoint.retention import Retention, doomed_by
 from checkpoint.saving import CheckpointSaver
-from checkpoint.stores import Part, StorePlace
+from checkpoint.stores import Part, StorePlace, enough_of, missing_ranks
 from checkpoint.writing import CheckpointWriter
 from dataset import audit
 from tests.dist.group import run_ranks
@@ -73,7 +73,7 @@ def begin_and_start(saver: CheckpointSaver, step: int, value: float = 0.0) -> No
     """Begin a save of two elements per rank, all with the same value."""
     writer = saver.begin(step)
     piece = Piece.flat("w", (2 * writer.place.world_size,), 2 * writer.place.rank, 2)
-    writer.add_named_state([(piece, {"main": torch.full((2,), value)})], sharded=True)
+    writer.add_named_state([(piece, {"main": torch.full((2,), value)})], holders=[writer.place.rank])
     saver.start(writer, None)
 
 
@@ -278,6 +278,27 @@ def test_shared_memory_is_copied_once():
         weight += 10
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_tensor_that_is_given_up_is_copied_at_once(tmp_path: Path, background: bool):
+    """Weights that were gathered for a save: the copy stands for them in several files, and their memory is free."""
+    saver = new_saver(tmp_path, background=background)
+    for step in (1, 2):
+        gathered = torch.full((4, 2), float(step))
+        writer = saver.begin(step)
+        whole = writer.copy_now("whole w", gathered)
+        if background:
+            gathered.fill_(-1.0)
+        writer.add_tensors("a.safetensors", {"w": whole}, are_copies=True)
+        writer.add_tensors("b.safetensors", {"w": whole[:1]}, are_copies=True)
+        saver.start(writer, None)
+        assert saver.settle().problem is None
+    saver.close()
+    for step in (1, 2):
+        path = tmp_path / f"step-{step}"
+        assert load_file(path / "a.safetensors")["w"].tolist() == [[step, step]] * 4
+        assert load_file(path / "b.safetensors")["w"].tolist() == [[step, step]]
+
+
 def test_tensors_that_are_not_contiguous(tmp_path: Path):
     """Transposed and strided tensors, in one file and in several: a contiguous copy is gone when the next comes, and
     the next may get its memory."""
@@ -323,6 +344,7 @@ def test_the_first_save_takes_no_memory_once_it_is_reserved(tmp_path: Path, monk
         ["--use_powerSGD_hook", "--min_compression_rate=0"],
         ["--use_powerSGD_hook", "--min_compression_rate=0", "--grad_buffer_is_powerSGD_error"],
         ["--ddp_impl=naive", "--dtype=bfloat16"],
+        ["--data_parallel=fsdp", "--dtype=bfloat16"],
     ],
 )
 def test_a_run_reserves_all_that_its_saves_need(
@@ -354,31 +376,49 @@ def random_pieces(generator: random.Random, count: int) -> list[tuple[Piece, dic
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_split_covers_everything_once(tmp_path: Path, seed: int):
-    """For any numbers of ranks and pieces: if sharded, each rank writes its own; otherwise each store has all, once."""
+    """For any numbers of ranks, shards and pieces: each store has what its ranks hold, once, and says whose state that
+    is; the parts that are enough together make up the whole."""
     generator = random.Random(seed)
-    for case in range(4):
-        world_size, sharded = generator.choice([1, 2, 3, 5, 7]), bool(case % 2)
+    for case in range(6):
+        world_size = generator.choice([1, 2, 3, 5, 8])
+        # All hold the same, each holds its own, or several hold the same.
+        shards = (1, world_size, generator.randint(1, world_size))[case % 3]
         pieces = random_pieces(generator, generator.choice([1, 2, 5, 11]))
         cut = generator.randint(0, world_size - 1)
         stores = [tuple(ranks) for ranks in (range(cut), range(cut, world_size)) if ranks]
+        parts, paths = {}, {}
         for number, store in enumerate(stores):
             directory = tmp_path / f"{case}-{number}"
             for rank in store:
                 writer = CheckpointWriter(directory, 1, StorePlace(rank, world_size, store), "x")
                 # Dealt out like cards: as unlike an even split as possible.
-                writer.add_named_state(pieces[rank::world_size] if sharded else pieces, sharded)
+                writer.add_named_state(pieces[rank % shards :: shards], range(rank % shards, world_size, shards))
                 writer.make_directory()
                 writer.write_files()
                 writer.finish()
             CheckpointWriter(directory, 1, StorePlace(store[0], world_size, store), "x").commit(None, lambda: False)
-        parts = [tmp_path / f"{case}-{number}" / "step-1" for number in range(len(stores))]
-        for together in [parts] if sharded else [[part] for part in parts]:
-            keys = [key for part in together for file in part.glob("optim-*") for key in load_file(file)]
-            assert sorted(keys) == sorted(f"{p.name}@{p.boxes[0].start[0]}/{key}" for p, t in pieces for key in t)
+            (found,) = list_checkpoints(directory)
+            parts[store[0]], paths[store[0]] = found.part, found.path
+            assert set(found.part.covers) == {r for r in range(world_size) if r % shards in {s % shards for s in store}}
+            here = [piece for shard in range(shards) if shard in found.part.covers for piece in pieces[shard::shards]]
+            keys = [key for file in found.path.glob("optim-*") for key in load_file(file)]
+            assert sorted(keys) == sorted(f"{p.name}@{p.boxes[0].start[0]}/{key}" for p, t in here for key in t)
+        assert not missing_ranks(parts.values())
+        for together in ([paths[rank] for rank in enough_of(parts)], list(paths.values())):
             wanted = [(piece, {key: torch.zeros_like(v) for key, v in t.items()}) for piece, t in pieces]
             load_named_state(together, wanted)
             for (_, found), (_, expected) in zip(wanted, pieces):
                 assert same_bits(found, expected)
+
+
+def test_which_parts_of_a_save_are_needed():
+    """HSDP with four ranks on each of two nodes, one copy of the model a node: either is enough. With a node less, a
+    copy over two nodes needs both."""
+    copies = {first: Part(1, None, "x", 8, tuple(range(first, first + 4)), tuple(range(8))) for first in (0, 4)}
+    assert enough_of(copies) == (0,) and enough_of({4: copies[4]}) == (4,) and not missing_ranks([copies[4]])
+    halves = {r: Part(1, None, "x", 8, (r, r + 1), (r, r + 1, (r + 4) % 8, (r + 5) % 8)) for r in (0, 2, 4, 6)}
+    assert enough_of(halves) == (0, 2) and enough_of({r: halves[r] for r in (2, 4, 6)}) == (2, 4)
+    assert missing_ranks([halves[2], halves[6]]) == [0, 1, 4, 5] and missing_ranks([]) == [0]
 
 
 def test_the_first_rank_may_move_the_directory_once_a_ranks_record_is_there(tmp_path: Path, monkeypatch):
@@ -423,7 +463,7 @@ def test_what_stays_by_a_plain_definition():
         scores = [generator.choice(values) for _ in steps]
         retention = Retention(generator.randint(1, 4), generator.randint(0, 4), generator.choice([0, 0, 1, 3, 5]))
         checkpoints = [
-            Checkpoint(Path(f"step-{step}"), Part(step, score, str(step), 1, (0,), False))
+            Checkpoint(Path(f"step-{step}"), Part(step, score, str(step), 1, (0,), (0,)))
             for step, score in zip(steps, scores)
         ]
         doomed = {checkpoint.step for checkpoint in doomed_by(retention, checkpoints)}

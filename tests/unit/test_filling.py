@@ -1,0 +1,197 @@
+"""Models of which a process holds some rows: filled row by row, they equal the whole model. No process group is needed:
+a rank's rows are a view of a parameter that is otherwise left without values."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import Decoder, ModelConfig, hf
+from model.adapters import folder
+from model.adapters.lora import LoraSpec
+from model.families import FAMILIES
+from parallel.engines import ModelCutter
+from tests.adapter_cases import CASES, SHAPE, our_model
+from tests.unit.test_families import CONFIG, PackedFamily, model_of, packed
+from tests.unit.test_families import save as save_one
+from tests.unit.test_hf_saved import save as save_files
+from tests.unit.test_upcycle import DENSE, shape_of
+from tests.unit.test_upcycle import save as save_dense
+from training.adapter import Adapter
+from training.build_model import build_model
+from training.config import SystemConfig
+
+__all__ = ["packed"]
+CPU, RANKS = torch.device("cpu"), 3
+
+
+def rows_of(rank: int, rows: int) -> slice:
+    """As FSDP cuts them: the last ranks may have fewer rows, or none."""
+    share = -(-rows // RANKS)
+    return slice(min(rank * share, rows), min((rank + 1) * share, rows))
+
+
+def cutter(rank: int) -> ModelCutter:
+    def held(parameter: Tensor) -> tuple[Tensor, slice]:
+        rows = rows_of(rank, len(parameter))
+        return parameter.detach()[rows], rows
+
+    return ModelCutter(lambda model: None, held, lambda parameter: CPU, lambda work: work())
+
+
+def build(shape: ModelConfig, weights: Path | None, dtype=torch.bfloat16, *, rank: int | None = None, **options):
+    part = None if rank is None else cutter(rank)
+    return build_model(shape, SystemConfig(), 7, CPU, dtype, weights, cutter=part, **options)
+
+
+def check(shape: ModelConfig, weights: Path | None, dtype: torch.dtype = torch.bfloat16, **options) -> Decoder:
+    """Each rank's rows of each parameter are the whole model's, to the bit. Returns the whole model."""
+    whole = build(shape, weights, dtype, **options)
+    expected = dict(whole.named_parameters())
+    for rank in range(RANKS):
+        part = build(shape, weights, dtype, rank=rank, **options)
+        assert part.config == whole.config and [n for n, _ in part.named_parameters()] == list(expected)
+        for name, parameter in part.named_parameters():
+            rows, own = rows_of(rank, len(parameter)), expected[name]
+            assert parameter.requires_grad == own.requires_grad
+            assert parameter.dtype == (torch.float32 if own.requires_grad else own.dtype), name
+            assert torch.equal(parameter[rows], own[rows].to(parameter)), (name, rank)
+        assert all(map(torch.equal, part.buffers(), whole.buffers()))
+    return whole
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_folders_of_each_family(model_type: str, tied: bool, tmp_path: Path):
+    model = Decoder(model_of(model_type, tie_word_embeddings=tied))
+    model.initialize(1)
+    more = {FAMILIES[model_type].their_name("lm_head.weight"): model.lm_head.weight.detach()} if tied else {}
+    # (A head that repeats the embedding is read past.)
+    save_one(tmp_path, model, FAMILIES[model_type], **{name: tensor.clone() for name, tensor in more.items()})
+    check(hf.read_config(tmp_path), tmp_path)
+
+
+def test_fused_tensors(packed: PackedFamily, tmp_path: Path):
+    model = Decoder(packed.new(CONFIG, frozenset()))
+    model.initialize(1)
+    check(model.config, save_one(tmp_path, model, packed), torch.float32)
+
+
+def test_stacks_of_experts_in_one_tensor(tmp_path: Path):
+    model = Decoder(model_of("mixtral"))
+    model.initialize(1)
+    (rules,) = FAMILIES["mixtral"].other_rules(model.config, [name for name, _ in model.named_parameters()])
+    tensors = hf.converted({name: p.detach() for name, p in model.named_parameters()}, rules)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(model.config, torch.float32)))
+    check(model.config, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "ernie4_5_moe", "bloom"])
+def test_new_weights(model_type: str, dtype: torch.dtype):
+    check(model_of(model_type, tie_word_embeddings=model_type == "llama"), None, dtype)
+
+
+def test_a_folder_with_padding(tmp_path: Path):
+    model = Decoder(CONFIG)
+    model.initialize(1)
+    assert len(save_files(tmp_path, model, FAMILIES["llama"], 4000, CONFIG.vocab_size - 5)) > 2
+    whole = check(CONFIG, tmp_path)
+    assert torch.equal(whole.embed_tokens.weight, model.embed_tokens.weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_experts_that_begin_as_a_dense_layer(tied: bool, tmp_path: Path):
+    save_dense(tmp_path / "dense", dataclasses.replace(DENSE, tie_word_embeddings=tied))
+    check(shape_of(tmp_path / "dense"), tmp_path / "dense")
+
+
+def base(tmp_path: Path, **changes: object) -> ModelConfig:
+    config = ModelConfig(**SHAPE | changes).resolve()
+    model = Decoder(config)
+    model.initialize(1)
+    save_one(tmp_path, model, FAMILIES[changes.get("model_type", "llama")])
+    return config
+
+
+def adapter_of(spec: LoraSpec, directory: Path, loaded_from: Path | None = None) -> Adapter:
+    return Adapter(spec, loaded_from, directory, "", False)
+
+
+@pytest.mark.parametrize("name", ["lora, whole modules", "dora", "mixtral"])
+def test_adapters(name: str, tmp_path: Path):
+    """New ones, and those of a folder."""
+    (tmp_path / "base").mkdir()
+    case, saved = CASES[name], tmp_path / "adapter"
+    config = base(tmp_path / "base", **case.fields)
+    check(config, tmp_path / "base", adapter=adapter_of(case.spec, tmp_path / "base"))
+    files = folder.saved_files(our_model(case), case.spec, tmp_path / "base", "")
+    saved.mkdir()
+    save_file({k: v.contiguous() for k, v in files.convert(files.parameters).items()}, saved / folder.TENSORS)
+    for file, content in files.jsons.items():
+        (saved / file).write_text(json.dumps(content))
+    check(config, tmp_path / "base", adapter=adapter_of(case.spec, tmp_path / "base", saved))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trained", ["all", "rows", "whole"])
+def test_added_tokens(trained: str, tied: bool, tmp_path: Path):
+    """Some of them have rows already, which nobody has trained."""
+    config = base(tmp_path, tie_word_embeddings=tied)
+    new = range(config.vocab_size - 2, config.vocab_size + 3)
+    shape, adapter = dataclasses.replace(config, vocab_size=new.stop), None
+    if trained != "all":
+        spec = dataclasses.replace(CASES["lora"].spec, **(
+            {"token_ids": tuple(new)} if trained == "rows" else {"modules_to_save": ("embed_tokens", "lm_head")}
+        ))  # fmt: skip
+        adapter = adapter_of(spec, tmp_path)
+    whole = check(shape, tmp_path, new_rows=new, adapter=adapter)
+    assert len(whole.embed_tokens.weight) == new.stop
+
+
+def test_each_rank_reads_its_own_rows(tmp_path: Path):
+    """Values that are damaged are noticed by the rank that has their rows, or by all where a tensor is read whole."""
+    model = Decoder(model_of("mixtral"))
+    model.initialize(1)
+    save_one(tmp_path, model, FAMILIES["mixtral"])
+    file = tmp_path / "model.safetensors"
+    sound = load_file(file)
+    layer = "model.layers.0"
+    for name, row, expected in [
+        (f"{layer}.self_attn.q_proj.weight", -1, [False, False, True]),
+        (f"{layer}.self_attn.q_proj.weight", 0, [True, False, False]),
+        # Two experts belong to each rank, of four.
+        (f"{layer}.block_sparse_moe.experts.3.w2.weight", 0, [False, True, False]),
+    ]:
+        tensors = {key: tensor.clone() for key, tensor in sound.items()}
+        tensors[name][row, 0] = torch.nan
+        save_file(tensors, file, {"format": "pt"})
+        for rank in range(RANKS):
+            if expected[rank]:
+                with pytest.raises(ValueError, match=f"{name} in .* holds values that are not finite"):
+                    build(model.config, tmp_path, rank=rank)
+            else:
+                build(model.config, tmp_path, rank=rank)
+
+
+def test_what_follows_from_other_weights_is_compared_whole(tmp_path: Path):
+    """A head that is not the embedding is refused by each rank, also by those whose rows are the same."""
+    model = Decoder(model_of("llama", tie_word_embeddings=True))
+    model.initialize(1)
+    head = model.lm_head.weight.detach().clone()
+    head[-1] += 1
+    save_one(tmp_path, model, FAMILIES["llama"], **{"lm_head.weight": head})
+    for rank in range(RANKS):
+        with pytest.raises(ValueError, match="holds a lm_head.weight that is not the embedding"):
+            build(model.config, tmp_path, rank=rank)
+
+
+def test_four_bits_are_refused(tmp_path: Path):
+    config = base(tmp_path)
+    with pytest.raises(ValueError, match="--load_in_4bit: a model in 4 bits is not cut over processes"):
+        build(config, tmp_path, rank=0, in_4bit=True, adapter=adapter_of(CASES["lora"].spec, tmp_path))
