@@ -135,15 +135,19 @@ class DataParallelEngine:
                 metrics[name] += value
             if losses is not None and losses.sums is not None:
                 layers.append(losses.sums)
-        self._layers = torch.stack(layers).sum(0) if layers else None
-        return Sums(loss, metrics, self._layers)
+        self._layers = self._counted(torch.stack(layers).sum(0)) if layers else None
+        return Sums(self._counted(loss), {name: self._counted(value) for name, value in metrics.items()}, self._layers)
+
+    def _counted(self, sums: Tensor) -> Tensor:
+        """Share of this rank in sums over all ranks: nothing, if another one counts the same rows."""
+        return sums if self.mesh.counts else torch.zeros_like(sums)
 
     def _run_prepass(self, micro_batches: Sequence[Batch], task: Task) -> None:
         if task.uses_prepass:
             with span("prepass"):
                 sums = [task.prepass(self._parts.to_device(batch)) for batch in micro_batches]
-                context = self._parts.context
-                task.take_prepass(context.all_sum(sum(sums[1:], sums[0]).cpu()).to(context.device))
+                context, own = self._parts.context, self._counted(sum(sums[1:], sums[0]))
+                task.take_prepass(context.all_sum(own.cpu()).to(context.device))
 
     def _before_last(self, plan: StepPlan) -> None:
         """Called right before the last micro-batch, during which gradients may be reduced."""
@@ -167,7 +171,9 @@ class DataParallelEngine:
         return self.optimizer.step(plan.lr)
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        return task(self._parts.to_device(batch))
+        loss, count, metrics = task(self._parts.to_device(batch))
+        own = {name: self._counted(value) for name, value in metrics.items()}
+        return self._counted(loss), count if self.mesh.counts else 0, own
 
     def end_forward(self) -> None:
         """Do nothing: no weights are gathered."""

@@ -161,26 +161,29 @@ def compute_reference(
     task: DPOTask,
     cache: ReferenceCache,
     batch_size: int,
-    rank: int,
-    world_size: int,
+    data_rank: int,
+    data_size: int,
     all_sum: Callable[[Tensor], Tensor],
     to_device: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     beat: Callable[[], None] = lambda: None,
     stop_requested: Callable[[], bool] = lambda: False,
     equally_many: bool = False,
+    counts: bool = True,
 ) -> np.ndarray:
     """Compute missing log-probabilities on all ranks together; returns float32 (pairs, 2) on each.
 
     Args:
+        data_rank, data_size: see TrainLoader.
         all_sum: sums a CPU tensor over the ranks, in place.
         beat: called once a batch.
         stop_requested: whether this rank was asked to stop.
         equally_many: let each rank do as many forward passes, also beyond its own batches.
+        counts: whether this one, of the ranks with this data rank, contributes what they compute.
     Raises:
         StopRequested: a rank was. Finished blocks are kept.
     """
-    dataset, is_main = cache.dataset, rank == 0
-    block = _BATCHES_A_BLOCK * world_size * batch_size
+    dataset, is_main = cache.dataset, counts and data_rank == 0
+    block = _BATCHES_A_BLOCK * data_size * batch_size
     values = torch.zeros(len(dataset), 2, dtype=torch.float32)
     unfinished = cache.read_unfinished(block) if is_main else np.empty((0, 2), np.float32)
     values[: len(unfinished)] = torch.from_numpy(unfinished.copy())
@@ -193,13 +196,13 @@ def compute_reference(
     for begin in range(done, len(dataset), block):
         end = min(begin + block, len(dataset))
         starts = range(begin, end, batch_size)
-        last = -(-len(starts) // world_size) * world_size if equally_many else len(starts)
-        for number in range(rank, last, world_size):
+        last = -(-len(starts) // data_size) * data_size if equally_many else len(starts)
+        for number in range(data_rank, last, data_size):
             start = starts[number % len(starts)]
             ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
             batch = dataset.collate(ids) | {"row_ids": torch.from_numpy(ids)}
             log_probs = task.log_probs(to_device(batch)).float().cpu()
-            if number < len(starts):
+            if counts and number < len(starts):
                 values[start : start + len(ids)] = log_probs
             beat()
         all_sum(values[begin:end])

@@ -146,8 +146,8 @@ def build(
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
-            config.run, config.adapter, config.data.valid_batch_size, context, run_dir, data, task, begins.source,
-            dtype, stop_requested, forward_is_collective=cutter is not None,
+            config.run, config.adapter, config.data.valid_batch_size, context, mesh, run_dir, data, task,
+            begins.source, dtype, stop_requested, forward_is_collective=cutter is not None,
         )  # fmt: skip
     limit_activations(config, context, run_dir, data.train, model, task)
 

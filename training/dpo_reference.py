@@ -9,6 +9,7 @@ from checkpoint.folder import read_trainer_state
 from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
 from parallel import DistContext
+from parallel.mesh import Mesh
 from tasks.dpo import DPOTask
 from tasks.reference import ReferenceCache, compute_reference, weights_fingerprint
 from training.adapter import first_weights
@@ -23,6 +24,7 @@ def prepare_reference(
     adapter: AdapterConfig,
     batch_size: int,
     context: DistContext,
+    mesh: Mesh,
     run_dir: RunDir,
     data: Data,
     task: DPOTask,
@@ -78,9 +80,9 @@ def prepare_reference(
                 load_weights(model, first_model().base, run.seed)
             has_weights = True
         dataset.reference = compute_reference(
-            task, kept, batch_size, context.rank, context.world_size, context.all_sum,
+            task, kept, batch_size, mesh.data_rank, mesh.data_size, context.all_sum,
             lambda batch: to_device(batch, model, context.device), lambda: run_dir.heartbeat.beat("reference", 0),
-            stop_requested, forward_is_collective,
+            stop_requested, forward_is_collective, mesh.counts,
         )  # fmt: skip
     return reference
 

@@ -443,3 +443,6 @@ def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(tmp_path: Pat
     (tmp_path / "run").rename(tmp_path / "gone")
     fresh = ReferenceCache(dataset, "train", "again", tmp_path / "run")
     assert (compute_reference(task, fresh, *arguments[2:]) == resumed).all() and (resumed < 0).all()
+    # Another rank with the same rows adds nothing, and writes nothing.
+    other = ReferenceCache(dataset, "train", "other", tmp_path / "run")
+    assert (compute_reference(task, other, *arguments[2:], counts=False) == 0).all() and other.read() is None

@@ -21,7 +21,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=1, max_position_embeddings=8,
 ).resolve()  # fmt: skip
 LR, CLIP, ADAMW = 1e-2, 0.5, AdamWConfig(weight_decay=0.0)
-ALONE = DistContext(0, 1, 0, 1, torch.device("cpu"))
+ALONE, ONE = DistContext(0, 1, 0, 1, torch.device("cpu")), Mesh(0)
 
 
 def new_model() -> Decoder:
@@ -47,17 +47,17 @@ def _leave_group():
     destroy_context(ALONE)
 
 
-def open_alone(name: str, model: Decoder) -> Engine:
+def open_alone(name: str, model: Decoder, mesh: Mesh = ONE) -> Engine:
     scaler = LossScaler(enabled=False)
     config = ParallelConfig(data_parallel="fsdp") if name == "fsdp" else ParallelConfig(ddp_impl=name)
     if config.is_cut:
-        fsdp.cut(model, config, ALONE, Mesh(0), torch.float32)
+        fsdp.cut(model, config, ALONE, ONE, torch.float32)
     return open_engine(
         EngineParts(
             config,
             PowerSGDConfig(),
             ALONE,
-            Mesh(0),
+            mesh,
             model,
             to_device=lambda batch: batch,
             new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, [AdamW(ADAMW)], CLIP, scaler),
@@ -107,6 +107,15 @@ def test_a_dropped_step_leaves_all_but_the_gradients(name: str):
     assert all(map(torch.equal, before, model.parameters()))
     assert all((tensors["exp_avg"] == 0).all() for _, tensors in engine.named_state())
     engine.close()
+
+
+def test_only_one_of_the_ranks_with_the_same_rows_counts_them():
+    model = new_model()
+    engine, task = open_alone("naive", model, Mesh(1, tensor_size=2)), LanguageModelTask(model, 0, torch.ones(32))
+    sums = engine.forward_backward(batches(0), task, StepPlan(1, LR, 32, lambda: None))
+    assert sums.loss == 0.0 and all(value == 0.0 for value in sums.metrics.values())
+    assert all(p.grad.abs().sum() > 0.0 for p in model.parameters())
+    assert [float(figure) for figure in engine.evaluate(batches(0)[0], task)[:2]] == [0.0, 0.0]
 
 
 def test_a_gradient_outside_its_buffer_is_an_error():
