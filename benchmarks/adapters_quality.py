@@ -39,9 +39,9 @@ WAYS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Way -> its flags."""
 RATES = {
-    "full": (5e-4, 1e-3, 2e-3, 4e-3),
-    "LoRA r=16": (1e-3, 3e-3, 1e-2, 2e-2),
-    "LoRA r=16 + embedding": (1e-3, 3e-3, 1e-2),
+    "full": (1e-3, 2e-3, 4e-3),
+    "LoRA r=16": (3e-3, 5e-3, 1e-2),
+    "LoRA r=16 + embedding": (3e-3, 5e-3, 1e-2),
 }
 
 
@@ -76,7 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.adapters_quality", description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=a_path, required=True, help="folder of a demo that ran to its end")
     parser.add_argument("--work_dir", type=a_path, required=True)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=960)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")

@@ -27,7 +27,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,10 +112,24 @@ BY_FORMULA = {
 """What docs/memory.md compares: a micro-batch of one row of 2,048 tokens, bfloat16, Triton kernels."""
 
 
-def gpu_lines() -> list[str]:
-    """GB that each plan needs, and the smallest GPU that holds it."""
+CUT = replace(RECOMPUTED, data_parallel="fsdp", ranks=8)
+SHARED = {
+    "8 GPUs, ZeRO-1": replace(RECOMPUTED, ranks=8),
+    "8 GPUs, fsdp, `--no-reshard_after_forward`": replace(CUT, reshard_after_forward=False),
+    "8 GPUs, fsdp; also hsdp on machines of 8": CUT,
+    "16 GPUs, fsdp": replace(CUT, ranks=16, ranks_per_machine=8),
+    "32 GPUs, fsdp": replace(CUT, ranks=32, ranks_per_machine=8),
+    "64 GPUs, fsdp": replace(CUT, ranks=64, ranks_per_machine=8),
+    "8 GPUs, fsdp, `--fsdp_cpu_offload`": replace(CUT, fsdp_cpu_offload=True),
+    "8 GPUs, fsdp, LoRA": replace(CUT, adapter=LORA),
+}
+"""The same with `--gradient_checkpointing`, on machines of 8 GPUs."""
+
+
+def gpu_lines(plans: Mapping[str, TrainingPlan]) -> list[str]:
+    """GB that each plan needs on a GPU, and the smallest GPU that holds it."""
     lines = ["| | 7B | 13B | 70B |", "|---|---|---|---|"]
-    for name, plan in BY_FORMULA.items():
+    for name, plan in plans.items():
         found = [estimate(SIZES[size][1], plan) for size in ("7b", "13b", "70b")]
         gpus = [next((f"**{gb} GB**" for gb in GPUS_GB if its.fits(gb)), "-") for its in found]
         cells = [f"{its.peak / GB:,.1f} {gpu}" for its, gpu in zip(found, gpus)]
@@ -325,7 +339,7 @@ def main() -> None:
     if args.offload_time:
         print(offload_time(config))
     elif args.gpus:
-        print("\n".join(gpu_lines()))
+        print("\n".join([*gpu_lines(BY_FORMULA), "", *gpu_lines(SHARED)]))
     elif args.row:
         measure(config, planned(args, args.row), mode_of(args.row, launched_world_size()))
     else:

@@ -17,6 +17,7 @@ share everything (`_shards_of`), hsdp is the same with N ranks of a machine:
     weights            trained 4 / N, which are the main parameters; frozen e / N
     gradients          trained 4 / N, from the first micro-batch's backward pass to the step
     optimizer          as above, / N
+    room for sums      over several machines e, and 4 for what trains, of the largest unit (see below); less on one
     gathered           e: embedding, norm and head, from a forward pass to the end of its backward pass; one block while
                        it computes, and the next one's on its way; without reshard_after_forward all blocks
 
@@ -118,6 +119,8 @@ class TrainingPlan:
     data_parallel: str = "auto"
     reshard_after_forward: bool = True
     fsdp_cpu_offload: bool = False
+    ranks_per_machine: int = 0
+    """With fsdp over several machines: processes of each."""
     ranks: int = 1
     """Processes that share the optimizer's state (ZeRO-1); 1: it is whole on each. With fsdp all processes, with hsdp
     those of a machine: they share weights and gradients, too."""
@@ -385,6 +388,9 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         "optimizer state": moment_bytes(config, plan) / plan.ranks,
     }
     lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
+    if plan.ranks > 1 and not plan.fused:
+        largest = min(number, max(BUCKET, *map(math.prod, trained.values())))
+        lasting |= {"room for sums": grad_size * largest * (plan.ranks - 1) / plan.ranks}
     host: dict[str, float] = {}
     if plan.offload_optimizer:
         # A bucket holds whole parameters, and the largest takes turns with one of the usual size.
@@ -428,10 +434,37 @@ def _estimate_of_shards(config: ModelConfig, plan: TrainingPlan, trained: Shapes
     moved = [*state] if plan.fsdp_cpu_offload else ["main parameters", "optimizer state"] * plan.offload_optimizer
     lasting = {name: size for name, size in state.items() if name not in moved}
     host = {name: size for name, size in state.items() if name in moved}
+    room = _room_for_sums(plan, shapes, trained)
+    lasting |= {"room for sums": room} if room else {}
     return Estimate(
         count(shapes), count(trained), lasting, activation_bytes(config, plan),
         _moments_of_shards(config, plan, shapes, trained), host,
     )  # fmt: skip
+
+
+def _room_for_sums(plan: TrainingPlan, shapes: Shapes, trained: Shapes) -> float:
+    """Memory that our collectives keep for the largest unit: on a CPU for what arrives; over several machines also for
+    weights and gradients in order of the machines."""
+    units = _units(shapes)
+    on_wire = 4 if plan.grad_reduce_in_fp32 else plan.itemsize
+    summed = on_wire * max(count(_only(trained, unit)) for unit in units)
+    room = 0.0 if plan.fused else summed * (plan.ranks - 1) / plan.ranks
+    if 1 < plan.ranks_per_machine < plan.ranks:
+        room += summed + plan.itemsize * max(map(count, units))
+    return room
+
+
+def _units(shapes: Shapes) -> list[Shapes]:
+    """What is gathered at once: each block, and at the end all around the blocks."""
+    units: dict[str, Shapes] = {}
+    for name, shape in shapes.items():
+        units.setdefault(name.split(".")[1] if name.startswith("layers.") else "around", {})[name] = shape
+    around = units.pop("around")
+    return [*units.values(), around]
+
+
+def _only(trained: Shapes, unit: Shapes) -> Shapes:
+    return {name: shape for name, shape in unit.items() if name in trained}
 
 
 def shard_size(shapes: Shapes, ranks: int) -> int:
@@ -443,9 +476,7 @@ def _moments_of_shards(config: ModelConfig, plan: TrainingPlan, shapes: Shapes, 
     """Moment of a step -> bytes beside what is lasting, with fsdp."""
     size, kept = plan.itemsize, activation_bytes(config, plan)
     on_wire = 4 if plan.grad_reduce_in_fp32 else size
-    layers = range(config.num_hidden_layers)
-    blocks = [{name: shape for name, shape in shapes.items() if name.startswith(f"layers.{n}.")} for n in layers]
-    around = {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
+    *blocks, around = _units(shapes)
     block = max(blocks, key=count)
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     gathered = size * count(around) + (0 if plan.reshard_after_forward else size * sum(map(count, blocks)))
@@ -454,11 +485,13 @@ def _moments_of_shards(config: ModelConfig, plan: TrainingPlan, shapes: Shapes, 
     # With reshard: the block's weights, and the next one's on their way. Without: nothing to gather.
     moving = 2 * size * count(block) if plan.reshard_after_forward else 0
     sums = _sums_of(block, trained, size, on_wire)
-    working = max(_Block(config, layer, plan).working() for layer in layers)
+    working = max(_Block(config, layer, plan).working() for layer in range(config.num_hidden_layers))
+    # On a GPU, a block's gradients are summed while the next block computes.
+    working = working + on_wire * count(_only(trained, block)) if plan.fused else max(working, sums)
     moments = {
         "loss": gathered + size * count(block) * plan.reshard_after_forward
         + kept + _loss_bytes(config, plan, head in trained),
-        "backward": gathered + moving + kept + waiting + max(working, sums),
+        "backward": gathered + moving + kept + waiting + working,
         "sums": gathered + _sums_of(around, trained, size, on_wire),
         "step": 4.0 * count(block) if plan.optimizer == "muon" else 0.0,
     }  # fmt: skip
@@ -467,7 +500,7 @@ def _moments_of_shards(config: ModelConfig, plan: TrainingPlan, shapes: Shapes, 
 
 def _sums_of(unit: Shapes, trained: Shapes, itemsize: int, on_wire: int) -> float:
     """Bytes while the gradients of a unit are summed: those of the backward pass, and a copy in order of the ranks."""
-    return float(itemsize + on_wire) * count({name: shape for name, shape in unit.items() if name in trained})
+    return float(itemsize + on_wire) * count(_only(trained, unit))
 
 
 def _moments(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> dict[str, float]:
@@ -574,6 +607,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_parallel", choices=("auto", "fsdp", "hsdp"), default="auto")
     parser.add_argument("--reshard_after_forward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--fsdp_cpu_offload", action="store_true")
+    parser.add_argument("--ranks_per_machine", type=int, default=0)
     parser.add_argument(
         "--ranks", type=int, default=1,
         help="processes that share the optimizer's state by ZeRO-1, or with fsdp everything (hsdp: on a machine)",

@@ -127,7 +127,6 @@ def _mesh(built: Built) -> list[str]:
     plan = TrainingPlan(
         dtype=str(built.dtype).removeprefix("torch."), optimizer=config.optimizer.optimizer, adapter=config.adapter,
         grad_reduce_in_fp32=config.parallel.grad_reduce_in_fp32, offload_optimizer=config.optimizer.offload_optimizer,
-        fsdp_cpu_offload=config.parallel.fsdp_cpu_offload,
     )  # fmt: skip
     flags = config.parallel
     mode: Mode = "zero1" if flags.use_distributed_optimizer else "ddp"
@@ -136,8 +135,10 @@ def _mesh(built: Built) -> list[str]:
     ranks = mesh.shard_size if flags.is_cut else mesh.data_size
     lies = bytes_a_rank(mode, ranks, built.model.config, plan)
     held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lies.items() if size)
-    lines = [f"mesh: {places(mesh, hosts)}"]
-    return [*lines, f"memory: each rank holds {held}, by formula (docs/memory.md)"] if held else lines
+    where = " in host memory" if flags.fsdp_cpu_offload and context.device.type == "cuda" else ""
+    return [
+        f"mesh: {places(mesh, hosts)}", f"memory: each rank holds {held}{where}, by formula (docs/memory.md)"
+    ]  # fmt: skip
 
 
 def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool) -> list[str]:

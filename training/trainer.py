@@ -316,10 +316,11 @@ class Trainer:
         return figures["loss"]
 
     def _write_samples(self) -> None:
-        """Write samples of the model's text, for people to read."""
+        """Write samples of the model's text, for people to read: the first rank does, others only help."""
         started = time.perf_counter()
         for sample in self.samples.write():
-            report.report_sample(self.reslog, self.progress.step, sample)
+            if self.context.is_main:
+                report.report_sample(self.reslog, self.progress.step, sample)
         if not self.config.run.valid_only:
             self.meter.leave_out(time.perf_counter() - started)
 

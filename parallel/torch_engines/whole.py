@@ -31,6 +31,9 @@ def exchange(
         wanted: for each rank of the group, names of the parameters that it wants.
     """
     asked = [name for name in rows if name in wanted[dist.get_rank(group)]]
+    if len(wanted) == 1:
+        yield from ((name, rows[name]) for name in asked)
+        return
     # To each rank its parameters one after the other, and so from each.
     sent = [[mine.reshape(-1) for name, mine in rows.items() if name in names] for names in wanted]
     counts = {name: _rows_of_ranks(lengths[name], len(wanted)) for name in asked}

@@ -20,10 +20,13 @@ from checkpoint.named import Piece, load_named_state
 from checkpoint.writing import CheckpointWriter
 from dataset import audit
 from model import Decoder, hf
+from model.adapters.outline import read_adapter
 from runs.exits import CRASH
 from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
+
+pytestmark = pytest.mark.slow
 
 STEPS = 8
 DDP, ZERO1 = ["--no-use_distributed_optimizer"], ["--use_distributed_optimizer"]
@@ -97,7 +100,7 @@ def do_runs(jobs: list[list]) -> list[int]:
 
 @dataclass
 class Runs:
-    """The flags of finished runs. Those that were made in parts have the same name as those that were not, and more."""
+    """The flags of finished runs."""
 
     whole: list[str]
     """FSDP in bfloat16."""
@@ -109,6 +112,8 @@ class Runs:
     """The chain up to FSDP, then HSDP in one go."""
     alone: list[str]
     """What the chain does, in one process."""
+    adapter: list[str]
+    """An adapter on the first of these: DDP with PowerSGD, then FSDP without saving in the background."""
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +124,13 @@ def runs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.whole, runs.killed = [*runs.whole, *in_bf16], [*runs.killed, *in_bf16]
     two = [[runs.whole], *([[*runs.killed, "--resume"], phase] for phase in PHASES), [[*runs.killed, "--resume"]]]
     two += [[[*runs.chain, *mode, "--resume", f"--max_iters={to}"]] for to, mode in ((2, DDP), (4, ZERO1), (6, FSDP))]
+    runs.adapter += [f"--init_from={out_dir(runs.whole)}", "--lora_r=4", "--lora_target_modules=all-linear"]
+    two += [[[*runs.adapter, "--use_powerSGD_hook", "--min_compression_rate=0", "--max_iters=2"]]]
+    two += [[[*runs.adapter, "--no-use_powerSGD_hook", *FSDP, "--no-async_save", "--resume", "--max_iters=4"]]]
     answers = run_ranks(2, do_runs, two)
     for rank, codes in enumerate(answers):
         ends = [-signal.SIGKILL if rank == killer(phase) else CRASH for phase in PHASES]
-        assert codes == [0, *ends, 0, 0, 0, 0], answers
+        assert codes == [0, *ends, *[0] * 6], answers
 
     shutil.copytree(out_dir(runs.chain), out_dir(runs.copies))
     four = [[[*runs.chain, *HSDP, "--resume", f"--max_iters={to}"]] for to in (8, 10)]
@@ -175,6 +183,19 @@ def test_each_checkpoint_is_a_folder_for_other_programs(runs: Runs):
         ours = {name: tensor.to(theirs.dtype) for name, tensor in main.items()}
         hf.load_weights(model.to(theirs.dtype), path)
         assert same_bits({name: p.detach() for name, p in model.named_parameters()}, ours)
+
+
+def test_an_adapter_is_written_whole(runs: Runs):
+    """One file has what trains, as the main parameters have it. What PowerSGD remembered has no place here."""
+    path = out_dir(runs.adapter) / "ckpt" / "step-4"
+    base = hf.read_config(out_dir(runs.whole) / "ckpt" / f"step-{STEPS}")
+    values = dict(read_adapter(path, replace(base, vocab_size=base.vocab_size)).named_parameters())
+    trained = {name: value.detach() for name, value in values.items() if not value.is_meta}
+    main = {name: torch.zeros(value.shape) for name, value in trained.items()}
+    load_named_state([path], [(Piece.flat(n, v.shape, 0, v.numel()), {"main": v.view(-1)}) for n, v in main.items()])
+    assert len(trained) == 2 * 7 * 2 and same_bits(trained, main)
+    log = (out_dir(runs.adapter) / "train.log").read_text()
+    assert "the memory of the comm hook in step-2" in log and "is dropped" in log
 
 
 def test_all_ranks_write(runs: Runs):

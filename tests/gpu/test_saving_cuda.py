@@ -29,7 +29,19 @@ def test_a_copy_is_of_the_time_it_was_asked_for():
         assert (copy == value).all()
 
 
-@pytest.mark.parametrize("mode", [[], ["--overlap_optim_step", "--grad_clip=0"]])
+def test_a_copy_made_now_outlives_its_tensor():
+    """The main stream may give its memory to another tensor at once."""
+    device = torch.device("cuda", 0)
+    copies = HostCopies(device)
+    for value in range(5):
+        copies.begin()
+        copy = copies.copy_now("x", torch.full((1 << 26,), float(value), device=device))
+        torch.full((1 << 26,), -1.0, device=device)
+        copies.wait()
+        assert (copy == value).all()
+
+
+@pytest.mark.parametrize("mode", [[], ["--overlap_optim_step", "--grad_clip=0"], ["--data_parallel=fsdp"]])
 def test_saved_in_the_background_equals_saved_while_waiting(tiny_run: list[str], tmp_path, mode: list[str]):
     common = ["--device=cuda", "--deterministic", "--save_interval=1", "--keep_last=9", *mode]
     waiting = elsewhere(tiny_run, tmp_path / "waiting")

@@ -65,6 +65,7 @@ REFUSED = [
     ([HSDP, "--ddp_impl=naive"], "needs the whole model on every rank: leave out --data_parallel=hsdp"),
     ([FSDP, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "matrices in 4 bits are whole on every rank"),
     ([FSDP, "--offload_optimizer", "--fsdp_cpu_offload"], "leave out --offload_optimizer"),
+    ([FSDP, "--activation_budget_gb=1"], "--activation_budget_gb measures a model that is whole on every rank"),
     ([FSDP, "--optimizer=muon", "--fsdp_cpu_offload"], "give --optimizer=adamw, or leave it out"),
 ]  # fmt: skip
 

@@ -278,6 +278,27 @@ def test_shared_memory_is_copied_once():
         weight += 10
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_tensor_that_is_given_up_is_copied_at_once(tmp_path: Path, background: bool):
+    """Weights that were gathered for a save: the copy stands for them in several files, and their memory is free."""
+    saver = new_saver(tmp_path, background=background)
+    for step in (1, 2):
+        gathered = torch.full((4, 2), float(step))
+        writer = saver.begin(step)
+        whole = writer.copy_now("whole w", gathered)
+        if background:
+            gathered.fill_(-1.0)
+        writer.add_tensors("a.safetensors", {"w": whole}, are_copies=True)
+        writer.add_tensors("b.safetensors", {"w": whole[:1]}, are_copies=True)
+        saver.start(writer, None)
+        assert saver.settle().problem is None
+    saver.close()
+    for step in (1, 2):
+        path = tmp_path / f"step-{step}"
+        assert load_file(path / "a.safetensors")["w"].tolist() == [[step, step]] * 4
+        assert load_file(path / "b.safetensors")["w"].tolist() == [[step, step]]
+
+
 def test_tensors_that_are_not_contiguous(tmp_path: Path):
     """Transposed and strided tensors, in one file and in several: a contiguous copy is gone when the next comes, and
     the next may get its memory."""
@@ -323,6 +344,7 @@ def test_the_first_save_takes_no_memory_once_it_is_reserved(tmp_path: Path, monk
         ["--use_powerSGD_hook", "--min_compression_rate=0"],
         ["--use_powerSGD_hook", "--min_compression_rate=0", "--grad_buffer_is_powerSGD_error"],
         ["--ddp_impl=naive", "--dtype=bfloat16"],
+        ["--data_parallel=fsdp", "--dtype=bfloat16"],
     ],
 )
 def test_a_run_reserves_all_that_its_saves_need(
