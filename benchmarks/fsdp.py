@@ -27,11 +27,13 @@ import itertools
 import platform
 import statistics
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from benchmarks.ddp import describe, timed
 from benchmarks.step_memory import give_back_freed_memory, in_use, peak_in_use, watch_peak
@@ -95,8 +97,7 @@ class Ours:
         plan = StepPlan(self._number, LR, self._tokens, before_update)
         sums = self.engine.forward_backward([batch], self._task, plan)
         assert sums is not None
-        self.engine.step(plan)
-        return sums.loss / batch["labels"].numel()
+        return sums.loss / batch["labels"].numel(), self.engine.step(plan).grad_norm
 
     def close(self) -> None:
         self.engine.close()
@@ -141,14 +142,14 @@ class Plain:
             LR, (ADAMW.beta1, ADAMW.beta2), ADAMW.adam_eps, fused=True,
         )  # fmt: skip
 
-    def step(self, batch: dict[str, Tensor]) -> Tensor:
-        """Take a step; returns the mean loss of this rank's tokens."""
+    def step(self, batch: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Take a step; returns the mean loss of this rank's tokens, and the global gradient norm."""
         loss = self._module(batch["input_ids"], batch["positions"], batch["labels"])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._module.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(self._module.parameters(), CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss.detach()
+        return loss.detach(), cast(DTensor, norm).full_tensor().item()
 
     def close(self) -> None: ...
 
@@ -211,9 +212,9 @@ def main() -> None:
     if context.device.type == "cpu":
         keep_freed_memory()
     contenders = [kind(args, context, mesh, config) for kind in kinds]
-    seconds, losses = time_steps(contenders, batch, context, args.rounds)
+    seconds, results = time_steps(contenders, batch, context, args.rounds)
     if context.is_main:
-        report(args, context, mesh, seconds, losses, memory)
+        report(args, context, mesh, seconds, results, memory)
     for contender in contenders:
         contender.close()
     destroy_context(context)
@@ -221,23 +222,23 @@ def main() -> None:
 
 def time_steps(
     contenders: list[Ours | Plain], batch: dict[str, Tensor], context: DistContext, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(Seconds of each round, loss of the last one), by name."""
+) -> tuple[dict[str, list[float]], dict[str, list[tuple[Tensor, float]]]]:
+    """(Seconds of each round, loss and gradient norm of each step), by name."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    losses: dict[str, list[Tensor]] = {contender.name: [] for contender in contenders}
+    results: dict[str, list[tuple[Tensor, float]]] = {contender.name: [] for contender in contenders}
     orders = itertools.cycle(itertools.permutations(contenders))
     for round_number in range(-2, rounds):
         for contender in next(orders):
-            its = losses[contender.name]
+            its = results[contender.name]
             elapsed = timed(context, lambda c=contender, its=its: its.append(c.step(batch)))
             if round_number >= 0:
                 seconds[contender.name].append(elapsed)
-    return seconds, {name: values[-1].item() for name, values in losses.items()}
+    return seconds, results
 
 
 def report(
     args: argparse.Namespace, context: DistContext, mesh: Mesh, seconds: dict[str, list[float]],
-    losses: dict[str, float], memory: dict[str, tuple[float, float]],
+    results: dict[str, list[tuple[Tensor, float]]], memory: dict[str, tuple[float, float]],
 ) -> None:  # fmt: skip
     is_cuda = context.device.type == "cuda"
     device = torch.cuda.get_device_name() if is_cuda else f"{cpu_name()}, {torch.get_num_threads()} thread(s) each"
@@ -252,11 +253,12 @@ def report(
         lasting, peak = memory[name]
         print(f"{describe(name, values)}   {lasting / MB:,.0f} MB between steps, {peak / MB:,.0f} MB at the peak")
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    ours, theirs = losses.values()
     low, median, high = statistics.quantiles(ratios, n=4)
+    ours, theirs = results.values()
     print(
-        f"ours / torch: median of the rounds {median:.3f} (quartiles {low:.3f} .. {high:.3f}); after "
-        f"{len(ratios) + 2} steps the losses are {ours:.6f} and {theirs:.6f}"
+        f"ours / torch: median of the rounds {median:.3f} (quartiles {low:.3f} .. {high:.3f}); gradient norms of the "
+        f"first step {ours[0][1]:.7f} and {theirs[0][1]:.7f}, losses of step {len(ours)} {ours[-1][0].item():.6f} and "
+        f"{theirs[-1][0].item():.6f}"
     )
 
 
