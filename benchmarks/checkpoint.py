@@ -161,7 +161,7 @@ class CutTraining(Training):
         outlines = engine.outlines()
         most = -(-sum(outline.nbytes for outline in outlines.values()) // self.context.world_size)
         files, _ = saved_files(config, outlines, family_of(config), config.vocab_size, most)
-        add_weights(engine, True, files, writer)
+        add_weights(engine, files, writer)
 
     @property
     def num_parameters(self) -> int:

@@ -100,7 +100,7 @@ class DataParallelEngine:
         gradients: the gradients of `ddp`, for the optimizer.
     """
 
-    forward_is_collective = False
+    is_cut, forward_is_collective = False, False
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts

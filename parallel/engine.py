@@ -98,6 +98,8 @@ class Engine(Protocol):
     mesh: Mesh
     state_holders: tuple[int, ...]
     """The ranks that hold the same pieces of the optimizer's state as this one, which is among them."""
+    is_cut: bool
+    """Whether the model is cut over the ranks, so that each holds its shard alone."""
     forward_is_collective: bool
     """Whether ranks gather weights from each other while the model computes. All ranks must then compute the same
     number of forward passes, in training and in validation, and for samples of text."""
@@ -122,8 +124,8 @@ class Engine(Protocol):
         values."""
 
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of these names, whole, in the compute dtype, one after the other: for a checkpoint. Collective:
-        each rank may name others, and has to take all that come. If the model is cut, copy each before the next."""
+        """Parameters of these names, whole, in the compute dtype, one after the other: for a checkpoint. Collective if
+        the model is cut: each rank may name others, has to take all that come, and must copy each before the next."""
 
     def check_replicas(self, step: int) -> None:
         """Check that ranks agree on the state that they share. Collective.

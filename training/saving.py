@@ -37,15 +37,15 @@ def add_share(built: Built, writer: CheckpointWriter) -> None:
 
 
 def _add_model(built: Built, writer: CheckpointWriter) -> None:
-    export, is_cut = built.export, built.config.parallel.is_cut
-    max_bytes, outlines = parse_size(built.config.run.max_shard_size), built.engine.outlines()
-    if is_cut:
+    export, engine = built.export, built.engine
+    max_bytes, outlines = parse_size(built.config.run.max_shard_size), engine.outlines()
+    if engine.is_cut:
         # No rank must hold much more than its part of the model.
         total = sum(outline.nbytes for outline in outlines.values())
         max_bytes = min(max_bytes, -(-total // len(writer.place.store)))
     config, family = replace(built.model.config, vocab_size=export.vocab_size), export.family(built.model.config)
     files, index = saved_files(built.model.config, outlines, family, export.vocab_size, max_bytes)
-    add_weights(built.engine, is_cut, files, writer)
+    add_weights(engine, files, writer)
     if not writer.place.is_first_of_store:
         return
     if index is not None:
@@ -54,36 +54,38 @@ def _add_model(built: Built, writer: CheckpointWriter) -> None:
     writer.add_json("config.json", hf.to_hf_config(config, built.dtype, **ids, family=family))
 
 
-def add_weights(engine: Engine, is_cut: bool, files: Sequence[SavedFile], writer: CheckpointWriter) -> None:
+def add_weights(engine: Engine, files: Sequence[SavedFile], writer: CheckpointWriter) -> None:
     """Add a model's files: the first rank of a store writes them all, or all ranks of it a part each if the model is
     cut. Then it is collective."""
     place = writer.place
     mine = list(files) if place.is_first_of_store else []
-    if is_cut:
+    if engine.is_cut:
         mine = deal_out(files, len(place.store))[place.store.index(place.rank)]
-    weights = _whole_weights(engine, is_cut, {name for file in mine for name in file.parameters}, writer)
+    weights = _whole_weights(engine, {name for file in mine for name in file.parameters}, writer)
     for file in mine:
         parameters = {name: weights[name] for name in file.parameters}
         writer.add_tensors(
-            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=is_cut
+            file.name, parameters, {"format": "pt"}, file.convert, are_weights=True, are_copies=engine.is_cut
         )
 
 
-def _whole_weights(engine: Engine, is_cut: bool, names: Set[str], writer: CheckpointWriter) -> dict[str, Tensor]:
+def _whole_weights(engine: Engine, names: Set[str], writer: CheckpointWriter) -> dict[str, Tensor]:
     """Whole parameters: of a model that is cut, copies in host memory. Collective."""
     weights = engine.whole_weights(names)
-    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights} if is_cut else dict(weights)
+    if not engine.is_cut:
+        return dict(weights)
+    return {name: writer.copy_now(f"whole {name}", whole) for name, whole in weights}
 
 
 def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
     """Only what trains: the rest is the base, which its fingerprint names. It is small: one rank writes it."""
     saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
-    is_first, is_cut = built.run_dir.place.is_first_of_store, built.config.parallel.is_cut
+    is_first, engine = built.run_dir.place.is_first_of_store, built.engine
     names = saved.parameters.keys() if is_first else set()
-    weights = _whole_weights(built.engine, is_cut, names, writer)
+    weights = _whole_weights(engine, names, writer)
     if is_first:
         writer.add_tensors(
-            folder.TENSORS, weights, {"format": "pt"}, saved.convert, are_weights=True, are_copies=is_cut
+            folder.TENSORS, weights, {"format": "pt"}, saved.convert, are_weights=True, are_copies=engine.is_cut
         )
         for name, content in saved.jsons.items():
             writer.add_json(name, content)

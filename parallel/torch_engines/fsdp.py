@@ -44,6 +44,7 @@ from parallel.mesh import Dimension, Mesh
 from parallel.observer import Observer, no_gradient_error
 from parallel.replicas import require_same_shards
 from parallel.spans import span, traffic_span
+from parallel.torch_engines.rows import most_rows, rows_of
 from parallel.torch_engines.whole import exchange
 
 
@@ -119,19 +120,14 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def rows_of_rank(rows: int, mesh: Mesh) -> int:
-    """Rows of each rank, of so many; the last ranks may have fewer, or none."""
-    return -(-rows // mesh.shard_size)
-
-
-def first_row(rows: int, mesh: Mesh) -> int:
-    """Number of the first of a rank's rows, of so many."""
-    return min(mesh.shard_rank * rows_of_rank(rows, mesh), rows)
+def _first_row(parameter: Tensor, mesh: Mesh) -> int:
+    """Number of the first of this rank's rows of a parameter."""
+    return rows_of(mesh.shard_rank, mesh.shard_size, len(parameter)).start
 
 
 def held_rows(parameter: Tensor, mesh: Mesh) -> tuple[Tensor, slice]:
     """The memory of this rank's rows of a parameter, and which rows they are."""
-    first = first_row(len(parameter), mesh) if isinstance(parameter, DTensor) else 0
+    first = _first_row(parameter, mesh) if isinstance(parameter, DTensor) else 0
     rows = local(parameter.detach())
     return rows, slice(first, first + len(rows))
 
@@ -265,7 +261,7 @@ class ShardedGradients:
     def _slice(self, name: str, parameter: nn.Parameter) -> list[ParameterSlice]:
         """This rank's rows, if it has some: rows that lie side by side are a flat slice."""
         rows = local(parameter.detach())
-        offset = first_row(len(parameter), self._mesh) * math.prod(parameter.shape[1:])
+        offset = _first_row(parameter, self._mesh) * math.prod(parameter.shape[1:])
         return [ParameterSlice(name, offset, tuple(parameter.shape), rows.view(-1))] if rows.numel() else []
 
     def parameters(self, bucket: int) -> Sequence[Named]:
@@ -290,7 +286,7 @@ class ShardedGradients:
     def _gather(self, parameter: nn.Parameter) -> Tensor:
         """The whole gradient, 1-D: every rank sends as many rows as the first one has."""
         own = local(cast(Tensor, parameter.grad)).view(-1)
-        size = rows_of_rank(len(parameter), self._mesh) * math.prod(parameter.shape[1:])
+        size = most_rows(self._mesh.shard_size, len(parameter)) * math.prod(parameter.shape[1:])
         padded = own.new_zeros(size * self._mesh.shard_size)
         self._shards.shard(padded)[: len(own)] = own
         self._shards.all_gather(padded)
@@ -337,7 +333,7 @@ class FsdpEngine(DataParallelEngine):
     A forward pass is collective, also in validation: a rank without a batch of its own must run one, too.
     """
 
-    forward_is_collective = True
+    is_cut, forward_is_collective = True, True
 
     def __init__(self, parts: EngineParts):
         self._units, observer = units(parts.model), Observer(parts.context)
@@ -462,15 +458,15 @@ class FsdpEngine(DataParallelEngine):
         stacks = {len(p) for p in self._parts.model.parameters() if p.dim() > 2}
         if stacks and min(stacks) % mesh.shard_size:
             experts = min(stacks)
-            holders = -(-experts // rows_of_rank(experts, mesh))
-            text += f", {experts} experts a layer of which {holders} processes hold up to {rows_of_rank(experts, mesh)}"
+            most = most_rows(mesh.shard_size, experts)
+            text += f", {experts} experts a layer of which {-(-experts // most)} processes hold up to {most}"
         return f"{text}; {torch.get_num_threads()} thread(s) each"
 
 
 def _padded_sizes(unit: dict[str, nn.Parameter], mesh: Mesh) -> list[tuple[nn.Parameter, int]]:
     """A unit's parameters that are cut, and the elements that travel for each: every rank sends as many rows."""
     return [
-        (p, rows_of_rank(len(p), mesh) * mesh.shard_size * math.prod(p.shape[1:]))
+        (p, most_rows(mesh.shard_size, len(p)) * mesh.shard_size * math.prod(p.shape[1:]))
         for p in unit.values() if isinstance(p, DTensor)
     ]  # fmt: skip
 
@@ -484,7 +480,7 @@ def _require_alignment(gradients: ShardedGradients, parts: EngineParts) -> None:
     for unit in gradients.trained:
         for name, parameter in unit.items():
             shape, multiple = tuple(parameter.shape), parts.alignment_of(ParameterSpec(name, tuple(parameter.shape)))
-            rows = rows_of_rank(len(parameter), parts.mesh)
+            rows = most_rows(parts.mesh.shard_size, len(parameter))
             if rows < len(parameter) and rows * math.prod(shape[1:]) % multiple:
                 raise ValueError(
                     f"--optimizer: state in 8 bits has scales for {multiple} values in a row, and {name} "

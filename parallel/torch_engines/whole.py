@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def _rows_of_ranks(rows: int, ranks: int) -> list[int]:
-    """How many of a parameter's rows each rank holds: as FSDP2 cuts, like torch.chunk."""
-    most = -(-rows // ranks)
-    return [max(min(most, rows - rank * most), 0) for rank in range(ranks)]
+from parallel.torch_engines.rows import rows_of
 
 
 def exchange(
@@ -36,8 +32,10 @@ def exchange(
         return
     # To each rank its parameters one after the other, and so from each.
     sent = [[mine.reshape(-1) for name, mine in rows.items() if name in names] for names in wanted]
-    counts = {name: _rows_of_ranks(lengths[name], len(wanted)) for name in asked}
-    sizes = [[counts[name][rank] * rows[name].shape[1:].numel() for name in asked] for rank in range(len(wanted))]
+    sizes = [
+        [len(rows_of(rank, len(wanted), lengths[name])) * rows[name].shape[1:].numel() for name in asked]
+        for rank in range(len(wanted))
+    ]
     first = next(iter(rows.values()))
     received, nothing = first.new_empty(sum(map(sum, sizes))), first.new_empty(0)
     dist.all_to_all_single(
