@@ -5,7 +5,8 @@ An engine holds the model as the ranks share it, its gradients and its optimizer
     engine.forward_backward(micro_batches, task, plan)     sums of losses and metrics; None: the step was dropped
     engine.step(plan)                                      reduce, norm, take, release (contract.py)
 
-`data_parallel.py` has the engines for a model that is whole on every rank. `engines.py` opens an engine by name.
+`data_parallel.py` has the engines for a model that is whole on every rank, `torch_engines/` those for one that is cut
+over the ranks. `engines.py` opens an engine by name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
