@@ -45,7 +45,6 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
 from model.config import ModelConfig
@@ -62,7 +61,6 @@ from model.shapes import (
 )
 from utils.terminal import run_main
 
-Mode = Literal["ddp", "zero1", "fsdp", "hsdp"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK_SCALE = 4 / 256
 """Bytes a parameter of the scales of 8-bit moments: a float32 number for each block of 256."""
@@ -402,20 +400,6 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
         count(parameters_of(config)) + count(added_by(plan.adapter, config)), number, lasting,
         activation_bytes(config, plan), _moments(config, plan, trained), host,
     )  # fmt: skip
-
-
-def bytes_a_rank(
-    mode: Mode, ranks: int, config: ModelConfig, plan: TrainingPlan = TrainingPlan()
-) -> dict[str, float]:  # fmt: skip
-    """Bytes that lie on each rank all the time: weights, gradients, main parameters, optimizer state.
-
-    Args:
-        ranks: those that share; hsdp: of a machine. Under ddp, every number gives the same.
-        plan: everything else.
-    """
-    shares = {"ddp": ("auto", 1), "zero1": ("auto", ranks), "fsdp": ("fsdp", ranks), "hsdp": ("hsdp", ranks)}
-    data_parallel, ranks = shares[mode]
-    return estimate(config, replace(plan, data_parallel=data_parallel, ranks=ranks)).lasting
 
 
 def _estimate_of_shards(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> Estimate:

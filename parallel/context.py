@@ -3,7 +3,8 @@
 Only this module and launched.py read the environment. There are two process groups, each used by one thread, so that
 the order of collectives on a group is the same on all ranks:
 
-    grad_group      NCCL or gloo; belongs to the comm stream (gradients, later also parameters)
+    grad_group      NCCL or gloo; belongs to the comm stream (gradients, with ZeRO-1 also parameters), under FSDP to
+                    the thread that runs the forward or the backward pass, in whose course torch sends
     control_group   gloo; belongs to the main thread (token counts, norms, validation, saves)
 """
 

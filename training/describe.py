@@ -16,7 +16,7 @@ from model import Decoder, flops
 from model.adapters import lora, peft
 from model.adapters.folder import Weights
 from model.families.family import EMBEDDING, HEAD
-from model.memory import Mode, TrainingPlan, bytes_a_rank
+from model.memory import TrainingPlan, estimate
 from model.quantized import count_parameters
 from parallel.engine import Engine
 from parallel.mesh import places
@@ -123,18 +123,14 @@ def _mesh(built: Built) -> list[str]:
     context, mesh, config = built.context, built.mesh, built.config
     if context.world_size == 1:
         return []
-    hosts = context.gather(socket.gethostname())
+    hosts, flags = context.gather(socket.gethostname()), config.parallel
     plan = TrainingPlan(
         dtype=str(built.dtype).removeprefix("torch."), optimizer=config.optimizer.optimizer, adapter=config.adapter,
-        grad_reduce_in_fp32=config.parallel.grad_reduce_in_fp32, offload_optimizer=config.optimizer.offload_optimizer,
+        grad_reduce_in_fp32=flags.grad_reduce_in_fp32, offload_optimizer=config.optimizer.offload_optimizer,
+        data_parallel=flags.data_parallel, ranks=mesh.data_size if flags.use_distributed_optimizer else mesh.shard_size,
     )  # fmt: skip
-    flags = config.parallel
-    mode: Mode = "zero1" if flags.use_distributed_optimizer else "ddp"
-    if flags.data_parallel != "auto":
-        mode = flags.data_parallel
-    ranks = mesh.shard_size if flags.is_cut else mesh.data_size
-    lies = bytes_a_rank(mode, ranks, built.model.config, plan)
-    held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lies.items() if size)
+    lasting = estimate(built.model.config, plan).lasting
+    held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lasting.items() if size)
     where = " in host memory" if flags.fsdp_cpu_offload and context.device.type == "cuda" else ""
     return [
         f"mesh: {places(mesh, hosts)}", f"memory: each rank holds {held}{where}, by formula (docs/memory.md)"

@@ -77,7 +77,8 @@ def prepare_reference(
                     f"that the run began with: give that with --init_from"
                 )
             if weights.adapter is None:
-                load_weights(model, first_model().base, run.seed)
+                # Each rank may read other files, or rows, and the others would wait for one that has stopped.
+                context.gather_from(lambda: load_weights(model, first_model().base, run.seed))
             has_weights = True
         dataset.reference = compute_reference(
             task, kept, batch_size, mesh.data_rank, mesh.data_size, context.all_sum,

@@ -180,19 +180,19 @@ def test_what_each_mode_leaves_on_a_rank():
     config = memory.SIZES["125m"][1].resolve()
     number = shapes.count(shapes.parameters_of(config))
 
-    def a_rank(mode: memory.Mode, ranks: int, **changes) -> list[float]:
-        found = memory.bytes_a_rank(mode, ranks, config, TrainingPlan(**changes))
+    def a_rank(data_parallel: str, ranks: int, **changes) -> list[float]:
+        found = memory.estimate(config, TrainingPlan(data_parallel=data_parallel, ranks=ranks, **changes)).lasting
         return [round(size / number, 2) for size in found.values()]
 
     # weights, gradients, main parameters, state
-    assert a_rank("ddp", 8) == [2, 4, 4, 8]
-    assert a_rank("zero1", 8) == [2, 4, 0.5, 1]
+    assert a_rank("auto", 1) == [2, 4, 4, 8]
+    assert a_rank("auto", 8) == [2, 4, 0.5, 1]
     assert a_rank("fsdp", 8) == a_rank("hsdp", 8) == a_rank("fsdp", 8, dtype="float32") == [0.5, 0.5, 0, 1]
     assert a_rank("fsdp", 8, grad_reduce_in_fp32=False) == [0.5, 0.5, 0, 1]
     assert a_rank("fsdp", 8, fsdp_cpu_offload=True) == []
     assert a_rank("fsdp", 8, offload_optimizer=True) == [0.5, 0.5]
     lora = AdapterConfig(lora_r=16, lora_target_modules="all-linear")
-    frozen = memory.bytes_a_rank("fsdp", 8, config, TrainingPlan(adapter=lora))
+    frozen = memory.estimate(config, TrainingPlan(data_parallel="fsdp", ranks=8, adapter=lora)).lasting
     assert frozen["weights"] == pytest.approx((2 * number + 4 * frozen["gradients"] / 4 * 8) / 8, rel=0.01)
 
 
