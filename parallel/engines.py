@@ -56,11 +56,11 @@ def model_cutter(
     """What cuts a model over the ranks; None: every rank holds the whole model."""
     if config.data_parallel == "auto":
         return None
-    from parallel.torch_engines import fsdp
+    from parallel.torch_engines import shards
 
     return ModelCutter(
-        lambda model: fsdp.cut(model, config, context, mesh, dtype),
-        lambda parameter: fsdp.held_rows(parameter, mesh),
-        lambda parameter: fsdp.device_of(parameter, config, context),
+        lambda model: shards.cut(model, config, context, mesh, dtype),
+        lambda parameter: shards.held_rows(parameter, mesh),
+        lambda parameter: shards.device_of(parameter, config, context),
         context.gather_from,
     )

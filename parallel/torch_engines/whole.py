@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.torch_engines.rows import rows_of
+from parallel.torch_engines.shards import rows_of
 
 
 def exchange(

@@ -24,7 +24,7 @@ from parallel.engines import open_engine
 from parallel.gradients import square
 from parallel.mesh import plan_mesh
 from parallel.replicas import ReplicaDrift
-from parallel.torch_engines import fsdp
+from parallel.torch_engines import shards
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks
 
@@ -122,7 +122,7 @@ def open_case(case: Case, context: DistContext) -> tuple[Engine, Decoder, LossSc
     if config.is_cut:
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        fsdp.cut(model, config, context, mesh, case.dtype)
+        shards.cut(model, config, context, mesh, case.dtype)
     if case.is_compiled:
         model.compile_blocks(backend="eager")
     scaler = LossScaler(enabled=case.dtype == torch.float16, initial=2.0**10)
@@ -255,7 +255,7 @@ def details() -> dict:
     task, plan = LanguageModelTask(model, 0, torch.ones(VOCAB)), StepPlan(2, LR, ROWS * LENGTH, lambda: None)
     engine.forward_backward(rows(2)[context.rank :: context.world_size], task, plan)
     if context.rank == 0:
-        fsdp.local(model.get_parameter("layers.0.mlp.up_proj.weight").grad)[0, 0] = torch.inf
+        shards.local(model.get_parameter("layers.0.mlp.up_proj.weight").grad)[0, 0] = torch.inf
     result = engine.step(plan)
     changed = relative_difference(all_weights(engine, model), before)
     found["skipped"] = [result.skipped, scaler.scale == scale / 2, changed]
@@ -264,7 +264,7 @@ def details() -> dict:
     model.eval()
     with torch.no_grad():
         engine.evaluate(rows(1)[0], task)
-    held = sum(fsdp.local(p).numel() for p in model.parameters())
+    held = sum(shards.local(p).numel() for p in model.parameters())
     found["held"] = held / sum(p.numel() for p in model.parameters())
     engine.close()
 
@@ -273,13 +273,13 @@ def details() -> dict:
     task, plan = LanguageModelTask(model, 0, torch.ones(VOCAB)), StepPlan(1, LR, ROWS * LENGTH, lambda: None)
     engine.forward_backward(rows(1)[context.rank :: context.world_size], task, plan)
     if context.rank == 3:
-        fsdp.local(model.get_parameter("layers.1.self_attn.v_proj.weight").grad).view(-1)[0] = torch.nan
+        shards.local(model.get_parameter("layers.1.self_attn.v_proj.weight").grad).view(-1)[0] = torch.nan
     found["nan"] = [engine.step(plan).skipped, engine.nonfinite_parameters()]
     # A bit that flips in one copy's shard.
     engine.check_replicas(1)
     with torch.no_grad():
         if context.rank == 2:
-            fsdp.local(model.get_parameter("lm_head.weight"))[0, 0] += 1e-3
+            shards.local(model.get_parameter("lm_head.weight"))[0, 0] += 1e-3
     with pytest.raises(ReplicaDrift) as raised:
         engine.check_replicas(2)
     found["drift"] = str(raised.value)

@@ -18,7 +18,7 @@ from parallel import destroy_context, init_context
 from parallel.config import ParallelConfig
 from parallel.engines import ModelCutter, model_cutter
 from parallel.mesh import plan_mesh
-from parallel.torch_engines.fsdp import local
+from parallel.torch_engines.shards import local
 from tests.conftest import SEQ_LEN
 from tests.dist.group import run_ranks, use_new_port
 from tests.runs import elsewhere

@@ -13,7 +13,7 @@ from parallel.engine import Engine, EngineParts, StepPlan
 from parallel.engines import ENGINES, open_engine
 from parallel.gradients import square
 from parallel.mesh import Mesh
-from parallel.torch_engines import fsdp
+from parallel.torch_engines import shards
 from tasks.language_model import LanguageModelTask
 
 CONFIG = ModelConfig(
@@ -51,7 +51,7 @@ def open_alone(name: str, model: Decoder, mesh: Mesh = ONE) -> Engine:
     scaler = LossScaler(enabled=False)
     config = ParallelConfig(data_parallel="fsdp") if name == "fsdp" else ParallelConfig(ddp_impl=name)
     if config.is_cut:
-        fsdp.cut(model, config, ALONE, ONE, torch.float32)
+        shards.cut(model, config, ALONE, ONE, torch.float32)
     return open_engine(
         EngineParts(
             config,
