@@ -8,12 +8,12 @@ from utils.options import OnlyWith, require_not_negative, require_positive
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
-_NARROW = "leave it out; --no-grad_reduce_in_fp32 sends gradients in the dtype of the weights"
+_NO_HOOK = "that sums a block at a time, by no hook: leave it out; --no-grad_reduce_in_fp32 sends gradients in --dtype"
 _NOT_WITH_FSDP = {
     "use_distributed_optimizer": "that shares the optimizer's state already, and the model, too: leave it out",
-    "use_powerSGD_hook": f"its sums are torch's: {_NARROW}",
-    "use_bf16_compress_hook": f"its sums are torch's: {_NARROW}",
-    "use_fp16_compress_hook": f"its sums are torch's: {_NARROW}",
+    "use_powerSGD_hook": _NO_HOOK,
+    "use_bf16_compress_hook": _NO_HOOK,
+    "use_fp16_compress_hook": _NO_HOOK,
     "overlap_param_gather": "that gathers weights under the forward pass anyway: leave it out",
     "overlap_optim_step": "its gradients are summed in every micro-batch, and stepped after the last: leave it out",
     "overlap_zero_grad_buffer": "it has no buffer of gradients: leave it out",
