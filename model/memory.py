@@ -45,6 +45,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
 from model.config import ModelConfig
@@ -141,14 +142,26 @@ class TrainingPlan:
         for name in ("train_batch_size", "max_seq_len", "ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.is_cut and self.fsdp_cpu_offload:
-            raise ValueError("--fsdp_cpu_offload is for shards of a model: add --data_parallel=fsdp")
+        for name in ("fsdp_cpu_offload", "ranks_per_machine", "reshard_after_forward"):
+            if not self.is_cut and getattr(self, name) != getattr(TrainingPlan, name):
+                flag = "no-reshard_after_forward" if name == "reshard_after_forward" else name
+                raise ValueError(f"--{flag} is for shards of a model: add --data_parallel=fsdp")
+        self._check_machines()
         if self.fsdp_cpu_offload and self.offload_optimizer:
             raise ValueError("--fsdp_cpu_offload keeps the state in host memory, too: leave out --offload_optimizer")
         if self.is_cut and self.adapter.load_in_4bit:
             raise ValueError(f"--load_in_4bit does not go with --data_parallel={self.data_parallel}: leave out one")
         if self.checkpoint_keeps != "nothing" and not self.gradient_checkpointing:
             raise ValueError("--checkpoint_keeps says what --gradient_checkpointing keeps: add that")
+
+    def _check_machines(self) -> None:
+        machine, ranks = self.ranks_per_machine, self.ranks
+        if machine < 0:
+            raise ValueError(f"ranks_per_machine must not be negative, got {machine}")
+        if machine and self.data_parallel == "hsdp" and machine != ranks:
+            raise ValueError(f"with --data_parallel=hsdp, --ranks counts a machine's: give only --ranks={machine}")
+        if machine and ranks % machine:
+            raise ValueError(f"--ranks_per_machine={machine}: --ranks={ranks} is no whole number of such machines")
 
     @property
     def tokens(self) -> int:
@@ -552,6 +565,7 @@ def table(name: str, config: ModelConfig, plan: TrainingPlan) -> str:
         f"{name}: {found.parameters:,} parameters, {found.trained:,} of them train with {plan.optimizer}",
         f"a micro-batch of {plan.train_batch_size} x {'2 x ' if plan.task_type == 'dpo' else ''}{plan.max_seq_len} "
         f"tokens in {plan.dtype}",
+        *([_sharing(plan)] if plan.ranks > 1 or plan.is_cut else []),
         "",
         f"{'':<44}{'GB':>9}{'bytes a parameter':>20}",
     ]
@@ -564,6 +578,16 @@ def table(name: str, config: ModelConfig, plan: TrainingPlan) -> str:
     return "\n".join([*lines, "", *(f"{gb} GB: {verdict(config, plan, gb)}" for gb in GPUS_GB)])
 
 
+def _sharing(plan: TrainingPlan) -> str:
+    """Who shares what."""
+    flag = f"--data_parallel={plan.data_parallel}" if plan.is_cut else "--use_distributed_optimizer"
+    if plan.ranks == 1:
+        return f"{flag} on one rank, which shares nothing: say with --ranks how many there are"
+    ranks = f"{plan.ranks} ranks" + (" of each machine" if plan.data_parallel == "hsdp" else "")
+    what = "weights, gradients and the optimizer's state" if plan.is_cut else "the optimizer's state"
+    return f"on each of {ranks}, which share {what} ({flag})"
+
+
 def _row(what: str, size: float, parameters: int) -> str:
     return f"{what:<44}{size / GB:>9.2f}{size / parameters:>20.3f}"
 
@@ -572,7 +596,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model.memory", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--size", choices=SIZES, help="a well-known shape")
-    source.add_argument("--init_from", metavar="DIR", help="a Hugging Face folder, for its shape")
+    source.add_argument("--init_from", metavar="DIR", help="a Hugging Face folder, run or checkpoint, for its shape")
     parser.add_argument("--dtype", choices=ITEMSIZE, default=TrainingPlan.dtype)
     parser.add_argument("--optimizer", choices=MOMENTS, default=TrainingPlan.optimizer)
     parser.add_argument("--lora_r", type=int)
@@ -617,7 +641,11 @@ def _read_shape(folder: str) -> ModelConfig:
     # Loads torch, which takes seconds; named shapes do without.
     from model.hf import read_config
 
-    return read_config(folder)
+    if (Path(folder) / "config.json").exists():
+        return read_config(folder)
+    from checkpoint.choosing import resolve_checkpoint_dir
+
+    return read_config(resolve_checkpoint_dir(Path(folder)))
 
 
 if __name__ == "__main__":

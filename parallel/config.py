@@ -8,17 +8,16 @@ from utils.options import OnlyWith, require_not_negative, require_positive
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
-_NO_HOOK = "that sums a block at a time, by no hook: leave it out; --no-grad_reduce_in_fp32 sends gradients in --dtype"
 _NOT_WITH_FSDP = {
-    "use_distributed_optimizer": "that shares the optimizer's state already, and the model, too: leave it out",
-    "use_powerSGD_hook": _NO_HOOK,
-    "use_bf16_compress_hook": _NO_HOOK,
-    "use_fp16_compress_hook": _NO_HOOK,
-    "overlap_param_gather": "that gathers weights under the forward pass anyway: leave it out",
-    "overlap_optim_step": "its gradients are summed in every micro-batch, and stepped after the last: leave it out",
-    "overlap_zero_grad_buffer": "it has no buffer of gradients: leave it out",
+    "use_distributed_optimizer": "which shares the optimizer's state anyway",
+    "use_powerSGD_hook": "which sums gradients a block at a time, by no hook",
+    "use_bf16_compress_hook": "which sums gradients a block at a time, by no hook",
+    "use_fp16_compress_hook": "which sums gradients a block at a time, by no hook",
+    "overlap_param_gather": "which gathers weights under the forward pass anyway",
+    "overlap_optim_step": "which sums gradients in every micro-batch and steps after the last",
+    "overlap_zero_grad_buffer": "which has no buffer of gradients",
 }
-"""Option that fsdp and hsdp refuse -> the reason, and what to give instead."""
+"""Option that fsdp and hsdp refuse -> the reason."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,12 @@ class ParallelConfig:
         if self.is_cut:
             for name, reason in _NOT_WITH_FSDP.items():
                 if getattr(self, name):
-                    raise ValueError(f"--{name} does not go with --data_parallel={self.data_parallel}: {reason}")
+                    # Either may come from the saved configuration of a resumed run, so both ways out are named.
+                    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype"
+                    raise ValueError(
+                        f"--{name} does not go with --data_parallel={self.data_parallel}, {reason}: give --no-{name} "
+                        f"or --data_parallel=auto{narrow if name.endswith('_hook') else ''}"
+                    )
             if self.ddp_impl == "naive":
                 raise ValueError(
                     f"--ddp_impl=naive needs the whole model on every rank: leave out "

@@ -212,6 +212,7 @@ def _machine_size(config: ParallelConfig, places: Sequence[tuple[int, int]]) -> 
             raise ValueError(
                 f"--ranks_per_machine={asked}: {world_size} processes are no whole number of such machines: "
                 f"--ranks_per_machine={_nearest(world_size, asked)} is the nearest possible"
+                if world_size > 1 else f"--ranks_per_machine={asked}, and there is one process: leave it out"
             )
         return asked
     size = places[0][1]

@@ -3,6 +3,7 @@
 import logging
 import math
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,15 +144,21 @@ def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool
     if traffic is None:
         return []
     rate = traffic.bytes_per_s
-    sends = " and ".join(f"{sent / 1e6:,.1f} MB of {what} ({sent / rate:.2f} s)" for what, sent in traffic.sent.items())
+    sends = _listed(f"{sent / 1e6:,.1f} MB of {what} ({sent / rate:.2f} s)" for what, sent in traffic.sent.items())
     advice = engine.advice(traffic, tokens_per_step * counted.strict / (0.5 * counted.peak))
     if advice is not None and is_main:
         logger.warning(advice)
     text = f"network: {rate / 1e6:,.0f} MB/s each way, measured now; a step sends {sends} from each rank"
     if traffic.sent_by_machine:
-        leaving = " and ".join(f"{sent / 1e6:,.1f} MB of {what}" for what, sent in traffic.sent_by_machine.items())
+        leaving = _listed(f"{sent / 1e6:,.1f} MB of {what}" for what, sent in traffic.sent_by_machine.items())
         text += f", and {leaving} from each machine to the others"
     return [text + (f"; {traffic.remark}" if traffic.remark else "")]
+
+
+def _listed(words: Iterable[str]) -> str:
+    """a; a and b; a, b and c."""
+    *front, last = words
+    return f"{', '.join(front)} and {last}" if front else last
 
 
 def _peak(counted: Flops, device: torch.device) -> str:

@@ -183,10 +183,10 @@ class FsdpEngine(DataParallelEngine):
 
     def describe(self) -> str:
         mesh, config = self.mesh, self._parts.config
-        kind = "weights gathered twice a micro-batch (ZeRO-3)" if config.reshard_after_forward else "ZeRO-2"
+        gathers = "twice a micro-batch (ZeRO-3)" if config.reshard_after_forward else "once a micro-batch (ZeRO-2)"
         copies = f"{mesh.replica_size} copies of the model, each over " if mesh.replica_size > 1 else ""
-        ranks = f"{mesh.shard_size} processes" if mesh.shard_size > 1 else "one process"
-        text = f"FSDP2: {copies}{ranks}, {kind}"
+        shared = f"{mesh.shard_size} processes, weights gathered {gathers}"
+        text = f"FSDP2: {copies}{shared if mesh.shard_size > 1 else 'one process, which shares nothing'}"
         if config.fsdp_cpu_offload and self._parts.context.device.type == "cuda":
             text += ", kept and stepped in host memory"
         elif config.fsdp_cpu_offload:

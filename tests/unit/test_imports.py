@@ -58,7 +58,7 @@ ALLOWED_TO_FILE = {
     "dataset/inspect.py": {"tokenizer"},
     "dataset/show_mask.py": {"tokenizer", "data_preprocess"},
     "model/adapters/merge.py": {"checkpoint.choosing", "tokenizer", "utils"},
-    "model/memory.py": {"utils.environment", "utils.terminal"},
+    "model/memory.py": {"checkpoint.choosing", "utils.environment", "utils.terminal"},
     "parallel/launch.py": {"utils.environment", "utils.terminal"},
     "tokenizer/train_tokenizer.py": {"data_preprocess.readers", "data_preprocess.sampling", "runs.layout"},
 }

@@ -234,6 +234,8 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
     memory.main(["--size=7b"])
     said = capsys.readouterr().out
     assert "24 GB: does not fit" in said and "it fits with --gradient_checkpointing --lora_r=16" in said
+    memory.main(["--size=125m", "--ranks=8", "--data_parallel=fsdp"])
+    assert "on each of 8 ranks, which share weights, gradients and" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(CONFIG, torch.bfloat16)))
     memory.main([f"--init_from={tmp_path}", "--offload_optimizer"])
     assert "in host memory: optimizer state" in capsys.readouterr().out
@@ -249,6 +251,10 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--checkpoint_keeps=matmuls"], "add that"),
         (["--size=7b", "--train_batch_size=0"], "train_batch_size must be positive"),
         (["--size=7b", "--fsdp_cpu_offload"], "add --data_parallel=fsdp"),
+        (["--size=7b", "--no-reshard_after_forward"], "--no-reshard_after_forward is for shards of a model: add"),
+        (["--size=7b", "--ranks=8", "--ranks_per_machine=4"], "add --data_parallel=fsdp"),
+        (["--size=7b", "--data_parallel=fsdp", "--ranks=8", "--ranks_per_machine=3"], "no whole number of such"),
+        (["--size=7b", "--data_parallel=hsdp", "--ranks=8", "--ranks_per_machine=4"], "give only --ranks=4"),
         (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
     ],
 )

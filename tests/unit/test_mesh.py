@@ -92,6 +92,7 @@ HSDP = {"data_parallel": "hsdp"}
     ((4,), {"context_parallel_size": 3}, "cannot be cut into context 3: --context_parallel_size=4 or 6 processes"),
     ((12,), {"expert_model_parallel_size": 8},
      "12 data ranks cannot share the experts in groups of 8: --expert_model_parallel_size=6 is the nearest"),
+    ((1,), {"ranks_per_machine": 2}, "--ranks_per_machine=2, and there is one process: leave it out"),
     ((12,), {"ranks_per_machine": 8}, "12 processes are no whole number of such machines: --ranks_per_machine=6 is"),
     ((4,), HSDP | {"ranks_per_machine": 8}, "--ranks_per_machine=4 is the nearest"),
     ((4,), HSDP, "all 4 processes are on one: give --data_parallel=fsdp (or --ranks_per_machine=2, for copies on"),
