@@ -12,7 +12,7 @@ What lies in memory all the time, in bytes a parameter (e: bytes of the dtype, 2
     optimizer          trained parameters: 4 to 8, in 8 bits 1 to 2 (`MOMENTS`)
 
 The last two are shared by the ranks with ZeRO-1, and lie in host memory with --offload_optimizer. With fsdp, N ranks
-share everything (`_shards_of`), hsdp is the same with N ranks of a machine:
+share everything (`_estimate_of_shards`), hsdp is the same with N ranks of a machine:
 
     weights            trained 4 / N, which are the main parameters; frozen e / N
     gradients          trained 4 / N, from the first micro-batch's backward pass to the step

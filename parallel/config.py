@@ -10,9 +10,9 @@ _SIZES = (
 )  # fmt: skip
 _NOT_WITH_FSDP = {
     "use_distributed_optimizer": "which shares the optimizer's state anyway",
-    "use_powerSGD_hook": "which sums gradients by torch's code",
-    "use_bf16_compress_hook": "which sums gradients by torch's code",
-    "use_fp16_compress_hook": "which sums gradients by torch's code",
+    "use_powerSGD_hook": "which sums gradients a block at a time, by no hook",
+    "use_bf16_compress_hook": "which sums gradients a block at a time, by no hook",
+    "use_fp16_compress_hook": "which sums gradients a block at a time, by no hook",
     "overlap_param_gather": "which gathers weights under the forward pass anyway",
     "overlap_optim_step": "which sums gradients in every micro-batch and steps after the last",
     "overlap_zero_grad_buffer": "which has no buffer of gradients",
@@ -104,7 +104,7 @@ class ParallelConfig:
             for name, reason in _NOT_WITH_FSDP.items():
                 if getattr(self, name):
                     # Either may come from the saved configuration of a resumed run, so both ways out are named.
-                    narrow = "; --no-grad_reduce_in_fp32 sends gradients in the dtype of the weights"
+                    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype"
                     raise ValueError(
                         f"--{name} does not go with --data_parallel={self.data_parallel}, {reason}: give --no-{name} "
                         f"or --data_parallel=auto{narrow if name.endswith('_hook') else ''}"

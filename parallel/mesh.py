@@ -73,11 +73,6 @@ class Mesh:
         return self.pipe_size * self.data_size * self.context_size * self.tensor_size
 
     @property
-    def is_cut(self) -> bool:
-        """Whether ranks hold shards of the model."""
-        return self.shard_size > 1
-
-    @property
     def replica_size(self) -> int:
         """Copies of the model."""
         return self.data_size // self.shard_size
@@ -276,9 +271,10 @@ def places(mesh: Mesh, hosts: Sequence[str]) -> str:
         hosts: each rank's.
     """
     ranks = [mesh.at(rank) for rank in range(mesh.world_size)]
-    runs = [list(run) for _, run in groupby(ranks, key=lambda its: (hosts[its.rank], its.replica_rank * mesh.is_cut))]
+    has_shards = mesh.shard_size > 1
+    runs = [list(run) for _, run in groupby(ranks, key=lambda its: (hosts[its.rank], its.replica_rank * has_shards))]
     text = f"{mesh.replica_size} cop{'ies' if mesh.replica_size > 1 else 'y'} of the model"
-    text += f" x {mesh.shard_size} shards" if mesh.is_cut else ", one a rank"
+    text += f" x {mesh.shard_size} shards" if has_shards else ", one a rank"
     if mesh.machines > 1 and mesh.machine_size > 1:
         text += f", {mesh.machines} machines of {mesh.machine_size} ranks"
     told = [_place(run, hosts[run[0].rank]) for run in runs]
@@ -293,7 +289,7 @@ def _place(run: list[Mesh], host: str) -> str:
 
     first, last = run[0], run[-1]
     text = f"{numbers('rank', first.rank, last.rank)} on {host}"
-    if not first.is_cut:
+    if first.shard_size == 1:
         return text
     text += f": {numbers('shard', first.shard_rank, last.shard_rank)}"
     return text + (f" of copy {first.replica_rank}" if first.replica_size > 1 else "")

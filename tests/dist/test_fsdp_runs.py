@@ -78,8 +78,8 @@ WAYS: dict[str, tuple[int, list[str]]] = {
 """How ranks share the work: name -> number of ranks and flags."""
 
 DIAGONAL = {
-    "plain": ("fsdp 2", "kept 4", "fsdp 8", "hsdp 2x2", "fsdp accumulated", "machines zero1"),
-    "dropout": ("checkpointed",),
+    "plain": ("fsdp 2", "kept 4", "hsdp 2x2", "fsdp accumulated", "machines zero1"),
+    "dropout": ("checkpointed", "fsdp 8"),
     "muon": ("hsdp 2x2", "machines zero1"),
     "experts": ("hsdp 2x2", "kept 2"),
     "bf16": ("fsdp 2",),
@@ -166,11 +166,21 @@ def gradients(flags: list[str]) -> dict[str, torch.Tensor]:
     return {f"model.{name}": t for name, t in state.items() if name.endswith("/exp_avg")}
 
 
-def check_trajectory(run: list[str], expected: list[str], kind: str) -> None:
-    """Tolerances in float32: gradients of the first step 1e-6, relative norm of the difference; losses 1e-5, relative;
-    weights at the end 1e-5, as gradients. (Found: 2e-7 for gradients and weights.) In 16 bits the micro-batches' sums
-    round apart: losses 2e-3, weights 1e-1."""
+def tolerances(name: str) -> tuple[float, float]:
+    """Of a run "kind | way": relative difference of losses, and relative norm of the difference of weights at the end.
+
+    Found in float32: 2e-7 for weights. In 16 bits the micro-batches round apart (found: 7e-6, and 7e-4 for weights),
+    and more so if their sums do, too."""
+    if "narrow" in name:
+        return 2e-3, 1e-1
+    return (5e-4, 1e-2) if name.startswith(("bf16", "fp16")) else (1e-5, 1e-5)
+
+
+def check_trajectory(run: list[str], expected: list[str], name: str) -> None:
+    """Gradients of the first step in float32: 1e-6, relative norm of the difference (found: 2e-7)."""
+    kind = name.partition(" | ")[0]
     steps, is_exact = steps_of(kind), kind not in ("bf16", "fp16")
+    of_losses, of_weights = tolerances(name)
     train, theirs = records(run, "train"), records(expected, "train")
     assert len(train) == len(theirs) == steps
     for figure in ("digest", "samples", "tokens", "lr"):
@@ -180,10 +190,10 @@ def check_trajectory(run: list[str], expected: list[str], kind: str) -> None:
         ours, wanted = gradients(run), gradients(expected)
         assert ours.keys() == wanted.keys() and ours
         assert relative_difference(ours, wanted) < 1e-6
-    assert losses(run) == pytest.approx(losses(expected), rel=1e-5 if is_exact else 2e-3)
+    assert losses(run) == pytest.approx(losses(expected), rel=of_losses)
     last, its = records(run, "valid")[-1], records(expected, "valid")[-1]
-    assert last["loss"] == pytest.approx(its["loss"], rel=1e-5 if is_exact else 2e-3)
-    assert apart(run, expected, steps) < (1e-5 if is_exact else 1e-1)
+    assert last["loss"] == pytest.approx(its["loss"], rel=of_losses)
+    assert apart(run, expected, steps) < of_weights
 
 
 def weights(flags: list[str], step: int) -> dict[str, torch.Tensor]:
@@ -200,7 +210,7 @@ def apart(run: list[str], expected: list[str], step: int) -> float:
 
 @pytest.mark.parametrize(("kind", "way"), [(kind, way) for kind, ways in DIAGONAL.items() for way in ways])
 def test_one_trajectory(runs: Plan, kind: str, way: str):
-    check_trajectory(runs[f"{kind} | {way}"], runs[kind], kind)
+    check_trajectory(runs[f"{kind} | {way}"], runs[kind], f"{kind} | {way}")
 
 
 def test_an_adapter_goes_on(runs: Plan):
@@ -257,7 +267,7 @@ def test_the_whole_grid(home: Home, tmp_path: Path, kind: str):
     add_runs(plan, home, {kind: [*EXACT, *(["narrow 2"] if kind == "bf16" else [])]})
     plan.run()
     for name in plan.jobs:
-        check_trajectory(plan[name], plan[kind], kind)
+        check_trajectory(plan[name], plan[kind], name)
 
 
 @pytest.mark.soak
@@ -279,6 +289,7 @@ def test_hooks_that_know_machines(home: Home, tmp_path: Path):
 
 def test_nothing_but_shards_is_saved_of_the_optimizer(runs: Plan):
     """Each element once, by all ranks; under hsdp too."""
-    for name in ("plain | fsdp 8", "plain | hsdp 2x2"):
-        assert optimizer_state(runs[name], STEPS).keys() == optimizer_state(runs["plain"], STEPS).keys()
-        assert len(list(checkpoint(runs[name], STEPS).glob("optim-*.safetensors"))) == runs.jobs[name]["ranks"]
+    for kind, way in (("dropout", "fsdp 8"), ("plain", "hsdp 2x2")):
+        name, steps = f"{kind} | {way}", steps_of(kind)
+        assert optimizer_state(runs[name], steps).keys() == optimizer_state(runs[kind], steps).keys()
+        assert len(list(checkpoint(runs[name], steps).glob("optim-*.safetensors"))) == runs.jobs[name]["ranks"]
