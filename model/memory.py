@@ -529,6 +529,11 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
         ("--gradient_checkpointing --checkpoint_keeps=matmuls", replace(recomputes, checkpoint_keeps="matmuls")),
         ("--gradient_checkpointing", recomputes),
     ]
+    if plan.ranks > 1 and not plan.is_cut and not plan.adapter.load_in_4bit:
+        found.append(("--gradient_checkpointing --data_parallel=fsdp", replace(recomputes, data_parallel="fsdp")))
+    if plan.is_cut and not plan.reshard_after_forward:
+        sharded = replace(recomputes, reshard_after_forward=True)
+        found.append(("--gradient_checkpointing --reshard_after_forward", sharded))
     adapter, with_lora = plan.adapter, "--gradient_checkpointing"
     if not adapter.is_used:
         narrow = replace(recomputes, optimizer="adamw8bit", grad_reduce_in_fp32=False)

@@ -236,6 +236,8 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
     assert "24 GB: does not fit" in said and "it fits with --gradient_checkpointing --lora_r=16" in said
     memory.main(["--size=125m", "--ranks=8", "--data_parallel=fsdp"])
     assert "on each of 8 ranks, which share weights, gradients and" in capsys.readouterr().out
+    memory.main(["--size=7b", "--ranks=8"])
+    assert "room for 22.5; it fits with --gradient_checkpointing --data_parallel=fsdp" in capsys.readouterr().out
     (tmp_path / "config.json").write_text(json.dumps(hf.to_hf_config(CONFIG, torch.bfloat16)))
     memory.main([f"--init_from={tmp_path}", "--offload_optimizer"])
     assert "in host memory: optimizer state" in capsys.readouterr().out
