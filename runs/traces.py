@@ -49,6 +49,12 @@ _ROW_OF = {
 _NUMBERED = re.compile(
     r"(?P<kind>gather bucket|step bucket|bucket) (?P<number>\d{1,9})(?: \((?P<size>[\d.]{1,12} MB)\))?"
 )
+_TRANSFER = re.compile(r"(?P<kind>gather weights|sum gradients|sum over copies)(?: \((?P<size>[\d.]{1,12} MB)\))?")
+"""fsdp's, of a block at a time."""
+_WAITS = {
+    "wait: gather weights": "wait for gathers", "wait: sum gradients": "wait for gradients",
+    "wait: sum over copies": "wait for gradients", "wait for updates": "wait for gathers",
+}  # fmt: skip
 _STEP = re.compile(r"step (\d{1,12})")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -213,8 +219,13 @@ def _described(name: str, start: float, end: float) -> StepPart | None:
     """The part that one of our ranges stands for; None for other ranges."""
     if name in _ROW_OF:
         return StepPart(_ROW_OF[name], name, start, end)
+    if name in _WAITS:
+        return StepPart("waiting", _WAITS[name], start, end)
     if name == "gradients":
         return StepPart("wire", name, start, end)
+    transfer = _TRANSFER.fullmatch(name)
+    if transfer is not None:
+        return StepPart("wire", transfer["kind"], start, end, size=transfer["size"] or "")
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None

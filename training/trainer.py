@@ -179,7 +179,13 @@ class Trainer:
         self.heartbeat.beat("save", self.progress.step)
         started = time.perf_counter()
         yield
-        self.meter.leave_out(time.perf_counter() - started)
+        self._leave_out(time.perf_counter() - started)
+
+    def _leave_out(self, seconds: float) -> None:
+        """What has just taken so long is not training time, and its waits (fsdp gathers weights in validation, too) are
+        not training's."""
+        self.meter.leave_out(seconds)
+        self.engine.communication_s()
 
     def _step(self) -> bool:
         """Do one optimizer step on the next global batch. Returns False, with nothing done, if any rank must stop."""
@@ -309,7 +315,7 @@ class Trainer:
         figures = self.task.figures(loss_sum, terms, dict(zip(names, sums)))
         seconds = time.perf_counter() - started
         if not self.config.run.valid_only:
-            self.meter.leave_out(seconds)
+            self._leave_out(seconds)
         report.report_validation(self.reslog, self.progress.step, self.task, figures, terms, seconds)
         if context.is_main or self.engine.forward_is_collective:
             self._write_samples()
@@ -322,7 +328,7 @@ class Trainer:
             if self.context.is_main:
                 report.report_sample(self.reslog, self.progress.step, sample)
         if not self.config.run.valid_only:
-            self.meter.leave_out(time.perf_counter() - started)
+            self._leave_out(time.perf_counter() - started)
 
     def _log_step(self) -> None:
         """Log the last step, and the meter's readings since the last record. Called before each save, too, whatever the

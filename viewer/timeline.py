@@ -8,7 +8,8 @@ off, or two ranks. Rows:
     data        waiting for the loader, and for all ranks to agree on counts
     compute     forward and backward pass of each micro-batch
     optimizer   the step on the summed gradients
-    wire        reduction of each bucket and gathering of its parameters, with the megabytes that this rank sends
+    wire        reduction of each bucket and gathering of its parameters (fsdp: of each block), with the megabytes that
+                this rank sends
     waiting     the main thread (on CUDA: its stream) waits for the wire
 
 runs/traces.py defines the parts of a step, and which communication is hidden or exposed.
@@ -37,11 +38,13 @@ _COLOURS = {
     "data wait": "#9d9da1", "agree": "#c9c9cc", "prepass": "#a9cfe8", "forward": "#7fb3d9", "backward": "#2f6fa8",
     "optimizer": "#8f6bb3", "rebalance": "#a98cc7", "zero gradients": "#c5b3d9", "step bucket": "#8f6bb3",
     "bucket": "#f0a03c", "gradients": "#f0a03c", "gather bucket": "#e8cf4e", "wait for buckets": "#d1495b",
-    "wait for gathers": "#d1495b", "wait for gradients": "#d1495b",
+    "wait for gathers": "#d1495b", "wait for gradients": "#d1495b", "gather weights": "#e8cf4e",
+    "sum gradients": "#f0a03c", "sum over copies": "#f0a03c",
 }  # fmt: skip
 _LEGEND = {
     "data wait": "data wait", "agree": "ranks agree on counts", "forward": "forward", "backward": "backward",
     "optimizer": "optimizer", "bucket": "bucket reduced", "gather bucket": "parameters gathered",
+    "gather weights": "weights gathered", "sum gradients": "gradients summed",
     "wait for buckets": "waits: exposed communication",
 }  # fmt: skip
 _DARK = ("backward", "optimizer", "step bucket", "wait for buckets", "wait for gathers", "wait for gradients")

@@ -146,7 +146,8 @@ def runs(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     plan.add("impatient", 2, [own, "--valid_only", "--sample_tokens=40", FSDP], "patience -1")
     plan.add("patient", 2, [own, "--valid_only", "--sample_tokens=40", FSDP], "patience 9999")
     for name, ranks, flags in (("1", 1, []), ("4", 4, HSDP)):
-        plan.add(f"skips {name}", ranks, ["--max_iters=6", *flags], "overflow 3")
+        slow = ["--valid_interval=2", "--sample_tokens=40"]
+        plan.add(f"skips {name}", ranks, ["--max_iters=6", *slow, *flags], "overflow 3")
     plan.add("nan", 2, ["--max_iters=6", FSDP, "--check_for_nan_in_grad"], "nan 3")
     plan.flags = home.flags("dora")
     begun = f"--init_from={plan.home / 'dora'}"
@@ -246,6 +247,11 @@ def test_a_skipped_step_is_skipped_by_all(runs: Plan):
     assert losses(runs["skips 4"])[:2] == pytest.approx(losses(runs["skips 1"])[:2], rel=1e-5)
     assert losses(runs["skips 4"])[3:] == pytest.approx(losses(runs["skips 1"])[3:], rel=1e-5)
     assert apart(runs["skips 4"], runs["skips 1"], 6) < 1e-5
+
+
+def test_waits_of_validation_and_samples_are_not_the_steps(runs: Plan):
+    train = records(runs["skips 4"], "train")
+    assert train and all(0.0 < record["comm_wait"] <= record["dt"] for record in train)
 
 
 def test_a_nan_is_named(runs: Plan):

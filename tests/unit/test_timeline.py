@@ -83,6 +83,16 @@ def test_a_steps_figures_on_a_cpu(on: Path, tmp_path: Path):
     assert bucket == StepPart("wire", "bucket", 85.5, 95.0, 1, "1.0 MB")
 
 
+def test_fsdp_waits_for_what_it_gathers_and_sums(tmp_path: Path):
+    ranges = [("gather weights", 5, 8), ("sum gradients", 30, 36), ("sum over copies", 36, 38)]
+    wire = [event(f"{name} (1.5 MB)", *times) for name, *times in ranges]
+    waits = [event(f"wait: {name}", *times) for name, *times in ranges]
+    trace = read_trace(write(tmp_path / "t.json", [event("step 7", 0, 50), event("forward", 4, 20), *wire, *waits]))
+    figures = figures_of(trace, 7)
+    assert [figures[name] for name in ("wire", "hidden", "exposed")] == [11, 0, 11]
+    timeline.draw([trace], tmp_path / "t.png")
+
+
 def test_a_step_that_was_broken_off_is_left_out(tmp_path: Path):
     trace = read_trace(write(tmp_path / "t.json", [*cpu_step(7, 0, True), event("step 8", 100, 101)]))
     assert list(trace.steps) == [7]
