@@ -64,7 +64,7 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
         context.set_forkserver_preload(["torch", "torch._dynamo", "train_my_ddp", "tests.dist.group"])
         # As under torchrun, the stores are there before the ranks: a rank that asks too early has to wait half a
         # second.
-        stores = [serve_store(bind(LOOPBACK, 0), 300.0) for _ in range(MAX_JOBS)]
+        stores = [serve_store(bind(LOOPBACK, 0), 600.0) for _ in range(MAX_JOBS)]
         ports = [store.port for store in stores]
         processes = [
             context.Process(target=_rank_main, args=(rank, world_size, ports, work, arguments, out))
@@ -73,7 +73,7 @@ def run_ranks(world_size: int, work: Callable, *arguments: object, may_die: bool
         for process in processes:
             process.start()
         for process in processes:
-            process.join(timeout=300)
+            process.join(timeout=600)
         was_killed = any(process.exitcode == -signal.SIGKILL for process in processes)
         for process in processes:
             if process.is_alive():

@@ -78,10 +78,10 @@ WAYS: dict[str, tuple[int, list[str]]] = {
 """How ranks share the work: name -> number of ranks and flags."""
 
 DIAGONAL = {
-    "plain": ("fsdp 2", "kept 4", "hsdp 2x2", "fsdp accumulated", "machines zero1"),
+    "plain": ("fsdp 2", "kept 4", "hsdp 2x2", "machines zero1"),
     "dropout": ("checkpointed", "fsdp 8"),
-    "muon": ("hsdp 2x2", "machines zero1"),
-    "experts": ("hsdp 2x2", "kept 2"),
+    "muon": ("hsdp 2x2",),
+    "experts": ("hsdp 2x2",),
     "bf16": ("fsdp 2",),
     "sft packed": ("hsdp 2x2",),
     "dpo kto_pair": ("fsdp 4",),
