@@ -88,10 +88,12 @@ def main(argv: list[str]) -> int:
             problem = str(error) if isinstance(error, ValueError) else environment.what_is_missing(error)
             if not problem:
                 raise
-            logger.error("train_my_ddp: %s", problem)
-            log_traceback()
             # The groups stay as they are: to leave NCCL's in order, all ranks would have to take part.
-            return leave(exits.WRONG_INPUT, problem)
+            code = leave(exits.WRONG_INPUT, problem)
+            if exit_dir is None or not exits.is_told_by_lower_rank(exit_dir, rank, problem, launch_token()):
+                logger.error("train_my_ddp: %s", problem)
+            log_traceback()
+            return code
         if config.run.valid_only:
             trainer.validate()
             code = exits.OK

@@ -69,6 +69,24 @@ def _read_record(path: Path) -> dict | None:
     return record if is_right else None
 
 
+def is_told_by_lower_rank(directory: Path, rank: int, reason: str, launch: str, patience_s: float = 1.0) -> bool:
+    """Whether a rank below this one has ended for the same reason, so that it need not be told again. Waits a moment for
+    that.
+
+    Args:
+        launch: the present launch, as its records have it: those of others do not count.
+    """
+    until = time.monotonic() + patience_s
+    while rank > 0:
+        for record in read_exit_records(directory, rank):
+            if record["reason"] == reason and record.get("launch") == launch:
+                return True
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return False
+
+
 def verdict(codes: Iterable[int], world_size: int) -> int:
     """Exit code of the whole job, from the codes that its ranks left: any 2 is 2, all 75 is 75, all 0 is 0, anything
     else is a crash. A rank that left no code crashed."""

@@ -20,6 +20,7 @@ from runs.exits import (
     WRONG_INPUT,
     clear_exit_record,
     clear_gone_ranks,
+    is_told_by_lower_rank,
     read_exit_records,
     verdict,
     write_exit_record,
@@ -290,3 +291,11 @@ def test_a_step_that_takes_more_samples_than_there_are_is_said():
     assert _batch(config.run, config.data, Derived(13, 19), 13) == expected
     config, _ = parse_config(["--data_dir=d"])
     assert _batch(config.run, config.data, Derived(13, 2), 13).endswith("2 steps, 2.00 epochs")
+
+
+def test_a_mistake_that_all_ranks_find_is_told_once(tmp_path: Path):
+    write_exit_record(tmp_path, 0, WRONG_INPUT, "wrong", None, launch="now")
+    assert is_told_by_lower_rank(tmp_path, 2, "wrong", "now", patience_s=0)
+    assert not is_told_by_lower_rank(tmp_path, 0, "wrong", "now", patience_s=0)
+    assert not is_told_by_lower_rank(tmp_path, 2, "something else", "now", patience_s=0)
+    assert not is_told_by_lower_rank(tmp_path, 2, "wrong", "later", patience_s=0)
