@@ -135,7 +135,7 @@ def without_effect(config: Config, given: frozenset[str]) -> list[str]:
         idle = [n for n in rule.names if n in given - told and flat[n] != usual[n]] if not rule.counts(flat) else []
         told |= set(idle)
         if idle:
-            flags = ", ".join(f"--{name}" for name in idle)
+            flags = ", ".join(f"--no-{name}" if flat[name] is False else f"--{name}" for name in idle)
             sentences.append(f"{flags} {'have' if len(idle) > 1 else 'has'} no effect {rule.otherwise}")
     if "size" in given and config.run.resume and not config.run.size:
         sentences.append("--size has no effect on this run, which was begun without one: its values are those saved")

@@ -70,8 +70,8 @@ def _read_record(path: Path) -> dict | None:
 
 
 def is_told_by_lower_rank(directory: Path, rank: int, reason: str, launch: str, patience_s: float = 1.0) -> bool:
-    """Whether a rank below this one has ended for the same reason, so that it need not be told again. Waits a moment for
-    that.
+    """Whether a rank below this one has ended for the same reason, so that it need not be told again. Waits a moment
+    for that.
 
     Args:
         launch: the present launch, as its records have it: those of others do not count.

@@ -220,7 +220,8 @@ def test_a_sentence_names_the_one_thing(
 @pytest.mark.parametrize(("argv", "sentences"), [
     ([], []), (["--wsd_decay_ratio=0.3", "--lr_schedule=wsd", "--sft_loss=all", "--wandb_mode=online"], []),
     (["--wsd_decay_ratio=0.3"], ["--wsd_decay_ratio has no effect without --lr_schedule=wsd"]),
-    (["--use_fixed_Q", "--no-warm_start"], ["--warm_start, --use_fixed_Q have no effect without --use_powerSGD_hook"]),
+    (["--use_fixed_Q", "--no-warm_start"],
+     ["--no-warm_start, --use_fixed_Q have no effect without --use_powerSGD_hook"]),
     (["--dpo_beta=0.3", "--sft_loss=last"], ["--dpo_beta has no effect without --task_type=dpo",
                                              "--sft_loss has no effect without --task_type=sft"]),
     (["--no-decay_lr", "--wsd_decay_ratio=0.3"], ["--wsd_decay_ratio has no effect with --no-decay_lr"]),

@@ -112,12 +112,12 @@ def test_what_fits_is_accepted(argv: list[str]):
 
 @pytest.mark.parametrize(("argv", "sentences"), [
     ([FSDP, "--bucket_size=5", "--no-overlap_grad_reduce"],
-     ["--bucket_size, --overlap_grad_reduce have no effect with --data_parallel=fsdp or hsdp, which send a block at a "
-      "time"]),
+     ["--bucket_size, --no-overlap_grad_reduce have no effect with --data_parallel=fsdp or hsdp, which send a block at "
+      "a time"]),
     ([HSDP, "--disable_bucketing"], ["--disable_bucketing has no effect with --data_parallel=fsdp or hsdp, which send a"
                                      " block at a time"]),
     (["--no-reshard_after_forward", "--fsdp_cpu_offload"],
-     ["--reshard_after_forward, --fsdp_cpu_offload have no effect without --data_parallel=fsdp or hsdp"]),
+     ["--no-reshard_after_forward, --fsdp_cpu_offload have no effect without --data_parallel=fsdp or hsdp"]),
     ([HSDP, "--no-reshard_after_forward", "--ranks_per_machine=2"], []),
 ])  # fmt: skip
 def test_what_changes_nothing_is_said(argv: list[str], sentences: list[str]):
