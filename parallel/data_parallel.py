@@ -52,9 +52,8 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
 
 def levels_of(parts: EngineParts) -> Levels | None:
     """Groups for collectives of all ranks on the machines of the mesh; None: none are needed. Collective."""
-    context, size = parts.context, parts.mesh.machine_size
-    if context.device.type == "cuda" and 1 < size < context.world_size:
-        return machine_groups(context, size, parts.config.dist_timeout)
+    if parts.context.device.type == "cuda" and parts.mesh.has_levels:
+        return machine_groups(parts.context, parts.mesh.machine_size, parts.config.dist_timeout)
     return None
 
 

@@ -112,7 +112,8 @@ class Engine(Protocol):
         """Reduce the gradients and step. Afterwards the gradients are zero, also if the step was skipped."""
 
     def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it."""
+        """Result of `task` for a validation batch; like `Sums`, on one of the ranks that work on it. After the last
+        batch comes `end_forward`."""
 
     def end_forward(self) -> None:
         """Give up what forward passes without a backward pass have left in memory, such as gathered weights."""

@@ -82,6 +82,11 @@ class Mesh:
         return self.world_size // self.machine_size
 
     @property
+    def has_levels(self) -> bool:
+        """Whether there are several machines of several ranks."""
+        return 1 < self.machine_size < self.world_size
+
+    @property
     def tensor_rank(self) -> int:
         return self.rank % self.tensor_size
 

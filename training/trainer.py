@@ -308,8 +308,10 @@ class Trainer:
                 row = [loss_sum.item(), float(terms), *(sums[name].item() for name in names)]
                 table[index] = torch.tensor(row, dtype=torch.float64)
             if rounds.stop_after_round():
+                self.engine.end_forward()
                 self.model.train()
                 return None
+        self.engine.end_forward()
         self.model.train()
         loss_sum, terms, *sums = (math.fsum(column) for column in context.all_sum(table).T.tolist())
         figures = self.task.figures(loss_sum, terms, dict(zip(names, sums)))

@@ -32,14 +32,22 @@ from parallel.collectives import measure_bandwidth
 from parallel.comm_hooks import shared_fraction
 from parallel.contract import StepResult
 from parallel.data_parallel import DataParallelEngine
-from parallel.engine import Batch, EngineParts, StepPlan, Task, Traffic
+from parallel.engine import EngineParts, StepPlan, Traffic
 from parallel.layout import ParameterSpec
 from parallel.mesh import Mesh
 from parallel.observer import Observer, no_gradient_error
 from parallel.replicas import require_same_shards
 from parallel.spans import span
 from parallel.torch_engines.gradients import ShardedGradients
-from parallel.torch_engines.shards import give_up_gathered, group_of, local, most_rows, parameters_by_unit, units
+from parallel.torch_engines.shards import (
+    give_up_gathered,
+    group_of,
+    local,
+    most_rows,
+    padded_size,
+    parameters_by_unit,
+    units,
+)
 from parallel.torch_engines.transfers import Communication
 from parallel.torch_engines.whole import exchange
 
@@ -97,11 +105,6 @@ class FsdpEngine(DataParallelEngine):
             self._nonfinite = list(dict.fromkeys(name for names in found for name in names))
         return super()._step(plan)
 
-    def evaluate(self, batch: Batch, task: Task) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
-        result = super().evaluate(batch, task)
-        self.end_forward()
-        return result
-
     def end_forward(self) -> None:
         give_up_gathered(self._parts.model)
 
@@ -155,7 +158,7 @@ class FsdpEngine(DataParallelEngine):
         if context.world_size == 1:
             return None
         rate = min(context.gather(measure_bandwidth(self._communication.gathers, context.device)))
-        by_machine = self._bytes_sent(by_machine=True) if 1 < self.mesh.machine_size < context.world_size else {}
+        by_machine = self._bytes_sent(by_machine=True) if self.mesh.has_levels else {}
         return Traffic(rate, self._bytes_sent(by_machine=False), by_machine)
 
     def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
@@ -202,10 +205,7 @@ class FsdpEngine(DataParallelEngine):
 
 def _padded_sizes(unit: dict[str, nn.Parameter], mesh: Mesh) -> list[tuple[nn.Parameter, int]]:
     """A unit's parameters that are cut, and the elements that travel for each: every rank sends as many rows."""
-    return [
-        (p, most_rows(mesh.shard_size, len(p)) * mesh.shard_size * math.prod(p.shape[1:]))
-        for p in unit.values() if isinstance(p, DTensor)
-    ]  # fmt: skip
+    return [(p, padded_size(p, mesh.shard_size)) for p in unit.values() if isinstance(p, DTensor)]
 
 
 def _require_alignment(gradients: ShardedGradients, parts: EngineParts) -> None:

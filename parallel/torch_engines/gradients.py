@@ -13,7 +13,7 @@ from parallel.context import DistContext
 from parallel.contract import Named
 from parallel.layout import ParameterSpec
 from parallel.mesh import Mesh
-from parallel.torch_engines.shards import first_row, local, most_rows, parameters_by_unit
+from parallel.torch_engines.shards import first_row, local, padded_size, parameters_by_unit
 
 
 class ShardedGradients:
@@ -64,8 +64,7 @@ class ShardedGradients:
     def _gather(self, parameter: nn.Parameter) -> Tensor:
         """The whole gradient, 1-D: every rank sends as many rows as the first one has."""
         own = local(cast(Tensor, parameter.grad)).view(-1)
-        size = most_rows(self._mesh.shard_size, len(parameter)) * math.prod(parameter.shape[1:])
-        padded = own.new_zeros(size * self._mesh.shard_size)
+        padded = own.new_zeros(padded_size(parameter, self._mesh.shard_size))
         self._shards.shard(padded)[: len(own)] = own
         self._shards.all_gather(padded)
         return padded[: parameter.numel()]

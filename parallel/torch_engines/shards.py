@@ -4,6 +4,7 @@ Rows are cut as by torch.chunk: all ranks have as many as the first one, except 
 none. So a shard is one contiguous slice of the flat parameter.
 """
 
+import math
 import warnings
 from typing import Protocol, cast
 
@@ -134,6 +135,11 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
 def most_rows(ranks: int, rows: int) -> int:
     """Number of the first rank's rows."""
     return -(-rows // ranks)
+
+
+def padded_size(parameter: Tensor, ranks: int) -> int:
+    """Elements that travel where every rank sends as many rows of a parameter as the first one."""
+    return most_rows(ranks, len(parameter)) * ranks * math.prod(parameter.shape[1:])
 
 
 def rows_of(rank: int, ranks: int, rows: int) -> range:

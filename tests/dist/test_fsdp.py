@@ -260,10 +260,11 @@ def details() -> dict:
     changed = relative_difference(all_weights(engine, model), before)
     found["skipped"] = [result.skipped, scaler.scale == scale / 2, changed]
     found["steps"] = engine.scalar_state()["num_steps"]
-    # Validation leaves nothing gathered, and gathers no gradients.
+    # Validation leaves nothing gathered once it ends, and gathers no gradients.
     model.eval()
     with torch.no_grad():
         engine.evaluate(rows(1)[0], task)
+        engine.end_forward()
     held = sum(shards.local(p).numel() for p in model.parameters())
     found["held"] = held / sum(p.numel() for p in model.parameters())
     engine.close()
