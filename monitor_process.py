@@ -87,6 +87,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--start_timeout", type=float, default=limits.start, help="seconds from the launch to the first step")
     add("--compile_timeout", type=float, default=limits.compile, help="seconds for the first step with --compile")
     add("--save_timeout", type=float, default=limits.save, help="seconds for a checkpoint, also on the way out")
+    add("--validate_timeout", type=float, default=limits.validate,
+        help="shortest time in seconds without a batch of a validation that counts as a hang")  # fmt: skip
     add("--unreachable_after", type=float, default=options.unreachable_after,
         help="seconds without an answer after which a host counts as lost, and is told of")  # fmt: skip
     add("--interval", type=float, default=options.interval, help="seconds between looks at the run")
@@ -117,7 +119,7 @@ def options_of(args: argparse.Namespace) -> SupervisorOptions:
     rules = Rules(args.max_restarts, args.max_without_progress, args.give_up_after, args.backoff, args.max_backoff,
                   args.on_nonfinite, args.max_go_back)  # fmt: skip
     limits = Limits(args.hang_after, args.hang_factor, args.first_step_timeout, args.start_timeout,
-                    args.compile_timeout, args.save_timeout)  # fmt: skip
+                    args.compile_timeout, args.save_timeout, validate=args.validate_timeout)  # fmt: skip
     return SupervisorOptions(
         rules, limits, args.interval, stop_timeout=args.save_timeout + limits.end,
         unreachable_after=args.unreachable_after, show_output=not args.quiet,

@@ -35,6 +35,7 @@ SAVE_INTERVAL, MOST_SKIPPED, REPLICA_CHECK = 5, 12, 10
 """Steps between saves; most skipped steps in a row; steps between comparisons of the replicas."""
 MONITOR_FLAGS = [
     f"--hang_after={HANG_AFTER}", f"--first_step_timeout={FIRST_STEP}", "--start_timeout=120", "--save_timeout=20",
+    f"--validate_timeout={FIRST_STEP}",
     "--backoff=0.1", "--max_backoff=0.5", "--max_restarts=1000", "--max_without_progress=100", "--interval=0.1",
     "--max_go_back=100", f"--unreachable_after={UNREACHABLE_AFTER}",
 ]  # fmt: skip
