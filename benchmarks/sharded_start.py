@@ -123,7 +123,7 @@ def measure(mode: str, begins: str, folder: Path, config: ModelConfig) -> None:
         model = build(config, folder if begins == "folder" else None)
         seconds = time.perf_counter() - started
     kept = status_bytes("RssAnon") - before
-    rows = [model.filling.held(parameter)[0] for parameter in model.parameters()]
+    rows = [memory for parameter in model.parameters() for memory, _ in model.filling.held(parameter).parts]
     found = {
         "own": sum(tensor.numel() for tensor in rows) * 4, "kept": kept, "allocated": peak.bytes - before,
         "resident": status_bytes("VmHWM") - resident, "seconds": seconds,

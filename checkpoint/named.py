@@ -74,9 +74,23 @@ class Piece:
         """Elements [offset, offset + length) of the flattened parameter."""
         return Piece(name, tuple(shape), tuple(flat_boxes(tuple(shape), offset, offset + length)))
 
+    @staticmethod
+    def whole(name: str, shape: Sequence[int]) -> "Piece":
+        """All of a parameter."""
+        return Piece(name, tuple(shape), (Box((0,) * len(shape), tuple(shape)),))
+
     @property
     def numel(self) -> int:
         return sum(box.numel for box in self.boxes)
+
+    def part(self, start: int, end: int) -> "Piece":
+        """Elements [start, end) of a tensor of this piece, counted box after box."""
+        boxes: list[Box] = []
+        for box in self.boxes:
+            inside = flat_boxes(box.length, max(start, 0), min(end, box.numel))
+            boxes += (Box(tuple(map(sum, zip(box.start, its.start))), its.length) for its in inside)
+            start, end = start - box.numel, end - box.numel
+        return Piece(self.name, self.shape, tuple(boxes))
 
     def parts_of(self, tensor: Tensor) -> list[tuple[Box, Tensor]]:
         """Each box with the view of `tensor` that has its shape."""

@@ -381,8 +381,8 @@ class Decoder(nn.Module):
                 continue
             begins = roles[name].begins
             if begins == "zero" or begins == "one":
-                self.filling.held(parameter)[0].fill_(float(begins == "one"))
+                self.filling.fill(parameter, float(begins == "one"))
             else:
                 # (Without a name, or the next one would be drawn beside it.)
                 normal = partial(torch.randn, generator=generator_of(seed, name))
-                self.filling.put(parameter, normal(parameter.shape).mul_(stds[begins]))
+                self.filling.put(parameter, normal(self.filling.held(parameter).shape).mul_(stds[begins]))

@@ -419,7 +419,7 @@ def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None =
             for rule, stored in group:
                 first, rows = 0, None
                 if rule.ours[0] in parameters and not model.filling.is_whole(parameters[rule.ours[0]]):
-                    held = model.filling.rows(parameters[rule.ours[0]])
+                    held = model.filling.held(parameters[rule.ours[0]]).rows
                     first, rows, stored = _needed(rule, stored, held)
                 # Not kept in a variable, or the next ones would be read beside them.
                 for name, weight in _read_rule(rule, stored, rows, file, tensors):
@@ -432,9 +432,9 @@ def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None =
         model.filling.put(parameters[name], _read_tensor(_Stored(Path(directory) / PADDING, name)), rows.start)
     known = {name: found for found in folder.weights for name in found[0].ours} if folder.besides else {}
     for beside, place in folder.besides:
-        memory, name = model.filling.held(parameters[beside.like])[0], beside.like
+        name = beside.like
         if model.filling.is_whole(parameters[name]):
-            like = memory[folder.rows.get(name, slice(None))]
+            like = parameters[name].detach()[folder.rows.get(name, slice(None))]
         else:
             like = _read_parameter(name, *known[name]).to(model.filling.dtype)
         _check_beside(place, _read_tensor(place), beside, like)

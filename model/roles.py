@@ -4,7 +4,7 @@
     embedding, head      N(0, initializer_range)                yes      no     the vocabulary
     input projection     N(0, initializer_range)                yes      yes    its outputs ("column")
     output projection    N(0, initializer_range / sqrt(2 L))    yes      yes    its inputs ("row")
-    bias                 0                                      no       no     as its matrix; after a sum: nothing
+    bias                 0                                      no       no     as its matrix; after a sum: "first"
     norm                 1                                      no       no     nothing
     norm's bias          0                                      no       no     nothing
     router               N(0, initializer_range)                yes      no     nothing
@@ -39,24 +39,32 @@ class Role:
     """Whether weight decay acts on it. Norms and biases have no scale that decay should pull to zero."""
     is_hidden: bool
     """Whether it is a matrix between hidden states, which Muon can step."""
-    cut: Literal["column", "row", "vocabulary", "none"]
+    cut: Literal["column", "row", "vocabulary", "first", "none"]
     """Cut by tensor parallelism. "column": a matrix (outputs, inputs) or a bias (outputs,) by its outputs; "row": a
-    matrix by its inputs; "vocabulary": an embedding or a head (vocabulary, C)."""
+    matrix by its inputs; "vocabulary": an embedding or a head (vocabulary, C); "first": the first rank alone has it,
+    as it is added once to a sum over the ranks."""
     joined: int = 1
     """Matrices of one height that lie below one another in it, such as gate and up. Muon steps each by itself."""
+    is_stack: bool = False
+    """Whether it holds a matrix for each expert: (E, outputs, inputs)."""
+    is_partial: bool = False
+    """Whether tensor parallelism leaves it whole on every rank, each of which uses it for its part of the work."""
 
 
 EMBEDDING = Role("normal", True, False, "vocabulary")
 INPUT_PROJECTION = Role("normal", True, True, "column")
-GATE_AND_UP = Role("normal", True, True, "column", joined=2)
+GATE_AND_UP = Role("normal", True, True, "column", joined=2, is_stack=True)
 OUTPUT_PROJECTION = Role("residual", True, True, "row")
+EXPERTS_DOWN = Role("residual", True, True, "row", is_stack=True)
 INPUT_BIAS = Role("zero", False, False, "column")
-OUTPUT_BIAS = Role("zero", False, False, "none")
+OUTPUT_BIAS = Role("zero", False, False, "first")
 NORM = Role("one", False, False, "none")
+HEADS_NORM = Role("one", False, False, "none", is_partial=True)
 NORM_BIAS = Role("zero", False, False, "none")
 ROUTER = Role("normal", True, False, "none")
 ROUTER_BIAS = Role("zero", False, False, "none")
 FILTER = Role("normal", True, False, "none")
+FILTER_BIAS = Role("zero", False, False, "none")
 TRAINED_ROWS = Role("zero", True, False, "none")
 LORA = Role("zero", True, False, "none")
 LORA_LENGTHS = Role("zero", False, False, "none")
@@ -67,14 +75,15 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r".*\.(o|down)_proj\.weight", OUTPUT_PROJECTION),
     (r".*\.(q|k|v|gate|up)_proj\.bias", INPUT_BIAS),
     (r".*\.(o|down)_proj\.bias", OUTPUT_BIAS),
-    (r"(.*\.)?((\w*_layer|[qk]_|embed_)?norm)\.weight", NORM),
+    (r".*\.[qk]_norm\.weight", HEADS_NORM),
+    (r"(.*\.)?((\w*_layer|embed_)?norm)\.weight", NORM),
     (r"(.*\.)?((\w*_layer|embed_)?norm)\.bias", NORM_BIAS),
     (r".*\.mlp\.router\.weight", ROUTER),
     (r".*\.mlp\.router\.selection_bias", ROUTER_BIAS),
     (r".*\.experts\.gate_up_proj", GATE_AND_UP),
-    (r".*\.experts\.down_proj", OUTPUT_PROJECTION),
+    (r".*\.experts\.down_proj", EXPERTS_DOWN),
     (r".*\.local_filter\.conv[12]\.weight", FILTER),
-    (r".*\.local_filter\.conv[12]\.bias", OUTPUT_BIAS),
+    (r".*\.local_filter\.conv[12]\.bias", FILTER_BIAS),
     (r"(embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta", TRAINED_ROWS),
     (r".*\.lora_[AB]\.weight", LORA),
     (r".*\.lora_magnitude_vector\.weight", LORA_LENGTHS),

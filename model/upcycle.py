@@ -72,14 +72,14 @@ def load_upcycled(model: Decoder, directory: str | Path, seed: int) -> None:
     """
     dense, new = hf.StoredWeights(directory, hf.read_config(directory)), []
     for name, parameter in model.named_parameters():
-        mlp = name.partition(".experts.")[0]
+        mlp, shape = name.partition(".experts.")[0], model.filling.held(parameter).shape
         if name in dense.outlines:
             model.filling.put(parameter, dense.read_one(name))
         elif name.endswith(".experts.gate_up_proj"):
             gate_IC, up_IC = (dense.read_one(f"{mlp}.{part}_proj.weight") for part in ("gate", "up"))
-            model.filling.put(parameter, torch.cat((gate_IC, up_IC)).expand(parameter.shape))
+            model.filling.put(parameter, torch.cat((gate_IC, up_IC)).expand(shape))
         elif name.endswith(".experts.down_proj"):
-            model.filling.put(parameter, dense.read_one(f"{mlp}.down_proj.weight").expand(parameter.shape))
+            model.filling.put(parameter, dense.read_one(f"{mlp}.down_proj.weight").expand(shape))
         else:
             new.append(name)
     model.initialize(seed, new)

@@ -139,7 +139,7 @@ class OffloadedOptimizer(MixedPrecisionOptimizer):
         self._copier.copy(zip(staged, (piece.param for piece in pieces))).wait()
         states = []
         for piece, weights in zip(pieces, staged):
-            on_host = ParameterSlice(piece.name, piece.offset, piece.shape, weights)
+            on_host = ParameterSlice(piece.name, piece.offset, piece.shape, weights, held=piece.held)
             main = weights.to(torch.float32, copy=True)
             states.append(SliceState(on_host, main, self._rule_of(piece).new_tensors(on_host, main)))
         return states

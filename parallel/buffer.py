@@ -6,7 +6,7 @@ wider than its parameter), a bucket is a slice that can be sent without a copy, 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -111,26 +111,33 @@ class Bucket:
             first, last = max(start, place.start), min(end, place.stop)
             if first < last:
                 found.append(
-                    ParameterSlice(parameter.name, first - place.start, parameter.shape, self.param[first:last])
+                    ParameterSlice(
+                        parameter.name, first - place.start, parameter.shape, self.param[first:last],
+                        held=parameter.held,
+                    )  # fmt: skip
                 )
         return found
 
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """A flat piece of a parameter that the optimizer steps: elements [offset, offset + len(param)) of `name`."""
+    """A flat piece of a parameter that the optimizer steps: elements [offset, offset + len(param)) of what this rank
+    holds of `name`."""
 
     name: str
     offset: int
     shape: tuple[int, ...]
-    """Shape of the whole parameter."""
+    """Shape of what this rank holds of the parameter."""
     param: Tensor
     """1-D view of the model's weights, in their dtype."""
+    held: Piece | None = field(default=None, kw_only=True)
+    """What this rank holds of the whole parameter; None: all."""
 
     @property
     def part(self) -> Piece:
         """The same for a checkpoint."""
-        return Piece.flat(self.name, self.shape, self.offset, len(self.param))
+        held = Piece.whole(self.name, self.shape) if self.held is None else self.held
+        return held.part(self.offset, self.offset + len(self.param))
 
 
 @dataclass(frozen=True)

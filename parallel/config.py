@@ -39,17 +39,29 @@ class ParallelConfig:
     ranks_per_machine: int = 0
     """Neighbouring ranks between which the network is fast; 0: those that one torchrun has started."""
     tensor_model_parallel_size: int = 1
-    """Ranks that share each matrix. (Not yet: 1.)"""
+    """Ranks that share each matrix."""
     sequence_parallel: bool = False
-    """Tensor parallelism: also share the positions between the matrices. (Not yet.)"""
+    """Tensor parallelism: also share the positions between the matrices."""
     pipeline_model_parallel_size: int = 1
-    """Stages of the model, each on ranks of its own. (Not yet: 1.)"""
+    """Stages of the model, each on ranks of its own."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    """Pipeline: the order of the micro-batches' forward and backward passes. interleaved, zero_bubble and zbv need
+    several stages a rank."""
     num_layers_per_virtual_pipeline_stage: int = 0
-    """Blocks that a pipeline's rank computes at a time; 0: all of its stage. (Not yet.)"""
+    """Pipeline: blocks of a stage, of which each rank then has several; 0: one stage a rank."""
+    pipeline_parts: str = ""
+    """Pipeline: units of each stage, such as 5,4,4,5; the embedding and the head count one each. Empty: balanced by
+    the number of operations; measured: balanced by time measured at the start."""
+    pipeline_micro_batches: str = ""
+    """Pipeline: number of equal micro-batches into which a step's rows are cut; auto: that of the shortest predicted
+    step. Empty: as --gradient_accumulation_steps says."""
     context_parallel_size: int = 1
-    """Ranks that share the positions of each row. (Not yet: 1.)"""
+    """Ranks that share the positions of each row."""
+    context_parallel_method: Literal["gather", "ring"] = "gather"
+    """Context parallelism: gather keys and values of the whole row, or pass them on round a ring (CUDA; rows of one
+    document)."""
     expert_model_parallel_size: int = 1
-    """Data ranks that share the experts of each layer. (Not yet: 1.)"""
+    """Data ranks that share the experts of each layer."""
     bucket_size: int = 6_553_600
     """Elements at which a bucket is full (default: 25 MiB of float32 gradients)."""
     disable_bucketing: bool = False
@@ -80,9 +92,24 @@ class ParallelConfig:
     """Seconds after which a collective that hangs is an error."""
 
     @property
-    def is_cut(self) -> bool:
-        """Whether ranks hold shards of the model rather than all of it."""
+    def uses_fsdp(self) -> bool:
+        """Whether data ranks hold shards of the model rather than all of it."""
         return self.data_parallel != "auto"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold parts of the model rather than all of it."""
+        return self.uses_fsdp or any(
+            size > 1
+            for size in (
+                self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.expert_model_parallel_size
+            )
+        )
+
+    @property
+    def has_other_dimensions(self) -> bool:
+        """Whether the mesh has more dimensions than data."""
+        return any(getattr(self, name) > 1 for name in _SIZES)
 
     def check(self) -> None:
         """
@@ -93,14 +120,7 @@ class ParallelConfig:
         require_not_negative(
             self, "replica_check_interval", "bucket_size", "ranks_per_machine", "num_layers_per_virtual_pipeline_stage"
         )
-        for name in (*_SIZES, "sequence_parallel", "num_layers_per_virtual_pipeline_stage"):
-            value, usual = getattr(self, name), getattr(ParallelConfig, name)
-            if value != usual:
-                raise ValueError(
-                    f"--{name}={value} is not possible yet: leave it out; a model that one GPU cannot hold is shared by"
-                    f" --data_parallel=fsdp"
-                )
-        if self.is_cut:
+        if self.uses_fsdp:
             for name, reason in _NOT_WITH_FSDP.items():
                 if getattr(self, name):
                     # Either may come from the saved configuration of a resumed run, so both ways out are named.

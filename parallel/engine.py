@@ -20,6 +20,8 @@ from checkpoint.named import NamedState
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
 from parallel.contract import GradientSource, Named, Optimizer, StepResult
+from parallel.division import Division
+from parallel.groups import Groups
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
 
@@ -206,6 +208,10 @@ class EngineParts:
     """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int
+    division: Division | None = None
+    """What each rank holds of a model that is cut; None: all of it."""
+    groups: Groups | None = None
+    """Process groups of the mesh; None: every rank works through the whole model, with rows of its own."""
     compute_dtype: torch.dtype = torch.float32
     """dtype of the weights that matmuls see."""
     alignment: int = ALIGNMENT

@@ -1,7 +1,7 @@
 """Engines by name. A new engine is a module with a function that opens it, and a line here."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from parallel import data_parallel
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
+from parallel.division import Division
 from parallel.engine import Engine, EngineParts
+from parallel.groups import Groups
 from parallel.mesh import Mesh
+
+
+def _open_pipeline(parts: EngineParts) -> Engine:
+    from parallel.torch_engines import pipeline
+
+    return pipeline.open_pipeline(parts)
 
 
 def _open_fsdp(parts: EngineParts) -> Engine:
@@ -24,43 +32,60 @@ ENGINES: dict[str, Callable[[EngineParts], Engine]] = {
     "naive": data_parallel.open_naive,
     "bucketed": data_parallel.open_bucketed,
     "fsdp": _open_fsdp,
+    "pipeline": _open_pipeline,
 }
 """Name, see `engine_of` -> the function that opens it."""
 
 
 def engine_of(config: ParallelConfig) -> str:
     """Name of the engine that the flags choose."""
-    return config.ddp_impl if config.data_parallel == "auto" else "fsdp"
+    if config.pipeline_model_parallel_size > 1:
+        return "pipeline"
+    return "fsdp" if config.uses_fsdp else config.ddp_impl
 
 
 def open_engine(parts: EngineParts) -> Engine:
     return ENGINES[engine_of(parts.config)](parts)
 
 
-class ModelCutter(NamedTuple):
+Region = tuple[Tensor, tuple[slice, ...]]
+"""A view of a rank's memory, and which part of the whole parameter it holds: a slice for each dimension."""
+
+
+class ModelCutter(Protocol):
     """Lets a rank keep its part of a model alone, which then gets its values part by part."""
 
-    cut: Callable[[nn.Module], None]
-    """Cuts a model without values, on the meta device, over the ranks."""
-    held: Callable[[Tensor], tuple[Tensor, slice]]
-    """A parameter -> the memory of this rank's rows, and which rows they are."""
-    device_of: Callable[[Tensor], torch.device]
-    """A parameter -> where this rank's rows of it are kept."""
-    together: Callable[[Callable[[], object]], object]
-    """Does a rank's work; if one rank raises a ValueError, all do."""
+    groups: Groups
+    division: Division
+    """After `cut`: what each rank holds."""
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP cuts it, which wants trained parameters in float32."""
+
+    def cut(self, model: nn.Module) -> None:
+        """Cut a model without values, on the meta device, over the ranks. Collective."""
+
+    def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
+        """A function of a parameter of a model that was cut: shape of the whole parameter, and what is held here."""
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        """Where this rank's part of a parameter is kept."""
+
+    def together(self, work: Callable[[], object]) -> object:
+        """Do a rank's work; if one rank raises a ValueError, all do. Collective."""
 
 
 def model_cutter(
     config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype
 ) -> ModelCutter | None:
-    """What cuts a model over the ranks; None: every rank holds the whole model."""
-    if config.data_parallel == "auto":
-        return None
-    from parallel.torch_engines import shards
+    """What cuts a model over the ranks; None: every rank holds the whole model, and works through all of it.
 
-    return ModelCutter(
-        lambda model: shards.cut(model, config, context, mesh, dtype),
-        lambda parameter: shards.held_rows(parameter, mesh),
-        lambda parameter: shards.device_of(parameter, config, context),
-        context.gather_from,
-    )
+    Args:
+        dtype: dtype to compute in.
+    """
+    if not (config.is_cut or config.has_other_dimensions):
+        return None
+    from parallel.torch_engines import cutting
+
+    return cutting.Cutter(config, context, mesh, dtype)

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from checkpoint.named import Piece
+
 ALIGNMENT = 64
 """Usual alignment in elements: 128 bytes in bf16, 256 in fp32."""
 
@@ -24,6 +26,9 @@ ALIGNMENT = 64
 class ParameterSpec:
     name: str
     shape: tuple[int, ...]
+    """Of what this rank holds of it."""
+    held: Piece | None = None
+    """What it holds of the whole parameter; None: all."""
 
     @property
     def numel(self) -> int:

@@ -12,7 +12,7 @@ rank read the same rows, and only the one whose other coordinates are 0 (`counts
 Two dimensions lie inside data, as neighbours in it share something although each has rows of its own:
 
     shard     ranks that share one copy of the model (fsdp: all; hsdp: those of a machine); replica numbers the copies
-    expert    ranks that share the experts of each layer
+    expert    ranks that share the experts of each layer; expert_replica numbers the copies of these
 
 The size of data is what the others leave of the number of ranks. 16 ranks with tensor 2 and hsdp on machines of 8:
 
@@ -21,11 +21,9 @@ The size of data is what the others leave of the number of ranks. 16 ranks with 
     data      0      1      2      3       4       5       6       7
     shard     0      1      2      3       0       1       2       3
     replica   0                            1
-
-Today only `data`, `shard` and `replica` may be larger than 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from math import gcd, log, prod
@@ -34,7 +32,7 @@ from typing import Literal
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
 
-Dimension = Literal["pipe", "data", "context", "tensor", "shard", "replica", "expert"]
+Dimension = Literal["pipe", "data", "context", "tensor", "shard", "replica", "expert", "expert_replica"]
 _OUTSIDE = ("pipe", "data", "context", "tensor")
 """The dimensions whose sizes multiply to the number of ranks. The others lie inside data."""
 _MOST_PLACES = 6
@@ -78,6 +76,16 @@ class Mesh:
         return self.data_size // self.shard_size
 
     @property
+    def expert_replica_size(self) -> int:
+        """Copies of the experts."""
+        return self.data_size // self.expert_size
+
+    @property
+    def is_data_alone(self) -> bool:
+        """Whether all ranks have rows of their own, and each works through the whole model."""
+        return self.data_size == self.world_size and self.expert_size == 1
+
+    @property
     def machines(self) -> int:
         return self.world_size // self.machine_size
 
@@ -118,6 +126,11 @@ class Mesh:
         return self.data_rank % self.expert_size
 
     @property
+    def expert_replica_rank(self) -> int:
+        """Number of the copy of the experts that this rank's share belongs to."""
+        return self.data_rank // self.expert_size
+
+    @property
     def counts(self) -> bool:
         """Whether this rank adds to counts and digests: one rank per data rank does."""
         return self.tensor_rank == self.context_rank == self.pipe_rank == 0
@@ -140,10 +153,18 @@ class Mesh:
             strides = {"tensor": 1, "context": self.tensor_size, "data": inside_tensor}
             stride, step = strides.get(dimension, inside_tensor * self.data_size), 1
         else:
-            step = self.shard_size if dimension == "replica" else 1
+            step = {"replica": self.shard_size, "expert_replica": self.expert_size}.get(dimension, 1)
             stride = inside_tensor * step
         first = self.rank - self.rank_in(dimension) * stride
         return tuple(range(first, first + self.size(dimension) * stride, stride))
+
+
+    def sharers(self, dimensions: Iterable[Dimension]) -> tuple[int, ...]:
+        """Ranks that differ from this one in these dimensions alone, and this one, in order."""
+        ranks = {self.rank}
+        for dimension in dimensions:
+            ranks = {other for rank in ranks for other in self.at(rank).ranks_of(dimension)}
+        return tuple(sorted(ranks))
 
 
 def plan_mesh(config: ParallelConfig, context: DistContext) -> Mesh:

@@ -21,7 +21,7 @@ from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
 from parallel.engine import Engine, EngineParts
-from parallel.engines import model_cutter, open_engine
+from parallel.engines import ModelCutter, model_cutter, open_engine
 from parallel.gradients import square
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh, plan_mesh
@@ -152,7 +152,7 @@ def build(
     limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
-    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel)
+    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter)
     progress, left_out = Progress(), None
     if is_resumed:
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
@@ -187,7 +187,7 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
 
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, dtype: torch.dtype, scaler: LossScaler,
-    kernel: str,
+    kernel: str, cutter: ModelCutter | None,
 ) -> Engine:  # fmt: skip
     flags = config.optimizer
     its_kernel = "torch" if flags.offload_optimizer or config.parallel.fsdp_cpu_offload else kernel
@@ -211,6 +211,8 @@ def _open_engine(
             loss_scale=lambda: scaler.scale,
             is_fp16=scaler.enabled,
             seed=config.run.seed,
+            division=cutter.division if cutter is not None else None,
+            groups=cutter.groups if cutter is not None else None,
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,

@@ -16,7 +16,7 @@ from model.adapters.folder import Weights
 from model.attend import document_starts
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
-from model.filling import Filling
+from model.filling import Filling, Held
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from parallel.engines import ModelCutter
 from runs.layout import CONFIG_NAME
@@ -252,8 +252,8 @@ def build_model(
         adapter: what is trained instead of the weights; None: they train themselves.
         in_4bit: keep the blocks' matrices in 4 bits; only with an adapter, and weights.
         new_rows: tokens that the weights do not know.
-        cutter: lets this rank keep its part of the model alone, whose trained parameters are then in float32;
-            collective.
+        cutter: lets this rank keep its part of the model alone; under FSDP trained parameters are then in float32.
+            Collective.
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
@@ -327,7 +327,7 @@ def _outline_of_part(
     if adapter is not None:
         lora.attach(model, adapter.spec, seed=0)
     model.to(dtype)
-    for parameter in model.parameters():
+    for parameter in model.parameters() if cutter.uses_fsdp else ():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     cutter.cut(model)
@@ -339,7 +339,8 @@ def _outline_of_part(
 
     model._apply(with_memory)
     model.tie_weights()
-    model.filling = Filling(cutter.held, dtype)
+    held = cutter.regions(model)
+    model.filling = Filling(lambda parameter: Held(*held(parameter)), dtype)
     return model
 
 

@@ -297,18 +297,20 @@ def begin(model: Decoder, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A.weight"):
             # Kaiming's uniform distribution with a = sqrt(5), as nn.Linear and PEFT have it.
-            bound = parameter.shape[1] ** -0.5
-            drawn = torch.rand(parameter.shape, generator=generator_of(seed, name)) * (2.0 * bound) - bound
+            shape = model.filling.held(parameter).shape
+            bound = shape[1] ** -0.5
+            drawn = torch.rand(shape, generator=generator_of(seed, name)) * (2.0 * bound) - bound
             model.filling.put(parameter, drawn)
         elif name.endswith(".lora_B.weight"):
-            model.filling.held(parameter)[0].zero_()
+            model.filling.fill(parameter, 0.0)
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and layer.lora_magnitude_vector is not None:
-            matrix, rows = layer.base_layer.matrix(), slice(0, None)
+            matrix, first = layer.base_layer.matrix(), 0
             if isinstance(matrix, nn.Parameter):
                 # The rows that are held here.
-                matrix, rows = model.filling.held(matrix)
-            model.filling.put(layer.lora_magnitude_vector.weight, _lengths(matrix), rows.start)
+                ((matrix, (rows, _)),) = model.filling.held(matrix).parts or [(matrix[:0], (slice(0), slice(0)))]
+                first = rows.start or 0
+            model.filling.put(layer.lora_magnitude_vector.weight, _lengths(matrix), first)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -97,7 +97,7 @@ def begin(model: Decoder, first: int, count: int, known: Callable[[str], Tensor]
         if isinstance(layer, WITH_ROWS):
             # Only new tokens have such rows.
             rows = layer.token_adapter.trainable_tokens_delta
-            model.filling.put(rows, mean_C.expand(len(rows), -1))
+            model.filling.put(rows, mean_C.expand(model.filling.held(rows).shape[0], -1))
 
 
 class TrainedRows(nn.Module):

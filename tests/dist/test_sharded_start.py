@@ -70,8 +70,7 @@ def check_rows(cutter: ModelCutter, *args: object, **options: object) -> str:
         assert part.lm_head.weight is part.embed_tokens.weight
     assert all(map(torch.equal, part.buffers(), build_model(*args, **options).buffers()))
     for name, parameter in parameters.items():
-        _, rows = cutter.held(parameter)
-        own = local(parameter.detach())
+        ((own, (rows, *_)),) = part.filling.held(parameter).parts or [(local(parameter.detach()), (slice(0),))]
         if own.dtype != (torch.float32 if parameter.requires_grad else whole[name].dtype):
             return f"{name} is {own.dtype}"
         if not torch.equal(own, whole[name][rows].to(own)):

@@ -14,7 +14,6 @@ from model import Decoder, ModelConfig, hf
 from model.adapters import folder
 from model.adapters.lora import LoraSpec
 from model.families import FAMILIES
-from parallel.engines import ModelCutter
 from tests.adapter_cases import CASES, SHAPE, our_model
 from tests.unit.test_families import CONFIG, PackedFamily, model_of, packed
 from tests.unit.test_families import save as save_one
@@ -35,16 +34,34 @@ def rows_of(rank: int, rows: int) -> slice:
     return slice(min(rank * share, rows), min((rank + 1) * share, rows))
 
 
-def cutter(rank: int) -> ModelCutter:
-    def held(parameter: Tensor) -> tuple[Tensor, slice]:
-        rows = rows_of(rank, len(parameter))
-        return parameter.detach()[rows], rows
+class Cutter:
+    """Keeps all memory, but lets only this rank's rows be filled."""
 
-    return ModelCutter(lambda model: None, held, lambda parameter: CPU, lambda work: work())
+    uses_fsdp = True
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def cut(self, model: Decoder) -> None:
+        pass
+
+    def regions(self, model: Decoder):
+        def held(parameter: Tensor):
+            rows = rows_of(self.rank, len(parameter))
+            others = tuple(slice(0, size) for size in parameter.shape[1:])
+            return tuple(parameter.shape), [(parameter.detach()[rows], (rows, *others))]
+
+        return held
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        return CPU
+
+    def together(self, work):
+        return work()
 
 
 def build(shape: ModelConfig, weights: Path | None, dtype=torch.bfloat16, *, rank: int | None = None, **options):
-    part = None if rank is None else cutter(rank)
+    part = None if rank is None else Cutter(rank)
     return build_model(shape, SystemConfig(), 7, CPU, dtype, weights, cutter=part, **options)
 
 

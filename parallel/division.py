@@ -1,0 +1,133 @@
+"""What each rank holds of a model that is cut over a mesh, and who sums its gradients: plain data, the same on all
+ranks.
+
+    pipe      a rank holds the units of its stages: the embedding, some blocks, the last norm with the head
+    tensor    of a matrix its rows or columns (model/roles.py: "column", "row"), of the vocabulary its rows
+    expert    of a stack of experts its experts
+
+FSDP then cuts what this leaves, by rows (torch_engines/shards.py). What a rank holds of a parameter is a `Piece` of it
+(checkpoint/named.py), so any mesh can read any mesh's checkpoint.
+
+A gradient is summed over all ranks that have computed a part of it:
+
+    usual                                          data x context
+    experts under expert parallelism               copies of the experts x context
+    whole on every rank, used on parts of the      data x context x tensor
+    work (`Outline.is_partial`)
+    the matrix of a tied embedding, which the      data x context x these stages
+    first and the last stage hold
+
+Where several ranks compute the same gradient of the same piece, it counts in the global norm on the first alone.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, NamedTuple
+
+from checkpoint.named import Box, Piece
+from parallel.mesh import Dimension, Mesh
+
+TensorCut = Literal["column", "row", "vocabulary", "first", "none"]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A parameter of the whole model."""
+
+    shape: tuple[int, ...]
+    cut: TensorCut = "none"
+    """How tensor parallelism cuts it; "first": the first rank alone holds it, since it is added after the others' sum
+    is."""
+    joined: int = 1
+    """Matrices of one height that lie below one another in it, each of which is cut."""
+    is_partial: bool = False
+    """Under tensor parallelism: whole on every rank, each of which computes a part of its gradient."""
+    is_stack: bool = False
+    """Whether it is a stack of experts (E, outputs, inputs)."""
+
+
+class Held(NamedTuple):
+    """What a rank holds of a parameter."""
+
+    piece: Piece
+    """Its boxes, in the order of the rank's memory."""
+    shape: tuple[int, ...]
+    """Of the rank's own tensor."""
+
+
+def _everywhere(name: str) -> tuple[int, ...]:
+    return (0,)
+
+
+class Division:
+    """How a model is divided over the ranks.
+
+    Args:
+        outlines: name -> each parameter of the whole model, in order.
+        stages_of: name -> the pipe ranks that hold a parameter.
+    """
+
+    def __init__(
+        self, outlines: Mapping[str, Outline], mesh: Mesh,
+        stages_of: Callable[[str], Collection[int]] = _everywhere,
+    ):  # fmt: skip
+        self.outlines, self.mesh, self._stages_of = dict(outlines), mesh, stages_of
+
+    def held(self, name: str, rank: int | None = None) -> Held | None:
+        """What a rank (by default this one) holds of a parameter; None: nothing."""
+        outline, place = self.outlines[name], self._place(rank)
+        if place.pipe_rank not in self._stages_of(name) or (outline.cut == "first" and place.tensor_rank):
+            return None
+        ranges = [[(0, size)] for size in outline.shape]
+        if outline.is_stack:
+            ranges[0] = [_part(0, outline.shape[0], place.expert_rank, place.expert_size)]
+        if place.tensor_size > 1 and (dim := _tensor_dim(outline)) is not None:
+            size = outline.shape[dim] // outline.joined
+            starts = range(0, outline.shape[dim], size)
+            ranges[dim] = [_part(start, size, place.tensor_rank, place.tensor_size) for start in starts]
+        shape = tuple(sum(length for _, length in its) for its in ranges)
+        return Held(Piece(name, outline.shape, tuple(_boxes(ranges))), shape)
+
+    def summed_over(self, name: str, rank: int | None = None) -> tuple[int, ...]:
+        """The ranks whose gradients of what a rank holds of a parameter are added."""
+        outline, place = self.outlines[name], self._place(rank)
+        dimensions: list[Dimension] = ["context", "expert_replica" if outline.is_stack else "data"]
+        if outline.is_partial:
+            dimensions.append("tensor")
+        ranks, stages = set(place.sharers(dimensions)), self._stages_of(name)
+        if len(stages) > 1:
+            ranks = {place.at(other).ranks_of("pipe")[stage] for other in ranks for stage in stages}
+        return tuple(sorted(ranks))
+
+    def counts(self, name: str, rank: int | None = None) -> bool:
+        """Whether what a rank holds of a parameter counts in the global norm: of ranks that hold it alike and compute
+        the same gradient, only the first does. (Those that add their gradients are another matter.)"""
+        outline = self.outlines[name]
+        return _tensor_dim(outline) is not None or outline.is_partial or self._place(rank).tensor_rank == 0
+
+    def _place(self, rank: int | None) -> Mesh:
+        return self.mesh if rank is None else self.mesh.at(rank)
+
+
+def _tensor_dim(outline: Outline) -> int | None:
+    """The dimension that tensor parallelism cuts."""
+    if outline.cut in ("column", "vocabulary"):
+        return int(outline.is_stack)
+    return len(outline.shape) - 1 if outline.cut == "row" else None
+
+
+def _part(start: int, length: int, number: int, count: int) -> tuple[int, int]:
+    """Start and length of one of equal parts of a range."""
+    assert length % count == 0, (length, count)
+    return start + number * (length // count), length // count
+
+
+def _boxes(ranges: list[list[tuple[int, int]]]) -> Iterator[Box]:
+    """Boxes of all combinations of the (start, length) of each dimension, in row-major order."""
+    last = max((dim for dim, its in enumerate(ranges) if len(its) > 1), default=0)
+    # Before a dimension of several ranges, each index is by itself.
+    single = [[(i, 1) for start, n in its for i in range(start, start + n)] for its in ranges[:last]]
+    for chosen in product(*single, *ranges[last:]):
+        starts, lengths = zip(*chosen) if chosen else ((), ())
+        yield Box(starts, lengths)

@@ -1,0 +1,102 @@
+"""Lets a rank keep its part of a model alone: what each dimension of the mesh does to a model without values.
+
+    pipe       drops the units of other stages                          pipeline.py
+    tensor     replaces matrices by their rows or columns, and sums     tensor.py
+    expert     keeps some experts of each layer, and exchanges tokens   expert.py
+    context    cuts rows of tokens, and gathers keys and values         context_parallel.py
+    shard      FSDP cuts by rows what is left                           shards.py
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint.named import Piece
+from parallel.config import ParallelConfig
+from parallel.context import DistContext
+from parallel.division import Division, Outline, TensorCut
+from parallel.engines import Region
+from parallel.groups import Groups
+from parallel.mesh import Mesh
+from parallel.torch_engines import shards
+
+
+class Role(Protocol):
+    """What parallelism wants to know of a parameter's role (model/roles.py)."""
+
+    cut: TensorCut
+    joined: int
+    is_partial: bool
+    is_stack: bool
+
+
+class Cuttable(Protocol):
+    """The part of the model that is cut."""
+
+    def named_parameters(self) -> object: ...
+
+    def roles(self) -> Mapping[str, Role]: ...
+
+
+class Cutter:
+    """A ModelCutter (parallel/engines.py) over all dimensions of the mesh.
+
+    Args:
+        dtype: dtype to compute in.
+    """
+
+    def __init__(self, config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype):
+        self.config, self.context, self.mesh, self.dtype = config, context, mesh, dtype
+        self.groups = Groups(context, mesh, config.dist_timeout)
+        self.division: Division
+
+    def cut(self, model: nn.Module) -> None:
+        self.division = Division(_outlines(model), self.mesh)
+        if self.config.uses_fsdp:
+            shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+        def held(parameter: Tensor) -> tuple[tuple[int, ...], list[Region]]:
+            piece, memory = self.piece_of(names[id(parameter)], parameter), shards.local(parameter.detach())
+            regions = [
+                (view, tuple(slice(start, start + n) for start, n in zip(box.start, box.length)))
+                for box, view in piece.parts_of(memory) if box.numel
+            ]  # fmt: skip
+            return piece.shape, regions
+
+        return held
+
+    def piece_of(self, name: str, parameter: Tensor) -> Piece:
+        """What of a parameter is held here, after all cuts."""
+        held = self.division.held(name)
+        assert held is not None, name
+        if not isinstance(parameter, shards.DTensor):
+            return held.piece
+        rows, a_row = shards.local(parameter.detach()), parameter.shape[1:].numel()
+        first = shards.first_row(parameter, self.mesh) * a_row
+        return held.piece.part(first, first + rows.numel())
+
+    @property
+    def uses_fsdp(self) -> bool:
+        return self.config.uses_fsdp
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        return shards.device_of(parameter, self.config, self.context)
+
+    def together(self, work: Callable[[], object]) -> object:
+        return self.context.gather_from(work)
+
+
+def _outlines(model: nn.Module) -> dict[str, Outline]:
+    """Name -> each parameter of a model that is whole."""
+    roles = cast(Cuttable, model).roles()
+    return {
+        name: Outline(
+            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack
+        )
+        for name, parameter in model.named_parameters()
+    }
