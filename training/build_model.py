@@ -20,6 +20,7 @@ from model.filling import Filling, Held
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from parallel.engines import ModelCutter
 from runs.layout import CONFIG_NAME
+from tasks.task import part_of_rows
 from tokenizer import Tokenizer
 from training.adapter import Adapter, first_weights, resumed_weights
 from training.config import Config, RunConfig, SystemConfig
@@ -381,8 +382,11 @@ def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | Non
 
 
 def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:
-    """A batch on the model's device, with the document starts that some kernels want."""
-    if model.wants_document_starts and "document_ids" in batch:
+    """A batch on the model's device, with the document starts that some kernels want; of its rows the part that this
+    process works on."""
+    if model.row_share is not None:
+        batch = part_of_rows(batch, model.row_share)
+    elif model.wants_document_starts and "document_ids" in batch:
         # Found before the copy: on a GPU, their number would have to be waited for.
         batch = batch | {"document_starts": document_starts(batch["document_ids"])}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -11,6 +11,7 @@ from tests.runs import out_dir
 
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
 FSDP, HSDP = "--data_parallel=fsdp", "--data_parallel=hsdp"
+CONTEXT = "--context_parallel_size=2"
 
 
 def parse(*argv: str) -> dict:
@@ -18,6 +19,10 @@ def parse(*argv: str) -> dict:
 
 
 REFUSED = [
+    ([CONTEXT, "--max_seq_len=37"], "--max_seq_len=36 is the nearest possible"),
+    ([CONTEXT, "--max_seq_len=1"], "--max_seq_len=4 is the nearest possible"),
+    ([CONTEXT, "--compile"], "--compile does not go with --context_parallel_size"),
+    ([CONTEXT, "--activation_budget_gb=1"], "--activation_budget_gb measures rows that are whole on every rank"),
     ([STEP], "cannot clip: add --grad_clip=0"),
     ([STEP, "--grad_clip=0.5"], "cannot clip"),
     ([STEP, "--grad_clip=0", "--dtype=float16"], "cannot skip a step, which float16's loss scaler needs"),
