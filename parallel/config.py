@@ -1,23 +1,17 @@
-"""Options of data parallelism. Plain data: importing this does not load torch."""
+"""Options of parallelism. Plain data: importing this does not load torch."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
-from utils.options import OnlyWith, require_not_negative, require_positive
+from utils.options import OnlyWith, Refused, refuse, require_not_negative, require_positive
 
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
-_NOT_WITH_FSDP = {
-    "use_distributed_optimizer": "which shares the optimizer's state anyway",
-    "use_powerSGD_hook": "which sums gradients a block at a time, by no hook",
-    "use_bf16_compress_hook": "which sums gradients a block at a time, by no hook",
-    "use_fp16_compress_hook": "which sums gradients a block at a time, by no hook",
-    "overlap_param_gather": "which gathers weights under the forward pass anyway",
-    "overlap_optim_step": "which sums gradients in every micro-batch and steps after the last",
-    "overlap_zero_grad_buffer": "which has no buffer of gradients",
-}
-"""Option that fsdp and hsdp refuse -> the reason."""
+_SCHEDULES_OF_SEVERAL = ("interleaved", "zero_bubble", "zbv")
+"""Schedules under which a rank has several stages."""
 
 
 @dataclass(frozen=True)
@@ -111,43 +105,65 @@ class ParallelConfig:
         """Whether the mesh has more dimensions than data."""
         return any(getattr(self, name) > 1 for name in _SIZES)
 
+    @property
+    def cut_by(self) -> str:
+        """The flag that cuts the model or its rows, as given; empty: every rank works through whole rows with the whole
+        model."""
+        if self.uses_fsdp:
+            return f"--data_parallel={self.data_parallel}"
+        return next((f"--{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name) > 1), "")
+
+    @property
+    def units_of_stages(self) -> tuple[int, ...]:
+        """The numbers in --pipeline_parts; empty: it has none."""
+        if not self.pipeline_parts or self.pipeline_parts == "measured":
+            return ()
+        return tuple(map(int, self.pipeline_parts.split(",")))
+
     def check(self) -> None:
         """
         Raises:
-            ValueError: options that exclude each other, or that nothing implements yet.
+            ValueError: a value that no run can have, or options that exclude each other.
         """
         require_positive(self, "dist_timeout", *_SIZES)
         require_not_negative(
             self, "replica_check_interval", "bucket_size", "ranks_per_machine", "num_layers_per_virtual_pipeline_stage"
         )
-        if self.uses_fsdp:
-            for name, reason in _NOT_WITH_FSDP.items():
-                if getattr(self, name):
-                    # Either may come from the saved configuration of a resumed run, so both ways out are named.
-                    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype"
-                    raise ValueError(
-                        f"--{name} does not go with --data_parallel={self.data_parallel}, {reason}: give --no-{name} "
-                        f"or --data_parallel=auto{narrow if name.endswith('_hook') else ''}"
-                    )
-            if self.ddp_impl == "naive":
-                raise ValueError(
-                    f"--ddp_impl=naive needs the whole model on every rank: leave out "
-                    f"--data_parallel={self.data_parallel}"
-                )
-        if self.ddp_impl == "naive":
-            for name in ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook",
-                         "overlap_optim_step", "use_fp16_compress_hook"):  # fmt: skip
-                if getattr(self, name):
-                    raise ValueError(f"--{name} needs buckets: leave out --ddp_impl=naive")
-        if self.use_bf16_compress_hook and self.use_fp16_compress_hook:
+        refuse(vars(self), vars(ParallelConfig()), REFUSED)
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        """See that the texts on the pipeline can be read, and that the schedule goes with the number of stages.
+
+        Raises:
+            ValueError: they cannot, or it does not.
+        """
+        if not re.fullmatch(r"|auto|[1-9][0-9]*", self.pipeline_micro_batches):
             raise ValueError(
-                "gradients travel either as bfloat16 or as float16: give only one of the two compress hooks"
+                f'pipeline_micro_batches must be a positive number or "auto", got {self.pipeline_micro_batches!r}'
             )
-        if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("--overlap_param_gather needs --use_distributed_optimizer: otherwise nothing is gathered")
-        if self.overlap_zero_grad_buffer and not self.overlap_optim_step:
+        if not re.fullmatch(r"|measured|[1-9][0-9]*( *, *[1-9][0-9]*)*", self.pipeline_parts):
             raise ValueError(
-                "--overlap_zero_grad_buffer needs --overlap_optim_step: before the step gradients are in use"
+                f'pipeline_parts must be the positive numbers of the stages\' units, such as 5,4,4,5, or "measured", '
+                f"got {self.pipeline_parts!r}"
+            )
+        ranks, stages, schedule = self.pipeline_model_parallel_size, len(self.units_of_stages), self.pipeline_schedule
+        if ranks == 1 or not stages:
+            return
+        if stages % ranks:
+            raise ValueError(
+                f"--pipeline_parts={self.pipeline_parts} has {stages} stages, which do not divide evenly over "
+                f"{ranks} ranks: give {-(-stages // ranks) * ranks} numbers"
+            )
+        if schedule == "zbv" and stages != 2 * ranks:
+            raise ValueError(
+                f"--pipeline_schedule=zbv has two stages on each of {ranks} ranks, and --pipeline_parts="
+                f"{self.pipeline_parts} has {stages}: give {2 * ranks} numbers"
+            )
+        if schedule not in _SCHEDULES_OF_SEVERAL and stages > ranks:
+            raise ValueError(
+                f"--pipeline_schedule={schedule} has one stage on each of {ranks} ranks, and --pipeline_parts="
+                f"{self.pipeline_parts} has {stages}: give {ranks} numbers, or --pipeline_schedule=interleaved"
             )
 
 
@@ -190,7 +206,98 @@ class PowerSGDConfig:
             raise ValueError(f"matrix_approximation_rank must be at least 1, got {self.matrix_approximation_rank}")
 
 
+def _uses_fsdp(f: Mapping[str, Any]) -> bool:
+    return f["data_parallel"] != "auto"
+
+
+def _is_naive(f: Mapping[str, Any]) -> bool:
+    return f["ddp_impl"] == "naive"
+
+
+def _has_pipeline(f: Mapping[str, Any]) -> bool:
+    return f["pipeline_model_parallel_size"] > 1
+
+
+def _has_one_stage_a_rank(f: Mapping[str, Any]) -> bool:
+    return _has_pipeline(f) and not f["num_layers_per_virtual_pipeline_stage"] and "," not in f["pipeline_parts"]
+
+
+def _not_with_fsdp(name: str, reason: str) -> Refused:
+    # Either may come from the saved configuration of a resumed run, so both ways out are named.
+    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype" if name.endswith("_hook") else ""
+    return Refused(
+        (name,), _uses_fsdp,
+        f"does not go with --data_parallel={{data_parallel}}, {reason}: give --no-{name} or --data_parallel=auto"
+        f"{narrow}",
+    )  # fmt: skip
+
+
+REFUSED = (
+    _not_with_fsdp("use_distributed_optimizer", "which shares the optimizer's state anyway"),
+    _not_with_fsdp("use_powerSGD_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("use_bf16_compress_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("use_fp16_compress_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("overlap_param_gather", "which gathers weights under the forward pass anyway"),
+    _not_with_fsdp("overlap_optim_step", "which sums gradients in every micro-batch and steps after the last"),
+    _not_with_fsdp("overlap_zero_grad_buffer", "which has no buffer of gradients"),
+    Refused(
+        ("ddp_impl",), _uses_fsdp,
+        "needs the whole model on every rank: leave out --data_parallel={data_parallel}",
+    ),
+    Refused(
+        ("data_parallel",), _has_pipeline,
+        "gathers a block's weights for each micro-batch, of which a pipeline has many: with "
+        "--pipeline_model_parallel_size={pipeline_model_parallel_size}, share the optimizer's state by "
+        "--use_distributed_optimizer, or the matrices by --tensor_model_parallel_size",
+    ),
+    Refused(
+        ("ddp_impl",), _has_pipeline,
+        "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
+    ),
+    Refused(
+        ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
+         "use_fp16_compress_hook"), _is_naive,
+        "needs buckets: leave out --ddp_impl=naive",
+    ),
+    Refused(
+        ("use_bf16_compress_hook",), lambda f: f["use_fp16_compress_hook"],
+        "sends gradients as bfloat16, and --use_fp16_compress_hook as float16: give only one of the two compress hooks",
+    ),
+    Refused(
+        ("overlap_param_gather",), lambda f: not f["use_distributed_optimizer"],
+        "needs --use_distributed_optimizer: otherwise nothing is gathered",
+    ),
+    Refused(
+        ("overlap_zero_grad_buffer",), lambda f: not f["overlap_optim_step"],
+        "needs --overlap_optim_step: before the step gradients are in use",
+    ),
+    Refused(
+        ("num_layers_per_virtual_pipeline_stage",),
+        lambda f: _has_pipeline(f) and f["pipeline_schedule"] not in _SCHEDULES_OF_SEVERAL,
+        "gives a rank several stages, and --pipeline_schedule={pipeline_schedule} has one on each: give "
+        "--pipeline_schedule=interleaved, or leave it out",
+    ),
+    Refused(
+        ("pipeline_schedule",),
+        lambda f: f["pipeline_schedule"] in _SCHEDULES_OF_SEVERAL and _has_one_stage_a_rank(f),
+        "needs several stages on each rank: say with --num_layers_per_virtual_pipeline_stage how many blocks each has",
+    ),
+)  # fmt: skip
+"""The first that is broken is told. Options of other groups are judged in training/config.py."""
+
+
 ONLY_WITH = (
+    OnlyWith(
+        ("sequence_parallel",), lambda f: f["tensor_model_parallel_size"] > 1,
+        "without --tensor_model_parallel_size",
+    ),
+    OnlyWith(
+        ("pipeline_schedule", "num_layers_per_virtual_pipeline_stage", "pipeline_parts", "pipeline_micro_batches"),
+        _has_pipeline, "without --pipeline_model_parallel_size",
+    ),
+    OnlyWith(
+        ("context_parallel_method",), lambda f: f["context_parallel_size"] > 1, "without --context_parallel_size"
+    ),
     # (grad_buffer_is_powerSGD_error is refused without the hook.)
     OnlyWith(
         tuple(item.name for item in fields(PowerSGDConfig) if item.name != "grad_buffer_is_powerSGD_error"),
