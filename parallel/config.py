@@ -10,9 +10,6 @@ from utils.options import OnlyWith, Refused, refuse, require_not_negative, requi
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
-_SCHEDULES_OF_SEVERAL = ("interleaved", "zero_bubble", "zbv")
-"""Schedules under which a rank has several stages."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -113,13 +110,6 @@ class ParallelConfig:
             return f"--data_parallel={self.data_parallel}"
         return next((f"--{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name) > 1), "")
 
-    @property
-    def units_of_stages(self) -> tuple[int, ...]:
-        """The numbers in --pipeline_parts; empty: it has none."""
-        if not self.pipeline_parts or self.pipeline_parts == "measured":
-            return ()
-        return tuple(map(int, self.pipeline_parts.split(",")))
-
     def check(self) -> None:
         """
         Raises:
@@ -130,40 +120,10 @@ class ParallelConfig:
             self, "replica_check_interval", "bucket_size", "ranks_per_machine", "num_layers_per_virtual_pipeline_stage"
         )
         refuse(vars(self), vars(ParallelConfig()), REFUSED)
-        self._check_pipeline()
-
-    def _check_pipeline(self) -> None:
-        """See that the texts on the pipeline can be read, and that the schedule goes with the number of stages.
-
-        Raises:
-            ValueError: they cannot, or it does not.
-        """
+        # What the stages have to do with the model is judged in stages.py.
         if not re.fullmatch(r"|auto|[1-9][0-9]*", self.pipeline_micro_batches):
             raise ValueError(
                 f'pipeline_micro_batches must be a positive number or "auto", got {self.pipeline_micro_batches!r}'
-            )
-        if not re.fullmatch(r"|measured|[1-9][0-9]*( *, *[1-9][0-9]*)*", self.pipeline_parts):
-            raise ValueError(
-                f'pipeline_parts must be the positive numbers of the stages\' units, such as 5,4,4,5, or "measured", '
-                f"got {self.pipeline_parts!r}"
-            )
-        ranks, stages, schedule = self.pipeline_model_parallel_size, len(self.units_of_stages), self.pipeline_schedule
-        if ranks == 1 or not stages:
-            return
-        if stages % ranks:
-            raise ValueError(
-                f"--pipeline_parts={self.pipeline_parts} has {stages} stages, which do not divide evenly over "
-                f"{ranks} ranks: give {-(-stages // ranks) * ranks} numbers"
-            )
-        if schedule == "zbv" and stages != 2 * ranks:
-            raise ValueError(
-                f"--pipeline_schedule=zbv has two stages on each of {ranks} ranks, and --pipeline_parts="
-                f"{self.pipeline_parts} has {stages}: give {2 * ranks} numbers"
-            )
-        if schedule not in _SCHEDULES_OF_SEVERAL and stages > ranks:
-            raise ValueError(
-                f"--pipeline_schedule={schedule} has one stage on each of {ranks} ranks, and --pipeline_parts="
-                f"{self.pipeline_parts} has {stages}: give {ranks} numbers, or --pipeline_schedule=interleaved"
             )
 
 
@@ -218,10 +178,6 @@ def _has_pipeline(f: Mapping[str, Any]) -> bool:
     return f["pipeline_model_parallel_size"] > 1
 
 
-def _has_one_stage_a_rank(f: Mapping[str, Any]) -> bool:
-    return _has_pipeline(f) and not f["num_layers_per_virtual_pipeline_stage"] and "," not in f["pipeline_parts"]
-
-
 def _not_with_fsdp(name: str, reason: str) -> Refused:
     # Either may come from the saved configuration of a resumed run, so both ways out are named.
     narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype" if name.endswith("_hook") else ""
@@ -270,17 +226,6 @@ REFUSED = (
     Refused(
         ("overlap_zero_grad_buffer",), lambda f: not f["overlap_optim_step"],
         "needs --overlap_optim_step: before the step gradients are in use",
-    ),
-    Refused(
-        ("num_layers_per_virtual_pipeline_stage",),
-        lambda f: _has_pipeline(f) and f["pipeline_schedule"] not in _SCHEDULES_OF_SEVERAL,
-        "gives a rank several stages, and --pipeline_schedule={pipeline_schedule} has one on each: give "
-        "--pipeline_schedule=interleaved, or leave it out",
-    ),
-    Refused(
-        ("pipeline_schedule",),
-        lambda f: f["pipeline_schedule"] in _SCHEDULES_OF_SEVERAL and _has_one_stage_a_rank(f),
-        "needs several stages on each rank: say with --num_layers_per_virtual_pipeline_stage how many blocks each has",
     ),
 )  # fmt: skip
 """The first that is broken is told. Options of other groups are judged in training/config.py."""
