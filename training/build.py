@@ -20,6 +20,7 @@ from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
+from parallel.division import Division
 from parallel.engine import Engine, EngineParts
 from parallel.engines import ModelCutter, model_cutter, open_engine
 from parallel.gradients import square
@@ -79,6 +80,8 @@ class Built:
     adamw_kernel: str
     scaler: LossScaler
     engine: Engine
+    division: Division | None
+    """What each rank holds of a model that is cut; None: all of it."""
     progress: Progress
     """The run's position, which the training loop updates."""
     left_out: list[int] | None
@@ -167,7 +170,7 @@ def build(
     )  # fmt: skip
     return Built(
         config, context, mesh, run_dir, data, derived, begins.source, adapter, export, dtype, model, task, reference,
-        kernel, scaler, engine, progress, left_out, loader,
+        kernel, scaler, engine, None if cutter is None else cutter.division, progress, left_out, loader,
     )  # fmt: skip
 
 
