@@ -282,11 +282,6 @@ def _check_context(config: Config) -> None:
             "--compile does not go with --context_parallel_size, whose ranks exchange keys and values inside a block: "
             "leave out one of them"
         )
-    if config.system.activation_budget_gb:
-        raise ValueError(
-            "--activation_budget_gb measures rows that are whole on every rank: with --context_parallel_size, give "
-            "--gradient_checkpointing, if need be with --checkpoint_keeps=matmuls"
-        )
 
 
 def _check_cut(config: Config) -> None:

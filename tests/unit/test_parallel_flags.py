@@ -23,7 +23,6 @@ REFUSED = [
     ([CONTEXT, "--max_seq_len=37"], "--max_seq_len=36 is the nearest possible"),
     ([CONTEXT, "--max_seq_len=1"], "--max_seq_len=4 is the nearest possible"),
     ([CONTEXT, "--compile"], "--compile does not go with --context_parallel_size"),
-    ([CONTEXT, "--activation_budget_gb=1"], "--activation_budget_gb measures rows that are whole on every rank"),
     ([STEP], "cannot clip: add --grad_clip=0"),
     ([STEP, "--grad_clip=0.5"], "cannot clip"),
     ([STEP, "--grad_clip=0", "--dtype=float16"], "cannot skip a step, which float16's loss scaler needs"),
