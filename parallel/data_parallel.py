@@ -30,6 +30,7 @@ from parallel.powersgd import PowerSGD
 from parallel.replicas import require_same_pieces, require_same_weights
 from parallel.spans import span
 from parallel.sum_groups import SumGroups
+from parallel.torch_engines.whole import outlines_of, whole_weights
 from parallel.zero1 import Zero1
 
 
@@ -119,10 +120,11 @@ class DataParallelEngine:
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
+        self.is_cut = self.is_cut or parts.division is not None and parts.division.is_cut
         self.state_holders = tuple(range(parts.mesh.world_size))
         if parts.division is not None:
-            self.is_cut, self.forward_is_collective = parts.config.is_cut, True
-            # Ranks that share the experts hold the rest alike, and write it twice.
+            self.forward_is_collective = True
+            # Ranks that share the experts hold the rest alike, and each set writes it.
             self.state_holders = parts.division.same_pieces()
         self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
@@ -201,16 +203,19 @@ class DataParallelEngine:
         """Do nothing: the weights are whole after every step."""
 
     def outlines(self) -> dict[str, Tensor]:
-        division = self._parts.division
-        if division is None:
-            return {name: parameter.detach().to("meta") for name, parameter in self._parts.model.named_parameters()}
-        return {
-            name: torch.empty(its.shape, dtype=self._parts.compute_dtype, device="meta")
-            for name, its in division.outlines.items()
-        }
+        if self.is_cut:
+            assert self._parts.division is not None
+            return outlines_of(self._parts.division, self._parts.compute_dtype)
+        return {name: parameter.detach().to("meta") for name, parameter in self._parts.model.named_parameters()}
 
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, p.detach()) for name, p in self._parts.model.named_parameters() if name in names)
+        own = {name: parameter.detach() for name, parameter in self._parts.model.named_parameters()}
+        if self.is_cut:
+            parts = self._parts
+            assert parts.division is not None and parts.groups is not None
+            yield from whole_weights(own, names, parts.division, parts.groups, parts.compute_dtype)
+        else:
+            yield from ((name, parameter) for name, parameter in own.items() if name in names)
 
     def check_replicas(self, step: int) -> None:
         self.settle()

@@ -1,5 +1,5 @@
-"""Sums of gradients on a mesh: each rank holds parts of a toy model, whose gradients every rank can compute, so the sums,
-their norm and the step are compared with float64 ones of the whole model."""
+"""Sums of gradients on a mesh. Each rank holds parts of a toy model whose gradients every rank can compute: so sums, norm
+and steps are compared with float64 ones of the whole model."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -251,7 +251,7 @@ def check_arrivals(context: DistContext, mesh: Mesh) -> None:
             yield from ((gradient.double(), 3 * wanted[name]) for name, gradient in bucket.views())
 
     ddp.expect(3)
-    for number in range(3):
+    for _ in range(3):
         assert not ddp._handles
         ddp.module(gradients).backward()
     assert len(ddp._handles) == len(ddp.buckets)
@@ -259,7 +259,7 @@ def check_arrivals(context: DistContext, mesh: Mesh) -> None:
     assert all((got - its).norm() <= 1e-5 * its.norm() for got, its in sums())
     ddp.zero_grad()
     ddp.expect(0)
-    for number in range(3):
+    for _ in range(3):
         ddp.module(gradients).backward()
     assert not ddp._handles
     ddp.complete(ddp.module.parameters())
