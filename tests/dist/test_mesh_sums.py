@@ -1,5 +1,5 @@
-"""Sums of gradients on a mesh. Each rank holds parts of a toy model whose gradients every rank can compute: so sums, norm
-and steps are compared with float64 ones of the whole model."""
+"""Sums of gradients on a mesh. Each rank holds parts of a toy model whose gradients every rank can compute: so sums,
+norm and steps are compared with float64 ones of the whole model."""
 
 import math
 from collections.abc import Callable, Iterator
