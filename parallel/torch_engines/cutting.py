@@ -20,7 +20,7 @@ from parallel.division import Division, Outline, TensorCut
 from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
-from parallel.torch_engines import shards
+from parallel.torch_engines import expert, shards
 
 
 class Role(Protocol):
@@ -54,6 +54,9 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         self.division = Division(_outlines(model), self.mesh)
+        expert.check(self.division)
+        if self.mesh.expert_size > 1:
+            expert.cut(model, self.division, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
 
