@@ -24,6 +24,7 @@ from parallel.division import Division
 from parallel.groups import Groups
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
+from parallel.stages import Stages
 
 Batch = dict[str, Tensor]
 
@@ -223,3 +224,5 @@ class EngineParts:
     """What each rank holds of a model that is cut; None: all of it."""
     groups: Groups | None = None
     """Process groups of the mesh; None: every rank works through the whole model, with rows of its own."""
+    stages: Stages | None = None
+    """Parts of the model in a pipeline."""
