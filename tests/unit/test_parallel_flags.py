@@ -56,6 +56,7 @@ REFUSED = [
     ([PIPE, "--ddp_impl=naive"], "--ddp_impl=naive sums gradients one after the other"),
     ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
     ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
+    (["--expert_model_parallel_size=2", HSDP], "keeps each expert whole, and --data_parallel=hsdp cuts every parameter"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
     ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
     (["--context_parallel_size=2", "--activation_budget_gb=1"], "with --context_parallel_size=2, give --gradient_che"),
