@@ -212,8 +212,8 @@ REFUSED = (
     ),
     Refused(
         ("expert_model_parallel_size",), _uses_fsdp,
-        "keeps each expert whole, and --data_parallel={data_parallel} cuts every parameter: leave one of them out; with "
-        "--data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",
+        "keeps each expert whole, and --data_parallel={data_parallel} cuts every parameter: leave one of them out; "
+        "with --data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",
     ),
     Refused(
         ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
