@@ -258,13 +258,7 @@ def build_model(
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
-    overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
-    chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
-    if not shape.num_local_experts:
-        # The start names the operations that the model has.
-        del chosen["experts"]
-    ops = build_ops(chosen)
-    options = system.gradient_checkpointing, system.checkpoint_keeps, ops
+    options = _options(shape, system, device, dtype)
     if cutter is not None:
         if in_4bit:
             raise ValueError("--load_in_4bit: a model in 4 bits is not cut over processes: give --data_parallel=auto")
@@ -278,6 +272,25 @@ def build_model(
     if system.compile:
         model.compile_blocks()
     return model
+
+
+def without_values(shape: ModelConfig, system: SystemConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A model on its device, in its dtype, whose weights are anything."""
+    return hf.outline_in(shape, device, dtype, *_options(shape, system, device, dtype))
+
+
+def _options(shape: ModelConfig, system: SystemConfig, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Arguments of Decoder beside its shape.
+
+    Raises:
+        ValueError: a kernel that was asked for is not available.
+    """
+    overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
+    chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
+    if not shape.num_local_experts:
+        # The start names the operations that the model has.
+        del chosen["experts"]
+    return system.gradient_checkpointing, system.checkpoint_keeps, build_ops(chosen)
 
 
 def _check_weights(shape: ModelConfig, weights: Path | None, new_rows: range) -> None:
