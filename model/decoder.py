@@ -224,6 +224,11 @@ class Decoder(nn.Module):
                 "--context_parallel_size cuts rows, and dropout is drawn for whole ones: give --hidden_dropout=0 "
                 "--attention_dropout=0 --lora_dropout=0, or leave it out"
             )
+        if ring is not None and (self.config.position_embedding == "alibi" or any(self._windows)):
+            raise ValueError(
+                "--context_parallel_method=ring knows neither windows nor ALiBi, and this model has one of them: give "
+                "--context_parallel_method=gather"
+            )
         self.row_share = RowShare(number, count, gather, add, ring)
 
     def compile_blocks(self, **options) -> None:

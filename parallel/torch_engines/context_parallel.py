@@ -24,6 +24,7 @@ With B rows of T positions, K key heads of D channels, and e bytes an element, o
                             documents or windows
 
 Gradients of keys and values are added in their own dtype, in one order on all ranks.
+--context_parallel_method=ring passes keys and values on instead, see ring.py.
 """
 
 from collections.abc import Callable
@@ -44,8 +45,9 @@ class SharesRows(Protocol):
     """What a model does that can be cut."""
 
     def share_rows(
-        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor]
-    ) -> None: ...
+        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor],
+        ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> None: ...  # fmt: skip
 
 
 def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups) -> None:
@@ -54,12 +56,14 @@ def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Me
     Raises:
         ValueError: the model needs whole rows; on all ranks.
     """
-    if config.context_parallel_method == "ring":
-        raise ValueError("--context_parallel_method=ring cannot be had yet: give --context_parallel_method=gather")
     group = groups.of("context")
     assert group is not None
-    sums = RowSums(group, context.device.type)
-    cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add)
+    sums, ring = RowSums(group, context.device.type), None
+    if config.context_parallel_method == "ring":
+        from parallel.torch_engines.ring import Ring
+
+        ring = Ring(group).attend
+    cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add, ring)
 
 
 class RowSums:
