@@ -229,7 +229,13 @@ class Decoder(nn.Module):
                 "--context_parallel_method=ring knows neither windows nor ALiBi, and this model has one of them: give "
                 "--context_parallel_method=gather"
             )
+        if ring is not None and self.config.head_dim % 8:
+            raise ValueError(
+                f"--context_parallel_method=ring needs heads whose width is a multiple of 8, not "
+                f"{self.config.head_dim}: give --context_parallel_method=gather"
+            )
         self.row_share = RowShare(number, count, gather, add, ring)
+        self.wants_document_starts &= self.ops.tails is not None
 
     def compile_blocks(self, **options) -> None:
         """Compile each block with these options of torch.compile; one graph serves all blocks."""
@@ -282,8 +288,8 @@ class Decoder(nn.Module):
                 cache.
             cache: read and extended in place.
             dropout_key: names the dropout masks; without it nothing is dropped.
-            document_starts: offsets of the documents of document_ids, see attend.document_starts; used if
-                `wants_document_starts`.
+            document_starts: offsets of the documents of document_ids, see attend.document_starts, with a `row_share`
+                attend.document_tails; used if `wants_document_starts`.
             losses: the experts' own losses, which enter the backward pass of the result; None: they do not.
         """
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
@@ -301,7 +307,7 @@ class Decoder(nn.Module):
         attends = attend_to(
             self.config, self._windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
             self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
-            self.embed_tokens.weight.dtype, share,
+            self.embed_tokens.weight.dtype, share, self.ops.tails is not None,
         )  # fmt: skip
         (h_BTC,) = self._run(-1, partial(self._embed, input_ids_BT))
         with self._gradients_aside():

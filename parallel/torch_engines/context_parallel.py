@@ -30,6 +30,7 @@ Gradients of keys and values are added in their own dtype, in one order on all r
 from collections.abc import Callable
 from typing import Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -50,16 +51,25 @@ class SharesRows(Protocol):
     ) -> None: ...  # fmt: skip
 
 
-def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups) -> None:
+def cut(
+    model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups, dtype: torch.dtype
+) -> None:
     """Let a model compute with this rank's positions of each row. Collective.
 
+    Args:
+        dtype: dtype to compute in.
     Raises:
-        ValueError: the model needs whole rows; on all ranks.
+        ValueError: the model needs whole rows, or there is no ring for its dtype; on all ranks.
     """
     group = groups.of("context")
     assert group is not None
     sums, ring = RowSums(group, context.device.type), None
     if config.context_parallel_method == "ring":
+        if context.device.type == "cuda" and dtype.itemsize > 2:
+            raise ValueError(
+                "--context_parallel_method=ring has a kernel for 16 bits alone: give --dtype=bfloat16, or "
+                "--context_parallel_method=gather"
+            )
         from parallel.torch_engines.ring import Ring
 
         ring = Ring(group).attend

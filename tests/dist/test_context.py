@@ -157,7 +157,7 @@ def compute(case: Case, model: Decoder) -> Results:
 def share_rows(model: Decoder, context: DistContext, method: str) -> None:
     config = ParallelConfig(context_parallel_size=context.world_size, context_parallel_method=method)
     mesh = plan_mesh(config, context)
-    context_parallel.cut(model, config, context, mesh, Groups(context, mesh, 60.0))
+    context_parallel.cut(model, config, context, mesh, Groups(context, mesh, 60.0), torch.float32)
 
 
 def difference(case: Case, context: DistContext) -> dict[str, float]:
