@@ -202,8 +202,9 @@ class TrainingPlan:
             raise ValueError(f"pipeline_parts must be numbers of units, such as 5,4,4,5, got {self.pipeline_parts!r}")
         if self.has_mesh and self.adapter.load_in_4bit:
             raise ValueError("--load_in_4bit keeps matrices whole on every rank, so no mesh can cut them: leave it out")
-        if self.pipeline_model_parallel_size > 1 and self.is_cut:
-            raise ValueError(f"--data_parallel={self.data_parallel} does not go with a pipeline: leave out one")
+        for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
+            if getattr(self, name) > 1 and self.is_cut:
+                raise ValueError(f"--{name} does not go with --data_parallel={self.data_parallel}: leave out one")
         if self.ranks % self.expert_model_parallel_size and self.ranks > 1:
             raise ValueError(
                 f"--expert_model_parallel_size={self.expert_model_parallel_size} must divide --ranks={self.ranks}, the "

@@ -337,7 +337,7 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--data_parallel=hsdp", "--ranks=8", "--ranks_per_machine=4"], "give only --ranks=4"),
         (["--size=7b", "--tensor_model_parallel_size=3"], "does not divide num_attention_heads 32: give a divisor"),
         (["--size=7b", "--pipeline_model_parallel_size=4", "--pipeline_parts=9,9,9"], "of 4, and their sum 34"),
-        (["--size=7b", "--pipeline_model_parallel_size=2", "--data_parallel=fsdp"], "does not go with a pipeline"),
+        (["--size=7b", "--pipeline_model_parallel_size=2", "--data_parallel=fsdp"], "does not go with --data_p"),
         (["--size=7b", "--expert_model_parallel_size=2"], "does not divide 0 experts"),
         (["--size=8x7b", "--expert_model_parallel_size=4", "--ranks=6"], "must divide --ranks=6"),
         (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
