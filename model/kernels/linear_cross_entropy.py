@@ -233,6 +233,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 weight_grad.add_(dweight)
         ctx.save_for_backward(dhidden, dweight if weight_grad is None else None, grad_scale)
         ctx.added_to_buffer = needs_dweight and weight_grad is not None
+        ctx.is_scaled = False
         return losses.sum(dtype=torch.float64).float()
 
     @staticmethod
@@ -243,8 +244,13 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             # The gradient in the buffer cannot be scaled any more. To raise an error would mean waiting for the GPU;
             # a NaN shows at once in the norm of the gradients.
             factor = torch.where((factor - 1.0).abs() <= 1e-5, 1.0, float("nan"))
-        gradients = [gradient.mul_(factor) if gradient is not None else None for gradient in (dhidden, dweight)]
-        return *gradients, *(None for _ in range(8))
+        if not ctx.is_scaled:
+            for gradient in (dhidden, dweight):
+                if gradient is not None:
+                    # Not seen by autograd, which would refuse a second pass for the weight's gradient alone.
+                    gradient.data.mul_(factor)
+            ctx.is_scaled = True
+        return dhidden, dweight, *(None for _ in range(8))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -305,7 +311,8 @@ def linear_cross_entropy_sum(
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
     use_triton: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run only once.
+    """Sum of the supervised tokens' losses, a float32 scalar. If its backward pass runs twice, as under pipelines that take the
+    gradients of inputs and weights apart, then both times with the same upstream gradient.
 
     Args:
         hidden: (..., C).
