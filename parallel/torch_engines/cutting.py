@@ -30,6 +30,7 @@ class Role(Protocol):
     joined: int
     is_partial: bool
     is_stack: bool
+    is_between: bool
 
 
 class Cuttable(Protocol):
@@ -53,9 +54,21 @@ class Cutter:
         self.division: Division
 
     def cut(self, model: nn.Module) -> None:
-        self.division = Division(_outlines(model), self.mesh)
+        self.division = Division(_outlines(model, self.config.sequence_parallel), self.mesh)
+        if self.mesh.tensor_size > 1:
+            self._cut_matrices(model)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def _cut_matrices(self, model: nn.Module) -> None:
+        # Imported when it is wanted: torch's DTensor takes a while to load.
+        from parallel.torch_engines import tensor
+
+        is_sequence = self.config.sequence_parallel
+        tensor.require_divisible(model, self.mesh, is_sequence)
+        group = self.groups.of("tensor")
+        assert group is not None
+        tensor.cut(model, self.division, self.mesh, group, self.context.device, is_sequence)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -91,12 +104,12 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module) -> dict[str, Outline]:
+def _outlines(model: nn.Module, sequence_parallel: bool) -> dict[str, Outline]:
     """Name -> each parameter of a model that is whole."""
     roles = cast(Cuttable, model).roles()
-    return {
-        name: Outline(
-            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack
-        )
-        for name, parameter in model.named_parameters()
-    }
+
+    def outline(role: Role, parameter: Tensor) -> Outline:
+        is_partial = role.is_partial or (role.is_between and sequence_parallel)
+        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack)
+
+    return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}
