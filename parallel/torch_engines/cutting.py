@@ -20,6 +20,7 @@ from parallel.division import Division, Outline, TensorCut
 from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
+from parallel.stages import Stages
 from parallel.torch_engines import shards
 
 
@@ -46,15 +47,20 @@ class Cutter:
 
     Args:
         dtype: dtype to compute in.
+        stages: parts of the model, if there is a pipeline.
     """
 
-    def __init__(self, config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype):
-        self.config, self.context, self.mesh, self.dtype = config, context, mesh, dtype
+    def __init__(
+        self, config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype,
+        stages: Stages | None = None,
+    ):  # fmt: skip
+        self.config, self.context, self.mesh, self.dtype, self.stages = config, context, mesh, dtype, stages
         self.groups = Groups(context, mesh, config.dist_timeout)
         self.division: Division
 
     def cut(self, model: nn.Module) -> None:
-        self.division = Division(_outlines(model, self.config.sequence_parallel), self.mesh)
+        # Of the whole model: before anything of it is gone.
+        self.division = Division(_outlines(model, self.config), self.mesh)
         if self.mesh.tensor_size > 1:
             self._cut_matrices(model)
         if self.config.uses_fsdp:
@@ -74,7 +80,7 @@ class Cutter:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def held(parameter: Tensor) -> tuple[tuple[int, ...], list[Region]]:
-            piece, memory = self.piece_of(names[id(parameter)], parameter), shards.local(parameter.detach())
+            piece, memory = self.piece_of(names[id(parameter)]), shards.local(parameter.detach())
             regions = [
                 (view, tuple(slice(start, start + n) for start, n in zip(box.start, box.length)))
                 for box, view in piece.parts_of(memory) if box.numel
@@ -83,15 +89,11 @@ class Cutter:
 
         return held
 
-    def piece_of(self, name: str, parameter: Tensor) -> Piece:
+    def piece_of(self, name: str) -> Piece:
         """What of a parameter is held here, after all cuts."""
-        held = self.division.held(name)
-        assert held is not None, name
-        if not isinstance(parameter, shards.DTensor):
-            return held.piece
-        rows, a_row = shards.local(parameter.detach()), parameter.shape[1:].numel()
-        first = shards.first_row(parameter, self.mesh) * a_row
-        return held.piece.part(first, first + rows.numel())
+        piece = self.division.piece(name)
+        assert piece is not None, name
+        return piece
 
     @property
     def uses_fsdp(self) -> bool:
@@ -104,12 +106,13 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, sequence_parallel: bool) -> dict[str, Outline]:
+def _outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
     """Name -> each parameter of a model that is whole."""
     roles = cast(Cuttable, model).roles()
 
     def outline(role: Role, parameter: Tensor) -> Outline:
-        is_partial = role.is_partial or (role.is_between and sequence_parallel)
-        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack)
+        is_partial = role.is_partial or (role.is_between and config.sequence_parallel)
+        is_sharded = config.uses_fsdp and shards.is_cut(parameter)
+        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded)
 
     return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}

@@ -33,8 +33,8 @@ LLAMA = ModelConfig(
 ).resolve()  # fmt: skip
 MIXTRAL = ModelConfig(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=4, num_local_experts=5, moe_intermediate_size=8, router_aux_loss_coef=0.1, router_z_loss_coef=0.05,
-    max_position_embeddings=LENGTH,
+    num_key_value_heads=4, num_local_experts=5, moe_intermediate_size=8, router_aux_loss_coef=0.1,
+    router_z_loss_coef=0.05, max_position_embeddings=LENGTH,
 ).resolve()  # fmt: skip
 ERNIE = replace(
     MIXTRAL, num_shared_experts=1, intermediate_size=16, dense_layers="0", router_aux_loss="batch", router_bias=True,
