@@ -340,7 +340,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 weight_grad.add_(dweight)
         ctx.save_for_backward(dhidden, dweight if weight_grad is None else None, grad_scale)
         ctx.added_to_buffer = needs_dweight and weight_grad is not None
-        ctx.is_scaled = False
+        ctx.factor, ctx.had_second_pass = None, False
         return losses.sum(dtype=torch.float64).float()
 
     @staticmethod
@@ -351,12 +351,18 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             # The gradient in the buffer cannot be scaled any more. To raise an error would mean waiting for the GPU;
             # a NaN shows at once in the norm of the gradients.
             factor = torch.where((factor - 1.0).abs() <= 1e-5, 1.0, float("nan"))
-        if not ctx.is_scaled:
-            for gradient in (dhidden, dweight):
-                if gradient is not None:
-                    # Not seen by autograd, which would refuse a second pass for the weight's gradient alone.
-                    gradient.data.mul_(factor)
-            ctx.is_scaled = True
+        if ctx.factor is not None:
+            # The second pass takes what the first one has scaled; again, a NaN shows what is not meant.
+            if ctx.had_second_pass:
+                raise RuntimeError("linear_cross_entropy_sum bears two backward passes, not more")
+            ctx.had_second_pass = True
+            factor = torch.where(factor == ctx.factor, 1.0, float("nan"))
+        else:
+            ctx.factor = factor
+        for gradient in (dhidden, dweight):
+            if gradient is not None:
+                # In place, as the weight's is large, and unseen by autograd, which would refuse the second pass.
+                gradient.data.mul_(factor)
         return dhidden, dweight, *(None for _ in range(8))
 
 
@@ -420,8 +426,8 @@ def linear_cross_entropy_sum(
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
     use_triton: bool | None = None, ops: ChunkOps | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of the supervised tokens' losses, a float32 scalar. If its backward pass runs twice, as under pipelines that take the
-    gradients of inputs and weights apart, then both times with the same upstream gradient.
+    """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run twice, as in pipelines that
+    take the gradients of inputs and weights apart, if the upstream gradient is the same.
 
     Args:
         hidden: (..., C).
