@@ -34,12 +34,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
 from parallel.groups import Groups
 from parallel.mesh import Mesh
+from parallel.torch_engines.tensor import PART, WHOLE, change
 
 
 class SharesRows(Protocol):
@@ -85,9 +86,8 @@ class RowSums:
     def gather(self, own: Tensor) -> Tensor:
         """The ranks' tensors one after the other, along the first dimension. Backward: the sum over the ranks of the
         gradients of this one's (reduce-scatter)."""
-        whole = DTensor.from_local(own, self._mesh, [Shard(0)]).redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()])
+        return change(own, self._mesh, Shard(0), WHOLE, PART)
 
     def add(self, own: Tensor) -> Tensor:
         """Sum over the ranks. Backward: the gradient as it is."""
-        return DTensor.from_local(own, self._mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+        return change(own, self._mesh, PART, WHOLE, WHOLE)

@@ -17,7 +17,7 @@ attention within rows of one document.
 On a GPU the kernel is flash attention, for 16 bits. On a CPU it is torch's fused one, for tests.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, group: dist.ProcessGroup, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         q_BHTD = q_BHTD.contiguous()
         out_BHTD, sums_BHT, *random = torch_ring._templated_ring_attention(
-            group, 2, _attend, q_BHTD, k_BKTD, v_BKTD, is_causal=True
+            group, 2, cast(Any, _attend), q_BHTD, k_BKTD, v_BKTD, is_causal=True
         )
         ctx.group = group
         ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BHTD, sums_BHT, *random)
@@ -55,8 +55,8 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, up_BHTD: Tensor) -> tuple[Tensor | None, ...]:
         q_BHTD, k_BKTD, v_BKTD, out_BHTD, sums_BHT, *random = ctx.saved_tensors
         gradients = torch_ring._templated_ring_attention_backward(
-            ctx.group, 2, _attend_backward, up_BHTD.contiguous(), "grad_out", q_BHTD, k_BKTD, v_BKTD, out_BHTD,
-            sums_BHT, is_causal=True, random=random,
+            ctx.group, 2, cast(Any, _attend_backward), up_BHTD.contiguous(), "grad_out", q_BHTD, k_BKTD, v_BKTD,
+            out_BHTD, sums_BHT, is_causal=True, random=random,
         )  # fmt: skip
         return None, *gradients[:3]
 
