@@ -13,6 +13,7 @@ from dataset.loader import TrainLoader
 from model import Decoder, ModelConfig
 from model.adapters import folder
 from model.adapters.folder import Weights
+from model.hf import outline
 from model.quantized import require_bitsandbytes
 from optimizer.adamw_triton import sum_of_squares
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer, choose_kernel, resolve_dtype
@@ -147,7 +148,8 @@ def build(
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        # This rank may hold a part alone.
+        num_parameters = sum(parameter.numel() for parameter in outline(shape).parameters())
         warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:

@@ -359,7 +359,7 @@ def _fill(
     if adapter is not None:
         lora.begin(model, seed)
         if adapter.loaded_from is not None:
-            folder.load(model, adapter.loaded_from)
+            folder.load(model, adapter.loaded_from, folder.outlined(model.config, adapter.spec))
 
 
 def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | None = None) -> None:

@@ -59,7 +59,7 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(_outlines(model, self.config.uses_fsdp), self.mesh)
+        self.division = Division(outlines_of(model, self.config.uses_fsdp), self.mesh)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
 
@@ -93,8 +93,8 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
-    """Name -> each parameter of a model that is whole."""
+def outlines_of(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
+    """Name -> each parameter of a model that is whole, before anything cuts it."""
     roles = cast(Cuttable, model).roles()
     return {
         name: Outline(
