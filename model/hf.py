@@ -412,7 +412,8 @@ def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None =
     folder = _find_weights(directory, outline(replace(config, vocab_size=vocab_size or config.vocab_size)))
     # A layer keeps its name below an adapter.
     parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
-    needed = [found for found in folder.weights if any(name in parameters or name in quantized for name in found[0].ours)]
+    here = parameters.keys() | quantized.keys()
+    needed = [found for found in folder.weights if not here.isdisjoint(found[0].ours)]
     # File by file: the tensors of most rules are in one file.
     by_file = sorted(needed, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):

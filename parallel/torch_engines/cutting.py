@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import shards
+from parallel.torch_engines import context_parallel, expert, shards
 
 
 class Role(Protocol):
@@ -59,7 +59,12 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(outlines_of(model, self.config.uses_fsdp), self.mesh)
+        self.division = Division(whole_outlines(model, self.config.uses_fsdp), self.mesh)
+        expert.check(self.division)
+        if self.mesh.expert_size > 1:
+            expert.cut(model, self.division, self.groups)
+        if self.mesh.context_size > 1:
+            context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
 
@@ -93,7 +98,7 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def outlines_of(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
+def whole_outlines(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
     """Name -> each parameter of a model that is whole, before anything cuts it."""
     roles = cast(Cuttable, model).roles()
     return {

@@ -17,7 +17,7 @@ from model.adapters.lora import LoraSpec
 from model.families import FAMILIES
 from parallel.division import Division
 from parallel.mesh import Mesh
-from parallel.torch_engines.cutting import outlines_of
+from parallel.torch_engines.cutting import whole_outlines
 from tests.adapter_cases import CASES, SHAPE, our_model
 from tests.unit.test_families import CONFIG, PackedFamily, model_of, packed
 from tests.unit.test_families import save as save_one
@@ -74,7 +74,7 @@ class MeshCutter(Cutter):
         self.mesh, self.is_sharded = mesh, uses_fsdp
 
     def cut(self, model: Decoder) -> None:
-        self.division = Division(outlines_of(model, self.is_sharded), self.mesh)
+        self.division = Division(whole_outlines(model, self.is_sharded), self.mesh)
 
     def regions(self, model: Decoder):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
