@@ -15,6 +15,7 @@ from model import Decoder, ModelConfig, hf
 from model.adapters import folder
 from model.adapters.lora import LoraSpec
 from model.families import FAMILIES
+from parallel.config import ParallelConfig
 from parallel.division import Division
 from parallel.mesh import Mesh
 from parallel.torch_engines.cutting import whole_outlines
@@ -71,10 +72,10 @@ class MeshCutter(Cutter):
 
     def __init__(self, mesh: Mesh, uses_fsdp: bool = False):
         super().__init__(mesh.rank)
-        self.mesh, self.is_sharded = mesh, uses_fsdp
+        self.mesh, self.config = mesh, ParallelConfig(data_parallel="fsdp" if uses_fsdp else "auto")
 
     def cut(self, model: Decoder) -> None:
-        self.division = Division(whole_outlines(model, self.is_sharded), self.mesh)
+        self.division = Division(whole_outlines(model, self.config), self.mesh)
 
     def regions(self, model: Decoder):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
