@@ -73,6 +73,21 @@ def active_parameters(config: ModelConfig) -> int:
     return blocks + config.vocab_size * config.hidden_size
 
 
+def unit_flops(config: ModelConfig, seq_len: float, head_share: float = 1.0) -> list[float]:
+    """Forward and backward FLOPs a token of the embedding, of each block, and of the head.
+
+    Args:
+        seq_len, head_share: see flops_per_token_strict.
+    """
+    layers = range(config.num_hidden_layers)
+    blocks = [
+        6.0 * (_attention_parameters(config) + _feed_forward_parameters(config, layer))
+        + _attention_flops(config, _mean_keys(seq_len, config.window_of(layer)))
+        for layer in layers
+    ]
+    return [0.0, *blocks, 6.0 * head_share * config.vocab_size * config.hidden_size]
+
+
 def _attention_flops(config: ModelConfig, keys: float) -> float:
     """FLOPs a token in one layer: two matmuls (scores, values) of 2 S D each a head for S keys, times 3 for forward and
     backward."""

@@ -1,24 +1,15 @@
-"""Options of data parallelism. Plain data: importing this does not load torch."""
+"""Options of parallelism. Plain data: importing this does not load torch."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
-from utils.options import OnlyWith, require_not_negative, require_positive
+from utils.options import OnlyWith, Refused, refuse, require_not_negative, require_positive
 
 _SIZES = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
 )  # fmt: skip
-_NOT_WITH_FSDP = {
-    "use_distributed_optimizer": "which shares the optimizer's state anyway",
-    "use_powerSGD_hook": "which sums gradients a block at a time, by no hook",
-    "use_bf16_compress_hook": "which sums gradients a block at a time, by no hook",
-    "use_fp16_compress_hook": "which sums gradients a block at a time, by no hook",
-    "overlap_param_gather": "which gathers weights under the forward pass anyway",
-    "overlap_optim_step": "which sums gradients in every micro-batch and steps after the last",
-    "overlap_zero_grad_buffer": "which has no buffer of gradients",
-}
-"""Option that fsdp and hsdp refuse -> the reason."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -111,43 +102,28 @@ class ParallelConfig:
         """Whether the mesh has more dimensions than data."""
         return any(getattr(self, name) > 1 for name in _SIZES)
 
+    @property
+    def cut_by(self) -> str:
+        """The flag that cuts the model or its rows, as given; empty: every rank works through whole rows with the whole
+        model."""
+        if self.uses_fsdp:
+            return f"--data_parallel={self.data_parallel}"
+        return next((f"--{name}={getattr(self, name)}" for name in _SIZES if getattr(self, name) > 1), "")
+
     def check(self) -> None:
         """
         Raises:
-            ValueError: options that exclude each other, or that nothing implements yet.
+            ValueError: a value that no run can have, or options that exclude each other.
         """
         require_positive(self, "dist_timeout", *_SIZES)
         require_not_negative(
             self, "replica_check_interval", "bucket_size", "ranks_per_machine", "num_layers_per_virtual_pipeline_stage"
         )
-        if self.uses_fsdp:
-            for name, reason in _NOT_WITH_FSDP.items():
-                if getattr(self, name):
-                    # Either may come from the saved configuration of a resumed run, so both ways out are named.
-                    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype"
-                    raise ValueError(
-                        f"--{name} does not go with --data_parallel={self.data_parallel}, {reason}: give --no-{name} "
-                        f"or --data_parallel=auto{narrow if name.endswith('_hook') else ''}"
-                    )
-            if self.ddp_impl == "naive":
-                raise ValueError(
-                    f"--ddp_impl=naive needs the whole model on every rank: leave out "
-                    f"--data_parallel={self.data_parallel}"
-                )
-        if self.ddp_impl == "naive":
-            for name in ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook",
-                         "overlap_optim_step", "use_fp16_compress_hook"):  # fmt: skip
-                if getattr(self, name):
-                    raise ValueError(f"--{name} needs buckets: leave out --ddp_impl=naive")
-        if self.use_bf16_compress_hook and self.use_fp16_compress_hook:
+        refuse(vars(self), vars(ParallelConfig()), REFUSED)
+        # What the stages have to do with the model is judged in stages.py.
+        if not re.fullmatch(r"|auto|[1-9][0-9]*", self.pipeline_micro_batches):
             raise ValueError(
-                "gradients travel either as bfloat16 or as float16: give only one of the two compress hooks"
-            )
-        if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("--overlap_param_gather needs --use_distributed_optimizer: otherwise nothing is gathered")
-        if self.overlap_zero_grad_buffer and not self.overlap_optim_step:
-            raise ValueError(
-                "--overlap_zero_grad_buffer needs --overlap_optim_step: before the step gradients are in use"
+                f'pipeline_micro_batches must be a positive number or "auto", got {self.pipeline_micro_batches!r}'
             )
 
 
@@ -190,7 +166,83 @@ class PowerSGDConfig:
             raise ValueError(f"matrix_approximation_rank must be at least 1, got {self.matrix_approximation_rank}")
 
 
+def _uses_fsdp(f: Mapping[str, Any]) -> bool:
+    return f["data_parallel"] != "auto"
+
+
+def _is_naive(f: Mapping[str, Any]) -> bool:
+    return f["ddp_impl"] == "naive"
+
+
+def _has_pipeline(f: Mapping[str, Any]) -> bool:
+    return f["pipeline_model_parallel_size"] > 1
+
+
+def _not_with_fsdp(name: str, reason: str) -> Refused:
+    # Either may come from the saved configuration of a resumed run, so both ways out are named.
+    narrow = "; --no-grad_reduce_in_fp32 sends gradients in --dtype" if name.endswith("_hook") else ""
+    return Refused(
+        (name,), _uses_fsdp,
+        f"does not go with --data_parallel={{data_parallel}}, {reason}: give --no-{name} or --data_parallel=auto"
+        f"{narrow}",
+    )  # fmt: skip
+
+
+REFUSED = (
+    _not_with_fsdp("use_distributed_optimizer", "which shares the optimizer's state anyway"),
+    _not_with_fsdp("use_powerSGD_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("use_bf16_compress_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("use_fp16_compress_hook", "which sums gradients a block at a time, by no hook"),
+    _not_with_fsdp("overlap_param_gather", "which gathers weights under the forward pass anyway"),
+    _not_with_fsdp("overlap_optim_step", "which sums gradients in every micro-batch and steps after the last"),
+    _not_with_fsdp("overlap_zero_grad_buffer", "which has no buffer of gradients"),
+    Refused(
+        ("ddp_impl",), _uses_fsdp,
+        "needs the whole model on every rank: leave out --data_parallel={data_parallel}",
+    ),
+    Refused(
+        ("data_parallel",), _has_pipeline,
+        "gathers a block's weights for each micro-batch, of which a pipeline has many: with "
+        "--pipeline_model_parallel_size={pipeline_model_parallel_size}, share the optimizer's state by "
+        "--use_distributed_optimizer, or the matrices by --tensor_model_parallel_size",
+    ),
+    Refused(
+        ("ddp_impl",), _has_pipeline,
+        "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
+    ),
+    Refused(
+        ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
+         "use_fp16_compress_hook"), _is_naive,
+        "needs buckets: leave out --ddp_impl=naive",
+    ),
+    Refused(
+        ("use_bf16_compress_hook",), lambda f: f["use_fp16_compress_hook"],
+        "sends gradients as bfloat16, and --use_fp16_compress_hook as float16: give only one of the two compress hooks",
+    ),
+    Refused(
+        ("overlap_param_gather",), lambda f: not f["use_distributed_optimizer"],
+        "needs --use_distributed_optimizer: otherwise nothing is gathered",
+    ),
+    Refused(
+        ("overlap_zero_grad_buffer",), lambda f: not f["overlap_optim_step"],
+        "needs --overlap_optim_step: before the step gradients are in use",
+    ),
+)  # fmt: skip
+"""The first that is broken is told. Options of other groups are judged in training/config.py."""
+
+
 ONLY_WITH = (
+    OnlyWith(
+        ("sequence_parallel",), lambda f: f["tensor_model_parallel_size"] > 1,
+        "without --tensor_model_parallel_size",
+    ),
+    OnlyWith(
+        ("pipeline_schedule", "num_layers_per_virtual_pipeline_stage", "pipeline_parts", "pipeline_micro_batches"),
+        _has_pipeline, "without --pipeline_model_parallel_size",
+    ),
+    OnlyWith(
+        ("context_parallel_method",), lambda f: f["context_parallel_size"] > 1, "without --context_parallel_size"
+    ),
     # (grad_buffer_is_powerSGD_error is refused without the hook.)
     OnlyWith(
         tuple(item.name for item in fields(PowerSGDConfig) if item.name != "grad_buffer_is_powerSGD_error"),

@@ -24,6 +24,7 @@ from parallel.division import Division
 from parallel.groups import Groups
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh
+from parallel.stages import Stages
 
 Batch = dict[str, Tensor]
 
@@ -208,10 +209,6 @@ class EngineParts:
     """float16's current loss scale; 1 for other dtypes."""
     is_fp16: bool
     seed: int
-    division: Division | None = None
-    """What each rank holds of a model that is cut; None: all of it."""
-    groups: Groups | None = None
-    """Process groups of the mesh; None: every rank works through the whole model, with rows of its own."""
     compute_dtype: torch.dtype = torch.float32
     """dtype of the weights that matmuls see."""
     alignment: int = ALIGNMENT
@@ -223,3 +220,9 @@ class EngineParts:
     rebalance: Callable[[Tensor], None] | None = None
     """Called after each step that was not skipped, with the `layers` of the global batch (`Sums`), on the CPU: moves
     the biases of the routers, alike on all ranks. None: they do not move."""
+    division: Division | None = None
+    """What each rank holds of a model that is cut; None: all of it."""
+    groups: Groups | None = None
+    """Process groups of the mesh; None: every rank works through the whole model, with rows of its own."""
+    stages: Stages | None = None
+    """Parts of the model in a pipeline."""

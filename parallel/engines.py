@@ -13,6 +13,7 @@ from parallel.division import Division
 from parallel.engine import Engine, EngineParts
 from parallel.groups import Groups
 from parallel.mesh import Mesh
+from parallel.stages import Stages
 
 
 def _open_pipeline(parts: EngineParts) -> Engine:
@@ -77,15 +78,16 @@ class ModelCutter(Protocol):
 
 
 def model_cutter(
-    config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype
+    config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype, stages: Stages | None = None
 ) -> ModelCutter | None:
     """What cuts a model over the ranks; None: every rank holds the whole model, and works through all of it.
 
     Args:
         dtype: dtype to compute in.
+        stages: parts of the model, if there is a pipeline.
     """
     if not (config.is_cut or config.has_other_dimensions):
         return None
     from parallel.torch_engines import cutting
 
-    return cutting.Cutter(config, context, mesh, dtype)
+    return cutting.Cutter(config, context, mesh, dtype, stages)

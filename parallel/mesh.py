@@ -158,7 +158,6 @@ class Mesh:
         first = self.rank - self.rank_in(dimension) * stride
         return tuple(range(first, first + self.size(dimension) * stride, stride))
 
-
     def sharers(self, dimensions: Iterable[Dimension]) -> tuple[int, ...]:
         """Ranks that differ from this one in these dimensions alone, and this one, in order."""
         ranks = {self.rank}
@@ -298,13 +297,30 @@ def places(mesh: Mesh, hosts: Sequence[str]) -> str:
     """
     ranks = [mesh.at(rank) for rank in range(mesh.world_size)]
     has_shards = mesh.shard_size > 1
-    runs = [list(run) for _, run in groupby(ranks, key=lambda its: (hosts[its.rank], its.replica_rank * has_shards))]
-    text = f"{mesh.replica_size} cop{'ies' if mesh.replica_size > 1 else 'y'} of the model"
-    text += f" x {mesh.shard_size} shards" if has_shards else ", one a rank"
+
+    def place(its: Mesh) -> tuple:
+        return hosts[its.rank], its.replica_rank if has_shards and mesh.is_data_alone else 0, its.pipe_rank
+
+    runs = [list(run) for _, run in groupby(ranks, key=place)]
+    text = _sizes(mesh)
     if mesh.machines > 1 and mesh.machine_size > 1:
         text += f", {mesh.machines} machines of {mesh.machine_size} ranks"
     told = [_place(run, hosts[run[0].rank]) for run in runs]
     return "; ".join([text, *(told if len(told) <= _MOST_PLACES else [*told[: _MOST_PLACES - 2], "...", told[-1]])])
+
+
+def _sizes(mesh: Mesh) -> str:
+    """The dimensions: "2 pipe ranks x 4 data ranks x 2 tensor ranks"."""
+    copies = f"{mesh.replica_size} cop{'ies' if mesh.replica_size > 1 else 'y'}"
+    shards = f" x {mesh.shard_size} shards" if mesh.shard_size > 1 else ""
+    if mesh.is_data_alone:
+        return f"{copies} of the model" + (shards or ", one a rank")
+    sizes = {"pipe ranks": mesh.pipe_size, "data ranks": mesh.data_size, "context ranks": mesh.context_size,
+             "tensor ranks": mesh.tensor_size}  # fmt: skip
+    text = " x ".join(f"{size} {what}" for what, size in sizes.items() if size > 1)
+    if mesh.expert_size > 1:
+        text += f", of which each {mesh.expert_size} share the experts"
+    return text + (f", which hold the model as {copies}{shards}" if shards else "")
 
 
 def _place(run: list[Mesh], host: str) -> str:
@@ -315,7 +331,9 @@ def _place(run: list[Mesh], host: str) -> str:
 
     first, last = run[0], run[-1]
     text = f"{numbers('rank', first.rank, last.rank)} on {host}"
-    if first.shard_size == 1:
+    if first.pipe_size > 1:
+        return f"{text}: pipe rank {first.pipe_rank}"
+    if first.shard_size == 1 or not first.is_data_alone:
         return text
     text += f": {numbers('shard', first.shard_rank, last.shard_rank)}"
     return text + (f" of copy {first.replica_rank}" if first.replica_size > 1 else "")

@@ -8,6 +8,7 @@ run_dir.py          the run directory, and the checkpoint in it to resume from
 data.py             both sets and the tokenizer
 batch.py            the batch size, if no flag gives it
 build_model.py      the model with its first weights
+pipeline.py         the stages of a pipeline
 export.py           information for other programs in a checkpoint
 build_task.py       the task, which turns a batch into a loss
 dpo_reference.py    the reference of DPO

@@ -20,11 +20,13 @@ from optimizer.offload import OffloadedOptimizer
 from optimizer.rules import new_rules
 from parallel.context import DistContext, enable_determinism
 from parallel.contract import GradientSource
+from parallel.division import Division
 from parallel.engine import Engine, EngineParts
 from parallel.engines import ModelCutter, model_cutter, open_engine
 from parallel.gradients import square
 from parallel.layout import ALIGNMENT
 from parallel.mesh import Mesh, plan_mesh
+from parallel.stages import Stages
 from runs.sinks import check_sinks
 from tasks.task import Task
 from training.adapter import Adapter
@@ -42,6 +44,7 @@ from training.config import Config, Derived, resolve
 from training.data import Data, open_data
 from training.dpo_reference import prepare_reference
 from training.export import Export, plan_export
+from training.pipeline import plan_pipeline
 from training.progress import Progress
 from training.rates import warn_of_default_rate, warn_of_rate
 from training.recompute import limit_activations
@@ -77,6 +80,8 @@ class Built:
     adamw_kernel: str
     scaler: LossScaler
     engine: Engine
+    division: Division | None
+    """What each rank holds of a model that is cut; None: all of it."""
     progress: Progress
     """The run's position, which the training loop updates."""
     left_out: list[int] | None
@@ -133,7 +138,8 @@ def build(
         _warn(config, given, begins, export)
     _require_same_settings(config, context, dtype, shape)
     _check_balance(config, shape)
-    cutter = model_cutter(config.parallel, context, mesh, dtype)
+    stages = plan_pipeline(config, shape, data.train)
+    cutter = model_cutter(config.parallel, context, mesh, dtype, stages)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
         begins.new_rows, cutter,
@@ -152,7 +158,7 @@ def build(
     limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
-    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter)
+    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter, stages)
     progress, left_out = Progress(), None
     if is_resumed:
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
@@ -164,7 +170,7 @@ def build(
     )  # fmt: skip
     return Built(
         config, context, mesh, run_dir, data, derived, begins.source, adapter, export, dtype, model, task, reference,
-        kernel, scaler, engine, progress, left_out, loader,
+        kernel, scaler, engine, None if cutter is None else cutter.division, progress, left_out, loader,
     )  # fmt: skip
 
 
@@ -187,7 +193,7 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
 
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, dtype: torch.dtype, scaler: LossScaler,
-    kernel: str, cutter: ModelCutter | None,
+    kernel: str, cutter: ModelCutter | None, stages: Stages | None,
 ) -> Engine:  # fmt: skip
     flags = config.optimizer
     its_kernel = "torch" if flags.offload_optimizer or config.parallel.fsdp_cpu_offload else kernel
@@ -213,6 +219,7 @@ def _open_engine(
             seed=config.run.seed,
             division=cutter.division if cutter is not None else None,
             groups=cutter.groups if cutter is not None else None,
+            stages=stages,
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,

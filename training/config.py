@@ -7,7 +7,7 @@ Each part's options stand beside the part, in its config.py, with a `check` of w
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dataset.config import DataConfig
 from model.adapters.config import AdapterConfig
@@ -16,7 +16,15 @@ from optimizer.config import AdamWConfig, LionConfig, MuonConfig, OptimizerConfi
 from parallel.config import ParallelConfig, PowerSGDConfig
 from runs.layout import CONFIG_NAME
 from tasks.config import TASK_TYPES, DPOConfig, TaskName, TaskType
-from utils.options import OnlyWith, parse_size, require_at_most, require_not_negative, require_positive
+from utils.options import (
+    OnlyWith,
+    Refused,
+    parse_size,
+    refuse,
+    require_at_most,
+    require_not_negative,
+    require_positive,
+)
 
 MOST_PROFILED_STEPS = 20
 """Most steps in one trace. Each takes megabytes a rank, in memory until the trace is written."""
@@ -258,30 +266,51 @@ def _check_gradients(config: Config) -> None:
 
 
 def _check_cut(config: Config) -> None:
-    """Refuse what does not go with a model of which each rank holds a shard."""
-    kind = f"--data_parallel={config.parallel.data_parallel}"
-    if not config.parallel.is_cut:
-        return
-    if config.adapter.load_in_4bit:
-        raise ValueError(
-            f"--load_in_4bit does not go with {kind}, since matrices in 4 bits are whole on every rank: leave out one "
-            f"of them"
-        )
-    if config.system.activation_budget_gb:
-        raise ValueError(
-            f"--activation_budget_gb measures a model that is whole on every rank: with {kind}, give "
-            f"--gradient_checkpointing, if need be with --checkpoint_keeps=matmuls"
-        )
-    if config.parallel.fsdp_cpu_offload and config.optimizer.offload_optimizer:
-        raise ValueError("--fsdp_cpu_offload keeps the optimizer's state in host memory, too: leave out "
-                         "--offload_optimizer")  # fmt: skip
-    if config.parallel.fsdp_cpu_offload and config.optimizer.optimizer == "muon":
-        raise ValueError(
-            "--fsdp_cpu_offload steps on the CPU, where Muon's matrix multiplications would take longest: give "
-            "--optimizer=adamw, or leave it out"
-        )
-    if config.parallel.fsdp_cpu_offload and config.system.adamw_kernel == "triton":
-        raise ValueError("--fsdp_cpu_offload steps on the CPU: leave out --adamw_kernel=triton")
+    """Refuse what does not go with a model or rows that are cut over the ranks."""
+    refuse(_flat(config) | {"cut_by": config.parallel.cut_by}, _flat(Config()), _REFUSED)
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """All options by name."""
+    return {name: value for group in vars(config).values() for name, value in vars(group).items()}
+
+
+_REFUSED = (
+    # Braces: cut_by is the flag that cuts.
+    Refused(
+        ("load_in_4bit",), lambda f: f["cut_by"],
+        "does not go with {cut_by}, since matrices in 4 bits are whole on every rank: leave out one of them",
+    ),
+    Refused(
+        ("activation_budget_gb",), lambda f: f["cut_by"],
+        "measures a model that is whole on every rank: with {cut_by}, give --gradient_checkpointing, if need be with "
+        "--checkpoint_keeps=matmuls",
+    ),
+    Refused(
+        ("optimizer",), lambda f: f["optimizer"] == "muon" and f["tensor_model_parallel_size"] > 1,
+        "makes whole matrices orthogonal, and --tensor_model_parallel_size={tensor_model_parallel_size} cuts them: "
+        "give --optimizer=adamw",
+    ),
+    Refused(
+        ("compile",),
+        lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
+        "makes one graph of a block's backward pass, which --pipeline_schedule={pipeline_schedule} splits: give "
+        "--pipeline_schedule=interleaved, or leave it out",
+    ),
+    Refused(
+        ("fsdp_cpu_offload",), lambda f: f["offload_optimizer"] and f["data_parallel"] != "auto",
+        "keeps the optimizer's state in host memory, too: leave out --offload_optimizer",
+    ),
+    Refused(
+        ("fsdp_cpu_offload",), lambda f: f["optimizer"] == "muon" and f["data_parallel"] != "auto",
+        "steps on the CPU, where Muon's matrix multiplications would take longest: give --optimizer=adamw, or leave "
+        "it out",
+    ),
+    Refused(
+        ("fsdp_cpu_offload",), lambda f: f["adamw_kernel"] == "triton" and f["data_parallel"] != "auto",
+        "steps on the CPU: leave out --adamw_kernel=triton",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import math
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from model.adapters.folder import Weights
 from model.families.family import EMBEDDING, HEAD
 from model.memory import TrainingPlan, estimate
 from model.quantized import count_parameters
+from parallel.division import Division
 from parallel.engine import Engine
 from parallel.mesh import places
 from tasks.config import TaskType
@@ -132,10 +134,38 @@ def _mesh(built: Built) -> list[str]:
     )  # fmt: skip
     lasting = estimate(built.model.config, plan).lasting
     held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lasting.items() if size)
+    has_parts = built.division is not None and not mesh.is_data_alone
+    parts = [f"parts: {parts_of(built.division)}"] if has_parts else []
     where = " in host memory" if flags.fsdp_cpu_offload and context.device.type == "cuda" else ""
     return [
-        f"mesh: {places(mesh, hosts)}", f"memory: each rank holds {held}{where}, by formula (docs/memory.md)"
+        f"mesh: {places(mesh, hosts)}", *parts,
+        f"memory: each rank holds {held}{where}, by formula (docs/memory.md)",
     ]  # fmt: skip
+
+
+def parts_of(division: Division) -> str:
+    """What a rank of each part of the pipeline holds of a model, before FSDP cuts it: "pipe rank 0:
+    embedding, blocks 0-3, 12.3 M of 24.9 M parameters; ..."."""
+    mesh, total = division.mesh, sum(math.prod(outline.shape) for outline in division.outlines.values())
+    told = []
+    for rank in mesh.at(0).ranks_of("pipe"):
+        held = {name: found.shape for name in division.outlines if (found := division.held(name, rank)) is not None}
+        own = f"{sum(map(math.prod, held.values())) / 1e6:,.1f} M of {total / 1e6:,.1f} M parameters"
+        its = f"pipe rank {mesh.at(rank).pipe_rank}: {_units(held)}, " if mesh.pipe_size > 1 else "each rank holds "
+        told.append(its + own)
+    return "; ".join(told)
+
+
+def _units(names: Iterable[str]) -> str:
+    """The units of a model to which parameters belong: "embedding, blocks 0-3"."""
+    names = set(names)
+    blocks = sorted({int(name.split(".")[1]) for name in names if name.startswith("layers.")})
+    runs = [list(run) for _, run in groupby(enumerate(blocks), key=lambda its: its[1] - its[0])]
+    numbers = [f"{run[0][1]}" + (f"-{run[-1][1]}" if len(run) > 1 else "") for run in runs]
+    units = [f"block{'s' if len(blocks) > 1 else ''} {' and '.join(numbers)}"] if blocks else []
+    around = {name.split(".")[0] for name in names if not name.startswith("layers.")}
+    has_head = any(name.startswith("norm") for name in around) or HEAD.split(".")[0] in around
+    return ", ".join([*(["embedding"] if EMBEDDING.split(".")[0] in around else []), *units, *(["head"] * has_head)])
 
 
 def _network(engine: Engine, tokens_per_step: int, counted: Flops, is_main: bool) -> list[str]:

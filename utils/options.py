@@ -1,8 +1,8 @@
-"""Options of commands: sizes; checks for the */config.py files, each with a sentence that names the option; and options
-that have an effect only beside others."""
+"""Options of commands: sizes; checks for the */config.py files, each with a sentence that names the option; options
+that have an effect only beside others; and options that are refused beside others."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,38 @@ class OnlyWith:
     """Whether they have an effect, given all options by name."""
     otherwise: str
     """The reason if they have none; it follows "has no effect" in a sentence."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Options that cannot be used beside others."""
+
+    names: tuple[str, ...]
+    beside: Callable[[Mapping[str, Any]], bool]
+    """Whether the others are used, given all options by name."""
+    sentence: str
+    """What is wrong and what to do; it follows the option. Braces name options whose values it tells."""
+
+
+def refuse(options: Mapping[str, Any], usual: Mapping[str, Any], rules: Iterable[Refused]) -> None:
+    """
+    Args:
+        options: all options by name.
+        usual: their defaults.
+    Raises:
+        ValueError: one of the options of a rule is used beside those that it does not go with.
+    """
+    for rule in rules:
+        used = [name for name in rule.names if options[name] != usual[name]]
+        if used and rule.beside(options):
+            raise ValueError(f"{as_given(used[0], options[used[0]])} {rule.sentence.format_map(options)}")
+
+
+def as_given(name: str, value: object) -> str:
+    """An option as users write it, without the value of a number: --compile, --no-async_save, --optimizer=muon."""
+    if isinstance(value, str):
+        return f"--{name}={value}"
+    return f"--no-{name}" if value is False else f"--{name}"
 
 
 def require_positive(config: object, *names: str) -> None:

@@ -20,6 +20,7 @@ from parallel.division import Division, Outline, TensorCut
 from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
+from parallel.stages import Stages
 from parallel.torch_engines import shards
 
 
@@ -45,10 +46,14 @@ class Cutter:
 
     Args:
         dtype: dtype to compute in.
+        stages: parts of the model, if there is a pipeline.
     """
 
-    def __init__(self, config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype):
-        self.config, self.context, self.mesh, self.dtype = config, context, mesh, dtype
+    def __init__(
+        self, config: ParallelConfig, context: DistContext, mesh: Mesh, dtype: torch.dtype,
+        stages: Stages | None = None,
+    ):  # fmt: skip
+        self.config, self.context, self.mesh, self.dtype, self.stages = config, context, mesh, dtype, stages
         self.groups = Groups(context, mesh, config.dist_timeout)
         self.division: Division
 

@@ -141,6 +141,14 @@ def test_the_nearest_mesh_is_possible():
     (Mesh(0, data_size=64, machine_size=8), [f"h{rank // 8}" for rank in range(64)],
      "64 copies of the model, one a rank, 8 machines of 8 ranks; ranks 0-7 on h0; ranks 8-15 on h1; ranks 16-23 on h2; "
      "ranks 24-31 on h3; ...; ranks 56-63 on h7"),
+    (Mesh(0, pipe_size=2, data_size=2, tensor_size=2, machine_size=4), "aaaabbbb",
+     "2 pipe ranks x 2 data ranks x 2 tensor ranks, 2 machines of 4 ranks; ranks 0-3 on a: pipe rank 0; "
+     "ranks 4-7 on b: pipe rank 1"
+     ),
+    (Mesh(0, data_size=2, context_size=2, shard_size=2), "aaaa",
+     "2 data ranks x 2 context ranks, which hold the model as 1 copy x 2 shards; ranks 0-3 on a"),
+    (Mesh(0, data_size=4, expert_size=2), "aaaa",
+     "4 data ranks, of which each 2 share the experts; ranks 0-3 on a"),
 ])  # fmt: skip
 def test_the_start_says_who_is_where(mesh: Mesh, hosts: str | list[str], told: str):
     assert places(mesh, hosts) == told

@@ -617,6 +617,7 @@ def test_flops_of_windows_count_the_keys_that_are_seen():
     assert found == pytest.approx(saved, rel=5e-3)
     longer = dataclasses.replace(windows, sliding_window=400)
     assert flops.flops_per_token_strict(longer, 300) == flops.flops_per_token_strict(without, 300)
+    assert sum(flops.unit_flops(windows, 400, 0.3)) == pytest.approx(flops.flops_per_token_strict(windows, 400, 0.3))
 
 
 def test_flops_of_the_originals_1b():

@@ -11,6 +11,7 @@ from tests.runs import out_dir
 
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
 FSDP, HSDP = "--data_parallel=fsdp", "--data_parallel=hsdp"
+TENSOR, PIPE = "--tensor_model_parallel_size=2", "--pipeline_model_parallel_size=2"
 
 
 def parse(*argv: str) -> dict:
@@ -50,11 +51,14 @@ REFUSED = [
     (["--optimizer=lion", "--lion_beta1=1"], "lion_beta1 must be at least 0 and below 1"),
     (["--ranks_per_machine=-1"], "ranks_per_machine must not be negative"),
     (["--tensor_model_parallel_size=0"], "tensor_model_parallel_size must be positive"),
-    *((["--" + flag], f"--{flag} is not possible yet: leave it out; a model that one GPU cannot hold is shared by "
-       "--data_parallel=fsdp")
-      for flag in ("tensor_model_parallel_size=2", "sequence_parallel=True", "pipeline_model_parallel_size=2",
-                   "num_layers_per_virtual_pipeline_stage=1", "context_parallel_size=2",
-                   "expert_model_parallel_size=4")),
+    (["--context_parallel_size=-1"], "context_parallel_size must be positive, got -1"),
+    ([PIPE, FSDP], "--data_parallel=fsdp gathers a block's weights for each micro-batch, of which a pipeline has many"),
+    ([PIPE, "--ddp_impl=naive"], "--ddp_impl=naive sums gradients one after the other"),
+    ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
+    ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
+    ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
+    ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
+    (["--context_parallel_size=2", "--activation_budget_gb=1"], "with --context_parallel_size=2, give --gradient_che"),
     ([FSDP, ZERO1], "give --no-use_distributed_optimizer or --data_parallel=auto"),
     ([HSDP, POWERSGD], "which sums gradients a block at a time, by no hook: give --no-use_powerSGD_hook or"),
     ([FSDP, "--use_bf16_compress_hook"], "=auto; --no-grad_reduce_in_fp32 sends gradients in --dtype"),
@@ -96,7 +100,10 @@ ACCEPTED = [
     [FSDP, "--no-reshard_after_forward", "--fsdp_cpu_offload"],
     [FSDP, "--optimizer=muon", "--no-reshard_after_forward"],
     [HSDP, "--ranks_per_machine=4", "--no-grad_reduce_in_fp32", "--optimizer=lion8bit"],
-    [FSDP, "--tensor_model_parallel_size=1", "--no-sequence_parallel"],
+    [FSDP, TENSOR, "--sequence_parallel", "--context_parallel_size=2", "--expert_model_parallel_size=2"],
+    [PIPE, TENSOR, "--pipeline_schedule=gpipe", "--pipeline_parts=measured", "--pipeline_micro_batches=auto"],
+    [PIPE, "--pipeline_schedule=interleaved", "--pipeline_parts=5,4,4,5", POWERSGD, ZERO1],
+    [PIPE, "--pipeline_schedule=zero_bubble", "--num_layers_per_virtual_pipeline_stage=2"],
     ["--matrix_approximation_rank=1", "--start_powerSGD_iter=0", "--min_compression_rate=0", "--bucket_size=0"],
 ]
 
@@ -119,6 +126,10 @@ def test_what_fits_is_accepted(argv: list[str]):
     (["--no-reshard_after_forward", "--fsdp_cpu_offload"],
      ["--no-reshard_after_forward, --fsdp_cpu_offload have no effect without --data_parallel=fsdp or hsdp"]),
     ([HSDP, "--no-reshard_after_forward", "--ranks_per_machine=2"], []),
+    (["--sequence_parallel", "--pipeline_parts=3,3", "--pipeline_micro_batches=auto"],
+     ["--sequence_parallel has no effect without --tensor_model_parallel_size",
+      "--pipeline_parts, --pipeline_micro_batches have no effect without --pipeline_model_parallel_size"]),
+    ([TENSOR, PIPE, "--sequence_parallel", "--pipeline_schedule=gpipe"], []),
 ])  # fmt: skip
 def test_what_changes_nothing_is_said(argv: list[str], sentences: list[str]):
     assert without_effect(*parse_config(["--data_dir=d", *argv])) == sentences
