@@ -157,12 +157,12 @@ class Blocks(nn.ModuleList):
 class Relay(Protocol):
     """Passes hidden states through the parts of a model that several processes hold."""
 
-    def through(self, run: Callable[[range, Tensor | None], Tensor], inputs: Tensor) -> Tensor:
-        """Final hidden states of the whole model, where its last part is; elsewhere zeros in their shape. Collective.
+    def through(self, run: Callable[[range, Tensor | None], Tensor], like: Callable[[], Tensor]) -> Tensor:
+        """Final hidden states of the whole model, where its last part is; elsewhere zeros. Collective.
 
         Args:
             run: runs units that this process holds, on what the unit before has returned.
-            inputs: token ids (B, T).
+            like: makes a tensor of the result's shape and dtype.
         """
 
     def from_last(self, compute: Callable[[], Tensor] | None, like: Callable[[], Tensor]) -> Tensor:
@@ -170,7 +170,6 @@ class Relay(Protocol):
 
         Args:
             compute: on that process; None elsewhere.
-            like: makes a tensor of the result's shape and dtype.
         """
 
 
@@ -329,7 +328,10 @@ class Decoder(nn.Module):
             run = partial(
                 self.forward, input_ids_BT, positions_BT, document_ids_BT, cache, dropout_key, document_starts, losses
             )
-            hidden_BTC = self.relay.through(run, input_ids_BT)
+            shape = *input_ids_BT.shape, self.config.hidden_size
+            hidden_BTC = self.relay.through(
+                run, lambda: torch.empty(shape, dtype=self._dtype(), device=input_ids_BT.device)
+            )
             if cache is not None:
                 cache.lengths = [length + input_ids_BT.shape[1] for length in cache.lengths]
             return hidden_BTC

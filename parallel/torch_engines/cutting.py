@@ -1,13 +1,13 @@
 """Lets a rank keep its part of a model alone: what each dimension of the mesh does to a model without values.
 
-    pipe       drops the units of other stages                          pipeline.py
+    pipe       drops the units of other stages                          chain.py
     tensor     replaces matrices by their rows or columns, and sums     tensor.py
     expert     keeps some experts of each layer, and exchanges tokens   expert.py
     context    cuts rows of tokens, and gathers keys and values         context_parallel.py
     shard      FSDP cuts by rows what is left                           shards.py
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, cast
 
 import torch
@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import shards
+from parallel.torch_engines import chain, shards
 
 
 class Role(Protocol):
@@ -58,9 +58,15 @@ class Cutter:
         self.division: Division
 
     def cut(self, model: nn.Module) -> None:
-        self.division = Division(_outlines(model), self.mesh)
+        self.division = Division(_outlines(model), self.mesh, self._stages_of(model))
+        if self.stages is not None:
+            chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def _stages_of(self, model: nn.Module) -> Callable[[str], Collection[int]]:
+        """A function of a parameter's name: the pipe ranks that hold it."""
+        return chain.stages_of(model, self.stages) if self.stages is not None else lambda name: (0,)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
