@@ -77,7 +77,8 @@ class Ours:
     def __init__(self, args: argparse.Namespace, context: DistContext, mesh: Mesh, config: ParallelConfig):
         dtype, scaler = getattr(torch, args.dtype), LossScaler(enabled=False)
         self._tokens = args.rows * args.seq_len * context.world_size
-        self.model = new_model(args, context.device, model_cutter(config, context, mesh, dtype))
+        cutter = model_cutter(config, context, mesh, dtype)
+        self.model = new_model(args, context.device, cutter)
         kernel = choose_kernel("auto", "", context.device)
         rules = new_rules("adamw", ADAMW, MuonConfig(), LionConfig(), kernel, self.model.roles())
         self._task = LanguageModelTask(self.model, 0, torch.ones(args.vocab_size, device=context.device))
@@ -87,6 +88,8 @@ class Ours:
                 new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, rules, CLIP, scaler),
                 square=sum_of_squares if kernel == "triton" else square,
                 loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
+                division=cutter.division if cutter is not None else None,
+                groups=cutter.groups if cutter is not None else None,
             )
         )  # fmt: skip
         self._number = 0

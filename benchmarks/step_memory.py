@@ -207,6 +207,8 @@ class Training:
                 parallel, PowerSGDConfig(), context, mesh, self.model, to_device=lambda batch: batch,
                 new_optimizer=self._new_optimizer, square=sum_of_squares if kernel == "triton" else square,
                 loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
+                division=cutter.division if cutter is not None else None,
+                groups=cutter.groups if cutter is not None else None,
             )
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ from parallel.observer import Observer
 from parallel.powersgd import PowerSGD
 from parallel.replicas import require_same_weights
 from parallel.spans import span
+from parallel.torch_engines.whole import outlines_of, whole_weights
 from parallel.zero1 import Zero1
 
 
@@ -103,6 +104,7 @@ class DataParallelEngine:
 
     def __init__(self, parts: EngineParts, ddp: Wrapped, gradients: GradientSource):
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
+        self.is_cut = self.is_cut or parts.division is not None and parts.division.is_cut
         self.state_holders = tuple(range(parts.mesh.world_size))
         self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
@@ -187,10 +189,19 @@ class DataParallelEngine:
         """Do nothing: the weights are whole after every step."""
 
     def outlines(self) -> dict[str, Tensor]:
+        if self.is_cut:
+            assert self._parts.division is not None
+            return outlines_of(self._parts.division, self._parts.compute_dtype)
         return {name: parameter.detach().to("meta") for name, parameter in self._parts.model.named_parameters()}
 
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, p.detach()) for name, p in self._parts.model.named_parameters() if name in names)
+        own = {name: parameter.detach() for name, parameter in self._parts.model.named_parameters()}
+        if self.is_cut:
+            parts = self._parts
+            assert parts.division is not None and parts.groups is not None
+            yield from whole_weights(own, names, parts.division, parts.groups, parts.compute_dtype)
+        else:
+            yield from ((name, parameter) for name, parameter in own.items() if name in names)
 
     def check_replicas(self, step: int) -> None:
         self.settle()

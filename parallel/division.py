@@ -5,8 +5,9 @@ ranks.
     tensor    of a matrix its rows or columns (model/roles.py: "column", "row"), of the vocabulary its rows
     expert    of a stack of experts its experts
 
-FSDP then cuts what this leaves, by rows (torch_engines/shards.py). What a rank holds of a parameter is a `Piece` of it
-(checkpoint/named.py), so any mesh can read any mesh's checkpoint.
+FSDP then cuts what this leaves, by rows, as torch.chunk does: all ranks have as many as the first one, except the last
+ones, which may have fewer or none. What a rank holds of a parameter is a `Piece` of it (checkpoint/named.py), so any
+mesh can read any mesh's checkpoint. The pieces of two ranks are equal, or have nothing in common.
 
 A gradient is summed over all ranks that have computed a part of it:
 
@@ -22,7 +23,9 @@ Where several ranks compute the same gradient of the same piece, it counts in th
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Literal, NamedTuple
 
 from checkpoint.named import Box, Piece
@@ -45,6 +48,8 @@ class Outline:
     """Under tensor parallelism: whole on every rank, each of which computes a part of its gradient."""
     is_stack: bool = False
     """Whether it is a stack of experts (E, outputs, inputs)."""
+    is_sharded: bool = False
+    """Whether FSDP cuts it."""
 
 
 class Held(NamedTuple):
@@ -89,6 +94,40 @@ class Division:
         shape = tuple(sum(length for _, length in its) for its in ranges)
         return Held(Piece(name, outline.shape, tuple(_boxes(ranges))), shape)
 
+    def piece(self, name: str, rank: int | None = None) -> Piece | None:
+        """What a rank (by default this one) holds of a parameter after FSDP has cut it, too; None: nothing."""
+        held, place = self.held(name, rank), self._place(rank)
+        if held is None or not self.outlines[name].is_sharded:
+            return None if held is None else held.piece
+        rows, a_row = rows_of(place.shard_rank, place.shard_size, held.shape[0]), prod(held.shape[1:])
+        return held.piece.part(rows.start * a_row, rows.stop * a_row)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a rank may hold less than the whole model."""
+        mesh, outlines = self.mesh, self.outlines.values()
+        is_sharded = mesh.shard_size > 1 and any(outline.is_sharded for outline in outlines)
+        return is_sharded or mesh.pipe_size > 1 or mesh.tensor_size > 1 or mesh.expert_size > 1
+
+    @cached_property
+    def alike(self) -> list[tuple[int, ...]]:
+        """Sets of ranks that hold the same of every parameter."""
+        sets: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.mesh.world_size):
+            place = self.mesh.at(rank)
+            key = place.pipe_rank, place.tensor_rank, place.expert_rank, place.shard_rank
+            sets.setdefault(key, []).append(rank)
+        return [tuple(ranks) for ranks in sets.values()]
+
+    def pieces(self, name: str) -> dict[Piece, list[int]]:
+        """The pieces that a parameter is cut into -> the ranks that hold it."""
+        found: dict[Piece, list[int]] = {}
+        for ranks in self.alike:
+            piece = self.piece(name, ranks[0])
+            if piece is not None and piece.numel:
+                found.setdefault(piece, []).extend(ranks)
+        return {piece: sorted(ranks) for piece, ranks in found.items()}
+
     def summed_over(self, name: str, rank: int | None = None) -> tuple[int, ...]:
         """The ranks whose gradients of what a rank holds of a parameter are added."""
         outline, place = self.outlines[name], self._place(rank)
@@ -108,6 +147,17 @@ class Division:
 
     def _place(self, rank: int | None) -> Mesh:
         return self.mesh if rank is None else self.mesh.at(rank)
+
+
+def most_rows(ranks: int, rows: int) -> int:
+    """Number of the first rank's rows under FSDP."""
+    return -(-rows // ranks)
+
+
+def rows_of(rank: int, ranks: int, rows: int) -> range:
+    """Numbers of a rank's rows under FSDP."""
+    most = most_rows(ranks, rows)
+    return range(min(rank * most, rows), min((rank + 1) * most, rows))
 
 
 def _tensor_dim(outline: Outline) -> int | None:

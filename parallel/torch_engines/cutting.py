@@ -58,7 +58,8 @@ class Cutter:
         self.division: Division
 
     def cut(self, model: nn.Module) -> None:
-        self.division = Division(_outlines(model), self.mesh, self._stages_of(model))
+        # Of the whole model: before anything of it is gone.
+        self.division = Division(_outlines(model, self.config.uses_fsdp), self.mesh, self._stages_of(model))
         if self.stages is not None:
             chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
         if self.config.uses_fsdp:
@@ -72,7 +73,7 @@ class Cutter:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
 
         def held(parameter: Tensor) -> tuple[tuple[int, ...], list[Region]]:
-            piece, memory = self.piece_of(names[id(parameter)], parameter), shards.local(parameter.detach())
+            piece, memory = self.piece_of(names[id(parameter)]), shards.local(parameter.detach())
             regions = [
                 (view, tuple(slice(start, start + n) for start, n in zip(box.start, box.length)))
                 for box, view in piece.parts_of(memory) if box.numel
@@ -81,15 +82,11 @@ class Cutter:
 
         return held
 
-    def piece_of(self, name: str, parameter: Tensor) -> Piece:
+    def piece_of(self, name: str) -> Piece:
         """What of a parameter is held here, after all cuts."""
-        held = self.division.held(name)
-        assert held is not None, name
-        if not isinstance(parameter, shards.DTensor):
-            return held.piece
-        rows, a_row = shards.local(parameter.detach()), parameter.shape[1:].numel()
-        first = shards.first_row(parameter, self.mesh) * a_row
-        return held.piece.part(first, first + rows.numel())
+        piece = self.division.piece(name)
+        assert piece is not None, name
+        return piece
 
     @property
     def uses_fsdp(self) -> bool:
@@ -102,12 +99,13 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module) -> dict[str, Outline]:
+def _outlines(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
     """Name -> each parameter of a model that is whole."""
     roles = cast(Cuttable, model).roles()
     return {
         name: Outline(
-            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack
+            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack,
+            uses_fsdp and shards.is_cut(parameter),
         )
         for name, parameter in model.named_parameters()
-    }
+    }  # fmt: skip

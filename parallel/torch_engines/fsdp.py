@@ -49,7 +49,7 @@ from parallel.torch_engines.shards import (
     units,
 )
 from parallel.torch_engines.transfers import Communication
-from parallel.torch_engines.whole import exchange
+from parallel.torch_engines.whole import outlines_of, whole_weights
 
 
 class _CutModel:
@@ -95,6 +95,8 @@ class FsdpEngine(DataParallelEngine):
         )
         _require_alignment(self._gradients, parts)
         self._nonfinite: list[str] = []
+        assert parts.division is not None
+        self._division = parts.division
         super().__init__(parts, _CutModel(parts.model, observer, self._gradients), self._gradients)
         self.state_holders = self.mesh.ranks_of("replica")
 
@@ -109,32 +111,13 @@ class FsdpEngine(DataParallelEngine):
         give_up_gathered(self._parts.model)
 
     def outlines(self) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(p.shape, dtype=self._dtype_of(p), device="meta")
-            for name, p in self._parts.model.named_parameters()
-        }
+        return outlines_of(self._division, self._parts.compute_dtype)
 
-    def _dtype_of(self, parameter: Tensor) -> torch.dtype:
-        """dtype that a forward pass sees a parameter in."""
-        return self._parts.compute_dtype if isinstance(parameter, DTensor) else parameter.dtype
-
-    @torch.no_grad()
     def whole_weights(self, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The rows of each unit that some rank wants are exchanged at once."""
         self.end_forward()
-        context = self._parts.context
-        everyone = context.gather(sorted(names))
-        wanted = [set(everyone[rank]) for rank in self.mesh.ranks_of("shard")]
-        for unit in parameters_by_unit(self._parts.model):
-            rows: dict[str, Tensor] = {}
-            for name, parameter in unit.items():
-                if not isinstance(parameter, DTensor) and name in names:
-                    yield name, parameter.detach()
-                elif isinstance(parameter, DTensor) and any(name in theirs for theirs in wanted):
-                    rows[name] = local(parameter.detach()).to(context.device, self._parts.compute_dtype)
-            if rows:
-                lengths = {name: len(unit[name]) for name in rows}
-                yield from exchange(rows, lengths, wanted, group_of(self._parts.model))
+        assert self._parts.groups is not None
+        held = {name: local(parameter.detach()) for name, parameter in self._parts.model.named_parameters()}
+        yield from whole_weights(held, names, self._division, self._parts.groups, self._parts.compute_dtype)
 
     def check_replicas(self, step: int) -> None:
         with span("compare replicas"):

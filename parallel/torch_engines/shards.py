@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, group_of_one, new_group
+from parallel.division import most_rows, rows_of
 from parallel.mesh import Dimension, Mesh
 
 
@@ -44,7 +45,7 @@ def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Me
         offload = CPUOffloadPolicy(pin_memory=context.device.type == "cuda")
     group = _shard_group(config, context, mesh)
     device_mesh = DeviceMesh.from_group(group, context.device.type, mesh_dim_names=("shard",))
-    whole = {parameter for parameter in model.parameters() if not parameter.requires_grad and parameter.dim() < 2}
+    whole = {parameter for parameter in model.parameters() if not is_cut(parameter)}
 
     def cut_unit(unit: nn.Module, reshard_after_forward: bool) -> None:
         fully_shard(
@@ -58,6 +59,12 @@ def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Me
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # The head computes after the model's own forward pass.
     cut_unit(model, reshard_after_forward=False)
+
+
+def is_cut(parameter: Tensor) -> bool:
+    """Whether a parameter is cut. Frozen vectors stay whole on every rank: they are small, and a rule that is no
+    optimizer moves the routers' biases."""
+    return parameter.requires_grad or parameter.dim() > 1
 
 
 def _shard_group(config: ParallelConfig, context: DistContext, mesh: Mesh) -> dist.ProcessGroup:
@@ -132,17 +139,6 @@ def group_of(model: nn.Module) -> dist.ProcessGroup:
     return next(p.device_mesh.get_group() for p in model.parameters() if isinstance(p, DTensor))
 
 
-def most_rows(ranks: int, rows: int) -> int:
-    """Number of the first rank's rows."""
-    return -(-rows // ranks)
-
-
 def padded_size(parameter: Tensor, ranks: int) -> int:
     """Elements that travel where every rank sends as many rows of a parameter as the first one."""
     return most_rows(ranks, len(parameter)) * ranks * math.prod(parameter.shape[1:])
-
-
-def rows_of(rank: int, ranks: int, rows: int) -> range:
-    """Numbers of a rank's rows."""
-    most = most_rows(ranks, rows)
-    return range(min(rank * most, rows), min((rank + 1) * most, rows))

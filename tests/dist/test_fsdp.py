@@ -20,7 +20,7 @@ from optimizer.rules import new_rules
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext, destroy_context, init_context
 from parallel.engine import Engine, EngineParts, StepPlan
-from parallel.engines import open_engine
+from parallel.engines import model_cutter, open_engine
 from parallel.gradients import square
 from parallel.mesh import plan_mesh
 from parallel.replicas import ReplicaDrift
@@ -122,7 +122,9 @@ def open_case(case: Case, context: DistContext) -> tuple[Engine, Decoder, LossSc
     if config.is_cut:
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-        shards.cut(model, config, context, mesh, case.dtype)
+    cutter = model_cutter(config, context, mesh, case.dtype)
+    if cutter is not None:
+        cutter.cut(model)
     if case.is_compiled:
         model.compile_blocks(backend="eager")
     scaler = LossScaler(enabled=case.dtype == torch.float16, initial=2.0**10)
@@ -139,6 +141,7 @@ def open_case(case: Case, context: DistContext) -> tuple[Engine, Decoder, LossSc
             lambda: scaler.scale, scaler.enabled, 0, case.dtype, max(64, *(rule.alignment for rule in rules)),
             lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
             ROWS // mesh.data_size, model.rebalance if model.config.router_bias_update_rate else None,
+            *((cutter.division, cutter.groups) if cutter is not None else ()),
         )
     )  # fmt: skip
     return engine, model, scaler

@@ -10,10 +10,9 @@ from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext, destroy_context
 from parallel.engine import Engine, EngineParts, StepPlan
-from parallel.engines import ENGINES, open_engine
+from parallel.engines import ENGINES, model_cutter, open_engine
 from parallel.gradients import square
 from parallel.mesh import Mesh
-from parallel.torch_engines import shards
 from tasks.language_model import LanguageModelTask
 
 CONFIG = ModelConfig(
@@ -50,8 +49,9 @@ def _leave_group():
 def open_alone(name: str, model: Decoder, mesh: Mesh = ONE) -> Engine:
     scaler = LossScaler(enabled=False)
     config = ParallelConfig(data_parallel="fsdp") if name == "fsdp" else ParallelConfig(ddp_impl=name)
-    if config.is_cut:
-        shards.cut(model, config, ALONE, ONE, torch.float32)
+    cutter = model_cutter(config, ALONE, ONE, torch.float32)
+    if cutter is not None:
+        cutter.cut(model)
     return open_engine(
         EngineParts(
             config,
@@ -65,6 +65,8 @@ def open_alone(name: str, model: Decoder, mesh: Mesh = ONE) -> Engine:
             loss_scale=lambda: scaler.scale,
             is_fp16=False,
             seed=0,
+            division=cutter.division if cutter is not None else None,
+            groups=cutter.groups if cutter is not None else None,
         )
     )
 
