@@ -5,6 +5,7 @@ see equally far.
     documents     nothing, their lengths, their starts, or a mask, depending on the implementation of attention
     window        how far back a query sees: a number or part of the mask, depending on the implementation
     cache         keys and values of earlier tokens, and how many of them each row has
+    share         the part of each row's positions that this process has, and how it gets the keys and values of all
 
 A new kind of mask or cache changes this file and the implementations in model/kernels/, but no layer.
 
@@ -12,7 +13,7 @@ Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds
 and value heads, D head dim, M documents.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,7 @@ def attention_mask(
         follow from distances, so near the query they are exact in any dtype, however long the text is.
 
     Args:
+        document_ids_BT: documents of all tokens, or None; queries are the last ones before `num_all`.
         rows: number of tokens in each row's cache, if the rows differ; by default all rows hold the same.
         window: latest keys that a query sees, itself among them; 0: all.
         first_key: keys before it are left out: S is `num_all` less this number.
@@ -65,7 +67,8 @@ def attention_mask(
     if window:
         mask = mask & (distances < window)
     if document_ids_BT is not None:
-        mask = mask & (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :])
+        of_queries, of_keys = document_ids_BT[:, num_all - num_new : num_all], document_ids_BT[:, first_key:num_all]
+        mask = mask & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
     if slopes_H is None:
         return mask
     exact = torch.promote_types(dtype, torch.float32)
@@ -158,6 +161,52 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class RowShare:
+    """The share of the positions of each row that one of several processes has.
+
+    A row is cut into 2 n equal chunks for n processes. Each has two of them, the one with its number and the one with
+    this number from the end, so that all have as many keys before their queries:
+
+        4 processes    0 1 2 3 3 2 1 0
+    """
+
+    number: int
+    count: int
+    gather: Callable[[Tensor], Tensor]
+    """Chunks (2, ...) of each process -> those of all, (2 n, ...), process by process. Its backward pass adds the
+    gradients of all processes, and returns those of this one's chunks."""
+    add: Callable[[Tensor], Tensor]
+    """Sum of a tensor over the processes. Its backward pass returns the gradient as it is."""
+    ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """Causal attention of q, k, v (B, H, T, D) over whole rows of one document without gathering: heads' outputs of
+    this process' queries. None: keys and values are gathered."""
+
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Numbers of this process' chunks."""
+        return self.number, 2 * self.count - 1 - self.number
+
+    def padded(self, width: int) -> int:
+        """Width of a row that can be cut: at least so many positions."""
+        return -(-width // (2 * self.count)) * 2 * self.count
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        """This process' positions of a dimension."""
+        chunks = whole.chunk(2 * self.count, dim)
+        return torch.cat([chunks[number] for number in self.chunks], dim)
+
+    def whole(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole rows, (B, K, S, D) each, from those of this process' positions."""
+        own = torch.stack((k_BKTD, v_BKTD)).unflatten(3, (2, -1)).movedim(3, 0)
+        # Process i has brought chunks i and 2 n - 1 - i.
+        places = [2 * number for number in range(self.count)] + [2 * i + 1 for i in reversed(range(self.count))]
+        chunks = self.gather(own.contiguous()).unbind(0)
+        # (2, B, K, 2 n, T / 2, D)
+        k_BKSD, v_BKSD = torch.stack([chunks[place] for place in places], dim=3).flatten(3, 4).unbind(0)
+        return k_BKSD, v_BKSD
+
+
+@dataclass(frozen=True)
 class Attend:
     """What the queries of one forward pass attend to, in layers that see equally far. At most one of `documents` and
     `starts` is given. Without these and a mask, attention is causal over the whole row."""
@@ -179,7 +228,12 @@ class Attend:
     """Without a mask: ALiBi's slope of each head, float32 (H,)."""
     cache: KVCache | None = None
     first_key: int = 0
-    """First key of the cache that any query sees."""
+    """First key of the cache, or of the row, that any query sees."""
+    share: RowShare | None = None
+    chunks: tuple["Attend", ...] = ()
+    """With a share: what the queries of each chunk attend to, for the chunks of this process in order."""
+    end: int = 0
+    """In a chunk: number of keys of the row up to its last query."""
 
     @property
     def is_plainly_causal(self) -> bool:
@@ -199,6 +253,7 @@ def attend_to(
     by_document: bool = True,
     by_mask: bool = True,
     dtype: torch.dtype = torch.float32,
+    share: RowShare | None = None,
 ) -> dict[int, Attend]:
     """Build the Attend of a forward pass over `num_new` tokens a row, for each of these windows (see
     `ModelConfig.window_of`).
@@ -210,6 +265,7 @@ def attend_to(
         by_document: whether documents may be attended to one by one, if that is less work.
         by_mask: whether the implementation of attention needs a mask for windows and ALiBi.
         dtype: of the queries.
+        share: the part of each row whose tokens are the new ones; positions and document ids are those of whole rows.
     """
     rope, slopes = None, None
     if config.position_embedding == "alibi":
@@ -220,6 +276,9 @@ def attend_to(
     if device.type != "cuda":
         # Kernels for CPUs take float32 beside 16 bits, those for GPUs only the queries' dtype.
         dtype = torch.promote_types(dtype, torch.float32)
+    if share is not None:
+        assert cache is None
+        return {window: _shared_rows(common, share, window, document_ids_BT, by_mask, dtype) for window in windows}
     if starts is not None:
         return {window: replace(common, starts=starts, window=window if window < num_new else 0) for window in windows}
     if document_ids_BT is not None and by_document and not document_ids_BT.is_cuda:
@@ -258,3 +317,36 @@ def _whole_rows(
     rows, device = None if is_even else past, common.positions.device
     mask = attention_mask(num_new, longest, document_ids_BT, device, rows, window, common.slopes, first_key, dtype)
     return replace(common, mask=mask, slopes=None, first_key=first_key)
+
+
+def _shared_rows(
+    common: Attend, share: RowShare, window: int, document_ids_BT: Tensor | None, by_mask: bool, dtype: torch.dtype
+) -> Attend:
+    """Part of each row, chunk by chunk: its queries see no key after the chunk's end.
+
+    Args:
+        common: of the whole rows.
+    """
+    width, device = common.positions.shape[1], common.positions.device
+    size = width // (2 * share.count)
+    chunks = []
+    for number in share.chunks:
+        begin, end = number * size, (number + 1) * size
+        its_window = window if window < end else 0
+        first_key = max(begin - its_window + 1, 0) if its_window else 0
+        # Without earlier keys, a chunk is a row by itself.
+        is_masked = document_ids_BT is not None or begin > 0
+        if is_masked or (by_mask and (its_window or common.slopes is not None)):
+            mask = attention_mask(
+                size, end, document_ids_BT, device, None, its_window, common.slopes, first_key, dtype
+            )  # fmt: skip
+            chunks.append(replace(common, rope=None, mask=mask, slopes=None, first_key=first_key, end=end))
+        else:
+            chunks.append(replace(common, rope=None, window=its_window, first_key=first_key, end=end))
+    rope = None
+    if common.rope is not None:
+        cos, sin = common.rope
+        rope = share.part(cos, 2), share.part(sin, 2)
+    return replace(
+        common, positions=share.part(common.positions, 1), rope=rope, slopes=None, share=share, chunks=tuple(chunks)
+    )

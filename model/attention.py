@@ -4,9 +4,10 @@ Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds
 and value heads, D head dim.
 """
 
+import torch
 from torch import Tensor, nn
 
-from model.attend import Attend, attention_mask
+from model.attend import Attend, RowShare, attention_mask
 from model.config import ModelConfig
 from model.dropout import DropoutKey
 from model.kernels.attention import attention_by_document, plain_attention, sdpa_masked
@@ -56,7 +57,10 @@ class Attention(nn.Module):
             q_BHTD, k_BKSD = self.ops.rope(q_BHTD, k_BKSD, *attend.rope, self.config.rope_interleaved)
         if attend.cache is not None:
             k_BKSD, v_BKSD = attend.cache.append(self.layer, k_BKSD, v_BKSD, attend.first_key)
-        out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
+        if attend.share is not None:
+            out_BHTD = self._attended_in_share(q_BHTD, k_BKSD, v_BKSD, attend, attend.share)
+        else:
+            out_BHTD = self._attended(q_BHTD, k_BKSD, v_BKSD, attend, key)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(batch, num_new, -1), key)
 
     def _filtered(self, local_filter: LocalFilter, x_BTC: Tensor, attend: Attend) -> Tensor:
@@ -66,6 +70,19 @@ class Attention(nn.Module):
         else:
             earlier_B2C = attend.cache.append_states(self.layer, x_BTC)
         return local_filter(x_BTC, earlier_B2C, attend.positions)
+
+    def _attended_in_share(
+        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, attend: Attend, share: RowShare
+    ) -> Tensor:
+        """Heads' outputs of this process' positions, which attend to whole rows."""
+        if share.ring is not None:
+            return share.ring(q_BHTD, k_BKTD, v_BKTD)
+        k_BKSD, v_BKSD = share.whole(k_BKTD, v_BKTD)
+        outputs = []
+        for q, chunk in zip(q_BHTD.chunk(2, dim=2), attend.chunks):
+            k, v = (x_BKSD[:, :, chunk.first_key : chunk.end] for x_BKSD in (k_BKSD, v_BKSD))
+            outputs.append(self._attended(q, k, v, chunk, None))
+        return torch.cat(outputs, dim=2)
 
     def _attended(
         self, q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, attend: Attend, key: DropoutKey | None

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.attend import Attend, KVCache, attend_to
+from model.attend import Attend, KVCache, RowShare, attend_to
 from model.attention import Attention
 from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
@@ -224,6 +224,8 @@ class Decoder(nn.Module):
         """How forward passes go through the parts that other processes hold."""
         self._compiled_parameters: list[nn.Parameter] = []
         self._watch: Watch | None = None
+        self.row_share: RowShare | None = None
+        """The part of each row's positions that this process computes; None: all. With a cache, it computes all."""
         self.keeps: tuple[Keeps, ...] = ()
         """What each block keeps, see `set_recompute`."""
         keeps = cast(Keeps, checkpoint_keeps if gradient_checkpointing else "all")
@@ -261,6 +263,26 @@ class Decoder(nn.Module):
             self.embed_norm = None
         if not has_last:
             self.norm = self.lm_head = None  # type: ignore[assignment]
+
+    def share_rows(
+        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor],
+        ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Compute with a part of the positions of each row, see attend.RowShare.
+
+        Raises:
+            ValueError: the model does something that needs whole rows.
+        """
+        if self.config.local_filter:
+            raise ValueError(
+                "--context_parallel_size cuts rows, and the local filter of this model reads across a cut: leave it out"
+            )
+        if self.drops:
+            raise ValueError(
+                "--context_parallel_size cuts rows, and dropout is drawn for whole ones: give --hidden_dropout=0 "
+                "--attention_dropout=0 --lora_dropout=0, or leave it out"
+            )
+        self.row_share = RowShare(number, count, gather, add, ring)
 
     def compile_blocks(self, **options) -> None:
         """Compile each block with these options of torch.compile; one graph serves all blocks."""
@@ -311,7 +333,8 @@ class Decoder(nn.Module):
         the final hidden states where the head is; zeros elsewhere.
 
         Args:
-            input_ids_BT: token ids, int64.
+            input_ids_BT: token ids, int64. With a `row_share`, and without a cache, those of its positions, while
+                positions_BT and document_ids_BT are of whole rows; the result is of its positions.
             positions_BT: int64; by default 0..T-1, or the positions after the cache. 0 where a row is padded.
             document_ids_BT: int64; tokens attend only within equal ids, which lie side by side. Not together with a
                 cache.
@@ -336,11 +359,13 @@ class Decoder(nn.Module):
                 cache.lengths = [length + input_ids_BT.shape[1] for length in cache.lengths]
             return hidden_BTC
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
+        share = self.row_share if cache is None else None
         if cache is not None:
             cache.require_room(num_new)
         if positions_BT is None:
             past = torch.tensor(cache.lengths if cache is not None else [0], device=device)
-            positions_BT = (past[:, None] + torch.arange(num_new, device=device)).expand(len(input_ids_BT), -1)
+            width = num_new * (share.count if share is not None else 1)
+            positions_BT = (past[:, None] + torch.arange(width, device=device)).expand(len(input_ids_BT), -1)
         starts = document_starts if self.wants_document_starts else None
         if starts is not None and self._compiled_parameters:
             # Otherwise there would be one graph for the first number of documents and another one for all others.
@@ -351,7 +376,7 @@ class Decoder(nn.Module):
         attends = attend_to(
             self.config, windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
             self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
-            self._dtype(),
+            self._dtype(), share,
         )  # fmt: skip
         h_BTC = entering
         if h_BTC is None:

@@ -17,7 +17,7 @@ that is computed again in the backward pass is counted once.
 Shapes: B rows, T tokens, E experts, K experts a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,9 @@ class LayerLosses:
     """Boolean, True where a token is no padding; None: everywhere."""
     batch_coef: float = 0.0
     """Weight of the balance loss of the whole batch; 0 where each row is balanced by itself."""
+    over_row: Callable[[Tensor], Tensor] | None = None
+    """If several processes share the positions of each row: sum of a tensor over them, whose backward pass returns the
+    gradient as it is."""
     sums: Tensor | None = None
     """After the forward pass: the sums of each layer with experts, float64 (layers, 4 + 2 E), without a gradient."""
 
@@ -111,7 +114,11 @@ def router_sums(scores_BTE: Tensor, probs_BTE: Tensor, chosen_BTK: Tensor, losse
         tokens_B = mask_BT.sum(1)
     else:
         tokens_B = probs_BTE.new_full((len(probs_BTE),), probs_BTE.shape[1])
-    load_BE, sums_BE = sent_BTE.sum(1), probs_BTE.sum(1)
+    load_BE, sums_BE, entropy_B, z_B = sent_BTE.sum(1), probs_BTE.sum(1), entropy_BT.sum(1), z_BT.sum(1)
+    if losses.over_row is not None:
+        of_row = losses.over_row(torch.cat((load_BE, sums_BE, torch.stack((entropy_B, z_B, tokens_B), 1)), 1))
+        load_BE, sums_BE, rest_B3 = of_row.split([load_BE.shape[1], load_BE.shape[1], 3], 1)
+        entropy_B, z_B, tokens_B = rest_B3.unbind(1)
     # A row of padding alone has sums of 0.
     per_token_B = 1.0 / tokens_B.clamp(min=1.0)
     balance_B = (load_BE * sums_BE).sum(1) * per_token_B.square() * (num_experts / num_chosen)
@@ -120,7 +127,7 @@ def router_sums(scores_BTE: Tensor, probs_BTE: Tensor, chosen_BTK: Tensor, losse
     else:
         sums_BE = sums_BE.detach()
     weights_B = losses.row_weights.to(probs_BTE.dtype)
-    parts = [weights_B * balance_B, weights_B * z_BT.sum(1) * per_token_B, entropy_BT.sum(1), tokens_B]
+    parts = [weights_B * balance_B, weights_B * z_B * per_token_B, entropy_B, tokens_B]
     return torch.cat([torch.stack([part.double().sum() for part in parts]), load_BE.double().sum(0),
                       sums_BE.double().sum(0)])  # fmt: skip
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.dropout import DropoutKey
+from model.kernels.experts import Exchange, exchanged_experts
 from model.layer_losses import BALANCE, LayerLosses, Z, add_loss, router_sums
 from model.mlp import SwiGLU
 from model.ops import REFERENCE, Ops
@@ -74,7 +75,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The matrices of all experts of a layer, one upon another."""
+    """The matrices of all experts of a layer, one upon another; or, with an `exchange`, of those that this process
+    holds, to which it then brings the tokens of all processes."""
+
+    exchange: Exchange | None = None
 
     def __init__(self, config: ModelConfig, ops: Ops = REFERENCE):
         """
@@ -83,6 +87,8 @@ class Experts(nn.Module):
         """
         super().__init__()
         self.ops = ops
+        self.num_experts = config.num_local_experts
+        """Those of all processes."""
         num, width, hidden = config.num_local_experts, config.moe_intermediate_size, config.hidden_size
         if ops.names["experts"] == "grouped" and (hidden % 8 or width % 8):
             raise ValueError(
@@ -93,6 +99,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(num, hidden, width))
 
     def forward(self, x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        if self.exchange is None:
+            return self._compute(x_NC, chosen_NK, weights_NK)
+        return exchanged_experts(x_NC, chosen_NK, weights_NK, self.num_experts, self.exchange, self._compute)
+
+    def _compute(self, x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         return self.ops.experts(x_NC, self.gate_up_proj, self.down_proj, chosen_NK, weights_NK)
 
 

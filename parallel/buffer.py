@@ -5,13 +5,14 @@ view into another, in float32 by default. Autograd then accumulates in place (`p
 wider than its parameter), a bucket is a slice that can be sent without a copy, and one call zeroes all gradients.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint.named import Piece
+from parallel.collectives import Collectives
 from parallel.layout import ALIGNMENT, BucketLayout, BufferLayout, ParameterSpec, Slot, plan_layout
 
 _CHUNK = 1 << 18
@@ -25,6 +26,7 @@ class FlatBuffers:
         named_parameters: in order of first use in the forward pass, each tensor once; all of one dtype and device.
         bucket_size, world_size, alignment: see `plan_layout`.
         grad_dtype: dtype in which gradients accumulate.
+        spec_of: what the layout needs to know of a parameter, by its name and shape.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class FlatBuffers:
         world_size: int,
         grad_dtype: torch.dtype,
         alignment: int = ALIGNMENT,
+        spec_of: Callable[[str, tuple[int, ...]], ParameterSpec] = ParameterSpec,
     ):
-        specs = [ParameterSpec(name, tuple(parameter.shape)) for name, parameter in named_parameters]
+        specs = [spec_of(name, tuple(parameter.shape)) for name, parameter in named_parameters]
         self.layout: BufferLayout = plan_layout(specs, bucket_size, world_size, alignment)
         self.parameters = dict(named_parameters)
-        first = named_parameters[0][1]
+        # A stage of a pipeline may train nothing, as one without adapters.
+        first = named_parameters[0][1] if named_parameters else torch.empty(0, dtype=grad_dtype)
         if any(p.dtype != first.dtype or p.device != first.device for _, p in named_parameters):
             raise ValueError("all parameters must have one dtype and lie on one device")
         self.param_data = torch.zeros(self.layout.numel, dtype=first.dtype, device=first.device)
@@ -75,21 +79,22 @@ class FlatBuffers:
 class Bucket:
     """A bucket's slice of the buffers, as a hook sees it."""
 
-    def __init__(self, layout: BucketLayout, grad: Tensor, param: Tensor):
-        self.layout = layout
+    def __init__(self, layout: BucketLayout, grad: Tensor, param: Tensor, collectives: Collectives | None = None):
+        self.layout, self.collectives = layout, collectives
+        """Collectives of the ranks that add its gradients; None: those of the hook."""
         self.index, self.slots = layout.index, layout.slots
         self.grad = grad
         """1-D, padding included (the padding is zero)."""
         self.param = param
 
     @staticmethod
-    def of(layout: BucketLayout, buffers: FlatBuffers) -> "Bucket":
+    def of(layout: BucketLayout, buffers: FlatBuffers, collectives: Collectives | None = None) -> "Bucket":
         start, end = layout.start, layout.end
-        return Bucket(layout, buffers.grad_data[start:end], buffers.param_data[start:end])
+        return Bucket(layout, buffers.grad_data[start:end], buffers.param_data[start:end], collectives)
 
     def with_grad(self, grad: Tensor) -> "Bucket":
         """The same bucket with its gradients in other memory, such as a narrower copy."""
-        return Bucket(self.layout, grad, self.param)
+        return Bucket(self.layout, grad, self.param, self.collectives)
 
     def place(self, slot: Slot) -> slice:
         """Elements of the bucket that a slot takes up."""

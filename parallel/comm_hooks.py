@@ -2,7 +2,8 @@
 
 A hook runs on the comm stream. It leaves in `bucket.grad` the **sum** over all ranks (the loss was already divided by
 the count of the whole global batch), at the latest when the caller has waited for the returned handle. `ddp.use_hook`
-takes one of these; `ddp.register_comm_hook` takes any function `(state, bucket) -> handle or None`.
+takes one of these; `ddp.register_comm_hook` takes any function `(state, bucket) -> handle or None`. The ranks are those
+of `bucket.collectives`: on a mesh, buckets differ in them.
 
 Each hook states its traffic. B is the bucket's size in elements, N the number of ranks, s the bytes of an element of
 the gradient buffer; in a step, each rank sends:
@@ -149,6 +150,15 @@ def take_saved_states(hook: CommHook, states: SavedStates, step: int, name: str)
     return sentences
 
 
+def ranks_of(bucket: Bucket, collectives: Collectives) -> Collectives:
+    """Collectives of the ranks that add a bucket's gradients.
+
+    Args:
+        collectives: those for buckets that say nothing.
+    """
+    return bucket.collectives or collectives
+
+
 class FunctionHook(CommHook):
     """A plain function `(state, bucket) -> handle or None`; its traffic is unknown."""
 
@@ -166,10 +176,10 @@ class AllReduce(CommHook):
         self.collectives = collectives
 
     def reduce(self, bucket: Bucket) -> Handle | None:
-        return self.collectives.all_reduce(bucket.grad)
+        return ranks_of(bucket, self.collectives).all_reduce(bucket.grad)
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
-        share = shared_fraction(self.collectives, by_machine)
+        share = shared_fraction(ranks_of(bucket, self.collectives), by_machine)
         return 2 * share * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
 
 
@@ -180,10 +190,10 @@ class ReduceScatter(CommHook):
         self.collectives = collectives
 
     def reduce(self, bucket: Bucket) -> None:
-        self.collectives.reduce_scatter(bucket.grad)
+        ranks_of(bucket, self.collectives).reduce_scatter(bucket.grad)
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
-        share = shared_fraction(self.collectives, by_machine)
+        share = shared_fraction(ranks_of(bucket, self.collectives), by_machine)
         return share * len(bucket.grad) * (itemsize or bucket.grad.itemsize)
 
 
@@ -209,7 +219,7 @@ class Compressed(CommHook):
         if self._narrow is None or len(self._narrow) < len(bucket.grad):
             self._narrow = torch.empty_like(bucket.grad, dtype=self.dtype)
         on_wire = self._narrow[: len(bucket.grad)]
-        scale = narrow(bucket.grad, on_wire, self.collectives)
+        scale = narrow(bucket.grad, on_wire, ranks_of(bucket, self.collectives))
         handle = self.inner.reduce(bucket.with_grad(on_wire))
         if handle is not None:
             handle.wait()
@@ -221,7 +231,9 @@ class Compressed(CommHook):
 
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
         sums = self.inner.bytes_sent(bucket, itemsize or self.dtype.itemsize, by_machine)
-        return sums if bucket.grad.dtype == self.dtype else sums + agreement_bytes(self.dtype, self.collectives)
+        if bucket.grad.dtype == self.dtype:
+            return sums
+        return sums + agreement_bytes(self.dtype, ranks_of(bucket, self.collectives))
 
 
 def sum_hook(collectives: Collectives, wire_dtype: torch.dtype | None = None, sharded: bool = False) -> CommHook:

@@ -211,6 +211,11 @@ REFUSED = (
         "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
     ),
     Refused(
+        ("expert_model_parallel_size",), _uses_fsdp,
+        "keeps each expert whole, and --data_parallel={data_parallel} cuts every parameter: leave one of them out; "
+        "with --data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",
+    ),
+    Refused(
         ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
          "use_fp16_compress_hook"), _is_naive,
         "needs buckets: leave out --ddp_impl=naive",

@@ -1,16 +1,19 @@
-"""Engines for a model that is whole on every rank: naive, or in buckets with hooks, ZeRO-1 and overlaps.
+"""Engines whose ranks sum gradients by our own code: naive, or in buckets with hooks, ZeRO-1 and overlaps.
 
     forward_backward   micro-batch | micro-batch | ... | the last one, during which buckets are reduced
     step               wait for the buckets | norm | step and, with ZeRO-1, gather bucket by bucket
+
+The model is whole on every rank, or cut over other dimensions of the mesh than data: then each bucket is summed over
+the ranks that hold it (sum_groups.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint.named import NamedState
 from parallel.buffer import Bucket
@@ -24,8 +27,9 @@ from parallel.gradients import BucketGradients, PlainGradients
 from parallel.naive import NaiveDDP
 from parallel.observer import Observer
 from parallel.powersgd import PowerSGD
-from parallel.replicas import require_same_weights
+from parallel.replicas import require_same_pieces, require_same_weights
 from parallel.spans import span
+from parallel.sum_groups import SumGroups
 from parallel.torch_engines.whole import outlines_of, whole_weights
 from parallel.zero1 import Zero1
 
@@ -36,6 +40,17 @@ def open_naive(parts: EngineParts) -> "NaiveEngine":
 
 def open_bucketed(parts: EngineParts) -> "BucketedEngine":
     config = parts.config
+    ddp = new_ddp(parts)
+    zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
+    return BucketedEngine(parts, ddp, zero1)
+
+
+def new_ddp(parts: EngineParts) -> DistributedDataParallel:
+    """The model in buckets, with the hook that the flags choose. Collective."""
+    config, collectives = parts.config, Collectives(parts.context.grad_group, parts.mesh.machine_size, levels_of(parts))
+    sums = None
+    if parts.division is not None and parts.groups is not None:
+        sums = SumGroups(parts.division, parts.groups, collectives, parts.context.device.type == "cuda")
     ddp = DistributedDataParallel(
         parts.model,
         parts.context,
@@ -44,11 +59,11 @@ def open_bucketed(parts: EngineParts) -> "BucketedEngine":
         grad_dtype=_grad_dtype(parts),
         observer=Observer(parts.context, config.check_for_nan_in_grad),
         alignment=parts.alignment,
-        collectives=Collectives(parts.context.grad_group, parts.mesh.machine_size, levels_of(parts)),
+        collectives=collectives,
+        sums=sums,
     )
     ddp.use_hook(_new_hook(parts, ddp))
-    zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
-    return BucketedEngine(parts, ddp, zero1)
+    return ddp
 
 
 def levels_of(parts: EngineParts) -> Levels | None:
@@ -74,12 +89,13 @@ def one_process() -> str:
     return f"one process of {torch.get_num_threads()} thread(s)"
 
 
-def _trained_dtype(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+def _trained_dtype(parts: EngineParts) -> torch.dtype:
+    # A stage of a pipeline may train nothing.
+    return next((p.dtype for p in parts.model.parameters() if p.requires_grad), parts.compute_dtype)
 
 
 def _grad_dtype(parts: EngineParts) -> torch.dtype:
-    return torch.float32 if parts.config.grad_reduce_in_fp32 else _trained_dtype(parts.model)
+    return torch.float32 if parts.config.grad_reduce_in_fp32 else _trained_dtype(parts)
 
 
 class Wrapped(Protocol):
@@ -106,6 +122,10 @@ class DataParallelEngine:
         self.mesh, self._ddp, self._parts = parts.mesh, ddp, parts
         self.is_cut = self.is_cut or parts.division is not None and parts.division.is_cut
         self.state_holders = tuple(range(parts.mesh.world_size))
+        if parts.division is not None:
+            self.forward_is_collective = True
+            # Ranks that share the experts hold the rest alike, and each set writes it.
+            self.state_holders = parts.division.same_pieces()
         self._layers: Tensor | None = None
         self.optimizer = parts.new_optimizer(gradients)
 
@@ -207,7 +227,10 @@ class DataParallelEngine:
         self.settle()
         with span("compare replicas"):
             # What layers in other forms hold is in buffers.
-            model = self._parts.model
+            model, division = self._parts.model, self._parts.division
+            if division is not None:
+                require_same_pieces(self._parts.context, division, model.named_parameters(), model.buffers(), step)
+                return
             require_same_weights(self._parts.context, [*model.parameters(), *model.buffers()], step)
 
     def communication_s(self) -> float:
@@ -339,8 +362,9 @@ class BucketedEngine(DataParallelEngine):
             return one_process()
         overlap = "overlapped with" if config.overlap_grad_reduce else "after"
         text = f"{size} processes" if size > 1 else "one process"
+        text += f" ({dimensions})" if (dimensions := self.mesh.describe()) else ""
         text += f", {count} gradient bucket{'' if count == 1 else 's'} reduced {overlap} the backward pass"
-        if self.ddp.collectives.has_levels:
+        if self._has_levels:
             text += f", summed first on each of {self.ddp.collectives.machines} machines"
         text += f", {hook}" if hook else ""
         if self.zero1 is not None:
@@ -362,18 +386,34 @@ class BucketedEngine(DataParallelEngine):
         remark, ranks = "", [count for _, count in measured]
         if self.mesh.machine_size == 1 < max(ranks) and not self._parts.config.ranks_per_machine:
             remark = "sums are not taken machine by machine, as machines have different numbers of processes"
-        by_machine = self._bytes_sent(by_machine=True) if self.ddp.collectives.has_levels else {}
+        by_machine = self._bytes_sent(by_machine=True) if self.mesh.has_levels else {}
         return Traffic(min(rate for rate, _ in measured), self._bytes_sent(by_machine=False), by_machine, remark)
 
     def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
         """Purpose -> bytes that each rank, or each machine, sends in a step."""
-        sent = {"gradients": self.ddp.bytes_sent(by_machine)}
-        if self.zero1 is not None:
-            sent["parameters"] = self.zero1.bytes_sent(by_machine)
-            updates = sum(self.zero1.bytes_of_updates(bucket, by_machine) for bucket in self.ddp.buckets
-                          if self.optimizer.needs_gather(bucket.index))  # fmt: skip
+        zero1, hook = self.zero1, self.ddp.hook
+
+        def added(num_bytes: Callable[[Bucket], float]) -> float:
+            return sum(num_bytes(bucket) * self._senders(bucket, by_machine) for bucket in self.ddp.buckets)
+
+        sent = {"gradients": added(lambda bucket: hook.bytes_sent(bucket, by_machine=by_machine))}
+        if zero1 is not None:
+            sent["parameters"] = added(lambda bucket: zero1.bytes_of_parameters(bucket, by_machine))
+            updates = added(
+                lambda bucket: zero1.bytes_of_updates(bucket, by_machine) * self.optimizer.needs_gather(bucket.index)
+            )
             sent |= {"updates": updates} if updates else {}
         return sent
+
+    def _senders(self, bucket: Bucket, by_machine: bool) -> int:
+        """Groups that send as much as this rank's for a bucket: those on a machine, if bytes are counted by machine."""
+        ranks = self.ddp.collectives if bucket.collectives is None else bucket.collectives
+        return self.mesh.machine_size // ranks.machine_size if by_machine else 1
+
+    @property
+    def _has_levels(self) -> bool:
+        """Whether any bucket is summed on two levels."""
+        return any(bucket.collectives is not None and bucket.collectives.has_levels for bucket in self.ddp.buckets)
 
     def advice(self, traffic: Traffic, compute_s: float) -> str | None:
         seconds = traffic.sent.get("parameters", 0.0) / traffic.bytes_per_s

@@ -16,9 +16,12 @@ wrap a model in the same way:
             loss(ddp, micro_batch).backward()
     loss(ddp, step[-1]).backward()
     ddp.finish_grad_sync()
+
+In a pipeline, backward passes of micro-batches and stages mix, and none is the last one of all. There `expect(m)` says
+that a parameter's gradient is complete after m backward passes, and `complete` that it is, where autograd says nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -30,9 +33,10 @@ from parallel.collectives import Collectives
 from parallel.comm_hooks import AllReduce, CommHook, FunctionHook
 from parallel.comm_stream import CommStream, Handle
 from parallel.context import DistContext
-from parallel.layout import ALIGNMENT
+from parallel.layout import ALIGNMENT, ParameterSpec
 from parallel.naive import broadcast_parameters
 from parallel.observer import Observer, no_gradient_error
+from parallel.sum_groups import SumGroups
 
 
 class DistributedDataParallel(nn.Module):
@@ -51,6 +55,8 @@ class DistributedDataParallel(nn.Module):
         observer: receives reports for profiles and logs; created here if not given.
         alignment: multiple of elements at which parameters start in the buffers and shards are cut.
         collectives: those of `context.grad_group`; created here, without levels, if not given.
+        sums: the ranks that add each parameter's gradients, on a mesh; None: all do. With it, the ranks must begin with
+            the same weights by themselves.
     """
 
     def __init__(
@@ -64,21 +70,29 @@ class DistributedDataParallel(nn.Module):
         observer: Observer | None = None,
         alignment: int = ALIGNMENT,
         collectives: Collectives | None = None,
+        sums: SumGroups | None = None,
     ):
         super().__init__()
-        self.module, self.context = module, context
+        self.module, self.context, self.sums = module, context, sums
         self.comm_stream = comm_stream or CommStream(context.device)
         self.observer = observer or Observer(context)
         self.overlap_grad_reduce = overlap_grad_reduce
-        broadcast_parameters(module, context.grad_group)
+        self.collectives = collectives or Collectives(context.grad_group)
+        """Those of all ranks."""
+        if sums is None:
+            broadcast_parameters(module, context.grad_group)
         # named_parameters yields a tied tensor once, at its first use.
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype, alignment)
-        self.buckets = [Bucket.of(layout, self.flat_buffers) for layout in self.flat_buffers.layout.buckets]
-        self.collectives = collectives or Collectives(context.grad_group)
+        spec_of = ParameterSpec if sums is None else sums.spec
+        self.flat_buffers = FlatBuffers(trained, bucket_size, context.world_size, grad_dtype, alignment, spec_of)
+        self.buckets = [
+            Bucket.of(layout, self.flat_buffers, self.collectives if sums is None else sums.of(layout.summed_over))
+            for layout in self.flat_buffers.layout.buckets
+        ]
         self.hook: CommHook = AllReduce(self.collectives)
         self._after: tuple[CommStream, Callable[[Bucket], None]] | None = None
         self._sync_this_backward = True
+        self._expected, self._expected_of = 1, dict[str, int]()
         self._slot_of = {}
         for slot in self.flat_buffers.layout.slots:
             parameter = self.flat_buffers.parameters[slot.parameter.name]
@@ -112,6 +126,24 @@ class DistributedDataParallel(nn.Module):
             yield
         finally:
             self._sync_this_backward = before
+
+    def expect(self, passes: int, of: Mapping[str, int] | None = None) -> None:
+        """Say after how many backward passes a gradient is complete, from the next pass on: in a pipeline, the number
+        of micro-batches. All of them must be outside `no_sync`. At the start it is one.
+
+        Args:
+            passes: 0: `complete` will say so, and what autograd says does not count.
+            of: the same for parameters that differ, such as one that two stages of a rank use.
+        """
+        self._expected, self._expected_of = passes, dict(of or {})
+
+    def complete(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say that the gradients of these parameters are complete, and launch what is due; frozen ones are passed over.
+        For passes that autograd does not report, such as those for weights alone under zero-bubble schedules: call it
+        when the last one of a stage has ended."""
+        for parameter in parameters:
+            if parameter in self._slot_of and parameter not in self._arrived:
+                self._arrive(parameter)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Get all buckets ready for the next backward pass. MixedPrecisionOptimizer does so at the end of its step.
@@ -163,19 +195,27 @@ class DistributedDataParallel(nn.Module):
     def _begin(self) -> None:
         """Reset the bookkeeping for the next synchronised backward pass."""
         self._arrived: set[nn.Parameter] = set()
+        self._passes: dict[nn.Parameter, int] = {}
         self._pending = [len(bucket.slots) for bucket in self.buckets]
         self._next_bucket = 0
         self._handles: list[Handle] = []
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         """Launch complete buckets. Autograd calls this after adding the gradient of `parameter` to its view."""
-        if not self._sync_this_backward:
+        if not self._sync_this_backward or not self._expected:
             return
+        name = self._slot_of[parameter].parameter.name
         if parameter in self._arrived:
             raise RuntimeError(
-                f"{self._slot_of[parameter].parameter.name} got a second gradient in one synchronised backward pass: "
+                f"{name} got a second gradient in one synchronised backward pass: "
                 f"run all micro-batches of a step but the last under no_sync(), then call finish_grad_sync()"
             )
+        self._passes[parameter] = self._passes.get(parameter, 0) + 1
+        if self._passes[parameter] == self._expected_of.get(name, self._expected):
+            self._arrive(parameter)
+
+    def _arrive(self, parameter: nn.Parameter) -> None:
+        """Launch complete buckets, as the gradient of `parameter` is complete."""
         self._arrived.add(parameter)
         bucket = self._slot_of[parameter].bucket
         self._pending[bucket] -= 1

@@ -61,6 +61,17 @@ class Held(NamedTuple):
     """Of the rank's own tensor."""
 
 
+class Kind(NamedTuple):
+    """What decides which ranks share a parameter. A model has few kinds."""
+
+    is_stack: bool
+    is_partial: bool
+    is_on_all_tensor_ranks: bool
+    """Whether all tensor ranks hold it alike."""
+    stages: tuple[int, ...]
+    """The pipe ranks that hold it."""
+
+
 def _everywhere(name: str) -> tuple[int, ...]:
     return (0,)
 
@@ -78,6 +89,7 @@ class Division:
         stages_of: Callable[[str], Collection[int]] = _everywhere,
     ):  # fmt: skip
         self.outlines, self.mesh, self._stages_of = dict(outlines), mesh, stages_of
+        self._found: dict[tuple[str, Kind, int], tuple[int, ...]] = {}
 
     def held(self, name: str, rank: int | None = None) -> Held | None:
         """What a rank (by default this one) holds of a parameter; None: nothing."""
@@ -130,20 +142,54 @@ class Division:
 
     def summed_over(self, name: str, rank: int | None = None) -> tuple[int, ...]:
         """The ranks whose gradients of what a rank holds of a parameter are added."""
-        outline, place = self.outlines[name], self._place(rank)
-        dimensions: list[Dimension] = ["context", "expert_replica" if outline.is_stack else "data"]
-        if outline.is_partial:
-            dimensions.append("tensor")
-        ranks, stages = set(place.sharers(dimensions)), self._stages_of(name)
-        if len(stages) > 1:
-            ranks = {place.at(other).ranks_of("pipe")[stage] for other in ranks for stage in stages}
-        return tuple(sorted(ranks))
+        kind = self.kind(name)
+        return self._sharers("added", kind, rank, kind.is_partial)
 
     def counts(self, name: str, rank: int | None = None) -> bool:
         """Whether what a rank holds of a parameter counts in the global norm: of ranks that hold it alike and compute
         the same gradient, only the first does. (Those that add their gradients are another matter.)"""
         outline = self.outlines[name]
         return _tensor_dim(outline) is not None or outline.is_partial or self._place(rank).tensor_rank == 0
+
+    def held_alike(self, name: str, rank: int | None = None) -> tuple[int, ...]:
+        """The ranks that hold the same piece of a parameter as a rank that holds some of it."""
+        kind = self.kind(name)
+        return self._sharers("alike", kind, rank, kind.is_on_all_tensor_ranks)
+
+    def kind(self, name: str) -> Kind:
+        its = self.outlines[name]
+        is_everywhere = _tensor_dim(its) is None and its.cut != "first"
+        return Kind(its.is_stack, its.is_partial, is_everywhere, tuple(sorted(self._stages_of(name))))
+
+    def _sharers(self, purpose: str, kind: Kind, rank: int | None, over_tensor: bool) -> tuple[int, ...]:
+        """The ranks that share a parameter with a rank: its copies, on tensor ranks too if so, on all of its stages."""
+        place = self._place(rank)
+        key = purpose, kind, place.rank
+        if key not in self._found:
+            dimensions: list[Dimension] = ["context", "expert_replica" if kind.is_stack else "data"]
+            ranks = set(place.sharers([*dimensions, "tensor"] if over_tensor else dimensions))
+            if len(kind.stages) > 1:
+                ranks = {place.at(other).ranks_of("pipe")[stage] for other in ranks for stage in kind.stages}
+            self._found[key] = tuple(sorted(ranks))
+        return self._found[key]
+
+    def same_pieces(self) -> tuple[int, ...]:
+        """The ranks that hold the same of every parameter as this one."""
+        return next(ranks for ranks in self.alike if self.mesh.rank in ranks)
+
+    def sum_sets(self) -> list[tuple[int, ...]]:
+        """All sets of ranks that add gradients, on any rank, in one order."""
+        # With many ranks, each need not be asked for each name.
+        names = {self.kind(name): name for name in self.outlines}
+        found: set[tuple[int, ...]] = set()
+        for kind, name in names.items():
+            seen: set[int] = set()
+            for rank in range(self.mesh.world_size):
+                if rank not in seen and self.mesh.at(rank).pipe_rank in kind.stages:
+                    ranks = self.summed_over(name, rank)
+                    seen.update(ranks)
+                    found.add(ranks)
+        return sorted(found)
 
     def _place(self, rank: int | None) -> Mesh:
         return self.mesh if rank is None else self.mesh.at(rank)

@@ -1,4 +1,8 @@
-"""Gradient sources for an optimizer (contract.py): the buckets of a DDP, or tensors beside the parameters."""
+"""Gradient sources for an optimizer (contract.py): the buckets of a DDP, or tensors beside the parameters.
+
+On a mesh, all ranks' squares are added. A bucket's count on one rank alone: the first of those that add its gradients,
+if what it holds counts (division.py). With ZeRO-1 each of them counts its shard.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -56,12 +60,23 @@ class BucketGradients:
     def sum_of_squares(self, bucket: int) -> Tensor:
         its = self.ddp.buckets[bucket]
         if self.ddp.hook.knows_norm:
-            return self.ddp.hook.sum_of_squares(its)
-        return _added(self._square(its.grad[own]) for own in self._own[bucket])
+            squares = self.ddp.hook.sum_of_squares(its)
+        else:
+            squares = _added(self._square(its.grad[own]) for own in self._own[bucket])
+        if self.ddp.sums is None:
+            return squares
+        is_first = its.collectives is None or its.collectives.rank == 0
+        # Times zero, what is not finite still shows.
+        return squares * float(its.layout.counts and (self._are_shards or is_first))
+
+    @property
+    def _are_shards(self) -> bool:
+        """Whether a rank's squares are those of its shard alone."""
+        return self.zero1 is not None and not self.ddp.hook.knows_norm
 
     def over_ranks(self, squares: Tensor) -> Tensor:
-        is_partial = self.zero1 is not None and not self.ddp.hook.knows_norm
-        return self.ddp.context.all_sum(squares) if is_partial else squares
+        # On a mesh, ranks have different parameters.
+        return self.ddp.context.all_sum(squares) if self._are_shards or self.ddp.sums is not None else squares
 
     def take(self, bucket: int) -> list[Tensor]:
         taken = self._taken[bucket] = self.ddp.hook.take(self.ddp.buckets[bucket])

@@ -4,6 +4,11 @@ Buckets are contiguous slices, in reverse order of the parameters' first use in 
 order in which the backward pass delivers gradients, so bucket 0 is complete first. A tied embedding is first used at
 the very beginning, so it belongs to the last bucket.
 
+A bucket holds parameters alone whose gradients are added by the same ranks, and which count alike in the global norm
+(division.py). Where there are several such kinds, several buckets fill at the same time; their order is that in which
+their last parameters arrive. Ranks of one kind have its parameters in the same order, so no two ranks wait for each
+other in different buckets.
+
     buffer   | bucket 0                       | bucket 1                 | ...
              | lm_head | norm | layers.3 ...  | layers.2 ... | padding   |
 
@@ -29,6 +34,10 @@ class ParameterSpec:
     """Of what this rank holds of it."""
     held: Piece | None = None
     """What it holds of the whole parameter; None: all."""
+    summed_over: tuple[int, ...] | None = None
+    """The ranks that add its gradients; None: all."""
+    counts: bool = True
+    """Whether it counts in the global norm: not if another rank holds it alike and computes the same gradient."""
 
     @property
     def numel(self) -> int:
@@ -54,6 +63,16 @@ class BucketLayout:
     end: int
     slots: tuple[Slot, ...]
 
+    @property
+    def summed_over(self) -> tuple[int, ...] | None:
+        """The ranks that add its gradients; None: all."""
+        return self.slots[0].parameter.summed_over
+
+    @property
+    def counts(self) -> bool:
+        """Whether its gradients count in the global norm."""
+        return self.slots[0].parameter.counts
+
 
 @dataclass(frozen=True)
 class BufferLayout:
@@ -75,31 +94,43 @@ def plan_layout(
 
     Args:
         parameters: in order of first use in the forward pass.
-        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts everything into one bucket.
-        world_size: number of ranks over which every bucket splits evenly.
+        bucket_size: a bucket is closed as soon as it holds this many elements; 0 puts all that are added by the same
+            ranks into one bucket.
+        world_size: number of all ranks. Every bucket splits evenly over the ranks that add its gradients.
         alignment: multiple of elements at which parameters start and shards are cut.
     """
     if bucket_size < 0:
         raise ValueError(f"bucket_size must be 0 (one bucket) or positive, got {bucket_size}")
     buckets: list[BucketLayout] = []
-    slots: list[Slot] = []
-    bucket_start = cursor = 0
-
-    def close_bucket() -> None:
-        nonlocal slots, bucket_start, cursor
-        end = bucket_start + _round_up(cursor - bucket_start, world_size * alignment)
-        buckets.append(BucketLayout(len(buckets), bucket_start, end, tuple(slots)))
-        slots, bucket_start, cursor = [], end, end
-
-    for parameter in reversed(parameters):
-        start = bucket_start + _round_up(cursor - bucket_start, alignment)
-        cursor = start + parameter.numel
-        slots.append(Slot(parameter, len(buckets), start, cursor))
-        if bucket_size and cursor - bucket_start >= bucket_size:
-            close_bucket()
-    if slots:
-        close_bucket()
+    start = 0
+    for parts in _fill(parameters, bucket_size, alignment):
+        slots = []
+        end = start
+        for parameter in parts:
+            first = start + _round_up(end - start, alignment)
+            end = first + parameter.numel
+            slots.append(Slot(parameter, len(buckets), first, end))
+        ranks = world_size if parts[0].summed_over is None else len(parts[0].summed_over)
+        end = start + _round_up(end - start, ranks * alignment)
+        buckets.append(BucketLayout(len(buckets), start, end, tuple(slots)))
+        start = end
     return BufferLayout(tuple(buckets))
+
+
+def _fill(parameters: Sequence[ParameterSpec], bucket_size: int, alignment: int) -> list[list[ParameterSpec]]:
+    """The parameters of each bucket, in order of the buckets' last gradients."""
+    filling: dict[tuple[tuple[int, ...] | None, bool], list[ParameterSpec]] = {}
+    ends: dict[tuple[tuple[int, ...] | None, bool], int] = {}
+    full: list[list[ParameterSpec]] = []
+    for parameter in reversed(parameters):
+        kind = parameter.summed_over, parameter.counts
+        filling.setdefault(kind, []).append(parameter)
+        ends[kind] = _round_up(ends.get(kind, 0), alignment) + parameter.numel
+        if bucket_size and ends[kind] >= bucket_size:
+            full.append(filling.pop(kind))
+            del ends[kind]
+    arrival = {parameter.name: number for number, parameter in enumerate(reversed(parameters))}
+    return sorted([*full, *filling.values()], key=lambda parts: arrival[parts[-1].name])
 
 
 def _round_up(value: int, multiple: int) -> int:

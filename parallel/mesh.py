@@ -33,7 +33,7 @@ from parallel.config import ParallelConfig
 from parallel.context import DistContext
 
 Dimension = Literal["pipe", "data", "context", "tensor", "shard", "replica", "expert", "expert_replica"]
-_OUTSIDE = ("pipe", "data", "context", "tensor")
+_OUTSIDE: tuple[Dimension, ...] = ("pipe", "data", "context", "tensor")
 """The dimensions whose sizes multiply to the number of ranks. The others lie inside data."""
 _MOST_PLACES = 6
 """Groups of neighbouring ranks whose places are told."""
@@ -141,6 +141,13 @@ class Mesh:
     def rank_in(self, dimension: Dimension) -> int:
         """This rank's coordinate."""
         return getattr(self, f"{dimension}_rank")
+
+    def describe(self) -> str:
+        """The sizes of the dimensions, if data is not alone: "data 2 x tensor 2"."""
+        sizes = [f"{name} {self.size(name)}" for name in _OUTSIDE if self.size(name) > 1]
+        if self.expert_size > 1:
+            sizes.append(f"expert {self.expert_size} inside data")
+        return "" if self.is_data_alone else " x ".join(sizes)
 
     def at(self, rank: int) -> "Mesh":
         """Another rank's place."""

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from parallel.buffer import Bucket, sum_of_squares
 from parallel.collectives import Collectives
-from parallel.comm_hooks import CommHook, SavedStates, agreement_bytes, shared_fraction, sum_hook
+from parallel.comm_hooks import CommHook, SavedStates, agreement_bytes, ranks_of, shared_fraction, sum_hook
 from parallel.comm_stream import Handle
 from parallel.config import PowerSGDConfig
 from parallel.layout import ParameterSpec, Slot
@@ -86,11 +86,12 @@ class _Matrix:
 
 @dataclass
 class _BucketState:
+    collectives: Collectives
     matrices: list[_Matrix]
     others: list[tuple[Slot, Tensor]]
     """Uncompressed parameters: the slot, and its view of `p`."""
     p: Tensor
-    """Flat: all P, then the others, padded to a multiple of the world size."""
+    """Flat: all P, then the others, padded to a multiple of the number of ranks that add them."""
     q: Tensor
     """Flat: all Q, padded."""
     own: Tensor
@@ -105,7 +106,8 @@ class PowerSGD(CommHook):
     """Hook that sends buckets as low-rank factors.
 
     Args:
-        buckets, collectives: the DDP's.
+        buckets: the DDP's.
+        collectives: those for buckets that have none of their own.
         wire_dtype: dtype of factors on the wire; None: their own.
         seed: key of the random Q.
         loss_scale: returns the present factor on the gradients (float16's loss scale, a power of two).
@@ -128,7 +130,8 @@ class PowerSGD(CommHook):
         iteration: int = 0,
     ):
         config.check()
-        grad = buckets[0].grad
+        # A stage of a pipeline may train nothing.
+        grad = buckets[0].grad if buckets else torch.empty(0)
         self._is_fp16 = grad.dtype == torch.float16
         if config.grad_buffer_is_powerSGD_error and not config.use_error_feedback:
             raise ValueError("a residual in the gradient buffer needs error feedback")
@@ -158,13 +161,13 @@ class PowerSGD(CommHook):
         self._states = [self._plan(bucket) for bucket in buckets]
         self._scratch: Tensor | None = None
         """One bucket's decompressed sum, in `_matrix_dtype`; with float16, before that its M."""
-        if config.grad_buffer_is_powerSGD_error or self._is_fp16:
+        if buckets and (config.grad_buffer_is_powerSGD_error or self._is_fp16):
             longest = max((bucket.grad for bucket in buckets), key=len)
             self._scratch = torch.zeros_like(longest, dtype=self._matrix_dtype)
 
     def _plan(self, bucket: Bucket) -> _BucketState:
         """Choose the parameters of a bucket to compress, and lay out their factors."""
-        config, device = self.config, bucket.grad.device
+        config, device, collectives = self.config, bucket.grad.device, ranks_of(bucket, self.collectives)
         chosen, others = [], []
         for slot in bucket.slots:
             shape = _matrix_shape(slot.parameter)
@@ -178,7 +181,7 @@ class PowerSGD(CommHook):
         p_sizes = [math.prod(shape[:-1]) * rank for _, shape, rank in chosen]
         p_sizes += [slot.parameter.numel for slot in others]
         q_sizes = [math.prod(shape[:-2]) * shape[-1] * rank for _, shape, rank in chosen]
-        p, q = self._factors(sum(p_sizes), device), self._factors(sum(q_sizes), device)
+        p, q = (self._factors(sum(sizes), device, collectives) for sizes in (p_sizes, q_sizes))
         own = torch.zeros_like(p if config.use_fixed_Q else q)
         ps, qs = _cut(p, p_sizes), _cut(q, q_sizes)
         owns = _cut(own, p_sizes if config.use_fixed_Q else q_sizes)
@@ -196,10 +199,10 @@ class PowerSGD(CommHook):
                     random_q.clone(), random_q, residual,
                 )
             )  # fmt: skip
-        return _BucketState(matrices, list(zip(others, ps[len(chosen) :])), p, q, own)
+        return _BucketState(collectives, matrices, list(zip(others, ps[len(chosen) :])), p, q, own)
 
-    def _factors(self, size: int, device: torch.device) -> Tensor:
-        ranks = self.collectives.world_size
+    def _factors(self, size: int, device: torch.device, collectives: Collectives) -> Tensor:
+        ranks = collectives.world_size
         return torch.zeros(-(-size // ranks) * ranks, dtype=self._factor_dtype, device=device)
 
     def _random_q(self, name: str, shape: tuple[int, ...], rank: int, iteration: int) -> Tensor:
@@ -240,14 +243,14 @@ class PowerSGD(CommHook):
         for slot, place in state.others:
             place.copy_(bucket.piece(unscaled, slot))
         if self.config.use_fixed_Q:
-            sum_over_ranks(state.p, self._wire_dtype, self.collectives, state.own)
+            sum_over_ranks(state.p, self._wire_dtype, state.collectives, state.own)
         else:
-            sum_over_ranks(state.p, self._wire_dtype, self.collectives)
+            sum_over_ranks(state.p, self._wire_dtype, state.collectives)
             if state.matrices:
                 self._orthonormalize([matrix.p for matrix in state.matrices], self.config.orthogonalization_epsilon)
                 for matrix, gradient in zip(state.matrices, gradients):
                     project_columns(gradient, matrix.p, matrix.q)
-                sum_over_ranks(state.q, self._wire_dtype, self.collectives, state.own)
+                sum_over_ranks(state.q, self._wire_dtype, state.collectives, state.own)
         if self.measure and state.matrices:
             self._estimate_errors(state, gradients)
         return None
@@ -290,9 +293,9 @@ class PowerSGD(CommHook):
             z = self._random_q(name, matrix.shape, SKETCH_COLUMNS, self.iteration).to(gradient)
             exact.append((gradient @ z).flatten())
             approximate.append((matrix.p.to(z) @ (self._summed_q(matrix).to(z).mT @ z)).flatten())
-        sums = self._factors(sum(map(len, exact)), exact[0].device)
+        sums = self._factors(sum(map(len, exact)), exact[0].device, state.collectives)
         sums[: sum(map(len, exact))] = torch.cat(exact)
-        sum_over_ranks(sums, sums.dtype, self.collectives)
+        sum_over_ranks(sums, sums.dtype, state.collectives)
         for matrix, wanted, got in zip(state.matrices, _cut(sums, list(map(len, exact))), approximate):
             norm = wanted.float().norm().item()
             error = (wanted - got).float().norm().item() / norm if norm else 0.0
@@ -349,9 +352,9 @@ class PowerSGD(CommHook):
     def bytes_sent(self, bucket: Bucket, itemsize: int | None = None, by_machine: bool = False) -> float:
         state = self._states[bucket.index]
         sums = [state.p] if self.config.use_fixed_Q or not state.matrices else [state.p, state.q]
-        share = shared_fraction(self.collectives, by_machine)
+        share = shared_fraction(state.collectives, by_machine)
         factors = 2 * share * sum(map(len, sums)) * (itemsize or self._wire_dtype.itemsize)
-        return factors + len(sums) * agreement_bytes(self._wire_dtype, self.collectives)
+        return factors + len(sums) * agreement_bytes(self._wire_dtype, state.collectives)
 
     def check_wrapped(self, dtype: torch.dtype) -> None:
         raise ValueError("PowerSGD narrows its factors itself: give it wire_dtype instead of wrapping it")
@@ -361,7 +364,7 @@ class PowerSGD(CommHook):
         """Elements of the gradients per element sent."""
         states = self._states
         sent = sum(len(state.p) + (0 if self.config.use_fixed_Q else len(state.q)) for state in states)
-        return sum(len(bucket.grad) for bucket in self.buckets) / sent
+        return sum(len(bucket.grad) for bucket in self.buckets) / sent if sent else 1.0
 
     def compressed_names(self) -> list[str]:
         """Names of the compressed parameters."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from parallel.context import DistContext
+from parallel.division import Division
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -73,6 +74,31 @@ def require_same_shards(
         sums = context.gather([checksum(shards), checksum(whole)])
         of_shards, of_whole = ([*enumerate(values)] for values in zip(*sums))
         _require_same([*(of_shards[shard::num_shards] for shard in range(num_shards)), of_whole], step)
+
+
+def require_same_pieces(
+    context: DistContext, division: Division, parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[Tensor],
+    step: int, shard: int = 0,
+) -> None:  # fmt: skip
+    """Compare what several ranks of a mesh hold alike. Collective; main thread only.
+
+    Args:
+        parameters: name -> what this rank holds of each.
+        buffers: those of ranks that hold the same pieces of all parameters are the same.
+        shard: number of this rank's rows, if data ranks share what the division leaves them.
+    Raises:
+        ReplicaDrift: they differ; on all ranks.
+    """
+    # Parameters of one kind are held alike by the same ranks, of which the first one names the set.
+    kinds: dict[str, list[Tensor]] = {f"buffers {division.same_pieces()[0]}": [*buffers]}
+    for name, parameter in parameters:
+        kinds.setdefault(f"{tuple(division.kind(name))} {division.held_alike(name)[0]}", []).append(parameter)
+    own = {f"{kind} {shard}": checksum(tensors) for kind, tensors in kinds.items()}
+    found: dict[str, list[tuple[int, int]]] = {}
+    for rank, sums in enumerate(context.gather(own)):
+        for kind, value in sums.items():
+            found.setdefault(kind, []).append((rank, value))
+    _require_same(found.values(), step)
 
 
 def _require_same(sets: Iterable[list[tuple[int, int]]], step: int) -> None:

@@ -1,6 +1,7 @@
 """ZeRO stage 1 (Rajbhandari et al., SC 2020): every rank keeps the optimizer state of its own shard only.
 
 Each bucket splits into N even shards; rank i owns the i-th of every bucket, wherever parameters begin and end in it.
+(On a mesh, the N ranks are those that add the bucket's gradients, and i is a rank's number among them.)
 
     reduce    the hook sums every bucket, at least this rank's shard of it (ReduceScatter: half an all-reduce's bytes)
     step      the optimizer clips by the global norm and steps its own shards, which lie in the flat parameter buffer
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.buffer import Bucket, ParameterSlice
-from parallel.comm_hooks import shared_fraction
+from parallel.comm_hooks import ranks_of, shared_fraction
 from parallel.comm_stream import Handle
 from parallel.ddp import DistributedDataParallel
 from parallel.spans import traffic_span
@@ -46,8 +47,9 @@ class Zero1:
 
     def slices(self) -> list[list[ParameterSlice]]:
         """Slices for this rank's optimizer: its shard of every bucket, one list a bucket."""
-        collectives, owned = self.ddp.collectives, []
+        owned = []
         for bucket in self.ddp.buckets:
+            collectives = ranks_of(bucket, self.ddp.collectives)
             size = len(bucket.grad) // collectives.world_size
             owned.append(bucket.slices(collectives.rank * size, (collectives.rank + 1) * size))
         return owned
@@ -61,20 +63,22 @@ class Zero1:
             updates: 1-D, as long as the bucket.
         """
 
+        its = self.ddp.buckets[bucket]
+
         def work() -> None:
-            with traffic_span(f"gather updates of bucket {bucket}", self._bytes_to_gather(updates)):
-                self.ddp.collectives.all_gather(updates)
+            with traffic_span(f"gather updates of bucket {bucket}", self._bytes_to_gather(its, updates.itemsize)):
+                ranks_of(its, self.ddp.collectives).all_gather(updates)
 
         with self.ddp.observer.waiting("wait for updates"):
             self.ddp.comm_stream.submit(work).wait()
 
     def gather(self, bucket: int) -> None:
         """Start to gather a bucket's parameters. Main thread only, in the same order on every rank."""
-        param = self.ddp.buckets[bucket].param
+        its = self.ddp.buckets[bucket]
 
         def work() -> None:
-            with traffic_span(f"gather bucket {bucket}", self._bytes_to_gather(param)):
-                self.ddp.collectives.all_gather(param)
+            with traffic_span(f"gather bucket {bucket}", self._bytes_to_gather(its, its.param.itemsize)):
+                ranks_of(its, self.ddp.collectives).all_gather(its.param)
 
         self._gathers[bucket] = self.ddp.comm_stream.submit(work)
 
@@ -98,16 +102,21 @@ class Zero1:
 
     def bytes_of_updates(self, bucket: Bucket, by_machine: bool = False) -> float:
         """Bytes that each rank sends in `gather_updates`; `by_machine`: that each machine sends to the others."""
-        share = shared_fraction(self.ddp.collectives, by_machine)
-        return share * len(bucket.grad) * self.ddp.hook.dtype_taken(bucket).itemsize
+        return self._bytes_to_gather(bucket, self.ddp.hook.dtype_taken(bucket).itemsize, by_machine)
+
+    def bytes_of_parameters(self, bucket: Bucket, by_machine: bool = False) -> float:
+        """Bytes that each rank sends to gather a bucket's parameters; `by_machine`: that each machine sends to the
+        others."""
+        return self._bytes_to_gather(bucket, bucket.param.itemsize, by_machine)
 
     def bytes_sent(self, by_machine: bool = False) -> float:
         """Bytes that each rank sends to gather the parameters once; `by_machine`: that each machine sends to the
         others."""
-        return self._bytes_to_gather(self.ddp.flat_buffers.param_data, by_machine)
+        return sum(self.bytes_of_parameters(bucket, by_machine) for bucket in self.ddp.buckets)
 
-    def _bytes_to_gather(self, param: Tensor, by_machine: bool = False) -> float:
-        return shared_fraction(self.ddp.collectives, by_machine) * len(param) * param.itemsize
+    def _bytes_to_gather(self, bucket: Bucket, itemsize: int, by_machine: bool = False) -> float:
+        share = shared_fraction(ranks_of(bucket, self.ddp.collectives), by_machine)
+        return share * len(bucket.grad) * itemsize
 
     def _wait_where_needed(self, model: nn.Module) -> None:
         """Wait for the buckets of a unit's parameters before the unit runs, and for the rest after the model has run.

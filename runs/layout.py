@@ -12,6 +12,7 @@
     profile/              traces, with --profile_steps
     tensorboard/, wandb/  results once more, on request; wandb names its folder itself
     activations.json      what each block recomputes, with --activation_budget_gb (training/recompute.py)
+    pipeline.json         what follows from measured times of a pipeline's units  (training/pipeline.py)
     monitor/              what belongs to the monitor                       (monitor/node.py)
     stop                  made by a user: the run saves and stops
 
@@ -37,6 +38,7 @@ TENSORBOARD_DIR = "tensorboard"
 MONITOR_DIR = "monitor"
 STOP_FILE = "stop"
 ACTIVATIONS_NAME = "activations.json"
+PIPELINE_NAME = "pipeline.json"
 
 RANK_FILES = "rank-*.json"
 """Pattern of the ranks' files in `heartbeat` and `exit`."""
@@ -104,6 +106,10 @@ class RunPaths:
     @property
     def activations(self) -> Path:
         return self.root / ACTIVATIONS_NAME
+
+    @property
+    def pipeline(self) -> Path:
+        return self.root / PIPELINE_NAME
 
     @property
     def stop_file(self) -> Path:

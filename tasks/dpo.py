@@ -103,7 +103,7 @@ class DPOTask(Task):
         token_log_probs = self.model.token_logprobs(hidden, labels)
         # Not scatter-add, whose order of additions varies on a GPU.
         by_row = token_log_probs.new_zeros(rows * width).index_copy(0, batch["supervised"], token_log_probs)
-        return by_row.view(-1, 2, width).sum(-1)
+        return self.of_rows(by_row.view(-1, 2, width).sum(-1))[0]
 
     def _reference(self, batch: Batch, policy: Tensor) -> Tensor:
         return batch["reference"] if self.uses_reference else torch.zeros_like(policy)
@@ -127,7 +127,7 @@ class DPOTask(Task):
         reference = self._reference(batch, policy)
         ratios = (policy - reference).detach()
         if self.options.dpo_loss_type == "ipo":
-            lengths = (batch["labels"].view(-1, 2, batch["labels"].shape[1]) >= 0).sum(-1)
+            (lengths,) = self.of_rows((batch["labels"].view(-1, 2, batch["labels"].shape[1]) >= 0).sum(-1))
             losses = dpo_losses(self.options, policy / lengths, reference / lengths)
         else:
             kl = self._kl if self.model.training else ratios.double().mean(0)

@@ -40,11 +40,12 @@ class LanguageModelTask(Task):
     def loss(self, hidden_BTC: Tensor, batch: Batch) -> Loss:
         """Sum of the supervised tokens' losses in float32, their number, and bytes of their text."""
         labels, hidden = select_supervised(batch, hidden_BTC)
-        loss_sum, is_supervised = self.model.loss_sum(hidden, labels, self.grad_scale), labels != IGNORE_INDEX
-        metrics = {}
+        is_supervised = labels != IGNORE_INDEX
+        sums = [self.model.loss_sum(hidden, labels, self.grad_scale), is_supervised.sum()]
         if not self.model.training:
-            metrics["text_bytes"] = self.byte_lengths[labels[is_supervised]].sum()
-        return loss_sum, is_supervised.sum(), metrics
+            sums.append(self.byte_lengths[labels[is_supervised]].sum())
+        loss_sum, count, *metrics = self.of_rows(*sums)
+        return loss_sum, count, dict(zip(self.metric_names, metrics))
 
     def figures(self, loss_sum: float, count: float, sums: dict[str, float]) -> dict[str, float]:
         figures = {"loss": loss_sum / count}

@@ -6,15 +6,21 @@
 They are apart because the stages of a pipeline compute the first, and its last one alone the second. `task(batch)` is
 one after the other. While a model with experts trains, `layer_losses` goes into the forward pass: the experts' own
 losses enter the gradient there, and are no part of the task's loss.
+
+Where several processes share the positions of each row, a batch on the device is its `part_of_rows`. `of_rows` then
+makes sums over whole rows, so that all these processes return the same loss.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dataset.sft import PADDING
 from model import Decoder
+from model.attend import RowShare
 from model.dropout import DropoutKey
 from model.layer_losses import LayerLosses
 from model.loss import IGNORE_INDEX
@@ -77,9 +83,10 @@ class Task(ABC):
         """
         if not self._has_experts:
             return None
-        input_ids_BT, config, mask_BT = batch["input_ids"], self.model.config, None
+        input_ids_BT, config, share, mask_BT = batch["input_ids"], self.model.config, self.model.row_share, None
         if "lengths" in batch:
-            places_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+            places_T = torch.arange(batch["positions"].shape[1], device=input_ids_BT.device)
+            places_T = places_T if share is None else share.part(places_T, 0)
             mask_BT = places_T < batch["lengths"][:, None]
         return LayerLosses(
             self.row_weights(batch),
@@ -87,11 +94,23 @@ class Task(ABC):
             torch.full((), scale, dtype=torch.float32, device=input_ids_BT.device),
             mask_BT,
             config.router_aux_loss_coef if config.router_aux_loss == "batch" else 0.0,
+            share.add if share is not None else None,
         )
 
     def row_weights(self, batch: Batch) -> Tensor:
         """Terms that each of the B rows adds to the divisor of the loss, float32: they add up to `count`."""
-        return (batch["labels"] != IGNORE_INDEX).sum(1).float()
+        return self.of_rows((batch["labels"] != IGNORE_INDEX).sum(1).float())[0]
+
+    def of_rows(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Sums over whole rows from those over the positions of this process; their backward pass returns the gradient
+        as it is, so each process gets that of its own positions. Where rows are whole anyway, the same tensors."""
+        share = self.model.row_share
+        if share is None:
+            return sums
+        # Together, in a dtype that holds them all: a collective costs more than a few numbers.
+        total = share.add(torch.cat([value.flatten().double() for value in sums]))
+        parts = total.split([value.numel() for value in sums])
+        return tuple(part.view(value.shape).to(value.dtype) for part, value in zip(parts, sums))
 
     def hidden(
         self, batch: Batch, losses: LayerLosses | None = None, units: range | None = None,
@@ -136,3 +155,24 @@ def select_supervised(batch: Batch, hidden_BTC: Tensor) -> tuple[Tensor, Tensor]
         return batch["labels"], hidden_BTC
     chosen = batch["supervised"]
     return batch["labels"].flatten()[chosen], hidden_BTC.flatten(0, 1).index_select(0, chosen)
+
+
+def part_of_rows(batch: Batch, share: RowShare) -> Batch:
+    """The part of a batch that one of the processes works on that share the positions of each row.
+
+    input_ids, labels and supervised are those of its positions. positions and document_ids stay whole, padded to a
+    width that can be cut, since attention must know them of all keys; so do figures of whole rows, such as lengths.
+    """
+    width = batch["input_ids"].shape[1]
+    added = share.padded(width) - width
+    padded = batch | {
+        name: F.pad(batch[name], (0, added), value=value)
+        for name, value in (("input_ids", 0), ("labels", IGNORE_INDEX), ("positions", 0), ("document_ids", PADDING))
+        if name in batch
+    }  # fmt: skip
+    part = padded | {name: share.part(padded[name], 1) for name in ("input_ids", "labels")}
+    if "supervised" in batch:
+        chosen = (part["labels"] != IGNORE_INDEX).flatten().nonzero()[:, 0]
+        # Without any, a position without a label stands for them: its loss is 0, and so are the head's gradients.
+        part["supervised"] = chosen if len(chosen) else chosen.new_zeros(1)
+    return part

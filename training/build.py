@@ -39,6 +39,7 @@ from training.build_model import (
     rows_for_others,
     to_device,
     warn_of_length,
+    without_values,
 )
 from training.build_task import build_task
 from training.config import Config, Derived, resolve
@@ -138,8 +139,15 @@ def build(
     if context.is_main:
         _warn(config, given, begins, export)
     _require_same_settings(config, context, dtype, shape)
-    _check_balance(config, shape)
-    stages = plan_pipeline(config, shape, data.train)
+    pipeline = plan_pipeline(
+        config, shape, data.train, mesh.data_size, context, dtype, run_dir.paths.pipeline,
+        lambda shape: without_values(shape, config.system, context.device, dtype),
+    )  # fmt: skip
+    micro_batches = config.data.gradient_accumulation_steps // mesh.data_size
+    if pipeline is not None:
+        micro_batches = pipeline.micro_batches
+    _check_balance(shape, micro_batches * mesh.data_size)
+    stages = pipeline.stages if pipeline is not None else None
     cutter = model_cutter(config.parallel, context, mesh, dtype, stages)
     model = build_model(
         shape, config.system, config.run.seed, context.device, dtype, weights, adapter, config.adapter.load_in_4bit,
@@ -159,7 +167,7 @@ def build(
     limit_activations(config, context, run_dir, data.train, model, task)
 
     scaler = LossScaler(enabled=dtype == torch.float16)
-    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter, stages)
+    engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter, stages, micro_batches)
     progress, left_out = Progress(), None
     if is_resumed:
         progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
@@ -194,7 +202,7 @@ def _warn(config: Config, given: frozenset[str], begins: Beginning, export: Expo
 
 def _open_engine(
     config: Config, context: DistContext, mesh: Mesh, model: Decoder, dtype: torch.dtype, scaler: LossScaler,
-    kernel: str, cutter: ModelCutter | None, stages: Stages | None,
+    kernel: str, cutter: ModelCutter | None, stages: Stages | None, micro_batches: int,
 ) -> Engine:  # fmt: skip
     flags = config.optimizer
     its_kernel = "torch" if flags.offload_optimizer or config.parallel.fsdp_cpu_offload else kernel
@@ -225,7 +233,7 @@ def _open_engine(
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,
-            micro_batches=config.data.gradient_accumulation_steps // mesh.data_size,
+            micro_batches=micro_batches,
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )
@@ -244,12 +252,13 @@ def _require_same_settings(config: Config, context: DistContext, dtype: torch.dt
     )
 
 
-def _check_balance(config: Config, shape: ModelConfig) -> None:
+def _check_balance(shape: ModelConfig, micro_batches: int) -> None:
     """
+    Args:
+        micro_batches: those of a step over all data ranks.
     Raises:
         ValueError: the load is to be balanced within whole batches, and no micro-batch holds one.
     """
-    micro_batches = config.data.gradient_accumulation_steps
     if shape.num_local_experts and shape.router_aux_loss == "batch" and micro_batches > 1:
         raise ValueError(
             f"--router_aux_loss=batch balances the load within a micro-batch, and a step has {micro_batches} of them "

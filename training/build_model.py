@@ -20,6 +20,7 @@ from model.filling import Filling, Held
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from parallel.engines import ModelCutter
 from runs.layout import CONFIG_NAME
+from tasks.task import part_of_rows
 from tokenizer import Tokenizer
 from training.adapter import Adapter, first_weights, resumed_weights
 from training.config import Config, RunConfig, SystemConfig
@@ -257,13 +258,7 @@ def build_model(
     Raises:
         ValueError: the weights do not have this shape, or a kernel that was asked for is not available.
     """
-    overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
-    chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
-    if not shape.num_local_experts:
-        # The start names the operations that the model has.
-        del chosen["experts"]
-    ops = build_ops(chosen)
-    options = system.gradient_checkpointing, system.checkpoint_keeps, ops
+    options = _options(shape, system, device, dtype)
     if cutter is not None:
         if in_4bit:
             raise ValueError("--load_in_4bit: a model in 4 bits is not cut over processes: give --data_parallel=auto")
@@ -277,6 +272,25 @@ def build_model(
     if system.compile:
         model.compile_blocks()
     return model
+
+
+def without_values(shape: ModelConfig, system: SystemConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A model on its device, in its dtype, whose weights are anything."""
+    return hf.outline_in(shape, device, dtype, *_options(shape, system, device, dtype))
+
+
+def _options(shape: ModelConfig, system: SystemConfig, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Arguments of Decoder beside its shape.
+
+    Raises:
+        ValueError: a kernel that was asked for is not available.
+    """
+    overrides = {op: getattr(system, f"{op}_kernel") for op in CHOICES}
+    chosen = choose_ops(system.kernels, overrides, device, dtype, needs_of(shape))
+    if not shape.num_local_experts:
+        # The start names the operations that the model has.
+        del chosen["experts"]
+    return system.gradient_checkpointing, system.checkpoint_keeps, build_ops(chosen)
 
 
 def _check_weights(shape: ModelConfig, weights: Path | None, new_rows: range) -> None:
@@ -381,8 +395,11 @@ def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | Non
 
 
 def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:
-    """A batch on the model's device, with the document starts that some kernels want."""
-    if model.wants_document_starts and "document_ids" in batch:
+    """A batch on the model's device, with the document starts that some kernels want; of its rows the part that this
+    process works on."""
+    if model.row_share is not None:
+        batch = part_of_rows(batch, model.row_share)
+    elif model.wants_document_starts and "document_ids" in batch:
         # Found before the copy: on a GPU, their number would have to be waited for.
         batch = batch | {"document_starts": document_starts(batch["document_ids"])}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

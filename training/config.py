@@ -207,6 +207,7 @@ def check_together(config: Config) -> None:
         )
     _check_adapter(config)
     _check_gradients(config)
+    _check_context(config)
     _check_cut(config)
 
 
@@ -263,6 +264,24 @@ def _check_gradients(config: Config) -> None:
                 "--overlap_optim_step cannot skip a step, which float16's loss scaler needs: use --dtype=bfloat16, or "
                 "leave it out"
             )
+
+
+def _check_context(config: Config) -> None:
+    """Refuse what does not go with rows whose positions are shared."""
+    size, length = config.parallel.context_parallel_size, config.data.max_seq_len
+    if size == 1:
+        return
+    if length % (2 * size):
+        nearest = max(round(length / (2 * size)), 1) * 2 * size
+        raise ValueError(
+            f"--context_parallel_size={size} cuts each row into {2 * size} equal parts, and --max_seq_len={length} is "
+            f"no multiple of that: --max_seq_len={nearest} is the nearest possible"
+        )
+    if config.system.compile:
+        raise ValueError(
+            "--compile does not go with --context_parallel_size, whose ranks exchange keys and values inside a block: "
+            "leave out one of them"
+        )
 
 
 def _check_cut(config: Config) -> None:

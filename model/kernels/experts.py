@@ -21,7 +21,7 @@ expert in the order of the experts, n pairs of one expert.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -261,6 +261,10 @@ def grouped_experts(
     x_NC: Tensor, gate_up_EOC: Tensor, down_ECI: Tensor, chosen_NK: Tensor, weights_NK: Tensor
 ) -> Tensor:
     """The same by torch's grouped matrix multiplication: one launch for all experts, and nothing waits for a GPU."""
+    if not len(x_NC):
+        # As may happen under expert parallelism. On GPUs, torch's refuses the backward pass of an empty operand, and no
+        # multiplication is left (pytorch pull request 192497, open with torch 2.13).
+        return sorted_experts(x_NC, gate_up_EOC, down_ECI, chosen_NK, weights_NK)
     tokens_S, places_NK, ends_E = sort_by_expert(chosen_NK, len(gate_up_EOC))
     gate_up_EOC, down_ECI = (_ZeroWithoutTokens.apply(matrices, ends_E) for matrices in (gate_up_EOC, down_ECI))
     x_SC = _ToPairs.apply(x_NC, tokens_S, places_NK)
@@ -269,6 +273,39 @@ def grouped_experts(
     weights_S1 = weights_NK.flatten()[places_NK.flatten().argsort(), None]
     h_SI = (activate(gate_up_SO) * weights_S1).to(x_NC.dtype)
     out_SC = F.grouped_mm(h_SI, down_ECI.transpose(1, 2), offs=ends_E)
+    return _ToTokens.apply(out_SC, tokens_S, places_NK)
+
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(tokens (R, C), their experts (R, 1), weights (R, 1)) -> (R, C): the work of the experts that are here, by their
+numbers among these."""
+
+
+class Exchange(Protocol):
+    """Brings pairs to the processes that hold their experts, and the results back, each with its gradients."""
+
+    def __call__(self, x_SC: Tensor, weights_S: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
+        """Weighted results of the sorted pairs, (S, C).
+
+        Args:
+            counts_E: number of each expert's pairs, int32.
+            compute: this process' part in the work on the pairs of all processes.
+        """
+
+
+def exchanged_experts(
+    x_NC: Tensor, chosen_NK: Tensor, weights_NK: Tensor, num_experts: int, exchange: Exchange, compute: Compute
+) -> Tensor:
+    """The same where each process holds some of the experts. A pair comes to its expert as a token of one expert, and a
+    token adds up its own K results as everywhere.
+
+    Args:
+        num_experts: those of all processes.
+    """
+    tokens_S, places_NK, ends_E = sort_by_expert(chosen_NK, num_experts)
+    x_SC = _ToPairs.apply(x_NC, tokens_S, places_NK)
+    weights_S = _by_place(weights_NK.to(_wide(x_NC.dtype)), places_NK).squeeze(1)
+    out_SC = exchange(x_SC, weights_S, ends_E.diff(prepend=ends_E.new_zeros(1)), compute)
     return _ToTokens.apply(out_SC, tokens_S, places_NK)
 
 

@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import chain, shards
+from parallel.torch_engines import chain, context_parallel, expert, shards
 
 
 class Role(Protocol):
@@ -60,8 +60,13 @@ class Cutter:
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
         self.division = Division(_outlines(model, self.config.uses_fsdp), self.mesh, self._stages_of(model))
+        expert.check(self.division)
         if self.stages is not None:
             chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
+        if self.mesh.expert_size > 1:
+            expert.cut(model, self.division, self.groups)
+        if self.mesh.context_size > 1:
+            context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
 

@@ -18,7 +18,7 @@ The last stage computes the loss and returns it; the others return zeros.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -55,7 +55,8 @@ class _Idle:
     """Counts as waiting all time of a schedule in which no stage of this rank works: on a GPU, that of its stream."""
 
     def __init__(self, meter: WaitMeter):
-        self._meter, self._wait = meter, None
+        self._meter = meter
+        self._wait: AbstractContextManager[None] | None = None
 
     @contextmanager
     def schedule(self) -> Iterator[None]:
@@ -233,10 +234,7 @@ class PipelineEngine(BucketedEngine):
     def _new_stage(self, index: int, shape: tuple[int, int]) -> _Stage:
         config, last = cast(Cuttable, self._parts.model).config, self._stages.num_stages - 1
         dtype = torch.float32 if config.residual_in_fp32 else self._parts.compute_dtype
-        # What travels on a mesh that also cuts rows.
-        length = shape[1] // self.mesh.context_size
-        length //= self.mesh.tensor_size if self._parts.config.sequence_parallel else 1
-        hidden = torch.empty(shape[0], length, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(*shape, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         number = torch.zeros(1, dtype=torch.int64, device="meta")
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
 

@@ -254,7 +254,7 @@ def full_rank(context: DistContext) -> dict:
 def gradients_in(buckets: list[Bucket], hook: PowerSGD) -> BucketGradients:
     """What an optimizer takes, of buckets that belong to no DDP."""
     slices = [bucket.slices(0, len(bucket.grad)) for bucket in buckets]
-    return BucketGradients(SimpleNamespace(buckets=buckets, hook=hook, slices=lambda: slices))
+    return BucketGradients(SimpleNamespace(buckets=buckets, hook=hook, sums=None, slices=lambda: slices))
 
 
 def train(

@@ -12,6 +12,7 @@ from tests.runs import out_dir
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
 FSDP, HSDP = "--data_parallel=fsdp", "--data_parallel=hsdp"
 TENSOR, PIPE = "--tensor_model_parallel_size=2", "--pipeline_model_parallel_size=2"
+CONTEXT = "--context_parallel_size=2"
 
 
 def parse(*argv: str) -> dict:
@@ -19,6 +20,9 @@ def parse(*argv: str) -> dict:
 
 
 REFUSED = [
+    ([CONTEXT, "--max_seq_len=37"], "--max_seq_len=36 is the nearest possible"),
+    ([CONTEXT, "--max_seq_len=1"], "--max_seq_len=4 is the nearest possible"),
+    ([CONTEXT, "--compile"], "--compile does not go with --context_parallel_size"),
     ([STEP], "cannot clip: add --grad_clip=0"),
     ([STEP, "--grad_clip=0.5"], "cannot clip"),
     ([STEP, "--grad_clip=0", "--dtype=float16"], "cannot skip a step, which float16's loss scaler needs"),
@@ -56,6 +60,7 @@ REFUSED = [
     ([PIPE, "--ddp_impl=naive"], "--ddp_impl=naive sums gradients one after the other"),
     ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
     ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
+    (["--expert_model_parallel_size=2", HSDP], "keeps each expert whole, and --data_parallel=hsdp cuts every"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
     ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
     (["--context_parallel_size=2", "--activation_budget_gb=1"], "with --context_parallel_size=2, give --gradient_che"),
@@ -100,7 +105,8 @@ ACCEPTED = [
     [FSDP, "--no-reshard_after_forward", "--fsdp_cpu_offload"],
     [FSDP, "--optimizer=muon", "--no-reshard_after_forward"],
     [HSDP, "--ranks_per_machine=4", "--no-grad_reduce_in_fp32", "--optimizer=lion8bit"],
-    [FSDP, TENSOR, "--sequence_parallel", "--context_parallel_size=2", "--expert_model_parallel_size=2"],
+    [FSDP, TENSOR, "--sequence_parallel", "--context_parallel_size=2"],
+    ["--expert_model_parallel_size=2", "--context_parallel_size=2", "--optimizer=muon", ZERO1],
     [PIPE, TENSOR, "--pipeline_schedule=gpipe", "--pipeline_parts=measured", "--pipeline_micro_batches=auto"],
     [PIPE, "--pipeline_schedule=interleaved", "--pipeline_parts=5,4,4,5", POWERSGD, ZERO1],
     [PIPE, "--pipeline_schedule=zero_bubble", "--num_layers_per_virtual_pipeline_stage=2"],

@@ -1,0 +1,79 @@
+"""Context parallelism: the ranks of a context group share the positions of each row, for rows that are too long for
+one rank.
+
+All of them read the same rows. Each computes everything with its own positions alone, a part of 1/c of them, except
+attention, whose queries need the keys and values of all positions before them:
+
+    rank 0   q k v | gather k, v | attend from chunks 0 and 3 | ... | loss of its labels | sum of the losses
+    rank 1   q k v | gather k, v | attend from chunks 1 and 2 | ... | loss of its labels | sum of the losses
+
+A row has 2 c chunks, and rank r those with the numbers r and 2 c - 1 - r: then each rank has equally many keys before
+its queries (model/attend.py, RowShare; Megatron-LM and torch cut rows in the same way). A chunk attends only to keys
+before its end, so attention costs a rank (1 + 1/(2 c)) / c of what it costs one process with causal kernels.
+
+Loss and metrics are summed over the ranks in the forward pass, and their gradient goes back as it is: each rank gets
+that of its own positions. Parameters are whole on every rank; their gradients are sums over data x context.
+
+With B rows of T positions, K key heads of D channels, and e bytes an element, on each rank:
+
+    bytes sent a layer      forward    2 B K D e T (c - 1) / c, keys and values: all-gather
+                            backward   the same, their gradients: reduce-scatter; and the gather again where a block is
+                                       computed again
+    memory for activations  1/c of a row's, and in each layer keys and values of whole rows, 2 B K D e T, twice while
+                            they are put in order; masks of T / c queries for all keys, one byte each, if there are
+                            documents or windows
+
+Gradients of keys and values are added in their own dtype, in one order on all ranks.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from parallel.config import ParallelConfig
+from parallel.context import DistContext
+from parallel.groups import Groups
+from parallel.mesh import Mesh
+
+
+class SharesRows(Protocol):
+    """What a model does that can be cut."""
+
+    def share_rows(
+        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor]
+    ) -> None: ...
+
+
+def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups) -> None:
+    """Let a model compute with this rank's positions of each row. Collective.
+
+    Raises:
+        ValueError: the model needs whole rows; on all ranks.
+    """
+    if config.context_parallel_method == "ring":
+        raise ValueError("--context_parallel_method=ring cannot be had yet: give --context_parallel_method=gather")
+    group = groups.of("context")
+    assert group is not None
+    sums = RowSums(group, context.device.type)
+    cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add)
+
+
+class RowSums:
+    """What the ranks of a group exchange that share the positions of each row."""
+
+    def __init__(self, group: dist.ProcessGroup, device_type: str):
+        self._mesh = DeviceMesh.from_group(group, device_type)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The ranks' tensors one after the other, along the first dimension. Backward: the sum over the ranks of the
+        gradients of this one's (reduce-scatter)."""
+        whole = DTensor.from_local(own, self._mesh, [Shard(0)]).redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()])
+
+    def add(self, own: Tensor) -> Tensor:
+        """Sum over the ranks. Backward: the gradient as it is."""
+        return DTensor.from_local(own, self._mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
