@@ -187,6 +187,7 @@ class PipelineEngine(BucketedEngine):
         self._stages, self._idle = stages, _Idle(ddp.observer.waits)
         self._chain = cast(Chain, cast(Cuttable, parts.model).relay)
         self._own = stages.stages_of(self.mesh.pipe_rank)
+        ddp.observer.expects_order = False
         self._has_last = stages.num_stages - 1 in self._own
         self._schedules: dict[tuple[int, ...], Any] = {}
         self._step_now: _Step | None = None
