@@ -52,8 +52,7 @@ class Observer:
         self.nonfinite_parameters: list[str] = []
         """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
         self.expects_order = True
-        """Whether gradients are to arrive in the order that is planned. The last stage of a pipeline has that of a matrix
-        early that the first stage shares, and has it late."""
+        """Whether gradients should arrive in the planned order: in a pipeline, stages that share a matrix cannot."""
         self._warned_order = False
         self._begin()
 

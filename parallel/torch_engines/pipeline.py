@@ -235,7 +235,11 @@ class PipelineEngine(BucketedEngine):
     def _new_stage(self, index: int, shape: tuple[int, int]) -> _Stage:
         config, last = cast(Cuttable, self._parts.model).config, self._stages.num_stages - 1
         dtype = torch.float32 if config.residual_in_fp32 else self._parts.compute_dtype
-        hidden = torch.empty(*shape, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        rows, length = shape
+        if self._parts.config.sequence_parallel:
+            # Rows that do not split evenly are padded.
+            length = -(-length // self.mesh.tensor_size)
+        hidden = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         number = torch.zeros(1, dtype=torch.int64, device="meta")
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
 

@@ -38,7 +38,7 @@ from training.config import SystemConfig
 MICRO_BATCHES, LENGTH, VOCAB = 8, 16, 30
 CONFIG = ModelConfig(
     vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=LENGTH,
+    num_key_value_heads=2, max_position_embeddings=LENGTH,
 ).resolve()  # fmt: skip
 TIED = replace(CONFIG, tie_word_embeddings=True)
 DROPOUT = replace(CONFIG, hidden_dropout=0.2, residual_in_fp32=True)
@@ -50,6 +50,7 @@ EXPERTS = ModelConfig(
 LR, STEPS = 1e-2, 3
 ALONE = DistContext(0, 1, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
+TP2 = {"tensor_model_parallel_size": 2}
 PP2, PP4 = {"pipeline_model_parallel_size": 2}, {"pipeline_model_parallel_size": 4}
 
 
@@ -97,6 +98,10 @@ ON_FOUR = {
     "powersgd zero1": Case(PP2 | {"use_powerSGD_hook": True, "use_distributed_optimizer": True}, TIED,
                            like={"use_powerSGD_hook": True}, tolerance=2e-5),
     "dpo": Case(PP2, task="dpo", dpo=DPOConfig(dpo_loss_type="kto_pair")),
+    "tp2 x pp2": Case(TP2 | PP2 | {"pipeline_parts": "2,3"}, TIED),
+    "tp2 x pp2 in sequence": Case(TP2 | PP2 | {"sequence_parallel": True}, TIED),
+    "cp2 x pp2": Case(PP2 | {"context_parallel_size": 2}, task="sft"),
+    "ep2 x pp2": Case(PP2 | {"expert_model_parallel_size": 2}, EXPERTS),
 }  # fmt: skip
 
 
@@ -111,7 +116,8 @@ def new_model(case: Case, context: DistContext, config: ParallelConfig):
         # Without weights to stand on, a whole model and a part would begin differently; and zeros get no gradients.
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(crc32(base_name(name).encode()))
-            model.filling.put(parameter, torch.randn(parameter.shape, generator=generator).mul(0.1).add(float(parameter.dim() == 1)))
+            values = torch.randn(model.filling.held(parameter).shape, generator=generator) * 0.1
+            model.filling.put(parameter, values + 1.0 if parameter.dim() == 1 else values)
     return model.train(), mesh, stages, cutter
 
 
@@ -206,8 +212,9 @@ def gradient_error(case: Case, context: DistContext) -> float:
     error, norm = torch.zeros(2, dtype=torch.float64)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            error += (parameter.grad.double() - exact[name]).square().sum()
-            norm += exact[name].square().sum()
+            own = torch.cat([exact[name][place].flatten() for _, place in model.filling.held(parameter).parts])
+            error += (parameter.grad.double().flatten() - own).square().sum()
+            norm += own.square().sum()
     error, norm = context.all_sum(torch.stack([error, norm])).tolist()
     engine.close()
     return (error / norm) ** 0.5
