@@ -32,7 +32,7 @@ from tasks.language_model import LanguageModelTask
 from tasks.task import Task
 from tests.dist.group import run_ranks
 from training.adapter import Adapter
-from training.build_model import build_model
+from training.build_model import build_model, to_device
 from training.config import SystemConfig
 
 MICRO_BATCHES, LENGTH, VOCAB = 8, 16, 30
@@ -129,7 +129,7 @@ def open_case(case: Case, context: DistContext, parallel: dict | None = None) ->
     rules = new_rules("adamw", AdamWConfig(weight_decay=0.1), MuonConfig(), LionConfig(), roles=model.roles())
     engine = open_engine(
         EngineParts(
-            config, case.powersgd, context, mesh, model, lambda batch: batch,
+            config, case.powersgd, context, mesh, model, lambda batch: to_device(batch, model, CPU),
             lambda gradients: MixedPrecisionOptimizer(gradients, rules, case.clip, scaler), square,
             lambda: scaler.scale, scaler.enabled, 0,
             division=cutter.division if cutter is not None else None,
