@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return serve(args, adapters, ranks)
     finally:
-        destroy_context()
+        destroy_context(ranks.context)
 
 
 def _wrong(error: Exception, is_first: bool) -> int:
