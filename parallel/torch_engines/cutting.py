@@ -60,7 +60,7 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(_outlines(model, self.config), self.mesh)
+        self.division = Division(whole_outlines(model, self.config), self.mesh)
         expert.check(self.division)
         if self.mesh.tensor_size > 1:
             self._cut_matrices(model)
@@ -111,8 +111,8 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
-    """Name -> each parameter of a model that is whole."""
+def whole_outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
+    """Name -> each parameter of a model that is whole, before anything cuts it."""
     roles = cast(Cuttable, model).roles()
 
     def outline(role: Role, parameter: Tensor) -> Outline:
