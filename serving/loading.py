@@ -152,8 +152,9 @@ def _load_part(
 
     def fill() -> None:
         hf.load_weights(model, base)
-        for adapter in adapters.values():
-            folder.load(model, adapter)
+        if spec is not None:
+            for adapter in adapters.values():
+                folder.load(model, adapter, folder.outlined(config, spec))
 
     # Each reads its own part, and may be the only one whose files are damaged.
     cutter.together(fill)
