@@ -3,15 +3,18 @@
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import train_my_ddp
 from configurator import parse_config
 from model.memory import GB, RESERVE, Estimate, TrainingPlan, estimate
 from parallel.mesh import Mesh, plan
+from tests.conftest import SEQ_LEN
+from tests.dist.group import run_ranks, use_new_port
+from tests.runs import losses
 from training.config import Config, resolve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -107,5 +110,40 @@ def test_the_launcher_names_what_is_missing(tmp_path: Path):
 REDUCED = (
     "--hidden_size=64", "--intermediate_size=128", "--num_hidden_layers=6", "--num_attention_heads=8",
     "--num_key_value_heads=8", "--vocab_size=512", "--dtype=float32", "--device=cpu", "--num_threads=1",
-    "--max_seq_len=64", "--max_iters=2", "--valid_iters=1", "--sample_texts=0", "--save_interval=0",
+    "--max_iters=2", "--valid_iters=8", "--sample_texts=0", "--gradient_accumulation_steps=8",
 )  # fmt: skip
+
+
+def run_in_turn(commands: list[list[str]]) -> list[int]:
+    codes = []
+    for argv in commands:
+        use_new_port()
+        codes.append(train_my_ddp.main(argv))
+    return codes
+
+
+@pytest.mark.soak
+def test_each_mesh_trains_a_small_model_on_eight_processes(data_dir: Path, tmp_path: Path):
+    """Of the meshes of 16, the largest dimension is halved. Adapters stand on what the others have trained; all losses
+    of a shape are the same."""
+    commands, begun = [], {}
+    for name in sorted(NAMES, key=lambda name: "lora_r" in (ROOM / f"{name}.yaml").read_text()):
+        kind, flags = "experts" if name.startswith("8x7b") else "dense", []
+        is_lora = "lora_r" in (ROOM / f"{name}.yaml").read_text()
+        config = config_of(name)
+        if machines_of(name)[0] == 16:
+            flags = [f"--{dim}_model_parallel_size={size // 2}" for dim in ("tensor", "expert")
+                     if (size := getattr(config.parallel, f"{dim}_model_parallel_size")) == 8]  # fmt: skip
+        if is_lora:
+            flags.append(f"--init_from={begun[kind]}")
+        elif name not in ("13b-8x24gb", "70b-16x80gb", "8x7b-8x80gb"):
+            begun[kind] = tmp_path / name
+        commands.append([str(ROOM / f"{name}.yaml"), f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}",
+                         f"--max_seq_len={SEQ_LEN}", *REDUCED, *flags])  # fmt: skip
+    for codes in run_ranks(8, run_in_turn, commands):
+        assert codes == [0] * len(commands)
+    first = {name: losses([f"--out_dir={tmp_path / name}"])[0] for name in NAMES}
+    for kind in ("dense", "experts"):
+        same = [loss for name, loss in first.items() if name.startswith("8x7b") == (kind == "experts")
+                and "lora_r" not in (ROOM / f"{name}.yaml").read_text()]  # fmt: skip
+        assert max(same) - min(same) < 1e-5, first
