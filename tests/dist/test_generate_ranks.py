@@ -23,7 +23,7 @@ peer("peft")
 pytest.importorskip("transformers")
 
 GREEDY = ["--temperature=0", "--max_new_tokens=8"]
-MESHES = {"tensor": ["--tensor_model_parallel_size=2"]}
+MESHES = {"tensor": ["--tensor_model_parallel_size=2"], "pipe": ["--pipeline_model_parallel_size=2"]}
 TALK = "hello\nand you?\n/reset\nhello\n"
 
 
@@ -78,7 +78,7 @@ def test_ranks_say_what_one_process_says(folder: Path, tmp_path: Path):
     refused = [
         ([*model, "--prompt=hello"], "2 processes cannot share one model as"),
         ([*model, "--prompt=hello", "--load_in_4bit", *MESHES["tensor"]], "--load_in_4bit keeps matrices whole"),
-        ([*model, "--chat", *(f"--adapter={name}={adapter}" for name in "ab"), *MESHES["tensor"]], "one adapter at "),
+        ([*model, "--chat", *(f"--adapter={name}={adapter}" for name in "ab"), *MESHES["pipe"]], "one adapter at "),
     ]
     first, other = run_ranks(2, in_turn, commands + [(argv, "") for argv, _ in refused])
     alone = [said(argv, entered) for argv, entered in asked]
