@@ -162,7 +162,7 @@ def shapes_of(run: list[str]) -> dict[str, torch.Size]:
 
 def weights(flags: list[str], step: int) -> dict[str, torch.Tensor]:
     """Weights, or those of an adapter."""
-    files = {name: t for name, t in final_state(flags, step).items() if "@" not in name}
+    files = {name: t for name, t in final_state(flags, step).items() if "@" not in name and "/" not in name}
     return {f"model.{name}": tensor for name, tensor in files.items()}
 
 
