@@ -311,6 +311,12 @@ _REFUSED = (
         "give --optimizer=adamw",
     ),
     Refused(
+        ("cross_entropy_kernel",),
+        lambda f: f["cross_entropy_kernel"] not in ("", "chunked") and f["tensor_model_parallel_size"] > 1,
+        "computes with all scores of a token, and --tensor_model_parallel_size={tensor_model_parallel_size} cuts the "
+        "vocabulary: give --cross_entropy_kernel=chunked, or leave it out",
+    ),
+    Refused(
         ("compile",),
         lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
         "makes one graph of a block's backward pass, which --pipeline_schedule={pipeline_schedule} splits: give "

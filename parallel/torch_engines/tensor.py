@@ -27,6 +27,7 @@ All these are changes of a DTensor's placement, in hooks around modules, which k
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import gcd
 from typing import Any, NoReturn, Protocol, cast
@@ -272,6 +273,8 @@ def _exchange(model: Cuttable, mesh: Mesh, transfers: Transfers) -> None:
         model.norm.register_forward_hook(lambda norm, inputs, both: (both[0], transfers.enter(both[1])))
         model.lm_head.register_forward_hook(lambda head, inputs, scores: transfers.gather_last(scores))
         model.lm_head.share_vocabulary(mesh.tensor_rank * len(model.lm_head.weight), transfers)
+    # For those who tell what computes.
+    model.ops = replace(model.ops, names={**model.ops.names, "cross_entropy": "chunked"})
 
 
 def _around(module: nn.Module, enter: Callable[..., tuple], leave: Callable[[Any], Any]) -> None:
