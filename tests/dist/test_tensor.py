@@ -19,7 +19,7 @@ from parallel.config import ParallelConfig
 from parallel.context import DistContext, destroy_context, init_context
 from parallel.mesh import Mesh, plan_mesh
 from parallel.torch_engines.cutting import Cutter
-from parallel.torch_engines.tensor import require_divisible
+from parallel.torch_engines.tensor import check
 from serving.generation import generate
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks
@@ -245,7 +245,7 @@ WIDE = replace(LLAMA, num_attention_heads=6, num_key_value_heads=6, hidden_size=
 )
 def test_refused_shapes(model: ModelConfig, size: int, sentence: str):
     with pytest.raises(ValueError, match=sentence):
-        require_divisible(hf.outline(model), Mesh(0, tensor_size=size), sequence_parallel=True)
+        check(hf.outline(model), Mesh(0, tensor_size=size), sequence_parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -257,4 +257,4 @@ def test_refused_adapters(changes: dict, sentence: str):
     model = hf.outline(LLAMA)
     lora.attach(model, replace(ALL_LINEAR, **changes), 0)
     with pytest.raises(ValueError, match=sentence):
-        require_divisible(model, Mesh(0, tensor_size=2), sequence_parallel=False)
+        check(model, Mesh(0, tensor_size=2), sequence_parallel=False)
