@@ -146,36 +146,11 @@ class _Step:
 
 
 def open_pipeline(parts: EngineParts) -> "PipelineEngine":
-    """
-    Raises:
-        ValueError: the schedule cannot do so many micro-batches; on all ranks.
-    """
     config, stages = parts.config, parts.stages
     assert stages is not None
-    require_micro_batches(config.pipeline_schedule, stages, parts.micro_batches)
     ddp = new_ddp(parts)
     zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
     return PipelineEngine(parts, ddp, zero1, stages)
-
-
-def require_micro_batches(schedule: str, stages: Stages, count: int) -> None:
-    """
-    Raises:
-        ValueError: the schedule cannot do so many micro-batches.
-    """
-    ranks = stages.pipe_size
-    if schedule in ("1f1b", "interleaved") and count < ranks:
-        raise ValueError(
-            f"--pipeline_schedule={schedule} on {ranks} ranks needs at least {ranks} micro-batches, and each data rank "
-            f"has {count} in a step: raise --gradient_accumulation_steps {-(-ranks // count)}-fold, or give "
-            f"--pipeline_schedule=gpipe"
-        )
-    rounds = max(1, count // ranks)
-    if schedule == "interleaved" and count % rounds:
-        raise ValueError(
-            f"--pipeline_schedule=interleaved takes micro-batches in {rounds} equal rounds on {ranks} ranks, and each "
-            f"data rank has {count} in a step: let --gradient_accumulation_steps make it {count // ranks * ranks}"
-        )
 
 
 class PipelineEngine(BucketedEngine):
