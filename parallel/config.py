@@ -49,7 +49,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share the positions of each row."""
     context_parallel_method: Literal["gather", "ring"] = "gather"
-    """Context parallelism: gather keys and values of the whole row, or pass them on round a ring (CUDA; rows of one
+    """Context parallelism: gather keys and values of the whole row, or pass them on round a ring (rows of one
     document)."""
     expert_model_parallel_size: int = 1
     """Data ranks that share the experts of each layer."""

@@ -277,6 +277,23 @@ def _check_context(config: Config) -> None:
             f"--context_parallel_size={size} cuts each row into {2 * size} equal parts, and --max_seq_len={length} is "
             f"no multiple of that: --max_seq_len={nearest} is the nearest possible"
         )
+    if config.parallel.context_parallel_method == "ring":
+        run, data = config.run, config.data
+        if data.document_mask and run.task.mixes_documents:
+            raise ValueError(
+                "--context_parallel_method=ring is for rows of one document: give --no-document_mask, or "
+                "--context_parallel_method=gather"
+            )
+        if data.packing and "packing" in run.task.flags:
+            raise ValueError(
+                "--context_parallel_method=ring is for rows of one conversation: give --no-packing, or "
+                "--context_parallel_method=gather"
+            )
+        if config.system.attention_kernel:
+            raise ValueError(
+                f"--context_parallel_method=ring has attention of its own: leave out "
+                f"--attention_kernel={config.system.attention_kernel}"
+            )
     if config.system.compile:
         raise ValueError(
             "--compile does not go with --context_parallel_size, whose ranks exchange keys and values inside a block: "
