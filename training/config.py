@@ -328,6 +328,12 @@ _REFUSED = (
         "give --optimizer=adamw",
     ),
     Refused(
+        ("gradient_checkpointing",),
+        lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
+        "computes a block anew in each part of its backward pass, and --pipeline_schedule={pipeline_schedule} has one "
+        "for each matrix: give --pipeline_schedule=interleaved, or leave it out",
+    ),
+    Refused(
         ("compile",),
         lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
         "makes one graph of a block's backward pass, which --pipeline_schedule={pipeline_schedule} splits: give "
