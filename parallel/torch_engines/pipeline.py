@@ -14,8 +14,8 @@ Everything else is that of the bucketed engine: gradients of a stage lie in buck
 ranks of that stage once each of their parameters has got its gradient from every micro-batch. Outside of training, a
 forward pass goes through the stages in a simple chain (chain.py).
 
-The last stage computes the loss and returns it; the others return zeros. A step is never dropped in the middle: a stop is
-seen between steps.
+The last stage computes the loss and returns it; the others return zeros. A step is never dropped in the middle: a stop
+is seen between steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
