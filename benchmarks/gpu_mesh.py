@@ -70,7 +70,7 @@ def meshes(gpus: int) -> dict[str, list[str]]:
 def make_data(home: Path, max_seq_len: int) -> Path:
     """Tokens of the standard library. What they say does not matter here."""
     copy_standard_library(home / "corpus")
-    texts = (path.read_text("utf-8") for path in sorted((home / "corpus").iterdir())[:60])
+    texts = (path.read_text("utf-8") for path in sorted((home / "corpus").glob("*.py"))[:60])
     train_hf_bbpe(texts, 512, show_progress=False).save_pretrained(home / "tokenizer")
     corpus, output = Corpus(str(home / "corpus")), home / "tokens"
     process_corpus(PretrainJob(corpus, str(output), str(home / "tokenizer"), valid_ratio=0.05), num_workers=0)
