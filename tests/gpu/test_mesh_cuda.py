@@ -21,7 +21,9 @@ TENSOR, SEQUENCE = "--tensor_model_parallel_size=2", "--sequence_parallel"
 PIPE, CONTEXT, EXPERT = (
     "--pipeline_model_parallel_size=2", "--context_parallel_size=2", "--expert_model_parallel_size=2"
 )  # fmt: skip
-EXPERTS = ["--model_type=qwen3_moe", "--num_local_experts=4", "--moe_intermediate_size=32", "--router_aux_loss_coef=0.01"]
+EXPERTS = [
+    "--model_type=qwen3_moe", "--num_local_experts=4", "--moe_intermediate_size=32", "--router_aux_loss_coef=0.01"
+]  # fmt: skip
 ON_TWO = {
     "tp2": [TENSOR], "tp2 sp": [TENSOR, SEQUENCE], "pp2": [PIPE], "pp2 gpipe": [PIPE, "--pipeline_schedule=gpipe"],
     "cp2": [CONTEXT],
