@@ -1,13 +1,13 @@
 """Lets a rank keep its part of a model alone: what each dimension of the mesh does to a model without values.
 
-    pipe       drops the units of other stages                          pipeline.py
+    pipe       drops the units of other stages                          chain.py
     tensor     replaces matrices by their rows or columns, and sums     tensor.py
     expert     keeps some experts of each layer, and exchanges tokens   expert.py
     context    cuts rows of tokens, and gathers keys and values         context_parallel.py
     shard      FSDP cuts by rows what is left                           shards.py
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, cast
 
 import torch
@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import context_parallel, expert, shards
+from parallel.torch_engines import chain, context_parallel, expert, shards
 
 
 class Role(Protocol):
@@ -31,6 +31,7 @@ class Role(Protocol):
     joined: int
     is_partial: bool
     is_stack: bool
+    is_between: bool
 
 
 class Cuttable(Protocol):
@@ -59,14 +60,32 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(_outlines(model, self.config.uses_fsdp), self.mesh)
+        self.division = Division(whole_outlines(model, self.config), self.mesh, self._stages_of(model))
         expert.check(self.division)
+        if self.stages is not None:
+            chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
+        if self.mesh.tensor_size > 1:
+            self._cut_matrices(model)
         if self.mesh.expert_size > 1:
             expert.cut(model, self.division, self.groups)
         if self.mesh.context_size > 1:
             context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def _stages_of(self, model: nn.Module) -> Callable[[str], Collection[int]]:
+        """A function of a parameter's name: the pipe ranks that hold it."""
+        return chain.stages_of(model, self.stages) if self.stages is not None else lambda name: (0,)
+
+    def _cut_matrices(self, model: nn.Module) -> None:
+        # Imported when it is wanted: torch's DTensor takes a while to load.
+        from parallel.torch_engines import tensor
+
+        is_sequence = self.config.sequence_parallel
+        tensor.require_divisible(model, self.mesh, is_sequence)
+        group = self.groups.of("tensor")
+        assert group is not None
+        tensor.cut(model, self.division, self.mesh, group, self.context.device, is_sequence)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -98,13 +117,13 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
-    """Name -> each parameter of a model that is whole."""
+def whole_outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
+    """Name -> each parameter of a model that is whole, before anything cuts it."""
     roles = cast(Cuttable, model).roles()
-    return {
-        name: Outline(
-            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack,
-            uses_fsdp and shards.is_cut(parameter),
-        )
-        for name, parameter in model.named_parameters()
-    }  # fmt: skip
+
+    def outline(role: Role, parameter: Tensor) -> Outline:
+        is_partial = role.is_partial or (role.is_between and config.sequence_parallel)
+        is_sharded = config.uses_fsdp and shards.is_cut(parameter)
+        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded)
+
+    return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}
