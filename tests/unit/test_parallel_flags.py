@@ -61,6 +61,8 @@ REFUSED = [
     ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
     ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
     (["--expert_model_parallel_size=2", HSDP], "keeps each expert whole, and --data_parallel=hsdp cuts every"),
+    ([TENSOR, "--ddp_impl=naive"], "some of these hold different parts of the model: leave it out"),
+    (["--expert_model_parallel_size=4", "--ddp_impl=naive"], "--ddp_impl=naive adds up every gradient over all ranks"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
     ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
     (["--context_parallel_size=2", "--activation_budget_gb=1"], "with --context_parallel_size=2, give --gradient_che"),
