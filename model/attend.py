@@ -107,10 +107,10 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype, device: torch.device):
         layers = config.num_hidden_layers
-        shape = (layers, batch, config.num_key_value_heads, max_length, config.head_dim)
         self.max_length, self.lengths = max_length, [0] * batch
-        self._keys_LBKSD = torch.zeros(shape, dtype=dtype, device=device)
-        self._values_LBKSD = torch.zeros_like(self._keys_LBKSD)
+        # The first keys tell the number of heads: a rank of tensor parallelism has some of the model's.
+        self._keys_LBKSD = torch.zeros((layers, batch, 0, max_length, config.head_dim), dtype=dtype, device=device)
+        self._values_LBKSD = self._keys_LBKSD
         # Rows may be cut back to any length, so the last two tokens' states would not be enough.
         num_states = max_length if config.local_filter else 0
         self._states_LBSC = torch.zeros((layers, batch, num_states, config.hidden_size), dtype=dtype, device=device)
@@ -139,7 +139,12 @@ class KVCache:
     def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor, first_key: int = 0) -> tuple[Tensor, Tensor]:
         """Store T new tokens after those of each row; return keys and values from `first_key` up to the end of the
         longest row, (B, K, S, D). After its own end, a shorter row holds zeros or padding, which the mask hides."""
-        num_new, end = k_BKTD.shape[2], max(self.lengths) + k_BKTD.shape[2]
+        heads, num_new = k_BKTD.shape[1:3]
+        end = max(self.lengths) + num_new
+        if not self._keys_LBKSD.shape[2]:
+            layers, batch, _, max_length, head_dim = self._keys_LBKSD.shape
+            self._keys_LBKSD = self._keys_LBKSD.new_zeros(layers, batch, heads, max_length, head_dim)
+            self._values_LBKSD = torch.zeros_like(self._keys_LBKSD)
         for all_BKSD, new_BKTD in ((self._keys_LBKSD[layer], k_BKTD), (self._values_LBKSD[layer], v_BKTD)):
             if self.is_even:
                 all_BKSD[:, :, end - num_new : end] = new_BKTD

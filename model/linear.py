@@ -14,6 +14,7 @@ Shapes: N tokens, C inputs, O_i outputs, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.dropout import DropoutKey
+from model.kernels import linear_cross_entropy
+from model.kernels.linear_cross_entropy import Exchange
 from model.ops import Ops
 
 
@@ -78,6 +81,17 @@ class Head(Linear):
     def __init__(self, hidden_size: int, vocab_size: int, ops: Ops):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.ops = ops
+
+    def share_vocabulary(self, first: int, exchange: Exchange) -> None:
+        """Compute losses and log-probabilities from the rows of some entries of the vocabulary, together with the ranks
+        that hold the others. Every one of these ranks gets the whole result, and a part of the gradient of hidden
+        states, which are to be added.
+
+        Args:
+            first: entry of the vocabulary that the first row is for.
+        """
+        functions = linear_cross_entropy.on_shards(first, exchange)
+        self.ops = replace(self.ops, loss_sum=functions["loss_sum"], token_logprobs=functions["token_logprobs"])
 
     def rows(self) -> Tensor:
         """The matrix (V, C) that hidden states are multiplied with."""

@@ -3,6 +3,7 @@
     python -m model.memory --size 7b --lora_r 16 --lora_target_modules all-linear --load_in_4bit --train_batch_size 1
     python -m model.memory --init_from DIR --optimizer adamw8bit --gradient_checkpointing
     python -m model.memory --size 13b --data_parallel fsdp --ranks 8
+    python -m model.memory --size 70b --tensor_model_parallel_size 8 --pipeline_model_parallel_size 2
 
 What lies in memory all the time, in bytes a parameter (e: bytes of the dtype, 2 in bfloat16, 4 in float32):
 
@@ -30,6 +31,15 @@ Activations that the forward pass keeps for the backward pass come on top, in pr
     step         the optimizer's copies of a bucket's gradients
     sums         fsdp: gradients of a unit (a block, or all that is around the blocks) on their way to the ranks
 
+In a mesh all that is counted for what a rank holds (model/parts.py), on the rank with the most:
+
+    tensor       matrices, heads and widths / T. The residual stream and the inputs of matrices that are cut by columns
+                 stay whole; with sequence_parallel the stream is / T
+    pipe         the units of a rank's stages, and their activations for each micro-batch on its way (`in_flight`);
+                 what passes between stages has room for every micro-batch of a step
+    context      tokens / K, but keys and values of whole rows
+    expert       stacks of experts / E; the tokens of a rank's experts are as many as its own, if they are balanced
+
 Not counted: what CUDA and its libraries take (see RESERVE), compilation, checkpoints, which are copied to host memory,
 and dropout of the model, whose masks our kernels do not keep.
 
@@ -42,13 +52,15 @@ if __name__ == "__main__":
     environment.check()
 
 import argparse
-import math
+import re
 import sys
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
 from model.adapters.config import ALL_LINEAR, AdapterConfig
 from model.config import ModelConfig
+from model.parts import STAGES_A_RANK, Part, in_flight, is_stack, pipe_part, stages_of, tensor_part, whole
 from model.shapes import (
     Shape,
     Shapes,
@@ -97,8 +109,18 @@ SIZES: dict[str, tuple[str, ModelConfig]] = {
         _LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
         num_key_value_heads=8,
     )),
+    "8x7b": ("8x7B (mixtral)", replace(
+        _LLAMA, model_type="mixtral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, rope_theta=1e6,
+        num_local_experts=8, num_experts_per_tok=2,
+    )),
 }  # fmt: skip
 """Value of --size -> name and shape."""
+
+
+_SIZES_OF_MESH = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,18 @@ class TrainingPlan:
     """With fsdp over several machines: processes of each."""
     ranks: int = 1
     """Processes that share the optimizer's state (ZeRO-1); 1: it is whole on each. With fsdp all processes, with hsdp
-    those of a machine: they share weights and gradients, too."""
+    those of a machine: they share weights and gradients, too. In a mesh, data ranks."""
+    tensor_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    pipeline_model_parallel_size: int = 1
+    pipeline_schedule: str = "1f1b"
+    num_layers_per_virtual_pipeline_stage: int = 0
+    pipeline_parts: str = ""
+    """Units of each stage. Empty: as equally many as possible."""
+    pipeline_micro_batches: int = 0
+    """Micro-batches of a step on each data rank; 0: four for each rank of the pipeline."""
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
     fused: bool = True
     """Our Triton kernels, as on a GPU; otherwise plain PyTorch, as on a CPU."""
     fused_loss: bool = True
@@ -139,7 +172,7 @@ class TrainingPlan:
         self.adapter.check()
         if self.adapter.load_in_4bit and not self.adapter.is_used:
             raise ValueError("--load_in_4bit freezes the weights: give --lora_r, so that something trains")
-        for name in ("train_batch_size", "max_seq_len", "ranks"):
+        for name in ("train_batch_size", "max_seq_len", "ranks", *_SIZES_OF_MESH):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("fsdp_cpu_offload", "ranks_per_machine", "reshard_after_forward"):
@@ -151,6 +184,7 @@ class TrainingPlan:
             raise ValueError("--fsdp_cpu_offload keeps the state in host memory, too: leave out --offload_optimizer")
         if self.is_cut and self.adapter.load_in_4bit:
             raise ValueError(f"--load_in_4bit does not go with --data_parallel={self.data_parallel}: leave out one")
+        self._check_mesh()
         if self.checkpoint_keeps != "nothing" and not self.gradient_checkpointing:
             raise ValueError("--checkpoint_keeps says what --gradient_checkpointing keeps: add that")
 
@@ -163,10 +197,43 @@ class TrainingPlan:
         if machine and ranks % machine:
             raise ValueError(f"--ranks_per_machine={machine}: --ranks={ranks} is no whole number of such machines")
 
+    def _check_mesh(self) -> None:
+        if not re.fullmatch(r"|[1-9][0-9]*(,[1-9][0-9]*)*", self.pipeline_parts):
+            raise ValueError(f"pipeline_parts must be numbers of units, such as 5,4,4,5, got {self.pipeline_parts!r}")
+        if self.has_mesh and self.adapter.load_in_4bit:
+            raise ValueError("--load_in_4bit keeps matrices whole on every rank, so no mesh can cut them: leave it out")
+        for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
+            if getattr(self, name) > 1 and self.is_cut:
+                raise ValueError(f"--{name} does not go with --data_parallel={self.data_parallel}: leave out one")
+        if self.ranks % self.expert_model_parallel_size and self.ranks > 1:
+            raise ValueError(
+                f"--expert_model_parallel_size={self.expert_model_parallel_size} must divide --ranks={self.ranks}, the "
+                f"data ranks"
+            )
+
+    @property
+    def has_mesh(self) -> bool:
+        """Whether there are ranks beside those of the data dimension, or they share experts."""
+        return any(getattr(self, name) > 1 for name in _SIZES_OF_MESH)
+
+    @property
+    def micro_batches(self) -> int:
+        return self.pipeline_micro_batches or 4 * self.pipeline_model_parallel_size
+
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch; a pair of DPO has two answers."""
-        return self.train_batch_size * self.max_seq_len * (2 if self.task_type == "dpo" else 1)
+        """Tokens of a micro-batch on a rank; a pair of DPO has two answers."""
+        rows = self.train_batch_size * (2 if self.task_type == "dpo" else 1)
+        return rows * -(-self.max_seq_len // self.context_parallel_size)
+
+    @property
+    def stream_tokens(self) -> float:
+        """Tokens of a micro-batch whose residual stream a rank keeps."""
+        return self.tokens / (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    def ranks_of(self, name: str) -> int:
+        """Ranks that share a parameter, by ZeRO-1 or fsdp."""
+        return max(1, self.ranks // self.expert_model_parallel_size) if is_stack(name) else self.ranks
 
     @property
     def is_cut(self) -> bool:
@@ -190,7 +257,7 @@ class _Block:
 
     def kept(self) -> float:
         if self.plan.gradient_checkpointing:
-            stream = self.tokens * self.config.hidden_size * residual_itemsize(self.config, self.plan)
+            stream = self.plan.stream_tokens * self.config.hidden_size * residual_itemsize(self.config, self.plan)
             return stream + (self._outputs() if self.plan.checkpoint_keeps == "matmuls" else 0.0)
         return self.computed()
 
@@ -207,7 +274,7 @@ class _Block:
     def _attention(self) -> float:
         config, plan, size = self.config, self.plan, self.itemsize
         query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        kept = float(size * (query + 2 * kv))
+        kept = float(size * (query + 2 * kv * plan.context_parallel_size))
         kept += size * config.hidden_size if self._keeps_input("q_proj", "k_proj", "v_proj") else 0
         keeps_out = self._keeps_input("o_proj")
         if plan.blocked_weights is not None:
@@ -280,7 +347,7 @@ class _Block:
             width = config.moe_intermediate_size * (config.num_experts_per_tok + config.num_shared_experts)
         joined = 2 if config.mlp == "swiglu" else 1
         stream = config.hidden_size * (size + residual_itemsize(config, self.plan))
-        matrix = max(math.prod(shape) for shape in self.shapes.values())
+        matrix = max(prod(shape) for shape in self.shapes.values())
         if self.trains:
             matrix *= size * joined + (4 if self.plan.grad_reduce_in_fp32 and size < 4 else 0)
         else:
@@ -304,18 +371,26 @@ def norm_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
     """Bytes that a norm of the residual stream keeps: its input, and a number or two for each token; in plain PyTorch
     the input is float32, and a weight that trains needs the normed values."""
     if config.norm == "layernorm":
-        return plan.tokens * (4 * config.hidden_size + 8)
+        return plan.stream_tokens * (4 * config.hidden_size + 8)
     if plan.fused:
-        return plan.tokens * (config.hidden_size * residual_itemsize(config, plan) + rstd_bytes(plan))
+        return plan.stream_tokens * (config.hidden_size * residual_itemsize(config, plan) + rstd_bytes(plan))
     normed = 0 if plan.adapter.is_used else plan.itemsize
-    return plan.tokens * (config.hidden_size * (4 + normed) + 4)
+    return plan.stream_tokens * (config.hidden_size * (4 + normed) + 4)
 
 
 def activation_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
-    """Bytes that the forward pass up to the last norm keeps for the backward pass."""
-    blocks = sum(_Block(config, layer, plan).kept() for layer in range(config.num_hidden_layers))
-    norms = (1 + config.embedding_norm) * norm_bytes(config, plan)
-    return blocks + norms + plan.tokens * config.hidden_size * plan.itemsize
+    """Bytes that the forward pass of a whole model up to the last norm keeps for the backward pass."""
+    return _activations(whole(config), plan)
+
+
+def _activations(part: Part, plan: TrainingPlan) -> float:
+    """Bytes that the forward passes of a part keep for the backward pass."""
+    config = part.config
+    blocks = sum(_Block(config, layer, plan).kept() for layer in part.layers)
+    norms = (part.has_head + (config.embedding_norm and part.has_embedding)) * norm_bytes(config, plan)
+    # The hidden states that the head sees, or the next stage.
+    result = (plan.tokens if part.has_head else plan.stream_tokens) * config.hidden_size * plan.itemsize
+    return part.in_flight * (blocks + norms + result)
 
 
 def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> float:
@@ -331,19 +406,32 @@ def _loss_bytes(config: ModelConfig, plan: TrainingPlan, trains_head: bool) -> f
 
 
 def weight_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
-    """Bytes of all weights, those of an adapter included."""
-    shapes = parameters_of(config)
-    in_blocks, added = count(linear_of_blocks(shapes)), count(added_by(plan.adapter, config))
+    """Bytes of all weights of a whole model, those of an adapter included."""
+    return _weight_bytes(whole(config), plan)
+
+
+def _weight_bytes(part: Part, plan: TrainingPlan) -> float:
+    shapes = _shapes(part, plan)
+    in_blocks = count({n: shape for n, shape in linear_of_blocks(shapes).items() if ".lora_" not in n})
     four = NF4 if plan.adapter.load_in_4bit else plan.itemsize
-    return four * in_blocks + plan.itemsize * (count(shapes) - in_blocks + added)
+    return four * in_blocks + plan.itemsize * (count(shapes) - in_blocks)
 
 
-def moment_bytes(config: ModelConfig, plan: TrainingPlan) -> float:
-    """Bytes of the optimizer's moments on all ranks."""
-    trained = trained_of(config, plan.adapter)
-    total = MOMENTS[plan.optimizer] * count(trained)
-    if plan.optimizer == "muon":
-        total -= 4 * count({name: shape for name, shape in trained.items() if _is_muons(name, shape)})
+def _shapes(part: Part, plan: TrainingPlan) -> Shapes:
+    """The parameters of a part, those of an adapter included."""
+    return part.own(parameters_of(part.config) | added_by(plan.adapter, part.config))
+
+
+def _trained(part: Part, plan: TrainingPlan) -> Shapes:
+    return part.own(trained_of(part.config, plan.adapter))
+
+
+def _moment_bytes(trained: Shapes, plan: TrainingPlan) -> float:
+    """Bytes of the optimizer's moments on a rank."""
+    total = 0.0
+    for name, shape in trained.items():
+        has_one = plan.optimizer == "muon" and _is_muons(name, shape)
+        total += (4 if has_one else MOMENTS[plan.optimizer]) * prod(shape) / plan.ranks_of(name)
     return total
 
 
@@ -380,7 +468,7 @@ class Estimate:
 
 
 def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
-    """Memory of a run.
+    """Memory of a run; in a pipeline, of the rank that needs most.
 
     Raises:
         ValueError: a value that no run can have.
@@ -389,54 +477,93 @@ def estimate(config: ModelConfig, plan: TrainingPlan) -> Estimate:
     if config.num_local_experts and plan.adapter.load_in_4bit:
         raise ValueError("--load_in_4bit: the matrices of experts are not quantized: leave it out")
     config = config.resolve(max_seq_len=plan.max_seq_len)
-    trained = trained_of(config, plan.adapter)
-    if plan.is_cut:
-        return _estimate_of_shards(config, plan, trained)
+    of_part = _estimate_of_shards if plan.is_cut else _estimate_of_part
+    found = max((of_part(part, plan) for part in parts_of(config, plan)), key=lambda its: its.peak)
+    everything = whole(config)
+    return replace(found, parameters=count(_shapes(everything, plan)), trained=count(_trained(everything, plan)))
+
+
+def parts_of(config: ModelConfig, plan: TrainingPlan) -> list[Part]:
+    """What the ranks of a pipeline hold of a model, in order; without a pipeline, what each rank holds.
+
+    Args:
+        config: resolved.
+    Raises:
+        ValueError: the model cannot be divided in this way.
+    """
+    ranks, schedule, experts = plan.pipeline_model_parallel_size, plan.pipeline_schedule, config.num_local_experts
+    if plan.expert_model_parallel_size > 1 and (not experts or experts % plan.expert_model_parallel_size):
+        raise ValueError(
+            f"--expert_model_parallel_size={plan.expert_model_parallel_size} does not divide {experts} experts"
+        )
+    part = replace(whole(tensor_part(config, plan.tensor_model_parallel_size)),
+                   expert_size=plan.expert_model_parallel_size)  # fmt: skip
+    if ranks == 1:
+        return [part]
+    parts = list(map(int, plan.pipeline_parts.split(","))) if plan.pipeline_parts else []
+    stages = stages_of(config.num_hidden_layers, ranks, schedule, parts, plan.num_layers_per_virtual_pipeline_stage)
+    return [
+        pipe_part(part, own, in_flight(schedule, rank, ranks, len(own), plan.micro_batches))
+        for rank, own in enumerate(stages)
+    ]  # fmt: skip
+
+
+def _estimate_of_part(part: Part, plan: TrainingPlan) -> Estimate:
+    """Memory of a rank that holds all of its part."""
+    trained = _trained(part, plan)
     number, size = count(trained), plan.itemsize
     grad_size = 4 if plan.grad_reduce_in_fp32 else size
+    shared = sum(prod(shape) / plan.ranks_of(name) for name, shape in trained.items())
     state = {
-        "main parameters": (0 if size == 4 and not plan.offload_optimizer else 4) * number / plan.ranks,
-        "optimizer state": moment_bytes(config, plan) / plan.ranks,
+        "main parameters": (0 if size == 4 and not plan.offload_optimizer else 4) * shared,
+        "optimizer state": _moment_bytes(trained, plan),
     }
-    lasting = {"weights": weight_bytes(config, plan), "gradients": float(grad_size * number)}
+    lasting = {"weights": _weight_bytes(part, plan), "gradients": float(grad_size * number)}
     if plan.ranks > 1 and not plan.fused:
-        largest = min(number, max(BUCKET, *map(math.prod, trained.values())))
+        largest = min(number, max(BUCKET, *map(prod, trained.values())))
         lasting |= {"room for sums": grad_size * largest * (plan.ranks - 1) / plan.ranks}
+    lasting |= _room_between_stages(part, plan)
     host: dict[str, float] = {}
     if plan.offload_optimizer:
         # A bucket holds whole parameters, and the largest takes turns with one of the usual size.
-        largest = max(BUCKET, *map(math.prod, trained.values()))
+        largest = max(BUCKET, *map(prod, trained.values()))
         host = state | {"buckets on their way": float(grad_size + size) * (min(number, BUCKET) + min(number, largest))}
     else:
         lasting |= state
-    return Estimate(
-        count(parameters_of(config)) + count(added_by(plan.adapter, config)), number, lasting,
-        activation_bytes(config, plan), _moments(config, plan, trained), host,
-    )  # fmt: skip
+    kept = _activations(part, plan)
+    return Estimate(number, number, lasting, kept, _moments(part, plan, trained, kept), host)
 
 
-def _estimate_of_shards(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> Estimate:
+def _room_between_stages(part: Part, plan: TrainingPlan) -> dict[str, float]:
+    """Bytes for the activations that come from the stage before, and the gradients from the stage after, for every
+    micro-batch of a step."""
+    if plan.pipeline_model_parallel_size == 1:
+        return {}
+    arrivals = 2 * part.stages - part.has_embedding - part.has_head
+    stream = plan.tokens * part.config.hidden_size * residual_itemsize(part.config, plan)
+    return {"room between stages": float(arrivals * plan.micro_batches * stream)}
+
+
+def _estimate_of_shards(part: Part, plan: TrainingPlan) -> Estimate:
     """Memory of a run with fsdp. The optimizer's state is that of the shards, whatever their padding."""
-    shapes = parameters_of(config) | added_by(plan.adapter, config)
+    shapes, trained = _shapes(part, plan), _trained(part, plan)
     frozen = {name: shape for name, shape in shapes.items() if name not in trained}
     # Frozen vectors, such as norms below an adapter, stay whole.
-    whole = sum(math.prod(shape) for shape in frozen.values() if len(shape) == 1)
-    shared = shard_size({name: shape for name, shape in frozen.items() if len(shape) > 1}, plan.ranks)
+    vectors = sum(prod(shape) for shape in frozen.values() if len(shape) == 1)
+    shared = _shard({name: shape for name, shape in frozen.items() if len(shape) > 1}, plan)
     state = {
-        "weights": 4.0 * shard_size(trained, plan.ranks) + plan.itemsize * (whole + shared),
-        "gradients": 4.0 * shard_size(trained, plan.ranks),
-        "main parameters": 4.0 * shard_size(trained, plan.ranks) * plan.offload_optimizer,
-        "optimizer state": moment_bytes(config, plan) / plan.ranks,
+        "weights": 4.0 * _shard(trained, plan) + plan.itemsize * (vectors + shared),
+        "gradients": 4.0 * _shard(trained, plan),
+        "main parameters": 4.0 * _shard(trained, plan) * plan.offload_optimizer,
+        "optimizer state": _moment_bytes(trained, plan),
     }
     moved = [*state] if plan.fsdp_cpu_offload else ["main parameters", "optimizer state"] * plan.offload_optimizer
     lasting = {name: size for name, size in state.items() if name not in moved}
     host = {name: size for name, size in state.items() if name in moved}
-    room = _room_for_sums(plan, shapes, trained)
+    room, kept = _room_for_sums(plan, shapes, trained), _activations(part, plan)
     lasting |= {"room for sums": room} if room else {}
-    return Estimate(
-        count(shapes), count(trained), lasting, activation_bytes(config, plan),
-        _moments_of_shards(config, plan, shapes, trained), host,
-    )  # fmt: skip
+    moments = _moments_of_shards(part.config, plan, shapes, trained, kept)
+    return Estimate(count(shapes), count(trained), lasting, kept, moments, host)
 
 
 def _room_for_sums(plan: TrainingPlan, shapes: Shapes, trained: Shapes) -> float:
@@ -466,12 +593,19 @@ def _only(trained: Shapes, unit: Shapes) -> Shapes:
 
 def shard_size(shapes: Shapes, ranks: int) -> int:
     """Elements of a rank's shard of these parameters: so many rows of each that those of all ranks suffice."""
-    return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shapes.values())
+    return sum(-(-shape[0] // ranks) * prod(shape[1:]) for shape in shapes.values())
 
 
-def _moments_of_shards(config: ModelConfig, plan: TrainingPlan, shapes: Shapes, trained: Shapes) -> dict[str, float]:
+def _shard(shapes: Shapes, plan: TrainingPlan) -> int:
+    """Elements of a rank's shard of the parameters that it and others hold."""
+    return sum(shard_size({name: shape}, plan.ranks_of(name)) for name, shape in shapes.items())
+
+
+def _moments_of_shards(
+    config: ModelConfig, plan: TrainingPlan, shapes: Shapes, trained: Shapes, kept: float
+) -> dict[str, float]:
     """Moment of a step -> bytes beside what is lasting, with fsdp."""
-    size, kept = plan.itemsize, activation_bytes(config, plan)
+    size = plan.itemsize
     on_wire = 4 if plan.grad_reduce_in_fp32 else size
     *blocks, around = _units(shapes)
     block = max(blocks, key=count)
@@ -500,16 +634,18 @@ def _sums_of(unit: Shapes, trained: Shapes, itemsize: int, on_wire: int) -> floa
     return float(itemsize + on_wire) * count(_only(trained, unit))
 
 
-def _moments(config: ModelConfig, plan: TrainingPlan, trained: Shapes) -> dict[str, float]:
+def _moments(part: Part, plan: TrainingPlan, trained: Shapes, kept: float) -> dict[str, float]:
     """Moment of a step -> bytes beside what is lasting."""
-    size, kept = plan.itemsize, activation_bytes(config, plan)
+    config, size = part.config, plan.itemsize
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     table = config.vocab_size * config.hidden_size
     # A tied matrix gets its gradient once the embedding's is there, too.
     held = 4.0 * table if config.tie_word_embeddings and head in trained else 0.0
-    block = max(_Block(config, layer, plan).working() for layer in range(config.num_hidden_layers))
-    moments = {"loss": kept + _loss_bytes(config, plan, head in trained), "backward": kept + held + block}
-    if "embed_tokens.weight" in trained:
+    block = max((_Block(config, layer, plan).working() for layer in part.layers), default=0.0)
+    moments = {"backward": kept + held + block}
+    if part.has_head:
+        moments["loss"] = kept + _loss_bytes(config, plan, head in trained)
+    if part.has_embedding and "embed_tokens.weight" in trained:
         moments["embedding"] = held + table * (size + (4 if plan.grad_reduce_in_fp32 and size < 4 else 0))
     copies = 0 if plan.grad_reduce_in_fp32 or plan.fused or size == 4 else 4
     scratch = grad_bytes_of_bucket(plan) * (plan.ranks - 1) / plan.ranks
@@ -529,7 +665,8 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
         ("--gradient_checkpointing --checkpoint_keeps=matmuls", replace(recomputes, checkpoint_keeps="matmuls")),
         ("--gradient_checkpointing", recomputes),
     ]
-    if plan.ranks > 1 and not plan.is_cut and not plan.adapter.load_in_4bit:
+    has_pipeline = plan.pipeline_model_parallel_size > 1
+    if plan.ranks > 1 and not plan.is_cut and not plan.adapter.load_in_4bit and not has_pipeline:
         found.append(("--gradient_checkpointing --data_parallel=fsdp", replace(recomputes, data_parallel="fsdp")))
     if plan.is_cut and not plan.reshard_after_forward:
         sharded = replace(recomputes, reshard_after_forward=True)
@@ -547,7 +684,7 @@ def savings(config: ModelConfig, plan: TrainingPlan) -> list[tuple[str, Training
              "--no-grad_reduce_in_fp32", on_host),
             (with_lora, replace(recomputes, adapter=adapter)),
         ]  # fmt: skip
-    if not config.num_local_experts and not plan.is_cut:
+    if not config.num_local_experts and not plan.is_cut and not plan.has_mesh:
         found.append((f"{with_lora} --load_in_4bit", replace(recomputes, adapter=replace(adapter, load_in_4bit=True))))
     return found
 
@@ -570,17 +707,30 @@ def table(name: str, config: ModelConfig, plan: TrainingPlan) -> str:
         f"{name}: {found.parameters:,} parameters, {found.trained:,} of them train with {plan.optimizer}",
         f"a micro-batch of {plan.train_batch_size} x {'2 x ' if plan.task_type == 'dpo' else ''}{plan.max_seq_len} "
         f"tokens in {plan.dtype}",
+        *([_mesh(plan)] if plan.has_mesh else []),
         *([_sharing(plan)] if plan.ranks > 1 or plan.is_cut else []),
         "",
         f"{'':<44}{'GB':>9}{'bytes a parameter':>20}",
     ]
     rows = [*found.lasting.items()]
-    rows += [(f"activations of {config.num_hidden_layers} blocks", found.activations)]
+    whose = f"{config.num_hidden_layers} blocks" if plan.pipeline_model_parallel_size == 1 else "its blocks"
+    rows += [(f"activations of {whose}", found.activations)]
     beside = found.moments[found.largest] - found.activations
     rows += [(f"the largest moment beside them: {found.largest}", beside), ("peak on the device", found.peak)]
     lines += [_row(what, size, found.parameters) for what, size in rows]
     lines += [_row(f"in host memory: {what}", size, found.parameters) for what, size in found.host.items()]
     return "\n".join([*lines, "", *(f"{gb} GB: {verdict(config, plan, gb)}" for gb in GPUS_GB)])
+
+
+def _mesh(plan: TrainingPlan) -> str:
+    """Who holds a part of the model or of its rows."""
+    sizes = {"pipe": plan.pipeline_model_parallel_size, "context": plan.context_parallel_size,
+             "tensor": plan.tensor_model_parallel_size, "expert": plan.expert_model_parallel_size}  # fmt: skip
+    told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    told += " with sequence parallelism" if plan.sequence_parallel else ""
+    if plan.pipeline_model_parallel_size == 1:
+        return f"on a rank of {told}"
+    return f"on the fullest rank of {told}, {plan.micro_batches} micro-batches by {plan.pipeline_schedule}"
 
 
 def _sharing(plan: TrainingPlan) -> str:
@@ -621,6 +771,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reshard_after_forward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--fsdp_cpu_offload", action="store_true")
     parser.add_argument("--ranks_per_machine", type=int, default=0)
+    parser.add_argument("--tensor_model_parallel_size", type=int, default=1)
+    parser.add_argument("--sequence_parallel", action="store_true")
+    parser.add_argument("--pipeline_model_parallel_size", type=int, default=1)
+    parser.add_argument("--pipeline_schedule", choices=STAGES_A_RANK, default=TrainingPlan.pipeline_schedule)
+    parser.add_argument("--num_layers_per_virtual_pipeline_stage", type=int, default=0)
+    parser.add_argument("--pipeline_parts", default="")
+    parser.add_argument("--pipeline_micro_batches", type=int, default=0, help="0: four for each rank of the pipeline")
+    parser.add_argument("--context_parallel_size", type=int, default=1)
+    parser.add_argument("--expert_model_parallel_size", type=int, default=1)
     parser.add_argument(
         "--ranks", type=int, default=1,
         help="processes that share the optimizer's state by ZeRO-1, or with fsdp everything (hsdp: on a machine)",

@@ -11,7 +11,8 @@
     router's bias        0 (frozen: a rule moves it)            no       no     nothing
     local filter         N(0, initializer_range)                yes      no     nothing
     new tokens' rows     mean (model/adapters/tokens.py)        yes      no     nothing
-    LoRA's A, B          uniform, 0 (model/adapters/lora.py)    yes      no     nothing
+    LoRA's A             uniform (model/adapters/lora.py)       yes      no     the inputs, if its layer's are cut
+    LoRA's B             0                                      yes      no     the outputs, if its layer's are cut
     DoRA's lengths       those of the matrix's rows             no       no     nothing
 
 The matrices of all experts of a layer are one parameter (E, outputs, inputs), whose role is that of each.
@@ -49,6 +50,9 @@ class Role:
     """Whether it holds a matrix for each expert: (E, outputs, inputs)."""
     is_partial: bool = False
     """Whether tensor parallelism leaves it whole on every rank, each of which uses it for its part of the work."""
+    is_between: bool = False
+    """Whether it acts on single positions between the matrices: sequence parallelism shares these positions, and then
+    it is partial."""
 
 
 EMBEDDING = Role("normal", True, False, "vocabulary")
@@ -58,15 +62,17 @@ OUTPUT_PROJECTION = Role("residual", True, True, "row")
 EXPERTS_DOWN = Role("residual", True, True, "row", is_stack=True)
 INPUT_BIAS = Role("zero", False, False, "column")
 OUTPUT_BIAS = Role("zero", False, False, "first")
-NORM = Role("one", False, False, "none")
+NORM = Role("one", False, False, "none", is_between=True)
 HEADS_NORM = Role("one", False, False, "none", is_partial=True)
-NORM_BIAS = Role("zero", False, False, "none")
+NORM_BIAS = Role("zero", False, False, "none", is_between=True)
 ROUTER = Role("normal", True, False, "none")
 ROUTER_BIAS = Role("zero", False, False, "none")
 FILTER = Role("normal", True, False, "none")
 FILTER_BIAS = Role("zero", False, False, "none")
 TRAINED_ROWS = Role("zero", True, False, "none")
-LORA = Role("zero", True, False, "none")
+LORA_WHOLE = Role("zero", True, False, "none", is_partial=True)
+LORA_OF_INPUTS = Role("zero", True, False, "row")
+LORA_OF_OUTPUTS = Role("zero", True, False, "column")
 LORA_LENGTHS = Role("zero", False, False, "none")
 
 ROLES: tuple[tuple[str, Role], ...] = (
@@ -85,7 +91,10 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r".*\.local_filter\.conv[12]\.weight", FILTER),
     (r".*\.local_filter\.conv[12]\.bias", FILTER_BIAS),
     (r"(embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta", TRAINED_ROWS),
-    (r".*\.lora_[AB]\.weight", LORA),
+    (r".*\.(q|k|v|gate|up)_proj\.lora_A\.weight", LORA_WHOLE),
+    (r".*\.(q|k|v|gate|up)_proj\.lora_B\.weight", LORA_OF_OUTPUTS),
+    (r".*\.(o|down)_proj\.lora_A\.weight", LORA_OF_INPUTS),
+    (r".*\.(o|down)_proj\.lora_B\.weight", LORA_WHOLE),
     (r".*\.lora_magnitude_vector\.weight", LORA_LENGTHS),
 )
 """(pattern of a whole name, role) for every parameter that model/decoder.py and adapters can have. What an adapter

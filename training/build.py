@@ -38,6 +38,7 @@ from training.build_model import (
     rows_for_others,
     to_device,
     warn_of_length,
+    whole_sizes,
     without_values,
 )
 from training.build_task import build_task
@@ -83,6 +84,8 @@ class Built:
     engine: Engine
     division: Division | None
     """What each rank holds of a model that is cut; None: all of it."""
+    stages: Stages | None
+    """Parts of the model in a pipeline."""
     progress: Progress
     """The run's position, which the training loop updates."""
     left_out: list[int] | None
@@ -155,8 +158,8 @@ def build(
     kernel = choose_kernel(config.system.kernels, config.system.adamw_kernel, context.device)
     _require_same_choices(context, {"dtype": str(dtype).removeprefix("torch."), **model.ops.names, "adamw": kernel})
     if weights is not None and not is_resumed and adapter is None and context.is_main:
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        warn_of_rate(config.run, config.optimizer.learning_rate, num_parameters)
+        division = None if cutter is None else cutter.division
+        warn_of_rate(config.run, config.optimizer.learning_rate, sum(whole_sizes(model, division).values()))
     task, reference = build_task(config, model, data.tokenizer, context.device), None
     if task.uses_reference:
         reference = prepare_reference(
@@ -178,7 +181,7 @@ def build(
     )  # fmt: skip
     return Built(
         config, context, mesh, run_dir, data, derived, begins.source, adapter, export, dtype, model, task, reference,
-        kernel, scaler, engine, None if cutter is None else cutter.division, progress, left_out, loader,
+        kernel, scaler, engine, None if cutter is None else cutter.division, stages, progress, left_out, loader,
     )  # fmt: skip
 
 

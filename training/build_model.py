@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence, Set
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
 from model.filling import Filling, Held
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
+from parallel.division import Division
 from parallel.engines import ModelCutter
 from runs.layout import CONFIG_NAME
 from tasks.task import part_of_rows
@@ -374,6 +376,17 @@ def _fill(
         lora.begin(model, seed)
         if adapter.loaded_from is not None:
             folder.load(model, adapter.loaded_from)
+
+
+def whole_sizes(model: Decoder, division: Division | None) -> dict[str, int]:
+    """Name -> number of elements of each parameter of the whole model.
+
+    Args:
+        division: what each rank holds; None: all of it.
+    """
+    if division is None:
+        return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: prod(outline.shape) for name, outline in division.outlines.items()}
 
 
 def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | None = None) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from dataset.config import DataConfig
 from dataset.opening import TaskDataset
 from dataset.sequences import read_manifest
 from model import Decoder, flops
-from model.adapters import lora, peft
+from model.adapters import lora
 from model.adapters.folder import Weights
 from model.families.family import EMBEDDING, HEAD
 from model.memory import TrainingPlan, estimate
@@ -28,6 +28,7 @@ from tokenizer.chat_template import template_of
 from training.adapter import Adapter
 from training.batch import LEAST_ROWS
 from training.build import Built
+from training.build_model import whole_sizes
 from training.config import Derived, RunConfig
 from training.data import Data
 from training.progress import Progress
@@ -55,25 +56,25 @@ class Flops:
 
 def count_flops(built: Built) -> Flops:
     """Peak and FLOPs a token of this run. Collective; on a CPU, the peak is measured."""
-    context, model = built.context, built.model
+    context, model, whole = built.context, built.model, whole_of(built)
     peak = flops.device_peak_flops(context.device, built.dtype)
     return Flops(
         context.all_sum(torch.tensor(peak or math.nan, dtype=torch.float64)).item(),
         flops.flops_per_token_strict(
-            model.config, *built.data.train.context_and_supervised_share(), _frozen(model) if built.adapter else None
+            model.config, *built.data.train.context_and_supervised_share(), whole.frozen if built.adapter else None
         ),
-        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, count_parameters(model)),
+        flops.flops_per_token_seed(model.config, built.config.data.max_seq_len, whole.parameters),
     )
 
 
 def describe(built: Built, counted: Flops) -> list[str]:
     """Lines about model, machine, data and start of the run. Collective, as the network's speed is measured."""
-    config, device = built.config, built.context.device
+    config, device, whole = built.config, built.context.device, whole_of(built)
     tokens_per_step = built.derived.global_batch_size * config.data.max_seq_len
     return [
-        _model(built.model, built.export.family(built.model.config).model_type, built.dtype, device)
+        _model(built.model, whole, built.export.family(built.model.config).model_type, built.dtype, device)
         + (", the blocks' matrices in 4 bits" if config.adapter.load_in_4bit else ""),
-        *([_adapter(built.model, built.adapter)] if built.adapter is not None else []),
+        *([_adapter(whole, built.adapter)] if built.adapter is not None else []),
         f"parallel: {built.engine.describe()}",
         *_mesh(built),
         *([] if config.run.valid_only else _network(built.engine, tokens_per_step, counted, built.context.is_main)),
@@ -87,23 +88,40 @@ def describe(built: Built, counted: Flops) -> list[str]:
     ]
 
 
-def _frozen(model: Decoder) -> flops.Frozen:
+@dataclass(frozen=True)
+class _Whole:
+    """Figures of the whole model, of which a rank may hold a part."""
+
+    parameters: int
+    trained: Mapping[str, int]
+    """Name -> size of each parameter that trains."""
+    frozen: flops.Frozen
+    """What trains below an adapter."""
+
+
+def whole_of(built: Built) -> _Whole:
+    """Figures of the whole model. Collective."""
+    model, sizes = built.model, whole_sizes(built.model, built.division)
+    # What is in 4 bits is no parameter.
+    total = count_parameters(model) if built.division is None else sum(sizes.values())
+    # A rank of a pipeline knows only its own.
+    names = sorted(set().union(*built.context.gather(list(lora.adapter_parameters(model)))))
     factors = (".lora_A.weight", ".lora_B.weight")
-    added = sum(parameter.numel() for name, parameter in model.named_parameters() if name.endswith(factors))
     head = EMBEDDING if model.config.tie_word_embeddings else HEAD
-    return flops.Frozen(added, head in peft.whole_parameters(model))
+    added = sum(size for name, size in sizes.items() if name.endswith(factors))
+    return _Whole(total, {name: sizes[name] for name in names}, flops.Frozen(added, head in names))
 
 
-def _adapter(model: Decoder, adapter: Adapter) -> str:
+def _adapter(whole: _Whole, adapter: Adapter) -> str:
     """What trains, of how much, and whether it is known to stand on its own base."""
-    spec, layers = adapter.spec, peft.adapted_layers(model)
+    spec, total = adapter.spec, whole.parameters
+    layers = [name.removesuffix(".lora_A.weight") for name in whole.trained if name.endswith(".lora_A.weight")]
     kind = ("rsLoRA" if spec.use_rslora else "LoRA") + (" with DoRA's lengths" if spec.use_dora else "")
-    trained = sum(parameter.numel() for parameter in lora.adapter_parameters(model).values())
-    total = count_parameters(model)
+    trained = sum(whole.trained.values())
     ends = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-    whole = f", {', '.join(spec.modules_to_save)} whole" if spec.modules_to_save else ""
+    saved = f", {', '.join(spec.modules_to_save)} whole" if spec.modules_to_save else ""
     text = (
-        f"adapter: {kind} of rank {spec.r}, alpha {spec.alpha:g}, on {len(layers)} layers ({ends}){whole}: "
+        f"adapter: {kind} of rank {spec.r}, alpha {spec.alpha:g}, on {len(layers)} layers ({ends}){saved}: "
         f"{trained:,} of {total:,} parameters train ({trained / total:.2%})"
     )
     if adapter.loaded_from is not None and not adapter.is_known_base:
@@ -111,12 +129,12 @@ def _adapter(model: Decoder, adapter: Adapter) -> str:
     return text
 
 
-def _model(model: Decoder, family: str, dtype: torch.dtype, device: torch.device) -> str:
+def _model(model: Decoder, whole: _Whole, family: str, dtype: torch.dtype, device: torch.device) -> str:
     config = model.config
     active = f" ({flops.active_parameters(config) / 1e6:.1f} M multiply a token)" if config.num_local_experts else ""
     experts = f"{config.num_local_experts} experts of which a token sees {config.num_experts_per_tok}, "
     return (
-        f"model: {family}, {count_parameters(model) / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
+        f"model: {family}, {whole.parameters / 1e6:.1f} M parameters{active}, {config.num_hidden_layers} "
         f"layers, {config.hidden_size} wide, {experts if config.num_local_experts else ''}{dtype} on {device.type}"
     )
 
@@ -127,19 +145,23 @@ def _mesh(built: Built) -> list[str]:
     if context.world_size == 1:
         return []
     hosts, flags = context.gather(socket.gethostname()), config.parallel
+    shared = mesh.data_size * mesh.context_size if flags.use_distributed_optimizer else mesh.shard_size
     plan = TrainingPlan(
         dtype=str(built.dtype).removeprefix("torch."), optimizer=config.optimizer.optimizer, adapter=config.adapter,
         grad_reduce_in_fp32=flags.grad_reduce_in_fp32, offload_optimizer=config.optimizer.offload_optimizer,
-        data_parallel=flags.data_parallel, ranks=mesh.data_size if flags.use_distributed_optimizer else mesh.shard_size,
+        data_parallel=flags.data_parallel, ranks=shared, tensor_model_parallel_size=mesh.tensor_size,
+        pipeline_model_parallel_size=mesh.pipe_size, pipeline_schedule=flags.pipeline_schedule,
+        pipeline_parts=str(built.stages or ""), expert_model_parallel_size=mesh.expert_size,
     )  # fmt: skip
     lasting = estimate(built.model.config, plan).lasting
     held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lasting.items() if size)
     has_parts = built.division is not None and not mesh.is_data_alone
     parts = [f"parts: {parts_of(built.division)}"] if has_parts else []
+    whose = "each rank" if mesh.pipe_size == 1 else "the fullest rank"
     where = " in host memory" if flags.fsdp_cpu_offload and context.device.type == "cuda" else ""
     return [
         f"mesh: {places(mesh, hosts)}", *parts,
-        f"memory: each rank holds {held}{where}, by formula (docs/memory.md)",
+        f"memory: {whose} holds {held}{where}, by formula (docs/memory.md)",
     ]  # fmt: skip
 
 

@@ -199,11 +199,12 @@ def cross_entropy_with_gradient_(
 
 
 class TritonOps:
-    """The three operators under names that linear_cross_entropy.py also has in plain PyTorch."""
+    """The operators under names that linear_cross_entropy.py also has in plain PyTorch."""
 
     forward = staticmethod(cross_entropy_forward)
     backward_ = staticmethod(cross_entropy_backward_)
     with_gradient_ = staticmethod(cross_entropy_with_gradient_)
+    stats_dtype = staticmethod(work_dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -28,18 +28,22 @@ and not at the loss scale over the count of tokens, which is below 1 with 500,00
 computed in float32 and brought to the scale that was asked for; only then is that of hidden rounded to float16. This
 takes n C 4 bytes more.
 
+Under tensor parallelism each rank holds some rows of the weight, and never has whole logits (Megatron-LM: Shoeybi et
+al., 2019). Of each chunk the ranks exchange three numbers a token: the highest logit, and then the sum of the
+exponentials and the label's logit. A rank's gradient of hidden is its part of a sum.
+
 Shapes: N tokens, C hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.cross_entropy import TritonOps
-from model.kernels.launch import work_dtype
 from model.kernels.registry import Implementation, WhyNot, needs_package, needs_triton, runs_triton
 from model.kernels.support import available
 from model.loss import IGNORE_INDEX, cross_entropy, cross_entropy_sum, head_scores
@@ -65,12 +69,35 @@ def linear_cross_entropy_reference(
     return losses + (z_loss * logits_NV.logsumexp(dim=-1).square()).where(labels_N != ignore_index, 0.0)
 
 
+class ChunkOps(Protocol):
+    """Operations on a chunk of logits (n, V)."""
+
+    def stats_dtype(self, dtype: torch.dtype, /) -> torch.dtype:
+        """dtype of `stats` for logits of a dtype."""
+
+    def forward(
+        self, logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float, /
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (n,), and stats (n, 2): the highest logit, and the sum of the exponentials relative to it."""
+
+    def backward_(
+        self, logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int,
+        z_loss: float, /,
+    ) -> None:  # fmt: skip
+        """Turn logits into the gradient of the losses, times `upstream`."""
+
+    def with_gradient_(
+        self, logits_NV: Tensor, labels_N: Tensor, scale: Tensor, ignore_index: int, z_loss: float, /
+    ) -> Tensor:
+        """Both with one upstream gradient: losses (n,)."""
+
+
 class TorchOps:
     """The operations of cross_entropy.py's kernels on a chunk, in plain PyTorch. They compute in float32: in the memory
     of the logits, or in a float32 copy of a tile that fits into a CPU's cache. The logits are lost."""
 
     @staticmethod
-    def _tiles(logits_NV: Tensor, *of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    def tiles(logits_NV: Tensor, *of_tokens: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Rows that a CPU takes at a time: each of ten passes over a whole chunk would wait for main memory."""
         tokens = len(logits_NV) if logits_NV.is_cuda else max(TILE_ELEMENTS // logits_NV.shape[1], 1)
         return zip(*(tensor.split(tokens) for tensor in (logits_NV, *of_tokens)))
@@ -93,23 +120,19 @@ class TorchOps:
         ignore_index: int, z_loss: float,
     ) -> None:  # fmt: skip
         is_supervised = labels_N != ignore_index
+        column_N1 = labels_N.where(is_supervised, 0)[:, None]
         upstream_N = upstream_N.where(is_supervised, 0.0)
-        maximum, total = stats_N2.unbind(-1)
-        of_z_loss = 2.0 * z_loss * (maximum + total.log())
-        label_column = labels_N.where(is_supervised, 0)[:, None]
-        probability = exponentials.gather(1, label_column)[:, 0] / total
-        # The label's own entry apart: where its probability is close to 1, (1 + z) p - 1 would lose the digits of z p.
-        of_label = upstream_N * ((probability - 1.0) + of_z_loss * probability)
-        exponentials *= (upstream_N * (1.0 + of_z_loss) / total)[:, None]
-        exponentials.scatter_(1, label_column, of_label[:, None])
-        if exponentials.dtype != logits_NV.dtype:
-            logits_NV.copy_(exponentials)
+        _write_gradient(logits_NV, exponentials, column_N1, 1.0, stats_N2, upstream_N, z_loss)
+
+    @staticmethod
+    def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
 
     @staticmethod
     def forward(logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
         parts = [
             TorchOps._losses(logits, labels, ignore_index, z_loss)[:2]
-            for logits, labels in TorchOps._tiles(logits_NV, labels_N)
+            for logits, labels in TorchOps.tiles(logits_NV, labels_N)
         ]
         losses, stats = zip(*parts)
         return torch.cat(losses), torch.cat(stats)
@@ -118,14 +141,14 @@ class TorchOps:
     def backward_(
         logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int, z_loss: float
     ) -> None:
-        for logits, labels, stats, upstream in TorchOps._tiles(logits_NV, labels_N, stats_N2, upstream_N):
+        for logits, labels, stats, upstream in TorchOps.tiles(logits_NV, labels_N, stats_N2, upstream_N):
             exponentials = logits.to(_wide(logits)).sub_(stats[:, :1]).exp_()
             TorchOps._write_gradient(logits, exponentials, labels, stats, upstream, ignore_index, z_loss)
 
     @staticmethod
     def with_gradient_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor, ignore_index: int, z_loss: float) -> Tensor:
         parts = []
-        for logits, labels in TorchOps._tiles(logits_NV, labels_N):
+        for logits, labels in TorchOps.tiles(logits_NV, labels_N):
             losses, stats, exponentials = TorchOps._losses(logits, labels, ignore_index, z_loss)
             upstream = scale.expand(len(labels))
             TorchOps._write_gradient(logits, exponentials, labels, stats, upstream, ignore_index, z_loss)
@@ -135,6 +158,91 @@ class TorchOps:
 
 def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _write_gradient(
+    logits_NV: Tensor, exponentials: Tensor, column_N1: Tensor, has_label: Tensor | float, stats_N2: Tensor,
+    upstream_N: Tensor, z_loss: float,
+) -> None:  # fmt: skip
+    """Overwrite logits by their gradient.
+
+    Args:
+        exponentials: of the logits, relative to the maximum in `stats`; it is lost.
+        column_N1: the labels' columns; any where there is none.
+        has_label: 1 where the label is among these columns, otherwise 0; (n,) or one for all.
+        upstream_N: 0 for tokens that are not supervised.
+    """
+    maximum, total = stats_N2.unbind(-1)
+    of_z_loss = 2.0 * z_loss * (maximum + total.log())
+    probability = exponentials.gather(1, column_N1)[:, 0] / total
+    # The label's own entry apart: where its probability is close to 1, (1 + z) p - 1 would lose the digits of z p.
+    of_label = upstream_N * ((probability - has_label) + of_z_loss * probability)
+    exponentials *= (upstream_N * (1.0 + of_z_loss) / total)[:, None]
+    exponentials.scatter_(1, column_N1, of_label[:, None])
+    if exponentials.dtype != logits_NV.dtype:
+        logits_NV.copy_(exponentials)
+
+
+class Exchange(Protocol):
+    """Sums over the ranks that share the vocabulary, in place."""
+
+    def add_(self, tensor: Tensor) -> None: ...
+
+    def highest_(self, tensor: Tensor) -> None: ...
+
+
+class ShardOps:
+    """The same operations where each rank has the logits of its part of the vocabulary, in plain PyTorch.
+
+    Args:
+        first: entry of the vocabulary at which this rank's part begins.
+    """
+
+    def __init__(self, first: int, exchange: Exchange):
+        self.first, self.exchange = first, exchange
+
+    def _columns(self, labels_N: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Each label's place in this part of the vocabulary, (n, 1), and whether it has one; ignored labels have none,
+        as they lie before any vocabulary."""
+        columns_N = labels_N - self.first
+        return columns_N.clamp(0, width - 1)[:, None], (labels_N >= 0) & (columns_N >= 0) & (columns_N < width)
+
+    def stats_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32)
+
+    def forward(
+        self, logits_NV: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        maximum_N = logits_NV.amax(dim=-1).to(_wide(logits_NV))
+        self.exchange.highest_(maximum_N)
+        sums_N2 = maximum_N.new_empty(len(maximum_N), 2)
+        for logits, labels, maximum, sums in TorchOps.tiles(logits_NV, labels_N, maximum_N, sums_N2):
+            shifted = logits.to(_wide(logits)) - maximum[:, None]
+            column, is_here = self._columns(labels, logits.shape[1])
+            sums[:, 1] = shifted.gather(1, column)[:, 0].where(is_here, 0.0)
+            torch.sum(shifted.exp_(), dim=-1, out=sums[:, 0])
+        self.exchange.add_(sums_N2)
+        total_N, picked_N = sums_N2.unbind(-1)
+        losses_N = total_N.log() - picked_N + z_loss * (maximum_N + total_N.log()).square()
+        return losses_N.where(labels_N != ignore_index, 0.0), torch.stack((maximum_N, total_N), dim=-1)
+
+    def backward_(
+        self, logits_NV: Tensor, labels_N: Tensor, stats_N2: Tensor, upstream_N: Tensor, ignore_index: int,
+        z_loss: float,
+    ) -> None:  # fmt: skip
+        upstream_N = upstream_N.where(labels_N != ignore_index, 0.0)
+        for logits, labels, stats, upstream in TorchOps.tiles(logits_NV, labels_N, stats_N2, upstream_N):
+            exponentials = logits.to(_wide(logits)).sub_(stats[:, :1]).exp_()
+            column, is_here = self._columns(labels, logits.shape[1])
+            has_label = is_here.to(exponentials.dtype)
+            _write_gradient(logits, exponentials, column, has_label, stats, upstream, z_loss)
+
+    def with_gradient_(
+        self, logits_NV: Tensor, labels_N: Tensor, scale: Tensor, ignore_index: int, z_loss: float
+    ) -> Tensor:
+        losses_N, stats_N2 = self.forward(logits_NV, labels_N, ignore_index, z_loss)
+        self.backward_(logits_NV, labels_N, stats_N2, scale.expand(len(labels_N)), ignore_index, z_loss)
+        return losses_N
 
 
 def chunk_size(num_tokens: int, vocab_size: int, itemsize: int, chunk_bytes: int) -> int:
@@ -205,9 +313,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int, z_loss: float,
-        weight_grad: Tensor | None, grad_scale: Tensor, chunk_bytes: int, use_triton: bool, with_gradients: bool,
+        weight_grad: Tensor | None, grad_scale: Tensor, chunk_bytes: int, ops: ChunkOps, with_gradients: bool,
     ) -> Tensor:  # fmt: skip
-        ops = TritonOps if use_triton else TorchOps
         needs_dhidden, needs_dweight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden_NC) if needs_dhidden else None
         is_fp16 = hidden_NC.dtype == torch.float16
@@ -233,6 +340,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 weight_grad.add_(dweight)
         ctx.save_for_backward(dhidden, dweight if weight_grad is None else None, grad_scale)
         ctx.added_to_buffer = needs_dweight and weight_grad is not None
+        ctx.factor, ctx.had_second_pass = None, False
         return losses.sum(dtype=torch.float64).float()
 
     @staticmethod
@@ -243,32 +351,40 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             # The gradient in the buffer cannot be scaled any more. To raise an error would mean waiting for the GPU;
             # a NaN shows at once in the norm of the gradients.
             factor = torch.where((factor - 1.0).abs() <= 1e-5, 1.0, float("nan"))
-        gradients = [gradient.mul_(factor) if gradient is not None else None for gradient in (dhidden, dweight)]
-        return *gradients, *(None for _ in range(8))
+        if ctx.factor is not None:
+            # The second pass takes what the first one has scaled; again, a NaN shows what is not meant.
+            if ctx.had_second_pass:
+                raise RuntimeError("linear_cross_entropy_sum bears two backward passes, not more")
+            ctx.had_second_pass = True
+            factor = torch.where(factor == ctx.factor, 1.0, float("nan"))
+        else:
+            ctx.factor = factor
+        for gradient in (dhidden, dweight):
+            if gradient is not None:
+                # In place, as the weight's is large, and unseen by autograd, which would refuse the second pass.
+                gradient.data.mul_(factor)
+        return dhidden, dweight, *(None for _ in range(8))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, ignore_index: int, chunk_bytes: int,
-        use_triton: bool,
+        ops: ChunkOps,
     ) -> Tensor:  # fmt: skip
-        ops = TritonOps if use_triton else TorchOps
         log_probs = hidden_NC.new_empty(len(labels_N), dtype=torch.float32)
-        stats_dtype = work_dtype(hidden_NC.dtype) if use_triton else torch.float32
-        stats = hidden_NC.new_empty((len(labels_N), 2), dtype=stats_dtype)
+        stats = hidden_NC.new_empty((len(labels_N), 2), dtype=ops.stats_dtype(hidden_NC.dtype))
         for tokens, _, labels, logits in _chunks(hidden_NC, weight_VC, labels_N, chunk_bytes):
             losses, stats[tokens] = ops.forward(logits, labels, ignore_index, 0.0)
             torch.neg(losses, out=log_probs[tokens])
         ctx.save_for_backward(hidden_NC, weight_VC, labels_N, stats)
-        ctx.constants = ignore_index, chunk_bytes, use_triton
+        ctx.constants = ignore_index, chunk_bytes, ops
         return log_probs
 
     @staticmethod
     def backward(ctx, upstream_N: Tensor):
         hidden_NC, weight_VC, labels_N, stats = ctx.saved_tensors
-        ignore_index, chunk_bytes, use_triton = ctx.constants
-        ops = TritonOps if use_triton else TorchOps
+        ignore_index, chunk_bytes, ops = ctx.constants
         dhidden = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight_VC, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         factor = None
@@ -284,6 +400,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if dweight is not None and factor is not None:
             dweight.mul_(factor)
         return dhidden, dweight, None, None, None, None
+
+
+def _ops(use_triton: bool | None, device: torch.device) -> ChunkOps:
+    use_triton = available(device) if use_triton is None else use_triton
+    return TritonOps if use_triton else TorchOps
 
 
 def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,9 +424,10 @@ def _flat_inputs(hidden: Tensor, weight_VC: Tensor, labels: Tensor) -> tuple[Ten
 def linear_cross_entropy_sum(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, z_loss: float = 0.0,
     weight_grad: Tensor | None = None, grad_scale: float | Tensor = 1.0, chunk_bytes: int = CHUNK_BYTES,
-    use_triton: bool | None = None,
+    use_triton: bool | None = None, ops: ChunkOps | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run only once.
+    """Sum of the supervised tokens' losses, a float32 scalar. Its backward pass may run twice, as in pipelines that
+    take the gradients of inputs and weights apart, if the upstream gradient is the same.
 
     Args:
         hidden: (..., C).
@@ -320,6 +442,7 @@ def linear_cross_entropy_sum(
             float16 that loses what the loss scale was to save.
         chunk_bytes: largest memory of a chunk's logits.
         use_triton: whether chunks use the kernel or plain PyTorch; None: the kernel wherever it is available.
+        ops: other operations on a chunk, such as ShardOps.
     """
     hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
     if weight_grad is not None and (weight_grad.dtype != torch.float32 or weight_grad.shape != weight.shape):
@@ -327,21 +450,21 @@ def linear_cross_entropy_sum(
                          f"{tuple(weight_grad.shape)}")  # fmt: skip
     if not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=hidden.device)
-    use_triton = available(hidden.device) if use_triton is None else use_triton
     return _LinearCrossEntropySum.apply(
-        hidden_NC, weight, labels_N, ignore_index, z_loss, weight_grad, grad_scale, chunk_bytes, use_triton,
-        torch.is_grad_enabled(),
+        hidden_NC, weight, labels_N, ignore_index, z_loss, weight_grad, grad_scale, chunk_bytes,
+        ops or _ops(use_triton, hidden.device), torch.is_grad_enabled(),
     )  # fmt: skip
 
 
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX, chunk_bytes: int = CHUNK_BYTES,
-    use_triton: bool | None = None,
+    use_triton: bool | None = None, ops: ChunkOps | None = None,
 ) -> Tensor:  # fmt: skip
     """Log-probability of each label, float32 (N,), 0 where ignored; arguments as in `linear_cross_entropy_sum`."""
     hidden_NC, labels_N = _flat_inputs(hidden, weight, labels)
-    use_triton = available(hidden.device) if use_triton is None else use_triton
-    return _LinearTokenLogprobs.apply(hidden_NC, weight, labels_N, ignore_index, chunk_bytes, use_triton)
+    return _LinearTokenLogprobs.apply(
+        hidden_NC, weight, labels_N, ignore_index, chunk_bytes, ops or _ops(use_triton, hidden.device)
+    )
 
 
 def plain_loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
@@ -354,11 +477,18 @@ def plain_token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return -cross_entropy(head_scores(hidden, weight), labels)
 
 
-def _in_chunks(use_triton: bool | None = None) -> dict[str, Callable]:
+def _in_chunks(use_triton: bool | None = None, ops: ChunkOps | None = None) -> dict[str, Callable]:
     def loss_sum(hidden: Tensor, weight: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
-        return linear_cross_entropy_sum(hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton)
+        return linear_cross_entropy_sum(
+            hidden, weight, labels, grad_scale=grad_scale, use_triton=use_triton, ops=ops
+        )  # fmt: skip
 
-    return {"loss_sum": loss_sum, "token_logprobs": partial(linear_token_logprobs, use_triton=use_triton)}
+    return {"loss_sum": loss_sum, "token_logprobs": partial(linear_token_logprobs, use_triton=use_triton, ops=ops)}
+
+
+def on_shards(first: int, exchange: Exchange) -> dict[str, Callable]:
+    """The functions of model/ops.py where each rank has a part of the head's rows; see ShardOps."""
+    return _in_chunks(ops=ShardOps(first, exchange))
 
 
 def _liger() -> dict[str, Callable]:

@@ -31,6 +31,7 @@ class Role(Protocol):
     joined: int
     is_partial: bool
     is_stack: bool
+    is_between: bool
 
 
 class Cuttable(Protocol):
@@ -59,14 +60,26 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(_outlines(model, self.config.uses_fsdp), self.mesh)
+        self.division = Division(_outlines(model, self.config), self.mesh)
         expert.check(self.division)
+        if self.mesh.tensor_size > 1:
+            self._cut_matrices(model)
         if self.mesh.expert_size > 1:
             expert.cut(model, self.division, self.groups)
         if self.mesh.context_size > 1:
             context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def _cut_matrices(self, model: nn.Module) -> None:
+        # Imported when it is wanted: torch's DTensor takes a while to load.
+        from parallel.torch_engines import tensor
+
+        is_sequence = self.config.sequence_parallel
+        tensor.require_divisible(model, self.mesh, is_sequence)
+        group = self.groups.of("tensor")
+        assert group is not None
+        tensor.cut(model, self.division, self.mesh, group, self.context.device, is_sequence)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -98,13 +111,13 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, uses_fsdp: bool) -> dict[str, Outline]:
+def _outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
     """Name -> each parameter of a model that is whole."""
     roles = cast(Cuttable, model).roles()
-    return {
-        name: Outline(
-            tuple(parameter.shape), roles[name].cut, roles[name].joined, roles[name].is_partial, roles[name].is_stack,
-            uses_fsdp and shards.is_cut(parameter),
-        )
-        for name, parameter in model.named_parameters()
-    }  # fmt: skip
+
+    def outline(role: Role, parameter: Tensor) -> Outline:
+        is_partial = role.is_partial or (role.is_between and config.sequence_parallel)
+        is_sharded = config.uses_fsdp and shards.is_cut(parameter)
+        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded)
+
+    return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}

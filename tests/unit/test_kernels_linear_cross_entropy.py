@@ -267,12 +267,21 @@ def test_tiles_of_a_cpu_give_the_same_bits(function: Callable, dtype: torch.dtyp
     assert results[0][1].abs().max() > 0
 
 
-def test_a_second_backward_pass_is_an_error():
-    hidden, weight, labels = case((5, 6, 7))
-    loss = linear_cross_entropy_sum(hidden.requires_grad_(), weight, labels, use_triton=False)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+def test_gradients_may_come_in_two_passes_but_not_in_three():
+    """One pass for the hidden states and one for the weight, as under zero-bubble schedules."""
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in case((5, 6, 7))]
+
+    def loss() -> torch.Tensor:
+        return linear_cross_entropy_sum(*inputs, grad_scale=0.5, use_triton=False) * 0.25
+
+    wanted, apart = torch.autograd.grad(loss(), inputs[:2]), loss()
+    for tensor, gradient in zip(inputs, wanted):
+        assert torch.equal(*torch.autograd.grad(apart, [tensor], retain_graph=True), gradient)
+    with pytest.raises(RuntimeError, match="two backward passes"):
+        apart.backward()
+    another = loss()
+    another.backward(retain_graph=True)
+    assert torch.autograd.grad(2 * another, inputs[:1])[0].isnan().all()
 
 
 @pytest.mark.parametrize("tokens, vocab_size, itemsize, chunk_bytes", [

@@ -1,5 +1,6 @@
 """Memory by formula (model/memory.py) against models that are built, and what their forward passes really keep."""
 
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +21,11 @@ from model.dropout import DropoutKey
 from model.kernels.blocked_attention import kept_size
 from model.memory import TrainingPlan
 from model.ops import IMPLEMENTATIONS, build_ops
+from parallel.config import ParallelConfig
+from parallel.division import Division
+from parallel.mesh import Mesh
+from parallel.stages import plan_stages
+from parallel.torch_engines import cutting
 
 CONFIG = ModelConfig(
     vocab_size=128, hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
@@ -212,6 +218,78 @@ def test_fsdp_without_resharding_keeps_the_blocks():
     assert kept.lasting == given_up.lasting
 
 
+MESHES = {
+    "tensor": {"tensor_model_parallel_size": 2},
+    "pipe": {"pipeline_model_parallel_size": 4, "pipeline_parts": "4,3,3,4"},
+    "interleaved": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved", "pipeline_parts": "4,3,3,4"},
+    "v": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "pipeline_parts": "3,3,3,5"},
+    "expert": {"expert_model_parallel_size": 2, "ranks": 2},
+    "all": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2,
+            "ranks": 2, "num_layers_per_virtual_pipeline_stage": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    *itertools.product(("tensor", "pipe", "interleaved", "v"), ("llama", "tied", "experts")),
+    *itertools.product(("expert", "all"), ("experts",)),
+])  # fmt: skip
+def test_a_rank_of_a_mesh_holds_what_the_division_says(name: str, shape: str):
+    config = replace(CONFIG, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
+                     tie_word_embeddings=shape == "tied", num_local_experts=4 * (shape == "experts"))  # fmt: skip
+    config, plan = config.resolve(), TrainingPlan(**MESHES[name])
+    flags = {flag: value for flag, value in MESHES[name].items() if flag != "ranks"}
+    with torch.device("meta"):
+        model = Decoder(config)
+    holders = ranks_by_name(ParallelConfig(**flags), config.tie_word_embeddings)
+    place = Mesh(0, plan.pipeline_model_parallel_size, plan.ranks, 1, plan.tensor_model_parallel_size,
+                 expert_size=plan.expert_model_parallel_size)  # fmt: skip
+    division = Division(cutting._outlines(model, False), place, holders)
+    for part, rank in zip(memory.parts_of(config, plan), place.ranks_of("pipe"), strict=True):
+        held = {its: division.held(its, rank) for its in division.outlines}
+        expected = {its: found.shape for its, found in held.items() if found is not None}
+        assert part.own(shapes.parameters_of(part.config)) == expected
+
+
+def ranks_by_name(flags: ParallelConfig, is_tied: bool) -> Callable[[str], tuple[int, ...]]:
+    """Name of a parameter of a model of 12 blocks -> the pipe ranks that hold it."""
+    if flags.pipeline_model_parallel_size == 1:
+        return lambda name: (0,)
+    stages = plan_stages(flags, [1.0] * 14)
+
+    def ranks_of(name: str) -> tuple[int, ...]:
+        first, *rest = name.split(".")
+        units = {"embed_tokens": (0, 13) if is_tied else (0,), "norm": (13,), "lm_head": (13,)}
+        return tuple({stages.rank_of_unit(unit) for unit in units.get(first) or (int(rest[0]) + 1,)})
+
+    return ranks_of
+
+
+def test_what_a_mesh_leaves_of_activations():
+    config = memory.SIZES["125m"][1].resolve()
+
+    def kept(**changes) -> float:
+        return memory.estimate(config, TrainingPlan(gradient_checkpointing=True, **changes)).activations
+
+    stream = 2048 * 768 * 4
+    assert kept() == pytest.approx(14 * stream, rel=0.05)
+    # The residual streams alone remain, and the hidden states that the head sees.
+    assert kept(tensor_model_parallel_size=4) == kept()
+    assert kept(tensor_model_parallel_size=4, sequence_parallel=True) == pytest.approx(kept() / 4, rel=0.15)
+    assert kept(context_parallel_size=4) == pytest.approx(kept() / 4)
+    # The first rank has 6 of 12 blocks, and 2 micro-batches on their way.
+    first, *_ = memory.parts_of(config, TrainingPlan(pipeline_model_parallel_size=2))
+    assert (first.layers, first.in_flight) == (tuple(range(6)), 2)
+    flights = {
+        schedule: [part.in_flight for part in memory.parts_of(config, TrainingPlan(
+            pipeline_model_parallel_size=4, pipeline_schedule=schedule, pipeline_micro_batches=6))]
+        for schedule in ("gpipe", "1f1b", "interleaved", "zero_bubble", "zbv")
+    }  # fmt: skip
+    assert flights == {
+        "gpipe": [6, 6, 6, 6], "1f1b": [4, 3, 2, 1], "interleaved": [5.5, 4.5, 3.5, 2.5], "zero_bubble": [4, 4, 4, 4],
+        "zbv": [4, 4, 4, 4],
+    }  # fmt: skip
+
+
 def test_a_pair_has_two_answers():
     config = memory.SIZES["125m"][1].resolve()
     pairs = memory.estimate(config, TrainingPlan(task_type="dpo"))
@@ -257,6 +335,11 @@ def test_a_command_says_what_fits(capsys: pytest.CaptureFixture, tmp_path: Path)
         (["--size=7b", "--ranks=8", "--ranks_per_machine=4"], "add --data_parallel=fsdp"),
         (["--size=7b", "--data_parallel=fsdp", "--ranks=8", "--ranks_per_machine=3"], "no whole number of such"),
         (["--size=7b", "--data_parallel=hsdp", "--ranks=8", "--ranks_per_machine=4"], "give only --ranks=4"),
+        (["--size=7b", "--tensor_model_parallel_size=3"], "does not divide num_attention_heads 32: give a divisor"),
+        (["--size=7b", "--pipeline_model_parallel_size=4", "--pipeline_parts=9,9,9"], "of 4, and their sum 34"),
+        (["--size=7b", "--pipeline_model_parallel_size=2", "--data_parallel=fsdp"], "does not go with --data_p"),
+        (["--size=7b", "--expert_model_parallel_size=2"], "does not divide 0 experts"),
+        (["--size=8x7b", "--expert_model_parallel_size=4", "--ranks=6"], "must divide --ranks=6"),
         (["--size=7b", "--data_parallel=fsdp", "--offload_optimizer", "--fsdp_cpu_offload"], "keeps the state in"),
     ],
 )
