@@ -207,8 +207,12 @@ REFUSED = (
         "--use_distributed_optimizer, or the matrices by --tensor_model_parallel_size",
     ),
     Refused(
-        ("ddp_impl",), _has_pipeline,
-        "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
+        ("ddp_impl",), lambda f: any(f[name] > 1 for name in _SIZES),
+        "sums every gradient over all ranks, which on a mesh have different ones: leave it out",
+    ),
+    Refused(
+        ("overlap_param_gather",), _has_pipeline,
+        "gathers weights under the next forward pass, and a stage of a pipeline has many of them: leave it out",
     ),
     Refused(
         ("expert_model_parallel_size",), _uses_fsdp,

@@ -311,6 +311,11 @@ _REFUSED = (
         "give --optimizer=adamw",
     ),
     Refused(
+        ("optimizer",), lambda f: f["optimizer"].endswith("8bit") and f["tensor_model_parallel_size"] > 1,
+        "has scales for values in a row, between which --tensor_model_parallel_size={tensor_model_parallel_size} cuts "
+        "matrices: give the optimizer without 8bit",
+    ),
+    Refused(
         ("compile",),
         lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
         "makes one graph of a block's backward pass, which --pipeline_schedule={pipeline_schedule} splits: give "
