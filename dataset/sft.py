@@ -119,3 +119,18 @@ def padded(rows: list[list[tuple[np.ndarray, np.ndarray]]], max_seq_len: int, pa
     arrays = {"input_ids": input_ids, "labels": labels, "positions": positions, "document_ids": document_ids,
               "supervised": flat, "lengths": lengths}  # fmt: skip
     return as_tensors(arrays)
+
+
+def widened(batch: "dict[str, torch.Tensor]", length: int) -> "dict[str, torch.Tensor]":
+    """A batch of SFTDataset or DPODataset whose rows are padded to `length` positions."""
+    from torch.nn.functional import pad
+
+    width = batch["input_ids"].shape[1]
+    more = length - width
+    if not more:
+        return batch
+    filled = {"input_ids": 0, "labels": IGNORE_INDEX, "positions": 0, "document_ids": PADDING}
+    wide = {name: pad(batch[name], (0, more), value=value) for name, value in filled.items() if name in batch}
+    if "supervised" in batch:
+        wide["supervised"] = batch["supervised"] + batch["supervised"] // width * more
+    return batch | wide

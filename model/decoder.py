@@ -10,15 +10,18 @@ Every addition to h is followed by a norm, sometimes in the next block. So a blo
 still to be added, and a kernel can do both in one pass over memory. `ops` holds the functions that do the work
 (model/ops.py).
 
-Shapes: B batch, T tokens, C hidden size, V vocabulary. Modules are defined in the order of their use, by which
-`parallel` plans its buckets. Their names are those of Hugging Face's llama without the leading "model.".
+A process may hold a part of the model alone. Its units are numbered: the embedding is unit 0, the blocks are units 1 to
+L, the last norm with the head is unit L + 1. `Decoder.keep` drops the others, `forward(units=...)` runs some of them.
+
+Shapes: B batch, T tokens, C hidden size, V vocabulary, L blocks. Modules are defined in the order of their use, by
+which `parallel` plans its buckets. Their names are those of Hugging Face's llama without the leading "model.".
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +33,7 @@ from model.config import ModelConfig
 from model.dropout import ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT, DropoutKey, dropout
 from model.families import family_of
 from model.filling import Filling
-from model.layer_losses import LayerLosses, load_of
+from model.layer_losses import LayerLosses, load_of, sums_length
 from model.linear import new_head
 from model.mlp import new_mlp
 from model.moe import SparseMLP
@@ -136,8 +139,42 @@ Watch = Callable[[int, Run, tuple[Tensor | None, ...]], None]
 are the blocks from 0, before them the embedding (-1), and after them the last norm."""
 
 
+class Blocks(nn.ModuleList):
+    """The blocks, found by their numbers, which are those of the whole model also where some are missing."""
+
+    def keep(self, numbers: Collection[int]) -> None:
+        """Drop the others."""
+        self._modules = {name: block for name, block in self._modules.items() if int(name) in numbers}
+
+    def numbered(self) -> Iterator[tuple[int, Block]]:
+        return ((int(name), cast(Block, block)) for name, block in self._modules.items())
+
+    def __getitem__(self, index: Any) -> Any:
+        is_number = isinstance(index, int) and index >= 0
+        return self._modules[str(index)] if is_number else super().__getitem__(index)
+
+
+class Relay(Protocol):
+    """Passes hidden states through the parts of a model that several processes hold."""
+
+    def through(self, run: Callable[[range, Tensor | None], Tensor], like: Callable[[], Tensor]) -> Tensor:
+        """Final hidden states of the whole model, where its last part is; elsewhere zeros. Collective.
+
+        Args:
+            run: runs units that this process holds, on what the unit before has returned.
+            like: makes a tensor of the result's shape and dtype.
+        """
+
+    def from_last(self, compute: Callable[[], Tensor] | None, like: Callable[[], Tensor]) -> Tensor:
+        """What the process with the last part computes. Collective.
+
+        Args:
+            compute: on that process; None elsewhere.
+        """
+
+
 class Decoder(nn.Module):
-    """The whole model. Its weights are float32 until they are moved; `initialize` sets them."""
+    """The whole model, or a part of it. Its weights are float32 until they are moved; `initialize` sets them."""
 
     def __init__(
         self,
@@ -175,11 +212,16 @@ class Decoder(nn.Module):
         """Whether rows of several documents should come with `document_starts`."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = new_norm(config, ops) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
+        self.layers = Blocks(Block(config, ops, layer) for layer in range(config.num_hidden_layers))
         self.norm = new_norm(config, ops)
         self.lm_head = new_head(config, ops)
         self.tie_weights()
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
+        self._sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.has_experts(layer)]
+        self.units: Collection[int] = range(config.num_hidden_layers + 2)
+        """Numbers of the units that this process holds."""
+        self.relay: Relay | None = None
+        """How forward passes go through the parts that other processes hold."""
         self._compiled_parameters: list[nn.Parameter] = []
         self._watch: Watch | None = None
         self.row_share: RowShare | None = None
@@ -192,7 +234,7 @@ class Decoder(nn.Module):
     def tie_weights(self) -> None:
         """Let the head have the embedding's matrix, if the model has one for both. Memory that was given anew has
         undone this."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None:
             # An adapter may have put layers around them.
             embedding, head = (getattr(layer, "base_layer", layer) for layer in (self.embed_tokens, self.lm_head))
             head.weight = embedding.weight
@@ -200,11 +242,27 @@ class Decoder(nn.Module):
     def set_recompute(self, keeps: Sequence[Keeps]) -> None:
         """Choose what each block keeps of its forward pass while the model trains. The results are the same."""
         self.keeps = tuple(keeps)
-        for block, kept in zip(cast("list[Block]", self.layers), keeps, strict=True):
+        assert len(keeps) == self.config.num_hidden_layers
+        for index, block in self.layers.numbered():
+            kept = keeps[index]
             # Inside the compiled graph: from outside, a compiled block is one operation whose matmuls write into memory
             # of its own, so there would be nothing to keep.
             is_inside = self._compiled_parameters and kept == "matmuls"
             block.checkpoint_options = _checkpoint_options(kept) if is_inside else None
+
+    def keep(self, units: Collection[int]) -> None:
+        """Drop the modules of all units but these. What is left keeps its names, and blocks their numbers; a matrix
+        that embedding and head share stays under its one name."""
+        last = self.config.num_hidden_layers + 1
+        self.units = sorted(units)
+        self.layers.keep([unit - 1 for unit in units])
+        has_first, has_last = 0 in units, last in units
+        if not (has_first or (has_last and self.config.tie_word_embeddings)):
+            self.embed_tokens = None  # type: ignore[assignment]
+        if not has_first:
+            self.embed_norm = None
+        if not has_last:
+            self.norm = self.lm_head = None  # type: ignore[assignment]
 
     def share_rows(
         self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor],
@@ -266,8 +324,13 @@ class Decoder(nn.Module):
         dropout_key: DropoutKey | None = None,
         document_starts: Tensor | None = None,
         losses: LayerLosses | None = None,
+        units: range | None = None,
+        entering: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states, normed, (B, T, C) in the weights' dtype; `logits` turns them into scores.
+
+        If this process holds a part of the model alone, all processes run the pass together, each its own part, and get
+        the final hidden states where the head is; zeros elsewhere.
 
         Args:
             input_ids_BT: token ids, int64. With a `row_share`, and without a cache, those of its positions, while
@@ -280,7 +343,21 @@ class Decoder(nn.Module):
             document_starts: offsets of the documents of document_ids, see attend.document_starts; used if
                 `wants_document_starts`.
             losses: the experts' own losses, which enter the backward pass of the result; None: they do not.
+            units: run these units alone. The result is then what enters the next unit (B, T, C), in float32 with
+                residual_in_fp32; final hidden states after the last one.
+            entering: what the unit before them has returned.
         """
+        if units is None and self.relay is not None:
+            run = partial(
+                self.forward, input_ids_BT, positions_BT, document_ids_BT, cache, dropout_key, document_starts, losses
+            )
+            shape = *input_ids_BT.shape, self.config.hidden_size
+            hidden_BTC = self.relay.through(
+                run, lambda: torch.empty(shape, dtype=self._dtype(), device=input_ids_BT.device)
+            )
+            if cache is not None:
+                cache.lengths = [length + input_ids_BT.shape[1] for length in cache.lengths]
+            return hidden_BTC
         num_new, device = input_ids_BT.shape[1], input_ids_BT.device
         share = self.row_share if cache is None else None
         if cache is not None:
@@ -293,33 +370,56 @@ class Decoder(nn.Module):
         if starts is not None and self._compiled_parameters:
             # Otherwise there would be one graph for the first number of documents and another one for all others.
             torch._dynamo.maybe_mark_dynamic(starts, 0)
+        last = self.config.num_hidden_layers + 1
+        units = range(last + 1) if units is None else units
+        windows = [window for index, window in enumerate(self._windows) if index + 1 in units]
         attends = attend_to(
-            self.config, self._windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
+            self.config, windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
             self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
-            self.embed_tokens.weight.dtype, share,
+            self._dtype(), share,
         )  # fmt: skip
-        (h_BTC,) = self._run(-1, partial(self._embed, input_ids_BT))
+        h_BTC = entering
+        if h_BTC is None:
+            (h_BTC,) = self._run(-1, partial(self._embed, input_ids_BT))
         with self._gradients_aside():
-            h_BTC, to_add_BTC, layer_key, counted = self._blocks(h_BTC, attends, dropout_key, losses)
-        if cache is not None:
-            cache.lengths = [length + num_new for length in cache.lengths]
-        (hidden_BTC,) = self._run(len(self.layers), partial(self._last_norm, layer_key), h_BTC, to_add_BTC)
-        return losses.close(hidden_BTC, counted) if losses is not None else hidden_BTC
+            h_BTC, to_add_BTC, layer_key, counted = self._blocks(units, h_BTC, attends, dropout_key, losses)
+        if last in units:
+            if cache is not None and self.relay is None:
+                cache.lengths = [length + num_new for length in cache.lengths]
+            (h_BTC,) = self._run(last - 1, partial(self._last_norm, layer_key), h_BTC, to_add_BTC)
+        elif to_add_BTC is not None:
+            h_BTC = h_BTC + dropout(to_add_BTC, self.config.hidden_dropout, layer_key, FEED_FORWARD_OUTPUT)
+        return losses.close(h_BTC, self._placed(counted)) if losses is not None else h_BTC
+
+    def _dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return (next(self.parameters()) if self.embed_tokens is None else self.embed_tokens.weight).dtype
 
     def _blocks(
-        self, h_BTC: Tensor, attends: dict[int, Attend], dropout_key: DropoutKey | None, losses: LayerLosses | None
-    ) -> tuple[Tensor, Tensor | None, DropoutKey | None, list[Tensor]]:
-        """Run all blocks; return h, the tensor still to be added to it, that tensor's dropout key, and what the layers
-        with experts have counted."""
-        counted: list[Tensor] = []
+        self, units: range, h_BTC: Tensor, attends: dict[int, Attend], dropout_key: DropoutKey | None,
+        losses: LayerLosses | None,
+    ) -> tuple[Tensor, Tensor | None, DropoutKey | None, dict[int, Tensor]]:  # fmt: skip
+        """Run the blocks among the units; return h, the tensor still to be added to it, that tensor's dropout key, and
+        what the layers with experts have counted."""
+        counted: dict[int, Tensor] = {}
         to_add_BTC: Tensor | None = None
         key: DropoutKey | None = None
         for index, window in enumerate(self._windows):
+            if index + 1 not in units:
+                continue
             key_before, key = key, dropout_key.for_layer(index) if dropout_key is not None else None
             run = partial(self._run_block, index, attends[window], key_before, key, losses)
             h_BTC, to_add_BTC, sums = self._run(index, run, h_BTC, to_add_BTC)
-            counted += [sums] if sums is not None else []
+            if sums is not None:
+                counted[index] = sums
         return h_BTC, to_add_BTC, key, counted
+
+    def _placed(self, counted: Mapping[int, Tensor]) -> list[Tensor]:
+        """What each layer with experts of the whole model has counted: zeros for those that have not run."""
+        if len(counted) == len(self._sparse_layers):
+            return list(counted.values())
+        nothing = torch.zeros(sums_length(self.config), dtype=torch.float64, device=next(self.parameters()).device)
+        return [counted.get(index, nothing) for index in self._sparse_layers]
 
     def _run(self, part: int, run: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """Run a part of the model, before the eyes of the watch, if there is one."""
@@ -363,15 +463,33 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary in the weights' dtype: normed hidden states (..., C) -> (..., V)."""
+        if self.relay is not None:
+            shape = *hidden.shape[:-1], self.config.vocab_size
+            return self._from_last(lambda: self.lm_head(hidden), lambda: hidden.new_empty(shape))
         return self.lm_head(hidden)
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, grad_scale: float = 1.0) -> Tensor:
         """Sum of the supervised tokens' cross entropies; see Head.loss_sum."""
+        if self.relay is not None:
+            return self._from_last(
+                lambda: self.lm_head.loss_sum(hidden, labels, grad_scale),
+                lambda: hidden.new_empty((), dtype=torch.float32),
+            )
         return self.lm_head.loss_sum(hidden, labels, grad_scale)
 
     def token_logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Log-probability of each label; see Head.token_logprobs."""
+        if self.relay is not None:
+            return self._from_last(
+                lambda: self.lm_head.token_logprobs(hidden, labels),
+                lambda: hidden.new_empty(labels.shape, dtype=torch.float32),
+            )
         return self.lm_head.token_logprobs(hidden, labels)
+
+    def _from_last(self, compute: Callable[[], Tensor], like: Callable[[], Tensor]) -> Tensor:
+        """What the process with the head computes."""
+        assert self.relay is not None
+        return self.relay.from_last(compute if self.lm_head is not None else None, like)
 
     def rebalance(self, sums: Tensor) -> None:
         """Move the biases by which the routers choose, after a step (router_bias_update_rate).
@@ -379,9 +497,11 @@ class Decoder(nn.Module):
         Args:
             sums: what the layers with experts have counted in the global batch, see model/layer_losses.py.
         """
-        blocks = [block for block in cast("list[Block]", self.layers) if block.has_experts]
-        for block, load_E in zip(blocks, load_of(sums)):
-            cast("SparseMLP", block.mlp).router.rebalance(load_E, self.config.router_bias_update_rate)
+        load_LE, blocks = load_of(sums), dict(self.layers.numbered())
+        for index, load_E in zip(self._sparse_layers, load_LE, strict=True):
+            if index in blocks:
+                router = cast("SparseMLP", blocks[index].mlp).router
+                router.rebalance(load_E, self.config.router_bias_update_rate)
 
     def roles(self) -> dict[str, Role]:
         """Name of each parameter -> its role: how it begins, and how optimizers and parallelism treat it."""

@@ -398,41 +398,46 @@ def outline_in_4bit(config: ModelConfig, device: torch.device, dtype: torch.dtyp
 def load_weights(model: Decoder, directory: str | Path, vocab_size: int | None = None) -> None:
     """Copy the weights of a folder's `model*.safetensors` into the model, whatever floating point dtype either has.
     Those of layers in 4 bits are quantized one by one, as they are read. Of a model that is cut over several processes,
-    each reads its own rows where a parameter is a tensor of the folder, and otherwise whole tensors, one parameter
-    after another. The model may have an adapter, whose values stay.
+    each reads what it holds something of: the rows in question where a parameter is a tensor of the folder, and
+    otherwise whole tensors, one parameter after another. The model may have an adapter, whose values stay.
 
     Args:
         vocab_size: rows of the vocabulary in the folder; None: as many as in the model. The others stay as they are.
     Raises:
         ValueError: a file cannot be read, or a weight is missing, unknown, there twice, quantized, of another shape or
-            not finite; the first one is named. Who reads only some rows looks at these.
+            not finite; the first one is named. Only the values that are read are looked at.
         OSError: a disk or a network fails, and may be back later.
     """
     config, quantized = model.config, quantized_layers(model)
     folder = _find_weights(directory, outline(replace(config, vocab_size=vocab_size or config.vocab_size)))
     # A layer keeps its name below an adapter.
     parameters = {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+    here = parameters.keys() | quantized.keys()
+    needed = [found for found in folder.weights if not here.isdisjoint(found[0].ours)]
     # File by file: the tensors of most rules are in one file.
-    by_file = sorted(folder.weights, key=lambda found: found[1][0].file)
+    by_file = sorted(needed, key=lambda found: found[1][0].file)
     for file, group in groupby(by_file, key=lambda found: found[1][0].file):
         with opened(file) as tensors:
             for rule, stored in group:
-                first, rows = 0, None
-                if rule.ours[0] in parameters and not model.filling.is_whole(parameters[rule.ours[0]]):
-                    held = model.filling.held(parameters[rule.ours[0]]).rows
-                    first, rows, stored = _needed(rule, stored, held)
+                first, rows, ours = 0, None, parameters.get(rule.ours[0])
+                if ours is not None and not model.filling.is_whole(ours):
+                    first, rows, stored = _needed(rule, stored, model.filling.held(ours).rows)
                 # Not kept in a variable, or the next ones would be read beside them.
                 for name, weight in _read_rule(rule, stored, rows, file, tensors):
                     if name in quantized:
                         quantized[name].set_matrix(weight)
-                    else:
+                    elif name in parameters:
                         model.filling.put(parameters[name], weight, first)
                     del weight
     for name, rows in folder.padding.items():
-        model.filling.put(parameters[name], _read_tensor(_Stored(Path(directory) / PADDING, name)), rows.start)
+        if name in parameters:
+            model.filling.put(parameters[name], _read_tensor(_Stored(Path(directory) / PADDING, name)), rows.start)
     known = {name: found for found in folder.weights for name in found[0].ours} if folder.besides else {}
     for beside, place in folder.besides:
         name = beside.like
+        if name not in parameters:
+            # Who holds it compares it.
+            continue
         if model.filling.is_whole(parameters[name]):
             like = parameters[name].detach()[folder.rows.get(name, slice(None))]
         else:

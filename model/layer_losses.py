@@ -132,6 +132,11 @@ def router_sums(scores_BTE: Tensor, probs_BTE: Tensor, chosen_BTK: Tensor, losse
                       sums_BE.double().sum(0)])  # fmt: skip
 
 
+def sums_length(config: ModelConfig) -> int:
+    """Length of a layer's vector of sums."""
+    return LOAD + 2 * config.num_local_experts
+
+
 def load_of(sums: Tensor) -> Tensor:
     """Tokens that were sent to each expert, (layers, E), from the sums of these layers."""
     return sums[:, LOAD:].chunk(2, dim=1)[0]

@@ -150,9 +150,7 @@ class DataParallelEngine:
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         device = self._parts.context.device
         self._run_prepass(micro_batches, task)
-        factor = self._parts.loss_scale() / max(plan.count, 1)
-        # A fused loss rounds its gradient before it is scaled. Only in float16 does that lose small values.
-        task.grad_scale = factor if self._parts.is_fp16 else 1.0
+        factor = self._factor(task, plan)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         metrics = {name: torch.zeros_like(loss) for name in task.metric_names}
         layers: list[Tensor] = []
@@ -176,6 +174,14 @@ class DataParallelEngine:
                 layers.append(losses.sums)
         self._layers = self._counted(torch.stack(layers).sum(0)) if layers else None
         return Sums(self._counted(loss), {name: self._counted(value) for name, value in metrics.items()}, self._layers)
+
+    def _factor(self, task: Task, plan: StepPlan) -> float:
+        """The factor by which the sum of the losses is multiplied before its backward pass. The task gets to know
+        it."""
+        factor = self._parts.loss_scale() / max(plan.count, 1)
+        # A fused loss rounds its gradient before it is scaled. Only in float16 does that lose small values.
+        task.grad_scale = factor if self._parts.is_fp16 else 1.0
+        return factor
 
     def _counted(self, sums: Tensor) -> Tensor:
         """Share of this rank in sums over all ranks: nothing, if another one counts the same rows."""
@@ -320,13 +326,16 @@ class BucketedEngine(DataParallelEngine):
             self.optimizer.step_bucket(bucket.index, release=self._parts.config.overlap_zero_grad_buffer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
+        self._begin_step(plan)
+        if self.hook.saves_gradients:
+            plan = replace(plan, shall_drop=None)
+        return super().forward_backward(micro_batches, task, plan)
+
+    def _begin_step(self, plan: StepPlan) -> None:
         if self.hook.remembers or self._parts.config.overlap_optim_step:
             # Saved state changes while the backward pass goes on.
             plan.before_update()
         self.hook.begin_step(plan.number)
-        if self.hook.saves_gradients:
-            plan = replace(plan, shall_drop=None)
-        return super().forward_backward(micro_batches, task, plan)
 
     def nonfinite_parameters(self) -> list[str]:
         return self.ddp.observer.nonfinite_parameters

@@ -226,3 +226,5 @@ class EngineParts:
     """Process groups of the mesh; None: every rank works through the whole model, with rows of its own."""
     stages: Stages | None = None
     """Parts of the model in a pipeline."""
+    widen: Callable[[Batch], Batch] = lambda batch: batch
+    """Pads the rows of a batch to the length of the longest that there can be."""

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from math import gcd, log, prod
-from typing import Literal
+from typing import Literal, get_args
 
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
@@ -164,6 +164,10 @@ class Mesh:
             stride = inside_tensor * step
         first = self.rank - self.rank_in(dimension) * stride
         return tuple(range(first, first + self.size(dimension) * stride, stride))
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes of all dimensions, for JSON."""
+        return {name: self.size(name) for name in get_args(Dimension)}
 
     def sharers(self, dimensions: Iterable[Dimension]) -> tuple[int, ...]:
         """Ranks that differ from this one in these dimensions alone, and this one, in order."""

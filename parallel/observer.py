@@ -51,6 +51,8 @@ class Observer:
         """Launches in the last synchronised backward pass."""
         self.nonfinite_parameters: list[str] = []
         """With check_for_nan: this rank's parameters whose gradients were not finite in the last synchronised pass."""
+        self.expects_order = True
+        """Whether gradients should arrive in the planned order: in a pipeline, stages that share a matrix cannot."""
         self._warned_order = False
         self._begin()
 
@@ -95,7 +97,7 @@ class Observer:
 
     def _warn_if_order_differs(self) -> None:
         """Warn once if gradients arrive in a different order than planned: that costs overlap, not correctness."""
-        if not self._warned_order and self._complete_order != sorted(self._complete_order):
+        if self.expects_order and not self._warned_order and self._complete_order != sorted(self._complete_order):
             self._warned_order = True
             logger.warning(
                 "gradients arrive in another order than planned (buckets complete as %s), so less communication is "

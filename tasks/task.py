@@ -112,16 +112,20 @@ class Task(ABC):
         parts = total.split([value.numel() for value in sums])
         return tuple(part.view(value.shape).to(value.dtype) for part, value in zip(parts, sums))
 
-    def hidden(self, batch: Batch, losses: LayerLosses | None = None) -> Tensor:
+    def hidden(
+        self, batch: Batch, losses: LayerLosses | None = None, units: range | None = None,
+        entering: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Final hidden states (B, T, C).
 
         Args:
             losses: `layer_losses` of the batch; None: only the task's loss counts.
+            units, entering: to run some units of the model alone, see Decoder.forward.
         """
         key = DropoutKey(self.dropout_seed, self.row_ids(batch)) if self.model.drops and self.model.training else None
         return self.model(
             batch["input_ids"], batch["positions"], batch.get("document_ids"), dropout_key=key,
-            document_starts=batch.get("document_starts"), losses=losses,
+            document_starts=batch.get("document_starts"), losses=losses, units=units, entering=entering,
         )  # fmt: skip
 
     def row_ids(self, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from configurator import flatten, without_effect
 from dataset.loader import TrainLoader
+from dataset.sft import widened
 from model import Decoder, ModelConfig
 from model.adapters import folder
 from model.adapters.folder import Weights
@@ -231,6 +232,7 @@ def _open_engine(
             division=cutter.division if cutter is not None else None,
             groups=cutter.groups if cutter is not None else None,
             stages=stages,
+            widen=lambda batch: widened(batch, config.data.max_seq_len),
             compute_dtype=dtype,
             alignment=max(ALIGNMENT, *(rule.alignment for rule in rules)),
             alignment_of=lambda parameter: next(rule for rule in rules if rule.takes(parameter)).alignment,

@@ -375,7 +375,7 @@ def _fill(
     if adapter is not None:
         lora.begin(model, seed)
         if adapter.loaded_from is not None:
-            folder.load(model, adapter.loaded_from)
+            folder.load(model, adapter.loaded_from, folder.outlined(model.config, adapter.spec))
 
 
 def whole_sizes(model: Decoder, division: Division | None) -> dict[str, int]:

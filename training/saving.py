@@ -79,8 +79,10 @@ def _whole_weights(engine: Engine, names: Set[str], writer: CheckpointWriter) ->
 
 def _add_adapter(built: Built, adapter: Adapter, writer: CheckpointWriter) -> None:
     """Only what trains: the rest is the base, which its fingerprint names. It is small: one rank writes it."""
-    saved = folder.saved_files(built.model, adapter.spec, adapter.base, adapter.fingerprint)
     is_first, engine = built.run_dir.place.is_first_of_store, built.engine
+    # Of a model that is cut, this rank knows its part alone.
+    model = folder.outlined(built.model.config, adapter.spec) if engine.is_cut else built.model
+    saved = folder.saved_files(model, adapter.spec, adapter.base, adapter.fingerprint)
     names = saved.parameters.keys() if is_first else set()
     weights = _whole_weights(engine, names, writer)
     if is_first:
@@ -100,5 +102,6 @@ def _trainer_state(built: Built) -> dict:
         "stream": order_of_samples(built.config.run.seed, built.data),
         "optimizer": built.engine.scalar_state(),
         "world_size": built.context.world_size,
+        "mesh": built.mesh.sizes(),
         "reference": built.reference,
     }

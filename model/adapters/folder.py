@@ -197,11 +197,17 @@ def check(config: ModelConfig, adapter: Path) -> LoraSpec:
     Raises:
         ValueError: see read_spec and read_tensors.
     """
-    model = outline(grown(config, adapter))
-    spec = read_spec(adapter, model)
-    attach(model, spec, seed=0)
+    spec = read_spec(adapter, outline(grown(config, adapter)))
+    model = outlined(grown(config, adapter), spec)
     _check_tensors(adapter, peft.shapes(model, _are_own(adapter)), peft.copies(model))
     return spec
+
+
+def outlined(config: ModelConfig, spec: LoraSpec) -> Decoder:
+    """A whole model with an adapter, without values."""
+    model = outline(config)
+    attach(model, spec, seed=0)
+    return model
 
 
 def grown(config: ModelConfig, adapter: Path) -> ModelConfig:
@@ -249,11 +255,16 @@ def read_tensors(adapter: Path, model: Decoder) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(model: Decoder, adapter: Path) -> None:
-    """Copy the tensors of a folder into a model that its adapter is attached to. Raises: see read_tensors."""
+def load(model: Decoder, adapter: Path, whole: Decoder | None = None) -> None:
+    """Copy the tensors of a folder into a model that its adapter is attached to. Raises: see read_tensors.
+
+    Args:
+        whole: an outline of the whole model with the adapter, if this process holds a part.
+    """
     parameters = dict(model.named_parameters())
-    for name, tensor in read_tensors(adapter, model).items():
-        model.filling.put(parameters[name], tensor)
+    for name, tensor in read_tensors(adapter, model if whole is None else whole).items():
+        if name in parameters:
+            model.filling.put(parameters[name], tensor)
 
 
 def _check_tensors(adapter: Path, expected: Mapping[str, peft.Shape], copies: Set[str]) -> None:

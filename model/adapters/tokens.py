@@ -89,8 +89,11 @@ def begin(model: Decoder, first: int, count: int, known: Callable[[str], Tensor]
         known: name of a matrix of the vocabulary -> the rows that the weights have.
         dtype: dtype in which the model computes.
     """
-    layers: list[tuple[str, nn.Module]] = [(EMBEDDING, model.embed_tokens), (HEAD, model.lm_head)]
+    layers: list[tuple[str, nn.Module | None]] = [(EMBEDDING, model.embed_tokens), (HEAD, model.lm_head)]
     for name, layer in layers[:1] if model.config.tie_word_embeddings else layers:
+        if layer is None:
+            # Another process holds it.
+            continue
         mean_C = _mean_row(known(name)[:first].to(dtype))
         plain = layer.base_layer if isinstance(layer, WITH_ROWS) else layer
         model.filling.put(cast(Tensor, plain.weight), mean_C.expand(count, -1), first)

@@ -1,13 +1,13 @@
 """Lets a rank keep its part of a model alone: what each dimension of the mesh does to a model without values.
 
-    pipe       drops the units of other stages                          pipeline.py
+    pipe       drops the units of other stages                          chain.py
     tensor     replaces matrices by their rows or columns, and sums     tensor.py
     expert     keeps some experts of each layer, and exchanges tokens   expert.py
     context    cuts rows of tokens, and gathers keys and values         context_parallel.py
     shard      FSDP cuts by rows what is left                           shards.py
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol, cast
 
 import torch
@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import context_parallel, expert, shards
+from parallel.torch_engines import chain, context_parallel, expert, shards
 
 
 class Role(Protocol):
@@ -60,8 +60,10 @@ class Cutter:
 
     def cut(self, model: nn.Module) -> None:
         # Of the whole model: before anything of it is gone.
-        self.division = Division(_outlines(model, self.config), self.mesh)
+        self.division = Division(whole_outlines(model, self.config), self.mesh, self._stages_of(model))
         expert.check(self.division)
+        if self.stages is not None:
+            chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
         if self.mesh.tensor_size > 1:
             self._cut_matrices(model)
         if self.mesh.expert_size > 1:
@@ -70,6 +72,10 @@ class Cutter:
             context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
+
+    def _stages_of(self, model: nn.Module) -> Callable[[str], Collection[int]]:
+        """A function of a parameter's name: the pipe ranks that hold it."""
+        return chain.stages_of(model, self.stages) if self.stages is not None else lambda name: (0,)
 
     def _cut_matrices(self, model: nn.Module) -> None:
         # Imported when it is wanted: torch's DTensor takes a while to load.
@@ -111,8 +117,8 @@ class Cutter:
         return self.context.gather_from(work)
 
 
-def _outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
-    """Name -> each parameter of a model that is whole."""
+def whole_outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outline]:
+    """Name -> each parameter of a model that is whole, before anything cuts it."""
     roles = cast(Cuttable, model).roles()
 
     def outline(role: Role, parameter: Tensor) -> Outline:

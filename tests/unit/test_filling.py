@@ -1,5 +1,5 @@
-"""Models of which a process holds some rows: filled row by row, they equal the whole model. No process group is needed:
-a rank's rows are a view of a parameter that is otherwise left without values."""
+"""Models of which a process holds a part: filled part by part, they equal the whole model. No process group is needed:
+what a rank holds are views of a parameter that is otherwise left without values."""
 
 import dataclasses
 import json
@@ -10,10 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint.named import Box
 from model import Decoder, ModelConfig, hf
 from model.adapters import folder
 from model.adapters.lora import LoraSpec
 from model.families import FAMILIES
+from parallel.config import ParallelConfig
+from parallel.division import Division
+from parallel.mesh import Mesh
+from parallel.torch_engines.cutting import whole_outlines
 from tests.adapter_cases import CASES, SHAPE, our_model
 from tests.unit.test_families import CONFIG, PackedFamily, model_of, packed
 from tests.unit.test_families import save as save_one
@@ -60,8 +65,38 @@ class Cutter:
         return work()
 
 
-def build(shape: ModelConfig, weights: Path | None, dtype=torch.bfloat16, *, rank: int | None = None, **options):
-    part = None if rank is None else Cutter(rank)
+class MeshCutter(Cutter):
+    """Lets what a rank of a mesh holds be filled: rows, columns, experts, or nothing."""
+
+    uses_fsdp = False
+
+    def __init__(self, mesh: Mesh, uses_fsdp: bool = False):
+        super().__init__(mesh.rank)
+        self.mesh, self.config = mesh, ParallelConfig(data_parallel="fsdp" if uses_fsdp else "auto")
+
+    def cut(self, model: Decoder) -> None:
+        self.division = Division(whole_outlines(model, self.config), self.mesh)
+
+    def regions(self, model: Decoder):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+        def held(parameter: Tensor):
+            piece = self.division.piece(names[id(parameter)])
+            places = [box.slices_in(whole_box(parameter)) for box in piece.boxes] if piece is not None else []
+            return tuple(parameter.shape), [(parameter.detach()[place], place) for place in places]
+
+        return held
+
+
+def whole_box(parameter: Tensor) -> Box:
+    return Box((0,) * parameter.dim(), tuple(parameter.shape))
+
+
+def build(
+    shape: ModelConfig, weights: Path | None, dtype=torch.bfloat16, *, rank: int | None = None,
+    cutter: Cutter | None = None, **options,
+):  # fmt: skip
+    part = cutter if rank is None else Cutter(rank)
     return build_model(shape, SystemConfig(), 7, CPU, dtype, weights, cutter=part, **options)
 
 
@@ -79,6 +114,51 @@ def check(shape: ModelConfig, weights: Path | None, dtype: torch.dtype = torch.b
             assert torch.equal(parameter[rows], own[rows].to(parameter)), (name, rank)
         assert all(map(torch.equal, part.buffers(), whole.buffers()))
     return whole
+
+
+MESHES = [
+    ({"tensor_size": 2}, False),
+    ({"data_size": 2, "tensor_size": 2, "expert_size": 2}, False),
+    ({"data_size": 3, "tensor_size": 2, "shard_size": 3}, True),
+]
+"""Sizes, and whether FSDP cuts what they leave."""
+
+
+def check_meshes(shape: ModelConfig, weights: Path | None, **options) -> None:
+    """What each rank of some meshes holds of each parameter is the whole model's, to the bit, and all of them together
+    hold all of it."""
+    expected = dict(build(shape, weights, **options).named_parameters())
+    for sizes, uses_fsdp in MESHES:
+        missing = {name: torch.ones(own.shape) for name, own in expected.items()}
+        for rank in range(Mesh(0, **sizes).world_size):
+            part = build(shape, weights, cutter=MeshCutter(Mesh(rank, **sizes), uses_fsdp), **options)
+            for name, parameter in part.named_parameters():
+                for own, place in part.filling.held(parameter).parts:
+                    assert torch.equal(own, expected[name][place]), (name, rank, sizes)
+                    missing[name][place] = 0
+        assert not any(each.any() for each in missing.values()), sizes
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "ernie4_5_moe", "bloom"])
+def test_rows_columns_and_experts_of_a_mesh(model_type: str, tmp_path: Path):
+    """From new weights, from a folder's tensors as they are, fused ones, and a tensor for each expert."""
+    model = Decoder(model_of(model_type))
+    model.initialize(1)
+    save_one(tmp_path, model, FAMILIES[model_type])
+    check_meshes(model.config, tmp_path)
+    check_meshes(model.config, None)
+
+
+def test_experts_of_a_mesh_that_begin_as_a_dense_layer(tmp_path: Path):
+    save_dense(tmp_path / "dense", DENSE)
+    check_meshes(shape_of(tmp_path / "dense"), tmp_path / "dense")
+
+
+def test_adapters_and_added_tokens_of_a_mesh(tmp_path: Path):
+    config = base(tmp_path)
+    check_meshes(config, tmp_path, adapter=adapter_of(CASES["lora, whole modules"].spec, tmp_path))
+    grown = dataclasses.replace(config, vocab_size=config.vocab_size + 2)
+    check_meshes(grown, tmp_path, new_rows=range(config.vocab_size, grown.vocab_size))
 
 
 @pytest.mark.parametrize("tied", [False, True])
