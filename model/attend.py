@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -96,6 +97,30 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
     begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     starts = begins.flatten().nonzero()[:, 0]
     return torch.cat((starts, starts.new_full((1,), document_ids_BT.numel()))).to(torch.int32)
+
+
+def document_tails(document_ids_BT: Tensor, chunks: Iterable[int], num_chunks: int) -> Tensor:
+    """`document_starts` for queries that are chunks of rows: int32 (chunks, 2, M + 1), for each chunk the offsets of
+    the documents among its queries, and among the keys of all rows up to the chunk's end. Call it on CPU tensors.
+
+    Before the first document of a chunk lie keys that none of its queries sees: a document without queries. The last
+    documents may be empty.
+    """
+    batch, width = document_ids_BT.shape
+    size, columns = width // num_chunks, torch.arange(width)
+    begins = torch.ones_like(document_ids_BT, dtype=torch.bool)
+    begins[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
+    of_token = torch.where(begins, columns, 0).cummax(1).values
+    found = []
+    for chunk in chunks:
+        first, end = chunk * size, (chunk + 1) * size
+        is_seen = begins & (columns > first) | (columns == of_token[:, first, None]) | (columns == 0)
+        rows, places = is_seen[:, :end].nonzero().unbind(1)
+        of_queries = torch.cat((rows * size + (places - first).clamp(min=0), torch.tensor([batch * size])))
+        of_keys = torch.cat((rows * end + places, torch.tensor([batch * end])))
+        found.append(torch.stack((of_queries, of_keys)))
+    longest = max(starts.shape[1] for starts in found)
+    return torch.stack([F.pad(its, (0, longest - its.shape[1]), mode="replicate") for its in found]).to(torch.int32)
 
 
 class KVCache:
@@ -227,6 +252,8 @@ class Attend:
     """Lengths of each row's documents."""
     starts: Tensor | None = None
     """Offsets of the documents among the tokens of all rows; see `document_starts`."""
+    key_starts: Tensor | None = None
+    """In a chunk: their offsets among the keys; see `document_tails`."""
     window: int = 0
     """Without a mask: latest keys that a query sees, itself among them; 0: all."""
     slopes: Tensor | None = None
@@ -259,6 +286,7 @@ def attend_to(
     by_mask: bool = True,
     dtype: torch.dtype = torch.float32,
     share: RowShare | None = None,
+    by_tails: bool = False,
 ) -> dict[int, Attend]:
     """Build the Attend of a forward pass over `num_new` tokens a row, for each of these windows (see
     `ModelConfig.window_of`).
@@ -270,7 +298,9 @@ def attend_to(
         by_document: whether documents may be attended to one by one, if that is less work.
         by_mask: whether the implementation of attention needs a mask for windows and ALiBi.
         dtype: of the queries.
-        share: the part of each row whose tokens are the new ones; positions and document ids are those of whole rows.
+        share: the part of each row whose tokens are the new ones; positions and document ids are those of whole rows,
+            and starts are `document_tails`.
+        by_tails: whether the implementation of attention takes the starts of queries and keys.
     """
     rope, slopes = None, None
     if config.position_embedding == "alibi":
@@ -283,7 +313,8 @@ def attend_to(
         dtype = torch.promote_types(dtype, torch.float32)
     if share is not None:
         assert cache is None
-        return {window: _shared_rows(common, share, window, document_ids_BT, by_mask, dtype) for window in windows}
+        arguments = document_ids_BT, starts, by_mask, by_tails, dtype
+        return {window: _shared_rows(common, share, window, *arguments) for window in windows}
     if starts is not None:
         return {window: replace(common, starts=starts, window=window if window < num_new else 0) for window in windows}
     if document_ids_BT is not None and by_document and not document_ids_BT.is_cuda:
@@ -325,29 +356,40 @@ def _whole_rows(
 
 
 def _shared_rows(
-    common: Attend, share: RowShare, window: int, document_ids_BT: Tensor | None, by_mask: bool, dtype: torch.dtype
-) -> Attend:
+    common: Attend, share: RowShare, window: int, document_ids_BT: Tensor | None, starts: Tensor | None,
+    by_mask: bool, by_tails: bool, dtype: torch.dtype,
+) -> Attend:  # fmt: skip
     """Part of each row, chunk by chunk: its queries see no key after the chunk's end.
 
     Args:
         common: of the whole rows.
     """
-    width, device = common.positions.shape[1], common.positions.device
+    chunks: list[Attend] = []
+    (batch, width), device = common.positions.shape, common.positions.device
+    if share.ring is not None and document_ids_BT is not None:
+        raise ValueError(
+            "--context_parallel_method=ring is for rows of one document: give --context_parallel_method=gather"
+        )
     size = width // (2 * share.count)
-    chunks = []
-    for number in share.chunks:
+    for index, number in enumerate(share.chunks if share.ring is None else ()):
         begin, end = number * size, (number + 1) * size
         its_window = window if window < end else 0
         first_key = max(begin - its_window + 1, 0) if its_window else 0
-        # Without earlier keys, a chunk is a row by itself.
-        is_masked = document_ids_BT is not None or begin > 0
-        if is_masked or (by_mask and (its_window or common.slopes is not None)):
-            mask = attention_mask(
-                size, end, document_ids_BT, device, None, its_window, common.slopes, first_key, dtype
-            )  # fmt: skip
-            chunks.append(replace(common, rope=None, mask=mask, slopes=None, first_key=first_key, end=end))
-        else:
-            chunks.append(replace(common, rope=None, window=its_window, first_key=first_key, end=end))
+        chunk = replace(common, rope=None, window=its_window, first_key=first_key, end=end)
+        if starts is not None:
+            chunk = replace(chunk, starts=starts[index, 0], key_starts=starts[index, 1], first_key=0)
+        elif by_tails and document_ids_BT is None:
+            of_queries, of_keys = (
+                torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+                for length in (size, end - first_key)
+            )
+            chunk = replace(chunk, starts=of_queries, key_starts=of_keys)
+        elif begin or document_ids_BT is not None or (by_mask and (its_window or common.slopes is not None)):
+            slopes = common.slopes
+            mask = attention_mask(size, end, document_ids_BT, device, None, its_window, slopes, first_key, dtype)
+            chunk = replace(chunk, mask=mask, slopes=None)
+        # Otherwise it is the beginning of rows of one document.
+        chunks.append(chunk)
     rope = None
     if common.rope is not None:
         cos, sin = common.rope

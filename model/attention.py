@@ -93,6 +93,11 @@ class Attention(nn.Module):
             if mask is None:
                 mask = attention_mask(q_BHTD.shape[2], k_BKSD.shape[2], None, q_BHTD.device)
             return plain_attention(q_BHTD, k_BKSD, v_BKSD, mask, self.config.attention_dropout, key)
+        if attend.key_starts is not None:
+            assert self.ops.tails is not None and attend.starts is not None
+            return self.ops.tails(
+                q_BHTD, k_BKSD, v_BKSD, attend.starts, attend.key_starts, attend.window, attend.slopes
+            )  # fmt: skip
         if attend.starts is not None:
             assert self.ops.packed is not None
             return self.ops.packed(q_BHTD, k_BKSD, v_BKSD, attend.starts, attend.window, attend.slopes)

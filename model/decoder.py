@@ -282,7 +282,18 @@ class Decoder(nn.Module):
                 "--context_parallel_size cuts rows, and dropout is drawn for whole ones: give --hidden_dropout=0 "
                 "--attention_dropout=0 --lora_dropout=0, or leave it out"
             )
+        if ring is not None and (self.config.position_embedding == "alibi" or any(self._windows)):
+            raise ValueError(
+                "--context_parallel_method=ring knows neither windows nor ALiBi, and this model has one of them: give "
+                "--context_parallel_method=gather"
+            )
+        if ring is not None and self.config.head_dim % 8:
+            raise ValueError(
+                f"--context_parallel_method=ring needs heads whose width is a multiple of 8, not "
+                f"{self.config.head_dim}: give --context_parallel_method=gather"
+            )
         self.row_share = RowShare(number, count, gather, add, ring)
+        self.wants_document_starts &= self.ops.tails is not None
 
     def compile_blocks(self, **options) -> None:
         """Compile each block with these options of torch.compile; one graph serves all blocks."""
@@ -340,8 +351,8 @@ class Decoder(nn.Module):
                 cache.
             cache: read and extended in place.
             dropout_key: names the dropout masks; without it nothing is dropped.
-            document_starts: offsets of the documents of document_ids, see attend.document_starts; used if
-                `wants_document_starts`.
+            document_starts: offsets of the documents of document_ids, see attend.document_starts, with a `row_share`
+                attend.document_tails; used if `wants_document_starts`.
             losses: the experts' own losses, which enter the backward pass of the result; None: they do not.
             units: run these units alone. The result is then what enters the next unit (B, T, C), in float32 with
                 residual_in_fp32; final hidden states after the last one.
@@ -376,7 +387,7 @@ class Decoder(nn.Module):
         attends = attend_to(
             self.config, windows, num_new, device, positions_BT, document_ids_BT, starts, cache,
             self.attends_by_document, self.ops.by_mask or self.config.attention_dropout > 0.0,
-            self._dtype(), share,
+            self._dtype(), share, self.ops.tails is not None,
         )  # fmt: skip
         h_BTC = entering
         if h_BTC is None:

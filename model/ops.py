@@ -70,6 +70,9 @@ class Ops:
     packed: Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor] | None = None
     """(q, k, v, starts, window, slopes) -> causal attention within documents, given where they begin; None: by a mask,
     or document by document."""
+    tails: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None], Tensor] | None = None
+    """(q, k, v, starts, starts among keys, window, slopes) -> the same where queries are the last tokens of documents
+    and keys all of theirs; None: by a mask."""
     by_mask: bool = True
     """Whether attention needs a mask for windows and ALiBi, rather than numbers."""
     step_by_step: bool = False

@@ -36,10 +36,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Stages of the model, each on ranks of its own."""
     pipeline_schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
-    """Pipeline: the order of the micro-batches' forward and backward passes. interleaved, zero_bubble and zbv need
-    several stages a rank."""
+    """Pipeline: the order of the micro-batches' forward and backward passes. gpipe and 1f1b have one stage a rank, zbv
+    two, interleaved two or more, zero_bubble any number."""
     num_layers_per_virtual_pipeline_stage: int = 0
-    """Pipeline: blocks of a stage, of which each rank then has several; 0: one stage a rank."""
+    """Pipeline: blocks of a stage, of which each rank then has several; 0: as few stages as the schedule can have."""
     pipeline_parts: str = ""
     """Pipeline: units of each stage, such as 5,4,4,5; the embedding and the head count one each. Empty: balanced by
     the number of operations; measured: balanced by time measured at the start."""
@@ -49,7 +49,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share the positions of each row."""
     context_parallel_method: Literal["gather", "ring"] = "gather"
-    """Context parallelism: gather keys and values of the whole row, or pass them on round a ring (CUDA; rows of one
+    """Context parallelism: gather keys and values of the whole row, or pass them on round a ring (rows of one
     document)."""
     expert_model_parallel_size: int = 1
     """Data ranks that share the experts of each layer."""
@@ -174,6 +174,10 @@ def _is_naive(f: Mapping[str, Any]) -> bool:
     return f["ddp_impl"] == "naive"
 
 
+def _is_split(f: Mapping[str, Any]) -> bool:
+    return f["pipeline_schedule"] in ("zero_bubble", "zbv")
+
+
 def _has_pipeline(f: Mapping[str, Any]) -> bool:
     return f["pipeline_model_parallel_size"] > 1
 
@@ -205,6 +209,12 @@ REFUSED = (
         "gathers a block's weights for each micro-batch, of which a pipeline has many: with "
         "--pipeline_model_parallel_size={pipeline_model_parallel_size}, share the optimizer's state by "
         "--use_distributed_optimizer, or the matrices by --tensor_model_parallel_size",
+    ),
+    Refused(
+        ("pipeline_schedule",),
+        lambda f: _has_pipeline(f) and _is_split(f) and any(f[name] > 1 for name in _SIZES if name[:4] != "pipe"),
+        "takes the gradients of weights apart from those of inputs, in an order that ranks which share matrices, "
+        "experts or rows would not agree on: give --pipeline_schedule=interleaved",
     ),
     Refused(
         ("ddp_impl",), lambda f: any(f[name] > 1 for name in _SIZES),

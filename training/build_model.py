@@ -14,7 +14,7 @@ from model import Decoder, hf, upcycle
 from model.adapters import folder, lora, tokens
 from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
-from model.attend import document_starts
+from model.attend import document_starts, document_tails
 from model.config import ModelConfig, padded_vocab_size
 from model.families import family_named, family_of
 from model.filling import Filling, Held
@@ -410,9 +410,12 @@ def load_weights(model: Decoder, weights: Path, seed: int, vocab_size: int | Non
 def to_device(batch: Batch, model: Decoder, device: torch.device) -> Batch:
     """A batch on the model's device, with the document starts that some kernels want; of its rows the part that this
     process works on."""
-    if model.row_share is not None:
-        batch = part_of_rows(batch, model.row_share)
-    elif model.wants_document_starts and "document_ids" in batch:
+    share = model.row_share
+    if share is not None:
+        batch = part_of_rows(batch, share)
+    if model.wants_document_starts and "document_ids" in batch:
         # Found before the copy: on a GPU, their number would have to be waited for.
-        batch = batch | {"document_starts": document_starts(batch["document_ids"])}
+        ids = batch["document_ids"]
+        starts = document_starts(ids) if share is None else document_tails(ids, share.chunks, 2 * share.count)
+        batch = batch | {"document_starts": starts}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -277,6 +277,23 @@ def _check_context(config: Config) -> None:
             f"--context_parallel_size={size} cuts each row into {2 * size} equal parts, and --max_seq_len={length} is "
             f"no multiple of that: --max_seq_len={nearest} is the nearest possible"
         )
+    if config.parallel.context_parallel_method == "ring":
+        run, data = config.run, config.data
+        if data.document_mask and run.task.mixes_documents:
+            raise ValueError(
+                "--context_parallel_method=ring is for rows of one document: give --no-document_mask, or "
+                "--context_parallel_method=gather"
+            )
+        if data.packing and "packing" in run.task.flags:
+            raise ValueError(
+                "--context_parallel_method=ring is for rows of one conversation: give --no-packing, or "
+                "--context_parallel_method=gather"
+            )
+        if config.system.attention_kernel:
+            raise ValueError(
+                f"--context_parallel_method=ring has attention of its own: leave out "
+                f"--attention_kernel={config.system.attention_kernel}"
+            )
     if config.system.compile:
         raise ValueError(
             "--compile does not go with --context_parallel_size, whose ranks exchange keys and values inside a block: "
@@ -314,6 +331,12 @@ _REFUSED = (
         ("optimizer",), lambda f: f["optimizer"].endswith("8bit") and f["tensor_model_parallel_size"] > 1,
         "has scales for values in a row, between which --tensor_model_parallel_size={tensor_model_parallel_size} cuts "
         "matrices: give the optimizer without 8bit",
+    ),
+    Refused(
+        ("gradient_checkpointing",),
+        lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
+        "computes a block anew in each part of its backward pass, and --pipeline_schedule={pipeline_schedule} has one "
+        "for each matrix: give --pipeline_schedule=interleaved, or leave it out",
     ),
     Refused(
         ("compile",),

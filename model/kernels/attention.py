@@ -11,6 +11,9 @@ The documents of a row do not see each other:
                     between them; grouped heads stay grouped
                     sdpa: under a mask, with keys and values copied for each query head
 
+Where a process has a part of each row's queries, they are tails of documents, with earlier keys: varlen and flash_attn
+know where both begin, the others take a mask.
+
 Shapes: B batch, T new tokens, S tokens attended to (T plus what the cache holds), H query heads, K key and value
 heads, D head dim, N = B T tokens of all rows, M documents.
 """
@@ -111,11 +114,19 @@ def _torch_varlen() -> dict[str, Any]:
         q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor, window: int = 0, slopes_H: Tensor | None = None
     ) -> Tensor:
         assert slopes_H is None, "varlen lacks ALiBi"
-        batch, _, width, _ = q_BHTD.shape
-        options = {"enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]} if grouped else {}
+        return tails(q_BHTD, k_BKTD, v_BKTD, starts, starts, window, slopes_H)
+
+    def tails(
+        q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, starts: Tensor, key_starts: Tensor, window: int = 0,
+        slopes_H: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert slopes_H is None, "varlen lacks ALiBi"
+        batch, heads, width, _ = q_BHTD.shape
+        options = {"enable_gqa": heads != k_BKSD.shape[1]} if grouped else {}
         out_NHD = attend(
-            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, window_size=(window - 1, 0), **options
-        )
+            *_by_token(q_BHTD, k_BKSD, v_BKSD), starts, key_starts, width, k_BKSD.shape[2],
+            window_size=(window - 1, 0), **options,
+        )  # fmt: skip
         return _by_head(out_NHD, batch)
 
     def causal(
@@ -127,7 +138,7 @@ def _torch_varlen() -> dict[str, Any]:
         starts = torch.arange(0, batch * width + 1, width, dtype=torch.int32, device=q_BHTD.device)
         return packed(q_BHTD, k_BKTD, v_BKTD, starts, window, slopes_H)
 
-    return {"causal": causal, "packed": packed, "by_mask": False}
+    return {"causal": causal, "packed": packed, "tails": tails, "by_mask": False}
 
 
 def _flash_attention() -> dict[str, Any]:
@@ -148,13 +159,20 @@ def _flash_attention() -> dict[str, Any]:
     def packed(
         q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, starts: Tensor, window: int = 0, slopes_H: Tensor | None = None
     ) -> Tensor:
+        return tails(q_BHTD, k_BKTD, v_BKTD, starts, starts, window, slopes_H)
+
+    def tails(
+        q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, starts: Tensor, key_starts: Tensor, window: int = 0,
+        slopes_H: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         batch, _, width, _ = q_BHTD.shape
         out_NHD = flash_attn_varlen_func(
-            *_by_token(q_BHTD, k_BKTD, v_BKTD), starts, starts, width, width, **options(window, slopes_H)
-        )
+            *_by_token(q_BHTD, k_BKSD, v_BKSD), starts, key_starts, width, k_BKSD.shape[2],
+            **options(window, slopes_H),
+        )  # fmt: skip
         return _by_head(out_NHD, batch)
 
-    return {"causal": causal, "packed": packed, "by_mask": False}
+    return {"causal": causal, "packed": packed, "tails": tails, "by_mask": False}
 
 
 def _xformers_attention() -> dict[str, Any]:

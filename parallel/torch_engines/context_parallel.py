@@ -24,42 +24,57 @@ With B rows of T positions, K key heads of D channels, and e bytes an element, o
                             documents or windows
 
 Gradients of keys and values are added in their own dtype, in one order on all ranks.
+--context_parallel_method=ring passes keys and values on instead, see ring.py.
 """
 
 from collections.abc import Callable
 from typing import Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import Shard
 
 from parallel.config import ParallelConfig
 from parallel.context import DistContext
 from parallel.groups import Groups
 from parallel.mesh import Mesh
+from parallel.torch_engines.tensor import PART, WHOLE, change
 
 
 class SharesRows(Protocol):
     """What a model does that can be cut."""
 
     def share_rows(
-        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor]
-    ) -> None: ...
+        self, number: int, count: int, gather: Callable[[Tensor], Tensor], add: Callable[[Tensor], Tensor],
+        ring: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    ) -> None: ...  # fmt: skip
 
 
-def cut(model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups) -> None:
+def cut(
+    model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups, dtype: torch.dtype
+) -> None:
     """Let a model compute with this rank's positions of each row. Collective.
 
+    Args:
+        dtype: dtype to compute in.
     Raises:
-        ValueError: the model needs whole rows; on all ranks.
+        ValueError: the model needs whole rows, or there is no ring for its dtype; on all ranks.
     """
-    if config.context_parallel_method == "ring":
-        raise ValueError("--context_parallel_method=ring cannot be had yet: give --context_parallel_method=gather")
     group = groups.of("context")
     assert group is not None
-    sums = RowSums(group, context.device.type)
-    cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add)
+    sums, ring = RowSums(group, context.device.type), None
+    if config.context_parallel_method == "ring":
+        if context.device.type == "cuda" and dtype.itemsize > 2:
+            raise ValueError(
+                "--context_parallel_method=ring has a kernel for 16 bits alone: give --dtype=bfloat16, or "
+                "--context_parallel_method=gather"
+            )
+        from parallel.torch_engines.ring import Ring
+
+        ring = Ring(group).attend
+    cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add, ring)
 
 
 class RowSums:
@@ -71,9 +86,8 @@ class RowSums:
     def gather(self, own: Tensor) -> Tensor:
         """The ranks' tensors one after the other, along the first dimension. Backward: the sum over the ranks of the
         gradients of this one's (reduce-scatter)."""
-        whole = DTensor.from_local(own, self._mesh, [Shard(0)]).redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()])
+        return change(own, self._mesh, Shard(0), WHOLE, PART)
 
     def add(self, own: Tensor) -> Tensor:
         """Sum over the ranks. Backward: the gradient as it is."""
-        return DTensor.from_local(own, self._mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
+        return change(own, self._mesh, PART, WHOLE, WHOLE)

@@ -69,7 +69,7 @@ class Cutter:
         if self.mesh.expert_size > 1:
             expert.cut(model, self.division, self.groups)
         if self.mesh.context_size > 1:
-            context_parallel.cut(model, self.config, self.context, self.mesh, self.groups)
+            context_parallel.cut(model, self.config, self.context, self.mesh, self.groups, self.dtype)
         if self.config.uses_fsdp:
             shards.cut(model, self.config, self.context, self.mesh, self.dtype)
 

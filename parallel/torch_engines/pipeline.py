@@ -23,11 +23,20 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 
 from parallel.data_parallel import BucketedEngine, new_ddp
 from parallel.ddp import DistributedDataParallel
 from parallel.engine import Batch, EngineParts, LayerLosses, StepPlan, Sums, Task
+from parallel.regroup import regroup
+from parallel.schedules import is_possible
 from parallel.spans import span
 from parallel.stages import Stages
 from parallel.torch_engines.chain import Chain, Cuttable, units_of
@@ -45,10 +54,15 @@ class StagedTask(Task, Protocol):
     def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]: ...
 
 
-_SCHEDULES: dict[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
+_SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble, "zbv": ScheduleZBVZeroBubble,
+}  # fmt: skip
 """Name, see ParallelConfig.pipeline_schedule -> torch's class."""
 _OF_ONE_STAGE = ("gpipe", "1f1b")
 """Schedules whose class takes a stage, not a list of them."""
+_SPLIT = ("zero_bubble", "zbv")
+"""Schedules in which the gradients of a stage's weights come in passes of their own."""
 
 
 class _Idle:
@@ -91,7 +105,7 @@ class _Stage(PipelineStage):
 
     idle: _Idle
     on_weights: Callable[[int], None]
-    """Called after each pass for weights alone, with the number of the micro-batch."""
+    """Called after each pass for weights alone, with the number of the stage."""
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         with self.idle.working(f"forward {fwd_chunk_id}, stage {self.stage_index}"):
@@ -101,21 +115,30 @@ class _Stage(PipelineStage):
         with self.idle.working(f"backward {bwd_chunk_id}, stage {self.stage_index}"):
             return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        with self.idle.working(f"weights {bwd_chunk_id}, stage {self.stage_index}"):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self.on_weights(self.stage_index)
+
 
 class _Units(nn.Module):
     """What a stage runs.
 
     Args:
         run: gets the number of the micro-batch and what the stage before has returned.
+        trained: the parameters that get gradients, for schedules that compute these apart.
     """
 
-    def __init__(self, run: Callable[[int, Tensor | None], Tensor], is_first: bool):
+    def __init__(self, run: Callable[[int, Tensor | None], Tensor], is_first: bool, trained: list[nn.Parameter]):
         super().__init__()
-        self._run, self._is_first = run, is_first
+        self._run, self._is_first, self._trained = run, is_first, trained
 
     def forward(self, entering: Tensor, number: Tensor) -> Tensor:
         # torch hands the first stage an argument, too: again the number.
         return self._run(int(number), None if self._is_first else entering)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(self._trained)
 
 
 class _Step:
@@ -146,36 +169,12 @@ class _Step:
 
 
 def open_pipeline(parts: EngineParts) -> "PipelineEngine":
-    """
-    Raises:
-        ValueError: the schedule cannot do so many micro-batches; on all ranks.
-    """
     config, stages = parts.config, parts.stages
     assert stages is not None
-    require_micro_batches(config.pipeline_schedule, stages, parts.micro_batches)
+    assert is_possible(config.pipeline_schedule, stages.pipe_size, parts.micro_batches), parts.micro_batches
     ddp = new_ddp(parts)
     zero1 = Zero1(ddp, config.overlap_param_gather) if config.use_distributed_optimizer else None
     return PipelineEngine(parts, ddp, zero1, stages)
-
-
-def require_micro_batches(schedule: str, stages: Stages, count: int) -> None:
-    """
-    Raises:
-        ValueError: the schedule cannot do so many micro-batches.
-    """
-    ranks = stages.pipe_size
-    if schedule in ("1f1b", "interleaved") and count < ranks:
-        raise ValueError(
-            f"--pipeline_schedule={schedule} on {ranks} ranks needs at least {ranks} micro-batches, and each data rank "
-            f"has {count} in a step: raise --gradient_accumulation_steps {-(-ranks // count)}-fold, or give "
-            f"--pipeline_schedule=gpipe"
-        )
-    rounds = max(1, count // ranks)
-    if schedule == "interleaved" and count % rounds:
-        raise ValueError(
-            f"--pipeline_schedule=interleaved takes micro-batches in {rounds} equal rounds on {ranks} ranks, and each "
-            f"data rank has {count} in a step: let --gradient_accumulation_steps make it {count // ranks * ranks}"
-        )
 
 
 class PipelineEngine(BucketedEngine):
@@ -190,22 +189,42 @@ class PipelineEngine(BucketedEngine):
         ddp.observer.expects_order = False
         self._has_last = stages.num_stages - 1 in self._own
         self._schedules: dict[tuple[int, ...], Any] = {}
+        self._is_split = parts.config.pipeline_schedule in _SPLIT
+        self._weights_left: dict[int, int] = {}
+        self._users = self._stages_that_use()
         self._step_now: _Step | None = None
 
     def forward_backward(self, micro_batches: Sequence[Batch], task: Task, plan: StepPlan) -> Sums | None:
         parts, device = self._parts, self._parts.context.device
         self._begin_step(plan)
         with self._chain.one_way():
-            self._run_prepass(micro_batches, task)
-            batches = [parts.to_device(parts.widen(batch)) for batch in micro_batches]
+            regrouped = regroup([parts.widen(batch) for batch in micro_batches], parts.micro_batches)
+            self._run_prepass(regrouped, task)
+            batches = [parts.to_device(batch) for batch in regrouped]
             step = _Step(cast(StagedTask, task), batches, self._factor(task, plan), self._stages, device)
             self._before_last(plan)
-            self.ddp.expect(len(batches), {name: times * len(batches) for name, times in self._times().items()})
+            self._expect(len(batches))
             self._run(step)
         self._layers = self._counted_layers(step.layers) if step.layers is not None else None
         return Sums(
             self._counted(step.loss), {name: self._counted(value) for name, value in step.metrics.items()}, self._layers
         )
+
+    def _expect(self, count: int) -> None:
+        """Tell when gradients of so many micro-batches are complete. Passes for weights alone are not reported by
+        autograd; there, a bucket is due when the last one has ended of each stage that has parameters in it."""
+        if self._is_split:
+            self.ddp.expect(0)
+            self._weights_left = dict.fromkeys(self._own, count)
+        else:
+            several = {name: len(users) * count for name, users in self._users.items() if len(users) > 1}
+            self.ddp.expect(count, several)
+
+    def _on_weights(self, stage: int) -> None:
+        self._weights_left[stage] -= 1
+        if not self._weights_left[stage]:
+            ended = {own for own, left in self._weights_left.items() if not left}
+            self.ddp.complete(p for name, p in self._parts.model.named_parameters() if self._users[name] <= ended)
 
     def _run(self, step: _Step) -> None:
         """Run the schedule on a step's micro-batches."""
@@ -247,23 +266,25 @@ class PipelineEngine(BucketedEngine):
             assert self._step_now is not None
             return self._step_now.run(index, number, entering)
 
+        trained = [
+            p for name, p in self._parts.model.named_parameters() if p.requires_grad and index in self._users[name]
+        ]
         assert self._parts.groups is not None
         stage = _Stage(
-            _Units(run, index == 0), index, last + 1, self._parts.context.device,
+            _Units(run, index == 0, trained), index, last + 1, self._parts.context.device,
             input_args=hidden if index else number, output_args=hidden if index < last else loss,
             group=self._parts.groups.of("pipe"),
         )  # fmt: skip
-        stage.idle = self._idle
+        stage.idle, stage.on_weights = self._idle, self._on_weights
         return stage
 
-    def _times(self) -> dict[str, int]:
-        """Parameters that several stages of this rank use -> how many do."""
+    def _stages_that_use(self) -> dict[str, set[int]]:
+        """Name of each parameter -> this rank's stages that use it: more than one if embedding and head share it."""
         stages = self._stages
-        users = {
+        return {
             name: {stages.stage_of(unit) for unit in units} & set(self._own)
             for name, units in units_of(self._parts.model, stages.num_units).items()
         }
-        return {name: len(its) for name, its in users.items() if len(its) > 1}
 
     def _counted(self, sums: Tensor) -> Tensor:
         """Only the last stage has sums."""

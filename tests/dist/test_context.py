@@ -83,6 +83,7 @@ class Case:
     model: ModelConfig = CONFIG
     batch: Callable[[], Batch] = pretraining
     dpo: DPOConfig | None = None
+    method: str = "gather"
     keeps: str = "all"
     is_valid: bool = False
 
@@ -98,6 +99,8 @@ CASES = {
     "norms of heads": Case(replace(CONFIG, qk_norm=True, attention_bias=True)),
     "alibi": Case(replace(CONFIG, position_embedding="alibi")),
     "dynamic rope": Case(replace(CONFIG, rope_scaling="dynamic", max_position_embeddings=8)),
+    "ring": Case(batch=lambda: pretraining(with_documents=False), method="ring"),
+    "ring, recomputed and padded": Case(batch=pairs, dpo=DPOConfig(), method="ring", keeps="nothing"),
     "recomputed": Case(keeps="nothing"),
     "matmuls kept": Case(keeps="matmuls"),
     "validation": Case(is_valid=True),
@@ -151,16 +154,16 @@ def compute(case: Case, model: Decoder) -> Results:
     return results
 
 
-def share_rows(model: Decoder, context: DistContext) -> None:
-    config = ParallelConfig(context_parallel_size=context.world_size)
+def share_rows(model: Decoder, context: DistContext, method: str) -> None:
+    config = ParallelConfig(context_parallel_size=context.world_size, context_parallel_method=method)
     mesh = plan_mesh(config, context)
-    context_parallel.cut(model, config, context, mesh, Groups(context, mesh, 60.0))
+    context_parallel.cut(model, config, context, mesh, Groups(context, mesh, 60.0), torch.float32)
 
 
 def difference(case: Case, context: DistContext) -> dict[str, float]:
     """Relative differences between the ranks' results and those of whole rows."""
     expected, model = compute(case, new_model(case)), new_model(case)
-    share_rows(model, context)
+    share_rows(model, context, case.method)
     found = compute(case, model)
     for gradient in found.gradients.values():
         dist.all_reduce(gradient)

@@ -294,6 +294,35 @@ def check_arrivals(context: DistContext, mesh: Mesh) -> None:
     engine.close()
 
 
+def check_memory(context: DistContext, mesh: Mesh) -> None:
+    """What PowerSGD remembers of a piece is taken up for the same piece alone."""
+    config = ParallelConfig(use_powerSGD_hook=True, tensor_model_parallel_size=mesh.tensor_size)
+    low_rank = replace(FULL_RANK, matrix_approximation_rank=1)
+    first, second = (new_engine(context, mesh, config, CLIP, low_rank) for _ in range(2))
+    model = first._parts.model
+    for step in range(STEPS):
+        plan = StepPlan(step + 1, LR, 1, lambda: None)
+        first.forward_backward([gradients_of(first._parts.division, mesh.rank, step)], ToyTask(model), plan)
+        first.step(plan)
+    saved = first.local_state()
+    everyone = context.gather(sorted(saved))
+    for rank, keys in enumerate(everyone):
+        if mesh.at(rank).tensor_rank != mesh.tensor_rank:
+            # (The norm is whole on every rank; its gradient is not compressed.)
+            assert not {key for key in keys if key.endswith("/residual")} & saved.keys()
+        else:
+            assert keys == sorted(saved)
+    assert second.take_local_states([(saved, True)], STEPS, "step-2") == []
+    taken = second.local_state()
+    assert all(torch.equal(taken[key], saved[key]) and saved[key].norm() > 0.0 for key in saved)
+    foreign = {key.replace("0:", "1:"): value for key, value in saved.items() if "up@" in key}
+    [sentence] = second.take_local_states([(foreign, True)], STEPS, "step-2")
+    assert "cut in another way: layers.0.up, layers.1.up" in sentence
+    assert torch.equal(second.local_state()["layers.0.router/q"], saved["layers.0.router/q"])
+    first.close()
+    second.close()
+
+
 MESHES = {
     "data 2 x tensor 2": Mesh(0, data_size=2, tensor_size=2, machine_size=2),
     "pipe 2 x data 2": Mesh(0, pipe_size=2, data_size=2),
@@ -313,12 +342,14 @@ def on_four() -> None:
     context = init_context("cpu")
     for number, mesh in enumerate(MESHES.values()):
         mesh = mesh.at(context.rank)
-        # All ways on the two meshes with the most kinds of buckets, some on the others.
-        for way in [way for way in WAYS if way != "FSDP"] if number < 2 else ("plain", "ZeRO-1"):
+        # All ways on the mesh with the most kinds of buckets, some on the others.
+        ways = [way for way in WAYS if way != "FSDP"], ["plain", "PowerSGD", "ZeRO-1 PowerSGD", "overlapped"]
+        for way in ways[number] if number < 2 else ("plain", "ZeRO-1"):
             check_steps(context, mesh, way)
         check_faults(context, mesh, ParallelConfig())
     for mesh in SHARED:
         check_steps(context, mesh.at(context.rank), "FSDP")
+    check_memory(context, MESHES["data 2 x tensor 2"].at(context.rank))
     check_arrivals(context, MESHES["pipe 2 x data 2"].at(context.rank))
     destroy_context(context)
 

@@ -67,6 +67,8 @@ class Case:
     powersgd: PowerSGDConfig = PowerSGDConfig(matrix_approximation_rank=2)
     like: dict = field(default_factory=dict)
     """Options of the run of several processes without a pipeline that is compared with; empty: one process."""
+    micro_batches: int = MICRO_BATCHES
+    """Those of a step over all data ranks; of one row each unless they are regrouped."""
     tolerance: float = 2e-6
     """Largest relative difference of the weights from one process's after all steps."""
 
@@ -87,6 +89,17 @@ ON_TWO = {
     "kto": Case(PP2, task="dpo", dpo=DPOConfig(dpo_loss_type="kto_pair")),
     "overlapped": Case(PP2 | {"overlap_optim_step": True, "use_distributed_optimizer": True,
                               "overlap_param_gather": True, "bucket_size": 700}, clip=0.0),
+    "zero bubble": Case(PP2 | {"pipeline_schedule": "zero_bubble", "bucket_size": 700}),
+    "zero bubble of the tied": Case(PP2 | {"pipeline_schedule": "zero_bubble", "pipeline_parts": "1,1,2,1"}, TIED),
+    "zbv": Case(PP2 | {"pipeline_schedule": "zbv", "bucket_size": 700}, TIED),
+    "zbv of experts": Case(PP2 | {"pipeline_schedule": "zbv"}, EXPERTS),
+    "zbv of lora": Case(PP2 | {"pipeline_schedule": "zbv"}, adapter=ALL_LINEAR),
+    "zbv in bf16": Case(PP2 | {"pipeline_schedule": "zbv"}, DROPOUT, dtype=torch.bfloat16, tolerance=5e-3),
+    "zbv, overlapped": Case(PP2 | {"pipeline_schedule": "zbv", "overlap_optim_step": True, "bucket_size": 700},
+                            clip=0.0),
+    "sft in 4": Case(PP2, task="sft", micro_batches=4),
+    "kto in 2": Case(PP2 | {"pipeline_schedule": "zero_bubble"}, task="dpo",
+                     dpo=DPOConfig(dpo_loss_type="kto_pair"), micro_batches=2),
     "bf16": Case(PP2, dtype=torch.bfloat16, tolerance=5e-3),
     "fp16": Case(PP2, DROPOUT, dtype=torch.float16, tolerance=5e-3),
 }  # fmt: skip
@@ -94,6 +107,9 @@ ON_FOUR = {
     "pp4": Case(PP4 | {"pipeline_parts": "1,2,1,1"}, TIED),
     "dp2 x pp2": Case(PP2 | {"use_distributed_optimizer": True, "bucket_size": 700}, TIED),
     "interleaved dp2 x pp2": Case(PP2 | {"pipeline_schedule": "interleaved"}),
+    "zbv dp2 x pp2": Case(PP2 | {"pipeline_schedule": "zbv", "use_distributed_optimizer": True, "bucket_size": 700},
+                          TIED),
+    "zero bubble pp4": Case(PP4 | {"pipeline_schedule": "zero_bubble"}),
     "powersgd": Case(PP2 | {"use_powerSGD_hook": True, "bucket_size": 700}, like={"use_powerSGD_hook": True}),
     "powersgd zero1": Case(PP2 | {"use_powerSGD_hook": True, "use_distributed_optimizer": True}, TIED,
                            like={"use_powerSGD_hook": True}, tolerance=2e-5),
@@ -135,7 +151,7 @@ def open_case(case: Case, context: DistContext, parallel: dict | None = None) ->
             division=cutter.division if cutter is not None else None,
             groups=cutter.groups if cutter is not None else None, stages=stages,
             widen=lambda batch: widened(batch, LENGTH), compute_dtype=case.dtype,
-            micro_batches=MICRO_BATCHES // mesh.data_size,
+            micro_batches=case.micro_batches // mesh.data_size,
             rebalance=model.rebalance if model.config.router_bias_update_rate else None,
         )
     )  # fmt: skip

@@ -12,7 +12,7 @@ from tests.runs import out_dir
 POWERSGD, ZERO1, STEP = "--use_powerSGD_hook", "--use_distributed_optimizer", "--overlap_optim_step"
 FSDP, HSDP = "--data_parallel=fsdp", "--data_parallel=hsdp"
 TENSOR, PIPE = "--tensor_model_parallel_size=2", "--pipeline_model_parallel_size=2"
-CONTEXT = "--context_parallel_size=2"
+CONTEXT, RING = "--context_parallel_size=2", "--context_parallel_method=ring"
 
 
 def parse(*argv: str) -> dict:
@@ -22,6 +22,9 @@ def parse(*argv: str) -> dict:
 REFUSED = [
     ([CONTEXT, "--max_seq_len=37"], "--max_seq_len=36 is the nearest possible"),
     ([CONTEXT, "--max_seq_len=1"], "--max_seq_len=4 is the nearest possible"),
+    ([CONTEXT, RING], "for rows of one document: give --no-document_mask"),
+    ([CONTEXT, RING, "--task_type=sft", "--init_from=m"], "for rows of one conversation: give --no-packing"),
+    ([CONTEXT, RING, "--no-document_mask", "--attention_kernel=plain"], "leave out --attention_kernel=plain"),
     ([CONTEXT, "--compile"], "--compile does not go with --context_parallel_size"),
     ([STEP], "cannot clip: add --grad_clip=0"),
     ([STEP, "--grad_clip=0.5"], "cannot clip"),
@@ -62,6 +65,9 @@ REFUSED = [
     ([PIPE, ZERO1, "--overlap_param_gather"], "a stage of a pipeline has many of them"),
     ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
     ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
+    ([PIPE, "--pipeline_schedule=zbv", "--gradient_checkpointing"], "has one for each matrix"),
+    ([PIPE, TENSOR, "--pipeline_schedule=zbv"], "--pipeline_schedule=zbv takes the gradients of weights apart"),
+    ([PIPE, CONTEXT, "--pipeline_schedule=zero_bubble"], "give --pipeline_schedule=interleaved"),
     (["--expert_model_parallel_size=2", HSDP], "keeps each expert whole, and --data_parallel=hsdp cuts every"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
     ([TENSOR, "--optimizer=adamw8bit"], "--optimizer=adamw8bit has scales for values in a row"),
