@@ -333,6 +333,12 @@ _REFUSED = (
         "matrices: give the optimizer without 8bit",
     ),
     Refused(
+        ("cross_entropy_kernel",),
+        lambda f: f["cross_entropy_kernel"] not in ("", "chunked") and f["tensor_model_parallel_size"] > 1,
+        "computes with all scores of a token, and --tensor_model_parallel_size={tensor_model_parallel_size} cuts the "
+        "vocabulary: give --cross_entropy_kernel=chunked, or leave it out",
+    ),
+    Refused(
         ("gradient_checkpointing",),
         lambda f: f["pipeline_model_parallel_size"] > 1 and f["pipeline_schedule"] in ("zero_bubble", "zbv"),
         "computes a block anew in each part of its backward pass, and --pipeline_schedule={pipeline_schedule} has one "

@@ -69,6 +69,8 @@ REFUSED = [
     ([PIPE, TENSOR, "--pipeline_schedule=zbv"], "--pipeline_schedule=zbv takes the gradients of weights apart"),
     ([PIPE, CONTEXT, "--pipeline_schedule=zero_bubble"], "give --pipeline_schedule=interleaved"),
     (["--expert_model_parallel_size=2", HSDP], "keeps each expert whole, and --data_parallel=hsdp cuts every"),
+    ([TENSOR, "--ddp_impl=naive"], "some of these hold different parts of the model: leave it out"),
+    (["--expert_model_parallel_size=4", "--ddp_impl=naive"], "--ddp_impl=naive adds up every gradient over all ranks"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
     ([TENSOR, "--optimizer=adamw8bit"], "--optimizer=adamw8bit has scales for values in a row"),
     ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
