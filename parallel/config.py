@@ -217,8 +217,8 @@ REFUSED = (
         "experts or rows would not agree on: give --pipeline_schedule=interleaved",
     ),
     Refused(
-        ("ddp_impl",), lambda f: any(f[name] > 1 for name in _SIZES),
-        "sums every gradient over all ranks, which on a mesh have different ones: leave it out",
+        ("ddp_impl",), _has_pipeline,
+        "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
     ),
     Refused(
         ("overlap_param_gather",), _has_pipeline,
