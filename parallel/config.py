@@ -221,10 +221,6 @@ REFUSED = (
         "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
     ),
     Refused(
-        ("overlap_param_gather",), _has_pipeline,
-        "gathers weights under the next forward pass, and a stage of a pipeline has many of them: leave it out",
-    ),
-    Refused(
         ("expert_model_parallel_size",), _uses_fsdp,
         "keeps each expert whole, and --data_parallel={data_parallel} cuts every parameter: leave one of them out; "
         "with --data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",

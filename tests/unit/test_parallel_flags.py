@@ -61,7 +61,6 @@ REFUSED = [
     (["--context_parallel_size=-1"], "context_parallel_size must be positive, got -1"),
     ([PIPE, FSDP], "--data_parallel=fsdp gathers a block's weights for each micro-batch, of which a pipeline has many"),
     ([PIPE, "--ddp_impl=naive"], "--ddp_impl=naive sums gradients one after the other"),
-    ([PIPE, ZERO1, "--overlap_param_gather"], "a stage of a pipeline has many of them"),
     ([PIPE, "--pipeline_micro_batches=-4"], "must be a positive number or \"auto\", got '-4'"),
     ([PIPE, "--pipeline_schedule=zero_bubble", "--pipeline_parts=3,3,3,3", "--compile"], "which --pipeline_schedule="),
     ([PIPE, "--pipeline_schedule=zbv", "--gradient_checkpointing"], "has one for each matrix"),
