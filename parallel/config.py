@@ -221,9 +221,17 @@ REFUSED = (
         "sums gradients one after the other after the backward pass, and a pipeline sums buckets: leave it out",
     ),
     Refused(
+        ("overlap_param_gather",), _has_pipeline,
+        "gathers weights under the next forward pass, and a stage of a pipeline has many of them: leave it out",
+    ),
+    Refused(
         ("expert_model_parallel_size",), _uses_fsdp,
         "keeps each expert whole, and --data_parallel={data_parallel} cuts every parameter: leave one of them out; "
         "with --data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",
+    ),
+    Refused(
+        ("ddp_impl",), lambda f: f["expert_model_parallel_size"] > 1 or f["tensor_model_parallel_size"] > 1,
+        "adds up every gradient over all ranks, and some of these hold different parts of the model: leave it out",
     ),
     Refused(
         ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
