@@ -18,7 +18,7 @@ equally long, and F, I and W, too (B twice as long):
     gpipe, 1f1b   (p - 1) / (m + p - 1)
     interleaved   (p - 1) / (v m + p - 1)
     zero_bubble   (p - 1) / (3 v m + p - 1)
-    zbv           (p - 1) / (6 m + p - 1)
+    zbv           (p - 1) / (6 m + p - 1), from m = 2 p - 1 on
 """
 
 from collections.abc import Callable, Sequence

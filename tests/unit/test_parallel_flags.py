@@ -70,6 +70,7 @@ REFUSED = [
     ([TENSOR, "--ddp_impl=naive"], "some of these hold different parts of the model: leave it out"),
     (["--expert_model_parallel_size=4", "--ddp_impl=naive"], "--ddp_impl=naive adds up every gradient over all ranks"),
     ([TENSOR, "--optimizer=muon"], "--optimizer=muon makes whole matrices orthogonal"),
+    ([TENSOR, "--optimizer=adamw8bit"], "--optimizer=adamw8bit has scales for values in a row"),
     ([TENSOR, "--init_from=m", "--lora_r=4", "--load_in_4bit"], "with --tensor_model_parallel_size=2, since matrices"),
     (["--context_parallel_size=2", "--activation_budget_gb=1"], "with --context_parallel_size=2, give --gradient_che"),
     ([FSDP, ZERO1], "give --no-use_distributed_optimizer or --data_parallel=auto"),
