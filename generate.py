@@ -3,6 +3,7 @@
 python generate.py --ckpt RUN --prompt "def main("
 python generate.py --ckpt RUN --chat [--system "Be brief."] [--prompt "one question"]
 python generate.py --ckpt RUN --adapter DIR [--adapter NAME=DIR] --chat
+torchrun --nproc_per_node=2 generate.py --ckpt RUN --tensor_model_parallel_size=2 --prompt "def main("
 """
 
 from utils import environment
@@ -12,11 +13,12 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint.choosing import resolve_checkpoint_dir
+from parallel.launched import launched_rank
 from serving.arguments import NO_ADAPTER, parse_adapters
 from serving.chat import Chat, require_utf8, stream_text
 from utils.arguments import Parser
@@ -25,7 +27,10 @@ from utils.terminal import INTERRUPTED, run_main
 
 if TYPE_CHECKING:
     from serving.loading import Served
+    from serving.ranks import Ranks
 
+Sampler = Callable[[list[int], int, frozenset[int]], Iterator[int]]
+"""Prompt, most new tokens, tokens that end the text -> new tokens."""
 _HELP = "/reset forgets what was said, /help says this, /exit or Ctrl-D ends, Ctrl-C ends an answer"
 _ADAPTER = "/adapter"
 
@@ -112,6 +117,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--load_in_4bit", action="store_true", help="keep the blocks' matrices in 4 bits, as for QLoRA")
+    parser.add_argument(
+        "--tensor_model_parallel_size", type=int, default=1, metavar="N", help="processes that share each matrix"
+    )
+    parser.add_argument(
+        "--pipeline_model_parallel_size", type=int, default=1, metavar="N", help="processes that share the blocks"
+    )
     return parser.parse_args(argv)
 
 
@@ -151,38 +162,94 @@ def main(argv: list[str] | None = None) -> int:
         # From here on torch is imported, which takes seconds: mistakes in the command are reported before.
         for path in (Path(args.ckpt), *adapters.values()):
             resolve_checkpoint_dir(path)
+        from serving.ranks import open_ranks, require_ranks
+
+        sizes = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+        ranks = None
+        if require_ranks(*sizes):
+            if args.load_in_4bit:
+                raise ValueError("--load_in_4bit keeps matrices whole on every process: leave it out")
+            ranks = open_ranks(*sizes, args.device)
+    except (ValueError, OSError) as error:
+        return _wrong(error, launched_rank() == 0)
+    if ranks is None:
+        return serve(args, adapters, None)
+    from parallel.context import destroy_context
+
+    try:
+        return serve(args, adapters, ranks)
+    finally:
+        destroy_context(ranks.context)
+
+
+def _wrong(error: Exception, is_first: bool) -> int:
+    """Tell what is wrong, once; returns the exit code."""
+    if is_first:
+        tell(str(error))
+    return 2
+
+
+def serve(args: argparse.Namespace, adapters: dict[str, Path], ranks: "Ranks | None") -> int:
+    """Load the model, and generate what was asked for; with `ranks`, the first one speaks, and the others help it."""
+    is_first = ranks is None or ranks.context.is_main
+    try:
         import torch
 
         from optimizer.mixed_precision import resolve_dtype
         from serving import generation
         from serving.loading import load
+        from serving.lockstep import Lockstep, Request
 
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but there is no CUDA here: use --device cpu")
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
+        device = torch.device(name) if ranks is None else ranks.context.device
         dtype = resolve_dtype(args.dtype, device)
-        served = load(Path(args.ckpt), adapters, device, dtype, args.load_in_4bit)
+        new_cutter = None if ranks is None else lambda shape: ranks.cutter(shape, dtype)
+        served = load(Path(args.ckpt), adapters, device, dtype, args.load_in_4bit, new_cutter)
 
-        def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+        def generate(request: Request, agree: Callable[[int], int] = int) -> Iterator[int]:
             return generation.generate(
-                served.model, ids, max_new_tokens, stop_ids | served.stop_ids, args.temperature, args.top_k,
-                args.top_p, args.seed, served.tokenizer.vocab_size,
+                served.model, request.ids, request.max_new_tokens, frozenset(request.stop_ids), args.temperature,
+                args.top_k, args.top_p, args.seed, served.tokenizer.vocab_size, dtype, device, agree,
             )  # fmt: skip
 
-        tokenizer, context = served.tokenizer, served.model.config.max_position_embeddings
-        if args.chat:
-            prompt, room = [], context // 2
-            chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
-            for note in chat.notes(served.stop_ids):
-                tell(note)
-        else:
-            # Begins as with transformers' tokenizer of the same folder. A chat template writes its own beginning.
-            prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
-            room = generation.room_for_text(served.model, prompt)
+        lockstep = None if ranks is None else Lockstep(generate, ranks.of_first)
+        if lockstep is not None and not is_first:
+            lockstep.follow()
+            return 0
+
+        def sample(ids: list[int], max_new_tokens: int, stop_ids: frozenset[int]) -> Iterator[int]:
+            request = Request(ids, max_new_tokens, sorted(stop_ids | served.stop_ids))
+            return generate(request) if lockstep is None else lockstep.ask(request)
+
+        try:
+            return speak(args, served, sample)
+        finally:
+            if lockstep is not None:
+                lockstep.end()
     except (ValueError, OSError) as error:
-        tell(str(error))
-        return 2
+        return _wrong(error, is_first)
+
+
+def speak(args: argparse.Namespace, served: "Served", sample: Sampler) -> int:
+    """Continue the prompt, or talk.
+
+    Raises:
+        ValueError: the prompt leaves no room.
+    """
+    from serving import generation
+
+    tokenizer, context = served.tokenizer, served.model.config.max_position_embeddings
+    if args.chat:
+        prompt, room = [], context // 2
+        chat = Chat(tokenizer, sample, min(args.max_new_tokens, room), context, args.system)
+        for note in chat.notes(served.stop_ids):
+            tell(note)
+    else:
+        # Begins as with transformers' tokenizer of the same folder. A chat template writes its own beginning.
+        prompt = [*tokenizer.begin_ids, *tokenizer.encode(args.prompt)]
+        room = generation.room_for_text(served.model, prompt)
     if args.max_new_tokens > room:
         what = "an answer has" if args.chat else f"{len(prompt)} tokens of prompt leave"
         tell(f"{what} room for {room} of --max_new_tokens {args.max_new_tokens}: the model knows {context} positions")

@@ -540,7 +540,7 @@ def _room_between_stages(part: Part, plan: TrainingPlan) -> dict[str, float]:
     if plan.pipeline_model_parallel_size == 1:
         return {}
     arrivals = 2 * part.stages - part.has_embedding - part.has_head
-    stream = plan.tokens * part.config.hidden_size * residual_itemsize(part.config, plan)
+    stream = plan.stream_tokens * part.config.hidden_size * residual_itemsize(part.config, plan)
     return {"room between stages": float(arrivals * plan.micro_batches * stream)}
 
 

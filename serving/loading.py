@@ -5,7 +5,7 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from checkpoint.choosing import resolve_checkpoint_dir
 from model import Decoder, hf
 from model.adapters import folder
 from model.adapters.switch import Adapters
+from model.config import ModelConfig
+from model.divided import Cutter, outline_of_part
 from model.generation_config import read_adapters_generation_config
 from serving.arguments import name_of, require_new
 from tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +38,7 @@ class Served:
 
     Args:
         model: on its device, in its dtype.
-        speech: the model's without an adapter.
+        speech: the model's without an adapter, or that of an adapter which stays in it for good.
     """
 
     def __init__(self, model: Decoder, speech: Speech):
@@ -46,7 +48,7 @@ class Served:
 
     @property
     def active(self) -> str | None:
-        """Name of the adapter in use; None: none."""
+        """Name of the adapter in use; None: none, or the one that stays."""
         return self._adapters.active
 
     @property
@@ -83,8 +85,9 @@ class Served:
 
 
 def load(
-    ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False
-) -> Served:
+    ckpt: Path, adapters: Mapping[str, Path], device: torch.device, dtype: torch.dtype, in_4bit: bool = False,
+    new_cutter: Callable[[ModelConfig], Cutter] | None = None,
+) -> Served:  # fmt: skip
     """A model with its adapters, of which the first is active.
 
     Args:
@@ -92,6 +95,8 @@ def load(
             its base and comes first.
         adapters: name -> run, checkpoint or folder of adapters for the model.
         in_4bit: keep the blocks' matrices in 4 bits.
+        new_cutter: of a model of this shape, of which several processes hold parts; it has one adapter at most, for
+            good. Collective.
     Raises:
         ValueError: one of them cannot be used, or they do not belong together.
         OSError: a disk or a network fails, and may be back later.
@@ -114,6 +119,8 @@ def load(
         if sentence := folder.told_precision(adapter, in_4bit):
             logger.warning(sentence)
         _require_room(adapter, speeches[name].tokenizer, folder.grown(config, adapter).vocab_size)
+    if new_cutter is not None:
+        return _load_part(new_cutter, config, base, found, speech, speeches, device, dtype)
     model = (hf.outline_in_4bit if in_4bit else hf.outline_in)(config, device, dtype)
     hf.load_weights(model, base)
     served = Served(model, speech)
@@ -121,6 +128,37 @@ def load(
         served.add(name, adapter, speeches[name])
     served.use(next(iter(found), None))
     return served
+
+
+def _load_part(
+    new_cutter: Callable[[ModelConfig], Cutter], config: ModelConfig, base: Path, adapters: Mapping[str, Path],
+    speech: Speech, speeches: Mapping[str, Speech], device: torch.device, dtype: torch.dtype,
+) -> Served:  # fmt: skip
+    """This process' part of a model with at most one adapter; see `load`."""
+    if len(adapters) > 1:
+        raise ValueError(
+            f"a model that several processes share has one adapter at most, and {len(adapters)} are given: leave out "
+            f"the others"
+        )
+    spec, cutter = None, new_cutter(config)
+    for name, adapter in adapters.items():
+        spec, speech = folder.check(config, adapter), speeches[name]
+        if folder.grown(config, adapter).vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the adapter in {adapter} adds tokens, for which a model that several processes share has no rows: "
+                f"merge it first (python -m model.adapters.merge)"
+            )
+    model = outline_of_part(config, (), device, dtype, spec, cutter)
+
+    def fill() -> None:
+        hf.load_weights(model, base)
+        if spec is not None:
+            for adapter in adapters.values():
+                folder.load(model, adapter, folder.outlined(config, spec))
+
+    # Each reads its own part, and may be the only one whose files are damaged.
+    cutter.together(fill)
+    return Served(model, speech)
 
 
 def _speech_of(directory: Path, base: Path) -> Speech:

@@ -7,7 +7,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from dataset.loader import Batch
 from model import Decoder, hf, upcycle
@@ -16,8 +15,8 @@ from model.adapters.config import AdapterConfig
 from model.adapters.folder import Weights
 from model.attend import document_starts, document_tails
 from model.config import ModelConfig, padded_vocab_size
+from model.divided import outline_of_part
 from model.families import family_named, family_of
-from model.filling import Filling, Held
 from model.ops import CHOICES, build_ops, choose_ops, needs_of
 from parallel.division import Division
 from parallel.engines import ModelCutter
@@ -266,7 +265,7 @@ def build_model(
             raise ValueError("--load_in_4bit: a model in 4 bits is not cut over processes: give --data_parallel=auto")
         # Each rank reads its own part, and may be the only one whose files are damaged.
         cutter.together(lambda: _check_weights(shape, weights, new_rows))
-        model = _outline_of_part(shape, options, device, dtype, adapter, cutter)
+        model = outline_of_part(shape, options, device, dtype, None if adapter is None else adapter.spec, cutter)
         cutter.together(lambda: _fill(model, seed, dtype, weights, adapter, new_rows))
     else:
         _check_weights(shape, weights, new_rows)
@@ -332,32 +331,6 @@ def _whole_model(
         if adapter.loaded_from is not None:
             folder.load(model, adapter.loaded_from)
     return model.to(device=device, dtype=dtype)
-
-
-def _outline_of_part(
-    shape: ModelConfig, options: tuple, device: torch.device, dtype: torch.dtype, adapter: Adapter | None,
-    cutter: ModelCutter,
-) -> Decoder:  # fmt: skip
-    """A model with memory for this rank's part, without values."""
-    model = hf.outline(shape, *options)
-    if adapter is not None:
-        lora.attach(model, adapter.spec, seed=0)
-    model.to(dtype)
-    for parameter in model.parameters() if cutter.uses_fsdp else ():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    cutter.cut(model)
-
-    def with_memory(tensor: Tensor) -> Tensor:
-        place = cutter.device_of(tensor) if isinstance(tensor, nn.Parameter) else device
-        # Some buffers have values, even in an outline.
-        return torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.to(place)
-
-    model._apply(with_memory)
-    model.tie_weights()
-    held = cutter.regions(model)
-    model.filling = Filling(lambda parameter: Held(*held(parameter)), dtype)
-    return model
 
 
 def _fill(

@@ -152,6 +152,10 @@ def _mesh(built: Built) -> list[str]:
         data_parallel=flags.data_parallel, ranks=shared, tensor_model_parallel_size=mesh.tensor_size,
         pipeline_model_parallel_size=mesh.pipe_size, pipeline_schedule=flags.pipeline_schedule,
         pipeline_parts=str(built.stages or ""), expert_model_parallel_size=mesh.expert_size,
+        task_type=config.run.task_type, train_batch_size=config.data.train_batch_size,
+        max_seq_len=config.data.max_seq_len, context_parallel_size=mesh.context_size,
+        sequence_parallel=flags.sequence_parallel,
+        pipeline_micro_batches=config.data.gradient_accumulation_steps // mesh.data_size,
     )  # fmt: skip
     lasting = estimate(built.model.config, plan).lasting
     held = ", ".join(f"{size / 1e6:,.1f} MB of {what}" for what, size in lasting.items() if size)

@@ -27,7 +27,7 @@ ALLOWED = {
     "parallel": {"checkpoint.named", "utils.options"},
     "optimizer": {"checkpoint.named", "parallel.buffer", "parallel.contract", "utils.options"},
     "tasks": {"dataset", "model", "runs", "utils"},
-    "serving": {"checkpoint", "model", "tokenizer", "utils"},
+    "serving": {"checkpoint", "model", "parallel", "tokenizer", "utils"},
     "tokenizer": {"utils"},
     "data_preprocess": {"utils", "dataset.format", "dataset.sequences", "tokenizer"},
     # Readers need no tokenizer, and layouts of conversations need only its messages.

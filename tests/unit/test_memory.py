@@ -243,7 +243,7 @@ def test_a_rank_of_a_mesh_holds_what_the_division_says(name: str, shape: str):
     holders = ranks_by_name(ParallelConfig(**flags), config.tie_word_embeddings)
     place = Mesh(0, plan.pipeline_model_parallel_size, plan.ranks, 1, plan.tensor_model_parallel_size,
                  expert_size=plan.expert_model_parallel_size)  # fmt: skip
-    division = Division(cutting._outlines(model, False), place, holders)
+    division = Division(cutting.whole_outlines(model, ParallelConfig()), place, holders)
     for part, rank in zip(memory.parts_of(config, plan), place.ranks_of("pipe"), strict=True):
         held = {its: division.held(its, rank) for its in division.outlines}
         expected = {its: found.shape for its, found in held.items() if found is not None}

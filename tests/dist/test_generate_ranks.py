@@ -1,0 +1,115 @@
+"""generate.py on ranks that share a model says what one process says."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate
+from model import Decoder, ModelConfig, hf
+from model.config import padded_vocab_size
+from serving.lockstep import Lockstep, Request
+from tests.adapter_folders import make_adapter
+from tests.dist.group import run_ranks, use_new_port
+from tests.peers import peer
+from tests.unit.test_tokenizer import training_texts
+from tokenizer.chat_template import ChatTemplate
+from tokenizer.hf_bbpe import train_hf_bbpe
+from utils.files import atomic_write_json
+
+peer("peft")
+pytest.importorskip("transformers")
+
+GREEDY = ["--temperature=0", "--max_new_tokens=8"]
+MESHES = {"tensor": ["--tensor_model_parallel_size=2"], "pipe": ["--pipeline_model_parallel_size=2"]}
+TALK = "hello\nand you?\n/reset\nhello\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights, which says something."""
+    from safetensors.torch import save_file
+
+    tokenizer = train_hf_bbpe(training_texts(), 400, show_progress=False)
+    directory = tmp_path_factory.mktemp("model")
+    config = ModelConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3
+    ).resolve(padded_vocab_size(tokenizer.vocab_size), 128)
+    model = Decoder(config)
+    model.initialize(0)
+    save_file(hf.named_weights(model), directory / "model.safetensors", {"format": "pt"})
+    ends = [ChatTemplate(tokenizer).end_id, tokenizer.eod_id]
+    atomic_write_json(directory / "config.json", hf.to_hf_config(config, model.norm.weight.dtype, ends))
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def said(argv: list[str], entered: str = "") -> list:
+    """Exit code and text of a command."""
+    before, sys.stdin = sys.stdin, io.StringIO(entered)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as told:
+            code = generate.main(argv)
+    finally:
+        sys.stdin = before
+    return [code, out.getvalue(), told.getvalue()]
+
+
+def in_turn(commands: list[tuple[list[str], str]]) -> list[list]:
+    found = []
+    for argv, entered in commands:
+        use_new_port()
+        found.append(said(argv, entered))
+    return found
+
+
+def test_ranks_say_what_one_process_says(folder: Path, tmp_path: Path):
+    adapter = str(make_adapter(tmp_path / "adapter", folder, target_modules="all-linear", r=4, lora_alpha=64))
+    model = [f"--ckpt={folder}", "--device=cpu", "--dtype=float32"]
+    asked = [
+        ([*model, "--prompt=hello", *GREEDY], ""),
+        ([*model, "--prompt=hello", *GREEDY, f"--adapter={adapter}"], ""),
+        ([*model, "--prompt=hello", "--temperature=1", "--top_k=5", "--seed=3", "--max_new_tokens=8"], ""),
+        ([*model, "--chat", *GREEDY], TALK),
+    ]
+    commands = [([*argv, *mesh], entered) for mesh in MESHES.values() for argv, entered in asked]
+    refused = [
+        ([*model, "--prompt=hello"], "2 processes cannot share one model as"),
+        ([*model, "--prompt=hello", "--load_in_4bit", *MESHES["tensor"]], "--load_in_4bit keeps matrices whole"),
+        ([*model, "--chat", *(f"--adapter={name}={adapter}" for name in "ab"), *MESHES["pipe"]], "one adapter at "),
+    ]
+    first, other = run_ranks(2, in_turn, commands + [(argv, "") for argv, _ in refused])
+    alone = [said(argv, entered) for argv, entered in asked]
+    assert len({text for _, text, _ in alone}) == 4
+    for number, (code, text, told) in enumerate(first[: len(commands)]):
+        assert [code, text] == alone[number % len(asked)][:2], (commands[number], told)
+    assert all(code == 0 and not text for code, text, _ in other[: len(commands)])
+    for (_, sentence), its, others in zip(refused, first[len(commands) :], other[len(commands) :], strict=True):
+        assert its[0] == others[0] == 2 and sentence in its[2] and its[2].count("\n") == 1 and not others[2]
+
+
+def test_several_processes_are_refused_where_there_is_one(folder: Path):
+    code, _, told = said([f"--ckpt={folder}", "--prompt=hello", *MESHES["tensor"]])
+    assert code == 2 and "1 process cannot share" in told and "torchrun --nproc_per_node=2" in told
+
+
+def test_a_text_that_is_given_up_ends_on_all_ranks():
+    """The ranks take turns here: what the first one passes on, the other one takes."""
+    passed: list = []
+
+    def generate_from(request: Request, agree) -> object:
+        for token in range(request.max_new_tokens):
+            yield agree(token)
+
+    first = Lockstep(generate_from, lambda value: passed.append(value) or value)
+    text = first.ask(Request([1], 9, []))
+    assert [next(text), next(text)] == [0, 1]
+    text.close()
+    assert list(first.ask(Request([2], 2, []))) == [0, 1]
+    first.end()
+    assert passed == [[[1], 9, []], 0, 1, -1, [[2], 2, []], 0, 1, None]
+    other = Lockstep(generate_from, lambda value: passed.pop(0))
+    other.follow()
+    assert not passed
