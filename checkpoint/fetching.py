@@ -51,16 +51,17 @@ class CheckpointFiles:
             self._bring(set() if holds else model, sources)
         return self.directories[0]
 
-    def bring_state(self, is_all_here: Callable[[list[Path]], bool]) -> None:
+    def bring_state(self, is_all_here: Callable[[list[Path]], bool], all_hooks: bool = False) -> None:
         """Bring the files that ranks wrote for themselves, as far as this rank needs them.
 
         Args:
             is_all_here: says whether folders hold the optimizer state of this rank.
+            all_hooks: it needs the memory of all ranks' comm hooks, rather than that of its number.
         """
         if self._place.shared_by_all:
             return
         sources = self._sources()
-        self._bring(set(self._hook_files(sources)), sources)
+        self._bring(set(filter(is_hook_file, sources) if all_hooks else self._hook_files(sources)), sources)
         if len(self._chosen.enough) > 1:
             # Where each rank wrote its own, one file is all that a rank of the same mesh lacks.
             own = optimizer_file(self._place.rank)
@@ -71,11 +72,15 @@ class CheckpointFiles:
     def hook_states(self) -> list[tuple[Path, bool]]:
         """Memories of comm hooks that this rank takes up: (file, whether its residuals are for this rank; if not, only
         the part that all ranks share counts)."""
-        names = self._hook_files(self._sources())
-        return [
-            (next(d / name for d in self.directories if (d / name).exists()), self._is_mine(name))
-            for name in names
-        ]
+        return [(self._here(name), self._is_mine(name)) for name in self._hook_files(self._sources())]
+
+    def all_hook_states(self) -> dict[int, Path]:
+        """Number of each rank that has saved the memory of its comm hook -> the file; see `bring_state`."""
+        names = sorted(filter(is_hook_file, self._sources()), key=rank_of_hook_file)
+        return {rank_of_hook_file(name): self._here(name) for name in names}
+
+    def _here(self, name: str) -> Path:
+        return next(directory / name for directory in self.directories if (directory / name).exists())
 
     def lost_hook_states(self) -> list[int]:
         """Ranks whose comm hooks had a memory that no node holds any more."""

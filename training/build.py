@@ -173,7 +173,8 @@ def build(
     engine = _open_engine(config, context, mesh, model, dtype, scaler, kernel, cutter, stages, micro_batches)
     progress, left_out = Progress(), None
     if is_resumed:
-        progress, left_out = load_checkpoint(config, context, run_dir, data, engine)
+        division = cutter.division if cutter is not None else None
+        progress, left_out = load_checkpoint(config, context, run_dir, data, engine, division)
         derived = resolve(config, mesh.data_size, len(data.train), progress.step, progress.samples_consumed)
     loader = TrainLoader(
         data.train, config.run.seed, config.data.train_batch_size, config.data.gradient_accumulation_steps,

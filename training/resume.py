@@ -6,8 +6,12 @@ from pathlib import Path
 from checkpoint.folder import read_trainer_state
 from checkpoint.named import LazyTensors, holds_named_state, load_named_state
 from checkpoint.retention import delete_leftovers
+from parallel import hook_states
+from parallel.comm_hooks import SavedStates
 from parallel.context import DistContext
+from parallel.division import Division
 from parallel.engine import Engine
+from parallel.mesh import Mesh
 from training.config import Config
 from training.data import Data, order_of_samples
 from training.progress import Progress
@@ -22,9 +26,12 @@ def load_checkpoint(
     run_dir: RunDir,
     data: Data,
     engine: Engine,
+    division: Division | None = None,
 ) -> tuple[Progress, list[int] | None]:
     """Restore optimizer and position; weights come from the float32 main parameters.
 
+    Args:
+        division: what each rank holds of a model that is cut; None: all of it.
     Returns:
         the run's position, and the first and last position of the samples that are left out on request.
     Raises:
@@ -32,10 +39,14 @@ def load_checkpoint(
     """
     state = read_trainer_state(run_dir.resumed_from)
     is_new_order = _check_same_run(config, data, state, run_dir.resumed_from)
-    run_dir.resume_files.bring_state(lambda folders: holds_named_state(folders, engine.named_state()))
+    saved_by = hook_states.mesh_of(state, run_dir.chosen.world_size)
+    run_dir.resume_files.bring_state(
+        lambda folders: holds_named_state(folders, engine.named_state()),
+        all_hooks=not hook_states.is_by_rank(saved_by, engine.mesh),
+    )
     load_named_state(run_dir.resume_files.directories, engine.named_state())
     engine.take_state(state["optimizer"])
-    _take_local_states(run_dir, engine, state["step"], context.is_main)
+    _take_local_states(run_dir, engine, division, saved_by, state["step"], context.is_main)
     samples, left_out = 0 if is_new_order else state["samples_consumed"], None
     if config.data.resume_at_sample > samples:
         left_out = [samples, config.data.resume_at_sample - 1]
@@ -66,12 +77,29 @@ def _check_same_run(config: Config, data: Data, state: dict, path: Path) -> bool
     return bool(changed)
 
 
-def _take_local_states(run_dir: RunDir, engine: Engine, step: int, is_main: bool) -> None:
-    """Restore the state of the ranks' communication: what each rank's comm hook remembered."""
+def _take_local_states(
+    run_dir: RunDir, engine: Engine, division: Division | None, saved_by: Mesh, step: int, is_main: bool
+) -> None:
+    """Restore the state of the ranks' communication: what each rank's comm hook remembered.
+
+    Args:
+        saved_by: the mesh that has saved it.
+    """
     files = run_dir.resume_files
     lost = files.lost_hook_states() if engine.local_state() is not None else []
     if lost and is_main:
         logger.warning("the memory of the comm hooks of ranks %s was found on no node: it is lost", lost)
-    states = ((LazyTensors(file), is_mine) for file, is_mine in files.hook_states())
+    if hook_states.is_by_rank(saved_by, engine.mesh):
+        states: SavedStates = ((LazyTensors(file), is_mine) for file, is_mine in files.hook_states())
+    else:
+        found = {rank: LazyTensors(file) for rank, file in files.all_hook_states().items()}
+        if found and not hook_states.fits(saved_by, engine.mesh):
+            if is_main:
+                logger.warning(
+                    "the memory of the comm hook in %s is dropped: matrices were cut into %d parts and experts shared "
+                    "by %d ranks", run_dir.chosen.name, saved_by.tensor_size, saved_by.expert_size,
+                )  # fmt: skip
+            found = {}
+        states = hook_states.by_parameter(found, saved_by, engine.mesh, division) if found else []
     for sentence in engine.take_local_states(states, step, run_dir.chosen.name):
         logger.warning(sentence)

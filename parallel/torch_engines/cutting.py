@@ -21,7 +21,7 @@ from parallel.engines import Region
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.stages import Stages
-from parallel.torch_engines import chain, context_parallel, expert, shards
+from parallel.torch_engines import chain, context_parallel, expert, shards, tensor
 
 
 class Role(Protocol):
@@ -62,10 +62,12 @@ class Cutter:
         # Of the whole model: before anything of it is gone.
         self.division = Division(whole_outlines(model, self.config), self.mesh, self._stages_of(model))
         expert.check(self.division)
+        if self.mesh.tensor_size > 1:
+            tensor.check(model, self.mesh, self.config.sequence_parallel)
         if self.stages is not None:
             chain.cut(model, self.stages, self.mesh, self.groups, self.dtype)
         if self.mesh.tensor_size > 1:
-            self._cut_matrices(model)
+            tensor.cut(model, self.config, self.context, self.mesh, self.groups, self.division)
         if self.mesh.expert_size > 1:
             expert.cut(model, self.division, self.groups)
         if self.mesh.context_size > 1:
@@ -76,16 +78,6 @@ class Cutter:
     def _stages_of(self, model: nn.Module) -> Callable[[str], Collection[int]]:
         """A function of a parameter's name: the pipe ranks that hold it."""
         return chain.stages_of(model, self.stages) if self.stages is not None else lambda name: (0,)
-
-    def _cut_matrices(self, model: nn.Module) -> None:
-        # Imported when it is wanted: torch's DTensor takes a while to load.
-        from parallel.torch_engines import tensor
-
-        is_sequence = self.config.sequence_parallel
-        tensor.require_divisible(model, self.mesh, is_sequence)
-        group = self.groups.of("tensor")
-        assert group is not None
-        tensor.cut(model, self.division, self.mesh, group, self.context.device, is_sequence)
 
     def regions(self, model: nn.Module) -> Callable[[Tensor], tuple[tuple[int, ...], list[Region]]]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}

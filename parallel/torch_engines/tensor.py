@@ -27,6 +27,7 @@ All these are changes of a DTensor's placement, in hooks around modules, which k
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import gcd
 from typing import Any, NoReturn, Protocol, cast
@@ -38,7 +39,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from parallel.config import ParallelConfig
+from parallel.context import DistContext
 from parallel.division import Division
+from parallel.groups import Groups
 from parallel.mesh import Mesh
 
 PART, WHOLE = Partial(), Replicate()
@@ -98,7 +102,7 @@ def change(x: Tensor, mesh: DeviceMesh, before: Placement, after: Placement, gra
     return DTensor.from_local(x, mesh, [before]).redistribute(mesh, [after]).to_local(grad_placements=[gradient])
 
 
-def require_divisible(model: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
+def check(model: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
     """
     Raises:
         ValueError: the model cannot be cut over so many ranks, or has layers that are not cut.
@@ -131,6 +135,7 @@ def require_divisible(model: nn.Module, mesh: Mesh, sequence_parallel: bool) -> 
 
 
 def _require_sizes(config: Any, ranks: int, is_grouped: bool) -> None:
+    """See that everything that is cut can be divided; raises ValueError."""
     sizes = {
         "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
         "vocab_size": config.vocab_size,
@@ -143,26 +148,25 @@ def _require_sizes(config: Any, ranks: int, is_grouped: bool) -> None:
         if size % ranks:
             common = gcd(*sizes.values())
             nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - ranks), n))
-            whole = f"{name}={getattr(config, name)}"
-            parts = f" into multiples of {_LEAST_WIDTH} (or --experts_kernel=sorted)" if name.startswith("moe") else ""
-            parts = parts if is_grouped else ""
+            whole, parts = f"{name}={getattr(config, name)}", ""
+            if is_grouped and name == "moe_intermediate_size":
+                parts = f" into multiples of {_LEAST_WIDTH}, as --experts_kernel=grouped needs them"
             raise ValueError(f"{_FLAG}={ranks} cannot cut {whole}{parts}: {_FLAG}={nearest} is the nearest possible")
 
 
 def cut(
-    model: nn.Module, division: Division, mesh: Mesh, group: dist.ProcessGroup, device: torch.device,
-    sequence_parallel: bool,
+    model: nn.Module, config: ParallelConfig, context: DistContext, mesh: Mesh, groups: Groups, division: Division
 ) -> None:  # fmt: skip
-    """Let this rank keep its part of each matrix, and exchange what lies between.
+    """Let this rank keep its part of each matrix, and exchange what lies between. Collective.
 
     Args:
-        model: whole, without values.
-        group: the ranks that share a matrix, for the thread that runs the model.
-        device: where the model will compute.
+        model: without values; of a pipeline, this rank's stages.
     """
+    group = cast(dist.ProcessGroup, groups.of("tensor"))
     _keep_parts(model, division)
-    device_mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("tensor",))
-    _exchange(cast(Cuttable, model), mesh, Transfers(device_mesh, group, mesh.tensor_size, sequence_parallel))
+    device_mesh = DeviceMesh.from_group(group, context.device.type, mesh_dim_names=("tensor",))
+    transfers = Transfers(device_mesh, group, mesh.tensor_size, config.sequence_parallel)
+    _exchange(cast(Cuttable, model), mesh, transfers)
 
 
 def _keep_parts(model: nn.Module, division: Division) -> None:
@@ -272,6 +276,8 @@ def _exchange(model: Cuttable, mesh: Mesh, transfers: Transfers) -> None:
         model.norm.register_forward_hook(lambda norm, inputs, both: (both[0], transfers.enter(both[1])))
         model.lm_head.register_forward_hook(lambda head, inputs, scores: transfers.gather_last(scores))
         model.lm_head.share_vocabulary(mesh.tensor_rank * len(model.lm_head.weight), transfers)
+    # For those who tell what computes.
+    model.ops = replace(model.ops, names={**model.ops.names, "cross_entropy": "chunked"})
 
 
 def _around(module: nn.Module, enter: Callable[..., tuple], leave: Callable[[Any], Any]) -> None:

@@ -1,16 +1,24 @@
 """Weights that are cut over a mesh, made whole again; checkpoints of every mesh, read by every other."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from checkpoint.folder import find_problem, read_trainer_state
 from checkpoint.named import Piece
+from dataset import audit
 from parallel.context import DistContext, destroy_context, init_context
 from parallel.division import Division, Outline
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.torch_engines.whole import outlines_of, plan_transfers, whole_weights
+from tests.conftest import SEQ_LEN, TINY_MODEL
 from tests.dist.group import run_ranks
+from tests.dist.test_parallel_runs import POWERSGD, Plan
+from tests.runs import elsewhere, final_state, losses, out_dir, records, relative_difference, same_bits
 
 OUTLINES = {
     "embed_tokens.weight": Outline((16, 6), "vocabulary"),
@@ -114,3 +122,153 @@ def test_pieces_are_the_whole_and_come_from_near_ranks():
             assert source in holders and (source == target or target not in holders)
             near = [rank for rank in holders if division.mesh.at(rank).data_rank == data]
             assert source in near or not near
+
+
+T, P, E, C = (f"--{name}_parallel_size=" for name in ("tensor_model", "pipeline_model", "expert_model", "context"))
+EXPERTS = ["--num_local_experts=4", "--num_experts_per_tok=2", "--model_type=mixtral", "--no-tie_word_embeddings"]
+WAYS: dict[str, tuple[int, list[str]]] = {
+    "1": (1, []),
+    "tp2": (2, [f"{T}2", "--sequence_parallel"]),
+    "pp2": (2, [f"{P}2"]),
+    "dp2": (2, ["--use_distributed_optimizer"]),
+    "fsdp2": (2, ["--data_parallel=fsdp"]),
+    "cp2": (2, [f"{C}2"]),
+    "ep2": (2, [f"{E}2"]),
+    "tp2 x pp2": (4, [f"{T}2", f"{P}2"]),
+    "dp2 x tp2": (4, [f"{T}2", "--use_distributed_optimizer"]),
+    "fsdp2 x tp2": (4, [f"{T}2", "--data_parallel=fsdp"]),
+    "ep2 x tp2": (4, [f"{E}2", f"{T}2"]),
+    "dp2 x pp2": (4, [f"{P}2"]),
+    "powersgd": (4, [*POWERSGD, "--min_compression_rate=0"]),
+    "powersgd x pp2": (4, [f"{P}2", *POWERSGD, "--min_compression_rate=0"]),
+}
+"""Name of a mesh -> number of ranks and flags."""
+OFF = [f"{T}1", f"{P}1", f"{E}1", f"{C}1", "--data_parallel=auto", "--no-use_distributed_optimizer",
+       "--no-sequence_parallel", "--no-use_powerSGD_hook"]  # fmt: skip
+"""Flags that a resumed run would otherwise have from the mesh before."""
+CHAINS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "dense": ([], ("1", "tp2", "pp2", "dp2", "fsdp2", "tp2 x pp2", "1")),
+    "experts": (EXPERTS, ("1", "ep2", "tp2", "pp2", "ep2 x tp2", "1")),
+}
+"""What is trained: flags, and the meshes that go on from one another, two steps each."""
+GRID: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "dense": ([], ("1", "tp2", "pp2", "dp2", "fsdp2", "cp2", "tp2 x pp2", "dp2 x tp2", "fsdp2 x tp2", "dp2 x pp2")),
+    "experts": (EXPERTS, ("1", "tp2", "pp2", "dp2", "fsdp2", "ep2", "ep2 x tp2")),
+}
+"""The same, of which each mesh goes on from each."""
+AGAIN = ("tp2 x pp2", "powersgd x pp2")
+"""Meshes that go on from their own checkpoint, to the same bits."""
+
+
+class Links(Plan):
+    """Runs of which each goes on where one before has ended."""
+
+    def link(self, name: str, more: list[str], way: str, steps: int, source: str = "", keep: int = 2) -> None:
+        """Train up to a step.
+
+        Args:
+            source: run of which a copy is continued, from step `keep`; by default the run itself, if there is one.
+        """
+        ranks, mode = WAYS[way]
+        given = {flag.partition("=")[0] for flag in mode}
+        off = [flag for flag in OFF if flag.partition("=")[0].replace("--no-", "--") not in given]
+        flags = [*elsewhere(self.flags, self.home / name), *more, *mode, *off, f"--max_iters={steps}", "--resume"]
+        self.jobs[f"{name} {steps}"] = {"ranks": ranks, "flags": flags, "patch": None}
+        if source:
+            self.jobs[f"{name} {steps}"] |= {"copy": str(self.home / source), "keep": keep}
+
+
+def flags_of(data_dir: Path) -> list[str]:
+    return [
+        f"--data_dir={data_dir}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--device=cpu", "--train_batch_size=2",
+        "--gradient_accumulation_steps=4", "--valid_iters=2", "--valid_interval=100", "--save_interval=2",
+        "--keep_last=9", "--learning_rate=1e-2", "--lr_schedule=constant", "--warmup_ratio=0", "--num_threads=1",
+        "--sample_texts=0", "--dist_timeout=60", "--dtype=float32", "--vocab_size=530", *TINY_MODEL,
+    ]  # fmt: skip
+
+
+def make_chains(plan: Links, chains: dict[str, tuple[list[str], tuple[str, ...]]]) -> None:
+    for name, (more, ways) in chains.items():
+        for number, way in enumerate(ways, 1):
+            plan.link(name, more, way, 2 * number)
+        plan.link(f"{name} alone", more, "1", 2 * len(ways))
+
+
+@pytest.fixture(scope="module")
+def plan(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Links:
+    plan = Links(flags_of(data_dir), tmp_path_factory.mktemp("meshes"), ranks=4)
+    make_chains(plan, CHAINS)
+    for way in AGAIN:
+        plan.link(f"{way} whole", [], way, 4)
+        plan.link(f"{way} again", [], way, 4, source=f"{way} whole")
+    plan.link("memory", [], "powersgd", 4, source="powersgd x pp2 whole")
+    plan.run()
+    return plan
+
+
+def check_chain(plan: Links, name: str) -> None:
+    """The same samples and, within rounding, the run of one process; each checkpoint is a folder for other programs."""
+    ways = CHAINS[name][1]
+    last = 2 * len(ways)
+    for number in range(1, len(ways) + 1):
+        assert plan[f"{name} {2 * number}"]
+    run, alone = plan[f"{name} {last}"], plan[f"{name} alone {last}"]
+    assert [r["digest"] for r in records(run, "train")] == [r["digest"] for r in records(alone, "train")]
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert relative_difference(final_state(run, last), final_state(alone, last)) < 1e-3
+    assert audit.main([str(out_dir(run))]) == 0
+    for number, way in enumerate(ways, 1):
+        path = out_dir(run) / "ckpt" / f"step-{2 * number}"
+        assert find_problem(path) is None
+        sizes = read_trainer_state(path)["mesh"]
+        ranks = sizes["pipe"] * sizes["data"] * sizes["context"] * sizes["tensor"]
+        assert ranks == WAYS[way][0], sizes
+        model = AutoModelForCausalLM.from_pretrained(path)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_mesh_goes_on_from_every_other(plan: Links, name: str):
+    check_chain(plan, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", AGAIN)
+def test_the_same_mesh_goes_on_with_the_same_bits(plan: Links, way: str):
+    whole, again = plan[f"{way} whole 4"], plan[f"{way} again 4"]
+    assert losses(whole) == losses(again)
+    assert same_bits(final_state(whole, 4), final_state(again, 4))
+
+
+@pytest.mark.slow
+def test_memory_of_a_hook_finds_its_parameters_in_another_mesh(plan: Links):
+    """Of each parameter, the residuals' sum over the ranks stays."""
+    source, run = plan["powersgd x pp2 whole 4"], plan["memory 4"]
+    before, after = (losses(flags) for flags in (source, run))
+    assert before[:2] == after[:2] and after == pytest.approx(before, rel=1e-3)
+    log = (out_dir(run) / "train.log").read_text()
+    assert "dropped" not in log and "lost" not in log
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", GRID)
+def test_each_pair_of_meshes(name: str, data_dir: Path, tmp_path: Path):
+    """Also with itself: to the same bits."""
+    more, ways = GRID[name]
+    plan = Links(flags_of(data_dir), tmp_path, ranks=4)
+    for way in ways:
+        plan.link(way, more, way, 4)
+    for first in ways:
+        for second in ways:
+            plan.link(f"{first} | {second}", more, second, 4, source=first)
+    plan.run()
+    alone = plan["1 4"]
+    for first in ways:
+        for second in ways:
+            run = plan[f"{first} | {second} 4"]
+            assert losses(run) == pytest.approx(losses(alone), rel=1e-5), (first, second)
+            assert relative_difference(final_state(run, 4), final_state(alone, 4)) < 1e-4, (first, second)
+            assert audit.main([str(out_dir(run))]) == 0
+        assert losses(plan[f"{first} | {first} 4"]) == losses(plan[f"{first} 4"])
+        assert same_bits(final_state(plan[f"{first} | {first} 4"], 4), final_state(plan[f"{first} 4"], 4)), first

@@ -4,26 +4,24 @@ A group is spawned once and works through all cases.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import Decoder, ModelConfig
+from model import Decoder, ModelConfig, hf
 from model.adapters import lora
 from model.adapters.lora import LoraSpec
+from model.divided import outline_of_part
 from model.ops import build_ops
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, destroy_context, init_context
-from parallel.mesh import plan_mesh
+from parallel.mesh import Mesh, plan_mesh
 from parallel.torch_engines.cutting import Cutter
+from parallel.torch_engines.tensor import check
 from serving.generation import generate
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks
-from training.adapter import Adapter
-from training.build_model import _outline_of_part
 
 ROWS, LENGTH, VOCAB = 3, 12, 32
 CPU = torch.device("cpu")
@@ -108,8 +106,7 @@ def part_of(whole: Decoder, case: Case, context: DistContext) -> tuple[Decoder, 
     cutter = Cutter(config, context, plan_mesh(config, context), case.dtype)
     ops = build_ops({**whole.ops.names, "experts": case.experts, "cross_entropy": "chunked"})
     options = case.keeps != "all", case.keeps if case.keeps != "all" else "nothing", ops
-    adapter = SimpleNamespace(spec=case.adapter) if case.adapter is not None else None
-    model = _outline_of_part(case.model, options, CPU, case.dtype, cast("Adapter", adapter), cutter)
+    model = outline_of_part(case.model, options, CPU, case.dtype, case.adapter, cutter)
     values = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         model.filling.put(parameter, values[name])
@@ -223,3 +220,37 @@ def test_other_uses():
     for found in run_ranks(2, other_uses):
         assert found["logprobs"] <= 2e-6 and found["gradient"] <= 2e-5 and found["logits"] <= 2e-6, found
         assert found["texts"][0] == found["texts"][1] and len(found["texts"][0]) == 8
+
+
+WIDE = replace(LLAMA, num_attention_heads=6, num_key_value_heads=6, hidden_size=24, head_dim=4, vocab_size=60)
+
+
+@pytest.mark.parametrize(
+    "model, size, sentence",
+    [
+        (WIDE, 4, "cannot cut num_attention_heads=6: --tensor_model_parallel_size=3 is the nearest possible"),
+        (replace(WIDE, num_key_value_heads=2), 3, "cannot cut num_key_value_heads=2: --tensor_model_parallel_size=2"),
+        (replace(WIDE, vocab_size=31), 2, "cannot cut vocab_size=31: --tensor_model_parallel_size=1"),
+        (replace(WIDE, intermediate_size=21), 2, "cannot cut intermediate_size=21: --tensor_model_parallel_size=1"),
+        (replace(MIXTRAL, moe_intermediate_size=6), 4, "cannot cut moe_intermediate_size=6: "),
+        (replace(LLAMA, position_embedding="alibi"), 2, "does not go with ALiBi"),
+        (replace(LLAMA, local_filter=True), 2, "does not go with a local filter"),
+        (replace(LLAMA, attention_dropout=0.1), 2, "give --attention_dropout=0"),
+        (replace(LLAMA, hidden_dropout=0.1), 2, "--sequence_parallel does not go with hidden_dropout"),
+    ],
+)
+def test_refused_shapes(model: ModelConfig, size: int, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        check(hf.outline(model), Mesh(0, tensor_size=size), sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [({"use_dora": True}, "leave out --use_dora"), ({"dropout": 0.1}, "give --lora_dropout=0"),
+     ({"token_ids": (30, 31)}, "give --train_added_tokens=all")],
+)  # fmt: skip
+def test_refused_adapters(changes: dict, sentence: str):
+    model = hf.outline(LLAMA)
+    lora.attach(model, replace(ALL_LINEAR, **changes), 0)
+    with pytest.raises(ValueError, match=sentence):
+        check(model, Mesh(0, tensor_size=2), sequence_parallel=False)
