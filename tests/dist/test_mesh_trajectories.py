@@ -12,8 +12,8 @@ import torch
 from checkpoint.named import Piece, load_named_state
 from model import hf
 from tests.conftest import SEQ_LEN, TINY_MODEL
-from tests.dist.test_experts_runs import BIASED
-from tests.dist.test_parallel_runs import POWERSGD, ZERO1, Plan, checkpoint
+from tests.dist.test_experts_runs import BIASED, MIXTRAL
+from tests.dist.test_parallel_runs import GATHER, POWERSGD, ZERO1, Plan, checkpoint
 from tests.dist.test_sft_dpo_runs import Data
 from tests.runs import final_state, losses, records, relative_difference, same_bits
 
@@ -21,6 +21,7 @@ STEPS, LONG = 5, 20
 TENSOR, SEQUENCE = "--tensor_model_parallel_size=2", "--sequence_parallel"
 PIPE, CONTEXT, EXPERT = (f"--{name}_parallel_size=2" for name in ("pipeline_model", "context", "expert_model"))
 FSDP = "--data_parallel=fsdp"
+CHECKPOINTING, RING = "--gradient_checkpointing", "--context_parallel_method=ring"
 SMALL = ["--train_batch_size=2", "--gradient_accumulation_steps=4"]
 """A global batch of eight rows, as that of one process."""
 VIRTUAL = "--num_layers_per_virtual_pipeline_stage=1"
@@ -31,13 +32,14 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "plain": ("pretrain", LLAMA),
     "untied": ("pretrain", [*LLAMA, "--no-tie_word_embeddings"]),
     "muon": ("pretrain", [*LLAMA, "--optimizer=muon"]),
-    "experts": ("pretrain", [*TINY_MODEL, *BIASED, "--no-tie_word_embeddings"]),
+    "mixtral": ("pretrain", [*TINY_MODEL, *MIXTRAL, "--no-tie_word_embeddings"]),
+    "biased": ("pretrain", [*TINY_MODEL, *BIASED, "--no-tie_word_embeddings", "--attention_dropout=0"]),
     "bf16": ("pretrain", [*LLAMA, "--dtype=bfloat16"]),
     "sft packed": ("sft", []),
     "sft unpacked": ("sft", ["--no-packing"]),
     "dpo sigmoid": ("dpo", []),
     "dpo kto_pair": ("dpo", ["--dpo_loss_type=kto_pair", "--dpo_beta=0.5"]),
-    "lora": ("sft", LORA),
+    "lora": ("sft", [*LORA, "--lora_modules_to_save=norm"]),
     "lora dpo": ("dpo", LORA),
 }
 """What is trained: name -> task and flags. Each is first run by one process."""
@@ -45,6 +47,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
 WAYS: dict[str, tuple[int, list[str]]] = {
     "tp2": (2, [TENSOR]),
     "tp2 sp": (2, [TENSOR, SEQUENCE]),
+    "tp2 sp checkpointed": (2, [TENSOR, SEQUENCE, CHECKPOINTING]),
     "gpipe": (2, [PIPE, "--pipeline_schedule=gpipe"]),
     "1f1b": (2, [PIPE]),
     "interleaved": (2, [PIPE, "--pipeline_schedule=interleaved", VIRTUAL]),
@@ -52,9 +55,11 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "zbv": (2, [PIPE, "--pipeline_schedule=zbv", VIRTUAL]),
     "pp2 auto": (2, [PIPE, "--pipeline_micro_batches=8"]),
     "cp2": (2, [CONTEXT]),
+    "ring2": (2, [CONTEXT, RING]),
+    "cp4": (4, ["--context_parallel_size=4", CHECKPOINTING]),
     "ep2": (2, [EXPERT]),
     "pp4 parts": (4, ["--pipeline_model_parallel_size=4", "--pipeline_parts=2,1,2,1"]),
-    "dp2 tp2": (4, [TENSOR, SEQUENCE, ZERO1]),
+    "dp2 tp2": (4, [TENSOR, SEQUENCE, ZERO1, GATHER]),
     "fsdp2 tp2": (4, [TENSOR, FSDP]),
     "fsdp2 tp2 sp": (4, [TENSOR, SEQUENCE, FSDP]),
     "dp2 pp2": (4, [PIPE]),
@@ -62,7 +67,7 @@ WAYS: dict[str, tuple[int, list[str]]] = {
     "dp2 cp2": (4, [CONTEXT]),
     "tp2 pp2": (4, [TENSOR, PIPE]),
     "tp2 sp pp2": (4, [TENSOR, SEQUENCE, PIPE]),
-    "tp2 cp2": (4, [TENSOR, CONTEXT]),
+    "tp2 sp cp2": (4, [TENSOR, SEQUENCE, CONTEXT]),
     "ep2 tp2": (4, [EXPERT, TENSOR]),
     "ep2 pp2": (4, [EXPERT, PIPE]),
     "dp4 ep2": (4, [EXPERT, ZERO1]),
@@ -73,28 +78,29 @@ WAYS: dict[str, tuple[int, list[str]]] = {
 """How ranks share the work: name -> number of ranks and flags."""
 
 PAIRS = {
-    "plain": ("dp2 tp2", "dp2 pp2 zero1", "tp2 sp pp2", "fsdp2 tp2", "dp2 cp2"),
-    "experts": ("ep2 pp2",),
-    "sft unpacked": ("dp2 tp2 pp2",),
+    "plain": ("dp2 tp2", "dp2 pp2 zero1", "tp2 sp pp2", "fsdp2 tp2 sp", "dp2 cp2", "tp2 sp cp2"),
+    "mixtral": ("dp2 tp2",),
+    "biased": ("ep2 pp2", "tp2 sp checkpointed"),
+    "bf16": ("tp2 sp",),
+    "sft packed": ("cp4",),
+    "sft unpacked": ("dp2 tp2 pp2", "ring2"),
     "dpo kto_pair": ("tp2 pp2",),
-    "lora": ("tp2 pp2",),
+    "lora": ("dp2 tp2",),
+    "lora dpo": ("tp2 pp2",),
 }
 """Pairs of the normal suite."""
-RESUMED = (("plain", "tp2 sp pp2"), ("lora", "tp2 pp2"))
+RESUMED = (("plain", "tp2 sp pp2"), ("plain", "dp2 tp2"), ("plain", "dp2 cp2"), ("lora dpo", "tp2 pp2"))
 
 
 def can_be(kind: str, way: str) -> bool:
     """What is refused is no pair."""
-    flags = WAYS[way][1]
-    layers = 4 if KINDS[kind][1][: len(LLAMA)] == LLAMA else 2
-    needs_four = VIRTUAL in flags or "parts" in way
-    if kind != "experts" and EXPERT in flags:
+    flags, has_experts = WAYS[way][1], kind in ("mixtral", "biased")
+    has_four_layers = KINDS[kind][1][: len(LLAMA)] == LLAMA
+    if EXPERT in flags and not has_experts or RING in flags and kind != "sft unpacked":
         return False
     if kind == "muon" and TENSOR in flags:
         return False
-    if "zb" in way or "zero_bubble" in way:
-        return kind in ("plain", "untied", "bf16")
-    return layers == 4 or not needs_four
+    return has_four_layers or not (VIRTUAL in flags or "parts" in way)
 
 
 class Home:
