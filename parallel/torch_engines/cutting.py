@@ -116,6 +116,10 @@ def whole_outlines(model: nn.Module, config: ParallelConfig) -> dict[str, Outlin
     def outline(role: Role, parameter: Tensor) -> Outline:
         is_partial = role.is_partial or (role.is_between and config.sequence_parallel)
         is_sharded = config.uses_fsdp and shards.is_cut(parameter)
-        return Outline(tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded)
+        # (Under FSDP, what trains is in float32, too, but is gathered in the dtype to compute in.)
+        is_float32 = parameter.dtype == torch.float32 and not parameter.requires_grad
+        return Outline(
+            tuple(parameter.shape), role.cut, role.joined, is_partial, role.is_stack, is_sharded, is_float32
+        )
 
     return {name: outline(roles[name], parameter) for name, parameter in model.named_parameters()}
