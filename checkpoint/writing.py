@@ -102,8 +102,9 @@ class CheckpointWriter:
         Args:
             state: pieces of parameters with their tensors.
             holders: the ranks that hold the same list, this one among them.
-            holders_of: the ranks that hold the same of a piece, with others of these ranks in the same order; None: those
-                of the list. Those of them in this store share the work: each writes what begins in its even part.
+            holders_of: the ranks that hold the same of a piece; None: those of the list. All of them have the pieces
+                that they hold alike in one order. Those in this store share the work: each writes the pieces that begin
+                in its even part.
         """
         self._holders = tuple(holders)
         lists: dict[tuple[int, ...], list[tuple[Piece, dict[str, Tensor]]]] = {}
