@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_memory [--size 125m] [--train_batch_size 1] [--max_seq_len 512]
     python -m benchmarks.step_memory --ranks 4          ways in which ranks share the work: bytes of a rank
+    python -m benchmarks.step_memory --ranks 4 --meshes [--size 8x34m]        the same of meshes
     python -m benchmarks.step_memory --gpus             by formula: which GPUs hold 7B, 13B and 70B (docs/memory.md)
     python -m benchmarks.step_memory --offload_time     optimizer's step with and without --offload_optimizer
 
@@ -24,6 +25,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -37,6 +39,7 @@ from torch import Tensor
 from model import Decoder, ModelConfig, hf
 from model.adapters.config import AdapterConfig
 from model.adapters.lora import LoraSpec, attach
+from model.flops import unit_flops
 from model.kernels.blocked_attention import kept_size
 from model.memory import GB, GPUS_GB, SIZES, TrainingPlan, estimate
 from model.ops import build_ops, choose_ops
@@ -53,8 +56,9 @@ from parallel.engines import model_cutter, open_engine
 from parallel.gradients import square
 from parallel.launched import launched_world_size
 from parallel.mesh import plan_mesh
+from parallel.stages import plan_stages
 from tasks.language_model import LanguageModelTask
-from training.build_model import build_model
+from training.build_model import build_model, to_device
 from training.config import SystemConfig
 from utils.terminal import run_main
 
@@ -62,6 +66,8 @@ MB = 1e6
 SHAPES = {name: config for name, (_, config) in SIZES.items()} | {
     "34m": ModelConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
                        max_position_embeddings=2048),
+    "8x34m": ModelConfig(vocab_size=8192, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+                         num_local_experts=8, max_position_embeddings=2048),
 }  # fmt: skip
 """Value of --size -> shape."""
 LORA = AdapterConfig(lora_r=16, lora_target_modules="all-linear")
@@ -94,6 +100,21 @@ MODES = {
     "HSDP": ParallelConfig(data_parallel="hsdp"),
 }
 """Ways in which ranks share the training of all weights by AdamW."""
+_TENSOR, _PIPE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+MESHES = {
+    "tensor 2": ParallelConfig(**_TENSOR),
+    "tensor 2, sequence parallel": ParallelConfig(**_TENSOR, sequence_parallel=True),
+    "pipeline 2": ParallelConfig(**_PIPE),
+    "pipeline 2, gpipe": ParallelConfig(**_PIPE, pipeline_schedule="gpipe"),
+    "tensor 2 x pipeline 2": ParallelConfig(**_TENSOR, **_PIPE),
+    "context 2": ParallelConfig(context_parallel_size=2),
+    "fsdp x tensor 2": ParallelConfig(data_parallel="fsdp", **_TENSOR),
+    "experts over 2 ranks": ParallelConfig(expert_model_parallel_size=2),
+}
+"""The same where other dimensions than data cut the model or the rows; data has the ranks that are left."""
+_SIZES = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+)  # fmt: skip
 
 ON_GPU = TrainingPlan(max_seq_len=2048)
 RECOMPUTED, ADAPTED = replace(ON_GPU, gradient_checkpointing=True), replace(ON_GPU, adapter=LORA)
@@ -151,13 +172,15 @@ def give_back_freed_memory() -> None:
 
 def mode_of(row: str, ranks: int) -> ParallelConfig:
     """How the ranks of a row share the work. HSDP's are two machines."""
-    parallel = MODES.get(row, ParallelConfig())
+    parallel = (MODES | MESHES).get(row, ParallelConfig())
     return replace(parallel, ranks_per_machine=ranks // 2) if parallel.data_parallel == "hsdp" else parallel
 
 
 def planned(args: argparse.Namespace, row: str) -> TrainingPlan:
     plan = replace(ROWS.get(row, FULL), train_batch_size=args.train_batch_size, max_seq_len=args.max_seq_len)
     plan = replace(plan, fused=torch.cuda.is_available())
+    if row in MESHES:
+        plan = replace(plan, pipeline_model_parallel_size=MESHES[row].pipeline_model_parallel_size)
     config = SHAPES[args.size].resolve()
     if plan.dtype != "bfloat16" or plan.fused:
         return plan
@@ -190,13 +213,20 @@ class Training:
     def __init__(self, config: ModelConfig, plan: TrainingPlan, context: DistContext, parallel: ParallelConfig):
         self.plan, dtype, device = plan, getattr(torch, plan.dtype), context.device
         mesh = plan_mesh(parallel, context)
-        cutter = model_cutter(parallel, context, mesh, dtype)
+        stages = None
+        # Of a pipeline so many micro-batches are on their way as in the formula. Otherwise two: with shards, gradients
+        # of the first one are there during the second.
+        self.micro_batches = plan.micro_batches if mesh.pipe_size > 1 else 2
+        if mesh.pipe_size > 1:
+            stages = plan_stages(parallel, unit_flops(config, plan.max_seq_len, 1.0))
+        cutter = model_cutter(parallel, context, mesh, dtype, stages)
         self.model = (
             new_model(config, plan, device) if cutter is None
             else build_model(config, SystemConfig(), 0, device, dtype, None, cutter=cutter).train()
         )  # fmt: skip
         self.task = LanguageModelTask(self.model, 0, torch.ones(config.vocab_size))
-        self.tokens, self.steps = 2 * plan.tokens * context.world_size, 0
+        rows = self.micro_batches * plan.train_batch_size * mesh.data_size
+        self.tokens, self.steps = rows * plan.max_seq_len, 0
         self.device, self.scaler = device, LossScaler(enabled=False)
         kernel = choose_kernel("auto", "", device) if not plan.offload_optimizer else "torch"
         self.rules = new_rules(
@@ -204,11 +234,13 @@ class Training:
         )
         self.engine = open_engine(
             EngineParts(
-                parallel, PowerSGDConfig(), context, mesh, self.model, to_device=lambda batch: batch,
+                parallel, PowerSGDConfig(), context, mesh, self.model,
+                to_device=lambda batch: to_device(batch, self.model, device),
                 new_optimizer=self._new_optimizer, square=sum_of_squares if kernel == "triton" else square,
                 loss_scale=lambda: 1.0, is_fp16=False, seed=0, compute_dtype=dtype,
                 division=cutter.division if cutter is not None else None,
-                groups=cutter.groups if cutter is not None else None,
+                groups=cutter.groups if cutter is not None else None, stages=stages,
+                micro_batches=self.micro_batches,
             )
         )  # fmt: skip
 
@@ -227,8 +259,7 @@ class Training:
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "positions": positions}
         self.steps += 1
         plan = StepPlan(self.steps, 1e-4, self.tokens, lambda: None)
-        # With shards, gradients of the first micro-batch are there during the second.
-        self.engine.forward_backward([batch] * 2, self.task, plan)
+        self.engine.forward_backward([batch] * self.micro_batches, self.task, plan)
         return plan
 
     def step(self) -> None:
@@ -284,8 +315,8 @@ def measure(config: ModelConfig, plan: TrainingPlan, parallel: ParallelConfig) -
     context = init_context()
     device = context.device
     # A small model first, which loads all code.
-    small = replace(config, hidden_size=64, intermediate_size=64, num_attention_heads=1, num_key_value_heads=1,
-                    num_hidden_layers=1, vocab_size=64, head_dim=64)  # fmt: skip
+    small = replace(config, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2,
+                    num_hidden_layers=2, vocab_size=64, head_dim=32, moe_intermediate_size=64)  # fmt: skip
     training = Training(small, plan, context, parallel)
     training.step()
     training.engine.close()
@@ -332,8 +363,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="125m")
     parser.add_argument("--train_batch_size", type=int, default=1)
     parser.add_argument("--max_seq_len", type=int, default=512)
-    parser.add_argument("--row", choices=[*ROWS, *MODES], help="measure this row in this process, or on these ranks")
+    rows = [*ROWS, *MODES, *MESHES]
+    parser.add_argument("--row", choices=rows, help="measure this row in this process, or on these ranks")
     parser.add_argument("--ranks", type=int, default=0, help="compare the ways in which so many ranks share the work")
+    parser.add_argument("--meshes", action="store_true", help="with --ranks: compare meshes")
     parser.add_argument("--gpus", action="store_true", help="print the table for GPUs, by formula alone")
     parser.add_argument("--offload_time", action="store_true", help="time the optimizer's step alone")
     args = parser.parse_args()
@@ -355,8 +388,8 @@ def print_table(args: argparse.Namespace) -> None:
     columns = ["between steps", "peak", *(["parameters", "gradients", "states"] if args.ranks else [])]
     print(f"| mode | {' | '.join(f'{name} | by the formula' for name in columns)} | ratio of the peaks |")
     print(f"|{'---|' * (2 * len(columns) + 2)}")
-    for row in MODES if args.ranks else ROWS:
-        if row == "HSDP" and args.ranks < 4:
+    for row in (MESHES if args.meshes else MODES) if args.ranks else ROWS:
+        if not is_possible(mode_of(row, args.ranks), args.ranks, SHAPES[args.size]):
             continue
         launcher = ["parallel.launch", "--standalone", f"--nproc_per_node={args.ranks}", "-m"] if args.ranks else []
         command = [sys.executable, "-m", *launcher, "benchmarks.step_memory", "--row", row, "--size", args.size,
@@ -366,14 +399,25 @@ def print_table(args: argparse.Namespace) -> None:
         print(line_of(row, found, by_formula(args, row), columns), flush=True)
 
 
+def is_possible(parallel: ParallelConfig, ranks: int, config: ModelConfig) -> bool:
+    """Whether so many ranks can share the work in this way. (HSDP's machines are two.)"""
+    cut = math.prod(getattr(parallel, name) for name in _SIZES)
+    has_experts = config.num_local_experts > 0 or parallel.expert_model_parallel_size == 1
+    least = 4 if parallel.data_parallel == "hsdp" else 1
+    return has_experts and ranks >= least and max(ranks, 1) % cut == 0
+
+
 def by_formula(args: argparse.Namespace, row: str) -> dict[str, float]:
     """Bytes of a rank. On a CPU, host memory is the device's."""
     parallel = mode_of(row, args.ranks or 1)
-    sharing = {"auto": args.ranks if parallel.use_distributed_optimizer else 1, "fsdp": args.ranks,
+    outside = math.prod(getattr(parallel, name) for name in _SIZES if not name.startswith("expert"))
+    data = max(args.ranks, 1) // outside
+    sharing = {"auto": data if parallel.use_distributed_optimizer else 1, "fsdp": data,
                "hsdp": parallel.ranks_per_machine}  # fmt: skip
     plan = replace(
         planned(args, row), data_parallel=parallel.data_parallel, ranks=sharing[parallel.data_parallel],
-        reshard_after_forward=parallel.reshard_after_forward,
+        reshard_after_forward=parallel.reshard_after_forward, sequence_parallel=parallel.sequence_parallel,
+        pipeline_schedule=parallel.pipeline_schedule, **{name: getattr(parallel, name) for name in _SIZES},
     )  # fmt: skip
     expected = estimate(SHAPES[args.size], plan)
     host, lasting = sum(expected.host.values()), expected.lasting

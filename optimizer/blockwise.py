@@ -29,7 +29,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from checkpoint.named import NamedState, Piece
+from checkpoint.named import NamedState, Piece, flat_offset
 from optimizer.param_groups import ParamGroups
 from optimizer.rule import Gather, Rule, SliceState, Step, Work, chunk_size
 from parallel.buffer import ParameterSlice
@@ -149,8 +149,9 @@ class BlockwiseRule(Rule):
         self.kernel = kernel
 
     def takes(self, parameter: Named) -> bool:
-        """Decides by parameter, never by slice, so that no layout changes it."""
-        return math.prod(parameter.shape) >= SMALLEST_QUANTIZED
+        """Decides by parameter, never by what a rank has of it, so that no layout changes it."""
+        whole = parameter.shape if parameter.held is None else parameter.held.shape
+        return math.prod(whole) >= SMALLEST_QUANTIZED
 
     def new_tensors(self, piece: ParameterSlice, main: Tensor) -> dict[str, Tensor]:
         assert piece.offset % BLOCK == 0, f"{piece.name} is cut within a block, at {piece.offset}"
@@ -162,12 +163,15 @@ class BlockwiseRule(Rule):
         return tensors
 
     def named_state(self, state: SliceState) -> NamedState:
-        """The scales are parts of a tensor with one element for each block of the parameter."""
+        """The scales are parts of a tensor with one element for each block of the parameter. (Of a parameter that is
+        cut, a rank has elements that follow each other, such as some experts of a stack.)"""
         piece, tensors = state.piece, state.tensors
+        first = flat_offset(piece.part.shape, piece.part.boxes)
+        assert first is not None and first % BLOCK == 0, f"{piece.name} is cut within a block"
         codes = {f"{name}_codes": tensors[f"{name}_codes"] for name in self.signs}
         scales = {f"{name}_scales": tensors[f"{name}_scales"] for name in self.signs}
-        of_blocks = (num_blocks(math.prod(piece.shape)),)
-        place = Piece.flat(piece.name, of_blocks, piece.offset // BLOCK, num_blocks(len(state.main)))
+        of_blocks = (num_blocks(math.prod(piece.part.shape)),)
+        place = Piece.flat(piece.name, of_blocks, first // BLOCK, num_blocks(len(state.main)))
         return [(piece.part, {"main": state.main, **codes}), (place, scales)]
 
     def step(self, works: Sequence[Work], step: Step, gather: Gather) -> bool:

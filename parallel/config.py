@@ -226,6 +226,10 @@ REFUSED = (
         "with --data_parallel=auto, --use_distributed_optimizer shares the optimizer's state",
     ),
     Refused(
+        ("ddp_impl",), lambda f: f["expert_model_parallel_size"] > 1 or f["tensor_model_parallel_size"] > 1,
+        "adds up every gradient over all ranks, and some of these hold different parts of the model: leave it out",
+    ),
+    Refused(
         ("use_distributed_optimizer", "use_powerSGD_hook", "use_bf16_compress_hook", "overlap_optim_step",
          "use_fp16_compress_hook"), _is_naive,
         "needs buckets: leave out --ddp_impl=naive",

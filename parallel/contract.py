@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from checkpoint.named import NamedState
+from checkpoint.named import NamedState, Piece
 from parallel.buffer import ParameterSlice
 
 
@@ -29,7 +29,12 @@ class Named(Protocol):
     def name(self) -> str: ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of what this rank holds."""
+
+    @property
+    def held(self) -> Piece | None:
+        """What this rank holds of the whole parameter; None: all."""
 
 
 class GradientSource(Protocol):

@@ -7,6 +7,7 @@ The model is whole on every rank, or cut over other dimensions of the mesh than 
 the ranks that hold it (sum_groups.py).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -62,8 +63,25 @@ def new_ddp(parts: EngineParts) -> DistributedDataParallel:
         collectives=collectives,
         sums=sums,
     )
+    _require_alignment(ddp, parts)
     ddp.use_hook(_new_hook(parts, ddp))
     return ddp
+
+
+def _require_alignment(ddp: DistributedDataParallel, parts: EngineParts) -> None:
+    """See that no rank's part of a parameter begins where the optimizer cannot cut it. The same on all ranks.
+
+    Raises:
+        ValueError: one does; names the parameter.
+    """
+    for slot in ddp.flat_buffers.layout.slots:
+        parameter, multiple = slot.parameter, parts.alignment_of(slot.parameter)
+        is_cut = parameter.held is not None and parameter.numel < math.prod(parameter.held.shape)
+        if is_cut and parameter.numel % multiple:
+            raise ValueError(
+                f"--optimizer: state in 8 bits has scales for {multiple} values in a row, and {parameter.name} would "
+                f"be cut into parts of {parameter.numel}: give the optimizer without 8bit"
+            )
 
 
 def levels_of(parts: EngineParts) -> Levels | None:

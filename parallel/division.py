@@ -68,6 +68,8 @@ class Kind(NamedTuple):
     is_partial: bool
     is_on_all_tensor_ranks: bool
     """Whether all tensor ranks hold it alike."""
+    is_sharded: bool
+    """Whether FSDP cuts what a rank holds of it by rows."""
     stages: tuple[int, ...]
     """The pipe ranks that hold it."""
 
@@ -152,7 +154,7 @@ class Division:
         return _tensor_dim(outline) is not None or outline.is_partial or self._place(rank).tensor_rank == 0
 
     def held_alike(self, name: str, rank: int | None = None) -> tuple[int, ...]:
-        """The ranks that hold the same piece of a parameter as a rank that holds some of it."""
+        """The ranks that hold the same piece of a parameter as a rank that holds some of it, before FSDP cuts it."""
         kind = self.kind(name)
         return self._sharers("alike", kind, rank, kind.is_on_all_tensor_ranks)
 
@@ -165,7 +167,7 @@ class Division:
     def kind(self, name: str) -> Kind:
         its = self.outlines[name]
         is_everywhere = _tensor_dim(its) is None and its.cut != "first"
-        return Kind(its.is_stack, its.is_partial, is_everywhere, tuple(sorted(self._stages_of(name))))
+        return Kind(its.is_stack, its.is_partial, is_everywhere, its.is_sharded, tuple(sorted(self._stages_of(name))))
 
     def _sharers(self, purpose: str, kind: Kind, rank: int | None, over_tensor: bool) -> tuple[int, ...]:
         """The ranks that share a parameter with a rank: its copies, on tensor ranks too if so, on all of its stages."""

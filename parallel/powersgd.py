@@ -83,6 +83,17 @@ class _Matrix:
     residual: Tensor | None
     """[m, n]; None without error feedback, or if the residual is in the gradient buffer."""
 
+    @property
+    def q_key(self) -> str:
+        """Name of Q in a checkpoint."""
+        return f"{_label(self.slot.parameter)}/q"
+
+    @property
+    def residual_key(self) -> str:
+        # Where several ranks compute the same gradient, the residual of one of them is enough for another mesh.
+        copy = "" if self.slot.parameter.counts else "@copy"
+        return f"{_label(self.slot.parameter)}{copy}/residual"
+
 
 @dataclass
 class _BucketState:
@@ -387,14 +398,15 @@ class PowerSGD(CommHook):
         return {"compression": {"ratio": self.compression_ratio, "mean_relative_error": mean, "relative_error": errors}}
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Memory between two steps: "name/residual" of this rank, and "name/q", which all ranks share."""
+        """Memory between two steps: "name/residual" of this rank, and "name/q", which all ranks share that add this
+        gradient. Of a part of a parameter, the name says which one."""
         tensors = {}
         for state, bucket in zip(self._states, self.buckets):
             for matrix in state.matrices:
                 residual = self._residual(matrix, bucket)
                 if residual is not None:
-                    tensors[f"{matrix.slot.parameter.name}/residual"] = residual
-                tensors[f"{matrix.slot.parameter.name}/q"] = matrix.start_q
+                    tensors[matrix.residual_key] = residual
+                tensors[matrix.q_key] = matrix.start_q
         return tensors
 
     def take_states(self, states: SavedStates, step: int) -> list[str]:
@@ -406,7 +418,8 @@ class PowerSGD(CommHook):
             dropped = self.add_residuals(saved) if is_mine else []
             if dropped:
                 sentences.append(
-                    f"residuals are dropped, as these parameters are no longer compressed: {', '.join(dropped)}"
+                    f"residuals are dropped, as these parameters are no longer compressed, or are cut in another way: "
+                    f"{', '.join(dropped)}"
                 )
         return sentences
 
@@ -414,23 +427,24 @@ class PowerSGD(CommHook):
         """Add a saved rank's residuals to this one's. A rank may take up several: only their sum over ranks matters.
 
         Returns:
-            parameters whose saved residual has no place here, because they are no longer compressed.
+            parameters whose saved residual has no place here, because they are no longer compressed, or cut in another
+            way.
         """
-        left = {key.removesuffix("/residual") for key in saved if key.endswith("/residual")}
+        left = {key for key in saved if key.endswith("/residual")}
         for state, bucket in zip(self._states, self.buckets):
             for matrix in state.matrices:
-                residual, name = self._residual(matrix, bucket), matrix.slot.parameter.name
-                if residual is not None and name in left:
-                    left.remove(name)
-                    residual.add_(saved[f"{name}/residual"].to(residual.device).view(matrix.shape))
+                residual, key = self._residual(matrix, bucket), matrix.residual_key
+                if residual is not None and key in left:
+                    left.remove(key)
+                    residual.add_(saved[key].to(residual.device).view(matrix.shape))
             state.grad_is_residual = self.config.grad_buffer_is_powerSGD_error
-        return sorted(left)
+        return sorted({key.rpartition("/")[0].partition("@")[0] for key in left})
 
     def take_q(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from a saved Q. If its number of columns differs, use as many as both have."""
         for state in self._states:
             for matrix in state.matrices:
-                q = saved.get(f"{matrix.slot.parameter.name}/q")
+                q = saved.get(matrix.q_key)
                 if q is not None and not self.config.use_fixed_Q:
                     columns = min(q.shape[-1], matrix.rank)
                     matrix.start_q[..., :columns] = q[..., :columns].to(matrix.start_q)
@@ -480,6 +494,15 @@ def _matrix_shape(parameter: ParameterSpec) -> tuple[int, ...]:
     if len(shape) in (2, 3):
         return shape
     return (shape[0], parameter.numel // shape[0]) if len(shape) > 3 else (parameter.numel, 0)
+
+
+def _label(parameter: ParameterSpec) -> str:
+    """Name of what this rank holds of a parameter: "up_proj.weight@0:16,0:64" of its first 16 rows."""
+    held = parameter.held
+    if held is None or len(held.boxes) == 1 and held.boxes[0].length == held.shape:
+        return parameter.name
+    boxes = (",".join(map("{}:{}".format, box.start, box.length)) for box in held.boxes)
+    return f"{parameter.name}@{'+'.join(boxes)}"
 
 
 def _columns(flat: Tensor, shape: tuple[int, ...], rank: int) -> Tensor:

@@ -60,40 +60,26 @@ def require_same_weights(context: DistContext, weights: Iterable[Tensor], step: 
         _require_same([[*enumerate(context.gather(checksum(weights)))]], step)
 
 
-def require_same_shards(
-    context: DistContext, shards: Iterable[Tensor], num_shards: int, whole: Iterable[Tensor], step: int
-) -> None:
-    """Compare the shards of all copies of a model, and what every rank holds whole. Collective; main thread only.
-
-    Args:
-        shards: this rank's, which are those of the ranks `num_shards` before and after it, and so on.
-    Raises:
-        ReplicaDrift: they differ; on all ranks.
-    """
-    if context.world_size > 1:
-        sums = context.gather([checksum(shards), checksum(whole)])
-        of_shards, of_whole = ([*enumerate(values)] for values in zip(*sums))
-        _require_same([*(of_shards[shard::num_shards] for shard in range(num_shards)), of_whole], step)
-
-
 def require_same_pieces(
     context: DistContext, division: Division, parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[Tensor],
-    step: int, shard: int = 0,
+    step: int,
 ) -> None:  # fmt: skip
     """Compare what several ranks of a mesh hold alike. Collective; main thread only.
 
     Args:
         parameters: name -> what this rank holds of each.
-        buffers: those of ranks that hold the same pieces of all parameters are the same.
-        shard: number of this rank's rows, if data ranks share what the division leaves them.
+        buffers: they are the same on ranks with the same stages, parts of matrices and experts.
     Raises:
         ReplicaDrift: they differ; on all ranks.
     """
+    mesh = division.mesh
     # Parameters of one kind are held alike by the same ranks, of which the first one names the set.
-    kinds: dict[str, list[Tensor]] = {f"buffers {division.same_pieces()[0]}": [*buffers]}
+    kinds: dict[str, list[Tensor]] = {f"buffers {mesh.pipe_rank} {mesh.tensor_rank} {mesh.expert_rank}": [*buffers]}
     for name, parameter in parameters:
-        kinds.setdefault(f"{tuple(division.kind(name))} {division.held_alike(name)[0]}", []).append(parameter)
-    own = {f"{kind} {shard}": checksum(tensors) for kind, tensors in kinds.items()}
+        kind = division.kind(name)
+        shard = mesh.shard_rank if kind.is_sharded else 0
+        kinds.setdefault(f"{tuple(kind)} {division.held_alike(name)[0]} {shard}", []).append(parameter)
+    own = {kind: checksum(tensors) for kind, tensors in kinds.items()}
     found: dict[str, list[tuple[int, int]]] = {}
     for rank, sums in enumerate(context.gather(own)):
         for kind, value in sums.items():

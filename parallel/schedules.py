@@ -18,7 +18,7 @@ equally long, and F, I and W, too (B twice as long):
     gpipe, 1f1b   (p - 1) / (m + p - 1)
     interleaved   (p - 1) / (v m + p - 1)
     zero_bubble   (p - 1) / (3 v m + p - 1)
-    zbv           (p - 1) / (6 m + p - 1)
+    zbv           (p - 1) / (6 m + p - 1), from m = 2 p - 1 on
 """
 
 from collections.abc import Callable, Sequence
@@ -269,6 +269,22 @@ def predict(
     return Prediction(tuple(map(tuple, spans)))
 
 
+def timeline(schedule: str, stages: Stages, micro_batches: int) -> list[str]:
+    """A line for each rank: its actions and waits, if F, I and W of all stages take equally long, a column each. A
+    rank's later stages have small letters."""
+    predicted = predict(schedule, stages, micro_batches, [StageTimes(1, 1, 1)] * stages.num_stages)
+    lines = []
+    for rank, spans in enumerate(predicted.ranks):
+        cells = [".."] * round(predicted.step)
+        for action, start, end in spans:
+            word = f"{action.kind}{action.micro_batch}"
+            is_first = action.stage == stages.stages_of(rank)[0]
+            for column in range(round(start), round(end)):
+                cells[column] = word if is_first else word.lower()
+        lines.append(" ".join(cells))
+    return lines
+
+
 def _needs(action: Action, num_stages: int) -> list[Action]:
     """Actions that must be done before another one."""
     kind, stage, micro_batch = action
@@ -278,6 +294,16 @@ def _needs(action: Action, num_stages: int) -> list[Action]:
         return [Action("I", stage, micro_batch)]
     behind = [Action("B", stage + 1, micro_batch)] if stage + 1 < num_stages else []
     return [Action("F", stage, micro_batch), *behind]
+
+
+def formula(schedule: str, pipe_size: int, per_rank: int, micro_batches: int) -> float:
+    """Share of a step in which a rank waits, by the formulas above.
+
+    Args:
+        per_rank: stages of each rank.
+    """
+    rounds = {"gpipe": 1, "1f1b": 1, "interleaved": per_rank, "zero_bubble": 3 * per_rank, "zbv": 6}[schedule]
+    return (pipe_size - 1) / (rounds * micro_batches + pipe_size - 1)
 
 
 def choose_micro_batches(

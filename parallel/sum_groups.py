@@ -13,6 +13,8 @@ All of them belong to the comm stream, which works through the buckets one after
 from collections import Counter
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from parallel.collectives import Collectives
 from parallel.context import Levels
 from parallel.division import Division
@@ -40,7 +42,7 @@ class SumGroups:
             # Every rank makes every group, in this order.
             group = groups.among("sums", [ranks])
             size = ranks_on_a_machine(ranks, division.mesh.machine_size)
-            levels = _levels(groups, ranks, size) if needs_levels and 1 < size < len(ranks) else None
+            levels = levels_among(groups, "sums", ranks, size) if needs_levels and 1 < size < len(ranks) else None
             if rank in ranks:
                 self._collectives[ranks] = Collectives(group, size if group is not None else 1, levels)
 
@@ -69,8 +71,17 @@ def ranks_on_a_machine(ranks: Sequence[int], machine_size: int) -> int:
     return counts.pop() if len(counts) == 1 else 1
 
 
-def _levels(groups: Groups, ranks: tuple[int, ...], size: int) -> Levels | None:
-    """Groups for collectives of some ranks on two levels; None: this rank is not among them. Collective."""
-    inside = groups.among("sums inside", [ranks[first : first + size] for first in range(0, len(ranks), size)])
-    between = groups.among("sums between", [ranks[number::size] for number in range(size)])
+def levels_among(groups: Groups, purpose: str, ranks: tuple[int, ...], size: int) -> Levels | None:
+    """Groups for collectives of some ranks on two levels; None: this rank is not among them. Collective.
+
+    Args:
+        purpose: as in `Groups.among`.
+        size: how many of them are on each machine.
+    """
+    inside = [ranks[first : first + size] for first in range(0, len(ranks), size)]
+    between = [ranks[number::size] for number in range(size)]
+    return _both(groups.among(f"{purpose} inside", inside), groups.among(f"{purpose} between", between))
+
+
+def _both(inside: dist.ProcessGroup | None, between: dist.ProcessGroup | None) -> Levels | None:
     return None if inside is None or between is None else Levels(inside, between)

@@ -328,6 +328,11 @@ _REFUSED = (
         "give --optimizer=adamw",
     ),
     Refused(
+        ("optimizer",), lambda f: f["optimizer"].endswith("8bit") and f["tensor_model_parallel_size"] > 1,
+        "has scales for values in a row, between which --tensor_model_parallel_size={tensor_model_parallel_size} cuts "
+        "matrices: give the optimizer without 8bit",
+    ),
+    Refused(
         ("cross_entropy_kernel",),
         lambda f: f["cross_entropy_kernel"] not in ("", "chunked") and f["tensor_model_parallel_size"] > 1,
         "computes with all scores of a token, and --tensor_model_parallel_size={tensor_model_parallel_size} cuts the "

@@ -20,11 +20,11 @@ With B rows of T positions, K key heads of D channels, and e bytes an element, o
                             backward   the same, their gradients: reduce-scatter; and the gather again where a block is
                                        computed again
     memory for activations  1/c of a row's, and in each layer keys and values of whole rows, 2 B K D e T, twice while
-                            they are put in order; masks of T / c queries for all keys, one byte each, if there are
-                            documents or windows
+                            they are put in order; with a kernel that does not know where documents begin
+                            (Ops.tails), masks of T / c queries for the keys before them, one byte each
 
-Gradients of keys and values are added in their own dtype, in one order on all ranks.
---context_parallel_method=ring passes keys and values on instead, see ring.py.
+Gradients of keys and values are added in their own dtype. It goes with every other dimension of the mesh, though not
+with zero-bubble pipelines. --context_parallel_method=ring passes keys and values on instead, see ring.py.
 """
 
 from collections.abc import Callable
@@ -71,10 +71,20 @@ def cut(
                 "--context_parallel_method=ring has a kernel for 16 bits alone: give --dtype=bfloat16, or "
                 "--context_parallel_method=gather"
             )
-        from parallel.torch_engines.ring import Ring
-
-        ring = Ring(group).attend
+        ring = _new_ring(group)
     cast(SharesRows, model).share_rows(mesh.context_rank, mesh.context_size, sums.gather, sums.add, ring)
+
+
+def _new_ring(group: dist.ProcessGroup) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    try:
+        from parallel.torch_engines.ring import Ring
+    except ImportError:
+        # It is experimental, and has moved from version to version.
+        raise ValueError(
+            f"--context_parallel_method=ring needs torch's ring attention, which {torch.__version__} has elsewhere "
+            f"or not at all: give --context_parallel_method=gather"
+        ) from None
+    return Ring(group).attend
 
 
 class RowSums:

@@ -49,8 +49,8 @@ def check(division: Division) -> None:
         divisors = [n for n in range(1, common + 1) if common % n == 0]
         nearest = min(divisors, key=lambda n: (abs(n - size), n))
         raise ValueError(
-            f"{flag}={size}: {num_experts} experts cannot be shared evenly by {size} ranks: {flag}={nearest} is the "
-            f"nearest possible"
+            f"{flag}={size}: {num_experts} experts cannot be shared evenly by {size} ranks: "
+            + (f"{flag}={nearest} is the nearest possible" if nearest > 1 else "leave it out")
         )
 
 

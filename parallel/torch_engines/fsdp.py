@@ -10,6 +10,8 @@ micro-batch. Embedding, last norm and head are whole from the beginning of a for
 pass. Gradients are summed after each micro-batch: gradients of the whole model are never in memory.
 
 HSDP: the ranks of a machine share a copy of the model in this way, and gradients are also summed between the copies.
+Ranks that share the positions of each row (context parallelism) are such copies, too. Under tensor parallelism, the
+data ranks with the same part of each matrix share it.
 
 Bytes sent by each of N ranks for P parameters, a micro-batch: w (N - 1) / N P for each gather (w: bytes of the compute
 dtype), and r (N - 1) / N P to sum the gradients of the trained ones (r: 4, or 2 with --no-grad_reduce_in_fp32). Between
@@ -36,7 +38,7 @@ from parallel.engine import EngineParts, StepPlan, Traffic
 from parallel.layout import ParameterSpec
 from parallel.mesh import Mesh
 from parallel.observer import Observer, no_gradient_error
-from parallel.replicas import require_same_shards
+from parallel.replicas import require_same_pieces
 from parallel.spans import span
 from parallel.torch_engines.gradients import ShardedGradients
 from parallel.torch_engines.shards import (
@@ -55,8 +57,9 @@ from parallel.torch_engines.whole import outlines_of, whole_weights
 class _CutModel:
     """What the loop over micro-batches sees of a model that sums its gradients by itself."""
 
-    def __init__(self, model: nn.Module, observer: Observer, gradients: ShardedGradients):
-        self.module, self.observer, self._gradients = model, observer, gradients
+    def __init__(self, parts: EngineParts, observer: Observer, gradients: ShardedGradients):
+        self.module, self.observer, self._gradients = parts.model, observer, gradients
+        self._tensor_group = parts.groups.of("tensor") if parts.groups is not None else None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -66,6 +69,8 @@ class _CutModel:
         missing = self._gradients.without_gradient()
         if missing:
             raise no_gradient_error(missing)
+        with self.observer.waiting("wait for parts of gradients"):
+            self._gradients.sum_parts(self._tensor_group)
 
 
 def open_fsdp(parts: EngineParts) -> "FsdpEngine":
@@ -90,15 +95,14 @@ class FsdpEngine(DataParallelEngine):
             # torch lays out a unit's memory when it first gathers it; slices made earlier would be of other memory.
             unit.unshard()
             unit.reshard()
+        assert parts.division is not None
+        self._division = parts.division
         self._gradients = ShardedGradients(
-            parts.model, parts.context, parts.mesh, self._communication.gathers, parts.square
+            parts.model, parts.context, parts.division, self._communication.gathers, parts.square
         )
         _require_alignment(self._gradients, parts)
         self._nonfinite: list[str] = []
-        assert parts.division is not None
-        self._division = parts.division
-        super().__init__(parts, _CutModel(parts.model, observer, self._gradients), self._gradients)
-        self.state_holders = self.mesh.ranks_of("replica")
+        super().__init__(parts, _CutModel(parts, observer, self._gradients), self._gradients)
 
     def _step(self, plan: StepPlan) -> StepResult:
         if self._parts.config.check_for_nan_in_grad:
@@ -122,11 +126,9 @@ class FsdpEngine(DataParallelEngine):
     def check_replicas(self, step: int) -> None:
         with span("compare replicas"):
             model = self._parts.model
-            parameters = [*model.parameters()]
-            shards = [local(p.detach()) for p in parameters if isinstance(p, DTensor)]
+            held = ((name, local(parameter.detach())) for name, parameter in model.named_parameters())
             # What layers in other forms hold is in buffers.
-            whole = [*(p for p in parameters if not isinstance(p, DTensor)), *model.buffers()]
-            require_same_shards(self._parts.context, shards, self.mesh.shard_size, whole, step)
+            require_same_pieces(self._parts.context, self._division, held, model.buffers(), step)
 
     def nonfinite_parameters(self) -> list[str]:
         """All ranks': a parameter's rows are on several."""
@@ -146,16 +148,17 @@ class FsdpEngine(DataParallelEngine):
 
     def _bytes_sent(self, by_machine: bool) -> dict[str, float]:
         """Purpose -> bytes that each rank, or each machine, sends in a step."""
-        parts, mesh, copies = self._parts, self.mesh, self._communication.copies
+        parts, mesh = self._parts, self.mesh
+        gathers, copies = self._communication.gathers, self._communication.copies
         *blocks, around = (_padded_sizes(unit, mesh) for unit in parameters_by_unit(parts.model))
         times = 2 if parts.config.reshard_after_forward else 1
         gathered = times * sum(size for block in blocks for _, size in block) + sum(size for _, size in around)
         trained = sum(size for unit in [*blocks, around] for parameter, size in unit if parameter.requires_grad)
         taken = torch.float32 if parts.config.grad_reduce_in_fp32 else parts.compute_dtype
-        # The ranks of a copy are on one machine, or the copy is on all of them.
-        inside = shared_fraction(self._communication.gathers, by_machine)
-        inside = 0.0 if by_machine and mesh.replica_size > 1 else inside
-        between = 2 * shared_fraction(copies) / (1 if by_machine else mesh.shard_size)
+        # By machine, groups with as many ranks on each machine send as much.
+        groups = [mesh.machine_size // its.machine_size if by_machine else 1 for its in (gathers, copies)]
+        inside = groups[0] * shared_fraction(gathers, by_machine)
+        between = groups[1] * 2 * shared_fraction(copies, by_machine) / mesh.shard_size
         updates = sum(
             size for bucket, unit in enumerate([*blocks, around]) if self.optimizer.needs_gather(bucket)
             for parameter, size in unit if parameter.requires_grad
@@ -172,7 +175,8 @@ class FsdpEngine(DataParallelEngine):
         gathers = "twice a micro-batch (ZeRO-3)" if config.reshard_after_forward else "once a micro-batch (ZeRO-2)"
         copies = f"{mesh.replica_size} copies of the model, each over " if mesh.replica_size > 1 else ""
         shared = f"{mesh.shard_size} processes, weights gathered {gathers}"
-        text = f"FSDP2: {copies}{shared if mesh.shard_size > 1 else 'one process, which shares nothing'}"
+        mesh_sizes = f"{dimensions}; " if (dimensions := mesh.describe()) else ""
+        text = f"FSDP2: {mesh_sizes}{copies}{shared if mesh.shard_size > 1 else 'one process, which shares nothing'}"
         if config.fsdp_cpu_offload and self._parts.context.device.type == "cuda":
             text += ", kept and stepped in host memory"
         elif config.fsdp_cpu_offload:

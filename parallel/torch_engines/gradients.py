@@ -5,31 +5,37 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.buffer import ParameterSlice
 from parallel.collectives import Collectives
 from parallel.context import DistContext
 from parallel.contract import Named
+from parallel.division import Division
 from parallel.layout import ParameterSpec
-from parallel.mesh import Mesh
-from parallel.torch_engines.shards import first_row, local, padded_size, parameters_by_unit
+from parallel.torch_engines.shards import COPIES, first_row, local, padded_size, parameters_by_unit
 
 
 class ShardedGradients:
     """Gradients of this rank's rows (parallel/contract.py). A unit is a bucket.
 
+    FSDP sums over the ranks with other rows of tokens. What tensor parallelism leaves whole, but lets each rank compute
+    a part of, is also summed over the tensor ranks, once a step (`sum_parts`).
+
     Args:
+        division: what each rank holds before FSDP cuts it.
         shards: collectives of the ranks that share a copy of the model.
     """
 
     keeps_scale, is_zeroed_by_step = True, False
 
     def __init__(
-        self, model: nn.Module, context: DistContext, mesh: Mesh, shards: Collectives,
+        self, model: nn.Module, context: DistContext, division: Division, shards: Collectives,
         square: Callable[[Tensor], Tensor],
     ):  # fmt: skip
-        self._context, self._mesh, self._shards, self._square = context, mesh, shards, square
+        self._context, self._division, self._shards, self._square = context, division, shards, square
+        self._mesh = division.mesh
         self.trained = [
             {name: parameter for name, parameter in unit.items() if parameter.requires_grad}
             for unit in parameters_by_unit(model)
@@ -40,18 +46,43 @@ class ShardedGradients:
         """This rank's rows, if it has some: rows that lie side by side are a flat slice."""
         rows = local(parameter.detach())
         offset = first_row(parameter, self._mesh) * math.prod(parameter.shape[1:])
-        return [ParameterSlice(name, offset, tuple(parameter.shape), rows.view(-1))] if rows.numel() else []
+        held = self._division.held(name)
+        assert held is not None and held.shape == tuple(parameter.shape), (name, held, parameter.shape)
+        return [ParameterSlice(name, offset, held.shape, rows.view(-1), held=held.piece)] if rows.numel() else []
 
     def parameters(self, bucket: int) -> Sequence[Named]:
         return [ParameterSpec(name, tuple(p.shape)) for name, p in self.trained[bucket].items()]
 
+    def sum_parts(self, group: dist.ProcessGroup | None) -> None:
+        """Sum the gradients of which each tensor rank has computed a part.
+
+        Args:
+            group: the tensor ranks; None: there is one.
+        """
+        parts = [
+            local(cast(Tensor, parameter.grad)) for unit in self.trained for name, parameter in unit.items()
+            if self._division.outlines[name].is_partial
+        ]  # fmt: skip
+        if group is None or not parts:
+            return
+        flat = torch.cat([part.reshape(-1) for part in parts]).to(self._context.device)
+        dist.all_reduce(flat, group=group)
+        for part, summed in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(summed.view_as(part))
+
     def sum_of_squares(self, bucket: int) -> Tensor:
-        squares = [self._square(grad) for grad in self.take(bucket)]
+        squares = [self._counted(piece.name, self._square(grad))
+                   for piece, grad in zip(self.slices[bucket], self.take(bucket))]  # fmt: skip
         return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+
+    def _counted(self, name: str, squares: Tensor) -> Tensor:
+        is_elsewhere = self._division.outlines[name].is_partial and self._mesh.tensor_rank > 0
+        # Times zero, what is not finite still shows.
+        return squares if self._division.counts(name) and not is_elsewhere else squares * 0.0
 
     def over_ranks(self, squares: Tensor) -> Tensor:
         # Every copy of the model has the same sum. All are added, so that NaN in any of them shows.
-        return self._context.all_sum(squares) / self._mesh.replica_size
+        return self._context.all_sum(squares) / len(self._mesh.sharers(COPIES))
 
     def take(self, bucket: int) -> list[Tensor]:
         grads = [local(cast(Tensor, p.grad)) for p in self.trained[bucket].values()]

@@ -14,7 +14,8 @@ Everything else is that of the bucketed engine: gradients of a stage lie in buck
 ranks of that stage once each of their parameters has got its gradient from every micro-batch. Outside of training, a
 forward pass goes through the stages in a simple chain (chain.py).
 
-The last stage computes the loss and returns it; the others return zeros.
+The last stage computes the loss and returns it; the others return zeros. A step is never dropped in the middle: a stop
+is seen between steps.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -165,7 +166,8 @@ class _Step:
         self.loss += loss.detach()
         for name, value in sums.items():
             self.metrics[name] += value
-        return loss * self._factor
+        # torch joins the micro-batches' results along their first dimension.
+        return loss.reshape(1) * self._factor
 
 
 def open_pipeline(parts: EngineParts) -> "PipelineEngine":
@@ -233,7 +235,7 @@ class PipelineEngine(BucketedEngine):
         first = (numbers,) if 0 in self._own else ()
         target = {"target": numbers} if self._has_last else {}
         with self._idle.schedule():
-            self._schedule_for(step.batches).step(*first, number=numbers, return_outputs=False, **target)
+            self._schedule_for(step.batches).step(*first, number=numbers, **target)
         self._step_now = None
 
     def _schedule_for(self, batches: Sequence[Batch]) -> Any:
@@ -260,7 +262,7 @@ class PipelineEngine(BucketedEngine):
             length = -(-length // self.mesh.tensor_size)
         hidden = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
         number = torch.zeros(1, dtype=torch.int64, device="meta")
-        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        loss = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
 
         def run(number: int, entering: Tensor | None) -> Tensor:
             assert self._step_now is not None

@@ -71,19 +71,25 @@ def _shard_group(config: ParallelConfig, context: DistContext, mesh: Mesh) -> di
     """The ranks that share this rank's copy of the model. Collective."""
     if context.grad_group is None:
         return group_of_one(context)
-    if mesh.shard_size == mesh.data_size:
+    if mesh.shard_size == mesh.world_size:
         return context.grad_group
-    return new_group(context, _sets_of("shard", mesh), config.dist_timeout)
+    return new_group(context, _sets_of(("shard",), mesh), config.dist_timeout)
 
 
-def replica_group(config: ParallelConfig, context: DistContext, mesh: Mesh) -> dist.ProcessGroup | None:
-    """The ranks that hold the same shard of other copies; None: there is one copy. Collective."""
-    return new_group(context, _sets_of("replica", mesh), config.dist_timeout) if mesh.replica_size > 1 else None
+COPIES: tuple[Dimension, ...] = ("replica", "context")
+"""Ranks that differ in these dimensions hold the same shard, and add their gradients of it."""
 
 
-def _sets_of(dimension: Dimension, mesh: Mesh) -> list[tuple[int, ...]]:
-    """The ranks of each group in this dimension, in one order."""
-    return list(dict.fromkeys(mesh.at(rank).ranks_of(dimension) for rank in range(mesh.world_size)))
+def copies_group(config: ParallelConfig, context: DistContext, mesh: Mesh) -> dist.ProcessGroup | None:
+    """The ranks that hold the same shard; None: there is one copy. Collective."""
+    if len(mesh.sharers(COPIES)) == 1:
+        return None
+    return new_group(context, _sets_of(COPIES, mesh), config.dist_timeout)
+
+
+def _sets_of(dimensions: tuple[Dimension, ...], mesh: Mesh) -> list[tuple[int, ...]]:
+    """The ranks of each group in these dimensions, in one order."""
+    return list(dict.fromkeys(mesh.at(rank).sharers(dimensions) for rank in range(mesh.world_size)))
 
 
 def give_up_gathered(model: nn.Module) -> None:

@@ -135,6 +135,7 @@ def check(model: nn.Module, mesh: Mesh, sequence_parallel: bool) -> None:
 
 
 def _require_sizes(config: Any, ranks: int, is_grouped: bool) -> None:
+    """See that everything that is cut can be divided; raises ValueError."""
     sizes = {
         "num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads,
         "vocab_size": config.vocab_size,
@@ -147,9 +148,9 @@ def _require_sizes(config: Any, ranks: int, is_grouped: bool) -> None:
         if size % ranks:
             common = gcd(*sizes.values())
             nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: (abs(n - ranks), n))
-            whole = f"{name}={getattr(config, name)}"
-            parts = f" into multiples of {_LEAST_WIDTH} (or --experts_kernel=sorted)" if name.startswith("moe") else ""
-            parts = parts if is_grouped else ""
+            whole, parts = f"{name}={getattr(config, name)}", ""
+            if is_grouped and name == "moe_intermediate_size":
+                parts = f" into multiples of {_LEAST_WIDTH}, as --experts_kernel=grouped needs them"
             raise ValueError(f"{_FLAG}={ranks} cannot cut {whole}{parts}: {_FLAG}={nearest} is the nearest possible")
 
 

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.collectives import Collectives
+from parallel.collectives import Collectives, Levels
 from parallel.comm_hooks import shared_fraction
 from parallel.data_parallel import levels_of
 from parallel.engine import EngineParts
 from parallel.observer import Observer
 from parallel.spans import traffic_span
-from parallel.torch_engines.shards import replica_group
+from parallel.sum_groups import levels_among, ranks_on_a_machine
+from parallel.torch_engines.shards import COPIES, copies_group
 
 
 class Communication:
@@ -28,12 +29,14 @@ class Communication:
 
     def __init__(self, parts: EngineParts, shard_group: dist.ProcessGroup, observer: Observer):
         self.observer, self._on_cuda = observer, parts.context.device.type == "cuda"
-        # Of several machines, a group is all ranks, or the ranks of one.
-        is_all = parts.mesh.replica_size == 1
-        size, levels = (parts.mesh.machine_size, levels_of(parts)) if is_all else (1, None)
+        size, levels = _machines(parts)
         # Each has memory of its own, as torch has a stream for each.
         self.gathers, self.sums = (Collectives(shard_group, size, levels) for _ in range(2))
-        self.copies = Collectives(replica_group(parts.config, parts.context, parts.mesh))
+        copies = parts.mesh.sharers(COPIES)
+        is_inside = ranks_on_a_machine(copies, parts.mesh.machine_size) == len(copies)
+        self.copies = Collectives(
+            copies_group(parts.config, parts.context, parts.mesh), len(copies) if is_inside else 1
+        )
 
     def take_over(self, unit: FSDPModule) -> None:
         """Let torch call us for a unit."""
@@ -68,6 +71,21 @@ class Communication:
                 handle.wait()
             if padding:
                 summed.copy_(padded[: len(summed)])
+
+
+def _machines(parts: EngineParts) -> tuple[int, Levels | None]:
+    """How many of the ranks that share a copy of the model are on each machine, and groups for sums machine by machine
+    if there is need for them. Collective."""
+    mesh, ranks = parts.mesh, parts.mesh.ranks_of("shard")
+    if len(ranks) == mesh.world_size:
+        return mesh.machine_size, levels_of(parts)
+    size = ranks_on_a_machine(ranks, mesh.machine_size)
+    if parts.context.device.type != "cuda" or not 1 < size < len(ranks):
+        return size, None
+    assert parts.groups is not None
+    sets = dict.fromkeys(mesh.at(rank).ranks_of("shard") for rank in range(mesh.world_size))
+    found = [levels_among(parts.groups, "shards", its, size) for its in sets]
+    return size, next(filter(None, found))
 
 
 class _Transfer:

@@ -25,7 +25,7 @@ def same_state(run: Run, reference: Path) -> None:
     names = {name.partition(" ")[0] for name in theirs}
     weights = fnmatch.filter(names, run.setup.weights_files[0]) or [run.setup.weights_files[0]]
     needed = {*weights} | {f"optim-{rank}.safetensors" for rank in range(run.setup.world_size)}
-    if run.setup.name == "powersgd":
+    if run.setup.hook_remembers:
         needed |= {f"comm_hook-{rank}.safetensors" for rank in range(run.setup.world_size)}
     if names != needed:
         raise Broken(f"the reference holds {', '.join(sorted(names))} instead of {', '.join(sorted(needed))}")

@@ -109,7 +109,7 @@ class References:
         shutil.copytree(base / "ckpt" / f"step-{step}", out_dir / "ckpt" / f"step-{step}")
         if isinstance(last, LeftOut):
             return ["--resume", f"--resume_at_sample={last.until}"]
-        Plan(NAN_LOSS, None, tuple(range(setup.world_size)), last.first, last.last).write(out_dir.parent)
+        Plan(NAN_LOSS, None, setup.loss_ranks, last.first, last.last).write(out_dir.parent)
         return ["--resume"]
 
     def _train(self, setup: Setup, flags: list[str], out_dir: Path) -> None:

@@ -61,16 +61,34 @@ class Setup:
     has_adapter: bool = False
     """Whether an adapter for frozen weights is trained."""
 
+    def size(self, dimension: str) -> int:
+        """Ranks of a dimension of the mesh, by its flag."""
+        flag = f"--{dimension}="
+        return next((int(given.removeprefix(flag)) for given in self.flags if given.startswith(flag)), 1)
+
+    @property
+    def loss_ranks(self) -> tuple[int, ...]:
+        """Ranks that compute losses: those of a pipeline's last stage."""
+        stage = self.world_size // self.size("pipeline_model_parallel_size")
+        return tuple(range(self.world_size - stage, self.world_size))
+
+    @property
+    def hook_remembers(self) -> bool:
+        """Whether checkpoints hold state of the communication."""
+        return "--use_powerSGD_hook" in self.flags
+
     @property
     def weights_files(self) -> tuple[str, str]:
         """Files of a checkpoint: the weights (a pattern of fnmatch), and what they are."""
         if self.has_adapter:
             return "adapter_model.safetensors", "adapter_config.json"
-        is_cut = any(flag.startswith("--data_parallel=") for flag in self.flags)
+        is_cut = any("_model_parallel_size=" in flag or flag.startswith("--data_parallel=") for flag in self.flags)
         return "model-*.safetensors" if is_cut else "model.safetensors", "config.json"
 
 
 BUCKETS = ("--bucket_size=20000",)
+POWERSGD = ("--use_powerSGD_hook", "--matrix_approximation_rank=4")
+PIPE = ("--pipeline_model_parallel_size=2",)
 LORA = ("--lora_r=8", "--lora_target_modules=all-linear", "--lora_dropout=0.1")
 SETUPS = {
     setup.name: setup
@@ -78,13 +96,15 @@ SETUPS = {
         Setup("ddp2", 2, BUCKETS),
         Setup("ddp1", 1, BUCKETS),
         Setup("zero1", 2, (*BUCKETS, "--use_distributed_optimizer")),
-        Setup("powersgd", 2, (*BUCKETS, "--use_powerSGD_hook", "--matrix_approximation_rank=4")),
+        Setup("powersgd", 2, (*BUCKETS, *POWERSGD)),
         Setup("ssh1", 1, BUCKETS, over_ssh=True),
         Setup("lora2", 2, (*BUCKETS, *LORA), has_adapter=True),
         Setup("fsdp2", 2, ("--data_parallel=fsdp",)),
         Setup("fsdp2_kept", 2, ("--data_parallel=fsdp", "--no-reshard_after_forward")),
         Setup("hsdp4", 4, ("--data_parallel=hsdp", "--ranks_per_machine=2")),
         Setup("fsdp2_lora", 2, ("--data_parallel=fsdp", *LORA), has_adapter=True),
+        Setup("tp2pp2", 4, (*BUCKETS, *PIPE, "--tensor_model_parallel_size=2")),
+        Setup("pp2ddp", 4, (*BUCKETS, *PIPE, *POWERSGD)),
     )
 }
 

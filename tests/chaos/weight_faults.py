@@ -122,7 +122,7 @@ def nan_weight_and_resave(run: Run, random: Random) -> str:
 def skipped_at_save(run: Run, random: Random) -> str:
     """Steps are skipped while a save falls due: it waits for the first good step."""
     before, after = random.randrange(2), random.randrange(2)
-    plan = plan_for(run, NAN_LOSS, tuple(range(run.setup.world_size)), random, 1 + before + after,
+    plan = plan_for(run, NAN_LOSS, run.setup.loss_ranks, random, 1 + before + after,
                     offset=SAVE_INTERVAL - before)  # fmt: skip
     due, good = plan.first + before, plan.last + 1
     run.may_skip |= set(range(plan.first, plan.last + 1))
@@ -144,7 +144,7 @@ def skipped_at_save(run: Run, random: Random) -> str:
 def stop_while_skipping(run: Run, random: Random) -> str:
     """A request to stop meets weights that may be spoiled: the last good checkpoint stays the newest."""
     run.wait(run.newest_step, "a checkpoint")
-    plan = plan_for(run, NAN_LOSS, tuple(range(run.setup.world_size)), random, MOST_SKIPPED - 1, pause=0.3)
+    plan = plan_for(run, NAN_LOSS, run.setup.loss_ranks, random, MOST_SKIPPED - 1, pause=0.3)
     since = len(run.lines)
     run.wait(lambda: run.step() > plan.first, "a skipped step")
     if random.random() < 0.5:
@@ -162,7 +162,7 @@ def stop_while_skipping(run: Run, random: Random) -> str:
     return f"at step {plan.first}: exit code 75, step-{newest} named, and on from step {start}"
 
 
-@kind("drift", setups=("ddp2", "powersgd", "hsdp4"), weight=2)
+@kind("drift", setups=("ddp2", "powersgd", "hsdp4", "pp2ddp"), weight=2)
 def drift(run: Run, random: Random) -> str:
     """A bit of a weight flips on one rank: the ranks notice before any of it is saved."""
     run.wait(run.newest_step, "a checkpoint")

@@ -1,6 +1,7 @@
 """Expert parallelism on groups of gloo processes, against one process that has all experts."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from parallel.mesh import Mesh, plan_mesh
 from parallel.torch_engines import expert
 from parallel.torch_engines.cutting import Cutter
 from tasks.language_model import LanguageModelTask
+from tests.conftest import SEQ_LEN
 from tests.dist.group import run_ranks
+from tests.dist.test_experts_runs import BIASED as BIASED_FLAGS
+from tests.dist.test_parallel_runs import GATHER, MUON, POWERSGD, ZERO1, Plan
+from tests.runs import final_state, losses, records, relative_difference, same_bits
 from training.build_model import build_model
 from training.config import SystemConfig
 
@@ -158,6 +163,7 @@ def test_one_step_as_of_one_process(world_size: int):
     "num_experts, data_size, size, expected",
     [
         (6, 4, 4, "6 experts cannot be shared evenly by 4 ranks: --expert_model_parallel_size=2 is the nearest"),
+        (3, 2, 2, "3 experts cannot be shared evenly by 2 ranks: leave it out"),
         (12, 8, 8, "--expert_model_parallel_size=4 is the nearest possible"),
         (0, 2, 2, "--expert_model_parallel_size=2: the model has no experts: leave it out"),
     ],
@@ -167,3 +173,54 @@ def test_refusals(num_experts: int, data_size: int, size: int, expected: str):
     with pytest.raises(ValueError, match=expected):
         expert.check(Division(outlines, Mesh(0, data_size=data_size, expert_size=size)))
     expert.check(Division(outlines, Mesh(0, data_size=data_size)))
+
+
+STEPS = 4
+TWO, FOUR = "--expert_model_parallel_size=2", "--expert_model_parallel_size=4"
+WAYS: dict[str, tuple[int, list[str]]] = {
+    "ep2": (2, [TWO]),
+    "ep4": (4, [FOUR, "--gradient_checkpointing"]),
+    "copies": (4, [TWO, ZERO1, GATHER]),
+    "muon": (4, [TWO, MUON, ZERO1]),
+    "tensor": (4, [TWO, "--tensor_model_parallel_size=2", "--sequence_parallel"]),
+    "pipeline": (4, [TWO, "--pipeline_model_parallel_size=2"]),
+    "context": (4, [TWO, "--context_parallel_size=2"]),
+}
+"""Name -> ranks, flags."""
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    plan = Plan([
+        f"--data_dir={data_dir}", "--out_dir=-", f"--max_seq_len={SEQ_LEN}", "--dtype=float32", "--device=cpu",
+        f"--max_iters={STEPS}", "--learning_rate=1e-3", "--num_threads=1", "--sample_tokens=4", "--valid_iters=2",
+        "--save_interval=2", "--keep_last=9", "--bucket_size=10000", "--dist_timeout=60", *BIASED_FLAGS,
+    ], tmp_path_factory.mktemp("runs"))  # fmt: skip
+    plan.add("one", 1, [])
+    plan.add("one muon", 1, [MUON])
+    for name, (ranks, flags) in WAYS.items():
+        plan.add(name, ranks, flags)
+    copies = plan.jobs["copies"]["flags"]
+    plan.resume("copies again", copies, 4, WAYS["copies"][1], keep=2)
+    plan.resume("one from copies", copies, 1, ["--expert_model_parallel_size=1"], WAYS["copies"][1], keep=2)
+    plan.resume("ep4 from one", plan.jobs["one"]["flags"], 4, [FOUR], keep=2)
+    plan.add("powersgd", 4, [TWO, *POWERSGD])
+    plan.resume("powersgd again", plan.jobs["powersgd"]["flags"], 4, [TWO, *POWERSGD], keep=2)
+    plan.run()
+    return plan
+
+
+@pytest.mark.parametrize("name", [*WAYS, "one from copies", "ep4 from one"])
+def test_one_trajectory(runs: Plan, name: str):
+    run, alone = runs[name], runs["one muon" if name == "muon" else "one"]
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert relative_difference(final_state(run, STEPS), final_state(alone, STEPS)) < 1e-3
+    # What the routers have counted is counted once.
+    for key in ("balance_loss", "z_loss", "load_highest"):
+        ours, theirs = ([record[key] for record in records(its, "experts")] for its in (run, alone))
+        assert ours == pytest.approx(theirs, rel=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["copies", "powersgd"])
+def test_the_same_bits_after_a_resume(runs: Plan, name: str):
+    assert same_bits(final_state(runs[name], STEPS), final_state(runs[f"{name} again"], STEPS))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from checkpoint.named import Piece
 from optimizer.adamw import AdamW
 from optimizer.config import AdamWConfig
 from optimizer.mixed_precision import LossScaler, MixedPrecisionOptimizer
@@ -22,6 +23,7 @@ from parallel.gradients import square
 from parallel.groups import Groups
 from parallel.mesh import Mesh
 from parallel.replicas import ReplicaDrift
+from parallel.torch_engines import shards
 from tests.dist.buckets import draw
 from tests.dist.group import run_ranks
 
@@ -30,24 +32,24 @@ LR, CLIP, STEPS = 1.0, 3.0, 2
 ADAMW = AdamWConfig(weight_decay=0.0, adam_eps=0.3)
 
 OUTLINES = {
-    "embed": Outline((16, 6), "vocabulary"),
-    "up_0": Outline((16, 6), "column", joined=2),
-    "norm_0": Outline((6,), is_partial=True),
-    "down_0": Outline((6, 8), "row"),
-    "bias_0": Outline((6,), "first"),
-    "router_0": Outline((4, 6)),
-    "experts_0": Outline((4, 8, 6), "column", is_stack=True),
-    "up_1": Outline((16, 6), "column", joined=2),
-    "norm_1": Outline((6,), is_partial=True),
-    "experts_1": Outline((4, 8, 6), is_stack=True),
-    "last": Outline((6,)),
+    "embed.weight": Outline((16, 6), "vocabulary"),
+    "layers.0.up": Outline((16, 6), "column", joined=2),
+    "layers.0.norm": Outline((6,), is_partial=True),
+    "layers.0.down": Outline((6, 8), "row"),
+    "layers.0.bias": Outline((6,), "first"),
+    "layers.0.router": Outline((4, 6)),
+    "layers.0.experts": Outline((4, 8, 6), "column", is_stack=True),
+    "layers.1.up": Outline((16, 6), "column", joined=2),
+    "layers.1.norm": Outline((6,), is_partial=True),
+    "layers.1.experts": Outline((4, 8, 6), is_stack=True),
+    "head.weight": Outline((6,)),
 }
 
 
 def stages_of(mesh: Mesh) -> Callable[[str], tuple[int, ...]]:
     """The embedding is tied; block 0 and 1 are on the first and the last stage."""
     last = mesh.pipe_size - 1
-    return lambda name: tuple({0, last}) if name == "embed" else (0,) if name.endswith("_0") else (last,)
+    return lambda name: tuple({0, last}) if name == "embed.weight" else (0,) if name.startswith("layers.0") else (last,)
 
 
 class Part(nn.Module):
@@ -55,21 +57,38 @@ class Part(nn.Module):
 
     def __init__(self, division: Division):
         super().__init__()
-        for name in OUTLINES:
-            if (held := division.held(name)) is not None:
-                self.register_parameter(name, nn.Parameter(part_of(draw(f"weight {name}", held.piece.shape), held)))
+        mine = {
+            name: nn.Parameter(part_of(draw(f"weight {name}", its.shape), held.piece).view(held.shape))
+            for name, its in OUTLINES.items() if (held := division.held(name)) is not None
+        }  # fmt: skip
+        self.embed = Block("embed.", mine)
+        blocks = {number: Block(f"layers.{number}.", mine) for number in "01"}
+        # (A stage of a pipeline has blocks of its own numbers.)
+        self.layers = nn.ModuleDict({number: block for number, block in blocks.items() if block.names})
+        if len(self.layers) == 2:
+            self.layers = nn.ModuleList(self.layers.values())
+        self.head = Block("head.", mine)
 
     def forward(self, gradients: dict[str, Tensor]) -> Tensor:
-        loss = torch.zeros(())
-        for name, parameter in self.named_parameters():
-            loss = loss + (parameter * gradients[name]).sum()
-        return loss
+        blocks = self.layers.values() if isinstance(self.layers, nn.ModuleDict) else self.layers
+        return sum(block(gradients) for block in (self.embed, *blocks, self.head))
 
 
-def part_of(whole: Tensor, held) -> Tensor:
-    """What a rank holds of a whole tensor."""
-    boxes = [whole[tuple(slice(s, s + n) for s, n in zip(box.start, box.length))] for box in held.piece.boxes]
-    return torch.cat([box.reshape(-1) for box in boxes]).view(held.shape)
+class Block(nn.Module):
+    def __init__(self, prefix: str, parameters: dict[str, nn.Parameter]):
+        super().__init__()
+        self.prefix, self.names = prefix, [name for name in parameters if name.startswith(prefix)]
+        for name in self.names:
+            self.register_parameter(name.removeprefix(prefix), parameters[name])
+
+    def forward(self, gradients: dict[str, Tensor]) -> Tensor:
+        return sum((p * gradients[self.prefix + name]).sum() for name, p in self.named_parameters())
+
+
+def part_of(whole: Tensor, piece: Piece) -> Tensor:
+    """A piece of a whole tensor, 1-D."""
+    boxes = [whole[tuple(slice(s, s + n) for s, n in zip(box.start, box.length))] for box in piece.boxes]
+    return torch.cat([whole.new_zeros(0), *(box.reshape(-1) for box in boxes)])
 
 
 def gradients_of(division: Division, rank: int, step: int) -> dict[str, Tensor]:
@@ -79,8 +98,8 @@ def gradients_of(division: Division, rank: int, step: int) -> dict[str, Tensor]:
         if (held := division.held(name, rank)) is not None:
             # Ranks with the same rows compute parts of the same gradient, or different addends of it.
             rows = place.data_rank, place.context_rank
-            addend = (place.tensor_rank if outline.is_partial else 0, place.pipe_rank if name == "embed" else 0)
-            found[name] = part_of(draw(f"{rows} {addend} {step} {name}", outline.shape), held)
+            addend = (place.tensor_rank if outline.is_partial else 0, place.pipe_rank if name == "embed.weight" else 0)
+            found[name] = part_of(draw(f"{rows} {addend} {step} {name}", outline.shape), held.piece).view(held.shape)
     return found
 
 
@@ -92,7 +111,7 @@ def whole_gradients(division: Division, step: int) -> dict[str, Tensor]:
         for data in range(mesh.data_size):
             for context in range(mesh.context_size):
                 for tensor in range(mesh.tensor_size if outline.is_partial else 1):
-                    for pipe in stages_of(mesh)(name) if name == "embed" else (0,):
+                    for pipe in stages_of(mesh)(name) if name == "embed.weight" else (0,):
                         key = f"{(data, context)} {(tensor, pipe)} {step} {name}"
                         gradient = draw(key, outline.shape).double()
                         if outline.is_stack and mesh.expert_size > 1:
@@ -121,10 +140,14 @@ class ToyTask:
 def new_engine(
     context: DistContext, mesh: Mesh, config: ParallelConfig, clip: float, powersgd: PowerSGDConfig
 ) -> BucketedEngine:
-    division, scaler = Division(OUTLINES, mesh, stages_of(mesh)), LossScaler(enabled=False)
+    outlines = {name: replace(its, is_sharded=config.uses_fsdp) for name, its in OUTLINES.items()}
+    division, scaler = Division(outlines, mesh, stages_of(mesh)), LossScaler(enabled=False)
+    model = Part(division)
+    if config.uses_fsdp:
+        shards.cut(model, config, context, mesh, torch.float32)
     return open_engine(
         EngineParts(
-            config, powersgd, context, mesh, Part(division), to_device=lambda batch: batch,
+            config, powersgd, context, mesh, model, to_device=lambda batch: batch,
             new_optimizer=lambda gradients: MixedPrecisionOptimizer(gradients, [AdamW(ADAMW)], clip, scaler),
             square=square, loss_scale=lambda: 1.0, is_fp16=False, seed=0, division=division,
             groups=Groups(context, mesh, 60.0),
@@ -157,6 +180,7 @@ WAYS: dict[str, tuple[ParallelConfig, float]] = {
     "ZeRO-1 PowerSGD": (
         ParallelConfig(bucket_size=60, use_powerSGD_hook=True, use_distributed_optimizer=True), 1e-4
     ),
+    "FSDP": (ParallelConfig(data_parallel="fsdp"), 1e-5),
     "overlapped": (ParallelConfig(bucket_size=60, overlap_optim_step=True), 1e-5),
 }  # fmt: skip
 
@@ -185,8 +209,9 @@ def check_steps(context: DistContext, mesh: Mesh, way: str) -> None:
         assert not result.skipped and result.grad_norm == pytest.approx(norm, rel=tolerance), (mesh, way)
     engine.settle()
     for name, parameter in model.named_parameters():
-        held, start = division.held(name), draw(f"weight {name}", OUTLINES[name].shape)
-        moved, wanted = parameter.detach() - part_of(start, held), part_of(expected[name] - start.double(), held)
+        piece, start = division.piece(name), draw(f"weight {name}", OUTLINES[name].shape)
+        moved = shards.local(parameter.detach()).reshape(-1) - part_of(start, piece)
+        wanted = part_of(expected[name] - start.double(), piece)
         assert (moved - wanted).norm() <= tolerance * wanted.norm(), (mesh, way, name)
     engine.check_replicas(STEPS)
     check_whole(context, engine)
@@ -211,19 +236,19 @@ def check_whole(context: DistContext, engine: BucketedEngine) -> None:
     }
 
 
-def check_faults(context: DistContext, mesh: Mesh) -> None:
+def check_faults(context: DistContext, mesh: Mesh, config: ParallelConfig) -> None:
     """NaN on one rank makes all skip the step; a weight that only one rank has changed is found."""
-    engine = new_engine(context, mesh, ParallelConfig(), CLIP, FULL_RANK)
+    engine = new_engine(context, mesh, config, CLIP, FULL_RANK)
     division, model, last = engine._parts.division, engine._parts.model, mesh.world_size - 1
     plan = StepPlan(1, LR, 1, lambda: None)
     gradients = gradients_of(division, mesh.rank, 0)
     if mesh.rank == last:
-        gradients["last"] = gradients["last"] * math.nan
+        gradients["head.weight"] = gradients["head.weight"] * math.nan
     engine.forward_backward([gradients], ToyTask(model), plan)
     result = engine.step(plan)
     assert result.skipped and result.grad_norm == math.inf
     engine.check_replicas(1)
-    for name in ("last", "embed"):
+    for name in ("head.weight", "embed.weight"):
         others = [rank for rank in division.held_alike(name, last) if rank != last]
         if mesh.rank == last:
             parameter = dict(model.named_parameters())[name]
@@ -243,12 +268,12 @@ def check_arrivals(context: DistContext, mesh: Mesh) -> None:
     engine = new_engine(context, mesh, ParallelConfig(bucket_size=60), CLIP, FULL_RANK)
     ddp, division = engine.ddp, engine._parts.division
     gradients = gradients_of(division, mesh.rank, 0)
-    wanted = {name: part_of(its, division.held(name)) for name, its in whole_gradients(division, 0).items()
-              if division.held(name) is not None}  # fmt: skip
+    wanted = whole_gradients(division, 0)
 
     def sums() -> Iterator[tuple[Tensor, Tensor]]:
         for bucket in ddp.buckets:
-            yield from ((gradient.double(), 3 * wanted[name]) for name, gradient in bucket.views())
+            for name, gradient in bucket.views():
+                yield gradient.view(-1).double(), 3 * part_of(wanted[name], division.piece(name))
 
     ddp.expect(3)
     for _ in range(3):
@@ -269,6 +294,35 @@ def check_arrivals(context: DistContext, mesh: Mesh) -> None:
     engine.close()
 
 
+def check_memory(context: DistContext, mesh: Mesh) -> None:
+    """What PowerSGD remembers of a piece is taken up for the same piece alone."""
+    config = ParallelConfig(use_powerSGD_hook=True, tensor_model_parallel_size=mesh.tensor_size)
+    low_rank = replace(FULL_RANK, matrix_approximation_rank=1)
+    first, second = (new_engine(context, mesh, config, CLIP, low_rank) for _ in range(2))
+    model = first._parts.model
+    for step in range(STEPS):
+        plan = StepPlan(step + 1, LR, 1, lambda: None)
+        first.forward_backward([gradients_of(first._parts.division, mesh.rank, step)], ToyTask(model), plan)
+        first.step(plan)
+    saved = first.local_state()
+    everyone = context.gather(sorted(saved))
+    for rank, keys in enumerate(everyone):
+        if mesh.at(rank).tensor_rank != mesh.tensor_rank:
+            # (The norm is whole on every rank; its gradient is not compressed.)
+            assert not {key for key in keys if key.endswith("/residual")} & saved.keys()
+        else:
+            assert keys == sorted(saved)
+    assert second.take_local_states([(saved, True)], STEPS, "step-2") == []
+    taken = second.local_state()
+    assert all(torch.equal(taken[key], saved[key]) and saved[key].norm() > 0.0 for key in saved)
+    foreign = {key.replace("0:", "1:"): value for key, value in saved.items() if "up@" in key}
+    [sentence] = second.take_local_states([(foreign, True)], STEPS, "step-2")
+    assert "cut in another way: layers.0.up, layers.1.up" in sentence
+    assert torch.equal(second.local_state()["layers.0.router/q"], saved["layers.0.router/q"])
+    first.close()
+    second.close()
+
+
 MESHES = {
     "data 2 x tensor 2": Mesh(0, data_size=2, tensor_size=2, machine_size=2),
     "pipe 2 x data 2": Mesh(0, pipe_size=2, data_size=2),
@@ -276,16 +330,26 @@ MESHES = {
     "data 2 x context 2": Mesh(0, data_size=2, context_size=2, machine_size=2),
     "tensor 4": Mesh(0, tensor_size=4),
 }
+SHARED = (
+    Mesh(0, data_size=2, tensor_size=2, shard_size=2, machine_size=2),
+    Mesh(0, data_size=2, context_size=2, shard_size=2, machine_size=2),
+    Mesh(0, context_size=2, tensor_size=2),
+)
+"""Meshes under FSDP."""
 
 
 def on_four() -> None:
     context = init_context("cpu")
     for number, mesh in enumerate(MESHES.values()):
         mesh = mesh.at(context.rank)
-        # All ways on the two meshes with the most kinds of buckets, some on the others.
-        for way in WAYS if number < 2 else ("plain", "ZeRO-1"):
+        # All ways on the mesh with the most kinds of buckets, some on the others.
+        ways = [way for way in WAYS if way != "FSDP"], ["plain", "PowerSGD", "ZeRO-1 PowerSGD", "overlapped"]
+        for way in ways[number] if number < 2 else ("plain", "ZeRO-1"):
             check_steps(context, mesh, way)
-        check_faults(context, mesh)
+        check_faults(context, mesh, ParallelConfig())
+    for mesh in SHARED:
+        check_steps(context, mesh.at(context.rank), "FSDP")
+    check_memory(context, MESHES["data 2 x tensor 2"].at(context.rank))
     check_arrivals(context, MESHES["pipe 2 x data 2"].at(context.rank))
     destroy_context(context)
 

@@ -306,3 +306,53 @@ def test_equality_matrix(world_size: int):
             assert errors["weights"] <= tolerance and errors["figures"] <= 5 * tolerance, (name, errors)
             assert errors["texts"][0] == errors["texts"][1], (name, errors)
             assert errors["described"].startswith("pipeline of") and errors["waited"] > 0.0
+
+
+def details() -> dict:
+    """What happens beside the usual step, on two stages and two data ranks."""
+    context, found = init_context("cpu"), {}
+    # An overflow in one stage alone: all skip the step, and keep their state.
+    case = Case(PP2, dtype=torch.float16)
+    engine, model = open_case(case, context)
+    task = new_task(case, model)
+    take_step(case, engine, task, 1)
+    before = {name: value.clone() for name, value in engine.whole_weights(set(engine.outlines()))}
+    plan = plan_of(case, task, 2)
+    engine.forward_backward(rows(case, 2)[engine.mesh.data_rank :: 2], task, plan)
+    if context.rank == 3:
+        next(model.parameters()).grad.view(-1)[0] = torch.inf
+    skipped = engine.step(plan).skipped
+    after = dict(engine.whole_weights(set(engine.outlines())))
+    found["skipped"] = [skipped, relative_difference(after, before)]
+    engine.close()
+
+    # A stage's buckets are on their way before its last gradient has come.
+    case = Case(PP2 | {"bucket_size": 700})
+    engine, model = open_case(case, context)
+    take_step(case, engine, new_task(case, model), 1)
+    found["before launch"] = engine.ddp.observer.last_sync.arrived_before_launch
+    found["trained"] = len(list(model.parameters()))
+    engine.close()
+
+    # Log-probabilities are known on all stages, validation's sums on the last one alone.
+    case = Case(PP2, task="dpo")
+    engine, model = open_case(case, context)
+    task, batch = new_task(case, model), rows(case, 3)[0]
+    model.eval()
+    with torch.no_grad():
+        found["log_probs"] = task.log_probs(batch).tolist()
+        found["alone"] = new_task(case, new_model(case, ALONE, ParallelConfig())[0].eval()).log_probs(batch).tolist()
+        loss, count, _ = engine.evaluate(batch, task)
+    found["validated"] = [float(loss), int(count)]
+    engine.close()
+    destroy_context(context)
+    return found
+
+
+def test_details():
+    for rank, found in enumerate(run_ranks(4, details)):
+        assert found["skipped"] == [True, 0.0]
+        launched = found["before launch"]
+        assert len(launched) > 1 and launched[0] < found["trained"] / 2 and launched == sorted(launched)
+        assert found["log_probs"] == found["alone"]
+        assert (found["validated"] == [0.0, 0]) == (rank < 2)

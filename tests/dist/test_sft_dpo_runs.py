@@ -88,6 +88,11 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Plan:
             plan.add(f"{name} {ranks}x{batch}x{steps}", ranks, [*split, *more])
             if name in LIMITED and (ranks, batch) == (2, 4):
                 plan.add(f"{name} limited", ranks, [*split, *more, "--activation_budget_gb=0.0045"])
+        # The reference is computed by the pipeline, too.
+        shutil.copytree(data.tokens[task], data.home / f"{task}-pp2", dirs_exist_ok=True)
+        plan.flags = with_data(data.flags(task), data.home / f"{task}-pp2")
+        plan.add(f"{name} pipeline", 2, ["--train_batch_size=2", "--gradient_accumulation_steps=4", *more,
+                                         "--pipeline_model_parallel_size=2", "--pipeline_schedule=gpipe"])  # fmt: skip
         for ranks in (1, 2, 4):
             # The weights of the first run, validated by others.
             weights = f"--init_from={home / f'{name} 1x8x1'}"
@@ -104,19 +109,20 @@ def test_one_trajectory(runs: Plan, name: str):
     the padding differs each time."""
     alone = runs[f"{name} 1x8x1"]
     expected = records(alone, "train")
+    others = {f"{ranks}x{batch}x{steps}" for ranks, batch, steps in SPLITS[1:]} | {"pipeline"}
     assert len({record["digest"] for record in expected}) == STEPS
-    for ranks, batch, steps in SPLITS[1:]:
-        case = runs[f"{name} {ranks}x{batch}x{steps}"]
+    for other in sorted(others):
+        case = runs[f"{name} {other}"]
         trained = records(case, "train")
         for figure in ("digest", "samples", "tokens"):
-            assert [r[figure] for r in trained] == [r[figure] for r in expected], (ranks, batch, steps, figure)
-        assert trained[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-6), (ranks, batch, steps)
-        assert losses(case) == pytest.approx(losses(alone), rel=1e-5), (ranks, batch, steps)
-        assert relative_difference(final_state(case, STEPS), final_state(alone, STEPS)) < 1e-3, (ranks, batch, steps)
+            assert [r[figure] for r in trained] == [r[figure] for r in expected], (other, figure)
+        assert trained[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-6), other
+        assert losses(case) == pytest.approx(losses(alone), rel=1e-5), other
+        assert relative_difference(final_state(case, STEPS), final_state(alone, STEPS)) < 1e-3, other
         if "dpo" in name:
             for figure in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
                 ours, theirs = [r[figure] for r in trained], [r[figure] for r in expected]
-                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), (ranks, batch, steps, figure)
+                assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), (other, figure)
 
 
 @pytest.mark.parametrize("name", LIMITED)

@@ -4,8 +4,6 @@ A group is spawned once and works through all cases.
 """
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from model import Decoder, ModelConfig, hf
 from model.adapters import lora
 from model.adapters.lora import LoraSpec
+from model.divided import outline_of_part
 from model.ops import build_ops
 from parallel.config import ParallelConfig
 from parallel.context import DistContext, destroy_context, init_context
@@ -23,8 +22,6 @@ from parallel.torch_engines.tensor import check
 from serving.generation import generate
 from tasks.language_model import LanguageModelTask
 from tests.dist.group import run_ranks
-from training.adapter import Adapter
-from training.build_model import _outline_of_part
 
 ROWS, LENGTH, VOCAB = 3, 12, 32
 CPU = torch.device("cpu")
@@ -109,8 +106,7 @@ def part_of(whole: Decoder, case: Case, context: DistContext) -> tuple[Decoder, 
     cutter = Cutter(config, context, plan_mesh(config, context), case.dtype)
     ops = build_ops({**whole.ops.names, "experts": case.experts, "cross_entropy": "chunked"})
     options = case.keeps != "all", case.keeps if case.keeps != "all" else "nothing", ops
-    adapter = SimpleNamespace(spec=case.adapter) if case.adapter is not None else None
-    model = _outline_of_part(case.model, options, CPU, case.dtype, cast("Adapter", adapter), cutter)
+    model = outline_of_part(case.model, options, CPU, case.dtype, case.adapter, cutter)
     values = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         model.filling.put(parameter, values[name])

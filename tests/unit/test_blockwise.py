@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.named import keyed, load_named_state
+from checkpoint.named import Box, Piece, keyed, load_named_state
 from optimizer.adamw import adamw_reference
 from optimizer.blockwise import BLOCK, Quantized, code_book, num_blocks, quantize_reference
 from optimizer.config import AdamWConfig, LionConfig, MuonConfig
@@ -178,6 +178,24 @@ def test_a_checkpoint_of_any_slices_is_read_into_any_others(tmp_path: Path, name
         load_named_state([tmp_path], second.named_state())
         expected, found = whole_state(first), whole_state(second)
         assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_scales_of_some_experts_are_parts_of_the_whole_stacks(tmp_path: Path):
+    """Two ranks have two experts each; one process reads what they have saved."""
+    shape, name = (4, 16, BLOCK // 4), "experts"
+    whole = SliceWithGrad(name, 0, shape, *(torch.zeros(4 * 16 * BLOCK // 4) for _ in range(3)))
+    for rank in range(2):
+        held = Piece(name, shape, (Box((2 * rank, 0, 0), (2, *shape[1:])),))
+        flat = torch.zeros(held.numel)
+        optimizer = new_optimizer("adamw8bit", [SliceWithGrad(name, 0, (2, *shape[1:]), flat, flat, flat, held=held)])
+        for number, (piece, tensors) in enumerate(optimizer.named_state()):
+            for tensor in tensors.values():
+                tensor.fill_(rank + 1)
+            save_file(keyed(piece, tensors), tmp_path / f"optim-{rank}{number}.safetensors")
+    together = new_optimizer("adamw8bit", [whole])
+    load_named_state([tmp_path], together.named_state())
+    for tensor in whole_state(together).values():
+        assert (tensor == torch.tensor([1, 2]).repeat_interleave(len(tensor) // 2)).all()
 
 
 def test_a_state_never_explodes():

@@ -1,6 +1,7 @@
 """Orders and predicted times of pipelines: against torch's own schedules, and the formulas of their papers."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,8 @@ def test_every_order_does_everything_once_and_never_waits_for_ever():
 
 @pytest.mark.parametrize("ranks, count", [(2, 4), (4, 8), (4, 16)])
 def test_bubbles_follow_the_formulas(ranks, count):
-    formulas = {
+    # The paper's, or what follows from counting the passes.
+    shares = {
         ("gpipe", 1): (ranks - 1) / (count + ranks - 1),
         ("1f1b", 1): (ranks - 1) / (count + ranks - 1),
         ("interleaved", 2): (ranks - 1) / (2 * count + ranks - 1),
@@ -74,10 +76,18 @@ def test_bubbles_follow_the_formulas(ranks, count):
         ("zero_bubble", 1): (ranks - 1) / (3 * count + ranks - 1),
         ("zbv", 2): (ranks - 1) / (6 * count + ranks - 1),
     }
-    for (schedule, a_rank), share in formulas.items():
+    for (schedule, a_rank), share in shares.items():
         stages = _stages(schedule, ranks, a_rank)
         predicted = predict(schedule, stages, count, [StageTimes(1, 1, 1)] * stages.num_stages)
         assert predicted.bubbles == pytest.approx([share] * ranks), schedule
+        assert schedules.formula(schedule, ranks, a_rank, count) == share
+
+
+def test_the_timelines_of_the_documentation():
+    text = (Path(schedules.__file__).parent / "README.md").read_text()
+    for schedule, a_rank in [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zbv", 2)]:
+        for line in schedules.timeline(schedule, _stages(schedule, 2, a_rank), 4):
+            assert line in text, f"{schedule}: {line}"
 
 
 def test_a_slow_stage_and_transfers_lengthen_the_step():
