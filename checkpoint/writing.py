@@ -102,9 +102,8 @@ class CheckpointWriter:
         Args:
             state: pieces of parameters with their tensors.
             holders: the ranks that hold the same list, this one among them.
-            holders_of: the ranks that hold the same of a piece; None: those of the list. All of them have the pieces
-                that they hold alike in one order. Those in this store share the work: each writes the pieces that begin
-                in its even part.
+            holders_of: the ranks that hold the same of a piece; None: those of the list. Those of them in this store
+                share the work: each writes the pieces that begin in its even part.
         """
         self._holders = tuple(holders)
         lists: dict[tuple[int, ...], list[tuple[Piece, dict[str, Tensor]]]] = {}
@@ -113,6 +112,9 @@ class CheckpointWriter:
             lists.setdefault(tuple(rank for rank in self.place.store if rank in its), []).append((piece, tensors))
         mine: dict[str, Tensor] = {}
         for ranks, pieces in lists.items():
+            if not set(holders).issuperset(ranks):
+                # Others may have them in another order.
+                pieces.sort(key=lambda its: (its[0].name, [box.start for box in its[0].boxes]))
             total, seen = max(sum(piece.numel for piece, _ in pieces), 1), 0
             for piece, tensors in pieces:
                 if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
