@@ -218,8 +218,6 @@ class Decoder(nn.Module):
         self.tie_weights()
         self._windows = [config.window_of(layer) for layer in range(config.num_hidden_layers)]
         self._sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.has_experts(layer)]
-        self.units: Collection[int] = range(config.num_hidden_layers + 2)
-        """Numbers of the units that this process holds."""
         self.relay: Relay | None = None
         """How forward passes go through the parts that other processes hold."""
         self._compiled_parameters: list[nn.Parameter] = []
@@ -254,7 +252,6 @@ class Decoder(nn.Module):
         """Drop the modules of all units but these. What is left keeps its names, and blocks their numbers; a matrix
         that embedding and head share stays under its one name."""
         last = self.config.num_hidden_layers + 1
-        self.units = sorted(units)
         self.layers.keep([unit - 1 for unit in units])
         has_first, has_last = 0 in units, last in units
         if not (has_first or (has_last and self.config.tie_word_embeddings)):
