@@ -7,6 +7,7 @@ same optimizer state divide the work among those of them in a store, so each sto
     all ranks hold the same (DDP)                           each store has all
     each rank holds its own (ZeRO-1, FSDP)                  each store has its ranks' part
     each node's ranks share a copy of the model (HSDP)      each store has all, if it is a node
+    ranks hold parts of it alike (tensor, pipe ...)         each store has its ranks' parts, once
 
 A checkpoint is whole if the parts of one save (its `save_id`) together cover all ranks.
 """

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint.folder import MANIFEST, REPLACED, hook_file, optimizer_file, sealed, step_dir
 from checkpoint.host_copies import HostCopies
-from checkpoint.named import NamedState, keyed
+from checkpoint.named import NamedState, Piece, keyed
 from checkpoint.stores import StorePlace
 from utils.files import atomic_write, atomic_write_json, fsync_dir, sha256_of_file
 
@@ -94,22 +94,32 @@ class CheckpointWriter:
         """
         return self._copies.copy_now(key, tensor) if self._copies is not None else tensor.cpu()
 
-    def add_named_state(self, state: NamedState, holders: Sequence[int]) -> None:
+    def add_named_state(
+        self, state: NamedState, holders: Sequence[int], holders_of: Callable[[Piece], Sequence[int]] | None = None
+    ) -> None:
         """Add this rank's pieces of the optimizer state.
 
         Args:
             state: pieces of parameters with their tensors.
-            holders: the ranks that hold the same list, this one among them. Those of them in this store share the work:
-                each writes the pieces that begin in its even part of the list.
+            holders: the ranks that hold the same list, this one among them.
+            holders_of: the ranks that hold the same of a piece; None: those of the list. Those of them in this store
+                share the work: each writes the pieces that begin in its even part.
         """
-        state, self._holders = list(state), tuple(holders)
-        ranks = [rank for rank in self.place.store if rank in holders]
-        total, seen = max(sum(piece.numel for piece, _ in state), 1), 0
-        mine: dict[str, Tensor] = {}
+        self._holders = tuple(holders)
+        lists: dict[tuple[int, ...], list[tuple[Piece, dict[str, Tensor]]]] = {}
         for piece, tensors in state:
-            if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
-                mine |= keyed(piece, tensors)
-            seen += piece.numel
+            its = set(holders if holders_of is None else holders_of(piece))
+            lists.setdefault(tuple(rank for rank in self.place.store if rank in its), []).append((piece, tensors))
+        mine: dict[str, Tensor] = {}
+        for ranks, pieces in lists.items():
+            if not set(holders).issuperset(ranks):
+                # Others may have them in another order.
+                pieces.sort(key=lambda its: (its[0].name, [box.start for box in its[0].boxes]))
+            total, seen = max(sum(piece.numel for piece, _ in pieces), 1), 0
+            for piece, tensors in pieces:
+                if ranks[min(seen * len(ranks) // total, len(ranks) - 1)] == self.place.rank:
+                    mine |= keyed(piece, tensors)
+                seen += piece.numel
         self.add_tensors(optimizer_file(self.place.rank), mine)
 
     def add_hook_state(self, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from checkpoint.named import NamedState
+from checkpoint.named import NamedState, Piece
 from parallel.buffer import Bucket
 from parallel.collectives import Collectives, Levels, measure_bandwidth
 from parallel.comm_hooks import CommHook, SavedStates, sum_hook, take_saved_states
@@ -260,6 +260,12 @@ class DataParallelEngine:
     def named_state(self) -> NamedState:
         return self.optimizer.named_state()
 
+    def holders_of(self, piece: Piece) -> Sequence[int]:
+        division = self._parts.division
+        if division is None or piece != division.piece(piece.name):
+            return self.state_holders
+        return division.holders(piece.name)
+
     def scalar_state(self) -> dict:
         return self.optimizer.scalar_state()
 
@@ -353,6 +359,10 @@ class BucketedEngine(DataParallelEngine):
         if zero1 is not None and not zero1.overlap_gather:
             zero1.wait()
         return result
+
+    def holders_of(self, piece: Piece) -> Sequence[int]:
+        # A parameter that lies in one rank's share is whole there alone.
+        return super().holders_of(piece) if self.zero1 is None else self.state_holders
 
     def settle(self) -> None:
         if self.zero1 is not None:

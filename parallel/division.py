@@ -165,6 +165,12 @@ class Division:
         kind = self.kind(name)
         return self._sharers("alike", kind, rank, kind.is_on_all_tensor_ranks)
 
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks that hold the same piece of a parameter as this one, after FSDP has cut it, too."""
+        ranks, mesh = self.held_alike(name), self.mesh
+        is_sharded = self.outlines[name].is_sharded
+        return tuple(rank for rank in ranks if not is_sharded or mesh.at(rank).shard_rank == mesh.shard_rank)
+
     def kind(self, name: str) -> Kind:
         its = self.outlines[name]
         is_everywhere = _tensor_dim(its) is None and its.cut != "first"

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from checkpoint.named import NamedState
+from checkpoint.named import NamedState, Piece
 from parallel.config import ParallelConfig, PowerSGDConfig
 from parallel.context import DistContext
 from parallel.contract import GradientSource, Named, Optimizer, StepResult
@@ -150,6 +150,9 @@ class Engine(Protocol):
 
     def named_state(self) -> NamedState:
         """This rank's pieces of the optimizer's state, as views: to save, or to fill before `take_state`."""
+
+    def holders_of(self, piece: Piece) -> Sequence[int]:
+        """The ranks that hold the same of a piece in `named_state`, this one among them: at least `state_holders`."""
 
     def scalar_state(self) -> dict:
         """The rest of the optimizer's state, for JSON."""

@@ -22,7 +22,7 @@ from utils.options import parse_size
 def add_share(built: Built, writer: CheckpointWriter) -> None:
     """Add this rank's files. Collective, if the model is cut."""
     engine, is_first = built.engine, built.run_dir.place.is_first_of_store
-    writer.add_named_state(engine.named_state(), engine.state_holders)
+    writer.add_named_state(engine.named_state(), engine.state_holders, engine.holders_of)
     local_state = engine.local_state()
     if local_state is not None:
         writer.add_hook_state(local_state)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoint.folder import find_problem, read_trainer_state
-from checkpoint.named import Piece
+from checkpoint.named import LazyTensors, Piece
 from dataset import audit
 from parallel.context import DistContext, destroy_context, init_context
 from parallel.division import Division, Outline
@@ -225,6 +225,8 @@ def check_chain(plan: Links, name: str) -> None:
         sizes = read_trainer_state(path)["mesh"]
         ranks = sizes["pipe"] * sizes["data"] * sizes["context"] * sizes["tensor"]
         assert ranks == WAYS[way][0], sizes
+        keys = [key for file in path.glob("optim-*.safetensors") for key in LazyTensors(file)]
+        assert len(set(keys)) == len(keys) > 0, "each piece is written once"
         model = AutoModelForCausalLM.from_pretrained(path)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 

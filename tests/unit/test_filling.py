@@ -18,6 +18,8 @@ from model.families import FAMILIES
 from parallel.config import ParallelConfig
 from parallel.division import Division
 from parallel.mesh import Mesh
+from parallel.stages import Stages
+from parallel.torch_engines import chain
 from parallel.torch_engines.cutting import whole_outlines
 from tests.adapter_cases import CASES, SHAPE, our_model
 from tests.unit.test_families import CONFIG, PackedFamily, model_of, packed
@@ -66,7 +68,8 @@ class Cutter:
 
 
 class MeshCutter(Cutter):
-    """Lets what a rank of a mesh holds be filled: rows, columns, experts, or nothing."""
+    """Lets what a rank of a mesh holds be filled: rows, columns, experts, or nothing. Of a pipeline, it drops the
+    units of other stages: the first of two has the embedding and a block."""
 
     uses_fsdp = False
 
@@ -75,7 +78,12 @@ class MeshCutter(Cutter):
         self.mesh, self.config = mesh, ParallelConfig(data_parallel="fsdp" if uses_fsdp else "auto")
 
     def cut(self, model: Decoder) -> None:
-        self.division = Division(whole_outlines(model, self.config), self.mesh)
+        if self.mesh.pipe_size == 1:
+            self.division = Division(whole_outlines(model, self.config), self.mesh)
+            return
+        stages = Stages((2, model.config.num_hidden_layers), 2)
+        self.division = Division(whole_outlines(model, self.config), self.mesh, chain.stages_of(model, stages))
+        model.keep(list(stages.units(self.mesh.pipe_rank)))
 
     def regions(self, model: Decoder):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -120,6 +128,7 @@ MESHES = [
     ({"tensor_size": 2}, False),
     ({"data_size": 2, "tensor_size": 2, "expert_size": 2}, False),
     ({"data_size": 3, "tensor_size": 2, "shard_size": 3}, True),
+    ({"pipe_size": 2, "tensor_size": 2}, False),
 ]
 """Sizes, and whether FSDP cuts what they leave."""
 
@@ -140,13 +149,32 @@ def check_meshes(shape: ModelConfig, weights: Path | None, **options) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "ernie4_5_moe", "bloom"])
-def test_rows_columns_and_experts_of_a_mesh(model_type: str, tmp_path: Path):
+def test_rows_columns_experts_and_stages_of_a_mesh(model_type: str, tmp_path: Path):
     """From new weights, from a folder's tensors as they are, fused ones, and a tensor for each expert."""
-    model = Decoder(model_of(model_type))
+    model = Decoder(model_of(model_type, tie_word_embeddings=model_type == "llama"))
     model.initialize(1)
-    save_one(tmp_path, model, FAMILIES[model_type])
+    more = {"lm_head.weight": model.lm_head.weight.detach().clone()} if model_type == "llama" else {}
+    save_one(tmp_path, model, FAMILIES[model_type], **more)
     check_meshes(model.config, tmp_path)
     check_meshes(model.config, None)
+
+
+def test_mistakes_that_a_stage_sees_in_a_folder(tmp_path: Path):
+    """Headers are looked at by all, values by those who read them."""
+    model = Decoder(model_of("llama"))
+    model.initialize(1)
+    save_one(tmp_path, model, FAMILIES["llama"])
+    file, cutters = tmp_path / "model.safetensors", [MeshCutter(Mesh(rank, pipe_size=2)) for rank in range(2)]
+    sound, name = load_file(file), "model.layers.1.mlp.down_proj.weight"
+    save_file({**sound, name: torch.full_like(sound[name], torch.nan)}, file, {"format": "pt"})
+    build(model.config, tmp_path, cutter=cutters[0])
+    with pytest.raises(ValueError, match=f"{name} in .* holds values that are not finite"):
+        build(model.config, tmp_path, cutter=cutters[1])
+    save_file({key: tensor for key, tensor in sound.items() if key != name}, file, {"format": "pt"})
+    lacking = f"lacks 1 weights of the model, for example {name.removeprefix('model.')}"
+    for cutter in cutters:
+        with pytest.raises(ValueError, match=lacking):
+            build(model.config, tmp_path, cutter=cutter)
 
 
 def test_experts_of_a_mesh_that_begin_as_a_dense_layer(tmp_path: Path):
