@@ -32,7 +32,7 @@ ALIGNMENT = 64
 class ParameterSpec:
     name: str
     shape: tuple[int, ...]
-    """Of what this rank holds of it."""
+    """Shape of what this rank holds of it."""
     held: Piece | None = None
     """What it holds of the whole parameter; None: all."""
     summed_over: tuple[int, ...] | None = None
