@@ -61,7 +61,7 @@ class Held(NamedTuple):
     piece: Piece
     """Its boxes, in the order of the rank's memory."""
     shape: tuple[int, ...]
-    """Of the rank's own tensor."""
+    """Shape of the rank's own tensor."""
 
 
 class Kind(NamedTuple):
@@ -77,7 +77,8 @@ class Kind(NamedTuple):
     """The pipe ranks that hold it."""
 
 
-def _everywhere(name: str) -> tuple[int, ...]:
+def everywhere(name: str) -> tuple[int, ...]:
+    """The pipe ranks that hold a parameter where there is no pipeline."""
     return (0,)
 
 
@@ -91,7 +92,7 @@ class Division:
 
     def __init__(
         self, outlines: Mapping[str, Outline], mesh: Mesh,
-        stages_of: Callable[[str], Collection[int]] = _everywhere,
+        stages_of: Callable[[str], Collection[int]] = everywhere,
     ):  # fmt: skip
         self.outlines, self.mesh, self._stages_of = dict(outlines), mesh, stages_of
         self._found: dict[tuple[str, Kind, int], tuple[int, ...]] = {}
